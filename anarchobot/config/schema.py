@@ -1,0 +1,179 @@
+"""The one list of settings. The loader's checks, the command line's overrides, the JSON Schema and docs/configuration.md
+are all derived from these classes; nothing is configured anywhere else."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _whole(value: Any) -> Any:
+    """Takes `5e4` for 50000 where a whole number is wanted; anything else is left for the type check."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[Int, Field(ge=0)]
+Positive = Annotated[Int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """No unknown keys, no silent conversions ('3' is not 3), no change once it is read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelConfig(Section):
+    """The transformer's shape."""
+
+    vocab_size: Positive = Field(32000, description="number of token ids; must be the tokenizer's")
+    n_layers: Positive = Field(12, description="transformer blocks")
+    d_model: Positive = Field(768, description="width of the residual stream")
+    n_heads: Positive = Field(12, description="query heads")
+    n_kv_heads: Positive | None = Field(
+        None, description="key and value heads (grouped-query attention); left out: n_heads"
+    )
+    head_dim: Positive | None = Field(None, description="width of a head, even; left out: d_model / n_heads")
+    mlp_multiple: PositiveFloat = Field(4.0, description="the gated MLP's hidden width, in units of d_model")
+    ffn_activation: Literal["silu", "gelu"] = Field("silu", description="the gate's activation (gelu: tanh form)")
+    dropout: Fraction = Field(0.1, description="share of each block's outputs dropped in training")
+    max_seq_len: Positive = Field(4096, description="longest sequence the model may see, in training or generation")
+    rope_theta: PositiveFloat = Field(10000.0, description="base of the rotary position frequencies")
+    norm_eps: PositiveFloat = Field(1e-5, description="epsilon of RMSNorm")
+    tie_embeddings: bool = Field(True, description="the output head is the token embedding")
+    qk_norm: bool = Field(False, description="RMSNorm on each head's queries and keys (as Qwen3)")
+    logit_softcap: PositiveFloat | None = Field(
+        None, description="logits become cap * tanh(logits / cap); left out: none. Not exportable as Llama"
+    )
+    zero_init_proj: bool = Field(False, description="o_proj and down_proj start at zero")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def mlp_size(self) -> int:
+        return round(self.mlp_multiple * self.d_model)
+
+
+class DataConfig(Section):
+    """Where the text comes from and how it is cut."""
+
+    dataset: str | list[str] | None = Field(
+        None, description="files, folders or globs of text and JSONL, a Hugging Face dataset's name, or 'builtin'"
+    )
+    config: str | None = Field(None, description="the Hugging Face dataset's configuration")
+    split: str = Field("train", description="the Hugging Face dataset's split")
+    text_field: str = Field("text", description="the field that holds the text, in JSONL and Hugging Face rows")
+    score_field: str | None = Field(None, description="the field that holds a document's quality score")
+    score_min: Finite | None = Field(None, description="documents scored below this are left out")
+    seq_len: Positive = Field(2048, description="tokens in a training sequence")
+    val_fraction: Fraction = Field(0.01, description="share of the documents held out for validation")
+    shuffle_buffer: Count = Field(
+        1000, description="documents held to shuffle a streamed Hugging Face dataset; local files keep their order"
+    )
+    streaming: bool = Field(True, description="read a Hugging Face dataset as a stream instead of fetching it whole")
+    cache_dir: str | None = Field(None, description="where fetched Hugging Face datasets are kept")
+    num_workers: Positive = Field(2, description="tokenising threads; the shards do not depend on it")
+    shard_dir: str = Field("shards", description="folder of the token shards, written by pretokenize")
+    fallback: Literal["builtin"] | None = Field(
+        None, description="what to read, with a warning, when the dataset can't be reached: the built-in text"
+    )
+
+
+class TrainConfig(Section):
+    """The run: how long, how fast, in what numbers, and what it leaves behind."""
+
+    total_steps: Positive = Field(50000, description="optimizer steps; give this, epochs or token_budget")
+    epochs: PositiveFloat | None = Field(None, description="length of the run in passes over the training shards")
+    token_budget: Positive | None = Field(None, description="length of the run in tokens")
+    micro_batch_size: Positive = Field(1, description="sequences in memory at a time")
+    grad_accum_steps: Positive = Field(4, description="micro-batches in a step")
+    optimizer: Literal["muon_adamw", "adamw"] = Field(
+        "muon_adamw", description="Muon on the blocks' matrices and AdamW on the rest, or AdamW alone"
+    )
+    lr: PositiveFloat = Field(3e-4, description="peak learning rate of both optimizers")
+    min_lr: NonNegativeFloat = Field(3e-5, description="learning rate at the end of the decay")
+    warmup_steps: Count = Field(1000, description="steps of linear warm-up")
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = Field(
+        "cosine", description="shape of the decay; wsd: constant, then linear over the last decay_fraction"
+    )
+    lr_decay_steps: Positive | None = Field(
+        None, description="step at which lr has come down to min_lr; left out: the last step"
+    )
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="wsd only: share of the lr_decay_steps that decay"
+    )
+    momentum: Fraction = Field(0.95, description="Muon's momentum, warmed up from 0.85 over 300 steps")
+    weight_decay: NonNegativeFloat = Field(0.02, description="decoupled; norms are not decayed")
+    max_grad_norm: PositiveFloat | None = Field(1.0, description="clip gradients to this global norm; null: never")
+    precision: Literal["float16", "bfloat16", "float32"] | None = Field(
+        None, description="of the matrix products; left out: bfloat16 on a GPU, float32 on a CPU"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
+    compile: bool | None = Field(None, description="compile the step; left out: on a GPU yes, on a CPU no")
+    device: Literal["auto", "gpu", "cpu"] = Field("auto", description="auto: Metal or CUDA when there is one")
+    backend: Literal["mlx", "torch"] = Field("mlx", description="the engine that trains")
+    seed: Count = Field(0, description="of initial weights, data order and dropout")
+    log_interval: Positive = Field(25, description="steps between metric lines")
+    eval_interval: Positive = Field(500, description="steps between validations")
+    eval_batches: Positive | None = Field(
+        50, description="micro-batches in a validation; null: the whole validation split"
+    )
+    sample_interval: Positive | None = Field(
+        None, description="steps between samples of generation.prompt; left out: none"
+    )
+    ckpt_interval: Positive = Field(2000, description="steps between checkpoints")
+    ckpt_keep: Positive = Field(3, description="newest checkpoints kept; the best one is kept besides")
+    save_dir: str = Field("runs/default", description="the run's folder: checkpoints, config.yaml, logs")
+    log_path: str | None = Field(None, description="folder of metrics and summary; left out: save_dir/logs")
+    tokenizer_path: str | None = Field(
+        None, description="the tokenizer that tokenizer train writes and pretokenize reads"
+    )
+    checkpoint_path: str | None = Field(
+        None, description="resume from this checkpoint or run folder; auto: the newest in save_dir, if any"
+    )
+
+
+class TokenizerConfig(Section):
+    """How `tokenizer train` makes a tokenizer of model.vocab_size tokens."""
+
+    model_type: Literal["bpe", "unigram"] = Field("bpe", description="algorithm")
+    format: Literal["sentencepiece", "gpt2"] = Field(
+        "sentencepiece", description="sentencepiece: one .model file; gpt2: byte-level vocab.json and merges.txt"
+    )
+    max_train_mb: PositiveFloat = Field(200.0, description="megabytes of text to learn from, from the start")
+
+
+class GenerationConfig(Section):
+    """How `generate` and training samples draw tokens."""
+
+    prompt: str = Field("", description="text to go on from")
+    method: Literal["greedy", "top_k", "nucleus", "random"] = Field("nucleus", description="how a token is drawn")
+    temperature: PositiveFloat = Field(0.8, description="logits are divided by this")
+    top_k: Positive = Field(50, description="method top_k: draw from this many likeliest tokens")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.95, description="method nucleus: draw from the likeliest tokens that hold this much probability"
+    )
+    repetition_penalty: PositiveFloat = Field(
+        1.0, description="above 1: logits of the last 20 tokens' ids are made smaller"
+    )
+    max_new_tokens: Positive = Field(200, description="stop after this many tokens, or at end of document")
+    seed: Count = Field(0, description="of the draws")
+
+
+class Config(Section):
+    """AnarchoBot's configuration: any section and any key may be left out."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    generation: GenerationConfig = GenerationConfig()

@@ -1,0 +1,53 @@
+"""Hugging Face datasets by name, streamed. The `datasets` package is an extra: `pip install 'anarchobot[hub]'`."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.schema import DataConfig
+
+
+def looks_like_a_name(dataset: str) -> bool:
+    """Whether this is a dataset's name (`allenai/c4`) and not a path: nothing lies there, and no path marks."""
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset)) and not (
+        Path(dataset).exists() or dataset.endswith((".txt", ".md", ".jsonl")) or dataset.startswith(".")
+    )
+
+
+def rows(name: str, data: DataConfig, seed: int) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset; shuffled through a buffer of `data.shuffle_buffer` rows when it is streamed.
+
+    `name` is a hub name, or a local folder in the hub's layout. Raises UserError when the package is missing or the
+    dataset can't be reached, before the first row is given out.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"data.dataset: '{name}' is a Hugging Face dataset (no such file here), which needs: "
+            "pip install 'anarchobot[hub]'"
+        ) from error
+    try:
+        loaded = datasets.load_dataset(
+            name, data.config, split=data.split, streaming=data.streaming, cache_dir=data.cache_dir
+        )
+        if data.streaming and data.shuffle_buffer:
+            loaded = loaded.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
+        iterator = iter(loaded)
+        first = next(iterator, None)
+    except Exception as error:  # the package raises its own, its network library's and plain ones
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"data.dataset: '{name}' can't be reached ({reason}): check the name and the network, "
+            "or set data.fallback: builtin"
+        ) from error
+    if first is None:
+        raise UserError(f"data.dataset: '{name}' has no rows in split '{data.split}'")
+    return _chain(first, iterator)
+
+
+def _chain(first: dict[str, Any], rest: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    yield first
+    yield from rest

@@ -1,0 +1,160 @@
+"""Tokenizers in the field's file formats behind one small face: SentencePiece's `.model`, Hugging Face's
+`tokenizer.json`, and GPT-2's `vocab.json` with `merges.txt`."""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from anarchobot.config.errors import UserError
+
+Ids = npt.NDArray[np.int32]
+
+# What ends a document, by the names models give it, likeliest first.
+END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
+# Reserved by the tokenizers trained here, so that a pretrained model can be taught to chat (ChatML) without resizing.
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. Ordinary text never becomes a control token, whatever it says."""
+
+    vocab_size: int
+    eod_id: int  # stands behind every document in the shards
+    files: tuple[Path, ...]  # everything needed to load it again; the first names it
+
+    def encode_batch(self, texts: list[str]) -> list[Ids]:
+        """One int32 array of ids a text, without any end-of-document id. Safe to call from several threads."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of the ids; control tokens are left out, broken UTF-8 becomes U+FFFD."""
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Loads a tokenizer file, or the one tokenizer in a folder.
+
+    Raises UserError when there is none, it can't be read, or it has no end-of-document token.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [p for name in ("tokenizer.model", "tokenizer.json", "vocab.json") for p in path.glob(name)]
+        found = found or sorted(path.glob("*.model"))
+        if not found:
+            raise UserError(f"{path}: no tokenizer in this folder (*.model, tokenizer.json or vocab.json + merges.txt)")
+        path = found[0]
+    if not path.is_file():
+        raise UserError(f"{path}: no such tokenizer file: make one with `anarchobot tokenizer train`")
+    try:
+        if path.suffix == ".model":
+            return SentencePiece(path)
+        if path.name.endswith("vocab.json"):
+            return ByteLevel(path, path.with_name(path.name.removesuffix("vocab.json") + "merges.txt"))
+        if path.suffix == ".json":
+            return ByteLevel(path)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise plain Exception
+        raise UserError(f"{path}: not a tokenizer this program can read: {' '.join(str(error).split())[:200]}") from error
+    raise UserError(f"{path}: expected a tokenizer: a .model, tokenizer.json or vocab.json file")
+
+
+def digest(tokenizer: Tokenizer) -> str:
+    """sha256 over the tokenizer's files, in their order."""
+    sha = hashlib.sha256()
+    for file in tokenizer.files:
+        sha.update(file.read_bytes())
+    return sha.hexdigest()
+
+
+def copy_beside(tokenizer: Tokenizer, folder: Path) -> str:
+    """Copies the tokenizer's files into `folder` under the names it is found by; returns the first one's name."""
+    names = [_plain_name(file) for file in tokenizer.files]
+    for file, name in zip(tokenizer.files, names, strict=True):
+        if file.resolve() != (folder / name).resolve():
+            shutil.copyfile(file, folder / name)
+    return names[0]
+
+
+def _plain_name(file: Path) -> str:
+    plain = ("vocab.json", "merges.txt", "tokenizer.json")
+    return next((name for name in plain if file.name.endswith(name)), f"tokenizer{file.suffix}")
+
+
+class SentencePiece:
+    """A SentencePiece model (BPE or unigram).
+
+    SentencePiece writes a space as U+2581, so a U+2581 of the text would come back as a space. In models that keep all
+    other text as it is (no normaliser, no dummy prefix, byte fallback) it is encoded as its three bytes instead.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto = path.read_bytes()
+        self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        self.files = (path,)
+        self.vocab_size: int = self._model.vocab_size()
+        self.eod_id: int = self._model.eos_id()
+        if self.eod_id < 0:
+            raise UserError(f"{path}: this tokenizer has no end-of-sentence piece to end documents with")
+        spec = sentencepiece_model_pb2.ModelProto.FromString(proto)
+        normalizer = spec.normalizer_spec
+        self.keeps_all_text = (
+            spec.trainer_spec.byte_fallback
+            and normalizer.name == "identity"
+            and not (normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces)
+        )
+        self._space_mark = np.array([self._model.piece_to_id(f"<0x{b:02X}>") for b in "▁".encode()], np.int32)
+
+    def encode_batch(self, texts: list[str]) -> list[Ids]:
+        ids: list[Ids] = self._model.encode(texts, return_type="numpy")
+        if self.keeps_all_text:
+            for i, text in enumerate(texts):
+                if "▁" in text:
+                    ids[i] = self._encode_marked(text)
+        return ids
+
+    def _encode_marked(self, text: str) -> Ids:
+        parts: list[Ids] = self._model.encode(text.split("▁"), return_type="numpy")
+        joined = [array for part in parts for array in (part, self._space_mark)]
+        return np.concatenate(joined[:-1])
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._model.decode(ids))
+
+
+class ByteLevel:
+    """A model of Hugging Face's `tokenizers`: a whole `tokenizer.json`, or GPT-2's vocabulary and merges."""
+
+    def __init__(self, path: Path, merges: Path | None = None) -> None:
+        import tokenizers
+
+        if merges is None:
+            self._model: Any = tokenizers.Tokenizer.from_file(str(path))
+            self.files: tuple[Path, ...] = (path,)
+        elif not merges.is_file():
+            raise UserError(f"{merges}: no such file: {path.name} needs its merges beside it")
+        else:
+            self._model = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(path), str(merges)))
+            self._model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+            self._model.decoder = tokenizers.decoders.ByteLevel()
+            self.files = (path, merges)
+        self._model.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not the end of it
+        self._model.no_truncation()
+        self._model.no_padding()
+        self.vocab_size: int = self._model.get_vocab_size(with_added_tokens=True)
+        ends = [i for i in map(self._model.token_to_id, END_OF_DOCUMENT) if i is not None]
+        if not ends:
+            raise UserError(f"{path}: none of {', '.join(END_OF_DOCUMENT)} is in this tokenizer to end documents with")
+        self.eod_id: int = ends[0]
+
+    def encode_batch(self, texts: list[str]) -> list[Ids]:
+        encoded = self._model.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(e.ids, np.int32) for e in encoded]
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._model.decode([i for i in ids if i != self.eod_id], skip_special_tokens=True))

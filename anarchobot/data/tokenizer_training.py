@@ -1,0 +1,126 @@
+"""Making a tokenizer from text: SentencePiece (BPE or unigram) or a byte-level BPE in GPT-2's two files.
+
+Both keep every character: no normaliser, no added prefix, bytes for what the vocabulary lacks, so that
+`decode(encode(text)) == text` for any Unicode text.
+"""
+
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from anarchobot.config.errors import UserError
+from anarchobot.data.tokenizer import CHAT_TOKENS
+
+# SentencePiece skips any "sentence" over its limit with a mere warning: 84 % of a corpus of whole documents. We cut lines
+# below it instead, so that no text is skipped.
+MAX_LINE_BYTES = 4000
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    output: str | Path,
+    vocab_size: int,
+    model_type: Literal["bpe", "unigram"] = "bpe",
+    file_format: Literal["sentencepiece", "gpt2"] = "sentencepiece",
+) -> list[Path]:
+    """Learns `vocab_size` tokens from `texts` and writes `OUTPUT.model` and `OUTPUT.vocab`, or `OUTPUT-vocab.json` and
+    `OUTPUT-merges.txt`. Returns the files, the one to load first.
+
+    Raises UserError when the text is too little for so many tokens.
+    """
+    prefix = Path(output)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    if file_format == "gpt2":
+        if model_type != "bpe":
+            raise UserError("tokenizer.format: gpt2 files hold a BPE model: set tokenizer.model_type: bpe")
+        return _train_gpt2(texts, prefix, vocab_size)
+    return _train_sentencepiece(texts, prefix, vocab_size, model_type)
+
+
+def limited(texts: Iterable[str], megabytes: float, taken: list[int]) -> Iterator[str]:
+    """The texts from the start up to `megabytes` of UTF-8; `taken[0]` counts the bytes given out."""
+    for text in texts:
+        if taken[0] >= megabytes * 1e6:
+            return
+        taken[0] += len(text.encode())
+        yield text
+
+
+def _train_sentencepiece(texts: Iterable[str], prefix: Path, vocab_size: int, model_type: str) -> list[Path]:
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for text in texts for line in _lines(text)),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,  # indentation becomes one piece
+            split_digits=True,
+            control_symbols=list(CHAT_TOKENS),
+            max_sentence_length=MAX_LINE_BYTES + 4,
+            num_threads=os.cpu_count() or 1,  # the result doesn't depend on it
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise UserError(_explain(vocab_size, str(error))) from error
+    path = prefix.with_name(prefix.name + ".model")
+    path.write_bytes(model.getvalue())
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    listing = prefix.with_name(prefix.name + ".vocab")
+    with listing.open("w", encoding="utf-8") as file:  # a list for people, in SentencePiece's own form
+        for i in range(processor.vocab_size()):
+            file.write(f"{processor.id_to_piece(i)}\t{processor.get_score(i):g}\n")
+    return [path, listing]
+
+
+def _lines(text: str) -> Iterator[str]:
+    for line in text.split("\n"):
+        if len(line) * 4 <= MAX_LINE_BYTES or len(line.encode()) <= MAX_LINE_BYTES:
+            if line:
+                yield line
+        else:
+            step = MAX_LINE_BYTES // 4  # a character has at most four bytes
+            yield from (line[i : i + step] for i in range(0, len(line), step))
+
+
+def _train_gpt2(texts: Iterable[str], prefix: Path, vocab_size: int) -> list[Path]:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    specials = ["<|endoftext|>", *CHAT_TOKENS]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() > vocab_size:  # the alphabet alone is larger
+        raise UserError(_explain(vocab_size, f"required_chars. {vocab_size} vs {tokenizer.get_vocab_size()}"))
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise UserError(_explain(vocab_size, f"value <= {tokenizer.get_vocab_size()}"))
+    vocab, merges = tokenizer.model.save(str(prefix.parent), prefix.name)
+    return [Path(vocab), Path(merges)]
+
+
+def _explain(vocab_size: int, reason: str) -> str:
+    """SentencePiece's reason in one line that says what to change."""
+    if "sentences_.empty()" in reason:
+        return "no text to learn a tokenizer from"
+    if most := re.search(r"value <= (\d+)", reason):
+        hint = f"it gives at most {most[1]}: give more text, or a smaller vocabulary"
+    elif least := re.search(r"required_chars\. \d+ vs (\d+)", reason):
+        hint = f"its characters and the 256 bytes alone need {least[1]}: set a larger vocabulary"
+    else:
+        hint = " ".join(reason.split())
+    return f"no tokenizer of {vocab_size} tokens can be made from this text: {hint}"
