@@ -4,7 +4,7 @@ The same input gives the same bytes, however many threads tokenise.
 """
 
 import hashlib
-import io
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.data.documents import Counts, Document
-from anarchobot.data.shards import SPLITS, Manifest, Shard, Split, read_manifest, write_manifest
+from anarchobot.data.shards import SPLITS, Manifest, Shard, Split, read_manifest, sha256_file, write_manifest
 from anarchobot.data.tokenizer import Ids, Tokenizer, copy_beside, digest
 
 SHARD_TOKENS = 2**26  # 128 MiB of uint16
@@ -181,11 +181,12 @@ class _ShardWriter:
 
     def _write(self) -> None:
         name = f"{self._split}_{len(self._done):05d}.npy"
-        raw = io.BytesIO()
-        np.save(raw, np.concatenate(self._parts), allow_pickle=False)
         beside = self._folder / f"{name}.tmp"
-        beside.write_bytes(raw.getbuffer())
+        with beside.open("wb") as file:
+            np.save(file, np.concatenate(self._parts), allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        sha = sha256_file(beside)
         beside.rename(self._folder / name)
-        sha = hashlib.sha256(raw.getbuffer()).hexdigest()
         self._done.append(Shard(name, self._split, self._tokens, self._documents, self._bytes, sha))
         self._parts, self._tokens, self._documents, self._bytes = [], 0, 0, 0

@@ -1,0 +1,46 @@
+"""Learning rate, momentum and length of a run: functions of the step alone, so that a run can be resumed exactly."""
+
+import math
+
+from anarchobot.config.schema import TrainConfig
+
+MOMENTUM_START, MOMENTUM_WARMUP = 0.85, 300
+
+
+def total_steps(train: TrainConfig, seq_len: int, windows: int) -> int:
+    """Optimizer steps of the run, from whichever of total_steps, epochs and token_budget is set, rounded up.
+
+    `windows` are the training sequences in an epoch.
+    """
+    per_step = train.micro_batch_size * train.grad_accum_steps  # sequences
+    if train.epochs is not None:
+        return max(1, math.ceil(train.epochs * windows / per_step))
+    if train.token_budget is not None:
+        return math.ceil(train.token_budget / (per_step * seq_len))
+    return train.total_steps
+
+
+def learning_rate(step: int, train: TrainConfig, steps: int) -> float:
+    """The rate of the update that makes step `step` (1 is the first) of a run of `steps`.
+
+    Linear from 0 to lr over warmup_steps (already above 0 at step 1), then by schedule to min_lr at lr_decay_steps
+    (default: the last step), where it stays. cosine: half a cosine (Loshchilov and Hutter, 2017). linear: a line. wsd:
+    constant, then a line over the last decay_fraction of lr_decay_steps (Hu et al., 2024). constant: lr throughout.
+    """
+    if step < train.warmup_steps:
+        return train.lr * step / train.warmup_steps
+    if train.schedule == "constant":
+        return train.lr
+    end = train.lr_decay_steps or steps
+    start = train.warmup_steps
+    if train.schedule == "wsd":
+        start = max(start, round(end * (1 - train.decay_fraction)))
+    done = 1.0 if step >= end else max(0, step - start) / max(1, end - start)
+    left = (1 + math.cos(math.pi * done)) / 2 if train.schedule == "cosine" else 1 - done
+    return train.min_lr + (train.lr - train.min_lr) * left
+
+
+def muon_momentum(step: int, train: TrainConfig) -> float:
+    """Muon's momentum, warmed up linearly from 0.85 over 300 steps (modded-nanogpt); never above its setting."""
+    start = min(MOMENTUM_START, train.momentum)
+    return start + (train.momentum - start) * min(1.0, step / MOMENTUM_WARMUP)

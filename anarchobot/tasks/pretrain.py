@@ -1,0 +1,179 @@
+"""Pretraining: shards, model, loss and loop put together."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.loading import LoadedConfig
+from anarchobot.config.schema import Config
+from anarchobot.data.batches import TrainBatches, ValBatches
+from anarchobot.data.shards import Manifest, TokenStream
+from anarchobot.data.tokenizer import Tokenizer, copy_beside, digest, load_tokenizer
+from anarchobot.model.shapes import parameter_count
+from anarchobot.optim.schedule import total_steps
+from anarchobot.system.blas import advice, load_fast_blas
+from anarchobot.training import checkpoint
+from anarchobot.training.display import TerminalDisplay, duration
+from anarchobot.training.loop import Engine, Progress, Run, run_training
+from anarchobot.training.metrics import MetricsLog
+
+# Writes text with an engine's weights and the run's tokenizer: (engine's state, config, tokenizer) -> text.
+Sampler = Callable[[Engine, Config, Tokenizer], str]
+
+
+def pretrain(loaded: LoadedConfig, *, sampler: Sampler | None = None, quiet: bool = False) -> dict[str, Any]:
+    """Trains as the config says and returns the summary that it also writes; `finished` is False when it was stopped.
+
+    Raises UserError when shards, tokenizer, checkpoint and config do not belong together, before anything is written.
+    """
+    config = loaded.config
+    train, data = config.train, config.data
+    if train.backend == "torch":
+        raise UserError(f"{loaded.where('train.backend')}: this version has no torch engine yet: use mlx")
+    blas = load_fast_blas()  # before MLX is imported
+
+    stream = TokenStream(data.shard_dir, "train")
+    tokenizer = _check_tokenizer(loaded, stream.manifest)
+    batches = TrainBatches(stream, data.seq_len, train.seed)
+    val_stream = TokenStream(data.shard_dir, "val")
+    run_folder = Path(train.save_dir)
+    start = _checkpoint_to_resume(loaded, run_folder)
+
+    run = Run(
+        config=config,
+        steps=total_steps(train, data.seq_len, batches.windows),
+        identity={"shards": stream.manifest.digest()},
+        train=batches,
+        val=ValBatches(val_stream, data.seq_len, train.micro_batch_size, train.eval_batches),
+        bytes_per_token=stream.manifest.bytes_per_token("val") or 1.0,
+        folder=run_folder,
+        sample=None if sampler is None else (lambda: sampler(engine, config, tokenizer)),
+    )
+    from anarchobot.training.engine import MLXEngine
+
+    engine = MLXEngine(config)
+    progress = Progress() if start is None else _resume(engine, run, start)
+
+    run_folder.mkdir(parents=True, exist_ok=True)
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
+    copy_beside(tokenizer, run_folder)
+    log = MetricsLog(Path(train.log_path or run_folder / "logs"))
+    with TerminalDisplay(run.steps, progress.step, quiet) as display:
+        for line in _opening(run, stream, engine.device, engine.precision, start):
+            display.note(line)
+        if blas is None and str(engine.device).startswith("Device(cpu"):
+            display.note(f"warning: {advice()}")
+            log.event("warning", progress.step, text=advice())
+        if train.warmup_steps >= run.steps:
+            text = f"warmup_steps ({train.warmup_steps}) is no less than the run's {run.steps} steps: lr stays low"
+            display.note(f"warning: {text}")
+            log.event("warning", progress.step, text=text)
+        if len(run.val) == 0:
+            display.note("warning: the validation split is empty: no validation, no best checkpoint")
+        if start is not None:
+            log.event("resume", progress.step, folder=str(start.folder))
+        finished = run_training(engine, run, progress, log, display)
+    summary = _summary(run, progress, engine, log, finished)
+    log.event("end", progress.step, finished=finished)
+    log.summary(summary)
+    log.close()
+    return summary
+
+
+def _check_tokenizer(loaded: LoadedConfig, manifest: Manifest) -> Tokenizer:
+    config = loaded.config
+    shards = config.data.shard_dir
+    if manifest.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"{loaded.where('model.vocab_size')}: {config.model.vocab_size}, but the shards in {shards} were made with "
+            f"a tokenizer of {manifest.vocab_size} tokens: set model.vocab_size: {manifest.vocab_size}"
+        )
+    tokenizer = load_tokenizer(Path(shards) / manifest.tokenizer["file"])
+    if digest(tokenizer) != manifest.tokenizer["sha256"]:
+        raise UserError(f"{tokenizer.files[0]}: not the tokenizer that made the shards beside it: pretokenize again")
+    path = config.train.tokenizer_path
+    if path is not None and digest(load_tokenizer(path)) != manifest.tokenizer["sha256"]:
+        raise UserError(
+            f"{loaded.where('train.tokenizer_path')}: {path} is not the tokenizer that made the shards in {shards} "
+            f"({manifest.tokenizer['name']}): pretokenize again, or leave tokenizer_path out"
+        )
+    return tokenizer
+
+
+def _checkpoint_to_resume(loaded: LoadedConfig, run_folder: Path) -> checkpoint.Checkpoint | None:
+    path = loaded.config.train.checkpoint_path
+    steps = checkpoint.saved_steps(run_folder)
+    if path == "auto":
+        return checkpoint.find(run_folder) if steps else None
+    if path is not None:
+        return checkpoint.find(path)
+    if steps:
+        raise UserError(
+            f"{loaded.where('train.save_dir')}: {run_folder} already holds a run, at step {max(steps)}: go on with it "
+            "(--resume-from auto), or choose another folder"
+        )
+    return None
+
+
+def _resume(engine: Engine, run: Run, start: checkpoint.Checkpoint) -> Progress:
+    before, now = start.config, run.config
+    if start.state.get("shards") != run.identity["shards"]:
+        raise UserError(
+            f"{start.folder}: this run began with other shards than those now in {now.data.shard_dir}: point "
+            "data.shard_dir at its own, or begin a new run"
+        )
+    for key in ("train.seed", "data.seq_len"):
+        section, name = key.split(".")
+        old, new = (getattr(getattr(c, section), name) for c in (before, now))
+        if old != new:
+            raise UserError(f"{start.folder}: {key} was {old} and is now {new}: it decides the order of the data")
+    engine.load_state(checkpoint.load_arrays(start, now.model, optimizer=True))
+    state = start.state
+    return Progress(
+        step=start.step,
+        position=state["data_position"],
+        tokens=state["tokens"],
+        best_val_loss=state["best_val_loss"],
+        best_val_bpb=state["best_val_bpb"],
+        wall_seconds=state["wall_seconds"],
+    )
+
+
+def _opening(run: Run, stream: TokenStream, device: object, precision: str, start: checkpoint.Checkpoint | None) -> list[str]:
+    config = run.config
+    per_step = config.train.micro_batch_size * config.train.grad_accum_steps
+    lines = [
+        f"{parameter_count(config.model):,} parameters, {precision} on {device}, {config.train.optimizer}",
+        f"{stream.tokens:,} training tokens in {config.data.shard_dir}; {run.steps:,} steps of "
+        f"{per_step} x {config.data.seq_len} tokens = {run.steps * per_step / run.train.windows:.2f} epochs",
+    ]
+    if start is not None:
+        lines.append(f"resuming from {start.folder} at step {start.step}")
+    return lines
+
+
+def _summary(run: Run, progress: Progress, engine: Engine, log: MetricsLog, finished: bool) -> dict[str, Any]:
+    return {
+        "finished": finished,
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "parameters": parameter_count(run.config.model),
+        "final_loss": _last_loss(log.folder / "metrics.jsonl"),
+        "best_val_loss": progress.best_val_loss,
+        "best_val_bpb": progress.best_val_bpb,
+        "wall_seconds": round(progress.wall_seconds, 3),
+        "wall_time": duration(progress.wall_seconds),
+        "tokens_per_second": round(progress.tokens / max(1e-9, progress.wall_seconds), 1),
+        "peak_memory_gb": round(engine.peak_memory_gb(), 4),
+        "save_dir": str(run.folder),
+    }
+
+
+def _last_loss(metrics: Path) -> float | None:
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines if line["event"] == "train"]
+    return losses[-1] if losses else None

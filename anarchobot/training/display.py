@@ -1,0 +1,55 @@
+"""A run on the terminal: a live bar where there is one, plain lines where there is none (a pipe, a log file)."""
+
+import sys
+import time
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+
+class TerminalDisplay:
+    """Step, loss, tokens per second, time left and memory. Everything goes to stderr: stdout is for results."""
+
+    def __init__(self, steps: int, start: int, quiet: bool = False) -> None:
+        self._steps, self._start, self._quiet = steps, start, quiet
+        self._began = time.monotonic()
+        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            console=self._console,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=start)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def train(self, step: int, values: dict[str, Any]) -> None:
+        per_step = (time.monotonic() - self._began) / max(1, step - self._start)
+        text = (
+            f"loss {values['loss']:.4f} | lr {values['lr']:.2e} | norm {values['grad_norm']:.2f} | "
+            f"{values['tokens_per_second']:,.0f} tok/s | {duration(per_step * (self._steps - step))} left | "
+            f"{values['peak_memory_gb']:.2f} GB"
+        )
+        if not self._bar.disable:
+            self._bar.update(self._task, completed=step, description=text)
+        elif not self._quiet:
+            self._console.print(f"step {step}/{self._steps} | {text}", markup=False)
+
+    def note(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(text, markup=False)
+
+
+def duration(seconds: float) -> str:
+    """`0:05`, `12:30`, `3:04:05`."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
