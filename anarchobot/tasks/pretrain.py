@@ -1,7 +1,5 @@
 """Pretraining: shards, model, loss and loop put together."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +7,6 @@ import yaml
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
-from anarchobot.config.schema import Config
 from anarchobot.data.batches import TrainBatches, ValBatches
 from anarchobot.data.shards import Manifest, TokenStream
 from anarchobot.data.tokenizer import Tokenizer, copy_beside, digest, load_tokenizer
@@ -21,11 +18,8 @@ from anarchobot.training.display import TerminalDisplay, duration
 from anarchobot.training.loop import Engine, Progress, Run, run_training
 from anarchobot.training.metrics import MetricsLog
 
-# Writes text with an engine's weights and the run's tokenizer: (engine's state, config, tokenizer) -> text.
-Sampler = Callable[[Engine, Config, Tokenizer], str]
 
-
-def pretrain(loaded: LoadedConfig, *, sampler: Sampler | None = None, quiet: bool = False) -> dict[str, Any]:
+def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     """Trains as the config says and returns the summary that it also writes; `finished` is False when it was stopped.
 
     Raises UserError when shards, tokenizer, checkpoint and config do not belong together, before anything is written.
@@ -34,7 +28,9 @@ def pretrain(loaded: LoadedConfig, *, sampler: Sampler | None = None, quiet: boo
     train, data = config.train, config.data
     if train.backend == "torch":
         raise UserError(f"{loaded.where('train.backend')}: this version has no torch engine yet: use mlx")
-    blas = load_fast_blas()  # before MLX is imported
+    blas = load_fast_blas()  # before MLX, which the next lines import
+    from anarchobot.inference.generation import Model, generate
+    from anarchobot.training.engine import MLXEngine
 
     stream = TokenStream(data.shard_dir, "train")
     tokenizer = _check_tokenizer(loaded, stream.manifest)
@@ -51,10 +47,8 @@ def pretrain(loaded: LoadedConfig, *, sampler: Sampler | None = None, quiet: boo
         val=ValBatches(val_stream, data.seq_len, train.micro_batch_size, train.eval_batches),
         bytes_per_token=stream.manifest.bytes_per_token("val") or 1.0,
         folder=run_folder,
-        sample=None if sampler is None else (lambda: sampler(engine, config, tokenizer)),
+        sample=lambda: generate(Model(engine.params, config.model, tokenizer), config.generation),
     )
-    from anarchobot.training.engine import MLXEngine
-
     engine = MLXEngine(config)
     progress = Progress() if start is None else _resume(engine, run, start)
 
@@ -77,7 +71,7 @@ def pretrain(loaded: LoadedConfig, *, sampler: Sampler | None = None, quiet: boo
         if start is not None:
             log.event("resume", progress.step, folder=str(start.folder))
         finished = run_training(engine, run, progress, log, display)
-    summary = _summary(run, progress, engine, log, finished)
+    summary = _summary(run, progress, engine, finished)
     log.event("end", progress.step, finished=finished)
     log.summary(summary)
     log.close()
@@ -137,6 +131,7 @@ def _resume(engine: Engine, run: Run, start: checkpoint.Checkpoint) -> Progress:
         step=start.step,
         position=state["data_position"],
         tokens=state["tokens"],
+        loss=state["loss"],
         best_val_loss=state["best_val_loss"],
         best_val_bpb=state["best_val_bpb"],
         wall_seconds=state["wall_seconds"],
@@ -156,13 +151,13 @@ def _opening(run: Run, stream: TokenStream, device: object, precision: str, star
     return lines
 
 
-def _summary(run: Run, progress: Progress, engine: Engine, log: MetricsLog, finished: bool) -> dict[str, Any]:
+def _summary(run: Run, progress: Progress, engine: Engine, finished: bool) -> dict[str, Any]:
     return {
         "finished": finished,
         "steps": progress.step,
         "tokens": progress.tokens,
         "parameters": parameter_count(run.config.model),
-        "final_loss": _last_loss(log.folder / "metrics.jsonl"),
+        "final_loss": progress.loss,
         "best_val_loss": progress.best_val_loss,
         "best_val_bpb": progress.best_val_bpb,
         "wall_seconds": round(progress.wall_seconds, 3),
@@ -171,9 +166,3 @@ def _summary(run: Run, progress: Progress, engine: Engine, log: MetricsLog, fini
         "peak_memory_gb": round(engine.peak_memory_gb(), 4),
         "save_dir": str(run.folder),
     }
-
-
-def _last_loss(metrics: Path) -> float | None:
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    losses = [line["loss"] for line in lines if line["event"] == "train"]
-    return losses[-1] if losses else None

@@ -56,6 +56,7 @@ class Progress:
     step: int = 0
     position: int = 0
     tokens: int = 0
+    loss: float | None = None
     best_val_loss: float | None = None
     best_val_bpb: float | None = None
     wall_seconds: float = 0.0
@@ -84,12 +85,13 @@ def run_training(engine: Engine, run: Run, progress: Progress, log: MetricsLog, 
     train = run.config.train
     started = time.monotonic() - progress.wall_seconds
     saved = progress.step
-    since_line = (time.monotonic(), progress.tokens)
+    line_seconds, line_tokens = 0.0, 0  # spent in steps since the last metrics line, without validation and saving
     if progress.step == 0:
         _validate(engine, run, progress, log, display)
     with StopRequest() as stop:
         while progress.step < run.steps and not stop.requested:
             step = progress.step + 1
+            step_began = time.monotonic()
             batch = run.train.at(progress.position, train.grad_accum_steps, train.micro_batch_size)
             lr = learning_rate(step, train, run.steps)
             result = engine.train_step(batch, step, lr, muon_momentum(step, train))
@@ -97,23 +99,26 @@ def run_training(engine: Engine, run: Run, progress: Progress, log: MetricsLog, 
             progress.position += train.grad_accum_steps * train.micro_batch_size
             progress.tokens += batch.inputs.size
             progress.wall_seconds = time.monotonic() - started
+            line_seconds += time.monotonic() - step_began
+            line_tokens += batch.inputs.size
 
             if not result.finite:
                 log.event("skip", step, loss=repr(result.loss), grad_norm=repr(result.grad_norm))
                 display.note(f"step {step}: loss or gradient is not finite: this update is left out")
+            else:
+                progress.loss = result.loss
             if result.finite and (step % train.log_interval == 0 or step == run.steps):
-                now, tokens_before = time.monotonic(), since_line[1]
                 values = {
                     "loss": result.loss,
                     "lr": lr,
                     "grad_norm": result.grad_norm,
                     "tokens": progress.tokens,
-                    "tokens_per_second": round((progress.tokens - tokens_before) / max(1e-9, now - since_line[0]), 1),
+                    "tokens_per_second": round(line_tokens / max(1e-9, line_seconds), 1),
                     "peak_memory_gb": round(engine.peak_memory_gb(), 4),
                 }
                 log.event("train", step, **values)
                 display.train(step, values)
-                since_line = (now, progress.tokens)
+                line_seconds, line_tokens = 0.0, 0
 
             last = step == run.steps
             if step % train.ckpt_interval == 0 or last or stop.requested:
@@ -144,6 +149,7 @@ def _save(engine: Engine, run: Run, progress: Progress, log: MetricsLog) -> None
         "data_position": progress.position,
         # Dropout and the order of the data are functions of these two: there is no generator to save.
         "random_state": {"seed": run.config.train.seed, "step": progress.step},
+        "loss": progress.loss,
         "best_val_loss": progress.best_val_loss,
         "best_val_bpb": progress.best_val_bpb,
         "wall_seconds": round(progress.wall_seconds, 3),

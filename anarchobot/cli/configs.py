@@ -1,0 +1,41 @@
+"""`anarchobot config show | schema`."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from anarchobot.cli.parser import add_command, add_config, config_path, overrides
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser("config", help="show the effective settings, or their JSON Schema")
+    parts = parser.add_subparsers(metavar="show|schema", required=True, parser_class=type(parser))
+    show = add_command(parts, "show", _show, "the effective configuration, and where each value comes from")
+    add_config(show, optional=True)
+    add_command(parts, "schema", _schema, "the JSON Schema of a configuration, for editors")
+
+
+def _show(args: argparse.Namespace) -> None:
+    import yaml
+
+    from anarchobot.config.loading import leaf_keys, load_config
+
+    loaded = load_config(config_path(args, optional=True), overrides(args))
+    values = loaded.config.model_dump()
+    if args.json:
+        sources = {key: loaded.sources.get(key, "default") for key in leaf_keys()}
+        print(json.dumps({"config": values, "sources": sources}, indent=1))
+        return
+    for section, keys in values.items():
+        print(f"{section}:")
+        for key, value in keys.items():
+            text = yaml.safe_dump({key: value}, default_flow_style=True, width=10**6).strip()[1:-1]
+            print(f"  {text:<40} # {loaded.sources.get(f'{section}.{key}', 'default')}")
+
+
+def _schema(args: argparse.Namespace) -> None:
+    from anarchobot.config.schema import Config
+
+    json.dump(Config.model_json_schema(), sys.stdout, indent=1)
+    print()

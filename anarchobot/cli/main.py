@@ -1,0 +1,47 @@
+"""The program: which command, and what its mistakes look like."""
+
+import sys
+import traceback
+
+from anarchobot import __version__
+from anarchobot.cli import configs, corpus, generating, training
+from anarchobot.cli.parser import Parser, parse
+from anarchobot.config.errors import UserError
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="anarchobot",
+        description="Make a language model of your own.",
+        epilog="Exit codes: 0 done, 2 a mistake of yours, 130 stopped by Ctrl-C, 1 anything else.",
+    )
+    parser.add_argument("--version", action="version", version=f"anarchobot {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    for room in (corpus, training, generating, configs):
+        room.add_commands(commands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code (also the console script's)."""
+    words = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in words
+    try:
+        args = parse(build_parser(), words)
+        return args.run(args) or 0
+    except UserError as error:
+        return _fail(str(error), 2, debug)
+    except KeyboardInterrupt:
+        return _fail("stopped", 130, debug)
+    except BrokenPipeError:  # the reader of our output has gone
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        return _fail(f"unexpected {type(error).__name__}: {error} (a fault of the program's; --debug shows where)", 1, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"anarchobot: {' '.join(message.split())}", file=sys.stderr)
+    return code

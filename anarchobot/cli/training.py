@@ -1,0 +1,47 @@
+"""`anarchobot pretrain`."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from anarchobot.cli.parser import add_command, add_config, add_settings, config_path, overrides
+
+# The settings that everybody changes, under the names that everybody types.
+SETTINGS = {
+    "--lr": "train.lr",
+    "--batch-size": "train.micro_batch_size",
+    "--epochs": "train.epochs",
+    "--warmup-steps": "train.warmup_steps",
+    "--max-grad-norm": "train.max_grad_norm",
+    "--checkpoint-dir": "train.save_dir",
+    "--resume-from": "train.checkpoint_path",
+    "--save-every": "train.ckpt_interval",
+    "--backend": "train.backend",
+}
+
+
+def add_commands(commands: Any) -> None:
+    parser = add_command(commands, "pretrain", _pretrain, "train a model from scratch on token shards")
+    add_config(parser)
+    add_settings(parser, SETTINGS)
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    from anarchobot.config.loading import load_config
+    from anarchobot.tasks.pretrain import pretrain
+
+    path = config_path(args)
+    summary = pretrain(load_config(path, overrides(args)), quiet=args.quiet or args.json)
+    if args.json:
+        print(json.dumps(summary))
+    elif not args.quiet:
+        best = summary["best_val_loss"]
+        print(
+            f"{summary['save_dir']}: step {summary['steps']}, {summary['tokens']:,} tokens in {summary['wall_time']}"
+            + (f", best validation loss {best:.4f}" if best is not None else "")
+        )
+    if summary["finished"]:
+        return 0
+    print(f"stopped at step {summary['steps']}; go on with: anarchobot pretrain {path} --resume-from auto", file=sys.stderr)
+    return 130

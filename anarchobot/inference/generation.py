@@ -1,0 +1,140 @@
+"""Text from a model: a prompt in, tokens drawn one by one with a KV cache, text out as it comes."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.schema import Config, GenerationConfig, ModelConfig
+from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
+from anarchobot.model.transformer import Params, head_weight, hidden_states, logits
+from anarchobot.training import checkpoint
+
+PENALTY_WINDOW = 20  # tokens that repetition_penalty looks back
+
+
+@dataclass(frozen=True)
+class Model:
+    """Parameters, their shape and the tokenizer they were trained with: all that generation needs."""
+
+    params: Params
+    shape: ModelConfig
+    tokenizer: Tokenizer
+
+
+def load_model(path: str | Path) -> tuple[Model, Config]:
+    """The model of a checkpoint (a run folder, a step folder or a file in it) and the config it was trained with.
+
+    Raises UserError when there is no checkpoint, it is damaged, or its tokenizer is gone.
+    """
+    found = checkpoint.find(path)
+    config = found.config
+    arrays = checkpoint.load_arrays(found, config.model, optimizer=False)
+    prefix = checkpoint.PARAMS
+    params = {name.removeprefix(prefix): mx.array(a) for name, a in arrays.items() if name.startswith(prefix)}
+    return Model(params, config.model, load_tokenizer(found.folder.parent)), config
+
+
+def generate(model: Model, settings: GenerationConfig, on_text: Callable[[str], None] = lambda text: None) -> str:
+    """The prompt's continuation as text; `on_text` gets it piece by piece, as soon as it is certain.
+
+    Ends at max_new_tokens, at an end of document, or when max_seq_len is reached. The same settings give the same text.
+    """
+    decoder = StreamDecoder(model.tokenizer)
+    parts = []
+    for token in generate_ids(model, settings):
+        if piece := decoder.add(token):
+            on_text(piece)
+            parts.append(piece)
+    if rest := decoder.rest():
+        on_text(rest)
+        parts.append(rest)
+    return "".join(parts)
+
+
+def generate_ids(model: Model, settings: GenerationConfig) -> Iterator[int]:
+    """The drawn token ids, without the end of document that may stop them.
+
+    The context begins with an end of document, as documents do in the shards. Raises UserError for a prompt that leaves
+    no room in max_seq_len.
+    """
+    from mlx_lm.models.cache import KVCache  # late: the package takes seconds to import
+    from mlx_lm.sample_utils import make_logits_processors
+
+    shape, eod = model.shape, model.tokenizer.eod_id
+    prompt = [eod, *model.tokenizer.encode_batch([settings.prompt])[0].tolist()]
+    room = shape.max_seq_len - len(prompt)
+    if room < 1:
+        raise UserError(
+            f"the prompt is {len(prompt)} tokens long, the model's max_seq_len is {shape.max_seq_len}: shorten the prompt"
+        )
+    mx.random.seed(settings.seed)  # training draws from keys of its own and is not disturbed
+    draw = sampler(settings)
+    penalty = None if settings.repetition_penalty == 1 else settings.repetition_penalty
+    processors = make_logits_processors(repetition_penalty=penalty, repetition_context_size=PENALTY_WINDOW)
+    caches = [KVCache() for _ in range(shape.n_layers)]
+    seen = mx.array(prompt)
+    tokens = seen[None]  # [1, L]
+    for _ in range(min(settings.max_new_tokens, room)):
+        hidden = hidden_states(model.params, tokens, shape, caches=caches)
+        z = logits(hidden[:, -1], head_weight(model.params, shape), shape)  # [1, V]
+        for process in processors:
+            z = process(seen, z)
+        token = draw(z)  # [1]
+        mx.eval(token)
+        drawn = int(token.item())
+        if drawn == eod:
+            return
+        yield drawn
+        seen = mx.concatenate([seen, token])
+        tokens = token[None]
+
+
+def sampler(settings: GenerationConfig) -> Callable[[mx.array], mx.array]:
+    """Draws ids [B] from logits [B, V] by the configured method: first the temperature, then the method's filter."""
+    from mlx_lm.sample_utils import make_sampler
+
+    if settings.method == "greedy":
+        return lambda z: mx.argmax(z, axis=-1)
+    filters = {"top_k": {"top_k": settings.top_k}, "nucleus": {"top_p": settings.top_p}, "random": {}}
+    # mlx-lm filters before its temperature; dividing first gives the field's order (as in transformers).
+    draw = make_sampler(temp=1.0, **filters[settings.method])
+
+    def tempered(z: mx.array) -> mx.array:
+        z = z / settings.temperature
+        ids: mx.array = draw(z - mx.logsumexp(z, axis=-1, keepdims=True))
+        return ids
+
+    return tempered
+
+
+class StreamDecoder:
+    """Ids to text one at a time. A character may be spread over several ids, so text is held back until it is whole."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []  # whole tokens before, which decide about the space between
+        self._pending: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The text that is certain now; often a word, sometimes nothing."""
+        self._pending.append(token)
+        text = self._text()
+        # A broken character decodes to U+FFFD; after four tokens it is no character but broken bytes.
+        if text.endswith("\ufffd") and len(self._pending) < 4:
+            return ""
+        return self._flush(text)
+
+    def rest(self) -> str:
+        """What is left at the end, whole or not."""
+        return self._flush(self._text()) if self._pending else ""
+
+    def _text(self) -> str:
+        before = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._pending).removeprefix(before)
+
+    def _flush(self, text: str) -> str:
+        self._context, self._pending = (self._context + self._pending)[-8:], []
+        return text
