@@ -155,9 +155,11 @@ def _byte_progress(quiet: bool) -> Iterator[Any]:
 
 
 def _print_summary(folder: str, manifest: "Manifest") -> None:
+    from anarchobot.data.shards import SPLITS
+
     print(f"{folder}: {manifest.tokenizer['name']}, {manifest.vocab_size} tokens, {manifest.dtype}")
-    for split in ("train", "val"):
-        shards = manifest.of(split)  # type: ignore[arg-type]
+    for split in SPLITS:
+        shards = manifest.of(split)
         size = sum(s.bytes for s in shards)
         print(
             f"  {split}: {sum(s.tokens for s in shards):,} tokens of {sum(s.documents for s in shards):,} documents, "

@@ -21,7 +21,9 @@ SETTINGS = {
 
 def add_commands(commands: Any) -> None:
     parser = add_command(commands, "generate", _generate, "write text with a trained model")
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="a run folder, or one of its step_… folders")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="a run folder, or one of its step_… folders"
+    )
     add_settings(parser, SETTINGS)
 
 

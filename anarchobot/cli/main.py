@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except Exception as error:
-        return _fail(f"unexpected {type(error).__name__}: {error} (a fault of the program's; --debug shows where)", 1, debug)
+        return _fail(
+            f"unexpected {type(error).__name__}: {error} (a fault of the program's; --debug shows where)", 1, debug
+        )
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

@@ -43,5 +43,8 @@ def _pretrain(args: argparse.Namespace) -> int:
         )
     if summary["finished"]:
         return 0
-    print(f"stopped at step {summary['steps']}; go on with: anarchobot pretrain {path} --resume-from auto", file=sys.stderr)
+    print(
+        f"stopped at step {summary['steps']}; go on with: anarchobot pretrain {path} --resume-from auto",
+        file=sys.stderr,
+    )
     return 130

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from anarchobot.config.schema import Config
 
-
 RUN_LENGTHS = ("train.total_steps", "train.epochs", "train.token_budget")
 
 

@@ -48,7 +48,9 @@ def open_source(data: DataConfig, seed: int, counts: Counts) -> tuple[str, Itera
     """
     dataset = data.dataset
     if dataset is None:
-        raise UserError("data.dataset is not set: name files, a Hugging Face dataset or 'builtin', or give --input FILE")
+        raise UserError(
+            "data.dataset is not set: name files, a Hugging Face dataset or 'builtin', or give --input FILE"
+        )
     if dataset == "builtin":
         return "builtin", _texts(builtin.texts(), counts)
     names = [dataset] if isinstance(dataset, str) else dataset

@@ -1,9 +1,9 @@
 """Token shards: flat `.npy` arrays, and the manifest that says what they are.
 
-    DIR/train_00000.npy ...  one-dimensional uint16 or uint32; every document is followed by the end-of-document id
-    DIR/val_00000.npy ...    the documents held out
-    DIR/manifest.json        written last: without it there are no shards
-    DIR/tokenizer.model      the tokenizer that made them (or tokenizer.json, or vocab.json and merges.txt)
+DIR/train_00000.npy ...  one-dimensional uint16 or uint32; every document is followed by the end-of-document id
+DIR/val_00000.npy ...    the documents held out
+DIR/manifest.json        written last: without it there are no shards
+DIR/tokenizer.model      the tokenizer that made them (or tokenizer.json, or vocab.json and merges.txt)
 """
 
 import hashlib

@@ -57,7 +57,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except UserError:
         raise
     except Exception as error:  # the libraries raise plain Exception
-        raise UserError(f"{path}: not a tokenizer this program can read: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(
+            f"{path}: not a tokenizer this program can read: {' '.join(str(error).split())[:200]}"
+        ) from error
     raise UserError(f"{path}: expected a tokenizer: a .model, tokenizer.json or vocab.json file")
 
 
@@ -96,12 +98,12 @@ class SentencePiece:
 
         proto = path.read_bytes()
         self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=proto)
-        self.files = (path,)
+        self.files: tuple[Path, ...] = (path,)
         self.vocab_size: int = self._model.vocab_size()
         self.eod_id: int = self._model.eos_id()
         if self.eod_id < 0:
             raise UserError(f"{path}: this tokenizer has no end-of-sentence piece to end documents with")
-        spec = sentencepiece_model_pb2.ModelProto.FromString(proto)
+        spec: Any = sentencepiece_model_pb2.ModelProto.FromString(proto)  # type: ignore[attr-defined]
         normalizer = spec.normalizer_spec
         self.keeps_all_text = (
             spec.trainer_spec.byte_fallback

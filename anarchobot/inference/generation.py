@@ -9,7 +9,7 @@ import mlx.core as mx
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, GenerationConfig, ModelConfig
 from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
-from anarchobot.model.transformer import Params, head_weight, hidden_states, logits
+from anarchobot.model.transformer import Cache, Params, head_weight, hidden_states, logits
 from anarchobot.training import checkpoint
 
 PENALTY_WINDOW = 20  # tokens that repetition_penalty looks back
@@ -74,7 +74,7 @@ def generate_ids(model: Model, settings: GenerationConfig) -> Iterator[int]:
     draw = sampler(settings)
     penalty = None if settings.repetition_penalty == 1 else settings.repetition_penalty
     processors = make_logits_processors(repetition_penalty=penalty, repetition_context_size=PENALTY_WINDOW)
-    caches = [KVCache() for _ in range(shape.n_layers)]
+    caches: list[Cache] = [KVCache() for _ in range(shape.n_layers)]  # type: ignore[no-untyped-call]
     seen = mx.array(prompt)
     tokens = seen[None]  # [1, L]
     for _ in range(min(settings.max_new_tokens, room)):
@@ -84,7 +84,7 @@ def generate_ids(model: Model, settings: GenerationConfig) -> Iterator[int]:
             z = process(seen, z)
         token = draw(z)  # [1]
         mx.eval(token)
-        drawn = int(token.item())
+        (drawn,) = token.tolist()
         if drawn == eod:
             return
         yield drawn
@@ -98,7 +98,11 @@ def sampler(settings: GenerationConfig) -> Callable[[mx.array], mx.array]:
 
     if settings.method == "greedy":
         return lambda z: mx.argmax(z, axis=-1)
-    filters = {"top_k": {"top_k": settings.top_k}, "nucleus": {"top_p": settings.top_p}, "random": {}}
+    filters: dict[str, dict[str, float]] = {
+        "top_k": {"top_k": settings.top_k},
+        "nucleus": {"top_p": settings.top_p},
+        "random": {},
+    }
     # mlx-lm filters before its temperature; dividing first gives the field's order (as in transformers).
     draw = make_sampler(temp=1.0, **filters[settings.method])
 

@@ -5,6 +5,8 @@ chunk's logits give its loss and, at once, its share of both gradients, and are 
 al., 2024, without its filtering). Shapes: N tokens, D d_model, V vocabulary, C chunk.
 """
 
+from typing import Any
+
 import mlx.core as mx
 
 from anarchobot.config.schema import ModelConfig
@@ -21,9 +23,7 @@ def loss_sum(hidden: mx.array, weight: mx.array, targets: mx.array, model: Model
     return mx.sum(mx.stack([_chunk_loss(h, weight, t, model)[0] for h, t in _chunks(hidden, targets)]))
 
 
-def scaled_loss(
-    hidden: mx.array, weight: mx.array, targets: mx.array, model: ModelConfig, scale: mx.array
-) -> mx.array:
+def scaled_loss(hidden: mx.array, weight: mx.array, targets: mx.array, model: ModelConfig, scale: mx.array) -> mx.array:
     """`scale` times `loss_sum`, with its own gradient for `hidden` and `weight`, computed together with the loss.
 
     For a token with softmax p and one-hot target y, dL/dz = p - y (times 1 - (z/cap)^2 under a softcap), so
@@ -54,8 +54,8 @@ def scaled_loss(
         incoming = cotangents[0]
         return hidden_gradient * incoming.astype(hidden_gradient.dtype), weight_gradient * incoming
 
-    result: mx.array = fused(hidden, weight)[0]
-    return result
+    outputs: Any = fused(hidden, weight)
+    return outputs[0]
 
 
 def _chunks(hidden: mx.array, targets: mx.array) -> list[tuple[mx.array, mx.array]]:

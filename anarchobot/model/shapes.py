@@ -56,7 +56,7 @@ def init_parameters(model: ModelConfig, seed: int) -> dict[str, npt.NDArray[np.f
         else:
             key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "big")
             std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else INIT_STD
-            values[name] = np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, np.float32) * np.float32(
-                std
-            )
+            values[name] = np.random.Generator(np.random.Philox(key=key)).standard_normal(
+                shape, np.float32
+            ) * np.float32(std)
     return values

@@ -38,9 +38,7 @@ def update(
     matrices = {name: params[name] for name in state["muon.momentum"]}
     rest = {name: params[name] for name in state["adamw.first"]}
     matrices, buffers = muon(matrices, grads, state["muon.momentum"], lr, momentum, weight_decay)
-    rest, first, second = adamw(
-        rest, grads, state["adamw.first"], state["adamw.second"], lr, count, weight_decay
-    )
+    rest, first, second = adamw(rest, grads, state["adamw.first"], state["adamw.second"], lr, count, weight_decay)
     new = matrices | rest
     return (
         {name: new[name] for name in params},

@@ -55,8 +55,8 @@ def muon(
 ) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
     """One update of matrices [rows, cols]; all dicts have the same names. Returns the new (params, buffers).
 
-        m <- mu m + (1 - mu) g;   u = orthogonalise(mu m + (1 - mu) g)         (Nesterov's look ahead)
-        W <- W - lr (0.2 sqrt(max(rows, cols)) u + weight_decay W)
+    m <- mu m + (1 - mu) g;   u = orthogonalise(mu m + (1 - mu) g)         (Nesterov's look ahead)
+    W <- W - lr (0.2 sqrt(max(rows, cols)) u + weight_decay W)
     """
     new_params, new_buffers, by_shape = {}, {}, defaultdict(list)
     for name in params:

@@ -138,7 +138,9 @@ def _resume(engine: Engine, run: Run, start: checkpoint.Checkpoint) -> Progress:
     )
 
 
-def _opening(run: Run, stream: TokenStream, device: object, precision: str, start: checkpoint.Checkpoint | None) -> list[str]:
+def _opening(
+    run: Run, stream: TokenStream, device: object, precision: str, start: checkpoint.Checkpoint | None
+) -> list[str]:
     config = run.config
     per_step = config.train.micro_batch_size * config.train.grad_accum_steps
     lines = [

@@ -4,7 +4,6 @@ Shapes: A micro-batches, B sequences in each, L tokens in a sequence.
 """
 
 import hashlib
-
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +77,7 @@ class MLXEngine:
         tokens = int(np.count_nonzero(batch.targets >= 0))
         unscale = sequences / (loss_scale * max(1, tokens))
         norm = _global_norm(grads) * unscale
-        result = StepResult(total.item() / (scale.item() * max(1, tokens)), norm.item(), tokens)
+        result = StepResult(float(total) / (float(scale) * max(1, tokens)), float(norm), tokens)
         if self._scale:
             self._scale.after(result.finite)
         if result.finite:
@@ -94,7 +93,7 @@ class MLXEngine:
     def eval_step(self, batch: Batch) -> tuple[float, int]:
         """Summed loss in nats over the scored tokens of the batch, and their number; no dropout."""
         total = sum(
-            self._loss(self.params, mx.array(inputs), mx.array(targets)).item()
+            float(self._loss(self.params, mx.array(inputs), mx.array(targets)))
             for inputs, targets in zip(batch.inputs, batch.targets, strict=True)
         )
         return total, int(np.count_nonzero(batch.targets >= 0))
@@ -105,7 +104,9 @@ class MLXEngine:
         There is no random state: dropout and data order are functions of the seed and the step.
         """
         arrays = {f"params/{name}": p for name, p in self.params.items()}
-        arrays |= {f"optimizer/{kind}/{name}": a for kind, by_name in self._state.items() for name, a in by_name.items()}
+        arrays |= {
+            f"optimizer/{kind}/{name}": a for kind, by_name in self._state.items() for name, a in by_name.items()
+        }
         numpy = {name: np.array(a) for name, a in arrays.items()}
         numpy["updates"] = np.array(self._updates)
         if self._scale:

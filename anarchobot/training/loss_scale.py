@@ -1,5 +1,5 @@
-"""Dynamic loss scaling for float16 (Micikevicius et al., 2018): gradients are computed of a multiple of the loss, so that
-small ones do not round to zero; a multiple that was too large shows as inf or nan, costs that step, and is halved."""
+"""Dynamic loss scaling for float16 (Micikevicius et al., 2018): gradients are computed of a multiple of the loss, so
+that small ones do not round to zero; a multiple too large shows as inf or nan, costs that step, and is halved."""
 
 from dataclasses import dataclass
 

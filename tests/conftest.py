@@ -1,0 +1,24 @@
+"""What all tests share. MLX is imported after a fast BLAS, where there is one: it only makes the suite quicker."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from anarchobot.system.blas import load_fast_blas
+
+load_fast_blas()
+
+
+def shared_data_folder() -> Path | None:
+    """Real text for tests: ANARCHOBOT_TEST_DATA, else ../shared/data; None where there is none."""
+    folder = Path(os.environ.get("ANARCHOBOT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    return folder if folder.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    folder = shared_data_folder()
+    if folder is None:
+        pytest.skip("no test data here (ANARCHOBOT_TEST_DATA): the cases without it have run")
+    return folder
