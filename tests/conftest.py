@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tests.tiny import make_shards
 
 from anarchobot.system.blas import load_fast_blas
 
@@ -22,3 +23,9 @@ def shared_data() -> Path:
     if folder is None:
         pytest.skip("no test data here (ANARCHOBOT_TEST_DATA): the cases without it have run")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read-only for the tests: one that damages shards copies them first."""
+    return make_shards(tmp_path_factory.mktemp("tiny") / "shards")

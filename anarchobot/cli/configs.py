@@ -5,7 +5,7 @@ import json
 import sys
 from typing import Any
 
-from anarchobot.cli.parser import add_command, add_config, config_path, overrides
+from anarchobot.cli.parser import add_command, add_config, overrides
 
 
 def add_commands(commands: Any) -> None:
@@ -17,21 +17,24 @@ def add_commands(commands: Any) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    import yaml
+    from anarchobot.config.loading import load_config
+    from anarchobot.config.yaml_tree import dump
 
-    from anarchobot.config.loading import leaf_keys, load_config
-
-    loaded = load_config(config_path(args, optional=True), overrides(args))
+    loaded = load_config(args.config, overrides(args))
     values = loaded.config.model_dump()
+    sources = {
+        f"{section}.{key}": loaded.sources.get(f"{section}.{key}", "default")
+        for section, keys in values.items()
+        for key in keys
+    }
     if args.json:
-        sources = {key: loaded.sources.get(key, "default") for key in leaf_keys()}
         print(json.dumps({"config": values, "sources": sources}, indent=1))
         return
     for section, keys in values.items():
         print(f"{section}:")
         for key, value in keys.items():
-            text = yaml.safe_dump({key: value}, default_flow_style=True, width=10**6).strip()[1:-1]
-            print(f"  {text:<40} # {loaded.sources.get(f'{section}.{key}', 'default')}")
+            line = dump({key: value}, flow=True).strip()[1:-1]
+            print(f"  {line:<40} # {sources[f'{section}.{key}']}")
 
 
 def _schema(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anarchobot.cli.parser import add_command, add_config, add_settings, config_path, overrides
+from anarchobot.cli.parser import add_command, add_config, add_settings, overrides
 from anarchobot.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,10 +72,10 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
     from anarchobot.data.documents import Counts
     from anarchobot.data.tokenizer_training import limited, train_tokenizer
 
-    config = load_config(config_path(args, optional=True), overrides(args)).config
+    config = load_config(args.config, overrides(args)).config
     output = args.output or config.train.tokenizer_path
     if output is None:
-        raise UserError(f"{args.prog}: where to? Give --output PREFIX, or set train.tokenizer_path")
+        raise UserError("where to? Give --output PREFIX, or set train.tokenizer_path")
     prefix = Path(output)
     if not args.output:  # train.tokenizer_path names the file that is loaded later
         prefix = prefix.with_name(prefix.name.removesuffix(".model").removesuffix("-vocab.json"))
@@ -101,11 +101,10 @@ def _pretokenize(args: argparse.Namespace) -> None:
     from anarchobot.data.pretokenize import pretokenize
     from anarchobot.data.tokenizer import load_tokenizer
 
-    path = config_path(args, optional=True)
-    loaded = load_config(path, overrides(args))
+    loaded = load_config(args.config, overrides(args))
     config = loaded.config
     if config.train.tokenizer_path is None:
-        raise UserError(f"{args.prog}: which tokenizer? Give --tokenizer FILE, or set train.tokenizer_path")
+        raise UserError("which tokenizer? Give --tokenizer FILE, or set train.tokenizer_path")
     tokenizer = load_tokenizer(config.train.tokenizer_path)
     if "model.vocab_size" in loaded.sources and tokenizer.vocab_size != config.model.vocab_size:
         raise UserError(

@@ -1,5 +1,6 @@
 """The program: which command, and what its mistakes look like."""
 
+import os
 import sys
 import traceback
 
@@ -28,22 +29,23 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         args = parse(build_parser(), words)
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        sys.stdout.flush()  # here, where a reader that has gone is still caught
+        return int(code)
     except UserError as error:
         return _fail(str(error), 2, debug)
     except KeyboardInterrupt:
         return _fail("stopped", 130, debug)
-    except BrokenPipeError:  # the reader of our output has gone
-        sys.stderr.close()
+    except BrokenPipeError:  # the reader of our output has gone: what is left of it goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        return _fail(
-            f"unexpected {type(error).__name__}: {error} (a fault of the program's; --debug shows where)", 1, debug
-        )
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        return _fail(f"unexpected {what} (a fault of the program's; --debug shows where)", 1, debug)
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"anarchobot: {' '.join(message.split())}", file=sys.stderr)
+    print(f"anarchobot: {message}", file=sys.stderr)
     return code

@@ -1,11 +1,13 @@
 """The command line's words: argparse, with its mistakes told in one line and the nearest right word."""
 
 import argparse
-import json
 import re
 from typing import Any, NoReturn
 
 from anarchobot.config.errors import UserError, did_you_mean
+
+_SETTING = "setting "  # dest of a flag that stands for a key of the schema
+_KEY_VALUE = re.compile(r"\w[\w.-]*=")  # a file of such a name is given as ./NAME
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -14,13 +16,11 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if not action.dest.startswith(_SETTING):
             return super()._get_help_string(action)
-        from anarchobot.config.loading import leaf_keys
+        from anarchobot.config.loading import expectation, leaf_keys
 
         key = action.dest.removeprefix(_SETTING)
-        return f"{key}: {leaf_keys()[key].description}".replace("%", "%%")
-
-
-_SETTING = "setting "  # dest of a flag that stands for a key of the schema
+        info = leaf_keys()[key]
+        return f"{key}: {info.description}; takes {expectation(info)}".replace("%", "%%")
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,23 +30,35 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        if match := re.search(r"invalid choice: '([^']*)'", message):
-            choices = re.sub(r".*choose from ", "", message).rstrip(")").replace("'", "")
-            near = did_you_mean(match[1], choices.split(", ")) or f": expected one of {choices}"
-            raise UserError(f"{self.prog}: '{match[1]}' is none of its words{near}")
-        raise UserError(f"{self.prog}: {message} (see {self.prog} --help)")
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            near = did_you_mean(value, action.choices) or f"; expected one of {', '.join(action.choices)}"
+            self.error(f"'{value}' is no command of {self.prog}{near}")
 
 
 def parse(parser: Parser, argv: list[str]) -> argparse.Namespace:
-    """Parses; `section.key=value` words may stand anywhere behind the command, in `args.overrides`."""
+    """Parses. For a command with CONFIG, its KEY=VALUE words may stand before, between and behind the flags."""
     args, rest = parser.parse_known_args(argv)
-    overrides = [word for word in rest if re.match(r"[\w.]+=", word)]
-    unknown = [word for word in rest if word not in overrides]
-    if unknown or (overrides and not hasattr(args, "overrides")):
-        word = (unknown or overrides)[0]
-        raise UserError(f"{args.prog}: unexpected '{word}'{did_you_mean(word, args.options)} (see {args.prog} --help)")
-    if overrides:
-        args.overrides = [*args.overrides, *overrides]
+    if hasattr(args, "settings"):
+        words = [args.config, *args.settings, *(word for word in rest if not word.startswith("-"))]
+        rest = [word for word in rest if word.startswith("-")]
+        if getattr(args, "input", None):  # `--input FILE...` takes all words behind it
+            words += [word for word in args.input if _KEY_VALUE.match(word)]
+            args.input = [word for word in args.input if not _KEY_VALUE.match(word)]
+            if not args.input:
+                raise UserError(f"argument --input: expected FILE before KEY=VALUE (see {args.prog} --help)")
+        args.settings = [word for word in words if word is not None and _KEY_VALUE.match(word)]
+        configs = [word for word in words if word is not None and not _KEY_VALUE.match(word)]
+        args.config = configs[0] if configs else None
+        rest += configs[1:]
+        if args.config is None and args.needs_config:
+            raise UserError(f"which CONFIG? Expected a YAML file, such as those in configs/ (see {args.prog} --help)")
+    if rest:
+        word = rest[0].partition("=")[0]
+        near = f": it belongs behind '{args.prog}'" if word in args.options else did_you_mean(word, args.options)
+        raise UserError(f"unexpected '{rest[0]}'{near} (see {args.prog} --help)")
     return args
 
 
@@ -61,39 +73,32 @@ def add_command(commands: Any, name: str, run: Any, summary: str, **kwargs: Any)
 
 
 def add_config(parser: Parser, optional: bool = False) -> None:
-    """CONFIG and KEY=VALUE words; where CONFIG may be left out, `config_path` sorts the two."""
+    """CONFIG and KEY=VALUE words: `args.config`, a path (or None where it is optional), and `args.settings`."""
     parser.add_argument(
-        "overrides",
-        nargs="*" if optional else "+",
-        metavar="[CONFIG] KEY=VALUE" if optional else "CONFIG KEY=VALUE",
-        help="a YAML file, then settings that override it, such as train.lr=1e-3",
+        "config", nargs="?" if optional else None, metavar="CONFIG", help="a YAML file, such as those in configs/"
     )
-
-
-def config_path(args: argparse.Namespace, optional: bool = False) -> str | None:
-    """Takes CONFIG out of the words of `add_config` and leaves the overrides."""
-    if args.overrides and not re.match(r"\w+\.\w+=", args.overrides[0]):
-        return str(args.overrides.pop(0))
-    if optional:
-        return None
-    raise UserError(f"{args.prog}: which CONFIG? Expected a YAML file first (see configs/)")
+    parser.add_argument(
+        "settings", nargs="*", default=[], metavar="KEY=VALUE", help="overrides the file's, such as train.lr=1e-3"
+    )
+    parser.set_defaults(needs_config=not optional)
 
 
 def add_settings(parser: Parser, settings: dict[str, str]) -> None:
     """Flags that stand for keys of the schema: {"--lr": "train.lr"}."""
     for flag, key in settings.items():
-        parser.add_argument(flag, metavar=flag.strip("-").replace("-", "_").upper(), dest=f"{_SETTING}{key}")
+        metavar = flag.strip("-").replace("-", "_").upper()
+        parser.add_argument(flag, metavar=metavar, dest=f"{_SETTING}{key}", help=key)  # in full: _Help
 
 
-def overrides(args: argparse.Namespace, base: dict[str, Any] | None = None) -> list[str]:
-    """All KEY=VALUE words, the later ones stronger: `base` (keys and values), those typed, those of settings' flags."""
+def overrides(args: argparse.Namespace, base: dict[str, Any] | None = None) -> list[str | tuple[str, Any]]:
+    """What `load_config` is to lay over the file, the later ones stronger: `base` (keys and values), the KEY=VALUE
+    words, the settings' flags. A flag for a text is taken as typed, whatever YAML would make of it."""
     from anarchobot.config.loading import leaf_keys
 
-    flags = []
+    result: list[str | tuple[str, Any]] = [*(base or {}).items(), *getattr(args, "settings", [])]
     for name, value in vars(args).items():
         if name.startswith(_SETTING) and value is not None:
             key = name.removeprefix(_SETTING)
-            is_text = leaf_keys()[key].annotation in (str, str | None)  # taken as typed, whatever YAML would make of it
-            flags.append(f"{key}={json.dumps(value) if is_text else value}")
-    words = [f"{key}={json.dumps(value)}" for key, value in (base or {}).items()]
-    return [*words, *getattr(args, "overrides", []), *flags]
+            is_text = leaf_keys()[key].annotation in (str, str | None)
+            result.append((key, value) if is_text else f"{key}={value}")
+    return result

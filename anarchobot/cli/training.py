@@ -5,7 +5,7 @@ import json
 import sys
 from typing import Any
 
-from anarchobot.cli.parser import add_command, add_config, add_settings, config_path, overrides
+from anarchobot.cli.parser import add_command, add_config, add_settings, overrides
 
 # The settings that everybody changes, under the names that everybody types.
 SETTINGS = {
@@ -31,8 +31,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     from anarchobot.config.loading import load_config
     from anarchobot.tasks.pretrain import pretrain
 
-    path = config_path(args)
-    summary = pretrain(load_config(path, overrides(args)), quiet=args.quiet or args.json)
+    summary = pretrain(load_config(args.config, overrides(args)), quiet=args.quiet or args.json)
     if args.json:
         print(json.dumps(summary))
     elif not args.quiet:
@@ -44,7 +43,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     if summary["finished"]:
         return 0
     print(
-        f"stopped at step {summary['steps']}; go on with: anarchobot pretrain {path} --resume-from auto",
+        f"stopped at step {summary['steps']}; go on with: anarchobot pretrain {args.config} --resume-from auto",
         file=sys.stderr,
     )
     return 130

@@ -11,6 +11,10 @@ class UserError(Exception):
     The command line prints it and exits with 2; `--debug` shows the traceback as well.
     """
 
+    def __init__(self, message: str) -> None:
+        # What people wrote is quoted in it: a line break or a terminal's escape code is shown, not obeyed.
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the candidate nearest to `name`, or nothing when none is near."""

@@ -1,18 +1,24 @@
 """A file and the command line's KEY=VALUE into one checked Config, which remembers where each value came from."""
 
+import json
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from anarchobot.config.checks import RUN_LENGTHS, contradictions
 from anarchobot.config.errors import UserError, did_you_mean
 from anarchobot.config.schema import Config
-from anarchobot.config.yaml_tree import Tree, parse, parse_scalar
+from anarchobot.config.yaml_tree import MAX_BYTES, Tree, parse, parse_scalar
+
+COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True)
@@ -28,23 +34,23 @@ class LoadedConfig:
         return f"{source}: {key}" if source else f"{key} (its default)"
 
 
-def load_config(path: str | Path | None, overrides: list[str] | None = None) -> LoadedConfig:
+def load_config(path: str | Path | None, overrides: Sequence[str | tuple[str, Any]] = ()) -> LoadedConfig:
     """Reads and checks a configuration. Precedence: command line, file, default.
 
-    `overrides` holds `section.key=value` words. Raises UserError, one line that names file, line and key.
+    `overrides` holds `section.key=value` words, and (key, value) pairs whose value is taken as it is; later ones are
+    stronger. Raises UserError, one line that names file, line and key.
     """
-    name = "command line" if path is None else str(path)
-    tree = Tree() if path is None else parse(_read(Path(path)), name)
-    sources = {key: f"{name}:{line}" for key, line in tree.lines.items()}
-    for word in overrides or []:
-        _override(tree.values, sources, word)
+    tree = Tree() if path is None else parse(_read(Path(path)), str(path))
+    sources = {key: f"{path}:{line}" for key, line in tree.lines.items()}
+    for override in overrides:
+        key, value = _parsed(override) if isinstance(override, str) else override
+        _override(tree.values, sources, key, value)
     try:
         config = Config.model_validate({k: {} if v is None else v for k, v in tree.values.items()})
     except ValidationError as error:
         raise UserError(_describe(error, sources)) from error
     loaded = LoadedConfig(config, {key: source for key, source in sources.items() if "." in key})
-    for key, problem in contradictions(config, list(loaded.sources)):
-        raise UserError(f"{loaded.where(key)}: {problem}")
+    _refuse_contradictions(loaded)
     return loaded
 
 
@@ -56,6 +62,15 @@ def config_from_dict(values: dict[str, Any], name: str) -> Config:
         raise UserError(f"{name}: {_describe(error, {})}") from error
 
 
+def effective_yaml(config: Config) -> str:
+    """The configuration as a file that loads to the same one: keys without a value are left out, and of the three
+    lengths of a run the two that do not count."""
+    values = config.model_dump(exclude_none=True)
+    if config.train.epochs is not None or config.train.token_budget is not None:
+        del values["train"]["total_steps"]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
 def leaf_keys() -> dict[str, FieldInfo]:
     """Every dotted key of the schema, in its order: `{"model.vocab_size": FieldInfo, ...}`."""
     return {
@@ -65,58 +80,73 @@ def leaf_keys() -> dict[str, FieldInfo]:
     }
 
 
-def _read(path: Path) -> str:
+def _read(path: Path) -> bytes:
     try:
-        if path.stat().st_size > 1_000_000:  # before reading it: it may be a shard given by mistake
-            raise UserError(f"{path}: larger than 1 MB: that is no configuration")
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)  # no more: it may be a shard given by mistake
     except FileNotFoundError as error:
-        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")])
         raise UserError(f"{path}: no such file{near}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}): expected a YAML configuration") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _override(values: dict[str, Any], sources: dict[str, str], word: str) -> None:
+def _parsed(word: str) -> tuple[str, Any]:
     key, equals, text = word.partition("=")
-    section, dot, leaf = key.partition(".")
-    if not (equals and dot and section and leaf):
-        raise UserError(f"command line: {word!r}: expected SECTION.KEY=VALUE, such as train.lr=1e-3")
-    if not isinstance(values.setdefault(section, {}) or {}, dict):
-        raise UserError(f"{sources.get(section, section)}: {section}: expected a section, got a single value")
-    values[section] = (values[section] or {}) | {leaf: parse_scalar(text)}
-    sources.setdefault(section, "command line")
+    section, _, leaf = key.partition(".")
+    if not (equals and section and leaf):
+        full = [k for k in leaf_keys() if k.endswith(f".{key}")] if equals else []
+        near = f"; did you mean '{full[0]}={text}'?" if full else ", such as train.lr=1e-3"
+        raise UserError(f"{COMMAND_LINE}: '{word}': expected SECTION.KEY=VALUE{near}")
+    return key, parse_scalar(text, key)
+
+
+def _override(values: dict[str, Any], sources: dict[str, str], key: str, value: Any) -> None:
+    section, _, leaf = key.partition(".")
+    keys = values.get(section)
+    if keys is not None and not isinstance(keys, dict):
+        raise UserError(f"{sources[section]}: {section}: expected a section of keys, got {_shown(keys)}")
+    values[section] = keys = {**(keys or {}), leaf: value}
+    sources.setdefault(section, COMMAND_LINE)
     sources.pop(key, None)  # set again, so last in the order of setting
-    sources[key] = "command line"
-    if key in RUN_LENGTHS:  # one length replaces another that the file gives; two on the command line contradict
+    sources[key] = COMMAND_LINE
+    if key in RUN_LENGTHS and value is not None:  # it replaces one in the file; two on the command line contradict
         for other in RUN_LENGTHS:
-            if other != key and sources.get(other, "command line") != "command line":
-                del sources[other], values[section][other.split(".")[1]]
+            if sources.get(other, COMMAND_LINE) != COMMAND_LINE:
+                del sources[other], keys[other.partition(".")[2]]
+
+
+def _refuse_contradictions(loaded: LoadedConfig) -> None:
+    """Tells the first contradiction in the order of setting. Of its keys the first one set takes the blame, or the
+    first on the command line: that is the likelier slip."""
+    order = list(loaded.sources)
+    given = [key for key in order if attrgetter(key)(loaded.config) is not None]
+    found = []
+    for keys, problem in contradictions(loaded.config, given):
+        ranks = [(loaded.sources[key] != COMMAND_LINE, order.index(key)) for key in keys if key in order]
+        found.append((min(ranks)[1], problem))
+    if found:
+        index, problem = min(found)
+        raise UserError(f"{loaded.where(order[index])}: {problem}")
 
 
 def _describe(error: ValidationError, sources: dict[str, str]) -> str:
     """The first problem in the file's order as `file:line: key: what was expected`, and how many more there are."""
-    problems = error.errors(include_url=False)
-    located = [(".".join(str(part) for part in p["loc"][:2]), p) for p in problems]
     order = list(sources)
-    located.sort(key=lambda item: order.index(item[0]) if item[0] in sources else -1)
-    key, problem = located[0]
-    distinct = len({k for k, _ in located})
-    more = f" ({distinct - 1} more after this one)" if distinct > 1 else ""
-    source = sources.get(key)
-    return f"{source + ': ' if source else ''}{key}: {_expected(key, problem)}{more}"
+    problems: dict[str, Any] = {}
+    for problem in error.errors(include_url=False):
+        problems.setdefault(".".join(str(part) for part in problem["loc"][:2]), problem)
+    key = min(problems, key=lambda k: order.index(k) if k in sources else -1)
+    more = f" ({len(problems) - 1} more after this one)" if len(problems) > 1 else ""
+    return ": ".join(part for part in (sources.get(key), key, _expected(key, problems[key])) if part) + more
 
 
 def _expected(key: str, problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         return _unknown(key)
-    section, _, leaf = key.partition(".")
-    if not leaf:
-        return f"expected a section of keys, got {problem['input']!r}"
-    info = leaf_keys()[key]
-    return f"expected {expectation(info)}, got {_shown(problem['input'])}"
+    if "." not in key:
+        return f"expected a section of keys, got {_shown(problem['input'])}"
+    return f"expected {expectation(leaf_keys()[key])}, got {_shown(problem['input'])}"
 
 
 def _unknown(key: str) -> str:
@@ -125,12 +155,12 @@ def _unknown(key: str) -> str:
         elsewhere = [k for k in leaf_keys() if k.endswith(f".{section}")]
         hint = f"; it belongs under '{elsewhere[0].split('.')[0]}:'" if elsewhere else ""
         return f"unknown section{hint or did_you_mean(section, Config.model_fields)}"
+    elsewhere = [k for k in leaf_keys() if k.endswith(f".{leaf}")]
+    if elsewhere:
+        return f"unknown key; did you mean '{elsewhere[0]}'?"
     own = [k.split(".")[1] for k in leaf_keys() if k.startswith(f"{section}.")]
-    near = did_you_mean(leaf, own)
-    if not near:
-        elsewhere = [k for k in leaf_keys() if k.endswith(f".{leaf}")]
-        near = f"; did you mean '{elsewhere[0]}'?" if elsewhere else f"; {section} has {', '.join(own)}"
-    return f"unknown key{near}"
+    near = did_you_mean(leaf, own) or did_you_mean(leaf, leaf_keys())
+    return "unknown key" + (near or f"; {section} has {', '.join(own)}")
 
 
 def expectation(info: FieldInfo) -> str:
@@ -166,5 +196,6 @@ def _bounds_in_words(metadata: list[Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    """`value` as one would write it in the file, on one line, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,9 +1,12 @@
-"""The one list of settings. The loader's checks, the command line's overrides, the JSON Schema and docs/configuration.md
-are all derived from these classes; nothing is configured anywhere else."""
+"""The one list of settings.
+
+The loader's checks, the command line's overrides, the JSON Schema and docs/configuration.md are all derived from these
+classes; nothing is configured anywhere else.
+"""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 
 def _whole(value: Any) -> Any:
@@ -140,6 +143,14 @@ class TrainConfig(Section):
     checkpoint_path: str | None = Field(
         None, description="resume from this checkpoint or run folder; auto: the newest in save_dir, if any"
     )
+
+    @model_serializer(mode="wrap")
+    def _with_one_length(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves total_steps out where another length replaces it: what is written must load again."""
+        values: dict[str, Any] = write(self)
+        if self.epochs is not None or self.token_budget is not None:
+            values.pop("total_steps", None)
+        return values
 
 
 class TokenizerConfig(Section):

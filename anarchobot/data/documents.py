@@ -13,8 +13,10 @@ from anarchobot.data import builtin, hub
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 
-# A text file of at least this many bytes gives its tail to validation; a smaller one goes whole to one side.
-CUT_FILE_BYTES = 65536
+# A text file of at least this many characters gives its tail to validation; a smaller one goes whole to one side.
+CUT_FILE_CHARS = 65536
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ def open_source(data: DataConfig, seed: int, counts: Counts) -> tuple[str, Itera
     names = [dataset] if isinstance(dataset, str) else dataset
     try:
         if len(names) == 1 and hub.looks_like_a_name(names[0]):
-            rows = hub.rows(names[0], data, seed)
-            return names[0], _rows(((names[0], row) for row in rows), data, counts)
+            rows = enumerate(hub.rows(names[0], data, seed))
+            return names[0], _rows(((f"{names[0]}: row {i}", row) for i, row in rows), data, counts)
         return ", ".join(names), from_files(names, data, counts)
     except UserError:
         if data.fallback == "builtin":
@@ -87,7 +89,7 @@ def _matches(name: str) -> list[Path]:
             raise UserError(f"{name}: expected a {', '.join(SUFFIXES)} file: rename it, or convert it to one of these")
         return [path]
     if glob.has_magic(name):
-        found = sorted(Path(p) for p in glob.glob(name, recursive=True) if p.endswith(SUFFIXES))
+        found = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.suffix in SUFFIXES and p.is_file())
         if found:
             return found
         raise UserError(f"{name}: matches no {', '.join(SUFFIXES)} file")
@@ -98,7 +100,7 @@ def _matches(name: str) -> list[Path]:
 def _from_file(path: Path, data: DataConfig, counts: Counts) -> Iterator[Document]:
     try:
         if path.suffix == ".jsonl":
-            yield from _rows(_jsonl_rows(path), data, counts)
+            yield from _rows(_jsonl_lines(path), data, counts)
         else:
             yield from _texts([_decode(path, path.read_bytes())], counts)
     except OSError as error:
@@ -106,86 +108,103 @@ def _from_file(path: Path, data: DataConfig, counts: Counts) -> Iterator[Documen
 
 
 def _decode(path: Path, raw: bytes) -> str:
-    if not raw:
-        raise UserError(f"{path}: the file is empty")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin1"  # latin1: only an example
         raise UserError(
-            f"{path}: not UTF-8 text (byte {error.start}): convert it first, as with iconv -f latin1 -t utf-8"
+            f"{path}: not UTF-8 text (byte {error.start + 1}): convert it first, as with iconv -f {encoding} -t utf-8"
         ) from error
+    if not text:
+        raise UserError(f"{path}: the file is empty")
     if "\0" in text:
-        raise UserError(f"{path}: not text: it holds a NUL character (at {text.index(chr(0))})")
+        raise UserError(f"{path}: not text: it holds a NUL character (at character {text.index(chr(0)) + 1})")
     return text
 
 
 def _texts(texts: Iterable[str], counts: Counts) -> Iterator[Document]:
     for text in texts:
         counts.read += 1
-        if text:
-            yield Document(text, may_cut=len(text) >= CUT_FILE_BYTES)
+        if not _is_blank(text):
+            yield Document(text, may_cut=len(text) >= CUT_FILE_CHARS)
         else:
             counts.filtered += 1
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """(place, object) for each line of a JSONL file, split at byte 0x0A only; (place, what is wrong) for a bad line."""
+def _jsonl_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(place, line) for each line of a JSONL file that isn't blank. Lines end at byte 0x0A only."""
     empty = True
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 empty = False
-                yield f"{path}:{number}", _parse_line(line, first=number == 1)
+                yield f"{path}:{number}", line
     if empty:
         raise UserError(f"{path}: the file is empty")
 
 
-def _parse_line(line: bytes, first: bool) -> dict[str, Any] | str:
-    try:
-        row = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    except json.JSONDecodeError as error:
-        return f"not valid JSON: {error.msg}"
-    except (RecursionError, ValueError) as error:  # nested too deep; a number of too many digits
-        return f"not usable JSON: {error}"
-    return row if isinstance(row, dict) else "not a JSON object"
-
-
-def _rows(rows: Iterable[tuple[str, dict[str, Any] | str]], data: DataConfig, counts: Counts) -> Iterator[Document]:
-    good = 0
-    for place, row in rows:
+def _rows(rows: Iterable[tuple[str, bytes | Row]], data: DataConfig, counts: Counts) -> Iterator[Document]:
+    """Rows, each with its place, to documents. A broken row is counted and skipped, but as long as none was good, a
+    missing field is most likely a wrong name in the config: UserError."""
+    any_good = False
+    for place, line in rows:
         counts.read += 1
-        problem = row if isinstance(row, str) else _problem(row, data)
-        if problem or isinstance(row, str):
-            if isinstance(row, dict) and data.text_field not in row and not good:  # most likely a wrong name
-                has = ", ".join(sorted(row)) or "nothing"
-                raise UserError(f"{place}: no field '{data.text_field}' (it has {has}): set data.text_field")
+        try:
+            row = _parse(line) if isinstance(line, bytes) else line
+            if not any_good:
+                _check_fields(row, place, data)
+            text, wanted = _text(row, data), _scores(row, data)
+        except (ValueError, RecursionError) as error:
             counts.broken += 1
-            counts.first_broken = counts.first_broken or f"{place}: {problem}"
+            counts.first_broken = counts.first_broken or f"{place}: {error}"
             continue
-        good += 1
-        if row[data.text_field] and _scores(row, place, data):
-            yield Document(row[data.text_field])
+        any_good = True
+        if wanted and not _is_blank(text):
+            yield Document(text)
         else:
             counts.filtered += 1
 
 
-def _problem(row: dict[str, Any], data: DataConfig) -> str:
+def _parse(line: bytes) -> Row:
+    """Raises ValueError, or RecursionError when it is nested too deep."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} at character {error.pos + 1}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from error
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    return row
+
+
+def _check_fields(row: Row, place: str, data: DataConfig) -> None:
+    for key, field in (("text_field", data.text_field), ("score_field", data.score_field)):
+        if field is not None and field not in row:
+            has = ", ".join(sorted(row)) or "nothing"
+            raise UserError(f"{place}: no field '{field}' (it has {has}): set data.{key}")
+
+
+def _text(row: Row, data: DataConfig) -> str:
     text = row.get(data.text_field)
     if not isinstance(text, str):
-        return f"no text in '{data.text_field}'"
+        raise ValueError(f"no text in '{data.text_field}'")
     try:
         text.encode()
-    except UnicodeEncodeError:
-        return "half of a surrogate pair"
-    return ""
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half of a surrogate pair in '{data.text_field}'") from error
+    return text
 
 
-def _scores(row: dict[str, Any], place: str, data: DataConfig) -> bool:
+def _scores(row: Row, data: DataConfig) -> bool:
+    """Whether the row's score is high enough."""
     if data.score_field is None or data.score_min is None:
         return True
     score = row.get(data.score_field)
     if isinstance(score, bool) or not isinstance(score, int | float):
-        raise UserError(f"{place}: '{data.score_field}' is {score!r}, not a number: see data.score_field")
+        raise ValueError(f"no number in '{data.score_field}'")
     return score >= data.score_min
+
+
+def _is_blank(text: str) -> bool:
+    return not text or text.isspace()

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,21 @@ def rows(name: str, data: DataConfig, seed: int) -> Iterator[dict[str, Any]]:
     """The rows of a dataset; shuffled through a buffer of `data.shuffle_buffer` rows when it is streamed.
 
     `name` is a hub name, or a local folder in the hub's layout. Raises UserError when the package is missing or the
-    dataset can't be reached, before the first row is given out.
+    dataset can't be loaded, before the first row is given out; and later, when the network breaks off.
     """
+    stream = _stream(name, data, seed)
+    first = next(stream, None)
+    if first is None:
+        raise UserError(f"data.dataset: '{name}' has no rows in split '{data.split}'")
+    return chain([first], stream)
+
+
+def _stream(name: str, data: DataConfig, seed: int) -> Iterator[dict[str, Any]]:
     try:
         import datasets
     except ImportError as error:
         raise UserError(
-            f"data.dataset: '{name}' is a Hugging Face dataset (no such file here), which needs: "
-            "pip install 'anarchobot[hub]'"
+            f"data.dataset: '{name}' is no file here, and a Hugging Face dataset needs: pip install 'anarchobot[hub]'"
         ) from error
     try:
         loaded = datasets.load_dataset(
@@ -35,19 +43,10 @@ def rows(name: str, data: DataConfig, seed: int) -> Iterator[dict[str, Any]]:
         )
         if data.streaming and data.shuffle_buffer:
             loaded = loaded.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
-        iterator = iter(loaded)
-        first = next(iterator, None)
+        yield from loaded
     except Exception as error:  # the package raises its own, its network library's and plain ones
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"data.dataset: '{name}' can't be reached ({reason}): check the name and the network, "
-            "or set data.fallback: builtin"
+            f"data.dataset: '{name}' is no file here, and as a Hugging Face dataset it can't be read ({reason}): check "
+            "the name and the network, or set data.fallback: builtin"
         ) from error
-    if first is None:
-        raise UserError(f"data.dataset: '{name}' has no rows in split '{data.split}'")
-    return _chain(first, iterator)
-
-
-def _chain(first: dict[str, Any], rest: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    yield first
-    yield from rest

@@ -2,6 +2,7 @@
 `tokenizer.json`, and GPT-2's `vocab.json` with `merges.txt`."""
 
 import hashlib
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,11 +41,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if path.is_dir():
-        found = [p for name in ("tokenizer.model", "tokenizer.json", "vocab.json") for p in path.glob(name)]
-        found = found or sorted(path.glob("*.model"))
-        if not found:
-            raise UserError(f"{path}: no tokenizer in this folder (*.model, tokenizer.json or vocab.json + merges.txt)")
-        path = found[0]
+        path = _the_one_in(path)
     if not path.is_file():
         raise UserError(f"{path}: no such tokenizer file: make one with `anarchobot tokenizer train`")
     try:
@@ -61,6 +58,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"{path}: not a tokenizer this program can read: {' '.join(str(error).split())[:200]}"
         ) from error
     raise UserError(f"{path}: expected a tokenizer: a .model, tokenizer.json or vocab.json file")
+
+
+def _the_one_in(folder: Path) -> Path:
+    for pattern in ("tokenizer.model", "tokenizer.json", "vocab.json", "*.model", "*tokenizer.json", "*vocab.json"):
+        found = sorted(folder.glob(pattern))
+        if len(found) > 1:
+            raise UserError(f"{folder}: holds several tokenizers ({', '.join(p.name for p in found)}): name one of them")
+        if found:
+            return found[0]
+    raise UserError(f"{folder}: no tokenizer in this folder (*.model, tokenizer.json or vocab.json + merges.txt)")
 
 
 def digest(tokenizer: Tokenizer) -> str:
@@ -97,6 +104,8 @@ class SentencePiece:
         from sentencepiece import sentencepiece_model_pb2
 
         proto = path.read_bytes()
+        if not proto:
+            raise UserError(f"{path}: the file is empty: make a tokenizer with `anarchobot tokenizer train`")
         self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=proto)
         self.files: tuple[Path, ...] = (path,)
         self.vocab_size: int = self._model.vocab_size()
@@ -141,22 +150,41 @@ class ByteLevel:
         elif not merges.is_file():
             raise UserError(f"{merges}: no such file: {path.name} needs its merges beside it")
         else:
-            self._model = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(path), str(merges)))
+            vocab, pairs = tokenizers.models.BPE.read_file(str(path), str(merges))
+            for pair in pairs:  # the library would panic
+                if "".join(pair) not in vocab:
+                    raise UserError(f"{merges}: {path.name} lacks its merge '{' '.join(pair)}': not of one tokenizer")
+            self._model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs))
             self._model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
             self._model.decoder = tokenizers.decoders.ByteLevel()
             self.files = (path, merges)
+        ids = self._model.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(ids.values(), default=-1) + 1  # there may be holes
+        ends = [name for name in END_OF_DOCUMENT if name in ids]
+        if not ends:
+            raise UserError(f"{path}: none of {', '.join(END_OF_DOCUMENT)} is in this tokenizer to end documents with")
+        self.eod_id: int = ids[ends[0]]
+        self._model.add_special_tokens([name for name in dict.fromkeys((*END_OF_DOCUMENT, *CHAT_TOKENS)) if name in ids])
         self._model.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not the end of it
         self._model.no_truncation()
         self._model.no_padding()
-        self.vocab_size: int = self._model.get_vocab_size(with_added_tokens=True)
-        ends = [i for i in map(self._model.token_to_id, END_OF_DOCUMENT) if i is not None]
-        if not ends:
-            raise UserError(f"{path}: none of {', '.join(END_OF_DOCUMENT)} is in this tokenizer to end documents with")
-        self.eod_id: int = ends[0]
+        specials = {i: token.content for i, token in self._model.get_added_tokens_decoder().items() if token.special}
+        self._special_ids = set(specials)
+        self._inside_special = re.compile(
+            "|".join(f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in specials.values())
+        )
 
     def encode_batch(self, texts: list[str]) -> list[Ids]:
         encoded = self._model.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(e.ids, np.int32) for e in encoded]
+        return [
+            np.array(e.ids if self._special_ids.isdisjoint(e.ids) else self._encode_cut(text), np.int32)
+            for e, text in zip(encoded, texts, strict=True)
+        ]
+
+    def _encode_cut(self, text: str) -> list[int]:
+        """Cuts "</s>" behind its "<": a unigram model of this library would take it for the control token."""
+        encoded = self._model.encode_batch_fast(self._inside_special.split(text), add_special_tokens=False)
+        return [i for e in encoded for i in e.ids]
 
     def decode(self, ids: list[int]) -> str:
-        return str(self._model.decode([i for i in ids if i != self.eod_id], skip_special_tokens=True))
+        return str(self._model.decode(ids, skip_special_tokens=True))

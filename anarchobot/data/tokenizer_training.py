@@ -5,7 +5,6 @@ Both keep every character: no normaliser, no added prefix, bytes for what the vo
 """
 
 import io
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Literal
 from anarchobot.config.errors import UserError
 from anarchobot.data.tokenizer import CHAT_TOKENS
 
-# SentencePiece skips any "sentence" over its limit with a mere warning: 84 % of a corpus of whole documents. We cut lines
-# below it instead, so that no text is skipped.
+# SentencePiece skips any "sentence" over its limit with a mere warning: 84 % of a corpus of whole documents. We cut
+# lines below it instead, and at U+2585, for which it skips a line too, so that no text is skipped.
 MAX_LINE_BYTES = 4000
 
 
@@ -41,21 +40,32 @@ def train_tokenizer(
 
 
 def limited(texts: Iterable[str], megabytes: float, taken: list[int]) -> Iterator[str]:
-    """The texts from the start up to `megabytes` of UTF-8; `taken[0]` counts the bytes given out."""
+    """The texts from the start, the last one cut at `megabytes` of UTF-8; `taken[0]` counts the bytes given out."""
+    most = int(megabytes * 1e6)
     for text in texts:
-        if taken[0] >= megabytes * 1e6:
+        raw = text.encode()[: most - taken[0]]
+        taken[0] += len(raw)
+        yield raw.decode(errors="ignore")  # of a character that was cut
+        if taken[0] >= most:
             return
-        taken[0] += len(text.encode())
-        yield text
 
 
 def _train_sentencepiece(texts: Iterable[str], prefix: Path, vocab_size: int, model_type: str) -> list[Path]:
     import sentencepiece
 
     model = io.BytesIO()
+    failures: list[BaseException] = []
+
+    def lines() -> Iterator[str]:
+        try:
+            yield from (line for text in texts for line in _lines(text))
+        except BaseException as error:  # SentencePiece would make a RuntimeError of it
+            failures.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in _lines(text)),
+            sentence_iterator=lines(),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
@@ -67,10 +77,12 @@ def _train_sentencepiece(texts: Iterable[str], prefix: Path, vocab_size: int, mo
             split_digits=True,
             control_symbols=list(CHAT_TOKENS),
             max_sentence_length=MAX_LINE_BYTES + 4,
-            num_threads=os.cpu_count() or 1,  # the result doesn't depend on it
+            num_threads=16,  # fixed, on any machine: a unigram model's scores depend on it
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        if failures:
+            raise failures[0] from None
         raise UserError(_explain(vocab_size, str(error))) from error
     path = prefix.with_name(prefix.name + ".model")
     path.write_bytes(model.getvalue())
@@ -83,7 +95,7 @@ def _train_sentencepiece(texts: Iterable[str], prefix: Path, vocab_size: int, mo
 
 
 def _lines(text: str) -> Iterator[str]:
-    for line in text.split("\n"):
+    for line in re.split("[\n▅]", text):
         if len(line) * 4 <= MAX_LINE_BYTES or len(line.encode()) <= MAX_LINE_BYTES:
             if line:
                 yield line

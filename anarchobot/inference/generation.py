@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, GenerationConfig, ModelConfig
@@ -68,10 +69,10 @@ def generate_ids(model: Model, settings: GenerationConfig) -> Iterator[int]:
     room = shape.max_seq_len - len(prompt)
     if room < 1:
         raise UserError(
-            f"the prompt is {len(prompt)} tokens long, the model's max_seq_len is {shape.max_seq_len}: shorten the prompt"
+            f"the prompt is {len(prompt)} tokens long and the model's max_seq_len is {shape.max_seq_len}: shorten it"
         )
     mx.random.seed(settings.seed)  # training draws from keys of its own and is not disturbed
-    draw = sampler(settings)
+    draw = sampler(settings, shape.vocab_size)
     penalty = None if settings.repetition_penalty == 1 else settings.repetition_penalty
     processors = make_logits_processors(repetition_penalty=penalty, repetition_context_size=PENALTY_WINDOW)
     caches: list[Cache] = [KVCache() for _ in range(shape.n_layers)]  # type: ignore[no-untyped-call]
@@ -84,7 +85,7 @@ def generate_ids(model: Model, settings: GenerationConfig) -> Iterator[int]:
             z = process(seen, z)
         token = draw(z)  # [1]
         mx.eval(token)
-        (drawn,) = token.tolist()
+        drawn = int(np.array(token)[0])
         if drawn == eod:
             return
         yield drawn
@@ -92,19 +93,19 @@ def generate_ids(model: Model, settings: GenerationConfig) -> Iterator[int]:
         tokens = token[None]
 
 
-def sampler(settings: GenerationConfig) -> Callable[[mx.array], mx.array]:
+def sampler(settings: GenerationConfig, vocab_size: int) -> Callable[[mx.array], mx.array]:
     """Draws ids [B] from logits [B, V] by the configured method: first the temperature, then the method's filter."""
     from mlx_lm.sample_utils import make_sampler
 
     if settings.method == "greedy":
         return lambda z: mx.argmax(z, axis=-1)
-    filters: dict[str, dict[str, float]] = {
-        "top_k": {"top_k": settings.top_k},
-        "nucleus": {"top_p": settings.top_p},
-        "random": {},
-    }
-    # mlx-lm filters before its temperature; dividing first gives the field's order (as in transformers).
-    draw = make_sampler(temp=1.0, **filters[settings.method])
+    # mlx-lm filters before its temperature; dividing first gives the field's order (as in transformers). For mlx-lm
+    # a top_k of 0 and a top_p of 0 mean no filter.
+    draw = make_sampler(
+        temp=1.0,
+        top_k=settings.top_k if settings.method == "top_k" and settings.top_k < vocab_size else 0,
+        top_p=settings.top_p if settings.method == "nucleus" else 0.0,
+    )
 
     def tempered(z: mx.array) -> mx.array:
         z = z / settings.temperature

@@ -2,7 +2,9 @@
 
 8,192 tokens of a 32,000-word vocabulary are 1 GiB of float32 logits, and as much again for their gradient. Here each
 chunk's logits give its loss and, at once, its share of both gradients, and are gone (as Cut Cross-Entropy, Wijmans et
-al., 2024, without its filtering). Shapes: N tokens, D d_model, V vocabulary, C chunk.
+al., 2024, without its filtering). MLX is lazy, so each chunk is made to wait for the one before it.
+
+Shapes: N tokens, D d_model, V vocabulary, C chunk.
 """
 
 from typing import Any
@@ -12,7 +14,7 @@ import mlx.core as mx
 from anarchobot.config.schema import ModelConfig
 from anarchobot.model.transformer import logits
 
-CHUNK = 1024
+CHUNK = 256  # tokens
 
 
 def loss_sum(hidden: mx.array, weight: mx.array, targets: mx.array, model: ModelConfig) -> mx.array:
@@ -20,7 +22,11 @@ def loss_sum(hidden: mx.array, weight: mx.array, targets: mx.array, model: Model
 
     `hidden` [N, D], `weight` [V, D], `targets` [N] of int32; negative targets add nothing.
     """
-    return mx.sum(mx.stack([_chunk_loss(h, weight, t, model)[0] for h, t in _chunks(hidden, targets)]))
+    total = mx.array(0.0)
+    for h, t in _chunks(hidden, targets):
+        (h,) = mx.depends([h], [total])
+        total = total + _chunk_loss(h, weight, t, model)[0]
+    return total
 
 
 def scaled_loss(hidden: mx.array, weight: mx.array, targets: mx.array, model: ModelConfig, scale: mx.array) -> mx.array:
@@ -37,8 +43,7 @@ def scaled_loss(hidden: mx.array, weight: mx.array, targets: mx.array, model: Mo
         weight_gradient = mx.zeros(weight.shape, mx.float32)
         hidden_gradients = []
         for h, t in _chunks(hidden, targets):  # targets are closed over: integers have no gradient
-            # A chunk waits for the one before it, so that only one chunk's logits are alive.
-            (h,) = mx.depends([h], [weight_gradient])
+            (h,) = mx.depends([h], [weight_gradient, total, *hidden_gradients[-1:]])
             loss, z = _chunk_loss(h, weight, t, model)
             dz = (scale * _logits_gradient(z, t, model)).astype(h.dtype)  # [C, V]
             hidden_gradients.append(dz @ weight.astype(h.dtype))
@@ -54,8 +59,9 @@ def scaled_loss(hidden: mx.array, weight: mx.array, targets: mx.array, model: Mo
         incoming = cotangents[0]
         return hidden_gradient * incoming.astype(hidden_gradient.dtype), weight_gradient * incoming
 
-    outputs: Any = fused(hidden, weight)
-    return outputs[0]
+    outputs: Any = fused(hidden, weight)  # MLX's stubs call it an object
+    loss: mx.array = outputs[0]
+    return loss
 
 
 def _chunks(hidden: mx.array, targets: mx.array) -> list[tuple[mx.array, mx.array]]:

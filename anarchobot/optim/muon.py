@@ -2,7 +2,7 @@
 
 A matrix's momentum usually has a few large directions and many small ones; Muon's update gives every direction the same
 size. That suits matrices that map hidden states to hidden states. It does not suit embeddings and the head (their rows
-are words, not directions), nor norms: these belong to AdamW, and handing them to Muon gives no error, only a worse model.
+are words, not directions), nor norms: these belong to AdamW. Handing them to Muon gives no error, only a worse model.
 
 MLX 0.32 has a Muon; it adds weight decay to the gradient before orthogonalising, where decay should act on the weight
 alone, and takes one matrix at a time. Hence this one.

@@ -1,12 +1,11 @@
 """Pretraining: shards, model, loss and loop put together."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from anarchobot.config.errors import UserError
-from anarchobot.config.loading import LoadedConfig
+from anarchobot.config.loading import LoadedConfig, effective_yaml
 from anarchobot.data.batches import TrainBatches, ValBatches
 from anarchobot.data.shards import Manifest, TokenStream
 from anarchobot.data.tokenizer import Tokenizer, copy_beside, digest, load_tokenizer
@@ -29,6 +28,8 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     if train.backend == "torch":
         raise UserError(f"{loaded.where('train.backend')}: this version has no torch engine yet: use mlx")
     blas = load_fast_blas()  # before MLX, which the next lines import
+    import mlx.core as mx
+
     from anarchobot.inference.generation import Model, generate
     from anarchobot.training.engine import MLXEngine
 
@@ -53,28 +54,24 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     progress = Progress() if start is None else _resume(engine, run, start)
 
     run_folder.mkdir(parents=True, exist_ok=True)
-    (run_folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
+    (run_folder / "config.yaml").write_text(effective_yaml(config), encoding="utf-8")
     copy_beside(tokenizer, run_folder)
-    log = MetricsLog(Path(train.log_path or run_folder / "logs"))
-    with TerminalDisplay(run.steps, progress.step, quiet) as display:
+    with (
+        MetricsLog(Path(train.log_path or run_folder / "logs")) as log,
+        TerminalDisplay(run.steps, progress.step, quiet) as display,
+    ):
         for line in _opening(run, stream, engine.device, engine.precision, start):
             display.note(line)
-        if blas is None and str(engine.device).startswith("Device(cpu"):
-            display.note(f"warning: {advice()}")
-            log.event("warning", progress.step, text=advice())
-        if train.warmup_steps >= run.steps:
-            text = f"warmup_steps ({train.warmup_steps}) is no less than the run's {run.steps} steps: lr stays low"
-            display.note(f"warning: {text}")
-            log.event("warning", progress.step, text=text)
-        if len(run.val) == 0:
-            display.note("warning: the validation split is empty: no validation, no best checkpoint")
         if start is not None:
             log.event("resume", progress.step, folder=str(start.folder))
+        on_cpu = engine.device.type == mx.DeviceType.cpu
+        for text in _warnings(run, slow_products=on_cpu and blas is None):
+            display.note(f"warning: {text}")
+            log.event("warning", progress.step, text=text)
         finished = run_training(engine, run, progress, log, display)
-    summary = _summary(run, progress, engine, finished)
-    log.event("end", progress.step, finished=finished)
-    log.summary(summary)
-    log.close()
+        summary = _summary(run, progress, engine, finished)
+        log.event("end", progress.step, finished=finished)
+        log.summary(summary)
     return summary
 
 
@@ -151,6 +148,16 @@ def _opening(
     if start is not None:
         lines.append(f"resuming from {start.folder} at step {start.step}")
     return lines
+
+
+def _warnings(run: Run, slow_products: bool) -> Iterator[str]:
+    warmup = run.config.train.warmup_steps
+    if slow_products:
+        yield advice()
+    if warmup >= run.steps:
+        yield f"warmup_steps ({warmup}) is no less than the run's {run.steps} steps: lr never reaches its peak"
+    if len(run.val) == 0:
+        yield "the validation split is empty: no validation, no best checkpoint (see data.val_fraction)"
 
 
 def _summary(run: Run, progress: Progress, engine: Engine, finished: bool) -> dict[str, Any]:

@@ -149,8 +149,8 @@ def _check_shapes(folder: Path, arrays: Arrays, model: ModelConfig) -> None:
         if found.get(name) != wanted.get(name):
             shapes = [str(list(s)) if s is not None else "none" for s in (found.get(name), wanted.get(name))]
             raise UserError(
-                f"{folder}: this checkpoint is of another model: {name} is {shapes[0]}, the config's model section asks "
-                f"for {shapes[1]}: use the config.yaml that lies in its run folder"
+                f"{folder}: this checkpoint is of another model: {name} is {shapes[0]}, the config's model asks for "
+                f"{shapes[1]}: use the config.yaml that lies in its run folder"
             )
 
 

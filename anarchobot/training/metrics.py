@@ -6,7 +6,7 @@ Every line is flushed as it is written, so that a killed run keeps all but perha
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from anarchobot.training.checkpoint import write_json
 
@@ -18,7 +18,7 @@ _TAGS = {
 
 
 class MetricsLog:
-    """Appends events to `folder`/metrics.jsonl and `folder`/tensorboard."""
+    """Appends events to `folder`/metrics.jsonl and `folder`/tensorboard; a context, which closes both."""
 
     def __init__(self, folder: Path) -> None:
         from tensorboardX import SummaryWriter
@@ -42,6 +42,9 @@ class MetricsLog:
     def summary(self, values: dict[str, Any]) -> None:
         write_json(self.folder / "final_training_summary.json", values)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
         self._file.close()
         self._board.close()

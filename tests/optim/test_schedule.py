@@ -1,0 +1,45 @@
+"""Schedules by hand-computed values."""
+
+import pytest
+
+from anarchobot.config.schema import TrainConfig
+from anarchobot.optim.schedule import learning_rate, muon_momentum, total_steps
+
+
+def config(**changes: object) -> TrainConfig:
+    return TrainConfig(**{"lr": 1.0, "min_lr": 0.1, "warmup_steps": 10, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "points"),
+    [
+        ({"schedule": "cosine"}, {1: 0.1, 5: 0.5, 10: 1.0, 60: 0.55, 35: 0.1 + 0.9 * 0.853553, 110: 0.1}),
+        ({"schedule": "linear"}, {1: 0.1, 10: 1.0, 60: 0.55, 35: 0.775, 110: 0.1}),
+        ({"schedule": "constant"}, {1: 0.1, 10: 1.0, 60: 1.0, 110: 1.0}),
+        ({"schedule": "wsd", "decay_fraction": 0.4}, {1: 0.1, 10: 1.0, 66: 1.0, 88: 0.55, 110: 0.1}),
+        ({"schedule": "linear", "lr_decay_steps": 60}, {10: 1.0, 35: 0.55, 60: 0.1, 61: 0.1, 110: 0.1}),
+        ({"schedule": "cosine", "lr_decay_steps": 200}, {105: 0.55, 110: 0.51284}),
+        ({"schedule": "linear", "warmup_steps": 0}, {1: 1 - 0.9 / 110, 55: 0.55, 110: 0.1}),
+        ({"schedule": "wsd", "decay_fraction": 1.0}, {10: 1.0, 60: 0.55, 110: 0.1}),
+    ],
+    ids=str,
+)
+def test_learning_rate(changes: dict[str, object], points: dict[int, float]) -> None:
+    train = config(**changes)
+    assert {s: learning_rate(s, train, 110) for s in points} == pytest.approx(points, rel=1e-4)
+
+
+def test_momentum_warms_up_over_300_steps_and_a_small_one_is_left_alone() -> None:
+    train = config(momentum=0.95)
+    assert [muon_momentum(s, train) for s in (0, 150, 300, 5000)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    assert muon_momentum(1, config(momentum=0.5)) == 0.5
+
+
+def test_the_three_lengths_of_a_run() -> None:
+    """100 windows of 64 tokens, 3 x 4 sequences a step: 25 / 3 steps an epoch, 768 tokens a step."""
+    batch = {"micro_batch_size": 3, "grad_accum_steps": 4}
+    assert total_steps(config(total_steps=7, **batch), 64, 100) == 7
+    assert total_steps(config(epochs=1.0, **batch), 64, 100) == 9
+    assert total_steps(config(epochs=2.5, **batch), 64, 100) == 21
+    assert total_steps(config(token_budget=768, **batch), 64, 100) == 1
+    assert total_steps(config(token_budget=769, **batch), 64, 100) == 2

@@ -1,0 +1,224 @@
+"""Pretraining from shards to summary: exact resume, what a run leaves behind, and what it refuses."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from tests.tiny import VOCAB, loaded, make_shards, write_config
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.loading import load_config
+from anarchobot.data.shards import read_manifest
+from anarchobot.model.shapes import parameter_count
+from anarchobot.tasks.pretrain import pretrain
+from anarchobot.training import checkpoint
+
+
+@pytest.fixture
+def run_with(tmp_path: Path, tiny_shards: Path) -> Any:
+    """run_with("name", train__lr=...) trains into tmp_path/name and returns (summary, metrics lines)."""
+
+    def run(name: str, **overrides: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        config = loaded(tmp_path / "config.yaml", tiny_shards, tmp_path / name, **overrides)
+        summary = pretrain(config, quiet=True)
+        return summary, lines_of(tmp_path / name)
+
+    return run
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+
+
+def arrays(run: Path) -> dict[str, np.ndarray]:
+    found = checkpoint.find(run)
+    return checkpoint.load_arrays(found, found.config.model, optimizer=True)
+
+
+def equal(a: Path, b: Path) -> None:
+    first, second = arrays(a), arrays(b)
+    assert set(first) == set(second)
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"train__optimizer": "adamw", "train__grad_accum_steps": 1, "model__tie_embeddings": False},
+        {"train__precision": "float16", "train__gradient_checkpointing": True},
+        {"data__seq_len": 64, "train__micro_batch_size": 40, "train__schedule": "wsd"},  # crosses an epoch
+    ],
+    ids=["muon, dropout", "adamw, untied", "float16, recomputed", "across epochs"],
+)
+def test_stopped_and_resumed_equals_unbroken_bit_for_bit(
+    run_with: Any, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, both optimizers, scalars and the logged losses of 2 + 4 steps are those of 6."""
+    _, straight = run_with("straight", **settings)
+    from anarchobot.training import loop
+
+    class StopAtTwo(loop.StopRequest):
+        requested = property(lambda self: self.steps >= 2, lambda self, value: None)  # type: ignore[assignment]
+        steps = 0
+
+    class CountedBatches(loop.TrainBatches):
+        def at(self, *args: Any) -> Any:
+            StopAtTwo.steps += 1
+            return super().at(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "StopRequest", StopAtTwo)
+        patch.setattr("anarchobot.tasks.pretrain.TrainBatches", CountedBatches)
+        summary, _ = run_with("broken", **settings)
+    assert (summary["finished"], summary["steps"]) == (False, 2)
+    summary, lines = run_with("broken", train__checkpoint_path="auto", **settings)
+    assert (summary["finished"], summary["steps"]) == (True, 6)
+    equal(tmp_path / "straight", tmp_path / "broken")
+
+    def losses(events: list[dict[str, Any]]) -> list[tuple[int, str, float]]:
+        return [
+            (e["step"], e["event"], e.get("loss", e.get("val_loss"))) for e in events if e["event"] in ("train", "eval")
+        ]
+
+    assert losses(lines) == losses(straight)
+    assert [e["step"] for e in lines if e["event"] == "resume"] == [2]
+
+
+def test_a_run_leaves_what_it_promises(run_with: Any, tmp_path: Path, tiny_shards: Path) -> None:
+    summary, lines = run_with("run", train__ckpt_keep=1)
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} >= {
+        "step_00000006", "best.json", "latest.json", "config.yaml", "logs", "tokenizer.model"
+    }  # fmt: skip
+    assert summary == json.loads((run / "logs" / "final_training_summary.json").read_text())
+    config = load_config(run / "config.yaml").config
+    assert config == load_config(tmp_path / "config.yaml").config
+    assert summary["parameters"] == parameter_count(config.model)
+    assert (summary["steps"], summary["tokens"], summary["finished"]) == (6, 6 * 4 * 32, True)
+    train = [line for line in lines if line["event"] == "train"]
+    evals = [line for line in lines if line["event"] == "eval"]
+    assert summary["final_loss"] == train[-1]["loss"]
+    assert summary["best_val_loss"] == min(line["val_loss"] for line in evals)
+    assert [line["step"] for line in evals] == [0, 3, 6]
+    assert evals[0]["val_loss"] == pytest.approx(math.log(VOCAB), rel=0.05)
+    ratio = read_manifest(tiny_shards).bytes_per_token("val")
+    assert evals[0]["val_bpb"] == pytest.approx(evals[0]["val_loss"] / math.log(2) / ratio)
+    state = json.loads((run / "step_00000006" / "state.json").read_text())
+    assert (state["step"], state["tokens"], state["data_position"]) == (6, 768, 24)
+    assert state["random_state"] == {"seed": 0, "step": 6}
+
+
+def test_the_loss_falls(run_with: Any) -> None:
+    summary, lines = run_with(
+        "run", train__total_steps=80, train__eval_interval=80, train__log_interval=40, train__ckpt_interval=80,
+        train__warmup_steps=5, train__eval_batches=None, model__dropout=0.0,
+    )  # fmt: skip
+    first, last = (line["val_loss"] for line in lines if line["event"] == "eval")
+    assert last < first - 1.5
+
+
+def test_a_finished_run_resumed_does_nothing_more(run_with: Any, tmp_path: Path) -> None:
+    run_with("run")
+    before = (tmp_path / "run" / "step_00000006" / "state.json").stat().st_mtime_ns
+    summary, _ = run_with("run", train__checkpoint_path="auto")
+    assert (summary["steps"], summary["finished"]) == (6, True)
+    assert (tmp_path / "run" / "step_00000006" / "state.json").stat().st_mtime_ns == before
+
+
+def test_auto_starts_afresh_where_nothing_is(run_with: Any) -> None:
+    assert run_with("new", train__checkpoint_path="auto")[0]["steps"] == 6
+
+
+def test_a_longer_run_may_go_on_from_a_shorter_ones_end(run_with: Any, tmp_path: Path) -> None:
+    run_with("run")
+    summary, _ = run_with("run", train__total_steps=8, train__checkpoint_path=str(tmp_path / "run" / "step_00000006"))
+    assert summary["steps"] == 8
+
+
+def test_samples_are_written_and_disturb_nothing(run_with: Any, tmp_path: Path) -> None:
+    """Sampling draws random numbers: dropout and everything after it must not change."""
+    run_with("without")
+    _, lines = run_with(
+        "with", train__sample_interval=2, generation__prompt="The", generation__max_new_tokens=5,
+        generation__method="random",
+    )  # fmt: skip
+    samples = [line for line in lines if line["event"] == "sample"]
+    assert [line["step"] for line in samples] == [2, 4, 6]
+    assert all(line["text"] for line in samples)
+    equal(tmp_path / "without", tmp_path / "with")
+
+
+def refused(match: str, path: Path, *args: Any, **overrides: Any) -> None:
+    with pytest.raises(UserError, match=match) as caught:
+        pretrain(loaded(path, *args, **overrides), quiet=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_does_not_belong_together_is_refused_before_anything_is_written(
+    tmp_path: Path, tiny_shards: Path, run_with: Any
+) -> None:
+    config, run = tmp_path / "config.yaml", tmp_path / "run"
+    refused(r"nowhere: no token shards here .* run `anarchobot pretokenize`", config, tmp_path / "nowhere", run)
+    refused(
+        r"config.yaml:\d+: model.vocab_size: 400, but the shards .* 384 tokens: set model.vocab_size: 384",
+        config, tiny_shards, run, model__vocab_size=400,
+    )  # fmt: skip
+    refused("less than one sequence of data.seq_len", config, tiny_shards, run, data__seq_len=10**6,
+            model__max_seq_len=10**6)  # fmt: skip
+    refused("train.backend: this version has no torch engine", config, tiny_shards, run, train__backend="torch")
+    refused("no checkpoint here", config, tiny_shards, run, train__checkpoint_path=str(tmp_path / "none"))
+    other = make_shards(tmp_path / "other", megabytes=0.05)
+    refused(
+        r"train.tokenizer_path: .* is not the tokenizer that made the shards",
+        config, tiny_shards, run, train__tokenizer_path=str(other / "tokenizer.model"),
+    )  # fmt: skip
+    assert not run.exists()
+
+    run_with("run")
+    refused(r"run already holds a run, at step 6: go on with it \(--resume-from auto\)", config, tiny_shards, run)
+    again = {"train__checkpoint_path": "auto", "train__total_steps": 9}
+    refused("began with other shards", config, other, run, **again)
+    refused("train.seed was 0 and is now 1", config, tiny_shards, run, train__seed=1, **again)
+    refused("data.seq_len was 32 and is now 16", config, tiny_shards, run, data__seq_len=16, **again)
+    refused(r"of another model: .* asks for \[384, 64\]", config, tiny_shards, run, model__d_model=64, **again)
+    refused("train.optimizer: the checkpoint", config, tiny_shards, run, train__optimizer="adamw", **again)
+
+
+def test_a_swapped_tokenizer_beside_the_shards_is_refused(tmp_path: Path, tiny_shards: Path) -> None:
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny_shards, shards)
+    other = make_shards(tmp_path / "other", megabytes=0.05)
+    shutil.copy(other / "tokenizer.model", shards / "tokenizer.model")
+    refused("not the tokenizer that made the shards beside it", tmp_path / "c.yaml", shards, tmp_path / "run")
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path: Path, tiny_shards: Path) -> None:
+    config = write_config(
+        tmp_path / "c.yaml", tiny_shards, tmp_path / "run", train__total_steps=10**6, train__eval_interval=10**6,
+        train__ckpt_interval=10**6,
+    )  # fmt: skip
+    command = [sys.executable, "-m", "anarchobot", "pretrain", str(config)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "logs" / "metrics.jsonl"
+    for _ in range(600):
+        if metrics.exists() and '"train"' in metrics.read_text():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    (step,) = checkpoint.saved_steps(tmp_path / "run")
+    assert f"stopped at step {step}; go on with: anarchobot pretrain {config} --resume-from auto" in err
+    assert "Traceback" not in err
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]["total_steps"] == 10**6

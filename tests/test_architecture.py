@@ -1,0 +1,63 @@
+"""The house keeps its floors: a room imports only from floors below its own, and light doors stay light."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "anarchobot"
+FLOORS = {
+    "config": 1,
+    "data": 2, "model": 2, "optim": 2,
+    "training": 3, "system": 3,
+    "inference": 4,
+    "tasks": 5,
+    "cli": 6,
+}  # fmt: skip
+NUMPY_ONLY = ("config", "data")
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Every module that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def rooms() -> Iterator[tuple[str, Path]]:
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE).parts
+        if len(parts) > 1:
+            yield parts[0], file
+
+
+def test_every_room_has_a_floor_and_every_floor_its_rooms() -> None:
+    assert {room for room, _ in rooms()} == set(FLOORS)
+
+
+@pytest.mark.parametrize(("room", "file"), list(rooms()), ids=lambda x: x if isinstance(x, str) else x.stem)
+def test_no_room_imports_from_its_own_floor_or_above(room: str, file: Path) -> None:
+    for module in imports(file):
+        if module.startswith("anarchobot.") and (other := module.split(".")[1]) in FLOORS and other != room:
+            assert FLOORS[other] < FLOORS[room], f"{file.name} of {room} imports {module}"
+        if room in NUMPY_ONLY:
+            assert module.split(".")[0] not in ("mlx", "torch"), f"{file.name} imports {module}"
+
+
+def test_no_file_is_named_after_nothing_and_none_is_longer_than_400_lines() -> None:
+    for _, file in rooms():
+        assert file.stem not in ("utils", "util", "helpers", "common", "misc", "base")
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 400, file
+
+
+@pytest.mark.parametrize("words", [["-c", "import anarchobot"], ["-m", "anarchobot", "--help"]], ids=["import", "help"])
+def test_help_loads_nothing_heavy(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-X", "importtime", *words], capture_output=True, text=True, check=True)
+    loaded = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert not loaded & {"mlx", "mlx_lm", "torch", "transformers", "numpy", "pydantic"}

@@ -1,0 +1,131 @@
+"""Checkpoints: what is written is what comes back, damage is seen, and the wrong model is refused."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.schema import Config, ModelConfig
+from anarchobot.model.shapes import init_parameters
+from anarchobot.training import checkpoint
+
+MODEL = ModelConfig(vocab_size=11, n_layers=1, d_model=4, n_heads=2)
+CONFIG = Config(model=MODEL).model_dump()
+
+
+def engine_state(seed: int = 0) -> dict[str, np.ndarray]:
+    params = init_parameters(MODEL, seed)
+    arrays = {f"params/{name}": p for name, p in params.items()}
+    return {
+        **arrays,
+        **{f"optimizer/adamw.first/{name}": 2 * p for name, p in params.items()},
+        "updates": np.array(7),
+        "loss_scale": np.array(1024.0),
+    }
+
+
+def save(run: Path, step: int, seed: int = 0) -> Path:
+    return checkpoint.save(run, step, engine_state(seed), {"config": CONFIG, "tokens": 5})
+
+
+def test_what_is_saved_comes_back_and_plain_numpy_opens_it(tmp_path: Path) -> None:
+    folder = save(tmp_path, 20)
+    assert sorted(os.listdir(tmp_path)) == ["latest.json", "step_00000020"]
+    assert sorted(os.listdir(folder)) == ["model.npz", "optimizer.npz", "state.json"]
+    found = checkpoint.find(tmp_path)
+    assert (found.folder, found.step, found.state["tokens"]) == (folder, 20, 5)
+    assert found.config.model == MODEL
+    arrays = checkpoint.load_arrays(found, MODEL, optimizer=True)
+    saved = engine_state()
+    assert set(arrays) == set(saved)
+    for name, value in saved.items():
+        np.testing.assert_array_equal(arrays[name], value)
+    with np.load(folder / "model.npz", allow_pickle=False) as npz:
+        assert npz["model.layers.0.self_attn.q_proj.weight"].dtype == np.float32
+        assert set(npz.files) == {name.removeprefix("params/") for name in saved if name.startswith("params/")}
+
+
+def test_more_arrays_than_mlx_could_write(tmp_path: Path) -> None:
+    """mx.savez takes at most 1,024 arrays; a deep model has more."""
+    many = {f"optimizer/adamw.first/{i}": np.full(1, i) for i in range(1100)}
+    checkpoint.save(tmp_path, 1, engine_state() | many, {"config": CONFIG})
+    arrays = checkpoint.load_arrays(checkpoint.find(tmp_path), MODEL, optimizer=True)
+    assert arrays["optimizer/adamw.first/1099"].tolist() == [1099]
+
+
+def test_find_takes_run_step_folder_and_file(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    newest = save(tmp_path, 10)
+    for path, step in ((tmp_path, 10), (newest, 10), (tmp_path / "step_00000005", 5), (newest / "model.npz", 10)):
+        assert checkpoint.find(path).step == step
+
+
+def test_a_step_without_state_json_does_not_count(tmp_path: Path) -> None:
+    """state.json is written last: a step that lacks it was never finished."""
+    save(tmp_path, 5)
+    (save(tmp_path, 10) / "state.json").unlink()
+    assert checkpoint.find(tmp_path).step == 5
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        save(tmp_path, step)
+    checkpoint.write_json(tmp_path / "best.json", {"step": 2})
+    assert checkpoint.rotate(tmp_path, keep=2) == [1, 3]
+    assert sorted(checkpoint.saved_steps(tmp_path)) == [2, 4, 5]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 3, seed=0)
+    folder = save(tmp_path, 3, seed=1)
+    assert sorted(os.listdir(tmp_path)) == ["latest.json", "step_00000003"]
+    arrays = checkpoint.load_arrays(checkpoint.find(folder), MODEL, optimizer=False)
+    name = "params/model.embed_tokens.weight"
+    np.testing.assert_array_equal(arrays[name], engine_state(1)[name])
+
+
+@pytest.mark.parametrize("name", ["model.npz", "optimizer.npz"])
+def test_every_flipped_byte_is_seen(tmp_path: Path, name: str) -> None:
+    folder = save(tmp_path, 1)
+    good = (folder / name).read_bytes()
+    for place in range(0, len(good), 97):
+        bad = bytearray(good)
+        bad[place] ^= 1
+        (folder / name).write_bytes(bad)
+        with pytest.raises(UserError, match=f"{name}: damaged"):
+            checkpoint.load_arrays(checkpoint.find(folder), MODEL, optimizer=True)
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    folder = save(tmp_path / "run", 1)
+    other = ModelConfig(vocab_size=11, n_layers=1, d_model=8, n_heads=2)
+    deeper = ModelConfig(vocab_size=11, n_layers=2, d_model=4, n_heads=2)
+    with pytest.raises(UserError, match=r"of another model: model.embed_tokens.weight is \[11, 4\].* asks for \[11, 8\]"):
+        checkpoint.load_arrays(checkpoint.find(folder), other, optimizer=False)
+    with pytest.raises(UserError, match=r"model.layers.1.input_layernorm.weight is none"):
+        checkpoint.load_arrays(checkpoint.find(folder), deeper, optimizer=False)
+    with pytest.raises(UserError, match="no checkpoint here"):
+        checkpoint.find(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no checkpoint here"):
+        checkpoint.find(tmp_path)
+    (folder / "optimizer.npz").unlink()
+    with pytest.raises(UserError, match=r"optimizer.npz: can't be read"):
+        checkpoint.load_arrays(checkpoint.find(folder), MODEL, optimizer=True)
+    (folder / "state.json").write_text(json.dumps({"step": "x"}))
+    with pytest.raises(UserError, match=r"state.json: damaged"):
+        checkpoint.find(folder)
+
+
+def test_a_failed_write_leaves_the_checkpoints_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.np, "savez", fail)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, 2)
+    assert checkpoint.find(tmp_path).step == 1
