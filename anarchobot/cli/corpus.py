@@ -16,6 +16,19 @@ if TYPE_CHECKING:
     from anarchobot.data.documents import Counts, Document
     from anarchobot.data.shards import Manifest
 
+TOKENIZER_SETTINGS = {
+    "--vocab-size": "model.vocab_size",
+    "--model-type": "tokenizer.model_type",
+    "--format": "tokenizer.format",
+}
+PRETOKENIZE_SETTINGS = {
+    "--tokenizer": "train.tokenizer_path",
+    "--output": "data.shard_dir",
+    "--text-field": "data.text_field",
+    "--val-fraction": "data.val_fraction",
+    "--workers": "data.num_workers",
+}
+
 
 def add_commands(commands: Any) -> None:
     tokenizer = commands.add_parser("tokenizer", help="make a tokenizer")
@@ -24,24 +37,12 @@ def add_commands(commands: Any) -> None:
     add_config(train, optional=True)
     train.add_argument("--input", nargs="+", metavar="FILE", help="text or JSONL files; default: data.dataset")
     train.add_argument("--output", metavar="PREFIX", help="writes PREFIX.model; default: train.tokenizer_path")
-    add_settings(
-        train,
-        {"--vocab-size": "model.vocab_size", "--model-type": "tokenizer.model_type", "--format": "tokenizer.format"},
-    )
+    add_settings(train, TOKENIZER_SETTINGS)
 
     pretokenize = add_command(commands, "pretokenize", _pretokenize, "turn text into token shards")
     add_config(pretokenize, optional=True)
     pretokenize.add_argument("--input", nargs="+", metavar="FILE", help="text or JSONL files; default: data.dataset")
-    add_settings(
-        pretokenize,
-        {
-            "--tokenizer": "train.tokenizer_path",
-            "--output": "data.shard_dir",
-            "--text-field": "data.text_field",
-            "--val-fraction": "data.val_fraction",
-            "--workers": "data.num_workers",
-        },
-    )
+    add_settings(pretokenize, PRETOKENIZE_SETTINGS)
 
     shards = commands.add_parser("shards", help="look at token shards, or check them")
     parts = shards.add_subparsers(metavar="info|verify", required=True, parser_class=type(shards))

@@ -187,7 +187,7 @@ def _bounds_in_words(metadata: list[Any]) -> str:
     flat = [m for item in metadata for m in (item.metadata if isinstance(item, FieldInfo) else [item])]
     words = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
     parts = [
-        f"{words[bound]} {getattr(item, bound):g}"
+        f"{words[bound]} {getattr(item, bound)}"
         for item in flat
         for bound in ("ge", "gt", "le", "lt")
         if getattr(item, bound, None) is not None

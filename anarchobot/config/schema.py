@@ -14,9 +14,10 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Int = Annotated[int, BeforeValidator(_whole)]
-Count = Annotated[Int, Field(ge=0)]
-Positive = Annotated[Int, Field(ge=1)]
+# The bounds stand before the validator: behind it they would be missing in the JSON Schema.
+Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+Seed = Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(_whole)]
+Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -124,7 +125,7 @@ class TrainConfig(Section):
     compile: bool | None = Field(None, description="compile the step; left out: on a GPU yes, on a CPU no")
     device: Literal["auto", "gpu", "cpu"] = Field("auto", description="auto: Metal or CUDA when there is one")
     backend: Literal["mlx", "torch"] = Field("mlx", description="the engine that trains")
-    seed: Count = Field(0, description="of initial weights, data order and dropout")
+    seed: Seed = Field(0, description="of initial weights, data order and dropout")
     log_interval: Positive = Field(25, description="steps between metric lines")
     eval_interval: Positive = Field(500, description="steps between validations")
     eval_batches: Positive | None = Field(
@@ -177,7 +178,7 @@ class GenerationConfig(Section):
         1.0, description="above 1: logits of the last 20 tokens' ids are made smaller"
     )
     max_new_tokens: Positive = Field(200, description="stop after this many tokens, or at end of document")
-    seed: Count = Field(0, description="of the draws")
+    seed: Seed = Field(0, description="of the draws")
 
 
 class Config(Section):

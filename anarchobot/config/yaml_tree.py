@@ -51,11 +51,11 @@ def parse(raw: bytes, name: str) -> Tree:
     tree = Tree()
     try:
         root = _compose(text)
-        if root is not None and not isinstance(root, yaml.MappingNode):
+        if isinstance(root, yaml.MappingNode):
+            tree.values = _mapping(root, "", tree.lines)
+        elif root is not None and _value(root, "", {}) is not None:
             kind = "a list" if isinstance(root, yaml.SequenceNode) else "a single value"
             raise _Refused(f"expected sections such as 'model:' at the top, got {kind}", root)
-        if root is not None:
-            tree.values = _mapping(root, "", tree.lines)
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter two: escapes of no character
         raise UserError(f"{name}{_explained(error, text)}") from error
     return tree
@@ -100,7 +100,10 @@ def _compose(text: str) -> yaml.Node | None:
         if isinstance(event, yaml.AliasEvent):
             raise _Refused(f"aliases (*{event.anchor}) are not taken: write the value out", event)
         if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag is not None:
-            raise _Refused(f"tags ({event.tag}) are not taken: write a plain value", event)
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            raise _Refused(f"tags ({tag}) are not taken: write a plain value", event)
+        if isinstance(event, yaml.ScalarEvent) and re.search("[\ud800-\udfff]", event.value):
+            raise _Refused("an escape that is no character", event)
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
@@ -158,9 +161,10 @@ def _explained(error: Exception, text: str) -> str:
         line = text.count("\n", 0, error.position) + 1
         return f":{line}: not valid YAML: the control character U+{error.character:04X}"
     if not isinstance(error, yaml.MarkedYAMLError):
-        return f": not valid YAML: {error}"
+        return ": not valid YAML: an escape that is no character"
     mark = error.problem_mark or error.context_mark
     where = f":{mark.line + 1}" if mark else ""
     if isinstance(error, _Refused):
         return f"{where}: {error.problem}"
-    return f"{where}: not valid YAML: {', '.join(part for part in (error.context, error.problem) if part)}"
+    hint = " (indent with spaces)" if "'\\t'" in (error.problem or "") else ""
+    return f"{where}: not valid YAML: {', '.join(part for part in (error.context, error.problem) if part)}{hint}"

@@ -69,10 +69,9 @@ class ValBatches:
         targets = np.full_like(inputs, IGNORE)
         for row in range(self._rows):
             start = (index * self._rows + row) * self._seq_len
-            ids = self._stream.read(start, min(start + self._seq_len + 1, self._stream.tokens)) if (
-                start < self._stream.tokens - 1
-            ) else np.empty(0, np.int32)  # fmt: skip
-            if len(ids) > 1:
-                inputs[0, row, : len(ids) - 1] = ids[:-1]
-                targets[0, row, : len(ids) - 1] = ids[1:]
+            length = min(self._seq_len, self._stream.tokens - 1 - start)
+            if length > 0:  # else the split has ended
+                ids = self._stream.read(start, start + length + 1)
+                inputs[0, row, :length] = ids[:-1]
+                targets[0, row, :length] = ids[1:]
         return Batch(inputs, targets)

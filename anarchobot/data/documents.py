@@ -170,7 +170,7 @@ def _parse(line: bytes) -> Row:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} at character {error.pos + 1}") from error
+        raise ValueError(f"not valid JSON: {error.msg} (character {error.pos + 1})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from error
     if not isinstance(row, dict):

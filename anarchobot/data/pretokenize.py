@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.data.documents import Counts, Document
-from anarchobot.data.shards import SPLITS, Manifest, Shard, Split, read_manifest, sha256_file, write_manifest
+from anarchobot.data.shards import SPLITS, Manifest, Shard, Split, sha256_file, write_manifest
 from anarchobot.data.tokenizer import Ids, Tokenizer, copy_beside, digest
 
 SHARD_TOKENS = 2**26  # 128 MiB of uint16
@@ -43,13 +43,14 @@ def pretokenize(
     shard_tokens: int = SHARD_TOKENS,
     progress: Callable[[int, int], None] = lambda size, tokens: None,
 ) -> Manifest:
-    """Writes the shards of `documents` and their manifest into `folder`; older shards there are replaced.
+    """Writes the shards of `documents` and their manifest into `folder`; older shards there are replaced, once all the
+    new ones are written.
 
     `progress(bytes, tokens)` is called after every unit of about 1 MB. Raises UserError when no document is left.
     """
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    old = _forget_old(out)
+    _remove(_shard_files(out, ".tmp"))  # of a run that was killed
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     writers = {split: _ShardWriter(out, split, np.dtype(dtype), shard_tokens, tokenizer.eod_id) for split in SPLITS}
     pieces = _split(_unique(documents, counts), val_fraction)
@@ -62,14 +63,15 @@ def pretokenize(
                 size, tokens = size + length, tokens + len(array) + 1
             progress(size, tokens)
         shards = [shard for split in SPLITS for shard in writers[split].close()]
+        if not shards:
+            raise UserError(f"{out}: no document is left to write ({_left_out(counts)})")
     except BaseException:
-        for split in SPLITS:
-            writers[split].abandon()
+        _remove(_shard_files(out, ".tmp"))
         raise
-    if counts.kept == 0:
-        raise UserError(f"{out}: no document is left to write ({_left_out(counts)})")
-    for name in old - {shard.file for shard in shards}:
-        (out / name).unlink(missing_ok=True)
+    (out / "manifest.json").unlink(missing_ok=True)  # half-replaced shards must not pass for whole ones
+    _remove(_shard_files(out))
+    for shard in shards:
+        (out / f"{shard.file}.tmp").rename(out / shard.file)
     name = copy_beside(tokenizer, out)
     manifest = Manifest(
         tokenizer={"name": tokenizer.files[0].name, "file": name, "sha256": digest(tokenizer)},
@@ -89,14 +91,13 @@ def _left_out(counts: Counts) -> str:
     return f"{said}; first: {counts.first_broken}" if counts.first_broken else said
 
 
-def _forget_old(folder: Path) -> set[str]:
-    """Removes the old manifest, so that half-replaced shards can't pass for whole ones; returns the old shards."""
-    try:
-        old = {shard.file for shard in read_manifest(folder).shards}
-    except UserError:
-        old = set()
-    (folder / "manifest.json").unlink(missing_ok=True)
-    return {name for name in old if Path(name).name == name}
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink()
+
+
+def _shard_files(folder: Path, suffix: str = "") -> list[Path]:
+    return [path for split in SPLITS for path in folder.glob(f"{split}_{'[0-9]' * 5}.npy{suffix}")]
 
 
 def _unique(documents: Iterable[Document], counts: Counts) -> Iterator[tuple[Document, bytes]]:
@@ -116,13 +117,19 @@ def _split(documents: Iterable[tuple[Document, bytes]], val_fraction: float) -> 
     for document, key in documents:
         text = document.text
         if document.may_cut and val_fraction:
-            cut = text.rfind("\n", 0, int(len(text) * (1 - val_fraction))) + 1
-            if cut:
-                yield Piece("train", text[:cut])
-                yield Piece("val", text[cut:])
-                continue
+            cut = _cut(text, val_fraction)
+            yield Piece("train", text[:cut])
+            yield Piece("val", text[cut:])
+            continue
         held_out = int.from_bytes(key[:8], "big") < val_fraction * 2**64
         yield Piece("val" if held_out else "train", text)
+
+
+def _cut(text: str, val_fraction: float) -> int:
+    """Where the tail for validation begins: where a line or word starts, if one is near: at most its share before."""
+    cut = max(1, min(int(len(text) * (1 - val_fraction)), len(text) - 1))
+    near = max(0, 2 * cut - len(text))
+    return text.rfind("\n", near, cut) + 1 or text.rfind(" ", near, cut) + 1 or cut
 
 
 def _tokenise(pieces: Iterable[Piece], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[list[Piece], list[Ids]]]:
@@ -153,7 +160,7 @@ def _units(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 class _ShardWriter:
-    """Gathers one split's tokens and writes a shard whenever enough are there: beside its name, then renamed."""
+    """Gathers one split's tokens and writes a shard, to NAME.tmp, whenever enough are there."""
 
     def __init__(self, folder: Path, split: Split, dtype: np.dtype[np.unsignedinteger], size: int, eod_id: int) -> None:
         self._folder, self._split, self._dtype, self._size = folder, split, dtype, size
@@ -175,10 +182,6 @@ class _ShardWriter:
             self._write()
         return self._done
 
-    def abandon(self) -> None:
-        for shard in self._done:
-            (self._folder / shard.file).unlink(missing_ok=True)
-
     def _write(self) -> None:
         name = f"{self._split}_{len(self._done):05d}.npy"
         beside = self._folder / f"{name}.tmp"
@@ -187,6 +190,5 @@ class _ShardWriter:
             file.flush()
             os.fsync(file.fileno())
         sha = sha256_file(beside)
-        beside.rename(self._folder / name)
         self._done.append(Shard(name, self._split, self._tokens, self._documents, self._bytes, sha))
         self._parts, self._tokens, self._documents, self._bytes = [], 0, 0, 0

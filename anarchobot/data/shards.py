@@ -20,6 +20,7 @@ import numpy.typing as npt
 from anarchobot.config.errors import UserError
 
 FORMAT_VERSION = 1
+DTYPES = ("uint16", "uint32")
 SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
 Split = Literal["train", "val"]
 
@@ -38,7 +39,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`. `tokenizer` holds `name`, `file` and `sha256`; `counts`: read, kept, duplicates, filtered, broken."""
+    """`manifest.json`. `tokenizer` holds `name`, `file` and `sha256`; `counts` is documents.Counts."""
 
     tokenizer: dict[str, str]
     vocab_size: int
@@ -86,9 +87,11 @@ def read_manifest(folder: str | Path) -> Manifest:
             raise UserError(
                 f"{path}: format {values.get('format_version')}, expected {FORMAT_VERSION}: pretokenize again"
             )
+        if values["dtype"] not in DTYPES:
+            raise ValueError(f"dtype {values['dtype']}")
         values["shards"] = [Shard(**shard) for shard in values["shards"]]
         return Manifest(**values)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{folder}: no token shards here (no manifest.json): run `anarchobot pretokenize`") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}): run `anarchobot pretokenize` again") from error
@@ -114,9 +117,10 @@ class TokenStream:
             end = min(stop, int(self._starts[shard + 1]))
             out[done - start : end - start] = self._shards[shard][done - first : end - first]
             done, shard = end, shard + 1
-        if out.size and int(out.max()) >= self.manifest.vocab_size:
+        largest = int(out.view(np.uint32).max(initial=0))  # seen as it was stored: no id is negative
+        if largest >= self.manifest.vocab_size:
             raise UserError(
-                f"{self.folder}: token id {out.max()} is beyond the vocabulary of {self.manifest.vocab_size}: "
+                f"{self.folder}: token id {largest} is beyond the vocabulary of {self.manifest.vocab_size}: "
                 "the shards are damaged: see `anarchobot shards verify`"
             )
         return out
@@ -124,7 +128,7 @@ class TokenStream:
 
 def _open(path: Path, shard: Shard, dtype: str) -> npt.NDArray[Any]:
     try:
-        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError as error:
         raise UserError(f"{path}: the manifest lists this shard, but it is missing: pretokenize again") from error
     except (OSError, ValueError, EOFError) as error:
@@ -148,7 +152,7 @@ def verify(folder: str | Path) -> Iterator[tuple[str, str]]:
             continue
         if sha256_file(path) != shard.sha256:
             yield shard.file, "its content is not what was written (sha256 differs)"
-        elif shard.tokens and int(array.max()) >= manifest.vocab_size:
+        elif int(array.max(initial=0)) >= manifest.vocab_size:
             yield shard.file, f"token id {array.max()} is beyond the vocabulary of {manifest.vocab_size}"
         else:
             yield shard.file, ""

@@ -64,7 +64,7 @@ def _the_one_in(folder: Path) -> Path:
     for pattern in ("tokenizer.model", "tokenizer.json", "vocab.json", "*.model", "*tokenizer.json", "*vocab.json"):
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
-            raise UserError(f"{folder}: holds several tokenizers ({', '.join(p.name for p in found)}): name one of them")
+            raise UserError(f"{folder}: holds several tokenizers: name one of {', '.join(p.name for p in found)}")
         if found:
             return found[0]
     raise UserError(f"{folder}: no tokenizer in this folder (*.model, tokenizer.json or vocab.json + merges.txt)")
@@ -106,7 +106,10 @@ class SentencePiece:
         proto = path.read_bytes()
         if not proto:
             raise UserError(f"{path}: the file is empty: make a tokenizer with `anarchobot tokenizer train`")
-        self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        try:
+            self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        except RuntimeError as error:  # it names a line of its own source
+            raise UserError(f"{path}: not a SentencePiece model") from error
         self.files: tuple[Path, ...] = (path,)
         self.vocab_size: int = self._model.vocab_size()
         self.eod_id: int = self._model.eos_id()
@@ -164,7 +167,8 @@ class ByteLevel:
         if not ends:
             raise UserError(f"{path}: none of {', '.join(END_OF_DOCUMENT)} is in this tokenizer to end documents with")
         self.eod_id: int = ids[ends[0]]
-        self._model.add_special_tokens([name for name in dict.fromkeys((*END_OF_DOCUMENT, *CHAT_TOKENS)) if name in ids])
+        controls = dict.fromkeys((*END_OF_DOCUMENT, *CHAT_TOKENS))
+        self._model.add_special_tokens([name for name in controls if name in ids])
         self._model.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not the end of it
         self._model.no_truncation()
         self._model.no_padding()

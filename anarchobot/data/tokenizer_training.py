@@ -7,6 +7,7 @@ Both keep every character: no normaliser, no added prefix, bytes for what the vo
 import io
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -28,8 +29,13 @@ def train_tokenizer(
     """Learns `vocab_size` tokens from `texts` and writes `OUTPUT.model` and `OUTPUT.vocab`, or `OUTPUT-vocab.json` and
     `OUTPUT-merges.txt`. Returns the files, the one to load first.
 
-    Raises UserError when the text is too little for so many tokens.
+    Raises UserError when there is no text, or too little for so many tokens.
     """
+    texts = (text for text in texts if text and not text.isspace())
+    first = next(texts, None)
+    if first is None:
+        raise UserError("no text to learn a tokenizer from")
+    texts = chain([first], texts)
     prefix = Path(output)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     if file_format == "gpt2":
@@ -83,7 +89,7 @@ def _train_sentencepiece(texts: Iterable[str], prefix: Path, vocab_size: int, mo
     except (RuntimeError, OSError) as error:
         if failures:
             raise failures[0] from None
-        raise UserError(_explain(vocab_size, str(error))) from error
+        raise _explained(vocab_size, str(error)) from error
     path = prefix.with_name(prefix.name + ".model")
     path.write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
@@ -117,22 +123,29 @@ def _train_gpt2(texts: Iterable[str], prefix: Path, vocab_size: int) -> list[Pat
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() > vocab_size:  # the alphabet alone is larger
-        raise UserError(_explain(vocab_size, f"required_chars. {vocab_size} vs {tokenizer.get_vocab_size()}"))
-    if tokenizer.get_vocab_size() < vocab_size:
-        raise UserError(_explain(vocab_size, f"value <= {tokenizer.get_vocab_size()}"))
+    size = tokenizer.get_vocab_size()
+    if size != vocab_size:
+        raise _impossible(vocab_size, _most(size) if size < vocab_size else _least(size))
     vocab, merges = tokenizer.model.save(str(prefix.parent), prefix.name)
     return [Path(vocab), Path(merges)]
 
 
-def _explain(vocab_size: int, reason: str) -> str:
+def _explained(vocab_size: int, reason: str) -> UserError:
     """SentencePiece's reason in one line that says what to change."""
-    if "sentences_.empty()" in reason:
-        return "no text to learn a tokenizer from"
     if most := re.search(r"value <= (\d+)", reason):
-        hint = f"it gives at most {most[1]}: give more text, or a smaller vocabulary"
-    elif least := re.search(r"required_chars\. \d+ vs (\d+)", reason):
-        hint = f"its characters and the 256 bytes alone need {least[1]}: set a larger vocabulary"
-    else:
-        hint = " ".join(reason.split())
-    return f"no tokenizer of {vocab_size} tokens can be made from this text: {hint}"
+        return _impossible(vocab_size, _most(int(most[1])))
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", reason):
+        return _impossible(vocab_size, _least(int(least[1])))
+    return _impossible(vocab_size, " ".join(reason.split()))
+
+
+def _most(size: int) -> str:
+    return f"it gives at most {size}: give more text, or set a smaller vocabulary"
+
+
+def _least(size: int) -> str:
+    return f"bytes, characters and control tokens alone need {size}: set a larger vocabulary"
+
+
+def _impossible(vocab_size: int, hint: str) -> UserError:
+    return UserError(f"no tokenizer of {vocab_size} tokens can be made from this text: {hint}")

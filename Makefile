@@ -1,0 +1,62 @@
+# AnarchoBot's own tasks. `make quickstart` and `make test` need Python 3.11 to 3.13, make and a package index, no more.
+
+PYTHON ?= python3
+BIN := .venv/bin
+QUICKSTART := configs/quickstart.yaml
+
+.PHONY: help quickstart test check lock clean
+
+help:
+	@echo "make quickstart   train a small model on text that is already here, and let it write (5 minutes)"
+	@echo "make test         style, types and the test suite"
+	@echo "make check        style and types alone"
+	@echo "make docs         write the pages that are made from the code"
+	@echo "make lock         pin the dependencies anew"
+	@echo "make clean        remove .venv, caches and the quickstart's run and shards"
+
+quickstart: .venv/run.done
+	@$(BIN)/python -m anarchobot.system.blas >/dev/null || $(MAKE) --no-print-directory .venv/blas.done
+	$(BIN)/anarchobot tokenizer train $(QUICKSTART)
+	$(BIN)/anarchobot pretokenize $(QUICKSTART)
+	$(BIN)/anarchobot pretrain $(QUICKSTART) --resume-from auto
+	$(BIN)/anarchobot generate --checkpoint runs/quickstart
+
+test: check
+	$(BIN)/python -m pytest -n 2
+
+check: .venv/dev.done
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+docs: .venv/dev.done
+	$(BIN)/python scripts/write_config_docs.py
+
+lock: .venv/dev.done
+	$(BIN)/pip install --quiet uv
+	for part in run dev blas; do \
+	  $(BIN)/uv pip compile --quiet pyproject.toml --universal --python-version 3.11 --generate-hashes --upgrade \
+	    --no-emit-index-url --no-annotate --no-header $$([ $$part = run ] || echo --extra $$part) -o locks/$$part.lock; \
+	done
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis runs/quickstart shards/quickstart
+
+# One virtual environment; each mark says which lock file is installed in it.
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { echo "Python 3.11 to 3.13 is needed; $(PYTHON) is another: make PYTHON=python3.12 quickstart"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/%.done: locks/%.lock pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# MKL, only where no fast BLAS is found and it exists: the training step is several times slower without one.
+.venv/blas.done: locks/blas.lock | .venv/bin/python
+	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
+	  echo "no fast BLAS here: installing MKL (300 MB)"; \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r $<; \
+	fi
+	@touch $@

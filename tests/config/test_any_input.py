@@ -1,0 +1,85 @@
+"""Whatever stands in a file or on the command line: a checked config that can be written and read, or one line."""
+
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.loading import leaf_keys, load_config
+from anarchobot.config.yaml_tree import dump
+from tests.config.test_loading import another_value
+
+SNIPPETS = [
+    ":", ": ", "\n", "  ", "\t", "- ", "[", "]", "{", "}", "*a", "&a ", "!t ", "!!python/name:os ", "|\n", ">\n", "'",
+    '"', "#", "%", "@", "?", "<<", "\0", "\x1b", "\x85", "\u2028", "\ufeff", "\\ud800", '"\\U0011ffff"', "---\n",
+    "...\n", "model:", "train.lr", "lr", "null", "true", "1e999", ".nan", "0x", "9" * 400, "-", "😀", "epochs: 1\n",
+]  # fmt: skip
+VALUES = ["1", "2", "64", "0", "-1", "3e-4", "1e5", "0.5", "true", "null", "yes", "0123", "a/b", "'x'", "[a,b]", ".nan"]
+GOOD = {key: dump({"k": another_value(key, info.default)}, flow=True)[4:-2] for key, info in leaf_keys().items()}
+SETTINGS = st.dictionaries(
+    st.sampled_from(list(GOOD)), st.sampled_from(["good", "good", "good", *VALUES]), max_size=3
+).map(lambda values: {key: GOOD[key] if value == "good" else value for key, value in values.items()})
+KEYS = st.sampled_from([*leaf_keys(), "model", "x.y", "", "train.", "model.n_heads.x"])
+WORDS = st.builds("{}{}{}".format, KEYS, st.sampled_from(["=", "=", "=", ""]), st.sampled_from(SNIPPETS + VALUES))
+
+
+def outcome(file: Path, words: list[str]) -> str:
+    """ "config" or "told": anything else is an error of the test's."""
+    try:
+        loaded = load_config(file, words)
+    except UserError as error:
+        assert str(error)
+        assert len(str(error).splitlines()) == 1
+        assert len(str(error)) < 2000
+        return "told"
+    assert set(loaded.sources) <= set(leaf_keys())
+    file.write_text(dump(loaded.config.model_dump()), encoding="utf-8")
+    assert load_config(file).config == loaded.config
+    return "config"
+
+
+def as_yaml(values: dict[str, str]) -> str:
+    sections = sorted({key.partition(".")[0] for key in values})
+    return "".join(
+        f"{section}:\n"
+        + "".join(f"  {k.partition('.')[2]}: {v}\n" for k, v in values.items() if k.startswith(f"{section}."))
+        for section in sections
+    )
+
+
+def test_any_settings_and_words_are_a_config_or_one_line(tmp_path: Path) -> None:
+    met = set()
+
+    @given(SETTINGS, st.one_of(st.just([]), st.lists(WORDS, max_size=2)))
+    @settings(max_examples=200, derandomize=True, deadline=None)
+    def check(values: dict[str, str], words: list[str]) -> None:
+        file = tmp_path / "c.yaml"
+        file.write_text(as_yaml(values), encoding="utf-8")
+        met.add(outcome(file, words))
+
+    check()
+    assert met == {"config", "told"}
+
+
+def test_any_mangled_file_is_a_config_or_one_line(tmp_path: Path) -> None:
+    met = set()
+    good = (
+        "model:\n  n_layers: 2\n  d_model: 64\n  n_heads: 4\ntrain:\n  lr: 3e-4\n  save_dir: 'x'\ndata: {seq_len: 8}\n"
+    )
+    edit = st.tuples(
+        st.integers(0, len(good)), st.integers(0, 4), st.sampled_from([s.encode() for s in SNIPPETS] + [b"\xff"])
+    )
+
+    @given(st.lists(edit, max_size=3))
+    @settings(max_examples=200, derandomize=True, deadline=None)
+    def check(edits: list[tuple[int, int, bytes]]) -> None:
+        raw = good.encode()
+        for at, length, snippet in edits:
+            raw = raw[:at] + snippet + raw[at + length :]
+        file = tmp_path / "c.yaml"
+        file.write_bytes(raw)
+        met.add(outcome(file, []))
+
+    check()
+    assert met == {"config", "told"}

@@ -1,0 +1,113 @@
+"""Settings that contradict each other: which line is told, and what is said of it."""
+
+from pathlib import Path
+
+import pytest
+
+from anarchobot.config.checks import contradictions
+from anarchobot.config.errors import UserError
+from anarchobot.config.loading import load_config
+from anarchobot.config.schema import Config
+
+CONTRADICTIONS = {
+    "model:\n  d_model: 100\n  n_heads: 12\n": (
+        "c.yaml:2: model.d_model: d_model (100) must be divisible by n_heads (12), or set head_dim"
+    ),
+    "model:\n  n_layers: 2\n  n_heads: 7\n": (
+        "c.yaml:3: model.n_heads: d_model (768) must be divisible by n_heads (7), or set head_dim"
+    ),
+    "model:\n  d_model: 36\n": (
+        "c.yaml:2: model.d_model: heads of 3 can't be rotated in pairs: the head width must be even"
+    ),
+    "model:\n  d_model: 36\n  head_dim: 5\n": (
+        "c.yaml:3: model.head_dim: heads of 5 can't be rotated in pairs: the head width must be even"
+    ),
+    "model:\n  n_kv_heads: 5\n": (
+        "c.yaml:2: model.n_kv_heads: n_heads (12) must be divisible by n_kv_heads (5): each key head serves the same "
+        "number of query heads"
+    ),
+    "model:\n  n_kv_heads: 24\n": (
+        "c.yaml:2: model.n_kv_heads: n_heads (12) must be divisible by n_kv_heads (24): each key head serves the same "
+        "number of query heads"
+    ),
+    "data:\n  seq_len: 5000\n": (
+        "c.yaml:2: data.seq_len: data.seq_len (5000) must be at most model.max_seq_len (4096)"
+    ),
+    "model:\n  max_seq_len: 512\n": (
+        "c.yaml:2: model.max_seq_len: data.seq_len (2048) must be at most model.max_seq_len (512)"
+    ),
+    "data:\n  score_field: q\n": "c.yaml:2: data.score_field: needs data.score_min as well",
+    "data:\n  score_min: 0.0\n": "c.yaml:2: data.score_min: needs data.score_field as well",
+    "train:\n  total_steps: 5\n  epochs: 1\n": (
+        "c.yaml:2: train.total_steps: the run's length is set more than once: keep one of train.total_steps, "
+        "train.epochs"
+    ),
+    "train:\n  token_budget: 5\n  epochs: 1\n  total_steps: 50000\n": (
+        "c.yaml:2: train.token_budget: the run's length is set more than once: keep one of train.token_budget, "
+        "train.epochs, train.total_steps"
+    ),
+    "train:\n  lr: 1e-5\n": "c.yaml:2: train.lr: min_lr (3e-05) must be at most lr (1e-05)",
+    "train:\n  min_lr: 1\n  lr: 0.5\n": "c.yaml:2: train.min_lr: min_lr (1) must be at most lr (0.5)",
+    "train:\n  lr_decay_steps: 1000\n": (
+        "c.yaml:2: train.lr_decay_steps: lr_decay_steps (1000) must be above warmup_steps (1000)"
+    ),
+    # Of two contradictions the first in the file is told, whatever the order of the schema.
+    "train:\n  lr: 1e-5\nmodel:\n  n_heads: 7\n": "c.yaml:2: train.lr: min_lr (3e-05) must be at most lr (1e-05)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), CONTRADICTIONS.items(), ids=[m[:45] for m in CONTRADICTIONS.values()])
+def test_contradictions_in_a_file(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        load_config("c.yaml")
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["train.epochs=1", "train.total_steps=5"],
+            "command line: train.epochs: the run's length is set more than once: keep one of train.epochs, "
+            "train.total_steps",
+        ),
+        (["model.n_heads=5"], "command line: model.n_heads: d_model (96) must be divisible by n_heads (5), or set "
+                              "head_dim"),
+        (["train.warmup_steps=900"], "command line: train.warmup_steps: lr_decay_steps (800) must be above "
+                                     "warmup_steps (900)"),
+    ],
+)  # fmt: skip
+def test_the_command_line_takes_the_blame_before_the_file(overrides: list[str], message: str, tmp_path: Path) -> None:
+    """The file was good before: pointing at its line would send people to the wrong place."""
+    file = tmp_path / "c.yaml"
+    file.write_text("model:\n  d_model: 96\n  n_heads: 6\ntrain:\n  lr_decay_steps: 800\n  warmup_steps: 100\n")
+    load_config(file)
+    with pytest.raises(UserError) as error:
+        load_config(file, overrides)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: {d_model: 100, n_heads: 12, head_dim: 8}",  # head_dim makes the width free
+        "model: {n_kv_heads: 1}",
+        "data: {seq_len: 4096}",
+        "data: {score_field: q, score_min: 0}",
+        "train: {min_lr: 1e-3, lr: 1e-3}",
+        "train: {lr_decay_steps: 1001}",
+        "train: {total_steps: 5, epochs: null, token_budget: null}",
+    ],
+)
+def test_what_agrees_is_taken(text: str, tmp_path: Path) -> None:
+    """The limits themselves: a check of `<` for `<=` would refuse them."""
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    assert load_config(file).sources
+
+
+def test_the_defaults_agree() -> None:
+    """The loader counts on it: a contradiction has a key that somebody set."""
+    assert list(contradictions(Config(), [])) == []

@@ -1,0 +1,128 @@
+"""The schema against the list that the project's documentation fixes, and against JSON Schema's own reader."""
+
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from anarchobot.config.loading import expectation, leaf_keys
+from anarchobot.config.schema import Config, TrainConfig
+from anarchobot.config.yaml_tree import parse
+
+SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+# Copied by hand from the documentation that others rely on; a default that moves must be moved here on purpose.
+PROMISED: dict[str, dict[str, Any]] = {
+    "model": {
+        "vocab_size": 32000, "n_layers": 12, "d_model": 768, "n_heads": 12, "mlp_multiple": 4.0, "dropout": 0.1,
+        "max_seq_len": 4096, "rope_theta": 10000.0, "ffn_activation": "silu", "norm_eps": 1e-5, "tie_embeddings": True,
+        "n_kv_heads": None, "head_dim": None, "qk_norm": False, "logit_softcap": None, "zero_init_proj": False,
+    },
+    "data": {
+        "dataset": None, "config": None, "split": "train", "text_field": "text", "seq_len": 2048,
+        "shuffle_buffer": 1000, "num_workers": 2, "cache_dir": None, "streaming": True, "shard_dir": "shards",
+        "val_fraction": 0.01, "score_field": None, "score_min": None,
+    },
+    "train": {
+        "total_steps": 50000, "epochs": None, "token_budget": None, "micro_batch_size": 1, "grad_accum_steps": 4,
+        "lr": 3e-4, "min_lr": 3e-5, "warmup_steps": 1000, "lr_decay_steps": None, "schedule": "cosine",
+        "weight_decay": 0.02, "max_grad_norm": 1.0, "optimizer": "muon_adamw", "momentum": 0.95, "log_interval": 25,
+        "eval_interval": 500, "eval_batches": 50, "sample_interval": None, "ckpt_interval": 2000, "ckpt_keep": 3,
+        "log_path": None, "save_dir": "runs/default", "precision": None, "compile": None,
+        "gradient_checkpointing": False, "tokenizer_path": None, "checkpoint_path": None, "seed": 0, "device": "auto",
+        "backend": "mlx",
+    },
+}  # fmt: skip
+
+CHOICES = {
+    "model.ffn_activation": '"silu" | "gelu"',
+    "data.fallback": '"builtin", or null',
+    "train.schedule": '"cosine" | "wsd" | "linear" | "constant"',
+    "train.optimizer": '"muon_adamw" | "adamw"',
+    "train.precision": '"float16" | "bfloat16" | "float32", or null',
+    "train.device": '"auto" | "gpu" | "cpu"',
+    "train.backend": '"mlx" | "torch"',
+    "tokenizer.model_type": '"bpe" | "unigram"',
+    "tokenizer.format": '"sentencepiece" | "gpt2"',
+    "generation.method": '"greedy" | "top_k" | "nucleus" | "random"',
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "default"),
+    [(section, key, default) for section, keys in PROMISED.items() for key, default in keys.items()],
+)
+def test_promised_defaults(section: str, key: str, default: Any) -> None:
+    value = getattr(getattr(Config(), section), key)
+    assert value == default
+    assert type(value) is type(default)
+
+
+def test_no_key_of_the_promised_sections_is_missing_and_those_added_are_known() -> None:
+    promised = {f"{section}.{key}" for section, keys in PROMISED.items() for key in keys}
+    own = {key for key in leaf_keys() if key.partition(".")[0] in PROMISED}
+    assert own - promised == {"data.fallback", "train.decay_fraction"}
+    assert promised - own == set()
+
+
+def test_choices() -> None:
+    assert {key: expectation(info) for key, info in leaf_keys().items() if '"' in expectation(info)} == CHOICES
+
+
+@pytest.mark.parametrize("key", leaf_keys())
+def test_every_setting_says_what_it_means(key: str) -> None:
+    description = leaf_keys()[key].description
+    assert description
+    assert description == description.strip().rstrip(".")
+    assert len(description) < 120
+
+
+def test_derived_sizes() -> None:
+    model = Config.model_validate({"model": {"d_model": 96, "n_heads": 6, "mlp_multiple": 2.67}}).model
+    assert (model.head_size, model.kv_heads, model.mlp_size) == (16, 6, 256)
+    model = Config.model_validate({"model": {"head_dim": 64, "n_kv_heads": 3}}).model
+    assert (model.head_size, model.kv_heads) == (64, 3)
+
+
+def test_a_config_cannot_be_changed_after_it_was_checked() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Config().train.lr = 1.0
+
+
+def test_a_written_config_has_one_run_length() -> None:
+    """With both, the run's own config.yaml would be refused as contradictory."""
+    assert "total_steps" in TrainConfig().model_dump()
+    assert "total_steps" not in TrainConfig(epochs=2.0).model_dump()
+    assert "total_steps" not in TrainConfig(token_budget=1000).model_dump()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_configs_fulfil_the_json_schema(path: Path) -> None:
+    """What an editor says of a file must be what the loader says."""
+    jsonschema.validate(parse(path.read_bytes(), path.name).values, Config.model_json_schema())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"n_layer": 3}}, "'n_layer' was unexpected"),
+        ({"modle": {}}, "'modle' was unexpected"),
+        ({"model": {"n_layers": "3"}}, "'3' is not of type 'integer'"),
+        ({"model": {"n_layers": 0}}, "less than the minimum"),
+        ({"train": {"schedule": "cos"}}, "'cos' is not one of"),
+        ({"model": {"dropout": 1.0}}, "greater than or equal to the maximum of 1"),
+    ],
+)
+def test_the_json_schema_refuses_mistakes(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(jsonschema.ValidationError, match=message):
+        jsonschema.validate(values, Config.model_json_schema())
+
+
+def test_shipped_configs_are_found() -> None:
+    """An empty glob would let the tests over it pass."""
+    assert "quickstart.yaml" in [path.name for path in SHIPPED]
+
+
+def test_the_json_schema_is_one() -> None:
+    jsonschema.Draft202012Validator.check_schema(Config.model_json_schema())

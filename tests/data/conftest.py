@@ -1,0 +1,34 @@
+"""Tokenizers of each kind that is trained here, on a little real text and some of many scripts."""
+
+from pathlib import Path
+
+import pytest
+
+from anarchobot.data import builtin
+from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
+from anarchobot.data.tokenizer_training import train_tokenizer
+
+SCRIPTS = "Größe, forêt, Київ, 吾輩は猫である。名前はまだ無い。 مرحبا שלום नमस्ते 🙂👩‍👩‍👧 x² → ∑ ▁ 1234567890\r\n\tend\n"
+KINDS = {
+    "bpe": ("bpe", "sentencepiece"),
+    "unigram": ("unigram", "sentencepiece"),
+    "gpt2": ("bpe", "gpt2"),
+}
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[str]:
+    """About 150 kB of the language reference, and a line of many scripts."""
+    return [*builtin.topics()[:40], SCRIPTS * 20]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> dict[str, Path]:
+    """The file to load, by kind: bpe, unigram, gpt2; 600 tokens each."""
+    folder = tmp_path_factory.mktemp("trained")
+    return {kind: train_tokenizer(corpus, folder / kind, 600, *how)[0] for kind, how in KINDS.items()}
+
+
+@pytest.fixture(scope="session", params=sorted(KINDS))
+def tokenizer(request: pytest.FixtureRequest, trained: dict[str, Path]) -> Tokenizer:
+    return load_tokenizer(trained[request.param])

@@ -1,0 +1,128 @@
+"""Hugging Face datasets, with the real package on a local folder in the hub's layout; the network is not used."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.schema import DataConfig
+from anarchobot.data import hub
+from anarchobot.data.documents import Counts, open_source
+
+ROWS = 60
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets.config
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A dataset with a train split of ROWS rows and a test split of 3."""
+    path = tmp_path / "set"
+    path.mkdir()
+    for split, size in (("train", ROWS), ("test", 3)):
+        lines = (json.dumps({"content": f"{split} {i}", "score": i / ROWS}) + "\n" for i in range(size))
+        (path / f"{split}.jsonl").write_text("".join(lines))
+    return path
+
+
+def texts(folder: Path, seed: int = 0, **settings: Any) -> list[str]:
+    data = DataConfig(cache_dir=str(folder.parent / "cache"), **settings)
+    return [row["content"] for row in hub.rows(str(folder), data, seed)]
+
+
+def in_order(split: str = "train", size: int = ROWS) -> list[str]:
+    return [f"{split} {i}" for i in range(size)]
+
+
+def test_the_shuffle_buffer_shuffles_a_stream_by_the_seed(folder: Path) -> None:
+    assert texts(folder, shuffle_buffer=0) == in_order()
+    shuffled = texts(folder, shuffle_buffer=10)
+    assert shuffled != in_order() and sorted(shuffled) == sorted(in_order())
+    assert shuffled == texts(folder, shuffle_buffer=10)
+    assert shuffled != texts(folder, shuffle_buffer=10, seed=1)
+    assert shuffled[0] in in_order()[:10], "a row can't come before it is in the buffer"
+
+
+def test_without_streaming_the_order_is_kept_and_the_copy_lies_in_cache_dir(folder: Path) -> None:
+    assert texts(folder, streaming=True) and not list((folder.parent / "cache").rglob("*.arrow"))
+    assert texts(folder, streaming=False) == in_order()
+    assert list((folder.parent / "cache").rglob("*.arrow"))
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_the_split_and_the_configuration_are_the_ones_named(folder: Path, streaming: bool) -> None:
+    settings: dict[str, Any] = {"streaming": streaming, "shuffle_buffer": 0}
+    assert texts(folder, split="test", **settings) == in_order("test", 3)
+    assert texts(folder, config="default", **settings) == in_order()
+    with pytest.raises(UserError, match=r"can't be read \(.*valid"):
+        texts(folder, split="valid", **settings)
+    with pytest.raises(UserError, match=r"can't be read \(.*'english' not found"):
+        texts(folder, config="english", **settings)
+
+
+def test_an_empty_split_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: datasets.Dataset.from_list([]))
+    with pytest.raises(UserError, match="has no rows in split 'train'"):
+        texts(folder, streaming=False)
+
+
+def test_a_name_that_cannot_be_reached_is_one_line_or_the_fallback() -> None:
+    data = DataConfig(dataset="no-such-people/no-such-set")
+    with pytest.raises(UserError) as error:
+        open_source(data, 0, Counts())
+    assert "'no-such-people/no-such-set' is no file here" in str(error.value) and "\n" not in str(error.value)
+    name, documents = open_source(data.model_copy(update={"fallback": "builtin"}), 0, Counts())
+    assert name == "builtin" and next(documents).text
+
+
+def test_a_network_that_breaks_off_later_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def breaks_off() -> Iterator[dict[str, str]]:
+        yield {"content": "one"}
+        raise ConnectionError("the line\nis dead")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: breaks_off())
+    rows = hub.rows("some/set", DataConfig(shuffle_buffer=0), 0)
+    assert next(rows) == {"content": "one"}
+    with pytest.raises(UserError, match=r"can't be read \(the line is dead\)"):
+        next(rows)
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'anarchobot\[hub\]'"):
+        open_source(DataConfig(dataset="some/set"), 0, Counts())
+
+
+def test_rows_become_documents_by_field_and_score(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    monkeypatch.setattr(hub, "rows", lambda name, data, seed: iter(rows))
+    counts = Counts()
+    data = DataConfig(dataset="some/set", text_field="content", score_field="score", score_min=0.5)
+    name, documents = open_source(data, 0, counts)
+    assert (name, [d.text for d in documents]) == ("some/set", in_order()[ROWS // 2 :])
+    assert (counts.read, counts.filtered) == (ROWS, ROWS // 2)
+    with pytest.raises(UserError, match=r"some/set: row 0: no field 'text' \(it has content, score\)"):
+        next(open_source(DataConfig(dataset="some/set"), 0, Counts())[1])
+
+
+def test_a_name_is_told_from_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    names = {"allenai/c4", "wikitext", "HuggingFaceFW/fineweb-edu", "openbmb/Ultra-FineWeb"}
+    paths = {"corpus", "./data", "../data", "missing.txt", "a/b.jsonl", "a/b/c", "/abs/path", "*.txt", "a b"}
+    assert {name for name in names | paths if hub.looks_like_a_name(name)} == names

@@ -1,0 +1,140 @@
+"""What is learned uses all of the text and is the same each time; what can't be made is told with the number to set."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+
+from anarchobot.config.errors import UserError
+from anarchobot.data.tokenizer import CHAT_TOKENS, load_tokenizer
+from anarchobot.data.tokenizer_training import limited, train_tokenizer
+from tests.data.conftest import KINDS
+
+every_kind = pytest.mark.parametrize("how", KINDS.values(), ids=list(KINDS))
+
+
+@every_kind
+def test_the_vocabulary_has_the_size_asked_for_and_the_chat_tokens(tmp_path: Path, corpus: list[str], how: Any) -> None:
+    files = train_tokenizer(corpus, tmp_path / "new" / "my.v1", 500, *how)
+    assert all(file.parent == tmp_path / "new" for file in files)
+    tokenizer = load_tokenizer(files[0])
+    assert tokenizer.vocab_size == 500
+    if how[1] == "gpt2":
+        assert [file.name for file in files] == ["my.v1-vocab.json", "my.v1-merges.txt"]
+        vocab = json.loads(files[0].read_text(encoding="utf-8"))
+        assert [vocab[name] for name in ("<|endoftext|>", *CHAT_TOKENS)] == [0, 1, 2]
+    else:
+        assert [file.name for file in files] == ["my.v1.model", "my.v1.vocab"]
+        model: Any = sentencepiece.SentencePieceProcessor(model_file=str(files[0]))
+        assert all(model.is_control(model.piece_to_id(name)) for name in CHAT_TOKENS)
+        listed = [line.rpartition("\t")[0] for line in files[1].read_bytes().decode().split("\n")]
+        assert listed[:-1] == [model.id_to_piece(i) for i in range(500)]
+
+
+@every_kind
+def test_the_same_text_gives_the_same_bytes_on_any_number_of_cores(
+    tmp_path: Path, corpus: list[str], how: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = set()
+    for cores in (1, 3, 3):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        files = train_tokenizer(corpus, tmp_path / "my", 400, *how)
+        made.add(b"".join(file.read_bytes() for file in files))
+    assert len(made) == 1
+
+
+def tokens_of_the_word(tmp_path: Path, texts: list[str], word: str, how: Any) -> int:
+    tokenizer = load_tokenizer(train_tokenizer(texts, tmp_path / "my", 500, *how)[0])
+    return len(tokenizer.encode_batch([word])[0])
+
+
+@every_kind
+def test_a_line_of_100_kb_is_learned_to_its_end(tmp_path: Path, corpus: list[str], how: Any) -> None:
+    """SentencePiece skips lines over its limit: the word at the end would then be eight bytes."""
+    line = " ".join(corpus).replace("\n", " ")[:70_000] + " δζθξ" * 4000
+    assert tokens_of_the_word(tmp_path, [line], " δζθξ", how) <= 2
+
+
+@every_kind
+def test_a_line_with_the_mark_that_sentencepiece_reserves_is_learned(
+    tmp_path: Path, corpus: list[str], how: Any
+) -> None:
+    lines = [f"▅ δζθξ{word} ▅\n" for word in " ".join(corpus).split()[:3000]]
+    assert tokens_of_the_word(tmp_path, ["".join(lines)], " δζθξ", how) <= 2
+
+
+@every_kind
+@pytest.mark.parametrize("texts", [[], [""], ["\n \n", "\t"]])
+def test_no_text_is_told(tmp_path: Path, how: Any, texts: list[str]) -> None:
+    with pytest.raises(UserError, match=r"^no text to learn a tokenizer from$"):
+        train_tokenizer(texts, tmp_path / "my", 500, *how)
+    assert not list(tmp_path.iterdir())
+
+
+@every_kind
+def test_too_little_text_is_told_with_the_most_that_it_gives(tmp_path: Path, corpus: list[str], how: Any) -> None:
+    texts = corpus[:1]
+    with pytest.raises(
+        UserError, match=r"^no tokenizer of 30000 tokens can be made from this text: it gives at most"
+    ) as e:
+        train_tokenizer(texts, tmp_path / "my", 30_000, *how)
+    most = int(re.findall(r"\d+", str(e.value))[1])
+    assert load_tokenizer(train_tokenizer(texts, tmp_path / "my", most, *how)[0]).vocab_size == most
+    with pytest.raises(UserError, match="it gives at most"):
+        train_tokenizer(texts, tmp_path / "my", most + 1, *how)
+
+
+@every_kind
+def test_a_vocabulary_too_small_is_told_with_the_least_that_does(tmp_path: Path, corpus: list[str], how: Any) -> None:
+    with pytest.raises(UserError, match=r"bytes, characters and control tokens alone need \d+: set a larger") as error:
+        train_tokenizer(corpus, tmp_path / "my", 100, *how)
+    least = int(re.findall(r"\d+", str(error.value))[1])
+    assert load_tokenizer(train_tokenizer(corpus, tmp_path / "my", least, *how)[0]).vocab_size == least
+    with pytest.raises(UserError, match=f"alone need {least}"):
+        train_tokenizer(corpus, tmp_path / "my", least - 1, *how)
+
+
+def test_gpt2_files_hold_no_unigram_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tokenizer\.format: gpt2 files hold a BPE model"):
+        train_tokenizer(["text"], tmp_path / "my", 300, "unigram", "gpt2")
+
+
+@every_kind
+@pytest.mark.parametrize("failure", [UserError("a.jsonl:1: no field 'text'"), KeyboardInterrupt()])
+def test_what_stops_the_documents_comes_through(tmp_path: Path, how: Any, failure: BaseException) -> None:
+    """SentencePiece makes a RuntimeError of it, which would be told as too little text."""
+
+    def texts() -> Iterator[str]:
+        yield "some text"
+        raise failure
+
+    with pytest.raises(type(failure)) as error:
+        train_tokenizer(texts(), tmp_path / "my", 300, *how)
+    assert error.value is failure
+    assert not list(tmp_path.iterdir())
+
+
+# max_train_mb
+
+
+def test_the_limit_holds_to_the_byte_and_reads_no_further() -> None:
+    def texts() -> Iterator[str]:
+        yield "x" * 600
+        yield "é" * 600
+        raise AssertionError("read beyond the limit")
+
+    taken = [0]
+    assert list(limited(texts(), 0.001, taken)) == ["x" * 600, "é" * 200]
+    assert taken == [1000]
+    assert "".join(limited(["aé"], 2e-6, [0])) == "a", "half of a character is no text"
+
+
+def test_below_the_limit_all_is_given_out() -> None:
+    taken = [0]
+    assert list(limited(iter(["one", "zwölf"]), 200.0, taken)) == ["one", "zwölf"]
+    assert taken == [9]
