@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.tiny import make_shards
 
 from anarchobot.system.blas import load_fast_blas
+from tests.tiny import make_shards
 
 load_fast_blas()
 

@@ -13,6 +13,7 @@ from anarchobot.data.tokenizer import load_tokenizer
 from anarchobot.data.tokenizer_training import train_tokenizer
 
 VOCAB = 384
+LEFT_OUT = object()  # as an override: the key is not in the file
 
 
 def make_shards(folder: Path, megabytes: float = 0.06, vocab_size: int = VOCAB) -> Path:
@@ -44,6 +45,8 @@ def write_config(path: Path, shards: Path, run: Path, **overrides: Any) -> Path:
     for name, value in overrides.items():
         section, key = name.split("__")
         config.setdefault(section, {})[key] = value
+        if value is LEFT_OUT:
+            del config[section][key]
     path.write_text(yaml.safe_dump(config))
     return path
 

@@ -20,7 +20,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
         key = action.dest.removeprefix(_SETTING)
         info = leaf_keys()[key]
-        return f"{key}: {info.description}; takes {expectation(info)}".replace("%", "%%")
+        return f"{key}: {info.description}; takes {expectation(info)}"
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,7 +9,6 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -62,15 +61,6 @@ def config_from_dict(values: dict[str, Any], name: str) -> Config:
         raise UserError(f"{name}: {_describe(error, {})}") from error
 
 
-def effective_yaml(config: Config) -> str:
-    """The configuration as a file that loads to the same one: keys without a value are left out, and of the three
-    lengths of a run the two that do not count."""
-    values = config.model_dump(exclude_none=True)
-    if config.train.epochs is not None or config.train.token_budget is not None:
-        del values["train"]["total_steps"]
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
 def leaf_keys() -> dict[str, FieldInfo]:
     """Every dotted key of the schema, in its order: `{"model.vocab_size": FieldInfo, ...}`."""
     return {
@@ -108,7 +98,6 @@ def _override(values: dict[str, Any], sources: dict[str, str], key: str, value: 
         raise UserError(f"{sources[section]}: {section}: expected a section of keys, got {_shown(keys)}")
     values[section] = keys = {**(keys or {}), leaf: value}
     sources.setdefault(section, COMMAND_LINE)
-    sources.pop(key, None)  # set again, so last in the order of setting
     sources[key] = COMMAND_LINE
     if key in RUN_LENGTHS and value is not None:  # it replaces one in the file; two on the command line contradict
         for other in RUN_LENGTHS:

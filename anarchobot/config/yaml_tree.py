@@ -44,7 +44,7 @@ def parse(raw: bytes, name: str) -> Tree:
     if len(raw) > MAX_BYTES:
         raise UserError(f"{name}: larger than 1 MB: that is no configuration")
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(f"{name}:{line}: not UTF-8 text: expected a YAML configuration") from error

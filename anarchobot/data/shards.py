@@ -131,7 +131,7 @@ def _open(path: Path, shard: Shard, dtype: str) -> npt.NDArray[Any]:
         array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError as error:
         raise UserError(f"{path}: the manifest lists this shard, but it is missing: pretokenize again") from error
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a damaged header is Python text that may fail in any way
         raise UserError(f"{path}: damaged ({error}): pretokenize again") from error
     if array.shape != (shard.tokens,) or array.dtype != dtype:
         raise UserError(

@@ -41,7 +41,7 @@ def scaled_loss(hidden: mx.array, weight: mx.array, targets: mx.array, model: Mo
     def fused(hidden: mx.array, weight: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         total = mx.array(0.0)
         weight_gradient = mx.zeros(weight.shape, mx.float32)
-        hidden_gradients = []
+        hidden_gradients: list[mx.array] = []
         for h, t in _chunks(hidden, targets):  # targets are closed over: integers have no gradient
             (h,) = mx.depends([h], [weight_gradient, total, *hidden_gradients[-1:]])
             loss, z = _chunk_loss(h, weight, t, model)

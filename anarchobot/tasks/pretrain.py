@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.config.errors import UserError
-from anarchobot.config.loading import LoadedConfig, effective_yaml
+from anarchobot.config.loading import LoadedConfig
+from anarchobot.config.yaml_tree import dump
 from anarchobot.data.batches import TrainBatches, ValBatches
 from anarchobot.data.shards import Manifest, TokenStream
 from anarchobot.data.tokenizer import Tokenizer, copy_beside, digest, load_tokenizer
@@ -54,7 +55,7 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     progress = Progress() if start is None else _resume(engine, run, start)
 
     run_folder.mkdir(parents=True, exist_ok=True)
-    (run_folder / "config.yaml").write_text(effective_yaml(config), encoding="utf-8")
+    (run_folder / "config.yaml").write_text(dump(config.model_dump()), encoding="utf-8")
     copy_beside(tokenizer, run_folder)
     with (
         MetricsLog(Path(train.log_path or run_folder / "logs")) as log,

@@ -161,14 +161,16 @@ def test_the_config_rooms_load_no_mlx() -> None:
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
-def test_a_reader_that_leaves_is_no_fault() -> None:
-    """As in `anarchobot config schema | head -1`: no traceback, and nothing of Python's own at exit."""
+@pytest.mark.parametrize("part", ["schema", "show"])
+def test_a_reader_that_leaves_is_no_fault(part: str) -> None:
+    """As in `anarchobot config show | head -1`: no traceback, and nothing of Python's own at exit."""
     read_end, write_end = os.pipe()
     os.close(read_end)
     with open(write_end, "w") as gone:
         done = subprocess.run(
-            [sys.executable, "-m", "anarchobot", "config", "schema"], stdout=gone, stderr=subprocess.PIPE, timeout=60
-        )
+            [sys.executable, "-m", "anarchobot", "config", part],
+            stdout=gone, stderr=subprocess.PIPE, timeout=60, env={**os.environ, "PYTHONUNBUFFERED": ""},
+        )  # fmt: skip
     assert (done.returncode, done.stderr) == (1, b"")
 
 

@@ -178,6 +178,7 @@ MISTAKES = {
     "model:\n  n_layers: twelve\n": (
         'c.yaml:2: model.n_layers: expected a whole number of at least 1, got "twelve"'
     ),
+    "model:\n  n_layers: zwölf\n": 'c.yaml:2: model.n_layers: expected a whole number of at least 1, got "zwölf"',
     "model:\n  n_layers: '12'\n": 'c.yaml:2: model.n_layers: expected a whole number of at least 1, got "12"',
     "model:\n  n_layers: 1.5\n": "c.yaml:2: model.n_layers: expected a whole number of at least 1, got 1.5",
     "model:\n  n_layers: true\n": "c.yaml:2: model.n_layers: expected a whole number of at least 1, got true",

@@ -107,7 +107,8 @@ def test_the_rest_is_refused_with_its_line(raw: bytes, message: str) -> None:
 
 
 def test_sixteen_levels_and_one_million_bytes_are_taken() -> None:
-    """The limits themselves: a check of `>=` would refuse them."""
+    """The limits themselves: a check of `>=` would refuse them. What is closed again is not deep."""
+    assert len(parse(b"a: [" + b"[1], " * 99 + b"]", "f").values["a"]) == 99
     assert parse(b"a: " + b"[" * 15 + b"]" * 15, "f").lines == {"a": 1}
     assert parse(b"a: 1 #" + b"x" * (1_000_000 - 6), "f").values == {"a": 1}
 
@@ -139,6 +140,7 @@ def test_dump_writes_texts_so_that_no_reader_takes_them_for_something_else() -> 
     values = {"k": ["3e-4", "1_000", "0o17", "yes", "null", "0123", "1:30", "", " a", "x: y", "a\nb", "ü😀", "#"]}
     assert parse(dump(values).encode(), "f").values == values
     assert yaml.safe_load(dump(values)) == values
+    assert dump({"k": "word " * 999}, flow=True).count("\n") == 1
 
 
 values_of_a_setting = st.one_of(

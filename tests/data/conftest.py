@@ -1,10 +1,14 @@
-"""Tokenizers of each kind that is trained here, on a little real text and some of many scripts."""
+"""Tokenizers of each kind that is trained here, on a little real text and some of many scripts; shards of given ids."""
 
+import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from anarchobot.data import builtin
+from anarchobot.data.documents import Counts
+from anarchobot.data.shards import Manifest, Shard, write_manifest
 from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
 from anarchobot.data.tokenizer_training import train_tokenizer
 
@@ -32,3 +36,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> dict
 @pytest.fixture(scope="session", params=sorted(KINDS))
 def tokenizer(request: pytest.FixtureRequest, trained: dict[str, Path]) -> Tokenizer:
     return load_tokenizer(trained[request.param])
+
+
+def write_shards(folder: Path, vocab_size: int, dtype: str = "uint16", **splits: list[list[int]]) -> np.ndarray:
+    """Shards of given ids, written without the code under test but for the manifest; returns the first split's ids."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = []
+    for split, parts in splits.items():
+        for i, ids in enumerate(parts):
+            path = folder / f"{split}_{i:05d}.npy"
+            np.save(path, np.array(ids, dtype))
+            sha = hashlib.sha256(path.read_bytes()).hexdigest()
+            shards.append(Shard(path.name, split, len(ids), 1, 2 * len(ids), sha))  # type: ignore[arg-type]
+    made = {"name": "made", "file": "made", "sha256": ""}
+    write_manifest(folder, Manifest(made, vocab_size, dtype, 0, 0, Counts().as_manifest(), shards))
+    return np.array([i for ids in next(iter(splits.values())) for i in ids], np.int64)

@@ -6,7 +6,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from tests.tiny import VOCAB
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig, ModelConfig
@@ -14,6 +13,7 @@ from anarchobot.data.tokenizer import load_tokenizer
 from anarchobot.inference.generation import Model, StreamDecoder, generate, generate_ids, load_model, sampler
 from anarchobot.model.shapes import init_parameters
 from anarchobot.model.transformer import head_weight, hidden_states, logits
+from tests.tiny import VOCAB
 
 SHAPE = ModelConfig(vocab_size=VOCAB, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, max_seq_len=48)
 LOGITS = np.array([2.0, 1.5, 1.0, 0.0, -1.0, -4.0])
@@ -107,9 +107,7 @@ def test_the_seed_decides(model: Model) -> None:
 def test_repetition_penalty_lowers_what_was_said(model: Model) -> None:
     """So strong a penalty makes greedy decoding say nothing twice within its window."""
     plain = list(generate_ids(model, GenerationConfig(method="greedy", max_new_tokens=20)))
-    penalised = list(
-        generate_ids(model, GenerationConfig(method="greedy", max_new_tokens=20, repetition_penalty=1e6))
-    )
+    penalised = list(generate_ids(model, GenerationConfig(method="greedy", max_new_tokens=20, repetition_penalty=1e6)))
     assert len(set(penalised)) == len(penalised) > len(set(plain))
 
 
@@ -119,7 +117,9 @@ def test_what_streams_is_what_is_returned(model: Model) -> None:
     assert "".join(pieces) == text and len(pieces) > 5
 
 
-@pytest.mark.parametrize("text", ["plain words here", "naïve café — “quoted”", "日本語と🙂 emoji 👩‍👩‍👧", "a\n\n  b\t▁c"])
+@pytest.mark.parametrize(
+    "text", ["plain words here", "naïve café — “quoted”", "日本語と🙂 emoji 👩‍👩‍👧", "a\n\n  b\t▁c"]
+)
 def test_characters_of_several_tokens_come_out_whole(tiny_shards: Path, text: str) -> None:
     tokenizer = load_tokenizer(tiny_shards)
     decoder = StreamDecoder(tokenizer)
@@ -138,9 +138,8 @@ def test_broken_bytes_do_not_hold_the_rest_back(tiny_shards: Path) -> None:
 
 
 def test_load_model_takes_run_and_step_folders(tmp_path: Path, tiny_shards: Path) -> None:
-    from tests.tiny import loaded
-
     from anarchobot.tasks.pretrain import pretrain
+    from tests.tiny import loaded
 
     pretrain(loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run"), quiet=True)
     newest, config = load_model(tmp_path / "run")

@@ -74,6 +74,4 @@ def rotate(x: Array, theta: float) -> Array:
     width = x.shape[-1]
     angles = np.arange(x.shape[1])[:, None] * theta ** (-np.arange(0, width, 2) / width)
     a, b = x[..., : width // 2], x[..., width // 2 :]
-    return np.concatenate(
-        [a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], axis=-1
-    )
+    return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], axis=-1)

@@ -7,12 +7,12 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
-from tests.model import reference
 
 from anarchobot.config.schema import ModelConfig
 from anarchobot.model.loss import loss_sum, scaled_loss
 from anarchobot.model.shapes import init_parameters, parameter_shapes
 from anarchobot.model.transformer import head_weight, hidden_states, logits
+from tests.model import reference
 
 SHAPES = {
     "plain": {},
@@ -44,7 +44,9 @@ def as_mlx(params: dict[str, npt.NDArray[np.float32]]) -> dict[str, mx.array]:
     return {name: mx.array(p) for name, p in params.items()}
 
 
-def mean_loss(params: dict[str, mx.array], tokens: npt.NDArray[np.int32], model: ModelConfig, **how: object) -> mx.array:
+def mean_loss(
+    params: dict[str, mx.array], tokens: npt.NDArray[np.int32], model: ModelConfig, **how: object
+) -> mx.array:
     inputs, targets = mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]).reshape(-1)
     hidden = hidden_states(params, inputs, model, **how).reshape(-1, model.d_model)  # type: ignore[arg-type]
     return scaled_loss(hidden, head_weight(params, model), targets, model, mx.array(1 / targets.size))

@@ -28,7 +28,9 @@ def test_one_update_moves_every_parameter_and_keeps_names_and_order() -> None:
     for optimizer in ("muon_adamw", "adamw"):
         params = {name: mx.ones(s) for name, s in parameter_shapes(MODEL).items()}
         state = hybrid.init_state(params, TrainConfig(optimizer=optimizer))  # type: ignore[arg-type]
-        grads = {name: mx.array(np.random.default_rng(0).standard_normal(p.shape), mx.float32) for name, p in params.items()}
+        grads = {
+            name: mx.array(np.random.default_rng(0).standard_normal(p.shape), mx.float32) for name, p in params.items()
+        }
         new, after = hybrid.update(params, grads, state, mx.array(0.01), mx.array(0.9), mx.array(1.0), 0.0)
         assert list(new) == list(params)
         assert all(float(mx.abs(new[name] - params[name]).min()) > 0 for name in params)

@@ -1,4 +1,4 @@
-"""Which BLAS is found, and that it is the one MLX then calls. Each case in a process of its own: loading is for good."""
+"""Which BLAS is found, and that it is the one MLX then calls."""
 
 import subprocess
 import sys
@@ -20,8 +20,8 @@ def test_a_library_that_is_found_is_the_one_that_mlx_calls() -> None:
 from anarchobot.system.blas import load_fast_blas
 name = load_fast_blas()
 import ctypes, mlx.core as mx
-class Info(ctypes.Structure):
-    _fields_ = [("file", ctypes.c_char_p), ("base", ctypes.c_void_p), ("name", ctypes.c_char_p), ("at", ctypes.c_void_p)]
+class Info(ctypes.Structure):  # dladdr's Dl_info
+    _fields_ = [("file", ctypes.c_char_p), *((name, ctypes.c_void_p) for name in ("base", "name", "at"))]
 info, process = Info(), ctypes.CDLL(None)
 process.dladdr(ctypes.cast(process.cblas_sgemm, ctypes.c_void_p), ctypes.byref(info))
 print(name, info.file.decode().lower(), float((mx.ones((300, 300)) @ mx.ones((300, 300))).sum()))

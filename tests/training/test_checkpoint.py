@@ -1,7 +1,6 @@
 """Checkpoints: what is written is what comes back, damage is seen, and the wrong model is refused."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +32,8 @@ def save(run: Path, step: int, seed: int = 0) -> Path:
 
 def test_what_is_saved_comes_back_and_plain_numpy_opens_it(tmp_path: Path) -> None:
     folder = save(tmp_path, 20)
-    assert sorted(os.listdir(tmp_path)) == ["latest.json", "step_00000020"]
-    assert sorted(os.listdir(folder)) == ["model.npz", "optimizer.npz", "state.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest.json", "step_00000020"]
+    assert sorted(p.name for p in folder.iterdir()) == ["model.npz", "optimizer.npz", "state.json"]
     found = checkpoint.find(tmp_path)
     assert (found.folder, found.step, found.state["tokens"]) == (folder, 20, 5)
     assert found.config.model == MODEL
@@ -81,7 +80,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 3, seed=0)
     folder = save(tmp_path, 3, seed=1)
-    assert sorted(os.listdir(tmp_path)) == ["latest.json", "step_00000003"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest.json", "step_00000003"]
     arrays = checkpoint.load_arrays(checkpoint.find(folder), MODEL, optimizer=False)
     name = "params/model.embed_tokens.weight"
     np.testing.assert_array_equal(arrays[name], engine_state(1)[name])
@@ -103,7 +102,9 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     folder = save(tmp_path / "run", 1)
     other = ModelConfig(vocab_size=11, n_layers=1, d_model=8, n_heads=2)
     deeper = ModelConfig(vocab_size=11, n_layers=2, d_model=4, n_heads=2)
-    with pytest.raises(UserError, match=r"of another model: model.embed_tokens.weight is \[11, 4\].* asks for \[11, 8\]"):
+    with pytest.raises(
+        UserError, match=r"of another model: model.embed_tokens.weight is \[11, 4\].* asks for \[11, 8\]"
+    ):
         checkpoint.load_arrays(checkpoint.find(folder), other, optimizer=False)
     with pytest.raises(UserError, match=r"model.layers.1.input_layernorm.weight is none"):
         checkpoint.load_arrays(checkpoint.find(folder), deeper, optimizer=False)

@@ -63,7 +63,13 @@ class NoDisplay:
 
 
 def train(
-    tmp_path: Path, engine: CountingEngine, steps: int, val: int = 1, sample: Any = None, start: int = 0, **settings: Any
+    tmp_path: Path,
+    engine: CountingEngine,
+    steps: int,
+    val: int = 1,
+    sample: Any = None,
+    start: int = 0,
+    **settings: Any,
 ) -> tuple[bool, list[dict[str, Any]]]:
     settings = {"lr": 1.0, "min_lr": 1.0, "warmup_steps": 0, "micro_batch_size": 2, "grad_accum_steps": 3, **settings}
     config = Config.model_validate({"model": MODEL, "train": settings})

@@ -1,0 +1,287 @@
+"""Shards give the text back; the same input gives the same bytes; a run that fails leaves what was there before."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.schema import DataConfig
+from anarchobot.data import pretokenize as room
+from anarchobot.data.documents import CUT_FILE_CHARS, Counts, Document, from_files
+from anarchobot.data.pretokenize import pretokenize
+from anarchobot.data.shards import Manifest, TokenStream, read_manifest, verify
+from anarchobot.data.tokenizer import Ids, Tokenizer, digest, load_tokenizer
+from tests.data.conftest import SCRIPTS
+
+
+class Bytes:
+    """A tokenizer of one id a byte, the highest of its vocabulary but one; the highest ends documents."""
+
+    def __init__(self, folder: Path, vocab_size: int = 300) -> None:
+        self.vocab_size, self.eod_id, self.files = vocab_size, vocab_size - 1, (folder / "bytes.model",)
+        self.files[0].write_text("bytes")
+
+    def encode_batch(self, texts: list[str]) -> list[Ids]:
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + self.eod_id - 256 for text in texts]
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i - self.eod_id + 256 for i in ids).decode()
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Bytes:
+    return Bytes(tmp_path)
+
+
+def write(
+    documents: Any, tokenizer: Tokenizer, folder: Path, counts: Counts | None = None, **settings: Any
+) -> Manifest:
+    settings = {"val_fraction": 0.0, "num_workers": 1} | settings
+    made = (document if isinstance(document, Document) else Document(document) for document in documents)
+    return pretokenize(made, tokenizer, folder, counts=counts or Counts(), **settings)
+
+
+def read(folder: Path, tokenizer: Tokenizer, split: str = "train") -> list[str]:
+    """The documents by plain numpy: the shards in order of their names, cut behind every end of document."""
+    texts = []
+    for path in sorted(folder.glob(f"{split}_*.npy")):
+        ids = np.load(path)
+        assert ids.ndim == 1 and ids[-1] == tokenizer.eod_id
+        ends = np.flatnonzero(ids == tokenizer.eod_id).tolist()
+        texts += [tokenizer.decode(ids[a:b].tolist()) for a, b in zip([0, *(e + 1 for e in ends)], ends, strict=False)]
+    return texts
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def held_out(text: str, fraction: float) -> bool:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 < fraction
+
+
+# Text in, text out
+
+
+def test_the_shards_give_the_documents_back(tokenizer: Tokenizer, corpus: list[str], tmp_path: Path) -> None:
+    texts = [*corpus, SCRIPTS, "x", "</s>", "<|endoftext|>", " \n", "▁"]
+    manifest = write(texts, tokenizer, tmp_path / "out", val_fraction=0.2)
+    assert read(tmp_path / "out", tokenizer) == [text for text in texts if not held_out(text, 0.2)]
+    assert read(tmp_path / "out", tokenizer, "val") == [text for text in texts if held_out(text, 0.2)]
+    assert {len(manifest.of("train")), len(manifest.of("val"))} == {1}
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(300, "uint16"), (65536, "uint16"), (65537, "uint32"), (70000, "uint32")]
+)
+def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path: Path, vocab_size: int, dtype: str) -> None:
+    tokenizer = Bytes(tmp_path, vocab_size)
+    manifest = write(["zwölf", "\xff\x00"], tokenizer, tmp_path / "out")
+    assert manifest.dtype == str(np.load(tmp_path / "out" / "train_00000.npy").dtype) == dtype
+    assert read(tmp_path / "out", tokenizer) == ["zwölf", "\xff\x00"]
+    assert TokenStream(tmp_path / "out", "train").read(0, 7)[-1] == vocab_size - 1
+
+
+def test_the_manifest_says_what_is_in_the_files(plain: Bytes, tmp_path: Path) -> None:
+    texts = [f"{'é' * i} {i}" for i in range(50)]
+    counts = Counts(read=53, filtered=1, broken=1)  # as the documents before have counted
+    manifest = write([*texts, texts[7]], plain, tmp_path / "out", counts, val_fraction=0.3, seed=5, shard_tokens=500)
+    assert manifest == read_manifest(tmp_path / "out")
+    assert manifest.counts == {"read": 53, "kept": 50, "duplicates": 1, "filtered": 1, "broken": 1}
+    assert (manifest.vocab_size, manifest.eod_id, manifest.seed, manifest.format_version) == (300, 299, 5, 1)
+    assert manifest.tokenizer == {
+        "name": "bytes.model",
+        "file": "tokenizer.model",
+        "sha256": hashlib.sha256(b"bytes").hexdigest(),
+    }
+    for shard in manifest.shards:
+        raw = (tmp_path / "out" / shard.file).read_bytes()
+        ids = np.load(tmp_path / "out" / shard.file)
+        assert shard.sha256 == hashlib.sha256(raw).hexdigest()
+        assert shard.tokens == len(ids) and shard.documents == (ids == 299).sum()
+        assert shard.bytes == shard.tokens - shard.documents, "one id a byte"
+    assert sum(shard.bytes for shard in manifest.shards) == sum(len(text.encode()) for text in texts)
+    on_disk = {path.name for path in (tmp_path / "out").iterdir()}
+    assert on_disk == {shard.file for shard in manifest.shards} | {"manifest.json", "tokenizer.model"}
+
+
+def test_duplicates_are_dropped_and_the_first_is_kept(plain: Bytes, tmp_path: Path) -> None:
+    counts = Counts()
+    write(["b", "a", "b", "c", "a", "b"], plain, tmp_path / "out", counts)
+    assert read(tmp_path / "out", plain) == ["b", "a", "c"]
+    assert (counts.kept, counts.duplicates) == (3, 3)
+
+
+def test_no_document_is_spread_over_two_shards(plain: Bytes, tmp_path: Path) -> None:
+    texts = [f"{i:09d}" for i in range(25)]  # ten tokens each
+    manifest = write(texts, plain, tmp_path / "out", shard_tokens=35)
+    assert [shard.tokens for shard in manifest.shards] == [40, 40, 40, 40, 40, 40, 10]
+    assert [shard.file for shard in manifest.shards] == [f"train_{i:05d}.npy" for i in range(7)]
+    assert read(tmp_path / "out", plain) == texts
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
+def test_the_tokenizer_beside_the_shards_is_the_one_that_made_them(
+    trained: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    tokenizer = load_tokenizer(trained[kind])
+    manifest = write(["some text"], tokenizer, tmp_path)
+    assert digest(load_tokenizer(tmp_path / manifest.tokenizer["file"])) == digest(tokenizer)
+    assert manifest.tokenizer["sha256"] == digest(tokenizer)
+
+
+def test_real_files_go_through_to_the_last_byte(shared_data: Path, trained: dict[str, Path], tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(trained["gpt2"])
+    names = ["text/rust_book.jsonl", "messy/crlf_book.md", "text/botchan_en.txt"]
+    counts = Counts()
+    documents = from_files([str(shared_data / name) for name in names], DataConfig(), counts)
+    write(documents, tokenizer, tmp_path / "out", counts, num_workers=2)
+    rows = [json.loads(line)["text"] for line in (shared_data / names[0]).read_bytes().split(b"\n") if line]
+    plain = [(shared_data / name).read_bytes().decode("utf-8-sig") for name in names[1:]]
+    assert read(tmp_path / "out", tokenizer) == [*dict.fromkeys(rows), *plain]
+
+
+# The same bytes
+
+
+def test_workers_units_and_a_second_run_change_no_byte(
+    trained: dict[str, Path], corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(trained["unigram"])
+    made = []
+    for name, workers, unit in (("a", 1, 2**20), ("a", 1, 2**20), ("b", 2, 5000), ("c", 5, 1)):
+        monkeypatch.setattr(room, "UNIT_CHARS", unit)
+        write(corpus, tokenizer, tmp_path / name, num_workers=workers, val_fraction=0.3, shard_tokens=9000)
+        made.append(contents(tmp_path / name))
+    assert made[0] == made[1] == made[2] == made[3]
+    assert len(made[0]) > 4
+
+
+def test_documents_are_taken_as_they_are_needed(plain: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else memory would grow with the corpus. Progress adds up to all bytes and all tokens."""
+    monkeypatch.setattr(room, "UNIT_CHARS", 100)  # ten documents
+    taken, sizes, tokens, ahead = 0, 0, 0, []
+
+    def documents() -> Iterator[str]:
+        nonlocal taken
+        for taken in range(1, 1001):
+            yield f"{taken:010d}"
+
+    def progress(size: int, count: int) -> None:
+        nonlocal sizes, tokens
+        sizes, tokens = sizes + size, tokens + count
+        ahead.append(taken - sizes // 10)
+
+    write(documents(), plain, tmp_path / "out", num_workers=3, progress=progress)
+    assert (sizes, tokens, len(ahead)) == (10_000, 11_000, 100)
+    assert max(ahead) <= 10 * 2 * 3
+
+
+# Train and validation
+
+
+def test_the_validation_split_has_its_share_and_stays_when_documents_are_added(plain: Bytes, tmp_path: Path) -> None:
+    texts = [f"document {i}" for i in range(3000)]
+    write(texts[1000:2000], plain, tmp_path / "some", val_fraction=0.1)
+    write(texts, plain, tmp_path / "all", val_fraction=0.1)
+    few, many = (set(read(tmp_path / name, plain, "val")) for name in ("some", "all"))
+    assert few == many & set(texts[1000:2000])
+    assert set(read(tmp_path / "some", plain)) == set(texts[1000:2000]) - few
+    assert abs(len(many) - 300) < 5 * (3000 * 0.1 * 0.9) ** 0.5
+    write(texts, plain, tmp_path / "more", val_fraction=0.2)
+    assert many < set(read(tmp_path / "more", plain, "val")), "a larger share holds the smaller one"
+
+
+def test_without_a_share_nothing_is_held_out(plain: Bytes, tmp_path: Path) -> None:
+    texts = [Document("long\n" * CUT_FILE_CHARS, may_cut=True), *(f"{i}" for i in range(200))]
+    manifest = write(texts, plain, tmp_path / "out", val_fraction=0.0)
+    assert manifest.of("val") == [] and len(read(tmp_path / "out", plain)) == 201
+
+
+LINES = "".join(f"{i:07d}\n" for i in range(20_000))  # 160,000 characters
+WORDS = LINES.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("text", "tail"),
+    [
+        (LINES, LINES[144_000:]),
+        (LINES + "x\r\n", LINES[144_000:] + "x\r\n"),
+        (WORDS, WORDS[144_000:]),
+        ("x" * 160_000, "x" * 16_000),
+        ("Title\n" + "x" * 159_994, "x" * 16_000),
+        ("y" * 140_000 + "\n" + "x" * 19_999, "x" * 19_999),
+    ],
+)
+def test_a_long_text_file_gives_its_tail(plain: Bytes, tmp_path: Path, text: str, tail: str) -> None:
+    """At a line's start, if one is near; a title line alone must not send all the rest to validation."""
+    manifest = write([Document(text, may_cut=True)], plain, tmp_path / "out", val_fraction=0.1)
+    assert read(tmp_path / "out", plain) == [text.removesuffix(tail)]
+    assert read(tmp_path / "out", plain, "val") == [tail]
+    assert manifest.counts["kept"] == 1
+    assert sum(shard.bytes for shard in manifest.shards) == len(text)
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.5, 0.999999])
+def test_both_parts_of_a_cut_file_hold_text(plain: Bytes, tmp_path: Path, fraction: float) -> None:
+    write([Document("x" * CUT_FILE_CHARS, may_cut=True)], plain, tmp_path / "out", val_fraction=fraction)
+    (head,), (tail,) = read(tmp_path / "out", plain), read(tmp_path / "out", plain, "val")
+    assert head and tail and abs(len(tail) - CUT_FILE_CHARS * fraction) <= 1
+
+
+# Runs that fail, and what lay there before
+
+
+def test_no_document_left_is_told_with_the_counts(plain: Bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": 1}\nno\n')
+    counts = Counts()
+    with pytest.raises(UserError) as error:
+        write(from_files([str(tmp_path / "a.jsonl")], DataConfig(), counts), plain, tmp_path / "out", counts)
+    first = f"{tmp_path / 'a.jsonl'}:2: no text in 'text'"
+    said = f"no document is left to write (read 3, broken 2, filtered 1, duplicates 0; first: {first})"
+    assert str(error.value) == f"{tmp_path / 'out'}: {said}"
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("failure", [UserError("a.jsonl:1: no field 'text'"), KeyboardInterrupt(), ValueError("x")])
+def test_an_interrupted_run_leaves_no_shards(
+    plain: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    monkeypatch.setattr(room, "UNIT_CHARS", 1)
+
+    def documents() -> Iterator[str]:
+        yield from (f"document {i}" for i in range(100))
+        assert list((tmp_path / "out").glob("train_*")), "some shards were written by now"
+        raise failure
+
+    with pytest.raises(type(failure)) as error:
+        write(documents(), plain, tmp_path / "out", shard_tokens=100)
+    assert error.value is failure
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_interrupted_run_leaves_older_shards_whole(plain: Bytes, tmp_path: Path) -> None:
+    write(["old", "older"], plain, tmp_path / "out", shard_tokens=1)
+    before = contents(tmp_path / "out")
+    for documents in (["new", None], []):  # None has no text
+        with pytest.raises((AttributeError, UserError)):
+            write(documents, plain, tmp_path / "out", shard_tokens=1)
+        assert contents(tmp_path / "out") == before
+    assert {found for _, found in verify(tmp_path / "out")} == {""}
+
+
+def test_what_an_earlier_larger_run_left_is_removed_and_nothing_else(plain: Bytes, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write([f"{i}" for i in range(40)], plain, out, shard_tokens=1, val_fraction=0.5)
+    (out / "manifest.json").unlink()  # as when that run was killed
+    (out / "train_00033.npy.tmp").write_text("half a shard")
+    (out / "train_notes.npy").write_text("mine")
+    manifest = write(["one"], plain, out)
+    assert [shard.file for shard in manifest.shards] == ["train_00000.npy"]
+    assert set(contents(out)) == {"train_00000.npy", "train_notes.npy", "manifest.json", "tokenizer.model"}
+    assert read_manifest(out) == manifest and {found for _, found in verify(out)} == {""}

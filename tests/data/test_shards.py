@@ -1,0 +1,211 @@
+"""Ids are read as they were written, over shard borders too; each kind of damage is told in one line."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anarchobot.config.errors import UserError
+from anarchobot.data.shards import Manifest, Shard, TokenStream, read_manifest, verify, write_manifest
+from tests.data.conftest import write_shards
+
+PARTS = [[5, 6, 7, 8], [9], [1, 2, 3, 4, 5, 6, 7, 0]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_shards(tmp_path / "shards", 10, train=PARTS, val=[[4, 3]])
+    return tmp_path / "shards"
+
+
+def problem(do: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as error:
+        do()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# Reading
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_any_stretch_is_read_over_shard_borders(tmp_path: Path, dtype: str) -> None:
+    ids = write_shards(tmp_path, 10, dtype, train=PARTS, val=[[4, 3]])
+    stream = TokenStream(tmp_path, "train")
+    assert stream.tokens == len(ids) == 13
+    for start in range(14):
+        for stop in range(start, 14):
+            got = stream.read(start, stop)
+            assert got.dtype == np.int32 and got.tolist() == ids[start:stop].tolist()
+    assert TokenStream(tmp_path, "val").read(0, 2).tolist() == [4, 3]
+
+
+def test_the_shards_are_mapped_and_not_read(tmp_path: Path) -> None:
+    """A copy would need the corpus's size in memory: an 8 GB file that has no blocks on the disk opens at once."""
+    path = tmp_path / "train_00000.npy"
+    np.lib.format.open_memmap(path, mode="w+", dtype="uint16", shape=(2**32,)).flush()
+    shards = [Shard(path.name, "train", 2**32, 1, 1, "")]
+    write_manifest(tmp_path, Manifest({}, 10, "uint16", 0, 0, {}, shards))
+    assert TokenStream(tmp_path, "train").read(2**32 - 3, 2**32).tolist() == [0, 0, 0]
+
+
+def test_a_split_without_shards_is_empty(tmp_path: Path) -> None:
+    write_shards(tmp_path, 10, train=PARTS)
+    stream = TokenStream(tmp_path, "val")
+    assert stream.tokens == 0 and stream.read(0, 0).tolist() == []
+
+
+@pytest.mark.parametrize("bad", [10, 65535, 2**31, 2**32 - 1])
+def test_an_id_beyond_the_vocabulary_is_never_given_out(tmp_path: Path, bad: int) -> None:
+    """2**31 and more would turn negative in the int32 that the model takes."""
+    write_shards(tmp_path, 10, "uint32", train=[[1, 2, bad]])
+    stream = TokenStream(tmp_path, "train")
+    assert stream.read(0, 2).tolist() == [1, 2]
+    assert f"token id {bad} is beyond the vocabulary of 10" in problem(lambda: stream.read(1, 3))
+    assert [found for _, found in verify(tmp_path)] == [f"token id {bad} is beyond the vocabulary of 10"]
+
+
+# The manifest
+
+
+def test_the_manifest_comes_back_and_sums_its_shards(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    write_manifest(folder, manifest)
+    assert read_manifest(folder) == manifest
+    assert [s.file for s in manifest.of("train")] == ["train_00000.npy", "train_00001.npy", "train_00002.npy"]
+    assert (manifest.tokens("train"), manifest.tokens("val")) == (13, 2)
+    assert manifest.bytes_per_token("train") == 2.0
+    assert Manifest({}, 10, "uint16", 0, 0, {}, []).bytes_per_token("val") == 0.0
+
+
+def test_the_manifest_is_json_with_the_documented_keys(folder: Path) -> None:
+    values = json.loads((folder / "manifest.json").read_text())
+    keys = {"format_version", "tokenizer", "vocab_size", "dtype", "eod_id", "seed", "counts", "shards"}
+    assert set(values) == keys
+    assert set(values["tokenizer"]) == {"name", "file", "sha256"}
+    assert set(values["counts"]) == {"read", "kept", "duplicates", "filtered", "broken"}
+    assert set(values["shards"][0]) == {"file", "split", "tokens", "documents", "bytes", "sha256"}
+
+
+def test_the_digest_changes_with_any_shard(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    other = Manifest({}, 10, "uint16", 0, 0, {}, manifest.shards[1:])
+    assert manifest.digest() == read_manifest(folder).digest() != other.digest()
+
+
+def test_a_folder_without_shards_is_told_what_to_run(tmp_path: Path) -> None:
+    said = "no token shards here (no manifest.json): run `anarchobot pretokenize`"
+    (tmp_path / "file").write_text("x")
+    for name in ("missing", "file", "."):
+        assert said in problem(lambda name=name: TokenStream(tmp_path / name, "train"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format_version": 2}, "format 2, expected 1: pretokenize again"),
+        ({"dtype": "float32"}, "damaged (dtype float32)"),
+        ({"dtype": "nonsense"}, "damaged (dtype nonsense)"),
+        ({"shards": [{"file": "train_00000.npy"}]}, "damaged (Shard"),
+        ({"unknown": 1}, "damaged (Manifest"),
+    ],
+)
+def test_a_manifest_of_another_form_is_refused(folder: Path, change: dict[str, Any], said: str) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert said in problem(lambda: read_manifest(folder))
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b'{"format_version": 1}'])
+def test_a_damaged_manifest_is_refused(folder: Path, raw: bytes) -> None:
+    (folder / "manifest.json").write_bytes(raw)
+    said = problem(lambda: read_manifest(folder))
+    assert said.startswith(f"{folder / 'manifest.json'}: ") and "pretokenize" in said
+
+
+# Damaged shards
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def longer(path: Path) -> None:
+    np.save(path, np.arange(9, dtype=np.uint16))
+
+
+def other_dtype(path: Path) -> None:
+    np.save(path, np.load(path).astype(np.uint32))
+
+
+def other_byte_order(path: Path) -> None:
+    np.save(path, np.load(path).astype(">u2"))
+
+
+def two_dimensions(path: Path) -> None:
+    np.save(path, np.load(path)[None])
+
+
+def archive(path: Path) -> None:
+    np.savez(path.with_suffix(".npz"), np.load(path))
+    path.with_suffix(".npz").replace(path)
+
+
+def objects(path: Path) -> None:
+    np.save(path, np.array([{}] * 4), allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (Path.unlink, "the manifest lists this shard, but it is missing"),
+        (truncate, "damaged"),
+        (lambda path: path.write_bytes(b""), "damaged"),
+        (lambda path: path.write_bytes(b"some text, and more of it"), "damaged"),
+        (archive, "damaged"),
+        (objects, "damaged"),
+        (longer, "holds uint16 (9,), the manifest says uint16 (4,)"),
+        (other_dtype, "holds uint32 (4,), the manifest says uint16 (4,)"),
+        (other_byte_order, "holds >u2 (4,), the manifest says uint16 (4,)"),
+        (two_dimensions, "holds uint16 (1, 4), the manifest says uint16 (4,)"),
+    ],
+)
+def test_a_damaged_shard_is_refused_and_named(folder: Path, damage: Callable[[Path], object], said: str) -> None:
+    path = folder / "train_00000.npy"
+    damage(path)
+    message = problem(lambda: TokenStream(folder, "train"))
+    assert message.startswith(f"{path}: ") and said in message and "pretokenize again" in message
+    found = dict(verify(folder))
+    assert said in found.pop("train_00000.npy") and set(found.values()) == {""}
+
+
+# verify
+
+
+def test_verify_goes_over_every_shard(folder: Path) -> None:
+    names = ["train_00000.npy", "train_00001.npy", "train_00002.npy", "val_00000.npy"]
+    assert list(verify(folder)) == [(name, "") for name in names]
+
+
+def test_verify_notices_any_flipped_bit(tmp_path: Path) -> None:
+    """In the header too, which is Python text: numpy meets a damaged one with errors of many kinds."""
+    write_shards(tmp_path, 65536, train=[PARTS[0]])
+    path = tmp_path / "train_00000.npy"
+    good = path.read_bytes()
+    assert len(good) == 128 + 2 * 4
+    for place in range(len(good)):
+        for bit in (0, 3, 5, 7):
+            path.write_bytes(good[:place] + bytes([good[place] ^ 1 << bit]) + good[place + 1 :])
+            assert [bool(found) for _, found in verify(tmp_path)] == [True], (place, bit)
+
+
+def test_verify_notices_two_shards_of_one_size_that_changed_places(tmp_path: Path) -> None:
+    write_shards(tmp_path, 10, train=[[1, 2], [3, 4]])
+    shutil.move(tmp_path / "train_00000.npy", tmp_path / "kept.npy")
+    shutil.move(tmp_path / "train_00001.npy", tmp_path / "train_00000.npy")
+    shutil.move(tmp_path / "kept.npy", tmp_path / "train_00001.npy")
+    assert {found for _, found in verify(tmp_path)} == {"its content is not what was written (sha256 differs)"}

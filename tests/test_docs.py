@@ -1,0 +1,57 @@
+"""What the pages say is so: the README's commands run, the dependency list is the real one."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from anarchobot.cli.main import main
+
+ROOT = Path(__file__).parents[1]
+MY_YAML = """
+model: {vocab_size: 400, n_layers: 1, d_model: 16, n_heads: 2, max_seq_len: 64}
+data: {dataset: notes.txt, seq_len: 32, shard_dir: shards/my, val_fraction: 0.2}
+train: {total_steps: 2, device: cpu, save_dir: runs/my, tokenizer_path: shards/my/tokenizer.model}
+"""
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("anarchobot ")]
+
+
+def test_the_readmes_commands_run_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their order, in an empty folder with a text of one's own; only the training is cut to two steps."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "my.yaml").write_text(MY_YAML)
+    (tmp_path / "notes.txt").write_text((ROOT / "README.md").read_text() + (ROOT / "Makefile").read_text() * 20)
+    found = commands()
+    assert len(found) > 8
+    for command in found:
+        words = shlex.split(command)[1:]
+        if words[:2] == ["pretrain", "configs/quickstart.yaml"]:
+            words += ["train.total_steps=2", "train.eval_batches=1"]
+        if words[0] == "tokenizer" and "--vocab-size" in words:
+            words[words.index("--vocab-size") + 1] = "600"  # this little text gives no more
+        if "shards/notes" in command and words[0] == "pretrain":
+            words.append("model.vocab_size=600")
+        assert main(words) == 0, command
+
+
+def test_every_dependency_is_defended_and_no_other() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    page = (ROOT / "docs" / "dependencies.md").read_text()
+    core, extras = page.split("Extras,")
+    named = set(re.findall(r"^\| `([\w-]+)`", core, re.MULTILINE))
+    assert named == {re.split(r"[^\w-]", dependency)[0] for dependency in project["dependencies"]}
+    assert set(re.findall(r"^\| `([\w-]+)`", extras, re.MULTILINE)) == set(project["optional-dependencies"])
+
+
+@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name)
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target

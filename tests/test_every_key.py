@@ -1,0 +1,231 @@
+"""Every key of the schema does what it says: one test a key here, or a test named here that shows it elsewhere.
+
+A key that reached nobody would be the worst kind of setting; the first test fails when one has no test.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from anarchobot.cli.main import main
+from anarchobot.config.loading import leaf_keys
+from anarchobot.config.schema import ModelConfig
+from anarchobot.data.shards import read_manifest
+from anarchobot.model.shapes import init_parameters, parameter_shapes
+from anarchobot.model.transformer import head_weight, hidden_states, logits
+from anarchobot.tasks.pretrain import pretrain
+from anarchobot.training import checkpoint
+from tests.tiny import LEFT_OUT, loaded, make_shards
+
+ROOT = Path(__file__).parents[1]
+
+SHAPE = {"vocab_size": 40, "n_layers": 2, "d_model": 16, "n_heads": 4, "dropout": 0.0}
+
+# Keys that change the parameters' shapes: value, then a parameter and the shape that it gets.
+SHAPED: dict[str, tuple[Any, str, tuple[int, ...] | None]] = {
+    "vocab_size": (50, "model.embed_tokens.weight", (50, 16)),
+    "n_layers": (3, "model.layers.2.mlp.up_proj.weight", (64, 16)),
+    "d_model": (24, "model.norm.weight", (24,)),
+    "n_kv_heads": (2, "model.layers.0.self_attn.k_proj.weight", (8, 16)),
+    "head_dim": (6, "model.layers.0.self_attn.q_proj.weight", (24, 16)),
+    "mlp_multiple": (2.5, "model.layers.0.mlp.gate_proj.weight", (40, 16)),
+    "tie_embeddings": (False, "lm_head.weight", (40, 16)),
+    "qk_norm": (True, "model.layers.0.self_attn.q_norm.weight", (4,)),
+}
+
+# Keys that leave the shapes and change what the same parameters compute.
+COMPUTED: dict[str, Any] = {
+    "n_heads": 2, "ffn_activation": "gelu", "rope_theta": 100.0, "norm_eps": 0.5, "logit_softcap": 0.1
+}  # fmt: skip
+
+# Keys whose effect is shown by a run of six steps: what to set, and what must then be so (see `observe`).
+TRAINED: dict[str, tuple[dict[str, Any], Any]] = {
+    "data.seq_len": ({"data__seq_len": 16}, lambda a, b: b["tokens"] == a["tokens"] / 2),
+    "train.total_steps": ({"train__total_steps": 4}, lambda a, b: b["steps"] == 4),
+    "train.token_budget": (
+        {"train__total_steps": LEFT_OUT, "train__token_budget": 500},
+        lambda a, b: b["steps"] == math.ceil(500 / 128),
+    ),
+    "train.epochs": (
+        {"train__total_steps": LEFT_OUT, "train__epochs": 0.01},
+        lambda a, b: b["steps"] == math.ceil(0.01 * b["windows"] / 4),
+    ),
+    "train.micro_batch_size": ({"train__micro_batch_size": 3}, lambda a, b: b["tokens"] == a["tokens"] * 1.5),
+    "train.grad_accum_steps": ({"train__grad_accum_steps": 3}, lambda a, b: b["tokens"] == a["tokens"] * 1.5),
+    "train.optimizer": ({"train__optimizer": "adamw"}, lambda a, b: a["moments"] > b["moments"] == {"adamw"}),
+    "train.lr": ({"train__lr": 0.02}, lambda a, b: max(b["lrs"]) == 2 * max(a["lrs"])),
+    "train.min_lr": ({"train__min_lr": 0.0}, lambda a, b: (a["lrs"][-1], b["lrs"][-1]) == (0.001, 0.0)),
+    "train.warmup_steps": ({"train__warmup_steps": 4}, lambda a, b: (a["lrs"][0], b["lrs"][0]) == (0.005, 0.0025)),
+    "train.schedule": ({"train__schedule": "constant"}, lambda a, b: b["lrs"][-1] == 0.01 > a["lrs"][-1]),
+    "train.lr_decay_steps": ({"train__lr_decay_steps": 4}, lambda a, b: b["lrs"][3:] == [0.001] * 3),
+    "train.decay_fraction": (
+        {"train__schedule": "wsd", "train__decay_fraction": 1 / 6},
+        lambda a, b: b["lrs"][1:5] == [0.01] * 4 and b["lrs"][5] == 0.001,
+    ),
+    "train.momentum": ({"train__momentum": 0.5}, lambda a, b: a["weights"] != b["weights"]),
+    "train.weight_decay": ({"train__weight_decay": 1.0}, lambda a, b: b["size"] < a["size"]),
+    "train.max_grad_norm": ({"train__max_grad_norm": 0.01}, lambda a, b: a["weights"] != b["weights"]),
+    "train.precision": ({"train__precision": "bfloat16"}, lambda a, b: 0 < abs(a["loss"] - b["loss"]) < 0.1),
+    "train.seed": ({"train__seed": 1}, lambda a, b: a["loss"] != b["loss"]),
+    "train.log_interval": ({"train__log_interval": 2}, lambda a, b: b["events"]["train"] == [2, 4, 6]),
+    "train.eval_interval": ({"train__eval_interval": 2}, lambda a, b: b["events"]["eval"] == [0, 2, 4, 6]),
+    "train.eval_batches": ({"train__eval_batches": 1}, lambda a, b: a["val"] != b["val"]),
+    "train.sample_interval": (
+        {"train__sample_interval": 3, "generation__max_new_tokens": 1},
+        lambda a, b: ("sample" not in a["events"]) and b["events"].get("sample") == [3, 6],
+    ),
+    "train.ckpt_interval": ({"train__ckpt_interval": 2, "train__eval_interval": 9}, lambda a, b: 2 in b["saved"]),
+    "train.ckpt_keep": (
+        {"train__ckpt_interval": 1, "train__eval_interval": 9, "train__ckpt_keep": 2},
+        lambda a, b: b["kept"] == [5, 6],
+    ),
+    "model.dropout": ({"model__dropout": 0.0}, lambda a, b: a["loss"] != b["loss"]),
+}  # fmt: skip
+
+ELSEWHERE = {
+    "data.dataset": "tests/data/test_documents.py::test_the_configured_dataset_can_be_a_list_of_files",
+    "data.config": "tests/data/test_hub.py::test_the_split_and_the_configuration_are_the_ones_named",
+    "data.split": "tests/data/test_hub.py::test_the_split_and_the_configuration_are_the_ones_named",
+    "data.text_field": "tests/data/test_hub.py::test_rows_become_documents_by_field_and_score",
+    "data.score_field": "tests/data/test_documents.py::test_documents_below_the_score_are_filtered",
+    "data.score_min": "tests/data/test_documents.py::test_documents_below_the_score_are_filtered",
+    "data.val_fraction": "tests/data/test_pretokenize.py::test_the_validation_split_has_its_share",
+    "data.shuffle_buffer": "tests/data/test_hub.py::test_the_shuffle_buffer_shuffles_a_stream_by_the_seed",
+    "data.streaming": "tests/data/test_hub.py::test_without_streaming_the_order_is_kept",
+    "data.cache_dir": "tests/data/test_hub.py::test_without_streaming_the_order_is_kept_and_the_copy_lies_in_cache_dir",
+    "data.fallback": "tests/data/test_documents.py::test_a_missing_file_falls_back_only_where_the_config_allows_it",
+    "data.shard_dir": "tests/test_docs.py::test_the_readmes_commands_run_as_they_stand",
+    "tokenizer.model_type": "tests/data/test_tokenizer_training.py::test_the_vocabulary_has_the_size_asked_for",
+    "tokenizer.max_train_mb": "tests/data/test_tokenizer_training.py::test_the_limit_holds_to_the_byte",
+    "model.max_seq_len": "tests/inference/test_generation.py::test_it_ends_at_the_limit_at_max_seq_len",
+    "model.zero_init_proj": "tests/model/test_shapes.py::test_zero_init_proj_starts",
+    "train.gradient_checkpointing": "tests/training/test_engine.py::test_gradient_checkpointing_takes_less_memory",
+    "train.compile": "tests/training/test_engine.py::test_the_other_ways_to_do_it_give_the_same_weights",
+    "train.device": "tests/training/test_engine.py::test_a_gpu_that_is_not_there_is_refused",
+    "train.backend": "tests/tasks/test_pretrain.py::test_what_does_not_belong_together_is_refused",
+    "train.save_dir": "tests/tasks/test_pretrain.py::test_a_run_leaves_what_it_promises",
+    "train.checkpoint_path": "tests/tasks/test_pretrain.py::test_stopped_and_resumed_equals_unbroken",
+    "train.tokenizer_path": "tests/tasks/test_pretrain.py::test_what_does_not_belong_together_is_refused",
+    "generation.method": "tests/inference/test_generation.py::test_draws_follow_the_exact_probabilities",
+    "generation.temperature": "tests/inference/test_generation.py::test_draws_follow_the_exact_probabilities",
+    "generation.top_k": "tests/inference/test_generation.py::test_draws_follow_the_exact_probabilities",
+    "generation.top_p": "tests/inference/test_generation.py::test_draws_follow_the_exact_probabilities",
+    "generation.repetition_penalty": "tests/inference/test_generation.py::test_repetition_penalty_lowers",
+    "generation.max_new_tokens": "tests/inference/test_generation.py::test_it_ends_at_the_limit",
+    "generation.seed": "tests/inference/test_generation.py::test_the_seed_decides",
+    "generation.prompt": "tests/inference/test_generation.py::test_greedy_equals_recomputing_everything",
+}
+
+
+def test_every_key_has_its_test() -> None:
+    here = {name.removeprefix("test_key_").replace("__", ".") for name in globals() if name.startswith("test_key_")}
+    shown = {f"model.{key}" for key in (*SHAPED, *COMPUTED)} | set(TRAINED) | set(ELSEWHERE) | here
+    assert shown == set(leaf_keys())
+    for key, place in ELSEWHERE.items():
+        file, test = place.split("::")
+        assert f"def {test}" in (ROOT / file).read_text(), f"{key}: {place} is gone"
+
+
+@pytest.mark.parametrize("key", SHAPED)
+def test_shape_keys(key: str) -> None:
+    value, parameter, shape = SHAPED[key]
+    assert parameter_shapes(ModelConfig(**SHAPE)).get(parameter) != shape  # type: ignore[arg-type]
+    assert parameter_shapes(ModelConfig(**{**SHAPE, key: value}))[parameter] == shape  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key", COMPUTED)
+def test_keys_that_change_what_is_computed(key: str) -> None:
+    params = {n: mx.array(10 * p) for n, p in init_parameters(ModelConfig(**SHAPE), 0).items()}  # type: ignore[arg-type]
+
+    def outputs(**change: Any) -> np.ndarray:
+        model = ModelConfig(**{**SHAPE, **change})
+        return np.array(logits(hidden_states(params, mx.arange(8)[None], model), head_weight(params, model), model))
+
+    assert np.abs(outputs() - outputs(**{key: COMPUTED[key]})).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def observe(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Any:
+    """What a run of six steps with some settings does, as far as one can see from outside."""
+
+    def run(**settings: Any) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("run")
+        config = loaded(folder / "c.yaml", tiny_shards, folder / "out", **settings)
+        summary = pretrain(config, quiet=True)
+        lines = [json.loads(x) for x in (folder / "out" / "logs" / "metrics.jsonl").read_text().splitlines()]
+        events: dict[str, list[int]] = {}
+        for line in lines:
+            events.setdefault(line["event"], []).append(line["step"])
+        found = checkpoint.find(folder / "out")
+        arrays = checkpoint.load_arrays(found, config.config.model, optimizer=True)
+        params = {n: a for n, a in arrays.items() if n.startswith("params/")}
+        return {
+            "steps": summary["steps"],
+            "tokens": summary["tokens"],
+            "loss": summary["final_loss"],
+            "windows": (read_manifest(tiny_shards).tokens("train") - 1) // config.config.data.seq_len,
+            "events": events,
+            "saved": events.get("save", []),
+            "kept": sorted(checkpoint.saved_steps(folder / "out")),
+            "lrs": [round(line["lr"], 9) for line in lines if line["event"] == "train"],
+            "val": [line["val_loss"] for line in lines if line["event"] == "eval"],
+            "moments": {n.split("/")[1].split(".")[0] for n in arrays if n.startswith("optimizer/")},
+            "weights": {n: a.tobytes() for n, a in params.items()},
+            "size": sum(float(np.square(a).sum()) for a in params.values()),
+        }
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def usual(observe: Any) -> dict[str, Any]:
+    return observe()
+
+
+@pytest.mark.parametrize("key", TRAINED)
+def test_keys_that_a_run_shows(key: str, observe: Any, usual: dict[str, Any]) -> None:
+    settings, so = TRAINED[key]
+    assert not so(usual, usual), "the test could not fail"
+    assert so(usual, observe(**settings))
+
+
+def test_key_train__log_path(tmp_path: Path, tiny_shards: Path) -> None:
+    pretrain(
+        loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", train__log_path=str(tmp_path / "logs")), quiet=True
+    )
+    assert {p.name for p in (tmp_path / "logs").iterdir()} == {
+        "metrics.jsonl", "tensorboard", "final_training_summary.json"
+    }  # fmt: skip
+    assert not (tmp_path / "run" / "logs").exists()
+
+
+def test_key_data__num_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many threads tokenise; test_pretokenize shows that the shards don't depend on it."""
+    from anarchobot.data import pretokenize
+
+    pools: list[int] = []
+
+    class Pool(pretokenize.ThreadPoolExecutor):
+        def __init__(self, workers: int) -> None:
+            pools.append(workers)
+            super().__init__(workers)
+
+    monkeypatch.setattr(pretokenize, "ThreadPoolExecutor", Pool)
+    make_shards(tmp_path / "shards")
+    (tmp_path / "a.txt").write_text("some text\n" * 9)
+    words = ["--input", str(tmp_path / "a.txt"), "--tokenizer", str(tmp_path / "shards" / "made.model")]
+    assert main(["pretokenize", *words, "--output", str(tmp_path / "out"), "data.num_workers=5"]) == 0
+    assert pools[-1] == 5
+
+
+def test_key_tokenizer__format(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text((ROOT / "README.md").read_text())
+    words = ["tokenizer", "train", "--input", str(tmp_path / "a.txt"), "--vocab-size", "500"]
+    assert main([*words, "--output", str(tmp_path / "s")]) == 0
+    assert main([*words, "--output", str(tmp_path / "g"), "--format", "gpt2"]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "s.model", "s.vocab", "g-vocab.json", "g-merges.txt"}
