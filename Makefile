@@ -4,12 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART := configs/quickstart.yaml
 
-.PHONY: help quickstart test check lock clean
+.PHONY: help quickstart test faults check docs bench-data lock clean
 
 help:
 	@echo "make quickstart   train a small model on text that is already here, and let it write (5 minutes)"
 	@echo "make test         style, types and the test suite"
+	@echo "make faults       the long tests: runs killed again and again, 10 GB of text"
 	@echo "make check        style and types alone"
+	@echo "make bench-data   how fast text becomes tokens, beside other programs (minutes)"
 	@echo "make docs         write the pages that are made from the code"
 	@echo "make lock         pin the dependencies anew"
 	@echo "make clean        remove .venv, caches and the quickstart's run and shards"
@@ -24,10 +26,16 @@ quickstart: .venv/run.done
 test: check
 	$(BIN)/python -m pytest -n 2
 
+faults: .venv/dev.done
+	$(BIN)/python -m pytest -m faults -n 2
+
 check: .venv/dev.done
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+bench-data: .venv/dev.done
+	$(BIN)/python benchmarks/data.py
 
 docs: .venv/dev.done
 	$(BIN)/python scripts/write_config_docs.py
@@ -36,7 +44,7 @@ lock: .venv/dev.done
 	$(BIN)/pip install --quiet uv
 	for part in run dev blas; do \
 	  $(BIN)/uv pip compile --quiet pyproject.toml --universal --python-version 3.11 --generate-hashes --upgrade \
-	    --no-emit-index-url --no-annotate --no-header $$([ $$part = run ] || echo --extra $$part) -o locks/$$part.lock; \
+	    --no-emit-index-url --no-annotate --no-header --extra $$([ $$part = run ] && echo fast || echo $$part) -o locks/$$part.lock; \
 	done
 
 clean:

@@ -15,7 +15,10 @@ import pytest
 from anarchobot.cli.main import main
 from anarchobot.config.loading import leaf_keys
 from anarchobot.config.schema import ModelConfig
+from anarchobot.data.documents import Counts, Document
+from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.shards import read_manifest
+from anarchobot.data.tokenizer import load_tokenizer
 from anarchobot.model.shapes import init_parameters, parameter_shapes
 from anarchobot.model.transformer import head_weight, hidden_states, logits
 from anarchobot.tasks.pretrain import pretrain
@@ -46,6 +49,7 @@ COMPUTED: dict[str, Any] = {
 # Keys whose effect is shown by a run of six steps: what to set, and what must then be so (see `observe`).
 TRAINED: dict[str, tuple[dict[str, Any], Any]] = {
     "data.seq_len": ({"data__seq_len": 16}, lambda a, b: b["tokens"] == a["tokens"] / 2),
+    "data.pack": ({"data__pack": "documents"}, lambda a, b: a["loss"] != b["loss"]),
     "train.total_steps": ({"train__total_steps": 4}, lambda a, b: b["steps"] == 4),
     "train.token_budget": (
         {"train__total_steps": LEFT_OUT, "train__token_budget": 500},
@@ -92,8 +96,16 @@ ELSEWHERE = {
     "data.config": "tests/data/test_hub.py::test_the_split_and_the_configuration_are_the_ones_named",
     "data.split": "tests/data/test_hub.py::test_the_split_and_the_configuration_are_the_ones_named",
     "data.text_field": "tests/data/test_hub.py::test_rows_become_documents_by_field_and_score",
-    "data.score_field": "tests/data/test_documents.py::test_documents_below_the_score_are_filtered",
-    "data.score_min": "tests/data/test_documents.py::test_documents_below_the_score_are_filtered",
+    "data.score_field": "tests/data/test_rows.py::test_documents_below_the_score_are_filtered",
+    "data.score_min": "tests/data/test_rows.py::test_documents_below_the_score_are_filtered",
+    "data.weights": "tests/data/test_documents.py::test_a_mixture_follows_its_weights_and_ends_with_the_first_source",
+    "data.documents": "tests/data/test_text_units.py::test_paragraphs_are_what_blank_lines_part",
+    "data.clean": "tests/data/test_documents.py::test_text_files_are_cleaned_and_measured_too",
+    "data.min_chars": "tests/data/test_documents.py::test_each_reason_to_leave_a_document_out_is_counted",
+    "data.max_chars": "tests/data/test_documents.py::test_each_reason_to_leave_a_document_out_is_counted",
+    "data.dedup": "tests/data/test_pretokenize.py::test_duplicates_are_kept_where_that_is_wanted",
+    "data.near_dedup": "tests/data/test_pretokenize.py::test_near_duplicates_are_dropped_in_order_whatever_the_units",
+    "data.shard_weights": "tests/data/test_batches.py::test_a_mixture_keeps_its_weights_in_any_stretch",
     "data.val_fraction": "tests/data/test_pretokenize.py::test_the_validation_split_has_its_share",
     "data.shuffle_buffer": "tests/data/test_hub.py::test_the_shuffle_buffer_shuffles_a_stream_by_the_seed",
     "data.streaming": "tests/data/test_hub.py::test_without_streaming_the_order_is_kept",
@@ -101,6 +113,8 @@ ELSEWHERE = {
     "data.fallback": "tests/data/test_documents.py::test_a_missing_file_falls_back_only_where_the_config_allows_it",
     "data.shard_dir": "tests/test_docs.py::test_the_readmes_commands_run_as_they_stand",
     "tokenizer.model_type": "tests/data/test_tokenizer_training.py::test_the_vocabulary_has_the_size_asked_for",
+    "tokenizer.engine": "tests/data/test_engine.py::test_the_reference_when_asked_for",
+    "tokenizer.on_mismatch": "tests/data/test_engine.py::test_a_wrong_id_late_is_caught_by_the_sample",
     "tokenizer.max_train_mb": "tests/data/test_tokenizer_training.py::test_the_limit_holds_to_the_byte",
     "model.max_seq_len": "tests/inference/test_generation.py::test_it_ends_at_the_limit_at_max_seq_len",
     "model.zero_init_proj": "tests/model/test_shapes.py::test_zero_init_proj_starts",
@@ -204,18 +218,36 @@ def test_key_train__log_path(tmp_path: Path, tiny_shards: Path) -> None:
     assert not (tmp_path / "run" / "logs").exists()
 
 
+def test_key_data__document_mask(tmp_path: Path, tiny_shards: Path) -> None:
+    """Of documents shorter than a sequence, most tokens see less with the mask: another loss of the same batch."""
+    lines = [f"{i} little document, {i * i} words or so long" for i in range(200)]
+    tokenizer = load_tokenizer(tiny_shards)
+    pretokenize(map(Document, lines), tokenizer, tmp_path / "shards", counts=Counts(), val_fraction=0.1, num_workers=1)
+    losses = [
+        pretrain(
+            loaded(
+                tmp_path / "c.yaml", tmp_path / "shards", tmp_path / str(mask), data__document_mask=mask,
+                train__total_steps=1,
+            ),
+            quiet=True,
+        )["final_loss"]
+        for mask in (False, True)
+    ]  # fmt: skip
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
 def test_key_data__num_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many threads tokenise; test_pretokenize shows that the shards don't depend on it."""
-    from anarchobot.data import pretokenize
+    from anarchobot.data import encoding
 
     pools: list[int] = []
 
-    class Pool(pretokenize.ThreadPoolExecutor):
+    class Pool(encoding.ThreadPoolExecutor):
         def __init__(self, workers: int) -> None:
             pools.append(workers)
             super().__init__(workers)
 
-    monkeypatch.setattr(pretokenize, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(encoding, "ThreadPoolExecutor", Pool)
     make_shards(tmp_path / "shards")
     (tmp_path / "a.txt").write_text("some text\n" * 9)
     words = ["--input", str(tmp_path / "a.txt"), "--tokenizer", str(tmp_path / "shards" / "made.model")]

@@ -29,6 +29,8 @@ PRETOKENIZE_SETTINGS = {
     "--workers": "data.num_workers",
 }
 
+SHOWN_DOCUMENTS, SHOWN_CHARS = 3, 200  # by shards info; a character is at most 4 tokens
+
 
 def add_commands(commands: Any) -> None:
     tokenizer = commands.add_parser("tokenizer", help="make a tokenizer")
@@ -42,6 +44,7 @@ def add_commands(commands: Any) -> None:
     pretokenize = add_command(commands, "pretokenize", _pretokenize, "turn text into token shards")
     add_config(pretokenize, optional=True)
     pretokenize.add_argument("--input", nargs="+", metavar="FILE", help="text or JSONL files; default: data.dataset")
+    pretokenize.add_argument("--restart", action="store_true", help="start anew where a run was stopped")
     add_settings(pretokenize, PRETOKENIZE_SETTINGS)
 
     shards = commands.add_parser("shards", help="look at token shards, or check them")
@@ -53,19 +56,23 @@ def add_commands(commands: Any) -> None:
         add_command(parts, name, run, summary).add_argument("dir", metavar="DIR")
 
 
-def _documents(args: argparse.Namespace, config: "Config", counts: "Counts") -> "Iterator[Document]":
+def _documents(args: argparse.Namespace, config: "Config", counts: "Counts") -> "tuple[list[str], Iterator[Document]]":
+    """The documents, and the names of what they are read from."""
     from anarchobot.data.documents import from_files, open_source
 
     if args.input:
-        return from_files(args.input, config.data, counts)
+        return args.input, from_files(args.input, config.data, counts)
     name, documents = open_source(config.data, config.train.seed, counts)
-    if name == "builtin" and config.data.dataset != "builtin":
+    dataset = config.data.dataset
+    names = [dataset] if isinstance(dataset, str) else dataset or []
+    if name == "builtin" and names != ["builtin"]:
         print(
             f"WARNING: the dataset {config.data.dataset} can't be reached: going on with the built-in text instead "
             "(data.fallback: builtin)",
             file=sys.stderr,
         )
-    return documents
+        names = ["builtin"]
+    return names, documents
 
 
 def _train_tokenizer(args: argparse.Namespace) -> None:
@@ -81,7 +88,7 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
     if not args.output:  # train.tokenizer_path names the file that is loaded later
         prefix = prefix.with_name(prefix.name.removesuffix(".model").removesuffix("-vocab.json"))
     counts, taken = Counts(), [0]
-    texts = (document.text for document in _documents(args, config, counts))
+    texts = (document.text for document in _documents(args, config, counts)[1])
     files = train_tokenizer(
         limited(texts, config.tokenizer.max_train_mb, taken),
         prefix,
@@ -99,11 +106,26 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
 def _pretokenize(args: argparse.Namespace) -> None:
     from anarchobot.config.loading import load_config
     from anarchobot.data.documents import Counts
+    from anarchobot.data.engine import with_engine
     from anarchobot.data.pretokenize import pretokenize
+    from anarchobot.data.resume import source_of
     from anarchobot.data.tokenizer import load_tokenizer
+
+    notes: list[str] = []
+
+    def say(line: str) -> None:
+        if line.startswith("WARNING") or (sys.stderr.isatty() and not (args.quiet or args.json)):
+            print(line, file=sys.stderr)
+        else:
+            notes.append(line)
 
     loaded = load_config(args.config, overrides(args))
     config = loaded.config
+    folder = config.data.shard_dir
+    if not isinstance(folder, str):
+        raise UserError(
+            f"{loaded.where('data.shard_dir')}: several folders: give the one to write to with --output DIR"
+        )
     if config.train.tokenizer_path is None:
         raise UserError("which tokenizer? Give --tokenizer FILE, or set train.tokenizer_path")
     tokenizer = load_tokenizer(config.train.tokenizer_path)
@@ -113,24 +135,30 @@ def _pretokenize(args: argparse.Namespace) -> None:
             f"{tokenizer.vocab_size} tokens: set model.vocab_size: {tokenizer.vocab_size}"
         )
     counts = Counts()
-    documents = _documents(args, config, counts)
+    names, documents = _documents(args, config, counts)
+    tokenizer = with_engine(tokenizer, config.tokenizer.engine, config.tokenizer.on_mismatch, say)
     with _byte_progress(args.quiet or args.json) as progress:
         manifest = pretokenize(
             documents,
             tokenizer,
-            config.data.shard_dir,
+            folder,
             counts=counts,
             val_fraction=config.data.val_fraction,
             num_workers=config.data.num_workers,
+            dedup=config.data.dedup,
+            near_dedup=config.data.near_dedup,
             seed=config.train.seed,
+            source=source_of(names, config.data),
+            restart=args.restart,
             progress=progress,
+            say=say,
         )
     if args.json:
         print(manifest.to_json(), end="")
     elif not args.quiet:
-        _print_summary(config.data.shard_dir, manifest)
-        if counts.first_broken:
-            print(f"  first broken: {counts.first_broken}")
+        _print_summary(folder, manifest)
+        for line in (*notes, *counts.details()):
+            print(f"  {line}")
 
 
 @contextmanager
@@ -169,18 +197,24 @@ def _print_summary(folder: str, manifest: "Manifest") -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    from anarchobot.data.shards import TokenStream, read_manifest
+    from anarchobot.data.shards import TokenStream, first_documents, length_histogram
     from anarchobot.data.tokenizer import load_tokenizer
 
-    manifest = read_manifest(args.dir)
-    if args.json:
-        print(manifest.to_json(), end="")
-        return
-    _print_summary(args.dir, manifest)
     stream = TokenStream(args.dir, "train")
-    start = stream.read(0, min(64, stream.tokens)).tolist()
-    tokenizer = load_tokenizer(Path(args.dir) / manifest.tokenizer["file"])
-    print(f"  begins: {tokenizer.decode(start)!r}")
+    histogram = length_histogram(args.dir)
+    if args.json:
+        bins = [{"from": n, "to": 2 * n - 1, "documents": documents} for n, documents in histogram]
+        print(json.dumps(json.loads(stream.manifest.to_json()) | {"histogram": bins}, indent=1))
+        return
+    _print_summary(args.dir, stream.manifest)
+    print("  lengths of documents, in tokens:")
+    widest = max(documents for _, documents in histogram)
+    for n, documents in histogram:
+        bar = "#" * -(-40 * documents // widest)
+        print(f"  {n:>12,} to {2 * n - 1:<12,} {documents:>12,} {bar}".rstrip())
+    tokenizer = load_tokenizer(Path(args.dir) / stream.manifest.tokenizer["file"])
+    for number, ids in enumerate(first_documents(stream, SHOWN_DOCUMENTS, 4 * SHOWN_CHARS), start=1):
+        print(f"  document {number}: {tokenizer.decode(ids.tolist())[:SHOWN_CHARS]!r}")
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -194,5 +228,5 @@ def _verify(args: argparse.Namespace) -> int:
         for name, problem in results:
             print(f"{name}: {problem or 'good'}")
     if bad:
-        raise UserError(f"{args.dir}: {len(bad)} of {len(results)} shards are damaged: pretokenize again")
+        raise UserError(f"{args.dir}: {len(bad)} of {len(results)} files are damaged: pretokenize again")
     return 0

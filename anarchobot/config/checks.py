@@ -35,6 +35,14 @@ def contradictions(config: Config, given: list[str]) -> Iterator[tuple[tuple[str
             ("data.seq_len", "model.max_seq_len"),
             f"data.seq_len ({data.seq_len}) must be at most model.max_seq_len ({model.max_seq_len})",
         )
+    for weights, of in (("weights", "dataset"), ("shard_weights", "shard_dir")):
+        given_weights, names = getattr(data, weights), getattr(data, of)
+        count = len(names) if isinstance(names, list) else 1
+        if given_weights is not None and len(given_weights) != count:
+            yield (
+                (f"data.{weights}", f"data.{of}"),
+                f"{weights} has {len(given_weights)} numbers, {of} has {count}: give one each",
+            )
     if (data.score_field is None) != (data.score_min is None):
         missing = "score_min" if data.score_min is None else "score_field"
         yield ("data.score_field", "data.score_min"), f"needs data.{missing} as well"

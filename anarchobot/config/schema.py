@@ -73,11 +73,24 @@ class DataConfig(Section):
     dataset: str | list[str] | None = Field(
         None, description="files, folders or globs of text and JSONL, a Hugging Face dataset's name, or 'builtin'"
     )
+    weights: list[PositiveFloat] | None = Field(
+        None, description="shares of the datasets in the text, one each; the mixture ends with the first to run out"
+    )
     config: str | None = Field(None, description="the Hugging Face dataset's configuration")
     split: str = Field("train", description="the Hugging Face dataset's split")
     text_field: str = Field("text", description="the field that holds the text, in JSONL and Hugging Face rows")
     score_field: str | None = Field(None, description="the field that holds a document's quality score")
     score_min: Finite | None = Field(None, description="documents scored below this are left out")
+    documents: Literal["file", "paragraphs", "lines"] = Field(
+        "file", description="what a document is in a text file: all of it, or what blank lines or line ends part"
+    )
+    clean: bool = Field(False, description="take control characters out, and white space at the ends of lines")
+    min_chars: Positive = Field(1, description="shorter documents are left out")
+    max_chars: Positive | None = Field(None, description="longer documents are left out")
+    dedup: bool = Field(True, description="of documents that are the same, keep the first")
+    near_dedup: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="leave out documents this alike (Jaccard, such as 0.8) to one before; left out: none"
+    )
     seq_len: Positive = Field(2048, description="tokens in a training sequence")
     val_fraction: Fraction = Field(0.01, description="share of the documents held out for validation")
     shuffle_buffer: Count = Field(
@@ -86,7 +99,16 @@ class DataConfig(Section):
     streaming: bool = Field(True, description="read a Hugging Face dataset as a stream instead of fetching it whole")
     cache_dir: str | None = Field(None, description="where fetched Hugging Face datasets are kept")
     num_workers: Positive = Field(2, description="tokenising threads; the shards do not depend on it")
-    shard_dir: str = Field("shards", description="folder of the token shards, written by pretokenize")
+    shard_dir: str | list[str] = Field(
+        "shards", description="folder of the token shards, written by pretokenize; several to train on a mixture"
+    )
+    shard_weights: list[PositiveFloat] | None = Field(
+        None, description="shares of the shard folders in training; left out: by their sizes"
+    )
+    pack: Literal["stream", "documents"] = Field(
+        "stream", description="training sequences: the text as one stream, or documents packed whole where they fit"
+    )
+    document_mask: bool = Field(False, description="a token sees only its own document")
     fallback: Literal["builtin"] | None = Field(
         None, description="what to read, with a warning, when the dataset can't be reached: the built-in text"
     )
@@ -160,6 +182,12 @@ class TokenizerConfig(Section):
     model_type: Literal["bpe", "unigram"] = Field("bpe", description="algorithm")
     format: Literal["sentencepiece", "gpt2"] = Field(
         "sentencepiece", description="sentencepiece: one .model file; gpt2: byte-level vocab.json and merges.txt"
+    )
+    engine: Literal["auto", "fast", "reference"] = Field(
+        "auto", description="what tokenises: the fast engine where it is installed and takes this tokenizer, or not"
+    )
+    on_mismatch: Literal["stop", "fallback"] = Field(
+        "stop", description="what to do when the fast engine's ids differ from the reference's"
     )
     max_train_mb: PositiveFloat = Field(200.0, description="megabytes of text to learn from, from the start")
 

@@ -1,61 +1,86 @@
-"""Shards to batches. Shapes: A micro-batches, B sequences in each, L = seq_len tokens.
+"""Windows to batches. Shapes: A micro-batches, B sequences in each, L = seq_len tokens.
 
 The order is a function of the seed and of how many windows came before, so any step's batch can be had without the ones
 before it, and a run that was stopped goes on with the very next window.
 """
 
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from anarchobot.config.errors import UserError
 from anarchobot.data.order import permuted
-from anarchobot.data.shards import TokenStream
+from anarchobot.data.windows import Joined, Rows, Windows, gather
 
-IGNORE = -100  # a target that isn't scored, as in PyTorch and Hugging Face
+ORDER_BLOCK = 4096  # places of the order that are worked out at a time: one at a time would cost more than the reading
+MIXTURE_PATTERN = 4096  # windows after which a mixture's pattern repeats: weights are kept to 1 in 4,096
 
 
 @dataclass(frozen=True)
 class Batch:
-    """int32 `inputs` and the `targets` one place on, both [A, B, L]; targets of IGNORE are not scored."""
+    """int32 [A, B, L]: `inputs`, the `targets` one place on (negative: not scored), and with a document mask the
+    `segments`: tokens see each other only within one number."""
 
     inputs: npt.NDArray[np.int32]
     targets: npt.NDArray[np.int32]
+    segments: npt.NDArray[np.int32] | None = None
 
 
 class TrainBatches:
-    """Windows of L+1 tokens that overlap by one, over all train shards as one sequence, reshuffled every epoch."""
+    """Several sets of windows in the order of a run: shuffled anew every epoch, mixed by weights when these are given.
 
-    def __init__(self, stream: TokenStream, seq_len: int, seed: int) -> None:
-        self.windows = (stream.tokens - 1) // seq_len
-        if self.windows < 1:
-            raise UserError(
-                f"{stream.folder}: {stream.tokens} training tokens are less than one sequence of data.seq_len "
-                f"{seq_len}: give more text, or a smaller seq_len"
-            )
-        self._stream, self._seq_len, self._seed = stream, seq_len, seed
+    Without weights the sets are one: every window comes once an epoch. With them, set s gives its share of any stretch
+    of the run, and has epochs of its own. `windows` is the number of windows in all sets.
+    """
+
+    def __init__(self, sets: Sequence[Windows], seed: int, weights: Sequence[float] | None = None) -> None:
+        self.windows = sum(s.count for s in sets)
+        self._sets = [Joined(sets)] if weights is None else sets
+        self._pattern = _pattern(weights or [1.0])
+        self._seed = seed
+        self._block = lru_cache(maxsize=2 * len(sets))(self._order_block)
 
     def at(self, position: int, micro_batches: int, micro_batch_size: int) -> Batch:
         """The batch whose first window is number `position` of the run (not of the epoch)."""
-        places = np.arange(position, position + micro_batches * micro_batch_size)
-        windows = np.empty_like(places)
-        epochs = places // self.windows
+        owners, places = self._mixed(np.arange(position, position + micro_batches * micro_batch_size))
+        numbers = np.empty_like(places)
+        for s in np.unique(owners).tolist():
+            numbers[owners == s] = self._shuffled(places[owners == s], s)
+        return _batch(gather(self._sets, owners, numbers), micro_batches, micro_batch_size)
+
+    def _mixed(self, places: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """For places of the run: the set each window comes from, and its place in that set's own run."""
+        owned, before = self._pattern
+        rounds, within = places // len(owned), places % len(owned)
+        owners = owned[within]
+        return owners, rounds * before[owners, -1] + before[owners, within]
+
+    def _shuffled(self, places: npt.NDArray[np.int64], s: int) -> npt.NDArray[np.int64]:
+        """The windows at increasing `places` of the run of set s."""
+        blocks = range(int(places[0]) // ORDER_BLOCK, int(places[-1]) // ORDER_BLOCK + 1)
+        order = np.concatenate([self._block(block, s) for block in blocks])
+        return order[places - blocks[0] * ORDER_BLOCK]
+
+    def _order_block(self, block: int, s: int) -> npt.NDArray[np.int64]:
+        size = self._sets[s].count
+        places = np.arange(block * ORDER_BLOCK, (block + 1) * ORDER_BLOCK)
+        windows, epochs = np.empty_like(places), places // size
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             chosen = epochs == epoch
-            windows[chosen] = permuted(places[chosen] % self.windows, self.windows, self._seed, epoch)
-        rows = np.stack([self._stream.read(w * self._seq_len, (w + 1) * self._seq_len + 1) for w in windows.tolist()])
-        rows = rows.reshape(micro_batches, micro_batch_size, self._seq_len + 1)
-        return Batch(np.ascontiguousarray(rows[..., :-1]), np.ascontiguousarray(rows[..., 1:]))
+            windows[chosen] = permuted(places[chosen] % size, size, self._seed + s, epoch)
+        return windows
 
 
 class ValBatches:
-    """The validation split from its start, in order; its last, short window is filled up with IGNORE."""
+    """The validation split from its start, in order; its last, short windows are filled up with unscored places."""
 
-    def __init__(self, stream: TokenStream, seq_len: int, micro_batch_size: int, limit: int | None) -> None:
-        self._stream, self._seq_len, self._rows = stream, seq_len, micro_batch_size
-        windows = -(-max(0, stream.tokens - 1) // seq_len)
-        batches = -(-windows // micro_batch_size)
+    def __init__(self, windows: Windows, micro_batch_size: int, limit: int | None) -> None:
+        self._windows, self._rows = windows, micro_batch_size
+        batches = -(-windows.count // micro_batch_size)
         self._batches = batches if limit is None else min(limit, batches)
 
     def __len__(self) -> int:
@@ -65,13 +90,49 @@ class ValBatches:
         """Micro-batch `index`, as [1, B, L]."""
         if not 0 <= index < self._batches:
             raise IndexError(index)
-        inputs = np.zeros((1, self._rows, self._seq_len), np.int32)
-        targets = np.full_like(inputs, IGNORE)
-        for row in range(self._rows):
-            start = (index * self._rows + row) * self._seq_len
-            length = min(self._seq_len, self._stream.tokens - 1 - start)
-            if length > 0:  # else the split has ended
-                ids = self._stream.read(start, start + length + 1)
-                inputs[0, row, :length] = ids[:-1]
-                targets[0, row, :length] = ids[1:]
-        return Batch(inputs, targets)
+        return _batch(self._windows.rows(np.arange(index * self._rows, (index + 1) * self._rows)), 1, self._rows)
+
+
+class Prefetched:
+    """Reads the batch after the one asked for in a thread (numpy only), while that one trains. The order is a function
+    of the position, so a batch fetched for nothing costs nothing but its time."""
+
+    def __init__(self, batches: TrainBatches) -> None:
+        self.windows = batches.windows
+        self._batches = batches
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._next: tuple[tuple[int, int, int], Future[Batch]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def at(self, position: int, micro_batches: int, micro_batch_size: int) -> Batch:
+        wanted = (position, micro_batches, micro_batch_size)
+        batch = self._next[1].result() if self._next and self._next[0] == wanted else self._batches.at(*wanted)
+        following = (position + micro_batches * micro_batch_size, micro_batches, micro_batch_size)
+        self._next = following, self._pool.submit(self._batches.at, *following)
+        return batch
+
+
+def _batch(rows: Rows, micro_batches: int, micro_batch_size: int) -> Batch:
+    def shaped(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        return np.ascontiguousarray(ids).reshape(micro_batches, micro_batch_size, -1)
+
+    segments = None if rows.segments is None else shaped(rows.segments)
+    return Batch(shaped(rows.inputs), shaped(rows.targets), segments)
+
+
+def _pattern(weights: Sequence[float]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Which set each of MIXTURE_PATTERN windows comes from, always the one that lags furthest behind its share; and how
+    many of each set come before each place: [P] and [sets, P + 1]."""
+    shares = np.array(weights) / sum(weights)
+    before = np.zeros((len(shares), MIXTURE_PATTERN + 1), np.int64)
+    owned = np.empty(MIXTURE_PATTERN, np.int64)
+    for i in range(MIXTURE_PATTERN):
+        owned[i] = np.argmax(shares * (i + 1) - before[:, i])
+        before[:, i + 1] = before[:, i]
+        before[owned[i], i + 1] += 1
+    return owned, before

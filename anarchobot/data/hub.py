@@ -8,12 +8,13 @@ from typing import Any
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
+from anarchobot.data.files import SUFFIXES
 
 
 def looks_like_a_name(dataset: str) -> bool:
     """Whether this is a dataset's name (`allenai/c4`) and not a path: nothing lies there, and no path marks."""
     return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset)) and not (
-        Path(dataset).exists() or dataset.endswith((".txt", ".md", ".jsonl")) or dataset.startswith(".")
+        Path(dataset).exists() or dataset.endswith(SUFFIXES) or dataset.startswith(".")
     )
 
 

@@ -1,16 +1,18 @@
 """Token shards: flat `.npy` arrays, and the manifest that says what they are.
 
-DIR/train_00000.npy ...  one-dimensional uint16 or uint32; every document is followed by the end-of-document id
-DIR/val_00000.npy ...    the documents held out
-DIR/manifest.json        written last: without it there are no shards
-DIR/tokenizer.model      the tokenizer that made them (or tokenizer.json, or vocab.json and merges.txt)
+DIR/train_00000.npy ...      one-dimensional uint16 or uint32; every document is followed by the end-of-document id
+DIR/train_00000.offsets ...  .npy too, uint64 [documents + 1]: where each document begins, then the shard's length
+DIR/val_00000.npy ...        the documents held out
+DIR/manifest.json            written last: without it there are no shards
+DIR/tokenizer.model          the tokenizer that made them (or tokenizer.json, or vocab.json and merges.txt)
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +37,12 @@ class Shard:
     documents: int
     bytes: int
     sha256: str
+    offsets_sha256: str
+
+    @property
+    def files(self) -> tuple[str, str]:
+        """The ids and the offsets."""
+        return self.file, self.file.removesuffix(".npy") + ".offsets"
 
 
 @dataclass(frozen=True)
@@ -69,13 +77,17 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes beside, flushes, renames: a manifest is whole or not there."""
-    beside = folder / "manifest.json.tmp"
+    write_whole(folder / "manifest.json", manifest.to_json())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes beside, flushes, renames: the file is whole or what it was before."""
+    beside = path.with_name(f"{path.name}.tmp")
     with beside.open("w", encoding="utf-8") as file:
-        file.write(manifest.to_json())
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    beside.rename(folder / "manifest.json")
+    beside.replace(path)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -103,7 +115,8 @@ class TokenStream:
     def __init__(self, folder: str | Path, split: Split) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
-        self._shards = [_open(self.folder / s.file, s, self.manifest.dtype) for s in self.manifest.of(split)]
+        self._listed = self.manifest.of(split)
+        self._shards = [_open(self.folder / s.file, self.manifest.dtype, s.tokens) for s in self._listed]
         self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
         self.tokens = int(self._starts[-1])
 
@@ -117,45 +130,118 @@ class TokenStream:
             end = min(stop, int(self._starts[shard + 1]))
             out[done - start : end - start] = self._shards[shard][done - first : end - first]
             done, shard = end, shard + 1
-        largest = int(out.view(np.uint32).max(initial=0))  # seen as it was stored: no id is negative
+        return self._checked(out)
+
+    def rows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int32]:
+        """Ids [start, start + length) of each of `starts`: int32 [n, length]. Raises UserError as `read` does."""
+        out = np.empty((len(starts), length), np.int32)
+        shards = np.searchsorted(self._starts, starts, side="right") - 1
+        firsts = starts - self._starts[shards]
+        for row, (shard, first) in enumerate(zip(shards.tolist(), firsts.tolist(), strict=True)):
+            ids = self._shards[shard][first : first + length]  # in a loop: one gather for each shard is slower
+            if len(ids) == length:
+                out[row] = ids
+            else:
+                out[row] = self.read(int(starts[row]), int(starts[row]) + length)
+        return self._checked(out)
+
+    def document_starts(self) -> npt.NDArray[np.int64]:
+        """Where each document begins in the stream, then its length: int64 [documents + 1], increasing.
+
+        Raises UserError when the offsets are damaged.
+        """
+        parts = [np.zeros(1, np.int64)]
+        for shard, start in zip(self._listed, self._starts.tolist(), strict=False):
+            parts.append(_offsets(self.folder, shard)[1:] + start)
+        return np.concatenate(parts)
+
+    def _checked(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        largest = int(np.max(ids.view(np.uint32), initial=0))  # seen as it was stored: no id is negative
         if largest >= self.manifest.vocab_size:
             raise UserError(
                 f"{self.folder}: token id {largest} is beyond the vocabulary of {self.manifest.vocab_size}: "
                 "the shards are damaged: see `anarchobot shards verify`"
             )
-        return out
+        return ids
 
 
-def _open(path: Path, shard: Shard, dtype: str) -> npt.NDArray[Any]:
+def _open(path: Path, dtype: str, length: int) -> npt.NDArray[Any]:
     try:
         array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError as error:
         raise UserError(f"{path}: the manifest lists this shard, but it is missing: pretokenize again") from error
     except Exception as error:  # a damaged header is Python text that may fail in any way
         raise UserError(f"{path}: damaged ({error}): pretokenize again") from error
-    if array.shape != (shard.tokens,) or array.dtype != dtype:
+    if array.shape != (length,) or array.dtype != dtype:
         raise UserError(
-            f"{path}: holds {array.dtype} {array.shape}, the manifest says {dtype} ({shard.tokens},): pretokenize again"
+            f"{path}: holds {array.dtype} {array.shape}, the manifest says {dtype} ({length},): pretokenize again"
         )
     return array.view(np.ndarray)  # slices of a plain array are cheaper than of a memmap
 
 
+def _offsets(folder: Path, shard: Shard) -> npt.NDArray[np.int64]:
+    path = folder / shard.files[1]
+    offsets = _open(path, "uint64", shard.documents + 1).astype(np.int64)
+    if offsets[0] != 0 or offsets[-1] != shard.tokens or (np.diff(offsets) <= 0).any():
+        raise UserError(f"{path}: damaged (not increasing from 0 to {shard.tokens}): pretokenize again")
+    return offsets
+
+
+def length_histogram(folder: str | Path) -> list[tuple[int, int]]:
+    """(n, documents of n to 2 n - 1 tokens) for n = 1, 2, 4 ... up to the longest; the end counts as a token."""
+    streams = [TokenStream(folder, split) for split in SPLITS]
+    lengths = np.concatenate([np.diff(stream.document_starts()) for stream in streams])
+    powers = np.frexp(lengths)[1] - 1  # exactly the logarithm, rounded down
+    return [(2**power, count) for power, count in enumerate(np.bincount(powers).tolist())]
+
+
+def first_documents(stream: TokenStream, documents: int, tokens: int) -> Iterator[npt.NDArray[np.int32]]:
+    """The first ids of the first documents, `tokens` of each at most, without the end of document."""
+    starts = stream.document_starts()[: documents + 1].tolist()
+    for start, end in pairwise(starts):
+        yield stream.read(start, min(end - 1, start + tokens))
+
+
 def verify(folder: str | Path) -> Iterator[tuple[str, str]]:
-    """Re-reads every shard: yields (file, what is wrong, or nothing when it is good)."""
+    """Re-reads every file of every shard: yields (file, what is wrong, or nothing when it is good)."""
     manifest = read_manifest(folder)
     for shard in manifest.shards:
-        path = Path(folder) / shard.file
-        try:
-            array = _open(path, shard, manifest.dtype)
-        except UserError as error:
-            yield shard.file, str(error).partition(": ")[2]
-            continue
-        if sha256_file(path) != shard.sha256:
-            yield shard.file, "its content is not what was written (sha256 differs)"
-        elif int(array.max(initial=0)) >= manifest.vocab_size:
-            yield shard.file, f"token id {array.max()} is beyond the vocabulary of {manifest.vocab_size}"
-        else:
-            yield shard.file, ""
+        ids, offsets = (_problem(check, folder, shard, manifest) for check in (_check_ids, _check_offsets))
+        if not ids and not offsets:
+            offsets = _problem(_check_ends, folder, shard, manifest)
+        yield from zip(shard.files, (ids, offsets), strict=True)
+
+
+def _problem(check: Callable[[Path, Shard, Manifest], None], folder: str | Path, shard: Shard, told: Manifest) -> str:
+    try:
+        check(Path(folder), shard, told)
+    except UserError as error:
+        return str(error).partition(": ")[2]
+    return ""
+
+
+def _check_ids(folder: Path, shard: Shard, manifest: Manifest) -> None:
+    path = folder / shard.file
+    array = _open(path, manifest.dtype, shard.tokens)
+    _check_content(path, shard.sha256)
+    if int(np.max(array, initial=0)) >= manifest.vocab_size:
+        raise UserError(f"{path}: token id {array.max()} is beyond the vocabulary of {manifest.vocab_size}")
+
+
+def _check_offsets(folder: Path, shard: Shard, manifest: Manifest) -> None:
+    _offsets(folder, shard)
+    _check_content(folder / shard.files[1], shard.offsets_sha256)
+
+
+def _check_ends(folder: Path, shard: Shard, manifest: Manifest) -> None:
+    is_end = _open(folder / shard.file, manifest.dtype, shard.tokens) == manifest.eod_id
+    if not is_end[_offsets(folder, shard)[1:] - 1].all() or np.count_nonzero(is_end) != shard.documents:
+        raise UserError(f"{folder / shard.files[1]}: not where the ends of documents are in {shard.file}")
+
+
+def _check_content(path: Path, sha256: str) -> None:
+    if sha256_file(path) != sha256:
+        raise UserError(f"{path}: its content is not what was written (sha256 differs)")
 
 
 def sha256_file(path: Path) -> str:

@@ -125,7 +125,7 @@ class SentencePiece:
         self._space_mark = np.array([self._model.piece_to_id(f"<0x{b:02X}>") for b in "▁".encode()], np.int32)
 
     def encode_batch(self, texts: list[str]) -> list[Ids]:
-        ids: list[Ids] = self._model.encode(texts, return_type="numpy")
+        ids: list[Ids] = self._model.encode(texts, return_type="numpy", num_threads=1)
         if self.keeps_all_text:
             for i, text in enumerate(texts):
                 if "▁" in text:

@@ -14,6 +14,7 @@ import mlx.core as mx
 from anarchobot.config.schema import ModelConfig
 
 Params = dict[str, mx.array]
+Mask = mx.array | str | None  # what scaled_dot_product_attention takes
 
 
 class Cache(Protocol):
@@ -30,26 +31,29 @@ def hidden_states(
     model: ModelConfig,
     *,
     dtype: mx.Dtype = mx.float32,
+    segments: mx.array | None = None,
     dropout_key: mx.array | None = None,
     recompute: bool = False,
     caches: Sequence[Cache] | None = None,
 ) -> mx.array:
     """What the head reads: [B, L, D] in `dtype` after the last norm, for int32 `tokens` [B, L].
 
-    `dropout_key` turns dropout on (training); the same key drops the same places. `recompute` keeps only each block's
-    input for the backward pass (gradient checkpointing; Chen et al., 2016). `caches`, one a layer, hold what came
-    before the first of `tokens` and are appended to.
+    `segments` [B, L], where given, number the documents of a row: a token sees only its own. `dropout_key` turns
+    dropout on (training); the same key drops the same places. `recompute` keeps only each block's input for the
+    backward pass (gradient checkpointing; Chen et al., 2016). `caches`, one a layer, hold what came before the first of
+    `tokens` and are appended to.
     """
     x = params["model.embed_tokens.weight"][tokens].astype(dtype)  # [B, L, D]
     keys = [None] * model.n_layers if dropout_key is None else list(mx.random.split(dropout_key, model.n_layers))
+    mask = _mask(tokens.shape[1], segments)
     for i, block in enumerate(_blocks(params, model)):
         if caches is not None:
-            x = _block(block, x, model, None, caches[i])
+            x = _block(block, x, model, mask, None, caches[i])
         elif recompute:
             key = keys[i]
-            x = mx.checkpoint(lambda block, x, key=key: _block(block, x, model, key, None))(block, x)
+            x = mx.checkpoint(lambda block, x, key=key: _block(block, x, model, mask, key, None))(block, x)
         else:
-            x = _block(block, x, model, keys[i], None)
+            x = _block(block, x, model, mask, keys[i], None)
     return _norm(x, params["model.norm.weight"], model)
 
 
@@ -64,6 +68,13 @@ def logits(hidden: mx.array, weight: mx.array, model: ModelConfig) -> mx.array:
     return z if model.logit_softcap is None else model.logit_softcap * mx.tanh(z / model.logit_softcap)
 
 
+def _mask(length: int, segments: mx.array | None) -> Mask:
+    if segments is None:
+        return "causal" if length > 1 else None  # a single token sees all that came before
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    return same & mx.tri(length, dtype=mx.bool_)  # [B, 1, L, L]
+
+
 def _blocks(params: Params, model: ModelConfig) -> list[Params]:
     """Each block's own parameters, by their names inside it: `"self_attn.q_proj.weight"`."""
     blocks: list[Params] = [{} for _ in range(model.n_layers)]
@@ -74,13 +85,16 @@ def _blocks(params: Params, model: ModelConfig) -> list[Params]:
     return blocks
 
 
-def _block(p: Params, x: mx.array, model: ModelConfig, key: mx.array | None, cache: Cache | None) -> mx.array:
+def _block(
+    p: Params, x: mx.array, model: ModelConfig, mask: Mask, key: mx.array | None, cache: Cache | None
+) -> mx.array:
     attention_key, mlp_key = (None, None) if key is None else mx.random.split(key)
-    x = x + _dropout(_attention(p, _norm(x, p["input_layernorm.weight"], model), model, cache), model, attention_key)
+    attended = _attention(p, _norm(x, p["input_layernorm.weight"], model), model, mask, cache)
+    x = x + _dropout(attended, model, attention_key)
     return x + _dropout(_mlp(p, _norm(x, p["post_attention_layernorm.weight"], model), model), model, mlp_key)
 
 
-def _attention(p: Params, x: mx.array, model: ModelConfig, cache: Cache | None) -> mx.array:
+def _attention(p: Params, x: mx.array, model: ModelConfig, mask: Mask, cache: Cache | None) -> mx.array:
     B, L, _ = x.shape
     E = model.head_size
 
@@ -96,7 +110,6 @@ def _attention(p: Params, x: mx.array, model: ModelConfig, cache: Cache | None) 
     q, k = (mx.fast.rope(y, E, traditional=False, base=model.rope_theta, scale=1.0, offset=offset) for y in (q, k))
     if cache is not None:
         k, v = cache.update_and_fetch(k, v)
-    mask = "causal" if L > 1 else None  # a single token sees all that came before
     y = mx.fast.scaled_dot_product_attention(q, k, v, scale=E**-0.5, mask=mask)  # [B, H, L, E]
     return _linear(p, "self_attn.o_proj", y.swapaxes(1, 2).reshape(B, L, -1))
 

@@ -7,9 +7,10 @@ from typing import Any
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
 from anarchobot.config.yaml_tree import dump
-from anarchobot.data.batches import TrainBatches, ValBatches
-from anarchobot.data.shards import Manifest, TokenStream
+from anarchobot.data.batches import Prefetched, TrainBatches, ValBatches
+from anarchobot.data.shards import TokenStream
 from anarchobot.data.tokenizer import Tokenizer, copy_beside, digest, load_tokenizer
+from anarchobot.data.windows import Joined, StreamWindows, open_windows
 from anarchobot.model.shapes import parameter_count
 from anarchobot.optim.schedule import total_steps
 from anarchobot.system.blas import advice, load_fast_blas
@@ -34,20 +35,23 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     from anarchobot.inference.generation import Model, generate
     from anarchobot.training.engine import MLXEngine
 
-    stream = TokenStream(data.shard_dir, "train")
-    tokenizer = _check_tokenizer(loaded, stream.manifest)
-    batches = TrainBatches(stream, data.seq_len, train.seed)
-    val_stream = TokenStream(data.shard_dir, "val")
+    folders = [data.shard_dir] if isinstance(data.shard_dir, str) else data.shard_dir
+    streams = [TokenStream(folder, "train") for folder in folders]
+    tokenizer = _check_tokenizers(loaded, streams)
+    sets = [open_windows(stream, data.seq_len, data.pack, data.document_mask) for stream in streams]
+    batches = TrainBatches(sets, train.seed, data.shard_weights)
+    held_out = Joined([StreamWindows(TokenStream(f, "val"), data.seq_len, data.document_mask) for f in folders])
+    val_shards = [shard for stream in streams for shard in stream.manifest.of("val")]
     run_folder = Path(train.save_dir)
     start = _checkpoint_to_resume(loaded, run_folder)
 
     run = Run(
         config=config,
         steps=total_steps(train, data.seq_len, batches.windows),
-        identity={"shards": stream.manifest.digest()},
-        train=batches,
-        val=ValBatches(val_stream, data.seq_len, train.micro_batch_size, train.eval_batches),
-        bytes_per_token=stream.manifest.bytes_per_token("val") or 1.0,
+        identity={"shards": [stream.manifest.digest() for stream in streams]},
+        train=Prefetched(batches),
+        val=ValBatches(held_out, train.micro_batch_size, train.eval_batches),
+        bytes_per_token=sum(s.bytes for s in val_shards) / max(1, sum(s.tokens for s in val_shards)),
         folder=run_folder,
         sample=lambda: generate(Model(engine.params, config.model, tokenizer), config.generation),
     )
@@ -58,10 +62,11 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     (run_folder / "config.yaml").write_text(dump(config.model_dump()), encoding="utf-8")
     copy_beside(tokenizer, run_folder)
     with (
+        run.train,
         MetricsLog(Path(train.log_path or run_folder / "logs")) as log,
         TerminalDisplay(run.steps, progress.step, quiet) as display,
     ):
-        for line in _opening(run, stream, engine.device, engine.precision, start):
+        for line in _opening(run, streams, engine.device, engine.precision, start):
             display.note(line)
         if start is not None:
             log.event("resume", progress.step, folder=str(start.folder))
@@ -76,22 +81,31 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     return summary
 
 
-def _check_tokenizer(loaded: LoadedConfig, manifest: Manifest) -> Tokenizer:
+def _check_tokenizers(loaded: LoadedConfig, streams: list[TokenStream]) -> Tokenizer:
+    """The tokenizer that made all the shards: one and the same, of the model's vocabulary, and the configured one."""
     config = loaded.config
-    shards = config.data.shard_dir
-    if manifest.vocab_size != config.model.vocab_size:
-        raise UserError(
-            f"{loaded.where('model.vocab_size')}: {config.model.vocab_size}, but the shards in {shards} were made with "
-            f"a tokenizer of {manifest.vocab_size} tokens: set model.vocab_size: {manifest.vocab_size}"
-        )
-    tokenizer = load_tokenizer(Path(shards) / manifest.tokenizer["file"])
-    if digest(tokenizer) != manifest.tokenizer["sha256"]:
-        raise UserError(f"{tokenizer.files[0]}: not the tokenizer that made the shards beside it: pretokenize again")
+    for stream in streams:
+        folder, manifest = stream.folder, stream.manifest
+        if manifest.vocab_size != config.model.vocab_size:
+            raise UserError(
+                f"{loaded.where('model.vocab_size')}: {config.model.vocab_size}, but the shards in {folder} were made "
+                f"with a tokenizer of {manifest.vocab_size} tokens: set model.vocab_size: {manifest.vocab_size}"
+            )
+        tokenizer = load_tokenizer(folder / manifest.tokenizer["file"])
+        if digest(tokenizer) != manifest.tokenizer["sha256"]:
+            raise UserError(
+                f"{tokenizer.files[0]}: not the tokenizer that made the shards beside it: pretokenize again"
+            )
+        if manifest.tokenizer["sha256"] != streams[0].manifest.tokenizer["sha256"]:
+            raise UserError(
+                f"{loaded.where('data.shard_dir')}: {folder} and {streams[0].folder} were made with different "
+                "tokenizers: pretokenize one of them again"
+            )
     path = config.train.tokenizer_path
-    if path is not None and digest(load_tokenizer(path)) != manifest.tokenizer["sha256"]:
+    if path is not None and digest(load_tokenizer(path)) != streams[0].manifest.tokenizer["sha256"]:
         raise UserError(
-            f"{loaded.where('train.tokenizer_path')}: {path} is not the tokenizer that made the shards in {shards} "
-            f"({manifest.tokenizer['name']}): pretokenize again, or leave tokenizer_path out"
+            f"{loaded.where('train.tokenizer_path')}: {path} is not the tokenizer that made the shards in "
+            f"{streams[0].folder} ({streams[0].manifest.tokenizer['name']}): pretokenize again, or leave it out"
         )
     return tokenizer
 
@@ -118,11 +132,11 @@ def _resume(engine: Engine, run: Run, start: checkpoint.Checkpoint) -> Progress:
             f"{start.folder}: this run began with other shards than those now in {now.data.shard_dir}: point "
             "data.shard_dir at its own, or begin a new run"
         )
-    for key in ("train.seed", "data.seq_len"):
+    for key in ("train.seed", "data.seq_len", "data.pack", "data.document_mask", "data.shard_weights"):
         section, name = key.split(".")
         old, new = (getattr(getattr(c, section), name) for c in (before, now))
         if old != new:
-            raise UserError(f"{start.folder}: {key} was {old} and is now {new}: it decides the order of the data")
+            raise UserError(f"{start.folder}: {key} was {old} and is now {new}: it decides what the run is trained on")
     engine.load_state(checkpoint.load_arrays(start, now.model, optimizer=True))
     state = start.state
     return Progress(
@@ -137,14 +151,15 @@ def _resume(engine: Engine, run: Run, start: checkpoint.Checkpoint) -> Progress:
 
 
 def _opening(
-    run: Run, stream: TokenStream, device: object, precision: str, start: checkpoint.Checkpoint | None
+    run: Run, streams: list[TokenStream], device: object, precision: str, start: checkpoint.Checkpoint | None
 ) -> list[str]:
     config = run.config
     per_step = config.train.micro_batch_size * config.train.grad_accum_steps
+    tokens, epochs = sum(s.tokens for s in streams), run.steps * per_step / run.train.windows
     lines = [
         f"{parameter_count(config.model):,} parameters, {precision} on {device}, {config.train.optimizer}",
-        f"{stream.tokens:,} training tokens in {config.data.shard_dir}; {run.steps:,} steps of "
-        f"{per_step} x {config.data.seq_len} tokens = {run.steps * per_step / run.train.windows:.2f} epochs",
+        f"{tokens:,} training tokens in {', '.join(str(s.folder) for s in streams)}; "
+        f"{run.steps:,} steps of {per_step} x {config.data.seq_len} tokens = {epochs:.2f} epochs",
     ]
     if start is not None:
         lines.append(f"resuming from {start.folder} at step {start.step}")

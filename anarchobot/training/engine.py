@@ -4,7 +4,7 @@ Shapes: A micro-batches, B sequences in each, L tokens in a sequence.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -67,9 +67,9 @@ class MLXEngine:
         scale = mx.array(loss_scale / sequences)  # keeps float16's sums in range, whatever the micro-batch
         grads: Params = {}
         total = mx.array(0.0)
-        for i, (inputs, targets) in enumerate(zip(batch.inputs, batch.targets, strict=True)):
+        for i, (inputs, targets, segments) in enumerate(_micro_batches(batch)):
             key = _dropout_key(self._config.train.seed, step, i)
-            loss, new = self._micro_step(self.params, mx.array(inputs), mx.array(targets), key, scale)
+            loss, new = self._micro_step(self.params, inputs, targets, segments, key, scale)
             grads = {name: grads[name] + g for name, g in new.items()} if grads else new
             total = total + loss
             del new
@@ -93,8 +93,8 @@ class MLXEngine:
     def eval_step(self, batch: Batch) -> tuple[float, int]:
         """Summed loss in nats over the scored tokens of the batch, and their number; no dropout."""
         total = sum(
-            float(self._loss(self.params, mx.array(inputs), mx.array(targets)))
-            for inputs, targets in zip(batch.inputs, batch.targets, strict=True)
+            float(self._loss(self.params, inputs, targets, segments))
+            for inputs, targets, segments in _micro_batches(batch)
         )
         return total, int(np.count_nonzero(batch.targets >= 0))
 
@@ -136,32 +136,40 @@ class MLXEngine:
         limit = self._config.train.max_grad_norm
         return 1.0 if limit is None or norm <= limit else limit / norm
 
-    def _hidden(self, params: Params, inputs: mx.array, key: mx.array | None) -> mx.array:
+    def _hidden(self, params: Params, inputs: mx.array, segments: mx.array | None, key: mx.array | None) -> mx.array:
         h = hidden_states(
             params,
             inputs,
             self._config.model,
             dtype=self._dtype,
+            segments=segments,
             dropout_key=key,
             recompute=key is not None and self._config.train.gradient_checkpointing,
         )
         return h.reshape(-1, self._config.model.d_model)  # [B L, D]
 
     def _loss_and_gradients(
-        self, params: Params, inputs: mx.array, targets: mx.array, key: mx.array, scale: mx.array
+        self,
+        params: Params,
+        inputs: mx.array,
+        targets: mx.array,
+        segments: mx.array | None,
+        key: mx.array,
+        scale: mx.array,
     ) -> tuple[mx.array, Params]:
         model = self._config.model
 
         def loss(params: Params) -> mx.array:
-            hidden = self._hidden(params, inputs, key)
+            hidden = self._hidden(params, inputs, segments, key)
             return scaled_loss(hidden, head_weight(params, model), targets.reshape(-1), model, scale)
 
         result: tuple[mx.array, Params] = mx.value_and_grad(loss)(params)
         return result
 
-    def _evaluate(self, params: Params, inputs: mx.array, targets: mx.array) -> mx.array:
+    def _evaluate(self, params: Params, inputs: mx.array, targets: mx.array, segments: mx.array | None) -> mx.array:
         model = self._config.model
-        return loss_sum(self._hidden(params, inputs, None), head_weight(params, model), targets.reshape(-1), model)
+        hidden = self._hidden(params, inputs, segments, None)
+        return loss_sum(hidden, head_weight(params, model), targets.reshape(-1), model)
 
     def _clip_and_update(
         self,
@@ -175,6 +183,13 @@ class MLXEngine:
     ) -> tuple[Params, hybrid.State]:
         grads = {name: g * factor for name, g in grads.items()}
         return hybrid.update(params, grads, state, lr, momentum, count, self._config.train.weight_decay)
+
+
+def _micro_batches(batch: Batch) -> Iterator[tuple[mx.array, mx.array, mx.array | None]]:
+    """The A micro-batches as MLX arrays [B, L]: inputs, targets, segments."""
+    for i in range(len(batch.inputs)):
+        segments = None if batch.segments is None else mx.array(batch.segments[i])
+        yield mx.array(batch.inputs[i]), mx.array(batch.targets[i]), segments
 
 
 def _dropout_key(seed: int, step: int, micro_batch: int) -> mx.array:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.schema import Config
-from anarchobot.data.batches import Batch, TrainBatches, ValBatches
+from anarchobot.data.batches import Batch, Prefetched, ValBatches
 from anarchobot.optim.schedule import learning_rate, muon_momentum
 from anarchobot.training import checkpoint
 from anarchobot.training.metrics import MetricsLog
@@ -69,7 +69,7 @@ class Run:
     config: Config
     steps: int
     identity: dict[str, Any]
-    train: TrainBatches
+    train: Prefetched
     val: ValBatches
     bytes_per_token: float  # of the validation split: nats per token into bits per byte
     folder: Path

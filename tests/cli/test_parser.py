@@ -16,7 +16,8 @@ EVERYWHERE = ["--debug", "--help", "--json", "--quiet"]
 SURFACE = {
     "tokenizer train": ["CONFIG?", "KEY=VALUE", "--format", "--input", "--model-type", "--output", "--vocab-size"],
     "pretokenize": [
-        "CONFIG?", "KEY=VALUE", "--input", "--output", "--text-field", "--tokenizer", "--val-fraction", "--workers",
+        "CONFIG?", "KEY=VALUE", "--input", "--output", "--restart", "--text-field", "--tokenizer", "--val-fraction",
+        "--workers",
     ],
     "shards info": ["DIR"],
     "shards verify": ["DIR"],

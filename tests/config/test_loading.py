@@ -114,6 +114,9 @@ def another_value(key: str, default: Any) -> Any:
         "tokenizer.model_type": "unigram", "generation.method": "greedy", "train.compile": True, "model.head_dim": 32,
         "model.n_kv_heads": 4, "model.logit_softcap": 30.0, "model.n_heads": 24, "data.score_min": 2.5,
         "train.epochs": 2.5, "train.lr_decay_steps": 3000, "train.token_budget": 10, "train.sample_interval": 5,
+        "data.weights": [2.0], "data.shard_weights": [2.0], "data.documents": "lines", "data.max_chars": 9,
+        "data.near_dedup": 0.8, "data.pack": "documents", "tokenizer.engine": "fast",
+        "tokenizer.on_mismatch": "fallback",
     }  # fmt: skip
     if key in special:
         return special[key]
@@ -166,7 +169,7 @@ MISTAKES = {
     "model:\n  seq_len: 3\n": "c.yaml:2: model.seq_len: unknown key; did you mean 'data.seq_len'?",
     "data:\n  vocab_sise: 3\n": "c.yaml:2: data.vocab_sise: unknown key; did you mean 'model.vocab_size'?",
     "tokenizer:\n  zzz: 3\n": (
-        "c.yaml:2: tokenizer.zzz: unknown key; tokenizer has model_type, format, max_train_mb"
+        "c.yaml:2: tokenizer.zzz: unknown key; tokenizer has model_type, format, engine, on_mismatch, max_train_mb"
     ),
     "modle:\n  n_layers: 3\n": "c.yaml:1: modle: unknown section; did you mean 'model'?",
     "\nlr: 3\n": "c.yaml:2: lr: unknown section; it belongs under 'train:'",

@@ -39,15 +39,20 @@ def tokenizer(request: pytest.FixtureRequest, trained: dict[str, Path]) -> Token
 
 
 def write_shards(folder: Path, vocab_size: int, dtype: str = "uint16", **splits: list[list[int]]) -> np.ndarray:
-    """Shards of given ids, written without the code under test but for the manifest; returns the first split's ids."""
+    """Shards of given ids, of which 0 ends a document, written without the code under test but for the manifest;
+    returns the first split's ids."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
     for split, parts in splits.items():
         for i, ids in enumerate(parts):
-            path = folder / f"{split}_{i:05d}.npy"
-            np.save(path, np.array(ids, dtype))
-            sha = hashlib.sha256(path.read_bytes()).hexdigest()
-            shards.append(Shard(path.name, split, len(ids), 1, 2 * len(ids), sha))  # type: ignore[arg-type]
+            starts = sorted({0, len(ids), *(place + 1 for place, token in enumerate(ids) if token == 0)})
+            digests = []
+            for kind, array in (("npy", np.array(ids, dtype)), ("offsets", np.array(starts, np.uint64))):
+                with open(folder / f"{split}_{i:05d}.{kind}", "wb") as file:
+                    np.save(file, array)
+                digests.append(hashlib.sha256(Path(file.name).read_bytes()).hexdigest())
+            sizes = (len(ids), len(starts) - 1, 2 * len(ids))
+            shards.append(Shard(f"{split}_{i:05d}.npy", split, *sizes, *digests))  # type: ignore[arg-type]
     made = {"name": "made", "file": "made", "sha256": ""}
     write_manifest(folder, Manifest(made, vocab_size, dtype, 0, 0, Counts().as_manifest(), shards))
     return np.array([i for ids in next(iter(splits.values())) for i in ids], np.int64)

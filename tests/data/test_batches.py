@@ -1,109 +1,100 @@
-"""Every window of an epoch is seen once, each target is the token after its input, and any step can be had at once."""
-
-from pathlib import Path
+"""The order of a run: every window once an epoch, any batch without the ones before, mixtures by their weights."""
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anarchobot.config.errors import UserError
-from anarchobot.data.batches import IGNORE, TrainBatches, ValBatches
-from anarchobot.data.shards import TokenStream
-from tests.data.conftest import write_shards
+from anarchobot.data.batches import MIXTURE_PATTERN, Batch, Prefetched, TrainBatches, ValBatches
+from anarchobot.data.windows import Rows
 
 
-@pytest.fixture(scope="module")
-def stream(tmp_path_factory: pytest.TempPathFactory) -> TokenStream:
-    """1,000 tokens that count up, in three shards: a token is its own place."""
-    folder = tmp_path_factory.mktemp("batches")
-    parts = [list(range(0, 137)), list(range(137, 138)), list(range(138, 1000))]
-    write_shards(folder, 1000, train=parts, val=[list(range(500, 500 + size)) for size in (30, 71)])
-    return TokenStream(folder, "train")
+class Numbered:
+    """Windows whose inputs are (set, number)."""
+
+    def __init__(self, count: int, name: int = 0, segments: bool = False) -> None:
+        self.count, self._name, self._segments = count, name, segments
+
+    def rows(self, numbers: npt.NDArray[np.int64]) -> Rows:
+        ids = np.stack([np.full_like(numbers, self._name), numbers], axis=1).astype(np.int32)
+        return Rows(ids, ids + 1, ids if self._segments else None)
 
 
-def starts(batches: TrainBatches, position: int, count: int) -> list[int]:
-    """The first tokens of `count` windows from number `position` of the run on."""
-    return [int(batches.at(position + i, 1, 1).inputs[0, 0, 0]) for i in range(count)]
+def taken(batch: Batch) -> list[tuple[int, int]]:
+    return [(int(a), int(b)) for a, b in batch.inputs.reshape(-1, 2)]
 
 
-@settings(max_examples=40, deadline=None)
-@given(seq_len=st.integers(1, 999), seed=st.integers(0, 99), epoch=st.integers(0, 5))
-def test_an_epoch_has_every_window_once(stream: TokenStream, seq_len: int, seed: int, epoch: int) -> None:
-    batches = TrainBatches(stream, seq_len, seed)
-    assert batches.windows == 999 // seq_len
-    batch = batches.at(epoch * batches.windows, batches.windows, 1)
-    assert batch.inputs.shape == batch.targets.shape == (batches.windows, 1, seq_len)
-    assert batch.inputs.dtype == batch.targets.dtype == np.int32
-    assert batch.inputs.flags.c_contiguous and batch.targets.flags.c_contiguous
-    assert (batch.targets == batch.inputs + 1).all()
-    assert sorted(batch.inputs.flatten().tolist()) == list(range(batches.windows * seq_len))
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=3), st.integers(0, 5), st.integers(0, 3))
+def test_an_epoch_has_every_window_of_every_set_once(counts: list[int], seed: int, epoch: int) -> None:
+    batches = TrainBatches([Numbered(n, i) for i, n in enumerate(counts)], seed)
+    total = sum(counts)
+    assert batches.windows == total
+    got = taken(batches.at(epoch * total, 1, total))
+    assert sorted(got) == [(i, number) for i, n in enumerate(counts) for number in range(n)]
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    position=st.integers(0, 500),
-    micro_batches=st.integers(1, 6),
-    micro_batch_size=st.integers(1, 40),
-    seed=st.integers(0, 9),
-)
-def test_a_batch_is_the_next_windows_of_the_run_over_epoch_ends_too(
-    stream: TokenStream, position: int, micro_batches: int, micro_batch_size: int, seed: int
-) -> None:
-    batches = TrainBatches(stream, 13, seed)
-    batch = batches.at(position, micro_batches, micro_batch_size)
-    assert batch.inputs.shape == (micro_batches, micro_batch_size, 13)
-    assert batch.inputs[..., 0].flatten().tolist() == starts(batches, position, micro_batches * micro_batch_size)
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 20000), st.integers(1, 4), st.integers(1, 5), st.booleans())
+def test_any_batch_is_the_one_that_stepping_reaches(start: int, a: int, b: int, weighted: bool) -> None:
+    """Also over the ends of epochs and of the blocks that the order is worked out in; in any shape of batch."""
+    sets, weights = [Numbered(700, 0), Numbered(90, 1)], [0.9, 0.1] if weighted else None
+    one_by_one = [w for p in range(start, start + a * b) for w in taken(TrainBatches(sets, 3, weights).at(p, 1, 1))]
+    batch = TrainBatches(sets, 3, weights).at(start, a, b)
+    assert batch.inputs.shape == (a, b, 2) and batch.inputs.dtype == np.int32
+    assert taken(batch) == one_by_one
+    np.testing.assert_array_equal(batch.targets, batch.inputs + 1)
 
 
-def test_stepping_and_jumping_give_the_same_batches(stream: TokenStream) -> None:
-    batches, again = TrainBatches(stream, 7, 3), TrainBatches(stream, 7, 3)
-    stepped = [batches.at(step * 12, 3, 4) for step in range(40)]
-    for step in (39, 0, 17):
-        assert (again.at(step * 12, 3, 4).inputs == stepped[step].inputs).all()
+def test_epochs_and_seeds_reshuffle() -> None:
+    def order(seed: int, epoch: int) -> list[tuple[int, int]]:
+        return taken(TrainBatches([Numbered(50)], seed).at(epoch * 50, 1, 50))
+
+    assert len({tuple(order(s, e)) for s in range(3) for e in range(3)}) == 9
+    assert order(1, 1) == order(1, 1)
 
 
-def test_epochs_and_seeds_reshuffle(stream: TokenStream) -> None:
-    batches, other = TrainBatches(stream, 10, 0), TrainBatches(stream, 10, 1)
-    orders = [starts(batches, epoch * batches.windows, batches.windows) for epoch in range(3)]
-    orders += [sorted(orders[0]), starts(other, 0, other.windows)]
-    assert len({tuple(order) for order in orders}) == 5
+@pytest.mark.parametrize("weights", [[0.7, 0.3], [5.0, 3.0, 2.0], [1.0, 1e-4], [1.0]])
+def test_a_mixture_keeps_its_weights_in_any_stretch(weights: list[float]) -> None:
+    batches = TrainBatches([Numbered(300, i) for i in range(len(weights))], 0, weights)
+    shares = np.array(weights) / sum(weights)
+    owners = batches.at(0, 1, 4 * MIXTURE_PATTERN).inputs[..., 0].ravel()
+    for s, share in enumerate(shares.tolist()):
+        so_far = np.cumsum(owners == s)
+        assert np.abs(so_far - share * np.arange(1, len(owners) + 1)).max() < 1 + len(weights) + 4
 
 
-def test_a_split_shorter_than_a_sequence_is_told(stream: TokenStream) -> None:
-    with pytest.raises(UserError, match=r"1000 training tokens are less than one sequence of data\.seq_len 1000: give"):
-        TrainBatches(stream, 1000, 0)
-    assert TrainBatches(stream, 999, 0).windows == 1
+def test_each_set_of_a_mixture_has_its_own_epochs() -> None:
+    batches = TrainBatches([Numbered(40, 0), Numbered(1000, 1)], 0, [1.0, 1.0])
+    windows = taken(batches.at(0, 1, 160))
+    small = [number for name, number in windows if name == 0]
+    assert sorted(small[:40]) == sorted(small[40:]) == list(range(40))
+    assert small[:40] != small[40:]
+    assert len({number for name, number in windows if name == 1}) == 80
 
 
-@settings(max_examples=60, deadline=None)
-@given(seq_len=st.integers(1, 120), rows=st.integers(1, 9))
-def test_validation_scores_each_token_but_the_first_once(stream: TokenStream, seq_len: int, rows: int) -> None:
-    val = TokenStream(stream.folder, "val")
-    tokens = val.read(0, 101)
-    inputs, targets = [], []
-    for batch in ValBatches(val, seq_len, rows, None):
-        assert batch.inputs.shape == batch.targets.shape == (1, rows, seq_len)
-        assert batch.inputs.dtype == batch.targets.dtype == np.int32
-        scored = batch.targets != IGNORE
-        assert scored.any(), "an empty batch"
-        inputs.append(batch.inputs[scored])
-        targets.append(batch.targets[scored])
-    assert (np.concatenate(inputs) == tokens[:-1]).all()
-    assert (np.concatenate(targets) == tokens[1:]).all()
+def test_segments_come_along() -> None:
+    batches = TrainBatches([Numbered(9, 0, segments=True), Numbered(9, 1, segments=True)], 0)
+    batch = batches.at(0, 3, 2)
+    assert batch.segments is not None
+    np.testing.assert_array_equal(batch.segments, batch.inputs)
+    assert TrainBatches([Numbered(9)], 0).at(0, 1, 1).segments is None
 
 
-def test_the_limit_takes_batches_from_the_start(stream: TokenStream) -> None:
-    val = TokenStream(stream.folder, "val")
-    every, few = ValBatches(val, 8, 2, None), ValBatches(val, 8, 2, 3)
-    assert (len(every), len(few), len(ValBatches(val, 8, 2, 99))) == (7, 3, 7)
-    assert all((a.targets == b.targets).all() for a, b in zip(few, every, strict=False))
-    for index in (3, -1):
-        with pytest.raises(IndexError):
-            few[index]
+def test_prefetching_gives_the_same_batches_in_any_order() -> None:
+    """After a jump (a resume, another shape) what was fetched ahead must not be taken for what was asked."""
+    plain = TrainBatches([Numbered(100)], 0)
+    with Prefetched(TrainBatches([Numbered(100)], 0)) as fetched:
+        assert fetched.windows == 100
+        for request in ((0, 1, 4), (4, 1, 4), (8, 1, 4), (50, 1, 4), (54, 2, 2), (58, 2, 2), (4, 1, 4)):
+            np.testing.assert_array_equal(fetched.at(*request).inputs, plain.at(*request).inputs)
 
 
-@pytest.mark.parametrize("splits", [{"train": [[1, 2]]}, {"train": [[1, 2]], "val": [[1]]}])
-def test_a_validation_split_without_a_target_has_no_batches(tmp_path: Path, splits: dict[str, list[list[int]]]) -> None:
-    write_shards(tmp_path, 3, **splits)
-    assert len(ValBatches(TokenStream(tmp_path, "val"), 8, 2, None)) == 0
+def test_validation_goes_through_from_the_start_up_to_its_limit() -> None:
+    assert [taken(b) for b in ValBatches(Numbered(6), 3, None)] == [[(0, i) for i in r] for r in ([0, 1, 2], [3, 4, 5])]
+    assert len(ValBatches(Numbered(7), 3, None)) == 3  # the last one asks for windows beyond: see StreamWindows
+    assert len(ValBatches(Numbered(7), 3, 2)) == 2
+    assert len(ValBatches(Numbered(0), 3, None)) == 0
+    with pytest.raises(IndexError):
+        ValBatches(Numbered(6), 3, None)[2]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
@@ -120,9 +121,36 @@ def test_rows_become_documents_by_field_and_score(folder: Path, monkeypatch: pyt
         next(open_source(DataConfig(dataset="some/set"), 0, Counts())[1])
 
 
+def test_the_datasets_named_in_a_shipped_configs_comments_are_good_settings() -> None:
+    """Uncommented, each is read as it stands: a wrong key there would be found only by the person who tries it."""
+    lines = (Path(__file__).parents[2] / "configs" / "small.yaml").read_text().splitlines()
+    comments = "\n".join(line.strip().removeprefix("#").strip() for line in lines if line.startswith("  #"))
+    settings = [DataConfig(**yaml.safe_load(block)) for block in comments.split("\n\n")[1:] if block]
+    names = {data.dataset: data.text_field for data in settings if hub.looks_like_a_name(str(data.dataset))}
+    assert names == {
+        "HuggingFaceFW/fineweb": "text",
+        "allenai/c4": "text",
+        "openbmb/Ultra-FineWeb": "content",
+        "EleutherAI/the_pile_deduplicated": "text",
+    }
+
+
 def test_a_name_is_told_from_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus").mkdir()
     names = {"allenai/c4", "wikitext", "HuggingFaceFW/fineweb-edu", "openbmb/Ultra-FineWeb"}
-    paths = {"corpus", "./data", "../data", "missing.txt", "a/b.jsonl", "a/b/c", "/abs/path", "*.txt", "a b"}
+    paths = {
+        "corpus",
+        "./data",
+        "../data",
+        "missing.txt",
+        "a/b.jsonl",
+        "b.jsonl.gz",
+        "b.txt.zst",
+        "b.parquet",
+        "a/b/c",
+        "/abs/path",
+        "*.txt",
+        "a b",
+    }
     assert {name for name in names | paths if hub.looks_like_a_name(name)} == names

@@ -11,26 +11,13 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data import pretokenize as room
+from anarchobot.data import encoding
 from anarchobot.data.documents import CUT_FILE_CHARS, Counts, Document, from_files
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.shards import Manifest, TokenStream, read_manifest, verify
-from anarchobot.data.tokenizer import Ids, Tokenizer, digest, load_tokenizer
+from anarchobot.data.tokenizer import Tokenizer, digest, load_tokenizer
+from tests.data.bytes_tokenizer import Bytes
 from tests.data.conftest import SCRIPTS
-
-
-class Bytes:
-    """A tokenizer of one id a byte, the highest of its vocabulary but one; the highest ends documents."""
-
-    def __init__(self, folder: Path, vocab_size: int = 300) -> None:
-        self.vocab_size, self.eod_id, self.files = vocab_size, vocab_size - 1, (folder / "bytes.model",)
-        self.files[0].write_text("bytes")
-
-    def encode_batch(self, texts: list[str]) -> list[Ids]:
-        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + self.eod_id - 256 for text in texts]
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(i - self.eod_id + 256 for i in ids).decode()
 
 
 @pytest.fixture
@@ -47,7 +34,7 @@ def write(
 
 
 def read(folder: Path, tokenizer: Tokenizer, split: str = "train") -> list[str]:
-    """The documents by plain numpy: the shards in order of their names, cut behind every end of document."""
+    """The documents by plain numpy: the shards in the order of their names, cut behind every end of document."""
     texts = []
     for path in sorted(folder.glob(f"{split}_*.npy")):
         ids = np.load(path)
@@ -92,6 +79,7 @@ def test_the_manifest_says_what_is_in_the_files(plain: Bytes, tmp_path: Path) ->
     counts = Counts(read=53, filtered=1, broken=1)  # as the documents before have counted
     manifest = write([*texts, texts[7]], plain, tmp_path / "out", counts, val_fraction=0.3, seed=5, shard_tokens=500)
     assert manifest == read_manifest(tmp_path / "out")
+    assert manifest.shards[0].files == ("train_00000.npy", "train_00000.offsets")
     assert manifest.counts == {"read": 53, "kept": 50, "duplicates": 1, "filtered": 1, "broken": 1}
     assert (manifest.vocab_size, manifest.eod_id, manifest.seed, manifest.format_version) == (300, 299, 5, 1)
     assert manifest.tokenizer == {
@@ -103,11 +91,16 @@ def test_the_manifest_says_what_is_in_the_files(plain: Bytes, tmp_path: Path) ->
         raw = (tmp_path / "out" / shard.file).read_bytes()
         ids = np.load(tmp_path / "out" / shard.file)
         assert shard.sha256 == hashlib.sha256(raw).hexdigest()
+        np.save(tmp_path / "again.npy", ids)
+        assert raw == (tmp_path / "again.npy").read_bytes(), "the bytes of np.save"
+        offsets = np.load(tmp_path / "out" / shard.files[1])
+        assert shard.offsets_sha256 == hashlib.sha256((tmp_path / "out" / shard.files[1]).read_bytes()).hexdigest()
+        assert offsets.dtype == np.uint64 and offsets.tolist() == [0, *(np.flatnonzero(ids == 299) + 1).tolist()]
         assert shard.tokens == len(ids) and shard.documents == (ids == 299).sum()
         assert shard.bytes == shard.tokens - shard.documents, "one id a byte"
     assert sum(shard.bytes for shard in manifest.shards) == sum(len(text.encode()) for text in texts)
     on_disk = {path.name for path in (tmp_path / "out").iterdir()}
-    assert on_disk == {shard.file for shard in manifest.shards} | {"manifest.json", "tokenizer.model"}
+    assert on_disk == {name for s in manifest.shards for name in s.files} | {"manifest.json", "tokenizer.model"}
 
 
 def test_duplicates_are_dropped_and_the_first_is_kept(plain: Bytes, tmp_path: Path) -> None:
@@ -115,6 +108,40 @@ def test_duplicates_are_dropped_and_the_first_is_kept(plain: Bytes, tmp_path: Pa
     write(["b", "a", "b", "c", "a", "b"], plain, tmp_path / "out", counts)
     assert read(tmp_path / "out", plain) == ["b", "a", "c"]
     assert (counts.kept, counts.duplicates) == (3, 3)
+
+
+def test_duplicates_are_kept_where_that_is_wanted(plain: Bytes, tmp_path: Path) -> None:
+    counts = Counts()
+    write(["b", "a", "b"], plain, tmp_path / "out", counts, dedup=False)
+    assert read(tmp_path / "out", plain) == ["b", "a", "b"]
+    assert (counts.kept, counts.duplicates) == (3, 0)
+
+
+def test_near_duplicates_are_dropped_in_order_whatever_the_units(
+    plain: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head of a long file decides for its tail, also where a unit ends between them."""
+    text = "".join(f"{i:05d} " for i in range(20_000))
+    other = "".join(f"{i:05d}, " for i in range(50_000, 65_000))
+    documents = [Document(text, True), Document("short"), Document(text + "more", True), Document(other, True)]
+    made = []
+    for name, unit, workers in (("a", 1, 3), ("b", 10**9, 1)):
+        monkeypatch.setattr(encoding, "UNIT_CHARS", unit)
+        counts = Counts()
+        settings = {"near_dedup": 0.8, "val_fraction": 0.1, "num_workers": workers}
+        write(documents, plain, tmp_path / name, counts, **settings)
+        assert (counts.kept, counts.duplicates) == (3, 1)
+        made.append(contents(tmp_path / name))
+    assert made[0] == made[1]
+    heads, tails = read(tmp_path / "a", plain), read(tmp_path / "a", plain, "val")
+    assert [heads[0] + tails[0], heads[-1] + tails[-1]] == [text, other] and len(heads + tails) == 5
+
+
+def test_an_id_beyond_the_vocabulary_is_never_written(plain: Bytes, tmp_path: Path) -> None:
+    """In 16 bits 65536 + 7 would become 7."""
+    plain.encode_batch = lambda texts: [np.array([7, 65536 + 7], np.int32)]  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="gave the id 65543, beyond its 300 tokens"):
+        write(["x"], plain, tmp_path / "out")
 
 
 def test_no_document_is_spread_over_two_shards(plain: Bytes, tmp_path: Path) -> None:
@@ -155,7 +182,7 @@ def test_workers_units_and_a_second_run_change_no_byte(
     tokenizer = load_tokenizer(trained["unigram"])
     made = []
     for name, workers, unit in (("a", 1, 2**20), ("a", 1, 2**20), ("b", 2, 5000), ("c", 5, 1)):
-        monkeypatch.setattr(room, "UNIT_CHARS", unit)
+        monkeypatch.setattr(encoding, "UNIT_CHARS", unit)
         write(corpus, tokenizer, tmp_path / name, num_workers=workers, val_fraction=0.3, shard_tokens=9000)
         made.append(contents(tmp_path / name))
     assert made[0] == made[1] == made[2] == made[3]
@@ -164,7 +191,7 @@ def test_workers_units_and_a_second_run_change_no_byte(
 
 def test_documents_are_taken_as_they_are_needed(plain: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else memory would grow with the corpus. Progress adds up to all bytes and all tokens."""
-    monkeypatch.setattr(room, "UNIT_CHARS", 100)  # ten documents
+    monkeypatch.setattr(encoding, "UNIT_CHARS", 100)  # ten documents
     taken, sizes, tokens, ahead = 0, 0, 0, []
 
     def documents() -> Iterator[str]:
@@ -248,23 +275,6 @@ def test_no_document_left_is_told_with_the_counts(plain: Bytes, tmp_path: Path) 
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("failure", [UserError("a.jsonl:1: no field 'text'"), KeyboardInterrupt(), ValueError("x")])
-def test_an_interrupted_run_leaves_no_shards(
-    plain: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
-) -> None:
-    monkeypatch.setattr(room, "UNIT_CHARS", 1)
-
-    def documents() -> Iterator[str]:
-        yield from (f"document {i}" for i in range(100))
-        assert list((tmp_path / "out").glob("train_*")), "some shards were written by now"
-        raise failure
-
-    with pytest.raises(type(failure)) as error:
-        write(documents(), plain, tmp_path / "out", shard_tokens=100)
-    assert error.value is failure
-    assert list((tmp_path / "out").iterdir()) == []
-
-
 def test_an_interrupted_run_leaves_older_shards_whole(plain: Bytes, tmp_path: Path) -> None:
     write(["old", "older"], plain, tmp_path / "out", shard_tokens=1)
     before = contents(tmp_path / "out")
@@ -280,8 +290,10 @@ def test_what_an_earlier_larger_run_left_is_removed_and_nothing_else(plain: Byte
     write([f"{i}" for i in range(40)], plain, out, shard_tokens=1, val_fraction=0.5)
     (out / "manifest.json").unlink()  # as when that run was killed
     (out / "train_00033.npy.tmp").write_text("half a shard")
+    (out / "train_00033.offsets.tmp").write_text("half its offsets")
     (out / "train_notes.npy").write_text("mine")
     manifest = write(["one"], plain, out)
     assert [shard.file for shard in manifest.shards] == ["train_00000.npy"]
-    assert set(contents(out)) == {"train_00000.npy", "train_notes.npy", "manifest.json", "tokenizer.model"}
+    shard = {"train_00000.npy", "train_00000.offsets"}
+    assert set(contents(out)) == {*shard, "train_notes.npy", "manifest.json", "tokenizer.model"}
     assert read_manifest(out) == manifest and {found for _, found in verify(out)} == {""}

@@ -1,8 +1,10 @@
 """Ids are read as they were written, over shard borders too; each kind of damage is told in one line."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,24 @@ import numpy as np
 import pytest
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.shards import Manifest, Shard, TokenStream, read_manifest, verify, write_manifest
+from anarchobot.data.shards import (
+    Manifest,
+    Shard,
+    TokenStream,
+    first_documents,
+    length_histogram,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 from tests.data.conftest import write_shards
 
-PARTS = [[5, 6, 7, 8], [9], [1, 2, 3, 4, 5, 6, 7, 0]]
+PARTS = [[5, 6, 7, 0], [0], [1, 2, 0, 4, 5, 0, 7, 0]]  # 0 ends a document
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_shards(tmp_path / "shards", 10, train=PARTS, val=[[4, 3]])
+    write_shards(tmp_path / "shards", 10, train=PARTS, val=[[4, 0]])
     return tmp_path / "shards"
 
 
@@ -41,6 +52,11 @@ def test_any_stretch_is_read_over_shard_borders(tmp_path: Path, dtype: str) -> N
         for stop in range(start, 14):
             got = stream.read(start, stop)
             assert got.dtype == np.int32 and got.tolist() == ids[start:stop].tolist()
+    for length in range(1, 14):
+        starts = np.array([*range(14 - length), 0])
+        rows = stream.rows(starts, length)
+        assert (rows.dtype, rows.shape) == (np.int32, (len(starts), length))
+        assert rows.tolist() == [ids[start : start + length].tolist() for start in starts]
     assert TokenStream(tmp_path, "val").read(0, 2).tolist() == [4, 3]
 
 
@@ -48,7 +64,7 @@ def test_the_shards_are_mapped_and_not_read(tmp_path: Path) -> None:
     """A copy would need the corpus's size in memory: an 8 GB file that has no blocks on the disk opens at once."""
     path = tmp_path / "train_00000.npy"
     np.lib.format.open_memmap(path, mode="w+", dtype="uint16", shape=(2**32,)).flush()
-    shards = [Shard(path.name, "train", 2**32, 1, 1, "")]
+    shards = [Shard(path.name, "train", 2**32, 1, 1, "", "")]
     write_manifest(tmp_path, Manifest({}, 10, "uint16", 0, 0, {}, shards))
     assert TokenStream(tmp_path, "train").read(2**32 - 3, 2**32).tolist() == [0, 0, 0]
 
@@ -56,7 +72,22 @@ def test_the_shards_are_mapped_and_not_read(tmp_path: Path) -> None:
 def test_a_split_without_shards_is_empty(tmp_path: Path) -> None:
     write_shards(tmp_path, 10, train=PARTS)
     stream = TokenStream(tmp_path, "val")
-    assert stream.tokens == 0 and stream.read(0, 0).tolist() == []
+    assert stream.tokens == 0 and stream.read(0, 0).tolist() == [] and stream.document_starts().tolist() == [0]
+
+
+def test_documents_begin_behind_the_end_of_the_one_before(folder: Path) -> None:
+    """Positions of the whole stream: a shard's own offsets would send the second shard's documents into the first."""
+    starts = TokenStream(folder, "train").document_starts()
+    assert starts.dtype == np.int64 and starts.tolist() == [0, 4, 5, 8, 11, 13]
+    assert [ids.tolist() for ids in first_documents(TokenStream(folder, "train"), 3, 2)] == [[5, 6], [], [1, 2]]
+
+
+def test_the_histogram_counts_documents_by_powers_of_two(tmp_path: Path) -> None:
+    shards = [[[5] * (length - 1) for length in lengths] for lengths in ([1, 2, 3, 4], [7, 8, 31, 32], [33, 1024])]
+    ids = [[token for document in documents for token in (*document, 0)] for documents in shards]
+    write_shards(tmp_path, 10, train=ids[:2], val=ids[2:])
+    expected = {1: 1, 2: 2, 4: 2, 8: 1, 16: 1, 32: 2, 64: 0, 128: 0, 256: 0, 512: 0, 1024: 1}
+    assert dict(length_histogram(tmp_path)) == expected
 
 
 @pytest.mark.parametrize("bad", [10, 65535, 2**31, 2**32 - 1])
@@ -66,7 +97,8 @@ def test_an_id_beyond_the_vocabulary_is_never_given_out(tmp_path: Path, bad: int
     stream = TokenStream(tmp_path, "train")
     assert stream.read(0, 2).tolist() == [1, 2]
     assert f"token id {bad} is beyond the vocabulary of 10" in problem(lambda: stream.read(1, 3))
-    assert [found for _, found in verify(tmp_path)] == [f"token id {bad} is beyond the vocabulary of 10"]
+    assert f"token id {bad} is beyond the vocabulary of 10" in problem(lambda: stream.rows(np.array([0, 1]), 2))
+    assert dict(verify(tmp_path))["train_00000.npy"] == f"token id {bad} is beyond the vocabulary of 10"
 
 
 # The manifest
@@ -88,7 +120,7 @@ def test_the_manifest_is_json_with_the_documented_keys(folder: Path) -> None:
     assert set(values) == keys
     assert set(values["tokenizer"]) == {"name", "file", "sha256"}
     assert set(values["counts"]) == {"read", "kept", "duplicates", "filtered", "broken"}
-    assert set(values["shards"][0]) == {"file", "split", "tokens", "documents", "bytes", "sha256"}
+    assert set(values["shards"][0]) == {"file", "split", "tokens", "documents", "bytes", "sha256", "offsets_sha256"}
 
 
 def test_the_digest_changes_with_any_shard(folder: Path) -> None:
@@ -134,20 +166,25 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def save(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:  # np.save would append .npy to another name
+        np.save(file, array)
+
+
 def longer(path: Path) -> None:
-    np.save(path, np.arange(9, dtype=np.uint16))
+    save(path, np.arange(9, dtype=np.uint16))
 
 
 def other_dtype(path: Path) -> None:
-    np.save(path, np.load(path).astype(np.uint32))
+    save(path, np.load(path).astype(np.uint32))
 
 
 def other_byte_order(path: Path) -> None:
-    np.save(path, np.load(path).astype(">u2"))
+    save(path, np.load(path).astype(">u2"))
 
 
 def two_dimensions(path: Path) -> None:
-    np.save(path, np.load(path)[None])
+    save(path, np.load(path)[None])
 
 
 def archive(path: Path) -> None:
@@ -183,29 +220,68 @@ def test_a_damaged_shard_is_refused_and_named(folder: Path, damage: Callable[[Pa
     assert said in found.pop("train_00000.npy") and set(found.values()) == {""}
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (Path.unlink, "the manifest lists this shard, but it is missing"),
+        (truncate, "damaged"),
+        (other_dtype, "holds uint32 (5,), the manifest says uint64 (5,)"),
+        (lambda path: save(path, np.array([0, 3, 6], np.uint64)), "holds uint64 (3,), the manifest says uint64 (5,)"),
+        (lambda path: save(path, np.array([0, 3, 3, 6, 8], np.uint64)), "damaged (not increasing from 0 to 8)"),
+        (lambda path: save(path, np.array([0, 3, 6, 8, 9], np.uint64)), "damaged (not increasing from 0 to 8)"),
+        (lambda path: save(path, np.array([1, 3, 6, 7, 8], np.uint64)), "damaged (not increasing from 0 to 8)"),
+        (lambda path: save(path, np.array([0, 2**63, 1, 7, 8], np.uint64)), "damaged (not increasing from 0 to 8)"),
+    ],
+)
+def test_damaged_offsets_are_refused_and_named(tmp_path: Path, damage: Callable[[Path], object], said: str) -> None:
+    write_shards(tmp_path, 10, train=[[1, 0, 2, 0, 3, 0, 4, 0]])
+    path = tmp_path / "train_00000.offsets"
+    damage(path)
+    message = problem(lambda: TokenStream(tmp_path, "train").document_starts())
+    assert message.startswith(f"{path}: ") and said in message and "pretokenize again" in message
+    found = dict(verify(tmp_path))
+    assert said in found["train_00000.offsets"] and found["train_00000.npy"] == ""
+
+
 # verify
 
 
-def test_verify_goes_over_every_shard(folder: Path) -> None:
-    names = ["train_00000.npy", "train_00001.npy", "train_00002.npy", "val_00000.npy"]
-    assert list(verify(folder)) == [(name, "") for name in names]
+def test_verify_goes_over_every_file(folder: Path) -> None:
+    shards = ["train_00000", "train_00001", "train_00002", "val_00000"]
+    assert list(verify(folder)) == [(f"{name}.{kind}", "") for name in shards for kind in ("npy", "offsets")]
 
 
-def test_verify_notices_any_flipped_bit(tmp_path: Path) -> None:
-    """In the header too, which is Python text: numpy meets a damaged one with errors of many kinds."""
+@pytest.mark.parametrize("kind", ["npy", "offsets"])
+def test_verify_notices_any_flipped_bit(tmp_path: Path, kind: str) -> None:
+    """In the header too, which is Python text: numpy meets a damaged one with errors of many kinds. The other file is
+    not blamed."""
     write_shards(tmp_path, 65536, train=[PARTS[0]])
-    path = tmp_path / "train_00000.npy"
+    path = tmp_path / f"train_00000.{kind}"
     good = path.read_bytes()
-    assert len(good) == 128 + 2 * 4
+    assert len(good) == 128 + {"npy": 2 * 4, "offsets": 8 * 2}[kind]
     for place in range(len(good)):
         for bit in (0, 3, 5, 7):
             path.write_bytes(good[:place] + bytes([good[place] ^ 1 << bit]) + good[place + 1 :])
-            assert [bool(found) for _, found in verify(tmp_path)] == [True], (place, bit)
+            assert [file for file, found in verify(tmp_path) if found] == [path.name], (place, bit)
+
+
+@pytest.mark.parametrize(("ids", "starts"), [([1, 2, 0, 3, 0], [0, 2, 5]), ([1, 0, 2, 3, 0], [0, 5])])
+def test_verify_notices_offsets_that_are_not_the_ends(tmp_path: Path, ids: list[int], starts: list[int]) -> None:
+    """With digests that agree: as when what wrote them was wrong. A place that is no end; an end that is missing."""
+    write_shards(tmp_path, 10, train=[ids])
+    save(tmp_path / "train_00000.offsets", np.array(starts, np.uint64))
+    manifest = read_manifest(tmp_path)
+    sha = hashlib.sha256((tmp_path / "train_00000.offsets").read_bytes()).hexdigest()
+    shard = replace(manifest.shards[0], documents=len(starts) - 1, offsets_sha256=sha)
+    write_manifest(tmp_path, replace(manifest, shards=[shard]))
+    said = "not where the ends of documents are in train_00000.npy"
+    assert dict(verify(tmp_path)) == {"train_00000.npy": "", "train_00000.offsets": said}
 
 
 def test_verify_notices_two_shards_of_one_size_that_changed_places(tmp_path: Path) -> None:
-    write_shards(tmp_path, 10, train=[[1, 2], [3, 4]])
+    write_shards(tmp_path, 10, train=[[1, 0], [3, 0]])
     shutil.move(tmp_path / "train_00000.npy", tmp_path / "kept.npy")
     shutil.move(tmp_path / "train_00001.npy", tmp_path / "train_00000.npy")
     shutil.move(tmp_path / "kept.npy", tmp_path / "train_00001.npy")
-    assert {found for _, found in verify(tmp_path)} == {"its content is not what was written (sha256 differs)"}
+    differs = "its content is not what was written (sha256 differs)"
+    assert [found for _, found in verify(tmp_path)] == [differs, "", differs, ""]

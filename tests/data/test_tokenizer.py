@@ -204,11 +204,14 @@ def test_a_unigram_tokenizer_json_cannot_be_made_to_end_a_document(tmp_path: Pat
 
 
 def test_an_end_token_that_is_not_marked_special_is_still_a_control_token(tmp_path: Path) -> None:
-    vocab = {c: i for i, c in enumerate("a<|endoftx>")}
+    vocab = {c: i for i, c in enumerate([*"a<|endoftx>", "<|"])}
     added = tokenizers.AddedToken("<|endoftext|>", special=False)
-    tokenizer = load_tokenizer(write_json(tmp_path / "tokenizer.json", tokenizers.models.BPE(vocab, []), added))
-    ids = tokenizer.encode_batch(["a<|endoftext|>"])[0]
-    assert len(ids) == 14 and tokenizer.eod_id not in ids
+    tokenizer = load_tokenizer(
+        write_json(tmp_path / "tokenizer.json", tokenizers.models.BPE(vocab, [("<", "|")]), added)
+    )
+    shown = [vocab[piece] for piece in ("a", "<|", *"endoftext", "|", ">")]
+    assert tokenizer.encode_batch(["a<|endoftext|>"])[0].tolist() == shown
+    assert tokenizer.eod_id == len(vocab)
     assert tokenizer.decode([0, tokenizer.eod_id]) == "a"
 
 

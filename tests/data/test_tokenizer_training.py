@@ -55,9 +55,15 @@ def tokens_of_the_word(tmp_path: Path, texts: list[str], word: str, how: Any) ->
 
 @every_kind
 def test_a_line_of_100_kb_is_learned_to_its_end(tmp_path: Path, corpus: list[str], how: Any) -> None:
-    """SentencePiece skips lines over its limit: the word at the end would then be eight bytes."""
-    line = " ".join(corpus).replace("\n", " ")[:70_000] + " δζθξ" * 4000
-    assert tokens_of_the_word(tmp_path, [line], " δζθξ", how) <= 2
+    """SentencePiece skips lines over its limit: the word at the end, of four-byte letters, would then be 16 bytes."""
+    line = " ".join(corpus).replace("\n", " ")[:70_000] + " 𐌰𐌱𐌲𐌳" * 4000
+    assert tokens_of_the_word(tmp_path, [line], " 𐌰𐌱𐌲𐌳", how) <= 2
+
+
+@every_kind
+def test_indentation_becomes_one_token(tmp_path: Path, corpus: list[str], how: Any) -> None:
+    code = "".join(f"        {word}\n" for word in " ".join(corpus).split()[:3000])
+    assert tokens_of_the_word(tmp_path, [code], "        x", how) <= 3
 
 
 @every_kind

@@ -96,6 +96,19 @@ def test_a_token_sees_none_after_it() -> None:
     assert np.abs(before[:, 8:] - after[:, 8:]).max() > 1e-3
 
 
+def test_masked_documents_are_as_if_each_were_alone() -> None:
+    """RoPE turns by distance, so a document gives the same wherever it stands in a row, if it sees only itself."""
+    model = tiny(n_kv_heads=2, qk_norm=True)
+    params, tokens = as_mlx(parameters(model)), random_tokens(model, 1, 12)
+    segments = mx.array([[0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 3, 3]])
+    row = np.array(hidden_states(params, mx.array(tokens), model, segments=segments))
+    for start, end in ((0, 3), (3, 4), (4, 9), (9, 12)):
+        alone = np.array(hidden_states(params, mx.array(tokens[:, start:end]), model))
+        np.testing.assert_allclose(row[:, start:end], alone, atol=2e-5)
+    unmasked = np.array(hidden_states(params, mx.array(tokens), model))
+    assert np.abs(unmasked[:, 3:] - row[:, 3:]).max() > 0.01
+
+
 def test_cached_pieces_give_what_the_whole_gives() -> None:
     """Prompt in two pieces, then single tokens: catches a wrong RoPE offset or a wrong mask."""
     from mlx_lm.models.cache import KVCache

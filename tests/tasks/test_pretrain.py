@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from anarchobot.data.shards import read_manifest
 from anarchobot.model.shapes import parameter_count
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.training import checkpoint
-from tests.tiny import VOCAB, loaded, make_shards, write_config
+from tests.tiny import LEFT_OUT, VOCAB, loaded, make_shards, write_config
 
 
 @pytest.fixture
@@ -66,20 +67,17 @@ def test_stopped_and_resumed_equals_unbroken_bit_for_bit(
 ) -> None:
     """Weights, both optimizers, scalars and the logged losses of 2 + 4 steps are those of 6."""
     _, straight = run_with("straight", **settings)
-    from anarchobot.training import loop
+    from anarchobot.training.engine import MLXEngine
 
-    class StopAtTwo(loop.StopRequest):
-        requested = property(lambda self: self.steps >= 2, lambda self, value: None)  # type: ignore[assignment]
-        steps = 0
+    whole_step = MLXEngine.train_step
 
-    class CountedBatches(loop.TrainBatches):
-        def at(self, *args: Any) -> Any:
-            StopAtTwo.steps += 1
-            return super().at(*args)
+    def interrupted(self: MLXEngine, batch: Any, step: int, lr: float, momentum: float) -> Any:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole_step(self, batch, step, lr, momentum)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "StopRequest", StopAtTwo)
-        patch.setattr("anarchobot.tasks.pretrain.TrainBatches", CountedBatches)
+        patch.setattr(MLXEngine, "train_step", interrupted)
         summary, _ = run_with("broken", **settings)
     assert (summary["finished"], summary["steps"]) == (False, 2)
     summary, lines = run_with("broken", train__checkpoint_path="auto", **settings)
@@ -159,6 +157,28 @@ def test_samples_are_written_and_disturb_nothing(run_with: Any, tmp_path: Path) 
     assert [line["step"] for line in samples] == [2, 4, 6]
     assert all(line["text"] for line in samples)
     equal(tmp_path / "without", tmp_path / "with")
+
+
+def test_several_shard_folders_train_as_one_or_by_their_weights(
+    tmp_path: Path, tiny_shards: Path, run_with: Any
+) -> None:
+    """The same folder twice is twice as many windows; with weights the order is another, and resume is still exact."""
+    both = [str(tiny_shards), str(tiny_shards)]
+    tokens = read_manifest(tiny_shards).tokens("train")
+    summary, _ = run_with("one", train__total_steps=LEFT_OUT, train__epochs=0.01)
+    twice, _ = run_with("two", train__total_steps=LEFT_OUT, train__epochs=0.01, data__shard_dir=both)
+    assert summary["steps"] == math.ceil(0.01 * math.ceil((tokens - 1) / 32) / 4)
+    assert twice["steps"] == math.ceil(0.01 * 2 * math.ceil((tokens - 1) / 32) / 4)
+    weighted = {"data__shard_dir": both, "data__shard_weights": [3.0, 1.0], "data__pack": "documents"}
+    run_with("straight", **weighted)
+    run_with("stopped", train__total_steps=3, train__lr_decay_steps=6, **weighted)
+    run_with("stopped", train__lr_decay_steps=6, train__checkpoint_path="auto", **weighted)
+    equal(tmp_path / "straight", tmp_path / "stopped")
+    other = make_shards(tmp_path / "other", megabytes=0.05)
+    refused(
+        r"data.shard_dir: .*other and .*shards were made with different tokenizers",
+        tmp_path / "c.yaml", tiny_shards, tmp_path / "run", data__shard_dir=[str(tiny_shards), str(other)],
+    )  # fmt: skip
 
 
 def refused(match: str, path: Path, *args: Any, **overrides: Any) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
-from anarchobot.data.batches import IGNORE, Batch
+from anarchobot.data.batches import Batch
+from anarchobot.data.windows import IGNORE
 from anarchobot.training.engine import MLXEngine
 
 
@@ -84,6 +85,19 @@ def test_the_other_ways_to_do_it_give_the_same_weights(how: dict[str, bool]) -> 
         assert a.loss == pytest.approx(b.loss, rel=1e-5)
     for name, p in parameters(plain).items():
         np.testing.assert_allclose(p, parameters(other)[name], atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("how", [{}, {"gradient_checkpointing": True}], ids=str)
+def test_two_masked_documents_in_a_row_train_as_two_rows(how: dict[str, bool]) -> None:
+    """The same tokens, once side by side with a document mask, once in rows of their own: the same gradients."""
+    rows = random_batch(1, 2, 8)
+    joined = Batch(
+        rows.inputs.reshape(1, 1, 16), rows.targets.reshape(1, 1, 16), np.repeat([[[0, 1]]], 8, axis=2).astype(np.int32)
+    )
+    a, b = MLXEngine(config(**how)), MLXEngine(config(**how))
+    first, second = a.train_step(rows, 1, 0.01, 0.9), b.train_step(joined, 1, 0.01, 0.9)
+    assert (first.loss, first.grad_norm) == pytest.approx((second.loss, second.grad_norm), rel=1e-5)
+    assert a.eval_step(rows)[0] == pytest.approx(b.eval_step(joined)[0], rel=1e-4)
 
 
 def test_gradient_checkpointing_takes_less_memory() -> None:

@@ -1,0 +1,68 @@
+"""Rows with fields, from JSONL, Parquet or the hub, to texts; what is wrong with a row is said by a ValueError."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.schema import DataConfig
+from anarchobot.data import compressed
+
+Row = dict[str, Any]
+BOM = b"\xef\xbb\xbf"
+
+
+def jsonl(path: Path) -> Iterator[tuple[str, bytes | ValueError]]:
+    """(place, line) for each line of a JSONL file that isn't blank. Raises UserError when there is none."""
+    empty = True
+    for number, line in compressed.lines(path):
+        if isinstance(line, ValueError) or line.strip():
+            empty = False
+            yield f"{path}:{number}", line
+    if empty:
+        raise UserError(f"{path}: the file is empty")
+
+
+def parse(line: bytes) -> Row:
+    """Raises ValueError, or RecursionError when it is nested too deep."""
+    try:
+        row = json.loads(line.removeprefix(BOM).decode())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} (character {error.pos + 1})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from error
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    return row
+
+
+def check_fields(has: Iterable[str], place: str, data: DataConfig) -> None:
+    """Raises UserError when a field that the config names is not among those that there are."""
+    has = sorted(has)
+    for key, field in (("text_field", data.text_field), ("score_field", data.score_field)):
+        if field is not None and field not in has:
+            raise UserError(f"{place}: no field '{field}' (it has {', '.join(has) or 'nothing'}): set data.{key}")
+
+
+def text_of(row: Row, data: DataConfig) -> str:
+    """The text of a row. Raises ValueError when it has none that can be written as UTF-8."""
+    text = row.get(data.text_field)
+    if not isinstance(text, str):
+        raise ValueError(f"no text in '{data.text_field}'")
+    try:
+        if not text.isascii():  # which costs nothing: Python keeps it with the text
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half of a surrogate pair in '{data.text_field}'") from error
+    return text
+
+
+def is_scored_low(row: Row, data: DataConfig) -> bool:
+    """Whether the row's score is below `data.score_min`, or not a number. Raises ValueError when it has no score."""
+    if data.score_field is None or data.score_min is None:
+        return False
+    score = row.get(data.score_field)
+    if isinstance(score, bool) or not isinstance(score, int | float):
+        raise ValueError(f"no number in '{data.score_field}'")
+    return not score >= data.score_min

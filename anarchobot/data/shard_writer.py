@@ -1,0 +1,145 @@
+"""Token shards written as a stream, to NAME.tmp: what is in memory doesn't grow with the shard."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from anarchobot.data.encoding import Encoded
+from anarchobot.data.shards import SPLITS, Shard, Split, sha256_file
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A shard that is whole on the disk, and the sha256 over the keys of its pieces: what text it was made of."""
+
+    shard: Shard
+    keys_sha256: str
+
+
+class ShardWriter:
+    """Writes `train_00000.npy.tmp`, `train_00000.offsets.tmp` and so on, and the same for val.
+
+    A shard ends with the document that brings it to `shard_tokens`: none is spread over two. `finished` are the shards
+    of an earlier run to go on behind.
+    """
+
+    def __init__(
+        self, folder: Path, dtype: npt.DTypeLike, shard_tokens: int, finished: Iterable[Finished] = ()
+    ) -> None:
+        listed = list(finished)
+        self._splits = {
+            split: _SplitWriter(folder, split, dtype, shard_tokens, [f for f in listed if f.shard.split == split])
+            for split in SPLITS
+        }
+
+    @property
+    def finished(self) -> list[Finished]:
+        return [finished for writer in self._splits.values() for finished in writer.finished]
+
+    def add(self, unit: Encoded) -> bool:
+        """Whether a shard was finished by this."""
+        before = len(self.finished)
+        for split, writer in self._splits.items():
+            part = unit.only([piece.split == split for piece in unit.pieces])
+            if part.pieces:
+                writer.add(part)
+        return len(self.finished) > before
+
+    def close(self) -> None:
+        for writer in self._splits.values():
+            writer.close()
+
+    def abandon(self) -> None:
+        """Takes the shards under way back from the disk; the finished ones stay."""
+        for writer in self._splits.values():
+            writer.abandon()
+
+
+class _SplitWriter:
+    def __init__(
+        self, folder: Path, split: Split, dtype: npt.DTypeLike, shard_tokens: int, finished: list[Finished]
+    ) -> None:
+        self.finished = finished
+        self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
+        self._files: list[NpyStream] = []  # of the shard under way: ids and offsets
+
+    def add(self, unit: Encoded) -> None:
+        ends = np.cumsum(unit.lengths)
+        first = start = 0
+        while first < len(ends):
+            if not self._files:
+                self._open()
+            full = int(np.searchsorted(ends, start + self._shard_tokens - self._tokens)) + 1
+            pieces = unit.pieces[first:full]
+            last = first + len(pieces)
+            stop = int(ends[last - 1])
+            self._files[0].append(unit.ids[start:stop])
+            self._files[1].append((ends[first:last] + (self._tokens - start)).astype(np.uint64))
+            self._tokens += stop - start
+            self._documents += len(pieces)
+            self._bytes += sum(piece.size for piece in pieces)
+            self._keys.update(b"".join([piece.key for piece in pieces]))
+            first, start = last, stop
+            if self._tokens >= self._shard_tokens:
+                self.close()
+
+    def close(self) -> None:
+        if not self._files:
+            return
+        sha256, offsets_sha256 = (file.close() for file in self._files)
+        self._files = []
+        file = f"{self._name}.npy"
+        shard = Shard(file, self._split, self._tokens, self._documents, self._bytes, sha256, offsets_sha256)
+        self.finished.append(Finished(shard, self._keys.hexdigest()))
+
+    def abandon(self) -> None:
+        for file in self._files:
+            file.abandon()
+
+    def _open(self) -> None:
+        self._name = f"{self._split}_{len(self.finished):05d}"
+        self._tokens = self._documents = self._bytes = 0
+        self._keys = hashlib.sha256()
+        self._files.append(NpyStream(self._folder / f"{self._name}.npy.tmp", self._dtype))
+        self._files.append(NpyStream(self._folder / f"{self._name}.offsets.tmp", np.uint64))
+        self._files[1].append(np.zeros(1, np.uint64))
+
+
+class NpyStream:
+    """A one-dimensional `.npy` file that grows. numpy leaves room in the header for the length, which is put in last;
+    the bytes are those of np.save."""
+
+    def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
+        self._path, self._dtype, self._length = path, np.dtype(dtype), 0
+        self._file = path.open("wb")
+        self._write_header()
+
+    def append(self, values: npt.NDArray[Any]) -> None:
+        """`values` must have the stream's dtype."""
+        self._file.write(values.data)
+        self._length += len(values)
+
+    def close(self) -> str:
+        """Brings the file to the disk; returns its sha256."""
+        self._file.seek(0)
+        self._write_header()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return sha256_file(self._path)
+
+    def abandon(self) -> None:
+        with suppress(OSError):  # a full disk, once more
+            self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    def _write_header(self) -> None:
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._length,)}
+        np.lib.format.write_array_header_1_0(self._file, header)

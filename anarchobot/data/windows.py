@@ -1,0 +1,134 @@
+"""Training sequences cut from a token stream, by number. Shapes: n rows, L = seq_len tokens.
+
+Two ways: the stream itself in windows, or documents packed into rows (data.pack). Each token but those that begin a
+stream, a document or a piece of one is a target exactly once in an epoch; places that are no target hold IGNORE.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from anarchobot.config.errors import UserError
+from anarchobot.data.packing import best_fit
+from anarchobot.data.shards import TokenStream
+
+IGNORE = -100  # a target that isn't scored, as in PyTorch and Hugging Face
+
+
+@dataclass(frozen=True)
+class Rows:
+    """int32 [n, L]: `inputs`, the `targets` one place on, and, with a document mask, which document of the row each
+    input belongs to (0, 1, ...)."""
+
+    inputs: npt.NDArray[np.int32]
+    targets: npt.NDArray[np.int32]
+    segments: npt.NDArray[np.int32] | None
+
+
+class Windows(Protocol):
+    """`count` training sequences, to be had by number in any order."""
+
+    count: int
+
+    def rows(self, numbers: npt.NDArray[np.int64]) -> Rows: ...
+
+
+class Joined:
+    """Several sets of windows as one, in their order."""
+
+    def __init__(self, sets: Sequence[Windows]) -> None:
+        self.count = sum(s.count for s in sets)
+        self._sets, self._firsts = sets, np.cumsum([0, *(s.count for s in sets)])
+
+    def rows(self, numbers: npt.NDArray[np.int64]) -> Rows:
+        owners = np.searchsorted(self._firsts[:-1], numbers, side="right") - 1
+        return gather(self._sets, owners, numbers - self._firsts[owners])
+
+
+def gather(sets: Sequence[Windows], owners: npt.NDArray[np.int64], numbers: npt.NDArray[np.int64]) -> Rows:
+    """Row i is window numbers[i] of set owners[i]."""
+    if owners.min() == owners.max():
+        return sets[int(owners[0])].rows(numbers)
+    parts = [(owners == s, sets[s].rows(numbers[owners == s])) for s in np.unique(owners).tolist()]
+    inputs, targets = (np.empty((len(owners), parts[0][1].inputs.shape[1]), np.int32) for _ in range(2))
+    segments = None if parts[0][1].segments is None else np.empty_like(inputs)
+    for chosen, rows in parts:
+        inputs[chosen], targets[chosen] = rows.inputs, rows.targets
+        if segments is not None and rows.segments is not None:
+            segments[chosen] = rows.segments
+    return Rows(inputs, targets, segments)
+
+
+def open_windows(
+    stream: TokenStream, seq_len: int, pack: Literal["stream", "documents"], document_mask: bool
+) -> Windows:
+    """Raises UserError when the stream is shorter than one sequence."""
+    if stream.tokens <= seq_len:
+        raise UserError(
+            f"{stream.folder}: {stream.tokens} training tokens are less than one sequence of data.seq_len {seq_len}: "
+            "give more text, or a smaller seq_len"
+        )
+    return (StreamWindows if pack == "stream" else PackedWindows)(stream, seq_len, document_mask)
+
+
+class StreamWindows:
+    """Window w is tokens [w L, w L + L + 1): neighbours overlap by the one token that is target here, input there."""
+
+    def __init__(self, stream: TokenStream, seq_len: int, document_mask: bool = False) -> None:
+        self.count = -(-max(0, stream.tokens - 1) // seq_len)  # the last one may be short
+        self._stream, self._seq_len = stream, seq_len
+        self._documents = stream.document_starts() if document_mask else None
+
+    def rows(self, numbers: npt.NDArray[np.int64]) -> Rows:
+        starts = numbers * self._seq_len
+        missing = np.maximum(0, starts + self._seq_len + 1 - self._stream.tokens)
+        if missing.any():
+            return self._with_short_ones(starts, missing)
+        ids = self._stream.rows(starts, self._seq_len + 1)
+        return Rows(ids[:, :-1], ids[:, 1:], self._segments(starts))
+
+    def _with_short_ones(self, starts: npt.NDArray[np.int64], missing: npt.NDArray[np.int64]) -> Rows:
+        inputs = np.zeros((len(starts), self._seq_len), np.int32)
+        targets = np.full_like(inputs, IGNORE)
+        for row, (start, lacking) in enumerate(zip(starts.tolist(), missing.tolist(), strict=True)):
+            scored = max(0, self._seq_len - lacking)  # a number beyond the last window is an empty row
+            if scored:
+                ids = self._stream.read(start, start + scored + 1)
+                inputs[row, :scored], targets[row, :scored] = ids[:-1], ids[1:]
+        return Rows(inputs, targets, self._segments(starts))
+
+    def _segments(self, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int32] | None:
+        if self._documents is None:
+            return None
+        places = starts[:, None] + np.arange(self._seq_len)
+        documents = np.searchsorted(self._documents, places, side="right")
+        return (documents - documents[:, :1]).astype(np.int32)
+
+
+class PackedWindows:
+    """Rows of whole documents (best fit); only one longer than a row is cut. The first token of each piece is no
+    target, and what is left of a row is filled with ends of document that are none either."""
+
+    def __init__(self, stream: TokenStream, seq_len: int, document_mask: bool = False) -> None:
+        bounds = stream.document_starts()
+        self._first, self._starts, self._ends = best_fit(bounds[:-1], bounds[1:], seq_len + 1)
+        self.count = len(self._first) - 1
+        self._stream, self._seq_len, self._mask = stream, seq_len, document_mask
+
+    def rows(self, numbers: npt.NDArray[np.int64]) -> Rows:
+        ids = np.full((len(numbers), self._seq_len + 1), self._stream.manifest.eod_id, np.int32)
+        targets = np.full((len(numbers), self._seq_len), IGNORE, np.int32)
+        segments = np.zeros_like(ids)
+        for row, number in enumerate(numbers.tolist()):
+            place = 0
+            for segment, piece in enumerate(range(self._first[number], self._first[number + 1])):
+                piece_ids = self._stream.read(int(self._starts[piece]), int(self._ends[piece]))
+                end = place + len(piece_ids)
+                ids[row, place:end], segments[row, place:] = piece_ids, segment
+                targets[row, place : end - 1] = piece_ids[1:]
+                place = end
+            segments[row, place:] += 1  # the filling is a document of its own
+        return Rows(ids[:, :-1], targets, segments[:, :-1] if self._mask else None)

@@ -1,0 +1,293 @@
+"""How fast text becomes tokens: engines and the whole way from file to shards, side by side. `make bench-data`.
+
+Every measurement is a fresh process (empty caches); rounds go through all of them in turn, so that a busy minute on a
+shared machine hits all alike; figures are medians over rounds, ratios are taken within a round. CPU time is that of the
+process with all its threads.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anarchobot.config.schema import DataConfig
+from anarchobot.data.documents import Counts, from_files
+from anarchobot.data.engine import with_engine
+from anarchobot.data.pretokenize import pretokenize
+from anarchobot.data.spm_to_json import spm_to_json
+from anarchobot.data.tokenizer import load_tokenizer
+from anarchobot.data.tokenizer_training import train_tokenizer
+
+HERE = Path(__file__).parent
+UNIT = 200  # documents a call
+LONG, TIMES_LONGER = "long", 4  # measurements of the fast ones on more text, in which their start counts less
+
+PROSE = ("text/*.txt", "text/books/*.txt")
+DATATROVE = """
+import os, sys, time
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.tokens import DocumentTokenizer
+corpus, model, out = sys.argv[1:]
+wall, cpu = time.perf_counter(), sum(os.times()[:4])
+LocalPipelineExecutor(
+    [
+        JsonlReader(*corpus.rsplit("/", 1)[:1], glob_pattern=corpus.rsplit("/", 1)[1]),
+        DocumentTokenizer(out, model, eos_token="</s>", shuffle_documents=False),
+    ],
+    logging_dir=out + "/logs",
+).run()
+print(sum(os.times()[:4]) - cpu, time.perf_counter() - wall)
+"""
+
+
+# The text
+
+
+def write_corpus(data: Path, path: Path, megabytes: float) -> str:
+    """JSONL of documents of about 5 kB; returns what it is, for the reader of the table.
+
+    The prose is repeated until there is enough. In every repeat the documents are cut elsewhere and in one word of 25 a
+    number never used before, so that a cache of words finds no more than in text that goes on.
+    """
+    pieces = [file.read_text(encoding="utf-8") for glob in PROSE for file in sorted(data.glob(glob))]
+    for file in sorted(data.glob("text/*.jsonl")):
+        pieces += [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").split("\n") if line]
+    prose = "\n\n".join(pieces)
+    dice, numbers, repeats = random.Random(0), iter(range(10**5, 10**9)), 0
+    left = megabytes * 1e6
+    with path.open("w", encoding="utf-8") as file:
+        while left > 0:
+            turned = prose[repeats * 1237 :] + prose[: repeats * 1237]
+            if repeats:
+                turned = re.sub(r"\w\b", lambda m: m[0] if dice.random() > 0.04 else m[0] + str(next(numbers)), turned)
+            repeats += 1
+            for start in range(0, len(turned), 5000):
+                text = turned[start : start + 5000]
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                left -= len(text.encode())
+                if left <= 0:
+                    break
+    return (
+        f"{megabytes:.0f} MB: {len(prose.encode()) / 1e6:.1f} MB of English prose and manuals, {repeats} times, each "
+        "time cut elsewhere and with a new number behind one word in 25"
+    )
+
+
+def read_corpus(path: Path) -> list[str]:
+    with path.open("rb") as file:
+        return [json.loads(line)["text"] for line in file]
+
+
+# One measurement, in a process of its own
+
+
+def measure(name: str, corpus: Path, models: Path, out: Path) -> dict[str, Any]:
+    """CPU and wall seconds, tokens, and sha256 of all ids with the end of each document."""
+    os.environ["RAYON_NUM_THREADS"] = "1"  # one thread for tokenizers, as for the others
+    kind, _, engine = name.partition(" ")
+    model = models / ("gpt2-vocab.json" if "byte-level" in name else "bpe.model")
+    if name.endswith(LONG):
+        corpus = corpus.with_name("long.jsonl")
+    if kind == "pipeline":
+        engine, workers = engine.split()[:2]
+        return timed(lambda: pipeline(corpus, model, out, engine, int(workers)), shards_digest(out))
+    texts = read_corpus(corpus)
+    tokenizer = load_tokenizer(model)
+    encode: Callable[[list[str]], Iterable[Any]] = tokenizer.encode_batch
+    if kind == "fast":
+        encode = with_engine(tokenizer, "fast", "stop", lambda line: None).encode_batch
+    elif kind == "fastokens":  # itself, without comparison
+        checked: Any = with_engine(tokenizer, "fast", "stop", lambda line: None)
+        encode = checked._encode
+    elif kind == "sentencepiece":
+        import sentencepiece
+
+        processor: Any = sentencepiece.SentencePieceProcessor(model_file=str(model))
+
+        def encode(texts: list[str]) -> Iterable[Any]:
+            return processor.encode(texts, return_type="numpy", num_threads=1)
+    elif kind == "tokenizers":
+        import tokenizers
+
+        plain: Any = tokenizers.Tokenizer.from_str(spm_to_json(model)[0])
+
+        def encode(texts: list[str]) -> Iterable[Any]:
+            return [e.ids for e in plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+    ids: list[Any] = []
+    eod = np.array([tokenizer.eod_id], np.int32)
+
+    def digest() -> tuple[str, int]:
+        sha, tokens = hashlib.sha256(), 0
+        for one in ids:
+            sha.update(np.asarray(one, np.int32).tobytes() + eod.tobytes())
+            tokens += len(one) + 1
+        return sha.hexdigest(), tokens
+
+    return timed(lambda: [ids.extend(encode(texts[i : i + UNIT])) for i in range(0, len(texts), UNIT)], digest)
+
+
+def timed(work: Callable[[], Any], digest: Callable[[], tuple[str, int]]) -> dict[str, Any]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    seconds = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
+    sha, tokens = digest()
+    return {**seconds, "tokens": tokens, "sha256": sha}
+
+
+def pipeline(corpus: Path, model: Path, out: Path, engine: Any, workers: int) -> None:
+    """All that `anarchobot pretokenize` does, the engine's start and its comparisons too."""
+    tokenizer = with_engine(load_tokenizer(model), engine, "stop", lambda line: None)
+    counts = Counts()
+    documents = from_files([str(corpus)], DataConfig(), counts)
+    pretokenize(documents, tokenizer, out, counts=counts, val_fraction=0.0, num_workers=workers, seed=0)
+
+
+def shards_digest(out: Path, glob: str = "train_" + "[0-9]" * 5 + ".npy") -> Callable[[], tuple[str, int]]:
+    def digest() -> tuple[str, int]:
+        sha, tokens = hashlib.sha256(), 0
+        for file in sorted(out.glob(glob)):
+            ids = np.load(file) if file.suffix == ".npy" else np.fromfile(file, np.uint16)
+            sha.update(ids.astype(np.int32).tobytes())
+            tokens += len(ids)
+        return sha.hexdigest(), tokens
+
+    return digest
+
+
+def measure_datatrove(python: str, corpus: Path, models: Path, out: Path) -> dict[str, Any]:
+    tokenizer = load_tokenizer(models / "bpe.model")
+    model = models / "bpe.json"
+    model.write_text(spm_to_json(models / "bpe.model")[0].replace(f'"piece {tokenizer.eod_id}"', '"</s>"'))
+    ran = subprocess.run(
+        [python, "-c", DATATROVE, str(corpus), str(model), str(out)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RAYON_NUM_THREADS": "1"},
+    )
+    cpu, wall = map(float, ran.stdout.split()[-2:])
+    sha, tokens = shards_digest(out, "*.ds")()
+    return {"cpu_s": cpu, "wall_s": wall, "tokens": tokens, "sha256": sha}
+
+
+# All of them
+
+# name, what it says in the table
+MEASURED = {
+    "sentencepiece": "sentencepiece alone, numpy ids",
+    "reference": "ours, reference",
+    "fastokens": "fastokens alone",
+    "fast": "ours, fast: fastokens, compared",
+    "tokenizers": "tokenizers, `encode_batch_fast`",
+    "pipeline reference 1": "file to shards, reference, 1 worker",
+    "pipeline reference 2": "file to shards, reference, 2 workers",
+    "pipeline fast 1": "file to shards, fast, 1 worker",
+    "pipeline fast 2": "file to shards, fast, 2 workers",
+    "fastokens long": "longer text: fastokens alone",
+    "pipeline fast 1 long": "longer text: file to shards, fast, 1 worker",
+    "pipeline fast 2 long": "longer text: file to shards, fast, 2 workers",
+    "datatrove": "datatrove, file to `.ds`, 1 task",
+    "reference byte-level": "byte-level BPE: ours, reference (tokenizers)",
+    "fast byte-level": "byte-level BPE: ours, fast",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    data = os.environ.get("ANARCHOBOT_TEST_DATA", HERE.parents[1] / "shared" / "data")
+    parser.add_argument("--data", type=Path, default=data, help="folder with text/*.txt (default: %(default)s)")
+    parser.add_argument("--megabytes", type=float, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--datatrove", help="a Python that has datatrove and tokenizers; left out: not measured")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        name, *paths = args.one
+        print(json.dumps(measure(name, *map(Path, paths))))
+        return
+    if not any(args.data.glob(PROSE[0])):
+        parser.error(f"no {PROSE[0]} in {args.data}: name a folder with --data")
+    with tempfile.TemporaryDirectory() as folder:
+        report = run(args, Path(folder))
+    results = HERE / "results"
+    results.mkdir(exist_ok=True)
+    (results / "data.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report))
+
+
+def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    (folder / "corpus").mkdir()
+    corpus = folder / "corpus" / "corpus.jsonl"
+    text = write_corpus(args.data, corpus, args.megabytes)
+    write_corpus(args.data, corpus.with_name("long.jsonl"), TIMES_LONGER * args.megabytes)
+    texts = read_corpus(corpus)[:3000]
+    train_tokenizer(texts, folder / "bpe", 32000)
+    train_tokenizer(texts, folder / "gpt2", 32000, file_format="gpt2")
+    rounds: list[dict[str, Any]] = []
+    for number in range(args.rounds):
+        rounds.append({})
+        for name in MEASURED:
+            if name == "datatrove" and not args.datatrove:
+                continue
+            with tempfile.TemporaryDirectory(dir=folder) as out:
+                if name == "datatrove":
+                    got = measure_datatrove(args.datatrove, corpus, folder, Path(out))
+                else:
+                    command = [sys.executable, __file__, "--one", name, str(corpus), str(folder), out]
+                    got = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+            print(f"round {number + 1}: {name}: {got['cpu_s']:.2f} s CPU, {got['wall_s']:.2f} s", file=sys.stderr)
+            rounds[-1][name] = got
+    if not args.datatrove:
+        print("datatrove: not measured: give --datatrove PYTHON, of an environment that has it", file=sys.stderr)
+    return {
+        "text": text,
+        "megabytes": args.megabytes,
+        "load": os.getloadavg(),
+        "cpus": os.cpu_count(),
+        "rounds": rounds,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    rounds = report["rounds"]
+
+    def median(name: str, of: Callable[[dict[str, Any], dict[str, Any]], float]) -> float:
+        return statistics.median(of(r[name], r["sentencepiece"]) for r in rounds)
+
+    lines = [
+        f"{report['text']}. Medians of {len(rounds)} rounds; {report['cpus']} CPUs, load {report['load'][0]:.1f}.",
+        f"Longer text: {TIMES_LONGER} times as much of it.",
+        "",
+        "| | MB/s of CPU time | MB/s | times sentencepiece (CPU time) | ids |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, says in MEASURED.items():
+        if name not in rounds[0]:
+            continue
+        like = "reference byte-level" if "byte-level" in name else "fastokens long" if LONG in name else "sentencepiece"
+        equal = all(r[name]["sha256"] == r[like]["sha256"] for r in rounds)
+        cpu, wall = (median(name, lambda one, _, key=key: one[key]) for key in ("cpu_s", "wall_s"))
+        times = TIMES_LONGER if LONG in name else 1
+        size = times * report["megabytes"]
+        ratio = times * median(name, lambda one, plain: plain["cpu_s"] / one["cpu_s"])
+        ids = "equal" if equal else "DIFFER"
+        lines.append(f"| {says} | {size / cpu:.1f} | {size / wall:.1f} | {ratio:.2f} | {ids} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

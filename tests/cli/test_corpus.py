@@ -1,0 +1,165 @@
+"""`pretokenize` and `shards` as a person meets them: settings that arrive, what is printed, runs that were stopped."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anarchobot.cli.main import main
+from anarchobot.data import encoding, pretokenize
+from anarchobot.data.tokenizer import load_tokenizer
+from anarchobot.data.tokenizer_training import train_tokenizer
+
+Captured = pytest.CaptureFixture[str]
+
+TEXTS = ["a short one", "another text of some words", *(f"text {i} " + "and more words " * i for i in range(30))]
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> str:
+    return str(train_tokenizer(TEXTS, tmp_path / "made", 300)[0])
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, TEXTS[0], ""]))
+    return path
+
+
+def words(corpus: Path, tokenizer: str, *more: str) -> list[str]:
+    base = ["pretokenize", "--input", str(corpus), "--tokenizer", tokenizer, "--val-fraction", "0"]
+    return [*base, "--output", str(corpus.parent / "out"), *more]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_summary_counts_every_document(corpus: Path, tokenizer: str, capsys: Captured) -> None:
+    assert main(words(corpus, tokenizer)) == 0
+    captured = capsys.readouterr()
+    assert "documents: read 34, kept 32, duplicates 1, filtered 1, broken 0" in captured.out
+    assert "filtered: blank 1" in captured.out
+    assert "\n  tokenising with " in captured.out and captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [([], [32]), (["data.dedup=false"], [33]), (["data.near_dedup=0.5"], range(3, 32)), (["data.min_chars=12"], [30])],
+)
+def test_settings_reach_the_shards(
+    corpus: Path, tokenizer: str, capsys: Captured, settings: list[str], kept: Sequence[int]
+) -> None:
+    assert main([*words(corpus, tokenizer, "--json", "--workers", "1"), *settings]) == 0
+    captured = capsys.readouterr()
+    counts = json.loads(captured.out)["counts"]
+    assert captured.err == "" and sum(counts.values()) == 2 * counts["read"] == 68
+    assert counts["kept"] in kept
+
+
+@pytest.mark.parametrize(("engine", "told"), [("reference", "tokenising with sentencepiece\n"), ("fast", "fastokens")])
+def test_the_engine_is_the_one_asked_for(
+    corpus: Path, tokenizer: str, capsys: Captured, engine: str, told: str
+) -> None:
+    assert main([*words(corpus, tokenizer), f"tokenizer.engine={engine}"]) == 0
+    assert told in capsys.readouterr().out
+
+
+def test_one_folder_to_write_to(corpus: Path, tokenizer: str, capsys: Captured, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"data:\n  dataset: {corpus}\n  shard_dir: [a, b]\n")
+    assert main(["pretokenize", str(tmp_path / "c.yaml"), "--tokenizer", tokenizer]) == 2
+    where = f"{tmp_path / 'c.yaml'}:3"
+    assert capsys.readouterr().err == (
+        f"anarchobot: {where}: data.shard_dir: several folders: give the one to write to with --output DIR\n"
+    )
+
+
+def stop_it(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    """Stops the run when all but the last text is in shards of about 300 tokens."""
+    monkeypatch.setattr(encoding, "UNIT_CHARS", 1)
+    monkeypatch.setattr(
+        pretokenize.pretokenize, "__kwdefaults__", pretokenize.pretokenize.__kwdefaults__ | {"shard_tokens": 300}
+    )
+    real = encoding._encode
+
+    def stops(unit: list[encoding.Piece], *rest: object) -> encoding.Encoded:
+        if unit[0].text == TEXTS[-1]:
+            raise KeyboardInterrupt
+        return real(unit, *rest)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "_encode", stops)
+        assert main(command) == 130
+
+
+def test_a_stopped_run_goes_on_or_is_refused(
+    corpus: Path, tokenizer: str, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = words(corpus, tokenizer)
+    stop_it(monkeypatch, command)
+    before = contents(tmp_path / "out")
+    assert "progress.json" in before
+    capsys.readouterr()
+    assert main([*command, "data.min_chars=12"]) == 2
+    told = "a run that was stopped here can't go on, for this has changed: data.min_chars (was 1, is 12): undo that, or"
+    assert capsys.readouterr().err.endswith(f"anarchobot: {tmp_path / 'out'}: {told} start anew with --restart\n")
+    with open(corpus, "a") as file:
+        file.write('{"text": "one more"}\n')
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert f"changed: {corpus} (was " in err and err.endswith("--restart\n")
+    assert contents(tmp_path / "out") == before
+
+    assert main([*command, "--restart"]) == 0
+    assert "kept 33" in capsys.readouterr().out
+    whole = contents(tmp_path / "out")
+    assert "progress.json" not in whole
+    stop_it(monkeypatch, command)
+    capsys.readouterr()
+    assert main([*command, "--workers", "3", "data.seq_len=7", "tokenizer.engine=reference"]) == 0
+    assert "going on with a run that was stopped behind" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == whole
+
+
+def test_shards_info(corpus: Path, tokenizer: str, capsys: Captured, tmp_path: Path) -> None:
+    main(words(corpus, tokenizer, "--quiet"))
+    assert main(["shards", "info", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "document 1: 'a short one'\n" in out and "document 2: 'another text of some words'\n" in out
+    assert "document 3: 'text 0 '\n" in out and "document 4" not in out
+    assert main(["shards", "info", "--json", str(tmp_path / "out")]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["counts"]["kept"] == 32 and len(values["shards"]) == 1
+    lengths = [len(ids) + 1 for ids in load_tokenizer(tokenizer).encode_batch(TEXTS)]
+    assert [b["documents"] for b in values["histogram"]] == np.histogram(
+        lengths, [*(b["from"] for b in values["histogram"]), 2 * values["histogram"][-1]["from"]]
+    )[0].tolist()
+    for bucket in values["histogram"]:
+        line = next(line for line in out.splitlines() if line.split()[:1] == [f"{bucket['from']:,}"])
+        assert line.split()[2:4] == [f"{bucket['to']:,}", f"{bucket['documents']:,}"]
+        assert ("#" in line) == (bucket["documents"] > 0)
+
+
+def test_long_documents_are_shown_by_their_first_200_characters(
+    tokenizer: str, capsys: Captured, tmp_path: Path
+) -> None:
+    """Of characters that take four tokens each, and one whose bytes would be cut."""
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "🙂" * 300}) + "\n")
+    main(words(tmp_path / "corpus.jsonl", tokenizer, "--quiet"))
+    main(["shards", "info", str(tmp_path / "out")])
+    assert f"document 1: '{'🙂' * 200}'\n" in capsys.readouterr().out
+
+
+def test_shards_verify_names_the_damaged_file(corpus: Path, tokenizer: str, capsys: Captured, tmp_path: Path) -> None:
+    main(words(corpus, tokenizer, "--quiet"))
+    assert main(["shards", "verify", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == "train_00000.npy: good\ntrain_00000.offsets: good\n"
+    path = tmp_path / "out" / "train_00000.offsets"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    assert main(["shards", "verify", "--json", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["checked"] == 2 and list(json.loads(captured.out)["damaged"]) == [path.name]
+    assert captured.err == f"anarchobot: {tmp_path / 'out'}: 1 of 2 files are damaged: pretokenize again\n"

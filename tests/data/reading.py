@@ -1,0 +1,39 @@
+"""What tests of the readers share: texts and counts as they come out of files, and files to put in."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.schema import DataConfig
+from anarchobot.data.documents import Counts, from_files
+
+TEXT = DataConfig()
+
+
+def read(*names: Path | str, data: DataConfig = TEXT) -> tuple[list[str], Counts]:
+    """The texts that are left and their counts; each text is kept once, and counted as pretokenize does."""
+    counts = Counts()
+    texts: dict[str, None] = {}
+    for document in from_files(map(str, names), data, counts):
+        counts.duplicates += document.text in texts
+        texts[document.text] = None
+    counts.kept = len(texts)
+    assert counts.read == counts.kept + counts.duplicates + counts.filtered + counts.broken
+    assert counts.filtered == counts.reasons.total()
+    return list(texts), counts
+
+
+def problem(*names: Path | str, data: DataConfig = TEXT) -> str:
+    with pytest.raises(UserError) as error:
+        read(*names, data=data)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def jsonl(path: Path, *lines: object) -> Path:
+    """Strings and bytes are written as they are, anything else as JSON."""
+    raw = (x if isinstance(x, bytes) else (x if isinstance(x, str) else json.dumps(x)).encode() for x in lines)
+    path.write_bytes(b"".join(line + b"\n" for line in raw))
+    return path

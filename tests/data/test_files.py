@@ -1,0 +1,69 @@
+"""Names find the files that they mean, in a fixed order; one that finds none is told at once."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from anarchobot.config.errors import UserError
+from anarchobot.data import files
+from tests.data.reading import problem, read
+
+
+def test_a_missing_file_is_told_with_the_nearest_name_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("x")
+    with pytest.raises(UserError, match=r"corpsu\.txt: no such file or folder; did you mean 'corpus\.txt'\?"):
+        files.find([str(tmp_path / "corpus.txt"), str(tmp_path / "corpsu.txt")])
+    assert problem(tmp_path / "no" / "such.txt").endswith("no such file or folder")
+
+
+def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.pdf").write_text("x")
+    assert "expected a .txt, .md, .jsonl (or these with .gz or .zst) or .parquet file" in problem(tmp_path / "a.pdf")
+
+
+def test_folders_and_globs_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.md", "c/z.txt", "c/a.jsonl", "skipped.csv"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"text": name}) if name.endswith("jsonl") else name)
+    (tmp_path / "folder.txt").mkdir()
+    assert read(tmp_path)[0] == ["a.md", "b.txt", "c/a.jsonl", "c/z.txt"]
+    assert read(tmp_path / "*.txt", tmp_path / "*.md")[0] == ["b.txt", "a.md"]
+    assert read(tmp_path / "**" / "*.txt")[0] == ["b.txt", "c/z.txt"]
+    assert problem(tmp_path / "*.none").endswith(f"matches no {files.EXPECTED}")
+    assert problem(tmp_path / "folder.txt").endswith(f"no {files.EXPECTED} in this folder")
+
+
+def test_a_name_with_brackets_is_a_file_before_it_is_a_glob(tmp_path: Path) -> None:
+    (tmp_path / "a[1].txt").write_text("one")
+    assert read(tmp_path / "a[1].txt")[0] == ["one"]
+
+
+def test_every_kind_of_file_is_found_in_a_folder_and_named_alone(tmp_path: Path) -> None:
+    kinds = [f"a{plain}{packed}" for plain in (".txt", ".md", ".jsonl") for packed in ("", ".gz", ".zst")]
+    for name in (*kinds, "a.parquet", "a.csv", "a.gz", "a.parquet.gz"):
+        (tmp_path / name).touch()
+    assert {path.name for path in files.find([str(tmp_path)])} == {*kinds, "a.parquet"}
+    assert all(files.find([str(tmp_path / name)]) == [tmp_path / name] for name in kinds)
+    assert "expected a" in problem(tmp_path / "a.gz")
+
+
+def test_the_last_suffix_but_packing_says_what_is_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl.txt").write_text('{"text": "no row"}')
+    (tmp_path / "v1.txt.jsonl.gz").write_bytes(gzip.compress(b'{"text": "row"}'))
+    assert read(tmp_path)[0] == ['{"text": "no row"}', "row"]
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "extra"), [("a.txt.zst", "backports.zstd", "zst"), ("a.parquet", "pyarrow", "hub")]
+)
+def test_a_package_that_is_missing_is_named_before_anything_is_read(
+    name: str, module: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).touch()
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"{name}: to read .*pip install 'anarchobot\[{extra}\]'"):
+        files.find([str(tmp_path)])

@@ -1,0 +1,104 @@
+"""Windows by number: each token a target once, documents apart where the mask says so."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from anarchobot.config.errors import UserError
+from anarchobot.data.windows import IGNORE, Joined, PackedWindows, StreamWindows, open_windows
+
+EOD = 999
+
+
+class Stream:
+    """A token stream in memory: token t is t, but each document's last, which is EOD."""
+
+    folder = Path("shards")
+    manifest = SimpleNamespace(eod_id=EOD)
+
+    def __init__(self, lengths: list[int]) -> None:
+        self._starts = np.cumsum([0, *lengths])
+        self.tokens = int(self._starts[-1])
+        self.ids = np.arange(self.tokens, dtype=np.int32)
+        self.ids[self._starts[1:] - 1] = EOD
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.int32]:
+        return self.ids[start:stop]
+
+    def rows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int32]:
+        return np.stack([self.ids[s : s + length] for s in starts.tolist()])
+
+    def document_starts(self) -> npt.NDArray[np.int64]:
+        return self._starts
+
+
+def every(windows: StreamWindows | PackedWindows) -> npt.NDArray[np.int64]:
+    return np.arange(windows.count)
+
+
+@pytest.mark.parametrize(("lengths", "seq_len"), [([40, 9], 8), ([41, 8], 7), ([50], 49), ([9, 9, 9], 4), ([2], 1)])
+def test_each_token_but_the_first_is_a_target_once_and_follows_its_input(lengths: list[int], seq_len: int) -> None:
+    stream = Stream(lengths)
+    rows = StreamWindows(stream, seq_len).rows(every(StreamWindows(stream, seq_len)))  # type: ignore[arg-type]
+    scored = rows.targets != IGNORE
+    np.testing.assert_array_equal(rows.targets[scored], stream.ids[1:])
+    np.testing.assert_array_equal(rows.inputs[scored], stream.ids[:-1])
+    assert scored[:-1].all()
+
+
+def test_segments_of_the_stream_change_at_each_document() -> None:
+    stream = Stream([3, 2, 5, 1, 6])
+    rows = StreamWindows(stream, 8, document_mask=True).rows(np.array([0, 1]))  # type: ignore[arg-type]
+    assert rows.segments is not None
+    # Documents begin at 0, 3, 5, 10 and 11; a row's numbers begin at zero.
+    assert rows.segments.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 1, 2, 2, 2, 2, 2]]
+
+
+def test_packed_rows_hold_whole_documents_and_score_all_but_each_first_token() -> None:
+    stream = Stream([5, 3, 9, 2, 4, 20, 1])
+    windows = PackedWindows(stream, 9, document_mask=True)  # type: ignore[arg-type]
+    rows = windows.rows(every(windows))
+    assert rows.segments is not None
+    targets = rows.targets[rows.targets != IGNORE]
+    # The document of 20 tokens is cut into two full rows of ten; of each piece all but the first token is a target.
+    firsts = [0, 5, 8, 17, 19, 23, 33, 43]
+    wanted = np.delete(stream.ids, firsts)
+    assert sorted(targets.tolist()) == sorted(wanted.tolist())
+    for inputs, row_targets, segments in zip(rows.inputs, rows.targets, rows.segments, strict=True):
+        for i in np.flatnonzero(row_targets != IGNORE).tolist():
+            assert row_targets[i] in (inputs[i] + 1, EOD), "a target must follow its input in its document"
+            if i + 1 < len(segments):
+                assert segments[i] == segments[i + 1]
+        ends = np.flatnonzero((inputs == EOD)[:-1])
+        assert all(segments[i] != segments[i + 1] or inputs[i + 1] == EOD for i in ends.tolist())
+    assert PackedWindows(stream, 9).rows(np.array([0])).segments is None  # type: ignore[arg-type]
+
+
+def test_packing_cuts_no_document_that_fits() -> None:
+    stream = Stream([7, 6, 5, 4, 3, 3, 2])
+    windows = PackedWindows(stream, 9)  # type: ignore[arg-type]
+    rows = windows.rows(every(windows))
+    assert windows.count == 3  # 30 tokens in rows of ten: 7 + 3, 6 + 4, 5 + 3 + 2
+    starts = stream.document_starts()
+    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        inside = [set(range(start, end - 1)) <= set(row.tolist()) for row in rows.inputs]
+        assert any(inside)
+
+
+def test_joined_sets_are_one_after_the_other() -> None:
+    a, b = StreamWindows(Stream([17]), 4), StreamWindows(Stream([9]), 4)  # type: ignore[arg-type]
+    joined = Joined([a, b])
+    assert joined.count == 6
+    rows = joined.rows(np.array([5, 0, 4, 3]))
+    np.testing.assert_array_equal(rows.inputs[[1, 3]], a.rows(np.array([0, 3])).inputs)
+    np.testing.assert_array_equal(rows.targets[[2, 0]], b.rows(np.array([0, 1])).targets)
+
+
+@pytest.mark.parametrize("pack", ["stream", "documents"])
+def test_less_than_one_sequence_is_told(pack: str) -> None:
+    with pytest.raises(UserError, match=r"shards: 8 training tokens are less than one sequence of data.seq_len 8"):
+        open_windows(Stream([8]), 8, pack, False)  # type: ignore[arg-type]
+    assert open_windows(Stream([9]), 8, pack, False).count == 1  # type: ignore[arg-type]
