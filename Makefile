@@ -36,6 +36,7 @@ check: .venv/dev.done
 
 bench-data: .venv/dev.done
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/batches.py
 
 docs: .venv/dev.done
 	$(BIN)/python scripts/write_config_docs.py

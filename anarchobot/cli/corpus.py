@@ -37,13 +37,23 @@ def add_commands(commands: Any) -> None:
     parts = tokenizer.add_subparsers(metavar="train", required=True, parser_class=type(tokenizer))
     train = add_command(parts, "train", _train_tokenizer, "learn a tokenizer from text")
     add_config(train, optional=True)
-    train.add_argument("--input", nargs="+", metavar="FILE", help="text or JSONL files; default: data.dataset")
+    train.add_argument(
+        "--input",
+        nargs="+",
+        metavar="FILE",
+        help="text, JSONL or Parquet files, folders or globs; default: data.dataset",
+    )
     train.add_argument("--output", metavar="PREFIX", help="writes PREFIX.model; default: train.tokenizer_path")
     add_settings(train, TOKENIZER_SETTINGS)
 
     pretokenize = add_command(commands, "pretokenize", _pretokenize, "turn text into token shards")
     add_config(pretokenize, optional=True)
-    pretokenize.add_argument("--input", nargs="+", metavar="FILE", help="text or JSONL files; default: data.dataset")
+    pretokenize.add_argument(
+        "--input",
+        nargs="+",
+        metavar="FILE",
+        help="text, JSONL or Parquet files, folders or globs; default: data.dataset",
+    )
     pretokenize.add_argument("--restart", action="store_true", help="start anew where a run was stopped")
     add_settings(pretokenize, PRETOKENIZE_SETTINGS)
 
@@ -84,9 +94,8 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
     output = args.output or config.train.tokenizer_path
     if output is None:
         raise UserError("where to? Give --output PREFIX, or set train.tokenizer_path")
-    prefix = Path(output)
-    if not args.output:  # train.tokenizer_path names the file that is loaded later
-        prefix = prefix.with_name(prefix.name.removesuffix(".model").removesuffix("-vocab.json"))
+    prefix = Path(output)  # or the file that is loaded later, as train.tokenizer_path names it
+    prefix = prefix.with_name(prefix.name.removesuffix(".model").removesuffix("-vocab.json"))
     counts, taken = Counts(), [0]
     texts = (document.text for document in _documents(args, config, counts)[1])
     files = train_tokenizer(

@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from anarchobot.config.errors import UserError, did_you_mean
 
@@ -99,6 +99,7 @@ def overrides(args: argparse.Namespace, base: dict[str, Any] | None = None) -> l
     for name, value in vars(args).items():
         if name.startswith(_SETTING) and value is not None:
             key = name.removeprefix(_SETTING)
-            is_text = leaf_keys()[key].annotation in (str, str | None)
+            annotation = leaf_keys()[key].annotation
+            is_text = annotation is str or str in get_args(annotation)
             result.append((key, value) if is_text else f"{key}={value}")
     return result

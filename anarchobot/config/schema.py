@@ -71,7 +71,7 @@ class DataConfig(Section):
     """Where the text comes from and how it is cut."""
 
     dataset: str | list[str] | None = Field(
-        None, description="files, folders or globs of text and JSONL, a Hugging Face dataset's name, or 'builtin'"
+        None, description="text, JSONL and Parquet files, folders, globs, a Hugging Face dataset's name, or 'builtin'"
     )
     weights: list[PositiveFloat] | None = Field(
         None, description="shares of the datasets in the text, one each; the mixture ends with the first to run out"
