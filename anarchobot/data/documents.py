@@ -166,7 +166,7 @@ def _from_rows(
             if not any_good:
                 rows.check_fields(row, place, data)
             text, is_scored_low = rows.text_of(row, data), rows.is_scored_low(row, data)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             counts.note_broken(place, error)
             continue
         any_good = True

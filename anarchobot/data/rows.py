@@ -1,9 +1,10 @@
 """Rows with fields, from JSONL, Parquet or the hub, to texts; what is wrong with a row is said by a ValueError."""
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
@@ -25,13 +26,15 @@ def jsonl(path: Path) -> Iterator[tuple[str, bytes | ValueError]]:
 
 
 def parse(line: bytes) -> Row:
-    """Raises ValueError, or RecursionError when it is nested too deep."""
+    """Raises ValueError when it is no JSON object."""
     try:
-        row = json.loads(line.removeprefix(BOM).decode())
-    except json.JSONDecodeError as error:
+        row = orjson.loads(line.removeprefix(BOM))
+    except orjson.JSONDecodeError as error:
+        try:
+            line.decode()
+        except UnicodeDecodeError as no_text:
+            raise ValueError(f"not UTF-8 (byte {no_text.start + 1} of the line)") from error
         raise ValueError(f"not valid JSON: {error.msg} (character {error.pos + 1})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from error
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     return row

@@ -88,7 +88,7 @@ def test_each_reason_to_leave_a_document_out_is_counted(tmp_path: Path) -> None:
     assert counts.as_manifest() == {"read": 9, "kept": 3, "duplicates": 0, "filtered": 5, "broken": 1}
     assert counts.details() == [
         "filtered: blank 1, low score 2, too long 1, too short 1",
-        f"first broken: {path}:9: not valid JSON: Expecting property name enclosed in double quotes (character 3)",
+        f"first broken: {path}:9: not valid JSON: unexpected end of data (character 3)",
     ]
 
 
