@@ -72,17 +72,15 @@ def _documents(args: argparse.Namespace, config: "Config", counts: "Counts") -> 
 
     if args.input:
         return args.input, from_files(args.input, config.data, counts)
-    name, documents = open_source(config.data, config.train.seed, counts)
+    name, documents = open_source(config.data, config.train.seed, counts, warn=_warn)
     dataset = config.data.dataset
-    names = [dataset] if isinstance(dataset, str) else dataset or []
-    if name == "builtin" and names != ["builtin"]:
-        print(
-            f"WARNING: the dataset {config.data.dataset} can't be reached: going on with the built-in text instead "
-            "(data.fallback: builtin)",
-            file=sys.stderr,
-        )
-        names = ["builtin"]
-    return names, documents
+    if name == "builtin" or not isinstance(dataset, list):
+        return [name], documents
+    return dataset, documents
+
+
+def _warn(text: str) -> None:
+    print(f"WARNING: {text}", file=sys.stderr)
 
 
 def _train_tokenizer(args: argparse.Namespace) -> None:
@@ -115,7 +113,7 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
 def _pretokenize(args: argparse.Namespace) -> None:
     from anarchobot.config.loading import load_config
     from anarchobot.data.documents import Counts
-    from anarchobot.data.engine import with_engine
+    from anarchobot.data.engine import engine_name, with_engine
     from anarchobot.data.pretokenize import pretokenize
     from anarchobot.data.resume import source_of
     from anarchobot.data.tokenizer import load_tokenizer
@@ -146,7 +144,7 @@ def _pretokenize(args: argparse.Namespace) -> None:
     counts = Counts()
     names, documents = _documents(args, config, counts)
     tokenizer = with_engine(tokenizer, config.tokenizer.engine, config.tokenizer.on_mismatch, say)
-    with _byte_progress(args.quiet or args.json) as progress:
+    with _byte_progress(args.quiet or args.json, _size_of(names)) as progress:
         manifest = pretokenize(
             documents,
             tokenizer,
@@ -157,11 +155,13 @@ def _pretokenize(args: argparse.Namespace) -> None:
             dedup=config.data.dedup,
             near_dedup=config.data.near_dedup,
             seed=config.train.seed,
-            source=source_of(names, config.data),
+            source=source_of(names, config.data) | {"tokenised with": engine_name(tokenizer)},
             restart=args.restart,
             progress=progress,
             say=say,
         )
+    if not manifest.of("train"):
+        _warn(f"{folder}: all text fell to validation: give more, or set data.val_fraction: 0")
     if args.json:
         print(manifest.to_json(), end="")
     elif not args.quiet:
@@ -170,15 +170,26 @@ def _pretokenize(args: argparse.Namespace) -> None:
             print(f"  {line}")
 
 
+def _size_of(names: list[str]) -> int | None:
+    """Bytes of the files, for the progress bar; None when they are packed, or no files."""
+    from anarchobot.data import files, hub
+
+    if any(name == "builtin" or hub.looks_like_a_name(name) for name in names):
+        return None
+    paths = files.find(names)
+    packed = any(path.suffix in (".gz", ".zst", ".parquet") for path in paths)
+    return None if packed else sum(path.stat().st_size for path in paths)
+
+
 @contextmanager
-def _byte_progress(quiet: bool) -> Iterator[Any]:
+def _byte_progress(quiet: bool, total: int | None) -> Iterator[Any]:
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(file=sys.stderr)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(bar_width=20), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
+        task = bar.add_task("", total=total)
         done = [0, 0]
 
         def progress(size: int, tokens: int) -> None:
@@ -186,7 +197,8 @@ def _byte_progress(quiet: bool) -> Iterator[Any]:
             done[1] += tokens
             seconds = bar.tasks[0].elapsed or 1e-9
             rate = done[0] / seconds / 1e6
-            bar.update(task, description=f"{done[0] / 1e6:,.0f} MB, {done[1] / 1e6:,.1f} M tokens, {rate:,.1f} MB/s")
+            said = f"{done[0] / 1e6:,.0f} MB, {done[1] / 1e6:,.1f} M tokens, {rate:,.1f} MB/s"
+            bar.update(task, completed=done[0], description=said)
 
         yield progress
 

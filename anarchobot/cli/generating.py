@@ -40,8 +40,14 @@ def _generate(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"prompt": settings.prompt, "text": generate(model, settings)}))
         return
-    _write(settings.prompt)
-    generate(model, settings, on_text=_write)
+    unsaid = [settings.prompt]  # written with the first piece: a prompt that is too long is an error, not an echo
+
+    def write(text: str) -> None:
+        _write("".join([*unsaid, text]))
+        unsaid.clear()
+
+    generate(model, settings, on_text=write)
+    write("")
     _write("\n")
 
 

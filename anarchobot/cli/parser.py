@@ -40,6 +40,9 @@ class Parser(argparse.ArgumentParser):
 
 def parse(parser: Parser, argv: list[str]) -> argparse.Namespace:
     """Parses. For a command with CONFIG, its KEY=VALUE words may stand before, between and behind the flags."""
+    for word in argv:
+        if not word.isprintable() and any("\ud800" <= c <= "\udfff" for c in word):
+            raise UserError(f"{word!a}: not UTF-8: what is typed must be text")
     args, rest = parser.parse_known_args(argv)
     if hasattr(args, "settings"):
         words = [args.config, *args.settings, *(word for word in rest if not word.startswith("-"))]

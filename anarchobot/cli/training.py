@@ -43,7 +43,8 @@ def _pretrain(args: argparse.Namespace) -> int:
     if summary["finished"]:
         return 0
     print(
-        f"stopped at step {summary['steps']}; go on with: anarchobot pretrain {args.config} --resume-from auto",
+        f"stopped at step {summary['steps']}; go on with: anarchobot pretrain {summary['save_dir']}/config.yaml "
+        "--resume-from auto",
         file=sys.stderr,
     )
     return 130

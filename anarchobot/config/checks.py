@@ -35,6 +35,11 @@ def contradictions(config: Config, given: list[str]) -> Iterator[tuple[tuple[str
             ("data.seq_len", "model.max_seq_len"),
             f"data.seq_len ({data.seq_len}) must be at most model.max_seq_len ({model.max_seq_len})",
         )
+    if data.max_chars is not None and data.max_chars < data.min_chars:
+        yield (
+            ("data.max_chars", "data.min_chars"),
+            f"max_chars ({data.max_chars}) must be at least min_chars ({data.min_chars})",
+        )
     for weights, of in (("weights", "dataset"), ("shard_weights", "shard_dir")):
         given_weights, names = getattr(data, weights), getattr(data, of)
         count = len(names) if isinstance(names, list) else 1

@@ -167,7 +167,7 @@ def _type_in_words(annotation: Any, metadata: list[Any]) -> str:
         words = [_type_in_words(a, metadata) for a in args if a is not type(None)]
         return ", or ".join(words) + (", or null" if type(None) in args else "")
     if origin is list:
-        return "a list of texts"
+        return f"a list, each {_type_in_words(args[0], [])}"
     name = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[annotation]
     return name + _bounds_in_words(metadata)
 

@@ -21,6 +21,8 @@ Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Names = Annotated[list[str], Field(min_length=1)]
+Weights = Annotated[list[PositiveFloat], Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -70,10 +72,10 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where the text comes from and how it is cut."""
 
-    dataset: str | list[str] | None = Field(
+    dataset: str | Names | None = Field(
         None, description="text, JSONL and Parquet files, folders, globs, a Hugging Face dataset's name, or 'builtin'"
     )
-    weights: list[PositiveFloat] | None = Field(
+    weights: Weights | None = Field(
         None, description="shares of the datasets in the text, one each; the mixture ends with the first to run out"
     )
     config: str | None = Field(None, description="the Hugging Face dataset's configuration")
@@ -99,10 +101,10 @@ class DataConfig(Section):
     streaming: bool = Field(True, description="read a Hugging Face dataset as a stream instead of fetching it whole")
     cache_dir: str | None = Field(None, description="where fetched Hugging Face datasets are kept")
     num_workers: Positive = Field(2, description="tokenising threads; the shards do not depend on it")
-    shard_dir: str | list[str] = Field(
+    shard_dir: str | Names = Field(
         "shards", description="folder of the token shards, written by pretokenize; several to train on a mixture"
     )
-    shard_weights: list[PositiveFloat] | None = Field(
+    shard_weights: Weights | None = Field(
         None, description="shares of the shard folders in training; left out: by their sizes"
     )
     pack: Literal["stream", "documents"] = Field(

@@ -1,7 +1,7 @@
 """Sources to documents, one at a time and in bounded memory, with a count of everything that was left out."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -74,13 +74,15 @@ class Counts:
         self.first_broken = self.first_broken or f"{place}: {error}"
 
 
-def open_source(data: DataConfig, seed: int, counts: Counts) -> tuple[str, Iterator[Document]]:
+def open_source(
+    data: DataConfig, seed: int, counts: Counts, warn: Callable[[str], None] = lambda text: None
+) -> tuple[str, Iterator[Document]]:
     """The documents of the configured dataset, and what they are called.
 
     Several datasets come one after the other, or mixed by `data.weights`: then bytes follow the weights at any time
     (before duplicates are dropped), and the documents end with the first dataset that runs out. The name in front is
-    the datasets', or `"builtin"` where `data.fallback` allows it and one can't be reached; the caller says so to the
-    person. Raises UserError when there is no dataset or it can't be reached.
+    the datasets', or `"builtin"` where `data.fallback` allows it and one can't be reached, of which `warn` is told.
+    Raises UserError when there is no dataset or it can't be reached.
     """
     if data.dataset is None:
         raise UserError(
@@ -89,8 +91,9 @@ def open_source(data: DataConfig, seed: int, counts: Counts) -> tuple[str, Itera
     names = [data.dataset] if isinstance(data.dataset, str) else data.dataset
     try:
         sources = [_open(name, data, seed, counts) for name in names]
-    except UserError:
+    except UserError as error:
         if data.fallback == "builtin":
+            warn(f"{error}: going on with the built-in text instead (data.fallback: builtin)")
             return "builtin", _open("builtin", data, seed, counts)
         raise
     if data.weights is None:

@@ -61,6 +61,11 @@ def with_engine(
     return fast
 
 
+def engine_name(tokenizer: Tokenizer) -> str:
+    """What gives this tokenizer's ids: `"fastokens 0.3.5"`, `"sentencepiece"`, `"tokenizers"`."""
+    return f"{PACKAGE} {version(PACKAGE)}" if isinstance(tokenizer, Checked) else _library(tokenizer)
+
+
 class Checked:
     """A Tokenizer whose ids are `encoder`'s as long as they are `reference`'s.
 

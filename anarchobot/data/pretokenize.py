@@ -135,4 +135,4 @@ def _put_in_place(out: Path, shards: Iterable[Shard]) -> None:
 
 def _left_out(counts: Counts) -> str:
     said = f"read {counts.read}, broken {counts.broken}, filtered {counts.filtered}, duplicates {counts.duplicates}"
-    return f"{said}; first: {counts.first_broken}" if counts.first_broken else said
+    return "; ".join([said, *counts.details()])

@@ -4,16 +4,18 @@ import re
 
 from anarchobot.config.schema import DataConfig
 
-# Unicode's category Cc but for tab and line feed; a carriage return goes with them.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]+")
+# Unicode's category Cc: those that end a line become line feeds, the others but tab go.
+_LINE_ENDS = re.compile(r"\r\n|[\r\x0b\x0c\x85]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]+")
 
 
 def clean(text: str) -> str:
-    """CRLF to LF, control characters but line feed and tab taken out, white space at line ends stripped.
+    """Line ends to LF (CRLF, CR, form feed, vertical tab, NEL), other control characters but tab taken out, white space
+    at line ends stripped.
 
     Nothing else is touched, so no character is normalised. Cleaning twice changes nothing more.
     """
-    text = _CONTROLS.sub("", text.replace("\r\n", "\n"))
+    text = _CONTROLS.sub("", _LINE_ENDS.sub("\n", text))
     return "\n".join([line.rstrip() for line in text.split("\n")])
 
 

@@ -64,10 +64,6 @@ class Manifest:
     def tokens(self, split: Split) -> int:
         return sum(shard.tokens for shard in self.of(split))
 
-    def bytes_per_token(self, split: Split) -> float:
-        """Bytes of raw text behind a token: turns nats per token into bits per byte."""
-        return sum(shard.bytes for shard in self.of(split)) / max(1, self.tokens(split))
-
     def digest(self) -> str:
         """sha256 of the manifest's content: a run is bound to the shards it began with."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()

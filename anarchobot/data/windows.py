@@ -1,7 +1,8 @@
 """Training sequences cut from a token stream, by number. Shapes: n rows, L = seq_len tokens.
 
-Two ways: the stream itself in windows, or documents packed into rows (data.pack). Each token but those that begin a
-stream, a document or a piece of one is a target exactly once in an epoch; places that are no target hold IGNORE.
+Two ways: the stream itself in windows, or documents packed into rows (data.pack). Each token is a target exactly once
+in an epoch, from the one before it: a document's first from an end of document, as in generation. (Of the stream, the
+very first has none before it.) Places that are no target hold IGNORE.
 """
 
 from collections.abc import Sequence
@@ -109,26 +110,28 @@ class StreamWindows:
 
 
 class PackedWindows:
-    """Rows of whole documents (best fit); only one longer than a row is cut. The first token of each piece is no
-    target, and what is left of a row is filled with ends of document that are none either."""
+    """Rows of whole documents (best fit); only one longer than a row is cut. What is left of a row is filled with ends
+    of document that are no target."""
 
     def __init__(self, stream: TokenStream, seq_len: int, document_mask: bool = False) -> None:
         bounds = stream.document_starts()
-        self._first, self._starts, self._ends = best_fit(bounds[:-1], bounds[1:], seq_len + 1)
+        self._first, self._starts, self._ends = best_fit(bounds[:-1], bounds[1:], seq_len)
         self.count = len(self._first) - 1
         self._stream, self._seq_len, self._mask = stream, seq_len, document_mask
 
     def rows(self, numbers: npt.NDArray[np.int64]) -> Rows:
-        ids = np.full((len(numbers), self._seq_len + 1), self._stream.manifest.eod_id, np.int32)
-        targets = np.full((len(numbers), self._seq_len), IGNORE, np.int32)
-        segments = np.zeros_like(ids)
+        inputs = np.full((len(numbers), self._seq_len), self._stream.manifest.eod_id, np.int32)
+        targets, segments = np.full_like(inputs, IGNORE), np.zeros_like(inputs)
         for row, number in enumerate(numbers.tolist()):
             place = 0
             for segment, piece in enumerate(range(self._first[number], self._first[number + 1])):
-                piece_ids = self._stream.read(int(self._starts[piece]), int(self._ends[piece]))
-                end = place + len(piece_ids)
-                ids[row, place:end], segments[row, place:] = piece_ids, segment
-                targets[row, place : end - 1] = piece_ids[1:]
+                start, stop = int(self._starts[piece]), int(self._ends[piece])
+                end = place + stop - start
+                targets[row, place:end] = self._stream.read(start, stop)
+                if start:  # the very first document has no end of document before it but the one that is there already
+                    inputs[row, place] = self._stream.read(start - 1, start)[0]
+                inputs[row, place + 1 : end] = targets[row, place : end - 1]
+                segments[row, place:] = segment
                 place = end
             segments[row, place:] += 1  # the filling is a document of its own
-        return Rows(ids[:, :-1], targets, segments[:, :-1] if self._mask else None)
+        return Rows(inputs, targets, segments if self._mask else None)

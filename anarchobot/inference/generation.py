@@ -13,6 +13,7 @@ from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
 from anarchobot.model.transformer import Cache, Params, head_weight, hidden_states, logits
 from anarchobot.training import checkpoint
 
+CONTEXT = 8  # whole tokens that the next one is decoded with: they decide about the space between
 PENALTY_WINDOW = 20  # tokens that repetition_penalty looks back
 
 
@@ -43,7 +44,7 @@ def generate(model: Model, settings: GenerationConfig, on_text: Callable[[str], 
 
     Ends at max_new_tokens, at an end of document, or when max_seq_len is reached. The same settings give the same text.
     """
-    decoder = StreamDecoder(model.tokenizer)
+    decoder = StreamDecoder(model.tokenizer, model.tokenizer.encode_batch([settings.prompt])[0].tolist())
     parts = []
     for token in generate_ids(model, settings):
         if piece := decoder.add(token):
@@ -118,9 +119,10 @@ def sampler(settings: GenerationConfig, vocab_size: int) -> Callable[[mx.array],
 class StreamDecoder:
     """Ids to text one at a time. A character may be spread over several ids, so text is held back until it is whole."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: list[int]) -> None:
+        """`before`: the ids that the text goes on from; a tokenizer may take a first space for none of the text."""
         self._tokenizer = tokenizer
-        self._context: list[int] = []  # whole tokens before, which decide about the space between
+        self._context = before[-CONTEXT:]
         self._pending: list[int] = []
 
     def add(self, token: int) -> str:
@@ -141,5 +143,5 @@ class StreamDecoder:
         return self._tokenizer.decode(self._context + self._pending).removeprefix(before)
 
     def _flush(self, text: str) -> str:
-        self._context, self._pending = (self._context + self._pending)[-8:], []
+        self._context, self._pending = (self._context + self._pending)[-CONTEXT:], []
         return text

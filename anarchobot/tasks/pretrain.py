@@ -116,7 +116,17 @@ def _checkpoint_to_resume(loaded: LoadedConfig, run_folder: Path) -> checkpoint.
     if path == "auto":
         return checkpoint.find(run_folder) if steps else None
     if path is not None:
-        return checkpoint.find(path)
+        start = checkpoint.find(path)
+        if steps and start.folder.parent.resolve() != run_folder.resolve():
+            raise UserError(
+                f"{loaded.where('train.save_dir')}: {run_folder} holds another run than {path}: choose another folder"
+            )
+        if steps and max(steps) > start.step:
+            raise UserError(
+                f"{loaded.where('train.save_dir')}: {run_folder} holds later steps, up to {max(steps)}: to go back to "
+                f"step {start.step}, choose another folder"
+            )
+        return start
     if steps:
         raise UserError(
             f"{loaded.where('train.save_dir')}: {run_folder} already holds a run, at step {max(steps)}: go on with it "
@@ -132,20 +142,24 @@ def _resume(engine: Engine, run: Run, start: checkpoint.Checkpoint) -> Progress:
             f"{start.folder}: this run began with other shards than those now in {now.data.shard_dir}: point "
             "data.shard_dir at its own, or begin a new run"
         )
-    for key in ("train.seed", "data.seq_len", "data.pack", "data.document_mask", "data.shard_weights"):
+    arrays = checkpoint.load_arrays(start, now.model, optimizer=True)
+    shape = [f"model.{key}" for key in type(now.model).model_fields if key not in ("dropout", "max_seq_len")]
+    for key in (*shape, "train.seed", "data.seq_len", "data.pack", "data.document_mask", "data.shard_weights"):
         section, name = key.split(".")
         old, new = (getattr(getattr(c, section), name) for c in (before, now))
         if old != new:
-            raise UserError(f"{start.folder}: {key} was {old} and is now {new}: it decides what the run is trained on")
-    engine.load_state(checkpoint.load_arrays(start, now.model, optimizer=True))
+            raise UserError(f"{start.folder}: {key} was {old} and is now {new}: a run can't change it")
+    engine.load_state(arrays)
     state = start.state
+    # The step was saved before its own validation, which may have been the best.
+    best = checkpoint.read_best(run.folder, start.step) or state
     return Progress(
         step=start.step,
         position=state["data_position"],
         tokens=state["tokens"],
         loss=state["loss"],
-        best_val_loss=state["best_val_loss"],
-        best_val_bpb=state["best_val_bpb"],
+        best_val_loss=best["best_val_loss"],
+        best_val_bpb=best["best_val_bpb"],
         wall_seconds=state["wall_seconds"],
     )
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import config_from_dict
 from anarchobot.config.schema import Config, ModelConfig
-from anarchobot.data.shards import sha256_file
+from anarchobot.data.shards import sha256_file, write_whole
 from anarchobot.model.shapes import parameter_shapes
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -86,16 +86,28 @@ def rotate(run: Path, keep: int) -> list[int]:
 
 def saved_steps(run: Path) -> list[int]:
     """The steps of the whole checkpoints in a run folder."""
-    return [int(p.parent.name.removeprefix("step_")) for p in run.glob("step_*/state.json")]
+    return [int(p.parent.name.removeprefix("step_")) for p in run.glob(f"step_{'[0-9]' * 8}/state.json")]
+
+
+def read_best(run: Path, up_to: int) -> dict[str, Any] | None:
+    """What best.json says, unless there is none or it names a step after `up_to`."""
+    step = _named_step(run / "best.json")
+    if step is None or step > up_to:
+        return None
+    best: dict[str, Any] = json.loads((run / "best.json").read_text(encoding="utf-8"))
+    return best
 
 
 def find(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`: a step's folder, a file in it, or a run folder, which means its newest step.
+    """The checkpoint at `path`: a step's folder, a file in it, a run's best.json or latest.json, or a run folder, which
+    means its newest step.
 
     Raises UserError when there is none.
     """
     path = Path(path)
     folder = path.parent if path.is_file() else path
+    if path.name in ("best.json", "latest.json") and (step := _named_step(path)) is not None:
+        folder = folder / f"step_{step:08d}"
     if not (folder / "state.json").is_file():
         steps = saved_steps(folder) if folder.is_dir() else []
         if not steps:
@@ -133,13 +145,7 @@ def load_arrays(checkpoint: Checkpoint, model: ModelConfig, *, optimizer: bool) 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes beside, flushes, renames."""
-    beside = path.with_name(f".{path.name}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def _check_shapes(folder: Path, arrays: Arrays, model: ModelConfig) -> None:

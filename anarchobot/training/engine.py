@@ -62,9 +62,9 @@ class MLXEngine:
         The gradient is that of the mean loss over all scored tokens of the batch, however they fall into micro-batches.
         A step whose gradient is not finite changes nothing but the loss scale.
         """
-        sequences = batch.inputs.shape[1] * batch.inputs.shape[2]
+        places = batch.inputs.shape[1] * batch.inputs.shape[2]  # tokens of a micro-batch, scored or not
         loss_scale = self._scale.scale if self._scale else 1.0
-        scale = mx.array(loss_scale / sequences)  # keeps float16's sums in range, whatever the micro-batch
+        scale = mx.array(loss_scale / places)  # keeps float16's sums in range, whatever the micro-batch
         grads: Params = {}
         total = mx.array(0.0)
         for i, (inputs, targets, segments) in enumerate(_micro_batches(batch)):
@@ -75,7 +75,7 @@ class MLXEngine:
             del new
             mx.eval(grads, total)  # now: else MLX would keep every micro-batch's activations for one large graph
         tokens = int(np.count_nonzero(batch.targets >= 0))
-        unscale = sequences / (loss_scale * max(1, tokens))
+        unscale = places / (loss_scale * max(1, tokens))
         norm = _global_norm(grads) * unscale
         result = StepResult(float(total) / (float(scale) * max(1, tokens)), float(norm), tokens)
         if self._scale:

@@ -10,12 +10,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch, Prefetched, ValBatches
 from anarchobot.optim.schedule import learning_rate, muon_momentum
 from anarchobot.training import checkpoint
 from anarchobot.training.metrics import MetricsLog
 from anarchobot.training.stop import StopRequest
+
+MOST_SKIPPED = 30  # steps in a row that are not finite: float16's loss scale gets from its highest to 1 in fewer
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,11 @@ def run_training(engine: Engine, run: Run, progress: Progress, log: MetricsLog, 
     started = time.monotonic() - progress.wall_seconds
     saved = progress.step
     line_seconds, line_tokens = 0.0, 0  # spent in steps since the last metrics line, without validation and saving
-    if progress.step == 0:
-        _validate(engine, run, progress, log, display)
+    skipped = 0  # steps in a row
+    # A fresh run, or one that was stopped between a step's checkpoint and its validation.
+    due = progress.step < run.steps and progress.step % train.eval_interval == 0
+    if due and _validate(engine, run, progress, log, display):
+        _mark_best(run, progress)
     with StopRequest() as stop:
         while progress.step < run.steps and not stop.requested:
             step = progress.step + 1
@@ -102,6 +108,12 @@ def run_training(engine: Engine, run: Run, progress: Progress, log: MetricsLog, 
             line_seconds += time.monotonic() - step_began
             line_tokens += batch.inputs.size
 
+            skipped = 0 if result.finite else skipped + 1
+            if skipped == MOST_SKIPPED:
+                raise UserError(
+                    f"step {step}: {skipped} steps in a row had a loss or gradient that is not finite: lower train.lr, "
+                    f"or go on from an earlier step (the newest saved one is {saved})"
+                )
             if not result.finite:
                 log.event("skip", step, loss=repr(result.loss), grad_norm=repr(result.grad_norm))
                 display.note(f"step {step}: loss or gradient is not finite: this update is left out")
@@ -124,15 +136,13 @@ def run_training(engine: Engine, run: Run, progress: Progress, log: MetricsLog, 
             if step % train.ckpt_interval == 0 or last or stop.requested:
                 _save(engine, run, progress, log)
                 saved = step
-            if (step % train.eval_interval == 0 or last) and not stop.requested:
+            if last or (step % train.eval_interval == 0 and not stop.requested):
                 better = _validate(engine, run, progress, log, display)
+                if better and saved != step:
+                    _save(engine, run, progress, log)
+                    saved = step
                 if better:
-                    if saved != step:
-                        _save(engine, run, progress, log)
-                        saved = step
-                    checkpoint.write_json(
-                        run.folder / "best.json", {"step": step, "folder": f"step_{step:08d}", **better}
-                    )
+                    _mark_best(run, progress)
             if train.sample_interval and step % train.sample_interval == 0 and run.sample and not stop.requested:
                 text = run.sample()
                 log.event("sample", step, text=text)
@@ -160,12 +170,16 @@ def _save(engine: Engine, run: Run, progress: Progress, log: MetricsLog) -> None
     log.event("save", progress.step, folder=folder.name, removed=removed)
 
 
-def _validate(
-    engine: Engine, run: Run, progress: Progress, log: MetricsLog, display: Display
-) -> dict[str, float] | None:
-    """Validation loss, logged; returns it when it is the best so far and the run is under way."""
+def _mark_best(run: Run, progress: Progress) -> None:
+    best = {"best_val_loss": progress.best_val_loss, "best_val_bpb": progress.best_val_bpb}
+    folder = f"step_{progress.step:08d}"
+    checkpoint.write_json(run.folder / "best.json", {"step": progress.step, "folder": folder, **best})
+
+
+def _validate(engine: Engine, run: Run, progress: Progress, log: MetricsLog, display: Display) -> bool:
+    """Validates and logs; returns whether it is the best so far and there is a step to call so."""
     if len(run.val) == 0:
-        return None
+        return False
     sums = np.array([engine.eval_step(run.val[i]) for i in range(len(run.val))], np.float64)
     loss = float(sums[:, 0].sum() / sums[:, 1].sum())
     values = {
@@ -179,6 +193,6 @@ def _validate(
         f"perplexity {values['perplexity']:.2f}"
     )
     if not math.isfinite(loss) or (progress.best_val_loss is not None and loss >= progress.best_val_loss):
-        return None
+        return False
     progress.best_val_loss, progress.best_val_bpb = loss, values["val_bpb"]
-    return values if progress.step else None
+    return progress.step > 0

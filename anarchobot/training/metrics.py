@@ -25,7 +25,11 @@ class MetricsLog:
 
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        path = folder / "metrics.jsonl"
+        torn = path.exists() and not path.read_bytes().endswith(b"\n")  # the run before was killed as it wrote
+        self._file = path.open("a", encoding="utf-8")
+        if torn:
+            self._file.write("\n")
         self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def event(self, event: str, step: int, **values: Any) -> None:

@@ -119,7 +119,9 @@ def test_a_stopped_run_goes_on_or_is_refused(
     assert "progress.json" not in whole
     stop_it(monkeypatch, command)
     capsys.readouterr()
-    assert main([*command, "--workers", "3", "data.seq_len=7", "tokenizer.engine=reference"]) == 0
+    assert main([*command, "tokenizer.engine=reference"]) == 2  # what stopped it may have been a wrong engine
+    assert "tokenised with (was fastokens" in capsys.readouterr().err
+    assert main([*command, "--workers", "3", "data.seq_len=7"]) == 0
     assert "going on with a run that was stopped behind" in capsys.readouterr().out
     assert contents(tmp_path / "out") == whole
 

@@ -195,7 +195,7 @@ MISTAKES = {
     "train:\n  save_dir: 2024\n": "c.yaml:2: train.save_dir: expected text, got 2024",
     "train:\n  compile: maybe\n": 'c.yaml:2: train.compile: expected true or false, or null, got "maybe"',
     "data:\n  dataset: [a, 1]\n": (
-        'c.yaml:2: data.dataset: expected text, or a list of texts, or null, got ["a", 1]'
+        'c.yaml:2: data.dataset: expected text, or a list, each text, or null, got ["a", 1]'
     ),
     # ranges
     "model:\n  n_layers: 0\n": "c.yaml:2: model.n_layers: expected a whole number of at least 1, got 0",

@@ -270,7 +270,8 @@ def test_no_document_left_is_told_with_the_counts(plain: Bytes, tmp_path: Path) 
     with pytest.raises(UserError) as error:
         write(from_files([str(tmp_path / "a.jsonl")], DataConfig(), counts), plain, tmp_path / "out", counts)
     first = f"{tmp_path / 'a.jsonl'}:2: no text in 'text'"
-    said = f"no document is left to write (read 3, broken 2, filtered 1, duplicates 0; first: {first})"
+    counted = "read 3, broken 2, filtered 1, duplicates 0; filtered: blank 1"
+    said = f"no document is left to write ({counted}; first broken: {first})"
     assert str(error.value) == f"{tmp_path / 'out'}: {said}"
     assert list((tmp_path / "out").iterdir()) == []
 

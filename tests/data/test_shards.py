@@ -110,8 +110,6 @@ def test_the_manifest_comes_back_and_sums_its_shards(folder: Path) -> None:
     assert read_manifest(folder) == manifest
     assert [s.file for s in manifest.of("train")] == ["train_00000.npy", "train_00001.npy", "train_00002.npy"]
     assert (manifest.tokens("train"), manifest.tokens("val")) == (13, 2)
-    assert manifest.bytes_per_token("train") == 2.0
-    assert Manifest({}, 10, "uint16", 0, 0, {}, []).bytes_per_token("val") == 0.0
 
 
 def test_the_manifest_is_json_with_the_documented_keys(folder: Path) -> None:

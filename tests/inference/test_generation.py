@@ -122,17 +122,27 @@ def test_what_streams_is_what_is_returned(model: Model) -> None:
 )
 def test_characters_of_several_tokens_come_out_whole(tiny_shards: Path, text: str) -> None:
     tokenizer = load_tokenizer(tiny_shards)
-    decoder = StreamDecoder(tokenizer)
+    decoder = StreamDecoder(tokenizer, [])
     pieces = [decoder.add(int(i)) for i in tokenizer.encode_batch([text])[0]]
     assert "".join(pieces) + decoder.rest() == text
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_first_space_is_kept_by_tokenizers_that_put_one_before_any_text(shared_data: Path) -> None:
+    """Mistral's decodes "▁world" alone as "world": what stands before must be decoded with it."""
+    tokenizer = load_tokenizer(shared_data / "artifacts" / "mistral_v1_tokenizer.model")
+    prompt, whole = (tokenizer.encode_batch([text])[0].tolist() for text in ("hello", "hello world again"))
+    decoder = StreamDecoder(tokenizer, prompt)
+    pieces = [decoder.add(i) for i in whole[len(prompt) :]]
+    assert whole[: len(prompt)] == prompt
+    assert "".join(pieces) + decoder.rest() == " world again"
 
 
 def test_broken_bytes_do_not_hold_the_rest_back(tiny_shards: Path) -> None:
     """A lone continuation byte never becomes a character: it is shown as U+FFFD and the text goes on."""
     tokenizer = load_tokenizer(tiny_shards)
     broken = tokenizer.encode_batch(["é"])[0].tolist()[:1]
-    decoder = StreamDecoder(tokenizer)
+    decoder = StreamDecoder(tokenizer, [])
     text = "".join(decoder.add(i) for i in [*broken, *tokenizer.encode_batch([" and more text"])[0].tolist()])
     assert text.endswith("and more text")
 

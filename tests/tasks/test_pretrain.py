@@ -112,7 +112,8 @@ def test_a_run_leaves_what_it_promises(run_with: Any, tmp_path: Path, tiny_shard
     assert summary["best_val_loss"] == min(line["val_loss"] for line in evals)
     assert [line["step"] for line in evals] == [0, 3, 6]
     assert evals[0]["val_loss"] == pytest.approx(math.log(VOCAB), rel=0.05)
-    ratio = read_manifest(tiny_shards).bytes_per_token("val")
+    (shard,) = read_manifest(tiny_shards).of("val")
+    ratio = shard.bytes / shard.tokens
     assert evals[0]["val_bpb"] == pytest.approx(evals[0]["val_loss"] / math.log(2) / ratio)
     state = json.loads((run / "step_00000006" / "state.json").read_text())
     assert (state["step"], state["tokens"], state["data_position"]) == (6, 768, 24)
@@ -134,6 +135,22 @@ def test_a_finished_run_resumed_does_nothing_more(run_with: Any, tmp_path: Path)
     summary, _ = run_with("run", train__checkpoint_path="auto")
     assert (summary["steps"], summary["finished"]) == (6, True)
     assert (tmp_path / "run" / "step_00000006" / "state.json").stat().st_mtime_ns == before
+
+
+def test_a_worse_model_after_a_resume_is_not_the_best(
+    run_with: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step is saved before its own validation, so the checkpoint doesn't know how good it was."""
+    from anarchobot.training.engine import MLXEngine
+
+    losses = iter([5.0, 4.0, 3.0, 3.0, 3.5])  # at steps 0, 3, 6 and, resumed, at 6 again and 9
+    monkeypatch.setattr(MLXEngine, "eval_step", lambda self, batch: (next(losses) * 10, 10))
+    settings = {"train__eval_batches": 1, "train__lr_decay_steps": 6}
+    run_with("run", **settings)
+    summary, _ = run_with("run", train__total_steps=9, train__checkpoint_path="auto", **settings)
+    assert (summary["steps"], summary["best_val_loss"]) == (9, 3.0)
+    best = json.loads((tmp_path / "run" / "best.json").read_text())
+    assert (best["step"], best["best_val_loss"]) == (6, 3.0)
 
 
 def test_auto_starts_afresh_where_nothing_is(run_with: Any) -> None:
@@ -214,6 +231,15 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_written(
     refused("train.seed was 0 and is now 1", config, tiny_shards, run, train__seed=1, **again)
     refused("data.seq_len was 32 and is now 16", config, tiny_shards, run, data__seq_len=16, **again)
     refused(r"of another model: .* asks for \[384, 64\]", config, tiny_shards, run, model__d_model=64, **again)
+    refused("model.n_heads was 2 and is now 4", config, tiny_shards, run, model__n_heads=4, **again)
+    refused("model.rope_theta was 10000.0 and is now 50.0", config, tiny_shards, run, model__rope_theta=50.0, **again)
+    older = str(run / "step_00000003")
+    refused(r"later steps, up to 6: to go back to step 3, choose another", config, tiny_shards, run,
+            train__checkpoint_path=older)  # fmt: skip
+    run_with("second")
+    refused("second holds another run than", config, tiny_shards, tmp_path / "second", train__checkpoint_path=older)
+    assert run_with("branch", train__checkpoint_path=older)[0]["steps"] == 6
+    equal(run, tmp_path / "branch")
     refused("train.optimizer: the checkpoint", config, tiny_shards, run, train__optimizer="adamw", **again)
 
 
@@ -241,6 +267,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path: Path, tiny_
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     (step,) = checkpoint.saved_steps(tmp_path / "run")
-    assert f"stopped at step {step}; go on with: anarchobot pretrain {config} --resume-from auto" in err
+    again = f"anarchobot pretrain {tmp_path}/run/config.yaml --resume-from auto"
+    assert f"stopped at step {step}; go on with: {again}" in err
     assert "Traceback" not in err
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]["total_steps"] == 10**6

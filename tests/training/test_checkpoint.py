@@ -62,6 +62,23 @@ def test_find_takes_run_step_folder_and_file(tmp_path: Path) -> None:
         assert checkpoint.find(path).step == step
 
 
+def test_find_follows_best_and_latest(tmp_path: Path) -> None:
+    for step in (5, 10):
+        save(tmp_path, step)
+    checkpoint.write_json(tmp_path / "best.json", {"step": 5})
+    assert checkpoint.find(tmp_path / "best.json").step == 5
+    assert checkpoint.find(tmp_path / "latest.json").step == 10
+    assert checkpoint.read_best(tmp_path, 7) == {"step": 5}
+    assert checkpoint.read_best(tmp_path, 4) is None
+
+
+def test_a_copy_of_a_step_is_no_step(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    (tmp_path / "step_00000007 copy").mkdir()
+    (tmp_path / "step_00000007 copy" / "state.json").write_text("{}")
+    assert checkpoint.saved_steps(tmp_path) == [5]
+
+
 def test_a_step_without_state_json_does_not_count(tmp_path: Path) -> None:
     """state.json is written last: a step that lacks it was never finished."""
     save(tmp_path, 5)

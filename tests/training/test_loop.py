@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
 from anarchobot.training import checkpoint
-from anarchobot.training.loop import Progress, Run, StepResult, run_training
+from anarchobot.training.loop import MOST_SKIPPED, Progress, Run, StepResult, run_training
 from anarchobot.training.metrics import MetricsLog
 
 MODEL = {"vocab_size": 7, "n_layers": 1, "d_model": 2, "n_heads": 1}
@@ -140,6 +141,36 @@ def test_a_step_that_is_not_finite_is_said_and_passed_over(tmp_path: Path) -> No
         ("skip", 2),
         ("train", 3),
     ]
+
+
+def test_a_run_that_diverged_ends_with_a_line(tmp_path: Path) -> None:
+    class Diverged(CountingEngine):
+        def train_step(self, batch: Batch, step: int, lr: float, momentum: float) -> StepResult:
+            return StepResult(float("inf") if step > 4 else 1.0, 1.0, 1)
+
+    with pytest.raises(UserError, match=rf"step {4 + MOST_SKIPPED}: .* not finite: lower train.lr, .* saved one is 32"):
+        train(tmp_path, Diverged(), 1000, ckpt_interval=4, eval_interval=1000)
+
+
+def test_a_validation_that_a_signal_prevented_is_made_up_for(tmp_path: Path) -> None:
+    """Stopped at step 4, where a validation was due: the resumed run begins with it. At the last step it is made."""
+    stopping = CountingEngine(on_step=lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 4 else None)
+    _, lines = train(tmp_path, stopping, 8, eval_interval=4)
+    assert [line["step"] for line in lines if line["event"] == "eval"] == [0]
+    stopping = CountingEngine(on_step=lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 8 else None)
+    finished, lines = train(tmp_path, stopping, 8, start=4, eval_interval=4)
+    assert finished
+    assert [line["step"] for line in lines if line["event"] == "eval"] == [0, 4, 8]
+
+
+def test_a_torn_line_of_a_killed_run_does_not_swallow_the_next(tmp_path: Path) -> None:
+    for text in ('{"step": 1}\n{"step": 2, "ev', '{"step": 1}\n', ""):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        with MetricsLog(tmp_path) as log:
+            log.event("resume", 2)
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["event"] == "resume"
+        assert "".join(lines[:-1]) == text.replace("\n", "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
