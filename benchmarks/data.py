@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.documents import Counts, from_files
 from anarchobot.data.engine import with_engine
 from anarchobot.data.pretokenize import pretokenize
+from anarchobot.data.sources.documents import Counts, from_files
 from anarchobot.data.spm_to_json import spm_to_json
 from anarchobot.data.tokenizer import load_tokenizer
 from anarchobot.data.tokenizer_training import train_tokenizer

@@ -15,9 +15,9 @@ import pytest
 from anarchobot.cli.main import main
 from anarchobot.config.loading import leaf_keys
 from anarchobot.config.schema import ModelConfig
-from anarchobot.data.documents import Counts, Document
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.shards import read_manifest
+from anarchobot.data.sources.documents import Counts, Document
 from anarchobot.data.tokenizer import load_tokenizer
 from anarchobot.model.shapes import init_parameters, parameter_shapes
 from anarchobot.model.transformer import head_weight, hidden_states, logits
@@ -92,25 +92,25 @@ TRAINED: dict[str, tuple[dict[str, Any], Any]] = {
 }  # fmt: skip
 
 ELSEWHERE = {
-    "data.dataset": "tests/data/test_documents.py::test_the_configured_dataset_can_be_a_list_of_files",
-    "data.config": "tests/data/test_hub.py::test_the_split_and_the_configuration_are_the_ones_named",
-    "data.split": "tests/data/test_hub.py::test_the_split_and_the_configuration_are_the_ones_named",
-    "data.text_field": "tests/data/test_hub.py::test_rows_become_documents_by_field_and_score",
-    "data.score_field": "tests/data/test_rows.py::test_documents_below_the_score_are_filtered",
-    "data.score_min": "tests/data/test_rows.py::test_documents_below_the_score_are_filtered",
-    "data.weights": "tests/data/test_documents.py::test_a_mixture_follows_its_weights_and_ends_with_the_first_source",
-    "data.documents": "tests/data/test_text_units.py::test_paragraphs_are_what_blank_lines_part",
-    "data.clean": "tests/data/test_documents.py::test_text_files_are_cleaned_and_measured_too",
-    "data.min_chars": "tests/data/test_documents.py::test_each_reason_to_leave_a_document_out_is_counted",
-    "data.max_chars": "tests/data/test_documents.py::test_each_reason_to_leave_a_document_out_is_counted",
+    "data.dataset": "tests/data/sources/test_documents.py::test_the_configured_dataset_can_be_a_list_of_files",
+    "data.config": "tests/data/sources/test_hub.py::test_the_split_and_the_configuration_are_the_ones_named",
+    "data.split": "tests/data/sources/test_hub.py::test_the_split_and_the_configuration_are_the_ones_named",
+    "data.text_field": "tests/data/sources/test_hub.py::test_rows_become_documents_by_field_and_score",
+    "data.score_field": "tests/data/sources/test_rows.py::test_documents_below_the_score_are_filtered",
+    "data.score_min": "tests/data/sources/test_rows.py::test_documents_below_the_score_are_filtered",
+    "data.weights": "tests/data/sources/test_documents.py::test_a_mixture_follows_its_weights",
+    "data.documents": "tests/data/sources/test_text_units.py::test_paragraphs_are_what_blank_lines_part",
+    "data.clean": "tests/data/sources/test_documents.py::test_text_files_are_cleaned_and_measured_too",
+    "data.min_chars": "tests/data/sources/test_documents.py::test_each_reason_to_leave_a_document_out_is_counted",
+    "data.max_chars": "tests/data/sources/test_documents.py::test_each_reason_to_leave_a_document_out_is_counted",
     "data.dedup": "tests/data/test_pretokenize.py::test_duplicates_are_kept_where_that_is_wanted",
     "data.near_dedup": "tests/data/test_pretokenize.py::test_near_duplicates_are_dropped_in_order_whatever_the_units",
     "data.shard_weights": "tests/data/test_batches.py::test_a_mixture_keeps_its_weights_in_any_stretch",
     "data.val_fraction": "tests/data/test_pretokenize.py::test_the_validation_split_has_its_share",
-    "data.shuffle_buffer": "tests/data/test_hub.py::test_the_shuffle_buffer_shuffles_a_stream_by_the_seed",
-    "data.streaming": "tests/data/test_hub.py::test_without_streaming_the_order_is_kept",
-    "data.cache_dir": "tests/data/test_hub.py::test_without_streaming_the_order_is_kept_and_the_copy_lies_in_cache_dir",
-    "data.fallback": "tests/data/test_documents.py::test_a_missing_file_falls_back_only_where_the_config_allows_it",
+    "data.shuffle_buffer": "tests/data/sources/test_hub.py::test_the_shuffle_buffer_shuffles_a_stream_by_the_seed",
+    "data.streaming": "tests/data/sources/test_hub.py::test_without_streaming_the_order_is_kept",
+    "data.cache_dir": "tests/data/sources/test_hub.py::test_without_streaming_the_order_is_kept",
+    "data.fallback": "tests/data/sources/test_documents.py::test_a_missing_file_falls_back_only",
     "data.shard_dir": "tests/test_docs.py::test_the_readmes_commands_run_as_they_stand",
     "tokenizer.model_type": "tests/data/test_tokenizer_training.py::test_the_vocabulary_has_the_size_asked_for",
     "tokenizer.engine": "tests/data/test_engine.py::test_the_reference_when_asked_for",

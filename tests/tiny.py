@@ -6,9 +6,9 @@ from typing import Any
 import yaml
 
 from anarchobot.config.loading import LoadedConfig, load_config
-from anarchobot.data import builtin
-from anarchobot.data.documents import Counts, Document
 from anarchobot.data.pretokenize import pretokenize
+from anarchobot.data.sources import builtin
+from anarchobot.data.sources.documents import Counts, Document
 from anarchobot.data.tokenizer import load_tokenizer
 from anarchobot.data.tokenizer_training import train_tokenizer
 

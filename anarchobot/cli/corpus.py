@@ -13,8 +13,8 @@ from anarchobot.config.errors import UserError
 
 if TYPE_CHECKING:
     from anarchobot.config.schema import Config
-    from anarchobot.data.documents import Counts, Document
     from anarchobot.data.shards import Manifest
+    from anarchobot.data.sources.documents import Counts, Document
 
 TOKENIZER_SETTINGS = {
     "--vocab-size": "model.vocab_size",
@@ -68,7 +68,7 @@ def add_commands(commands: Any) -> None:
 
 def _documents(args: argparse.Namespace, config: "Config", counts: "Counts") -> "tuple[list[str], Iterator[Document]]":
     """The documents, and the names of what they are read from."""
-    from anarchobot.data.documents import from_files, open_source
+    from anarchobot.data.sources.documents import from_files, open_source
 
     if args.input:
         return args.input, from_files(args.input, config.data, counts)
@@ -85,7 +85,7 @@ def _warn(text: str) -> None:
 
 def _train_tokenizer(args: argparse.Namespace) -> None:
     from anarchobot.config.loading import load_config
-    from anarchobot.data.documents import Counts
+    from anarchobot.data.sources.documents import Counts
     from anarchobot.data.tokenizer_training import limited, train_tokenizer
 
     config = load_config(args.config, overrides(args)).config
@@ -112,10 +112,10 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
 
 def _pretokenize(args: argparse.Namespace) -> None:
     from anarchobot.config.loading import load_config
-    from anarchobot.data.documents import Counts
     from anarchobot.data.engine import engine_name, with_engine
     from anarchobot.data.pretokenize import pretokenize
     from anarchobot.data.resume import source_of
+    from anarchobot.data.sources.documents import Counts
     from anarchobot.data.tokenizer import load_tokenizer
 
     notes: list[str] = []
@@ -172,7 +172,7 @@ def _pretokenize(args: argparse.Namespace) -> None:
 
 def _size_of(names: list[str]) -> int | None:
     """Bytes of the files, for the progress bar; None when they are packed, or no files."""
-    from anarchobot.data import files, hub
+    from anarchobot.data.sources import files, hub
 
     if any(name == "builtin" or hub.looks_like_a_name(name) for name in names):
         return None

@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from anarchobot.data.documents import Counts, Document
 from anarchobot.data.exact_duplicates import Seen
 from anarchobot.data.shards import Split
+from anarchobot.data.sources.documents import Counts, Document
 
 
 class Piece(NamedTuple):

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.documents import Counts, Document
 from anarchobot.data.encoding import Encoded, encoded
 from anarchobot.data.near_duplicates import NearDuplicates
 from anarchobot.data.pieces import pieces
 from anarchobot.data.resume import MadeOf, Passed, load_progress, save_progress, shard_files
 from anarchobot.data.shard_writer import ShardWriter
 from anarchobot.data.shards import Manifest, Shard, write_manifest
+from anarchobot.data.sources.documents import Counts, Document
 from anarchobot.data.tokenizer import Tokenizer, copy_beside, digest
 
 SHARD_TOKENS = 2**26  # 128 MiB of uint16

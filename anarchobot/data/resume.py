@@ -16,10 +16,10 @@ from typing import Any
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data import files, hub
 from anarchobot.data.pieces import Piece
 from anarchobot.data.shard_writer import Finished
 from anarchobot.data.shards import SPLITS, Shard, Split, sha256_file, write_whole
+from anarchobot.data.sources import files, hub
 
 MadeOf = Mapping[str, Any]  # what decides the shards' bytes: JSON values under names that a person understands
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anarchobot.data import builtin
-from anarchobot.data.documents import Counts
 from anarchobot.data.shards import Manifest, Shard, write_manifest
+from anarchobot.data.sources import builtin
+from anarchobot.data.sources.documents import Counts
 from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
 from anarchobot.data.tokenizer_training import train_tokenizer
 

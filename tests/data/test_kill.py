@@ -17,10 +17,10 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.data import encoding
-from anarchobot.data.documents import Counts, Document
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.shard_writer import NpyStream
 from anarchobot.data.shards import verify
+from anarchobot.data.sources.documents import Counts, Document
 from tests.data.bytes_tokenizer import Bytes
 
 TEXTS = [f"document {i % 37} says {i * i} " * (1 + i % 5) for i in range(60)] + ["document 3 says 9 "] * 2
@@ -76,7 +76,7 @@ import sys
 from pathlib import Path
 from anarchobot.data import encoding
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.documents import Counts, from_files
+from anarchobot.data.sources.documents import Counts, from_files
 from anarchobot.data.pretokenize import pretokenize
 from tests.data.bytes_tokenizer import Bytes
 
@@ -301,7 +301,7 @@ def test_damaged_progress_is_told(tmp_path: Path) -> None:
 MEASURED = """
 import json, resource, sys
 from pathlib import Path
-from anarchobot.data.documents import Counts, Document
+from anarchobot.data.sources.documents import Counts, Document
 from anarchobot.data.pretokenize import pretokenize
 from tests.data.bytes_tokenizer import Bytes
 

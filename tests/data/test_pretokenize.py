@@ -12,9 +12,9 @@ import pytest
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data import encoding
-from anarchobot.data.documents import CUT_FILE_CHARS, Counts, Document, from_files
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.shards import Manifest, TokenStream, read_manifest, verify
+from anarchobot.data.sources.documents import CUT_FILE_CHARS, Counts, Document, from_files
 from anarchobot.data.tokenizer import Tokenizer, digest, load_tokenizer
 from tests.data.bytes_tokenizer import Bytes
 from tests.data.conftest import SCRIPTS

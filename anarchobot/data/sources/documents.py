@@ -8,8 +8,8 @@ from pathlib import Path
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data import builtin, files, hub, parquet, quality, rows, text_units
-from anarchobot.data.mixture import mix
+from anarchobot.data.sources import builtin, files, hub, parquet, quality, rows, text_units
+from anarchobot.data.sources.mixture import mix
 
 # A text file of at least this many characters gives its tail to validation; a smaller one goes whole to one side.
 CUT_FILE_CHARS = 65536

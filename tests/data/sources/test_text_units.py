@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from anarchobot.config.schema import DataConfig
-from anarchobot.data import text_units
-from tests.data.reading import problem, read
+from anarchobot.data.sources import text_units
+from tests.data.sources.reading import problem, read
 
 PARAGRAPHS = DataConfig(documents="paragraphs")
 LINES = DataConfig(documents="lines")

@@ -8,7 +8,7 @@ from typing import Any
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.files import SUFFIXES
+from anarchobot.data.sources.files import SUFFIXES
 
 
 def looks_like_a_name(dataset: str) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.rows import Row, check_fields
+from anarchobot.data.sources.rows import Row, check_fields
 
 BATCH_ROWS = 128
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from anarchobot.config.schema import DataConfig
-from tests.data.reading import jsonl, problem, read
+from tests.data.sources.reading import jsonl, problem, read
 
 
 def test_lines_end_at_byte_0a_alone(tmp_path: Path) -> None:

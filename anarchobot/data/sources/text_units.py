@@ -5,8 +5,8 @@ from pathlib import Path
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data import compressed
-from anarchobot.data.rows import BOM
+from anarchobot.data.sources import compressed
+from anarchobot.data.sources.rows import BOM
 
 
 def texts(path: Path, data: DataConfig) -> Iterator[tuple[str, str | ValueError]]:

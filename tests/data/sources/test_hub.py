@@ -11,8 +11,8 @@ import yaml
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data import hub
-from anarchobot.data.documents import Counts, open_source
+from anarchobot.data.sources import hub
+from anarchobot.data.sources.documents import Counts, open_source
 
 ROWS = 60
 
@@ -123,7 +123,7 @@ def test_rows_become_documents_by_field_and_score(folder: Path, monkeypatch: pyt
 
 def test_the_datasets_named_in_a_shipped_configs_comments_are_good_settings() -> None:
     """Uncommented, each is read as it stands: a wrong key there would be found only by the person who tries it."""
-    lines = (Path(__file__).parents[2] / "configs" / "small.yaml").read_text().splitlines()
+    lines = (Path(__file__).parents[3] / "configs" / "small.yaml").read_text().splitlines()
     comments = "\n".join(line.strip().removeprefix("#").strip() for line in lines if line.startswith("  #"))
     settings = [DataConfig(**yaml.safe_load(block)) for block in comments.split("\n\n")[1:] if block]
     names = {data.dataset: data.text_field for data in settings if hub.looks_like_a_name(str(data.dataset))}

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anarchobot.data.mixture import mix
+from anarchobot.data.sources.mixture import mix
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 100), st.lists(st.integers(1, 50), max_size=80)), min_size=1, max_size=4))

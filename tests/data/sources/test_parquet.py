@@ -8,8 +8,8 @@ import pytest
 from pyarrow import parquet as pq
 
 from anarchobot.config.schema import DataConfig
-from anarchobot.data import parquet
-from tests.data.reading import problem, read
+from anarchobot.data.sources import parquet
+from tests.data.sources.reading import problem, read
 
 SCORED = DataConfig(text_field="content", score_field="score", score_min=0.5)
 

@@ -8,7 +8,7 @@ import orjson
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data import compressed
+from anarchobot.data.sources import compressed
 
 Row = dict[str, Any]
 BOM = b"\xef\xbb\xbf"

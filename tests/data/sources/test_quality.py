@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.quality import clean, why_left_out
+from anarchobot.data.sources.quality import clean, why_left_out
 
 
 @pytest.mark.parametrize(

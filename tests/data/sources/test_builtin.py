@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from anarchobot.data import builtin
+from anarchobot.data.sources import builtin
 
 
 def test_the_text_is_a_few_megabytes_of_topics_and_source_in_a_fixed_order() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.documents import Counts, from_files
+from anarchobot.data.sources.documents import Counts, from_files
 
 TEXT = DataConfig()
 

@@ -7,9 +7,9 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data import hub
-from anarchobot.data.documents import CUT_FILE_CHARS, Counts, Document, from_files, open_source
-from tests.data.reading import TEXT, jsonl, read
+from anarchobot.data.sources import hub
+from anarchobot.data.sources.documents import CUT_FILE_CHARS, Counts, Document, from_files, open_source
+from tests.data.sources.reading import TEXT, jsonl, read
 
 
 def test_a_file_of_white_space_is_counted_as_filtered(tmp_path: Path) -> None:

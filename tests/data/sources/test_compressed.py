@@ -8,8 +8,8 @@ import pytest
 from backports import zstd
 
 from anarchobot.config.schema import DataConfig
-from anarchobot.data import compressed
-from tests.data.reading import problem, read
+from anarchobot.data.sources import compressed
+from tests.data.sources.reading import problem, read
 
 ROWS = b"".join(b'{"text": "row %d"}\n' % i for i in range(40))
 

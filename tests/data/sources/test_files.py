@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from anarchobot.config.errors import UserError
-from anarchobot.data import files
-from tests.data.reading import problem, read
+from anarchobot.data.sources import files
+from tests.data.sources.reading import problem, read
 
 
 def test_a_missing_file_is_told_with_the_nearest_name_before_anything_is_read(tmp_path: Path) -> None:
