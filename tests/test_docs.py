@@ -10,11 +10,6 @@ import pytest
 from anarchobot.cli.main import main
 
 ROOT = Path(__file__).parents[1]
-MY_YAML = """
-model: {vocab_size: 400, n_layers: 1, d_model: 16, n_heads: 2, max_seq_len: 64}
-data: {dataset: notes.txt, seq_len: 32, shard_dir: shards/my, val_fraction: 0.2}
-train: {total_steps: 2, device: cpu, save_dir: runs/my, tokenizer_path: shards/my/tokenizer.model}
-"""
 
 
 def commands() -> list[str]:
@@ -26,7 +21,8 @@ def test_the_readmes_commands_run_as_they_stand(tmp_path: Path, monkeypatch: pyt
     """In their order, in an empty folder with a text of one's own; only the training is cut to two steps."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "my.yaml").write_text(MY_YAML)
+    (my_yaml,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "my.yaml").write_text(my_yaml.replace("1024", "600").replace("500", "2"))
     (tmp_path / "notes.txt").write_text((ROOT / "README.md").read_text() + (ROOT / "Makefile").read_text() * 20)
     found = commands()
     assert len(found) > 8

@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone: what is left of it goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except MemoryError:
+        return _fail("out of memory: make the model, train.micro_batch_size or data.seq_len smaller", 1, debug)
     except OSError as error:
         return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 2, debug)
     except Exception as error:

@@ -17,7 +17,7 @@ from anarchobot.data.spm_to_json import NotConvertible, spm_to_json
 from anarchobot.data.tokenizer import CHAT_TOKENS, END_OF_DOCUMENT, ByteLevel, Ids, SentencePiece, Tokenizer
 
 PACKAGE = "fastokens"
-INSTALL = "pip install 'anarchobot[fast]'"
+INSTALL = "pip install fastokens==0.3.5"  # the version of the extra `fast`
 
 START_CHARS = 2**20  # compared at the start of the real text
 SAMPLE_EVERY = 1000  # then one document of so many,

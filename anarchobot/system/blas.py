@@ -38,7 +38,7 @@ def load_fast_blas() -> str | None:
 
 def advice() -> str:
     """What to install, in one line."""
-    mkl = ", or: pip install 'anarchobot[blas]'" if platform.machine() == "x86_64" else ""
+    mkl = ", or: pip install mkl" if platform.machine() == "x86_64" else ""
     return (
         "no fast BLAS found, so matrix products on this CPU are about 15 times slower than they could be: "
         f"sudo apt install libopenblas0-pthread{mkl}"

@@ -11,8 +11,8 @@ PLAIN = (".txt", ".md", ".jsonl")
 SUFFIXES = (*PLAIN, *(plain + packed for plain in PLAIN for packed in (".gz", ".zst")), ".parquet")
 EXPECTED = ".txt, .md, .jsonl (or these with .gz or .zst) or .parquet file"
 
-# What a kind of file needs beside the standard library: module and extra.
-_NEEDS = {".zst": ("backports.zstd", "zst"), ".parquet": ("pyarrow", "hub")}
+# What a kind of file needs beside the standard library: a package, which is also the module.
+_NEEDS = {".zst": "backports.zstd", ".parquet": "pyarrow"}
 
 
 def find(names: Iterable[str]) -> list[Path]:
@@ -21,15 +21,13 @@ def find(names: Iterable[str]) -> list[Path]:
     Raises UserError for a name that matches nothing, and where a file's kind needs a package that isn't installed.
     """
     paths = [path for name in names for path in _matches(name)]
-    for suffix, (module, extra) in _NEEDS.items():
+    for suffix, package in _NEEDS.items():
         first = next((path for path in paths if path.suffix == suffix), None)
         if first is not None:
             try:
-                importlib.import_module(module)
+                importlib.import_module(package)
             except ImportError as error:
-                raise UserError(
-                    f"{first}: to read {suffix} files, install {module}: pip install 'anarchobot[{extra}]'"
-                ) from error
+                raise UserError(f"{first}: to read {suffix} files: pip install {package}") from error
     return paths
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face datasets by name, streamed. The `datasets` package is an extra: `pip install 'anarchobot[hub]'`."""
+"""Hugging Face datasets by name, streamed. The `datasets` package is an extra: `pip install datasets`."""
 
 import re
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def _stream(name: str, data: DataConfig, seed: int) -> Iterator[dict[str, Any]]:
         import datasets
     except ImportError as error:
         raise UserError(
-            f"data.dataset: '{name}' is no file here, and a Hugging Face dataset needs: pip install 'anarchobot[hub]'"
+            f"data.dataset: '{name}' is no file here, and a Hugging Face dataset needs: pip install datasets"
         ) from error
     try:
         loaded = datasets.load_dataset(

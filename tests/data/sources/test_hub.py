@@ -105,7 +105,7 @@ def test_a_network_that_breaks_off_later_is_one_line(folder: Path, monkeypatch: 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'anarchobot\[hub\]'"):
+    with pytest.raises(UserError, match=r"pip install datasets"):
         open_source(DataConfig(dataset="some/set"), 0, Counts())
 
 
