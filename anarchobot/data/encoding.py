@@ -1,4 +1,4 @@
-"""Pieces to token ids on all cores: in units of about 1 MB, their order kept, memory bounded."""
+"""Pieces to token ids on all cores: in units of about 256 kB, their order kept, memory bounded."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.data.pieces import Piece
 from anarchobot.data.tokenizer import Tokenizer
 
-UNIT_CHARS = 2**20  # text that is tokenised by one call
+UNIT_CHARS = 2**18  # text that is tokenised by one call: it stays in the cache of a core
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def pretokenize(
     finished shards hold isn't tokenised again (but with `near_dedup` it is: the ids are compared). `source` says what
     the documents depend on, so that a change is told before they are read; `restart` starts anew.
 
-    `progress(bytes, tokens)` is called after every unit of about 1 MB, `say(line)` when a stopped run is gone on with.
+    `progress(bytes, tokens)` is called after every unit of text, `say(line)` when a stopped run is gone on with.
     Raises UserError when no document is left, and when anything but the number of workers has changed since that run.
     """
     out = Path(folder)
