@@ -51,7 +51,7 @@ class Joined:
 
 def gather(sets: Sequence[Windows], owners: npt.NDArray[np.int64], numbers: npt.NDArray[np.int64]) -> Rows:
     """Row i is window numbers[i] of set owners[i]."""
-    if owners.min() == owners.max():
+    if (owners == owners[0]).all():
         return sets[int(owners[0])].rows(numbers)
     parts = [(owners == s, sets[s].rows(numbers[owners == s])) for s in np.unique(owners).tolist()]
     inputs, targets = (np.empty((len(owners), parts[0][1].inputs.shape[1]), np.int32) for _ in range(2))
