@@ -46,7 +46,7 @@ class Unpacked(io.RawIOBase):
         return len(block)
 
     def close(self) -> None:
-        if not self.closed:
+        if hasattr(self, "_file") and not self.closed:  # without it where the file could not be opened
             self._file.close()
         super().close()
 
