@@ -87,13 +87,14 @@ def run_training(engine: Engine, run: Run, progress: Progress, log: MetricsLog, 
     """
     train = run.config.train
     started = time.monotonic() - progress.wall_seconds
-    saved = progress.step
+    # A run that goes on from another folder's step has nothing of its own yet.
+    saved = progress.step if progress.step in checkpoint.saved_steps(run.folder) else 0
     line_seconds, line_tokens = 0.0, 0  # spent in steps since the last metrics line, without validation and saving
     skipped = 0  # steps in a row
     # A fresh run, or one that was stopped between a step's checkpoint and its validation.
     due = progress.step < run.steps and progress.step % train.eval_interval == 0
     if due and _validate(engine, run, progress, log, display):
-        _mark_best(run, progress)
+        saved = _keep_best(engine, run, progress, log, saved)
     with StopRequest() as stop:
         while progress.step < run.steps and not stop.requested:
             step = progress.step + 1
@@ -136,13 +137,9 @@ def run_training(engine: Engine, run: Run, progress: Progress, log: MetricsLog, 
             if step % train.ckpt_interval == 0 or last or stop.requested:
                 _save(engine, run, progress, log)
                 saved = step
-            if last or (step % train.eval_interval == 0 and not stop.requested):
-                better = _validate(engine, run, progress, log, display)
-                if better and saved != step:
-                    _save(engine, run, progress, log)
-                    saved = step
-                if better:
-                    _mark_best(run, progress)
+            due = last or (step % train.eval_interval == 0 and not stop.requested)
+            if due and _validate(engine, run, progress, log, display):
+                saved = _keep_best(engine, run, progress, log, saved)
             if train.sample_interval and step % train.sample_interval == 0 and run.sample and not stop.requested:
                 text = run.sample()
                 log.event("sample", step, text=text)
@@ -170,10 +167,14 @@ def _save(engine: Engine, run: Run, progress: Progress, log: MetricsLog) -> None
     log.event("save", progress.step, folder=folder.name, removed=removed)
 
 
-def _mark_best(run: Run, progress: Progress) -> None:
+def _keep_best(engine: Engine, run: Run, progress: Progress, log: MetricsLog, saved: int) -> int:
+    """Saves this step, unless it is the one that is `saved`, and names it the best; returns the step saved last."""
+    if saved != progress.step:
+        _save(engine, run, progress, log)
     best = {"best_val_loss": progress.best_val_loss, "best_val_bpb": progress.best_val_bpb}
     folder = f"step_{progress.step:08d}"
     checkpoint.write_json(run.folder / "best.json", {"step": progress.step, "folder": folder, **best})
+    return progress.step
 
 
 def _validate(engine: Engine, run: Run, progress: Progress, log: MetricsLog, display: Display) -> bool:

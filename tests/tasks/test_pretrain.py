@@ -240,6 +240,9 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_written(
     refused("second holds another run than", config, tiny_shards, tmp_path / "second", train__checkpoint_path=older)
     assert run_with("branch", train__checkpoint_path=older)[0]["steps"] == 6
     equal(run, tmp_path / "branch")
+    # Step 3 was the best when the branch began: it lies in the branch's folder too, or best.json would name nothing.
+    assert 3 in [e["step"] for e in lines_of(tmp_path / "branch") if e["event"] == "save"]
+    assert checkpoint.find(tmp_path / "branch" / "best.json").step in checkpoint.saved_steps(tmp_path / "branch")
     refused("train.optimizer: the checkpoint", config, tiny_shards, run, train__optimizer="adamw", **again)
 
 
