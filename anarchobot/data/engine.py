@@ -106,7 +106,8 @@ class Checked:
             self._equal(texts, self._encode(texts))
 
     def _encode(self, texts: list[str]) -> list[Ids]:
-        left_out = [i for i, text in enumerate(texts) if any(part in text for part in self._avoid)]
+        avoid = [(part[0], part) for part in self._avoid]  # one character is found ten times as fast as several
+        left_out = [i for i, text in enumerate(texts) if any(c in text and part in text for c, part in avoid)]
         if left_out:
             texts, all_texts = list(texts), texts
             for i in left_out:

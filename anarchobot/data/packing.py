@@ -46,8 +46,13 @@ def best_fit(starts: Ints, ends: Ints, capacity: int) -> tuple[Ints, Ints, Ints]
 
 def _cut(starts: Ints, ends: Ints, capacity: int) -> tuple[Ints, Ints]:
     """Each stretch in pieces of `capacity`, its last one shorter; empty stretches vanish."""
-    pieces = -(-(ends - starts) // capacity)
-    owner = np.repeat(np.arange(len(starts)), pieces)
-    number = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    owner, number = ranges(np.zeros_like(starts), -(-(ends - starts) // capacity))
     piece_starts = starts[owner] + number * capacity
     return piece_starts, np.minimum(piece_starts + capacity, ends[owner])
+
+
+def ranges(first: Ints, end: Ints) -> tuple[Ints, Ints]:
+    """All numbers of the ranges first[i] to end[i], one range behind the other, and before them the i of each."""
+    counts = end - first
+    owner = np.repeat(np.arange(len(first)), counts)
+    return owner, np.arange(len(owner)) + np.repeat(first - (np.cumsum(counts) - counts), counts)

@@ -131,15 +131,38 @@ class TokenStream:
     def rows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int32]:
         """Ids [start, start + length) of each of `starts`: int32 [n, length]. Raises UserError as `read` does."""
         out = np.empty((len(starts), length), np.int32)
-        shards = np.searchsorted(self._starts, starts, side="right") - 1
-        firsts = starts - self._starts[shards]
-        for row, (shard, first) in enumerate(zip(shards.tolist(), firsts.tolist(), strict=True)):
+        self.fill(out.reshape(-1), np.arange(len(starts)) * length, starts, starts + length)
+        return out
+
+    def fill(
+        self,
+        out: npt.NDArray[np.int32],
+        places: npt.NDArray[np.int64],
+        starts: npt.NDArray[np.int64],
+        stops: npt.NDArray[np.int64],
+    ) -> None:
+        """Puts ids [starts[i], stops[i]) into the flat `out` from places[i] on. Raises UserError as `read` does, also
+        for what was in `out` before."""
+        shards, firsts = self._shards_of(starts)
+        stretches = zip(places.tolist(), shards.tolist(), firsts.tolist(), (stops - starts).tolist(), strict=True)
+        for i, (place, shard, first, length) in enumerate(stretches):
             ids = self._shards[shard][first : first + length]  # in a loop: one gather for each shard is slower
-            if len(ids) == length:
-                out[row] = ids
-            else:
-                out[row] = self.read(int(starts[row]), int(starts[row]) + length)
-        return self._checked(out)
+            if len(ids) < length:
+                ids = self.read(int(starts[i]), int(stops[i]))
+            out[place : place + length] = ids
+        self._checked(out)
+
+    def at(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """The id at each of `places`. Raises UserError as `read` does."""
+        shards, firsts = self._shards_of(places)
+        found = zip(shards.tolist(), firsts.tolist(), strict=True)
+        ids = np.array([self._shards[shard].item(first) for shard, first in found], np.uint32)
+        return self._checked(ids.view(np.int32))
+
+    def _shards_of(self, places: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """In which shard each place of the stream is, and where in it."""
+        shards = np.searchsorted(self._starts, places, side="right") - 1
+        return shards, places - self._starts[shards]
 
     def document_starts(self) -> npt.NDArray[np.int64]:
         """Where each document begins in the stream, then its length: int64 [documents + 1], increasing.

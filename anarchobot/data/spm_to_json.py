@@ -1,9 +1,10 @@
 """A SentencePiece BPE model as the `tokenizer.json` that Hugging Face's and other fast libraries read."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 NORMAL, USER_DEFINED, UNUSED, BYTE = 1, 4, 5, 6  # a piece's types, as SentencePiece's files have them
 
@@ -28,20 +29,21 @@ def spm_to_json(path: Path) -> tuple[str, int]:
         raise NotConvertible("it has a normaliser")
     if trainer.treat_whitespace_as_suffix:
         raise NotConvertible("it puts spaces behind words")
-    scores, tied_spaces = _scores(spec)
+    pieces = [(piece.piece, piece.type, piece.score) for piece in spec.pieces]
+    scores, tied_spaces = _scores(pieces, normalizer.add_dummy_prefix)
     merges = [
-        (-score, cut, piece[:cut], piece[cut:])
+        (-score, cut, left, right)
         for piece, score in scores.items()
         for cut in range(1, len(piece))
-        if piece[:cut] in scores and piece[cut:] in scores
+        if (left := piece[:cut]) in scores and (right := piece[cut:]) in scores
     ]
     merges.sort()
     # fastokens finds a piece with a character that isn't in the vocabulary, as "<s>" may be, without any merge. What
     # text can't become is called by a name that text can't have, as its spaces are replaced.
     reachable = {left + right for _, _, left, right in merges}
     names = {
-        piece.piece if piece.type == BYTE or len(piece.piece) == 1 or piece.piece in reachable else f"piece {i}": i
-        for i, piece in enumerate(spec.pieces)
+        piece if kind == BYTE or len(piece) == 1 or piece in reachable else f"piece {i}": i
+        for i, (piece, kind, _) in enumerate(pieces)
     }
     spaces: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     if normalizer.add_dummy_prefix:
@@ -56,7 +58,7 @@ def spm_to_json(path: Path) -> tuple[str, int]:
         "byte_fallback": trainer.byte_fallback,
         "ignore_merges": False,
         "vocab": names,
-        "merges": [[left, right] for _, _, left, right in merges],
+        "merges": [f"{left} {right}" for _, _, left, right in merges],  # read twice as soon as lists of two
     }
     whole: dict[str, Any] = {
         "version": "1.0",
@@ -69,19 +71,21 @@ def spm_to_json(path: Path) -> tuple[str, int]:
         "decoder": None,
         "model": model,
     }
-    return json.dumps(whole), tied_spaces
+    return orjson.dumps(whole).decode(), tied_spaces
 
 
-def _scores(spec: Any) -> tuple[dict[str, float], int]:
-    """Scores of the pieces that merges make, and the length from which runs of spaces go wrong.
+def _scores(pieces: list[tuple[str, int, float]], dummy_prefix: bool) -> tuple[dict[str, float], int]:
+    """Scores of the pieces that merges make, and the length from which runs of spaces go wrong. `pieces` are texts,
+    types and scores.
 
     SentencePiece merges the best score first, and of equals the leftmost; a list of merges knows no equals. Llama 2 and
     Mistral give one score to all their runs of spaces: a run that is a piece comes out as this piece either way, one
     that is no piece may not.
     """
-    if any(piece.type in (USER_DEFINED, UNUSED) for piece in spec.pieces):
+    if any(kind in (USER_DEFINED, UNUSED) for _, kind, _ in pieces):
         raise NotConvertible("it has pieces of the user's own, or unused ones")
-    scores = {piece.piece: piece.score for piece in spec.pieces if piece.type == NORMAL}
+    # A space of the text never meets one in a piece, being U+2581 by then; and a merge is written with a space inside.
+    scores = {piece: score for piece, kind, score in pieces if kind == NORMAL and " " not in piece}
     times = Counter(score for piece, score in scores.items() if len(piece) > 1)
     tied = [piece for piece, score in scores.items() if len(piece) > 1 and times[score] > 1]
     if any(piece.strip("▁") for piece in tied):
@@ -89,4 +93,4 @@ def _scores(spec: Any) -> tuple[dict[str, float], int]:
     if not tied:
         return scores, 0
     shortest = next(n for n in range(2, len(scores) + 3) if "▁" * n not in scores)
-    return scores, shortest - spec.normalizer_spec.add_dummy_prefix  # which stands before the first of a text
+    return scores, shortest - dummy_prefix  # which stands before the first of a text

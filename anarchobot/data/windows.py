@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.packing import best_fit
+from anarchobot.data.packing import best_fit, ranges
 from anarchobot.data.shards import TokenStream
 
 IGNORE = -100  # a target that isn't scored, as in PyTorch and Hugging Face
@@ -104,9 +104,11 @@ class StreamWindows:
     def _segments(self, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int32] | None:
         if self._documents is None:
             return None
-        places = starts[:, None] + np.arange(self._seq_len)
-        documents = np.searchsorted(self._documents, places, side="right")
-        return (documents - documents[:, :1]).astype(np.int32)
+        inner, behind = np.searchsorted(self._documents, np.stack([starts + 1, starts + self._seq_len]))
+        rows, documents = ranges(inner, behind)  # those that begin inside a window
+        firsts = np.arange(len(starts)) * self._seq_len
+        inside = firsts[rows] + self._documents[documents] - starts[rows]
+        return _segments(np.concatenate([firsts, inside]), len(starts), self._seq_len)
 
 
 class PackedWindows:
@@ -120,18 +122,35 @@ class PackedWindows:
         self._stream, self._seq_len, self._mask = stream, seq_len, document_mask
 
     def rows(self, numbers: npt.NDArray[np.int64]) -> Rows:
-        inputs = np.full((len(numbers), self._seq_len), self._stream.manifest.eod_id, np.int32)
-        targets, segments = np.full_like(inputs, IGNORE), np.zeros_like(inputs)
-        for row, number in enumerate(numbers.tolist()):
-            place = 0
-            for segment, piece in enumerate(range(self._first[number], self._first[number + 1])):
-                start, stop = int(self._starts[piece]), int(self._ends[piece])
-                end = place + stop - start
-                targets[row, place:end] = self._stream.read(start, stop)
-                if start:  # the very first document has no end of document before it but the one that is there already
-                    inputs[row, place] = self._stream.read(start - 1, start)[0]
-                inputs[row, place + 1 : end] = targets[row, place : end - 1]
-                segments[row, place:] = segment
-                place = end
-            segments[row, place:] += 1  # the filling is a document of its own
-        return Rows(inputs, targets, segments if self._mask else None)
+        rows, pieces = ranges(self._first[numbers], self._first[numbers + 1])
+        starts, ends = self._starts[pieces], self._ends[pieces]
+        used = np.bincount(rows, ends - starts, len(numbers)).astype(np.int64)
+        columns = np.cumsum(ends - starts) - (ends - starts) - (np.cumsum(used) - used)[rows]
+        places = rows * self._seq_len + columns
+        filled = np.flatnonzero(used < self._seq_len)
+        filling = filled * self._seq_len + used[filled]
+
+        eod = self._stream.manifest.eod_id
+        targets = np.full((len(numbers), self._seq_len), eod, np.int32)
+        self._stream.fill(targets.reshape(-1), places, starts, ends)
+        inputs = np.empty_like(targets)
+        inputs.reshape(-1)[1:] = targets.reshape(-1)[:-1]
+        # The very first document has no end of document before it but its own, which is as good.
+        inputs.reshape(-1)[places] = np.where(starts > 0, self._stream.at(np.maximum(starts - 1, 0)), eod)
+        inputs.reshape(-1)[filling] = eod
+        for row, end in zip(filled.tolist(), used[filled].tolist(), strict=True):
+            targets[row, end:] = IGNORE
+        if not self._mask:
+            return Rows(inputs, targets, None)
+        segments = _segments(np.concatenate([places, filling]), *targets.shape)  # the filling is a document of its own
+        return Rows(inputs, targets, segments)
+
+
+def _segments(places: npt.NDArray[np.int64], count: int, seq_len: int) -> npt.NDArray[np.int32]:
+    """int32 [count, seq_len]: which document of its row each place belongs to, given where documents begin in the flat
+    rows, one at the start of each among them."""
+    places = np.sort(places)
+    rows = places // seq_len
+    numbers = np.arange(len(places)) - np.searchsorted(rows, rows)
+    ends = np.append(places[1:], count * seq_len)
+    return np.repeat(numbers.astype(np.int32), ends - places).reshape(count, seq_len)

@@ -11,6 +11,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.data.windows import IGNORE, Joined, PackedWindows, StreamWindows, open_windows
 
 EOD = 999
+Ids, Places = npt.NDArray[np.int32], npt.NDArray[np.int64]
 
 
 class Stream:
@@ -25,13 +26,20 @@ class Stream:
         self.ids = np.arange(self.tokens, dtype=np.int32)
         self.ids[self._starts[1:] - 1] = EOD
 
-    def read(self, start: int, stop: int) -> npt.NDArray[np.int32]:
+    def read(self, start: int, stop: int) -> Ids:
         return self.ids[start:stop]
 
-    def rows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int32]:
+    def rows(self, starts: Places, length: int) -> Ids:
         return np.stack([self.ids[s : s + length] for s in starts.tolist()])
 
-    def document_starts(self) -> npt.NDArray[np.int64]:
+    def fill(self, out: Ids, places: Places, starts: Places, stops: Places) -> None:
+        for place, start, stop in zip(places.tolist(), starts.tolist(), stops.tolist(), strict=True):
+            out[place : place + stop - start] = self.ids[start:stop]
+
+    def at(self, places: Places) -> Ids:
+        return self.ids[places]
+
+    def document_starts(self) -> Places:
         return self._starts
 
 

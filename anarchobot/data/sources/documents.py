@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
@@ -15,8 +16,7 @@ from anarchobot.data.sources.mixture import mix
 CUT_FILE_CHARS = 65536
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """One text. `may_cut`: a long file, of which the tail may go to validation."""
 
     text: str
@@ -150,8 +150,8 @@ def _from_texts(
         counts.read += 1
         if isinstance(text, ValueError):
             counts.note_broken(place, text)
-        else:
-            yield from _if_good(text, data, counts, may_cut)
+        elif document := _if_good(text, data, counts, may_cut):
+            yield document
 
 
 def _from_rows(
@@ -169,20 +169,22 @@ def _from_rows(
             if not any_good:
                 rows.check_fields(row, place, data)
             text, is_scored_low = rows.text_of(row, data), rows.is_scored_low(row, data)
+            if row is content:
+                rows.check_encodable(text, data)
         except ValueError as error:
             counts.note_broken(place, error)
             continue
         any_good = True
         if is_scored_low:
             counts.leave_out("low score")
-        else:
-            yield from _if_good(text, data, counts, may_cut=False)
+        elif document := _if_good(text, data, counts, may_cut=False):
+            yield document
 
 
-def _if_good(text: str, data: DataConfig, counts: Counts, may_cut: bool) -> Iterator[Document]:
+def _if_good(text: str, data: DataConfig, counts: Counts, may_cut: bool) -> Document | None:
     if data.clean:
         text = quality.clean(text)
     if why := quality.why_left_out(text, data):
         counts.leave_out(why)
-    else:
-        yield Document(text, may_cut=may_cut and len(text) >= CUT_FILE_CHARS)
+        return None
+    return Document(text, may_cut and len(text) >= CUT_FILE_CHARS)

@@ -16,11 +16,11 @@ BOM = b"\xef\xbb\xbf"
 
 def jsonl(path: Path) -> Iterator[tuple[str, bytes | ValueError]]:
     """(place, line) for each line of a JSONL file that isn't blank. Raises UserError when there is none."""
-    empty = True
+    empty, name = True, str(path)
     for number, line in compressed.lines(path):
-        if isinstance(line, ValueError) or line.strip():
+        if isinstance(line, ValueError) or not line.isspace():
             empty = False
-            yield f"{path}:{number}", line
+            yield f"{name}:{number}", line
     if empty:
         raise UserError(f"{path}: the file is empty")
 
@@ -49,16 +49,19 @@ def check_fields(has: Iterable[str], place: str, data: DataConfig) -> None:
 
 
 def text_of(row: Row, data: DataConfig) -> str:
-    """The text of a row. Raises ValueError when it has none that can be written as UTF-8."""
+    """The text of a row. Raises ValueError when it has none."""
     text = row.get(data.text_field)
     if not isinstance(text, str):
         raise ValueError(f"no text in '{data.text_field}'")
+    return text
+
+
+def check_encodable(text: str, data: DataConfig) -> None:
+    """Raises ValueError when the text can't be written as UTF-8; `parse` lets no such text through."""
     try:
-        if not text.isascii():  # which costs nothing: Python keeps it with the text
-            text.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"half of a surrogate pair in '{data.text_field}'") from error
-    return text
 
 
 def is_scored_low(row: Row, data: DataConfig) -> bool:

@@ -66,6 +66,15 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         list(documents)
 
 
+def test_a_row_of_a_dataset_that_is_no_unicode_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": "good"}, {"text": "half a pair \ud800"}, {"text": "größe"}]
+    monkeypatch.setattr(hub, "rows", lambda name, data, seed: iter(rows))
+    counts = Counts()
+    _, documents = open_source(DataConfig(dataset="some/set"), 0, counts)
+    assert [document.text for document in documents] == ["good", "größe"]
+    assert counts.first_broken == "some/set: row 1: half of a surrogate pair in 'text'"
+
+
 # Quality
 
 
