@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "anarchobot"
 FLOORS = {
-    "config": 1,
+    "config": 1, "numerics": 1,
     "data": 2, "model": 2, "optim": 2,
     "training": 3, "system": 3,
     "inference": 4,

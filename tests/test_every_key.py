@@ -20,7 +20,7 @@ from anarchobot.data.shards import read_manifest
 from anarchobot.data.sources.documents import Counts, Document
 from anarchobot.data.tokenizer import load_tokenizer
 from anarchobot.model.shapes import init_parameters, parameter_shapes
-from anarchobot.model.transformer import head_weight, hidden_states, logits
+from anarchobot.model.transformer import hidden_states, logits
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.training import checkpoint
 from tests.tiny import LEFT_OUT, loaded, make_shards
@@ -43,7 +43,8 @@ SHAPED: dict[str, tuple[Any, str, tuple[int, ...] | None]] = {
 
 # Keys that leave the shapes and change what the same parameters compute.
 COMPUTED: dict[str, Any] = {
-    "n_heads": 2, "ffn_activation": "gelu", "rope_theta": 100.0, "norm_eps": 0.5, "logit_softcap": 0.1
+    "n_heads": 2, "ffn_activation": "gelu", "rope_theta": 100.0, "norm_eps": 0.5, "logit_softcap": 0.1,
+    "embedding_scale": 7.0, "value_residual": True,
 }  # fmt: skip
 
 # Keys whose effect is shown by a run of six steps: what to set, and what must then be so (see `observe`).
@@ -72,6 +73,14 @@ TRAINED: dict[str, tuple[dict[str, Any], Any]] = {
         lambda a, b: b["lrs"][1:5] == [0.01] * 4 and b["lrs"][5] == 0.001,
     ),
     "train.momentum": ({"train__momentum": 0.5}, lambda a, b: a["weights"] != b["weights"]),
+    "train.adamw_lr": ({"train__adamw_lr": 0.02}, lambda a, b: a["weights"] != b["weights"]),
+    "train.normuon": ({"train__normuon": False}, lambda a, b: a["weights"] != b["weights"]),
+    "train.muon_split_heads": ({"train__muon_split_heads": False}, lambda a, b: a["weights"] != b["weights"]),
+    "train.muon_scale": ({"train__muon_scale": "keller"}, lambda a, b: b["size"] < a["size"]),
+    "train.cautious_weight_decay": (
+        {"train__cautious_weight_decay": False}, lambda a, b: a["weights"] != b["weights"],
+    ),
+    "train.ema_decay": ({"train__ema_decay": 0.9}, lambda a, b: a["val"] != b["val"] and a["loss"] == b["loss"]),
     "train.weight_decay": ({"train__weight_decay": 1.0}, lambda a, b: b["size"] < a["size"]),
     "train.max_grad_norm": ({"train__max_grad_norm": 0.01}, lambda a, b: a["weights"] != b["weights"]),
     "train.precision": ({"train__precision": "bfloat16"}, lambda a, b: 0 < abs(a["loss"] - b["loss"]) < 0.1),
@@ -119,6 +128,9 @@ ELSEWHERE = {
     "model.max_seq_len": "tests/inference/test_generation.py::test_it_ends_at_the_limit_at_max_seq_len",
     "model.zero_init_proj": "tests/model/test_shapes.py::test_zero_init_proj_starts",
     "train.gradient_checkpointing": "tests/training/test_engine.py::test_gradient_checkpointing_takes_less_memory",
+    "train.attention_block": "tests/training/test_engine.py::test_the_sizes_of_chunks_reach_the_step",
+    "train.loss_chunk": "tests/training/test_engine.py::test_the_sizes_of_chunks_reach_the_step",
+    "train.cpu_threads": "tests/training/test_engine.py::test_threads_share_the_rows_and_change_nothing",
     "train.compile": "tests/training/test_engine.py::test_the_other_ways_to_do_it_give_the_same_weights",
     "train.device": "tests/training/test_engine.py::test_a_gpu_that_is_not_there_is_refused",
     "train.backend": "tests/tasks/test_pretrain.py::test_what_does_not_belong_together_is_refused",
@@ -158,7 +170,7 @@ def test_keys_that_change_what_is_computed(key: str) -> None:
 
     def outputs(**change: Any) -> np.ndarray:
         model = ModelConfig(**{**SHAPE, **change})
-        return np.array(logits(hidden_states(params, mx.arange(8)[None], model), head_weight(params, model), model))
+        return np.array(logits(hidden_states(params, mx.arange(8)[None], model), params, model))
 
     assert np.abs(outputs() - outputs(**{key: COMPUTED[key]})).max() > 1e-3
 

@@ -55,6 +55,12 @@ class ModelConfig(Section):
         None, description="logits become cap * tanh(logits / cap); left out: none. Not exportable as Llama"
     )
     zero_init_proj: bool = Field(False, description="o_proj and down_proj start at zero")
+    embedding_scale: PositiveFloat | None = Field(
+        None, description="token embeddings are multiplied by this; left out: not. Not exportable as Llama"
+    )
+    value_residual: bool = Field(
+        False, description="average each block's attention values with the first block's. Not exportable as Llama"
+    )
 
     @property
     def kv_heads(self) -> int:
@@ -128,6 +134,9 @@ class TrainConfig(Section):
         "muon_adamw", description="Muon on the blocks' matrices and AdamW on the rest, or AdamW alone"
     )
     lr: PositiveFloat = Field(3e-4, description="peak learning rate of both optimizers")
+    adamw_lr: PositiveFloat | None = Field(
+        None, description="peak learning rate of what AdamW has beside Muon; left out: lr"
+    )
     min_lr: NonNegativeFloat = Field(3e-5, description="learning rate at the end of the decay")
     warmup_steps: Count = Field(1000, description="steps of linear warm-up")
     schedule: Literal["cosine", "wsd", "linear", "constant"] = Field(
@@ -140,12 +149,28 @@ class TrainConfig(Section):
         0.5, description="wsd only: share of the lr_decay_steps that decay"
     )
     momentum: Fraction = Field(0.95, description="Muon's momentum, warmed up from 0.85 over 300 steps")
+    normuon: bool = Field(True, description="even out the rows of Muon's updates by their second moment (NorMuon)")
+    muon_split_heads: bool = Field(True, description="Muon takes each attention head as a matrix of its own")
+    muon_scale: Literal["adamw", "keller"] = Field(
+        "adamw", description="size of Muon's updates: AdamW's, or sqrt(max(1, rows / cols)), which wants lr about 0.02"
+    )
     weight_decay: NonNegativeFloat = Field(0.02, description="decoupled; norms are not decayed")
+    cautious_weight_decay: bool = Field(True, description="decay a weight only where the update shrinks it as well")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="validate and save a running average of the weights with this decay (0.99); left out: none"
+    )
     max_grad_norm: PositiveFloat | None = Field(1.0, description="clip gradients to this global norm; null: never")
     precision: Literal["float16", "bfloat16", "float32"] | None = Field(
         None, description="of the matrix products; left out: bfloat16 on a GPU, float32 on a CPU"
     )
     gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
+    attention_block: Positive | None = Field(
+        None, description="queries at a time in attention; left out: by the memory that their scores take"
+    )
+    loss_chunk: Positive = Field(256, description="tokens at a time in the output head and the loss")
+    cpu_threads: Positive | None = Field(
+        None, description="CPU only: threads that share a micro-batch's sequences; left out: one a core"
+    )
     compile: bool | None = Field(None, description="compile the step; left out: on a GPU yes, on a CPU no")
     device: Literal["auto", "gpu", "cpu"] = Field("auto", description="auto: Metal or CUDA when there is one")
     backend: Literal["mlx", "torch"] = Field("mlx", description="the engine that trains")

@@ -10,7 +10,8 @@ import numpy as np
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, GenerationConfig, ModelConfig
 from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
-from anarchobot.model.transformer import Cache, Params, head_weight, hidden_states, logits
+from anarchobot.model.block import Params
+from anarchobot.model.transformer import Cache, hidden_states, logits
 from anarchobot.training import checkpoint
 
 CONTEXT = 8  # whole tokens that the next one is decoded with: they decide about the space between
@@ -81,7 +82,7 @@ def generate_ids(model: Model, settings: GenerationConfig) -> Iterator[int]:
     tokens = seen[None]  # [1, L]
     for _ in range(min(settings.max_new_tokens, room)):
         hidden = hidden_states(model.params, tokens, shape, caches=caches)
-        z = logits(hidden[:, -1], head_weight(model.params, shape), shape)  # [1, V]
+        z = logits(hidden[:, -1], model.params, shape)  # [1, V]
         for process in processors:
             z = process(seen, z)
         token = draw(z)  # [1]

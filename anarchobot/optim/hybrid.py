@@ -5,11 +5,12 @@ from typing import Literal
 import mlx.core as mx
 
 from anarchobot.config.schema import TrainConfig
+from anarchobot.numerics.order import Wait, tied
 from anarchobot.optim.adamw import adamw
 from anarchobot.optim.muon import muon
 
 Arrays = dict[str, mx.array]
-State = dict[str, Arrays]  # "muon.momentum", "adamw.first", "adamw.second": arrays by parameter name
+State = dict[str, Arrays]  # "muon.momentum", "muon.second", "adamw.first", "adamw.second": arrays by parameter name
 
 
 def route(name: str, ndim: int, optimizer: Literal["muon_adamw", "adamw"]) -> Literal["muon", "adamw"]:
@@ -20,10 +21,12 @@ def route(name: str, ndim: int, optimizer: Literal["muon_adamw", "adamw"]) -> Li
 
 def init_state(params: Arrays, train: TrainConfig) -> State:
     """Zeros for every moment, float32."""
-    state: State = {"muon.momentum": {}, "adamw.first": {}, "adamw.second": {}}
+    state: State = {"muon.momentum": {}, "muon.second": {}, "adamw.first": {}, "adamw.second": {}}
     for name, p in params.items():
         if route(name, p.ndim, train.optimizer) == "muon":
             state["muon.momentum"][name] = mx.zeros(p.shape)
+            if train.normuon:
+                state["muon.second"][name] = mx.zeros(p.shape[:1])
         else:
             state["adamw.first"][name] = mx.zeros(p.shape)
             state["adamw.second"][name] = mx.zeros(p.shape)
@@ -31,16 +34,45 @@ def init_state(params: Arrays, train: TrainConfig) -> State:
 
 
 def update(
-    params: Arrays, grads: Arrays, state: State, lr: mx.array, momentum: mx.array, count: mx.array, weight_decay: float
+    params: Arrays,
+    grads: Arrays,
+    state: State,
+    lr: mx.array,
+    momentum: mx.array,
+    count: mx.array,
+    train: TrainConfig,
+    head_size: int,
+    wait: Wait = tied,
 ) -> tuple[Arrays, State]:
     """One step of Muon and AdamW; `lr`, `momentum` and `count` are float32 scalars (as Python numbers they would be
-    compiled in and never change). The state says which parameter is whose. Returns the new (params, state)."""
-    matrices = {name: params[name] for name in state["muon.momentum"]}
-    rest = {name: params[name] for name in state["adamw.first"]}
-    matrices, buffers = muon(matrices, grads, state["muon.momentum"], lr, momentum, weight_decay)
-    rest, first, second = adamw(rest, grads, state["adamw.first"], state["adamw.second"], lr, count, weight_decay)
+    compiled in and never change). The state says which parameter is whose; `head_size` is for Muon. All dicts are used
+    up, so that what is new can take the memory of what was. Returns the new (params, state)."""
+    names = list(params)
+    matrices = {name: params.pop(name) for name in state["muon.momentum"]}
+    matrices, buffers, seconds = muon(
+        matrices, grads, state["muon.momentum"], state["muon.second"], lr, momentum, train, head_size, wait
+    )
+    if train.optimizer == "muon_adamw" and train.adamw_lr is not None:
+        lr = lr * (train.adamw_lr / train.lr)
+    rest, first, second = adamw(params, grads, state["adamw.first"], state["adamw.second"], lr, count, train, wait)
     new = matrices | rest
     return (
-        {name: new[name] for name in params},
-        {"muon.momentum": buffers, "adamw.first": first, "adamw.second": second},
+        {name: new[name] for name in names},
+        {"muon.momentum": buffers, "muon.second": seconds, "adamw.first": first, "adamw.second": second},
     )
+
+
+def shares(params: Arrays, state: State, count: int) -> list[list[str]]:
+    """The parameters' names in `count` shares that take about as long to update, each with its part of Muon's."""
+    loads = [0.0] * count
+    names: list[list[str]] = [[] for _ in range(count)]
+    for name in sorted(params, key=lambda name: -_work(params[name], name in state["muon.momentum"])):
+        i = loads.index(min(loads))
+        names[i].append(name)
+        loads[i] += _work(params[name], name in state["muon.momentum"])
+    return names
+
+
+def _work(p: mx.array, by_muon: bool) -> float:
+    """Roughly the multiplications of an update."""
+    return p.size * (10 + 20 * min(p.shape) if by_muon else 10)

@@ -53,7 +53,7 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
         val=ValBatches(held_out, train.micro_batch_size, train.eval_batches),
         bytes_per_token=sum(s.bytes for s in val_shards) / max(1, sum(s.tokens for s in val_shards)),
         folder=run_folder,
-        sample=lambda: generate(Model(engine.params, config.model, tokenizer), config.generation),
+        sample=lambda: generate(Model(engine.weights, config.model, tokenizer), config.generation),
     )
     engine = MLXEngine(config)
     progress = Progress() if start is None else _resume(engine, run, start)

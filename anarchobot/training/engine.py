@@ -4,7 +4,7 @@ Shapes: A micro-batches, B sequences in each, L tokens in a sequence.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -14,13 +14,20 @@ import numpy.typing as npt
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
-from anarchobot.model.loss import loss_sum, scaled_loss
+from anarchobot.model.block import Params
+from anarchobot.model.gradients import Technique, loss_and_gradients
+from anarchobot.model.loss import loss_sum
 from anarchobot.model.shapes import init_parameters
-from anarchobot.model.transformer import Params, head_weight, hidden_states
+from anarchobot.model.transformer import head_name, hidden_states
+from anarchobot.numerics import order
 from anarchobot.optim import hybrid
 from anarchobot.training.loop import StepResult
 from anarchobot.training.loss_scale import LossScale
+from anarchobot.training.workers import Workers, workers_for
 
+CPU_CACHE_BYTES = 2**30  # of freed memory that MLX keeps; its own 32 MB on a CPU make a step a quarter slower
+TRAINED = "optimizer/trained/"  # in a checkpoint: the parameters behind a running average
+CPU_MLP_ROWS = 512  # tokens whose MLP stays in a core's caches
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -42,19 +49,35 @@ class MLXEngine:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self.device = choose_device(config.train.device)
+        train = config.train
+        self.device = choose_device(train.device)
         on_gpu = self.device == mx.Device(mx.gpu)
-        self.precision = config.train.precision or ("bfloat16" if on_gpu else "float32")
+        if not on_gpu:
+            mx.set_cache_limit(CPU_CACHE_BYTES)
+        self.precision = train.precision or ("bfloat16" if on_gpu else "float32")
         self._dtype = DTYPES[self.precision]
         self._scale = LossScale() if self.precision == "float16" else None
         self._updates = 0  # updates applied: AdamW's bias correction counts these
-        self.params: Params = {n: mx.array(v) for n, v in init_parameters(config.model, config.train.seed).items()}
-        self._state = hybrid.init_state(self.params, config.train)
-        compiled = on_gpu if config.train.compile is None else config.train.compile
+        self.params: Params = {n: mx.array(v) for n, v in init_parameters(config.model, train.seed).items()}
+        self._state = hybrid.init_state(self.params, train)
+        self._average = dict(self.params) if train.ema_decay else None
+        mx.eval(self.params, self._state)  # what is still to be computed can't go to another thread
+
+        compiled = on_gpu if train.compile is None else train.compile
         wrap: Callable[[Any], Any] = mx.compile if compiled else lambda function: function
+        self.traces = 0  # of the functions below: each means a compilation, where there is one
         self._micro_step = wrap(self._loss_and_gradients)
         self._update = wrap(self._clip_and_update)
         self._loss = wrap(self._evaluate)
+        self.workers = Workers(1 if on_gpu or compiled else workers_for(train.micro_batch_size, train.cpu_threads))
+        self._update_shares = hybrid.shares(self.params, self._state, self.workers.count)
+        self._technique = Technique(
+            recompute=train.gradient_checkpointing,
+            wait=order.tied if on_gpu or compiled else order.evaluated,
+            attention_block=train.attention_block,
+            mlp_rows=None if on_gpu else CPU_MLP_ROWS,
+            loss_chunk=-(-train.loss_chunk // self.workers.count),
+        )
 
     def train_step(self, batch: Batch, step: int, lr: float, momentum: float) -> StepResult:
         """One optimizer step over the A micro-batches of `batch`; `step` decides what dropout drops.
@@ -64,46 +87,98 @@ class MLXEngine:
         """
         places = batch.inputs.shape[1] * batch.inputs.shape[2]  # tokens of a micro-batch, scored or not
         loss_scale = self._scale.scale if self._scale else 1.0
-        scale = mx.array(loss_scale / places)  # keeps float16's sums in range, whatever the micro-batch
-        grads: Params = {}
-        total = mx.array(0.0)
-        for i, (inputs, targets, segments) in enumerate(_micro_batches(batch)):
-            key = _dropout_key(self._config.train.seed, step, i)
-            loss, new = self._micro_step(self.params, inputs, targets, segments, key, scale)
-            grads = {name: grads[name] + g for name, g in new.items()} if grads else new
-            total = total + loss
-            del new
-            mx.eval(grads, total)  # now: else MLX would keep every micro-batch's activations for one large graph
+        factor = loss_scale / places  # keeps float16's sums in range, whatever the micro-batch
+        shares = self.workers.each(lambda worker: self._share(batch, step, factor, worker))
+        total = sum(loss for loss, _ in shares)
+        grads = _summed([grads for _, grads in shares])
+        del shares
         tokens = int(np.count_nonzero(batch.targets >= 0))
         unscale = places / (loss_scale * max(1, tokens))
-        norm = _global_norm(grads) * unscale
-        result = StepResult(float(total) / (float(scale) * max(1, tokens)), float(norm), tokens)
+        norm = float(_global_norm(grads)) * unscale
+        result = StepResult(total / (factor * max(1, tokens)), norm, tokens)
         if self._scale:
             self._scale.after(result.finite)
         if result.finite:
             self._updates += 1
             scalars = (mx.array(lr), mx.array(momentum), mx.array(float(self._updates)))
-            factor = mx.array(unscale * self._clip_factor(result.grad_norm))
-            # The old arrays must have no other holder when the new ones are evaluated: their memory is used again.
-            self.params, self._state = self._update(self.params, grads, self._state, factor, *scalars)
-            del grads
-            mx.eval(self.params, self._state)
+            clip = mx.array(unscale * self._clip_factor(norm))
+            self._apply(grads, clip, *scalars)
+            if self._average is not None:
+                self._average = self._averaged(self._average)
         return result
+
+    @property
+    def weights(self) -> Params:
+        """What is validated, saved and used: the parameters, or their running average."""
+        return self.params if self._average is None else self._average
+
+    def _apply(self, grads: Params, *scalars: mx.array) -> None:
+        """Updates parameters and optimizer state, each worker its share of them; uses `grads` up."""
+        names = list(self.params)
+        parts = [
+            (
+                {name: self.params.pop(name) for name in share},
+                {name: grads.pop(name) for name in share},
+                {kind: {n: a.pop(n) for n in share if n in a} for kind, a in self._state.items()},
+            )
+            for share in self._update_shares
+        ]
+
+        def update(worker: int) -> tuple[Params, hybrid.State]:
+            # The old arrays have no other holder when the new ones are evaluated: their memory is used again.
+            part, parts[worker] = parts[worker], ({}, {}, {})
+            new: tuple[Params, hybrid.State] = self._update(*part, *scalars)
+            del part
+            mx.eval(new)
+            return new
+
+        done = self.workers.each(update)
+        params = {name: p for new, _ in done for name, p in new.items()}
+        self.params = {name: params[name] for name in names}
+        self._state = {kind: {n: a for _, state in done for n, a in state[kind].items()} for kind in self._state}
+
+    def _share(self, batch: Batch, step: int, factor: float, worker: int) -> tuple[float, Params]:
+        """One worker's rows of every micro-batch: the sums of their scaled losses and gradients."""
+        sums: Params = {}
+        total = mx.array(0.0)
+        for i in range(len(batch.inputs)):
+            rows = self._rows(batch, i, worker)
+            key = _dropout_key(self._config.train.seed, step, i, worker)
+            loss, sums = self._micro_step(self.params, *rows, key, mx.array(factor), sums)
+            total = total + loss
+            mx.eval(sums, total)  # now: else MLX would keep every micro-batch's activations for one large graph
+        return float(total), sums
+
+    def _rows(self, batch: Batch, i: int, worker: int) -> tuple[mx.array, mx.array, mx.array | None]:
+        """A worker's rows of micro-batch `i`: inputs, targets and segments, [B / workers, L]."""
+
+        def part(x: npt.NDArray[np.int32]) -> mx.array:
+            return mx.array(np.array_split(x[i], self.workers.count)[worker])
+
+        return part(batch.inputs), part(batch.targets), None if batch.segments is None else part(batch.segments)
 
     def eval_step(self, batch: Batch) -> tuple[float, int]:
         """Summed loss in nats over the scored tokens of the batch, and their number; no dropout."""
-        total = sum(
-            float(self._loss(self.params, inputs, targets, segments))
-            for inputs, targets, segments in _micro_batches(batch)
-        )
-        return total, int(np.count_nonzero(batch.targets >= 0))
+
+        def share(worker: int) -> float:
+            total = 0.0
+            for i in range(len(batch.inputs)):
+                rows = self._rows(batch, i, worker)
+                if rows[0].size:  # the last batch of a validation may have fewer rows than there are workers
+                    total += float(self._loss(self.weights, *rows))
+            return total
+
+        return sum(self.workers.each(share)), int(np.count_nonzero(batch.targets >= 0))
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything a checkpoint needs, as named numpy arrays: `params/...`, `optimizer/...`, and scalars.
+        """Everything a checkpoint needs, as named numpy arrays: `params/...`, `optimizer/...`, and scalars; under
+        train.ema_decay, `params/...` are the averages and `optimizer/trained/...` what is trained on.
 
         There is no random state: dropout and data order are functions of the seed and the step.
         """
-        arrays = {f"params/{name}": p for name, p in self.params.items()}
+        arrays = {f"params/{name}": p for name, p in self.weights.items()}
+        if self._average is not None:
+            arrays |= {f"{TRAINED}{name}": p for name, p in self.params.items()}
         arrays |= {
             f"optimizer/{kind}/{name}": a for kind, by_name in self._state.items() for name, a in by_name.items()
         }
@@ -116,9 +191,14 @@ class MLXEngine:
     def load_state(self, state: dict[str, npt.NDArray[Any]]) -> None:
         """Takes what `state` gave. Raises UserError when the optimizer was another one."""
         own = {f"optimizer/{kind}/{name}" for kind, by_name in self._state.items() for name in by_name}
-        if own != {name for name in state if name.startswith("optimizer/")}:
+        if own != {name for name in state if name.startswith("optimizer/") and not name.startswith(TRAINED)}:
             raise UserError("train.optimizer: the checkpoint was made with another optimizer: set the same one")
-        self.params = {name: mx.array(state[f"params/{name}"]) for name in self.params}
+        if self._average is not None:
+            self._average = {name: mx.array(state[f"params/{name}"]) for name in self.params}
+        # A run that goes on without averaging, or begins it, goes on from the weights that were saved for use.
+        averaged = self._average is not None and any(name.startswith(TRAINED) for name in state)
+        prefix = TRAINED if averaged else "params/"
+        self.params = {name: mx.array(state[f"{prefix}{name}"]) for name in self.params}
         self._state = {
             kind: {name: mx.array(state[f"optimizer/{kind}/{name}"]) for name in by_name}
             for kind, by_name in self._state.items()
@@ -132,21 +212,18 @@ class MLXEngine:
         """MLX's own peak since the process began, in 10^9 bytes; its cache is not counted."""
         return float(mx.get_peak_memory()) / 1e9
 
+    def _averaged(self, average: Params) -> Params:
+        """One step of the running average, which forgets faster at the start of a run."""
+        assert self._config.train.ema_decay is not None
+        decay = min(self._config.train.ema_decay, (1 + self._updates) / (10 + self._updates))
+        for name, p in self.params.items():
+            average[name] = decay * average[name] + (1 - decay) * p
+        mx.eval(average)
+        return average
+
     def _clip_factor(self, norm: float) -> float:
         limit = self._config.train.max_grad_norm
         return 1.0 if limit is None or norm <= limit else limit / norm
-
-    def _hidden(self, params: Params, inputs: mx.array, segments: mx.array | None, key: mx.array | None) -> mx.array:
-        h = hidden_states(
-            params,
-            inputs,
-            self._config.model,
-            dtype=self._dtype,
-            segments=segments,
-            dropout_key=key,
-            recompute=key is not None and self._config.train.gradient_checkpointing,
-        )
-        return h.reshape(-1, self._config.model.d_model)  # [B L, D]
 
     def _loss_and_gradients(
         self,
@@ -156,20 +233,27 @@ class MLXEngine:
         segments: mx.array | None,
         key: mx.array,
         scale: mx.array,
+        sums: Params,
     ) -> tuple[mx.array, Params]:
-        model = self._config.model
-
-        def loss(params: Params) -> mx.array:
-            hidden = self._hidden(params, inputs, segments, key)
-            return scaled_loss(hidden, head_weight(params, model), targets.reshape(-1), model, scale)
-
-        result: tuple[mx.array, Params] = mx.value_and_grad(loss)(params)
-        return result
+        self.traces += 1
+        return loss_and_gradients(
+            params,
+            inputs,
+            targets,
+            self._config.model,
+            scale=scale,
+            sums=sums,
+            dtype=self._dtype,
+            segments=segments,
+            dropout_key=key,
+            technique=self._technique,
+        )
 
     def _evaluate(self, params: Params, inputs: mx.array, targets: mx.array, segments: mx.array | None) -> mx.array:
+        self.traces += 1
         model = self._config.model
-        hidden = self._hidden(params, inputs, segments, None)
-        return loss_sum(hidden, head_weight(params, model), targets.reshape(-1), model)
+        hidden = hidden_states(params, inputs, model, dtype=self._dtype, segments=segments)
+        return loss_sum(hidden.reshape(-1, model.d_model), params[head_name(model)], targets.reshape(-1), model)
 
     def _clip_and_update(
         self,
@@ -181,20 +265,25 @@ class MLXEngine:
         momentum: mx.array,
         count: mx.array,
     ) -> tuple[Params, hybrid.State]:
-        grads = {name: g * factor for name, g in grads.items()}
-        return hybrid.update(params, grads, state, lr, momentum, count, self._config.train.weight_decay)
+        self.traces += 1
+        grads = {name: grads.pop(name) * factor for name in list(grads)}
+        head_size, train = self._config.model.head_size, self._config.train
+        return hybrid.update(params, grads, state, lr, momentum, count, train, head_size, self._technique.wait)
 
 
-def _micro_batches(batch: Batch) -> Iterator[tuple[mx.array, mx.array, mx.array | None]]:
-    """The A micro-batches as MLX arrays [B, L]: inputs, targets, segments."""
-    for i in range(len(batch.inputs)):
-        segments = None if batch.segments is None else mx.array(batch.segments[i])
-        yield mx.array(batch.inputs[i]), mx.array(batch.targets[i]), segments
-
-
-def _dropout_key(seed: int, step: int, micro_batch: int) -> mx.array:
-    digest = hashlib.sha256(f"{seed}/dropout/{step}/{micro_batch}".encode()).digest()
+def _dropout_key(seed: int, step: int, micro_batch: int, worker: int) -> mx.array:
+    digest = hashlib.sha256(f"{seed}/dropout/{step}/{micro_batch}/{worker}".encode()).digest()
     return mx.random.key(int.from_bytes(digest[:8], "little"))
+
+
+def _summed(parts: list[Params]) -> Params:
+    """The sums of the workers' gradients, one parameter after the other: their memory is used again."""
+    first, *others = parts
+    for other in others:
+        for name in first:
+            first[name] = first[name] + other.pop(name)
+            mx.eval(first[name])
+    return first
 
 
 def _global_norm(grads: Params) -> mx.array:

@@ -116,7 +116,8 @@ def another_value(key: str, default: Any) -> Any:
         "train.epochs": 2.5, "train.lr_decay_steps": 3000, "train.token_budget": 10, "train.sample_interval": 5,
         "data.weights": [2.0], "data.shard_weights": [2.0], "data.documents": "lines", "data.max_chars": 9,
         "data.near_dedup": 0.8, "data.pack": "documents", "tokenizer.engine": "fast",
-        "tokenizer.on_mismatch": "fallback",
+        "tokenizer.on_mismatch": "fallback", "model.embedding_scale": 2.5, "train.adamw_lr": 2.5,
+        "train.muon_scale": "keller", "train.ema_decay": 0.5, "train.attention_block": 7, "train.cpu_threads": 3,
     }  # fmt: skip
     if key in special:
         return special[key]
@@ -228,7 +229,7 @@ MISTAKES = {
     "model:\n  zzz: 1\n  n_layers: 0\n  d_model: 0\n": (
         "c.yaml:2: model.zzz: unknown key; model has vocab_size, n_layers, d_model, n_heads, n_kv_heads, head_dim, "
         "mlp_multiple, ffn_activation, dropout, max_seq_len, rope_theta, norm_eps, tie_embeddings, qk_norm, "
-        "logit_softcap, zero_init_proj (2 more after this one)"
+        "logit_softcap, zero_init_proj, embedding_scale, value_residual (2 more after this one)"
     ),
     # no YAML of ours
     "model:\n  n_layers: 1\n  n_layers: 2\n": "c.yaml:3: model.n_layers: given twice (first on line 2)",

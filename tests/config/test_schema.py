@@ -44,6 +44,7 @@ CHOICES = {
     "tokenizer.on_mismatch": '"stop" | "fallback"',
     "train.schedule": '"cosine" | "wsd" | "linear" | "constant"',
     "train.optimizer": '"muon_adamw" | "adamw"',
+    "train.muon_scale": '"adamw" | "keller"',
     "train.precision": '"float16" | "bfloat16" | "float32", or null',
     "train.device": '"auto" | "gpu" | "cpu"',
     "train.backend": '"mlx" | "torch"',
@@ -70,7 +71,16 @@ def test_no_key_of_the_promised_sections_is_missing_and_those_added_are_known() 
         "fallback", "weights", "documents", "clean", "min_chars", "max_chars", "dedup", "near_dedup", "shard_weights",
         "pack", "document_mask",
     }  # fmt: skip
-    assert own - promised == {f"data.{key}" for key in added} | {"train.decay_fraction"}
+    of_the_step = {
+        "decay_fraction", "adamw_lr", "normuon", "muon_split_heads", "muon_scale", "cautious_weight_decay", "ema_decay",
+        "attention_block", "loss_chunk", "cpu_threads",
+    }  # fmt: skip
+    of_the_model = {"embedding_scale", "value_residual"}
+    assert own - promised == (
+        {f"data.{key}" for key in added}
+        | {f"train.{key}" for key in of_the_step}
+        | {f"model.{key}" for key in of_the_model}
+    )
     assert promised - own == set()
 
 

@@ -12,7 +12,7 @@ from anarchobot.config.schema import GenerationConfig, ModelConfig
 from anarchobot.data.tokenizer import load_tokenizer
 from anarchobot.inference.generation import Model, StreamDecoder, generate, generate_ids, load_model, sampler
 from anarchobot.model.shapes import init_parameters
-from anarchobot.model.transformer import head_weight, hidden_states, logits
+from anarchobot.model.transformer import hidden_states, logits
 from tests.tiny import VOCAB
 
 SHAPE = ModelConfig(vocab_size=VOCAB, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, max_seq_len=48)
@@ -75,7 +75,7 @@ def test_greedy_equals_recomputing_everything_for_each_token(model: Model) -> No
     ids = [model.tokenizer.eod_id, *model.tokenizer.encode_batch(["The value"])[0].tolist()]
     for token in got:
         hidden = hidden_states(model.params, mx.array([ids]), SHAPE)
-        z = logits(hidden[:, -1], head_weight(model.params, SHAPE), SHAPE)
+        z = logits(hidden[:, -1], model.params, SHAPE)
         assert int(mx.argmax(z).item()) == token
         ids.append(token)
     assert len(got) == 20

@@ -6,6 +6,7 @@ import pytest
 
 from anarchobot.config.schema import ModelConfig
 from anarchobot.model import loss
+from anarchobot.numerics.order import evaluated
 
 MODEL = ModelConfig(vocab_size=50, d_model=8, n_heads=2)
 CAPPED = ModelConfig(vocab_size=50, d_model=8, n_heads=2, logit_softcap=2.0)
@@ -40,29 +41,25 @@ def truth(h: np.ndarray, w: np.ndarray, t: np.ndarray, cap: float | None) -> tup
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 23])
 @pytest.mark.parametrize("model", [MODEL, CAPPED], ids=["plain", "softcap"])
-def test_loss_and_gradients_equal_the_chain_rule_whatever_the_chunks(
-    n: int, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loss, "CHUNK", 8)
+def test_loss_and_gradients_equal_the_chain_rule_whatever_the_chunks(n: int, model: ModelConfig) -> None:
     h, w, t = random_case(n)
     total, dh, dw = truth(h, w, t, model.logit_softcap)
     hidden, weight, targets = mx.array(h), mx.array(w), mx.array(t)
-    assert float(loss.loss_sum(hidden, weight, targets, model)) == pytest.approx(total, rel=1e-5, abs=1e-6)
+    assert float(loss.loss_sum(hidden, weight, targets, model, 8)) == pytest.approx(total, rel=1e-5, abs=1e-6)
     scale = 0.125
-    value, (gh, gw) = mx.value_and_grad(
-        lambda h, w: loss.scaled_loss(h, w, targets, model, mx.array(scale)), argnums=(0, 1)
-    )(hidden, weight)
+    value, gh, gw = loss.loss_and_gradients(hidden, weight, targets, model, mx.array(scale), chunk=8)
     assert float(value) == pytest.approx(scale * total, rel=1e-5, abs=1e-6)
     np.testing.assert_allclose(np.array(gh), scale * dh, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(np.array(gw), scale * dw, rtol=1e-4, atol=1e-6)
 
 
-def test_the_gradient_passes_on_what_comes_in() -> None:
-    """The loss as a part of a larger expression: its gradients are scaled by what is behind it."""
+def test_gradients_are_added_to_what_is_there() -> None:
     h, w, t = random_case(9)
-    _, dh, _ = truth(h, w, t, None)
-    gradient = mx.grad(lambda h: 3.0 * loss.scaled_loss(h, mx.array(w), mx.array(t), MODEL, mx.array(1.0)))(mx.array(h))
-    np.testing.assert_allclose(np.array(gradient), 3 * dh, rtol=1e-4, atol=1e-6)
+    _, _, dw = truth(h, w, t, None)
+    _, _, gw = loss.loss_and_gradients(
+        mx.array(h), mx.array(w), mx.array(t), MODEL, mx.array(1.0), mx.full(w.shape, 2.0), chunk=4
+    )
+    np.testing.assert_allclose(np.array(gw), 2 + dw, rtol=1e-4, atol=1e-5)
 
 
 def test_small_probabilities_survive_float16() -> None:
@@ -70,7 +67,7 @@ def test_small_probabilities_survive_float16() -> None:
     model = ModelConfig(vocab_size=4, d_model=2, n_heads=1)
     weight = mx.array([[16.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
     hidden = mx.array([[1.0, 0.0]]).astype(mx.float16)
-    gradient = mx.grad(lambda w: loss.scaled_loss(hidden, w, mx.array([0]), model, mx.array(2.0**14)))(weight)
+    _, _, gradient = loss.loss_and_gradients(hidden, weight, mx.array([0]), model, mx.array(2.0**14))
     p = np.exp(-16.0) / (1 + 3 * np.exp(-16.0))
     np.testing.assert_allclose(np.array(gradient)[1, 0], p * 2**14, rtol=0.01)
 
@@ -83,6 +80,6 @@ def test_logits_of_the_whole_batch_never_exist_at_once() -> None:
     mx.eval(hidden, weight, targets)
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    mx.eval(mx.grad(lambda h: loss.scaled_loss(h, weight, targets, model, mx.array(1.0)))(hidden))
+    mx.eval(loss.loss_and_gradients(hidden, weight, targets, model, mx.array(1.0), wait=evaluated))
     one_chunk = loss.CHUNK * 4096 * 4  # bytes; a chunk's softmax, one-hot and so on are about eight of these
     assert mx.get_peak_memory() - before < 10 * one_chunk < 0.35 * (2 * 4096 * 4096 * 4)

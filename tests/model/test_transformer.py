@@ -1,7 +1,9 @@
 """The model against a plain float64 one: its loss, its gradients by finite differences, its cache, its dropout."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -9,9 +11,11 @@ import numpy.typing as npt
 import pytest
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.model.loss import loss_sum, scaled_loss
+from anarchobot.model.gradients import Technique, loss_and_gradients
+from anarchobot.model.loss import loss_sum
 from anarchobot.model.shapes import init_parameters, parameter_shapes
-from anarchobot.model.transformer import head_weight, hidden_states, logits
+from anarchobot.model.transformer import head_name, hidden_states, logits
+from anarchobot.numerics import order
 from tests.model import reference
 
 SHAPES = {
@@ -19,6 +23,7 @@ SHAPES = {
     "grouped heads, gelu, untied": {"n_kv_heads": 2, "ffn_activation": "gelu", "tie_embeddings": False},
     "qk_norm, softcap, own head_dim": {"qk_norm": True, "logit_softcap": 5.0, "head_dim": 6, "n_kv_heads": 1},
     "other constants": {"rope_theta": 500.0, "norm_eps": 0.1, "mlp_multiple": 1.5},
+    "value residual, embedding scale": {"value_residual": True, "embedding_scale": 3.0, "n_layers": 3, "n_kv_heads": 2},
 }
 
 
@@ -45,11 +50,12 @@ def as_mlx(params: dict[str, npt.NDArray[np.float32]]) -> dict[str, mx.array]:
 
 
 def mean_loss(
-    params: dict[str, mx.array], tokens: npt.NDArray[np.int32], model: ModelConfig, **how: object
-) -> mx.array:
-    inputs, targets = mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]).reshape(-1)
-    hidden = hidden_states(params, inputs, model, **how).reshape(-1, model.d_model)  # type: ignore[arg-type]
-    return scaled_loss(hidden, head_weight(params, model), targets, model, mx.array(1 / targets.size))
+    params: dict[str, mx.array], tokens: npt.NDArray[np.int32], model: ModelConfig, **how: Any
+) -> tuple[float, dict[str, mx.array]]:
+    """The mean loss of predicting each next token, and its gradients."""
+    inputs, targets = mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:])
+    loss, grads = loss_and_gradients(params, inputs, targets, model, scale=mx.array(1 / targets.size), **how)
+    return float(loss), grads
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -57,7 +63,7 @@ def test_loss_equals_the_plain_float64_model(name: str) -> None:
     model = tiny(**SHAPES[name])
     params, tokens = parameters(model), random_tokens(model)
     truth = reference.mean_loss({n: p.astype(np.float64) for n, p in params.items()}, tokens, model)
-    assert float(mean_loss(as_mlx(params), tokens, model)) == pytest.approx(truth, rel=1e-5)
+    assert mean_loss(as_mlx(params), tokens, model)[0] == pytest.approx(truth, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -65,7 +71,7 @@ def test_gradients_equal_finite_differences_of_the_plain_model(name: str) -> Non
     """Each parameter is moved along a random direction: the plain model's loss must change as the gradient says."""
     model = tiny(**SHAPES[name])
     params, tokens = parameters(model), random_tokens(model)
-    gradients = mx.grad(lambda p: mean_loss(p, tokens, model))(as_mlx(params))
+    _, gradients = mean_loss(as_mlx(params), tokens, model)
     exact = {n: p.astype(np.float64) for n, p in params.items()}
     rng, h = np.random.default_rng(2), 1e-6
     assert set(gradients) == set(exact)
@@ -81,9 +87,60 @@ def test_gradients_equal_finite_differences_of_the_plain_model(name: str) -> Non
 def test_recomputed_blocks_give_the_same_gradients_bit_for_bit_with_dropout_on() -> None:
     model = tiny(dropout=0.3)
     params, tokens, key = as_mlx(parameters(model)), random_tokens(model), mx.random.key(7)
-    kept = mx.grad(lambda p: mean_loss(p, tokens, model, dropout_key=key))(params)
-    recomputed = mx.grad(lambda p: mean_loss(p, tokens, model, dropout_key=key, recompute=True))(params)
+    _, kept = mean_loss(params, tokens, model, dropout_key=key)
+    _, recomputed = mean_loss(params, tokens, model, dropout_key=key, technique=Technique(recompute=True))
     assert all(mx.array_equal(kept[n], recomputed[n]) for n in params)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "technique",
+    [
+        Technique(attention_block=5, loss_chunk=7, mlp_rows=9),
+        Technique(attention_block=1, wait=order.evaluated),
+        Technique(recompute=True, wait=order.evaluated, mlp_rows=28),
+        Technique(attention_block=4, wait=order.free, recompute=True),
+    ],
+    ids=["chunks", "single queries", "recomputed", "recomputed in free order"],
+)
+def test_every_technique_gives_the_same_gradients(technique: Technique, name: str) -> None:
+    """Blocks that do not divide the length, and gradients added to sums that are there already."""
+    model = tiny(**SHAPES[name])
+    params, tokens = as_mlx(parameters(model)), random_tokens(model, 2, 14)
+    loss, plain = mean_loss(params, tokens, model, technique=Technique(attention_block=100, loss_chunk=100))
+    before = {n: mx.full(p.shape, 0.25) for n, p in params.items()}
+    other, added = mean_loss(params, tokens, model, technique=technique, sums=before)
+    assert other == pytest.approx(loss, rel=1e-6)
+    for n, g in plain.items():
+        difference = mx.linalg.norm(added[n] - 0.25 - g)
+        assert float(difference) < 1e-5 * float(mx.linalg.norm(g)) + 1e-6 * p_size(params[n]), n
+
+
+def p_size(p: mx.array) -> float:
+    return float(np.sqrt(p.size))
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 33])
+def test_gradients_of_masked_documents_are_those_of_each_alone(length: int) -> None:
+    """Also for a row of one token."""
+    model = tiny(n_kv_heads=2)
+    params, tokens = as_mlx(parameters(model)), random_tokens(model, 1, length + 1)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    cuts = [0, length // 3, length // 2, length]
+    numbers = np.repeat(np.arange(3), np.diff(cuts))[None].astype(np.int32)
+    how = Technique(attention_block=8)
+
+    def gradients(a: int, b: int, segments: mx.array | None) -> tuple[float, dict[str, mx.array]]:
+        x, y = mx.array(inputs[:, a:b]), mx.array(targets[:, a:b])
+        loss, grads = loss_and_gradients(params, x, y, model, scale=mx.array(1.0), segments=segments, technique=how)
+        return float(loss), grads
+
+    whole, grads = gradients(0, length, mx.array(numbers))
+    parts = [gradients(a, b, None) for a, b in pairwise(cuts) if b > a]
+    assert whole == pytest.approx(sum(loss for loss, _ in parts), rel=1e-5)
+    for name, g in grads.items():
+        alone = sum(np.array(part[name], np.float64) for _, part in parts)
+        np.testing.assert_allclose(np.array(g), alone, atol=2e-5 * max(1.0, float(np.abs(alone).max())), err_msg=name)
 
 
 def test_a_token_sees_none_after_it() -> None:
@@ -127,17 +184,16 @@ def test_cached_pieces_give_what_the_whole_gives() -> None:
 def test_dropout_follows_its_key_keeps_the_mean_and_drops_its_share() -> None:
     model = tiny(dropout=0.25, n_layers=1, d_model=64, n_heads=1)
     params = as_mlx(init_parameters(model, 0))
-    x = mx.array(random_tokens(model, 64, 64))
-    from anarchobot.model.transformer import _dropout
+    from anarchobot.model.block import _dropout
 
     ones = mx.ones((200, 500))
     dropped = np.array(_dropout(ones, model, mx.random.key(0)))
     assert (dropped == 0).mean() == pytest.approx(0.25, abs=0.006)  # 4 standard deviations
     assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
-    runs = [np.array(hidden_states(params, x, model, dropout_key=mx.random.key(k))) for k in (1, 1, 2)]
-    np.testing.assert_array_equal(runs[0], runs[1])
-    assert np.abs(runs[0] - runs[2]).max() > 0.1
-    assert np.abs(runs[0] - np.array(hidden_states(params, x, model))).max() > 0.1
+    tokens = random_tokens(model, 64, 64)
+    losses = [mean_loss(params, tokens, model, dropout_key=key)[0] for key in (*map(mx.random.key, (1, 1, 2)), None)]
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -145,11 +201,11 @@ def test_half_precision_stays_half_and_gradients_are_float32(dtype: mx.Dtype) ->
     """One float32 array in the way would promote all that follows, silently."""
     model = tiny(dropout=0.2, qk_norm=True)
     params, tokens = as_mlx(parameters(model)), random_tokens(model)
-    hidden = hidden_states(params, mx.array(tokens), model, dtype=dtype, dropout_key=mx.random.key(0))
+    hidden = hidden_states(params, mx.array(tokens), model, dtype=dtype)
     assert hidden.dtype == dtype
-    assert logits(hidden, head_weight(params, model), model).dtype == mx.float32
-    gradients = mx.grad(lambda p: mean_loss(p, tokens, model, dtype=dtype))(params)
-    exact = mx.grad(lambda p: mean_loss(p, tokens, model))(params)
+    assert logits(hidden, params, model).dtype == mx.float32
+    _, gradients = mean_loss(params, tokens, model, dtype=dtype)
+    _, exact = mean_loss(params, tokens, model)
     for name, g in gradients.items():
         assert g.dtype == mx.float32
         assert float(mx.linalg.norm(g - exact[name]) / mx.linalg.norm(exact[name])) < 0.1, name
@@ -159,7 +215,7 @@ def test_half_precision_stays_half_and_gradients_are_float32(dtype: mx.Dtype) ->
 def test_a_fresh_model_guesses_evenly(vocab_size: int) -> None:
     model = tiny(vocab_size=vocab_size, d_model=64, n_layers=4)
     params = as_mlx(init_parameters(model, 0))
-    assert float(mean_loss(params, random_tokens(model, 8, 64), model)) == pytest.approx(np.log(vocab_size), rel=0.05)
+    assert mean_loss(params, random_tokens(model, 8, 64), model)[0] == pytest.approx(np.log(vocab_size), rel=0.05)
 
 
 def test_stories260k_gives_its_published_text(shared_data: Path) -> None:
@@ -184,9 +240,9 @@ def test_stories260k_gives_its_published_text(shared_data: Path) -> None:
     for story in truth["stories"]:
         ids = mx.array(story["ids"])
         hidden = hidden_states(params, ids[None, :-1], model)[0]
-        mean = float(loss_sum(hidden, head_weight(params, model), ids[1:], model)) / (len(story["ids"]) - 1)
+        mean = float(loss_sum(hidden, params[head_name(model)], ids[1:], model)) / (len(story["ids"]) - 1)
         assert mean == pytest.approx(story["mean_nll"], rel=1e-5)
     greedy = mx.array(truth["greedy_from_bos_ids"])
     hidden = hidden_states(params, greedy[None, :-1], model)[0]
-    likeliest = mx.argmax(logits(hidden, head_weight(params, model), model), axis=-1)
+    likeliest = mx.argmax(logits(hidden, params, model), axis=-1)
     assert likeliest.tolist() == greedy[1:].tolist()

@@ -5,17 +5,21 @@ import mlx.optimizers
 import numpy as np
 import pytest
 
+from anarchobot.config.schema import TrainConfig
+from anarchobot.numerics.order import Wait, evaluated, tied
 from anarchobot.optim.adamw import BETA1, BETA2, EPSILON, adamw
 
 
-def test_ten_steps_equal_the_librarys() -> None:
+@pytest.mark.parametrize("wait", [tied, evaluated], ids=["tied", "evaluated"])
+def test_ten_steps_equal_the_librarys(wait: Wait) -> None:
+    train = TrainConfig(weight_decay=0.1, cautious_weight_decay=False)
     rng = np.random.default_rng(0)
     w = {"w": mx.array(rng.standard_normal((5, 7)), mx.float32)}
     other, first, second = dict(w), {"w": mx.zeros((5, 7))}, {"w": mx.zeros((5, 7))}
     library = mlx.optimizers.AdamW(0.01, betas=[BETA1, BETA2], eps=EPSILON, weight_decay=0.1, bias_correction=True)
     for count in range(1, 11):
         g = {"w": mx.array(rng.standard_normal((5, 7)), mx.float32)}
-        w, first, second = adamw(w, g, first, second, mx.array(0.01), mx.array(float(count)), 0.1)
+        w, first, second = adamw(w, dict(g), first, second, mx.array(0.01), mx.array(float(count)), train, wait)
         other = library.apply_gradients(g, other)
     np.testing.assert_allclose(np.array(w["w"]), np.array(other["w"]), rtol=2e-5, atol=1e-6)
 
@@ -23,8 +27,19 @@ def test_ten_steps_equal_the_librarys() -> None:
 def test_the_first_step_is_lr_long_and_vectors_are_not_decayed() -> None:
     """m / (1 - b1) over sqrt(v / (1 - b2)) is the gradient's sign at first; without the correction it is 0.45 of it."""
     params = {"matrix": mx.full((2, 2), 10.0), "norm": mx.full((2,), 10.0)}
-    zeros = {name: mx.zeros(p.shape) for name, p in params.items()}
     grads = {name: mx.full(p.shape, -3.0) for name, p in params.items()}
-    new, _, _ = adamw(params, grads, zeros, zeros, mx.array(0.01), mx.array(1.0), 0.5)
+    train = TrainConfig(weight_decay=0.5, cautious_weight_decay=False)
+    new, _, _ = adamw(params, grads, zeros(params), zeros(params), mx.array(0.01), mx.array(1.0), train, tied)
     assert np.array(new["norm"]) == pytest.approx(10.01, rel=1e-6)
     assert np.array(new["matrix"]) == pytest.approx(10.01 - 0.01 * 0.5 * 10, rel=1e-6)
+
+
+def test_cautious_decay_acts_only_where_the_update_shrinks_the_weight() -> None:
+    """By hand: of two positive weights, the one with a positive gradient goes down anyway and decays; the other not."""
+    w, g = {"w": mx.array([[10.0, 10.0]])}, {"w": mx.array([[3.0, -3.0]])}
+    new, _, _ = adamw(w, g, zeros(w), zeros(w), mx.array(0.01), mx.array(1.0), TrainConfig(weight_decay=0.5), tied)
+    assert np.array(new["w"])[0] == pytest.approx([10 - 0.01 - 0.01 * 0.5 * 10, 10 + 0.01], rel=1e-6)
+
+
+def zeros(params: dict[str, mx.array]) -> dict[str, mx.array]:
+    return {name: mx.zeros(p.shape) for name, p in params.items()}

@@ -1,77 +1,113 @@
-"""Muon against a singular value decomposition, and its step against one written out in float64."""
+"""Muon's step against one written out in float64, with a singular value decomposition's helpers."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from anarchobot.optim.muon import POLAR_EXPRESS, muon, orthogonalise, update_scale
+from anarchobot.config.schema import TrainConfig
+from anarchobot.numerics.order import evaluated, tied
+from anarchobot.optim.muon import muon, update_scale
+from anarchobot.optim.orthogonal import orthogonalise
+from tests.optim.test_orthogonal import iterate, svd_matrix
 
-SHAPES = [(32, 32), (24, 96), (96, 24), (1, 16), (16, 1)]
-
-
-def svd_matrix(rows: int, cols: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """A matrix whose singular values run from 1 down to 0.02, and the orthogonal one nearest to it."""
-    rng = np.random.default_rng(seed)
-    u, _, vt = np.linalg.svd(rng.standard_normal((rows, cols)), full_matrices=False)
-    return (u * np.geomspace(1, 0.02, min(rows, cols))) @ vt * 3.7, u @ vt
-
-
-def iterate(g: np.ndarray) -> np.ndarray:
-    """Polar Express in float64, written for one matrix."""
-    x = g.T if g.shape[0] > g.shape[1] else g
-    x = x / (np.linalg.norm(x) * 1.02 + 1e-6)
-    for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.T
-        x = a * x + b * gram @ x + c * gram @ gram @ x
-    return x.T if g.shape[0] > g.shape[1] else x
+HEAD = 4
+SHAPES = {
+    "self_attn.q_proj": (16, 24), "self_attn.k_proj": (8, 24), "self_attn.o_proj": (24, 16),
+    "mlp.up_proj": (40, 24), "mlp.gate_proj": (40, 24), "mlp.down_proj": (24, 40),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_orthogonalised_is_near_the_polar_factor_and_keeps_the_directions(shape: tuple[int, int]) -> None:
-    g, nearest = svd_matrix(*shape)
-    got = np.array(orthogonalise(mx.array(g, mx.float32)[None])[0], np.float64)
-    values = np.linalg.svd(got, compute_uv=False)
-    assert values.min() > 0.85 and values.max() < 1.15  # the published band of five steps
-    assert np.vdot(got, nearest) / (np.linalg.norm(got) * np.linalg.norm(nearest)) > 0.99
-    np.testing.assert_allclose(got, iterate(g), atol=2e-5)
+def by_heads(name: str, g: np.ndarray) -> np.ndarray:
+    """Each head's rows (q, k) or columns (o) orthogonalised alone, one after the other."""
+    if "self_attn" not in name:
+        return iterate(g)
+    if "o_proj" in name:
+        return np.concatenate([iterate(g[:, i : i + HEAD]) for i in range(0, g.shape[1], HEAD)], axis=1)
+    return np.concatenate([iterate(g[i : i + HEAD]) for i in range(0, g.shape[0], HEAD)], axis=0)
 
 
-def test_stacked_matrices_do_not_mix() -> None:
-    a, b = svd_matrix(24, 96, 1)[0], 1000 * svd_matrix(24, 96, 2)[0]
-    both = orthogonalise(mx.array(np.stack([a, b]), mx.float32))
-    np.testing.assert_allclose(np.array(both[1]), iterate(b), atol=2e-5)
-
-
-def test_three_steps_equal_the_formula_in_float64() -> None:
-    """Two shapes at once; Nesterov, momentum changing from step to step, decoupled decay, AdamW-sized update."""
+@pytest.mark.parametrize("wait", [tied, evaluated], ids=["tied", "evaluated"])
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("normuon", [True, False])
+@pytest.mark.parametrize("cautious", [True, False])
+def test_three_steps_equal_the_formula_in_float64(cautious: bool, normuon: bool, split: bool, wait: object) -> None:
+    """All kinds of matrices at once; Nesterov, momentum changing from step to step, decoupled decay."""
+    train = TrainConfig(
+        normuon=normuon, muon_split_heads=split, cautious_weight_decay=cautious, weight_decay=0.3, lr=0.1
+    )
     rng = np.random.default_rng(0)
-    truth = {"a": rng.standard_normal((8, 24)), "b": rng.standard_normal((8, 24)), "c": rng.standard_normal((24, 8))}
+    truth = {name: rng.standard_normal(shape) for name, shape in SHAPES.items()}
     buffers = {name: np.zeros_like(p) for name, p in truth.items()}
+    seconds = {name: np.zeros(len(p)) for name, p in truth.items()}
     params = {name: mx.array(p, mx.float32) for name, p in truth.items()}
     state = {name: mx.zeros(p.shape) for name, p in params.items()}
+    rows = {name: mx.zeros(p.shape[:1]) for name, p in params.items()} if normuon else {}
     for lr, mu in ((0.1, 0.85), (0.05, 0.9), (0.01, 0.95)):
         grads = {name: rng.standard_normal(p.shape) for name, p in truth.items()}
         for name, g in grads.items():
+            w = truth[name]
             buffers[name] = mu * buffers[name] + (1 - mu) * g
-            u = iterate(mu * buffers[name] + (1 - mu) * g) * 0.2 * np.sqrt(24)
-            truth[name] = truth[name] - lr * u - lr * 0.3 * truth[name]
+            ahead = mu * buffers[name] + (1 - mu) * g
+            u = by_heads(name, ahead) if split else iterate(ahead)
+            if normuon:
+                seconds[name] = 0.95 * seconds[name] + 0.05 * (u**2).mean(axis=1)
+                even = u / np.sqrt(seconds[name])[:, None]
+                u = even * np.linalg.norm(u) / np.linalg.norm(even)
+            u = u * 0.2 * np.sqrt(max(w.shape))
+            decay = 0.3 * w * (u * w > 0) if cautious else 0.3 * w
+            truth[name] = w - lr * (u + decay)
         as_mlx = {name: mx.array(g, mx.float32) for name, g in grads.items()}
-        params, state = muon(params, as_mlx, state, mx.array(lr), mx.array(mu), 0.3)
+        params, state, rows = muon(
+            params,
+            as_mlx,
+            state,
+            rows,
+            mx.array(lr),
+            mx.array(mu),
+            train,
+            HEAD,
+            wait,  # type: ignore[arg-type]
+        )
+    assert set(params) == set(truth)
     for name, p in truth.items():
-        np.testing.assert_allclose(np.array(params[name]), p, atol=3e-5)
+        np.testing.assert_allclose(np.array(params[name]), p, atol=1e-4, err_msg=name)
         np.testing.assert_allclose(np.array(state[name]), buffers[name], atol=1e-6)
+        if normuon:
+            np.testing.assert_allclose(np.array(rows[name]), seconds[name], rtol=1e-3)
+
+
+def one_step(w: mx.array, g: mx.array, **settings: object) -> mx.array:
+    train = TrainConfig(**settings)  # type: ignore[arg-type]
+    zero, rows = mx.zeros(w.shape), {"w": mx.zeros(w.shape[:1])}
+    new, _, _ = muon({"w": w}, {"w": g}, {"w": zero}, rows, mx.array(0.1), mx.array(0.9), train, HEAD, tied)
+    return new["w"]
 
 
 def test_weight_decay_is_decoupled() -> None:
     """MLX's own Muon puts the decay into the gradient, where orthogonalising blows it up to a full-sized step."""
     w = mx.array(svd_matrix(16, 32)[0], mx.float32)
-    zero = {"w": mx.zeros(w.shape)}
-    new, _ = muon({"w": w}, zero, zero, mx.array(0.1), mx.array(0.9), 0.5)
-    np.testing.assert_allclose(np.array(new["w"]), 0.95 * np.array(w), rtol=1e-5)
+    new = one_step(w, mx.zeros(w.shape), weight_decay=0.5, cautious_weight_decay=False)
+    np.testing.assert_allclose(np.array(new), 0.95 * np.array(w), rtol=1e-5)
+
+
+def test_many_matrices_go_in_groups_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {f"layers.{i}.mlp.up_proj": rng.standard_normal((12, 20)).astype(np.float32) for i in range(5)}
+
+    def step() -> dict[str, mx.array]:
+        p, g = ({n: mx.array(a) for n, a in arrays.items()} for _ in range(2))
+        buffers, rows = {n: mx.zeros(a.shape) for n, a in arrays.items()}, {n: mx.zeros((12,)) for n in arrays}
+        return muon(p, g, buffers, rows, mx.array(0.1), mx.array(0.9), TrainConfig(), HEAD, tied)[0]
+
+    together = step()
+    monkeypatch.setattr("anarchobot.optim.muon.MOST_AT_ONCE", 2 * 12 * 20)
+    for name, w in step().items():
+        np.testing.assert_allclose(np.array(w), np.array(together[name]), atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64)])
-def test_the_update_has_adamws_size(shape: tuple[int, int]) -> None:
+def test_the_update_has_adamws_size_or_kellers(shape: tuple[int, int]) -> None:
     g = np.random.default_rng(0).standard_normal(shape)
-    update = np.array(orthogonalise(mx.array(g, mx.float32)[None])[0]) * update_scale(shape)
-    assert np.sqrt((update**2).mean()) == pytest.approx(0.2, rel=0.1)
+    u = np.array(orthogonalise(mx.array(g, mx.float32)[None])[0])
+    assert np.sqrt(((u * update_scale(shape)) ** 2).mean()) == pytest.approx(0.2, rel=0.1)
+    assert update_scale(shape, "keller") == {(64, 64): 1.0, (64, 256): 1.0, (256, 64): 2.0}[shape]

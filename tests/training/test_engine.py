@@ -12,6 +12,7 @@ from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
 from anarchobot.data.windows import IGNORE
 from anarchobot.training.engine import MLXEngine
+from anarchobot.training.workers import workers_for
 
 
 def config(model: dict[str, Any] | None = None, **train: Any) -> Config:
@@ -110,6 +111,106 @@ def test_gradient_checkpointing_takes_less_memory() -> None:
         return mx.get_peak_memory()
 
     assert peak(gradient_checkpointing=True) < 0.75 * peak()
+
+
+def test_the_sizes_of_chunks_reach_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen in what is computed at a time: chunks of the head, and blocks of queries."""
+    from anarchobot.model import loss
+    from anarchobot.model.attention import Attention
+
+    chunks: list[int] = []
+    whole = loss._chunk_loss
+
+    def noted(h: mx.array, *others: Any) -> Any:
+        chunks.append(h.shape[0])
+        return whole(h, *others)
+
+    monkeypatch.setattr(loss, "_chunk_loss", noted)
+    blocks: list[tuple[int, int]] = []
+    scores = Attention._scores
+    monkeypatch.setattr(
+        Attention,
+        "_scores",
+        lambda self, r, k, start, end: blocks.append((start, end)) or scores(self, r, k, start, end),
+    )
+    MLXEngine(config(loss_chunk=24, attention_block=7)).train_step(random_batch(1, 4), 1, 0.01, 0.9)
+    assert chunks == [24, 24, 16]
+    assert set(blocks) == {(0, 7), (7, 14), (14, 16)}
+
+
+@pytest.mark.parametrize("optimizer", ["muon_adamw", "adamw"])
+def test_threads_share_the_rows_and_change_nothing(optimizer: str) -> None:
+    """But for rounding, and what dropout drops. Seven rows in a validation are shared too."""
+
+    def run(threads: int) -> tuple[MLXEngine, list[float]]:
+        engine = MLXEngine(config(cpu_threads=threads, micro_batch_size=4, optimizer=optimizer))
+        assert engine.workers.count == threads
+        losses = [engine.train_step(random_batch(2, 4, seed=s), s, 0.01, 0.9).loss for s in range(1, 4)]
+        return engine, [*losses, *engine.eval_step(random_batch(1, 3)), *engine.eval_step(random_batch(1, 1))]
+
+    (one, losses), (two, others) = run(1), run(2)
+    assert others == pytest.approx(losses, rel=1e-5)
+    for name, p in parameters(one).items():
+        np.testing.assert_allclose(p, parameters(two)[name], atol=1e-4, err_msg=name)
+    again, same = run(2)
+    assert same == others  # however the threads take turns
+    assert all(np.array_equal(p, parameters(again)[name]) for name, p in parameters(two).items())
+
+
+def test_an_error_in_a_thread_comes_out() -> None:
+    engine = MLXEngine(config(cpu_threads=2, micro_batch_size=4))
+    with pytest.raises(ValueError, match="broken"):
+        engine.workers.each(lambda worker: (_ for _ in ()).throw(ValueError("broken")) if worker else None)
+    assert engine.train_step(random_batch(1, 4), 1, 0.01, 0.9).finite
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted", "threads"), [(8, 2, 2), (8, 3, 2), (9, 3, 3), (1, 4, 1), (7, 2, 1), (12, 8, 6)]
+)
+def test_as_many_threads_as_divide_the_rows(rows: int, wanted: int, threads: int) -> None:
+    assert workers_for(rows, wanted) == threads
+
+
+def test_nothing_is_compiled_again_after_the_second_step() -> None:
+    """Two traces of a micro-batch, without and with sums to add to, one of the update and one of evaluation."""
+    engine = MLXEngine(config(compile=True))
+    counts = []
+    for step in range(1, 6):
+        engine.train_step(random_batch(3, 2, seed=step), step, 0.01 / step, 0.9 + step / 100)
+        engine.eval_step(random_batch(1, 2, seed=step))
+        counts.append(engine.traces)
+    assert counts == [4] * 5
+
+
+def test_the_running_average_is_what_is_validated_and_saved_and_survives_a_resume() -> None:
+    """Against the average kept by hand."""
+    engine, plain = MLXEngine(config(ema_decay=0.5)), MLXEngine(config())
+    average = parameters(plain)
+    for step in range(1, 5):
+        batch = random_batch(1, 2, seed=step)
+        engine.train_step(batch, step, 0.01, 0.9)
+        plain.train_step(batch, step, 0.01, 0.9)
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = {n: decay * a + (1 - decay) * parameters(plain)[n] for n, a in average.items()}
+    for name, p in engine.weights.items():
+        np.testing.assert_allclose(np.array(p), average[name], atol=1e-6)
+    state = engine.state()
+    resumed = MLXEngine(config(ema_decay=0.5))
+    resumed.load_state(state)
+    held_out, batch = random_batch(1, 2, seed=9), random_batch(1, 2, seed=10)
+    assert resumed.eval_step(held_out) == engine.eval_step(held_out) != plain.eval_step(held_out)
+    for one in (engine, resumed):
+        one.train_step(batch, 5, 0.01, 0.9)
+    assert all(np.array_equal(a, resumed.state()[name]) for name, a in engine.state().items())
+    usual = MLXEngine(config())  # without averaging, the saved weights are gone on from
+    usual.load_state(state)
+    assert usual.eval_step(held_out) == pytest.approx(resumed_loss(state, held_out))
+
+
+def resumed_loss(state: dict[str, np.ndarray], batch: Batch) -> tuple[float, int]:
+    engine = MLXEngine(config(ema_decay=0.5))
+    engine.load_state(state)
+    return engine.eval_step(batch)
 
 
 def test_dropout_depends_on_step_and_seed_and_is_off_in_evaluation() -> None:

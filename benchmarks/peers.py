@@ -1,0 +1,241 @@
+"""One measurement in a process of its own: `python benchmarks/peers.py PROGRAM '{"layers": 6, ...}'` prints JSON.
+
+Every program trains the same Llama-shaped model (RMSNorm, RoPE, gated SiLU, tied head) on the same random tokens with
+AdamW in float32 (or as the options say) and reports the median time of a step and, where it counts it, peak memory.
+"""
+
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Shape = dict[str, Any]  # layers, width, heads, mlp, vocab, rows, length, accumulate; steps; threads; options
+
+
+def tokens(shape: Shape) -> Any:
+    """int32 [accumulate, rows, length + 1]."""
+    size = (shape.get("accumulate", 1), shape["rows"], shape["length"] + 1)
+    return np.random.default_rng(0).integers(0, shape["vocab"], size).astype(np.int32)
+
+
+def timed(step: Callable[[], float], steps: int, warmup: int = 2) -> dict[str, Any]:
+    """Medians of CPU and wall milliseconds a step, and the losses."""
+    cpu, wall, losses = [], [], []
+    for _ in range(warmup + steps):
+        cpu_began, wall_began = time.process_time(), time.perf_counter()
+        losses.append(step())
+        cpu.append(1e3 * (time.process_time() - cpu_began))
+        wall.append(1e3 * (time.perf_counter() - wall_began))
+    return {
+        "cpu_ms": statistics.median(cpu[warmup:]),
+        "wall_ms": statistics.median(wall[warmup:]),
+        "losses": losses[:3],
+    }
+
+
+def ours(shape: Shape) -> dict[str, Any]:
+    from anarchobot.system.blas import load_fast_blas
+
+    load_fast_blas()
+    import mlx.core as mx
+
+    from anarchobot.config.schema import Config
+    from anarchobot.data.batches import Batch
+    from anarchobot.numerics import elementary, order
+    from anarchobot.training.engine import MLXEngine
+
+    options = dict(shape.get("options", {}))
+    free_order, library_exp = options.pop("free_order", False), options.pop("library_exp", False)
+    small_cache = options.pop("small_cache", False)
+    config = {
+        "model": {
+            "vocab_size": shape["vocab"], "n_layers": shape["layers"], "d_model": shape["width"],
+            "n_heads": shape["heads"], "mlp_multiple": shape["mlp"] / shape["width"], "dropout": 0.0,
+            "max_seq_len": shape["length"],
+        },
+        "data": {"seq_len": shape["length"]},
+        "train": {
+            "optimizer": "adamw", "micro_batch_size": shape["rows"], "cpu_threads": shape.get("threads", 1),
+            "weight_decay": 0.01, **options,
+        },
+    }  # fmt: skip
+    if library_exp:  # what the techniques of numerics/elementary.py are worth
+        elementary._by_hand = lambda x: False
+    engine = MLXEngine(Config.model_validate(config))
+    if free_order:
+        object.__setattr__(engine._technique, "wait", order.free)
+    if small_cache:
+        mx.set_cache_limit(32 << 20)
+    ids = tokens(shape)
+    batch = Batch(np.ascontiguousarray(ids[..., :-1]), np.ascontiguousarray(ids[..., 1:]))
+    count, updates = 0, []
+    update = engine._update
+
+    def measured_update(*arguments: Any) -> Any:
+        began = time.process_time()
+        done = update(*arguments)
+        mx.eval(done)
+        updates.append(1e3 * (time.process_time() - began))
+        return done
+
+    if shape.get("time_update"):
+        engine._update = measured_update
+
+    def step() -> float:
+        nonlocal count
+        count += 1
+        if count == 3:
+            mx.reset_peak_memory()
+        return engine.train_step(batch, count, 1e-3, 0.95).loss
+
+    result = timed(step, shape["steps"])
+    result |= {"peak_mb": mx.get_peak_memory() / 1e6, "traces": engine.traces, "device": str(engine.device)}
+    return result | ({"update_cpu_ms": statistics.median(updates[2:])} if updates else {})
+
+
+def mlx_lm(shape: Shape) -> dict[str, Any]:
+    """mlx-lm's own `train`, full weights; a step's time is that between two of its reports."""
+    from anarchobot.system.blas import load_fast_blas
+
+    load_fast_blas()
+    import mlx.core as mx
+    import mlx.optimizers
+    from mlx_lm.models import llama
+    from mlx_lm.tuner.callbacks import TrainingCallback
+    from mlx_lm.tuner.trainer import TrainingArgs, train
+
+    mx.random.seed(0)
+    model = llama.Model(
+        llama.ModelArgs(
+            model_type="llama", hidden_size=shape["width"], num_hidden_layers=shape["layers"],
+            intermediate_size=shape["mlp"], num_attention_heads=shape["heads"], rms_norm_eps=1e-5,
+            vocab_size=shape["vocab"], max_position_embeddings=shape["length"], tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    mx.eval(model.parameters())
+    rows = [[int(i) for i in row] for row in tokens(shape).reshape(-1, shape["length"] + 1)]
+    marks: list[tuple[float, float]] = []
+    losses: list[float] = []
+
+    class Marks(TrainingCallback):
+        def on_train_loss_report(self, info: dict[str, Any]) -> None:
+            marks.append((time.process_time(), time.perf_counter()))
+            losses.append(info["train_loss"])
+            if len(marks) == 2:
+                mx.reset_peak_memory()
+
+    accumulate, warmup = shape.get("accumulate", 1), 2
+    with tempfile.TemporaryDirectory() as folder:
+        train(
+            model,
+            mlx.optimizers.AdamW(1e-3, weight_decay=0.01, bias_correction=True),
+            [(row, 0) for row in rows],
+            args=TrainingArgs(
+                batch_size=shape["rows"], iters=(warmup + shape["steps"]) * accumulate, val_batches=0,
+                steps_per_report=accumulate, steps_per_save=10**9, max_seq_length=shape["length"] + 1,
+                adapter_file=str(Path(folder) / "out.safetensors"), grad_accumulation_steps=accumulate,
+                **shape.get("options", {}),
+            ),
+            training_callback=Marks(),
+        )  # fmt: skip
+    steps = np.diff(np.array(marks[warmup - 1 :]), axis=0) * 1e3
+    return {
+        "cpu_ms": float(np.median(steps[:, 0])), "wall_ms": float(np.median(steps[:, 1])),
+        "peak_mb": mx.get_peak_memory() / 1e6, "losses": losses[:3],
+    }  # fmt: skip
+
+
+def torch_model(shape: Shape) -> Any:
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    width, heads, vocab = shape["width"], shape["heads"], shape["vocab"]
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention_norm, self.mlp_norm = nn.RMSNorm(width, 1e-5), nn.RMSNorm(width, 1e-5)
+            self.qkv = nn.Linear(width, 3 * width, bias=False)
+            self.o = nn.Linear(width, width, bias=False)
+            self.gate_up = nn.Linear(width, 2 * shape["mlp"], bias=False)
+            self.down = nn.Linear(shape["mlp"], width, bias=False)
+
+        def forward(self, x: Any, cos: Any, sin: Any) -> Any:
+            B, L, _ = x.shape
+            q, k, v = self.qkv(self.attention_norm(x)).view(B, L, 3, heads, -1).permute(2, 0, 3, 1, 4)
+            q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.o(y.transpose(1, 2).reshape(B, L, width))
+            gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+            return x + self.down(F.silu(gate) * up)
+
+    def rotated(x: Any, cos: Any, sin: Any) -> Any:
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(vocab, width)
+            self.blocks = nn.ModuleList(Block() for _ in range(shape["layers"]))
+            self.norm = nn.RMSNorm(width, 1e-5)
+            half = width // heads // 2
+            angles = torch.outer(torch.arange(shape["length"]).float(), 1e4 ** -(torch.arange(half) / half))
+            self.register_buffer("cos", angles.cos())
+            self.register_buffer("sin", angles.sin())
+            for name, p in self.named_parameters():
+                if p.ndim == 2:
+                    residual = name.endswith(("o.weight", "down.weight"))
+                    nn.init.normal_(p, std=0.02 / math.sqrt(2 * shape["layers"]) if residual else 0.02)
+
+        def forward(self, ids: Any, targets: Any) -> Any:
+            x = self.embed(ids)
+            for block in self.blocks:
+                x = block(x, self.cos, self.sin)
+            z = F.linear(self.norm(x), self.embed.weight)
+            return F.cross_entropy(z.view(-1, vocab).float(), targets.reshape(-1))
+
+    torch.manual_seed(0)
+    return Model()
+
+
+def torch_step(shape: Shape) -> dict[str, Any]:
+    import torch
+
+    options = shape.get("options", {})
+    torch.set_num_threads(shape.get("threads", 1))
+    gpu = torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
+    model = torch_model(shape).to(device)
+    call = torch.compile(model) if options.get("compile") else model
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, (0.9, 0.95), weight_decay=0.01, fused=gpu or None)
+    ids = torch.from_numpy(tokens(shape).astype(np.int64)).to(device)
+
+    def step() -> float:
+        total = 0.0
+        for part in ids:
+            with torch.autocast(device, torch.bfloat16, enabled=gpu):
+                loss = call(part[:, :-1], part[:, 1:]) / len(ids)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    result = timed(step, shape["steps"], warmup=3)
+    return result | ({"peak_mb": torch.cuda.max_memory_allocated() / 1e6} if gpu else {})
+
+
+PROGRAMS = {"ours": ours, "mlx-lm": mlx_lm, "torch": torch_step}
+
+if __name__ == "__main__":
+    print(json.dumps(PROGRAMS[sys.argv[1]](json.loads(sys.argv[2]))))

@@ -1,0 +1,144 @@
+"""What a model learns from the same tokens: tiny Shakespeare by characters, in nanoGPT's CPU budget. `make quality`.
+
+nanoGPT's recipe (block 64, batch 12, 4 layers, 4 heads, width 128, no dropout, 2,000 steps) ends at 1.8857. Here: the
+same split (the last tenth for validation), the same number of characters, each run's loss on the whole validation split
+in windows of 64. A run takes some minutes on one core.
+
+    .venv/bin/python benchmarks/quality.py --runs adamw muon --seeds 0 1 2
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+HERE = Path(__file__).parent
+LENGTH, ROWS, STEPS = 64, 12, 2000
+MARKS = (250, 400, 500, 1000, 1500, 2000)
+
+# Name: what is different from the shipped defaults. Keys without a section are the model's.
+BASE: dict[str, Any] = {
+    "vocab_size": 65, "n_layers": 4, "d_model": 128, "n_heads": 4, "mlp_multiple": 2.6875, "dropout": 0.0,
+    "max_seq_len": LENGTH,
+    "train.warmup_steps": 20, "train.min_lr": 0.0, "train.micro_batch_size": ROWS, "train.cpu_threads": 1,
+    "train.max_grad_norm": None, "train.weight_decay": 0.1, "train.lr": 8e-3, "train.adamw_lr": 4e-3,
+    "train.schedule": "wsd", "train.decay_fraction": 0.7,
+}  # fmt: skip
+ADAMW = {"train.optimizer": "adamw", "train.max_grad_norm": 1.0, "train.warmup_steps": 100, "train.adamw_lr": None}
+GOOD = {"qk_norm": True, "tie_embeddings": False}
+RUNS: dict[str, dict[str, Any]] = {
+    "adamw 1e-3": {**ADAMW, "train.lr": 1e-3},
+    "adamw 2e-3": {**ADAMW, "train.lr": 2e-3},
+    "adamw 4e-3": {**ADAMW, "train.lr": 4e-3},
+    "muon": {"train.normuon": False},
+    "normuon": {},
+    "exportable": GOOD,
+}
+
+
+def windows(folder: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Character ids of the two splits, cut into rows of 65 that overlap by one: int32 [n, 65]."""
+    text = (folder / "text" / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    number = {c: i for i, c in enumerate(sorted(set(text)))}
+    ids = np.array([number[c] for c in text], np.int32)
+    cut = int(0.9 * len(ids))
+
+    def rows(part: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        starts = np.arange(0, len(part) - 1, LENGTH)[:, None]
+        return part[np.minimum(starts + np.arange(LENGTH + 1), len(part) - 1)]
+
+    return rows(ids[:cut])[:-1], rows(ids[cut:])[:-1]
+
+
+def train(settings: dict[str, Any], seed: int, data: Path, steps: int) -> dict[str, Any]:
+    from anarchobot.system.blas import load_fast_blas
+
+    load_fast_blas()
+    from anarchobot.config.schema import Config
+    from anarchobot.data.batches import Batch
+    from anarchobot.optim.schedule import learning_rate, muon_momentum
+    from anarchobot.training.engine import MLXEngine
+
+    config: dict[str, dict[str, Any]] = {"model": {}, "data": {"seq_len": LENGTH}, "train": {"seed": seed}}
+    for key, value in settings.items():
+        section, _, name = key.rpartition(".")
+        config[section or "model"][name] = value
+    parsed = Config.model_validate(config)
+    engine = MLXEngine(parsed)
+    training, held_out = windows(data)
+
+    def batch(rows: npt.NDArray[np.int32]) -> Batch:
+        return Batch(np.ascontiguousarray(rows[None, :, :-1]), np.ascontiguousarray(rows[None, :, 1:]))
+
+    def validate() -> float:
+        sums = np.array([engine.eval_step(batch(held_out[i : i + 192])) for i in range(0, len(held_out), 192)])
+        return float(sums[:, 0].sum() / sums[:, 1].sum())
+
+    rng = np.random.default_rng(seed)
+    order: list[int] = []
+    losses, cpu = {}, 0.0
+    for step in range(1, steps + 1):
+        if len(order) < ROWS:
+            order = [*order, *rng.permutation(len(training)).tolist()]
+        rows, order = training[order[:ROWS]], order[ROWS:]
+        began = time.process_time()
+        lr = learning_rate(step, parsed.train, steps)
+        engine.train_step(batch(rows), step, lr, muon_momentum(step, parsed.train))
+        cpu += time.process_time() - began
+        if step in MARKS or step == steps:
+            losses[step] = round(validate(), 4)
+    count = sum(p.size for p in engine.params.values())
+    return {"losses": losses, "final": losses[steps], "cpu_seconds": round(cpu, 1), "parameters": count}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("ANARCHOBOT_TEST_DATA", "../shared/data")))
+    parser.add_argument("--runs", nargs="+", default=list(RUNS))
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="changes to every run")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "quality.json")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        name, seed = arguments.worker.rsplit("/", 1)
+        changes = {key: json.loads(value) for key, value in (change.split("=", 1) for change in arguments.set)}
+        print(json.dumps(train({**BASE, **RUNS[name], **changes}, int(seed), arguments.data, arguments.steps)))
+        return
+
+    work = [(name, seed) for seed in arguments.seeds for name in arguments.runs]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.runs}
+    for i in range(0, len(work), arguments.jobs):
+        processes = [(name, seed, _start(arguments, name, seed)) for name, seed in work[i : i + arguments.jobs]]
+        for name, seed, process in processes:
+            out, _ = process.communicate()
+            if process.returncode:
+                sys.exit(f"{name}, seed {seed}: failed")
+            found[name].append(json.loads(out.splitlines()[-1]))
+            print(f"{name}, seed {seed}: {found[name][-1]}", flush=True)
+    arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    print("\n| run | mean | each seed | CPU s |\n| --- | ---: | --- | ---: |")
+    for name, results in found.items():
+        finals = [r["final"] for r in results]
+        seconds = statistics.median(r["cpu_seconds"] for r in results)
+        print(f"| {name} | {statistics.mean(finals):.4f} | {', '.join(map(str, finals))} | {seconds:.0f} |")
+
+
+def _start(arguments: argparse.Namespace, name: str, seed: int) -> "subprocess.Popen[str]":
+    command = [sys.executable, __file__, "--worker", f"{name}/{seed}", "--data", str(arguments.data)]
+    command += ["--steps", str(arguments.steps), "--set", *arguments.set]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+if __name__ == "__main__":
+    main()
