@@ -4,13 +4,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART := configs/quickstart.yaml
 
-.PHONY: help quickstart test faults check docs bench-data lock clean
+.PHONY: help quickstart test faults check docs bench bench-data quality lock clean
 
 help:
 	@echo "make quickstart   train a small model on text that is already here, and let it write (5 minutes)"
 	@echo "make test         style, types and the test suite"
 	@echo "make faults       the long tests: runs killed again and again, 10 GB of text"
 	@echo "make check        style and types alone"
+	@echo "make bench        the training step beside mlx-lm and PyTorch: time and memory (an hour)"
+	@echo "make quality      what a model learns: optimizers and options compared, 3 seeds (hours)"
 	@echo "make bench-data   how fast text becomes tokens, beside other programs (minutes)"
 	@echo "make docs         write the pages that are made from the code"
 	@echo "make lock         pin the dependencies anew"
@@ -33,6 +35,15 @@ check: .venv/dev.done
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+bench: .venv/dev.done
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python benchmarks/training.py small --cores 1 2
+	$(BIN)/python benchmarks/training.py techniques
+	$(BIN)/python benchmarks/training.py 137M --rounds 1
+
+quality: .venv/dev.done
+	$(BIN)/python benchmarks/quality.py
 
 bench-data: .venv/dev.done
 	$(BIN)/python benchmarks/data.py

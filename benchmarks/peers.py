@@ -70,7 +70,7 @@ def ours(shape: Shape) -> dict[str, Any]:
         elementary._by_hand = lambda x: False
     engine = MLXEngine(Config.model_validate(config))
     if free_order:
-        object.__setattr__(engine._technique, "wait", order.free)
+        object.__setattr__(engine.technique, "wait", order.free)
     if small_cache:
         mx.set_cache_limit(32 << 20)
     ids = tokens(shape)

@@ -56,7 +56,7 @@ class ModelConfig(Section):
     )
     zero_init_proj: bool = Field(False, description="o_proj and down_proj start at zero")
     embedding_scale: PositiveFloat | None = Field(
-        None, description="token embeddings are multiplied by this; left out: not. Not exportable as Llama"
+        None, description="token embeddings are multiplied by this, such as sqrt(d_model); left out: not"
     )
     value_residual: bool = Field(
         False, description="average each block's attention values with the first block's. Not exportable as Llama"

@@ -1,5 +1,6 @@
 """Which parameter goes to which optimizer, and one update of them all."""
 
+import math
 from typing import Literal
 
 import mlx.core as mx
@@ -17,6 +18,20 @@ def route(name: str, ndim: int, optimizer: Literal["muon_adamw", "adamw"]) -> Li
     """Muon takes the matrices inside the blocks. Being a matrix is not enough: embeddings and the head are AdamW's."""
     in_block = ".layers." in name and ndim == 2
     return "muon" if optimizer == "muon_adamw" and in_block else "adamw"
+
+
+def describe_routes(shapes: dict[str, tuple[int, ...]], optimizer: Literal["muon_adamw", "adamw"]) -> list[str]:
+    """One line for each optimizer: which parameters it has, blocks taken together. `shapes` by name."""
+    kinds: dict[str, dict[str, int]] = {"muon": {}, "adamw": {}}
+    for name, shape in shapes.items():
+        short = name.removeprefix("model.").removesuffix(".weight").rpartition(".")[2]
+        kind = kinds[route(name, len(shape), optimizer)]
+        kind[short] = kind.get(short, 0) + math.prod(shape)
+    return [
+        f"{title}: {', '.join(kinds[kind])} ({sum(kinds[kind].values()):,} parameters)"
+        for kind, title in (("muon", "Muon"), ("adamw", "AdamW"))
+        if kinds[kind]
+    ]
 
 
 def init_state(params: Arrays, train: TrainConfig) -> State:

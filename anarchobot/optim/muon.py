@@ -13,6 +13,7 @@ import math
 import mlx.core as mx
 
 from anarchobot.config.schema import TrainConfig
+from anarchobot.numerics.elementary import row_sums
 from anarchobot.numerics.order import Wait
 from anarchobot.optim.orthogonal import orthogonalise
 from anarchobot.optim.weight_decay import moved
@@ -46,22 +47,19 @@ def muon(
     new_buffers: Arrays = {}
     new_seconds: Arrays = {}
     split = head_size if train.muon_split_heads else None
-    for names in _groups(params, split):  # matrices of one shape go through the iteration together
-        stack = []
-        for name in names:
-            ahead, new_buffers[name] = _momentum(grads.pop(name), buffers.pop(name), momentum)
-            stack.append(_pieces(name, ahead, split))
-        directions = orthogonalise(mx.concatenate(stack))
-        each = len(directions) // len(names)
-        for i, name in enumerate(names):
-            u = _joined(name, directions[i * each : (i + 1) * each], params[name].shape)
-            if train.normuon:
-                u, new_seconds[name] = _even_rows(u, seconds.pop(name))
-            u = u * update_scale(u.shape, train.muon_scale)
-            new_params[name] = moved(params.pop(name), u, lr, train)
-        del stack, directions, ahead, u
-        done = [a[name] for name in names for a in (new_params, new_buffers, new_seconds) if name in a]
-        wait(done, done)
+    for names in _groups(params, split):  # matrices of one shape go through all of it together: [n, rows, cols]
+        w, g, m = (mx.stack([arrays.pop(name) for name in names]) for arrays in (params, grads, buffers))
+        m = momentum * m + (1 - momentum) * g
+        ahead = momentum * m + (1 - momentum) * g
+        del g
+        u = _joined(names[0], orthogonalise(_pieces(names[0], ahead, split)), w.shape)
+        if train.normuon:
+            u, s = _even_rows(u, mx.stack([seconds.pop(name) for name in names]))
+            new_seconds |= dict(zip(names, s, strict=True))
+        w = moved(w, u * update_scale(w.shape[1:], train.muon_scale), lr, train)
+        w, m = wait([w, m], [w, m])
+        new_params |= dict(zip(names, w, strict=True))
+        new_buffers |= dict(zip(names, m, strict=True))
     return new_params, new_buffers, new_seconds
 
 
@@ -77,10 +75,13 @@ def update_scale(shape: tuple[int, ...], kind: str = "adamw") -> float:
 
 
 def _even_rows(u: mx.array, second: mx.array) -> tuple[mx.array, mx.array]:
-    """Rows divided by the root of their running mean square, the whole at the norm it had; and the new mean square."""
-    second = BETA2 * second + (1 - BETA2) * mx.mean(u * u, axis=1)  # [rows]
-    even = u / (mx.sqrt(second) + EPSILON)[:, None]
-    return even * (mx.sqrt(mx.sum(u * u)) / (mx.sqrt(mx.sum(even * even)) + EPSILON)), second
+    """[n, rows, cols]: rows divided by the root of their running mean square [n, rows], each matrix at the norm that it
+    had; and the new mean squares."""
+    squares = row_sums(u * u)  # [n, rows, 1]
+    mean = BETA2 * second[..., None] + (1 - BETA2) / u.shape[-1] * squares
+    scale = 1 / (mx.sqrt(mean) + EPSILON)
+    before, after = (mx.sum(x, axis=1, keepdims=True) for x in (squares, squares * scale * scale))
+    return u * (scale * (mx.sqrt(before) / (mx.sqrt(after) + EPSILON))), mean[..., 0]
 
 
 def _groups(params: Arrays, head_size: int | None) -> list[list[str]]:
@@ -95,24 +96,20 @@ def _groups(params: Arrays, head_size: int | None) -> list[list[str]]:
     return [names for group in groups.values() for names in group]
 
 
-def _momentum(g: mx.array, buffer: mx.array, momentum: mx.array) -> tuple[mx.array, mx.array]:
-    """Nesterov's look ahead, and the new buffer."""
-    buffer = momentum * buffer + (1 - momentum) * g
-    return momentum * buffer + (1 - momentum) * g, buffer
-
-
 def _pieces(name: str, g: mx.array, head_size: int | None) -> mx.array:
-    """[n, rows, cols]: the matrix whole, or each head's part of an attention projection: rows of q, k and v, columns of
-    o."""
+    """[n, rows, cols] -> [m, ...]: whole matrices, or each head's part of attention projections: rows of q, k and v,
+    columns of o."""
     if head_size is None or "self_attn" not in name:
-        return g[None]
+        return g
+    n, rows, cols = g.shape
     if "o_proj" in name:
-        return g.reshape(g.shape[0], -1, head_size).swapaxes(0, 1)
-    return g.reshape(-1, head_size, g.shape[1])
+        return g.reshape(n, rows, -1, head_size).swapaxes(1, 2).reshape(-1, rows, head_size)
+    return g.reshape(-1, head_size, cols)
 
 
 def _joined(name: str, pieces: mx.array, shape: tuple[int, ...]) -> mx.array:
     """Undoes `_pieces`."""
-    if "o_proj" in name and len(pieces) > 1:
-        return pieces.swapaxes(0, 1).reshape(shape)
+    n, rows, cols = shape
+    if "o_proj" in name and pieces.shape[2] < cols:
+        return pieces.reshape(n, -1, rows, pieces.shape[2]).swapaxes(1, 2).reshape(shape)
     return pieces.reshape(shape)

@@ -11,7 +11,7 @@ from anarchobot.data.batches import Prefetched, TrainBatches, ValBatches
 from anarchobot.data.shards import TokenStream
 from anarchobot.data.tokenizer import Tokenizer, copy_beside, digest, load_tokenizer
 from anarchobot.data.windows import Joined, StreamWindows, open_windows
-from anarchobot.model.shapes import parameter_count
+from anarchobot.model.shapes import parameter_count, parameter_shapes
 from anarchobot.optim.schedule import total_steps
 from anarchobot.system.blas import advice, load_fast_blas
 from anarchobot.training import checkpoint
@@ -167,11 +167,14 @@ def _resume(engine: Engine, run: Run, start: checkpoint.Checkpoint) -> Progress:
 def _opening(
     run: Run, streams: list[TokenStream], device: object, precision: str, start: checkpoint.Checkpoint | None
 ) -> list[str]:
+    from anarchobot.optim.hybrid import describe_routes  # which imports MLX: behind the BLAS
+
     config = run.config
     per_step = config.train.micro_batch_size * config.train.grad_accum_steps
     tokens, epochs = sum(s.tokens for s in streams), run.steps * per_step / run.train.windows
     lines = [
-        f"{parameter_count(config.model):,} parameters, {precision} on {device}, {config.train.optimizer}",
+        f"{parameter_count(config.model):,} parameters, {precision} on {device}",
+        *describe_routes(parameter_shapes(config.model), config.train.optimizer),
         f"{tokens:,} training tokens in {', '.join(str(s.folder) for s in streams)}; "
         f"{run.steps:,} steps of {per_step} x {config.data.seq_len} tokens = {epochs:.2f} epochs",
     ]

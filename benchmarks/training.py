@@ -1,0 +1,128 @@
+"""The training step beside mlx-lm's trainer and PyTorch: time, memory, and what each technique is worth. `make bench`.
+
+Every measurement is a process of its own (benchmarks/peers.py); rounds go through all programs in turn, so that a busy
+minute on a shared machine hits all alike; figures are medians over rounds of each process's median step, ratios are
+taken within a round. On a CPU, MLX has OpenBLAS on one thread; `--cores 1` binds every program to one core.
+
+    .venv/bin/python benchmarks/training.py small --rounds 3
+    .venv/bin/python benchmarks/training.py techniques
+    .venv/bin/python benchmarks/training.py 137M            # half an hour on a CPU
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+SMALL = {"layers": 6, "width": 256, "heads": 8, "mlp": 688, "vocab": 8192, "rows": 8, "length": 256}
+LARGE = {"layers": 12, "width": 768, "heads": 12, "mlp": 3072, "vocab": 32000, "rows": 1, "length": 2048}
+CHECKPOINTED = {"gradient_checkpointing": True}
+MUON = {"optimizer": "muon_adamw"}
+
+# suite: shape, steps, and (name, program, changes to the shape, options)
+Row = tuple[str, str, dict[str, Any], dict[str, Any]]
+SUITES: dict[str, tuple[dict[str, Any], int, list[Row]]] = {
+    "small": (
+        SMALL,
+        5,
+        [
+            ("ours, AdamW", "ours", {}, {}),
+            ("ours, Muon", "ours", {"time_update": True}, MUON),
+            ("ours, AdamW, checkpointed", "ours", {}, CHECKPOINTED),
+            ("mlx-lm's trainer", "mlx-lm", {}, {}),
+            ("mlx-lm's trainer, checkpointed", "mlx-lm", {}, {"grad_checkpoint": True}),
+            ("PyTorch, eager", "torch", {}, {}),
+            ("PyTorch, compiled", "torch", {}, {"compile": True}),
+        ],
+    ),
+    "techniques": (
+        SMALL,
+        4,
+        [
+            ("all", "ours", {}, {}),
+            ("without the order", "ours", {}, {"free_order": True}),
+            ("attention in one block", "ours", {}, {"attention_block": 256}),
+            ("head and loss in one chunk", "ours", {}, {"loss_chunk": 2048}),
+            ("MLX's own exp, tanh and sums", "ours", {}, {"library_exp": True}),
+            ("MLX's own cache limit, 32 MB", "ours", {}, {"small_cache": True}),
+            ("compiled as a whole", "ours", {}, {"compile": True}),
+            ("checkpointed", "ours", {}, CHECKPOINTED),
+            ("checkpointed, without the order", "ours", {}, {**CHECKPOINTED, "free_order": True}),
+            ("eight micro-batches of one row", "ours", {"rows": 1, "accumulate": 8}, {}),
+            ("Muon, heads together", "ours", {"time_update": True}, {**MUON, "muon_split_heads": False}),
+            ("Muon, heads apart", "ours", {"time_update": True}, {**MUON, "muon_split_heads": True}),
+        ],
+    ),
+    "137M": (
+        LARGE,
+        1,
+        [
+            ("ours, AdamW", "ours", {}, {}),
+            ("ours, AdamW, 4,096 tokens", "ours", {"length": 4096}, {}),
+            ("ours, AdamW, checkpointed", "ours", {}, CHECKPOINTED),
+            ("ours, Muon, checkpointed", "ours", {}, {**CHECKPOINTED, **MUON}),
+            ("ours, Muon, 4 micro-batches", "ours", {"accumulate": 4, "time_update": True}, MUON),
+            ("mlx-lm's trainer", "mlx-lm", {}, {}),
+            ("mlx-lm's trainer, checkpointed", "mlx-lm", {}, {"grad_checkpoint": True}),
+        ],
+    ),
+}
+
+
+def measured(program: str, shape: dict[str, Any], cores: int) -> dict[str, Any]:
+    command = [sys.executable, str(HERE / "peers.py"), program, json.dumps({**shape, "threads": cores})]
+    if cores == 1 and hasattr(os, "sched_setaffinity"):
+        command = ["taskset", "-c", str(max(os.sched_getaffinity(0))), *command]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {"failed": done.stderr.strip().splitlines()[-1:]}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def medians(rounds: list[dict[str, Any]], time: str, first: list[dict[str, Any]]) -> str:
+    good = [r for r in rounds if time in r]
+    if not good:
+        return "| failed | | | |"
+    ratios = [r[time] / f[time] for r, f in zip(rounds, first, strict=True) if time in r and time in f]
+    peak = statistics.median(r["peak_mb"] for r in good) if "peak_mb" in good[0] else None
+    update = statistics.median(r["update_cpu_ms"] / r["cpu_ms"] for r in good) if "update_cpu_ms" in good[0] else None
+    return (
+        f"| {statistics.median(r[time] for r in good):,.0f} | {statistics.median(ratios):.2f} | "
+        f"{'' if peak is None else f'{peak:,.0f}'} | {'' if update is None else f'{update:.1%}'} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cores", type=int, nargs="+", default=[1])
+    parser.add_argument("--only", nargs="+", help="names of rows")
+    arguments = parser.parse_args()
+    shape, steps, rows = SUITES[arguments.suite]
+    rows = [row for row in rows if not arguments.only or row[0] in arguments.only]
+    for cores in arguments.cores:
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name, *_ in rows}
+        for _ in range(arguments.rounds):
+            for name, program, changes, options in rows:
+                found[name].append(measured(program, {**shape, "steps": steps, **changes, "options": options}, cores))
+                print(f"{cores} core(s), {name}: {found[name][-1]}", file=sys.stderr, flush=True)
+        path = HERE / "results" / f"training_{arguments.suite}_{cores}_core{'s' * (cores > 1)}.json"
+        path.write_text(json.dumps({"shape": shape, "cores": cores, "rows": found}, indent=1) + "\n")
+        time = "cpu_ms" if cores == 1 else "wall_ms"
+        print(
+            f"\n| {cores} core{'s' * (cores > 1)} | {time.replace('_', ' ')} a step | to the first | peak MB | update |"
+        )
+        print("| --- | ---: | ---: | ---: | ---: |")
+        for name, *_ in rows:
+            print(f"| {name} {medians(found[name], time, found[rows[0][0]])}")
+
+
+if __name__ == "__main__":
+    main()
