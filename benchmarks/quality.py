@@ -4,7 +4,8 @@ nanoGPT's recipe (block 64, batch 12, 4 layers, 4 heads, width 128, no dropout, 
 same split (the last tenth for validation), the same number of characters, each run's loss on the whole validation split
 in windows of 64. A run takes some minutes on one core.
 
-    .venv/bin/python benchmarks/quality.py --runs adamw muon --seeds 0 1 2
+    .venv/bin/python benchmarks/quality.py --runs exportable adamw --jobs 2
+    .venv/bin/python benchmarks/quality.py --steps 500 --seeds 0     # every lever, one seed
 """
 
 import argparse
@@ -24,23 +25,35 @@ HERE = Path(__file__).parent
 LENGTH, ROWS, STEPS = 64, 12, 2000
 MARKS = (250, 400, 500, 1000, 1500, 2000)
 
-# Name: what is different from the shipped defaults. Keys without a section are the model's.
+# Name: what is different from BASE. Keys without a section are the model's.
 BASE: dict[str, Any] = {
     "vocab_size": 65, "n_layers": 4, "d_model": 128, "n_heads": 4, "mlp_multiple": 2.6875, "dropout": 0.0,
-    "max_seq_len": LENGTH,
+    "max_seq_len": LENGTH, "qk_norm": True, "tie_embeddings": False, "embedding_scale": 11.3,
     "train.warmup_steps": 20, "train.min_lr": 0.0, "train.micro_batch_size": ROWS, "train.cpu_threads": 1,
     "train.max_grad_norm": None, "train.weight_decay": 0.1, "train.lr": 8e-3, "train.adamw_lr": 4e-3,
-    "train.schedule": "wsd", "train.decay_fraction": 0.7,
+    "train.schedule": "wsd", "train.decay_fraction": 0.7, "train.momentum": 0.9,
 }  # fmt: skip
+PLAIN = {"qk_norm": False, "tie_embeddings": True, "embedding_scale": None}
 ADAMW = {"train.optimizer": "adamw", "train.max_grad_norm": 1.0, "train.warmup_steps": 100, "train.adamw_lr": None}
-GOOD = {"qk_norm": True, "tie_embeddings": False}
 RUNS: dict[str, dict[str, Any]] = {
-    "adamw 1e-3": {**ADAMW, "train.lr": 1e-3},
-    "adamw 2e-3": {**ADAMW, "train.lr": 2e-3},
-    "adamw 4e-3": {**ADAMW, "train.lr": 4e-3},
-    "muon": {"train.normuon": False},
-    "normuon": {},
-    "exportable": GOOD,
+    "exportable": {},  # the embedding's scale goes into the embedding when it is not the head as well
+    "adamw": {**ADAMW, **PLAIN, "train.lr": 2e-3},
+    "adamw, the same model": {**ADAMW, "train.lr": 2e-3},
+    "value residual": {"value_residual": True},
+    "logit softcap 15": {"logit_softcap": 15.0},
+    "zero init": {"zero_init_proj": True},
+    "ema 0.99": {"train.ema_decay": 0.99},
+    "tied": {"tie_embeddings": True},
+    "no qk_norm": {"qk_norm": False},
+    "no embedding scale": {"embedding_scale": None},
+    "no normuon": {"train.normuon": False},
+    "heads together": {"train.muon_split_heads": False},
+    "plain weight decay": {"train.cautious_weight_decay": False},
+    "no weight decay": {"train.weight_decay": 0.0},
+    "momentum 0.95": {"train.momentum": 0.95},
+    "cosine": {"train.schedule": "cosine"},
+    "lr 1.2e-2": {"train.lr": 1.2e-2},
+    "lr 5e-3": {"train.lr": 5e-3},
 }
 
 

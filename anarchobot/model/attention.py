@@ -62,7 +62,7 @@ class Attention:
         queries, keys, values = self._prepared(q, k, v, norms)
         outs: list[mx.array] = []
         log_sums: list[mx.array] = []
-        for start, end in self._blocks():
+        for start, end in self.query_blocks():
             (rows,) = self.wait([self._rows(queries, start, end)], outs[-1:])  # [B, K, G l, E]
             scores = self._scores(rows, keys, start, end)
             highest = mx.max(scores, axis=-1, keepdims=True)
@@ -89,7 +89,7 @@ class Attention:
         dk_tails: list[mx.array] = []
         dv_tails: list[mx.array] = []
         dk = dv = None
-        for start, end in reversed(self._blocks()):
+        for start, end in reversed(self.query_blocks()):
             (rows,) = self.wait([self._rows(queries, start, end)], [*dk_tails[-1:], *dv_tails[-1:], *dqs[-1:]])
             scores = self._scores(rows, keys, start, end)
             weights = exp(scores - self._rows(attended.log_sums[..., None], start, end))  # [B, K, G l, end]
@@ -137,7 +137,8 @@ class Attention:
         split = x.reshape(self.batch, self.length, self.model.kv_heads, -1, self.model.head_size)
         return split.transpose(0, 2, 3, 1, 4)
 
-    def _blocks(self) -> list[tuple[int, int]]:
+    def query_blocks(self) -> list[tuple[int, int]]:
+        """[start, end) of each block of queries, which sees the keys [0, end)."""
         size = self.block or self._block_by_memory()
         return [(start, min(start + size, self.length)) for start in range(0, self.length, size)]
 

@@ -92,7 +92,7 @@ def loss_and_gradients(
         keep = kept.pop()
         if isinstance(keep, mx.array):  # the block's input alone
             (keep,) = wait([keep], [dx])
-            _, keep = _block_forward(p, keep, attention, keys[i], first_v if i > 0 else None, technique.mlp_rows)
+            keep = _block_forward(p, keep, attention, keys[i], first_v if i > 0 else None, technique.mlp_rows)[1]
         # With `evaluated`, what a name holds stays in memory: each is gone before the next part begins.
         kept_attention, kept_mlp = keep
         del keep
@@ -103,12 +103,17 @@ def loss_and_gradients(
         )
         del kept_attention
 
+    embed_backward(tokens, dx, model, grads)
+    return total, {name: grads.sums[name] for name in params}
+
+
+def embed_backward(tokens: mx.array, dx: mx.array, model: ModelConfig, grads: Gradients) -> None:
+    """From the gradient `dx` [N, D] of what `embed` gave: adds that of the embedding to `grads`."""
     name = "model.embed_tokens.weight"
-    so_far = grads.sums.pop(name) if name in grads.sums else mx.zeros(params[name].shape)
+    so_far = grads.sums.pop(name) if name in grads.sums else mx.zeros((model.vocab_size, model.d_model))
     dx = dx.astype(mx.float32)
     dx = dx if model.embedding_scale is None else dx * model.embedding_scale
     grads.sums[name] = so_far.at[tokens.reshape(-1)].add(dx)
-    return total, {name: grads.sums[name] for name in params}
 
 
 def _block_forward(

@@ -16,6 +16,7 @@ from anarchobot.model import block
 from anarchobot.model.attention import Attended, Attention, HeadNorms, turned
 from anarchobot.model.block import Params
 from anarchobot.model.norm import rms_norm
+from anarchobot.numerics.order import Wait, tied
 
 
 class Cache(Protocol):
@@ -34,21 +35,24 @@ def hidden_states(
     dtype: mx.Dtype = mx.float32,
     segments: mx.array | None = None,
     caches: Sequence[Cache] | None = None,
+    wait: Wait = tied,
 ) -> mx.array:
     """What the head reads: [B, L, D] in `dtype` after the last norm, for int32 `tokens` [B, L]; for evaluation and use.
 
     `segments` [B, L], where given, number the documents of a row: a token sees only its own. `caches`, one a layer,
-    hold what came before the first of `tokens` and are appended to.
+    hold what came before the first of `tokens` and are appended to. Each block waits for the one before it.
     """
     B, L = tokens.shape
     x = embed(params, tokens, model, dtype)  # [N, D]
-    attention = Attention(model, B, L, segments)
+    attention = Attention(model, B, L, segments, wait=wait)
     first_v = None
     for i, p in enumerate(blocks(params, model)):
         attends = attention if caches is None else CachedAttention(model, B, L, caches[i])
         x, kept = block.attention_forward(p, x, model, attends, first_v=first_v)
         first_v = kept.v if i == 0 and model.value_residual else first_v
+        del kept
         x, _ = block.mlp_forward(p, x, model)
+        (x,) = wait([x], [x])
     return rms_norm(x, params["model.norm.weight"], model.norm_eps).reshape(B, L, -1)
 
 

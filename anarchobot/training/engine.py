@@ -55,7 +55,7 @@ class MLXEngine:
         if not on_gpu:
             mx.set_cache_limit(CPU_CACHE_BYTES)
         self.precision = train.precision or ("bfloat16" if on_gpu else "float32")
-        self._dtype = DTYPES[self.precision]
+        self.dtype = DTYPES[self.precision]
         self._scale = LossScale() if self.precision == "float16" else None
         self._updates = 0  # updates applied: AdamW's bias correction counts these
         self.params: Params = {n: mx.array(v) for n, v in init_parameters(config.model, train.seed).items()}
@@ -63,17 +63,17 @@ class MLXEngine:
         self._average = dict(self.params) if train.ema_decay else None
         mx.eval(self.params, self._state)  # what is still to be computed can't go to another thread
 
-        compiled = on_gpu if train.compile is None else train.compile
-        wrap: Callable[[Any], Any] = mx.compile if compiled else lambda function: function
+        self.compiled = on_gpu if train.compile is None else train.compile
+        wrap: Callable[[Any], Any] = mx.compile if self.compiled else lambda function: function
         self.traces = 0  # of the functions below: each means a compilation, where there is one
         self._micro_step = wrap(self._loss_and_gradients)
         self._update = wrap(self._clip_and_update)
         self._loss = wrap(self._evaluate)
-        self.workers = Workers(1 if on_gpu or compiled else workers_for(train.micro_batch_size, train.cpu_threads))
+        self.workers = Workers(1 if on_gpu or self.compiled else workers_for(train.micro_batch_size, train.cpu_threads))
         self._update_shares = hybrid.shares(self.params, self._state, self.workers.count)
-        self._technique = Technique(
+        self.technique = Technique(
             recompute=train.gradient_checkpointing,
-            wait=order.tied if on_gpu or compiled else order.evaluated,
+            wait=order.tied if on_gpu or self.compiled else order.evaluated,
             attention_block=train.attention_block,
             mlp_rows=None if on_gpu else CPU_MLP_ROWS,
             loss_chunk=-(-train.loss_chunk // self.workers.count),
@@ -243,16 +243,16 @@ class MLXEngine:
             self._config.model,
             scale=scale,
             sums=sums,
-            dtype=self._dtype,
+            dtype=self.dtype,
             segments=segments,
             dropout_key=key,
-            technique=self._technique,
+            technique=self.technique,
         )
 
     def _evaluate(self, params: Params, inputs: mx.array, targets: mx.array, segments: mx.array | None) -> mx.array:
         self.traces += 1
         model = self._config.model
-        hidden = hidden_states(params, inputs, model, dtype=self._dtype, segments=segments)
+        hidden = hidden_states(params, inputs, model, dtype=self.dtype, segments=segments, wait=self.technique.wait)
         return loss_sum(hidden.reshape(-1, model.d_model), params[head_name(model)], targets.reshape(-1), model)
 
     def _clip_and_update(
@@ -268,7 +268,7 @@ class MLXEngine:
         self.traces += 1
         grads = {name: grads.pop(name) * factor for name in list(grads)}
         head_size, train = self._config.model.head_size, self._config.train
-        return hybrid.update(params, grads, state, lr, momentum, count, train, head_size, self._technique.wait)
+        return hybrid.update(params, grads, state, lr, momentum, count, train, head_size, self.technique.wait)
 
 
 def _dropout_key(seed: int, step: int, micro_batch: int, worker: int) -> mx.array:

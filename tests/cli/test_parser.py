@@ -25,6 +25,7 @@ SURFACE = {
         "CONFIG", "KEY=VALUE", "--backend", "--batch-size", "--checkpoint-dir", "--epochs", "--lr", "--max-grad-norm",
         "--resume-from", "--save-every", "--warmup-steps",
     ],
+    "bench": ["CONFIG", "KEY=VALUE", "--steps"],
     "generate": [
         "--checkpoint", "--max-new-tokens", "--method", "--prompt", "--repetition-penalty", "--seed", "--temperature",
         "--top-k", "--top-p",
