@@ -43,7 +43,9 @@ bench: .venv/dev.done
 	$(BIN)/python benchmarks/training.py 137M --rounds 1
 
 quality: .venv/dev.done
-	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/quality.py --runs exportable adamw --jobs 2
+	$(BIN)/python benchmarks/quality.py --steps 500 --jobs 2 --output benchmarks/results/levers.json
+	$(BIN)/python benchmarks/steps.py --jobs 2
 
 bench-data: .venv/dev.done
 	$(BIN)/python benchmarks/data.py

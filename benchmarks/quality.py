@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,15 @@ def windows(folder: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
     return rows(ids[:cut])[:-1], rows(ids[cut:])[:-1]
 
 
-def train(settings: dict[str, Any], seed: int, data: Path, steps: int) -> dict[str, Any]:
+def train_on(
+    training: npt.NDArray[np.int32],
+    held_out: npt.NDArray[np.int32],
+    settings: dict[str, Any],
+    seed: int,
+    steps: int,
+    rows_a_step: int,
+) -> dict[str, Any]:
+    """One run on rows of ids [n, length + 1], each epoch in a new order; its losses on all of `held_out`."""
     from anarchobot.system.blas import load_fast_blas
 
     load_fast_blas()
@@ -80,13 +89,14 @@ def train(settings: dict[str, Any], seed: int, data: Path, steps: int) -> dict[s
     from anarchobot.optim.schedule import learning_rate, muon_momentum
     from anarchobot.training.engine import MLXEngine
 
-    config: dict[str, dict[str, Any]] = {"model": {}, "data": {"seq_len": LENGTH}, "train": {"seed": seed}}
+    config: dict[str, dict[str, Any]] = {
+        "model": {}, "data": {"seq_len": training.shape[1] - 1}, "train": {"seed": seed}
+    }  # fmt: skip
     for key, value in settings.items():
         section, _, name = key.rpartition(".")
         config[section or "model"][name] = value
     parsed = Config.model_validate(config)
     engine = MLXEngine(parsed)
-    training, held_out = windows(data)
 
     def batch(rows: npt.NDArray[np.int32]) -> Batch:
         return Batch(np.ascontiguousarray(rows[None, :, :-1]), np.ascontiguousarray(rows[None, :, 1:]))
@@ -99,9 +109,9 @@ def train(settings: dict[str, Any], seed: int, data: Path, steps: int) -> dict[s
     order: list[int] = []
     losses, cpu = {}, 0.0
     for step in range(1, steps + 1):
-        if len(order) < ROWS:
+        if len(order) < rows_a_step:
             order = [*order, *rng.permutation(len(training)).tolist()]
-        rows, order = training[order[:ROWS]], order[ROWS:]
+        rows, order = training[order[:rows_a_step]], order[rows_a_step:]
         began = time.process_time()
         lr = learning_rate(step, parsed.train, steps)
         engine.train_step(batch(rows), step, lr, muon_momentum(step, parsed.train))
@@ -126,19 +136,21 @@ def main() -> None:
     if arguments.worker:
         name, seed = arguments.worker.rsplit("/", 1)
         changes = {key: json.loads(value) for key, value in (change.split("=", 1) for change in arguments.set)}
-        print(json.dumps(train({**BASE, **RUNS[name], **changes}, int(seed), arguments.data, arguments.steps)))
+        rows = windows(arguments.data)
+        print(json.dumps(train_on(*rows, {**BASE, **RUNS[name], **changes}, int(seed), arguments.steps, ROWS)))
         return
 
-    work = [(name, seed) for seed in arguments.seeds for name in arguments.runs]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.runs}
-    for i in range(0, len(work), arguments.jobs):
-        processes = [(name, seed, _start(arguments, name, seed)) for name, seed in work[i : i + arguments.jobs]]
-        for name, seed, process in processes:
-            out, _ = process.communicate()
-            if process.returncode:
-                sys.exit(f"{name}, seed {seed}: failed")
-            found[name].append(json.loads(out.splitlines()[-1]))
-            print(f"{name}, seed {seed}: {found[name][-1]}", flush=True)
+
+    def run(work: tuple[int, str]) -> None:
+        seed, name = work
+        words = ["--worker", f"{name}/{seed}", "--data", str(arguments.data), "--steps", str(arguments.steps)]
+        result = in_a_process([sys.executable, __file__, *words, "--set", *arguments.set])
+        found[name].append({"seed": seed, **result})
+        print(f"{name}, seed {seed}: {result}", file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(run, [(seed, name) for seed in arguments.seeds for name in arguments.runs]))
     arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     print("\n| run | mean | each seed | CPU s |\n| --- | ---: | --- | ---: |")
     for name, results in found.items():
@@ -147,10 +159,11 @@ def main() -> None:
         print(f"| {name} | {statistics.mean(finals):.4f} | {', '.join(map(str, finals))} | {seconds:.0f} |")
 
 
-def _start(arguments: argparse.Namespace, name: str, seed: int) -> "subprocess.Popen[str]":
-    command = [sys.executable, __file__, "--worker", f"{name}/{seed}", "--data", str(arguments.data)]
-    command += ["--steps", str(arguments.steps), "--set", *arguments.set]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def in_a_process(command: list[str]) -> dict[str, Any]:
+    """The JSON of the last line that the command prints."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 if __name__ == "__main__":
