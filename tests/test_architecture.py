@@ -11,14 +11,14 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "anarchobot"
 FLOORS = {
-    "config": 1, "numerics": 1,
+    "config": 1, "numerics": 1, "storage": 1,
     "data": 2, "model": 2, "optim": 2,
     "training": 3, "system": 3,
-    "inference": 4,
+    "inference": 4, "torch_mps": 4, "exchange": 4,
     "tasks": 5,
     "cli": 6,
 }  # fmt: skip
-NUMPY_ONLY = ("config", "data")
+NUMPY_ONLY = ("config", "data", "storage")
 
 
 def imports(file: Path) -> Iterator[str]:

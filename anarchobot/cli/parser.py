@@ -93,6 +93,12 @@ def add_settings(parser: Parser, settings: dict[str, str]) -> None:
         parser.add_argument(flag, metavar=metavar, dest=f"{_SETTING}{key}", help=key)  # in full: _Help
 
 
+def add_switch(parser: Parser, name: str, key: str) -> None:
+    """--NAME and --no-NAME, which set a key of the schema to true and false."""
+    for flag, value in ((f"--{name}", "true"), (f"--no-{name}", "false")):
+        parser.add_argument(flag, action="store_const", const=value, dest=f"{_SETTING}{key}", help=key)
+
+
 def overrides(args: argparse.Namespace, base: dict[str, Any] | None = None) -> list[str | tuple[str, Any]]:
     """What `load_config` is to lay over the file, the later ones stronger: `base` (keys and values), the KEY=VALUE
     words, the settings' flags. A flag for a text is taken as typed, whatever YAML would make of it."""

@@ -3,9 +3,10 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
-from anarchobot.cli.parser import add_command, add_config, add_settings, overrides
+from anarchobot.cli.parser import add_command, add_config, add_settings, add_switch, overrides
 
 # The settings that everybody changes, under the names that everybody types.
 SETTINGS = {
@@ -25,13 +26,21 @@ def add_commands(commands: Any) -> None:
     parser = add_command(commands, "pretrain", _pretrain, "train a model from scratch on token shards")
     add_config(parser)
     add_settings(parser, SETTINGS)
+    add_switch(parser, "supervise", "train.supervise")
 
 
 def _pretrain(args: argparse.Namespace) -> int:
     from anarchobot.config.loading import load_config
+    from anarchobot.tasks import supervise
+
+    loaded = load_config(args.config, overrides(args))
+    train = loaded.config.train
+    if supervise.wanted(loaded.config):
+        command = [sys.executable, "-m", "anarchobot", *args.words]
+        return supervise.supervise(command, Path(train.save_dir), train.micro_batch_size, train.grad_accum_steps)
     from anarchobot.tasks.pretrain import pretrain
 
-    summary = pretrain(load_config(args.config, overrides(args)), quiet=args.quiet or args.json)
+    summary = pretrain(loaded, quiet=args.quiet or args.json)
     if args.json:
         print(json.dumps(summary))
     elif not args.quiet:

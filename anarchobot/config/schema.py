@@ -174,6 +174,9 @@ class TrainConfig(Section):
     compile: bool | None = Field(None, description="compile the step; left out: on a GPU yes, on a CPU no")
     device: Literal["auto", "gpu", "cpu"] = Field("auto", description="auto: Metal or CUDA when there is one")
     backend: Literal["mlx", "torch"] = Field("mlx", description="the engine that trains")
+    supervise: bool | None = Field(
+        None, description="watch over the run and resume it when it dies; left out: when it will take over an hour"
+    )
     seed: Seed = Field(0, description="of initial weights, data order and dropout")
     log_interval: Positive = Field(25, description="steps between metric lines")
     eval_interval: Positive = Field(500, description="steps between validations")
@@ -184,6 +187,9 @@ class TrainConfig(Section):
         None, description="steps between samples of generation.prompt; left out: none"
     )
     ckpt_interval: Positive = Field(2000, description="steps between checkpoints")
+    ckpt_minutes: PositiveFloat | None = Field(
+        15.0, description="minutes after which a checkpoint is written whatever the step; null: never"
+    )
     ckpt_keep: Positive = Field(3, description="newest checkpoints kept; the best one is kept besides")
     save_dir: str = Field("runs/default", description="the run's folder: checkpoints, config.yaml, logs")
     log_path: str | None = Field(None, description="folder of metrics and summary; left out: save_dir/logs")
@@ -201,6 +207,20 @@ class TrainConfig(Section):
         if self.epochs is not None or self.token_budget is not None:
             values.pop("total_steps", None)
         return values
+
+
+class GuardConfig(Section):
+    """What is done when the numbers go wrong. An update that is not finite is left out in any case."""
+
+    spike_sigma: PositiveFloat | None = Field(
+        6.0, description="leave out an update whose gradient norm is this many deviations above its mean; null: none"
+    )
+    spike_window: Annotated[int, Field(ge=2), BeforeValidator(_whole)] = Field(
+        128, description="steps that mean and deviation are taken of; half of them must be known"
+    )
+    rollback_after: Positive | None = Field(
+        5, description="after this many steps in a row that are not finite, go back to the last checkpoint; null: never"
+    )
 
 
 class TokenizerConfig(Section):
@@ -242,5 +262,6 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    guard: GuardConfig = GuardConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     generation: GenerationConfig = GenerationConfig()

@@ -18,8 +18,9 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.pieces import Piece
 from anarchobot.data.shard_writer import Finished
-from anarchobot.data.shards import SPLITS, Shard, Split, sha256_file, write_whole
+from anarchobot.data.shards import SPLITS, Shard, Split
 from anarchobot.data.sources import files, hub
+from anarchobot.storage.durable import sha256_file, write_whole
 
 MadeOf = Mapping[str, Any]  # what decides the shards' bytes: JSON values under names that a person understands
 

@@ -1,7 +1,6 @@
 """Token shards written as a stream, to NAME.tmp: what is in memory doesn't grow with the shard."""
 
 import hashlib
-import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.data.encoding import Encoded
-from anarchobot.data.shards import SPLITS, Shard, Split, sha256_file
+from anarchobot.data.shards import SPLITS, Shard, Split
+from anarchobot.storage.durable import flush, sha256_file
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class NpyStream:
         self._file.seek(0)
         self._write_header()
         self._file.flush()
-        os.fsync(self._file.fileno())
+        flush(self._file.fileno())
         self._file.close()
         return sha256_file(self._path)
 

@@ -9,7 +9,6 @@ DIR/tokenizer.model          the tokenizer that made them (or tokenizer.json, or
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
+from anarchobot.storage.durable import SEAL, read_sealed, sha256_file, write_sealed
 
 FORMAT_VERSION = 1
 DTYPES = ("uint16", "uint32")
@@ -73,24 +73,16 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_whole(folder / "manifest.json", manifest.to_json())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes beside, flushes, renames: the file is whole or what it was before."""
-    beside = path.with_name(f"{path.name}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    write_sealed(folder / "manifest.json", json.loads(manifest.to_json()))
 
 
 def read_manifest(folder: str | Path) -> Manifest:
     """Raises UserError when there are no shards here, or the manifest is none that this version reads."""
     path = Path(folder) / "manifest.json"
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(path.read_bytes())
+        if SEAL in values:  # one made by another program may have none
+            values = read_sealed(path)
         if values.get("format_version") != FORMAT_VERSION:
             raise UserError(
                 f"{path}: format {values.get('format_version')}, expected {FORMAT_VERSION}: pretokenize again"
@@ -261,8 +253,3 @@ def _check_ends(folder: Path, shard: Shard, manifest: Manifest) -> None:
 def _check_content(path: Path, sha256: str) -> None:
     if sha256_file(path) != sha256:
         raise UserError(f"{path}: its content is not what was written (sha256 differs)")
-
-
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,6 @@
 """Text from a model: a prompt in, tokens drawn one by one with a KV cache, text out as it comes."""
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,9 @@ def load_model(path: str | Path) -> tuple[Model, Config]:
 
     Raises UserError when there is no checkpoint, it is damaged, or its tokenizer is gone.
     """
-    found = checkpoint.find(path)
+    found = checkpoint.find(path, files=(checkpoint.MODEL_FILE,))
+    for text in found.passed_over:
+        print(f"warning: {text}: an older step is taken", file=sys.stderr)
     config = found.config
     arrays = checkpoint.load_arrays(found, config.model, optimizer=False)
     prefix = checkpoint.PARAMS

@@ -8,16 +8,21 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
 from anarchobot.config.yaml_tree import dump
 from anarchobot.data.batches import Prefetched, TrainBatches, ValBatches
+from anarchobot.data.content_check import ContentCheck
 from anarchobot.data.shards import TokenStream
 from anarchobot.data.tokenizer import Tokenizer, copy_beside, digest, load_tokenizer
 from anarchobot.data.windows import Joined, StreamWindows, open_windows
 from anarchobot.model.shapes import parameter_count, parameter_shapes
 from anarchobot.optim.schedule import total_steps
+from anarchobot.storage.durable import write_whole
+from anarchobot.storage.lock import FolderLock
 from anarchobot.system.blas import advice, load_fast_blas
+from anarchobot.tasks.resuming import changes, checkpoint_to_resume, resume, room_for, tidy
 from anarchobot.training import checkpoint
 from anarchobot.training.display import TerminalDisplay, duration
-from anarchobot.training.loop import Engine, Progress, Run, run_training
+from anarchobot.training.loop import Engine, Run, run_training
 from anarchobot.training.metrics import MetricsLog
+from anarchobot.training.progress import Progress
 
 
 def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
@@ -43,8 +48,10 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     held_out = Joined([StreamWindows(TokenStream(f, "val"), data.seq_len, data.document_mask) for f in folders])
     val_shards = [shard for stream in streams for shard in stream.manifest.of("val")]
     run_folder = Path(train.save_dir)
-    start = _checkpoint_to_resume(loaded, run_folder)
-
+    steps_before = checkpoint.saved_steps(run_folder)
+    start = checkpoint_to_resume(loaded, run_folder)
+    engine = MLXEngine(config)
+    check = ContentCheck(folders)
     run = Run(
         config=config,
         steps=total_steps(train, data.seq_len, batches.windows),
@@ -54,30 +61,38 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
         bytes_per_token=sum(s.bytes for s in val_shards) / max(1, sum(s.tokens for s in val_shards)),
         folder=run_folder,
         sample=lambda: generate(Model(engine.weights, config.model, tokenizer), config.generation),
+        problem=lambda: check.problem,
     )
-    engine = MLXEngine(config)
-    progress = Progress() if start is None else _resume(engine, run, start)
+    progress = Progress() if start is None else resume(engine, run, start)
 
-    run_folder.mkdir(parents=True, exist_ok=True)
-    (run_folder / "config.yaml").write_text(dump(config.model_dump()), encoding="utf-8")
-    copy_beside(tokenizer, run_folder)
-    with (
-        run.train,
-        MetricsLog(Path(train.log_path or run_folder / "logs")) as log,
-        TerminalDisplay(run.steps, progress.step, quiet) as display,
-    ):
-        for line in _opening(run, streams, engine.device, engine.precision, start):
-            display.note(line)
-        if start is not None:
-            log.event("resume", progress.step, folder=str(start.folder))
-        on_cpu = engine.device.type == mx.DeviceType.cpu
-        for text in _warnings(run, slow_products=on_cpu and blas is None):
-            display.note(f"warning: {text}")
-            log.event("warning", progress.step, text=text)
-        finished = run_training(engine, run, progress, log, display)
-        summary = _summary(run, progress, engine, finished)
-        log.event("end", progress.step, finished=finished)
-        log.summary(summary)
+    with FolderLock(run_folder):
+        if sorted(checkpoint.saved_steps(run_folder)) != sorted(steps_before):
+            raise UserError(f"{run_folder}: another run has written here just now: begin again")
+        tidied = tidy(run_folder, start)
+        write_whole(run_folder / "config.yaml", dump(config.model_dump()))
+        copy_beside(tokenizer, run_folder)
+        with (
+            run.train,
+            MetricsLog(Path(train.log_path or run_folder / "logs")) as log,
+            TerminalDisplay(run.steps, progress.step, quiet) as display,
+        ):
+            for line in [*tidied, *_opening(run, streams, engine.device, engine.precision, start)]:
+                display.note(line)
+            if start is not None:
+                changed = {key: list(values) for key, values in changes(start.config, config).items()}
+                for key, (old, new) in changed.items():
+                    display.note(f"changed: {key} was {old}, is now {new}")
+                log.event("resume", progress.step, folder=str(start.folder), changed=changed)
+            on_cpu = engine.device.type == mx.DeviceType.cpu
+            for text in _warnings(run, slow_products=on_cpu and blas is None):
+                display.note(f"warning: {text}")
+                log.event("warning", progress.step, text=text)
+            finished = run_training(engine, run, progress, log, display)
+            summary = _summary(run, progress, engine, finished)
+            log.event("end", progress.step, finished=finished)
+            log.summary(summary)
+            if log.lost:
+                display.note(f"warning: {log.lost} lines of {log.folder}/metrics.jsonl could not be written")
     return summary
 
 
@@ -110,60 +125,6 @@ def _check_tokenizers(loaded: LoadedConfig, streams: list[TokenStream]) -> Token
     return tokenizer
 
 
-def _checkpoint_to_resume(loaded: LoadedConfig, run_folder: Path) -> checkpoint.Checkpoint | None:
-    path = loaded.config.train.checkpoint_path
-    steps = checkpoint.saved_steps(run_folder)
-    if path == "auto":
-        return checkpoint.find(run_folder) if steps else None
-    if path is not None:
-        start = checkpoint.find(path)
-        if steps and start.folder.parent.resolve() != run_folder.resolve():
-            raise UserError(
-                f"{loaded.where('train.save_dir')}: {run_folder} holds another run than {path}: choose another folder"
-            )
-        if steps and max(steps) > start.step:
-            raise UserError(
-                f"{loaded.where('train.save_dir')}: {run_folder} holds later steps, up to {max(steps)}: to go back to "
-                f"step {start.step}, choose another folder"
-            )
-        return start
-    if steps:
-        raise UserError(
-            f"{loaded.where('train.save_dir')}: {run_folder} already holds a run, at step {max(steps)}: go on with it "
-            "(--resume-from auto), or choose another folder"
-        )
-    return None
-
-
-def _resume(engine: Engine, run: Run, start: checkpoint.Checkpoint) -> Progress:
-    before, now = start.config, run.config
-    if start.state.get("shards") != run.identity["shards"]:
-        raise UserError(
-            f"{start.folder}: this run began with other shards than those now in {now.data.shard_dir}: point "
-            "data.shard_dir at its own, or begin a new run"
-        )
-    arrays = checkpoint.load_arrays(start, now.model, optimizer=True)
-    shape = [f"model.{key}" for key in type(now.model).model_fields if key not in ("dropout", "max_seq_len")]
-    for key in (*shape, "train.seed", "data.seq_len", "data.pack", "data.document_mask", "data.shard_weights"):
-        section, name = key.split(".")
-        old, new = (getattr(getattr(c, section), name) for c in (before, now))
-        if old != new:
-            raise UserError(f"{start.folder}: {key} was {old} and is now {new}: a run can't change it")
-    engine.load_state(arrays)
-    state = start.state
-    # The step was saved before its own validation, which may have been the best.
-    best = checkpoint.read_best(run.folder, start.step) or state
-    return Progress(
-        step=start.step,
-        position=state["data_position"],
-        tokens=state["tokens"],
-        loss=state["loss"],
-        best_val_loss=best["best_val_loss"],
-        best_val_bpb=best["best_val_bpb"],
-        wall_seconds=state["wall_seconds"],
-    )
-
-
 def _opening(
     run: Run, streams: list[TokenStream], device: object, precision: str, start: checkpoint.Checkpoint | None
 ) -> list[str]:
@@ -191,6 +152,10 @@ def _warnings(run: Run, slow_products: bool) -> Iterator[str]:
         yield f"warmup_steps ({warmup}) is no less than the run's {run.steps} steps: lr never reaches its peak"
     if len(run.val) == 0:
         yield "the validation split is empty: no validation, no best checkpoint (see data.val_fraction)"
+    # Two moments for each parameter is AdamW's; Muon has one and a little.
+    parameters = parameter_count(run.config.model)
+    if text := room_for(run.folder, parameters, 2 * parameters, run.config.train.ckpt_keep):
+        yield text
 
 
 def _summary(run: Run, progress: Progress, engine: Engine, finished: bool) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
     RUN/step_00002000/model.npz       parameters under Llama's names, float32; any `np.load` opens it
     RUN/step_00002000/optimizer.npz   the moments
-    RUN/step_00002000/state.json      step, data position, config, digests of the other two; written last
+    RUN/step_00002000/state.json      step, data position, config, digests of the other two and of itself; written last
     RUN/latest.json, RUN/best.json    name a step
 
-A step is written beside its name, flushed to disk and renamed. There is no pickle in it and none is ever loaded.
+A step is written beside its name, flushed to disk, read back and renamed. There is no pickle in it and none is ever
+loaded.
 """
 
-import json
-import os
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -23,21 +22,25 @@ import numpy.typing as npt
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import config_from_dict
 from anarchobot.config.schema import Config, ModelConfig
-from anarchobot.data.shards import sha256_file, write_whole
 from anarchobot.model.shapes import parameter_shapes
+from anarchobot.storage.durable import HashedFile, flush_folder, read_sealed, sha256_file, write_sealed
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 PARAMS, OPTIMIZER = "params/", "optimizer/"
-FILES = ("model.npz", "optimizer.npz")
+MODEL_FILE, OPTIMIZER_FILE = "model.npz", "optimizer.npz"
+FILES = (MODEL_FILE, OPTIMIZER_FILE)
+FINISHED = f"step_{'[0-9]' * 8}/state.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's folder and what its state.json says; arrays are loaded by `load_arrays`."""
+    """A checkpoint's folder and what its state.json says; arrays are loaded by `load_arrays`. `passed_over`: what is
+    wrong with newer ones of the run."""
 
     folder: Path
     state: dict[str, Any]
+    passed_over: tuple[str, ...] = ()
 
     @property
     def step(self) -> int:
@@ -50,91 +53,155 @@ class Checkpoint:
 
 def save(run: Path, step: int, arrays: Mapping[str, npt.NDArray[Any]], state: Mapping[str, Any]) -> Path:
     """Writes RUN/step_XXXXXXXX and makes it the latest. `arrays` are an engine's `state()`; its scalars go, with
-    `state`, into state.json. A step that is already there is replaced."""
-    final = run / f"step_{step:08d}"
+    `state`, into state.json. A step that is already there is replaced.
+
+    Raises OSError when it can't be written, or what the disk gives back is not what was written; FloatingPointError
+    when a parameter is not finite. What was there before is still there then.
+    """
+    final = folder_of(run, step)
     beside = run / f".{final.name}.tmp"
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    _write_npz(beside / "model.npz", {n.removeprefix(PARAMS): a for n, a in arrays.items() if n.startswith(PARAMS)})
-    _write_npz(
-        beside / "optimizer.npz", {n.removeprefix(OPTIMIZER): a for n, a in arrays.items() if n.startswith(OPTIMIZER)}
-    )
-    scalars = {n: a.item() for n, a in arrays.items() if not n.startswith((PARAMS, OPTIMIZER))}
-    digests = {name: sha256_file(beside / name) for name in FILES}
-    write_json(beside / "state.json", {"step": step, **state, "engine": scalars, "sha256": digests})
-    _flush_folder(beside)
+    try:
+        beside.mkdir(parents=True)
+        params = {n.removeprefix(PARAMS): a for n, a in arrays.items() if n.startswith(PARAMS)}
+        moments = {n.removeprefix(OPTIMIZER): a for n, a in arrays.items() if n.startswith(OPTIMIZER)}
+        _check_finite(params)
+        digests = {
+            MODEL_FILE: _write_npz(beside / MODEL_FILE, params),
+            OPTIMIZER_FILE: _write_npz(beside / OPTIMIZER_FILE, moments),
+        }
+        scalars = {n: a.item() for n, a in arrays.items() if not n.startswith((PARAMS, OPTIMIZER))}
+        write_sealed(beside / "state.json", {"step": step, **state, "engine": scalars, "sha256": digests})
+        if problem := _damage(beside, digests, FILES):
+            raise OSError(f"{problem}: the disk gives back other bytes than were written")
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
     aside = run / f".{final.name}.old"
     if final.exists():
         final.rename(aside)
     beside.rename(final)
-    _flush_folder(run)
+    flush_folder(run)
     shutil.rmtree(aside, ignore_errors=True)
-    write_json(run / "latest.json", {"step": step, "folder": final.name})
+    write_sealed(run / "latest.json", {"step": step, "folder": final.name})
     return final
 
 
 def rotate(run: Path, keep: int) -> list[int]:
     """Removes all but the newest `keep` steps and the best one; returns the steps removed."""
-    best = _named_step(run / "best.json")
+    best = named_step(run / "best.json")
     old = [s for s in sorted(saved_steps(run))[:-keep] if s != best]
     for step in old:
-        folder = run / f"step_{step:08d}"
+        folder = folder_of(run, step)
         (folder / "state.json").unlink()  # first: a half-removed step must not look whole
         shutil.rmtree(folder)
     return old
 
 
+def tidy(run: Path) -> None:
+    """Clears away what a killed run left half-done: a step half-written, a step put aside for one that did not come,
+    a step half-removed. Only for whom holds the run's lock."""
+    for aside in run.glob(".step_*.old"):
+        final = run / aside.name.removeprefix(".").removesuffix(".old")
+        if not final.exists():
+            aside.rename(final)
+        else:
+            shutil.rmtree(aside)
+    for beside in run.glob(".step_*.tmp"):
+        shutil.rmtree(beside)
+    for folder in run.glob(f"step_{'[0-9]' * 8}"):
+        if not (folder / "state.json").exists():
+            shutil.rmtree(folder)
+
+
+def set_aside(run: Path, newer_than: int) -> list[Path]:
+    """Renames later steps, which are damaged, to NAME.damaged, so that they are neither taken nor lost."""
+    moved = []
+    for step in saved_steps(run):
+        if step > newer_than:
+            folder = folder_of(run, step)
+            target = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(target, ignore_errors=True)  # of an earlier time
+            moved.append(folder.rename(target))
+    return moved
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / f"step_{step:08d}"
+
+
 def saved_steps(run: Path) -> list[int]:
     """The steps of the whole checkpoints in a run folder."""
-    return [int(p.parent.name.removeprefix("step_")) for p in run.glob(f"step_{'[0-9]' * 8}/state.json")]
+    return [int(p.parent.name.removeprefix("step_")) for p in run.glob(FINISHED)]
 
 
 def read_best(run: Path, up_to: int) -> dict[str, Any] | None:
-    """What best.json says, unless there is none or it names a step after `up_to`."""
-    step = _named_step(run / "best.json")
-    if step is None or step > up_to:
+    """What best.json says, unless it is not there or damaged, or names a step after `up_to` or one that is gone."""
+    step = named_step(run / "best.json")
+    if step is None or step > up_to or step not in saved_steps(run):
         return None
-    best: dict[str, Any] = json.loads((run / "best.json").read_text(encoding="utf-8"))
-    return best
+    return read_sealed(run / "best.json")
 
 
-def find(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`: a step's folder, a file in it, a run's best.json or latest.json, or a run folder, which
-    means its newest step.
+def find(path: str | Path, *, files: tuple[str, ...] = FILES) -> Checkpoint:
+    """The checkpoint at `path`: a step's folder, a file in it, a run's best.json, or a run folder or its latest.json,
+    which mean its newest step that is not damaged. `files` are those that will be needed, and are checked.
 
-    Raises UserError when there is none.
+    Raises UserError when there is none, or the one asked for is damaged.
     """
     path = Path(path)
     folder = path.parent if path.is_file() else path
-    if path.name in ("best.json", "latest.json") and (step := _named_step(path)) is not None:
-        folder = folder / f"step_{step:08d}"
-    if not (folder / "state.json").is_file():
-        steps = saved_steps(folder) if folder.is_dir() else []
-        if not steps:
-            raise UserError(f"{path}: no checkpoint here: expected a run folder or one of its step_… folders")
-        folder = folder / f"step_{max(steps):08d}"
+    if path.name == "best.json" and (step := named_step(path)) is not None:
+        folder = folder_of(folder, step)
+    if (folder / "state.json").is_file():
+        return _checked(folder, files)
+    steps = sorted(saved_steps(folder), reverse=True) if folder.is_dir() else []
+    if not steps:
+        raise UserError(f"{path}: no checkpoint here: expected a run folder or one of its step_… folders")
+    damaged: list[str] = []
+    for step in steps:
+        try:
+            found = _checked(folder_of(folder, step), files)
+            return Checkpoint(found.folder, found.state, tuple(damaged))
+        except UserError as error:
+            damaged.append(str(error).partition(": take an older")[0])
+    raise UserError(f"{folder}: every checkpoint here is damaged; the newest: {damaged[0]}")
+
+
+def _checked(folder: Path, files: tuple[str, ...]) -> Checkpoint:
+    """Raises UserError when one of `files`, or state.json, is not as it was written."""
     file = folder / "state.json"
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-        return Checkpoint(folder, {"step": int(state["step"]), "config": state["config"], **state})
+        state = read_sealed(file)
+        digests = dict(state["sha256"])
+        checkpoint = Checkpoint(folder, {"step": int(state["step"]), "config": state["config"], **state})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: damaged ({error!r}): take an older step of this run") from error
+        raise UserError(f"{file}: damaged ({error}): take an older step of this run") from error
+    if problem := _damage(folder, digests, files):
+        raise UserError(f"{problem}: take an older step of this run")
+    return checkpoint
+
+
+def _damage(folder: Path, digests: Mapping[str, Any], files: tuple[str, ...]) -> str:
+    """The first of `files` that is damaged, and how; nothing when all are as they were written."""
+    for name in files:
+        try:
+            if sha256_file(folder / name) != digests.get(name):
+                return f"{folder / name}: damaged (its sha256 is not what was written)"
+        except OSError as error:
+            return f"{folder / name}: can't be read ({error.strerror})"
+    return ""
 
 
 def load_arrays(checkpoint: Checkpoint, model: ModelConfig, *, optimizer: bool) -> Arrays:
-    """An engine's `state()` again, digests checked; without `optimizer`, the parameters alone.
+    """An engine's `state()` again, of a checkpoint that `find` checked; without `optimizer`, the parameters alone.
 
-    Raises UserError when a file is damaged, or the parameters are not those of `model`.
+    Raises UserError when a file can't be read, or the parameters are not those of `model`.
     """
-    digests = checkpoint.state.get("sha256", {})
     arrays: Arrays = {}
-    for name, prefix in zip(FILES, (PARAMS, OPTIMIZER), strict=True):
-        if name == "optimizer.npz" and not optimizer:
-            continue
+    for name, prefix in ((MODEL_FILE, PARAMS), (OPTIMIZER_FILE, OPTIMIZER))[: 2 if optimizer else 1]:
         file = checkpoint.folder / name
         try:
-            if sha256_file(file) != digests.get(name):
-                raise UserError(f"{file}: damaged (its sha256 is not what was written): take an older step of this run")
             with np.load(file, allow_pickle=False) as npz:
                 arrays |= {prefix + key: npz[key] for key in npz.files}
         except (OSError, ValueError, zipfile.BadZipFile) as error:
@@ -143,9 +210,12 @@ def load_arrays(checkpoint: Checkpoint, model: ModelConfig, *, optimizer: bool) 
     return arrays | {name: np.array(value) for name, value in checkpoint.state.get("engine", {}).items()}
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes beside, flushes, renames."""
-    write_whole(path, json.dumps(value, indent=1) + "\n")
+def named_step(file: Path) -> int | None:
+    """The step that best.json or latest.json names; None when it is not there, or damaged."""
+    try:
+        return int(read_sealed(file)["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _check_shapes(folder: Path, arrays: Arrays, model: ModelConfig) -> None:
@@ -160,23 +230,17 @@ def _check_shapes(folder: Path, arrays: Arrays, model: ModelConfig) -> None:
             )
 
 
-def _write_npz(path: Path, arrays: Arrays) -> None:
-    with path.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
+def _check_finite(params: Arrays) -> None:
+    for name, array in params.items():
+        if not np.isfinite(array).all():
+            raise FloatingPointError(f"{name} is not finite")
 
 
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _named_step(file: Path) -> int | None:
-    try:
-        return int(json.loads(file.read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _write_npz(path: Path, arrays: Arrays) -> str:
+    """As np.savez does, but with the same bytes for the same arrays; returns their sha256."""
+    with HashedFile(path) as file:
+        with zipfile.ZipFile(file, "w") as archive:  # type: ignore[call-overload]  # it asks for no more than `write`
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+        return file.finish()

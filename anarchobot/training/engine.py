@@ -4,6 +4,8 @@ Shapes: A micro-batches, B sequences in each, L tokens in a sequence.
 """
 
 import hashlib
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +30,7 @@ from anarchobot.training.workers import Workers, workers_for
 CPU_CACHE_BYTES = 2**30  # of freed memory that MLX keeps; its own 32 MB on a CPU make a step a quarter slower
 TRAINED = "optimizer/trained/"  # in a checkpoint: the parameters behind a running average
 CPU_MLP_ROWS = 512  # tokens whose MLP stays in a core's caches
+_OUT_OF_MEMORY = re.compile(r"\[malloc|out of memory|unable to allocate", re.IGNORECASE)
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -79,26 +82,38 @@ class MLXEngine:
             loss_chunk=-(-train.loss_chunk // self.workers.count),
         )
 
-    def train_step(self, batch: Batch, step: int, lr: float, momentum: float) -> StepResult:
+    def train_step(
+        self, batch: Batch, step: int, lr: float, momentum: float, norm_limit: float = math.inf
+    ) -> StepResult:
         """One optimizer step over the A micro-batches of `batch`; `step` decides what dropout drops.
 
         The gradient is that of the mean loss over all scored tokens of the batch, however they fall into micro-batches.
-        A step whose gradient is not finite changes nothing but the loss scale.
+        A step whose gradient is not finite, or longer than `norm_limit`, changes nothing but the loss scale. Raises
+        MemoryError when there is not enough for the gradients; nothing has changed then.
         """
         places = batch.inputs.shape[1] * batch.inputs.shape[2]  # tokens of a micro-batch, scored or not
         loss_scale = self._scale.scale if self._scale else 1.0
         factor = loss_scale / places  # keeps float16's sums in range, whatever the micro-batch
-        shares = self.workers.each(lambda worker: self._share(batch, step, factor, worker))
-        total = sum(loss for loss, _ in shares)
-        grads = _summed([grads for _, grads in shares])
+        try:
+            shares = self.workers.each(lambda worker: self._share(batch, step, factor, worker))
+            total = sum(loss for loss, _ in shares)
+            grads = _summed([grads for _, grads in shares if grads])
+        except RuntimeError as error:
+            if not _OUT_OF_MEMORY.search(str(error)):
+                raise
+            mx.clear_cache()
+            raise MemoryError(str(error)) from None  # whose traceback would keep what is to be freed
         del shares
         tokens = int(np.count_nonzero(batch.targets >= 0))
         unscale = places / (loss_scale * max(1, tokens))
         norm = float(_global_norm(grads)) * unscale
-        result = StepResult(total / (factor * max(1, tokens)), norm, tokens)
+        loss = total / (factor * max(1, tokens))
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        applied = finite and norm <= norm_limit
+        result = StepResult(loss, norm, tokens, applied, overflow=not finite and loss_scale > 1)
         if self._scale:
-            self._scale.after(result.finite)
-        if result.finite:
+            self._scale.after(finite)
+        if applied:
             self._updates += 1
             scalars = (mx.array(lr), mx.array(momentum), mx.array(float(self._updates)))
             clip = mx.array(unscale * self._clip_factor(norm))
@@ -143,6 +158,8 @@ class MLXEngine:
         total = mx.array(0.0)
         for i in range(len(batch.inputs)):
             rows = self._rows(batch, i, worker)
+            if not rows[0].size:  # a micro-batch that was halved may have fewer rows than there are workers
+                break
             key = _dropout_key(self._config.train.seed, step, i, worker)
             loss, sums = self._micro_step(self.params, *rows, key, mx.array(factor), sums)
             total = total + loss
@@ -182,7 +199,8 @@ class MLXEngine:
         arrays |= {
             f"optimizer/{kind}/{name}": a for kind, by_name in self._state.items() for name, a in by_name.items()
         }
-        numpy = {name: np.array(a) for name, a in arrays.items()}
+        # No copies: MLX changes no array, and an update does not use the memory of one that somebody still holds.
+        numpy = {name: np.asarray(a) for name, a in arrays.items()}
         numpy["updates"] = np.array(self._updates)
         if self._scale:
             numpy |= {"loss_scale": np.array(self._scale.scale), "loss_scale_streak": np.array(self._scale.streak)}
@@ -193,6 +211,12 @@ class MLXEngine:
         own = {f"optimizer/{kind}/{name}" for kind, by_name in self._state.items() for name in by_name}
         if own != {name for name in state if name.startswith("optimizer/") and not name.startswith(TRAINED)}:
             raise UserError("train.optimizer: the checkpoint was made with another optimizer: set the same one")
+        for kind, by_name in self._state.items():
+            for name, array in by_name.items():
+                if array.shape != state[f"optimizer/{kind}/{name}"].shape:
+                    raise UserError(
+                        f"train.muon_split_heads: the checkpoint's {kind} of {name} has another shape: set it as it was"
+                    )
         if self._average is not None:
             self._average = {name: mx.array(state[f"params/{name}"]) for name in self.params}
         # A run that goes on without averaging, or begins it, goes on from the weights that were saved for use.

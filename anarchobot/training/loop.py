@@ -1,4 +1,5 @@
-"""The training loop, written once for every engine: steps, schedule, validation, checkpoints, samples, stopping."""
+"""The training loop, written once for every engine: steps, schedule, validation, checkpoints, samples, stopping, and
+what is done when something goes wrong."""
 
 import math
 import time
@@ -15,32 +16,46 @@ from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch, Prefetched, ValBatches
 from anarchobot.optim.schedule import learning_rate, muon_momentum
 from anarchobot.training import checkpoint
+from anarchobot.training.guard import Guard
 from anarchobot.training.metrics import MetricsLog
+from anarchobot.training.progress import Progress
+from anarchobot.training.saving import Saved, Saver
 from anarchobot.training.stop import StopRequest
 
 MOST_SKIPPED = 30  # steps in a row that are not finite: float16's loss scale gets from its highest to 1 in fewer
+MOST_RETURNS = 3  # to the same checkpoint
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Mean loss in nats over the step's `tokens` scored tokens, and the gradient's global norm before clipping."""
+    """Mean loss in nats over the step's `tokens` scored tokens, and the gradient's global norm before clipping.
+
+    `applied`: whether the update was made. `overflow`: it was not, and float16's loss scale, now halved, is to blame.
+    """
 
     loss: float
     grad_norm: float
     tokens: int
+    applied: bool = True
+    overflow: bool = False
 
     @property
     def finite(self) -> bool:
-        """Whether the update was made: one that is not finite never reaches the weights."""
         return math.isfinite(self.grad_norm) and math.isfinite(self.loss)
 
 
 class Engine(Protocol):
     """What trains: it holds the weights and both optimizers; the loop knows no more of it."""
 
-    def train_step(self, batch: Batch, step: int, lr: float, momentum: float) -> StepResult: ...
+    def train_step(self, batch: Batch, step: int, lr: float, momentum: float, norm_limit: float) -> StepResult:
+        """An update, unless the loss or the gradient is not finite or its norm is above `norm_limit`: then nothing
+        changes. Raises MemoryError when the batch was too much, and nothing has changed."""
+
     def eval_step(self, batch: Batch) -> tuple[float, int]: ...
-    def state(self) -> dict[str, npt.NDArray[Any]]: ...
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """Arrays that later steps do not change."""
+
     def load_state(self, state: dict[str, npt.NDArray[Any]]) -> None: ...
     def peak_memory_gb(self) -> float: ...
 
@@ -52,22 +67,10 @@ class Display(Protocol):
     def note(self, text: str) -> None: ...
 
 
-@dataclass
-class Progress:
-    """Where a run stands: all of it goes into a checkpoint. `position` counts the windows consumed."""
-
-    step: int = 0
-    position: int = 0
-    tokens: int = 0
-    loss: float | None = None
-    best_val_loss: float | None = None
-    best_val_bpb: float | None = None
-    wall_seconds: float = 0.0
-
-
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of. `identity` goes into every checkpoint and must be the same on resume."""
+    """What a run is made of. `identity` goes into every checkpoint and must be the same on resume; `problem` says what
+    is found to be wrong with the shards, while they are checked beside the training."""
 
     config: Config
     steps: int
@@ -77,123 +80,217 @@ class Run:
     bytes_per_token: float  # of the validation split: nats per token into bits per byte
     folder: Path
     sample: Callable[[], str] | None = None
+    problem: Callable[[], str | None] = lambda: None
 
 
 def run_training(engine: Engine, run: Run, progress: Progress, log: MetricsLog, display: Display) -> bool:
     """Trains from `progress` to the last step; returns whether it got there (False: somebody asked it to stop).
 
     A fresh run begins with a validation, so that the curve has a start. At each step that calls for several things the
-    checkpoint comes first: nothing that follows can cost it.
+    checkpoint comes first, and is on the disk before the next begins: nothing that follows can cost it.
     """
-    train = run.config.train
-    started = time.monotonic() - progress.wall_seconds
     # A run that goes on from another folder's step has nothing of its own yet.
-    saved = progress.step if progress.step in checkpoint.saved_steps(run.folder) else 0
-    line_seconds, line_tokens = 0.0, 0  # spent in steps since the last metrics line, without validation and saving
-    skipped = 0  # steps in a row
-    # A fresh run, or one that was stopped between a step's checkpoint and its validation.
-    due = progress.step < run.steps and progress.step % train.eval_interval == 0
-    if due and _validate(engine, run, progress, log, display):
-        saved = _keep_best(engine, run, progress, log, saved)
-    with StopRequest() as stop:
-        while progress.step < run.steps and not stop.requested:
-            step = progress.step + 1
-            step_began = time.monotonic()
-            batch = run.train.at(progress.position, train.grad_accum_steps, train.micro_batch_size)
-            lr = learning_rate(step, train, run.steps)
-            result = engine.train_step(batch, step, lr, muon_momentum(step, train))
-            progress.step = step
-            progress.position += train.grad_accum_steps * train.micro_batch_size
-            progress.tokens += batch.inputs.size
-            progress.wall_seconds = time.monotonic() - started
-            line_seconds += time.monotonic() - step_began
-            line_tokens += batch.inputs.size
-
-            skipped = 0 if result.finite else skipped + 1
-            if skipped == MOST_SKIPPED:
-                raise UserError(
-                    f"step {step}: {skipped} steps in a row had a loss or gradient that is not finite: lower train.lr, "
-                    f"or go on from an earlier step (the newest saved one is {saved})"
-                )
-            if not result.finite:
-                log.event("skip", step, loss=repr(result.loss), grad_norm=repr(result.grad_norm))
-                display.note(f"step {step}: loss or gradient is not finite: this update is left out")
-            else:
-                progress.loss = result.loss
-            if result.finite and (step % train.log_interval == 0 or step == run.steps):
-                values = {
-                    "loss": result.loss,
-                    "lr": lr,
-                    "grad_norm": result.grad_norm,
-                    "tokens": progress.tokens,
-                    "tokens_per_second": round(line_tokens / max(1e-9, line_seconds), 1),
-                    "peak_memory_gb": round(engine.peak_memory_gb(), 4),
-                }
-                log.event("train", step, **values)
-                display.train(step, values)
-                line_seconds, line_tokens = 0.0, 0
-
-            last = step == run.steps
-            if step % train.ckpt_interval == 0 or last or stop.requested:
-                _save(engine, run, progress, log)
-                saved = step
-            due = last or (step % train.eval_interval == 0 and not stop.requested)
-            if due and _validate(engine, run, progress, log, display):
-                saved = _keep_best(engine, run, progress, log, saved)
-            if train.sample_interval and step % train.sample_interval == 0 and run.sample and not stop.requested:
-                text = run.sample()
-                log.event("sample", step, text=text)
-                display.note(f"step {step}: sample: {text}")
-        if stop.requested and saved != progress.step:
-            _save(engine, run, progress, log)
-    return progress.step >= run.steps
+    newest = progress.step if progress.step in checkpoint.saved_steps(run.folder) else 0
+    training = _Training(engine, run, progress, log, display)
+    with StopRequest() as stop, Saver(run.folder, run.config.train, newest, training.saved) as saver:
+        return training.go(stop, saver)
 
 
-def _save(engine: Engine, run: Run, progress: Progress, log: MetricsLog) -> None:
-    state = {
-        **run.identity,
-        "tokens": progress.tokens,
-        "data_position": progress.position,
-        # Dropout and the order of the data are functions of these two: there is no generator to save.
-        "random_state": {"seed": run.config.train.seed, "step": progress.step},
-        "loss": progress.loss,
-        "best_val_loss": progress.best_val_loss,
-        "best_val_bpb": progress.best_val_bpb,
-        "wall_seconds": round(progress.wall_seconds, 3),
-        "config": run.config.model_dump(),
-    }
-    folder = checkpoint.save(run.folder, progress.step, engine.state(), state)
-    removed = checkpoint.rotate(run.folder, run.config.train.ckpt_keep)
-    log.event("save", progress.step, folder=folder.name, removed=removed)
+class _Training:
+    def __init__(self, engine: Engine, run: Run, progress: Progress, log: MetricsLog, display: Display) -> None:
+        self._engine, self._run, self._progress, self._log, self._display = engine, run, progress, log, display
+        self._train = run.config.train
+        self._guard = Guard(run.config.guard, progress.norms)
+        self._micro_batches, self._rows = self._train.grad_accum_steps, self._train.micro_batch_size
+        self._began = time.monotonic() - progress.wall_seconds
+        self._line_seconds, self._line_tokens = 0.0, 0  # since the last line; without validation and saving
+        self._skipped = 0  # steps in a row
 
+    def go(self, stop: StopRequest, saver: Saver) -> bool:
+        """Whether all is done, the last validation too."""
+        self._stop, self._saver = stop, saver
+        progress, train = self._progress, self._train
+        # A fresh run, or one that was stopped between a step's checkpoint and its validation.
+        validated = not self._validation_due() or progress.step in self._log.steps_of("eval") or self._validate()
+        while progress.step < self._run.steps and not stop.requested:
+            if problem := self._run.problem():
+                saver.wait()
+                raise UserError(f"{problem}; what was trained on it since step {saver.newest} is not saved")
+            self._step()
+            if self._guard.gives_up:
+                self._go_back()
+                continue
+            if saver.due(progress.step) or progress.step == self._run.steps or stop.requested:
+                self._save()
+            validated = not self._validation_due() or self._validate()
+            if train.sample_interval and progress.step % train.sample_interval == 0 and not stop.requested:
+                self._sample()
+            saver.poll()
+        if progress.step > saver.newest:
+            saver.finish(progress.step, self._engine.state, self._state())
+        return progress.step >= self._run.steps and validated
 
-def _keep_best(engine: Engine, run: Run, progress: Progress, log: MetricsLog, saved: int) -> int:
-    """Saves this step, unless it is the one that is `saved`, and names it the best; returns the step saved last."""
-    if saved != progress.step:
-        _save(engine, run, progress, log)
-    best = {"best_val_loss": progress.best_val_loss, "best_val_bpb": progress.best_val_bpb}
-    folder = f"step_{progress.step:08d}"
-    checkpoint.write_json(run.folder / "best.json", {"step": progress.step, "folder": folder, **best})
-    return progress.step
+    def _step(self) -> None:
+        run, progress, train = self._run, self._progress, self._train
+        step, began = progress.step + 1, time.monotonic()
+        lr, momentum, limit = learning_rate(step, train, run.steps), muon_momentum(step, train), self._guard.limit
+        while True:
+            batch = run.train.at(progress.position, self._micro_batches, self._rows)
+            try:
+                result = self._engine.train_step(batch, step, lr, momentum, limit)
+                break
+            except MemoryError:
+                self._halve(step)
+        self._guard.saw(result.grad_norm, finite=result.finite, overflow=result.overflow)
+        position, progress.step = progress.position, step
+        progress.position += batch.inputs.shape[0] * batch.inputs.shape[1]
+        progress.tokens += batch.inputs.size
+        progress.wall_seconds = time.monotonic() - self._began
+        self._line_seconds += time.monotonic() - began
+        self._line_tokens += batch.inputs.size
+        if result.applied:
+            self._skipped, progress.loss = 0, result.loss
+            if step % train.log_interval == 0 or step == run.steps:
+                self._write_line(result, lr)
+        else:
+            self._skip(result, position, limit)
 
+    def _skip(self, result: StepResult, position: int, limit: float) -> None:
+        step = self._progress.step
+        # The batch's id: its first window's number in the run, and how many there are.
+        batch = {"first_window": position, "windows": self._progress.position - position}
+        values = {"loss": repr(result.loss), "grad_norm": repr(result.grad_norm), **batch}
+        self._log.event("skip", step, reason="spike" if result.finite else "not finite", **values)
+        what = (
+            f"gradient norm {result.grad_norm:.4g} is a spike (above {limit:.4g})"
+            if result.finite
+            else "loss or gradient is not finite"
+        )
+        self._display.note(f"step {step}: {what}: this update is left out")
+        self._skipped = 0 if result.finite else self._skipped + 1
+        if self._skipped == MOST_SKIPPED:
+            self._saver.wait()
+            raise UserError(
+                f"step {step}: {self._skipped} steps in a row had a loss or gradient that is not finite: lower "
+                f"train.lr, or go on from an earlier step (the newest saved one is {self._saver.newest})"
+            )
 
-def _validate(engine: Engine, run: Run, progress: Progress, log: MetricsLog, display: Display) -> bool:
-    """Validates and logs; returns whether it is the best so far and there is a step to call so."""
-    if len(run.val) == 0:
-        return False
-    sums = np.array([engine.eval_step(run.val[i]) for i in range(len(run.val))], np.float64)
-    loss = float(sums[:, 0].sum() / sums[:, 1].sum())
-    values = {
-        "val_loss": loss,
-        "val_bpb": loss / math.log(2) / run.bytes_per_token,
-        "perplexity": math.exp(min(loss, 700.0)),
-    }
-    log.event("eval", progress.step, **values)
-    display.note(
-        f"step {progress.step}: validation loss {loss:.4f}, {values['val_bpb']:.4f} bits per byte, "
-        f"perplexity {values['perplexity']:.2f}"
-    )
-    if not math.isfinite(loss) or (progress.best_val_loss is not None and loss >= progress.best_val_loss):
-        return False
-    progress.best_val_loss, progress.best_val_bpb = loss, values["val_bpb"]
-    return progress.step > 0
+    def _go_back(self) -> None:
+        """To the newest checkpoint's weights, but not to its place in the data: past the batches that went wrong."""
+        progress, saver = self._progress, self._saver
+        saver.wait()
+        lower = "lower train.lr, or look at the data there"
+        if saver.newest == 0:
+            raise UserError(
+                f"step {progress.step}: the numbers went wrong (not finite) before the first checkpoint: {lower}"
+            )
+        found = checkpoint.find(checkpoint.folder_of(self._run.folder, saver.newest))
+        before = Progress.of(found.state)
+        before.returns = 1 + (progress.returns if progress.returned_to == found.step else 0)
+        before.returned_to = found.step
+        if before.returns > MOST_RETURNS:
+            raise UserError(
+                f"step {progress.step}: the numbers went wrong (not finite) again, after {MOST_RETURNS} returns to "
+                f"step {found.step}: {lower}"
+            )
+        self._engine.load_state(checkpoint.load_arrays(found, self._run.config.model, optimizer=True))
+        text = (
+            f"step {progress.step}: too many steps in a row were not finite: back to step {found.step}, past that data"
+        )
+        self._display.note(text)
+        self._log.event("resume", found.step, folder=str(found.folder), reason=text)
+        before.position, before.wall_seconds = progress.position, progress.wall_seconds
+        before.best_val_loss, before.best_val_bpb = progress.best_val_loss, progress.best_val_bpb
+        vars(progress).update(vars(before))
+        self._guard = Guard(self._run.config.guard, progress.norms)
+        self._skipped = 0
+
+    def _halve(self, step: int) -> None:
+        """Smaller micro-batches and more of them: the batch stays what it was."""
+        if self._rows == 1:
+            raise UserError(
+                f"step {step}: out of memory with one sequence at a time: set train.gradient_checkpointing: true, or "
+                "make the model or data.seq_len smaller"
+            )
+        parts = next(n for n in range(2, self._rows + 1) if self._rows % n == 0)
+        self._rows, self._micro_batches = self._rows // parts, self._micro_batches * parts
+        text = (
+            f"step {step}: out of memory: going on with train.micro_batch_size={self._rows} "
+            f"train.grad_accum_steps={self._micro_batches}, which is the same batch"
+        )
+        self._display.note(text)
+        self._log.event("warning", step, text=text)
+
+    def _write_line(self, result: StepResult, lr: float) -> None:
+        values = {
+            "loss": result.loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "tokens": self._progress.tokens,
+            "tokens_per_second": round(self._line_tokens / max(1e-9, self._line_seconds), 1),
+            "peak_memory_gb": round(self._engine.peak_memory_gb(), 4),
+        }
+        self._log.event("train", self._progress.step, **values)
+        self._display.train(self._progress.step, values)
+        self._line_seconds, self._line_tokens = 0.0, 0
+
+    def _state(self) -> dict[str, Any]:
+        own = self._progress.state(self._train.seed)
+        return {**self._run.identity, **own, "config": self._run.config.model_dump()}
+
+    def _save(self) -> None:
+        self._saver.save(self._progress.step, self._engine.state(), self._state())
+
+    def saved(self, saved: Saved) -> None:
+        """Says what became of a save."""
+        if saved.written:
+            folder = checkpoint.folder_of(self._run.folder, saved.step).name
+            self._log.event("save", saved.step, folder=folder, removed=saved.removed, seconds=round(saved.seconds, 3))
+        if saved.error is not None:
+            text = (
+                f"step {saved.step}: {'tidying up behind the checkpoint' if saved.written else 'saving'} failed "
+                f"({saved.error}): training goes on, the checkpoints before it stay, and it will be tried again"
+            )
+            self._display.note(f"warning: {text}")
+            self._log.event("warning", saved.step, text=text)
+
+    def _validation_due(self) -> bool:
+        step = self._progress.step
+        return len(self._run.val) > 0 and (step % self._train.eval_interval == 0 or step == self._run.steps)
+
+    def _validate(self) -> bool:
+        """Validates, logs, and keeps the step when it is the best so far; False when a stop request ended it."""
+        run, progress = self._run, self._progress
+        self._saver.wait()
+        sums = np.zeros(2)
+        for i in range(len(run.val)):
+            if self._stop.requested:
+                return False
+            sums += self._engine.eval_step(run.val[i])
+        loss = float(sums[0] / sums[1])
+        values = {
+            "val_loss": loss,
+            "val_bpb": loss / math.log(2) / run.bytes_per_token,
+            "perplexity": math.exp(min(loss, 700.0)),
+        }
+        self._log.event("eval", progress.step, **values)
+        self._display.note(
+            f"step {progress.step}: validation loss {loss:.4f}, {values['val_bpb']:.4f} bits per byte, "
+            f"perplexity {values['perplexity']:.2f}"
+        )
+        best = progress.best_val_loss
+        if math.isfinite(loss) and (best is None or loss < best):
+            progress.best_val_loss, progress.best_val_bpb = loss, values["val_bpb"]
+            if progress.step > 0:
+                if not self._saver.has(progress.step):
+                    self._save()
+                self._saver.name_best(progress.step, {"best_val_loss": loss, "best_val_bpb": values["val_bpb"]})
+        return True
+
+    def _sample(self) -> None:
+        if self._run.sample is None:
+            return
+        self._saver.wait()
+        text = self._run.sample()
+        self._log.event("sample", self._progress.step, text=text)
+        self._display.note(f"step {self._progress.step}: sample: {text}")

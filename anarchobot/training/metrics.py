@@ -1,14 +1,20 @@
 """What a run writes down: metrics.jsonl, TensorBoard's event files and, at the end, a summary.
 
-Every line is flushed as it is written, so that a killed run keeps all but perhaps the last.
+Every line is flushed as it is written, so that a killed run keeps all but perhaps the last. A line that can't be
+written (a full disk) is counted: it must not end the run.
 """
 
+import errno
 import json
+import os
+import struct
 import time
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
-from anarchobot.training.checkpoint import write_json
+from anarchobot.storage.durable import write_whole
 
 # TensorBoard's tags; what is not here (text, times) is in metrics.jsonl alone.
 _TAGS = {
@@ -18,33 +24,45 @@ _TAGS = {
 
 
 class MetricsLog:
-    """Appends events to `folder`/metrics.jsonl and `folder`/tensorboard; a context, which closes both."""
+    """Appends events to `folder`/metrics.jsonl and `folder`/tensorboard; a context, which closes both. `lost` counts
+    the events that could not be written."""
 
     def __init__(self, folder: Path) -> None:
-        from tensorboardX import SummaryWriter
-
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
+        self.folder, self.lost = folder, 0
         path = folder / "metrics.jsonl"
         torn = path.exists() and not path.read_bytes().endswith(b"\n")  # the run before was killed as it wrote
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
         if torn:
-            self._file.write("\n")
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+            self._file.write(b"\n")
+        self._board = _EventFile(folder / "tensorboard")
 
     def event(self, event: str, step: int, **values: Any) -> None:
         """One JSON object: step, event, time (seconds since 1970) and the values."""
         line = {"step": step, "event": event, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for name in _TAGS.get(event, ()):
-            self._board.add_scalar(f"{event}/{name}", values[name], step)
-        if event == "sample":
-            self._board.add_text("sample", values["text"], step)
-        self._board.flush()
+        try:
+            _append(self._file, (json.dumps(line) + "\n").encode())
+            self._board.add(step, {f"{event}/{name}": values[name] for name in _TAGS.get(event, ())})
+        except OSError:
+            self.lost += 1
+
+    def steps_of(self, event: str) -> set[int]:
+        """The steps at which this kind of event was written down, in this run and those it goes on from."""
+        steps = set()
+        for text in (self.folder / "metrics.jsonl").read_bytes().splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:  # torn by a kill
+                continue
+            if line.get("event") == event:
+                steps.add(line["step"])
+        return steps
 
     def summary(self, values: dict[str, Any]) -> None:
-        write_json(self.folder / "final_training_summary.json", values)
+        try:
+            write_whole(self.folder / "final_training_summary.json", json.dumps(values, indent=1) + "\n")
+        except OSError:
+            self.lost += 1
 
     def __enter__(self) -> Self:
         return self
@@ -52,3 +70,46 @@ class MetricsLog:
     def __exit__(self, *exc: object) -> None:
         self._file.close()
         self._board.close()
+
+
+class _EventFile:
+    """TensorBoard's file, written where we stand: its own writer has a thread, which a full disk would end silently."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.record_writer import masked_crc32c
+
+        self._event, self._summary, self._crc = Event, Summary, masked_crc32c
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / f"events.out.tfevents.{time.time_ns()}.anarchobot").open("xb", buffering=0)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        if values:
+            points = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+            self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=points)))
+
+    def _write(self, event: Any) -> None:
+        """One record: length, its checksum, content, its checksum (as TFRecord files are)."""
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        _append(self._file, length + self._checksum(length) + data + self._checksum(data))
+
+    def _checksum(self, data: bytes) -> bytes:
+        return struct.pack("<I", self._crc(data))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _append(file: FileIO, data: bytes) -> None:
+    """All of `data` or, with an OSError, nothing: half a record would make what follows unreadable."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        if file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        with suppress(OSError):
+            file.truncate(end)
+        raise

@@ -23,8 +23,9 @@ SURFACE = {
     "shards verify": ["DIR"],
     "pretrain": [
         "CONFIG", "KEY=VALUE", "--backend", "--batch-size", "--checkpoint-dir", "--epochs", "--lr", "--max-grad-norm",
-        "--resume-from", "--save-every", "--warmup-steps",
+        "--no-supervise", "--resume-from", "--save-every", "--supervise", "--warmup-steps",
     ],
+    "selftest": ["--faults", "--kills", "--seed"],
     "bench": ["CONFIG", "KEY=VALUE", "--steps"],
     "generate": [
         "--checkpoint", "--max-new-tokens", "--method", "--prompt", "--repetition-penalty", "--seed", "--temperature",
@@ -70,7 +71,7 @@ def test_help_says_of_each_setting_what_the_schema_says(
     text = capsys.readouterr().out
     assert text.startswith(f"usage: anarchobot {command} ")
     settings = [a.dest.removeprefix("setting ") for a in leaves(build_parser())[command]._actions if " " in a.dest]
-    assert len(settings) == {"pretrain": 9, "generate": 8, "pretokenize": 5, "tokenizer train": 3}.get(command, 0)
+    assert len(settings) == {"pretrain": 11, "generate": 8, "pretokenize": 5, "tokenizer train": 3}.get(command, 0)
     for key in settings:
         assert f"{key}: {leaf_keys()[key].description}; takes " in text
 

@@ -71,10 +71,10 @@ def test_stopped_and_resumed_equals_unbroken_bit_for_bit(
 
     whole_step = MLXEngine.train_step
 
-    def interrupted(self: MLXEngine, batch: Any, step: int, lr: float, momentum: float) -> Any:
+    def interrupted(self: MLXEngine, batch: Any, step: int, *rest: float) -> Any:
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return whole_step(self, batch, step, lr, momentum)
+        return whole_step(self, batch, step, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(MLXEngine, "train_step", interrupted)
@@ -243,7 +243,9 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_written(
     # Step 3 was the best when the branch began: it lies in the branch's folder too, or best.json would name nothing.
     assert 3 in [e["step"] for e in lines_of(tmp_path / "branch") if e["event"] == "save"]
     assert checkpoint.find(tmp_path / "branch" / "best.json").step in checkpoint.saved_steps(tmp_path / "branch")
-    refused("train.optimizer: the checkpoint", config, tiny_shards, run, train__optimizer="adamw", **again)
+    refused(
+        "train.optimizer was muon_adamw and is now adamw", config, tiny_shards, run, train__optimizer="adamw", **again
+    )
 
 
 def test_a_swapped_tokenizer_beside_the_shards_is_refused(tmp_path: Path, tiny_shards: Path) -> None:

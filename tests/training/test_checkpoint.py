@@ -9,6 +9,7 @@ import pytest
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.model.shapes import init_parameters
+from anarchobot.storage.durable import write_sealed
 from anarchobot.training import checkpoint
 
 MODEL = ModelConfig(vocab_size=11, n_layers=1, d_model=4, n_heads=2)
@@ -65,7 +66,7 @@ def test_find_takes_run_step_folder_and_file(tmp_path: Path) -> None:
 def test_find_follows_best_and_latest(tmp_path: Path) -> None:
     for step in (5, 10):
         save(tmp_path, step)
-    checkpoint.write_json(tmp_path / "best.json", {"step": 5})
+    write_sealed(tmp_path / "best.json", {"step": 5})
     assert checkpoint.find(tmp_path / "best.json").step == 5
     assert checkpoint.find(tmp_path / "latest.json").step == 10
     assert checkpoint.read_best(tmp_path, 7) == {"step": 5}
@@ -89,7 +90,7 @@ def test_a_step_without_state_json_does_not_count(tmp_path: Path) -> None:
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 5):
         save(tmp_path, step)
-    checkpoint.write_json(tmp_path / "best.json", {"step": 2})
+    write_sealed(tmp_path / "best.json", {"step": 2})
     assert checkpoint.rotate(tmp_path, keep=2) == [1, 3]
     assert sorted(checkpoint.saved_steps(tmp_path)) == [2, 4, 5]
 
@@ -143,7 +144,7 @@ def test_a_failed_write_leaves_the_checkpoints_before_it(tmp_path: Path, monkeyp
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.np, "savez", fail)
+    monkeypatch.setattr(np.lib.format, "write_array", fail)
     with pytest.raises(OSError, match="No space"):
         save(tmp_path, 2)
     assert checkpoint.find(tmp_path).step == 1

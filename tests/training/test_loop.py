@@ -1,4 +1,4 @@
-"""The loop with an engine that only counts: what happens at which step, and in which order."""
+"""The loop with an engine that only counts: what happens at which step, in which order, and when something fails."""
 
 import json
 import os
@@ -11,11 +11,13 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from anarchobot.config.errors import UserError
-from anarchobot.config.schema import Config
+from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.data.batches import Batch
-from anarchobot.training import checkpoint
-from anarchobot.training.loop import MOST_SKIPPED, Progress, Run, StepResult, run_training
+from anarchobot.model.shapes import parameter_shapes
+from anarchobot.training import checkpoint, saving
+from anarchobot.training.loop import MOST_SKIPPED, Run, StepResult, run_training
 from anarchobot.training.metrics import MetricsLog
+from anarchobot.training.progress import Progress
 
 MODEL = {"vocab_size": 7, "n_layers": 1, "d_model": 2, "n_heads": 1}
 
@@ -28,11 +30,13 @@ class CountingEngine:
         self._val = iter(val_losses or [])
         self._nan_at, self._on_step = nan_at, on_step
 
-    def train_step(self, batch: Batch, step: int, lr: float, momentum: float) -> StepResult:
+    def train_step(self, batch: Batch, step: int, lr: float, momentum: float, norm_limit: float) -> StepResult:
         self.calls.append(("train", step, int(batch.inputs[0, 0, 0]), lr, momentum))
         if self._on_step:
             self._on_step(step)
-        return StepResult(float("nan") if step == self._nan_at else 10.0 - step, 1.0, batch.inputs.size)
+        if step == self._nan_at:
+            return StepResult(float("nan"), 1.0, batch.inputs.size, applied=False)
+        return StepResult(10.0 - step, 1.0, batch.inputs.size)
 
     def eval_step(self, batch: Batch) -> tuple[float, int]:
         self.calls.append(("eval",))
@@ -40,7 +44,8 @@ class CountingEngine:
 
     def state(self) -> dict[str, Any]:
         self.calls.append(("state",))
-        return {"params/w": np.zeros(2, np.float32)}
+        shapes = parameter_shapes(ModelConfig.model_validate(MODEL))
+        return {f"params/{name}": np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         raise NotImplementedError
@@ -70,11 +75,14 @@ def train(
     val: int = 1,
     sample: Any = None,
     start: int = 0,
+    guard: dict[str, Any] | None = None,
+    problem: Any = lambda: None,
     **settings: Any,
 ) -> tuple[bool, list[dict[str, Any]]]:
     settings = {"lr": 1.0, "min_lr": 1.0, "warmup_steps": 0, "micro_batch_size": 2, "grad_accum_steps": 3, **settings}
-    config = Config.model_validate({"model": MODEL, "train": settings})
-    run = Run(config, steps, {}, Windows(), [Windows().at(0, 1, 2)] * val, 2.0, tmp_path, sample)  # type: ignore[arg-type]
+    config = Config.model_validate({"model": MODEL, "train": settings, "guard": guard or {}})
+    val_batches = [Windows().at(0, 1, 2)] * val
+    run = Run(config, steps, {}, Windows(), val_batches, 2.0, tmp_path, sample, problem)  # type: ignore[arg-type]
     progress = Progress(step=start, position=start * 6, tokens=start * 24)
     with MetricsLog(tmp_path / "logs") as log:
         finished = run_training(engine, run, progress, log, NoDisplay())
@@ -143,13 +151,153 @@ def test_a_step_that_is_not_finite_is_said_and_passed_over(tmp_path: Path) -> No
     ]
 
 
-def test_a_run_that_diverged_ends_with_a_line(tmp_path: Path) -> None:
-    class Diverged(CountingEngine):
-        def train_step(self, batch: Batch, step: int, lr: float, momentum: float) -> StepResult:
-            return StepResult(float("inf") if step > 4 else 1.0, 1.0, 1)
+class Diverging(CountingEngine):
+    """Finite up to step 4; and again, where `mends` is set, on data beyond position `mends`."""
 
+    def __init__(self, mends: int | None = None, overflow: bool = False) -> None:
+        super().__init__()
+        self.loaded: list[Any] = []
+        self._mends, self._overflow = mends, overflow
+
+    def train_step(self, batch: Batch, step: int, lr: float, momentum: float, norm_limit: float) -> StepResult:
+        position = int(batch.inputs[0, 0, 0])
+        self.calls.append(("train", step, position))
+        bad = step > 4 and (self._mends is None or position < self._mends)
+        return StepResult(float("inf") if bad else 1.0, 1.0, 1, applied=not bad, overflow=bad and self._overflow)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.loaded.append(state)
+
+
+def test_a_run_that_diverged_goes_back_past_the_data_three_times_and_ends_with_a_line(tmp_path: Path) -> None:
+    engine = Diverging()
+    with pytest.raises(UserError, match=r"step 7: .* again, after 3 returns to step 4: lower train.lr, or look at"):
+        train(tmp_path, engine, 1000, ckpt_interval=4, eval_interval=1000, guard={"rollback_after": 3})
+    # Steps 1 to 4, and 5 to 7 four times: each time from weights of step 4, and never the same data again.
+    assert [call[1] for call in engine.calls if call[0] == "train"] == [1, 2, 3, 4, *[5, 6, 7] * 4]
+    assert [call[2] for call in engine.calls if call[0] == "train"] == [6 * i for i in range(16)]
+    assert len(engine.loaded) == 3
+
+
+def test_a_run_that_gets_past_the_bad_data_goes_on(tmp_path: Path) -> None:
+    engine = Diverging(mends=50)
+    finished, lines = train(tmp_path, engine, 9, ckpt_interval=4, eval_interval=1000, guard={"rollback_after": 3})
+    assert finished
+    assert [(e["event"], e["step"]) for e in lines if e["event"] in ("skip", "resume")] == [
+        *[("skip", step) for step in (5, 6, 7)], ("resume", 4), *[("skip", step) for step in (5, 6)]
+    ]  # fmt: skip
+    assert [e["first_window"] for e in lines if e["event"] == "skip"] == [24, 30, 36, 42, 48]
+    state = checkpoint.find(tmp_path).state
+    assert (state["step"], state["data_position"], state["returns"], state["returned_to"]) == (9, 6 * 12, 1, 4)
+
+
+def test_without_a_checkpoint_or_without_going_back_it_ends_with_a_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"step 9: .* before the first checkpoint: lower train.lr"):
+        train(tmp_path / "a", Diverging(), 1000, ckpt_interval=100, eval_interval=1000)
+    never = {"rollback_after": None}
     with pytest.raises(UserError, match=rf"step {4 + MOST_SKIPPED}: .* not finite: lower train.lr, .* saved one is 32"):
-        train(tmp_path, Diverged(), 1000, ckpt_interval=4, eval_interval=1000)
+        train(tmp_path / "b", Diverging(), 1000, ckpt_interval=4, eval_interval=1000, guard=never)
+    with pytest.raises(UserError, match=rf"step {4 + MOST_SKIPPED}: "):  # float16's scale halves: no reason to go back
+        train(tmp_path / "c", Diverging(overflow=True), 1000, ckpt_interval=4, eval_interval=1000)
+
+
+def test_a_spike_is_left_out_with_its_batch_named(tmp_path: Path) -> None:
+    class Spiking(CountingEngine):
+        def train_step(self, batch: Batch, step: int, lr: float, momentum: float, norm_limit: float) -> StepResult:
+            norm = 100.0 if step == 90 else 1 + 0.1 * (step % 5)
+            return StepResult(1.0, norm, 1, applied=norm <= norm_limit)
+
+    _, lines = train(tmp_path, Spiking(), 100, eval_interval=1000, ckpt_interval=1000)
+    (skip,) = [line for line in lines if line["event"] == "skip"]
+    assert (skip["step"], skip["reason"], skip["first_window"], skip["windows"]) == (90, "spike", 89 * 6, 6)
+    norms = checkpoint.find(tmp_path).state["norms"]
+    assert (len(norms), norms[89]) == (100, 100.0)
+
+
+def test_out_of_memory_makes_the_micro_batches_smaller_and_keeps_the_batch(tmp_path: Path) -> None:
+    class Small(CountingEngine):
+        """Has room for two rows at a time, from step 3 on for one."""
+
+        def train_step(self, batch: Batch, step: int, lr: float, momentum: float, norm_limit: float) -> StepResult:
+            if batch.inputs.shape[1] > (2 if step < 3 else 1):
+                raise MemoryError
+            self.calls.append((step, batch.inputs.shape[:2], int(batch.inputs[0, 0, 0])))
+            return StepResult(1.0, 1.0, 1)
+
+    engine = Small()
+    _, lines = train(tmp_path, engine, 4, micro_batch_size=6, grad_accum_steps=1, eval_interval=1000, val=0)
+    assert [call for call in engine.calls if call[0] != "state"] == [
+        (1, (6, 1), 0), (2, (6, 1), 6), (3, (6, 1), 12), (4, (6, 1), 18)
+    ]  # fmt: skip
+    texts = [line["text"] for line in lines if line["event"] == "warning"]
+    assert "train.micro_batch_size=3 train.grad_accum_steps=2, which is the same batch" in texts[0]
+    assert "train.micro_batch_size=1 train.grad_accum_steps=6, which is the same batch" in texts[1]
+
+    class None_(CountingEngine):
+        def train_step(self, *args: Any) -> StepResult:
+            raise MemoryError
+
+    with pytest.raises(UserError, match=r"step 1: out of memory with one sequence at a time: set train.gradient_ch"):
+        train(tmp_path / "none", None_(), 4)
+
+
+def test_a_failed_save_is_said_and_tried_again_and_costs_no_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At steps 4 and 6 the disk is full."""
+    real, tries = checkpoint.save, []
+
+    def save(run: Path, step: int, *rest: Any) -> Path:
+        tries.append(step)
+        if step in (4, 6):
+            raise OSError(28, "No space left on device")
+        return real(run, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    finished, lines = train(tmp_path, CountingEngine(), 8, ckpt_interval=2, ckpt_keep=1, eval_interval=1000, val=0)
+    assert finished
+    assert tries == [2, 4, 6, 8]
+    told = [(line["step"], "No space left" in line["text"]) for line in lines if line["event"] == "warning"]
+    assert told == [(4, True), (6, True)]
+    assert checkpoint.saved_steps(tmp_path) == [8]
+    # As soon as a minute has gone by, whatever the step.
+    tries.clear()
+    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
+    train(tmp_path / "again", CountingEngine(), 8, ckpt_interval=4, eval_interval=1000, val=0)
+    assert tries == [4, 5, 8]
+    # At the end it is tried until it works, or given up with a line.
+    monkeypatch.setattr(saving, "LAST_PAUSE", 0.0)
+    with pytest.raises(UserError, match=r"step 6 could not be saved in 10 tries; the newest saved one is 5: make room"):
+        train(tmp_path / "end", CountingEngine(), 6, ckpt_interval=5, eval_interval=1000, val=0)
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    class Bad(CountingEngine):
+        def state(self) -> dict[str, Any]:
+            return {"params/w": np.array([1.0, np.nan], np.float32)}
+
+    with pytest.raises(UserError, match="could not be saved"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "LAST_PAUSE", 0.0)
+        train(tmp_path, Bad(), 2, val=0)
+    assert checkpoint.saved_steps(tmp_path) == []
+
+
+def test_a_checkpoint_is_written_after_some_minutes_whatever_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that goes half a minute further with each step."""
+    engine = CountingEngine()
+    monkeypatch.setattr(saving.time, "monotonic", lambda: 30.0 * sum(call[0] == "train" for call in engine.calls))
+    _, lines = train(tmp_path, engine, 10, ckpt_interval=1000, ckpt_minutes=2, eval_interval=1000, val=0)
+    assert [line["step"] for line in lines if line["event"] == "save"] == [4, 8, 10]
+
+
+def test_damaged_shards_end_the_run_with_a_line(tmp_path: Path) -> None:
+    found: list[str] = []
+    engine = CountingEngine(on_step=lambda step: found.append("shards/x.npy: damaged") if step == 3 else None)
+    with pytest.raises(UserError, match=r"shards/x.npy: damaged; what was trained on it since step 2 is not saved"):
+        train(tmp_path, engine, 9, ckpt_interval=2, problem=lambda: found[0] if found else None)
+    assert checkpoint.saved_steps(tmp_path) == [2]
 
 
 def test_a_validation_that_a_signal_prevented_is_made_up_for(tmp_path: Path) -> None:
@@ -159,8 +307,32 @@ def test_a_validation_that_a_signal_prevented_is_made_up_for(tmp_path: Path) -> 
     assert [line["step"] for line in lines if line["event"] == "eval"] == [0]
     stopping = CountingEngine(on_step=lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 8 else None)
     finished, lines = train(tmp_path, stopping, 8, start=4, eval_interval=4)
+    assert not finished
+    assert [line["step"] for line in lines if line["event"] == "eval"] == [0, 4]
+    finished, lines = train(tmp_path, CountingEngine(), 8, start=8, eval_interval=4)
     assert finished
     assert [line["step"] for line in lines if line["event"] == "eval"] == [0, 4, 8]
+
+
+def test_a_validation_that_was_made_is_not_made_again(tmp_path: Path) -> None:
+    train(tmp_path, CountingEngine(), 4, eval_interval=4)
+    _, lines = train(tmp_path, CountingEngine(), 6, start=4, eval_interval=4)
+    assert [line["step"] for line in lines if line["event"] == "eval"] == [0, 4, 6]
+
+
+def test_a_stop_request_ends_a_validation(tmp_path: Path) -> None:
+    class Stopped(CountingEngine):
+        def eval_step(self, batch: Batch) -> tuple[float, int]:
+            if len([call for call in self.calls if call[0] == "eval"]) == 7:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().eval_step(batch)
+
+    engine = Stopped()
+    finished, lines = train(tmp_path, engine, 2, val=5, eval_interval=1)
+    assert not finished
+    assert len([call for call in engine.calls if call[0] == "eval"]) == 8  # 5 at step 0, 3 at step 1
+    assert checkpoint.saved_steps(tmp_path) == [1]
+    assert [line["step"] for line in lines if line["event"] == "eval"] == [0]
 
 
 def test_a_torn_line_of_a_killed_run_does_not_swallow_the_next(tmp_path: Path) -> None:

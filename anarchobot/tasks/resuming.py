@@ -1,0 +1,102 @@
+"""Going on with a run: from which step, and whether it is the same run."""
+
+import shutil
+from pathlib import Path
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.loading import LoadedConfig
+from anarchobot.config.schema import Config
+from anarchobot.training import checkpoint
+from anarchobot.training.loop import Engine, Run
+from anarchobot.training.progress import Progress
+
+# What a run is bound to beside the model's shape: another value would make it another run.
+FIXED = (
+    *("train.seed", "train.optimizer", "train.normuon", "train.muon_split_heads"),
+    *("data.seq_len", "data.pack", "data.document_mask", "data.shard_weights"),
+)
+FREE_OF_MODEL = ("dropout", "max_seq_len")
+# What says how a run is started and where its things lie, and changes nothing of it.
+NOT_TOLD = ("train.checkpoint_path", "train.save_dir", "train.log_path", "train.supervise")
+
+
+def checkpoint_to_resume(loaded: LoadedConfig, run_folder: Path) -> checkpoint.Checkpoint | None:
+    """None: the run begins anew. Raises UserError when there is none where one was named, or the folder holds another
+    run, or later steps than it."""
+    path = loaded.config.train.checkpoint_path
+    steps = checkpoint.saved_steps(run_folder)
+    if path == "auto":
+        return checkpoint.find(run_folder) if steps else None
+    if path is not None:
+        start = checkpoint.find(path)
+        if steps and start.folder.parent.resolve() != run_folder.resolve():
+            raise UserError(
+                f"{loaded.where('train.save_dir')}: {run_folder} holds another run than {path}: choose another folder"
+            )
+        if steps and max(steps) > start.step and not start.passed_over:
+            raise UserError(
+                f"{loaded.where('train.save_dir')}: {run_folder} holds later steps, up to {max(steps)}: to go back to "
+                f"step {start.step}, choose another folder"
+            )
+        return start
+    if steps:
+        raise UserError(
+            f"{loaded.where('train.save_dir')}: {run_folder} already holds a run, at step {max(steps)}: go on with it "
+            "(--resume-from auto), or choose another folder"
+        )
+    return None
+
+
+def resume(engine: Engine, run: Run, start: checkpoint.Checkpoint) -> Progress:
+    """Brings the engine to where the checkpoint was. Raises UserError when it is of another run."""
+    now = run.config
+    if start.state.get("shards") != run.identity["shards"]:
+        raise UserError(
+            f"{start.folder}: this run began with other shards than those now in {now.data.shard_dir}: point "
+            "data.shard_dir at its own, or begin a new run"
+        )
+    arrays = checkpoint.load_arrays(start, now.model, optimizer=True)
+    shape = [f"model.{key}" for key in type(now.model).model_fields if key not in FREE_OF_MODEL]
+    for key, (old, new) in changes(start.config, now).items():
+        if key in (*shape, *FIXED):
+            raise UserError(f"{start.folder}: {key} was {old} and is now {new}: a run can't change it")
+    engine.load_state(arrays)
+    progress = Progress.of(start.state)
+    # The step was saved before its own validation, which may have been the best.
+    if best := checkpoint.read_best(run.folder, start.step):
+        progress.best_val_loss, progress.best_val_bpb = best["best_val_loss"], best["best_val_bpb"]
+    return progress
+
+
+def changes(before: Config, now: Config) -> dict[str, tuple[object, object]]:
+    """The settings that differ: the value before and the value now, under the key's dotted name."""
+    old, new = before.model_dump(), now.model_dump()
+    return {
+        f"{section}.{key}": (old[section].get(key), new[section].get(key))
+        for section in new
+        for key in {**old[section], **new[section]}
+        if old[section].get(key) != new[section].get(key) and f"{section}.{key}" not in NOT_TOLD
+    }
+
+
+def tidy(run_folder: Path, start: checkpoint.Checkpoint | None) -> list[str]:
+    """Puts the folder in order behind a run that was killed or damaged; returns what is to be said about it."""
+    checkpoint.tidy(run_folder)
+    if start is None or start.folder.parent.resolve() != run_folder.resolve():
+        return []
+    moved = {path.name for path in checkpoint.set_aside(run_folder, start.step)}
+    told = [f"warning: {problem}" for problem in start.passed_over]
+    return [*told, *(f"warning: set aside as {name}" for name in sorted(moved))]
+
+
+def room_for(run_folder: Path, parameters: int, moments: int, keep: int) -> str | None:
+    """A warning when the disk is too full for the checkpoints that the run will keep, in bytes of float32."""
+    one = 4 * (parameters + moments)
+    free = shutil.disk_usage(run_folder).free
+    wanted = (keep + 2) * one  # the best one, and the one being written
+    if free >= wanted:
+        return None
+    return (
+        f"{run_folder}: {free / 1e9:.1f} GB free, and the checkpoints will take up to {wanted / 1e9:.1f} GB: make "
+        "room, or set train.ckpt_keep lower"
+    )

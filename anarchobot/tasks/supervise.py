@@ -1,0 +1,104 @@
+"""A small parent that watches over a run and resumes it when it dies.
+
+On a Mac, running out of memory is an abort that no program can catch; elsewhere the system kills. The parent imports no
+MLX and holds no model, so what kills the run spares it.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from anarchobot.config.schema import Config
+from anarchobot.data.shards import read_manifest
+from anarchobot.model.flops import model_step
+from anarchobot.optim.schedule import total_steps
+from anarchobot.training.checkpoint import saved_steps
+from anarchobot.training.stop import PARENT
+
+MOST_RESUMES = 3  # behind one checkpoint, before the micro-batch is made smaller
+HOUR = 3600.0
+# Operations a second, for a guess at how long a run will take: a small Mac's GPU, and two cores.
+GPU_RATE, CPU_RATE = 2e12, 1e11
+_FORWARDED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+def wanted(config: Config) -> bool:
+    """train.supervise; where it is left out, whether the run will by a rough guess take more than an hour."""
+    if os.environ.get(PARENT):
+        return False
+    if config.train.supervise is not None:
+        return config.train.supervise
+    return guessed_seconds(config) > HOUR
+
+
+def guessed_seconds(config: Config) -> float:
+    """From the operations of the steps and an assumed speed. Raises UserError when there are no shards."""
+    train, seq_len = config.train, config.data.seq_len
+    folders = [config.data.shard_dir] if isinstance(config.data.shard_dir, str) else config.data.shard_dir
+    windows = sum(read_manifest(folder).tokens("train") for folder in folders) // seq_len
+    step = train.grad_accum_steps * model_step(config.model, train.micro_batch_size, [(0, seq_len)])
+    on_gpu = train.device != "cpu" and sys.platform == "darwin"
+    return total_steps(train, seq_len, windows) * step / (GPU_RATE if on_gpu else CPU_RATE)
+
+
+def supervise(command: Sequence[str], run_folder: Path, micro_batch_size: int, grad_accum_steps: int) -> int:
+    """Runs `command`, an `anarchobot pretrain ...`, and again with --resume-from auto when a signal ended it; returns
+    its exit code, or 1 when it is given up.
+
+    Behind one checkpoint it is resumed three times, then with smaller micro-batches and more of them, down to one
+    sequence. Signals are passed on.
+    """
+    resumes, newest = 0, -1
+    rows, micro_batches = micro_batch_size, grad_accum_steps
+    extra: list[str] = []
+    while True:
+        code = _run([*command, *extra])
+        if code >= 0:
+            return code
+        name = signal.Signals(-code).name
+        step = max(saved_steps(run_folder), default=0)
+        resumes = resumes + 1 if step == newest else 1
+        newest = step
+        if resumes > MOST_RESUMES:
+            if rows == 1:
+                _say(
+                    f"the run was ended by {name} again and again behind step {step}, at last with one sequence at a "
+                    "time: make the model or data.seq_len smaller, or close other programs"
+                )
+                return 1
+            parts = next(n for n in range(2, rows + 1) if rows % n == 0)
+            rows, micro_batches = rows // parts, micro_batches * parts
+        extra, how = [], ""
+        if rows < micro_batch_size:
+            extra = [f"train.grad_accum_steps={micro_batches}", "--batch-size", str(rows)]
+            how = f", with train.micro_batch_size={rows} train.grad_accum_steps={micro_batches}"
+        if step:
+            extra += ["--resume-from", "auto"]
+        _say(f"the run was ended by {name}: going on from step {step}{how}")
+
+
+def _run(command: Sequence[str]) -> int:
+    """The command's exit code, negative when a signal ended it. It has a session of its own, so that a Ctrl-C reaches
+    it once, from here."""
+    child = subprocess.Popen(command, env={**os.environ, PARENT: str(os.getpid())}, start_new_session=True)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        child.send_signal(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    print(f"anarchobot: {text}", file=sys.stderr, flush=True)

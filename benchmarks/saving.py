@@ -1,0 +1,69 @@
+"""How long a checkpoint stalls the training: a model of 100 million parameters with AdamW's moments (1.2 GB).
+
+    .venv/bin/python benchmarks/saving.py
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--saves", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "saving.json")
+    arguments = parser.parse_args()
+    from anarchobot.system.blas import load_fast_blas
+
+    load_fast_blas()
+    from anarchobot.config.schema import Config
+    from anarchobot.data.batches import Batch
+    from anarchobot.training.engine import MLXEngine
+    from anarchobot.training.saving import Saved, Saver
+
+    model = {"vocab_size": 16384, "n_layers": 11, "d_model": 768, "n_heads": 12, "dropout": 0.0}
+    config = Config.model_validate({"model": model, "train": {"optimizer": "adamw", "micro_batch_size": 1}})
+    engine = MLXEngine(config)
+    batch = Batch(np.ones((1, 1, 64), np.int32), np.ones((1, 1, 64), np.int32))
+    saves: list[Saved] = []
+    stalls, during, between = [], [], []
+
+    def step() -> float:
+        began = time.perf_counter()
+        engine.train_step(batch, 1, 1e-4, 0.9)
+        return time.perf_counter() - began
+
+    step()
+    with tempfile.TemporaryDirectory(dir=HERE) as folder, Saver(Path(folder), config.train, 0, saves.append) as saver:
+        for number in range(1, arguments.saves + 1):
+            between += [step() for _ in range(3)]
+            began = time.perf_counter()
+            saver.save(number, engine.state(), {"config": config.model_dump()})
+            stalls.append(time.perf_counter() - began)
+            while saver._under_way and not saver._under_way[0].done():
+                during.append(step())
+            saver.wait()
+    assert all(saved.written for saved in saves)
+    seconds = [saved.seconds for saved in saves]
+    result: dict[str, Any] = {
+        "parameters": sum(p.size for p in engine.params.values()),
+        "save_seconds": round(statistics.median(seconds), 3),
+        "stall_seconds": round(statistics.median(stalls), 6),
+        "stall_share": round(statistics.median(s / w for s, w in zip(stalls, seconds, strict=True)), 6),
+        "step_seconds_between_saves": round(statistics.median(between), 3),
+        "step_seconds_during_saves": round(statistics.median(during), 3),
+    }
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

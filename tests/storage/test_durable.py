@@ -1,0 +1,96 @@
+"""Whole files, digests that see every change, and one writer to a folder."""
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anarchobot.storage import durable
+from anarchobot.storage.durable import HashedFile, read_sealed, write_sealed, write_whole
+from anarchobot.storage.lock import FolderLock
+
+
+def test_every_changed_or_missing_byte_of_a_sealed_file_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    values = {"step": 3, "loss": 1.0 / 3, "name": "é", "list": [1, None, True], "tiny": 5e-324}
+    write_sealed(path, values)
+    assert read_sealed(path) == values
+    good = path.read_bytes()
+    # The seal is what anybody can compute: sha256 of the same JSON without it.
+    plain = json.dumps(values, indent=1) + "\n"
+    assert json.loads(good)["content_sha256"] == hashlib.sha256(plain.encode()).hexdigest()
+    for place in range(len(good)):
+        for change in (1, 0x07, 0x80, good[place] ^ 0x20):
+            if change:
+                path.write_bytes(good[:place] + bytes([good[place] ^ change]) + good[place + 1 :])
+                with pytest.raises(ValueError):  # JSON's own, or ours
+                    read_sealed(path)
+        path.write_bytes(good[:place])
+        with pytest.raises(ValueError):
+            read_sealed(path)
+
+
+def test_a_hashed_files_digest_is_that_of_its_bytes(tmp_path: Path) -> None:
+    with HashedFile(tmp_path / "f") as file:
+        for part in (b"abc", b"", memoryview(b"defg")):
+            file.write(part)
+        digest = file.finish()
+    assert (tmp_path / "f").read_bytes() == b"abcdefg"
+    assert digest == hashlib.sha256(b"abcdefg").hexdigest() == durable.sha256_file(tmp_path / "f")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_whole(tmp_path / "f", "old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(tmp_path / "f", "new")
+    assert (tmp_path / "f").read_text() == "old"
+
+
+def test_macs_flush_the_drive_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F_FULLFSYNC where there is one; fsync where the file system knows none."""
+    import fcntl
+
+    calls: list[object] = []
+
+    def pretend(descriptor: int, command: int) -> None:
+        calls.append(command)
+        if len(calls) > 1:
+            raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr(durable.sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", pretend)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync"))
+    durable.flush(1)
+    assert calls == [51]
+    durable.flush(1)
+    assert calls == [51, 51, "fsync"]
+
+
+def test_a_folder_has_one_writer_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
+    holder = (
+        "import sys, time; from pathlib import Path; from anarchobot.storage.lock import FolderLock\n"
+        "with FolderLock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(BlockingIOError, match=rf"process {process.pid} on .* is writing here") as caught:
+        FolderLock(tmp_path / "run").__enter__()
+    assert caught.value.filename == str(tmp_path / "run")
+    process.kill()
+    process.communicate()
+    with FolderLock(tmp_path / "run"), pytest.raises(BlockingIOError, match=f"process {os.getpid()} on"):
+        FolderLock(tmp_path / "run").__enter__()
+    with FolderLock(tmp_path / "run"):
+        pass
