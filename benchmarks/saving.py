@@ -1,6 +1,6 @@
 """How long a checkpoint stalls the training: a model of 100 million parameters with AdamW's moments (1.2 GB).
 
-    .venv/bin/python benchmarks/saving.py
+.venv/bin/python benchmarks/saving.py
 """
 
 import argparse

@@ -22,6 +22,7 @@ from anarchobot.data.shards import (
     verify,
     write_manifest,
 )
+from anarchobot.storage.durable import write_sealed
 from tests.data.conftest import write_shards
 
 PARTS = [[5, 6, 7, 0], [0], [1, 2, 0, 4, 5, 0, 7, 0]]  # 0 ends a document
@@ -132,7 +133,7 @@ def test_the_manifest_comes_back_and_sums_its_shards(folder: Path) -> None:
 def test_the_manifest_is_json_with_the_documented_keys(folder: Path) -> None:
     values = json.loads((folder / "manifest.json").read_text())
     keys = {"format_version", "tokenizer", "vocab_size", "dtype", "eod_id", "seed", "counts", "shards"}
-    assert set(values) == keys
+    assert set(values) == {*keys, "content_sha256"}
     assert set(values["tokenizer"]) == {"name", "file", "sha256"}
     assert set(values["counts"]) == {"read", "kept", "duplicates", "filtered", "broken"}
     assert set(values["shards"][0]) == {"file", "split", "tokens", "documents", "bytes", "sha256", "offsets_sha256"}
@@ -163,7 +164,7 @@ def test_a_folder_without_shards_is_told_what_to_run(tmp_path: Path) -> None:
 )
 def test_a_manifest_of_another_form_is_refused(folder: Path, change: dict[str, Any], said: str) -> None:
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    write_sealed(path, json.loads(path.read_text()) | change)
     assert said in problem(lambda: read_manifest(folder))
 
 

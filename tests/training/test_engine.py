@@ -257,6 +257,56 @@ def test_a_gradient_that_is_not_finite_changes_no_weight_and_halves_the_loss_sca
     assert after["loss_scale_streak"] == 0
 
 
+def test_running_out_of_memory_changes_nothing_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As MLX says it; a CPU, on which it says nothing and dies, can't be made to."""
+    engine = MLXEngine(config(micro_batch_size=2))
+    engine.train_step(random_batch(1, 2), 1, 0.01, 0.9)
+    before = engine.state()
+    real, calls = engine._micro_step, []
+
+    def fails(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("[malloc] Unable to allocate 123 bytes.")
+        return real(*args)
+
+    engine._micro_step = fails
+    with pytest.raises(MemoryError, match="Unable to allocate"):
+        engine.train_step(random_batch(4, 2), 2, 0.01, 0.9)
+    for name, value in engine.state().items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+    # Fewer rows than there are threads: the batch is the same, cut in another way.
+    engine._micro_step = real
+    batch = random_batch(2, 2)
+    halved = Batch(batch.inputs.reshape(4, 1, -1), batch.targets.reshape(4, 1, -1))
+    other = MLXEngine(config(micro_batch_size=2))
+    other.load_state({name: np.array(value) for name, value in before.items()})
+    whole, cut = engine.train_step(batch, 2, 0.01, 0.9), other.train_step(halved, 2, 0.01, 0.9)
+    assert cut.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert cut.grad_norm == pytest.approx(whole.grad_norm, rel=1e-5)
+
+
+def test_a_norm_above_the_limit_changes_nothing() -> None:
+    engine = MLXEngine(config())
+    before = {name: np.array(value) for name, value in engine.state().items()}
+    norm = engine.train_step(random_batch(1, 2), 1, 0.01, 0.9, norm_limit=1e-9).grad_norm
+    assert norm > 1e-9
+    for name, value in engine.state().items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+    assert engine.train_step(random_batch(1, 2), 1, 0.01, 0.9, norm_limit=norm).applied
+
+
+def test_what_state_gave_is_not_changed_by_later_steps() -> None:
+    """A thread writes it while training goes on."""
+    engine = MLXEngine(config())
+    given = engine.state()
+    copies = {name: value.copy() for name, value in given.items()}
+    for step in range(1, 4):
+        engine.train_step(random_batch(1, 2, seed=step), step, 0.01, 0.9)
+    for name, value in given.items():
+        np.testing.assert_array_equal(value, copies[name], err_msg=name)
+
+
 def test_the_loss_scale_doubles_after_2000_good_steps_up_to_its_limit() -> None:
     from anarchobot.training.loss_scale import LARGEST, LossScale
 
