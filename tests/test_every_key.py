@@ -127,6 +127,8 @@ ELSEWHERE = {
     "tokenizer.max_train_mb": "tests/data/test_tokenizer_training.py::test_the_limit_holds_to_the_byte",
     "model.max_seq_len": "tests/inference/test_generation.py::test_it_ends_at_the_limit_at_max_seq_len",
     "model.zero_init_proj": "tests/model/test_shapes.py::test_zero_init_proj_starts",
+    "model.bos_id": "tests/exchange/test_importing.py::test_the_small_public_llama_gives_its_logits",
+    "train.init_from": "tests/exchange/test_importing.py::test_an_imported_model_trains_further",
     "train.ckpt_minutes": "tests/training/test_loop.py::test_a_checkpoint_is_written_after_some_minutes",
     "train.supervise": "tests/tasks/test_supervise.py::test_supervision_is_for_long_runs_unless_told",
     "guard.spike_sigma": "tests/training/test_guard.py::test_planted_spikes_are_found_and_no_others",

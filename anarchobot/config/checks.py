@@ -30,6 +30,11 @@ def contradictions(config: Config, given: list[str]) -> Iterator[tuple[tuple[str
             f"n_heads ({model.n_heads}) must be divisible by n_kv_heads ({model.kv_heads}): each key head serves "
             "the same number of query heads",
         )
+    if model.bos_id is not None and model.bos_id >= model.vocab_size:
+        yield (
+            ("model.bos_id", "model.vocab_size"),
+            f"bos_id ({model.bos_id}) must be below model.vocab_size ({model.vocab_size})",
+        )
     if data.seq_len > model.max_seq_len:
         yield (
             ("data.seq_len", "model.max_seq_len"),

@@ -62,6 +62,10 @@ class ModelConfig(Section):
         False, description="average each block's attention values with the first block's. Not exportable as Llama"
     )
 
+    bos_id: Count | None = Field(
+        None, description="the token that a text begins with; left out: the end of a document (set by `import`)"
+    )
+
     @property
     def kv_heads(self) -> int:
         return self.n_kv_heads or self.n_heads
@@ -161,7 +165,7 @@ class TrainConfig(Section):
     )
     max_grad_norm: PositiveFloat | None = Field(1.0, description="clip gradients to this global norm; null: never")
     precision: Literal["float16", "bfloat16", "float32"] | None = Field(
-        None, description="of the matrix products; left out: bfloat16 on a GPU, float32 on a CPU"
+        None, description="of the matrix products; left out: bfloat16 on a GPU (PyTorch on MPS: float16), float32 on a CPU"
     )
     gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
     attention_block: Positive | None = Field(
@@ -173,7 +177,7 @@ class TrainConfig(Section):
     )
     compile: bool | None = Field(None, description="compile the step; left out: on a GPU yes, on a CPU no")
     device: Literal["auto", "gpu", "cpu"] = Field("auto", description="auto: Metal or CUDA when there is one")
-    backend: Literal["mlx", "torch"] = Field("mlx", description="the engine that trains")
+    backend: Literal["mlx", "torch"] = Field("mlx", description="the engine that trains; torch needs PyTorch installed")
     supervise: bool | None = Field(
         None, description="watch over the run and resume it when it dies; left out: when it will take over an hour"
     )
@@ -193,6 +197,9 @@ class TrainConfig(Section):
     ckpt_keep: Positive = Field(3, description="newest checkpoints kept; the best one is kept besides")
     save_dir: str = Field("runs/default", description="the run's folder: checkpoints, config.yaml, logs")
     log_path: str | None = Field(None, description="folder of metrics and summary; left out: save_dir/logs")
+    init_from: str | None = Field(
+        None, description="a checkpoint or run folder that a new run takes its first weights from"
+    )
     tokenizer_path: str | None = Field(
         None, description="the tokenizer that tokenizer train writes and pretokenize reads"
     )

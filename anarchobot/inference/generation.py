@@ -63,14 +63,15 @@ def generate(model: Model, settings: GenerationConfig, on_text: Callable[[str], 
 def generate_ids(model: Model, settings: GenerationConfig) -> Iterator[int]:
     """The drawn token ids, without the end of document that may stop them.
 
-    The context begins with an end of document, as documents do in the shards. Raises UserError for a prompt that leaves
-    no room in max_seq_len.
+    The context begins with an end of document, as documents do in the shards, or with model.bos_id. Raises UserError
+    for a prompt that leaves no room in max_seq_len.
     """
     from mlx_lm.models.cache import KVCache  # late: the package takes seconds to import
     from mlx_lm.sample_utils import make_logits_processors
 
     shape, eod = model.shape, model.tokenizer.eod_id
-    prompt = [eod, *model.tokenizer.encode_batch([settings.prompt])[0].tolist()]
+    begin = eod if shape.bos_id is None else shape.bos_id
+    prompt = [begin, *model.tokenizer.encode_batch([settings.prompt])[0].tolist()]
     room = shape.max_seq_len - len(prompt)
     if room < 1:
         raise UserError(

@@ -15,9 +15,9 @@ FIXED = (
     *("train.seed", "train.optimizer", "train.normuon", "train.muon_split_heads"),
     *("data.seq_len", "data.pack", "data.document_mask", "data.shard_weights"),
 )
-FREE_OF_MODEL = ("dropout", "max_seq_len")
+FREE_OF_MODEL = ("dropout", "max_seq_len", "bos_id")
 # What says how a run is started and where its things lie, and changes nothing of it.
-NOT_TOLD = ("train.checkpoint_path", "train.save_dir", "train.log_path", "train.supervise")
+NOT_TOLD = ("train.checkpoint_path", "train.save_dir", "train.log_path", "train.supervise", "train.init_from")
 
 
 def checkpoint_to_resume(loaded: LoadedConfig, run_folder: Path) -> checkpoint.Checkpoint | None:
@@ -50,7 +50,12 @@ def checkpoint_to_resume(loaded: LoadedConfig, run_folder: Path) -> checkpoint.C
 def resume(engine: Engine, run: Run, start: checkpoint.Checkpoint) -> Progress:
     """Brings the engine to where the checkpoint was. Raises UserError when it is of another run."""
     now = run.config
-    if start.state.get("shards") != run.identity["shards"]:
+    if "shards" not in start.state:
+        raise UserError(
+            f"{start.folder}: weights without a run, as `import` makes them: train them further in another folder, "
+            f"with train.init_from={start.folder.parent} train.save_dir=..."
+        )
+    if start.state["shards"] != run.identity["shards"]:
         raise UserError(
             f"{start.folder}: this run began with other shards than those now in {now.data.shard_dir}: point "
             "data.shard_dir at its own, or begin a new run"
@@ -66,6 +71,23 @@ def resume(engine: Engine, run: Run, start: checkpoint.Checkpoint) -> Progress:
     if best := checkpoint.read_best(run.folder, start.step):
         progress.best_val_loss, progress.best_val_bpb = best["best_val_loss"], best["best_val_bpb"]
     return progress
+
+
+def begin_with(engine: Engine, loaded: LoadedConfig, path: str) -> list[str]:
+    """Gives a new run its first weights, those of the checkpoint at `path`, and new moments; returns warnings.
+
+    Raises UserError when the models differ.
+    """
+    found = checkpoint.find(path, files=(checkpoint.MODEL_FILE,))
+    before, now = found.config.model, loaded.config.model
+    for key in type(now).model_fields:
+        old, new = getattr(before, key), getattr(now, key)
+        if old != new and key not in (*FREE_OF_MODEL, "zero_init_proj"):
+            raise UserError(f"{loaded.where(f'model.{key}')}: {new}, and {found.folder}'s is {old}: set it to that")
+    weights = checkpoint.load_arrays(found, now, optimizer=False)
+    own = {name: a for name, a in engine.state().items() if not name.startswith("optimizer/trained/")}
+    engine.load_state({**own, **{name: weights[name] for name in own if name.startswith(checkpoint.PARAMS)}})
+    return [f"warning: {problem}" for problem in found.passed_over]
 
 
 def changes(before: Config, now: Config) -> dict[str, tuple[object, object]]:

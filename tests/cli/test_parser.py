@@ -25,6 +25,8 @@ SURFACE = {
         "CONFIG", "KEY=VALUE", "--backend", "--batch-size", "--checkpoint-dir", "--epochs", "--lr", "--max-grad-norm",
         "--no-supervise", "--resume-from", "--save-every", "--supervise", "--warmup-steps",
     ],
+    "export": ["--checkpoint", "--dtype", "--output", "--to"],
+    "import": ["DIR", "--output"],
     "selftest": ["--faults", "--kills", "--seed"],
     "bench": ["CONFIG", "KEY=VALUE", "--steps"],
     "generate": [

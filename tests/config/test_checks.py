@@ -30,6 +30,7 @@ CONTRADICTIONS = {
         "c.yaml:2: model.n_kv_heads: n_heads (12) must be divisible by n_kv_heads (24): each key head serves the same "
         "number of query heads"
     ),
+    "model:\n  bos_id: 9\n  vocab_size: 9\n": "c.yaml:2: model.bos_id: bos_id (9) must be below model.vocab_size (9)",
     "data:\n  seq_len: 5000\n": (
         "c.yaml:2: data.seq_len: data.seq_len (5000) must be at most model.max_seq_len (4096)"
     ),

@@ -112,7 +112,7 @@ def another_value(key: str, default: Any) -> Any:
         "data.fallback": "builtin", "model.ffn_activation": "gelu", "train.optimizer": "adamw", "train.device": "cpu",
         "train.schedule": "wsd", "train.precision": "float16", "train.backend": "torch", "tokenizer.format": "gpt2",
         "tokenizer.model_type": "unigram", "generation.method": "greedy", "train.compile": True, "model.head_dim": 32,
-        "train.supervise": True,
+        "train.supervise": True, "model.bos_id": 5,
         "model.n_kv_heads": 4, "model.logit_softcap": 30.0, "model.n_heads": 24, "data.score_min": 2.5,
         "train.epochs": 2.5, "train.lr_decay_steps": 3000, "train.token_budget": 10, "train.sample_interval": 5,
         "data.weights": [2.0], "data.shard_weights": [2.0], "data.documents": "lines", "data.max_chars": 9,
@@ -230,7 +230,7 @@ MISTAKES = {
     "model:\n  zzz: 1\n  n_layers: 0\n  d_model: 0\n": (
         "c.yaml:2: model.zzz: unknown key; model has vocab_size, n_layers, d_model, n_heads, n_kv_heads, head_dim, "
         "mlp_multiple, ffn_activation, dropout, max_seq_len, rope_theta, norm_eps, tie_embeddings, qk_norm, "
-        "logit_softcap, zero_init_proj, embedding_scale, value_residual (2 more after this one)"
+        "logit_softcap, zero_init_proj, embedding_scale, value_residual, bos_id (2 more after this one)"
     ),
     # no YAML of ours
     "model:\n  n_layers: 1\n  n_layers: 2\n": "c.yaml:3: model.n_layers: given twice (first on line 2)",

@@ -1,0 +1,57 @@
+"""A run's folder without a run: random weights, far enough from even that greedy choices are clear."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from anarchobot.config.schema import Config, DataConfig, ModelConfig
+from anarchobot.config.yaml_tree import dump
+from anarchobot.data.tokenizer import copy_beside, load_tokenizer
+from anarchobot.model.shapes import parameter_shapes
+from anarchobot.model.transformer import hidden_states, logits
+from anarchobot.training import checkpoint
+
+ROOT = Path(__file__).parents[2]
+STORIES = Path("artifacts") / "stories260K"
+
+
+def random_parameters(model: ModelConfig, seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:
+    rng = np.random.default_rng(seed)
+    return {
+        name: (rng.standard_normal(shape) * 0.08 + (len(shape) == 1)).astype(np.float32)
+        for name, shape in parameter_shapes(model).items()
+    }
+
+
+def make_run(folder: Path, tokenizer: Path, params: dict[str, Any] | None = None, **shape: Any) -> Path:
+    """A run folder with step 40 of a model of this shape, with the tokenizer's size and that tokenizer beside it."""
+    loaded = load_tokenizer(tokenizer)
+    small = {"n_layers": 2, "d_model": 48, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 1024, "mlp_multiple": 2.5}
+    model = ModelConfig(**{"vocab_size": loaded.vocab_size, **small, **shape})
+    config = Config(model=model, data=DataConfig(seq_len=512))
+    folder.mkdir(parents=True)
+    copy_beside(loaded, folder)
+    (folder / "config.yaml").write_text(dump(config.model_dump()))
+    arrays = {f"params/{name}": array for name, array in (params or random_parameters(model)).items()}
+    state = {"tokens": 1234567, "loss": 2.5, "best_val_loss": 2.25, "best_val_bpb": 1.125, "wall_seconds": 3600.0}
+    checkpoint.save(folder, 40, arrays, {**state, "shards": ["d" * 64], "config": config.model_dump()})
+    return folder
+
+
+def our_logits(run: Path, ids: list[int]) -> npt.NDArray[np.float32]:
+    """[L, V] of one sequence, by our own forward pass."""
+    found = checkpoint.find(run)
+    arrays = checkpoint.load_arrays(found, found.config.model, optimizer=False)
+    params = {n.removeprefix("params/"): mx.array(a) for n, a in arrays.items() if n.startswith("params/")}
+    hidden = hidden_states(params, mx.array([ids]), found.config.model)
+    return np.array(logits(hidden, params, found.config.model))[0]
+
+
+def real_ids(run: Path, count: int = 1000) -> list[int]:
+    """Ids of real text, with the end of document that a text begins with."""
+    tokenizer = load_tokenizer(run)
+    text = (ROOT / "README.md").read_text(encoding="utf-8") * 3
+    return [tokenizer.eod_id, *tokenizer.encode_batch([text])[0].tolist()][:count]

@@ -1,0 +1,184 @@
+"""GGUF: read back by its own package, the tensors are the checkpoint's and the vocabulary the tokenizer's."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import sentencepiece
+
+from anarchobot.config.errors import UserError
+from anarchobot.data.tokenizer import load_tokenizer
+from anarchobot.exchange import gguf_file
+from anarchobot.exchange.exporting import export
+from anarchobot.exchange.gguf_vocabulary import vocabulary
+from tests.exchange.making import make_run
+
+# Written by hand from llama.cpp's names, not taken from the module.
+NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+    "model.layers.1.input_layernorm.weight": "blk.1.attn_norm.weight",
+    "model.layers.1.self_attn.q_proj.weight": "blk.1.attn_q.weight",
+    "model.layers.1.self_attn.k_proj.weight": "blk.1.attn_k.weight",
+    "model.layers.1.self_attn.v_proj.weight": "blk.1.attn_v.weight",
+    "model.layers.1.self_attn.o_proj.weight": "blk.1.attn_output.weight",
+    "model.layers.1.post_attention_layernorm.weight": "blk.1.ffn_norm.weight",
+    "model.layers.1.mlp.gate_proj.weight": "blk.1.ffn_gate.weight",
+    "model.layers.1.mlp.up_proj.weight": "blk.1.ffn_up.weight",
+    "model.layers.1.mlp.down_proj.weight": "blk.1.ffn_down.weight",
+}
+
+
+def read(run: Path, output: Path, dtype: Any = "float32") -> gguf.GGUFReader:
+    export(run, "gguf", output, dtype)
+    return gguf.GGUFReader(output / "model.gguf")
+
+
+def field(reader: gguf.GGUFReader, name: str) -> Any:
+    found = reader.get_field(name)
+    return None if found is None else found.contents()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
+def test_the_tensors_are_the_checkpoints(tmp_path: Path, bpe: Path, dtype: Any, qk_norm: bool) -> None:
+    run = make_run(tmp_path / "run", bpe, qk_norm=qk_norm, tie_embeddings=False)
+    found = {t.name: t for t in read(run, tmp_path / "gguf", dtype).tensors}
+    params = np.load(run / "step_00000040" / "model.npz")
+    names = dict(NAMES)
+    if qk_norm:
+        names |= {f"model.layers.1.self_attn.{x}_norm.weight": f"blk.1.attn_{x}_norm.weight" for x in "qk"}
+    names |= {ours.replace(".1.", ".0."): theirs.replace(".1.", ".0.") for ours, theirs in names.items()}
+    assert set(names) == set(params.files) and set(names.values()) == set(found)
+    for ours, theirs in names.items():
+        wanted, tensor = params[ours], found[theirs]
+        if tensor.tensor_type == gguf.GGMLQuantizationType.BF16:
+            data = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        else:
+            data = np.asarray(tensor.data, np.float32)
+        if wanted.ndim == 1:
+            assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
+        else:
+            torch = pytest.importorskip("torch")
+            wanted = torch.from_numpy(wanted).to(getattr(torch, dtype)).float().numpy()
+        if not qk_norm and ours.endswith(("q_proj.weight", "k_proj.weight")):
+            # llama.cpp turns rows 2i and 2i + 1 of a head together, we turn i and i + E/2.
+            head = 12
+            for row in range(len(data)):
+                inside = row % head
+                assert np.array_equal(data[row], wanted[row - inside + inside // 2 + (head // 2) * (inside % 2)]), ours
+        else:
+            np.testing.assert_array_equal(data, wanted, err_msg=ours)
+
+
+def test_the_keys_say_the_shape(tmp_path: Path, bpe: Path) -> None:
+    shape = {"n_kv_heads": 2, "head_dim": 20, "rope_theta": 50000.0, "norm_eps": 1e-6, "mlp_multiple": 2.5}
+    reader = read(make_run(tmp_path / "a run", bpe, **shape), tmp_path / "gguf")
+    assert field(reader, "general.architecture") == "llama" and field(reader, "general.name") == "a run"
+    wanted = {
+        "context_length": 1024, "embedding_length": 48, "block_count": 2, "feed_forward_length": 120,
+        "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 20,
+        "attention.value_length": 20, "rope.dimension_count": 20, "rope.freq_base": 50000.0, "vocab_size": 500,
+    }  # fmt: skip
+    assert {key: field(reader, f"llama.{key}") for key in wanted} == wanted
+    assert field(reader, "llama.attention.layer_norm_rms_epsilon") == pytest.approx(1e-6)
+
+
+def test_sentencepiece_goes_in_whole(tmp_path: Path, bpe: Path) -> None:
+    reader = read(make_run(tmp_path / "run", bpe, n_layers=1), tmp_path / "gguf")
+    truth = sentencepiece.SentencePieceProcessor(model_file=str(bpe))
+    ids = range(truth.vocab_size())
+    assert field(reader, "tokenizer.ggml.model") == "llama"
+    assert field(reader, "tokenizer.ggml.tokens") == [truth.id_to_piece(i) for i in ids]
+    np.testing.assert_array_equal(
+        np.float32(field(reader, "tokenizer.ggml.scores")), np.float32([truth.get_score(i) for i in ids])
+    )
+    kinds = [6 if truth.is_byte(i) else 3 if truth.is_control(i) else 2 if truth.is_unknown(i) else 1 for i in ids]
+    assert field(reader, "tokenizer.ggml.token_type") == kinds
+    ids_told = {key: field(reader, f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "unknown")}
+    assert ids_told == {"bos": truth.eos_id(), "eos": truth.eos_id(), "unknown": truth.unk_id()}
+    told = [field(reader, f"tokenizer.ggml.{key}") for key in ("add_bos_token", "add_eos_token", "add_space_prefix")]
+    assert told == [True, False, False]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "json"])
+def test_byte_level_bpe_goes_in_whole(tmp_path: Path, tokenizers_folder: Path, kind: str) -> None:
+    folder = tokenizers_folder / kind
+    (path,) = (p for p in folder.iterdir() if p.name.endswith(("vocab.json", "tokenizer.json")))
+    reader = read(make_run(tmp_path / "run", path, n_layers=1), tmp_path / "gguf")
+    vocab = json.loads((tokenizers_folder / "gpt2" / "tiny-vocab.json").read_text())
+    merges = (tokenizers_folder / "gpt2" / "tiny-merges.txt").read_text().splitlines()
+    assert field(reader, "tokenizer.ggml.model") == "gpt2" and field(reader, "tokenizer.ggml.pre") == "gpt-2"
+    assert field(reader, "tokenizer.ggml.tokens") == sorted(vocab, key=vocab.__getitem__)
+    assert field(reader, "tokenizer.ggml.merges") == [m for m in merges if not m.startswith("#version")]
+    assert field(reader, "tokenizer.ggml.token_type") == [3, 3, 3] + [1] * 497
+    assert field(reader, "tokenizer.ggml.eos_token_id") == vocab["<|endoftext|>"]
+
+
+def test_other_ways_to_cut_words(tmp_path: Path, tokenizers_folder: Path) -> None:
+    """Llama 3's and Qwen 2's have names in llama.cpp; any other is refused, and so are holes in the ids filled."""
+    whole = json.loads((tokenizers_folder / "json" / "tokenizer.json").read_text())
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    rest = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+    def of(pattern: str, normalizer: Any = None) -> Any:
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        before = {"type": "Sequence", "pretokenizers": [split, last]}
+        extra = {**whole["added_tokens"][0], "id": 510, "content": "<|later|>", "special": False}
+        tokens = [*whole["added_tokens"], extra]
+        changed = {**whole, "pre_tokenizer": before, "normalizer": normalizer, "added_tokens": tokens}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
+        return vocabulary(load_tokenizer(tmp_path / "tokenizer.json"))
+
+    assert of(words + "{1,3}" + rest).pre == "llama-bpe"
+    found = of(words + rest, {"type": "NFC"})
+    assert found.pre == "qwen2"
+    added = found.tokens.index("<|later|>")
+    assert found.types[added] == 4 and len(found.tokens) == len(found.types) == added + 1
+    with pytest.raises(
+        UserError, match=r"tokenizer.json: this tokenizer can't go into a GGUF file: llama.cpp knows its"
+    ):
+        of(words + "+" + rest)
+    with pytest.raises(UserError, match=r"llama.cpp has no normaliser Lowercase: export to hf or mlx"):
+        of(words + rest, {"type": "Lowercase"})
+
+
+def test_unigram_is_refused_by_name(tmp_path: Path, tokenizers_folder: Path) -> None:
+    run = make_run(tmp_path / "run", tokenizers_folder / "unigram" / "tokenizer.model", n_layers=1)
+    with pytest.raises(
+        UserError, match=r"can't go into a GGUF file: llama.cpp has SentencePiece with bytes .* BPE only"
+    ):
+        export(run, "gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_package_it_is_one_line(tmp_path: Path, bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", bpe, n_layers=1)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"^export --to gguf needs the gguf package: pip install gguf$"):
+        export(run, "gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_interleaved_rows_rotate_as_ours_do() -> None:
+    """The scores of rotated queries and keys, neighbours in pairs, are those of halves in pairs."""
+    rng = np.random.default_rng(0)
+    E, D, t, s = 12, 7, 5, 3
+    q, k, x, y = (rng.standard_normal(shape).astype(np.float32) for shape in ((2 * E, D), (2 * E, D), (D,), (D,)))
+
+    def turned(v: Any, position: int, neighbours: bool) -> Any:
+        z = v[0::2] + 1j * v[1::2] if neighbours else v[: E // 2] + 1j * v[E // 2 :]
+        return z * np.exp(1j * position * 10000.0 ** (-np.arange(E // 2) * 2 / E))
+
+    for head in range(2):
+        rows = slice(head * E, head * E + E)
+        halves = turned((q @ x)[rows], t, False) @ turned((k @ y)[rows], s, False).conj()
+        iq, ik = gguf_file.interleaved(q, E), gguf_file.interleaved(k, E)
+        pairs = turned((iq @ x)[rows], t, True) @ turned((ik @ y)[rows], s, True).conj()
+        assert pairs.real == pytest.approx(halves.real, rel=1e-5)

@@ -1,0 +1,260 @@
+"""Imports: a public model computes and writes here what it does elsewhere; what can't be carried is refused by name."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anarchobot.cli.main import main
+from anarchobot.config.errors import UserError
+from anarchobot.config.loading import load_config
+from anarchobot.config.schema import GenerationConfig
+from anarchobot.data.tokenizer import load_tokenizer
+from anarchobot.exchange.exporting import export
+from anarchobot.exchange.importing import INDEX, import_model
+from anarchobot.inference.generation import generate, load_model
+from tests.exchange.making import STORIES, make_run, our_logits, real_ids
+from tests.tiny import make_shards
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+torch_files = pytest.importorskip("safetensors.torch")
+
+VOCAB = 500
+
+
+def hf_folder(folder: Path, tokenizer: Path, kind: str = "Llama", **more: Any) -> Path:
+    """A random model as transformers itself saves it, with a tokenizer beside it."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 120, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024,
+        "initializer_range": 0.08,
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **more})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    model.save_pretrained(folder, max_shard_size="40KB" if kind == "Mistral" else "1GB")
+    shutil.copyfile(tokenizer, folder / tokenizer.name)
+    return folder
+
+
+def their_logits(folder: Path, ids: list[int]) -> np.ndarray:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].numpy()  # type: ignore[no-any-return]
+
+
+def test_the_small_public_llama_gives_its_logits_and_its_published_text(shared_data: Path, tmp_path: Path) -> None:
+    folder = shared_data / STORIES / "hf"
+    done = import_model(folder, tmp_path / "run")
+    assert done["parameters"] == 260032 and done["warnings"] == []
+    stories = json.loads((shared_data / STORIES / "reference.json").read_text())
+    tokenizer = load_tokenizer(tmp_path / "run")
+    text = (shared_data / "text" / "tinystories_train_part.txt").read_text(encoding="utf-8")[:3000]
+    ids = [1, *tokenizer.encode_batch([text])[0].tolist()][:512]
+    ours, theirs = our_logits(tmp_path / "run", ids), their_logits(folder, ids)
+    np.testing.assert_allclose(ours[:256], theirs[:256], atol=1e-4, rtol=0)
+    # Of logits up to 30, float32 leaves either program 1e-4 away from float64 by the end.
+    np.testing.assert_allclose(ours, theirs, atol=3e-4, rtol=0)
+    # The published text begins with the token that its training texts began with, 1.
+    greedy = stories["greedy_from_bos_ids"]
+    z = our_logits(tmp_path / "run", greedy[:-1])
+    assert z.argmax(axis=1).tolist() == greedy[1:]
+    published = (shared_data / STORIES / "stories260K.md").read_text()
+    said = tokenizer.decode(greedy[1:])
+    assert said == stories["greedy_text"] and said[:500] in published
+    # And `generate` begins with it too.
+    model, config = load_model(tmp_path / "run")
+    assert config.model.bos_id == 1
+    text = generate(model, GenerationConfig(method="greedy", max_new_tokens=len(greedy) - 1))
+    assert text == said
+
+
+def test_an_imported_model_trains_further_from_where_it_was(shared_data: Path, tmp_path: Path) -> None:
+    """A new run's first loss is the public model's, and far below that of a model which has learnt nothing."""
+    import_model(shared_data / STORIES / "hf", tmp_path / "llama")
+    text = shared_data / "text" / "tinystories_train_part.txt"
+    words = ["--quiet", "train.max_grad_norm=1", "--no-supervise", "train.total_steps=2", "data.seq_len=128"]
+    words += ["train.eval_batches=20", "model.dropout=0", f"data.shard_dir={tmp_path}/shards", "train.lr=1e-4"]
+    config = str(tmp_path / "llama" / "config.yaml")
+    tokenizer = str(tmp_path / "llama" / "tokenizer.model")
+    made = ["--tokenizer", tokenizer, "--output", str(tmp_path / "shards"), "--val-fraction", "0.1"]
+    assert main(["pretokenize", "--input", str(text), *made, "--quiet", "data.documents=lines"]) == 0
+    first = {}
+    for name, more in {"further": [f"train.init_from={tmp_path}/llama"], "new": []}.items():
+        assert main(["pretrain", config, *words, *more, "--checkpoint-dir", str(tmp_path / name)]) == 0
+        lines = (tmp_path / name / "logs" / "metrics.jsonl").read_text().splitlines()
+        first[name] = next(e["val_loss"] for e in map(json.loads, lines) if e["event"] == "eval")
+    assert first["further"] < 2.5
+    assert first["new"] == pytest.approx(np.log(512), rel=0.05)
+
+
+def test_it_says_how_to_train_further_and_refuses_another_shape(tmp_path: Path, bpe: Path, capsys: Any) -> None:
+    import_model(hf_folder(tmp_path / "hf", bpe), tmp_path / "run")
+    shards = make_shards(tmp_path / "shards", vocab_size=VOCAB)
+    words = [f"data.shard_dir={shards}", "train.tokenizer_path=null", "--no-supervise"]
+    config = ["pretrain", str(tmp_path / "run" / "config.yaml"), *words]
+    assert main([*config, "--resume-from", "auto"]) == 2
+    assert "train them further in another folder, with train.init_from=" in capsys.readouterr().err
+    other = ["train.init_from=" + str(tmp_path / "run"), f"train.save_dir={tmp_path}/new", "model.rope_theta=5.0"]
+    assert main([*config, *other]) == 2
+    assert "model.rope_theta: 5.0, and" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("Llama", {"tie_word_embeddings": True, "rope_theta": 5e5}),
+        ("Mistral", {"sliding_window": None}),  # in several files
+        ("Qwen2", {"head_dim": 12}),  # with biases, which begin as zeros
+        ("Qwen3", {"rms_norm_eps": 1e-5}),
+    ],
+)
+def test_transformers_own_folders_give_their_logits(tmp_path: Path, bpe: Path, kind: str, more: dict[str, Any]) -> None:
+    folder = hf_folder(tmp_path / "hf", bpe, kind, **more)
+    assert (folder / INDEX).exists() == (kind == "Mistral")
+    assert any(".bias" in name for f in folder.glob("*.safetensors") for name in torch_files.load_file(f)) == (
+        kind == "Qwen2"
+    )
+    assert import_model(folder, tmp_path / "run")["architecture"] == kind.lower()
+    ids = real_ids(tmp_path / "run")
+    ours = our_logits(tmp_path / "run", ids)
+    assert ours.std() > 0.1
+    np.testing.assert_allclose(ours, their_logits(folder, ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_read_exactly(tmp_path: Path, bpe: Path, dtype: torch.dtype) -> None:
+    folder = hf_folder(tmp_path / "hf", bpe)
+    half = {name: tensor.to(dtype) for name, tensor in torch_files.load_file(folder / "model.safetensors").items()}
+    torch_files.save_file(half, folder / "model.safetensors", {"format": "pt"})
+    import_model(folder, tmp_path / "run")
+    found = np.load(tmp_path / "run" / "step_00000000" / "model.npz")
+    for name, tensor in half.items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], tensor.float().numpy())
+
+
+def test_generate_works_at_once_and_the_config_is_one_to_train_with(tmp_path: Path, bpe: Path) -> None:
+    folder = hf_folder(tmp_path / "hf", bpe)
+    import_model(folder, tmp_path / "run")
+    model, config = load_model(tmp_path / "run")
+    assert len(generate(model, GenerationConfig(prompt="A text", method="greedy", max_new_tokens=20))) > 0
+    written = load_config(tmp_path / "run" / "config.yaml").config
+    assert written == config and written.model.vocab_size == VOCAB and written.data.seq_len == 1024
+    assert load_tokenizer(str(written.train.tokenizer_path)).vocab_size == VOCAB
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"qk_norm": True, "tie_embeddings": False}, {"n_heads": 5, "qk_norm": True, "n_kv_heads": 1, "head_dim": 16}],
+    ids=str,
+)
+def test_there_and_back_is_the_same_model(tmp_path: Path, tokenizer_path: Path, shape: dict[str, Any]) -> None:
+    run = make_run(tmp_path / "run", tokenizer_path, **shape)
+    export(run, "hf", tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "back")
+    before, after = (
+        np.load(p) for p in (run / "step_00000040/model.npz", tmp_path / "back" / "step_00000000/model.npz")
+    )
+    assert set(before.files) == set(after.files)
+    assert all(np.array_equal(before[name], after[name]) for name in before.files)
+    text = ["Grüße aus <s>Köln</s>: 吾輩は\t▁x  y"]
+    old, new = (load_tokenizer(folder).encode_batch(text)[0].tolist() for folder in (run, tmp_path / "back"))
+    assert old == new
+
+
+def test_rows_behind_the_last_token_are_left_out_and_that_is_said(tmp_path: Path, bpe: Path) -> None:
+    folder = hf_folder(tmp_path / "hf", bpe, vocab_size=512)
+    (warning,) = import_model(folder, tmp_path / "run")["warnings"]
+    assert warning.startswith("the model has rows for 512 tokens and its tokenizer has 500: the rows behind")
+    ids = real_ids(tmp_path / "run", 100)
+    np.testing.assert_allclose(our_logits(tmp_path / "run", ids), their_logits(folder, ids)[:, :VOCAB], atol=1e-4)
+
+
+def test_of_two_tokenizers_the_one_that_fits(tmp_path: Path, bpe: Path, tokenizers_folder: Path) -> None:
+    """A folder may have a tokenizer.model and, with tokens added later, a tokenizer.json."""
+    folder = hf_folder(tmp_path / "hf", tokenizers_folder / "json" / "tokenizer.json", vocab_size=VOCAB)
+    (folder / "tokenizer.model").write_bytes(b"ranks, not SentencePiece")
+    assert import_model(folder, tmp_path / "a")["tokenizer"] == "tokenizer.json"
+    shutil.copyfile(bpe, folder / "tokenizer.model")
+    assert import_model(folder, tmp_path / "b")["tokenizer"] == "tokenizer.model"
+
+
+def damaged(folder: Path, what: str) -> Path:
+    """The folder, changed in one way."""
+    weights = folder / "model.safetensors"
+    tensors = torch_files.load_file(weights)
+    if what == "config":
+        (folder / "config.json").unlink()
+    elif what == "no json":
+        (folder / "config.json").write_text("{")
+    elif what == "a list":
+        (folder / "config.json").write_text("[]")
+    elif what == "odd types":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "layer_types": 5}))
+    elif what == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif what == "no weights":
+        weights.unlink()
+    elif what == "pickle":
+        weights.rename(folder / "pytorch_model.bin")
+    elif what == "missing":
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        torch_files.save_file(tensors, weights)
+    elif what == "bias":
+        torch_files.save_file({**tensors, "model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, weights)
+    elif what == "unknown":
+        torch_files.save_file({**tensors, "model.layers.0.self_attn.sinks": torch.ones(4)}, weights)
+    elif what == "shape":
+        torch_files.save_file({**tensors, "model.norm.weight": torch.ones(49)}, weights)
+    elif what == "nan":
+        torch_files.save_file({**tensors, "model.norm.weight": torch.full((48,), torch.nan)}, weights)
+    elif what == "no tokenizer":
+        (folder / "tokenizer.model").unlink()
+    elif what == "shard":
+        (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    elif what == "path":
+        (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("config", r"hf/config.json: no such file: expected a Hugging Face model's folder"),
+        ("no json", r"hf/config.json: can't be read as JSON"),
+        ("a list", r"hf/config.json: expected a JSON object"),
+        ("odd types", r"hf/config.json: not a model's config"),
+        ("truncated", r"hf/model.safetensors: ends early: .* copy it again"),
+        ("no weights", r"hf: no weights: expected model.safetensors, or model.safetensors.index.json and its files"),
+        ("pickle", r"hf/pytorch_model.bin: a pickle, which can run code: convert the model to safetensors"),
+        ("missing", r"hf: model.layers.1.mlp.up_proj.weight is in none of its safetensors files"),
+        ("bias", r"model.layers.0.self_attn.q_proj.bias is not zero: a model here has no biases"),
+        ("unknown", r"model.layers.0.self_attn.sinks: a model here has no such parameter"),
+        ("shape", r"model.norm.weight is \[49\], and config.json asks for \[48\]"),
+        ("nan", r"model.norm.weight holds a value that is not finite"),
+        ("no tokenizer", r"hf: no tokenizer: expected one of tokenizer.model, tokenizer.json, vocab.json"),
+        ("shard", r"model-00001-of-00002.safetensors: missing, and model.safetensors.index.json names it"),
+        ("path", r"model.safetensors.index.json: expected weight_map: the file of each tensor, by name"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_nothing_is_written(tmp_path: Path, bpe: Path, what: str, told: str) -> None:
+    folder = damaged(hf_folder(tmp_path / "hf", bpe), what)
+    with pytest.raises(UserError, match=told):
+        import_model(folder, tmp_path / "run")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
+
+
+def test_wrong_folders(tmp_path: Path, bpe: Path) -> None:
+    with pytest.raises(UserError, match=r"nothere: no such folder: expected config.json, safetensors files and"):
+        import_model(tmp_path / "nothere", tmp_path / "run")
+    folder = hf_folder(tmp_path / "hf", bpe, vocab_size=400)
+    with pytest.raises(UserError, match=r"tokenizer.model: 500 tokens, and the model has rows for 400"):
+        import_model(folder, tmp_path / "run")
+    with pytest.raises(UserError, match=r"hf: holds something already"):
+        import_model(hf_folder(tmp_path / "other", bpe), folder)

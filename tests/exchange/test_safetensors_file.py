@@ -1,0 +1,90 @@
+"""safetensors: its own package reads what we write and writes what we read; damage is one line, never numbers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from anarchobot.config.errors import UserError
+from anarchobot.exchange import safetensors_file
+from anarchobot.exchange.narrowing import DTYPES, Dtype
+
+torch = pytest.importorskip("torch")
+torch_files = pytest.importorskip("safetensors.torch")
+
+
+def tensors() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return {
+        "b.weight": rng.standard_normal((3, 5)).astype(np.float32),
+        "a.weight": rng.standard_normal((7, 2)).astype(np.float32).T,  # not contiguous
+        "norm": rng.standard_normal(9).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_its_own_package_reads_what_we_write(tmp_path: Path, dtype: Dtype) -> None:
+    safetensors_file.write(tmp_path / "m", tensors(), dtype, {"format": "pt"})
+    found = torch_files.load_file(tmp_path / "m")
+    assert set(found) == set(tensors())
+    for name, array in tensors().items():
+        wanted = torch.from_numpy(array.copy()).to(getattr(torch, dtype))
+        assert found[name].dtype == wanted.dtype and torch.equal(found[name], wanted)
+    with safe_open(tmp_path / "m", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_we_read_what_its_own_package_writes(tmp_path: Path, dtype: Dtype) -> None:
+    theirs = {name: torch.from_numpy(array.copy()).to(getattr(torch, dtype)) for name, array in tensors().items()}
+    torch_files.save_file(theirs, tmp_path / "m", {"format": "pt"})
+    found = safetensors_file.read(tmp_path / "m")
+    assert set(found) == set(theirs)
+    for name, tensor in theirs.items():
+        loaded = found[name].load()
+        assert loaded.dtype == np.float32
+        np.testing.assert_array_equal(loaded, tensor.float().numpy())
+
+
+def test_a_file_that_ends_early_is_told_wherever_it_ends(tmp_path: Path) -> None:
+    safetensors_file.write(tmp_path / "whole", tensors(), "float32", {})
+    whole = (tmp_path / "whole").read_bytes()
+    for length in range(len(whole)):
+        (tmp_path / "cut").write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"cut: (ends early|not a safetensors file)"):
+            safetensors_file.read(tmp_path / "cut")
+
+
+def test_other_types_and_lies_in_the_header_are_refused(tmp_path: Path) -> None:
+    torch_files.save_file({"w": torch.zeros(3, dtype=torch.int64)}, tmp_path / "ints")
+    with pytest.raises(UserError, match="w is I64: expected one of F32, F16, BF16"):
+        safetensors_file.read(tmp_path / "ints")
+    good = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    lies = (
+        *({**good, "shape": [3]}, {**good, "shape": [-2]}, {**good, "data_offsets": [8, 0]}, {**good, "dtype": 5}),
+        *({**good, "shape": 2}, {"dtype": "F32"}, {**good, "more": 1}, [], None, {**good, "shape": [True, 2]}),
+    )
+    for lie in lies:
+        text = json.dumps({"w": lie}).encode()
+        (tmp_path / "lie").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+        with pytest.raises(UserError, match="lie: not a safetensors file"):
+            safetensors_file.read(tmp_path / "lie")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=200), st.integers(0, 300), st.integers(0, 255))
+def test_any_bytes_give_tensors_or_one_line(tmp_path: Path, noise: bytes, at: int, byte: int) -> None:
+    safetensors_file.write(tmp_path / "fuzz", tensors(), "bfloat16", {})
+    whole = bytearray((tmp_path / "fuzz").read_bytes())
+    whole[min(at, len(whole) - 1)] = byte
+    for content in (bytes(whole), noise, len(noise).to_bytes(8, "little") + noise):
+        (tmp_path / "fuzz").write_bytes(content)
+        try:
+            for tensor in safetensors_file.read(tmp_path / "fuzz").values():
+                tensor.load()
+        except UserError as error:
+            assert str(error).startswith(str(tmp_path / "fuzz"))

@@ -1,0 +1,108 @@
+"""tokenizer.json: transformers' AutoTokenizer from the written folder gives the ids of our own tokenizer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer
+
+from anarchobot.config.errors import UserError
+from anarchobot.data.engine import adversarial_texts
+from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
+from anarchobot.exchange.exporting import export
+from anarchobot.exchange.tokenizer_json import differences, tokenizer_files
+from tests.conftest import shared_data_folder
+from tests.exchange.making import ROOT, STORIES, make_run
+
+FEW = 60  # of the multilingual lines, one in so many
+
+
+def lines(one_in: int) -> list[str]:
+    """The naughty strings, and lines of the multilingual files; without them, of a page of ours."""
+    data = shared_data_folder()
+    files = [data / "messy" / "blns.txt", *sorted((data / "multilingual").iterdir())] if data else [ROOT / "README.md"]
+    first, *others = (file.read_bytes().decode().split("\n") for file in files)
+    texts = [*first, *(text for other in others for text in other[::one_in])]
+    return [*texts, *(f"{text}\n" for text in texts[:1000])]
+
+
+def hugging_face(folder: Path) -> object:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def differing(ours: Tokenizer, theirs: object, texts: list[str]) -> list[str]:
+    ids = theirs(texts, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+    return [text for text, a, b in zip(texts, ours.encode_batch(texts), ids, strict=True) if a.tolist() != b]
+
+
+@pytest.mark.parametrize("one_in", [FEW, pytest.param(1, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
+def test_autotokenizer_gives_our_ids(tmp_path: Path, tokenizer_path: Path, qk_norm: bool, one_in: int) -> None:
+    run = make_run(tmp_path / "run", tokenizer_path, n_layers=1, qk_norm=qk_norm)
+    told = export(run, "hf", tmp_path / "hf")["warnings"]
+    ours, theirs = load_tokenizer(run), hugging_face(tmp_path / "hf")
+    texts = [*lines(one_in), *adversarial_texts()]
+    wrong = differing(ours, theirs, texts)
+    if tokenizer_path.parent.name == "unigram":  # ways of cutting that are equally likely, and nothing else
+        assert len(wrong) < len(texts) / 50 and "equally likely" in told[0]
+        scores = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path)).get_score
+        for text, ids in zip(wrong, theirs(wrong, add_special_tokens=False)["input_ids"], strict=True):  # type: ignore[operator]
+            ours_sum, theirs_sum = (sum(map(scores, map(int, x))) for x in (ours.encode_batch([text])[0], ids))
+            assert theirs_sum == pytest.approx(ours_sum, rel=1e-5), text
+    else:
+        assert wrong == [] and told == []
+    sample = [text for text in texts[::50] if text not in wrong]
+    for ids in ours.encode_batch(sample):
+        assert theirs.decode(ids.tolist(), skip_special_tokens=True) == ours.decode(ids.tolist())  # type: ignore[attr-defined]
+
+
+def test_a_text_begins_with_the_end_of_document_and_names_it(tmp_path: Path, tokenizer_path: Path) -> None:
+    run = make_run(tmp_path / "run", tokenizer_path, n_layers=1)
+    export(run, "hf", tmp_path / "hf")
+    ours, theirs = load_tokenizer(run), hugging_face(tmp_path / "hf")
+    assert theirs("word")["input_ids"] == [ours.eod_id, *ours.encode_batch(["word"])[0].tolist()]  # type: ignore[operator]
+    assert theirs.bos_token_id == theirs.eos_token_id == ours.eod_id  # type: ignore[attr-defined]
+    assert theirs.decode([ours.eod_id], skip_special_tokens=True) == ""  # type: ignore[attr-defined]
+    assert len(theirs) == ours.vocab_size  # type: ignore[arg-type]
+    assert "<|im_end|>" in theirs.all_special_tokens or theirs.convert_tokens_to_ids("<|im_end|>") is not None  # type: ignore[attr-defined]
+
+
+def test_a_tokenizer_json_is_passed_on_but_for_what_a_text_begins_with(tokenizers_folder: Path) -> None:
+    path = tokenizers_folder / "json" / "tokenizer.json"
+    written = json.loads(tokenizer_files(load_tokenizer(path), 64, 0)["tokenizer.json"])
+    wanted = json.loads(path.read_bytes())
+    assert written.pop("post_processor")["type"] == "TemplateProcessing" and wanted.pop("post_processor") is None
+    assert written == wanted
+
+
+@pytest.mark.parametrize(
+    "name", ["mistral_v1_tokenizer.model", str(STORIES.relative_to("artifacts") / "hf/tokenizer.model")]
+)
+def test_llamas_own_tokenizers_come_out_exact(shared_data: Path, tmp_path: Path, name: str) -> None:
+    """With a dummy prefix, and Mistral's with runs of spaces that have one score."""
+    tokenizer = load_tokenizer(shared_data / "artifacts" / name)
+    for file, content in tokenizer_files(tokenizer, 512, 2).items():
+        (tmp_path / file).write_bytes(content)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    texts = [
+        *lines(FEW),
+        *adversarial_texts(),
+        (shared_data / "messy" / "utf8_bmp_all_one_line.txt").read_bytes().decode(),
+    ]
+    assert differing(tokenizer, hugging_face(tmp_path), texts) == []
+
+
+def test_the_check_finds_another_tokenizer(tokenizers_folder: Path, bpe: Path) -> None:
+    written = tokenizer_files(load_tokenizer(tokenizers_folder / "gpt2" / "tiny-vocab.json"), 64, 0)["tokenizer.json"]
+    told = differences(load_tokenizer(bpe), written)
+    assert told is not None and "other ids than tokenizer.model on" in told
+    assert differences(load_tokenizer(tokenizers_folder / "gpt2" / "tiny-vocab.json"), written) is None
+
+
+def test_a_normaliser_is_refused_by_name(shared_data: Path) -> None:
+    for name in ("t5_spiece.model", "torchtune_m.model"):
+        with pytest.raises(
+            UserError, match=rf"{name}: this tokenizer can't be written as tokenizer.json: it has a norm"
+        ):
+            tokenizer_files(load_tokenizer(shared_data / "artifacts" / name), 64, 1)
