@@ -18,7 +18,7 @@ FLOORS = {
     "tasks": 5,
     "cli": 6,
 }  # fmt: skip
-NUMPY_ONLY = ("config", "data", "storage")
+NUMPY_ONLY = ("config", "data", "storage", "exchange")
 
 
 def imports(file: Path) -> Iterator[str]:

@@ -1,7 +1,4 @@
-"""Which parameter goes to which optimizer, and one update of them all."""
-
-import math
-from typing import Literal
+"""One update of all parameters, each by its optimizer (optim/routes.py says which)."""
 
 import mlx.core as mx
 
@@ -9,43 +6,16 @@ from anarchobot.config.schema import TrainConfig
 from anarchobot.numerics.order import Wait, tied
 from anarchobot.optim.adamw import adamw
 from anarchobot.optim.muon import muon
+from anarchobot.optim.routes import adamw_share, state_shapes
 
 Arrays = dict[str, mx.array]
 State = dict[str, Arrays]  # "muon.momentum", "muon.second", "adamw.first", "adamw.second": arrays by parameter name
 
 
-def route(name: str, ndim: int, optimizer: Literal["muon_adamw", "adamw"]) -> Literal["muon", "adamw"]:
-    """Muon takes the matrices inside the blocks. Being a matrix is not enough: embeddings and the head are AdamW's."""
-    in_block = ".layers." in name and ndim == 2
-    return "muon" if optimizer == "muon_adamw" and in_block else "adamw"
-
-
-def describe_routes(shapes: dict[str, tuple[int, ...]], optimizer: Literal["muon_adamw", "adamw"]) -> list[str]:
-    """One line for each optimizer: which parameters it has, blocks taken together. `shapes` by name."""
-    kinds: dict[str, dict[str, int]] = {"muon": {}, "adamw": {}}
-    for name, shape in shapes.items():
-        short = name.removeprefix("model.").removesuffix(".weight").rpartition(".")[2]
-        kind = kinds[route(name, len(shape), optimizer)]
-        kind[short] = kind.get(short, 0) + math.prod(shape)
-    return [
-        f"{title}: {', '.join(kinds[kind])} ({sum(kinds[kind].values()):,} parameters)"
-        for kind, title in (("muon", "Muon"), ("adamw", "AdamW"))
-        if kinds[kind]
-    ]
-
-
 def init_state(params: Arrays, train: TrainConfig) -> State:
     """Zeros for every moment, float32."""
-    state: State = {"muon.momentum": {}, "muon.second": {}, "adamw.first": {}, "adamw.second": {}}
-    for name, p in params.items():
-        if route(name, p.ndim, train.optimizer) == "muon":
-            state["muon.momentum"][name] = mx.zeros(p.shape)
-            if train.normuon:
-                state["muon.second"][name] = mx.zeros(p.shape[:1])
-        else:
-            state["adamw.first"][name] = mx.zeros(p.shape)
-            state["adamw.second"][name] = mx.zeros(p.shape)
-    return state
+    shapes = state_shapes({name: p.shape for name, p in params.items()}, train)
+    return {kind: {name: mx.zeros(shape) for name, shape in of.items()} for kind, of in shapes.items()}
 
 
 def update(
@@ -67,8 +37,7 @@ def update(
     matrices, buffers, seconds = muon(
         matrices, grads, state["muon.momentum"], state["muon.second"], lr, momentum, train, head_size, wait
     )
-    if train.optimizer == "muon_adamw" and train.adamw_lr is not None:
-        lr = lr * (train.adamw_lr / train.lr)
+    lr = lr * adamw_share(train)
     rest, first, second = adamw(params, grads, state["adamw.first"], state["adamw.second"], lr, count, train, wait)
     new = matrices | rest
     return (

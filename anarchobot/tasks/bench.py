@@ -38,7 +38,7 @@ def bench(loaded: LoadedConfig, steps: int = 5) -> dict[str, Any]:
     config = loaded.config
     model, train, length = config.model, config.train, config.data.seq_len
     if train.backend == "torch":
-        raise UserError(f"{loaded.where('train.backend')}: this version has no torch engine yet: use mlx")
+        raise UserError(f"{loaded.where('train.backend')}: bench takes the MLX step apart: leave torch out")
     blas = load_fast_blas()  # before MLX, which the next lines import
     import mlx.core as mx
 

@@ -13,11 +13,12 @@ from anarchobot.data.shards import TokenStream
 from anarchobot.data.tokenizer import Tokenizer, copy_beside, digest, load_tokenizer
 from anarchobot.data.windows import Joined, StreamWindows, open_windows
 from anarchobot.model.shapes import parameter_count, parameter_shapes
+from anarchobot.optim.routes import describe_routes
 from anarchobot.optim.schedule import total_steps
 from anarchobot.storage.durable import write_whole
 from anarchobot.storage.lock import FolderLock
-from anarchobot.system.blas import advice, load_fast_blas
-from anarchobot.tasks.resuming import changes, checkpoint_to_resume, resume, room_for, tidy
+from anarchobot.tasks.engines import open_engine
+from anarchobot.tasks.resuming import begin_with, changes, checkpoint_to_resume, resume, room_for, tidy
 from anarchobot.training import checkpoint
 from anarchobot.training.display import TerminalDisplay, duration
 from anarchobot.training.loop import Engine, Run, run_training
@@ -32,14 +33,6 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     """
     config = loaded.config
     train, data = config.train, config.data
-    if train.backend == "torch":
-        raise UserError(f"{loaded.where('train.backend')}: this version has no torch engine yet: use mlx")
-    blas = load_fast_blas()  # before MLX, which the next lines import
-    import mlx.core as mx
-
-    from anarchobot.inference.generation import Model, generate
-    from anarchobot.training.engine import MLXEngine
-
     folders = [data.shard_dir] if isinstance(data.shard_dir, str) else data.shard_dir
     streams = [TokenStream(folder, "train") for folder in folders]
     tokenizer = _check_tokenizers(loaded, streams)
@@ -50,7 +43,8 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     run_folder = Path(train.save_dir)
     steps_before = checkpoint.saved_steps(run_folder)
     start = checkpoint_to_resume(loaded, run_folder)
-    engine = MLXEngine(config)
+    opened = open_engine(config)
+    engine = opened.engine
     check = ContentCheck(folders)
     run = Run(
         config=config,
@@ -60,15 +54,18 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
         val=ValBatches(held_out, train.micro_batch_size, train.eval_batches),
         bytes_per_token=sum(s.bytes for s in val_shards) / max(1, sum(s.tokens for s in val_shards)),
         folder=run_folder,
-        sample=lambda: generate(Model(engine.weights, config.model, tokenizer), config.generation),
+        sample=lambda: opened.sample(tokenizer),
         problem=lambda: check.problem,
     )
     progress = Progress() if start is None else resume(engine, run, start)
+    told: list[str] = []
+    if start is None and train.init_from is not None:
+        told = begin_with(engine, loaded, train.init_from)
 
     with FolderLock(run_folder):
         if sorted(checkpoint.saved_steps(run_folder)) != sorted(steps_before):
             raise UserError(f"{run_folder}: another run has written here just now: begin again")
-        tidied = tidy(run_folder, start)
+        told += tidy(run_folder, start)
         write_whole(run_folder / "config.yaml", dump(config.model_dump()))
         copy_beside(tokenizer, run_folder)
         with (
@@ -76,15 +73,14 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
             MetricsLog(Path(train.log_path or run_folder / "logs")) as log,
             TerminalDisplay(run.steps, progress.step, quiet) as display,
         ):
-            for line in [*tidied, *_opening(run, streams, engine.device, engine.precision, start)]:
+            for line in [*told, *_opening(run, streams, opened.place, start)]:
                 display.note(line)
             if start is not None:
                 changed = {key: list(values) for key, values in changes(start.config, config).items()}
                 for key, (old, new) in changed.items():
                     display.note(f"changed: {key} was {old}, is now {new}")
                 log.event("resume", progress.step, folder=str(start.folder), changed=changed)
-            on_cpu = engine.device.type == mx.DeviceType.cpu
-            for text in _warnings(run, slow_products=on_cpu and blas is None):
+            for text in (*opened.warnings, *_warnings(run)):
                 display.note(f"warning: {text}")
                 log.event("warning", progress.step, text=text)
             finished = run_training(engine, run, progress, log, display)
@@ -125,29 +121,25 @@ def _check_tokenizers(loaded: LoadedConfig, streams: list[TokenStream]) -> Token
     return tokenizer
 
 
-def _opening(
-    run: Run, streams: list[TokenStream], device: object, precision: str, start: checkpoint.Checkpoint | None
-) -> list[str]:
-    from anarchobot.optim.hybrid import describe_routes  # which imports MLX: behind the BLAS
-
+def _opening(run: Run, streams: list[TokenStream], place: str, start: checkpoint.Checkpoint | None) -> list[str]:
     config = run.config
     per_step = config.train.micro_batch_size * config.train.grad_accum_steps
     tokens, epochs = sum(s.tokens for s in streams), run.steps * per_step / run.train.windows
     lines = [
-        f"{parameter_count(config.model):,} parameters, {precision} on {device}",
+        f"{parameter_count(config.model):,} parameters, {place}",
         *describe_routes(parameter_shapes(config.model), config.train.optimizer),
         f"{tokens:,} training tokens in {', '.join(str(s.folder) for s in streams)}; "
         f"{run.steps:,} steps of {per_step} x {config.data.seq_len} tokens = {epochs:.2f} epochs",
     ]
+    if start is None and config.train.init_from is not None:
+        lines.append(f"first weights from {config.train.init_from}")
     if start is not None:
         lines.append(f"resuming from {start.folder} at step {start.step}")
     return lines
 
 
-def _warnings(run: Run, slow_products: bool) -> Iterator[str]:
+def _warnings(run: Run) -> Iterator[str]:
     warmup = run.config.train.warmup_steps
-    if slow_products:
-        yield advice()
     if warmup >= run.steps:
         yield f"warmup_steps ({warmup}) is no less than the run's {run.steps} steps: lr never reaches its peak"
     if len(run.val) == 0:

@@ -6,7 +6,7 @@ import pytest
 
 from anarchobot.config.schema import ModelConfig, TrainConfig
 from anarchobot.model.shapes import parameter_shapes
-from anarchobot.optim import hybrid
+from anarchobot.optim import hybrid, routes
 
 MODEL = ModelConfig(vocab_size=32, n_layers=1, d_model=8, n_heads=2, tie_embeddings=False, qk_norm=True)
 MUON = {
@@ -20,19 +20,19 @@ MUON = {
 
 def test_only_the_blocks_matrices_go_to_muon() -> None:
     shapes = parameter_shapes(MODEL)
-    assert {name for name, s in shapes.items() if hybrid.route(name, len(s), "muon_adamw") == "muon"} == MUON
-    assert {name for name, s in shapes.items() if hybrid.route(name, len(s), "adamw") == "muon"} == set()
+    assert {name for name, s in shapes.items() if routes.route(name, len(s), "muon_adamw") == "muon"} == MUON
+    assert {name for name, s in shapes.items() if routes.route(name, len(s), "adamw") == "muon"} == set()
 
 
 def test_routes_are_said_in_a_line_for_each_optimizer() -> None:
     shapes = parameter_shapes(MODEL)
     matrices, d = 4 * 8 * 8 + 3 * 8 * 32, 8
-    assert hybrid.describe_routes(shapes, "muon_adamw") == [
+    assert routes.describe_routes(shapes, "muon_adamw") == [
         f"Muon: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj ({matrices:,} parameters)",
         f"AdamW: embed_tokens, input_layernorm, post_attention_layernorm, q_norm, k_norm, norm, lm_head "
         f"({2 * 32 * d + 3 * d + 2 * 4:,} parameters)",
     ]
-    assert [line.split(":")[0] for line in hybrid.describe_routes(shapes, "adamw")] == ["AdamW"]
+    assert [line.split(":")[0] for line in routes.describe_routes(shapes, "adamw")] == ["AdamW"]
 
 
 def test_one_update_moves_every_parameter_and_keeps_names_and_order() -> None:

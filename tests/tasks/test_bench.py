@@ -120,7 +120,7 @@ def test_the_table_has_a_line_a_part(config: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["train.backend=torch"], "command line: train.backend: this version has no torch engine yet: use mlx"),
+        (["train.backend=torch"], "command line: train.backend: bench takes the MLX step apart: leave torch out"),
         (["--steps", "0"], "argument --steps: '0', expected a whole number from 1 on"),
         (["--steps", "few"], "argument --steps: 'few', expected a whole number from 1 on"),
         (["model.n_heads=3"], "d_model (32) must be divisible by n_heads (3)"),

@@ -1,5 +1,6 @@
 """Pretraining from shards to summary: exact resume, what a run leaves behind, and what it refuses."""
 
+import importlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
@@ -52,6 +54,14 @@ def equal(a: Path, b: Path) -> None:
         np.testing.assert_array_equal(value, second[name], err_msg=name)
 
 
+def engine_class(backend: str) -> Any:
+    if backend == "mlx":
+        return importlib.import_module("anarchobot.training.engine").MLXEngine
+    pytest.importorskip("torch").set_num_threads(1)
+    return importlib.import_module("anarchobot.torch_mps.engine").TorchEngine
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -63,21 +73,26 @@ def equal(a: Path, b: Path) -> None:
     ids=["muon, dropout", "adamw, untied", "float16, recomputed", "across epochs"],
 )
 def test_stopped_and_resumed_equals_unbroken_bit_for_bit(
-    run_with: Any, tmp_path: Path, tiny_shards: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    run_with: Any,
+    tmp_path: Path,
+    tiny_shards: Path,
+    backend: str,
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Weights, both optimizers, scalars and the logged losses of 2 + 4 steps are those of 6."""
+    engine = engine_class(backend)
+    settings = {**settings, "train__backend": backend}
     _, straight = run_with("straight", **settings)
-    from anarchobot.training.engine import MLXEngine
+    whole_step = engine.train_step
 
-    whole_step = MLXEngine.train_step
-
-    def interrupted(self: MLXEngine, batch: Any, step: int, *rest: float) -> Any:
+    def interrupted(self: Any, batch: Any, step: int, *rest: float) -> Any:
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return whole_step(self, batch, step, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MLXEngine, "train_step", interrupted)
+        patch.setattr(engine, "train_step", interrupted)
         summary, _ = run_with("broken", **settings)
     assert (summary["finished"], summary["steps"]) == (False, 2)
     summary, lines = run_with("broken", train__checkpoint_path="auto", **settings)
@@ -127,6 +142,37 @@ def test_the_loss_falls(run_with: Any) -> None:
     )  # fmt: skip
     first, last = (line["val_loss"] for line in lines if line["event"] == "eval")
     assert last < first - 1.5
+
+
+def test_a_batch_whose_numbers_are_not_finite_leaves_no_trace_in_the_weights(
+    run_with: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN is put into the gradient of step 3's batch: the weights are those of step 2, and the batch is named."""
+    from anarchobot.training.engine import MLXEngine
+
+    real = MLXEngine._share
+
+    def poisoned(self: MLXEngine, batch: Any, step: int, factor: float, worker: int) -> Any:
+        total, sums = real(self, batch, step, factor, worker)
+        if step == 3:
+            name = "model.layers.0.mlp.up_proj.weight"
+            sums[name] = sums[name] * float("nan")
+            mx.eval(sums)
+        return total, sums
+
+    monkeypatch.setattr(MLXEngine, "_share", poisoned)
+    _, lines = run_with("run", train__ckpt_interval=1, train__eval_interval=10)
+    (skip,) = [line for line in lines if line["event"] == "skip"]
+    assert (skip["step"], skip["reason"], skip["first_window"], skip["windows"]) == (3, "not finite", 8, 4)
+    states = {}
+    for step in (4, 5, 6):  # the newest three are kept
+        states[step] = checkpoint.find(tmp_path / "run" / f"step_{step:08d}").state
+        assert states[step]["engine"]["updates"] == step - 1
+        assert len(states[step]["norms"]) == step - 1
+    run_with("to 3", train__ckpt_interval=1, train__eval_interval=10, train__total_steps=3, train__lr_decay_steps=6)
+    before, after = (checkpoint.find(tmp_path / "to 3" / f"step_{step:08d}").state for step in (2, 3))
+    assert before["sha256"] == after["sha256"]
+    assert (before["data_position"], after["data_position"]) == (8, 12)
 
 
 def test_a_finished_run_resumed_does_nothing_more(run_with: Any, tmp_path: Path) -> None:
@@ -215,7 +261,6 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_written(
     )  # fmt: skip
     refused("less than one sequence of data.seq_len", config, tiny_shards, run, data__seq_len=10**6,
             model__max_seq_len=10**6)  # fmt: skip
-    refused("train.backend: this version has no torch engine", config, tiny_shards, run, train__backend="torch")
     refused("no checkpoint here", config, tiny_shards, run, train__checkpoint_path=str(tmp_path / "none"))
     other = make_shards(tmp_path / "other", megabytes=0.05)
     refused(

@@ -1,0 +1,51 @@
+"""Which parameter goes to which optimizer, at what rate, and what is remembered of it. No array library here: both
+engines read this, so that a checkpoint of one is a checkpoint of the other."""
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+from anarchobot.config.schema import TrainConfig
+
+Shape = tuple[int, ...]
+
+
+def route(name: str, ndim: int, optimizer: Literal["muon_adamw", "adamw"]) -> Literal["muon", "adamw"]:
+    """Muon takes the matrices inside the blocks. Being a matrix is not enough: embeddings and the head are AdamW's."""
+    in_block = ".layers." in name and ndim == 2
+    return "muon" if optimizer == "muon_adamw" and in_block else "adamw"
+
+
+def describe_routes(shapes: Mapping[str, Shape], optimizer: Literal["muon_adamw", "adamw"]) -> list[str]:
+    """One line for each optimizer: which parameters it has, blocks taken together. `shapes` by name."""
+    kinds: dict[str, dict[str, int]] = {"muon": {}, "adamw": {}}
+    for name, shape in shapes.items():
+        short = name.removeprefix("model.").removesuffix(".weight").rpartition(".")[2]
+        kind = kinds[route(name, len(shape), optimizer)]
+        kind[short] = kind.get(short, 0) + math.prod(shape)
+    return [
+        f"{title}: {', '.join(kinds[kind])} ({sum(kinds[kind].values()):,} parameters)"
+        for kind, title in (("muon", "Muon"), ("adamw", "AdamW"))
+        if kinds[kind]
+    ]
+
+
+def state_shapes(shapes: Mapping[str, Shape], train: TrainConfig) -> dict[str, dict[str, Shape]]:
+    """The optimizers' state: by kind and parameter name, the shape of each moment (all float32, zero at the start).
+    NorMuon's second moment has one number for each row of a matrix."""
+    state: dict[str, dict[str, Shape]] = {"muon.momentum": {}, "muon.second": {}, "adamw.first": {}, "adamw.second": {}}
+    for name, shape in shapes.items():
+        if route(name, len(shape), train.optimizer) == "muon":
+            state["muon.momentum"][name] = shape
+            if train.normuon:
+                state["muon.second"][name] = shape[:1]
+        else:
+            state["adamw.first"][name] = state["adamw.second"][name] = shape
+    return state
+
+
+def adamw_share(train: TrainConfig) -> float:
+    """AdamW's learning rate as a multiple of the schedule's, which is Muon's: with train.adamw_lr it has its own."""
+    if train.optimizer == "adamw" or train.adamw_lr is None:
+        return 1.0
+    return train.adamw_lr / train.lr

@@ -1,0 +1,46 @@
+"""Configurations, batches and curves that the tests of the torch wing share: so small that both engines are quick."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from anarchobot.config.schema import Config
+from anarchobot.data.batches import Batch
+from anarchobot.training.loop import Engine
+
+VOCAB = 61
+SHAPES: dict[str, dict[str, Any]] = {  # every option of a model, each at least once
+    "plain": {},
+    "gelu, untied": {"ffn_activation": "gelu", "tie_embeddings": False},
+    "grouped heads, qk_norm": {"n_kv_heads": 2, "qk_norm": True, "head_dim": 6},
+    "scaled and capped": {"embedding_scale": 5.0, "logit_softcap": 3.0, "rope_theta": 500.0, "norm_eps": 1e-2},
+    "value residual": {"value_residual": True, "n_kv_heads": 1, "mlp_multiple": 2.5, "n_layers": 3},
+    "zero_init_proj": {"zero_init_proj": True},
+}
+
+
+def config(model: dict[str, Any] | None = None, **train: Any) -> Config:
+    shape = {"vocab_size": VOCAB, "n_layers": 2, "d_model": 32, "n_heads": 4, "dropout": 0.0, **(model or {})}
+    train = {"device": "cpu", "lr": 0.01, "min_lr": 0.0, "micro_batch_size": 2, "cpu_threads": 1, **train}
+    return Config.model_validate({"model": shape, "data": {"seq_len": 16}, "train": train})
+
+
+def batch(micro_batches: int, rows: int, length: int = 16, seed: int = 0, documents: bool = False) -> Batch:
+    """Counting in steps of one to three, which can be learnt. With `documents`, two in a row, behind a mask, and some
+    targets that are not scored."""
+    rng = np.random.default_rng(seed)
+    start, pace = (rng.integers(low, high, (micro_batches, rows, 1)) for low, high in ((0, VOCAB), (1, 4)))
+    ids = ((start + pace * np.arange(length + 1)) % VOCAB).astype(np.int32)
+    inputs, targets = ids[..., :-1].copy(), ids[..., 1:].copy()
+    if not documents:
+        return Batch(inputs, targets)
+    targets[:, 0, :3] = -1
+    segments = (np.arange(length) >= 2 + rng.integers(0, length - 2, (micro_batches, rows, 1))).astype(np.int32)
+    return Batch(inputs, targets, segments)
+
+
+def train(engine: Engine, steps: range, lr: float = 0.01, **shape: Any) -> list[float]:
+    """The losses of `steps`, two micro-batches of two rows each, made from the step's number."""
+    made = {"micro_batches": 2, "rows": 2, **shape}
+    return [engine.train_step(batch(seed=s, **made), s, lr, 0.9, math.inf).loss for s in steps]
