@@ -165,7 +165,8 @@ class TrainConfig(Section):
     )
     max_grad_norm: PositiveFloat | None = Field(1.0, description="clip gradients to this global norm; null: never")
     precision: Literal["float16", "bfloat16", "float32"] | None = Field(
-        None, description="of the matrix products; left out: bfloat16 on a GPU (PyTorch on MPS: float16), float32 on a CPU"
+        None,
+        description="of the matrix products; left out: bfloat16 on a GPU (PyTorch on MPS: float16), float32 on a CPU",
     )
     gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
     attention_block: Positive | None = Field(
