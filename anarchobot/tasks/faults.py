@@ -91,8 +91,8 @@ class Playground:
             if process.returncode not in (0, *expected):
                 failures.append(f"{name}: exit code {process.returncode}: {_last_line(err)}")
             try:
-                if self._finish(name) != self._whole:
-                    failures.append(f"{name}: ended after {moment:.3f} s and resumed, it is not the unbroken run")
+                if other := ", ".join(self.differences(name)):
+                    failures.append(f"{name}: ended after {moment:.3f} s and resumed, not the unbroken run: {other}")
             except UserError as error:
                 failures.append(f"{name}: {error}")
             shutil.rmtree(self.folder / name)
@@ -127,19 +127,26 @@ class Playground:
             path.write_bytes(good)
         return Outcome(fault, count, failures)
 
-    def _start(self, name: str, *words: str) -> "subprocess.Popen[str]":
+    def command(self, name: str, *words: str) -> list[str]:
+        """That trains the run of this name; `words` are put behind it."""
         config = self.folder / f"{name}.yaml"
         train = {**SETTINGS["train"], "save_dir": str(self.folder / name)}
         data = {**SETTINGS["data"], "shard_dir": str(self.folder / "shards")}
         config.write_text(dump({**SETTINGS, "train": train, "data": data}), encoding="utf-8")
-        command = [sys.executable, "-m", "anarchobot", "pretrain", str(config), "--quiet", *words]
+        return [sys.executable, "-m", "anarchobot", "pretrain", str(config), "--quiet", *words]
+
+    def _start(self, name: str, *words: str) -> "subprocess.Popen[str]":
+        command = self.command(name, *words)
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
-    def _finish(self, name: str) -> dict[str, Any]:
-        """Runs to the end, from where it was; returns what must be the same however often it was broken.
+    def differences(self, name: str) -> list[str]:
+        """Runs to the end, from where it was; names what is not as in the unbroken run. Raises UserError when it
+        doesn't get there."""
+        resumed = self._finish(name)
+        return [key for key, value in self._whole.items() if resumed[key] != value]
 
-        Raises UserError when it doesn't get there.
-        """
+    def _finish(self, name: str) -> dict[str, Any]:
+        """Runs to the end, from where it was; returns what must be the same however often it was broken."""
         process = self._start(name, "--resume-from", "auto")
         _, err = process.communicate()
         if process.returncode != 0:

@@ -273,11 +273,6 @@ class _Training:
             "val_bpb": loss / math.log(2) / run.bytes_per_token,
             "perplexity": math.exp(min(loss, 700.0)),
         }
-        self._log.event("eval", progress.step, **values)
-        self._display.note(
-            f"step {progress.step}: validation loss {loss:.4f}, {values['val_bpb']:.4f} bits per byte, "
-            f"perplexity {values['perplexity']:.2f}"
-        )
         best = progress.best_val_loss
         if math.isfinite(loss) and (best is None or loss < best):
             progress.best_val_loss, progress.best_val_bpb = loss, values["val_bpb"]
@@ -285,6 +280,12 @@ class _Training:
                 if not self._saver.has(progress.step):
                     self._save()
                 self._saver.name_best(progress.step, {"best_val_loss": loss, "best_val_bpb": values["val_bpb"]})
+        # Last: a validation that is in the log is not made again by a run that was killed here and resumed.
+        self._log.event("eval", progress.step, **values)
+        self._display.note(
+            f"step {progress.step}: validation loss {loss:.4f}, {values['val_bpb']:.4f} bits per byte, "
+            f"perplexity {values['perplexity']:.2f}"
+        )
         return True
 
     def _sample(self) -> None:

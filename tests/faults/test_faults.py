@@ -33,7 +33,7 @@ def test_the_harness_tells_a_broken_program_from_a_whole_one(
     with monkeypatch.context() as patch:
         patch.setattr(playground, "_whole", playground._whole | {"loss": 1.0})
         (failure,) = playground.kills(1).failures
-        assert "it is not the unbroken run" in failure
+        assert failure.endswith("not the unbroken run: loss")
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_damage", lambda *args: "")  # digests are not looked at
         patch.setattr(faults, "verify", lambda folder: [])

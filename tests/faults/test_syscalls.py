@@ -1,5 +1,6 @@
-"""The system calls of one save made to fail in turn, from outside the program. Part of `make faults`."""
+"""The system calls of a save, and of a whole run, made to fail in turn, from outside the program: `make faults`."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from anarchobot.tasks.failing_disk import _check_content, _save
+from anarchobot.tasks.faults import Playground
 from anarchobot.training import checkpoint
 
 SAVE = """
@@ -18,11 +20,12 @@ from anarchobot.training.checkpoint import rotate
 _save(Path(sys.argv[1]), 3)
 rotate(Path(sys.argv[1]), 2)
 """
+NO_STRACE = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace; test_faults.py does without")
 CALLS = ("write", "fsync", "rename", "mkdir", "unlink", "unlinkat", "rmdir")
 
 
 @pytest.mark.faults
-@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace; test_faults.py fails the same operations")
+@NO_STRACE
 @pytest.mark.parametrize("fault", ["signal=SIGKILL", "error=ENOSPC", "error=EIO"])
 def test_every_system_call_of_a_save_may_fail(tmp_path: Path, fault: str) -> None:
     for step in (1, 2):
@@ -53,3 +56,33 @@ def test_every_system_call_of_a_save_may_fail(tmp_path: Path, fault: str) -> Non
             assert sorted(p.name for p in run.iterdir()) == ["latest.json", "step_00000002", "step_00000003"]
     print(f"{fault}: {tried} system calls failed, each recovered")
     assert tried > 20
+
+
+@pytest.mark.faults
+@NO_STRACE
+def test_a_run_may_be_killed_at_any_change_to_its_folder(tmp_path: Path) -> None:
+    """Every write, flush and rename in the folder of a run that trains, validates, saves and logs: it is killed there,
+    resumed, and ends as the unbroken run."""
+    playground = Playground(tmp_path / "play")
+
+    def strace(name: str, *options: str) -> str:
+        """The trace of a run with these options."""
+        words = ["strace", "-f", "-y", "-qq", "-o", str(tmp_path / "trace"), *options]
+        subprocess.run([*words, *playground.command(name)], capture_output=True, check=False)
+        return (tmp_path / "trace").read_text()
+
+    killed = 0
+    for call in CALLS:
+        lines = [
+            line for line in strace("traced", "-e", f"trace={call}").splitlines() if re.search(rf" {call}\(", line)
+        ]
+        inside = [number for number, line in enumerate(lines, 1) if f"{playground.folder}/traced" in line]
+        shutil.rmtree(playground.folder / "traced")
+        for number in inside:
+            name = f"{call}{number}"
+            trace = strace(name, "-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}")
+            killed += "SIGKILL" in trace
+            assert playground.differences(name) == [], name
+            shutil.rmtree(playground.folder / name)
+    print(f"killed at {killed} system calls of a run, each recovered")
+    assert killed > 50

@@ -199,6 +199,31 @@ def test_a_worse_model_after_a_resume_is_not_the_best(
     assert (best["step"], best["best_val_loss"]) == (6, 3.0)
 
 
+@pytest.mark.parametrize("where", ["before", "behind"])
+def test_killed_as_the_best_step_is_named(
+    run_with: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A validation that is logged is not made again: by then the step must have its name."""
+    from anarchobot.training.saving import Saver
+
+    run_with("straight")
+    real = Saver.name_best
+
+    def killed(self: Saver, step: int, values: dict[str, Any]) -> None:
+        if where == "behind":
+            real(self, step, values)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Saver, "name_best", killed)
+        run_with("killed")
+    run_with("killed", train__checkpoint_path="auto")
+    for name in ("best.json", "step_00000006/state.json"):
+        straight, resumed = (json.loads((tmp_path / run / name).read_text()) for run in ("straight", "killed"))
+        for key in ("step", "sha256", "best_val_loss", "best_val_bpb", "norms"):
+            assert straight.get(key) == resumed.get(key), (name, key)
+
+
 def test_auto_starts_afresh_where_nothing_is(run_with: Any) -> None:
     assert run_with("new", train__checkpoint_path="auto")[0]["steps"] == 6
 
