@@ -95,7 +95,7 @@ def read_corpus(path: Path) -> list[str]:
 
 
 def measure(name: str, corpus: Path, models: Path, out: Path) -> dict[str, Any]:
-    """CPU and wall seconds, tokens, and sha256 of all ids with the end of each document."""
+    """Seconds (`timed`), tokens, and sha256 of all ids with the end of each document."""
     os.environ["RAYON_NUM_THREADS"] = "1"  # one thread for tokenizers, as for the others
     kind, _, engine = name.partition(" ")
     model = models / ("gpt2-vocab.json" if "byte-level" in name else "bpe.model")
@@ -141,9 +141,11 @@ def measure(name: str, corpus: Path, models: Path, out: Path) -> dict[str, Any]:
 
 
 def timed(work: Callable[[], Any], digest: Callable[[], tuple[str, int]]) -> dict[str, Any]:
-    wall, cpu = time.perf_counter(), time.process_time()
+    """CPU seconds of all threads and of the main one, and wall seconds."""
+    clocks = {"cpu_s": time.process_time, "main_s": time.thread_time, "wall_s": time.perf_counter}
+    began = {name: clock() for name, clock in clocks.items()}
     work()
-    seconds = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
+    seconds = {name: clock() - began[name] for name, clock in clocks.items()}
     sha, tokens = digest()
     return {**seconds, "tokens": tokens, "sha256": sha}
 
@@ -286,7 +288,25 @@ def table(report: dict[str, Any]) -> str:
         ratio = times * median(name, lambda one, plain: plain["cpu_s"] / one["cpu_s"])
         ids = "equal" if equal else "DIFFER"
         lines.append(f"| {says} | {size / cpu:.1f} | {size / wall:.1f} | {ratio:.2f} | {ids} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *ratios(rounds)])
+
+
+def ratios(rounds: list[dict[str, Any]]) -> list[str]:
+    """Of the fast engine, each within a round: what the rest costs, and what a second worker brings."""
+    own, one, two = (f"{name} {LONG}" for name in ("fastokens", "pipeline fast 1", "pipeline fast 2"))
+
+    def median(of: Callable[[dict[str, Any]], float]) -> str:
+        return f"{statistics.median(map(of, rounds)):.2f}"
+
+    def further(r: dict[str, Any], name: str) -> float:
+        return float(r[name]["cpu_s"] - r[name.removesuffix(f" {LONG}")]["cpu_s"])
+
+    return [
+        f"Of the engine's own speed (CPU time): {median(lambda r: r[own]['cpu_s'] / r[one]['cpu_s'])} on the longer "
+        f"text, {median(lambda r: further(r, own) / further(r, one))} on what it has more than the shorter.",
+        f"Two workers to one on the longer text (wall time): {median(lambda r: r[one]['wall_s'] / r[two]['wall_s'])}; "
+        f"the main thread's share of their CPU time: {median(lambda r: r[two]['main_s'] / r[two]['cpu_s'])}.",
+    ]
 
 
 if __name__ == "__main__":

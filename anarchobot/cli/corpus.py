@@ -54,7 +54,7 @@ def add_commands(commands: Any) -> None:
         metavar="FILE",
         help="text, JSONL or Parquet files, folders or globs; default: data.dataset",
     )
-    pretokenize.add_argument("--restart", action="store_true", help="start anew where a run was stopped")
+    pretokenize.add_argument("--restart", action="store_true", help="start anew; replaces the shards that are there")
     add_settings(pretokenize, PRETOKENIZE_SETTINGS)
 
     shards = commands.add_parser("shards", help="look at token shards, or check them")

@@ -39,14 +39,17 @@ class TrainBatches:
 
     def __init__(self, sets: Sequence[Windows], seed: int, weights: Sequence[float] | None = None) -> None:
         self.windows = sum(s.count for s in sets)
-        self._sets = [Joined(sets)] if weights is None else sets
+        self._sets = sets if weights is not None or len(sets) == 1 else [Joined(sets)]
         self._pattern = _pattern(weights or [1.0])
         self._seed = seed
         self._block = lru_cache(maxsize=2 * len(sets))(self._order_block)
 
     def at(self, position: int, micro_batches: int, micro_batch_size: int) -> Batch:
         """The batch whose first window is number `position` of the run (not of the epoch)."""
-        owners, places = self._mixed(np.arange(position, position + micro_batches * micro_batch_size))
+        places = np.arange(position, position + micro_batches * micro_batch_size)
+        if len(self._sets) == 1:
+            return _batch(self._sets[0].rows(self._shuffled(places, 0)), micro_batches, micro_batch_size)
+        owners, places = self._mixed(places)
         numbers = np.empty_like(places)
         for s in np.unique(owners).tolist():
             numbers[owners == s] = self._shuffled(places[owners == s], s)

@@ -84,7 +84,8 @@ class Checked:
     ) -> None:
         self.vocab_size, self.eod_id, self.files = reference.vocab_size, reference.eod_id, reference.files
         self.given_up = False  # a difference was found and the reference is used from there on
-        self._reference, self._encoder, self._avoid = reference, encoder, avoid
+        self._reference, self._encoder = reference, encoder
+        self._avoid = [(part, part[0]) for part in avoid]
         self._on_mismatch, self._say = on_mismatch, say
         self._lock = Lock()
         self._start_left = START_CHARS
@@ -106,8 +107,9 @@ class Checked:
             self._equal(texts, self._encode(texts))
 
     def _encode(self, texts: list[str]) -> list[Ids]:
-        avoid = [(part[0], part) for part in self._avoid]  # one character is found ten times as fast as several
-        left_out = [i for i, text in enumerate(texts) if any(c in text and part in text for c, part in avoid)]
+        left_out = {  # one character is found ten times as fast as several
+            i for part, first in self._avoid for i, text in enumerate(texts) if first in text and part in text
+        }
         if left_out:
             texts, all_texts = list(texts), texts
             for i in left_out:

@@ -1,6 +1,7 @@
 """Which documents came before, in little memory: 12 to 15 bytes a document, where a set of digests takes 100."""
 
 from array import array
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -18,9 +19,10 @@ class Seen:
     def __init__(self) -> None:
         self._tables = [_Table() for _ in range(PARTS)]
 
-    def add(self, key: int) -> bool:
-        """Whether `key`, in [0, 2**64), is new."""
-        return self._tables[key >> 56].add(key & (1 << 56) - 1)
+    def add(self, keys: Iterable[int]) -> list[bool]:
+        """Whether each of `keys`, in [0, 2**64), is new."""
+        tables = self._tables
+        return [tables[key >> 56].add(key & 0xFF_FFFF_FFFF_FFFF) for key in keys]
 
 
 class _Table:

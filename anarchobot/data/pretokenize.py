@@ -18,6 +18,7 @@ from anarchobot.data.shard_writer import ShardWriter
 from anarchobot.data.shards import Manifest, Shard, write_manifest
 from anarchobot.data.sources.documents import Counts, Document
 from anarchobot.data.tokenizer import Tokenizer, copy_beside, digest
+from anarchobot.storage.lock import FolderLock
 
 SHARD_TOKENS = 2**26  # 128 MiB of uint16
 
@@ -39,18 +40,18 @@ def pretokenize(
     progress: Callable[[int, int], None] = lambda size, tokens: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
-    """Writes the shards of `documents` and their manifest into `folder`; older shards there are replaced, once all the
-    new ones are written.
+    """Writes the shards of `documents` and their manifest into `folder`.
 
-    A run that was stopped in this folder is gone on with: `documents` must be the same again, from the start; what
-    finished shards hold isn't tokenised again (but with `near_dedup` it is: the ids are compared). `source` says what
-    the documents depend on, so that a change is told before they are read; `restart` starts anew.
+    An earlier run in this folder, stopped or not, is gone on with: `documents` must be the same again, from the start;
+    what finished shards hold isn't tokenised again (but with `near_dedup` it is: the ids are compared). `source` says
+    what the documents depend on, so that a change is told before they are read. `restart` starts anew: then the shards
+    that are there are replaced, once all the new ones are written.
 
-    `progress(bytes, tokens)` is called after every unit of text, `say(line)` when a stopped run is gone on with.
-    Raises UserError when no document is left, and when anything but the number of workers has changed since that run.
+    `progress(bytes, tokens)` is called after every unit of text, `say(line)` when an earlier run is gone on with.
+    Raises UserError when no document is left, and when anything but the number of workers has changed since that run;
+    BlockingIOError while another process writes here.
     """
     out = Path(folder)
-    out.mkdir(parents=True, exist_ok=True)
     made_of: dict[str, Any] = {
         "tokenizer": f"{tokenizer.files[0].name}, sha256 {digest(tokenizer)}",
         "data.val_fraction": val_fraction,
@@ -61,65 +62,64 @@ def pretokenize(
     }
     made_of |= source or {}
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
-    finished = load_progress(out, made_of, restart)
-    if finished:
-        again = "" if near_dedup is None else "; all is tokenised again, for data.near_dedup compares ids"
-        say(f"{out}: going on with a run that was stopped behind {len(finished)} shards{again}")
-    writer = ShardWriter(out, dtype, shard_tokens, finished)
-    passed = Passed(finished, progress)
+    with FolderLock(out):
+        finished = load_progress(out, made_of, restart)
+        if finished:
+            again = "" if near_dedup is None else "; all is tokenised again, for data.near_dedup compares ids"
+            say(f"{out}: going on with an earlier run, behind {len(finished)} shards{again}")
+        writer = ShardWriter(out, dtype, shard_tokens, finished)
+        passed = Passed(finished, progress)
 
-    found = pieces(documents, counts, dedup, val_fraction)
-    if near_dedup is None:
-        units = encoded((piece for piece in found if not passed.holds(piece)), tokenizer, dtype, num_workers)
-    else:
-        far = _without_near_duplicates(encoded(found, tokenizer, dtype, num_workers), near_dedup, counts)
-        units = (unit.only([not passed.holds(piece) for piece in unit.pieces]) for unit in far)
-    try:
-        for unit in units:
-            if writer.add(unit):
-                save_progress(out, made_of, writer.finished)
-            progress(sum(piece.size for piece in unit.pieces), len(unit.ids))
-        passed.check_end()
-        writer.close()
-    except BaseException:
-        writer.abandon()
-        raise
-    if not writer.finished:
-        raise UserError(f"{out}: no document is left to write ({_left_out(counts)})")
-    save_progress(out, made_of, writer.finished)
-    shards = [f.shard for f in writer.finished]
-    _put_in_place(out, shards)
-    manifest = Manifest(
-        tokenizer={
-            "name": tokenizer.files[0].name, "file": copy_beside(tokenizer, out), "sha256": digest(tokenizer)
-        },
-        vocab_size=tokenizer.vocab_size,
-        dtype=dtype.name,
-        eod_id=tokenizer.eod_id,
-        seed=seed,
-        counts=counts.as_manifest(),
-        shards=shards,
-    )  # fmt: skip
-    write_manifest(out, manifest)
-    (out / "progress.json").unlink()
-    return manifest
+        found = pieces(documents, counts, dedup, val_fraction)
+        if near_dedup is None:
+            new = (unit.only(passed.new_of(unit)) for unit in found)
+            units = encoded((unit for unit in new if len(unit)), tokenizer, dtype, num_workers)
+        else:
+            far = _without_near_duplicates(encoded(found, tokenizer, dtype, num_workers), near_dedup, counts)
+            units = (unit.only(passed.new_of(unit.pieces)) for unit in far)
+        try:
+            for unit in units:
+                if writer.add(unit):
+                    save_progress(out, made_of, writer.finished)
+                progress(int(unit.pieces.sizes.sum()), len(unit.ids))
+            passed.check_end()
+            writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
+        if not writer.finished:
+            raise UserError(f"{out}: no document is left to write ({_left_out(counts)})")
+        save_progress(out, made_of, writer.finished)
+        shards = [f.shard for f in writer.finished]
+        _put_in_place(out, shards)
+        manifest = Manifest(
+            tokenizer={
+                "name": tokenizer.files[0].name, "file": copy_beside(tokenizer, out), "sha256": digest(tokenizer)
+            },
+            vocab_size=tokenizer.vocab_size,
+            dtype=dtype.name,
+            eod_id=tokenizer.eod_id,
+            seed=seed,
+            counts=counts.as_manifest(),
+            shards=shards,
+        )  # fmt: skip
+        write_manifest(out, manifest)
+        return manifest
 
 
 def _without_near_duplicates(units: Iterable[Encoded], threshold: float, counts: Counts) -> Iterator[Encoded]:
-    """The tail of a document goes where its head went."""
+    """The tail of a document, which is in the same unit, goes where its head went."""
     near = NearDuplicates(threshold)
-    is_new = True
     for unit in units:
-        wanted = []
-        for piece, length, end in zip(
-            unit.pieces, unit.lengths.tolist(), np.cumsum(unit.lengths).tolist(), strict=True
-        ):
-            if not piece.is_tail:
-                is_new = near.is_new(unit.ids[end - length : end - 1])
-                counts.duplicates += not is_new
-                counts.kept -= not is_new
-            wanted.append(is_new)
-        yield unit.only(wanted)
+        wanted: list[bool] = []
+        ends = np.cumsum(unit.lengths).tolist()
+        for is_tail, length, end in zip(unit.pieces.is_tail.tolist(), unit.lengths.tolist(), ends, strict=True):
+            wanted.append(wanted[-1] if is_tail else near.is_new(unit.ids[end - length : end - 1]))
+        lost = ~np.array(wanted)
+        dropped = int(np.count_nonzero(lost & ~unit.pieces.is_tail))
+        counts.duplicates += dropped
+        counts.kept -= dropped
+        yield unit.only(~lost)
 
 
 def _put_in_place(out: Path, shards: Iterable[Shard]) -> None:

@@ -1,8 +1,8 @@
-"""A pretokenize run that was stopped, even by kill -9, goes on behind the last shard it finished.
+"""What shards were made of, so that a pretokenize run never mixes or replaces those of another.
 
-`progress.json`, beside the unfinished shards, lists the finished ones and all that they depend on. The next run reads
-the documents again from the start, which costs little and needs no state of what came before, but passes over those
-that finished shards hold.
+`progress.json`, beside the shards, says all that they depend on and lists the finished ones. A run that was stopped,
+even by kill -9, goes on behind the last of them: it reads the documents again from the start, which costs little and
+needs no state of what came before, but passes over those that finished shards hold.
 """
 
 import hashlib
@@ -14,9 +14,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.pieces import Piece
+from anarchobot.data.pieces import Mask, Pieces
 from anarchobot.data.shard_writer import Finished
 from anarchobot.data.shards import SPLITS, Shard, Split
 from anarchobot.data.sources import files, hub
@@ -53,14 +56,12 @@ def save_progress(folder: Path, made_of: MadeOf, finished: Iterable[Finished]) -
 
 
 def load_progress(folder: Path, made_of: MadeOf, restart: bool) -> list[Finished]:
-    """The finished shards of a run that was stopped: none when there was no such run, or `restart` is set.
+    """The finished shards of an earlier run: none when there was no such run, or `restart` is set.
 
     A shard that is gone or damaged by now is left out, with all of its split behind it. What else a stopped run left is
-    removed. Raises UserError, which names what changed, when that run was `made_of` anything else.
+    removed. Raises UserError, which names what changed, when there are shards and they were `made_of` anything else.
     """
-    if restart:
-        (folder / "progress.json").unlink(missing_ok=True)
-    listed = _read(folder / "progress.json", made_of)
+    listed = [] if restart else _read(folder, made_of)
     whole: list[Finished] = []
     for split in SPLITS:
         whole += takewhile(lambda f: _is_whole(folder, f.shard), (f for f in listed if f.shard.split == split))
@@ -68,6 +69,7 @@ def load_progress(folder: Path, made_of: MadeOf, restart: bool) -> list[Finished
     for path in shard_files(folder, ".tmp"):
         if path.name not in kept:
             path.unlink()
+    save_progress(folder, made_of, whole)
     return whole
 
 
@@ -76,25 +78,33 @@ def shard_files(folder: Path, suffix: str = "") -> list[Path]:
     return [path for kind in kinds for path in folder.glob(kind)]
 
 
-def _read(path: Path, made_of: MadeOf) -> list[Finished]:
+def _read(folder: Path, made_of: MadeOf) -> list[Finished]:
+    path, has_shards = folder / "progress.json", (folder / "manifest.json").exists()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         before = dict(content["made_of"])
         finished = [Finished(Shard(**f["shard"]), f["keys_sha256"]) for f in content["finished"]]
     except FileNotFoundError:
+        if has_shards:
+            raise UserError(
+                f"{folder}: holds shards, and no progress.json that says what they were made of: choose another "
+                "folder, or replace them with --restart"
+            ) from None
         return []
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: damaged ({error}): start anew with --restart") from error
     now = json.loads(json.dumps(dict(made_of)))
     changed = [key for key in {**before, **now} if before.get(key, "absent") != now.get(key, "absent")]
-    if changed:
-        told = [f"{key} (was {before.get(key, 'absent')}, is {now.get(key, 'absent')})" for key in changed[:TOLD]]
-        more = f" and {len(changed) - TOLD} more" if len(changed) > TOLD else ""
-        raise UserError(
-            f"{path.parent}: a run that was stopped here can't go on, for this has changed: {', '.join(told)}{more}: "
-            "undo that, or start anew with --restart"
-        )
-    return finished
+    if not changed:
+        return finished
+    if not finished and not has_shards:
+        return []
+    told = [f"{key} (was {before.get(key, 'absent')}, is {now.get(key, 'absent')})" for key in changed[:TOLD]]
+    more = f" and {len(changed) - TOLD} more" if len(changed) > TOLD else ""
+    what, do = "a run that was stopped here can't go on, for this has changed", "undo that, or start anew"
+    if has_shards:
+        what, do = "holds shards that were made otherwise", "choose another folder, or replace them"
+    raise UserError(f"{folder}: {what}: {', '.join(told)}{more}: {do} with --restart")
 
 
 def _is_whole(folder: Path, shard: Shard) -> bool:
@@ -119,22 +129,31 @@ class Passed:
         self._keys = {split: hashlib.sha256() for split in SPLITS}
         self._progress = progress
 
-    def holds(self, piece: Piece) -> bool:
-        """Whether this piece, the next of its split, is in a finished shard. Raises UserError at the end of a shard
-        that was made of other text."""
-        split = piece.split
-        if not self._left[split]:
-            return False
-        self._pieces[split] += 1
-        self._keys[split].update(piece.key)
-        finished = self._left[split][0]
-        if self._pieces[split] == finished.shard.documents:
-            if self._keys[split].hexdigest() != finished.keys_sha256:
-                raise _changed(finished.shard)
-            self._left[split].popleft()
-            self._pieces[split], self._keys[split] = 0, hashlib.sha256()
-            self._progress(finished.shard.bytes, finished.shard.tokens)
-        return True
+    def new_of(self, unit: Pieces) -> Mask:
+        """Which of these pieces, the next of their splits, are in no finished shard. Raises UserError at the end of a
+        shard that was made of other text."""
+        new = np.ones(len(unit), bool)
+        for split, of_split in zip(SPLITS, (~unit.is_val, unit.is_val), strict=True):
+            places = np.flatnonzero(of_split)
+            new[places[: self._held(split, unit.keys[places])]] = False
+        return new
+
+    def _held(self, split: Split, keys: npt.NDArray[np.void]) -> int:
+        """How many of the next pieces of a split, which have these keys, are in finished shards."""
+        left, held = self._left[split], 0
+        while left and held < len(keys):
+            shard = left[0].shard
+            own = keys[held : held + shard.documents - self._pieces[split]]
+            self._keys[split].update(own.data)
+            self._pieces[split] += len(own)
+            held += len(own)
+            if self._pieces[split] == shard.documents:
+                if self._keys[split].hexdigest() != left[0].keys_sha256:
+                    raise _changed(shard)
+                left.popleft()
+                self._pieces[split], self._keys[split] = 0, hashlib.sha256()
+                self._progress(shard.bytes, shard.tokens)
+        return held
 
     def check_end(self) -> None:
         """Raises UserError when there were fewer pieces than the shards hold."""
@@ -144,6 +163,4 @@ class Passed:
 
 
 def _changed(shard: Shard) -> UserError:
-    return UserError(
-        f"{shard.file}: a run that was stopped made this shard of other documents: start anew with --restart"
-    )
+    return UserError(f"{shard.file}: an earlier run made this shard of other documents: start anew with --restart")

@@ -46,10 +46,10 @@ class ShardWriter:
     def add(self, unit: Encoded) -> bool:
         """Whether a shard was finished by this."""
         before = len(self.finished)
-        for split, writer in self._splits.items():
-            part = unit.only([piece.split == split for piece in unit.pieces])
-            if part.pieces:
-                writer.add(part)
+        is_val = unit.pieces.is_val
+        self._splits["train"].add(unit.only(~is_val))
+        if is_val.any():
+            self._splits["val"].add(unit.only(is_val))
         return len(self.finished) > before
 
     def close(self) -> None:
@@ -76,16 +76,15 @@ class _SplitWriter:
         while first < len(ends):
             if not self._files:
                 self._open()
-            full = int(np.searchsorted(ends, start + self._shard_tokens - self._tokens)) + 1
-            pieces = unit.pieces[first:full]
-            last = first + len(pieces)
+            full = int(np.searchsorted(ends, start + self._shard_tokens - self._tokens))
+            last = min(full + 1, len(ends))
             stop = int(ends[last - 1])
             self._files[0].append(unit.ids[start:stop])
             self._files[1].append((ends[first:last] + (self._tokens - start)).astype(np.uint64))
             self._tokens += stop - start
-            self._documents += len(pieces)
-            self._bytes += sum(piece.size for piece in pieces)
-            self._keys.update(b"".join([piece.key for piece in pieces]))
+            self._documents += last - first
+            self._bytes += int(unit.pieces.sizes[first:last].sum())
+            self._keys.update(unit.pieces.keys[first:last].data)
             first, start = last, stop
             if self._tokens >= self._shard_tokens:
                 self.close()

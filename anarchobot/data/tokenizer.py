@@ -4,6 +4,9 @@
 import hashlib
 import re
 import shutil
+from collections.abc import Collection, Iterable, Sequence
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +16,7 @@ import numpy.typing as npt
 from anarchobot.config.errors import UserError
 
 Ids = npt.NDArray[np.int32]
+Offsets = npt.NDArray[np.int32]  # [n, 2]: the first character of each of n tokens, and the one behind its last
 
 # What ends a document, by the names models give it, likeliest first.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
@@ -32,6 +36,17 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: list[int]) -> str:
         """The text of the ids; control tokens are left out, broken UTF-8 becomes U+FFFD."""
+
+
+class ChatTokenizer(Tokenizer, Protocol):
+    """A tokenizer that chat templates can be used with: it knows its control tokens, and which text a token is of."""
+
+    controls: dict[str, int]  # control tokens by their text
+    control_pattern: re.Pattern[str]  # finds them in text, with the white space that they swallow
+
+    def encode_with_offsets(self, texts: list[str], behind_control: Sequence[bool]) -> list[tuple[Ids, Offsets]]:
+        """The ids of `encode_batch` with the characters that each is of; a token of no character of its own stands at
+        the next one. `behind_control`: a control token stands before the text, which matters to a few tokenizers."""
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -58,6 +73,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"{path}: not a tokenizer this program can read: {' '.join(str(error).split())[:200]}"
         ) from error
     raise UserError(f"{path}: expected a tokenizer: a .model, tokenizer.json or vocab.json file")
+
+
+def load_chat_tokenizer(path: str | Path) -> ChatTokenizer:
+    """As `load_tokenizer`, but of a folder's several files takes Hugging Face's `tokenizer.json`: beside a `.model`, it
+    alone has the control tokens that were added for chats."""
+    whole = Path(path) / "tokenizer.json"
+    tokenizer = load_tokenizer(whole if whole.is_file() else path)
+    assert isinstance(tokenizer, SentencePiece | ByteLevel)
+    return tokenizer
 
 
 def _the_one_in(folder: Path) -> Path:
@@ -92,6 +116,24 @@ def _plain_name(file: Path) -> str:
     return next((name for name in plain if file.name.endswith(name)), f"tokenizer{file.suffix}")
 
 
+def _control_pattern(
+    controls: Iterable[str], before: Collection[str] = (), behind: Collection[str] = ()
+) -> re.Pattern[str]:
+    """Finds the longest of the control tokens; `before` and `behind`: those that swallow the white space there."""
+    each = [
+        (r"\s*" if control in before else "") + re.escape(control) + (r"\s*" if control in behind else "")
+        for control in sorted(controls, key=len, reverse=True)
+    ]
+    return re.compile("|".join(each) or "(?!)")
+
+
+def _joined(parts: list[tuple[Ids, Offsets]], lengths: Iterable[int]) -> tuple[Ids, Offsets]:
+    """The parts of a text, of these lengths in characters, as one."""
+    starts = accumulate(lengths, initial=0)
+    shifted = [offsets + start for (_, offsets), start in zip(parts, starts, strict=False)]
+    return np.concatenate([ids for ids, _ in parts]), np.concatenate(shifted)
+
+
 class SentencePiece:
     """A SentencePiece model (BPE or unigram).
 
@@ -123,6 +165,9 @@ class SentencePiece:
             and not (normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces)
         )
         self._space_mark = np.array([self._model.piece_to_id(f"<0x{b:02X}>") for b in "▁".encode()], np.int32)
+        controls = (i for i in range(self.vocab_size) if self._model.is_control(i))
+        self.controls: dict[str, int] = {self._model.id_to_piece(i): i for i in controls}
+        self.control_pattern = _control_pattern(self.controls)
 
     def encode_batch(self, texts: list[str]) -> list[Ids]:
         ids: list[Ids] = self._model.encode(texts, return_type="numpy", num_threads=1)
@@ -137,8 +182,29 @@ class SentencePiece:
         joined = [array for part in parts for array in (part, self._space_mark)]
         return np.concatenate(joined[:-1])
 
+    def encode_with_offsets(self, texts: list[str], behind_control: Sequence[bool]) -> list[tuple[Ids, Offsets]]:
+        """`behind_control` makes no difference: each text gets the model's dummy prefix, if it has one."""
+        return [
+            self._marked_with_offsets(text) if self.keeps_all_text and "▁" in text else _arrays(found)
+            for text, found in zip(texts, self._offset_mapping(texts), strict=True)
+        ]
+
+    def _offset_mapping(self, texts: list[str]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._model.encode(texts, return_type="offset_mapping", num_threads=1)
+        return found
+
+    def _marked_with_offsets(self, text: str) -> tuple[Ids, Offsets]:
+        mark = self._space_mark, np.array([[0, 1]] * len(self._space_mark), np.int32)
+        parts = text.split("▁")
+        alternating = [pair for found in self._offset_mapping(parts) for pair in (_arrays(found), mark)]
+        return _joined(alternating[:-1], (length for part in parts for length in (len(part), 1)))
+
     def decode(self, ids: list[int]) -> str:
         return str(self._model.decode(ids))
+
+
+def _arrays(found: dict[str, Any]) -> tuple[Ids, Offsets]:
+    return np.array(found["ids"], np.int32), np.array(found["offsets"], np.int32).reshape(-1, 2)
 
 
 class ByteLevel:
@@ -172,10 +238,16 @@ class ByteLevel:
         self._model.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not the end of it
         self._model.no_truncation()
         self._model.no_padding()
-        specials = {i: token.content for i, token in self._model.get_added_tokens_decoder().items() if token.special}
+        specials = {i: token for i, token in self._model.get_added_tokens_decoder().items() if token.special}
         self._special_ids = set(specials)
         self._inside_special = re.compile(
-            "|".join(f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in specials.values())
+            "|".join(f"(?<={re.escape(t.content[0])})(?={re.escape(t.content[1:])})" for t in specials.values())
+        )
+        self.controls: dict[str, int] = {token.content: i for i, token in specials.items()}
+        self.control_pattern = _control_pattern(
+            self.controls,
+            before={token.content for token in specials.values() if token.lstrip},
+            behind={token.content for token in specials.values() if token.rstrip},
         )
 
     def encode_batch(self, texts: list[str]) -> list[Ids]:
@@ -190,5 +262,42 @@ class ByteLevel:
         encoded = self._model.encode_batch_fast(self._inside_special.split(text), add_special_tokens=False)
         return [i for e in encoded for i in e.ids]
 
+    @cached_property
+    def _behind_control(self) -> Any:
+        """The model for text behind a control token: another one where only a text's very start gets a space."""
+        import tokenizers
+
+        metaspace = self._model.pre_tokenizer
+        if getattr(metaspace, "prepend_scheme", None) != "first":
+            return self._model
+        model = tokenizers.Tokenizer.from_str(self._model.to_str())
+        model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(metaspace.replacement, "never", metaspace.split)
+        model.encode_special_tokens = True  # not in the JSON
+        return model
+
+    def encode_with_offsets(self, texts: list[str], behind_control: Sequence[bool]) -> list[tuple[Ids, Offsets]]:
+        found: list[tuple[Ids, Offsets]] = [(np.empty(0, np.int32), np.empty((0, 2), np.int32))] * len(texts)
+        for model, chosen in ((self._model, False), (self._behind_control, True)):
+            numbers = [i for i, behind in enumerate(behind_control) if behind == chosen]
+            encoded = model.encode_batch([texts[i] for i in numbers], add_special_tokens=False)
+            for i, e in zip(numbers, encoded, strict=True):
+                clean = self._special_ids.isdisjoint(e.ids)
+                found[i] = _with_offsets(e) if clean else self._cut_with_offsets(texts[i], model)
+        return found
+
+    def _cut_with_offsets(self, text: str, model: Any) -> tuple[Ids, Offsets]:
+        first, *others = parts = self._inside_special.split(text)
+        encoded = self._behind_control.encode_batch(others, add_special_tokens=False)
+        encoded.insert(0, model.encode(first, add_special_tokens=False))
+        return _joined([_with_offsets(e) for e in encoded], map(len, parts))
+
     def decode(self, ids: list[int]) -> str:
         return str(self._model.decode(ids, skip_special_tokens=True))
+
+
+def _with_offsets(encoded: Any) -> tuple[Ids, Offsets]:
+    offsets = np.array(encoded.offsets, np.int32).reshape(-1, 2)
+    # Some tokenizers leave the white space at a token's ends out of its offsets.
+    offsets[1:, 0] = np.minimum(offsets[1:, 0], offsets[:-1, 1])
+    offsets[:1, 0] = 0
+    return np.array(encoded.ids, np.int32), offsets

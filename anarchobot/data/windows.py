@@ -108,7 +108,7 @@ class StreamWindows:
         rows, documents = ranges(inner, behind)  # those that begin inside a window
         firsts = np.arange(len(starts)) * self._seq_len
         inside = firsts[rows] + self._documents[documents] - starts[rows]
-        return _segments(np.concatenate([firsts, inside]), len(starts), self._seq_len)
+        return _segments(np.sort(np.concatenate([firsts, inside])), len(starts), self._seq_len)
 
 
 class PackedWindows:
@@ -120,36 +120,33 @@ class PackedWindows:
         self._first, self._starts, self._ends = best_fit(bounds[:-1], bounds[1:], seq_len)
         self.count = len(self._first) - 1
         self._stream, self._seq_len, self._mask = stream, seq_len, document_mask
+        self._filling = np.full(seq_len, stream.manifest.eod_id, stream.manifest.dtype).data
 
     def rows(self, numbers: npt.NDArray[np.int64]) -> Rows:
         rows, pieces = ranges(self._first[numbers], self._first[numbers + 1])
         starts, ends = self._starts[pieces], self._ends[pieces]
-        used = np.bincount(rows, ends - starts, len(numbers)).astype(np.int64)
-        columns = np.cumsum(ends - starts) - (ends - starts) - (np.cumsum(used) - used)[rows]
-        places = rows * self._seq_len + columns
-        filled = np.flatnonzero(used < self._seq_len)
-        filling = filled * self._seq_len + used[filled]
-
-        eod = self._stream.manifest.eod_id
-        targets = np.full((len(numbers), self._seq_len), eod, np.int32)
-        self._stream.fill(targets.reshape(-1), places, starts, ends)
-        inputs = np.empty_like(targets)
-        inputs.reshape(-1)[1:] = targets.reshape(-1)[:-1]
-        # The very first document has no end of document before it but its own, which is as good.
-        inputs.reshape(-1)[places] = np.where(starts > 0, self._stream.at(np.maximum(starts - 1, 0)), eod)
-        inputs.reshape(-1)[filling] = eod
-        for row, end in zip(filled.tolist(), used[filled].tolist(), strict=True):
-            targets[row, end:] = IGNORE
-        if not self._mask:
-            return Rows(inputs, targets, None)
-        segments = _segments(np.concatenate([places, filling]), *targets.shape)  # the filling is a document of its own
-        return Rows(inputs, targets, segments)
+        targets, inputs = self._stream.stretches(starts, ends), self._stream.stretches(starts - 1, ends - 1)
+        lengths = ends - starts
+        used = np.bincount(rows, lengths, len(numbers)).astype(np.int64)
+        short = np.flatnonzero(used < self._seq_len)
+        if len(short):
+            behind = np.searchsorted(rows, short, side="right")
+            lengths = np.insert(lengths, behind, self._seq_len - used[short])  # the filling is a document of its own
+            for place, row in zip(reversed(behind.tolist()), reversed(short.tolist()), strict=True):
+                filling = self._filling[used[row] :]
+                targets.insert(place, filling)
+                inputs.insert(place, filling)
+        shape = len(numbers), self._seq_len
+        scored = self._stream.joined(targets).reshape(shape)
+        for row in short.tolist():
+            scored[row, used[row] :] = IGNORE
+        segments = _segments(np.cumsum(lengths) - lengths, *shape) if self._mask else None
+        return Rows(self._stream.joined(inputs).reshape(shape), scored, segments)
 
 
 def _segments(places: npt.NDArray[np.int64], count: int, seq_len: int) -> npt.NDArray[np.int32]:
-    """int32 [count, seq_len]: which document of its row each place belongs to, given where documents begin in the flat
-    rows, one at the start of each among them."""
-    places = np.sort(places)
+    """int32 [count, seq_len]: which document of its row each place belongs to, given in order where documents begin in
+    the flat rows, one at the start of each among them."""
     rows = places // seq_len
     numbers = np.arange(len(places)) - np.searchsorted(rows, rows)
     ends = np.append(places[1:], count * seq_len)

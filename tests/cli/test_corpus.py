@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from anarchobot.cli.main import main
-from anarchobot.data import encoding, pretokenize
+from anarchobot.data import encoding, pieces, pretokenize
 from anarchobot.data.tokenizer import load_tokenizer
 from anarchobot.data.tokenizer_training import train_tokenizer
 
@@ -79,14 +79,14 @@ def test_one_folder_to_write_to(corpus: Path, tokenizer: str, capsys: Captured, 
 
 def stop_it(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
     """Stops the run when all but the last text is in shards of about 300 tokens."""
-    monkeypatch.setattr(encoding, "UNIT_CHARS", 1)
+    monkeypatch.setattr(pieces, "UNIT_CHARS", 1)
     monkeypatch.setattr(
         pretokenize.pretokenize, "__kwdefaults__", pretokenize.pretokenize.__kwdefaults__ | {"shard_tokens": 300}
     )
     real = encoding._encode
 
-    def stops(unit: list[encoding.Piece], *rest: object) -> encoding.Encoded:
-        if unit[0].text == TEXTS[-1]:
+    def stops(unit: pieces.Pieces, *rest: object) -> encoding.Encoded:
+        if unit.texts[0] == TEXTS[-1]:
             raise KeyboardInterrupt
         return real(unit, *rest)  # type: ignore[arg-type]
 
@@ -116,13 +116,12 @@ def test_a_stopped_run_goes_on_or_is_refused(
     assert main([*command, "--restart"]) == 0
     assert "kept 33" in capsys.readouterr().out
     whole = contents(tmp_path / "out")
-    assert "progress.json" not in whole
-    stop_it(monkeypatch, command)
+    stop_it(monkeypatch, [*command, "--restart"])
     capsys.readouterr()
     assert main([*command, "tokenizer.engine=reference"]) == 2  # what stopped it may have been a wrong engine
     assert "tokenised with (was fastokens" in capsys.readouterr().err
     assert main([*command, "--workers", "3", "data.seq_len=7"]) == 0
-    assert "going on with a run that was stopped behind" in capsys.readouterr().out
+    assert "going on with an earlier run, behind" in capsys.readouterr().out
     assert contents(tmp_path / "out") == whole
 
 

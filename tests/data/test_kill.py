@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from anarchobot.config.errors import UserError
-from anarchobot.data import encoding
+from anarchobot.data import pieces
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.shard_writer import NpyStream
 from anarchobot.data.shards import verify
@@ -29,7 +29,7 @@ LONG = "".join(f"line {i}\n" for i in range(9000))
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "UNIT_CHARS", 100)
+    monkeypatch.setattr(pieces, "UNIT_CHARS", 100)
 
 
 def run(out: Path, texts: list[str] = TEXTS, tokenizer: Bytes | None = None, **settings: Any) -> Counts:
@@ -42,7 +42,7 @@ def run(out: Path, texts: list[str] = TEXTS, tokenizer: Bytes | None = None, **s
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 class Stopped(Exception):
@@ -74,13 +74,13 @@ def stop(out: Path, at: int = 40, **settings: Any) -> None:
 DRIVER = """
 import sys
 from pathlib import Path
-from anarchobot.data import encoding
+from anarchobot.data import pieces
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources.documents import Counts, from_files
 from anarchobot.data.pretokenize import pretokenize
 from tests.data.bytes_tokenizer import Bytes
 
-encoding.UNIT_CHARS = 1000
+pieces.UNIT_CHARS = 1000
 folder, out, workers, near = sys.argv[1:]
 counts = Counts()
 documents = from_files([f"{folder}/corpus.jsonl", f"{folder}/long.txt"], DataConfig(), counts)
@@ -168,12 +168,13 @@ def test_every_write_and_rename_may_fail_once(tmp_path: Path, monkeypatch: pytes
         run(out, ["other"])
         left = number
         try:
-            run(out, TEXTS[:20], shard_tokens=1000)
+            run(out, TEXTS[:20], shard_tokens=1000, restart=True)
         except OSError:
             left = 0
             if (out / "manifest.json").exists():
                 assert {found for _, found in verify(out)} == {""}
-            run(out, TEXTS[:20], shard_tokens=1000)
+            made_of = json.loads((out / "progress.json").read_text())["made_of"]
+            run(out, TEXTS[:20], shard_tokens=1000, restart=made_of["tokens in a shard"] != 1000)
             assert contents(out) == whole, number
             shutil.rmtree(out)
         else:
@@ -210,7 +211,8 @@ def test_older_shards_are_whole_while_a_new_run_is_under_way(tmp_path: Path) -> 
     out = tmp_path / "out"
     run(out, ["old"])
     before = contents(out)
-    stop(out)
+    del before["progress.json"]
+    stop(out, restart=True)
     assert before.items() <= contents(out).items() and {found for _, found in verify(out)} == {""}
     assert any(name.endswith(".npy.tmp") for name in contents(out))
 
@@ -270,7 +272,7 @@ def test_changed_text_is_refused_whatever_is_said_of_it(
 ) -> None:
     """As when a file was rewritten with its old time and size, or a dataset changed."""
     stop(tmp_path / "out")
-    with pytest.raises(UserError, match=r"a run that was stopped made this shard of other documents: .*--restart"):
+    with pytest.raises(UserError, match=r"an earlier run made this shard of other documents: .*--restart"):
         run(tmp_path / "out", change(TEXTS))
 
 

@@ -11,11 +11,12 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data import encoding
+from anarchobot.data import pieces
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.shards import Manifest, TokenStream, read_manifest, verify
 from anarchobot.data.sources.documents import CUT_FILE_CHARS, Counts, Document, from_files
 from anarchobot.data.tokenizer import Tokenizer, digest, load_tokenizer
+from anarchobot.storage.lock import FolderLock
 from tests.data.bytes_tokenizer import Bytes
 from tests.data.conftest import SCRIPTS
 
@@ -45,7 +46,7 @@ def read(folder: Path, tokenizer: Tokenizer, split: str = "train") -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
 def held_out(text: str, fraction: float) -> bool:
@@ -99,8 +100,8 @@ def test_the_manifest_says_what_is_in_the_files(plain: Bytes, tmp_path: Path) ->
         assert shard.tokens == len(ids) and shard.documents == (ids == 299).sum()
         assert shard.bytes == shard.tokens - shard.documents, "one id a byte"
     assert sum(shard.bytes for shard in manifest.shards) == sum(len(text.encode()) for text in texts)
-    on_disk = {path.name for path in (tmp_path / "out").iterdir()}
-    assert on_disk == {name for s in manifest.shards for name in s.files} | {"manifest.json", "tokenizer.model"}
+    shards = {name for s in manifest.shards for name in s.files}
+    assert set(contents(tmp_path / "out")) == shards | {"manifest.json", "progress.json", "tokenizer.model"}
 
 
 def test_duplicates_are_dropped_and_the_first_is_kept(plain: Bytes, tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_near_duplicates_are_dropped_in_order_whatever_the_units(
     documents = [Document(text, True), Document("short"), Document(text + "more", True), Document(other, True)]
     made = []
     for name, unit, workers in (("a", 1, 3), ("b", 10**9, 1)):
-        monkeypatch.setattr(encoding, "UNIT_CHARS", unit)
+        monkeypatch.setattr(pieces, "UNIT_CHARS", unit)
         counts = Counts()
         settings = {"near_dedup": 0.8, "val_fraction": 0.1, "num_workers": workers}
         write(documents, plain, tmp_path / name, counts, **settings)
@@ -182,7 +183,7 @@ def test_workers_units_and_a_second_run_change_no_byte(
     tokenizer = load_tokenizer(trained["unigram"])
     made = []
     for name, workers, unit in (("a", 1, 2**20), ("a", 1, 2**20), ("b", 2, 5000), ("c", 5, 1)):
-        monkeypatch.setattr(encoding, "UNIT_CHARS", unit)
+        monkeypatch.setattr(pieces, "UNIT_CHARS", unit)
         write(corpus, tokenizer, tmp_path / name, num_workers=workers, val_fraction=0.3, shard_tokens=9000)
         made.append(contents(tmp_path / name))
     assert made[0] == made[1] == made[2] == made[3]
@@ -191,7 +192,7 @@ def test_workers_units_and_a_second_run_change_no_byte(
 
 def test_documents_are_taken_as_they_are_needed(plain: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else memory would grow with the corpus. Progress adds up to all bytes and all tokens."""
-    monkeypatch.setattr(encoding, "UNIT_CHARS", 100)  # ten documents
+    monkeypatch.setattr(pieces, "UNIT_CHARS", 100)  # ten documents
     taken, sizes, tokens, ahead = 0, 0, 0, []
 
     def documents() -> Iterator[str]:
@@ -273,16 +274,18 @@ def test_no_document_left_is_told_with_the_counts(plain: Bytes, tmp_path: Path) 
     counted = "read 3, broken 2, filtered 1, duplicates 0; filtered: blank 1"
     said = f"no document is left to write ({counted}; first broken: {first})"
     assert str(error.value) == f"{tmp_path / 'out'}: {said}"
-    assert list((tmp_path / "out").iterdir()) == []
+    assert set(contents(tmp_path / "out")) == {"progress.json"}
+    write(["a text"], plain, tmp_path / "out", val_fraction=0.5)  # nothing is lost by it
 
 
 def test_an_interrupted_run_leaves_older_shards_whole(plain: Bytes, tmp_path: Path) -> None:
     write(["old", "older"], plain, tmp_path / "out", shard_tokens=1)
     before = contents(tmp_path / "out")
+    del before["progress.json"]
     for documents in (["new", None], []):  # None has no text
-        with pytest.raises((AttributeError, UserError)):
-            write(documents, plain, tmp_path / "out", shard_tokens=1)
-        assert contents(tmp_path / "out") == before
+        with pytest.raises((TypeError, UserError)):
+            write(documents, plain, tmp_path / "out", shard_tokens=1, restart=True)
+        assert before.items() <= contents(tmp_path / "out").items()
     assert {found for _, found in verify(tmp_path / "out")} == {""}
 
 
@@ -293,8 +296,50 @@ def test_what_an_earlier_larger_run_left_is_removed_and_nothing_else(plain: Byte
     (out / "train_00033.npy.tmp").write_text("half a shard")
     (out / "train_00033.offsets.tmp").write_text("half its offsets")
     (out / "train_notes.npy").write_text("mine")
-    manifest = write(["one"], plain, out)
+    manifest = write(["one"], plain, out, restart=True)
     assert [shard.file for shard in manifest.shards] == ["train_00000.npy"]
     shard = {"train_00000.npy", "train_00000.offsets"}
-    assert set(contents(out)) == {*shard, "train_notes.npy", "manifest.json", "tokenizer.model"}
+    assert set(contents(out)) == {*shard, "train_notes.npy", "manifest.json", "progress.json", "tokenizer.model"}
     assert read_manifest(out) == manifest and {found for _, found in verify(out)} == {""}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"seed": 3}, "holds shards that were made otherwise: train.seed (was 0, is 3)"),
+        ({"source": {"a.txt": "5 bytes"}}, "holds shards that were made otherwise: a.txt (was absent, is 5 bytes)"),
+    ],
+)
+def test_finished_shards_of_something_else_are_replaced_by_restart_alone(
+    plain: Bytes, tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    out = tmp_path / "out"
+    write(["old"], plain, out)
+    before = contents(out)
+    with pytest.raises(UserError) as error:
+        write(["new"], plain, out, **change)
+    assert str(error.value) == f"{out}: {told}: choose another folder, or replace them with --restart"
+    with pytest.raises(UserError, match=r"of other documents: start anew with --restart"):
+        write(["new"], plain, out)
+    assert contents(out) == before
+    write(["new"], plain, out, **change, restart=True)
+    assert read(out, plain) == ["new"]
+    (out / "progress.json").unlink()  # as an older version leaves a folder
+    with pytest.raises(UserError, match=r"out: holds shards, and no progress.json .*, or replace them with --restart"):
+        write(["newer"], plain, out)
+    assert read(out, plain) == ["new"]
+
+
+def test_the_same_run_again_tokenises_nothing(plain: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, texts = tmp_path / "out", [f"{i}" for i in range(50)]
+    first, before = write(texts, plain, out, shard_tokens=20, val_fraction=0.2), contents(out)
+    monkeypatch.setattr(plain, "encode_batch", lambda texts: pytest.fail(f"asked for {texts}"))
+    assert write(texts, plain, out, shard_tokens=20, val_fraction=0.2) == first and contents(out) == before
+
+
+def test_two_runs_into_one_folder_are_refused(plain: Bytes, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with FolderLock(out), pytest.raises(BlockingIOError, match="is writing here: wait for its end"):
+        write(["a"], plain, out)
+    assert contents(out) == {}
+    write(["a"], plain, out)

@@ -61,20 +61,18 @@ def test_any_stretch_is_read_over_shard_borders(tmp_path: Path, dtype: str) -> N
     assert TokenStream(tmp_path, "val").read(0, 2).tolist() == [4, 3]
 
 
-def test_stretches_and_single_ids_come_from_any_shard(tmp_path: Path) -> None:
-    """Each stretch at its place, over shard borders too, and the places between them left alone."""
+def test_stretches_come_from_any_shard(tmp_path: Path) -> None:
+    """Over shard borders too; what is before the first id is an end of document."""
     ids = write_shards(tmp_path, 10, train=PARTS)
     stream = TokenStream(tmp_path, "train")
-    starts, stops = (np.array(pair) for pair in zip(*((a, b) for a in range(13) for b in range(a, 14)), strict=True))
-    places = np.cumsum(stops - starts + 1) - (stops - starts)
-    expected = np.full(places[-1] + 20, 7, np.int32)
-    for place, start, stop in zip(places, starts, stops, strict=True):
-        expected[place : place + stop - start] = ids[start:stop]
-    out = np.full_like(expected, 7)
-    stream.fill(out, places, starts, stops)
-    assert out.tolist() == expected.tolist()
-    singles = stream.at(np.array([12, *range(13), 0]))
-    assert singles.dtype == np.int32 and singles.tolist() == [ids[12], *ids, ids[0]]
+    pairs = [(a, b) for a in range(-1, 13) for b in range(max(a, 0), 14)]
+    stretches = stream.stretches(*(np.array(bounds) for bounds in zip(*pairs, strict=True)))
+    padded = [0, *ids.tolist()]
+    for (start, stop), stretch in zip(pairs, stretches, strict=True):
+        assert stream.joined([stretch]).tolist() == padded[start + 1 : stop + 1]
+    joined = stream.joined(stretches)
+    assert joined.dtype == np.int32
+    assert joined.tolist() == [i for start, stop in pairs for i in padded[start + 1 : stop + 1]]
 
 
 def test_the_shards_are_mapped_and_not_read(tmp_path: Path) -> None:
@@ -115,7 +113,9 @@ def test_an_id_beyond_the_vocabulary_is_never_given_out(tmp_path: Path, bad: int
     assert stream.read(0, 2).tolist() == [1, 2]
     assert f"token id {bad} is beyond the vocabulary of 10" in problem(lambda: stream.read(1, 3))
     assert f"token id {bad} is beyond the vocabulary of 10" in problem(lambda: stream.rows(np.array([0, 1]), 2))
-    assert f"token id {bad} is beyond the vocabulary of 10" in problem(lambda: stream.at(np.array([2])))
+    assert f"token id {bad} is beyond the vocabulary of 10" in problem(
+        lambda: stream.joined(stream.stretches(np.array([2]), np.array([3])))
+    )
     assert dict(verify(tmp_path))["train_00000.npy"] == f"token id {bad} is beyond the vocabulary of 10"
 
 

@@ -18,7 +18,7 @@ class Stream:
     """A token stream in memory: token t is t, but each document's last, which is EOD."""
 
     folder = Path("shards")
-    manifest = SimpleNamespace(eod_id=EOD)
+    manifest = SimpleNamespace(eod_id=EOD, dtype="int32")
 
     def __init__(self, lengths: list[int]) -> None:
         self._starts = np.cumsum([0, *lengths])
@@ -32,12 +32,12 @@ class Stream:
     def rows(self, starts: Places, length: int) -> Ids:
         return np.stack([self.ids[s : s + length] for s in starts.tolist()])
 
-    def fill(self, out: Ids, places: Places, starts: Places, stops: Places) -> None:
-        for place, start, stop in zip(places.tolist(), starts.tolist(), stops.tolist(), strict=True):
-            out[place : place + stop - start] = self.ids[start:stop]
+    def stretches(self, starts: Places, stops: Places) -> list[memoryview]:
+        padded = np.append(np.int32(EOD), self.ids)
+        return [padded[a + 1 : b + 1].data for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
 
-    def at(self, places: Places) -> Ids:
-        return self.ids[places]
+    def joined(self, stretches: list[memoryview]) -> Ids:
+        return np.concatenate([np.asarray(stretch) for stretch in stretches])
 
     def document_starts(self) -> Places:
         return self._starts

@@ -46,6 +46,8 @@ class Counts:
     broken: int = 0
     first_broken: str = ""  # where and why
     reasons: Counter[str] = field(default_factory=Counter)  # why the filtered were left out
+    empty_files: int = 0
+    first_empty: str = ""
     used: list[Used] = field(default_factory=list)  # of a mixture's sources
 
     def as_manifest(self) -> dict[str, int]:
@@ -58,6 +60,8 @@ class Counts:
             said.append("filtered: " + ", ".join(f"{why} {n:,}" for why, n in sorted(self.reasons.items())))
         if self.first_broken:
             said.append(f"first broken: {self.first_broken}")
+        if self.empty_files:
+            said.append(f"empty files passed over: {self.empty_files:,} (first: {self.first_empty})")
         total = sum(used.bytes for used in self.used) or 1
         said += [
             f"used of {used.name}: {used.documents:,} documents, {used.bytes / 1e6:,.2f} MB ({used.bytes / total:.1%})"
@@ -126,11 +130,13 @@ def from_files(names: Iterable[str], data: DataConfig, counts: Counts) -> Iterat
     What a document is in a text file, `data.documents` says; a JSONL or Parquet file holds one a row. Names are looked
     up at once: one that matches nothing raises UserError here, not when the first document is asked for.
     """
-    paths = files.find(names)
-    return (document for path in paths for document in _from_file(path, data, counts))
+    names = list(names)
+    paths, named = files.find(names), {Path(name) for name in names}
+    return (document for path in paths for document in _from_file(path, data, counts, path in named))
 
 
-def _from_file(path: Path, data: DataConfig, counts: Counts) -> Iterator[Document]:
+def _from_file(path: Path, data: DataConfig, counts: Counts, is_named: bool) -> Iterator[Document]:
+    """An empty file is an error where it was named itself; of a folder or glob it is passed over, and counted."""
     try:
         if path.suffix == ".parquet":
             yield from _from_rows(parquet.rows(path, data), data, counts)
@@ -139,6 +145,11 @@ def _from_file(path: Path, data: DataConfig, counts: Counts) -> Iterator[Documen
         else:
             may_cut = data.documents == "file"
             yield from _from_texts(text_units.texts(path, data), data, counts, may_cut)
+    except files.EmptyFile:
+        if is_named:
+            raise
+        counts.empty_files += 1
+        counts.first_empty = counts.first_empty or str(path)
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror}") from error
 

@@ -11,8 +11,13 @@ PLAIN = (".txt", ".md", ".jsonl")
 SUFFIXES = (*PLAIN, *(plain + packed for plain in PLAIN for packed in (".gz", ".zst")), ".parquet")
 EXPECTED = ".txt, .md, .jsonl (or these with .gz or .zst) or .parquet file"
 
+
 # What a kind of file needs beside the standard library: a package, which is also the module.
 _NEEDS = {".zst": "backports.zstd", ".parquet": "pyarrow"}
+
+
+class EmptyFile(UserError):
+    """A file without any document."""
 
 
 def find(names: Iterable[str]) -> list[Path]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
+from anarchobot.data.sources.files import EmptyFile
 from anarchobot.data.sources.rows import Row, check_fields
 
 BATCH_ROWS = 128
@@ -14,8 +15,8 @@ BATCH_ROWS = 128
 def rows(path: Path, data: DataConfig) -> Iterator[tuple[str, Row | ValueError]]:
     """(place, row) of each row, counted from 0; a ValueError in place of one whose text is no UTF-8.
 
-    Memory: the two columns of one row group, packed, and BATCH_ROWS rows unpacked. Raises UserError when the file is
-    damaged, is empty or lacks a column; OSError when it can't be read.
+    Memory: the two columns of one row group, packed, and BATCH_ROWS rows unpacked. Raises EmptyFile, and UserError when
+    the file is damaged or lacks a column; OSError when it can't be read.
     """
     import pyarrow as arrow
     from pyarrow.parquet import ParquetFile
@@ -35,7 +36,7 @@ def rows(path: Path, data: DataConfig) -> Iterator[tuple[str, Row | ValueError]]
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: a damaged Parquet file, or none (row {number}: {reason}): fetch it again") from error
     if not number:
-        raise UserError(f"{path}: the file is empty")
+        raise EmptyFile(f"{path}: the file is empty")
 
 
 def _row(columns: list[str], values: tuple[Any, ...]) -> Row | ValueError:

@@ -9,20 +9,21 @@ import orjson
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources import compressed
+from anarchobot.data.sources.files import EmptyFile
 
 Row = dict[str, Any]
 BOM = b"\xef\xbb\xbf"
 
 
 def jsonl(path: Path) -> Iterator[tuple[str, bytes | ValueError]]:
-    """(place, line) for each line of a JSONL file that isn't blank. Raises UserError when there is none."""
+    """(place, line) for each line of a JSONL file that isn't blank. Raises EmptyFile when there is none."""
     empty, name = True, str(path)
     for number, line in compressed.lines(path):
         if isinstance(line, ValueError) or not line.isspace():
             empty = False
             yield f"{name}:{number}", line
     if empty:
-        raise UserError(f"{path}: the file is empty")
+        raise EmptyFile(f"{path}: the file is empty")
 
 
 def parse(line: bytes) -> Row:

@@ -6,6 +6,7 @@ from pathlib import Path
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources import compressed
+from anarchobot.data.sources.files import EmptyFile
 from anarchobot.data.sources.rows import BOM
 
 
@@ -13,8 +14,8 @@ def texts(path: Path, data: DataConfig) -> Iterator[tuple[str, str | ValueError]
     """(place, text) of each document of a UTF-8 file, without its byte order mark and otherwise unchanged.
 
     Lines and paragraphs come without the line end behind them; blank lines (ASCII white space) are no documents. In
-    place of a broken document stands the ValueError that says why. Raises UserError when the file is empty or, judged
-    by its first document, is no UTF-8 text at all; OSError when it can't be read.
+    place of a broken document stands the ValueError that says why. Raises EmptyFile, and UserError when the file,
+    judged by its first document, is no UTF-8 text at all; OSError when it can't be read.
     """
     first = True
     for place, raw in _units(path, data):
@@ -28,7 +29,7 @@ def texts(path: Path, data: DataConfig) -> Iterator[tuple[str, str | ValueError]
         first = False
         yield place, text
     if first:
-        raise UserError(f"{path}: the file is empty")
+        raise EmptyFile(f"{path}: the file is empty")
 
 
 def _units(path: Path, data: DataConfig) -> Iterator[tuple[str, bytes | ValueError]]:

@@ -65,3 +65,17 @@ def test_a_package_that_is_missing_is_named_before_anything_is_read(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"{name}: to read .*pip install {module}"):
         files.find([str(tmp_path)])
+
+
+def test_an_empty_file_of_a_folder_or_glob_is_passed_over_and_counted(tmp_path: Path) -> None:
+    """Empty also when packed, or when it holds blank lines alone. One that was named itself is an error."""
+    (tmp_path / "a.txt").write_bytes(b"")
+    (tmp_path / "b.jsonl").write_text("\n \n")
+    (tmp_path / "c.md.gz").write_bytes(gzip.compress(b""))
+    (tmp_path / "d.txt").write_text("text")
+    for name in (tmp_path, f"{tmp_path}/*"):
+        texts, counts = read(name)
+        assert texts == ["text"] and counts.read == 1
+        assert counts.details() == [f"empty files passed over: 3 (first: {tmp_path / 'a.txt'})"]
+    for name in ("a.txt", "b.jsonl", "c.md.gz"):
+        assert problem(tmp_path / "d.txt", tmp_path / name) == f"{tmp_path / name}: the file is empty"

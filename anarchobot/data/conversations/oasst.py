@@ -1,0 +1,100 @@
+"""OpenAssistant's message trees to threads: one a tree, along the best-ranked replies, down to the last answer.
+
+One thread, because two would share their beginning, and its answers would be trained on twice.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from anarchobot.data.conversations.conversation import Conversation, Misfit, in_order, message
+from anarchobot.data.conversations.formats import field
+from anarchobot.data.sources.rows import Row
+
+FIELDS = ("message_id", "parent_id", "text", "role")  # of a row that is one message
+
+
+def fits(row: Row) -> bool:
+    return all(name in row for name in FIELDS) or _is_tree(row)
+
+
+def _is_tree(row: Row) -> bool:
+    return isinstance(row.get("prompt"), dict) and "replies" in row["prompt"]
+
+
+def threads(
+    rows: Iterable[tuple[str, Row]], language: str | None = None
+) -> Iterator[tuple[str, Conversation | Misfit]]:
+    """(place, thread) of each tree: a row with `prompt` and nested `replies`, or rows of a message each, in any order,
+    which are held until the last is read. `language`: trees that begin in it, such as "en"; left out: any."""
+    roots: list[tuple[str, Row]] = []
+    replies: defaultdict[str, list[tuple[str, Row]]] = defaultdict(list)
+    known: set[str] = set()
+    for place, row in rows:
+        try:
+            if _is_tree(row):
+                yield place, _thread(row["prompt"], language)
+                continue
+            kept = _slim(row)
+        except Misfit as misfit:
+            yield place, misfit
+            continue
+        known.add(kept["message_id"])
+        (roots if kept["parent_id"] is None else replies[kept["parent_id"]]).append((place, kept))
+    for place, root in roots:
+        try:
+            yield place, _thread(_tree(root, replies), language)
+        except Misfit as misfit:
+            yield place, misfit
+    for parent, orphans in replies.items():
+        if parent not in known:
+            for place, _ in orphans:
+                yield place, Misfit("message without its parent", f"no message {parent} in this file")
+
+
+def _slim(row: Row) -> Row:
+    """What a thread is made by. Raises Misfit when something is missing; a first message has no parent."""
+    needed = {name: field(row, name) for name in ("message_id", "text", "role")}
+    optional = ("parent_id", "rank", "deleted", "review_result", "lang")
+    return needed | {name: row.get(name) for name in optional}
+
+
+def _tree(root: Row, replies: dict[str, list[tuple[str, Row]]]) -> Row:
+    """The message with its replies in it, and theirs."""
+    reached, waiting = {root["message_id"]}, [root]
+    while waiting:
+        here = waiting.pop()
+        here["replies"] = [row for _, row in replies.get(here["message_id"], []) if row["message_id"] not in reached]
+        reached.update(row["message_id"] for row in here["replies"])
+        waiting += here["replies"]
+    return root
+
+
+def _thread(root: Row, language: str | None) -> Conversation:
+    if language is not None and root.get("lang") != language:
+        raise Misfit("another language", f"{root.get('lang')}, not {language}")
+    if not _is_good(root):
+        raise Misfit("deleted or badly reviewed", "the first message")
+    turns, here = [root], _best(root)
+    while here is not None:
+        turns.append(here)
+        here = _best(here)
+    if turns[-1].get("role") == "prompter":
+        turns.pop()  # a question that nobody answered
+    return in_order(message(turn.get("role"), turn.get("text"), f"turn {i + 1}") for i, turn in enumerate(turns))
+
+
+def _best(parent: Row) -> Row | None:
+    """The best-ranked reply (0 is best; one without a rank comes last), but rather a question with an answer."""
+    good = [reply for reply in parent.get("replies") or [] if _is_good(reply)]
+
+    def order(reply: Row) -> tuple[bool, Any]:
+        unanswered = reply.get("role") == "prompter" and not any(map(_is_good, reply.get("replies") or []))
+        rank = reply.get("rank")
+        return unanswered, float("inf") if rank is None else rank
+
+    return min(good, key=order, default=None)
+
+
+def _is_good(row: Row) -> bool:
+    return not row.get("deleted") and row.get("review_result") is not False

@@ -1,0 +1,93 @@
+"""Where rows for tuning come from: JSONL (packed or not), JSON arrays, Parquet, the hub by name; all their fields."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.schema import DataConfig
+from anarchobot.data.sources import files, hub, rows
+from anarchobot.data.sources.rows import Row
+
+Raw = Iterator[tuple[str, bytes | Row | ValueError]]  # where it is, and a line, a row or what is wrong with it
+BATCH_ROWS = 128  # of a Parquet file unpacked at a time
+
+
+def open_files(data: DataConfig) -> Iterator[tuple[str, Raw]]:
+    """(name, rows) of each file of `data.dataset`, one after the other. Files are what `files.find` finds, and JSON.
+
+    A hub dataset is not shuffled while it streams: all of it is held and shuffled in training. Raises UserError for a
+    name that nothing lies under and a file that can't be read.
+    """
+    if data.dataset is None:
+        raise UserError("data.dataset is not set: name JSONL, JSON or Parquet files, or a Hugging Face dataset")
+    for name in [data.dataset] if isinstance(data.dataset, str) else data.dataset:
+        if hub.looks_like_a_name(name) and not name.endswith(".json"):
+            found = enumerate(hub.rows(name, data.model_copy(update={"shuffle_buffer": 0}), seed=0))
+            yield name, ((f"{name}: row {i}", row) for i, row in found)
+            continue
+        for path in [Path(name)] if name.endswith(".json") and Path(name).is_file() else files.find([name]):
+            yield str(path), _file(path)
+
+
+def _file(path: Path) -> Raw:
+    plain = path.name.removesuffix(".gz").removesuffix(".zst")
+    try:
+        if path.suffix == ".parquet":
+            yield from _parquet(path)
+        elif path.suffix == ".json" and _is_array(path):
+            yield from _array(path)
+        elif plain.endswith((".jsonl", ".json")):
+            yield from rows.jsonl(path)
+        else:
+            raise UserError(f"{path}: text without turns: expected a .jsonl, .json or .parquet file of conversations")
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}") from error
+
+
+def _is_array(path: Path) -> bool:
+    """Many files called .json are JSONL."""
+    with path.open("rb") as file:
+        return file.read(64).removeprefix(rows.BOM).lstrip().startswith(b"[")
+
+
+def _array(path: Path) -> Raw:
+    """One JSON array of all rows, as Alpaca and ShareGPT come; held as a whole."""
+    try:
+        items = orjson.loads(path.read_bytes().removeprefix(rows.BOM))
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error.msg} (character {error.pos + 1})") from error
+    if not items:
+        raise UserError(f"{path}: the file is empty")
+    for i, item in enumerate(items):
+        yield f"{path}: row {i}", item if isinstance(item, dict) else ValueError("not a JSON object")
+
+
+def _parquet(path: Path) -> Raw:
+    """All columns, which `sources.parquet` does not read."""
+    import pyarrow as arrow
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with path.open("rb") as raw, ParquetFile(raw) as file:
+            for batch in file.iter_batches(BATCH_ROWS, use_threads=False):
+                for values in zip(*batch.columns, strict=True):
+                    yield f"{path}: row {number}", _row(batch.schema.names, values)
+                    number += 1
+    except (arrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # Arrow's own have none
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: a damaged Parquet file, or none (row {number}: {reason}): fetch it again") from error
+    if not number:
+        raise UserError(f"{path}: the file is empty")
+
+
+def _row(columns: list[str], values: tuple[Any, ...]) -> Row | ValueError:
+    try:
+        return {name: value.as_py() for name, value in zip(columns, values, strict=True)}
+    except UnicodeDecodeError as error:
+        return ValueError(f"not UTF-8 (byte {error.start + 1} of a text)")

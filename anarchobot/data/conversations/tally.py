@@ -1,0 +1,34 @@
+"""What became of the rows: everything that is left out is counted by its reason, and the first of each is shown."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from anarchobot.data.conversations.conversation import Misfit
+
+
+@dataclass
+class Tally:
+    """`read` is `kept` and all of `left_out`. `shortened` are among the kept. A row is a conversation or a pair; of
+    OASST, a tree of messages, and any single message that no tree can be made of."""
+
+    read: int = 0
+    kept: int = 0
+    shortened: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)  # the first of each reason: where, and more about it
+
+    def leave_out(self, place: str, error: ValueError) -> None:
+        reason = error.reason if isinstance(error, Misfit) else "broken row"
+        self.left_out[reason] += 1
+        self.first.setdefault(reason, f"{place}: {error}")
+
+    def take_back(self, place: str, error: Misfit) -> None:
+        """Leaves out what was counted as kept."""
+        self.kept -= 1
+        self.leave_out(place, error)
+
+    def lines(self) -> list[str]:
+        """For people: one line in all, and one for each reason."""
+        shortened = f", of which {self.shortened:,} were cut to the limit" if self.shortened else ""
+        reasons = [f"left out: {n:,}, first {self.first[why]}" for why, n in self.left_out.most_common()]
+        return [f"{self.read:,} rows read, {self.kept:,} kept{shortened}", *reasons]

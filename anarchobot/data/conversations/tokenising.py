@@ -1,0 +1,139 @@
+"""Conversations and pairs, as they are read, to the tables that training takes its sequences from."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+from anarchobot.config.errors import UserError
+from anarchobot.data.conversations.conversation import Conversation, Message, Misfit, Pair, is_held_out
+from anarchobot.data.conversations.masks import ChatEncoder, Encoded
+from anarchobot.data.conversations.pairs import Pairs
+from anarchobot.data.conversations.table import Table, TooLong, fitted, narrow, table
+from anarchobot.data.conversations.tally import Tally
+
+UNIT = 256  # conversations that are tokenised by one call
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """The two splits, and of the held-out conversations the first few: to generate their last answers anew."""
+
+    train: Table
+    val: Table
+    samples: list[Conversation]
+
+
+def tokenised(
+    found: Iterable[tuple[str, Conversation]],
+    encoder: ChatEncoder,
+    tally: Tally,
+    *,
+    seq_len: int,
+    too_long: TooLong = "cut",
+    val_fraction: float = 0.0,
+    samples: int = 0,
+) -> Tokenised:
+    """Reads all of `found`, as `reading.conversations` gives it. What the template can't take, or `too_long` leaves
+    out, `tally` counts. Raises UserError when nothing to train on is left."""
+    train: list[Encoded] = []
+    val: list[Encoded] = []
+    kept: list[Conversation] = []
+    vocab_size = encoder.tokenizer.vocab_size
+    for unit in _units(found):
+        for (place, conversation), encoded in zip(unit, encoder.encode([c for _, c in unit]), strict=True):
+            try:
+                if isinstance(encoded, Misfit):
+                    raise encoded
+                whole, one = len(encoded.ids), fitted(encoded, seq_len + 1, too_long)
+            except Misfit as misfit:
+                tally.take_back(place, misfit)
+                continue
+            tally.shortened += whole > seq_len + 1
+            held_out = is_held_out(conversation, val_fraction)
+            (val if held_out else train).append(narrow(one, vocab_size))
+            if held_out and len(kept) < samples and conversation[-1].role == "assistant":
+                kept.append(conversation)
+    _check(len(train), tally)
+    return Tokenised(table(train, vocab_size), table(val, vocab_size), kept)
+
+
+def tokenised_pairs(
+    found: Iterable[tuple[str, Pair]],
+    encoder: ChatEncoder,
+    tally: Tally,
+    *,
+    seq_len: int,
+    too_long: TooLong = "cut",
+    val_fraction: float = 0.0,
+) -> tuple[Pairs, Pairs]:
+    """The train and val pairs of what `reading.pairs` gives; a prompt's pairs are all on one side. `encoder` is one
+    with train_on "answer".
+
+    "cut" leaves the oldest turns of a long prompt out, a question with its answer at a time; the answers are never cut,
+    for the sums of their log-probabilities are what is compared. What is still too long is left out. Raises UserError
+    when no pair is left to train on.
+    """
+    assert encoder.train_on == "answer"
+    splits: tuple[list[tuple[Encoded, Encoded]], ...] = ([], [])
+    for unit in _units(found):
+        dialogues = [dialogue for _, pair in unit for dialogue in _dialogues(pair)]
+        encoded = encoder.encode(dialogues)
+        for (place, pair), chosen, rejected in zip(unit, encoded[::2], encoded[1::2], strict=True):
+            try:
+                sides, shortened = _fitted_pair(pair, chosen, rejected, encoder, seq_len + 1, too_long)
+            except Misfit as misfit:
+                tally.take_back(place, misfit)
+                continue
+            tally.shortened += shortened
+            splits[is_held_out(pair.prompt, val_fraction)].append(sides)
+    _check(len(splits[0]), tally)
+    train, val = (_pairs(sides, encoder, seq_len) for sides in splits)
+    return train, val
+
+
+def _fitted_pair(
+    pair: Pair,
+    chosen: Encoded | Misfit,
+    rejected: Encoded | Misfit,
+    encoder: ChatEncoder,
+    limit: int,
+    too_long: TooLong,
+) -> tuple[tuple[Encoded, Encoded], bool]:
+    shortened = False
+    while True:
+        for side in (chosen, rejected):
+            if isinstance(side, Misfit):
+                raise side
+        assert isinstance(chosen, Encoded) and isinstance(rejected, Encoded)
+        try:
+            return (fitted(chosen, limit, "drop"), fitted(rejected, limit, "drop")), shortened
+        except Misfit:
+            first = int(pair.prompt[0].role == "system")
+            if too_long == "drop" or len(pair.prompt) - first < 3:  # a single question is not cut
+                raise
+            pair = pair._replace(prompt=pair.prompt[:first] + pair.prompt[first + 2 :])
+            shortened = True
+            chosen, rejected = encoder.encode(_dialogues(pair))
+
+
+def _dialogues(pair: Pair) -> list[Conversation]:
+    return [(*pair.prompt, Message("assistant", answer)) for answer in (pair.chosen, pair.rejected)]
+
+
+def _pairs(sides: list[tuple[Encoded, Encoded]], encoder: ChatEncoder, seq_len: int) -> Pairs:
+    tokenizer = encoder.tokenizer
+    chosen, rejected = (table((side[i] for side in sides), tokenizer.vocab_size) for i in range(2))
+    return Pairs(chosen, rejected, seq_len, tokenizer.eod_id)
+
+
+def _check(count: int, tally: Tally) -> None:
+    if not count:
+        raise UserError(f"data.dataset: nothing to train on is left: {'; '.join(tally.lines())}")
+
+
+def _units(found: Iterable[T]) -> Iterator[list[T]]:
+    iterator = iter(found)
+    while unit := list(islice(iterator, UNIT)):
+        yield unit

@@ -1,0 +1,211 @@
+"""Chat templates as real models have them (without their parts for tools), and tokenizers with the tokens they name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from anarchobot.data.conversations.conversation import Conversation, Message
+from anarchobot.data.conversations.masks import ChatEncoder, Encoded, TrainOn
+from anarchobot.data.conversations.template import load_template
+from anarchobot.data.tokenizer import load_chat_tokenizer
+
+QWEN2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QWEN3 = """{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" and message.content is string %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- set reasoning_content = '' %}
+        {%- if '</think>' in content %}
+            {%- set reasoning_content = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_query_index %}
+            {%- if loop.last or (not loop.last and reasoning_content) %}
+                {{- '<|im_start|>' + message.role + '\\n<think>\\n' + reasoning_content.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+            {%- else %}
+                {{- '<|im_start|>' + message.role + '\\n' + content }}
+            {%- endif %}
+        {%- else %}
+            {{- '<|im_start|>' + message.role + '\\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""  # noqa: E501
+# As Qwen3.5: contents are trimmed, and the prompt begins a thought that earlier turns don't show.
+QWEN35 = QWEN3.replace("content = message.content ", "content = message.content | trim ").replace(
+    "{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>assistant\\n<think>\\n' }}"
+)
+LLAMA3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
+    "{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token}}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
+    "{% else %}{% set role = message['role'] %}{% endif %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+)
+PHI3 = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+COHERE = (  # two marks end a turn, as in Command A
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '\n' + message['content'] + '<|end|><|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+    "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
+    "{% set system_message = false %}{% endif %}{% for message in loop_messages %}"
+    "{% if loop.index0 == 0 and system_message != false %}"
+    "{% set content = '<<SYS>>\n' + system_message + '\n<</SYS>>\n\n' + message['content'] %}"
+    "{% else %}{% set content = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+# The same with what the assistant writes marked, for transformers to say what that is.
+QWEN2_MARKED = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3_MARKED = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+MISTRAL_MARKED = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{% generation %}{{ ' ' + message['content'] + eos_token}}{% endgeneration %}{% endif %}{% endfor %}"
+)
+TEMPLATES = {
+    "qwen2": QWEN2, "qwen3": QWEN3, "qwen3.5": QWEN35, "llama3": LLAMA3, "mistral": MISTRAL, "gemma": GEMMA,
+    "phi3": PHI3, "cohere": COHERE, "llama2": LLAMA2, "qwen2 marked": QWEN2_MARKED, "llama3 marked": LLAMA3_MARKED,
+    "mistral marked": MISTRAL_MARKED,
+}  # fmt: skip
+MARKED = {"qwen2": QWEN2_MARKED, "llama3": LLAMA3_MARKED, "mistral": MISTRAL_MARKED}
+NO_SYSTEM = ("mistral", "mistral marked", "gemma")
+CONTROLS = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
+]  # fmt: skip
+NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def bytelevel() -> tokenizers.Tokenizer:
+    """All bytes and a few merges; a GPT-2 one that does not trim its offsets."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return _trained(tokenizer, tokenizers.pre_tokenizers.ByteLevel.alphabet())
+
+
+def metaspace(prepend_scheme: str) -> tokenizers.Tokenizer:
+    """Like Llama's and Mistral's: a space put before the text's first word ("first") or every stretch ("always")."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("▁", prepend_scheme, True)
+    tokenizer.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
+    return _trained(tokenizer, [], ["<unk>", *(f"<0x{b:02X}>" for b in range(256))])
+
+
+def _trained(
+    model: tokenizers.Tokenizer, alphabet: list[str], special: list[str] | None = None
+) -> tokenizers.Tokenizer:
+    text = Path(__file__).read_text(encoding="utf-8")
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=700, initial_alphabet=alphabet, special_tokens=special or [], show_progress=False
+    )
+    model.train_from_iterator([*text.split("\n"), "\n\n a" * 99], trainer)
+    whole = json.loads(model.to_str())
+    whole["added_tokens"] = []  # the bytes are pieces like others
+    model = tokenizers.Tokenizer.from_str(json.dumps(whole))
+    model.add_tokens(["<think>", "</think>"])  # as in Qwen3: tokens, but no control tokens
+    model.add_special_tokens(CONTROLS)
+    return model
+
+
+KINDS = {"bytelevel": bytelevel, "first": lambda: metaspace("first"), "always": lambda: metaspace("always")}
+
+
+class Both:
+    """One folder, read by us and by transformers."""
+
+    def __init__(self, folder: Path, model: tokenizers.Tokenizer, template: str) -> None:
+        folder.mkdir()
+        model.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps({**NAMES, "chat_template": template}))
+        self.folder = folder
+        self.ours = load_chat_tokenizer(folder)
+        self.template = load_template(self.ours)
+        names: dict[str, Any] = NAMES
+        self.theirs = PreTrainedTokenizerFast(
+            tokenizer_file=str(folder / "tokenizer.json"), chat_template=template, **names
+        )
+
+    def encoder(self, train_on: TrainOn = "assistant") -> ChatEncoder:
+        return ChatEncoder(self.ours, self.template, train_on)
+
+    def encoded(self, conversation: Conversation, train_on: TrainOn = "assistant") -> Encoded:
+        (encoded,) = self.encoder(train_on).encode([conversation])
+        assert isinstance(encoded, Encoded), encoded
+        return encoded
+
+
+def talk(*contents: str, system: str = "") -> Conversation:
+    turns = [Message(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
+    return (Message("system", system), *turns) if system else tuple(turns)
+
+
+def dicts(conversation: Conversation) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in conversation]
+
+
+def trained_text(both: Both, encoded: Encoded) -> str:
+    """What is trained, with its control tokens, by transformers."""
+    return str(both.theirs.decode(encoded.ids[encoded.trained].tolist(), skip_special_tokens=False))

@@ -1,0 +1,97 @@
+"""OASST trees to threads, against threads read off by hand; flat rows in any order give what trees give."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.conversations.rows import jsonl, read
+
+
+def post(name: str, *replies: dict[str, Any], rank: int | None = None, **fields: Any) -> dict[str, Any]:
+    """A message whose text is its name; the first letter says whose it is."""
+    role = "prompter" if name[0] == "p" else "assistant"
+    known = {"deleted": False, "review_result": True, "lang": "en"}
+    return {"message_id": name, "text": name, "role": role, "rank": rank, "replies": list(replies), **known, **fields}
+
+
+def tree(root: dict[str, Any]) -> dict[str, Any]:
+    return {"message_tree_id": root["message_id"], "tree_state": "ready_for_export", "prompt": root}
+
+
+def flat(message: dict[str, Any], parent: str | None = None) -> list[dict[str, Any]]:
+    row = {**message, "parent_id": parent}
+    return [row, *(r for reply in row.pop("replies") for r in flat(reply, message["message_id"]))]
+
+
+TREES = {
+    "the best-ranked answer": (post("p1", post("a1", rank=1), post("a2", rank=0), post("a3", rank=2)), "p1 a2"),
+    "rank 0 before none": (post("p1", post("a1"), post("a2", rank=3)), "p1 a2"),
+    "on along the best question": (
+        post("p1", post("a1", post("p2", post("a2"), rank=1), post("p3", post("a3"), rank=0), rank=0)),
+        "p1 a1 p3 a3",
+    ),
+    "a question with an answer before a better one without": (
+        post("p1", post("a1", post("p2", rank=0), post("p3", post("a3"), rank=1))),
+        "p1 a1 p3 a3",
+    ),
+    "an unanswered question at the end is dropped": (post("p1", post("a1", post("p2"))), "p1 a1"),
+    "deleted and badly reviewed ones are not there": (
+        post("p1", post("a1", rank=0, deleted=True), post("a2", rank=1, review_result=False), post("a3", rank=2)),
+        "p1 a3",
+    ),
+    "no review yet is none": (post("p1", post("a1", review_result=None)), "p1 a1"),
+    "another language": (post("p1", post("a1"), lang="es"), "another language"),
+    "nobody answered": (post("p1"), "empty conversation"),
+    "deleted at the root": (post("p1", post("a1"), deleted=True), "deleted or badly reviewed"),
+    "empty": (post("p1", post("a1", text=" ")), "empty content"),
+}
+
+
+@pytest.mark.parametrize("as_rows", [False, True], ids=["trees", "rows"])
+@pytest.mark.parametrize("name", TREES)
+def test_threads(tmp_path: Path, name: str, as_rows: bool) -> None:
+    root, wanted = TREES[name]
+    rows = flat(root) if as_rows else [tree(root)]
+    random.Random(0).shuffle(rows)
+    found, tally = read(jsonl(tmp_path / "oasst.jsonl", *rows), language="en")
+    if " " in wanted and wanted[0] == "p":
+        roles = {"p": "user", "a": "assistant"}
+        assert found == [tuple((roles[text[0]], text) for text in wanted.split())]
+        assert tally.read == 1
+    else:
+        assert found == [] and tally.left_out == {wanted: 1}
+
+
+def test_rows_that_belong_to_no_tree_are_counted(tmp_path: Path) -> None:
+    good = flat(post("p1", post("a1")))
+    orphans = flat(post("a9", post("p9")), parent="gone")
+    broken = {"message_id": "x", "parent_id": None, "role": "prompter", "text": None}
+    found, tally = read(path := jsonl(tmp_path / "oasst.jsonl", *good, *orphans, broken))
+    assert len(found) == 1
+    assert tally.left_out == {"message without its parent": 1, "field missing": 1}
+    assert (
+        tally.first["message without its parent"]
+        == f"{path}:3: message without its parent (no message gone in this file)"
+    )
+
+
+def test_real_trees_against_a_plain_walk(shared_data: Path, tmp_path: Path) -> None:
+    path = shared_data / "instruct" / "oasst_trees.jsonl"
+    trees = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+    wanted = []
+    for one in trees:
+        here, thread = one["prompt"], []
+        while here:
+            thread.append(here)
+            options = here["replies"]
+            if here["role"] == "assistant":
+                options = [reply for reply in options if reply["replies"]] or options
+            here = min(options, key=lambda r: 99 if r.get("rank") is None else r["rank"], default=None)
+        wanted.append([m["text"] for m in thread if m is not thread[-1] or m["role"] == "assistant"])
+    found, _ = read(path)
+    assert [[text for _, text in thread] for thread in found] == wanted
+    as_rows = jsonl(tmp_path / "rows.jsonl", *(row for one in trees for row in flat(one["prompt"])))
+    assert read(as_rows)[0] == found

@@ -1,0 +1,75 @@
+"""Which characters a token is of, against the bytes that its piece stands for."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anarchobot.data.conversations.conversation import Conversation
+from anarchobot.data.conversations.masks import ChatEncoder, Encoded
+from anarchobot.data.conversations.template import load_template
+from anarchobot.data.tokenizer import load_chat_tokenizer
+from tests.data.conversations.templates import talk
+
+NAUGHTY = ["a▁b ▁", "e\u0301 吾輩は🙂\n\n x", "</s><|im_end|> <s>", "\t \r\n.", "  two  spaces "]
+TEXT = st.text(st.one_of(st.sampled_from("ab \n▁<|/s>é🙂"), st.characters(exclude_categories=["Cs"])), max_size=30)
+
+
+def pieces_bytes(model: sentencepiece.SentencePieceProcessor, i: int) -> bytes:
+    piece = model.id_to_piece(i)
+    return bytes([int(piece[3:5], 16)]) if model.is_byte(i) else piece.replace("▁", " ").encode()
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@settings(max_examples=150, deadline=None)
+@given(text=st.one_of(TEXT, st.sampled_from(NAUGHTY)))
+def test_a_sentencepiece_token_is_of_the_characters_that_its_bytes_are_in(
+    trained: dict[str, Path], kind: str, text: str
+) -> None:
+    tokenizer = load_chat_tokenizer(trained[kind])
+    model = sentencepiece.SentencePieceProcessor(model_file=str(trained[kind]))
+    ((ids, offsets),) = tokenizer.encode_with_offsets([text], [True])
+    assert ids.tolist() == tokenizer.encode_batch([text])[0].tolist()
+    character = np.repeat(np.arange(len(text)), [len(c.encode()) for c in text])  # of each byte
+    place = 0
+    for i, (begin, end) in zip(ids.tolist(), offsets.tolist(), strict=True):
+        size = len(pieces_bytes(model, i))
+        inside = character[place : place + size]
+        # A byte that does not end its character has an empty range, at that character.
+        assert (begin, max(end, begin + 1)) == (inside[0], inside[-1] + 1)
+        place += size
+    assert place == len(text.encode())
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "gpt2"])
+@settings(max_examples=100, deadline=None)
+@given(contents=st.lists(TEXT.filter(str.strip), min_size=2, max_size=2))
+def test_masks_of_tokenizers_trained_here(trained: dict[str, Path], kind: str, contents: list[str]) -> None:
+    """ChatML on control tokens: exactly what decodes to the answer is trained, and its mark."""
+    if any(0xFDD0 <= ord(c) <= 0xFDD2 for c in "".join(contents)):
+        return
+    conversation: Conversation = talk(*contents)
+    tokenizer = load_chat_tokenizer(trained[kind])
+    (encoded,) = ChatEncoder(tokenizer, load_template(tokenizer)).encode([conversation])
+    assert isinstance(encoded, Encoded)
+    trained_ids = encoded.ids[encoded.trained].tolist()
+    answer = tokenizer.decode(trained_ids[:-1])
+    assert trained_ids[-1] == tokenizer.controls["<|im_end|>"]
+    # A token may hold the line end before the answer as well.
+    assert answer.removeprefix("\n") == contents[1].removeprefix("\n") and answer.endswith(contents[1])
+    assert tokenizer.decode(encoded.ids.tolist()) == f"user\n{contents[0]}\nassistant\n{contents[1]}\n"
+
+
+def test_white_space_that_a_library_leaves_out_of_its_offsets_belongs_to_the_token(shared_data: Path) -> None:
+    """GPT-2's own tokenizer.json trims offsets; here, one made so."""
+    import tokenizers
+
+    tokenizer = load_chat_tokenizer(shared_data / "artifacts" / "tiny_bpe_tokenizer.json")
+    texts = ["Hello  big\n\n world ", " x"]
+    wanted = [o.tolist() for _, o in tokenizer.encode_with_offsets(texts, [False, False])]
+    tokenizer._model.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)  # type: ignore[attr-defined]
+    assert [o.tolist() for _, o in tokenizer.encode_with_offsets(texts, [False, False])] == wanted
+    assert wanted[0][0][0] == 0 and wanted[0][-1][1] == len(texts[0])
