@@ -40,6 +40,7 @@ bench: .venv/torch.done
 	$(BIN)/python benchmarks/training.py small --cores 1 2
 	$(BIN)/python benchmarks/training.py techniques
 	$(BIN)/python benchmarks/training.py 137M --rounds 1
+	$(BIN)/python benchmarks/lora.py small
 
 quality: .venv/dev.done
 	$(BIN)/python benchmarks/quality.py --runs exportable adamw --jobs 2
@@ -74,9 +75,9 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-# The second engine: its tests run where PyTorch is installed.
+# The second engine, and two programs to compare with: their tests run where these are installed.
 .venv/torch.done: .venv/dev.done
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 peft==0.21.2 trl==1.16.0
 	@touch $@
 
 # MKL, only where no fast BLAS is found and it exists: the training step is several times slower without one.

@@ -14,7 +14,7 @@ FLOORS = {
     "config": 1, "numerics": 1, "storage": 1,
     "data": 2, "model": 2, "optim": 2,
     "training": 3, "system": 3,
-    "inference": 4, "torch_mps": 4, "exchange": 4,
+    "inference": 4, "torch_mps": 4, "exchange": 4, "evaluation": 4,
     "tasks": 5,
     "cli": 6,
 }  # fmt: skip

@@ -3,12 +3,17 @@
 import re
 import shlex
 import tomllib
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from math import prod
 from pathlib import Path
 
 import pytest
 
 from anarchobot.cli.main import main
+from anarchobot.model.shapes import parameter_count, parameter_shapes
+from anarchobot.optim.routes import state_shapes
+from anarchobot.tasks.pretrain import pretrain
+from tests.tiny import loaded
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,3 +58,29 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+def test_the_size_table_is_counted() -> None:
+    """Parameters and checkpoint of every shipped configuration; the peak is measured by the same program."""
+    spec = spec_from_file_location("sizes", ROOT / "benchmarks" / "sizes.py")
+    assert spec is not None and spec.loader is not None
+    sizes = module_from_spec(spec)
+    spec.loader.exec_module(sizes)
+    rows = re.findall(
+        r"^\| \[(\w+)\]\(configs/.*?\) \| (.*?) \| (.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert [name for name, *_ in rows] == list(sizes.NAMES)
+    assert set(sizes.NAMES) == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    for name, parameters, checkpoint in rows:
+        count, gigabytes = sizes.sizes(name)
+        assert parameters == f"{count / 1e6:,.1f} M"
+        assert checkpoint == sizes.gb(gigabytes)
+
+
+def test_a_checkpoint_is_as_large_as_the_table_counts(tmp_path: Path, tiny_shards: Path) -> None:
+    config = loaded(tmp_path / "config.yaml", tiny_shards, tmp_path / "run", model__d_model=128)
+    pretrain(config, quiet=True)
+    files = sum((tmp_path / "run" / "step_00000006" / name).stat().st_size for name in ("model.npz", "optimizer.npz"))
+    moments = state_shapes(parameter_shapes(config.config.model), config.config.train)
+    numbers = parameter_count(config.config.model) + sum(prod(s) for of in moments.values() for s in of.values())
+    assert files == pytest.approx(4 * numbers, rel=0.02)

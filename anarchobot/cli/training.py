@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,15 @@ def _pretrain(args: argparse.Namespace) -> int:
     loaded = load_config(args.config, overrides(args))
     train = loaded.config.train
     if supervise.wanted(loaded.config):
-        command = [sys.executable, "-m", "anarchobot", *args.words]
+        command = [sys.executable, "-P", "-m", "anarchobot", *args.words]  # -P: nothing of the folder it stands in
         return supervise.supervise(command, Path(train.save_dir), train.micro_batch_size, train.grad_accum_steps)
     from anarchobot.tasks.pretrain import pretrain
 
-    summary = pretrain(loaded, quiet=args.quiet or args.json)
+    return report(args, "pretrain", pretrain(loaded, quiet=args.quiet or args.json))
+
+
+def report(args: argparse.Namespace, command: str, summary: dict[str, Any]) -> int:
+    """Prints what a run came to, and how it goes on if it was stopped; returns the exit code."""
     if args.json:
         print(json.dumps(summary))
     elif not args.quiet:
@@ -52,8 +57,8 @@ def _pretrain(args: argparse.Namespace) -> int:
     if summary["finished"]:
         return 0
     print(
-        f"stopped at step {summary['steps']}; go on with: anarchobot pretrain {summary['save_dir']}/config.yaml "
-        "--resume-from auto",
+        f"stopped at step {summary['steps']}; go on with: anarchobot {command} "
+        f"{shlex.quote(summary['save_dir'] + '/config.yaml')} --resume-from auto",
         file=sys.stderr,
     )
     return 130

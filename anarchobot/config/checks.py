@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 
-from anarchobot.config.schema import Config
+from anarchobot.config.errors import did_you_mean
+from anarchobot.config.schema import Config, LoraConfig
 
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RUN_LENGTHS = ("train.total_steps", "train.epochs", "train.token_budget")
 
 
@@ -67,3 +69,38 @@ def contradictions(config: Config, given: list[str]) -> Iterator[tuple[tuple[str
             ("train.lr_decay_steps", "train.warmup_steps"),
             f"lr_decay_steps ({train.lr_decay_steps}) must be above warmup_steps ({train.warmup_steps})",
         )
+    yield from _of_adapters(config)
+
+
+def _of_adapters(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    lora, model = config.lora, config.model
+    names = [] if lora.target_modules == "auto" else lora.target_modules
+    for name in names:
+        if name in ("fc1", "fc2"):
+            yield (
+                ("lora.target_modules",),
+                f"{name}: a model here has a gated MLP, whose matrices are gate_proj, up_proj and down_proj",
+            )
+        elif name not in MODULES:
+            near = did_you_mean(name, MODULES) or f"; expected {', '.join(MODULES)}"
+            yield ("lora.target_modules",), f"no matrix is called {name}{near}"
+    if len(set(names)) < len(names):
+        yield ("lora.target_modules",), "a name stands there twice"
+    if lora.num_layers is not None and lora.num_layers > model.n_layers:
+        yield (
+            ("lora.num_layers", "model.n_layers"),
+            f"num_layers ({lora.num_layers}) must be at most model.n_layers ({model.n_layers})",
+        )
+    if lora.quantize is not None and model.d_model % 64:
+        yield (
+            ("lora.quantize", "model.d_model"),
+            f"64 columns are packed together, and d_model ({model.d_model}) is no multiple of 64: leave quantize out",
+        )
+    if lora.r is None and (others := [key for key in LoraConfig.model_fields if getattr(lora, key) != _DEFAULT[key]]):
+        yield (
+            tuple(f"lora.{key}" for key in others),
+            "there are no adapters without lora.r: set it (such as lora.r: 8), or leave the section out",
+        )
+
+
+_DEFAULT = LoraConfig().model_dump()

@@ -3,7 +3,7 @@
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -14,10 +14,11 @@ from pydantic.fields import FieldInfo
 
 from anarchobot.config.checks import RUN_LENGTHS, contradictions
 from anarchobot.config.errors import UserError, did_you_mean
-from anarchobot.config.schema import Config
+from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.config.yaml_tree import MAX_BYTES, Tree, parse, parse_scalar
 
 COMMAND_LINE = "command line"
+UNBOUND = ("dropout", "max_seq_len", "bos_id", "zero_init_proj")  # of a model: what its weights don't decide
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,24 @@ class LoadedConfig:
         return f"{source}: {key}" if source else f"{key} (its default)"
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str | tuple[str, Any]] = ()) -> LoadedConfig:
+def load_config(
+    path: str | Path | None,
+    overrides: Sequence[str | tuple[str, Any]] = (),
+    base_model: Callable[[str], ModelConfig] | None = None,
+) -> LoadedConfig:
     """Reads and checks a configuration. Precedence: command line, file, default.
 
     `overrides` holds `section.key=value` words, and (key, value) pairs whose value is taken as it is; later ones are
-    stronger. Raises UserError, one line that names file, line and key.
+    stronger. With `base_model`, the model section is what it gives for train.init_from, which must be there, and only
+    UNBOUND keys may say otherwise. Raises UserError, one line that names file, line and key.
     """
     tree = Tree() if path is None else parse(_read(Path(path)), str(path))
     sources = {key: f"{path}:{line}" for key, line in tree.lines.items()}
     for override in overrides:
         key, value = _parsed(override) if isinstance(override, str) else override
         _override(tree.values, sources, key, value)
+    if base_model is not None:
+        _take_model(tree.values, sources, base_model)
     try:
         config = Config.model_validate({k: {} if v is None else v for k, v in tree.values.items()})
     except ValidationError as error:
@@ -105,6 +113,26 @@ def _override(values: dict[str, Any], sources: dict[str, str], key: str, value: 
                 del sources[other], keys[other.partition(".")[2]]
 
 
+def _take_model(values: dict[str, Any], sources: dict[str, str], base_model: Callable[[str], ModelConfig]) -> None:
+    own, train = values.get("model"), values.get("train")
+    path = train.get("init_from") if isinstance(train, dict) else None
+    if not isinstance(path, str):
+        source = sources.get("train.init_from")
+        raise UserError(
+            f"{f'{source}: ' if source else ''}train.init_from: expected the model to tune: the folder of a run, or of "
+            "a Hugging Face model"
+        )
+    if isinstance(own, dict | None):  # anything else is refused by the types
+        base = base_model(path).model_dump()
+        for key, value in (own or {}).items():
+            if key in base and key not in UNBOUND and value != base[key]:
+                raise UserError(
+                    f"{sources[f'model.{key}']}: model.{key}: {_shown(value)}, and the model in {path} has "
+                    f"{_shown(base[key])}: leave it out"
+                )
+        values["model"] = {**base, **(own or {})}
+
+
 def _refuse_contradictions(loaded: LoadedConfig) -> None:
     """Tells the first contradiction in the order of setting. Of its keys the first one set takes the blame, or the
     first on the command line: that is the likelier slip."""
@@ -162,7 +190,7 @@ def _type_in_words(annotation: Any, metadata: list[Any]) -> str:
     if origin is typing.Annotated:
         return _type_in_words(args[0], [*args[1:], *metadata])
     if origin is typing.Literal:
-        return " | ".join(f'"{a}"' for a in args)
+        return " | ".join(json.dumps(a) for a in args)
     if origin in (typing.Union, types.UnionType):
         words = [_type_in_words(a, metadata) for a in args if a is not type(None)]
         return ", or ".join(words) + (", or null" if type(None) in args else "")

@@ -51,6 +51,7 @@ class ModelConfig(Section):
     norm_eps: PositiveFloat = Field(1e-5, description="epsilon of RMSNorm")
     tie_embeddings: bool = Field(True, description="the output head is the token embedding")
     qk_norm: bool = Field(False, description="RMSNorm on each head's queries and keys (as Qwen3)")
+    attention_bias: bool = Field(False, description="biases on queries, keys and values (as Qwen2)")
     logit_softcap: PositiveFloat | None = Field(
         None, description="logits become cap * tanh(logits / cap); left out: none. Not exportable as Llama"
     )
@@ -185,6 +186,9 @@ class TrainConfig(Section):
     seed: Seed = Field(0, description="of initial weights, data order and dropout")
     log_interval: Positive = Field(25, description="steps between metric lines")
     eval_interval: Positive = Field(500, description="steps between validations")
+    patience: Positive | None = Field(
+        None, description="end the run after this many validations in a row without a better one; left out: never"
+    )
     eval_batches: Positive | None = Field(
         50, description="micro-batches in a validation; null: the whole validation split"
     )
@@ -217,6 +221,64 @@ class TrainConfig(Section):
         return values
 
 
+class LoraConfig(Section):
+    """Adapters that are trained instead of the model's own weights (LoRA), once lora.r is set."""
+
+    r: Annotated[int, Field(ge=4, le=64), BeforeValidator(_whole)] | None = Field(
+        None, description="rank of the adapters, such as 8; left out: all weights are trained"
+    )
+    alpha: PositiveFloat = Field(16.0, description="adapters are scaled by alpha / r")
+    dropout: Fraction = Field(0.0, description="share of the adapters' inputs dropped in training")
+    target_modules: Literal["auto"] | Names = Field(
+        "auto", description="the matrices that get adapters, such as [q_proj, v_proj]; auto: all of a block"
+    )
+    num_layers: Positive | None = Field(
+        None, description="blocks that get adapters, counted from the last; left out: all"
+    )
+    dora: bool = Field(False, description="train the lengths of the matrices' rows apart from their directions (DoRA)")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead of alpha / r (rsLoRA)")
+    adapter_format: Literal["mlx", "peft"] = Field(
+        "mlx", description="whose files RUN/adapters holds at the end of a run: mlx-lm's or PEFT's"
+    )
+    quantize: Literal[4, 8] | None = Field(
+        None, description="bits that a number of the frozen weights is packed into (QLoRA); left out: train.precision"
+    )
+
+
+class ChatConfig(Section):
+    """Conversations and pairs of answers to learn from, in `sft` and `dpo`."""
+
+    format: Literal["auto", "messages", "sharegpt", "oasst", "alpaca", "prompt_completion", "text"] = Field(
+        "auto", description="the rows' form; auto: told by their fields, for each file"
+    )
+    language: str | None = Field(
+        None, description="of OASST's trees, those that begin in this language, such as en; left out: all"
+    )
+    template: str = Field(
+        "auto", description="chat template: auto (the tokenizer's own, else chatml, else plain), chatml, plain, a file"
+    )
+    train_on: Literal["assistant", "all"] = Field("assistant", description="whose tokens count in the loss")
+    pack: bool = Field(True, description="several conversations in one sequence, none seeing another")
+    too_long: Literal["cut", "drop"] = Field(
+        "cut", description="what becomes of conversations longer than data.seq_len; both are counted"
+    )
+    rouge_samples: Count = Field(
+        0, description="held-out conversations whose last answer is generated anew at each validation, for ROUGE"
+    )
+
+
+class PreferenceConfig(Section):
+    """What `dpo` makes of pairs of answers."""
+
+    loss: Literal["sigmoid", "ipo", "orpo"] = Field(
+        "sigmoid", description="sigmoid: DPO; ipo: a margin, by token; orpo: without a reference model"
+    )
+    beta: PositiveFloat = Field(0.1, description="how strictly the reference is kept to; in orpo, the odds' weight")
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="share of the pairs that may be the wrong way round (sigmoid alone)"
+    )
+
+
 class GuardConfig(Section):
     """What is done when the numbers go wrong. An update that is not finite is left out in any case."""
 
@@ -226,8 +288,9 @@ class GuardConfig(Section):
     spike_window: Annotated[int, Field(ge=2), BeforeValidator(_whole)] = Field(
         128, description="steps that mean and deviation are taken of; half of them must be known"
     )
-    rollback_after: Positive | None = Field(
-        5, description="after this many steps in a row that are not finite, go back to the last checkpoint; null: never"
+    rollback_after: Annotated[int, Field(ge=1, le=29), BeforeValidator(_whole)] | None = Field(
+        5,
+        description="steps in a row, not finite, after which it goes back to a checkpoint; null: never, 30 end the run",
     )
 
 
@@ -270,6 +333,9 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    lora: LoraConfig = LoraConfig()
+    chat: ChatConfig = ChatConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     guard: GuardConfig = GuardConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     generation: GenerationConfig = GenerationConfig()

@@ -6,7 +6,7 @@ before it, and a run that was stopped goes on with the very next window.
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Self
 
@@ -28,6 +28,11 @@ class Batch:
     inputs: npt.NDArray[np.int32]
     targets: npt.NDArray[np.int32]
     segments: npt.NDArray[np.int32] | None = None
+
+    def rows(self, start: int, stop: int) -> Self:
+        """These sequences of every micro-batch."""
+        arrays = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return replace(self, **{name: x[:, start:stop] for name, x in arrays if x is not None})
 
 
 class TrainBatches:

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.tokenizer import Tokenizer, digest, load_tokenizer
+from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
 from anarchobot.exchange import gguf_file, safetensors_file
-from anarchobot.exchange.gguf_vocabulary import vocabulary
+from anarchobot.exchange.chat import open_chat
+from anarchobot.exchange.gguf_vocabulary import special_tokens, vocabulary
 from anarchobot.exchange.hf_config import to_hf
 from anarchobot.exchange.limits import Target, carried, limits
 from anarchobot.exchange.model_card import model_card
@@ -29,7 +30,7 @@ def export(path: str | Path, target: Target, output: str | Path, dtype: Dtype = 
     for problem in limits(model, target):
         raise UserError(f"{found.folder}: can't be exported to {target}: {problem}")
     tokenizer = load_tokenizer(found.folder.parent)
-    eod_id = tokenizer.eod_id
+    chat, eod_id = open_chat(tokenizer), tokenizer.eod_id
     bos_id = eod_id if model.bos_id is None else model.bos_id  # a text begins where another one ends, as in the shards
     notes: list[str] = []
     if target == "gguf":
@@ -37,7 +38,7 @@ def export(path: str | Path, target: Target, output: str | Path, dtype: Dtype = 
         words = vocabulary(tokenizer)
         files = {}
     else:
-        files = tokenizer_files(tokenizer, model.max_seq_len, bos_id)
+        files = tokenizer_files(tokenizer, model.max_seq_len, bos_id, chat)
         notes += _notes(tokenizer, files["tokenizer.json"])
     arrays = checkpoint.load_arrays(found, model, optimizer=False)
     prefix = checkpoint.PARAMS
@@ -46,14 +47,14 @@ def export(path: str | Path, target: Target, output: str | Path, dtype: Dtype = 
     with NewFolder(Path(output)) as folder:
         if target == "gguf":
             gguf_path = folder / gguf_file.FILE_NAME
-            gguf_file.write(gguf_path, name, params, model, words, bos_id, eod_id, dtype)
+            gguf_file.write(gguf_path, name, params, model, words, special_tokens(tokenizer, bos_id, chat), dtype)
         else:
             metadata = {"format": "mlx" if target == "mlx" else "pt"}
             safetensors_file.write(folder / "model.safetensors", params, dtype, metadata)
-            ids = {"bos_token_id": bos_id, "eos_token_id": eod_id}
-            files["config.json"] = _dumped(to_hf(model, bos_id, eod_id, dtype))
-            files["generation_config.json"] = _dumped(ids)
-        files["README.md"] = model_card(name, found, target, dtype, digest(tokenizer), notes).encode()
+            ends = chat.ends if chat is not None and len(chat.ends) > 1 else eod_id
+            files["config.json"] = _dumped(to_hf(model, bos_id, ends, dtype))
+            files["generation_config.json"] = _dumped({"bos_token_id": bos_id, "eos_token_id": ends})
+        files["README.md"] = model_card(name, found, target, dtype, tokenizer, chat, notes).encode()
         for file_name, content in files.items():
             (folder / file_name).write_bytes(content)
         sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}

@@ -10,7 +10,8 @@ import numpy as np
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import ModelConfig
-from anarchobot.exchange.gguf_vocabulary import Vocabulary
+from anarchobot.exchange.gguf_vocabulary import SpecialTokens, Vocabulary
+from anarchobot.exchange.limits import architecture
 from anarchobot.exchange.narrowing import Dtype, Float32, narrowed
 
 FILE_NAME = "model.gguf"
@@ -45,14 +46,13 @@ def write(
     params: dict[str, Float32],
     model: ModelConfig,
     vocabulary: Vocabulary,
-    bos_id: int,
-    eod_id: int,
+    tokens: SpecialTokens,
     dtype: Dtype,
 ) -> None:
-    """Matrices as `dtype`, norms as float32, which llama.cpp wants. Raises UserError when a value is out of range."""
+    """Matrices as `dtype`, norms and biases as float32, which llama.cpp wants. Raises UserError when a value is out of range."""
     gguf = gguf_package()
-    architecture = "qwen3" if model.qk_norm else "llama"
-    writer = gguf.GGUFWriter(path, architecture)
+    kind = architecture(model).lower()
+    writer = gguf.GGUFWriter(path, kind)
     writer.add_name(name)
     file_types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
     writer.add_file_type(gguf.LlamaFileType[file_types[dtype]])
@@ -69,9 +69,9 @@ def write(
     writer.add_rope_dimension_count(model.head_size)
     writer.add_rope_freq_base(model.rope_theta)
     writer.add_layer_norm_rms_eps(model.norm_eps)
-    _add_vocabulary(writer, vocabulary, bos_id, eod_id)
+    _add_vocabulary(writer, vocabulary, tokens)
     for our_name, array in params.items():
-        if architecture == "llama" and our_name.endswith((".q_proj.weight", ".k_proj.weight")):
+        if kind == "llama" and our_name.endswith((".q_proj.weight", ".k_proj.weight")):
             array = interleaved(array, model.head_size)
         stored = narrowed(our_name, array, dtype) if array.ndim == 2 else array
         if stored.dtype == np.uint16:  # bfloat16, which the package takes as bytes
@@ -87,21 +87,21 @@ def write(
 
 def tensor_name(name: str) -> str:
     """`"model.layers.0.mlp.up_proj.weight"` -> `"blk.0.ffn_up.weight"`."""
-    stem = name.removesuffix(".weight")
+    stem, _, part = name.rpartition(".")
     if stem in _OUTSIDE:
-        return f"{_OUTSIDE[stem]}.weight"
+        return f"{_OUTSIDE[stem]}.{part}"
     number, _, inner = stem.removeprefix("model.layers.").partition(".")
-    return f"blk.{number}.{_IN_BLOCK[inner]}.weight"
+    return f"blk.{number}.{_IN_BLOCK[inner]}.{part}"
 
 
 def interleaved(projection: Float32, head_size: int) -> Float32:
     """The rows of a query or key projection [H E, D] in the order that llama.cpp's llama rotates: neighbours in pairs,
-    (0, E/2, 1, E/2 + 1, ...) of each head, where ours pairs the halves. Its qwen3 pairs the halves too."""
+    (0, E/2, 1, E/2 + 1, ...) of each head, where ours pairs the halves. Its qwen2 and qwen3 pair the halves too."""
     halves = projection.reshape(-1, 2, head_size // 2, projection.shape[1])  # [H, 2, E/2, D]
     return halves.swapaxes(1, 2).reshape(projection.shape)
 
 
-def _add_vocabulary(writer: Any, vocabulary: Vocabulary, bos_id: int, eod_id: int) -> None:
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary, tokens: SpecialTokens) -> None:
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -112,8 +112,12 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, bos_id: int, eod_id: in
         writer.add_token_merges(vocabulary.merges)
     if vocabulary.unknown_id is not None:
         writer.add_unk_token_id(vocabulary.unknown_id)
-    writer.add_bos_token_id(bos_id)
-    writer.add_eos_token_id(eod_id)
-    writer.add_add_bos_token(True)
+    writer.add_bos_token_id(tokens.bos)
+    writer.add_eos_token_id(tokens.eos)
+    writer.add_add_bos_token(tokens.add_bos)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(vocabulary.space_prefix)
+    if tokens.eot is not None:
+        writer.add_eot_token_id(tokens.eot)
+    if tokens.template is not None:
+        writer.add_chat_template(tokens.template)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from anarchobot.config.errors import UserError
 from anarchobot.data.spm_to_json import NORMAL, UNUSED, USER_DEFINED
 from anarchobot.data.tokenizer import ByteLevel, SentencePiece, Tokenizer
+from anarchobot.exchange.chat import Chat
 from anarchobot.exchange.tokenizer_json import CONTROL, described, proto
 
 # The pre-tokenizers' patterns, as their models' tokenizer.json have them, and llama.cpp's names for them.
@@ -27,6 +28,33 @@ class Vocabulary(NamedTuple):
     merges: list[str]
     unknown_id: int | None
     space_prefix: bool
+
+
+class SpecialTokens(NamedTuple):
+    """`add_bos`: whether `bos` is put before whatever is tokenised; `eot`: the end of a turn, where there is a chat
+    template and another token than `eos` ends its answers."""
+
+    bos: int
+    add_bos: bool
+    eos: int
+    eot: int | None = None
+    template: str | None = None
+
+
+def special_tokens(tokenizer: Tokenizer, bos_id: int, chat: Chat | None) -> SpecialTokens:
+    """`bos_id` is what a text begins with.
+
+    llama.cpp puts `bos` before texts and rendered chats alike, but for chats that have it already. So a model with a
+    chat template gets it where the template has it. There, bos_token and eos_token are these two.
+    """
+    if chat is None:
+        return SpecialTokens(bos_id, True, tokenizer.eod_id)
+    assert isinstance(tokenizer, SentencePiece | ByteLevel)
+    named = chat.tokens.get("eos_token") if chat.speaks_of("eos_token") else None
+    eos = tokenizer.eod_id if named is None else tokenizer.controls[named]
+    others = [end for end in reversed(chat.ends) if end != eos]
+    bos = bos_id if chat.begins is None else chat.begins
+    return SpecialTokens(bos, chat.begins is not None, eos, others[0] if others else None, chat.template.source)
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:

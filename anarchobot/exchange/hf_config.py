@@ -1,4 +1,5 @@
-"""A model's shape as Hugging Face's config.json has it, both ways: Llama, or Qwen3 with normed queries and keys."""
+"""A model's shape as Hugging Face's config.json has it, both ways: Llama, Qwen2 with biases on queries, keys and
+values, or Qwen3 with normed queries and keys."""
 
 from typing import Any
 
@@ -6,19 +7,20 @@ from anarchobot.config.checks import contradictions
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import config_from_dict
 from anarchobot.config.schema import ModelConfig
+from anarchobot.exchange.limits import architecture
 from anarchobot.exchange.narrowing import Dtype
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 _TANH_GELU = ("gelu_pytorch_tanh", "gelu_new")
 
 
-def to_hf(model: ModelConfig, bos_id: int, eod_id: int, dtype: Dtype) -> dict[str, Any]:
-    """config.json of a model that exchange/limits.py has nothing against; `bos_id` and `eod_id` are the tokens that a
-    text begins and ends with."""
-    architecture = "Qwen3" if model.qk_norm else "Llama"
+def to_hf(model: ModelConfig, bos_id: int, ends: int | list[int], dtype: Dtype) -> dict[str, Any]:
+    """config.json of a model that exchange/limits.py has nothing against; `bos_id` is what a text begins with, at any
+    of `ends` generation stops."""
+    kind = architecture(model)
     return {
-        "architectures": [f"{architecture}ForCausalLM"],
-        "model_type": architecture.lower(),
+        "architectures": [f"{kind}ForCausalLM"],
+        "model_type": kind.lower(),
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,
         "intermediate_size": model.mlp_size,
@@ -31,17 +33,17 @@ def to_hf(model: ModelConfig, bos_id: int, eod_id: int, dtype: Dtype) -> dict[st
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,
         "tie_word_embeddings": model.tie_embeddings,
-        "attention_bias": False,
+        "attention_bias": model.attention_bias,
         "mlp_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": bos_id,
-        "eos_token_id": eod_id,
+        "eos_token_id": ends,
         "torch_dtype": dtype,
     }
 
 
 def from_hf(values: dict[str, Any], name: str) -> ModelConfig:
-    """The shape that a config.json tells; `name` is the file's, for errors.
+    """The shape that a config.json tells, but for biases, which the weights tell; `name` is the file's, for errors.
 
     Raises UserError for what a model of ours can't be: another architecture, a sliding window, scaled rotary positions,
     experts, another activation.
@@ -100,13 +102,26 @@ def _rope(values: dict[str, Any], name: str) -> dict[str, Any]:
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(more := values.get(key) or {}, dict):
             raise UserError(f"{name}: {key}: expected names and values")
-        rope |= more
+        rope |= _of_all_layers(more, key, name)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise UserError(f"{name}: rotary positions are scaled ({kind}): only the plain ones can be carried")
     if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UserError(f"{name}: partial_rotary_factor: only whole heads can be rotated")
     return rope
+
+
+def _of_all_layers(rope: dict[str, Any], key: str, name: str) -> dict[str, Any]:
+    """Some files say it for each kind of layer: {"full_attention": {"rope_theta": ...}, ...}."""
+    kinds = {kind: more for kind, more in rope.items() if isinstance(more, dict)}
+    if not kinds:
+        return rope
+    first = next(iter(kinds.values()))
+    if len(kinds) < len(rope) or any(more != first for more in kinds.values()):
+        raise UserError(
+            f"{name}: {key} differs by the kind of layer ({', '.join(rope)}): all layers here have the same"
+        )
+    return first
 
 
 def _activation(values: dict[str, Any], name: str) -> str:

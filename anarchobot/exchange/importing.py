@@ -1,8 +1,9 @@
-"""A Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) as a run's folder with one checkpoint, at step 0."""
+"""A Hugging Face folder (Llama, Mistral, Qwen2, Qwen3): to be read, or as a run's folder with one checkpoint."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from anarchobot.config.schema import Config, DataConfig, ModelConfig, TrainConfi
 from anarchobot.config.yaml_tree import dump
 from anarchobot.data.tokenizer import Tokenizer, copy_beside, load_tokenizer
 from anarchobot.exchange import safetensors_file
+from anarchobot.exchange.chat import save_foreign_template
 from anarchobot.exchange.hf_config import from_hf
 from anarchobot.exchange.narrowing import Float32
 from anarchobot.exchange.new_folder import NewFolder
@@ -24,33 +26,55 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")  # a row a token
 
 
-def import_model(folder: str | Path, output: str | Path) -> dict[str, Any]:
-    """Writes the run folder `output` from the model in `folder`; returns what it is, and warnings.
+class ForeignModel(NamedTuple):
+    """A Hugging Face folder's model in our terms. `weights` are read from its files as they are asked for."""
 
-    Raises UserError, before anything is written, when a file is missing or damaged, or has what a model here can't be.
-    """
-    folder, output = Path(folder), Path(output)
+    kind: str
+    model: ModelConfig
+    tokenizer: Tokenizer
+    weights: Mapping[str, Float32]
+    files: list[Path]
+    warnings: list[str]
+
+
+def open_foreign(folder: Path) -> ForeignModel:
+    """Raises UserError when a file is missing or damaged, or has what a model here can't be."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: expected config.json, safetensors files and a tokenizer in one")
     values = _json(folder / "config.json")
     try:
         model = from_hf(values, str(folder / "config.json"))
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{folder / 'config.json'}: not a model's config ({error})") from error
     tokenizer = _tokenizer(folder, model.vocab_size)
     stored = _stored(folder)
+    biased = any(name.endswith(".self_attn.q_proj.bias") for name in stored)
+    model = model.model_copy(update={"attention_bias": biased})
     warnings = []
     if tokenizer.vocab_size != model.vocab_size:
         warnings.append(
             f"the model has rows for {model.vocab_size:,} tokens and its tokenizer has {tokenizer.vocab_size:,}: the "
             "rows behind the last token are left out"
         )
-    params = _parameters(folder, stored, model, tokenizer.vocab_size)
+    weights = _Weights(folder, stored, model, tokenizer.vocab_size)
     begins = values.get("bos_token_id")
     other = isinstance(begins, int) and 0 <= begins < tokenizer.vocab_size and begins != tokenizer.eod_id
     model = model.model_copy(update={"vocab_size": tokenizer.vocab_size, "bos_id": begins if other else None})
+    files = sorted({tensor.path for tensor in stored.values()})
+    return ForeignModel(values["model_type"], model, tokenizer, weights, files, warnings)
+
+
+def import_model(folder: str | Path, output: str | Path) -> dict[str, Any]:
+    """Writes the run folder `output` from the model in `folder`; returns what it is, and warnings.
+
+    Raises UserError as `open_foreign`, before anything is written, and for a value that is not finite.
+    """
+    folder, output = Path(folder), Path(output)
+    kind, model, tokenizer, weights, _, warnings = open_foreign(folder)
+    params = dict(weights)
     with NewFolder(output) as beside:
         file_name = copy_beside(tokenizer, beside)
+        warnings = [*warnings, *save_foreign_template(tokenizer, beside)]
         config = Config(
             model=model,
             data=DataConfig(seq_len=min(DataConfig().seq_len, model.max_seq_len)),
@@ -62,7 +86,7 @@ def import_model(folder: str | Path, output: str | Path) -> dict[str, Any]:
         checkpoint.save(beside, 0, arrays, state)
     return {
         "output": str(output),
-        "architecture": values["model_type"],
+        "architecture": kind,
         "parameters": parameter_count(model),
         "vocab_size": model.vocab_size,
         "max_seq_len": model.max_seq_len,
@@ -116,30 +140,52 @@ def _stored(folder: Path) -> dict[str, Stored]:
     return stored
 
 
-def _parameters(folder: Path, stored: dict[str, Stored], model: ModelConfig, rows: int) -> dict[str, Float32]:
-    """Our parameters, `rows` of the embedding and the head. Raises UserError for a tensor that is missing, of another
-    shape, or that a model here has no place for, unless it is a bias of nothing but zeros."""
-    params: dict[str, Float32] = {}
-    for name, shape in parameter_shapes(model).items():
-        if name not in stored:
-            raise UserError(f"{folder}: {name} is in none of its safetensors files: config.json asks for it")
-        if stored[name].shape != shape:
+class _Weights(Mapping[str, Float32]):
+    """Our parameters by name, `rows` of the embedding and the head; each is loaded when it is asked for."""
+
+    def __init__(self, folder: Path, stored: dict[str, Stored], model: ModelConfig, rows: int) -> None:
+        """Raises UserError for a tensor that is missing, of another shape, or that a model here has no place for: any
+        but a bias of nothing but zeros."""
+        blocks = len({name.split(".")[2] for name in stored if name.startswith("model.layers.")})
+        if blocks != model.n_layers:  # first: the list of names of 200 million blocks would fill the memory
             raise UserError(
-                f"{stored[name].path}: {name} is {list(stored[name].shape)}, and config.json asks for {list(shape)}"
+                f"{folder}: its safetensors files hold {blocks} blocks (model.layers.…), and config.json says "
+                f"num_hidden_layers: {model.n_layers}"
             )
-        array = stored[name].load()
+        shapes = parameter_shapes(model)
+        for name, shape in shapes.items():
+            if name not in stored:
+                raise UserError(f"{folder}: {name} is in none of its safetensors files: config.json asks for it")
+            if stored[name].shape != shape:
+                raise UserError(
+                    f"{stored[name].path}: {name} is {list(stored[name].shape)}, and config.json asks for {list(shape)}"
+                )
+        for name, tensor in stored.items():
+            # A tied head is the embedding, whatever the file says; old files have the rotary frequencies.
+            if name in shapes or name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
+                continue
+            if not name.endswith(".bias"):
+                raise UserError(f"{tensor.path}: {name}: a model here has no such parameter")
+            if tensor.load().any():
+                raise UserError(
+                    f"{tensor.path}: {name} is not zero: a model here has biases on attention's q, k and v alone, so it "
+                    "can't be carried"
+                )
+        self._stored, self._rows = {name: stored[name] for name in shapes}, rows
+
+    def __getitem__(self, name: str) -> Float32:
+        """Raises UserError when a value is not finite."""
+        tensor = self._stored[name]
+        array = tensor.load()
         if not np.isfinite(array).all():
-            raise UserError(f"{stored[name].path}: {name} holds a value that is not finite")
-        params[name] = array[:rows] if name in _VOCABULARY else array
-    for name, tensor in stored.items():
-        # A tied head is the embedding, whatever the file says; old files have the rotary frequencies.
-        if name in params or name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
-            continue
-        if not name.endswith(".bias"):
-            raise UserError(f"{tensor.path}: {name}: a model here has no such parameter")
-        if tensor.load().any():
-            raise UserError(f"{tensor.path}: {name} is not zero: a model here has no biases, so it can't be carried")
-    return params
+            raise UserError(f"{tensor.path}: {name} holds a value that is not finite")
+        return array[: self._rows] if name in _VOCABULARY else array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -11,17 +11,22 @@ TARGETS: tuple[Target, ...] = ("hf", "mlx", "gguf")
 READERS: dict[Target, str] = {"hf": "transformers", "mlx": "mlx-lm", "gguf": "llama.cpp"}
 
 
+def architecture(model: ModelConfig) -> str:
+    """The name that others know it by."""
+    return "Qwen3" if model.qk_norm else "Qwen2" if model.attention_bias else "Llama"
+
+
 def limits(model: ModelConfig, target: Target) -> Iterator[str]:
     """The settings that `target` can't carry, each as "model.KEY: why, and what can be done"."""
-    architecture, reader = "Qwen3" if model.qk_norm else "Llama", READERS[target]
+    kind, reader = architecture(model), READERS[target]
     if model.logit_softcap is not None:
         yield (
-            f"model.logit_softcap: {model.logit_softcap:g}: {architecture} has no cap on its logits: "
+            f"model.logit_softcap: {model.logit_softcap:g}: {kind} has no cap on its logits: "
             "a model that is to be exported must be trained without it"
         )
     if model.value_residual:
         yield (
-            f"model.value_residual: {architecture}'s blocks don't see the first one's values: a model that is to be "
+            f"model.value_residual: {kind}'s blocks don't see the first one's values: a model that is to be "
             "exported must be trained without it"
         )
     if model.embedding_scale is not None and model.tie_embeddings:
@@ -31,11 +36,21 @@ def limits(model: ModelConfig, target: Target) -> Iterator[str]:
             "without it"
         )
     if model.ffn_activation != "silu" and target != "hf":
-        yield f"model.ffn_activation: gelu: {reader}'s {architecture} knows only silu: export it to hf"
+        yield f"model.ffn_activation: gelu: {reader}'s {kind} knows only silu: export it to hf"
     if model.d_model % model.n_heads and not model.qk_norm and target != "gguf":
         yield (
-            f"model.n_heads: {model.n_heads}: transformers takes no Llama whose d_model ({model.d_model}) it does not "
-            "divide: export it to gguf"
+            f"model.n_heads: {model.n_heads}: transformers takes no {kind} whose d_model ({model.d_model}) it does not "
+            f"divide{'' if model.attention_bias else ': export it to gguf'}"
+        )
+    if model.attention_bias and model.qk_norm:
+        yield (
+            "model.attention_bias: Qwen2 has biases and Qwen3 has model.qk_norm, none has both: a model that is to be "
+            "exported must be trained with one of them"
+        )
+    elif model.attention_bias and model.n_heads * model.head_size != model.d_model and target != "hf":
+        yield (
+            f"model.head_dim: {model.head_size}: {reader}'s Qwen2 (model.attention_bias) takes d_model / n_heads as the "
+            "width of its heads: export it to hf"
         )
 
 

@@ -3,6 +3,9 @@
 A text's own spaces stand in the vocabulary as spaces, not as SentencePiece's U+2581: so a U+2581 of the text is what it
 is to our tokenizers, three bytes, and nothing has to be replaced. Ordinary text never becomes a control token, whatever
 it says (`split_special_tokens`); and a token is put before a text, as the model has always seen one there.
+
+A chat template is written as text and tokenised again by those programs, so with one, and as everywhere, a control
+token's name is that token, whoever wrote it. What a template renders gets nothing put before it.
 """
 
 import json
@@ -11,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.config.errors import UserError
+from anarchobot.data.conversations.template import FILE
 from anarchobot.data.engine import adversarial_texts
 from anarchobot.data.spm_to_json import BYTE, NORMAL, NotConvertible, spm_to_json
 from anarchobot.data.tokenizer import ByteLevel, SentencePiece, Tokenizer
+from anarchobot.exchange.chat import Chat
 
 UNKNOWN, CONTROL = 2, 3  # a piece's types, beside those of spm_to_json
 TIES = (
@@ -22,9 +27,9 @@ TIES = (
 )
 
 
-def tokenizer_files(tokenizer: Tokenizer, max_seq_len: int, bos_id: int) -> dict[str, bytes]:
-    """File names and contents: tokenizer.json, tokenizer_config.json, and tokenizer.model where there is one. `bos_id`
-    is what a text begins with.
+def tokenizer_files(tokenizer: Tokenizer, max_seq_len: int, bos_id: int, chat: Chat | None = None) -> dict[str, bytes]:
+    """File names and contents: tokenizer.json, tokenizer_config.json, and tokenizer.model and chat_template.jinja where
+    there is one. `bos_id` is what a text begins with.
 
     A tokenizer.json is passed on, but for that. Raises UserError for a SentencePiece model that has no equal.
     """
@@ -42,7 +47,10 @@ def tokenizer_files(tokenizer: Tokenizer, max_seq_len: int, bos_id: int) -> dict
     else:
         assert isinstance(tokenizer, ByteLevel)
         passed_on = len(tokenizer.files) == 1  # else GPT-2's two files
-        whole = json.loads(tokenizer.files[0].read_bytes()) if passed_on else described(tokenizer)
+        used = described(tokenizer)
+        # The file's own, but with ends of document and the marks of chats as the control tokens that they are here.
+        own = json.loads(tokenizer.files[0].read_bytes()) if passed_on else used
+        whole = {**own, "added_tokens": used["added_tokens"]}
     names = tokenizers.Tokenizer.from_str(json.dumps(whole))
     bos, eos = (str(names.id_to_token(i)) for i in (bos_id, tokenizer.eod_id))
     files["tokenizer.json"] = _dumped({**whole, "post_processor": _begins_with(bos, bos_id)})
@@ -51,10 +59,17 @@ def tokenizer_files(tokenizer: Tokenizer, max_seq_len: int, bos_id: int) -> dict
         "bos_token": bos,
         "eos_token": eos,
         "add_bos_token": True,
-        "split_special_tokens": True,
+        "split_special_tokens": chat is None,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,
     }
+    if chat is not None:
+        files[FILE] = chat.template.source.encode()
+        settings |= chat.tokens
+        if "bos_token" not in chat.tokens and chat.speaks_of("bos_token"):
+            del settings["bos_token"]  # to the template it was none
+        if settings.get("bos_token") != bos:
+            del settings["add_bos_token"]  # tokenizer.json says what a text begins with
     files["tokenizer_config.json"] = _dumped(settings)
     return files
 

@@ -1,7 +1,7 @@
 """Text from a model: a prompt in, tokens drawn one by one with a KV cache, text out as it comes."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, GenerationConfig, ModelConfig
 from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
-from anarchobot.model.block import Params
+from anarchobot.model.sums import Params
 from anarchobot.model.transformer import Cache, hidden_states, logits
 from anarchobot.training import checkpoint
 
@@ -66,33 +66,43 @@ def generate_ids(model: Model, settings: GenerationConfig) -> Iterator[int]:
     The context begins with an end of document, as documents do in the shards, or with model.bos_id. Raises UserError
     for a prompt that leaves no room in max_seq_len.
     """
+    eod = model.tokenizer.eod_id
+    begin = eod if model.shape.bos_id is None else model.shape.bos_id
+    context = [begin, *model.tokenizer.encode_batch([settings.prompt])[0].tolist()]
+    return continued(model.params, model.shape, context, settings, {eod})
+
+
+def continued(
+    params: Params, shape: ModelConfig, context: list[int], settings: GenerationConfig, stop: Collection[int]
+) -> Iterator[int]:
+    """Token ids drawn one after the other behind those of `context`, without the one of `stop` that may end them.
+
+    Raises UserError for a context that leaves no room in max_seq_len.
+    """
     from mlx_lm.models.cache import KVCache  # late: the package takes seconds to import
     from mlx_lm.sample_utils import make_logits_processors
 
-    shape, eod = model.shape, model.tokenizer.eod_id
-    begin = eod if shape.bos_id is None else shape.bos_id
-    prompt = [begin, *model.tokenizer.encode_batch([settings.prompt])[0].tolist()]
-    room = shape.max_seq_len - len(prompt)
+    room = shape.max_seq_len - len(context)
     if room < 1:
         raise UserError(
-            f"the prompt is {len(prompt)} tokens long and the model's max_seq_len is {shape.max_seq_len}: shorten it"
+            f"the prompt is {len(context)} tokens long and the model's max_seq_len is {shape.max_seq_len}: shorten it"
         )
     mx.random.seed(settings.seed)  # training draws from keys of its own and is not disturbed
     draw = sampler(settings, shape.vocab_size)
     penalty = None if settings.repetition_penalty == 1 else settings.repetition_penalty
     processors = make_logits_processors(repetition_penalty=penalty, repetition_context_size=PENALTY_WINDOW)
     caches: list[Cache] = [KVCache() for _ in range(shape.n_layers)]  # type: ignore[no-untyped-call]
-    seen = mx.array(prompt)
+    seen = mx.array(context)
     tokens = seen[None]  # [1, L]
     for _ in range(min(settings.max_new_tokens, room)):
-        hidden = hidden_states(model.params, tokens, shape, caches=caches)
-        z = logits(hidden[:, -1], model.params, shape)  # [1, V]
+        hidden = hidden_states(params, tokens, shape, caches=caches)
+        z = logits(hidden[:, -1], params, shape)  # [1, V]
         for process in processors:
             z = process(seen, z)
         token = draw(z)  # [1]
         mx.eval(token)
         drawn = int(np.array(token)[0])
-        if drawn == eod:
+        if drawn in stop:
             return
         yield drawn
         seen = mx.concatenate([seen, token])

@@ -13,34 +13,11 @@ import mlx.core as mx
 
 from anarchobot.config.schema import ModelConfig
 from anarchobot.model.attention import Attended, Attends, Attention, HeadNorms
+from anarchobot.model.linear import InputDropout, linear, linear_backward, linear_gradients
 from anarchobot.model.norm import rms_norm, rms_norm_backward
+from anarchobot.model.sums import Gradients, Params
 from anarchobot.numerics.elementary import sigmoid, tanh
 from anarchobot.numerics.order import Wait
-from anarchobot.numerics.products import add_product
-
-Params = dict[str, mx.array]
-
-
-class Gradients:
-    """Sums of gradients by parameter name, float32. `at` gives a view for a block's own names."""
-
-    def __init__(self, sums: Params, prefix: str = "") -> None:
-        self.sums, self._prefix = sums, prefix
-
-    def at(self, prefix: str) -> "Gradients":
-        return Gradients(self.sums, prefix)
-
-    def add(self, name: str, gradient: mx.array) -> mx.array:
-        """Adds and returns the sum, for what must wait for it."""
-        name, gradient = self._prefix + name, gradient.astype(mx.float32)
-        self.sums[name] = self.sums.pop(name) + gradient if name in self.sums else gradient
-        return self.sums[name]
-
-    def add_product(self, name: str, dy: mx.array, x: mx.array) -> mx.array:
-        """Adds dy^T x, the gradient of W in y = x W^T."""
-        key = f"{self._prefix}{name}.weight"
-        self.sums[key] = add_product(self.sums.pop(key, None), dy.T, x)
-        return self.sums[key]
 
 
 class KeptAttention(NamedTuple):
@@ -68,16 +45,17 @@ def attention_forward(
     attention: Attends,
     key: mx.array | None = None,
     first_v: mx.array | None = None,
+    drop: InputDropout | None = None,
 ) -> tuple[mx.array, KeptAttention]:
     """x + attention(norm(x)) for `x` [N, D]; `p` are the block's parameters by their names inside it; `key` turns
-    dropout on. With `first_v`, the first block's values, the block's own are averaged with them (value residual; Zhou
-    et al., 2024)."""
+    dropout on, `drop` that of adapters' inputs. With `first_v`, the first block's values, the block's own are averaged
+    with them (value residual; Zhou et al., 2024)."""
     normed = rms_norm(x, p["input_layernorm.weight"], model.norm_eps)
-    q, k, v = (linear(p, f"self_attn.{name}_proj", normed) for name in "qkv")
+    q, k, v = (linear(p, f"self_attn.{name}_proj", normed, drop) for name in "qkv")
     if first_v is not None:
         v = 0.5 * (v + first_v)
     attended = attention.forward(q, k, v, _head_norms(p))
-    out = x + _dropout(linear(p, "self_attn.o_proj", attended.out), model, key)
+    out = x + _dropout(linear(p, "self_attn.o_proj", attended.out, drop), model, key)
     return out, KeptAttention(x, q, k, v, attended, first_v is not None)
 
 
@@ -89,6 +67,7 @@ def attention_backward(
     key: mx.array | None,
     grads: Gradients,
     dfirst_v: mx.array | None = None,
+    drop: InputDropout | None = None,
 ) -> tuple[mx.array, mx.array | None]:
     """From the gradient `dy` [N, D] of the half's output: that of its input; the parameters' are added to `grads`.
 
@@ -97,8 +76,9 @@ def attention_backward(
     model, wait = attention.model, attention.wait
     x, q, k, v, attended, mixed = kept
     d = _dropout(dy, model, key)
-    (d,) = wait([d], [grads.add_product("self_attn.o_proj", d, attended.out)])
-    dout = _times(d, p, "self_attn.o_proj")
+    done, dz = linear_gradients(p, "self_attn.o_proj", d, attended.out, grads, drop)
+    (d,) = wait([d], done)
+    dout = linear_backward(p, "self_attn.o_proj", d, dz, drop)
     q, k, v = wait([q, k, v], [dout])
     dq, dk, dv, dnorms = attention.backward(q, k, v, _head_norms(p), attended, dout)
     if mixed:
@@ -107,48 +87,86 @@ def attention_backward(
     elif dfirst_v is not None:
         dv = dv + dfirst_v
     if dnorms is not None:
-        (dq,) = wait([dq], [grads.add(f"self_attn.{name}_norm.weight", d) for name, d in dnorms._asdict().items()])
+        (dq,) = wait(
+            [dq], grads.add("self_attn.q_norm.weight", dnorms.q) + grads.add("self_attn.k_norm.weight", dnorms.k)
+        )
     (x,) = wait([x], [dq, dk, dv])
     normed = rms_norm(x, p["input_layernorm.weight"], model.norm_eps)
-    products = {"q": dq, "k": dk, "v": dv}
-    done = [grads.add_product(f"self_attn.{name}_proj", d, normed) for name, d in products.items()]
-    dq, dk, dv = wait([dq, dk, dv], done)
-    dnormed = _times(dq, p, "self_attn.q_proj") + _times(dk, p, "self_attn.k_proj") + _times(dv, p, "self_attn.v_proj")
+    done_q, z_q = linear_gradients(p, "self_attn.q_proj", dq, normed, grads, drop, q)
+    done_k, z_k = linear_gradients(p, "self_attn.k_proj", dk, normed, grads, drop, k)
+    done_v, z_v = linear_gradients(p, "self_attn.v_proj", dv, normed, grads, drop, None if mixed else v)
+    dq, dk, dv = wait([dq, dk, dv], done_q + done_k + done_v)
+    dnormed = linear_backward(p, "self_attn.q_proj", dq, z_q, drop)
+    dnormed = dnormed + linear_backward(p, "self_attn.k_proj", dk, z_k, drop)
+    dnormed = dnormed + linear_backward(p, "self_attn.v_proj", dv, z_v, drop)
     dx, dweight = rms_norm_backward(x, p["input_layernorm.weight"], model.norm_eps, dnormed)
-    (dx,) = wait([dy + dx], [grads.add("input_layernorm.weight", dweight)])
+    (dx,) = wait([dy + dx], grads.add("input_layernorm.weight", dweight))
     return dx, dfirst_v
 
 
 def mlp_forward(
-    p: Params, x: mx.array, model: ModelConfig, key: mx.array | None = None, rows: int | None = None
+    p: Params,
+    x: mx.array,
+    model: ModelConfig,
+    key: mx.array | None = None,
+    rows: int | None = None,
+    drop: InputDropout | None = None,
 ) -> tuple[mx.array, KeptMLP]:
     """x + down(act(gate(norm(x))) * up(norm(x))) for `x` [N, D], `rows` tokens at a time (None: all)."""
-    normed = rms_norm(x, p["post_attention_layernorm.weight"], model.norm_eps)
-    chunks = [(linear(p, "mlp.gate_proj", n), linear(p, "mlp.up_proj", n)) for n in _chunks(normed, rows)]
-    out = _joined([linear(p, "mlp.down_proj", _gated(gate, up, model)) for gate, up in chunks])
+    normed = _chunks(rms_norm(x, p["post_attention_layernorm.weight"], model.norm_eps), rows)
+    drops = _drops(drop, len(normed))
+    chunks = [
+        (linear(p, "mlp.gate_proj", n, own), linear(p, "mlp.up_proj", n, own))
+        for n, own in zip(normed, drops, strict=True)
+    ]
+    out = _joined(
+        [
+            linear(p, "mlp.down_proj", _gated(gate, up, model), own)
+            for (gate, up), own in zip(chunks, drops, strict=True)
+        ]
+    )
     return x + _dropout(out, model, key), KeptMLP(x, chunks)
 
 
 def mlp_backward(
-    p: Params, kept: KeptMLP, dy: mx.array, model: ModelConfig, wait: Wait, key: mx.array | None, grads: Gradients
+    p: Params,
+    kept: KeptMLP,
+    dy: mx.array,
+    model: ModelConfig,
+    wait: Wait,
+    key: mx.array | None,
+    grads: Gradients,
+    drop: InputDropout | None = None,
 ) -> mx.array:
     """As attention_backward, by the chunks of the forward pass."""
     x, chunks = kept
     rows = chunks[0][0].shape[0]
     dnormed: list[mx.array] = []
-    ds, xs = _chunks(_dropout(dy, model, key), rows), _chunks(x, rows)
-    for (gate, up), d, x_chunk in zip(chunks, ds, xs, strict=True):
+    ds, xs, drops = _chunks(_dropout(dy, model, key), rows), _chunks(x, rows), _drops(drop, len(chunks))
+    for (gate, up), d, x_chunk, own in zip(chunks, ds, xs, drops, strict=True):
         gate, up, d = wait([gate, up, d], dnormed[-1:])
-        (d,) = wait([d], [grads.add_product("mlp.down_proj", d, _gated(gate, up, model))])
-        dgate, dup = _gated_backward(gate, up, _times(d, p, "mlp.down_proj"), model)
+        done, dz = linear_gradients(p, "mlp.down_proj", d, _gated(gate, up, model), grads, own)
+        (d,) = wait([d], done)
+        dgate, dup = _gated_backward(gate, up, linear_backward(p, "mlp.down_proj", d, dz, own), model)
         (x_chunk,) = wait([x_chunk], [dgate, dup])
         normed = rms_norm(x_chunk, p["post_attention_layernorm.weight"], model.norm_eps)
-        done = [grads.add_product("mlp.gate_proj", dgate, normed), grads.add_product("mlp.up_proj", dup, normed)]
-        dgate, dup = wait([dgate, dup], done)
-        dnormed.append(_times(dgate, p, "mlp.gate_proj") + _times(dup, p, "mlp.up_proj"))
+        done_gate, z_gate = linear_gradients(p, "mlp.gate_proj", dgate, normed, grads, own, gate)
+        done_up, z_up = linear_gradients(p, "mlp.up_proj", dup, normed, grads, own, up)
+        dgate, dup = wait([dgate, dup], done_gate + done_up)
+        dnormed.append(
+            linear_backward(p, "mlp.gate_proj", dgate, z_gate, own) + linear_backward(p, "mlp.up_proj", dup, z_up, own)
+        )
     dx, dweight = rms_norm_backward(x, p["post_attention_layernorm.weight"], model.norm_eps, _joined(dnormed))
-    (dx,) = wait([dy + dx], [grads.add("post_attention_layernorm.weight", dweight)])
+    (dx,) = wait([dy + dx], grads.add("post_attention_layernorm.weight", dweight))
     return dx
+
+
+def _drops(drop: InputDropout | None, count: int) -> list[InputDropout | None]:
+    """One for each of `count` chunks."""
+    if drop is None:
+        return [None] * count
+    keys = mx.random.split(drop.key, count)
+    return [InputDropout(drop.rate, keys[i]) for i in range(count)]
 
 
 def _chunks(x: mx.array, rows: int | None) -> list[mx.array]:
@@ -157,16 +175,6 @@ def _chunks(x: mx.array, rows: int | None) -> list[mx.array]:
 
 def _joined(chunks: list[mx.array]) -> mx.array:
     return chunks[0] if len(chunks) == 1 else mx.concatenate(chunks)
-
-
-def linear(p: Params, name: str, x: mx.array) -> mx.array:
-    """x W^T, in x's dtype."""
-    return x @ p[f"{name}.weight"].astype(x.dtype).T
-
-
-def _times(dy: mx.array, p: Params, name: str) -> mx.array:
-    """dy W: the gradient of the input of `linear`."""
-    return dy @ p[f"{name}.weight"].astype(dy.dtype)
 
 
 def _head_norms(p: Params) -> HeadNorms | None:

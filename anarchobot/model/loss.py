@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 
 from anarchobot.config.schema import ModelConfig
+from anarchobot.model.linear import Matrix, times, times_transposed
 from anarchobot.numerics.elementary import exp, row_sums, tanh
 from anarchobot.numerics.order import Wait, tied
 from anarchobot.numerics.products import add_product
@@ -19,17 +20,23 @@ from anarchobot.numerics.products import add_product
 CHUNK = 256  # tokens
 
 
-def loss_sum(hidden: mx.array, weight: mx.array, targets: mx.array, model: ModelConfig, chunk: int = CHUNK) -> mx.array:
+def loss_sum(hidden: mx.array, weight: Matrix, targets: mx.array, model: ModelConfig, chunk: int = CHUNK) -> mx.array:
     """Summed cross-entropy in nats (float32 scalar), without gradients: for evaluation.
 
     `hidden` [N, D], `weight` [V, D], `targets` [N] of int32; negative targets add nothing.
     """
-    total = mx.array(0.0)
-    for h, t in _chunks(hidden, targets, chunk):
-        (h,) = mx.depends([h], [total])
-        loss, _, _, _ = _chunk_loss(h, weight, t, model)
-        total = total + loss
-    return total
+    return mx.sum(token_losses(hidden, weight, targets, model, chunk))
+
+
+def token_losses(
+    hidden: mx.array, weight: Matrix, targets: mx.array, model: ModelConfig, chunk: int = CHUNK
+) -> mx.array:
+    """Each token's cross-entropy [N], float32; 0 at negative targets. The rest as for `loss_sum`."""
+    losses: list[mx.array] = []
+    for h, t, _ in _chunks(hidden, targets, mx.array(1.0), chunk):
+        (h,) = mx.depends([h], losses[-1:])
+        losses.append(_chunk_loss(h, weight, t, model)[0])
+    return mx.concatenate(losses)[:, 0]
 
 
 def loss_and_gradients(
@@ -42,8 +49,8 @@ def loss_and_gradients(
     chunk: int = CHUNK,
     wait: Wait = tied,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """`scale` times `loss_sum`, and its gradients for `hidden` [N, D] in hidden's dtype and `weight` [V, D] in float32,
-    the latter added to `weight_gradient` where given.
+    """The losses times `scale` (a scalar, or each token's own [N]), summed, and the gradients of that: for `hidden`
+    [N, D] in hidden's dtype, for `weight` [V, D] in float32, the latter added to `weight_gradient` where given.
 
     For a token with softmax p and one-hot target y, dL/dz = p - y (times 1 - (z/cap)^2 under a softcap), so
     dL/dh = dL/dz W and dL/dW = dL/dz^T h. The scale comes in at dL/dz, in float32, before anything is rounded to
@@ -51,36 +58,67 @@ def loss_and_gradients(
     """
     total = mx.array(0.0)
     hidden_gradients: list[mx.array] = []
-    for h, t in _chunks(hidden, targets, chunk):
+    for h, t, s in _chunks(hidden, targets, scale, chunk):
         done = [total, *hidden_gradients[-1:], *([] if weight_gradient is None else [weight_gradient])]
         (h,) = wait([h], done)
-        loss, z, exps, sums = _chunk_loss(h, weight, t, model)
-        exps, sums = wait([exps, sums], [loss])
-        weights = scale * (t >= 0).astype(mx.float32)[:, None]  # [C, 1]; a negative target's row is zero
-        dz = exps * (weights / sums)
-        target = mx.maximum(t, 0)[:, None]
-        dz = mx.put_along_axis(dz, target, mx.take_along_axis(dz, target, axis=1) - weights, axis=1)
-        if model.logit_softcap is not None:
-            dz = dz * (1 - mx.square(z * (1 / model.logit_softcap)))
-        (dz,) = wait([dz.astype(h.dtype)], [dz])  # [C, V]
-        del z, exps
-        hidden_gradients.append(dz @ weight.astype(h.dtype))
+        loss, dz = _chunk_backward(h, weight, t, model, s, wait)
+        hidden_gradients.append(times(dz, weight))
         weight_gradient = add_product(weight_gradient, dz.T, h)
         total = total + loss
     assert weight_gradient is not None  # there is at least one token
-    return scale * total, mx.concatenate(hidden_gradients), weight_gradient
+    return total, mx.concatenate(hidden_gradients), weight_gradient
 
 
-def _chunks(hidden: mx.array, targets: mx.array, chunk: int) -> Iterator[tuple[mx.array, mx.array]]:
+def loss_and_hidden_gradient(
+    hidden: mx.array,
+    weight: Matrix,
+    targets: mx.array,
+    model: ModelConfig,
+    scale: mx.array,
+    chunk: int = CHUNK,
+    wait: Wait = tied,
+) -> tuple[mx.array, mx.array]:
+    """As `loss_and_gradients`, for a head that is not trained and may be packed."""
+    total = mx.array(0.0)
+    hidden_gradients: list[mx.array] = []
+    for h, t, s in _chunks(hidden, targets, scale, chunk):
+        (h,) = wait([h], [total, *hidden_gradients[-1:]])
+        loss, dz = _chunk_backward(h, weight, t, model, s, wait)
+        hidden_gradients.append(times(dz, weight))
+        total = total + loss
+    return total, mx.concatenate(hidden_gradients)
+
+
+def _chunk_backward(
+    h: mx.array, weight: Matrix, t: mx.array, model: ModelConfig, scale: mx.array, wait: Wait
+) -> tuple[mx.array, mx.array]:
+    """The sum of the chunk's losses times `scale` (a scalar, or [C, 1]), and that of dL/dz [C, V] in h's dtype."""
+    losses, z, exps, sums = _chunk_loss(h, weight, t, model)
+    loss = mx.sum(scale * losses)
+    exps, sums = wait([exps, sums], [loss])
+    weights = scale * (t >= 0).astype(mx.float32)[:, None]  # [C, 1]; a negative target's row is zero
+    dz = exps * (weights / sums)
+    target = mx.maximum(t, 0)[:, None]
+    dz = mx.put_along_axis(dz, target, mx.take_along_axis(dz, target, axis=1) - weights, axis=1)
+    if model.logit_softcap is not None:
+        dz = dz * (1 - mx.square(z * (1 / model.logit_softcap)))
+    (dz,) = wait([dz.astype(h.dtype)], [dz])
+    return loss, dz
+
+
+def _chunks(
+    hidden: mx.array, targets: mx.array, scale: mx.array, chunk: int
+) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
+    """Chunks of hidden states and targets; with each the scalar scale, or its tokens' own [C, 1]."""
     for i in range(0, hidden.shape[0], chunk):
-        yield hidden[i : i + chunk], targets[i : i + chunk]
+        yield hidden[i : i + chunk], targets[i : i + chunk], scale if scale.ndim == 0 else scale[i : i + chunk, None]
 
 
 def _chunk_loss(
-    h: mx.array, weight: mx.array, t: mx.array, model: ModelConfig
+    h: mx.array, weight: Matrix, t: mx.array, model: ModelConfig
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """The chunk's summed loss; its logits z [C, V]; e^(z - highest) [C, V] and its sums [C, 1]; all float32."""
-    z = (h @ weight.astype(h.dtype).T).astype(mx.float32)
+    """The tokens' losses [C, 1]; their logits z [C, V]; e^(z - highest) [C, V] and its sums [C, 1]; all float32."""
+    z = times_transposed(h, weight).astype(mx.float32)
     if model.logit_softcap is not None:
         z = model.logit_softcap * tanh(z * (1 / model.logit_softcap))
     highest = mx.max(z, axis=1, keepdims=True)
@@ -88,4 +126,4 @@ def _chunk_loss(
     sums = row_sums(exps)
     picked = mx.take_along_axis(z, mx.maximum(t, 0)[:, None], axis=1)
     losses = highest + mx.log(sums) - picked  # [C, 1]
-    return mx.sum(losses * (t >= 0).astype(mx.float32)[:, None]), z, exps, sums
+    return losses * (t >= 0).astype(mx.float32)[:, None], z, exps, sums

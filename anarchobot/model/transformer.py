@@ -1,7 +1,8 @@
 """The model: a pre-norm transformer as functions of its parameters (Llama's form: RoPE, RMSNorm, gated MLP).
 
 There is no module tree: parameters are a flat dict of arrays under Hugging Face Llama's names, which is also what a
-checkpoint holds. Master weights are float32; every matrix is cast to the hidden states' dtype where it is used.
+checkpoint holds. Master weights are float32; every matrix is cast to the hidden states' dtype where it is used. Packed
+matrices and adapters are in the same dict (model/linear.py).
 
 Shapes: B batch, L sequence, N = B L, D d_model, K key/value heads, E head width, V vocabulary.
 """
@@ -14,8 +15,9 @@ import mlx.core as mx
 from anarchobot.config.schema import ModelConfig
 from anarchobot.model import block
 from anarchobot.model.attention import Attended, Attention, HeadNorms, turned
-from anarchobot.model.block import Params
+from anarchobot.model.linear import Matrix, matrix, rows, times_transposed
 from anarchobot.model.norm import rms_norm
+from anarchobot.model.sums import Params
 from anarchobot.numerics.order import Wait, tied
 
 
@@ -58,7 +60,7 @@ def hidden_states(
 
 def embed(params: Params, tokens: mx.array, model: ModelConfig, dtype: mx.Dtype) -> mx.array:
     """The tokens' embeddings [N, D] in `dtype`, times model.embedding_scale."""
-    x = params["model.embed_tokens.weight"][tokens.reshape(-1)]
+    x = rows(matrix(params, "model.embed_tokens"), tokens.reshape(-1))
     return (x if model.embedding_scale is None else x * model.embedding_scale).astype(dtype)
 
 
@@ -67,9 +69,15 @@ def head_name(model: ModelConfig) -> str:
     return "model.embed_tokens.weight" if model.tie_embeddings else "lm_head.weight"
 
 
+def head_matrix(params: Params, model: ModelConfig) -> Matrix:
+    """The output head [V, D]."""
+    return matrix(params, head_name(model).removesuffix(".weight"))
+
+
 def logits(hidden: mx.array, params: Params, model: ModelConfig) -> mx.array:
     """float32 logits [..., V] of hidden states [..., D]: the product in their dtype, the rest in float32."""
-    z = (hidden @ params[head_name(model)].astype(hidden.dtype).T).astype(mx.float32)
+    rows_of = hidden.reshape(-1, hidden.shape[-1])
+    z = times_transposed(rows_of, head_matrix(params, model)).astype(mx.float32).reshape(*hidden.shape[:-1], -1)
     return z if model.logit_softcap is None else model.logit_softcap * mx.tanh(z / model.logit_softcap)
 
 

@@ -11,8 +11,9 @@ Shape = tuple[int, ...]
 
 
 def route(name: str, ndim: int, optimizer: Literal["muon_adamw", "adamw"]) -> Literal["muon", "adamw"]:
-    """Muon takes the matrices inside the blocks. Being a matrix is not enough: embeddings and the head are AdamW's."""
-    in_block = ".layers." in name and ndim == 2
+    """Muon takes the matrices inside the blocks. Being a matrix is not enough: embeddings and the head are AdamW's, and
+    so are adapters: what Muon makes even is the update of a whole matrix, not of the two factors of a change to it."""
+    in_block = ".layers." in name and name.endswith(".weight") and ndim == 2
     return "muon" if optimizer == "muon_adamw" and in_block else "adamw"
 
 

@@ -25,12 +25,15 @@ class FolderLock:
         self._file = self._path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
             told = f"{holder} is writing here: wait for its end, or choose another folder"
             raise BlockingIOError(errno.EWOULDBLOCK, told, str(self._path.parent)) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks: go on without
+                raise
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()

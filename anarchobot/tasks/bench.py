@@ -37,6 +37,8 @@ def bench(loaded: LoadedConfig, steps: int = 5) -> dict[str, Any]:
     """
     config = loaded.config
     model, train, length = config.model, config.train, config.data.seq_len
+    if config.lora.r is not None:
+        raise UserError(f"{loaded.where('lora.r')}: bench takes the whole model apart: leave lora out")
     if train.backend == "torch":
         raise UserError(f"{loaded.where('train.backend')}: bench takes the MLX step apart: leave torch out")
     blas = load_fast_blas()  # before MLX, which the next lines import

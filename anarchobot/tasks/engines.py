@@ -1,55 +1,91 @@
 """The engine that the config names, MLX's or PyTorch's, and what a run wants of it besides training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from anarchobot.config.schema import Config
+import numpy as np
+import numpy.typing as npt
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.schema import Config, GenerationConfig
 from anarchobot.data.tokenizer import Tokenizer
 from anarchobot.system.blas import advice, load_fast_blas
 from anarchobot.training.loop import Engine
 
+if TYPE_CHECKING:
+    from anarchobot.training.engine import MLXEngine
+    from anarchobot.training.preference import PreferenceEngine
+
+Weights = Mapping[str, npt.NDArray[np.float32]]
+
 
 @dataclass(frozen=True)
 class OpenEngine:
-    """`place` says precision and device; `sample` is a text of the weights as they are, by the config's generation
-    section; `warnings` say what is slow here, or not to be had."""
+    """`place` says precision and device for people; `sample` is a text of the weights as they are, by the config's
+    generation section; `draw` gives the ids behind those of a context, up to one of those that stop it; `warnings` say
+    what is slow here, or not to be had."""
 
     engine: Engine
+    precision: str
     place: str
     sample: Callable[[Tokenizer], str]
+    draw: Callable[[list[int], GenerationConfig, Collection[int]], list[int]]
     warnings: list[str] = field(default_factory=list)
 
 
-def open_engine(config: Config) -> OpenEngine:
-    """Only what the chosen engine is made of is imported. Raises UserError when its device or package is missing."""
-    return _torch(config) if config.train.backend == "torch" else _mlx(config)
+def open_engine(config: Config, weights: Weights | None = None) -> OpenEngine:
+    """`weights`: the model's first ones (None: new ones). Only what the chosen engine is made of is imported. Raises
+    UserError when its device or package is missing."""
+    return _torch(config, weights) if config.train.backend == "torch" else _mlx(config, weights)
 
 
-def _mlx(config: Config) -> OpenEngine:
-    blas = load_fast_blas()  # before MLX, which the next lines import
-    import mlx.core as mx
+def open_preference_engine(config: Config, weights: Weights) -> "tuple[OpenEngine, PreferenceEngine]":
+    """The engine for pairs of answers, which is MLX's alone. Raises UserError for another."""
+    if config.train.backend == "torch":
+        raise UserError("train.backend: torch has no preference tuning: set train.backend: mlx")
+    blas = load_fast_blas()  # before MLX, which the next line imports
+    from anarchobot.training.preference import PreferenceEngine
 
-    from anarchobot.inference.generation import Model, generate
+    engine = PreferenceEngine(config, weights)
+    return _opened(engine, config, blas is None), engine
+
+
+def _mlx(config: Config, weights: Weights | None) -> OpenEngine:
+    blas = load_fast_blas()  # before MLX, which the next line imports
     from anarchobot.training.engine import MLXEngine
 
-    engine = MLXEngine(config)
-    slow = engine.device.type == mx.DeviceType.cpu and blas is None
+    return _opened(MLXEngine(config, weights), config, blas is None)
+
+
+def _opened(engine: "MLXEngine", config: Config, slow_products: bool) -> OpenEngine:
+    import mlx.core as mx
+
+    from anarchobot.inference.generation import Model, continued, generate
+
+    slow = engine.device.type == mx.DeviceType.cpu and slow_products
     return OpenEngine(
         engine,
+        engine.precision,
         f"{engine.precision} on {engine.device}",
         lambda tokenizer: generate(Model(engine.weights, config.model, tokenizer), config.generation),
+        lambda context, settings, stop: list(continued(engine.weights, config.model, context, settings, stop)),
         [advice()] if slow else [],
     )
 
 
-def _torch(config: Config) -> OpenEngine:
+def _torch(config: Config, weights: Weights | None) -> OpenEngine:
     from anarchobot.torch_mps.engine import TorchEngine
-    from anarchobot.torch_mps.generation import generate
+    from anarchobot.torch_mps.generation import continued, generate
 
-    engine = TorchEngine(config)
+    if config.lora.r is not None:
+        raise UserError("train.backend: torch trains whole weights: leave lora.r out, or set train.backend: mlx")
+    engine = TorchEngine(config, weights)
     return OpenEngine(
         engine,
+        engine.precision,
         f"{engine.precision} on {engine.device.type}, by PyTorch",
         lambda tokenizer: generate(engine.weights, config.model, tokenizer, config.generation),
+        lambda context, settings, stop: continued(engine.weights, config.model, context, settings, stop),
         engine.notes,
     )

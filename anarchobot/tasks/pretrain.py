@@ -1,12 +1,9 @@
 """Pretraining: shards, model, loss and loop put together."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
-from anarchobot.config.yaml_tree import dump
 from anarchobot.data.batches import Prefetched, TrainBatches, ValBatches
 from anarchobot.data.content_check import ContentCheck
 from anarchobot.data.shards import TokenStream
@@ -15,15 +12,10 @@ from anarchobot.data.windows import Joined, StreamWindows, open_windows
 from anarchobot.model.shapes import parameter_count, parameter_shapes
 from anarchobot.optim.routes import describe_routes
 from anarchobot.optim.schedule import total_steps
-from anarchobot.storage.durable import write_whole
-from anarchobot.storage.lock import FolderLock
 from anarchobot.tasks.engines import open_engine
-from anarchobot.tasks.resuming import begin_with, changes, checkpoint_to_resume, resume, room_for, tidy
-from anarchobot.training import checkpoint
-from anarchobot.training.display import TerminalDisplay, duration
-from anarchobot.training.loop import Engine, Run, run_training
-from anarchobot.training.metrics import MetricsLog
-from anarchobot.training.progress import Progress
+from anarchobot.tasks.resuming import begin_with
+from anarchobot.tasks.running import carry_out, where_to_start
+from anarchobot.training.loop import Run
 
 
 def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
@@ -33,6 +25,8 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     """
     config = loaded.config
     train, data = config.train, config.data
+    if config.lora.r is not None:
+        raise UserError(f"{loaded.where('lora.r')}: a new model has nothing to adapt: leave it out, or use sft")
     folders = [data.shard_dir] if isinstance(data.shard_dir, str) else data.shard_dir
     streams = [TokenStream(folder, "train") for folder in folders]
     tokenizer = _check_tokenizers(loaded, streams)
@@ -40,11 +34,8 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     batches = TrainBatches(sets, train.seed, data.shard_weights)
     held_out = Joined([StreamWindows(TokenStream(f, "val"), data.seq_len, data.document_mask) for f in folders])
     val_shards = [shard for stream in streams for shard in stream.manifest.of("val")]
-    run_folder = Path(train.save_dir)
-    steps_before = checkpoint.saved_steps(run_folder)
-    start = checkpoint_to_resume(loaded, run_folder)
+    start = where_to_start(loaded)
     opened = open_engine(config)
-    engine = opened.engine
     check = ContentCheck(folders)
     run = Run(
         config=config,
@@ -53,43 +44,20 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
         train=Prefetched(batches),
         val=ValBatches(held_out, train.micro_batch_size, train.eval_batches),
         bytes_per_token=sum(s.bytes for s in val_shards) / max(1, sum(s.tokens for s in val_shards)),
-        folder=run_folder,
+        folder=start.folder,
         sample=lambda: opened.sample(tokenizer),
         problem=lambda: check.problem,
     )
-    progress = Progress() if start is None else resume(engine, run, start)
-    told: list[str] = []
-    if start is None and train.init_from is not None:
-        told = begin_with(engine, loaded, train.init_from)
-
-    with FolderLock(run_folder):
-        if sorted(checkpoint.saved_steps(run_folder)) != sorted(steps_before):
-            raise UserError(f"{run_folder}: another run has written here just now: begin again")
-        told += tidy(run_folder, start)
-        write_whole(run_folder / "config.yaml", dump(config.model_dump()))
-        copy_beside(tokenizer, run_folder)
-        with (
-            run.train,
-            MetricsLog(Path(train.log_path or run_folder / "logs")) as log,
-            TerminalDisplay(run.steps, progress.step, quiet) as display,
-        ):
-            for line in [*told, *_opening(run, streams, opened.place, start)]:
-                display.note(line)
-            if start is not None:
-                changed = {key: list(values) for key, values in changes(start.config, config).items()}
-                for key, (old, new) in changed.items():
-                    display.note(f"changed: {key} was {old}, is now {new}")
-                log.event("resume", progress.step, folder=str(start.folder), changed=changed)
-            for text in (*opened.warnings, *_warnings(run)):
-                display.note(f"warning: {text}")
-                log.event("warning", progress.step, text=text)
-            finished = run_training(engine, run, progress, log, display)
-            summary = _summary(run, progress, engine, finished)
-            log.event("end", progress.step, finished=finished)
-            log.summary(summary)
-            if log.lost:
-                display.note(f"warning: {log.lost} lines of {log.folder}/metrics.jsonl could not be written")
-    return summary
+    return carry_out(
+        run,
+        start,
+        opened,
+        first_weights=lambda: begin_with(opened.engine, loaded, train.init_from) if train.init_from else [],
+        beside=lambda folder: copy_beside(tokenizer, folder),
+        opening=_opening(run, streams, opened.place, new=start.checkpoint is None),
+        trained=parameter_count(config.model),
+        quiet=quiet,
+    )
 
 
 def _check_tokenizers(loaded: LoadedConfig, streams: list[TokenStream]) -> Tokenizer:
@@ -121,7 +89,7 @@ def _check_tokenizers(loaded: LoadedConfig, streams: list[TokenStream]) -> Token
     return tokenizer
 
 
-def _opening(run: Run, streams: list[TokenStream], place: str, start: checkpoint.Checkpoint | None) -> list[str]:
+def _opening(run: Run, streams: list[TokenStream], place: str, *, new: bool) -> list[str]:
     config = run.config
     per_step = config.train.micro_batch_size * config.train.grad_accum_steps
     tokens, epochs = sum(s.tokens for s in streams), run.steps * per_step / run.train.windows
@@ -131,37 +99,6 @@ def _opening(run: Run, streams: list[TokenStream], place: str, start: checkpoint
         f"{tokens:,} training tokens in {', '.join(str(s.folder) for s in streams)}; "
         f"{run.steps:,} steps of {per_step} x {config.data.seq_len} tokens = {epochs:.2f} epochs",
     ]
-    if start is None and config.train.init_from is not None:
+    if new and config.train.init_from is not None:
         lines.append(f"first weights from {config.train.init_from}")
-    if start is not None:
-        lines.append(f"resuming from {start.folder} at step {start.step}")
     return lines
-
-
-def _warnings(run: Run) -> Iterator[str]:
-    warmup = run.config.train.warmup_steps
-    if warmup >= run.steps:
-        yield f"warmup_steps ({warmup}) is no less than the run's {run.steps} steps: lr never reaches its peak"
-    if len(run.val) == 0:
-        yield "the validation split is empty: no validation, no best checkpoint (see data.val_fraction)"
-    # Two moments for each parameter is AdamW's; Muon has one and a little.
-    parameters = parameter_count(run.config.model)
-    if text := room_for(run.folder, parameters, 2 * parameters, run.config.train.ckpt_keep):
-        yield text
-
-
-def _summary(run: Run, progress: Progress, engine: Engine, finished: bool) -> dict[str, Any]:
-    return {
-        "finished": finished,
-        "steps": progress.step,
-        "tokens": progress.tokens,
-        "parameters": parameter_count(run.config.model),
-        "final_loss": progress.loss,
-        "best_val_loss": progress.best_val_loss,
-        "best_val_bpb": progress.best_val_bpb,
-        "wall_seconds": round(progress.wall_seconds, 3),
-        "wall_time": duration(progress.wall_seconds),
-        "tokens_per_second": round(progress.tokens / max(1e-9, progress.wall_seconds), 1),
-        "peak_memory_gb": round(engine.peak_memory_gb(), 4),
-        "save_dir": str(run.folder),
-    }

@@ -14,7 +14,15 @@ from anarchobot.training.progress import Progress
 FIXED = (
     *("train.seed", "train.optimizer", "train.normuon", "train.muon_split_heads"),
     *("data.seq_len", "data.pack", "data.document_mask", "data.shard_weights"),
+    *("lora.r", "lora.alpha", "lora.target_modules", "lora.num_layers", "lora.dora", "lora.rslora", "lora.quantize"),
+    "preference.loss",
 )
+# What Run.identity may hold: the setting that leads to it, and how to speak of it.
+IDENTITY = {
+    "shards": ("data.shard_dir", "shards than those now in"),
+    "conversations": ("data.dataset", "conversations than those now in"),
+    "base": ("train.init_from", "weights than those now in"),
+}
 FREE_OF_MODEL = ("dropout", "max_seq_len", "bos_id")
 # What says how a run is started and where its things lie, and changes nothing of it.
 NOT_TOLD = ("train.checkpoint_path", "train.save_dir", "train.log_path", "train.supervise", "train.init_from")
@@ -50,27 +58,26 @@ def checkpoint_to_resume(loaded: LoadedConfig, run_folder: Path) -> checkpoint.C
 def resume(engine: Engine, run: Run, start: checkpoint.Checkpoint) -> Progress:
     """Brings the engine to where the checkpoint was. Raises UserError when it is of another run."""
     now = run.config
-    if "shards" not in start.state:
+    if "tokens" not in start.state or "norms" not in start.state:
         raise UserError(
             f"{start.folder}: weights without a run, as `import` makes them: train them further in another folder, "
             f"with train.init_from={start.folder.parent} train.save_dir=..."
         )
-    if start.state["shards"] != run.identity["shards"]:
-        raise UserError(
-            f"{start.folder}: this run began with other shards than those now in {now.data.shard_dir}: point "
-            "data.shard_dir at its own, or begin a new run"
-        )
-    arrays = checkpoint.load_arrays(start, now.model, optimizer=True)
+    for name, (key, here) in IDENTITY.items():
+        if name in run.identity and name not in start.state:
+            raise UserError(f"{start.folder}: a run of another command: begin a new run in another folder")
+        if start.state.get(name) != run.identity.get(name):
+            section, _, own = key.partition(".")
+            raise UserError(
+                f"{start.folder}: this run began with other {here} {getattr(getattr(now, section), own)}: point {key} "
+                "at its own, or begin a new run"
+            )
     shape = [f"model.{key}" for key in type(now.model).model_fields if key not in FREE_OF_MODEL]
     for key, (old, new) in changes(start.config, now).items():
         if key in (*shape, *FIXED):
             raise UserError(f"{start.folder}: {key} was {old} and is now {new}: a run can't change it")
-    engine.load_state(arrays)
-    progress = Progress.of(start.state)
-    # The step was saved before its own validation, which may have been the best.
-    if best := checkpoint.read_best(run.folder, start.step):
-        progress.best_val_loss, progress.best_val_bpb = best["best_val_loss"], best["best_val_bpb"]
-    return progress
+    engine.load_state(checkpoint.load_arrays(start, now.model, optimizer=True))
+    return Progress.of(start.state)
 
 
 def begin_with(engine: Engine, loaded: LoadedConfig, path: str) -> list[str]:

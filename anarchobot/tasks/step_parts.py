@@ -13,9 +13,10 @@ from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
 from anarchobot.model import block, flops, loss
 from anarchobot.model.attention import Attended, Attention
-from anarchobot.model.block import Gradients, KeptAttention, KeptMLP, Params
+from anarchobot.model.block import KeptAttention, KeptMLP
 from anarchobot.model.gradients import embed_backward
 from anarchobot.model.norm import rms_norm, rms_norm_backward
+from anarchobot.model.sums import Gradients, Params
 from anarchobot.model.transformer import blocks, embed, head_name
 from anarchobot.optim import hybrid
 from anarchobot.training.engine import MLXEngine

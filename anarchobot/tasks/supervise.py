@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -24,26 +25,40 @@ MOST_RESUMES = 3  # behind one checkpoint, before the micro-batch is made smalle
 HOUR = 3600.0
 # Operations a second, for a guess at how long a run will take: a small Mac's GPU, and two cores.
 GPU_RATE, CPU_RATE = 2e12, 1e11
+BYTES_A_TOKEN, HUB_TOKENS = 4, 10**8
 _FORWARDED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
-def wanted(config: Config) -> bool:
-    """train.supervise; where it is left out, whether the run will by a rough guess take more than an hour."""
+def wanted(config: Config, *, tuning: bool = False) -> bool:
+    """train.supervise; where it is left out, whether the run will by a rough guess take more than an hour. `tuning`:
+    its data are conversations, not shards."""
     if os.environ.get(PARENT):
         return False
     if config.train.supervise is not None:
         return config.train.supervise
-    return guessed_seconds(config) > HOUR
+    return guessed_seconds(config, tuning=tuning) > HOUR
 
 
-def guessed_seconds(config: Config) -> float:
+def guessed_seconds(config: Config, *, tuning: bool = False) -> float:
     """From the operations of the steps and an assumed speed. Raises UserError when there are no shards."""
     train, seq_len = config.train, config.data.seq_len
-    folders = [config.data.shard_dir] if isinstance(config.data.shard_dir, str) else config.data.shard_dir
-    windows = sum(read_manifest(folder).tokens("train") for folder in folders) // seq_len
+    windows = (_tokens_of_files(config) if tuning else _tokens_of_shards(config)) // seq_len
     step = train.grad_accum_steps * model_step(config.model, train.micro_batch_size, [(0, seq_len)])
     on_gpu = train.device != "cpu" and sys.platform == "darwin"
     return total_steps(train, seq_len, windows) * step / (GPU_RATE if on_gpu else CPU_RATE)
+
+
+def _tokens_of_shards(config: Config) -> int:
+    folders = [config.data.shard_dir] if isinstance(config.data.shard_dir, str) else config.data.shard_dir
+    return sum(read_manifest(folder).tokens("train") for folder in folders)
+
+
+def _tokens_of_files(config: Config) -> int:
+    """By their bytes; a dataset that is no file here is taken to be large."""
+    names = config.data.dataset or []
+    paths = [Path(name) for name in ([names] if isinstance(names, str) else names)]
+    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    return sum(file.stat().st_size // BYTES_A_TOKEN if file.is_file() else HUB_TOKENS for file in files)
 
 
 def supervise(command: Sequence[str], run_folder: Path, micro_batch_size: int, grad_accum_steps: int) -> int:
@@ -57,9 +72,11 @@ def supervise(command: Sequence[str], run_folder: Path, micro_batch_size: int, g
     rows, micro_batches = micro_batch_size, grad_accum_steps
     extra: list[str] = []
     while True:
-        code = _run([*command, *extra])
+        code, told_to_stop = _run([*command, *extra])
         if code >= 0:
             return code
+        if told_to_stop:  # before it could answer
+            return 130
         name = signal.Signals(-code).name
         step = max(saved_steps(run_folder), default=0)
         resumes = resumes + 1 if step == newest else 1
@@ -82,23 +99,30 @@ def supervise(command: Sequence[str], run_folder: Path, micro_batch_size: int, g
         _say(f"the run was ended by {name}: going on from step {step}{how}")
 
 
-def _run(command: Sequence[str]) -> int:
-    """The command's exit code, negative when a signal ended it. It has a session of its own, so that a Ctrl-C reaches
-    it once, from here."""
+def _run(command: Sequence[str]) -> tuple[int, bool]:
+    """The command's exit code, negative when a signal ended it, and whether one was passed on to it.
+
+    It has a session of its own, so that a Ctrl-C reaches it once, from here.
+    """
     child = subprocess.Popen(command, env={**os.environ, PARENT: str(os.getpid())}, start_new_session=True)
 
+    passed_on: list[int] = []
+
     def forward(number: int, frame: FrameType | None) -> None:
+        passed_on.append(number)
         child.send_signal(number)
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, forward) for number in _FORWARDED}
+        heeded = [number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, forward) for number in heeded}
     try:
-        return child.wait()
+        return child.wait(), bool(passed_on)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _say(text: str) -> None:
-    print(f"anarchobot: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the terminal may have gone
+        print(f"anarchobot: {text}", file=sys.stderr, flush=True)

@@ -49,8 +49,8 @@ def block_forward(
 
 
 def linear(p: Params, name: str, x: Tensor) -> Tensor:
-    """x W^T, in autocast's dtype."""
-    return F.linear(x, p[f"{name}.weight"])
+    """x W^T, plus the bias where there is one, in autocast's dtype."""
+    return F.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -4,6 +4,7 @@ Shapes: A micro-batches, B sequences in each, L tokens in a sequence.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
-from anarchobot.model.shapes import init_parameters
+from anarchobot.model.shapes import init_parameters, parameter_shapes
 from anarchobot.torch_mps import hybrid
 from anarchobot.torch_mps.block import BlockForward, Params, block_forward
 from anarchobot.torch_mps.compiling import compiled
@@ -36,7 +37,8 @@ class TorchEngine:
     `notes` are lines for a person: what was asked for and can't be had here.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, weights: Mapping[str, npt.NDArray[np.float32]] | None = None) -> None:
+        """`weights`: the model's first ones by name (None: new ones, by train.seed)."""
         self._config = config
         train = config.train
         self.notes: list[str] = []
@@ -48,8 +50,9 @@ class TorchEngine:
         self.dtype = DTYPES[self.precision]
         self._scale = LossScale() if self.precision == "float16" else None
         self._updates = 0  # updates applied: AdamW's bias correction counts these
-        first_values = init_parameters(config.model, train.seed)
-        self.params: Params = {n: self._tensor(v).requires_grad_() for n, v in first_values.items()}
+        weights = init_parameters(config.model, train.seed) if weights is None else weights
+        names = parameter_shapes(config.model)
+        self.params: Params = {name: self._tensor(weights[name]).requires_grad_() for name in names}
         self._state = hybrid.init_state(self.params, train)
         self._average = {n: p.detach().clone() for n, p in self.params.items()} if train.ema_decay else None
 
@@ -86,7 +89,17 @@ class TorchEngine:
         return StepResult(loss, norm, tokens, applied=applied, overflow=not finite and loss_scale > 1)
 
     def eval_step(self, batch: Batch) -> tuple[float, int]:
-        """Summed loss in nats over the scored tokens of the batch, and their number; no dropout."""
+        """Summed loss in nats over the scored tokens of the batch, and their number; no dropout. Raises MemoryError."""
+        try:
+            return self._loss_sum(batch), int(np.count_nonzero(batch.targets >= 0))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            message = str(error).splitlines()[0]
+        release_memory(self.device)
+        raise MemoryError(message)
+
+    def _loss_sum(self, batch: Batch) -> float:
         model, total = self._config.model, 0.0
         with torch.no_grad():
             for i in range(len(batch.inputs)):
@@ -97,7 +110,7 @@ class TorchEngine:
                 head = self.weights[head_name(model)]
                 loss = loss_sum(hidden.flatten(0, 1), head, targets.flatten(), model, self.technique.loss_chunk)
                 total += float(loss)
-        return total, int(np.count_nonzero(batch.targets >= 0))
+        return total
 
     @property
     def weights(self) -> Params:
@@ -211,16 +224,18 @@ class TorchEngine:
         return Technique(train.gradient_checkpointing, train.attention_block, train.loss_chunk, block)
 
     def _try_out(self, block: BlockForward) -> None:
-        """A pass forward and backward through one layer at the run's own sizes: what is compiled for it is used."""
+        """A pass forward and backward at the run's own sizes: what is compiled for it is used. One layer is enough, or
+        two where the second is another (model.value_residual)."""
         config = self._config
-        one_layer = config.model.model_copy(update={"n_layers": 1})
-        names = [n for n in self.params if ".layers." not in n or ".layers.0." in n]
+        layers = min(config.model.n_layers, 2 if config.model.value_residual else 1)
+        few_layers = config.model.model_copy(update={"n_layers": layers})
+        names = list(parameter_shapes(few_layers))
         tokens = torch.zeros(config.train.micro_batch_size, config.data.seq_len, dtype=torch.int64, device=self.device)
         try:
             hidden = hidden_states(
                 {n: self.params[n] for n in names},
                 tokens,
-                one_layer,
+                few_layers,
                 dtype=self.dtype,
                 segments=tokens if config.data.document_mask else None,
                 dropout_key="",

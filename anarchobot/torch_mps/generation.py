@@ -1,6 +1,7 @@
 """Samples while training: a prompt in, its continuation out. Plain: the whole text goes through the model for each
 token, there is no cache; what is drawn is drawn in numpy, the same on every device."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,15 @@ def generate_ids(
     weights: Params, model: ModelConfig, eod_id: int, prompt: list[int], settings: GenerationConfig
 ) -> list[int]:
     """The drawn token ids, without the end of document that may stop them."""
-    ids = [eod_id if model.bos_id is None else model.bos_id, *prompt]
+    begin = eod_id if model.bos_id is None else model.bos_id
+    return continued(weights, model, [begin, *prompt], settings, {eod_id})
+
+
+def continued(
+    weights: Params, model: ModelConfig, context: list[int], settings: GenerationConfig, stop: Collection[int]
+) -> list[int]:
+    """The ids drawn behind those of `context`, without the one of `stop` that may end them."""
+    ids = list(context)
     start, room = len(ids), model.max_seq_len - len(ids)
     if room < 1:
         raise UserError(
@@ -49,7 +58,7 @@ def generate_ids(
             hidden = hidden_states(weights, torch.tensor([ids], device=head.device), model)
             z = np.array(logits(hidden[0, -1:], head, model)[0].cpu(), np.float64)  # [V]
         token = draw(penalised(z, ids, settings.repetition_penalty), settings, rng)
-        if token == eod_id:
+        if token in stop:
             break
         ids.append(token)
     return ids[start:]

@@ -11,7 +11,7 @@ loaded.
 
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import numpy.typing as npt
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import config_from_dict
 from anarchobot.config.schema import Config, ModelConfig
-from anarchobot.model.shapes import parameter_shapes
+from anarchobot.model.lora import trained_shapes
 from anarchobot.storage.durable import HashedFile, flush_folder, read_sealed, sha256_file, write_sealed
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -87,10 +87,10 @@ def save(run: Path, step: int, arrays: Mapping[str, npt.NDArray[Any]], state: Ma
     return final
 
 
-def rotate(run: Path, keep: int) -> list[int]:
-    """Removes all but the newest `keep` steps and the best one; returns the steps removed."""
-    best = named_step(run / "best.json")
-    old = [s for s in sorted(saved_steps(run))[:-keep] if s != best]
+def rotate(run: Path, keep: int, spared: int | None = None) -> list[int]:
+    """Removes all but the newest `keep` steps, the best one and `spared`; returns the steps removed."""
+    kept = (named_step(run / "best.json"), spared)
+    old = [s for s in sorted(saved_steps(run))[:-keep] if s not in kept]
     for step in old:
         folder = folder_of(run, step)
         (folder / "state.json").unlink()  # first: a half-removed step must not look whole
@@ -141,6 +141,15 @@ def read_best(run: Path, up_to: int) -> dict[str, Any] | None:
     if step is None or step > up_to or step not in saved_steps(run):
         return None
     return read_sealed(run / "best.json")
+
+
+def forget_best(run: Path, *, newer_than: int) -> bool:
+    """Removes best.json when it names a later step than this; returns whether it did."""
+    step = named_step(run / "best.json")
+    if step is None or step <= newer_than:
+        return False
+    (run / "best.json").unlink()
+    return True
 
 
 def find(path: str | Path, *, files: tuple[str, ...] = FILES) -> Checkpoint:
@@ -196,18 +205,42 @@ def _damage(folder: Path, digests: Mapping[str, Any], files: tuple[str, ...]) ->
 def load_arrays(checkpoint: Checkpoint, model: ModelConfig, *, optimizer: bool) -> Arrays:
     """An engine's `state()` again, of a checkpoint that `find` checked; without `optimizer`, the parameters alone.
 
-    Raises UserError when a file can't be read, or the parameters are not those of `model`.
+    Raises UserError when a file can't be read, or the parameters are not those of `model`; also when they are adapters
+    and, without `optimizer`, a model is asked for.
     """
+    lora = checkpoint.config.lora
+    if lora.r is not None and not optimizer:
+        raise UserError(
+            f"{checkpoint.folder}: adapters (lora.r: {lora.r}), not a whole model: join them with their model first "
+            "(anarchobot fuse)"
+        )
+    arrays = _load(checkpoint, ((MODEL_FILE, PARAMS), (OPTIMIZER_FILE, OPTIMIZER))[: 2 if optimizer else 1])
+    _check_shapes(checkpoint.folder, arrays, trained_shapes(model, lora))
+    return arrays | {name: np.array(value) for name, value in checkpoint.state.get("engine", {}).items()}
+
+
+def load_adapters(checkpoint: Checkpoint) -> Arrays:
+    """The adapters by name, of a checkpoint that `find` checked. Raises UserError as `load_arrays`, and when it holds a
+    whole model."""
+    config = checkpoint.config
+    if config.lora.r is None:
+        raise UserError(f"{checkpoint.folder}: a whole model, not adapters (its config has no lora.r)")
+    arrays = _load(checkpoint, ((MODEL_FILE, PARAMS),))
+    _check_shapes(checkpoint.folder, arrays, trained_shapes(config.model, config.lora))
+    return {name.removeprefix(PARAMS): array for name, array in arrays.items()}
+
+
+def _load(checkpoint: Checkpoint, files: Iterable[tuple[str, str]]) -> Arrays:
+    """The arrays of `files`, each with the prefix that its names get."""
     arrays: Arrays = {}
-    for name, prefix in ((MODEL_FILE, PARAMS), (OPTIMIZER_FILE, OPTIMIZER))[: 2 if optimizer else 1]:
+    for name, prefix in files:
         file = checkpoint.folder / name
         try:
             with np.load(file, allow_pickle=False) as npz:
                 arrays |= {prefix + key: npz[key] for key in npz.files}
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise UserError(f"{file}: can't be read ({error}): take an older step of this run") from error
-    _check_shapes(checkpoint.folder, arrays, model)
-    return arrays | {name: np.array(value) for name, value in checkpoint.state.get("engine", {}).items()}
+    return arrays
 
 
 def named_step(file: Path) -> int | None:
@@ -218,8 +251,7 @@ def named_step(file: Path) -> int | None:
         return None
 
 
-def _check_shapes(folder: Path, arrays: Arrays, model: ModelConfig) -> None:
-    wanted = parameter_shapes(model)
+def _check_shapes(folder: Path, arrays: Arrays, wanted: Mapping[str, tuple[int, ...]]) -> None:
     found = {n.removeprefix(PARAMS): a.shape for n, a in arrays.items() if n.startswith(PARAMS)}
     for name in [*wanted, *found]:
         if found.get(name) != wanted.get(name):

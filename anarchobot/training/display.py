@@ -2,19 +2,28 @@
 
 import sys
 import time
+from contextlib import suppress
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 
+class _Console(Console):
+    """rich ends the program when the reader of a pipe has gone. Here that must not end a run."""
+
+    def on_broken_pipe(self) -> None:
+        raise OSError("nobody reads this any more")
+
+
 class TerminalDisplay:
-    """Step, loss, tokens per second, time left and memory. Everything goes to stderr: stdout is for results."""
+    """Step, loss, tokens per second, time left and memory. Everything goes to stderr: stdout is for results. A terminal
+    that has gone is written to no more; the run's log has everything."""
 
     def __init__(self, steps: int, start: int, quiet: bool = False) -> None:
         self._steps, self._start, self._quiet = steps, start, quiet
         self._began = time.monotonic()
-        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._console = _Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
@@ -29,7 +38,8 @@ class TerminalDisplay:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
+        with suppress(OSError):
+            self._bar.stop()
 
     def train(self, step: int, values: dict[str, Any]) -> None:
         per_step = (time.monotonic() - self._began) / max(1, step - self._start)
@@ -40,12 +50,15 @@ class TerminalDisplay:
         )
         if not self._bar.disable:
             self._bar.update(self._task, completed=step, description=text)
-        elif not self._quiet:
-            self._console.print(f"step {step}/{self._steps} | {text}", markup=False)
+        else:
+            self.note(f"step {step}/{self._steps} | {text}")
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            self._console.print(text, markup=False)
+            try:
+                self._console.print(text, markup=False)
+            except OSError:
+                self._quiet = True
 
 
 def duration(seconds: float) -> str:

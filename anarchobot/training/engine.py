@@ -6,7 +6,7 @@ Shapes: A micro-batches, B sequences in each, L tokens in a sequence.
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -16,11 +16,12 @@ import numpy.typing as npt
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
-from anarchobot.model.block import Params
+from anarchobot.model.frozen import begin_adapters
 from anarchobot.model.gradients import Technique, loss_and_gradients
 from anarchobot.model.loss import loss_sum
-from anarchobot.model.shapes import init_parameters
-from anarchobot.model.transformer import head_name, hidden_states
+from anarchobot.model.shapes import init_parameters, parameter_shapes
+from anarchobot.model.sums import Params
+from anarchobot.model.transformer import head_matrix, hidden_states
 from anarchobot.numerics import order
 from anarchobot.optim import hybrid
 from anarchobot.training.loop import StepResult
@@ -31,6 +32,7 @@ CPU_CACHE_BYTES = 2**30  # of freed memory that MLX keeps; its own 32 MB on a CP
 TRAINED = "optimizer/trained/"  # in a checkpoint: the parameters behind a running average
 CPU_MLP_ROWS = 512  # tokens whose MLP stays in a core's caches
 _OUT_OF_MEMORY = re.compile(r"\[malloc|out of memory|unable to allocate", re.IGNORECASE)
+Measures = npt.NDArray[np.float64]  # the loss, and what else an objective measures
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -48,9 +50,14 @@ def choose_device(device: str) -> mx.Device:
 
 
 class MLXEngine:
-    """Holds parameters and optimizer state, and takes training and evaluation steps (training/loop.py's Engine)."""
+    """Holds parameters and optimizer state, and takes training and evaluation steps (training/loop.py's Engine).
 
-    def __init__(self, config: Config) -> None:
+    `params` are what is trained: all weights or, under lora.r, adapters; `frozen` are the others, in as few bytes as
+    the config allows. Only what is trained has gradients and optimizer state, and is saved.
+    """
+
+    def __init__(self, config: Config, weights: Mapping[str, npt.NDArray[np.float32]] | None = None) -> None:
+        """`weights`: the model's first ones by name, each asked for once (None: new ones, by train.seed)."""
         self._config = config
         train = config.train
         self.device = choose_device(train.device)
@@ -61,10 +68,17 @@ class MLXEngine:
         self.dtype = DTYPES[self.precision]
         self._scale = LossScale() if self.precision == "float16" else None
         self._updates = 0  # updates applied: AdamW's bias correction counts these
-        self.params: Params = {n: mx.array(v) for n, v in init_parameters(config.model, train.seed).items()}
+        model = config.model
+        weights = init_parameters(model, train.seed) if weights is None else weights
+        self.frozen: Params = {}
+        if config.lora.r is None:
+            self.params: Params = {name: mx.array(weights[name]) for name in parameter_shapes(model)}
+        else:
+            self.params, self.frozen = begin_adapters(weights, model, config.lora, train.seed, self.dtype)
+        del weights
         self._state = hybrid.init_state(self.params, train)
         self._average = dict(self.params) if train.ema_decay else None
-        mx.eval(self.params, self._state)  # what is still to be computed can't go to another thread
+        mx.eval(self.params, self.frozen, self._state)  # what is still to be computed can't go to another thread
 
         self.compiled = on_gpu if train.compile is None else train.compile
         wrap: Callable[[Any], Any] = mx.compile if self.compiled else lambda function: function
@@ -91,26 +105,25 @@ class MLXEngine:
         A step whose gradient is not finite, or longer than `norm_limit`, changes nothing but the loss scale. Raises
         MemoryError when there is not enough for the gradients; nothing has changed then.
         """
-        places = batch.inputs.shape[1] * batch.inputs.shape[2]  # tokens of a micro-batch, scored or not
+        places = self._places(batch)
         loss_scale = self._scale.scale if self._scale else 1.0
         factor = loss_scale / places  # keeps float16's sums in range, whatever the micro-batch
         try:
             shares = self.workers.each(lambda worker: self._share(batch, step, factor, worker))
-            total = sum(loss for loss, _ in shares)
+            measures: Measures = np.sum([measures for measures, _ in shares], axis=0)
             grads = _summed([grads for _, grads in shares if grads])
         except RuntimeError as error:
-            if not _OUT_OF_MEMORY.search(str(error)):
-                raise
-            mx.clear_cache()
-            raise MemoryError(str(error)) from None  # whose traceback would keep what is to be freed
+            raise _told(error) from None  # whose traceback would keep what is to be freed
         del shares
-        tokens = int(np.count_nonzero(batch.targets >= 0))
-        unscale = places / (loss_scale * max(1, tokens))
+        count = max(1, self._count(batch))
+        unscale = places / (loss_scale * count)
         norm = float(_global_norm(grads)) * unscale
-        loss = total / (factor * max(1, tokens))
+        loss, *others = (measures / (factor * count)).tolist()
         finite = math.isfinite(norm) and math.isfinite(loss)
         applied = finite and norm <= norm_limit
-        result = StepResult(loss, norm, tokens, applied, overflow=not finite and loss_scale > 1)
+        tokens = int(np.count_nonzero(batch.targets >= 0))
+        overflow = not finite and loss_scale > 1
+        result = StepResult(loss, norm, tokens, applied, overflow, self._named(others))
         if self._scale:
             self._scale.after(finite)
         if applied:
@@ -124,7 +137,11 @@ class MLXEngine:
 
     @property
     def weights(self) -> Params:
-        """What is validated, saved and used: the parameters, or their running average."""
+        """What is validated and used: the frozen weights, and the trained ones or their running average."""
+        return {**self.frozen, **self._kept}
+
+    @property
+    def _kept(self) -> Params:
         return self.params if self._average is None else self._average
 
     def _apply(self, grads: Params, *scalars: mx.array) -> None:
@@ -152,21 +169,36 @@ class MLXEngine:
         self.params = {name: params[name] for name in names}
         self._state = {kind: {n: a for _, state in done for n, a in state[kind].items()} for kind in self._state}
 
-    def _share(self, batch: Batch, step: int, factor: float, worker: int) -> tuple[float, Params]:
-        """One worker's rows of every micro-batch: the sums of their scaled losses and gradients."""
+    # What another objective than the tokens' cross-entropy has otherwise (training/preference.py).
+
+    def _places(self, batch: Batch) -> int:
+        """What float16's sums of a micro-batch are divided by: tokens, scored or not."""
+        return int(batch.inputs[0].size)
+
+    def _count(self, batch: Batch) -> int:
+        """What the loss and the gradient of a step are the mean over."""
+        return int(np.count_nonzero(batch.targets >= 0))
+
+    def _named(self, others: list[float]) -> dict[str, float]:
+        """What is measured beside the loss."""
+        return {}
+
+    def _share(self, batch: Batch, step: int, factor: float, worker: int) -> tuple[Measures, Params]:
+        """One worker's rows of every micro-batch: the sums of their scaled losses, with what else is measured, and of
+        the gradients."""
         sums: Params = {}
         total = mx.array(0.0)
         for i in range(len(batch.inputs)):
             rows = self._rows(batch, i, worker)
-            if not rows[0].size:  # a micro-batch that was halved may have fewer rows than there are workers
+            if not _any(rows):  # a micro-batch that was halved may have fewer rows than there are workers
                 break
             key = _dropout_key(self._config.train.seed, step, i, worker)
-            loss, sums = self._micro_step(self.params, *rows, key, mx.array(factor), sums)
+            loss, sums = self._micro_step(self.params, self.frozen, *rows, key, mx.array(factor), sums)
             total = total + loss
             mx.eval(sums, total)  # now: else MLX would keep every micro-batch's activations for one large graph
-        return float(total), sums
+        return np.atleast_1d(np.array(total, np.float64)), sums
 
-    def _rows(self, batch: Batch, i: int, worker: int) -> tuple[mx.array, mx.array, mx.array | None]:
+    def _rows(self, batch: Batch, i: int, worker: int) -> tuple[mx.array | None, ...]:
         """A worker's rows of micro-batch `i`: inputs, targets and segments, [B / workers, L]."""
 
         def part(x: npt.NDArray[np.int32]) -> mx.array:
@@ -176,16 +208,25 @@ class MLXEngine:
 
     def eval_step(self, batch: Batch) -> tuple[float, int]:
         """Summed loss in nats over the scored tokens of the batch, and their number; no dropout."""
+        measures, count = self._evaluated(batch)
+        return float(measures[0]), count
 
-        def share(worker: int) -> float:
-            total = 0.0
+    def _evaluated(self, batch: Batch) -> tuple[Measures, int]:
+        weights = self.weights
+
+        def share(worker: int) -> Measures:
+            total: Measures = np.zeros(1)
             for i in range(len(batch.inputs)):
                 rows = self._rows(batch, i, worker)
-                if rows[0].size:  # the last batch of a validation may have fewer rows than there are workers
-                    total += float(self._loss(self.weights, *rows))
+                if _any(rows):  # the last batch of a validation may have fewer rows than there are workers
+                    total = total + np.atleast_1d(np.array(self._loss(weights, *rows), np.float64))
             return total
 
-        return sum(self.workers.each(share)), int(np.count_nonzero(batch.targets >= 0))
+        try:
+            whole: Measures = sum(self.workers.each(share), np.zeros(1))
+        except RuntimeError as error:
+            raise _told(error) from None
+        return whole, self._count(batch)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything a checkpoint needs, as named numpy arrays: `params/...`, `optimizer/...`, and scalars; under
@@ -193,7 +234,7 @@ class MLXEngine:
 
         There is no random state: dropout and data order are functions of the seed and the step.
         """
-        arrays = {f"params/{name}": p for name, p in self.weights.items()}
+        arrays = {f"params/{name}": p for name, p in self._kept.items()}
         if self._average is not None:
             arrays |= {f"{TRAINED}{name}": p for name, p in self.params.items()}
         arrays |= {
@@ -207,7 +248,14 @@ class MLXEngine:
         return numpy
 
     def load_state(self, state: dict[str, npt.NDArray[Any]]) -> None:
-        """Takes what `state` gave. Raises UserError when the optimizer was another one."""
+        """Takes what `state` gave. Raises UserError when other parameters were trained, or by another optimizer."""
+        found = {n.removeprefix("params/"): a.shape for n, a in state.items() if n.startswith("params/")}
+        for name in [*self.params, *found]:
+            if name not in found or name not in self.params or found[name] != self.params[name].shape:
+                raise UserError(
+                    f"lora: the checkpoint has {name} {_said(found.get(name))}, this run "
+                    f"{_said(self.params[name].shape if name in self.params else None)}: set the section as it was"
+                )
         own = {f"optimizer/{kind}/{name}" for kind, by_name in self._state.items() for name in by_name}
         if own != {name for name in state if name.startswith("optimizer/") and not name.startswith(TRAINED)}:
             raise UserError("train.optimizer: the checkpoint was made with another optimizer: set the same one")
@@ -252,6 +300,7 @@ class MLXEngine:
     def _loss_and_gradients(
         self,
         params: Params,
+        frozen: Params,
         inputs: mx.array,
         targets: mx.array,
         segments: mx.array | None,
@@ -266,10 +315,12 @@ class MLXEngine:
             targets,
             self._config.model,
             scale=scale,
+            frozen=frozen,
             sums=sums,
             dtype=self.dtype,
             segments=segments,
             dropout_key=key,
+            adapter_dropout=self._config.lora.dropout,
             technique=self.technique,
         )
 
@@ -277,7 +328,7 @@ class MLXEngine:
         self.traces += 1
         model = self._config.model
         hidden = hidden_states(params, inputs, model, dtype=self.dtype, segments=segments, wait=self.technique.wait)
-        return loss_sum(hidden.reshape(-1, model.d_model), params[head_name(model)], targets.reshape(-1), model)
+        return loss_sum(hidden.reshape(-1, model.d_model), head_matrix(params, model), targets.reshape(-1), model)
 
     def _clip_and_update(
         self,
@@ -293,6 +344,22 @@ class MLXEngine:
         grads = {name: grads.pop(name) * factor for name in list(grads)}
         head_size, train = self._config.model.head_size, self._config.train
         return hybrid.update(params, grads, state, lr, momentum, count, train, head_size, self.technique.wait)
+
+
+def _told(error: RuntimeError) -> Exception:
+    """MemoryError, if that is what MLX means."""
+    if not _OUT_OF_MEMORY.search(str(error)):
+        return error
+    mx.clear_cache()
+    return MemoryError(str(error))
+
+
+def _any(rows: tuple[mx.array | None, ...]) -> bool:
+    return rows[0] is not None and rows[0].size > 0
+
+
+def _said(shape: tuple[int, ...] | None) -> str:
+    return "not" if shape is None else f"as {list(shape)}"
 
 
 def _dropout_key(seed: int, step: int, micro_batch: int, worker: int) -> mx.array:

@@ -12,7 +12,8 @@ from anarchobot.config.schema import GuardConfig
 
 
 class Guard:
-    """Holds the last norms, oldest first, in the list that it is given, which is part of a checkpoint."""
+    """Holds the last norms, oldest first, in the list that it is given, which is part of a checkpoint. How many steps
+    in a row were not finite is in none: no checkpoint is made before one is finite again."""
 
     def __init__(self, settings: GuardConfig, norms: list[float]) -> None:
         self._settings, self._norms = settings, norms
@@ -33,6 +34,11 @@ class Guard:
             del self._norms[: -self._settings.spike_window]
         if not overflow:
             self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
+
+    @property
+    def doubts(self) -> bool:
+        """Whether the last step was not finite: the weights may be bad, and no checkpoint should be made of them."""
+        return self._bad_in_a_row > 0
 
     @property
     def gives_up(self) -> bool:

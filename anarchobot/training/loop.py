@@ -3,8 +3,8 @@ what is done when something goes wrong."""
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +31,7 @@ class StepResult:
     """Mean loss in nats over the step's `tokens` scored tokens, and the gradient's global norm before clipping.
 
     `applied`: whether the update was made. `overflow`: it was not, and float16's loss scale, now halved, is to blame.
+    `extra`: what else the log's line shall have.
     """
 
     loss: float
@@ -38,6 +39,7 @@ class StepResult:
     tokens: int
     applied: bool = True
     overflow: bool = False
+    extra: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def finite(self) -> bool:
@@ -70,17 +72,19 @@ class Display(Protocol):
 @dataclass(frozen=True)
 class Run:
     """What a run is made of. `identity` goes into every checkpoint and must be the same on resume; `problem` says what
-    is found to be wrong with the shards, while they are checked beside the training."""
+    is found to be wrong with the shards, while they are checked beside the training; `judge` gives what a validation
+    shall say besides."""
 
     config: Config
     steps: int
     identity: dict[str, Any]
     train: Prefetched
     val: ValBatches
-    bytes_per_token: float  # of the validation split: nats per token into bits per byte
+    bytes_per_token: float | None  # of the validation split: nats per token into bits per byte; None: no such loss
     folder: Path
     sample: Callable[[], str] | None = None
     problem: Callable[[], str | None] = lambda: None
+    judge: Callable[[], Mapping[str, float]] = dict
 
 
 def run_training(engine: Engine, run: Run, progress: Progress, log: MetricsLog, display: Display) -> bool:
@@ -102,6 +106,7 @@ class _Training:
         self._train = run.config.train
         self._guard = Guard(run.config.guard, progress.norms)
         self._micro_batches, self._rows = self._train.grad_accum_steps, self._train.micro_batch_size
+        self._eval_rows = self._rows
         self._began = time.monotonic() - progress.wall_seconds
         self._line_seconds, self._line_tokens = 0.0, 0  # since the last line; without validation and saving
         self._skipped = 0  # steps in a row
@@ -109,10 +114,11 @@ class _Training:
     def go(self, stop: StopRequest, saver: Saver) -> bool:
         """Whether all is done, the last validation too."""
         self._stop, self._saver = stop, saver
-        progress, train = self._progress, self._train
-        # A fresh run, or one that was stopped between a step's checkpoint and its validation.
-        validated = not self._validation_due() or progress.step in self._log.steps_of("eval") or self._validate()
-        while progress.step < self._run.steps and not stop.requested:
+        progress, train, due = self._progress, self._train, False
+        # A checkpoint is older than its own step's validation: what it made known of the best is found out again.
+        again = progress.step in self._log.steps_of("eval")
+        validated = not self._validation_due() or self._validate(in_the_log=again)
+        while progress.step < self._run.steps and not stop.requested and not self._patience_is_out():
             if problem := self._run.problem():
                 saver.wait()
                 raise UserError(f"{problem}; what was trained on it since step {saver.newest} is not saved")
@@ -120,15 +126,23 @@ class _Training:
             if self._guard.gives_up:
                 self._go_back()
                 continue
-            if saver.due(progress.step) or progress.step == self._run.steps or stop.requested:
+            due = due or saver.due(progress.step) or progress.step == self._run.steps or stop.requested
+            if due and not self._guard.doubts:
                 self._save()
+                due = False
             validated = not self._validation_due() or self._validate()
             if train.sample_interval and progress.step % train.sample_interval == 0 and not stop.requested:
                 self._sample()
             saver.poll()
-        if progress.step > saver.newest:
+        done = progress.step >= self._run.steps
+        # In doubt, the steps behind the newest checkpoint are made again: bad weights must not push it out.
+        if progress.step > saver.newest and (done or not self._guard.doubts):
             saver.finish(progress.step, self._engine.state, self._state())
-        return progress.step >= self._run.steps and validated
+        saver.finish_naming()
+        return (done or self._patience_is_out()) and validated
+
+    def _patience_is_out(self) -> bool:
+        return self._train.patience is not None and self._progress.stale >= self._train.patience
 
     def _step(self) -> None:
         run, progress, train = self._run, self._progress, self._train
@@ -184,7 +198,8 @@ class _Training:
             raise UserError(
                 f"step {progress.step}: the numbers went wrong (not finite) before the first checkpoint: {lower}"
             )
-        found = checkpoint.find(checkpoint.folder_of(self._run.folder, saver.newest))
+        found = checkpoint.find(self._run.folder)
+        saver.newest = found.step
         before = Progress.of(found.state)
         before.returns = 1 + (progress.returns if progress.returned_to == found.step else 0)
         before.returned_to = found.step
@@ -200,7 +215,10 @@ class _Training:
         self._display.note(text)
         self._log.event("resume", found.step, folder=str(found.folder), reason=text)
         before.position, before.wall_seconds = progress.position, progress.wall_seconds
-        before.best_val_loss, before.best_val_bpb = progress.best_val_loss, progress.best_val_bpb
+        if checkpoint.forget_best(self._run.folder, newer_than=found.step):  # that step will come again, and be another
+            saver.forget_best()
+        else:
+            before.best_val_loss, before.best_val_bpb = progress.best_val_loss, progress.best_val_bpb
         vars(progress).update(vars(before))
         self._guard = Guard(self._run.config.guard, progress.norms)
         self._skipped = 0
@@ -208,12 +226,15 @@ class _Training:
     def _halve(self, step: int) -> None:
         """Smaller micro-batches and more of them: the batch stays what it was."""
         if self._rows == 1:
+            if self._progress.step > self._saver.newest:
+                self._save()  # nothing has changed: these weights are good
             raise UserError(
                 f"step {step}: out of memory with one sequence at a time: set train.gradient_checkpointing: true, or "
                 "make the model or data.seq_len smaller"
             )
         parts = next(n for n in range(2, self._rows + 1) if self._rows % n == 0)
         self._rows, self._micro_batches = self._rows // parts, self._micro_batches * parts
+        self._eval_rows = min(self._eval_rows, self._rows)
         text = (
             f"step {step}: out of memory: going on with train.micro_batch_size={self._rows} "
             f"train.grad_accum_steps={self._micro_batches}, which is the same batch"
@@ -229,6 +250,7 @@ class _Training:
             "tokens": self._progress.tokens,
             "tokens_per_second": round(self._line_tokens / max(1e-9, self._line_seconds), 1),
             "peak_memory_gb": round(self._engine.peak_memory_gb(), 4),
+            **result.extra,
         }
         self._log.event("train", self._progress.step, **values)
         self._display.train(self._progress.step, values)
@@ -248,7 +270,7 @@ class _Training:
             self._log.event("save", saved.step, folder=folder, removed=saved.removed, seconds=round(saved.seconds, 3))
         if saved.error is not None:
             text = (
-                f"step {saved.step}: {'tidying up behind the checkpoint' if saved.written else 'saving'} failed "
+                f"step {saved.step}: {saved.what} failed "
                 f"({saved.error}): training goes on, the checkpoints before it stay, and it will be tried again"
             )
             self._display.note(f"warning: {text}")
@@ -258,7 +280,7 @@ class _Training:
         step = self._progress.step
         return len(self._run.val) > 0 and (step % self._train.eval_interval == 0 or step == self._run.steps)
 
-    def _validate(self) -> bool:
+    def _validate(self, in_the_log: bool = False) -> bool:
         """Validates, logs, and keeps the step when it is the best so far; False when a stop request ended it."""
         run, progress = self._run, self._progress
         self._saver.wait()
@@ -266,32 +288,62 @@ class _Training:
         for i in range(len(run.val)):
             if self._stop.requested:
                 return False
-            sums += self._engine.eval_step(run.val[i])
+            sums += self._evaluated(run.val[i])
         loss = float(sums[0] / sums[1])
-        values = {
-            "val_loss": loss,
-            "val_bpb": loss / math.log(2) / run.bytes_per_token,
-            "perplexity": math.exp(min(loss, 700.0)),
-        }
+        values = {"val_loss": loss}
+        if run.bytes_per_token is not None:
+            values["val_bpb"] = loss / math.log(2) / run.bytes_per_token
+            values["perplexity"] = math.exp(min(loss, 700.0))
+        values |= run.judge()
         best = progress.best_val_loss
         if math.isfinite(loss) and (best is None or loss < best):
-            progress.best_val_loss, progress.best_val_bpb = loss, values["val_bpb"]
-            if progress.step > 0:
-                if not self._saver.has(progress.step):
-                    self._save()
-                self._saver.name_best(progress.step, {"best_val_loss": loss, "best_val_bpb": values["val_bpb"]})
-        # Last: a validation that is in the log is not made again by a run that was killed here and resumed.
-        self._log.event("eval", progress.step, **values)
-        self._display.note(
-            f"step {progress.step}: validation loss {loss:.4f}, {values['val_bpb']:.4f} bits per byte, "
-            f"perplexity {values['perplexity']:.2f}"
-        )
+            # First, while the state still says what it says in any run that comes here; see `go`.
+            if progress.step > 0 and not self._saver.has(progress.step) and not self._guard.doubts:
+                self._save()
+            found = {"best_val_loss": loss, "best_val_bpb": values.get("val_bpb")}
+            if progress.step == 0 or self._saver.name_best(progress.step, found):
+                progress.best_val_loss, progress.best_val_bpb = loss, values.get("val_bpb")
+            progress.stale = 0
+        else:
+            progress.stale += 1
+        if not in_the_log:
+            self._log.event("eval", progress.step, **values)
+        named = {"val_loss": "validation loss", "val_bpb": "bits per byte"}
+        said = (f"{named.get(name, name.removeprefix('val_').replace('_', ' '))} {x:.4f}" for name, x in values.items())
+        self._display.note(f"step {progress.step}: {', '.join(said)}")
+        if self._patience_is_out():
+            self._display.note(
+                f"step {progress.step}: no better validation in {progress.stale} (train.patience): the run ends"
+            )
         return True
+
+    def _evaluated(self, batch: Batch) -> npt.NDArray[np.float64]:
+        """Summed loss and count, by as few rows at a time as memory asks for."""
+        rows = batch.inputs.shape[1]
+        while True:
+            at_once = min(rows, self._eval_rows)
+            try:
+                parts = [self._engine.eval_step(batch.rows(i, i + at_once)) for i in range(0, rows, at_once)]
+                sums: npt.NDArray[np.float64] = np.sum(parts, axis=0)
+                return sums
+            except MemoryError:
+                if at_once == 1:
+                    raise
+                self._eval_rows = -(-at_once // 2)
+                self._warn(f"out of memory in validation: going on with {self._eval_rows} sequences at a time")
+
+    def _warn(self, text: str) -> None:
+        self._display.note(f"warning: step {self._progress.step}: {text}")
+        self._log.event("warning", self._progress.step, text=text)
 
     def _sample(self) -> None:
         if self._run.sample is None:
             return
         self._saver.wait()
-        text = self._run.sample()
+        try:
+            text = self._run.sample()
+        except UserError as error:  # such as a prompt that is too long: no reason to end a run
+            self._warn(f"no sample: {error}")
+            return
         self._log.event("sample", self._progress.step, text=text)
         self._display.note(f"step {self._progress.step}: sample: {text}")

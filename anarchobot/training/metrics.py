@@ -16,11 +16,7 @@ from typing import Any, Self
 
 from anarchobot.storage.durable import write_whole
 
-# TensorBoard's tags; what is not here (text, times) is in metrics.jsonl alone.
-_TAGS = {
-    "train": ("loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_gb"),
-    "eval": ("val_loss", "val_bpb", "perplexity"),
-}
+CURVES = ("train", "eval")  # events whose values, all of them numbers, are TensorBoard's too
 
 
 class MetricsLog:
@@ -42,7 +38,7 @@ class MetricsLog:
         line = {"step": step, "event": event, "time": round(time.time(), 3), **values}
         try:
             _append(self._file, (json.dumps(line) + "\n").encode())
-            self._board.add(step, {f"{event}/{name}": values[name] for name in _TAGS.get(event, ())})
+            self._board.add(step, {f"{event}/{name}": x for name, x in values.items() if event in CURVES})
         except OSError:
             self.lost += 1
 

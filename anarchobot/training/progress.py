@@ -7,7 +7,8 @@ from typing import Any, Self
 @dataclass
 class Progress:
     """`position` counts the windows consumed; `norms` are the last gradient norms, which tell what is a spike;
-    `returns` counts how often the run went back to the step `returned_to`."""
+    `returns` counts how often the run went back to the step `returned_to`; `stale`, validations since the
+    best one."""
 
     step: int = 0
     position: int = 0
@@ -19,6 +20,7 @@ class Progress:
     norms: list[float] = field(default_factory=list)
     returns: int = 0
     returned_to: int = 0
+    stale: int = 0
 
     def state(self, seed: int) -> dict[str, Any]:
         """As a checkpoint's state.json has it. Dropout and the order of the data are functions of the seed and the
@@ -32,5 +34,5 @@ class Progress:
     @classmethod
     def of(cls, state: dict[str, Any]) -> Self:
         """What `state` gave, with the step."""
-        values = {name: state[name] for name in cls.__dataclass_fields__ if name != "position"}
+        values = {name: state[name] for name in cls.__dataclass_fields__ if name in state and name != "position"}
         return cls(position=state["data_position"], **values)

@@ -21,14 +21,15 @@ LAST_TRIES, LAST_PAUSE = 10, 15.0  # at its end, when there is nothing else to d
 
 @dataclass(frozen=True)
 class Saved:
-    """A save that has ended. `written`: it is on the disk; `error`: what went wrong, which may be the removal of older
-    steps alone; `seconds`: how long it took."""
+    """A save that has ended. `written`: it is on the disk; `error`: what went wrong, and with `what`, which may be the
+    removal of older steps alone; `seconds`: how long it took."""
 
     step: int
     written: bool
     removed: list[int]
     seconds: float
     error: Exception | None = None
+    what: str = "saving"
 
 
 class Saver:
@@ -46,6 +47,8 @@ class Saver:
         self._handed_over = newest
         self._last_time = time.monotonic()
         self._retry_at: float | None = None
+        self._best: dict[str, Any] | None = None  # a name that could not be written yet
+        self._name_at = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -72,18 +75,38 @@ class Saver:
         self._handed_over, self._last_time, self._retry_at = step, time.monotonic(), None
         self._under_way.append(self._pool.submit(self._write, step, arrays, state))
 
-    def name_best(self, step: int, values: dict[str, Any]) -> None:
-        """Names a step that was handed over the best, once it is on the disk."""
+    def name_best(self, step: int, values: dict[str, Any]) -> bool:
+        """Names a step that was handed over the best, once it is on the disk; False when it is not there. If the name
+        can't be written, that is tried again later, and the step is not removed meanwhile."""
         self.wait()
-        if self.newest == step:
-            folder = checkpoint.folder_of(self._run, step).name
-            try:
-                write_sealed(self._run / "best.json", {"step": step, "folder": folder, **values})
-            except OSError as error:
-                self._on_saved(Saved(step, True, [], 0.0, error))
+        if self.newest != step:
+            return False
+        self._best = {"step": step, "folder": checkpoint.folder_of(self._run, step).name, **values}
+        self._write_name()
+        return True
+
+    def forget_best(self) -> None:
+        self._best = None
+
+    def finish_naming(self) -> None:
+        """At the end of a run: the last chance of a name that could not be written."""
+        if self._best is not None:
+            self._write_name()
+
+    def _write_name(self) -> None:
+        best = self._best
+        assert best is not None
+        try:
+            write_sealed(self._run / "best.json", best)
+            self._best = None
+        except OSError as error:
+            self._name_at = time.monotonic() + RETRY_SECONDS
+            self._on_saved(Saved(best["step"], False, [], 0.0, error, "naming the best step"))
 
     def poll(self) -> None:
         """Takes note of saves that have ended."""
+        if self._best is not None and time.monotonic() >= self._name_at:
+            self._write_name()
         while self._under_way and self._under_way[0].done():
             saved = self._under_way.popleft().result()
             if saved.written:
@@ -115,12 +138,13 @@ class Saver:
 
     def _write(self, step: int, arrays: Arrays, state: dict[str, Any]) -> Saved:
         began = time.monotonic()
-        written, removed, problem = False, [], None
+        written, removed, problem, what = False, [], None, "saving"
         try:
             checkpoint.save(self._run, step, arrays, state)
-            written = True
+            written, what = True, "tidying up behind the checkpoint"
+            best = self._best
             # Only now, when the new one has been read back, may an older one go.
-            removed = checkpoint.rotate(self._run, self._train.ckpt_keep)
+            removed = checkpoint.rotate(self._run, self._train.ckpt_keep, None if best is None else best["step"])
         except Exception as error:  # whatever it is, it must not end the run
             problem = error
-        return Saved(step, written, removed, time.monotonic() - began, problem)
+        return Saved(step, written, removed, time.monotonic() - began, problem, what)

@@ -1,13 +1,17 @@
-"""Ctrl-C, SIGTERM and a closed terminal ask the run to end after the step at hand; a second one ends it at once.
+"""Ctrl-C, SIGTERM and a closed terminal ask the run to end after the step at hand; a Ctrl-C after that, at once.
 
 Python runs its signal handlers between bytecodes, so not while MLX evaluates a graph, which may take a minute. A thread
 that reads the wake-up descriptor sees the signal at once: it answers, and ends the program if need be.
+
+What was ignored when the program began stays ignored: `nohup` means it. SIGTERM may come twice, from the system and
+from the process that supervises, and means the same: only a Ctrl-C is impatient.
 """
 
 import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -35,7 +39,8 @@ class StopRequest:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         for number in _SIGNALS:
-            self._before[number] = signal.signal(number, self._receive)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._receive)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
@@ -53,19 +58,23 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
-        if self._signals > 1:
+        if self._signals > 1 and number == signal.SIGINT:
             raise KeyboardInterrupt
 
     def _watch(self) -> None:
         seen = 0
         while number := os.read(self._reader, 1)[0]:
-            if number not in _SIGNALS:
+            if number not in self._before:
                 continue
             seen += 1
             if seen == 1:
-                name = signal.Signals(number).name
-                print(f"\n{name}: saving after this step; again to stop at once", file=sys.stderr, flush=True)
-            elif not self._ended.wait(PATIENCE):
+                _say(f"\n{signal.Signals(number).name}: saving after this step; Ctrl-C to stop at once")
+            elif number == signal.SIGINT and not self._ended.wait(PATIENCE):
                 # Written checkpoints are whole at any moment, so there is nothing to wait for.
-                print("stopped", SHOW_CURSOR if sys.stderr.isatty() else "", file=sys.stderr, flush=True)
+                _say(f"stopped{SHOW_CURSOR if sys.stderr.isatty() else ''}")
                 os._exit(130)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # the terminal may have gone
+        print(text, file=sys.stderr, flush=True)

@@ -25,8 +25,17 @@ SURFACE = {
         "CONFIG", "KEY=VALUE", "--backend", "--batch-size", "--checkpoint-dir", "--epochs", "--lr", "--max-grad-norm",
         "--no-supervise", "--resume-from", "--save-every", "--supervise", "--warmup-steps",
     ],
+    **{
+        command: [
+            "CONFIG", "KEY=VALUE", "--backend", "--batch-size", "--checkpoint-dir", "--dataset", "--epochs", "--lr",
+            "--max-grad-norm", "--model", "--no-supervise", "--resume-from", "--save-every", "--supervise",
+            "--warmup-steps",
+        ]
+        for command in ("sft", "dpo")
+    },
     "export": ["--checkpoint", "--dtype", "--output", "--to"],
     "import": ["DIR", "--output"],
+    "fuse": ["--adapter", "--model", "--output"],
     "selftest": ["--faults", "--kills", "--seed"],
     "bench": ["CONFIG", "KEY=VALUE", "--steps"],
     "generate": [
@@ -73,7 +82,14 @@ def test_help_says_of_each_setting_what_the_schema_says(
     text = capsys.readouterr().out
     assert text.startswith(f"usage: anarchobot {command} ")
     settings = [a.dest.removeprefix("setting ") for a in leaves(build_parser())[command]._actions if " " in a.dest]
-    assert len(settings) == {"pretrain": 11, "generate": 8, "pretokenize": 5, "tokenizer train": 3}.get(command, 0)
+    assert len(settings) == {
+        "pretrain": 11,
+        "sft": 13,
+        "dpo": 13,
+        "generate": 8,
+        "pretokenize": 5,
+        "tokenizer train": 3,
+    }.get(command, 0)
     for key in settings:
         assert f"{key}: {leaf_keys()[key].description}; takes " in text
 

@@ -54,6 +54,29 @@ CONTRADICTIONS = {
     ),
     # Of two contradictions the first in the file is told, whatever the order of the schema.
     "train:\n  lr: 1e-5\nmodel:\n  n_heads: 7\n": "c.yaml:2: train.lr: min_lr (3e-05) must be at most lr (1e-05)",
+    "lora: {alpha: 3, dora: true}\n": (
+        "c.yaml:1: lora.alpha: there are no adapters without lora.r: set it (such as lora.r: 8), or leave the section "
+        "out"
+    ),
+    "lora:\n  r: 8\n  target_modules: [q_proj, fc1]\n": (
+        "c.yaml:3: lora.target_modules: fc1: a model here has a gated MLP, whose matrices are gate_proj, up_proj and "
+        "down_proj"
+    ),
+    "lora:\n  r: 8\n  target_modules: [q_porj]\n": (
+        "c.yaml:3: lora.target_modules: no matrix is called q_porj; did you mean 'q_proj'?"
+    ),
+    "lora:\n  r: 8\n  target_modules: [embed_tokens]\n": (
+        "c.yaml:3: lora.target_modules: no matrix is called embed_tokens; expected q_proj, k_proj, v_proj, o_proj, "
+        "gate_proj, up_proj, down_proj"
+    ),
+    "lora:\n  r: 8\n  target_modules: [q_proj, q_proj]\n": "c.yaml:3: lora.target_modules: a name stands there twice",
+    "lora: {r: 8, num_layers: 13}\n": (
+        "c.yaml:1: lora.num_layers: num_layers (13) must be at most model.n_layers (12)"
+    ),
+    "model: {d_model: 96, n_heads: 6}\nlora: {r: 8, quantize: 4}\n": (
+        "c.yaml:1: model.d_model: 64 columns are packed together, and d_model (96) is no multiple of 64: leave "
+        "quantize out"
+    ),
 }  # fmt: skip
 
 
@@ -100,6 +123,8 @@ def test_the_command_line_takes_the_blame_before_the_file(overrides: list[str], 
         "train: {min_lr: 1e-3, lr: 1e-3}",
         "train: {lr_decay_steps: 1001}",
         "train: {total_steps: 5, epochs: null, token_budget: null}",
+        "lora: {r: 4, num_layers: 12, target_modules: [v_proj], quantize: 8}",
+        "lora: {alpha: 16.0, target_modules: auto}",  # as a written config has them
     ],
 )
 def test_what_agrees_is_taken(text: str, tmp_path: Path) -> None:

@@ -119,6 +119,9 @@ def another_value(key: str, default: Any) -> Any:
         "data.near_dedup": 0.8, "data.pack": "documents", "tokenizer.engine": "fast",
         "tokenizer.on_mismatch": "fallback", "model.embedding_scale": 2.5, "train.adamw_lr": 2.5,
         "train.muon_scale": "keller", "train.ema_decay": 0.5, "train.attention_block": 7, "train.cpu_threads": 3,
+        "lora.r": 12, "lora.target_modules": ["q_proj", "v_proj"], "lora.num_layers": 3, "lora.quantize": 4,
+        "lora.dropout": 0.25, "lora.adapter_format": "peft", "train.patience": 3, "chat.format": "oasst",
+        "chat.train_on": "all", "chat.too_long": "drop", "preference.loss": "ipo", "preference.label_smoothing": 0.25,
     }  # fmt: skip
     if key in special:
         return special[key]
@@ -134,6 +137,7 @@ def test_every_key_can_be_set_on_the_command_line(key: str) -> None:
     section, leaf = key.split(".")
     value = another_value(key, leaf_keys()[key].default)
     partner = {"data.score_min": ["data.score_field=q"], "data.score_field": ["data.score_min=1"]}.get(key, [])
+    partner = ["lora.r=8"] if section == "lora" and leaf != "r" else partner
     loaded = load_config(None, [*partner, f"{key}={str(value).lower() if isinstance(value, bool) else value}"])
     changed = loaded.config.model_dump()[section]
     assert changed[leaf] == value
@@ -230,7 +234,7 @@ MISTAKES = {
     "model:\n  zzz: 1\n  n_layers: 0\n  d_model: 0\n": (
         "c.yaml:2: model.zzz: unknown key; model has vocab_size, n_layers, d_model, n_heads, n_kv_heads, head_dim, "
         "mlp_multiple, ffn_activation, dropout, max_seq_len, rope_theta, norm_eps, tie_embeddings, qk_norm, "
-        "logit_softcap, zero_init_proj, embedding_scale, value_residual, bos_id (2 more after this one)"
+        "attention_bias, logit_softcap, zero_init_proj, embedding_scale, value_residual, bos_id (2 more after this one)"
     ),
     # no YAML of ours
     "model:\n  n_layers: 1\n  n_layers: 2\n": "c.yaml:3: model.n_layers: given twice (first on line 2)",

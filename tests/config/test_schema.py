@@ -17,7 +17,8 @@ PROMISED: dict[str, dict[str, Any]] = {
     "model": {
         "vocab_size": 32000, "n_layers": 12, "d_model": 768, "n_heads": 12, "mlp_multiple": 4.0, "dropout": 0.1,
         "max_seq_len": 4096, "rope_theta": 10000.0, "ffn_activation": "silu", "norm_eps": 1e-5, "tie_embeddings": True,
-        "n_kv_heads": None, "head_dim": None, "qk_norm": False, "logit_softcap": None, "zero_init_proj": False,
+        "n_kv_heads": None, "head_dim": None, "qk_norm": False, "attention_bias": False, "logit_softcap": None,
+        "zero_init_proj": False,
     },
     "data": {
         "dataset": None, "config": None, "split": "train", "text_field": "text", "seq_len": 2048,
@@ -50,6 +51,12 @@ CHOICES = {
     "train.backend": '"mlx" | "torch"',
     "tokenizer.model_type": '"bpe" | "unigram"',
     "tokenizer.format": '"sentencepiece" | "gpt2"',
+    "lora.target_modules": '"auto", or a list, each text',
+    "lora.adapter_format": '"mlx" | "peft"',
+    "chat.format": '"auto" | "messages" | "sharegpt" | "oasst" | "alpaca" | "prompt_completion" | "text"',
+    "chat.train_on": '"assistant" | "all"',
+    "chat.too_long": '"cut" | "drop"',
+    "preference.loss": '"sigmoid" | "ipo" | "orpo"',
     "generation.method": '"greedy" | "top_k" | "nucleus" | "random"',
 }
 
@@ -74,6 +81,7 @@ def test_no_key_of_the_promised_sections_is_missing_and_those_added_are_known() 
     of_the_step = {
         "decay_fraction", "adamw_lr", "normuon", "muon_split_heads", "muon_scale", "cautious_weight_decay", "ema_decay",
         "attention_block", "loss_chunk", "cpu_threads", "ckpt_minutes", "supervise", "init_from",
+        "patience",
     }  # fmt: skip
     of_the_model = {"embedding_scale", "value_residual", "bos_id"}
     assert own - promised == (

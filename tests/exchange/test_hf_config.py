@@ -67,6 +67,14 @@ def test_older_files_say_theta_at_the_top_or_nothing() -> None:
     assert from_hf({**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "c").rope_theta == 5e5
 
 
+def test_positions_told_by_the_kind_of_layer_are_read_where_they_are_the_same() -> None:
+    """As transformers 5 has them for models with several kinds of layers."""
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    told = {"full_attention": rope, "sliding_attention": dict(rope)}
+    assert from_hf({**LLAMA, "rope_parameters": told}, "c").rope_theta == 5e5
+    assert from_hf({**LLAMA, "rope_parameters": {"full_attention": rope}}, "c").rope_theta == 5e5
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -81,6 +89,15 @@ def test_older_files_say_theta_at_the_top_or_nothing() -> None:
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rotary positions are scaled .llama3.: only"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary positions are scaled .linear."),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rotary positions are scaled .yarn."),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 1e4}}},
+            r"rope_parameters differs by the kind of layer \(full_attention, sliding_attention\)",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}, "rope_theta": 1e4}}, "differs by the kind of lay"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 5e5}}},
+            "rotary positions are scaled .yarn.",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: only whole heads"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu': expected silu, or gelu in its tanh form"),
         ({"quantization_config": {"bits": 4}}, "the weights are quantised"),

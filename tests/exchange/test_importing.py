@@ -250,6 +250,25 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(tmp_path: Path, bpe: P
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
 
+@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 3_000_000), ("num_hidden_layers", 1)])
+def test_blocks_are_counted_before_anything_is_made_of_them(tmp_path: Path, bpe: Path, key: str, value: int) -> None:
+    folder = hf_folder(tmp_path / "hf", bpe)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value, "layer_types": None}))
+    with pytest.raises(UserError, match=rf"hf: .* hold 2 blocks .* and config.json says num_hidden_layers: {value}$"):
+        import_model(folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size"])
+def test_numbers_beyond_all_bounds_are_one_line(tmp_path: Path, bpe: Path, key: str) -> None:
+    folder = hf_folder(tmp_path / "hf", bpe)
+    config = json.loads((folder / "config.json").read_text())
+    for value in (10**400, 10**12):
+        (folder / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(UserError):
+            import_model(folder, tmp_path / "run")
+
+
 def test_wrong_folders(tmp_path: Path, bpe: Path) -> None:
     with pytest.raises(UserError, match=r"nothere: no such folder: expected config.json, safetensors files and"):
         import_model(tmp_path / "nothere", tmp_path / "run")

@@ -1,6 +1,7 @@
 """The model card: figures, digests, the curve, and commands."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,16 @@ import yaml
 
 from anarchobot.data.tokenizer import digest, load_tokenizer
 from anarchobot.exchange.exporting import export
+from anarchobot.exchange.fusing import fuse
+from anarchobot.exchange.importing import import_model
 from anarchobot.exchange.model_card import sparkline
+from anarchobot.tasks.dpo import dpo
+from anarchobot.tasks.sft import sft
 from tests.exchange.making import make_run
+from tests.tasks.tuning import base as base
+from tests.tasks.tuning import chats as chats
+from tests.tasks.tuning import events, tuning
+from tests.tasks.tuning import preferences as preferences
 
 
 def card(run: Path, output: Path, target: str = "hf") -> str:
@@ -48,6 +57,81 @@ def test_it_says_what_the_run_wrote_down(tmp_path: Path, bpe: Path) -> None:
     assert "| 60 |" not in body and "60:" not in body
     (bars,) = (line.strip() for line in body.splitlines() if line.startswith("    █"))
     assert len(bars) == 40 and bars[-1] == "▁" and list(bars) == sorted(bars, reverse=True)
+
+
+def figure(text: str, what: str) -> float:
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {what} |"))
+    return float(line.split("|")[2])
+
+
+def test_the_best_loss_is_that_of_the_last_validation_when_it_was(tmp_path: Path, base: Path) -> None:
+    """Which state.json, being written before, does not know; with the log or without."""
+    last = events(base, "eval")[-1]
+    best = json.loads((base / "best.json").read_text())
+    state = json.loads((base / "step_00000006" / "state.json").read_text())
+    assert best["best_val_loss"] == last["val_loss"] < state["best_val_loss"]
+    copy = shutil.copytree(base, tmp_path / "copy")
+    shutil.rmtree(copy / "logs")
+    for run, to in ((base, "a"), (copy, "b")):
+        text = card(run, tmp_path / to)
+        assert figure(text, "best validation loss (nats per token)") == round(last["val_loss"], 4)
+        assert figure(text, "best validation loss (bits per byte)") == round(last["val_bpb"], 4)
+    earlier = card(base / "step_00000003", tmp_path / "earlier")
+    assert figure(earlier, "best validation loss (nats per token)") == round(events(base, "eval")[1]["val_loss"], 4)
+
+
+def test_what_a_text_begins_with_is_said(tmp_path: Path, bpe: Path) -> None:
+    tokenizer = load_tokenizer(bpe)
+    plain = card(make_run(tmp_path / "plain", bpe, n_layers=1), tmp_path / "a")
+    assert "A text begins and ends with the end-of-document token, as in training; the tokenizer puts it fir" in plain
+    other = card(make_run(tmp_path / "other", bpe, n_layers=1, bos_id=7), tmp_path / "b")
+    assert "A text begins with token 7, which the tokenizer puts there, and ends with the end-of-document" in other
+    assert f"token, {tokenizer.eod_id}." in other and "begins and ends" not in other
+
+
+def test_a_model_that_learnt_to_answer(tmp_path: Path, base: Path, chats: Path) -> None:
+    sft(tuning(tmp_path, "run", base, chats, chat__rouge_samples=1), quiet=True)
+    text = card(tmp_path / "run", tmp_path / "out")
+    state = json.loads((tmp_path / "run" / "step_00000006" / "state.json").read_text())
+    assert "tags: [anarchobot, conversational]" in text and "tuned with AnarchoBot; step 6 of its training" in text
+    assert "It answers in conversations, by its chat template" in text and "not taught to answer" not in text
+    assert "tokenizer.apply_chat_template(" in text and "an answer ends with token" in text
+    digests = state["conversations"]
+    for fact in (
+        f"| learnt from | `{chats}` |", f"| learnt from (digest) | `{digests[0]}` |",
+        f"| held out (digest) | `{digests[1]}` |", f"| began as | `{base}` |",
+        f"| began as (digest of its weights) | `{state['base']}` |",
+    ):  # fmt: skip
+        assert fact in text, fact
+    heads = "| step | validation loss | bits per byte | perplexity | rouge1 | rouge2 | rougeL |"
+    assert heads in text
+    last = events(tmp_path / "run", "eval")[-1]
+    row = f"| 6 | {last['val_loss']:.4f} | {last['val_bpb']:.4f} | {last['perplexity']:.2f} | {last['rouge1']:.4f} |"
+    assert row in text
+
+
+def test_a_model_that_learnt_preferences(tmp_path: Path, base: Path, preferences: Path) -> None:
+    """Its loss is none of tokens, and what else was measured stands beside it."""
+    dpo(tuning(tmp_path, "run", base, preferences), quiet=True)
+    text = card(tmp_path / "run", tmp_path / "out")
+    lines = events(tmp_path / "run", "eval")
+    assert figure(text, "best validation loss") == round(min(line["val_loss"] for line in lines), 4)
+    assert "nats per token" not in text and "bits per byte" not in text and "perplexity" not in text
+    assert "| step | validation loss | reward margin | reward accuracy | chosen log prob | rejected log prob |" in text
+    assert f"| 6 | {lines[-1]['val_loss']:.4f} | {lines[-1]['val_reward_margin']:.4f} |" in text
+
+
+def test_models_that_were_not_trained_here(tmp_path: Path, base: Path, chats: Path) -> None:
+    export(base, "hf", tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "imported")
+    text = card(tmp_path / "imported", tmp_path / "a")
+    assert "brought into AnarchoBot from another program" in text and f"| imported from | `{tmp_path}/hf` |" in text
+    assert "| steps |" not in text and "| tokens |" not in text
+    sft(tuning(tmp_path, "adapters", base, chats, lora__r=4), quiet=True)
+    fuse(base, tmp_path / "adapters", tmp_path / "fused")
+    text = card(tmp_path / "fused", tmp_path / "b", "gguf")
+    assert "joined by AnarchoBot from a model and its adapters" in text and "llama-cli -m model.gguf --jinja" in text
+    assert f"| joined from | `{base}` and the adapters in `{tmp_path}/adapters` |" in text
 
 
 def test_without_logs_it_is_shorter(tmp_path: Path, bpe: Path) -> None:

@@ -32,9 +32,10 @@ def logits(params: dict[str, Array], row: npt.NDArray[np.int32], model: ModelCon
             return params[f"model.layers.{i}.{name}.weight"]
 
         h = rms_norm(x, p("input_layernorm"), model.norm_eps)
-        q = heads(h @ p("self_attn.q_proj").T, model.n_heads)
-        k = heads(h @ p("self_attn.k_proj").T, model.kv_heads)
-        v = heads(h @ p("self_attn.v_proj").T, model.kv_heads)
+        b = {x: params.get(f"model.layers.{i}.self_attn.{x}_proj.bias", 0.0) for x in "qkv"}
+        q = heads(h @ p("self_attn.q_proj").T + b["q"], model.n_heads)
+        k = heads(h @ p("self_attn.k_proj").T + b["k"], model.kv_heads)
+        v = heads(h @ p("self_attn.v_proj").T + b["v"], model.kv_heads)
         if model.value_residual:
             first_v = v if first_v is None else first_v
             v = (v + first_v) / 2

@@ -28,6 +28,23 @@ def test_every_setting_of_the_shape_is_in_the_count() -> None:
     assert parameter_count(model) == 2 * 100 * 12 + attention + 3 * 12 * 30 + 2 * 12 + 12
 
 
+def test_biases_by_hand() -> None:
+    """Qwen2.5-0.5B's published shape: 494,032,768 parameters, of which 24 (896 + 2 x 128) are biases; at the start they
+    are zero."""
+    model = ModelConfig(
+        vocab_size=151936, n_layers=24, d_model=896, n_heads=14, n_kv_heads=2, mlp_multiple=4864 / 896,
+        attention_bias=True,
+    )  # fmt: skip
+    assert parameter_count(model) == 494_032_768
+    small = ModelConfig(vocab_size=10, n_layers=1, d_model=12, n_heads=6, n_kv_heads=2, attention_bias=True)
+    biases = {name: p for name, p in init_parameters(small, 0).items() if name.endswith(".bias")}
+    prefix = "model.layers.0.self_attn"
+    assert {name: p.shape for name, p in biases.items()} == {
+        f"{prefix}.q_proj.bias": (12,), f"{prefix}.k_proj.bias": (4,), f"{prefix}.v_proj.bias": (4,)
+    }  # fmt: skip
+    assert not any(p.any() for p in biases.values())
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_a_shipped_config_says_its_exact_parameter_count(path: Path) -> None:
     count = parameter_count(load_config(path).config.model)

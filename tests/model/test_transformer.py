@@ -22,6 +22,8 @@ SHAPES = {
     "plain": {},
     "grouped heads, gelu, untied": {"n_kv_heads": 2, "ffn_activation": "gelu", "tie_embeddings": False},
     "qk_norm, softcap, own head_dim": {"qk_norm": True, "logit_softcap": 5.0, "head_dim": 6, "n_kv_heads": 1},
+    "biases": {"attention_bias": True, "n_kv_heads": 2},
+    "biases, qk_norm, value residual": {"attention_bias": True, "qk_norm": True, "value_residual": True},
     "other constants": {"rope_theta": 500.0, "norm_eps": 0.1, "mlp_multiple": 1.5},
     "value residual, embedding scale": {"value_residual": True, "embedding_scale": 3.0, "n_layers": 3, "n_kv_heads": 2},
 }

@@ -224,6 +224,18 @@ def test_killed_as_the_best_step_is_named(
             assert straight.get(key) == resumed.get(key), (name, key)
 
 
+def test_the_length_in_epochs_is_kept_when_the_batch_changes(run_with: Any, tmp_path: Path) -> None:
+    """Twice the batch for the second half: three quarters of the steps, and all of the data."""
+    epochs = {"train__total_steps": LEFT_OUT, "train__epochs": 0.2, "train__eval_batches": 1, "model__dropout": 0.0}
+    whole, _ = run_with("whole", **epochs)
+    half = whole["steps"] // 2
+    run_with("run", train__total_steps=half, train__eval_batches=1, model__dropout=0.0)
+    again = epochs | {"train__micro_batch_size": 4, "train__checkpoint_path": "auto"}
+    summary, _ = run_with("run", **again)
+    assert summary["steps"] == half + math.ceil((whole["steps"] - half) / 2)
+    assert summary["tokens"] >= whole["tokens"]
+
+
 def test_auto_starts_afresh_where_nothing_is(run_with: Any) -> None:
     assert run_with("new", train__checkpoint_path="auto")[0]["steps"] == 6
 
@@ -300,7 +312,14 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_written(
     refused("began with other shards", config, other, run, **again)
     refused("train.seed was 0 and is now 1", config, tiny_shards, run, train__seed=1, **again)
     refused("data.seq_len was 32 and is now 16", config, tiny_shards, run, data__seq_len=16, **again)
-    refused(r"of another model: .* asks for \[384, 64\]", config, tiny_shards, run, model__d_model=64, **again)
+    refused(
+        r"model.d_model was 32 and is now 64: a run can't change it",
+        config,
+        tiny_shards,
+        run,
+        model__d_model=64,
+        **again,
+    )
     refused("model.n_heads was 2 and is now 4", config, tiny_shards, run, model__n_heads=4, **again)
     refused("model.rope_theta was 10000.0 and is now 50.0", config, tiny_shards, run, model__rope_theta=50.0, **again)
     older = str(run / "step_00000003")

@@ -50,6 +50,18 @@ def test_what_ends_by_itself_is_not_started_again(tmp_path: Path) -> None:
         assert live(folder, f"- {code}") == (code, ["[]"])
 
 
+def test_what_dies_because_it_was_told_to_stop_is_not_started_again(tmp_path: Path) -> None:
+    """A signal that comes before the child can answer it kills it."""
+    (tmp_path / "plan").write_text("- SIGTERM\n10 0")
+    code = (
+        "import os, signal, threading\nfrom pathlib import Path\nfrom anarchobot.tasks import supervise\n"
+        "threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "print(supervise.supervise(['sleep', '30'], Path('.'), 1, 1))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=25, check=False)
+    assert done.stdout == "130\n" and "going on" not in done.stderr
+
+
 def test_what_dies_goes_on_from_its_newest_step(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, words = live(tmp_path, "- SIGABRT", "10 SIGKILL", "20 SIGSEGV", "30 0")
     auto = '["--resume-from", "auto"]'

@@ -14,6 +14,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # every option of a model, each at least 
     "plain": {},
     "gelu, untied": {"ffn_activation": "gelu", "tie_embeddings": False},
     "grouped heads, qk_norm": {"n_kv_heads": 2, "qk_norm": True, "head_dim": 6},
+    "biases": {"attention_bias": True, "n_kv_heads": 2},
     "scaled and capped": {"embedding_scale": 5.0, "logit_softcap": 3.0, "rope_theta": 500.0, "norm_eps": 1e-2},
     "value residual": {"value_residual": True, "n_kv_heads": 1, "mlp_multiple": 2.5, "n_layers": 3},
     "zero_init_proj": {"zero_init_proj": True},

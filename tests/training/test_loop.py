@@ -1,8 +1,10 @@
 """The loop with an engine that only counts: what happens at which step, in which order, and when something fails."""
 
+import io
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +197,7 @@ def test_without_a_checkpoint_or_without_going_back_it_ends_with_a_line(tmp_path
     with pytest.raises(UserError, match=r"step 9: .* before the first checkpoint: lower train.lr"):
         train(tmp_path / "a", Diverging(), 1000, ckpt_interval=100, eval_interval=1000)
     never = {"rollback_after": None}
-    with pytest.raises(UserError, match=rf"step {4 + MOST_SKIPPED}: .* not finite: lower train.lr, .* saved one is 32"):
+    with pytest.raises(UserError, match=rf"step {4 + MOST_SKIPPED}: .* not finite: lower train.lr, .* saved one is 4"):
         train(tmp_path / "b", Diverging(), 1000, ckpt_interval=4, eval_interval=1000, guard=never)
     with pytest.raises(UserError, match=rf"step {4 + MOST_SKIPPED}: "):  # float16's scale halves: no reason to go back
         train(tmp_path / "c", Diverging(overflow=True), 1000, ckpt_interval=4, eval_interval=1000)
@@ -314,10 +316,72 @@ def test_a_validation_that_a_signal_prevented_is_made_up_for(tmp_path: Path) -> 
     assert [line["step"] for line in lines if line["event"] == "eval"] == [0, 4, 8]
 
 
-def test_a_validation_that_was_made_is_not_made_again(tmp_path: Path) -> None:
-    train(tmp_path, CountingEngine(), 4, eval_interval=4)
-    _, lines = train(tmp_path, CountingEngine(), 6, start=4, eval_interval=4)
+def test_a_validation_that_was_made_is_not_logged_again_and_names_its_step_again(tmp_path: Path) -> None:
+    """The checkpoint is older than its step's validation, and may be all that a kill has left."""
+    train(tmp_path, CountingEngine([9.0, 3.0]), 4, eval_interval=4)
+    (tmp_path / "best.json").unlink()
+    _, lines = train(tmp_path, CountingEngine([3.0, 4.0]), 6, start=4, eval_interval=4)
     assert [line["step"] for line in lines if line["event"] == "eval"] == [0, 4, 6]
+    assert checkpoint.named_step(tmp_path / "best.json") == 4
+
+
+def test_no_checkpoint_is_made_of_weights_in_doubt(tmp_path: Path) -> None:
+    """Steps 5 to 8 are not finite: what is due at 6 comes at 9, and a stop at 7 leaves step 4 the newest."""
+    bad = {"ckpt_interval": 2, "ckpt_keep": 9, "eval_interval": 1000, "guard": {"rollback_after": 6}}
+    train(tmp_path / "on", Diverging(mends=48), 10, **bad)
+    assert sorted(checkpoint.saved_steps(tmp_path / "on")) == [2, 4, 9, 10]
+
+    class Stopped(Diverging):
+        def train_step(self, batch: Batch, step: int, *rest: float) -> StepResult:
+            if step == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().train_step(batch, step, *rest)
+
+    finished, _ = train(tmp_path / "stopped", Stopped(), 20, **bad)
+    assert (finished, max(checkpoint.saved_steps(tmp_path / "stopped"))) == (False, 4)
+
+
+def test_a_best_step_that_can_not_be_named_yet_is_kept_and_named_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tries = saving.write_sealed, []
+
+    def full(path: Path, values: Any) -> None:
+        tries.append(path.name)
+        if len(tries) == 1:
+            raise OSError(28, "No space left on device")
+        real(path, values)
+
+    monkeypatch.setattr(saving, "write_sealed", full)
+    settings = {"eval_interval": 2, "ckpt_interval": 2, "ckpt_keep": 1, "log_interval": 99}
+    finished, lines = train(tmp_path, CountingEngine([9.0, 3.0, 4.0, 5.0, 6.0]), 8, **settings)
+    assert finished and checkpoint.named_step(tmp_path / "best.json") == 2
+    assert sorted(checkpoint.saved_steps(tmp_path)) == [2, 8]
+    (told,) = [line["text"] for line in lines if line["event"] == "warning"]
+    assert told.startswith("step 2: naming the best step failed") and tries == ["best.json"] * 2
+
+
+def test_a_validation_too_large_for_memory_goes_on_by_fewer_rows(tmp_path: Path) -> None:
+    class Small(CountingEngine):
+        def eval_step(self, batch: Batch) -> tuple[float, int]:
+            if batch.inputs.shape[1] > 1:
+                raise MemoryError
+            return 2.0 * batch.inputs.size, batch.inputs.size
+
+    _, lines = train(tmp_path, Small(), 2, eval_interval=1)
+    assert [line["val_loss"] for line in lines if line["event"] == "eval"] == [2.0] * 3
+    (told,) = [line["text"] for line in lines if line["event"] == "warning"]
+    assert told == "out of memory in validation: going on with 1 sequences at a time"
+
+
+def test_a_sample_that_fails_is_no_reason_to_end(tmp_path: Path) -> None:
+    def sample() -> str:
+        raise UserError("the prompt is too long")
+
+    finished, lines = train(tmp_path, CountingEngine(), 3, sample=sample, sample_interval=2)
+    assert finished and [line["text"] for line in lines if line["event"] == "warning"] == [
+        "no sample: the prompt is too long"
+    ]
 
 
 def test_a_stop_request_ends_a_validation(tmp_path: Path) -> None:
@@ -362,6 +426,44 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, CountingEngine(on_step=twice), 9)
+
+
+def test_sigterm_twice_is_no_impatience(tmp_path: Path) -> None:
+    """The system sends it to every process, and a supervising parent passes its own on."""
+
+    def twice(step: int) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    train(tmp_path, CountingEngine(on_step=twice), 9)
+    assert checkpoint.saved_steps(tmp_path) == [3]
+
+
+def test_what_was_ignored_stays_ignored(tmp_path: Path) -> None:
+    """As `nohup` asks for."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        engine = CountingEngine(on_step=lambda step: os.kill(os.getpid(), signal.SIGHUP))
+        assert train(tmp_path, engine, 4)[0]
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_display_whose_reader_has_gone_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anarchobot.training.display import TerminalDisplay
+
+    for number in (5, 32):  # EIO: a closed terminal; EPIPE: a pipe
+
+        class Gone(io.StringIO):
+            def write(self, text: str, number: int = number) -> int:
+                raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(sys, "stderr", Gone())
+        with TerminalDisplay(9, 0) as display:
+            display.note("hello")
+            display.train(1, {"loss": 1, "lr": 1, "grad_norm": 1, "tokens_per_second": 1, "peak_memory_gb": 1})
 
 
 def test_no_validation_split_means_no_validation(tmp_path: Path) -> None:

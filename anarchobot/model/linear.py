@@ -1,0 +1,203 @@
+"""A matrix of a block as a layer, forward and backward: its weight in numbers or packed, with adapters or without.
+
+A matrix NAME is what the flat dict holds under its names (mlx-lm's, which its adapter files have too):
+
+    NAME.weight [out, in]                         or, packed by `mx.quantize`,
+    NAME.weight uint32, NAME.scales, NAME.biases  in GROUP columns each
+    NAME.bias [out]                               in some models
+    NAME.lora_a [in, r], NAME.lora_b [r, out]     LoRA (Hu et al., 2022), with the constant NAME.lora_scale
+    NAME.m [out]                                  DoRA (Liu et al., 2024), with the constant NAME.row_norms
+
+    u = x W^T + s (dropout(x) A) B
+    y = u + bias,  or with DoRA  y = u m / c + bias,  where c, the rows' lengths of W + s (A B)^T, has no gradient
+
+so that the same functions of the same dict train adapters, validate and write text with them; without their names, it
+is the base alone. Products are in x's dtype, gradients are summed in float32.
+
+Shapes: N tokens; r rank.
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from anarchobot.config.checks import MODULES
+from anarchobot.model.sums import Gradients, Params
+from anarchobot.numerics.elementary import on_cpu
+
+GROUP = 64  # columns that share a scale and a bias when packed: mlx-lm's own
+_FEW_ROWS = 8  # fewer are multiplied with packed numbers faster than these are unpacked on a CPU
+
+
+class Packed(NamedTuple):
+    """A matrix [out, in] as `mx.quantize` packs it: GROUP columns in whole numbers of a few bits, times a scale, plus a
+    bias."""
+
+    weight: mx.array  # uint32 [out, in bits / 32]
+    scales: mx.array  # [out, in / GROUP]
+    biases: mx.array
+
+    @property
+    def bits(self) -> int:
+        return self.weight.shape[1] * 32 // (self.scales.shape[1] * GROUP)
+
+    def numbers(self) -> mx.array:
+        """[out, in], in the scales' dtype."""
+        return mx.dequantize(*self, group_size=GROUP, bits=self.bits)
+
+
+Matrix = mx.array | Packed
+
+
+class InputDropout(NamedTuple):
+    """What is dropped of the inputs of a half block's adapters, and of nothing else."""
+
+    rate: float
+    key: mx.array
+
+    def __call__(self, name: str, x: mx.array) -> mx.array:
+        """`x` [N, in] with a share set to zero and the rest made larger; of a matrix always the same places."""
+        key = mx.random.split(self.key, len(MODULES))[MODULES.index(name.rpartition(".")[2])]
+        keep = mx.random.bernoulli(1 - self.rate, x.shape, key=key)
+        return mx.where(keep, x * (1 / (1 - self.rate)), 0)
+
+
+def matrix(p: Params, name: str) -> Matrix:
+    weight = p[f"{name}.weight"]
+    return Packed(weight, p[f"{name}.scales"], p[f"{name}.biases"]) if f"{name}.scales" in p else weight
+
+
+def times_transposed(x: mx.array, w: Matrix) -> mx.array:
+    """x W^T, in x's dtype."""
+    if isinstance(w, Packed):
+        if not _unpacks(x):
+            return mx.quantized_matmul(x, *w, transpose=True, group_size=GROUP, bits=w.bits)
+        w = w.numbers()
+    return x @ w.astype(x.dtype).T
+
+
+def times(dy: mx.array, w: Matrix) -> mx.array:
+    """dy W, in dy's dtype: the gradient of x in x W^T."""
+    if isinstance(w, Packed):
+        if not _unpacks(dy):
+            return mx.quantized_matmul(dy, *w, transpose=False, group_size=GROUP, bits=w.bits)
+        w = w.numbers()
+    return dy @ w.astype(dy.dtype)
+
+
+def rows(w: Matrix, ids: mx.array) -> mx.array:
+    """The rows `ids` [N] of W: [N, in]."""
+    if isinstance(w, Packed):
+        return Packed(*(part[ids] for part in w)).numbers()
+    return w[ids]
+
+
+def linear(p: Params, name: str, x: mx.array, drop: InputDropout | None = None) -> mx.array:
+    """y [N, out] of x [N, in], in x's dtype."""
+    y = _unscaled(p, name, x, drop)
+    if f"{name}.m" in p:
+        y = y * _magnitude(p, name, x.dtype)
+    return y if f"{name}.bias" not in p else y + p[f"{name}.bias"].astype(y.dtype)
+
+
+def linear_gradients(
+    p: Params,
+    name: str,
+    dy: mx.array,
+    x: mx.array,
+    grads: Gradients,
+    drop: InputDropout | None = None,
+    y: mx.array | None = None,
+) -> tuple[list[mx.array], mx.array | None]:
+    """Adds to `grads` what is trained of the matrix, from the gradient `dy` [N, out] of its output and its input `x`;
+    with the output `y`, where it was kept, DoRA need not compute it again.
+
+    Returns the sums, to be waited for, and the gradient dz [N, r] of x A, which `linear_backward` needs as well.
+
+        dz = du (s B)^T;  dA = dropout(x)^T dz;  dB = s (dropout(x) A)^T du;  dW = du^T x
+        du = dy,  or with DoRA  du = dy m / c;  dm = the sum over tokens of dy u / c = dy (y - bias) / m
+        dbias = the sum over tokens of dy
+    """
+    done = []
+    du = dy
+    if f"{name}.bias" in p and grads.trains(f"{name}.bias"):
+        done += grads.add(f"{name}.bias", mx.sum(dy.astype(mx.float32), axis=0))
+    if f"{name}.m" in p:
+        du = dy * _magnitude(p, name, dy.dtype)
+        if grads.trains(f"{name}.m"):
+            done += grads.add(f"{name}.m", _magnitude_gradient(p, name, dy, x, drop, y))
+    done += grads.add_product(f"{name}.weight", du, x)
+    if f"{name}.lora_a" not in p:
+        return done, None
+    a, b = _factors(p, name, x.dtype)
+    dz = du @ b.T
+    if grads.trains(f"{name}.lora_a"):
+        x = _dropped(name, x, drop)
+        z = (x @ a) * p[f"{name}.lora_scale"].astype(x.dtype)
+        done += grads.add_product(f"{name}.lora_a", x, dz) + grads.add_product(f"{name}.lora_b", z, du)
+    return done, dz
+
+
+def linear_backward(
+    p: Params, name: str, dy: mx.array, dz: mx.array | None, drop: InputDropout | None = None
+) -> mx.array:
+    """The gradient [N, in] of the input, from that of the output and `linear_gradients`' dz."""
+    du = dy if f"{name}.m" not in p else dy * _magnitude(p, name, dy.dtype)
+    dx = times(du, matrix(p, name))
+    if dz is None:
+        return dx
+    a, _ = _factors(p, name, dy.dtype)
+    return mx.addmm(dx, dz, a.T) if drop is None else dx + drop(name, dz @ a.T)
+
+
+def _unpacks(x: mx.array) -> bool:
+    """Whether packed numbers are unpacked for x's product. MLX's CPU backend multiplies with packed ones forty times
+    slower than with a BLAS; a GPU does not."""
+    return on_cpu() and x.shape[0] >= _FEW_ROWS
+
+
+def _unscaled(p: Params, name: str, x: mx.array, drop: InputDropout | None) -> mx.array:
+    """u: the output but for DoRA's magnitudes."""
+    y = times_transposed(x, matrix(p, name))
+    if f"{name}.lora_a" not in p:
+        return y
+    a, b = _factors(p, name, x.dtype)
+    return mx.addmm(y, _dropped(name, x, drop) @ a, b)
+
+
+def _factors(p: Params, name: str, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """A [in, r] and s B [r, out]."""
+    return p[f"{name}.lora_a"].astype(dtype), (p[f"{name}.lora_b"] * p[f"{name}.lora_scale"]).astype(dtype)
+
+
+def _dropped(name: str, x: mx.array, drop: InputDropout | None) -> mx.array:
+    return x if drop is None else drop(name, x)
+
+
+def _magnitude_gradient(
+    p: Params, name: str, dy: mx.array, x: mx.array, drop: InputDropout | None, y: mx.array | None
+) -> mx.array:
+    """dm [out], float32. A row whose m is zero is one of zeros, and stays so."""
+    if y is None:
+        u = _unscaled(p, name, x, drop)
+        return mx.sum((dy * u).astype(mx.float32), axis=0) / _lengths(p, name, x.dtype)
+    m = p[f"{name}.m"]
+    if f"{name}.bias" in p:
+        y = y - p[f"{name}.bias"].astype(y.dtype)
+    return mx.sum((dy * y).astype(mx.float32), axis=0) / mx.where(m == 0, 1, m)
+
+
+def _magnitude(p: Params, name: str, dtype: mx.Dtype) -> mx.array:
+    """m / c [out]."""
+    return (p[f"{name}.m"] / _lengths(p, name, dtype)).astype(dtype)
+
+
+def _lengths(p: Params, name: str, dtype: mx.Dtype) -> mx.array:
+    """c [out], float32: the lengths of the rows of W + s (A B)^T, which itself is not made. For row i and B's column b,
+
+    |w_i + s A b|^2 = |w_i|^2 + 2 s (A^T w_i) b + s^2 b^T (A^T A) b
+    """
+    a, b = p[f"{name}.lora_a"], p[f"{name}.lora_b"] * p[f"{name}.lora_scale"]
+    across = times_transposed(a.T.astype(dtype), matrix(p, name)).astype(mx.float32)  # [r, out]
+    squares = mx.square(p[f"{name}.row_norms"]) + mx.sum(b * (2 * across + (a.T @ a) @ b), axis=0)
+    return mx.sqrt(mx.maximum(squares, 1e-24))  # a row of zeros has a length too

@@ -1,0 +1,68 @@
+"""Which matrices have adapters, their shapes and their first values. No MLX here: checkpoints and files read this."""
+
+import hashlib
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from anarchobot.config.schema import LoraConfig, ModelConfig
+from anarchobot.model.shapes import parameter_shapes
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def adapted_matrices(model: ModelConfig, lora: LoraConfig) -> list[str]:
+    """Names of the matrices, without ".weight": those of lora.target_modules in the last lora.num_layers blocks."""
+    first = 0 if lora.num_layers is None else max(0, model.n_layers - lora.num_layers)
+    names = (name.removesuffix(".weight") for name in parameter_shapes(model) if name.endswith("_proj.weight"))
+    return [
+        name
+        for name in names
+        if int(name.split(".")[2]) >= first
+        and (lora.target_modules == "auto" or name.rpartition(".")[2] in lora.target_modules)
+    ]
+
+
+def adapter_shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
+    """lora_a [in, r], lora_b [r, out] and, with DoRA, m [out] of each: what is trained, and what a checkpoint holds."""
+    assert lora.r is not None
+    whole = parameter_shapes(model)
+    shapes: Shapes = {}
+    for name in adapted_matrices(model, lora):
+        rows, columns = whole[f"{name}.weight"]
+        shapes[f"{name}.lora_a"], shapes[f"{name}.lora_b"] = (columns, lora.r), (lora.r, rows)
+        if lora.dora:
+            shapes[f"{name}.m"] = (rows,)
+    return shapes
+
+
+def trained_shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
+    """What a run trains: the adapters, or without lora.r all parameters."""
+    return parameter_shapes(model) if lora.r is None else adapter_shapes(model, lora)
+
+
+def trained_count(model: ModelConfig, lora: LoraConfig) -> int:
+    return sum(math.prod(shape) for shape in trained_shapes(model, lora).values())
+
+
+def adapter_scale(lora: LoraConfig) -> float:
+    """s in y = x W^T + s (x A) B: alpha / r, or alpha / sqrt(r) (rsLoRA; Kalajdzievski, 2023)."""
+    assert lora.r is not None
+    return lora.alpha / (math.sqrt(lora.r) if lora.rslora else lora.r)
+
+
+def init_factors(model: ModelConfig, lora: LoraConfig, seed: int) -> dict[str, npt.NDArray[np.float32]]:
+    """First values of lora_a and lora_b: uniform within 1 / sqrt(in), as mlx-lm and PEFT have it, and zero: adapters
+    begin as nothing. As in model/shapes.py, a function of the seed and the name alone. (m begins as the base's own row
+    lengths: model/frozen.py.)"""
+    values = {}
+    for name, shape in adapter_shapes(model, lora).items():
+        if name.endswith(".lora_a"):
+            key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "big")
+            bound = 1 / math.sqrt(shape[0])
+            draws = np.random.Generator(np.random.Philox(key=key)).random(shape, np.float32)
+            values[name] = (2 * draws - 1) * np.float32(bound)
+        elif name.endswith(".lora_b"):
+            values[name] = np.zeros(shape, np.float32)
+    return values

@@ -1,0 +1,42 @@
+"""Sums of gradients by parameter name, and which parameters have any."""
+
+from collections.abc import Container
+
+import mlx.core as mx
+
+from anarchobot.numerics.products import add_product
+
+Params = dict[str, mx.array]
+
+
+class Gradients:
+    """Sums of gradients by parameter name, float32. `at` gives a view for a block's own names.
+
+    `trained` are the parameters that get one (None: all); what is asked of another is not computed. Adding returns the
+    sums, for what must wait for them.
+    """
+
+    def __init__(self, sums: Params, prefix: str = "", trained: Container[str] | None = None) -> None:
+        self.sums, self._prefix, self._trained = sums, prefix, trained
+
+    def at(self, prefix: str) -> "Gradients":
+        return Gradients(self.sums, prefix, self._trained)
+
+    def trains(self, name: str) -> bool:
+        return self._trained is None or self._prefix + name in self._trained
+
+    def add(self, name: str, gradient: mx.array) -> list[mx.array]:
+        """Adds the gradient of a parameter."""
+        if not self.trains(name):
+            return []
+        name, gradient = self._prefix + name, gradient.astype(mx.float32)
+        self.sums[name] = self.sums.pop(name) + gradient if name in self.sums else gradient
+        return [self.sums[name]]
+
+    def add_product(self, name: str, left: mx.array, right: mx.array) -> list[mx.array]:
+        """Adds left^T right: dy^T x is the gradient of W in y = x W^T."""
+        if not self.trains(name):
+            return []
+        name = self._prefix + name
+        self.sums[name] = add_product(self.sums.pop(name, None), left.T, right)
+        return [self.sums[name]]

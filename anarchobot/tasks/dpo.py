@@ -1,0 +1,88 @@
+"""Preference tuning: a model learns which of two answers is better, by DPO, IPO or ORPO."""
+
+from typing import Any
+
+import numpy as np
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.loading import LoadedConfig
+from anarchobot.data.batches import Prefetched
+from anarchobot.data.conversations.conversation import Message
+from anarchobot.data.conversations.masks import ChatEncoder
+from anarchobot.data.conversations.pairs import Pairs, PairTrainBatches, PairValBatches
+from anarchobot.data.conversations.reading import pairs
+from anarchobot.data.conversations.tally import Tally
+from anarchobot.data.conversations.template import load_template
+from anarchobot.data.conversations.tokenising import tokenised_pairs
+from anarchobot.model.lora import trained_count
+from anarchobot.optim.schedule import total_steps
+from anarchobot.tasks.bases import open_base
+from anarchobot.tasks.engines import open_preference_engine
+from anarchobot.tasks.reference import reference_of
+from anarchobot.tasks.running import carry_out, where_to_start
+from anarchobot.tasks.sft import answer, check_settings, identity, opening, write_adapters, write_beside
+from anarchobot.training.loop import Run
+
+
+def dpo(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
+    """Tunes the model in train.init_from on pairs; the rest as for `sft`. train.micro_batch_size counts pairs.
+
+    The reference is the model as it was: its log-probabilities of all answers are computed before anything is trained,
+    once, and kept in the run's folder, so that only one model is in memory.
+    """
+    check_settings(loaded)
+    config = loaded.config
+    data, chat, train = config.data, config.chat, config.train
+    for key in ("train_on", "format", "language", "rouge_samples"):
+        if getattr(chat, key) != getattr(type(chat)(), key):
+            raise UserError(
+                f"{loaded.where(f'chat.{key}')}: is about conversations, not pairs of answers: leave it out"
+            )
+    base, start = open_base(str(train.init_from)), where_to_start(loaded)
+    encoder, tally = ChatEncoder(base.tokenizer, load_template(base.tokenizer, chat.template), "answer"), Tally()
+    learnt, held_out = tokenised_pairs(
+        pairs(data, tally), encoder, tally, seq_len=data.seq_len, too_long=chat.too_long, val_fraction=data.val_fraction
+    )
+    opened, engine = open_preference_engine(config, base.weights)
+    both = (learnt, held_out)
+    if config.preference.loss != "orpo":
+        reference = reference_of(engine, both, start.folder, f"{base.digest} {train.precision} {config.lora}")
+        for part, values in zip(both, reference, strict=True):
+            part.reference = values
+    batches = PairTrainBatches(learnt, train.seed)
+    per_step = train.micro_batch_size * train.grad_accum_steps
+    run = Run(
+        config=config,
+        steps=total_steps(train, data.seq_len, learnt.count),
+        identity=identity([part.digest() for part in both], base, opened),
+        train=Prefetched(batches),
+        val=PairValBatches(held_out, train.micro_batch_size, train.eval_batches),
+        bytes_per_token=None,
+        folder=start.folder,
+        sample=lambda: answer(opened, encoder, (Message("user", config.generation.prompt),), config),
+        judge=engine.judged,
+    )
+    summary = carry_out(
+        run,
+        start,
+        opened,
+        first_weights=lambda: [f"warning: {text}" for text in base.warnings],
+        beside=lambda folder: write_beside(base, encoder, folder),
+        opening=[
+            *opening(config, base, opened),
+            *tally.lines(),
+            f"{learnt.count:,} pairs to learn from, {held_out.count:,} held out; {_lengths(learnt)}",
+            f"{run.steps:,} steps of {per_step} pairs = {run.steps * per_step / learnt.count:.2f} epochs",
+            *(f"warning: {text}" for text in encoder.warnings()),
+        ],
+        trained=trained_count(config.model, config.lora),
+        quiet=quiet,
+    )
+    return summary | write_adapters(run, base)
+
+
+def _lengths(learnt: Pairs) -> str:
+    """Preferences for long answers are learnt as well as any other: how much longer the chosen ones are."""
+    batch = learnt.batch(np.arange(min(learnt.count, 1000))[None])
+    chosen, rejected = np.count_nonzero(batch.targets[0] >= 0, axis=2).mean(axis=0)
+    return f"a chosen answer has {chosen:.0f} tokens, a rejected one {rejected:.0f}"

@@ -1,0 +1,183 @@
+"""Chat templates in exports and imports: transformers and mlx-lm ask in our ids, and stop where an answer ends."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import mlx.core as mx
+import pytest
+import transformers
+from mlx_lm import load as mlx_load
+from mlx_lm import stream_generate
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.schema import GenerationConfig
+from anarchobot.data.conversations.conversation import Conversation
+from anarchobot.data.conversations.masks import ChatEncoder
+from anarchobot.data.conversations.template import CHATML, PLAIN, load_template
+from anarchobot.data.tokenizer import load_chat_tokenizer
+from anarchobot.exchange.exporting import export
+from anarchobot.exchange.importing import import_model
+from anarchobot.inference.generation import continued, load_model
+from tests.data.conversations.templates import KINDS, NAMES, NO_SYSTEM, TEMPLATES, dicts, talk
+from tests.exchange.making import make_run, random_parameters
+
+TALKS = [
+    talk("How are you?", "Fine, thanks.", "And   now?\n"),
+    talk("  Grüße aus Köln:\n\n吾輩は猫である", "x = 'y'\t\t", "1 < 2 </s"),
+    talk("A\u2581b", system="Be kind.  "),
+]
+
+
+def encoder(folder: Path, choice: str = "auto") -> ChatEncoder:
+    tokenizer = load_chat_tokenizer(folder)
+    return ChatEncoder(tokenizer, load_template(tokenizer, choice))
+
+
+def chat_run(folder: Path, tokenizer: Path, choice: str, params: Any = None, **shape: Any) -> ChatEncoder:
+    """A run that was tuned with a template."""
+    made = encoder(make_run(folder, tokenizer, params, **{"n_layers": 1, **shape}), choice)
+    made.template.save(folder)
+    return made
+
+
+def asked(tokenizer: Any, conversation: Conversation) -> list[int]:
+    ids = tokenizer.apply_chat_template(dicts(conversation), add_generation_prompt=True, return_dict=False)
+    assert isinstance(ids, list)
+    return ids
+
+
+@pytest.mark.parametrize("choice", ["chatml", "plain"])
+def test_autotokenizer_asks_in_our_ids(tmp_path: Path, tokenizer_path: Path, choice: str) -> None:
+    ours = chat_run(tmp_path / "run", tokenizer_path, choice)
+    assert export(tmp_path / "run", "hf", tmp_path / "hf")["files"]["chat_template.jinja"] > 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs.chat_template == (CHATML if choice == "chatml" else PLAIN)
+    assert len(theirs) == ours.tokenizer.vocab_size
+    for conversation in TALKS:
+        assert asked(theirs, conversation) == ours.prompt(conversation).tolist(), conversation
+    # A text that is no chat still begins as in training.
+    eod = ours.tokenizer.eod_id
+    assert theirs("word")["input_ids"] == [eod, *ours.tokenizer.encode_batch(["word"])[0].tolist()]
+    mlx_tokenizer = mlx_load(str(tmp_path / "hf"))[1]
+    assert mlx_tokenizer.has_chat_template
+    assert asked(mlx_tokenizer, TALKS[0]) == ours.prompt(TALKS[0]).tolist()
+
+
+@pytest.mark.parametrize("template", ["qwen2", "qwen3", "llama3", "mistral", "gemma", "phi3", "llama3 marked"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_public_templates_come_in_and_go_out(tmp_path: Path, kind: str, template: str) -> None:
+    """From a folder as the public models have it, through a run, to one that transformers reads."""
+    source = TEMPLATES[template]
+    folder = foreign(tmp_path / "public", kind, {**NAMES, "chat_template": source, "pad_token": "<none>"})
+    assert import_model(folder, tmp_path / "run")["warnings"] == []
+    ours = encoder(tmp_path / "run")
+    assert ours.template.source == source
+    export(tmp_path / "run", "hf", tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert len(theirs) == ours.tokenizer.vocab_size  # <none> is no token of it
+    for conversation in TALKS[: 2 if template in NO_SYSTEM else 3]:
+        assert asked(theirs, conversation) == ours.prompt(conversation).tolist()
+
+
+def foreign(folder: Path, kind: str, config: dict[str, Any], **shape: Any) -> Path:
+    """A Hugging Face folder with one of the tokenizers, and this tokenizer_config.json."""
+    model = KINDS[kind]()
+    (made := folder.parent / "made").mkdir()
+    model.save(str(made / "tokenizer.json"))
+    export(make_run(made / "run", made / "tokenizer.json", n_layers=1, **shape), "hf", folder)
+    model.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_generation_ends_where_the_answer_does(tmp_path: Path, bpe: Path) -> None:
+    """Greedy answers in all three; a later token becomes the end of the turn, by a swap of two rows of the head."""
+    ours = chat_run(tmp_path / "plain", bpe, "chatml", tie_embeddings=False)
+    model, _ = load_model(tmp_path / "plain")
+    prompt, end = ours.prompt(TALKS[0]).tolist(), ours.end_of_turn()
+    assert end is not None and end == ours.tokenizer.controls["<|im_end|>"] != ours.tokenizer.eod_id
+    greedy = GenerationConfig(method="greedy", max_new_tokens=12)
+    said = list(continued(model.params, model.shape, prompt, greedy, set()))
+    last = max(i for i, token in enumerate(said) if token not in said[:i])
+    assert last > 1 and end not in said
+    params = random_parameters(model.shape)
+    params["lm_head.weight"][[said[last], end]] = params["lm_head.weight"][[end, said[last]]]
+    chat_run(tmp_path / "run", bpe, "chatml", params, tie_embeddings=False)
+    export(tmp_path / "run", "hf", tmp_path / "hf")
+    ends = [ours.tokenizer.eod_id, end]
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == ends
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert theirs.generation_config.eos_token_id == ends
+    asked_in = tokenizer.apply_chat_template(
+        dicts(TALKS[0]), add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    out = theirs.generate(**asked_in, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert out[0].tolist() == [*prompt, *said[:last], end]
+    mlx_model, mlx_tokenizer = mlx_load(str(tmp_path / "hf"))[:2]
+    assert mlx_tokenizer.eos_token_ids == set(ends)
+    answers = list(stream_generate(mlx_model, mlx_tokenizer, mx.array(prompt), max_tokens=12))
+    assert [answer.token for answer in answers] == [*said[:last], end] and answers[-1].finish_reason == "stop"
+
+
+def gguf_keys(run: Path, output: Path) -> dict[str, Any]:
+    export(run, "gguf", output)
+    reader = gguf.GGUFReader(output / "model.gguf")
+    names = {
+        "template": gguf.Keys.Tokenizer.CHAT_TEMPLATE,
+        **{key: f"tokenizer.ggml.{key}_token_id" for key in ("bos", "eos", "eot")},
+        "add_bos": "tokenizer.ggml.add_bos_token",
+    }
+    found = {key: reader.get_field(name) for key, name in names.items()}
+    return {key: None if value is None else value.contents() for key, value in found.items()}
+
+
+def test_gguf_tells_of_it(tmp_path: Path, bpe: Path) -> None:
+    """Of ours: the ends, and no token before a chat, as in training; without a template it is as it was."""
+    ours = chat_run(tmp_path / "chatml", bpe, "chatml").tokenizer
+    chat_run(tmp_path / "plain", bpe, "plain")
+    make_run(tmp_path / "none", bpe, n_layers=1)
+    eod, end = ours.eod_id, ours.controls["<|im_end|>"]
+    ends = {"bos": eod, "eos": eod, "add_bos": False}
+    assert gguf_keys(tmp_path / "chatml", tmp_path / "a") == {**ends, "eot": end, "template": CHATML}
+    assert gguf_keys(tmp_path / "plain", tmp_path / "b") == {**ends, "eot": None, "template": PLAIN}
+    none = {"bos": eod, "eos": eod, "add_bos": True, "eot": None, "template": None}
+    assert gguf_keys(tmp_path / "none", tmp_path / "c") == none
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [  # bos, whether it stands before a chat, eos, eot: read off the templates
+        ("llama3", ("<s>", True, "<|endoftext|>", "<|eot_id|>")),
+        ("mistral", ("<s>", True, "</s>", "<|endoftext|>")),
+        ("qwen2", ("<|endoftext|>", False, "<|endoftext|>", "<|im_end|>")),
+        ("phi3", ("<|endoftext|>", False, "</s>", "<|end|>")),
+    ],
+)
+def test_gguf_of_public_templates(tmp_path: Path, template: str, named: tuple[str, bool, str, str]) -> None:
+    folder = foreign(tmp_path / "public", "bytelevel", {**NAMES, "chat_template": TEMPLATES[template]})
+    import_model(folder, tmp_path / "run")
+    controls = load_chat_tokenizer(tmp_path / "run").controls
+    found = gguf_keys(tmp_path / "run", tmp_path / "gguf")
+    bos, add_bos, eos, eot = named
+    wanted = {"bos": controls[bos], "add_bos": add_bos, "eos": controls[eos], "eot": controls[eot]}
+    assert found == {**wanted, "template": TEMPLATES[template]}
+
+
+def test_a_template_that_cannot_be_used_is_left_out_and_that_is_said(tmp_path: Path) -> None:
+    folder = foreign(tmp_path / "public", "bytelevel", {"chat_template": "{% for"})
+    (warning,) = import_model(folder, tmp_path / "run")["warnings"]
+    assert warning.startswith("the chat template is left out: ") and "not a chat template that can be read" in warning
+    assert not (tmp_path / "run" / "chat_template.jinja").exists()
+    assert "chat_template.jinja" not in export(tmp_path / "run", "hf", tmp_path / "hf")["files"]
+    (tmp_path / "run" / "chat_template.jinja").write_text("{{ nothing.of.it }}")
+    with pytest.raises(UserError, match=r"chat_template.jinja: can't be used: the chat template refuses it"):
+        export(tmp_path / "run", "hf", tmp_path / "no")
+
+
+def test_a_folder_without_one_gets_none(tmp_path: Path) -> None:
+    folder = foreign(tmp_path / "public", "bytelevel", NAMES)
+    assert import_model(folder, tmp_path / "run")["warnings"] == []
+    assert not (tmp_path / "run" / "chat_template.jinja").exists()

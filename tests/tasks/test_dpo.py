@@ -1,0 +1,80 @@
+"""Preference tuning from a base and pairs to a run: learnt, resumed exactly, its reference computed once."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anarchobot.cli.main import main
+from anarchobot.config.errors import UserError
+from anarchobot.tasks.dpo import dpo
+from anarchobot.training.preference import PreferenceEngine
+from tests.tasks.test_pretrain import equal
+from tests.tasks.tuning import base as base
+from tests.tasks.tuning import events, tuning
+from tests.tasks.tuning import preferences as preferences
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"lora__r": 4}, {"preference__loss": "ipo"}, {"preference__loss": "orpo"}], ids=str
+)
+def test_a_model_learns_what_is_preferred(
+    tmp_path: Path, base: Path, preferences: Path, settings: dict[str, Any]
+) -> None:
+    summary = dpo(tuning(tmp_path, "run", base, preferences, train__total_steps=30, **settings), quiet=True)
+    first, *_, last = events(tmp_path / "run", "eval")
+    if "preference__loss" not in settings:
+        assert first["val_loss"] == pytest.approx(np.log(2), abs=1e-6) and first["val_reward_margin"] == 0.0
+    assert last["val_loss"] < first["val_loss"] and last["val_reward_accuracy"] > 0.9
+    gap = [e["val_chosen_log_prob"] - e["val_rejected_log_prob"] for e in (first, last)]
+    assert gap[1] > gap[0]
+    line = events(tmp_path / "run", "train")[-1]
+    assert line["reward_margin"] > 0 and "val_bpb" not in last
+    assert summary["best_val_loss"] == min(e["val_loss"] for e in events(tmp_path / "run", "eval"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora__r": 4, "lora__dropout": 0.1}], ids=["all weights", "adapters"])
+def test_stopped_and_resumed_is_the_unbroken_run_and_the_reference_is_computed_once(
+    tmp_path: Path, base: Path, preferences: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dpo(tuning(tmp_path, "whole", base, preferences, **settings), quiet=True)
+    dpo(tuning(tmp_path, "broken", base, preferences, **settings, train__total_steps=3), quiet=True)
+    again = tuning(tmp_path, "broken", base, preferences, **settings, train__checkpoint_path="auto")
+
+    def computed(*args: Any) -> Any:
+        raise AssertionError("computed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreferenceEngine, "log_probs", computed)
+        dpo(again, quiet=True)
+        (tmp_path / "whole" / "reference.json").write_text("{}")
+        with pytest.raises(AssertionError, match="computed again"):
+            dpo(tuning(tmp_path, "whole", base, preferences, **settings, train__checkpoint_path="auto"), quiet=True)
+    equal(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_reference_lost_is_made_anew_from_the_base(tmp_path: Path, base: Path, preferences: Path) -> None:
+    """Not from the weights that are trained by then."""
+    for name in ("whole", "broken"):
+        dpo(tuning(tmp_path, name, base, preferences, train__total_steps=3), quiet=True)
+    (tmp_path / "broken" / "reference.json").unlink()
+    for name in ("whole", "broken"):
+        dpo(tuning(tmp_path, name, base, preferences, train__checkpoint_path="auto"), quiet=True)
+    equal(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_equal_answers_are_counted_and_wrong_settings_refused(
+    tmp_path: Path, base: Path, preferences: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dpo(tuning(tmp_path, "run", base, preferences))
+    said = capsys.readouterr().err
+    assert "60 rows read, 58 kept" in said and "pairs.jsonl:59" in said and "left out: 2" in said
+    for overrides, match in (
+        ({"train__backend": "torch"}, "torch has no preference tuning"),
+        ({"chat__train_on": "all"}, "chat.train_on: is about conversations"),
+    ):
+        with pytest.raises(UserError, match=match):
+            dpo(tuning(tmp_path, "other", base, preferences, **overrides), quiet=True)
+    assert main(["dpo", str(tmp_path / "run.yaml"), "--dataset", str(tmp_path / "none.jsonl"), "train.save_dir=x"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

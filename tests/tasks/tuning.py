@@ -1,0 +1,74 @@
+"""What the tests of sft and dpo share: a base model, conversations and pairs, so small that a run takes a second."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from anarchobot.config.loading import LoadedConfig
+from anarchobot.tasks.bases import load_tuning
+from anarchobot.tasks.pretrain import pretrain
+from tests.tiny import loaded
+
+COLOURS = ("red", "blue", "green", "black", "white")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    pretrain(loaded(folder / "c.yaml", tiny_shards, folder / "run", model__dropout=0.0), quiet=True)
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty conversations: one is asked for a colour, and says it."""
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    draw = random.Random(0)
+    rows = []
+    for i in range(60):
+        colour = draw.choice(COLOURS)
+        turns = [("user", f"Say {colour} {i}"), ("assistant", f"{colour} {colour}")] * draw.choice((1, 2))
+        rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty pairs, of which two are equal: politeness is preferred."""
+    path = tmp_path_factory.mktemp("preferences") / "pairs.jsonl"
+    draw = random.Random(0)
+    rows = [
+        {"prompt": f"Say {(c := draw.choice(COLOURS))} {i}", "chosen": f"{c} please", "rejected": f"no {c}"}
+        for i in range(58)
+    ]
+    rows += [{"prompt": "Hello", "chosen": "same", "rejected": "same"}] * 2
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def tuning(folder: Path, name: str, base: Path, dataset: Path, **overrides: Any) -> LoadedConfig:
+    """A config for sft or dpo into folder/name; `overrides` as for tests/tiny.py."""
+    config: dict[str, dict[str, Any]] = {
+        "data": {"dataset": str(dataset), "seq_len": 48, "val_fraction": 0.2},
+        "train": {
+            "init_from": str(base), "total_steps": 6, "micro_batch_size": 2, "grad_accum_steps": 2, "lr": 0.01,
+            "min_lr": 0.0, "warmup_steps": 0, "schedule": "constant", "log_interval": 1, "eval_interval": 3,
+            "ckpt_interval": 3, "device": "cpu", "save_dir": str(folder / name),
+        },
+    }  # fmt: skip
+    for key, value in overrides.items():
+        section, leaf = key.split("__")
+        config.setdefault(section, {})[leaf] = value
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return load_tuning(str(path), [])
+
+
+def events(run: Path, event: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run / "logs" / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == event]
