@@ -1,5 +1,6 @@
 """What the pages say is so: the README's commands run, the dependency list is the real one."""
 
+import json
 import re
 import shlex
 import tomllib
@@ -30,12 +31,18 @@ def test_the_readmes_commands_run_as_they_stand(tmp_path: Path, monkeypatch: pyt
     (my_yaml,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "my.yaml").write_text(my_yaml.replace("1024", "600").replace("500", "2"))
     (tmp_path / "notes.txt").write_text((ROOT / "README.md").read_text() + (ROOT / "Makefile").read_text() * 20)
+    turns = [{"role": role, "content": "Notes?"} for role in ("user", "assistant")]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 9)
+    pair = {"prompt": "Notes?", "chosen": "Notes.", "rejected": "No."}
+    (tmp_path / "preferences.jsonl").write_text((json.dumps(pair) + "\n") * 9)
     found = commands()
     assert len(found) > 8
     for command in found:
         words = shlex.split(command)[1:]
         if words[:2] == ["pretrain", "configs/quickstart.yaml"]:
             words += ["train.total_steps=2", "train.eval_batches=1"]
+        if words[0] in ("sft", "dpo"):  # the little model sees 128 tokens at a time
+            words += ["train.total_steps=2", "data.val_fraction=0", "data.seq_len=128"]
         if words[0] == "tokenizer" and "--vocab-size" in words:
             words[words.index("--vocab-size") + 1] = "600"  # this little text gives no more
         if "shards/notes" in command and words[0] == "pretrain":

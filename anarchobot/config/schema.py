@@ -159,7 +159,7 @@ class TrainConfig(Section):
     muon_scale: Literal["adamw", "keller"] = Field(
         "adamw", description="size of Muon's updates: AdamW's, or sqrt(max(1, rows / cols)), which wants lr about 0.02"
     )
-    weight_decay: NonNegativeFloat = Field(0.02, description="decoupled; norms are not decayed")
+    weight_decay: NonNegativeFloat = Field(0.02, description="decoupled; norms and biases are not decayed")
     cautious_weight_decay: bool = Field(True, description="decay a weight only where the update shrinks it as well")
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="validate and save a running average of the weights with this decay (0.99); left out: none"

@@ -49,7 +49,8 @@ def write(
     tokens: SpecialTokens,
     dtype: Dtype,
 ) -> None:
-    """Matrices as `dtype`, norms and biases as float32, which llama.cpp wants. Raises UserError when a value is out of range."""
+    """Matrices as `dtype`, norms and biases as float32, which llama.cpp wants. Raises UserError when a value is out of
+    range."""
     gguf = gguf_package()
     kind = architecture(model).lower()
     writer = gguf.GGUFWriter(path, kind)

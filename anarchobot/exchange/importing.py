@@ -168,8 +168,8 @@ class _Weights(Mapping[str, Float32]):
                 raise UserError(f"{tensor.path}: {name}: a model here has no such parameter")
             if tensor.load().any():
                 raise UserError(
-                    f"{tensor.path}: {name} is not zero: a model here has biases on attention's q, k and v alone, so it "
-                    "can't be carried"
+                    f"{tensor.path}: {name} is not zero: a model here has biases on queries, keys and values alone, so "
+                    "it can't be carried"
                 )
         self._stored, self._rows = {name: stored[name] for name in shapes}, rows
 

@@ -37,10 +37,10 @@ def limits(model: ModelConfig, target: Target) -> Iterator[str]:
         )
     if model.ffn_activation != "silu" and target != "hf":
         yield f"model.ffn_activation: gelu: {reader}'s {kind} knows only silu: export it to hf"
-    if model.d_model % model.n_heads and not model.qk_norm and target != "gguf":
+    if model.d_model % model.n_heads and kind == "Llama" and target != "gguf":
         yield (
-            f"model.n_heads: {model.n_heads}: transformers takes no {kind} whose d_model ({model.d_model}) it does not "
-            f"divide{'' if model.attention_bias else ': export it to gguf'}"
+            f"model.n_heads: {model.n_heads}: transformers takes no Llama whose d_model ({model.d_model}) it does not "
+            "divide: export it to gguf"
         )
     if model.attention_bias and model.qk_norm:
         yield (
@@ -49,8 +49,8 @@ def limits(model: ModelConfig, target: Target) -> Iterator[str]:
         )
     elif model.attention_bias and model.n_heads * model.head_size != model.d_model and target != "hf":
         yield (
-            f"model.head_dim: {model.head_size}: {reader}'s Qwen2 (model.attention_bias) takes d_model / n_heads as the "
-            "width of its heads: export it to hf"
+            f"model.head_dim: {model.head_size}: {reader}'s Qwen2 (model.attention_bias) has heads of d_model / n_heads"
+            ": export it to hf"
         )
 
 

@@ -13,7 +13,8 @@ INIT_STD = 0.02
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face Llama's names (Qwen3's for the norms of qk_norm, Qwen2's for attention_bias), matrices as (out, in), in the forward's order."""
+    """Hugging Face Llama's names (Qwen3's for the norms of qk_norm, Qwen2's for attention_bias), matrices as (out, in),
+    in the forward's order."""
     d, head, hidden = model.d_model, model.head_size, model.mlp_size
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab_size, d)}
     for i in range(model.n_layers):
@@ -44,8 +45,8 @@ def parameter_count(model: ModelConfig) -> int:
 
 
 def init_parameters(model: ModelConfig, seed: int) -> dict[str, npt.NDArray[np.float32]]:
-    """First values: norms one, biases zero, matrices normal with deviation 0.02, and 0.02 / sqrt(2 n_layers) for the two that write
-    to the residual stream (GPT-2, Radford et al., 2019, section 2.3), or zero with zero_init_proj.
+    """First values: norms one, biases zero, matrices normal with deviation 0.02, and 0.02 / sqrt(2 n_layers) for the
+    two that write to the residual stream (GPT-2, Radford et al., 2019, section 2.3), or zero with zero_init_proj.
 
     Each matrix draws from a generator of its own, keyed by seed and name: the values do not depend on the engine, nor
     on which other parameters there are.

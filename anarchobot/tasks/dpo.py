@@ -1,5 +1,6 @@
 """Preference tuning: a model learns which of two answers is better, by DPO, IPO or ORPO."""
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,9 @@ def dpo(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     opened, engine = open_preference_engine(config, base.weights)
     both = (learnt, held_out)
     if config.preference.loss != "orpo":
+        if not quiet:
+            count = learnt.count + held_out.count
+            print(f"what the model thinks of {count:,} pairs before it is tuned ...", file=sys.stderr, flush=True)
         reference = reference_of(engine, both, start.folder, f"{base.digest} {train.precision} {config.lora}")
         for part, values in zip(both, reference, strict=True):
             part.reference = values

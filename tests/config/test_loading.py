@@ -11,7 +11,7 @@ from anarchobot.config.loading import LoadedConfig, config_from_dict, leaf_keys,
 from anarchobot.config.schema import Config
 from anarchobot.config.yaml_tree import dump
 
-SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 
 
 @pytest.fixture

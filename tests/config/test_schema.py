@@ -10,7 +10,7 @@ from anarchobot.config.loading import expectation, leaf_keys
 from anarchobot.config.schema import Config, TrainConfig
 from anarchobot.config.yaml_tree import parse
 
-SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 
 # Copied by hand from the documentation that others rely on; a default that moves must be moved here on purpose.
 PROMISED: dict[str, dict[str, Any]] = {

@@ -26,6 +26,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "wide heads": {"head_dim": 20},
     "scaled": {"tie_embeddings": False, "embedding_scale": 6.5},
     "qwen3": {"qk_norm": True},
+    "qwen2": {"attention_bias": True},
+    "qwen2, untied": {"attention_bias": True, "n_kv_heads": 4, "tie_embeddings": False, "embedding_scale": 3.0},
     "qwen3, 3 heads": {"qk_norm": True, "n_heads": 5, "n_kv_heads": 1, "head_dim": 16, "tie_embeddings": False},
 }
 
@@ -48,7 +50,7 @@ def test_transformers_and_mlx_lm_give_our_logits_on_1000_tokens(tmp_path: Path, 
     assert ours.std() > 0.2
     export(run, "hf", tmp_path / "hf")
     kind = type(transformers_model(tmp_path / "hf")).__name__
-    assert kind == ("Qwen3ForCausalLM" if "qwen3" in name else "LlamaForCausalLM")
+    assert kind == {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}.get(name[:5], "LlamaForCausalLM")
     np.testing.assert_allclose(transformers_logits(tmp_path / "hf", ids), ours, atol=1e-4, rtol=0)
     export(run, "mlx", tmp_path / "mlx")
     theirs, _ = mlx_load(str(tmp_path / "mlx"))[:2]
@@ -101,6 +103,7 @@ def test_half_the_bytes(tmp_path: Path, bpe: Path, dtype: Any) -> None:
     [
         ({"logit_softcap": 30.0}, "model.logit_softcap: 30: Llama has no cap"),
         ({"value_residual": True, "qk_norm": True}, "model.value_residual: Qwen3's blocks don't see"),
+        ({"attention_bias": True, "qk_norm": True}, "model.attention_bias: Qwen2 has biases and Qwen3 has model.qk_n"),
         ({"embedding_scale": 8.0}, "model.embedding_scale: 8: with model.tie_embeddings it can't go into"),
     ],
     ids=str,
@@ -120,6 +123,18 @@ def test_heads_that_do_not_divide_the_width(tmp_path: Path, bpe: Path) -> None:
     with pytest.raises(UserError, match=r"model.n_heads: 5: .*: export it to gguf"):
         export(run, "hf", tmp_path / "out")
     export(run, "gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize("shape", [{"head_dim": 16}, {"n_heads": 5, "n_kv_heads": 5, "head_dim": 16}], ids=str)
+def test_heads_of_their_own_width_with_biases(tmp_path: Path, bpe: Path, shape: dict[str, Any]) -> None:
+    """Only transformers' Qwen2 takes them."""
+    run = make_run(tmp_path / "run", bpe, attention_bias=True, **shape)
+    ids = real_ids(run, 100)
+    export(run, "hf", tmp_path / "hf")
+    np.testing.assert_allclose(transformers_logits(tmp_path / "hf", ids), our_logits(run, ids), atol=1e-4, rtol=0)
+    for target in ("mlx", "gguf"):
+        with pytest.raises(UserError, match=r"model.head_dim: 16: .*'s Qwen2 .* has heads of d_model / n_heads: exp"):
+            export(run, target, tmp_path / "no")  # type: ignore[arg-type]
 
 
 def test_float16_out_of_range_leaves_nothing(tmp_path: Path, bpe: Path) -> None:

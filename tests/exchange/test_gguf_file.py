@@ -45,13 +45,18 @@ def field(reader: gguf.GGUFReader, name: str) -> Any:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
-def test_the_tensors_are_the_checkpoints(tmp_path: Path, bpe: Path, dtype: Any, qk_norm: bool) -> None:
-    run = make_run(tmp_path / "run", bpe, qk_norm=qk_norm, tie_embeddings=False)
-    found = {t.name: t for t in read(run, tmp_path / "gguf", dtype).tensors}
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_the_tensors_are_the_checkpoints(tmp_path: Path, bpe: Path, dtype: Any, kind: str) -> None:
+    shape = {"qk_norm": kind == "qwen3", "attention_bias": kind == "qwen2", "tie_embeddings": False}
+    run = make_run(tmp_path / "run", bpe, **shape)
+    reader = read(run, tmp_path / "gguf", dtype)
+    assert field(reader, "general.architecture") == kind
+    found = {t.name: t for t in reader.tensors}
     params = np.load(run / "step_00000040" / "model.npz")
     names = dict(NAMES)
-    if qk_norm:
+    if kind == "qwen2":
+        names |= {f"model.layers.1.self_attn.{x}_proj.bias": f"blk.1.attn_{x}.bias" for x in "qkv"}
+    if kind == "qwen3":
         names |= {f"model.layers.1.self_attn.{x}_norm.weight": f"blk.1.attn_{x}_norm.weight" for x in "qk"}
     names |= {ours.replace(".1.", ".0."): theirs.replace(".1.", ".0.") for ours, theirs in names.items()}
     assert set(names) == set(params.files) and set(names.values()) == set(found)
@@ -66,7 +71,7 @@ def test_the_tensors_are_the_checkpoints(tmp_path: Path, bpe: Path, dtype: Any, 
         else:
             torch = pytest.importorskip("torch")
             wanted = torch.from_numpy(wanted).to(getattr(torch, dtype)).float().numpy()
-        if not qk_norm and ours.endswith(("q_proj.weight", "k_proj.weight")):
+        if kind == "llama" and ours.endswith(("q_proj.weight", "k_proj.weight")):
             # llama.cpp turns rows 2i and 2i + 1 of a head together, we turn i and i + E/2.
             head = 12
             for row in range(len(data)):

@@ -14,7 +14,7 @@ from anarchobot.config.loading import load_config
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.data.tokenizer import load_tokenizer
 from anarchobot.exchange.exporting import export
-from anarchobot.exchange.importing import INDEX, import_model
+from anarchobot.exchange.importing import INDEX, import_model, open_foreign
 from anarchobot.inference.generation import generate, load_model
 from tests.exchange.making import STORIES, make_run, our_logits, real_ids
 from tests.tiny import make_shards
@@ -39,6 +39,16 @@ def hf_folder(folder: Path, tokenizer: Path, kind: str = "Llama", **more: Any) -
     model.save_pretrained(folder, max_shard_size="40KB" if kind == "Mistral" else "1GB")
     shutil.copyfile(tokenizer, folder / tokenizer.name)
     return folder
+
+
+def fill_biases(folder: Path) -> None:
+    """transformers begins with zeros."""
+    tensors = torch_files.load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(".bias") and "o_proj" not in name:
+            assert not tensor.any()
+            tensors[name] = torch.randn_like(tensor)
+    torch_files.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def their_logits(folder: Path, ids: list[int]) -> np.ndarray:
@@ -109,21 +119,63 @@ def test_it_says_how_to_train_further_and_refuses_another_shape(tmp_path: Path, 
     [
         ("Llama", {"tie_word_embeddings": True, "rope_theta": 5e5}),
         ("Mistral", {"sliding_window": None}),  # in several files
-        ("Qwen2", {"head_dim": 12}),  # with biases, which begin as zeros
+        ("Qwen2", {"head_dim": 12}),
         ("Qwen3", {"rms_norm_eps": 1e-5}),
+        ("Llama", {"attention_bias": True}),  # a bias on the output as well, which is zero
     ],
 )
 def test_transformers_own_folders_give_their_logits(tmp_path: Path, bpe: Path, kind: str, more: dict[str, Any]) -> None:
     folder = hf_folder(tmp_path / "hf", bpe, kind, **more)
     assert (folder / INDEX).exists() == (kind == "Mistral")
-    assert any(".bias" in name for f in folder.glob("*.safetensors") for name in torch_files.load_file(f)) == (
-        kind == "Qwen2"
-    )
+    biased = any(".bias" in name for f in folder.glob("*.safetensors") for name in torch_files.load_file(f))
+    assert biased == (kind == "Qwen2" or "attention_bias" in more)
+    if biased:
+        fill_biases(folder)
     assert import_model(folder, tmp_path / "run")["architecture"] == kind.lower()
     ids = real_ids(tmp_path / "run")
     ours = our_logits(tmp_path / "run", ids)
     assert ours.std() > 0.1
     np.testing.assert_allclose(ours, their_logits(folder, ids), atol=1e-4, rtol=0)
+
+
+def test_qwen2_comes_in_is_trained_and_goes_out(tmp_path: Path, bpe: Path) -> None:
+    """Its gradients are transformers'; after training, transformers computes what we do, and mlx-lm too."""
+    import mlx.core as mx
+    from mlx_lm import load as mlx_load
+
+    from anarchobot.model.gradients import loss_and_gradients
+
+    folder = hf_folder(tmp_path / "hf", bpe, "Qwen2", head_dim=12, tie_word_embeddings=True)
+    fill_biases(folder)
+    import_model(folder, tmp_path / "run")
+    found = open_foreign(folder)
+    assert found.model.attention_bias and load_config(tmp_path / "run" / "config.yaml").config.model == found.model
+    ids = np.array([real_ids(tmp_path / "run", 200)])
+    params = {name: mx.array(array) for name, array in found.weights.items()}
+    scale = mx.array(1 / 199)
+    inputs, targets = mx.array(ids[:, :-1]), mx.array(ids[:, 1:])
+    loss, ours = loss_and_gradients(params, inputs, targets, found.model, scale=scale)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    out = theirs(torch.tensor(ids), labels=torch.tensor(ids))
+    out.loss.backward()
+    assert float(loss) == pytest.approx(out.loss.item(), rel=1e-5)
+    gradients = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
+    assert set(gradients) == set(ours) and sum(name.endswith(".bias") for name in ours) == 6
+    for name, wanted in gradients.items():
+        np.testing.assert_allclose(np.array(ours[name]), wanted, atol=1e-4 * np.abs(wanted).max(), err_msg=name)
+    shards = make_shards(tmp_path / "shards", vocab_size=VOCAB)
+    words = [f"data.shard_dir={shards}", "train.tokenizer_path=null", "train.total_steps=3", "data.seq_len=64"]
+    words += [f"train.init_from={tmp_path}/run", f"train.save_dir={tmp_path}/new", "train.warmup_steps=0"]
+    words += ["--quiet", "--no-supervise", "train.lr=0.01"]
+    assert main(["pretrain", str(tmp_path / "run" / "config.yaml"), *words]) == 0
+    before, after = (np.load(tmp_path / step / "model.npz") for step in ("run/step_00000000", "new/step_00000003"))
+    for name in before.files:
+        assert not np.array_equal(before[name], after[name]), name
+    export(tmp_path / "new", "hf", tmp_path / "out")
+    z = our_logits(tmp_path / "new", ids[0].tolist())
+    np.testing.assert_allclose(their_logits(tmp_path / "out", ids[0].tolist()), z, atol=1e-4)
+    mlx_model = mlx_load(str(tmp_path / "out"))[0]
+    np.testing.assert_allclose(np.array(mlx_model(mx.array(ids)))[0], z, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -150,7 +202,12 @@ def test_generate_works_at_once_and_the_config_is_one_to_train_with(tmp_path: Pa
 
 @pytest.mark.parametrize(
     "shape",
-    [{}, {"qk_norm": True, "tie_embeddings": False}, {"n_heads": 5, "qk_norm": True, "n_kv_heads": 1, "head_dim": 16}],
+    [
+        {},
+        {"qk_norm": True, "tie_embeddings": False},
+        {"attention_bias": True},
+        {"n_heads": 5, "qk_norm": True, "n_kv_heads": 1, "head_dim": 16},
+    ],
     ids=str,
 )
 def test_there_and_back_is_the_same_model(tmp_path: Path, tokenizer_path: Path, shape: dict[str, Any]) -> None:
@@ -207,6 +264,8 @@ def damaged(folder: Path, what: str) -> Path:
         del tensors["model.layers.1.mlp.up_proj.weight"]
         torch_files.save_file(tensors, weights)
     elif what == "bias":
+        torch_files.save_file({**tensors, "model.layers.0.self_attn.o_proj.bias": torch.ones(48)}, weights)
+    elif what == "some biases":
         torch_files.save_file({**tensors, "model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, weights)
     elif what == "unknown":
         torch_files.save_file({**tensors, "model.layers.0.self_attn.sinks": torch.ones(4)}, weights)
@@ -234,7 +293,8 @@ def damaged(folder: Path, what: str) -> Path:
         ("no weights", r"hf: no weights: expected model.safetensors, or model.safetensors.index.json and its files"),
         ("pickle", r"hf/pytorch_model.bin: a pickle, which can run code: convert the model to safetensors"),
         ("missing", r"hf: model.layers.1.mlp.up_proj.weight is in none of its safetensors files"),
-        ("bias", r"model.layers.0.self_attn.q_proj.bias is not zero: a model here has no biases"),
+        ("bias", r"model.layers.0.self_attn.o_proj.bias is not zero: a model here has biases on queries, keys and val"),
+        ("some biases", r"model.layers.0.self_attn.k_proj.bias is in none of its safetensors files"),
         ("unknown", r"model.layers.0.self_attn.sinks: a model here has no such parameter"),
         ("shape", r"model.norm.weight is \[49\], and config.json asks for \[48\]"),
         ("nan", r"model.norm.weight holds a value that is not finite"),

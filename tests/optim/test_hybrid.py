@@ -8,7 +8,9 @@ from anarchobot.config.schema import ModelConfig, TrainConfig
 from anarchobot.model.shapes import parameter_shapes
 from anarchobot.optim import hybrid, routes
 
-MODEL = ModelConfig(vocab_size=32, n_layers=1, d_model=8, n_heads=2, tie_embeddings=False, qk_norm=True)
+MODEL = ModelConfig(
+    vocab_size=32, n_layers=1, d_model=8, n_heads=2, tie_embeddings=False, qk_norm=True, attention_bias=True
+)
 MUON = {
     f"model.layers.0.{name}.weight"
     for name in (
@@ -29,8 +31,8 @@ def test_routes_are_said_in_a_line_for_each_optimizer() -> None:
     matrices, d = 4 * 8 * 8 + 3 * 8 * 32, 8
     assert routes.describe_routes(shapes, "muon_adamw") == [
         f"Muon: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj ({matrices:,} parameters)",
-        f"AdamW: embed_tokens, input_layernorm, post_attention_layernorm, q_norm, k_norm, norm, lm_head "
-        f"({2 * 32 * d + 3 * d + 2 * 4:,} parameters)",
+        f"AdamW: embed_tokens, input_layernorm, post_attention_layernorm, bias, q_norm, k_norm, norm, lm_head "
+        f"({2 * 32 * d + 3 * d + 3 * d + 2 * 4:,} parameters)",
     ]
     assert [line.split(":")[0] for line in routes.describe_routes(shapes, "adamw")] == ["AdamW"]
 
@@ -70,6 +72,17 @@ def test_adamw_lr_is_for_what_muon_leaves() -> None:
         assert distance == pytest.approx(usual[name] * (1 if name in MUON else 4), rel=1e-3), name
     alone = moved(optimizer="adamw", adamw_lr=0.4)
     assert all(distance == pytest.approx(0.05, rel=1e-3) for distance in alone.values())
+
+
+def test_biases_do_not_decay() -> None:
+    """Without a gradient, decay is all that would move them; the head is decayed."""
+    params = {name: mx.ones(s) for name, s in parameter_shapes(MODEL).items()}
+    train = TrainConfig(weight_decay=0.5, cautious_weight_decay=False)
+    grads = {name: mx.zeros(p.shape) for name, p in params.items()}
+    state = hybrid.init_state(params, train)
+    new, _ = hybrid.update(params, grads, state, *map(mx.array, (0.1, 0.9, 1.0)), train, MODEL.head_size)
+    assert all(mx.array_equal(p, mx.ones(p.shape)) for name, p in new.items() if name.endswith(".bias"))
+    assert float(new["lm_head.weight"][0, 0]) == pytest.approx(0.95)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
