@@ -46,18 +46,14 @@ def model_card(
         f"# {name}",
         "",
         f"A language model of {parameter_count(config.model):,} parameters, {_origin(found)}, in {dtype}. "
-        + (
-            "It goes on from a text; it was not taught to answer or to be safe."
-            if chat is None
-            else "It answers in conversations, by its chat template; it was not taught to be safe."
-        ),
+        + _abilities(found, chat),
         "",
         *(f"> {note}\n" for note in notes),
         "## Use",
         "",
         *_use(target, chat),
         "",
-        _bounds(config.model.bos_id, tokenizer, chat),
+        _bounds(config.model.bos_id, tokenizer, chat, target),
         "",
         "## Training",
         "",
@@ -83,14 +79,26 @@ def _origin(found: Checkpoint) -> str:
     return f"{how} with AnarchoBot; step {found.step:,} of its training"
 
 
-def _bounds(bos_id: int | None, tokenizer: Tokenizer, chat: Chat | None) -> str:
+def _abilities(found: Checkpoint, chat: Chat | None) -> str:
+    ability = "goes on from a text" if chat is None else "answers in conversations, by its chat template"
+    if "imported" in found.state or "fused" in found.state:
+        return f"It {ability}."  # what else it was taught before is not known
+    return f"It {ability}; it was not taught {'to answer or ' if chat is None else ''}to be safe."
+
+
+def _bounds(bos_id: int | None, tokenizer: Tokenizer, chat: Chat | None, target: Target) -> str:
     """What stands at both ends of a text."""
+    # A GGUF file has one setting for texts and conversations.
+    puts = target != "gguf" or chat is None or chat.begins is not None
+    who = (
+        "the tokenizer puts it first" if puts else "the tokenizer does not put it first, as none begins a conversation"
+    )
     if bos_id is None:
-        text = "A text begins and ends with the end-of-document token, as in training; the tokenizer puts it first."
+        text = f"A text begins and ends with the end-of-document token, as in training; {who}."
     else:
         text = (
-            f"A text begins with token {bos_id}, which the tokenizer puts there, and ends with the end-of-document "
-            f"token, {tokenizer.eod_id}."
+            f"A text begins with token {bos_id} and ends with the end-of-document token, {tokenizer.eod_id}, as in "
+            f"training; {who}."
         )
     if chat is None:
         return text

@@ -27,6 +27,7 @@ from anarchobot.data.tokenizer_training import train_tokenizer
 from anarchobot.training import checkpoint
 
 STEPS = 20
+MOST_TRIES = 8  # to end a run before its end
 VOCAB = 384
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": {"vocab_size": VOCAB, "n_layers": 2, "d_model": 32, "n_heads": 2, "max_seq_len": 32, "dropout": 0.1},
@@ -79,12 +80,17 @@ class Playground:
         for number in range(count):
             name = f"{fault.split()[0].strip(',')}{number}"
             moment = self._lasted * self._chance.uniform(0.3, 1.0)
-            process = self._start(name)
-            try:
-                process.wait(moment)
-            except subprocess.TimeoutExpired:
-                process.send_signal(kinds[number % len(kinds)])
-            _, err = process.communicate()
+            for _ in range(MOST_TRIES):  # the run may be quicker than the unbroken one was: then again, sooner
+                process = self._start(name)
+                try:
+                    process.wait(moment)
+                except subprocess.TimeoutExpired:
+                    process.send_signal(kinds[number % len(kinds)])
+                _, err = process.communicate()
+                if process.returncode != 0:
+                    break
+                moment *= 0.8
+                shutil.rmtree(self.folder / name)
             ended += process.returncode != 0
             resumed += process.returncode != 0 and bool(checkpoint.saved_steps(self.folder / name))
             inside += any((self.folder / name).glob(".step_*"))
@@ -95,7 +101,7 @@ class Playground:
                     failures.append(f"{name}: ended after {moment:.3f} s and resumed, not the unbroken run: {other}")
             except UserError as error:
                 failures.append(f"{name}: {error}")
-            shutil.rmtree(self.folder / name)
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         note = f": {ended} before their end, {resumed} behind a checkpoint, {inside} inside a save"
         return Outcome(fault, count, failures, note)
 

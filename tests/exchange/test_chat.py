@@ -65,8 +65,13 @@ def test_autotokenizer_asks_in_our_ids(tmp_path: Path, tokenizer_path: Path, cho
     assert asked(mlx_tokenizer, TALKS[0]) == ours.prompt(TALKS[0]).tolist()
 
 
-@pytest.mark.parametrize("template", ["qwen2", "qwen3", "llama3", "mistral", "gemma", "phi3", "llama3 marked"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "template"),
+    [
+        *(("bytelevel", name) for name in ("qwen2", "qwen3", "llama3", "gemma", "phi3", "llama3 marked")),
+        *((kind, name) for kind in ("first", "always") for name in ("llama3", "mistral")),
+    ],
+)
 def test_public_templates_come_in_and_go_out(tmp_path: Path, kind: str, template: str) -> None:
     """From a folder as the public models have it, through a run, to one that transformers reads."""
     source = TEMPLATES[template]

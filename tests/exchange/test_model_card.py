@@ -85,8 +85,8 @@ def test_what_a_text_begins_with_is_said(tmp_path: Path, bpe: Path) -> None:
     plain = card(make_run(tmp_path / "plain", bpe, n_layers=1), tmp_path / "a")
     assert "A text begins and ends with the end-of-document token, as in training; the tokenizer puts it fir" in plain
     other = card(make_run(tmp_path / "other", bpe, n_layers=1, bos_id=7), tmp_path / "b")
-    assert "A text begins with token 7, which the tokenizer puts there, and ends with the end-of-document" in other
-    assert f"token, {tokenizer.eod_id}." in other and "begins and ends" not in other
+    ends = f"and ends with the end-of-document token, {tokenizer.eod_id}, as in training; the tokenizer puts it first."
+    assert f"A text begins with token 7 {ends}" in other and "begins and ends" not in other
 
 
 def test_a_model_that_learnt_to_answer(tmp_path: Path, base: Path, chats: Path) -> None:
@@ -125,12 +125,14 @@ def test_models_that_were_not_trained_here(tmp_path: Path, base: Path, chats: Pa
     export(base, "hf", tmp_path / "hf")
     import_model(tmp_path / "hf", tmp_path / "imported")
     text = card(tmp_path / "imported", tmp_path / "a")
+    assert "It goes on from a text.\n" in text and "safe" not in text
     assert "brought into AnarchoBot from another program" in text and f"| imported from | `{tmp_path}/hf` |" in text
     assert "| steps |" not in text and "| tokens |" not in text
     sft(tuning(tmp_path, "adapters", base, chats, lora__r=4), quiet=True)
     fuse(base, tmp_path / "adapters", tmp_path / "fused")
     text = card(tmp_path / "fused", tmp_path / "b", "gguf")
     assert "joined by AnarchoBot from a model and its adapters" in text and "llama-cli -m model.gguf --jinja" in text
+    assert "the tokenizer does not put it first" in text
     assert f"| joined from | `{base}` and the adapters in `{tmp_path}/adapters` |" in text
 
 
