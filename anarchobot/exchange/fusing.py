@@ -11,6 +11,7 @@ from anarchobot.config.yaml_tree import dump
 from anarchobot.data.conversations import template
 from anarchobot.data.tokenizer import Tokenizer, copy_beside, load_tokenizer
 from anarchobot.exchange.adapters import Adapter, Packing, read_adapter
+from anarchobot.exchange.chat import save_foreign_template
 from anarchobot.exchange.importing import open_foreign
 from anarchobot.exchange.narrowing import Float32, narrowed, widened
 from anarchobot.exchange.new_folder import NewFolder
@@ -41,7 +42,9 @@ def fuse(model: str | Path, adapter: str | Path, output: str | Path) -> dict[str
     adapters = read_adapter(adapter, config.model)
     with NewFolder(output) as beside:
         file_name = copy_beside(whole.tokenizer, beside)
-        _copy_template([Path(adapter), Path(adapter).parent, whole.tokenizer.files[0].parent], beside)
+        warnings = list(whole.warnings)
+        if not _copy_template([Path(adapter), Path(adapter).parent, whole.tokenizer.files[0].parent], beside):
+            warnings += save_foreign_template(whole.tokenizer, beside)
         places = {"save_dir": str(output), "tokenizer_path": str(output / file_name)}
         train = config.train.model_copy(update={**places, "init_from": None, "checkpoint_path": None})
         config = config.model_copy(update={"train": train, "lora": LoraConfig()})
@@ -54,7 +57,7 @@ def fuse(model: str | Path, adapter: str | Path, output: str | Path) -> dict[str
         "parameters": parameter_count(config.model),
         "adapted": len(adapters.scales),
         "tokenizer": file_name,
-        "warnings": whole.warnings,
+        "warnings": warnings,
     }
 
 
@@ -86,14 +89,15 @@ def _whole(path: Path) -> _Whole:
     return _Whole(saved.config, params, load_tokenizer(saved.folder.parent), list(saved.passed_over))
 
 
-def _copy_template(folders: list[Path], output: Path) -> None:
-    """From the first of `folders` that has one."""
+def _copy_template(folders: list[Path], output: Path) -> bool:
+    """From the first of `folders` that has one in a file of its own; whether there was one."""
     for folder in folders:
         if (folder / template.FILE).is_file():
             for name in (template.FILE, template.CONFIG):
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, output / name)
-            return
+            return True
+    return False
 
 
 def _repacked(array: Float32, packing: Packing) -> Float32:

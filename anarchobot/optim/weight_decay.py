@@ -6,7 +6,7 @@ from anarchobot.config.schema import TrainConfig
 
 
 def moved(w: mx.array, u: mx.array, lr: mx.array, train: TrainConfig) -> mx.array:
-    """W - lr (u + weight_decay W); vectors, which are norms, do not decay.
+    """W - lr (u + weight_decay W); vectors, norms and biases, do not decay.
 
     With train.cautious_weight_decay, weights decay only where u and W have the same sign, so that decay never works
     against the update (Chen et al., "Cautious weight decay", 2025).

@@ -6,7 +6,7 @@ from anarchobot.config.schema import TrainConfig
 
 
 def move(w: Tensor, u: Tensor, lr: float, train: TrainConfig) -> None:
-    """W <- W - lr (u + weight_decay W), in place; `u` is used up. Vectors, which are norms, do not decay.
+    """W <- W - lr (u + weight_decay W), in place; `u` is used up. Vectors, norms and biases, do not decay.
 
     With train.cautious_weight_decay, weights decay only where u and W have the same sign (Chen et al., 2025).
     """
