@@ -187,8 +187,11 @@ def test_a_signal_is_answered_in_the_middle_of_an_evaluation_and_a_second_one_en
         assert process.stdout.readline() == "evaluating\n"
         process.send_signal(signal.SIGTERM)
         assert process.stdout.readline() == "\n"
-        assert process.stdout.readline() == "SIGTERM: saving after this step; again to stop at once\n"
-        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "SIGTERM: saving after this step; Ctrl-C to stop at once\n"
+        process.send_signal(signal.SIGTERM)  # the parent's or the system's second one
+        time.sleep(1.0)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
         assert process.stdout.read().strip() == "stopped"
     assert process.returncode == 130
 
