@@ -19,7 +19,7 @@ from anarchobot.data.shards import read_manifest
 from anarchobot.model.flops import model_step
 from anarchobot.optim.schedule import total_steps
 from anarchobot.training.checkpoint import saved_steps
-from anarchobot.training.stop import PARENT
+from anarchobot.training.stop import PARENT, heeded
 
 MOST_RESUMES = 3  # behind one checkpoint, before the micro-batch is made smaller
 HOUR = 3600.0
@@ -114,8 +114,7 @@ def _run(command: Sequence[str]) -> tuple[int, bool]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        heeded = [number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, forward) for number in heeded}
+        before = {number: signal.signal(number, forward) for number in _FORWARDED if heeded(number)}
     try:
         return child.wait(), bool(passed_on)
     finally:

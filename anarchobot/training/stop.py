@@ -3,7 +3,7 @@
 Python runs its signal handlers between bytecodes, so not while MLX evaluates a graph, which may take a minute. A thread
 that reads the wake-up descriptor sees the signal at once: it answers, and ends the program if need be.
 
-What was ignored when the program began stays ignored: `nohup` means it. SIGTERM may come twice, from the system and
+A hang-up that was ignored when the program began stays ignored: `nohup` means it. SIGTERM may come twice, from the system and
 from the process that supervises, and means the same: only a Ctrl-C is impatient.
 """
 
@@ -19,6 +19,12 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP
 PATIENCE = 0.5  # seconds that a second signal waits for Python's own way out
 SHOW_CURSOR = "\x1b[?25h"  # a live bar hides it
 PARENT = "ANARCHOBOT_PARENT"  # in the environment of a supervised run: the process that watches over it
+
+
+def heeded(number: int) -> bool:
+    """Whether this signal may stop a run. (A shell ignores Ctrl-C, too, for what it starts in the background; there it
+    can only be meant for the run itself.)"""
+    return number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) is not signal.SIG_IGN
 
 
 class StopRequest:
@@ -39,7 +45,7 @@ class StopRequest:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         for number in _SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if heeded(number):
                 self._before[number] = signal.signal(number, self._receive)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, daemon=True)
