@@ -3,8 +3,8 @@
 Python runs its signal handlers between bytecodes, so not while MLX evaluates a graph, which may take a minute. A thread
 that reads the wake-up descriptor sees the signal at once: it answers, and ends the program if need be.
 
-A hang-up that was ignored when the program began stays ignored: `nohup` means it. SIGTERM may come twice, from the system and
-from the process that supervises, and means the same: only a Ctrl-C is impatient.
+A hang-up that was ignored when the program began stays ignored: `nohup` means it. SIGTERM may come twice, from the
+system and from the process that supervises, and means the same: only a Ctrl-C is impatient.
 """
 
 import os
