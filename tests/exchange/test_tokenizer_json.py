@@ -45,7 +45,7 @@ def test_autotokenizer_gives_our_ids(tmp_path: Path, tokenizer_path: Path, qk_no
     texts = [*lines(one_in), *adversarial_texts()]
     wrong = differing(ours, theirs, texts)
     if tokenizer_path.parent.name == "unigram":  # ways of cutting that are equally likely, and nothing else
-        assert len(wrong) < len(texts) / 50 and "equally likely" in told[0]
+        assert len(wrong) < len(texts) / 20 and "equally likely" in told[0]
         scores = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path)).get_score
         for text, ids in zip(wrong, theirs(wrong, add_special_tokens=False)["input_ids"], strict=True):  # type: ignore[operator]
             ours_sum, theirs_sum = (sum(map(scores, map(int, x))) for x in (ours.encode_batch([text])[0], ids))
