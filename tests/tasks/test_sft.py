@@ -122,7 +122,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path, base: Path, ch
     refused(r"data.dataset: expected what to learn from", make(data__dataset=None))
     refused("no such file", make(data__dataset=str(tmp_path / "none.jsonl")))
     for overrides, match in (
-        ({"train__init_from": None}, "train.init_from: expected the model to tune"),
+        ({"train__init_from": None}, r"train.init_from \(--model\): expected the model to tune"),
         ({"train__init_from": str(tmp_path / "none")}, "none: no checkpoint here"),
         ({"model__d_model": 64}, "model.d_model: 64, and the model in .* has 32: leave it out"),
         ({"data__seq_len": 65}, r"data.seq_len \(65\) must be at most model.max_seq_len \(64\)"),
