@@ -119,8 +119,8 @@ def _take_model(values: dict[str, Any], sources: dict[str, str], base_model: Cal
     if not isinstance(path, str):
         source = sources.get("train.init_from")
         raise UserError(
-            f"{f'{source}: ' if source else ''}train.init_from (--model): expected the model to tune: the folder of a run, or of "
-            "a Hugging Face model"
+            f"{f'{source}: ' if source else ''}train.init_from (--model): expected the model to tune: a run's "
+            "folder, or a Hugging Face model's"
         )
     if isinstance(own, dict | None):  # anything else is refused by the types
         base = base_model(path).model_dump()
