@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.shards import verify
+from anarchobot.data.shards import first_altered
 
 
 class ContentCheck:
@@ -20,9 +20,8 @@ class ContentCheck:
     def _run(self) -> None:
         try:
             for folder in self._folders:
-                for file, found in verify(folder):
-                    if found:
-                        self.problem = f"{Path(folder) / file}: {found}: pretokenize again"
-                        return
+                if (file := first_altered(folder)) is not None:
+                    self.problem = f"{Path(folder) / file}: its content is not what was written: pretokenize again"
+                    return
         except (UserError, OSError) as error:
             self.problem = str(error)

@@ -207,6 +207,17 @@ def verify(folder: str | Path) -> Iterator[tuple[str, str]]:
         yield from zip(shard.files, (ids, offsets), strict=True)
 
 
+def first_altered(folder: str | Path) -> str | None:
+    """The first file whose content is not what was written. Only digests are compared, so that a thread may do it
+    beside others: reading numpy's headers is Python's parser, which in Python 3.11 fails at times when two threads use
+    it at once (CPython's issue 106905). Raises OSError for one that can't be read."""
+    for shard in read_manifest(folder).shards:
+        for file, digest in zip(shard.files, (shard.sha256, shard.offsets_sha256), strict=True):
+            if sha256_file(Path(folder) / file) != digest:
+                return file
+    return None
+
+
 def _problem(check: Callable[[Path, Shard, Manifest], None], folder: str | Path, shard: Shard, told: Manifest) -> str:
     try:
         check(Path(folder), shard, told)

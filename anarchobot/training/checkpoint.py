@@ -143,15 +143,6 @@ def read_best(run: Path, up_to: int) -> dict[str, Any] | None:
     return read_sealed(run / "best.json")
 
 
-def forget_best(run: Path, *, newer_than: int) -> bool:
-    """Removes best.json when it names a later step than this; returns whether it did."""
-    step = named_step(run / "best.json")
-    if step is None or step <= newer_than:
-        return False
-    (run / "best.json").unlink()
-    return True
-
-
 def find(path: str | Path, *, files: tuple[str, ...] = FILES) -> Checkpoint:
     """The checkpoint at `path`: a step's folder, a file in it, a run's best.json, or a run folder or its latest.json,
     which mean its newest step that is not damaged. `files` are those that will be needed, and are checked.

@@ -17,7 +17,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
 from anarchobot.model.frozen import begin_adapters
-from anarchobot.model.gradients import Technique, loss_and_gradients
+from anarchobot.model.gradients import Objective, Technique, loss_and_gradients
 from anarchobot.model.loss import loss_sum
 from anarchobot.model.shapes import init_parameters, parameter_shapes
 from anarchobot.model.sums import Params
@@ -183,6 +183,10 @@ class MLXEngine:
         """What is measured beside the loss."""
         return {}
 
+    def _reading(self, targets: mx.array, besides: mx.array | None) -> tuple[mx.array | None, Objective | None]:
+        """From the third of `_rows`: segments, and the objective (None: cross-entropy)."""
+        return besides, None
+
     def _share(self, batch: Batch, step: int, factor: float, worker: int) -> tuple[Measures, Params]:
         """One worker's rows of every micro-batch: the sums of their scaled losses, with what else is measured, and of
         the gradients."""
@@ -303,12 +307,13 @@ class MLXEngine:
         frozen: Params,
         inputs: mx.array,
         targets: mx.array,
-        segments: mx.array | None,
+        besides: mx.array | None,
         key: mx.array,
         scale: mx.array,
         sums: Params,
     ) -> tuple[mx.array, Params]:
         self.traces += 1
+        segments, objective = self._reading(targets, besides)
         return loss_and_gradients(
             params,
             inputs,
@@ -322,6 +327,7 @@ class MLXEngine:
             dropout_key=key,
             adapter_dropout=self._config.lora.dropout,
             technique=self.technique,
+            objective=objective,
         )
 
     def _evaluate(self, params: Params, inputs: mx.array, targets: mx.array, segments: mx.array | None) -> mx.array:

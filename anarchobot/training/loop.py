@@ -215,10 +215,7 @@ class _Training:
         self._display.note(text)
         self._log.event("resume", found.step, folder=str(found.folder), reason=text)
         before.position, before.wall_seconds = progress.position, progress.wall_seconds
-        if checkpoint.forget_best(self._run.folder, newer_than=found.step):  # that step will come again, and be another
-            saver.forget_best()
-        else:
-            before.best_val_loss, before.best_val_bpb = progress.best_val_loss, progress.best_val_bpb
+        before.best_val_loss, before.best_val_bpb = progress.best_val_loss, progress.best_val_bpb
         vars(progress).update(vars(before))
         self._guard = Guard(self._run.config.guard, progress.norms)
         self._skipped = 0
@@ -226,7 +223,7 @@ class _Training:
     def _halve(self, step: int) -> None:
         """Smaller micro-batches and more of them: the batch stays what it was."""
         if self._rows == 1:
-            if self._progress.step > self._saver.newest:
+            if self._progress.step > self._saver.newest and not self._guard.doubts:
                 self._save()  # nothing has changed: these weights are good
             raise UserError(
                 f"step {step}: out of memory with one sequence at a time: set train.gradient_checkpointing: true, or "

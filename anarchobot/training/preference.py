@@ -10,7 +10,7 @@ import numpy.typing as npt
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
 from anarchobot.data.conversations.pairs import PairBatch
-from anarchobot.model.gradients import Objective, loss_and_gradients
+from anarchobot.model.gradients import Objective
 from anarchobot.model.loss import token_losses
 from anarchobot.model.preference import Preferences, losses_and_slopes, rewards
 from anarchobot.model.sums import Params
@@ -78,32 +78,8 @@ class PreferenceEngine(MLXEngine):
         inputs, targets = (mx.array(part(x).reshape(-1, length)) for x in (batch.inputs, batch.targets))
         return inputs, targets, mx.array(part(batch.reference))
 
-    def _loss_and_gradients(
-        self,
-        params: Params,
-        frozen: Params,
-        inputs: mx.array,
-        targets: mx.array,
-        reference: mx.array | None,
-        key: mx.array,
-        scale: mx.array,
-        sums: Params,
-    ) -> tuple[mx.array, Params]:
-        self.traces += 1
-        return loss_and_gradients(
-            params,
-            inputs,
-            targets,
-            self._config.model,
-            scale=scale,
-            frozen=frozen,
-            sums=sums,
-            dtype=self.dtype,
-            dropout_key=key,
-            adapter_dropout=self._config.lora.dropout,
-            technique=self.technique,
-            objective=self._objective(targets, reference),
-        )
+    def _reading(self, targets: mx.array, besides: mx.array | None) -> tuple[mx.array | None, Objective | None]:
+        return None, self._objective(targets, besides)
 
     def _evaluate(self, params: Params, inputs: mx.array, targets: mx.array, reference: mx.array | None) -> mx.array:
         self.traces += 1

@@ -85,9 +85,6 @@ class Saver:
         self._write_name()
         return True
 
-    def forget_best(self) -> None:
-        self._best = None
-
     def finish_naming(self) -> None:
         """At the end of a run: the last chance of a name that could not be written."""
         if self._best is not None:

@@ -2,17 +2,15 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import orjson
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.sources import files, hub, rows
+from anarchobot.data.sources import files, hub, parquet, rows
 from anarchobot.data.sources.rows import Row
 
 Raw = Iterator[tuple[str, bytes | Row | ValueError]]  # where it is, and a line, a row or what is wrong with it
-BATCH_ROWS = 128  # of a Parquet file unpacked at a time
 
 
 def open_files(data: DataConfig) -> Iterator[tuple[str, Raw]]:
@@ -36,7 +34,7 @@ def _file(path: Path) -> Raw:
     plain = path.name.removesuffix(".gz").removesuffix(".zst")
     try:
         if path.suffix == ".parquet":
-            yield from _parquet(path)
+            yield from parquet.whole_rows(path)
         elif path.suffix == ".json" and _is_array(path):
             yield from _array(path)
         elif plain.endswith((".jsonl", ".json")):
@@ -63,31 +61,3 @@ def _array(path: Path) -> Raw:
         raise UserError(f"{path}: the file is empty")
     for i, item in enumerate(items):
         yield f"{path}: row {i}", item if isinstance(item, dict) else ValueError("not a JSON object")
-
-
-def _parquet(path: Path) -> Raw:
-    """All columns, which `sources.parquet` does not read."""
-    import pyarrow as arrow
-    from pyarrow.parquet import ParquetFile
-
-    number = 0
-    try:
-        with path.open("rb") as raw, ParquetFile(raw) as file:
-            for batch in file.iter_batches(BATCH_ROWS, use_threads=False):
-                for values in zip(*batch.columns, strict=True):
-                    yield f"{path}: row {number}", _row(batch.schema.names, values)
-                    number += 1
-    except (arrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # Arrow's own have none
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: a damaged Parquet file, or none (row {number}: {reason}): fetch it again") from error
-    if not number:
-        raise UserError(f"{path}: the file is empty")
-
-
-def _row(columns: list[str], values: tuple[Any, ...]) -> Row | ValueError:
-    try:
-        return {name: value.as_py() for name, value in zip(columns, values, strict=True)}
-    except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8 (byte {error.start + 1} of a text)")

@@ -1,6 +1,6 @@
-"""Parquet files to rows: the text and score columns alone, a batch at a time. pyarrow comes with the extra `hub`."""
+"""Parquet files to rows, a batch at a time. pyarrow comes with the extra `hub`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,21 @@ BATCH_ROWS = 128
 
 
 def rows(path: Path, data: DataConfig) -> Iterator[tuple[str, Row | ValueError]]:
-    """(place, row) of each row, counted from 0; a ValueError in place of one whose text is no UTF-8.
+    """The text and score columns of each row; the rest as for `whole_rows`. Raises UserError when one is missing."""
 
-    Memory: the two columns of one row group, packed, and BATCH_ROWS rows unpacked. Raises EmptyFile, and UserError when
-    the file is damaged or lacks a column; OSError when it can't be read.
+    def wanted(names: list[str]) -> list[str]:
+        check_fields(names, str(path), data)
+        return list(dict.fromkeys(filter(None, (data.text_field, data.score_field))))
+
+    return whole_rows(path, wanted)
+
+
+def whole_rows(path: Path, wanted: Callable[[list[str]], list[str]] = list) -> Iterator[tuple[str, Row | ValueError]]:
+    """(place, row) of each row, counted from 0; a ValueError in place of one whose text is no UTF-8. `wanted` chooses
+    from the columns' names (default: all).
+
+    Memory: these columns of one row group, packed, and BATCH_ROWS rows unpacked. Raises EmptyFile, and UserError when
+    the file is damaged; OSError when it can't be read.
     """
     import pyarrow as arrow
     from pyarrow.parquet import ParquetFile
@@ -24,8 +35,7 @@ def rows(path: Path, data: DataConfig) -> Iterator[tuple[str, Row | ValueError]]
     number = 0
     try:
         with path.open("rb") as raw, ParquetFile(raw) as file:
-            check_fields(file.schema_arrow.names, str(path), data)
-            columns = list(dict.fromkeys(filter(None, (data.text_field, data.score_field))))
+            columns = wanted(file.schema_arrow.names)
             for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
                 for values in zip(*(batch.column(name) for name in columns), strict=True):
                     yield f"{path}: row {number}", _row(columns, values)
