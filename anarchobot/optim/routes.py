@@ -3,10 +3,14 @@ engines read this, so that a checkpoint of one is a checkpoint of the other."""
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
+import numpy.typing as npt
+
+from anarchobot.config.errors import UserError
 from anarchobot.config.schema import TrainConfig
 
+TRAINED = "optimizer/trained/"  # in a checkpoint: the parameters behind a running average
 Shape = tuple[int, ...]
 
 
@@ -43,6 +47,22 @@ def state_shapes(shapes: Mapping[str, Shape], train: TrainConfig) -> dict[str, d
         else:
             state["adamw.first"][name] = state["adamw.second"][name] = shape
     return state
+
+
+def check_state(state: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, Shape], train: TrainConfig) -> None:
+    """Raises UserError when an engine's `state` is not of parameters of these `shapes`, trained as `train` says."""
+    own = {f"params/{name}": shape for name, shape in shapes.items()}
+    for kind, by_name in state_shapes(shapes, train).items():
+        own |= {f"optimizer/{kind}/{name}": shape for name, shape in by_name.items()}
+    kept = (name for name in state if name.startswith(("params/", "optimizer/")) and not name.startswith(TRAINED))
+    found = {name: state[name].shape for name in kept}
+    for name in [*own, *found]:
+        if found.get(name) != own.get(name):
+            there, here = (f"{list(of[name])}" if name in of else "missing" for of in (found, own))
+            raise UserError(
+                f"checkpoint: {name} is {there}, and would be {here} in this run: another optimizer, or other "
+                "adapters: set train.optimizer, train.normuon and lora as they were"
+            )
 
 
 def adamw_share(train: TrainConfig) -> float:

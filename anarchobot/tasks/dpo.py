@@ -1,6 +1,7 @@
 """Preference tuning: a model learns which of two answers is better, by DPO, IPO or ORPO."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,12 @@ from anarchobot.data.conversations.reading import pairs
 from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.conversations.template import load_template
 from anarchobot.data.conversations.tokenising import tokenised_pairs
-from anarchobot.model.lora import trained_count
 from anarchobot.optim.schedule import total_steps
 from anarchobot.tasks.bases import open_base
 from anarchobot.tasks.engines import open_preference_engine
 from anarchobot.tasks.reference import reference_of
-from anarchobot.tasks.running import carry_out, where_to_start
-from anarchobot.tasks.sft import answer, check_settings, identity, opening, write_adapters, write_beside
+from anarchobot.tasks.running import where_to_start
+from anarchobot.tasks.tuning import answer, check_settings, identity, tune
 from anarchobot.training.loop import Run
 
 
@@ -46,43 +46,35 @@ def dpo(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     )
     opened, engine = open_preference_engine(config, base.weights)
     both = (learnt, held_out)
-    if config.preference.loss != "orpo":
-        if not quiet:
-            count = learnt.count + held_out.count
-            print(f"what the model thinks of {count:,} pairs before it is tuned ...", file=sys.stderr, flush=True)
-        reference = reference_of(engine, both, start.folder, f"{base.digest} {train.precision} {config.lora}")
-        for part, values in zip(both, reference, strict=True):
-            part.reference = values
-    batches = PairTrainBatches(learnt, train.seed)
     per_step = train.micro_batch_size * train.grad_accum_steps
     run = Run(
         config=config,
         steps=total_steps(train, data.seq_len, learnt.count),
         identity=identity([part.digest() for part in both], base, opened),
-        train=Prefetched(batches),
+        train=Prefetched(PairTrainBatches(learnt, train.seed)),
         val=PairValBatches(held_out, train.micro_batch_size, train.eval_batches),
         bytes_per_token=None,
         folder=start.folder,
         sample=lambda: answer(opened, encoder, (Message("user", config.generation.prompt),), config),
         judge=engine.judged,
     )
-    summary = carry_out(
-        run,
-        start,
-        opened,
-        first_weights=lambda: [f"warning: {text}" for text in base.warnings],
-        beside=lambda folder: write_beside(base, encoder, folder),
-        opening=[
-            *opening(config, base, opened),
-            *tally.lines(),
-            f"{learnt.count:,} pairs to learn from, {held_out.count:,} held out; {_lengths(learnt)}",
-            f"{run.steps:,} steps of {per_step} pairs = {run.steps * per_step / learnt.count:.2f} epochs",
-            *(f"warning: {text}" for text in encoder.warnings()),
-        ],
-        trained=trained_count(config.model, config.lora),
-        quiet=quiet,
-    )
-    return summary | write_adapters(run, base)
+
+    def refer(folder: Path) -> None:
+        if config.preference.loss == "orpo":
+            return
+        if not quiet:
+            count = learnt.count + held_out.count
+            print(f"what the model thinks of {count:,} pairs before it is tuned ...", file=sys.stderr, flush=True)
+        reference = reference_of(engine, both, folder, f"{base.digest} {opened.precision} {config.lora}")
+        for part, values in zip(both, reference, strict=True):
+            part.reference = values
+
+    told = [
+        *tally.lines(),
+        f"{learnt.count:,} pairs to learn from, {held_out.count:,} held out; {_lengths(learnt)}",
+        f"{run.steps:,} steps of {per_step} pairs = {run.steps * per_step / learnt.count:.2f} epochs",
+    ]
+    return tune(run, start, opened, base, encoder, told=told, prepare=refer, quiet=quiet)
 
 
 def _lengths(learnt: Pairs) -> str:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from anarchobot.config.errors import UserError
-from anarchobot.config.loading import LoadedConfig
+from anarchobot.config.loading import UNBOUND, LoadedConfig
 from anarchobot.data.batches import Prefetched, TrainBatches, ValBatches
 from anarchobot.data.content_check import ContentCheck
 from anarchobot.data.shards import TokenStream
@@ -12,8 +12,8 @@ from anarchobot.data.windows import Joined, StreamWindows, open_windows
 from anarchobot.model.shapes import parameter_count, parameter_shapes
 from anarchobot.optim.routes import describe_routes
 from anarchobot.optim.schedule import total_steps
-from anarchobot.tasks.engines import open_engine
-from anarchobot.tasks.resuming import begin_with
+from anarchobot.tasks.bases import Base, open_base
+from anarchobot.tasks.engines import Weights, open_engine
 from anarchobot.tasks.running import carry_out, where_to_start
 from anarchobot.training.loop import Run
 
@@ -35,7 +35,8 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     held_out = Joined([StreamWindows(TokenStream(f, "val"), data.seq_len, data.document_mask) for f in folders])
     val_shards = [shard for stream in streams for shard in stream.manifest.of("val")]
     start = where_to_start(loaded)
-    opened = open_engine(config)
+    base = open_base(train.init_from) if train.init_from is not None and start.checkpoint is None else None
+    opened = open_engine(config, _first_weights(loaded, base) if base is not None else None)
     check = ContentCheck(folders)
     run = Run(
         config=config,
@@ -52,9 +53,8 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
         run,
         start,
         opened,
-        first_weights=lambda: begin_with(opened.engine, loaded, train.init_from) if train.init_from else [],
         beside=lambda folder: copy_beside(tokenizer, folder),
-        opening=_opening(run, streams, opened.place, new=start.checkpoint is None),
+        opening=_opening(run, streams, opened.place, base),
         trained=parameter_count(config.model),
         quiet=quiet,
     )
@@ -89,7 +89,16 @@ def _check_tokenizers(loaded: LoadedConfig, streams: list[TokenStream]) -> Token
     return tokenizer
 
 
-def _opening(run: Run, streams: list[TokenStream], place: str, *, new: bool) -> list[str]:
+def _first_weights(loaded: LoadedConfig, base: Base) -> Weights:
+    """Raises UserError when the models differ."""
+    for key in type(base.model).model_fields:
+        old, new = getattr(base.model, key), getattr(loaded.config.model, key)
+        if old != new and key not in UNBOUND:
+            raise UserError(f"{loaded.where(f'model.{key}')}: {new}, and {base.folder}'s is {old}: set it to that")
+    return base.weights
+
+
+def _opening(run: Run, streams: list[TokenStream], place: str, base: Base | None) -> list[str]:
     config = run.config
     per_step = config.train.micro_batch_size * config.train.grad_accum_steps
     tokens, epochs = sum(s.tokens for s in streams), run.steps * per_step / run.train.windows
@@ -99,6 +108,6 @@ def _opening(run: Run, streams: list[TokenStream], place: str, *, new: bool) -> 
         f"{tokens:,} training tokens in {', '.join(str(s.folder) for s in streams)}; "
         f"{run.steps:,} steps of {per_step} x {config.data.seq_len} tokens = {epochs:.2f} epochs",
     ]
-    if new and config.train.init_from is not None:
-        lines.append(f"first weights from {config.train.init_from}")
+    if base is not None:
+        lines += [f"first weights from {base.folder}", *(f"warning: {text}" for text in base.warnings)]
     return lines

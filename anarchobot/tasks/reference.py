@@ -23,7 +23,8 @@ LogProbs = npt.NDArray[np.float32]
 def reference_of(engine: "PreferenceEngine", splits: Sequence[Pairs], folder: Path, model: str) -> list[LogProbs]:
     """float32 [pairs, 2] of each split, under the engine's weights, which must be those that the tuning begins with.
 
-    Read from `folder` where they are there, of the same answers and the same `model`; else computed, and written there.
+    Read from `folder`, which must be locked, where they are there, of the same answers and the same `model`; else
+    computed, and written there.
     """
     key = hashlib.sha256(" ".join([model, *(split.digest() for split in splits)]).encode()).hexdigest()
     file = folder / FILE
@@ -34,7 +35,6 @@ def reference_of(engine: "PreferenceEngine", splits: Sequence[Pairs], folder: Pa
     except (OSError, ValueError, KeyError):
         pass  # none, or damaged: it is made anew
     found = [_of_split(engine, split) for split in splits]
-    folder.mkdir(parents=True, exist_ok=True)
     write_sealed(file, {"of": key, "log_probs": [values.tolist() for values in found]})
     return found
 

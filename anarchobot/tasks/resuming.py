@@ -55,8 +55,8 @@ def checkpoint_to_resume(loaded: LoadedConfig, run_folder: Path) -> checkpoint.C
     return None
 
 
-def resume(engine: Engine, run: Run, start: checkpoint.Checkpoint) -> Progress:
-    """Brings the engine to where the checkpoint was. Raises UserError when it is of another run."""
+def check_same_run(start: checkpoint.Checkpoint, run: Run) -> None:
+    """Raises UserError when the checkpoint is of another run."""
     now = run.config
     if "tokens" not in start.state or "norms" not in start.state:
         raise UserError(
@@ -76,25 +76,12 @@ def resume(engine: Engine, run: Run, start: checkpoint.Checkpoint) -> Progress:
     for key, (old, new) in changes(start.config, now).items():
         if key in (*shape, *FIXED):
             raise UserError(f"{start.folder}: {key} was {old} and is now {new}: a run can't change it")
-    engine.load_state(checkpoint.load_arrays(start, now.model, optimizer=True))
+
+
+def resume(engine: Engine, config: Config, start: checkpoint.Checkpoint) -> Progress:
+    """Brings the engine to where the checkpoint was. Raises UserError when that can't be read."""
+    engine.load_state(checkpoint.load_arrays(start, config.model, optimizer=True))
     return Progress.of(start.state)
-
-
-def begin_with(engine: Engine, loaded: LoadedConfig, path: str) -> list[str]:
-    """Gives a new run its first weights, those of the checkpoint at `path`, and new moments; returns warnings.
-
-    Raises UserError when the models differ.
-    """
-    found = checkpoint.find(path, files=(checkpoint.MODEL_FILE,))
-    before, now = found.config.model, loaded.config.model
-    for key in type(now).model_fields:
-        old, new = getattr(before, key), getattr(now, key)
-        if old != new and key not in (*FREE_OF_MODEL, "zero_init_proj"):
-            raise UserError(f"{loaded.where(f'model.{key}')}: {new}, and {found.folder}'s is {old}: set it to that")
-    weights = checkpoint.load_arrays(found, now, optimizer=False)
-    own = {name: a for name, a in engine.state().items() if not name.startswith("optimizer/trained/")}
-    engine.load_state({**own, **{name: weights[name] for name in own if name.startswith(checkpoint.PARAMS)}})
-    return [f"warning: {problem}" for problem in found.passed_over]
 
 
 def changes(before: Config, now: Config) -> dict[str, tuple[object, object]]:

@@ -13,7 +13,7 @@ from anarchobot.model.shapes import parameter_count
 from anarchobot.storage.durable import write_whole
 from anarchobot.storage.lock import FolderLock
 from anarchobot.tasks.engines import OpenEngine
-from anarchobot.tasks.resuming import changes, checkpoint_to_resume, resume, room_for, tidy
+from anarchobot.tasks.resuming import changes, check_same_run, checkpoint_to_resume, resume, room_for, tidy
 from anarchobot.training import checkpoint
 from anarchobot.training.display import TerminalDisplay, duration
 from anarchobot.training.loop import Engine, Run, run_training
@@ -42,7 +42,6 @@ def carry_out(
     start: Start,
     opened: OpenEngine,
     *,
-    first_weights: Callable[[], Sequence[str]],
     beside: Callable[[Path], object],
     opening: Sequence[str],
     trained: int,
@@ -50,24 +49,25 @@ def carry_out(
 ) -> dict[str, Any]:
     """Trains and returns the summary that it also writes; `finished` is False when it was stopped.
 
-    A new run gets its weights by `first_weights`, which returns what is to be said; `beside` writes into the folder
-    what belongs beside the checkpoints. `opening` are lines for a person; `trained` counts parameters.
+    The engine has the weights that a new run begins with. `beside` writes into the folder, once it is locked, what
+    belongs beside the checkpoints, and may still use those. `opening` are lines for a person; `trained` counts
+    parameters.
 
     Raises UserError when checkpoint and config do not belong together, or another run writes the folder.
     """
     engine, config, found = opened.engine, run.config, start.checkpoint
-    progress, told = Progress(), list[str]()
     if found is not None:
-        progress = resume(engine, run, found)
-        run = replace(run, steps=_steps_left(run, found, progress))
-    else:
-        told += first_weights()
+        check_same_run(found, run)
     with FolderLock(run.folder):
         if sorted(checkpoint.saved_steps(run.folder)) != sorted(start.steps):
             raise UserError(f"{run.folder}: another run has written here just now: begin again")
-        told += tidy(run.folder, found)
-        write_whole(run.folder / "config.yaml", dump(config.model_dump()))
+        told = tidy(run.folder, found)
         beside(run.folder)
+        progress = Progress()
+        if found is not None:
+            progress = resume(engine, config, found)
+            run = replace(run, steps=_steps_left(run, found, progress))
+        write_whole(run.folder / "config.yaml", dump(config.model_dump()))
         with (
             run.train,
             MetricsLog(Path(config.train.log_path or run.folder / "logs")) as log,

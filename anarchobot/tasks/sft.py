@@ -1,12 +1,9 @@
 """Supervised fine-tuning: a model learns to answer, from conversations."""
 
-import shutil
-from pathlib import Path
 from typing import Any
 
-from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
-from anarchobot.config.schema import Config, DataConfig
+from anarchobot.config.schema import Config
 from anarchobot.data.batches import Prefetched, TrainBatches, ValBatches
 from anarchobot.data.conversations.conversation import Conversation, Message
 from anarchobot.data.conversations.masks import ChatEncoder
@@ -15,23 +12,13 @@ from anarchobot.data.conversations.sequences import ConversationWindows
 from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.conversations.template import load_template
 from anarchobot.data.conversations.tokenising import Tokenised, tokenised
-from anarchobot.data.tokenizer import copy_beside
 from anarchobot.evaluation.rouge import rouge
-from anarchobot.exchange.adapters import read_adapter, write_adapter
-from anarchobot.model.lora import trained_count
-from anarchobot.model.shapes import parameter_count
 from anarchobot.optim.schedule import total_steps
-from anarchobot.tasks.bases import Base, open_base
+from anarchobot.tasks.bases import open_base
 from anarchobot.tasks.engines import OpenEngine, open_engine
-from anarchobot.tasks.running import carry_out, where_to_start
-from anarchobot.training import checkpoint
+from anarchobot.tasks.running import where_to_start
+from anarchobot.tasks.tuning import answer, check_settings, identity, tune
 from anarchobot.training.loop import Run
-
-# Of the data section, what is done to documents and shards, and not to conversations.
-NOT_OF_CHATS = (
-    *("weights", "score_field", "score_min", "documents", "clean", "min_chars", "max_chars", "dedup", "near_dedup"),
-    *("shard_dir", "shard_weights", "pack", "document_mask", "fallback"),
-)
 
 
 def sft(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
@@ -60,39 +47,14 @@ def sft(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
         sample=lambda: answer(opened, encoder, (Message("user", config.generation.prompt),), config),
         judge=lambda: _rouge(opened, encoder, made.samples, config),
     )
-    rows = (
-        f"{made.train.count:,} conversations to learn from, {made.val.count:,} held out; {made.train.targets:,} tokens"
-    )
+    rows = f"{made.train.count:,} conversations to learn from, {made.val.count:,} held out"
     per_step = train.micro_batch_size * train.grad_accum_steps
-    summary = carry_out(
-        run,
-        start,
-        opened,
-        first_weights=lambda: [f"warning: {text}" for text in base.warnings],
-        beside=lambda folder: write_beside(base, encoder, folder),
-        opening=[
-            *opening(config, base, opened),
-            *tally.lines(),
-            f"{rows} count; sequences of {data.seq_len} are {learnt.fill:.0%} full",
-            f"{run.steps:,} steps of {per_step} sequences = {run.steps * per_step / learnt.count:.2f} epochs",
-            *(f"warning: {text}" for text in encoder.warnings()),
-        ],
-        trained=trained_count(config.model, config.lora),
-        quiet=quiet,
-    )
-    return summary | write_adapters(run, base)
-
-
-def check_settings(loaded: LoadedConfig) -> None:
-    """Raises UserError for a setting that tuning would pass over in silence, and when there is no dataset."""
-    plain, data = DataConfig(), loaded.config.data
-    for key in NOT_OF_CHATS:
-        if getattr(data, key) != getattr(plain, key):
-            raise UserError(f"{loaded.where(f'data.{key}')}: is about documents, not conversations: leave it out")
-    if data.dataset is None:
-        raise UserError(
-            f"{loaded.where('data.dataset')}: expected what to learn from: JSONL or Parquet files, or a dataset's name"
-        )
+    told = [
+        *tally.lines(),
+        f"{rows}; {made.train.targets:,} tokens count; sequences of {data.seq_len} are {learnt.fill:.0%} full",
+        f"{run.steps:,} steps of {per_step} sequences = {run.steps * per_step / learnt.count:.2f} epochs",
+    ]
+    return tune(run, start, opened, base, encoder, told=told, quiet=quiet)
 
 
 def read_conversations(config: Config, encoder: ChatEncoder) -> tuple[Tokenised, Tally]:
@@ -103,51 +65,6 @@ def read_conversations(config: Config, encoder: ChatEncoder) -> tuple[Tokenised,
         samples=chat.rouge_samples,
     )  # fmt: skip
     return made, tally
-
-
-def identity(digests: list[str], base: Base, opened: OpenEngine) -> dict[str, Any]:
-    """What a run must find again to be resumed; and what packed weights were unpacked into (exchange/adapters.py)."""
-    return {"conversations": digests, "base": base.digest, "precision": opened.precision}
-
-
-def opening(config: Config, base: Base, opened: OpenEngine) -> list[str]:
-    """What is tuned, and how much of it."""
-    trained, whole = trained_count(config.model, config.lora), parameter_count(config.model)
-    adapters = f"adapters of rank {config.lora.r}" if config.lora.r is not None else "all weights"
-    packed = f", the rest in {config.lora.quantize} bits" if config.lora.quantize else ""
-    return [
-        f"{base.folder}: {whole:,} parameters, {opened.place}",
-        f"trained: {adapters}, {trained:,} parameters ({trained / whole:.2%} of the model's){packed}",
-    ]
-
-
-def write_beside(base: Base, encoder: ChatEncoder, folder: Path) -> None:
-    """The tokenizer and its chat template: `generate`, `export` and other programs find them there."""
-    copy_beside(base.tokenizer, folder)
-    encoder.template.save(folder)
-
-
-def write_adapters(run: Run, base: Base) -> dict[str, str]:
-    """Puts the best step's adapters (the newest's, where none was validated) into RUN/adapters, for other programs;
-    returns what to add to the summary."""
-    lora = run.config.lora
-    if lora.r is None:
-        return {}
-    best = run.folder / "best.json"
-    found = checkpoint.find(best if checkpoint.named_step(best) is not None else run.folder)
-    folder = run.folder / "adapters"
-    shutil.rmtree(folder, ignore_errors=True)
-    write_adapter(folder, read_adapter(found.folder, run.config.model), run.config.model, lora.adapter_format,
-                  str(base.folder))  # fmt: skip
-    return {"adapters": str(folder)}
-
-
-def answer(opened: OpenEngine, encoder: ChatEncoder, conversation: Conversation, config: Config) -> str:
-    """What the model says next, as text."""
-    end = encoder.end_of_turn()
-    stop = {encoder.tokenizer.eod_id} | ({end} if end is not None else set())
-    ids = opened.draw(encoder.prompt(conversation).tolist(), config.generation, stop)
-    return encoder.tokenizer.decode(ids).strip()
 
 
 def _rouge(opened: OpenEngine, encoder: ChatEncoder, samples: list[Conversation], config: Config) -> dict[str, float]:

@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
 from anarchobot.model.shapes import init_parameters, parameter_shapes
+from anarchobot.optim.routes import TRAINED, check_state
 from anarchobot.torch_mps import hybrid
 from anarchobot.torch_mps.block import BlockForward, Params, block_forward
 from anarchobot.torch_mps.compiling import compiled
@@ -26,7 +26,6 @@ from anarchobot.torch_mps.transformer import Technique, head_name, hidden_states
 from anarchobot.training.loop import StepResult
 from anarchobot.training.loss_scale import LossScale
 
-TRAINED = "optimizer/trained/"  # in a checkpoint: the parameters behind a running average
 PRECISION = {"mps": "float16", "cuda": "bfloat16", "cpu": "float32"}  # the first Apple chips have no bfloat16
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -131,14 +130,9 @@ class TorchEngine:
         return numpy
 
     def load_state(self, state: dict[str, npt.NDArray[Any]]) -> None:
-        """Takes what `state` gave, this engine's or the MLX one's. Raises UserError when the optimizer was another."""
-        own = {f"optimizer/{kind}/{name}" for kind, of in self._state.items() for name in of}
-        if own != {name for name in state if name.startswith("optimizer/") and not name.startswith(TRAINED)}:
-            raise UserError("train.optimizer: the checkpoint was made with another optimizer: set the same one")
-        for kind, of in self._state.items():
-            for name, t in of.items():
-                if tuple(t.shape) != state[f"optimizer/{kind}/{name}"].shape:
-                    raise UserError(f"the checkpoint's {kind} of {name} has another shape: it is of another model")
+        """Takes what `state` gave, this engine's or the MLX one's. Raises UserError when other parameters were
+        trained, or by another optimizer."""
+        check_state(state, {name: tuple(p.shape) for name, p in self.params.items()}, self._config.train)
         # A run that goes on without averaging, or begins it, goes on from the weights that were saved for use.
         averaged = self._average is not None and any(name.startswith(TRAINED) for name in state)
         prefix = TRAINED if averaged else "params/"

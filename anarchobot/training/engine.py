@@ -24,12 +24,12 @@ from anarchobot.model.sums import Params
 from anarchobot.model.transformer import head_matrix, hidden_states
 from anarchobot.numerics import order
 from anarchobot.optim import hybrid
+from anarchobot.optim.routes import TRAINED, check_state
 from anarchobot.training.loop import StepResult
 from anarchobot.training.loss_scale import LossScale
 from anarchobot.training.workers import Workers, workers_for
 
 CPU_CACHE_BYTES = 2**30  # of freed memory that MLX keeps; its own 32 MB on a CPU make a step a quarter slower
-TRAINED = "optimizer/trained/"  # in a checkpoint: the parameters behind a running average
 CPU_MLP_ROWS = 512  # tokens whose MLP stays in a core's caches
 _OUT_OF_MEMORY = re.compile(r"\[malloc|out of memory|unable to allocate", re.IGNORECASE)
 Measures = npt.NDArray[np.float64]  # the loss, and what else an objective measures
@@ -253,22 +253,7 @@ class MLXEngine:
 
     def load_state(self, state: dict[str, npt.NDArray[Any]]) -> None:
         """Takes what `state` gave. Raises UserError when other parameters were trained, or by another optimizer."""
-        found = {n.removeprefix("params/"): a.shape for n, a in state.items() if n.startswith("params/")}
-        for name in [*self.params, *found]:
-            if name not in found or name not in self.params or found[name] != self.params[name].shape:
-                raise UserError(
-                    f"lora: the checkpoint has {name} {_said(found.get(name))}, this run "
-                    f"{_said(self.params[name].shape if name in self.params else None)}: set the section as it was"
-                )
-        own = {f"optimizer/{kind}/{name}" for kind, by_name in self._state.items() for name in by_name}
-        if own != {name for name in state if name.startswith("optimizer/") and not name.startswith(TRAINED)}:
-            raise UserError("train.optimizer: the checkpoint was made with another optimizer: set the same one")
-        for kind, by_name in self._state.items():
-            for name, array in by_name.items():
-                if array.shape != state[f"optimizer/{kind}/{name}"].shape:
-                    raise UserError(
-                        f"train.muon_split_heads: the checkpoint's {kind} of {name} has another shape: set it as it was"
-                    )
+        check_state(state, {name: p.shape for name, p in self.params.items()}, self._config.train)
         if self._average is not None:
             self._average = {name: mx.array(state[f"params/{name}"]) for name in self.params}
         # A run that goes on without averaging, or begins it, goes on from the weights that were saved for use.
@@ -362,10 +347,6 @@ def _told(error: RuntimeError) -> Exception:
 
 def _any(rows: tuple[mx.array | None, ...]) -> bool:
     return rows[0] is not None and rows[0].size > 0
-
-
-def _said(shape: tuple[int, ...] | None) -> str:
-    return "not" if shape is None else f"as {list(shape)}"
 
 
 def _dropout_key(seed: int, step: int, micro_batch: int, worker: int) -> mx.array:

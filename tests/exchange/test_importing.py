@@ -84,7 +84,8 @@ def test_the_small_public_llama_gives_its_logits_and_its_published_text(shared_d
 
 
 def test_an_imported_model_trains_further_from_where_it_was(shared_data: Path, tmp_path: Path) -> None:
-    """A new run's first loss is the public model's, and far below that of a model which has learnt nothing."""
+    """A new run's first loss is the public model's, and far below that of a model which has learnt nothing; its folder
+    need not even be imported."""
     import_model(shared_data / STORIES / "hf", tmp_path / "llama")
     text = shared_data / "text" / "tinystories_train_part.txt"
     words = ["--quiet", "train.max_grad_norm=1", "--no-supervise", "train.total_steps=2", "data.seq_len=128"]
@@ -94,11 +95,13 @@ def test_an_imported_model_trains_further_from_where_it_was(shared_data: Path, t
     made = ["--tokenizer", tokenizer, "--output", str(tmp_path / "shards"), "--val-fraction", "0.1"]
     assert main(["pretokenize", "--input", str(text), *made, "--quiet", "data.documents=lines"]) == 0
     first = {}
-    for name, more in {"further": [f"train.init_from={tmp_path}/llama"], "new": []}.items():
+    begin = {"further": f"{tmp_path}/llama", "direct": str(shared_data / STORIES / "hf"), "new": "null"}
+    for name, where in begin.items():
+        more = [f"train.init_from={where}"]
         assert main(["pretrain", config, *words, *more, "--checkpoint-dir", str(tmp_path / name)]) == 0
         lines = (tmp_path / name / "logs" / "metrics.jsonl").read_text().splitlines()
         first[name] = next(e["val_loss"] for e in map(json.loads, lines) if e["event"] == "eval")
-    assert first["further"] < 2.5
+    assert first["further"] == first["direct"] < 2.5
     assert first["new"] == pytest.approx(np.log(512), rel=0.05)
 
 

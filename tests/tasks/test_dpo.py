@@ -8,6 +8,7 @@ import pytest
 
 from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
+from anarchobot.storage.lock import FolderLock
 from anarchobot.tasks.dpo import dpo
 from anarchobot.training.preference import PreferenceEngine
 from tests.tasks.test_pretrain import equal
@@ -62,6 +63,20 @@ def test_a_reference_lost_is_made_anew_from_the_base(tmp_path: Path, base: Path,
     for name in ("whole", "broken"):
         dpo(tuning(tmp_path, name, base, preferences, train__checkpoint_path="auto"), quiet=True)
     equal(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_another_run_is_refused_before_anything_is_computed_or_written(
+    tmp_path: Path, base: Path, preferences: Path
+) -> None:
+    dpo(tuning(tmp_path, "run", base, preferences, train__total_steps=3), quiet=True)
+    (tmp_path / "run" / "reference.json").unlink()
+    again = tuning(tmp_path, "run", base, preferences, preference__loss="ipo", train__checkpoint_path="auto")
+    with pytest.raises(UserError, match=r"preference.loss was sigmoid and is now ipo"):
+        dpo(again, quiet=True)
+    with FolderLock(tmp_path / "new"), pytest.raises(BlockingIOError, match="is writing here"):
+        dpo(tuning(tmp_path, "new", base, preferences), quiet=True)
+    for name in ("run", "new"):
+        assert not (tmp_path / name / "reference.json").exists()
 
 
 def test_equal_answers_are_counted_and_wrong_settings_refused(

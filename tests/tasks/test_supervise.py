@@ -102,6 +102,22 @@ def test_supervision_is_for_long_runs_unless_told(
     assert not supervise.wanted(told(long, True))
 
 
+def test_a_tuning_run_is_guessed_by_its_files(tmp_path: Path, tiny_shards: Path) -> None:
+    """Four bytes a token, in windows of 32, two a step; of a dataset elsewhere nothing is known, and it is taken for
+    10^8 tokens."""
+    (tmp_path / "chats").mkdir()
+    for name, size in {"a": 12_800, "b": 25_600}.items():
+        (tmp_path / "chats" / f"{name}.jsonl").write_bytes(b" " * size)
+    words = ["train.epochs=2", "train.micro_batch_size=2", "train.grad_accum_steps=1"]
+    path = write_config(tmp_path / "c.yaml", tiny_shards, tmp_path / "run")
+    here = load_config(path, [*words, f"data.dataset={tmp_path}/chats"]).config
+    step = model_step(here.model, 2, [(0, 32)])
+    assert supervise.guessed_seconds(here, tuning=True) == pytest.approx(300 * step / supervise.CPU_RATE)
+    assert not supervise.wanted(here, tuning=True)
+    elsewhere = load_config(path, [*words, "data.dataset=somebody/chats"]).config
+    assert supervise.guessed_seconds(elsewhere, tuning=True) == pytest.approx(1e8 / 32 * step / supervise.CPU_RATE)
+
+
 def wait_for(so: Callable[[], bool]) -> None:
     for _ in range(1200):
         if so():

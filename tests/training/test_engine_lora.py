@@ -89,15 +89,17 @@ def test_state_restores_everything_bit_for_bit(more: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"r": 4}, r"q_proj.lora_a as \[64, 8\], this run as \[64, 4\]"),
-        ({**LORA, "target_modules": ["v_proj"]}, r"q_proj.lora_a as \[64, 8\], this run not"),
-        ({**LORA, "dora": True}, r"q_proj.m not, this run as \[64\]"),
-        ({}, r"embed_tokens.weight not, this run as \[61, 64\]"),
+        ({"r": 4}, r"q_proj.lora_a is \[64, 8\], and would be \[64, 4\]"),
+        ({**LORA, "target_modules": ["v_proj"]}, r"q_proj.lora_a is \[64, 8\], and would be missing"),
+        ({**LORA, "dora": True}, r"q_proj.m is missing, and would be \[64\]"),
+        ({}, r"embed_tokens.weight is missing, and would be \[61, 64\]"),
     ],
 )
 def test_other_adapters_are_refused(other: dict[str, Any], message: str) -> None:
     state = MLXEngine(config()).state()
-    with pytest.raises(UserError, match=f"lora: the checkpoint has .*{message}: set the section as it was"):
+    with pytest.raises(
+        UserError, match=f"{message} in this run: .*set train.optimizer, train.normuon and lora as they were"
+    ):
         MLXEngine(config(other)).load_state(state)
 
 

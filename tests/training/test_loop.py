@@ -1,95 +1,19 @@
 """The loop with an engine that only counts: what happens at which step, in which order, and when something fails."""
 
-import io
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
 from anarchobot.config.errors import UserError
-from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.data.batches import Batch
-from anarchobot.model.shapes import parameter_shapes
 from anarchobot.training import checkpoint, saving
-from anarchobot.training.loop import MOST_SKIPPED, Run, StepResult, run_training
-from anarchobot.training.metrics import MetricsLog
-from anarchobot.training.progress import Progress
-
-MODEL = {"vocab_size": 7, "n_layers": 1, "d_model": 2, "n_heads": 1}
-
-
-class CountingEngine:
-    """Loss 10 - step; the batch's first number is its position."""
-
-    def __init__(self, val_losses: list[float] | None = None, nan_at: int = 0, on_step: Any = None) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-        self._val = iter(val_losses or [])
-        self._nan_at, self._on_step = nan_at, on_step
-
-    def train_step(self, batch: Batch, step: int, lr: float, momentum: float, norm_limit: float) -> StepResult:
-        self.calls.append(("train", step, int(batch.inputs[0, 0, 0]), lr, momentum))
-        if self._on_step:
-            self._on_step(step)
-        if step == self._nan_at:
-            return StepResult(float("nan"), 1.0, batch.inputs.size, applied=False)
-        return StepResult(10.0 - step, 1.0, batch.inputs.size)
-
-    def eval_step(self, batch: Batch) -> tuple[float, int]:
-        self.calls.append(("eval",))
-        return 8 * next(self._val, 2.0), 8
-
-    def state(self) -> dict[str, Any]:
-        self.calls.append(("state",))
-        shapes = parameter_shapes(ModelConfig.model_validate(MODEL))
-        return {f"params/{name}": np.zeros(shape, np.float32) for name, shape in shapes.items()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError
-
-    def peak_memory_gb(self) -> float:
-        return 0.5
-
-
-class Windows:
-    windows = 100
-
-    def at(self, position: int, micro_batches: int, micro_batch_size: int) -> Batch:
-        ids = np.full((micro_batches, micro_batch_size, 4), position, np.int32)
-        return Batch(ids, ids)
-
-
-class NoDisplay:
-    def train(self, step: int, values: dict[str, Any]) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-
-def train(
-    tmp_path: Path,
-    engine: CountingEngine,
-    steps: int,
-    val: int = 1,
-    sample: Any = None,
-    start: int = 0,
-    guard: dict[str, Any] | None = None,
-    problem: Any = lambda: None,
-    **settings: Any,
-) -> tuple[bool, list[dict[str, Any]]]:
-    settings = {"lr": 1.0, "min_lr": 1.0, "warmup_steps": 0, "micro_batch_size": 2, "grad_accum_steps": 3, **settings}
-    config = Config.model_validate({"model": MODEL, "train": settings, "guard": guard or {}})
-    val_batches = [Windows().at(0, 1, 2)] * val
-    run = Run(config, steps, {}, Windows(), val_batches, 2.0, tmp_path, sample, problem)  # type: ignore[arg-type]
-    progress = Progress(step=start, position=start * 6, tokens=start * 24)
-    with MetricsLog(tmp_path / "logs") as log:
-        finished = run_training(engine, run, progress, log, NoDisplay())
-    lines = [json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]
-    return finished, lines
+from anarchobot.training.loop import MOST_SKIPPED, StepResult
+from tests.training.counting import CountingEngine, train
 
 
 def test_what_happens_when(tmp_path: Path) -> None:
@@ -302,20 +226,6 @@ def test_damaged_shards_end_the_run_with_a_line(tmp_path: Path) -> None:
     assert checkpoint.saved_steps(tmp_path) == [2]
 
 
-def test_a_validation_that_a_signal_prevented_is_made_up_for(tmp_path: Path) -> None:
-    """Stopped at step 4, where a validation was due: the resumed run begins with it. At the last step it is made."""
-    stopping = CountingEngine(on_step=lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 4 else None)
-    _, lines = train(tmp_path, stopping, 8, eval_interval=4)
-    assert [line["step"] for line in lines if line["event"] == "eval"] == [0]
-    stopping = CountingEngine(on_step=lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 8 else None)
-    finished, lines = train(tmp_path, stopping, 8, start=4, eval_interval=4)
-    assert not finished
-    assert [line["step"] for line in lines if line["event"] == "eval"] == [0, 4]
-    finished, lines = train(tmp_path, CountingEngine(), 8, start=8, eval_interval=4)
-    assert finished
-    assert [line["step"] for line in lines if line["event"] == "eval"] == [0, 4, 8]
-
-
 def test_a_validation_that_was_made_is_not_logged_again_and_names_its_step_again(tmp_path: Path) -> None:
     """The checkpoint is older than its step's validation, and may be all that a kill has left."""
     train(tmp_path, CountingEngine([9.0, 3.0]), 4, eval_interval=4)
@@ -384,88 +294,6 @@ def test_a_sample_that_fails_is_no_reason_to_end(tmp_path: Path) -> None:
     ]
 
 
-def test_a_stop_request_ends_a_validation(tmp_path: Path) -> None:
-    class Stopped(CountingEngine):
-        def eval_step(self, batch: Batch) -> tuple[float, int]:
-            if len([call for call in self.calls if call[0] == "eval"]) == 7:
-                os.kill(os.getpid(), signal.SIGINT)
-            return super().eval_step(batch)
-
-    engine = Stopped()
-    finished, lines = train(tmp_path, engine, 2, val=5, eval_interval=1)
-    assert not finished
-    assert len([call for call in engine.calls if call[0] == "eval"]) == 8  # 5 at step 0, 3 at step 1
-    assert checkpoint.saved_steps(tmp_path) == [1]
-    assert [line["step"] for line in lines if line["event"] == "eval"] == [0]
-
-
-def test_a_torn_line_of_a_killed_run_does_not_swallow_the_next(tmp_path: Path) -> None:
-    for text in ('{"step": 1}\n{"step": 2, "ev', '{"step": 1}\n', ""):
-        (tmp_path / "metrics.jsonl").write_text(text)
-        with MetricsLog(tmp_path) as log:
-            log.event("resume", 2)
-        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-        assert json.loads(lines[-1])["event"] == "resume"
-        assert "".join(lines[:-1]) == text.replace("\n", "")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path: Path, number: int) -> None:
-    before = signal.getsignal(number)
-    engine = CountingEngine(on_step=lambda step: os.kill(os.getpid(), number) if step == 3 else None)
-    finished, _ = train(tmp_path, engine, 9)
-    assert not finished
-    assert checkpoint.saved_steps(tmp_path) == [3]
-    assert signal.getsignal(number) is before
-
-
-def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
-    def twice(step: int) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, CountingEngine(on_step=twice), 9)
-
-
-def test_sigterm_twice_is_no_impatience(tmp_path: Path) -> None:
-    """The system sends it to every process, and a supervising parent passes its own on."""
-
-    def twice(step: int) -> None:
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    train(tmp_path, CountingEngine(on_step=twice), 9)
-    assert checkpoint.saved_steps(tmp_path) == [3]
-
-
-def test_what_was_ignored_stays_ignored(tmp_path: Path) -> None:
-    """As `nohup` asks for."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        engine = CountingEngine(on_step=lambda step: os.kill(os.getpid(), signal.SIGHUP))
-        assert train(tmp_path, engine, 4)[0]
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def test_a_display_whose_reader_has_gone_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    from anarchobot.training.display import TerminalDisplay
-
-    for number in (5, 32):  # EIO: a closed terminal; EPIPE: a pipe
-
-        class Gone(io.StringIO):
-            def write(self, text: str, number: int = number) -> int:
-                raise OSError(number, os.strerror(number))
-
-        monkeypatch.setattr(sys, "stderr", Gone())
-        with TerminalDisplay(9, 0) as display:
-            display.note("hello")
-            display.train(1, {"loss": 1, "lr": 1, "grad_norm": 1, "tokens_per_second": 1, "peak_memory_gb": 1})
-
-
 def test_no_validation_split_means_no_validation(tmp_path: Path) -> None:
     _, lines = train(tmp_path, CountingEngine(), 4, val=0, eval_interval=2)
     assert not [line for line in lines if line["event"] == "eval"]
@@ -476,22 +304,3 @@ def test_a_resumed_run_goes_on_at_its_position_without_a_first_validation(tmp_pa
     engine = CountingEngine()
     train(tmp_path, engine, 6, start=4)
     assert [call[:3] for call in engine.calls if call[0] != "state"][:2] == [("train", 5, 24), ("train", 6, 30)]
-
-
-def test_tensorboard_has_what_the_lines_have(tmp_path: Path) -> None:
-    """Read with a reader of our own: length, checksum, event, checksum, as TFRecord files are."""
-    _, lines = train(tmp_path, CountingEngine(), 4, log_interval=2, eval_interval=4)
-    (file,) = (tmp_path / "logs" / "tensorboard").iterdir()
-    raw, place, points = file.read_bytes(), 0, []
-    while place < len(raw):
-        size = int.from_bytes(raw[place : place + 8], "little")
-        event = Event.FromString(raw[place + 12 : place + 12 + size])
-        points += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
-        place += 12 + size + 4
-    for name in ("loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_gb"):
-        wanted = [(line["step"], line[name]) for line in lines if line["event"] == "train"]
-        assert [(step, v) for tag, step, v in points if tag == f"train/{name}"] == [
-            (step, pytest.approx(v, rel=1e-6)) for step, v in wanted
-        ]
-    for name in ("val_loss", "val_bpb", "perplexity"):
-        assert len([tag for tag, _, _ in points if tag == f"eval/{name}"]) == 2
