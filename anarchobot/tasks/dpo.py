@@ -34,7 +34,7 @@ def dpo(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     check_settings(loaded)
     config = loaded.config
     data, chat, train = config.data, config.chat, config.train
-    for key in ("train_on", "format", "language", "rouge_samples"):
+    for key in ("train_on", "format", "rouge_samples"):
         if getattr(chat, key) != getattr(type(chat)(), key):
             raise UserError(
                 f"{loaded.where(f'chat.{key}')}: is about conversations, not pairs of answers: leave it out"
@@ -42,7 +42,12 @@ def dpo(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     base, start = open_base(str(train.init_from)), where_to_start(loaded)
     encoder, tally = ChatEncoder(base.tokenizer, load_template(base.tokenizer, chat.template), "answer"), Tally()
     learnt, held_out = tokenised_pairs(
-        pairs(data, tally), encoder, tally, seq_len=data.seq_len, too_long=chat.too_long, val_fraction=data.val_fraction
+        pairs(data, tally, chat.language),
+        encoder,
+        tally,
+        seq_len=data.seq_len,
+        too_long=chat.too_long,
+        val_fraction=data.val_fraction,
     )
     opened, engine = open_preference_engine(config, base.weights)
     both = (learnt, held_out)

@@ -90,3 +90,13 @@ def key(conversation: Conversation) -> int:
 def is_held_out(conversation: Conversation, val_fraction: float) -> bool:
     """Whether it belongs to validation: by its own hash, so that adding data moves none."""
     return key(conversation) < val_fraction * 2**64
+
+
+def parted(chosen: Conversation, rejected: Conversation) -> Pair:
+    """One prompt and two answers. Raises Misfit for other prompts, and for answers that only white space tells apart:
+    templates trim it."""
+    if chosen[:-1] != rejected[:-1]:
+        raise Misfit("answers to different prompts", f"{len(chosen)} and {len(rejected)} turns")
+    if chosen[-1].content.strip() == rejected[-1].content.strip():
+        raise Misfit("equal answers")
+    return Pair(chosen[:-1], chosen[-1].content, rejected[-1].content)

@@ -1,13 +1,15 @@
-"""OpenAssistant's message trees to threads: one a tree, along the best-ranked replies, down to the last answer.
+"""OpenAssistant's message trees: to threads to learn from, and to pairs of answers by people's ranking.
 
-One thread, because two would share their beginning, and its answers would be trained on twice.
+A tree is one thread, along the best-ranked replies, down to the last answer: two would share their beginning, and its
+answers would be trained on twice. Of pairs it has many: at each question, each answer with each that was ranked below.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import combinations
 from typing import Any
 
-from anarchobot.data.conversations.conversation import Conversation, Misfit, in_order, message
+from anarchobot.data.conversations.conversation import Conversation, Misfit, Pair, in_order, message, parted
 from anarchobot.data.conversations.formats import field
 from anarchobot.data.sources.rows import Row
 
@@ -27,13 +29,41 @@ def threads(
 ) -> Iterator[tuple[str, Conversation | Misfit]]:
     """(place, thread) of each tree: a row with `prompt` and nested `replies`, or rows of a message each, in any order,
     which are held until the last is read. `language`: trees that begin in it, such as "en"; left out: any."""
+    for place, root in _trees(rows, language):
+        try:
+            yield place, root if isinstance(root, Misfit) else _thread(root)
+        except Misfit as misfit:
+            yield place, misfit
+
+
+def pairs(rows: Iterable[tuple[str, Row]], language: str | None = None) -> Iterator[tuple[str, Pair | Misfit]]:
+    """(place, pair) of each two answers to one question of which people ranked one above the other. Trees as for
+    `threads`; one without such answers is a Misfit."""
+    for place, root in _trees(rows, language):
+        if isinstance(root, Misfit):
+            yield place, root
+            continue
+        none = True
+        for turns in _questions([root]):
+            for chosen, rejected in combinations(_ranked(turns[-1]), 2):
+                none = False
+                try:
+                    yield place, parted(*(_conversation([*turns, answer]) for answer in (chosen, rejected)))
+                except Misfit as misfit:
+                    yield place, misfit
+        if none:
+            yield place, Misfit("no two ranked answers")
+
+
+def _trees(rows: Iterable[tuple[str, Row]], language: str | None) -> Iterator[tuple[str, Row | Misfit]]:
+    """(place, first message, with its replies in it) of each good tree."""
     roots: list[tuple[str, Row]] = []
     replies: defaultdict[str, list[tuple[str, Row]]] = defaultdict(list)
     known: set[str] = set()
     for place, row in rows:
         try:
             if _is_tree(row):
-                yield place, _thread(row["prompt"], language)
+                yield place, _good(row["prompt"], language)
                 continue
             kept = _slim(row)
         except Misfit as misfit:
@@ -43,7 +73,7 @@ def threads(
         (roots if kept["parent_id"] is None else replies[kept["parent_id"]]).append((place, kept))
     for place, root in roots:
         try:
-            yield place, _thread(_tree(root, replies), language)
+            yield place, _good(_tree(root, replies), language)
         except Misfit as misfit:
             yield place, misfit
     for parent, orphans in replies.items():
@@ -70,18 +100,42 @@ def _tree(root: Row, replies: dict[str, list[tuple[str, Row]]]) -> Row:
     return root
 
 
-def _thread(root: Row, language: str | None) -> Conversation:
+def _good(root: Row, language: str | None) -> Row:
+    """Raises Misfit for a tree that is not wanted."""
     if language is not None and root.get("lang") != language:
         raise Misfit("another language", f"{root.get('lang')}, not {language}")
     if not _is_good(root):
         raise Misfit("deleted or badly reviewed", "the first message")
+    return root
+
+
+def _thread(root: Row) -> Conversation:
     turns, here = [root], _best(root)
     while here is not None:
         turns.append(here)
         here = _best(here)
     if turns[-1].get("role") == "prompter":
         turns.pop()  # a question that nobody answered
+    return _conversation(turns)
+
+
+def _conversation(turns: list[Row]) -> Conversation:
     return in_order(message(turn.get("role"), turn.get("text"), f"turn {i + 1}") for i, turn in enumerate(turns))
+
+
+def _questions(turns: list[Row]) -> Iterator[list[Row]]:
+    """Each way from the first message to a question, the one that `turns` ends with among them."""
+    if turns[-1].get("role") == "prompter":
+        yield turns
+    for reply in turns[-1].get("replies") or []:
+        if _is_good(reply):
+            yield from _questions([*turns, reply])
+
+
+def _ranked(question: Row) -> list[Row]:
+    """The answers that have a rank, the best first."""
+    found = [reply for reply in question.get("replies") or [] if _is_good(reply) and reply.get("rank") is not None]
+    return sorted(found, key=lambda reply: float(reply["rank"]))
 
 
 def _best(parent: Row) -> Row | None:

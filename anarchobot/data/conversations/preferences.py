@@ -3,11 +3,11 @@
 import re
 from typing import Any
 
-from anarchobot.data.conversations.conversation import Conversation, Message, Misfit, Pair, in_order, message
+from anarchobot.data.conversations.conversation import Conversation, Message, Misfit, Pair, in_order, message, parted
 from anarchobot.data.conversations.formats import field, messages
 from anarchobot.data.sources.rows import Row
 
-EXPECTED = "chosen and rejected, and beside them a prompt, or the whole dialogue in each"
+EXPECTED = "chosen and rejected, and beside them a prompt, or the whole dialogue in each; or OpenAssistant's trees"
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -37,7 +37,7 @@ def pair(row: Row) -> Pair:
         chosen, rejected = (
             _dialogue(prompt, answer, name) for answer, name in zip(answers, ("chosen", "rejected"), strict=True)
         )
-    return _parted(chosen, rejected)
+    return parted(chosen, rejected)
 
 
 def _prompt(value: Any, name: str, system: Any) -> list[Message]:
@@ -62,12 +62,3 @@ def _transcript(text: str, name: str) -> Conversation:
     return in_order(
         message(_HH_ROLES[who], content.strip(), f"'{name}', turn {i + 1}") for i, (who, content) in enumerate(turns)
     )
-
-
-def _parted(chosen: Conversation, rejected: Conversation) -> Pair:
-    """One prompt and two answers. Answers that only white space tells apart are equal: templates trim it."""
-    if chosen[:-1] != rejected[:-1]:
-        raise Misfit("answers to different prompts", f"{len(chosen)} and {len(rejected)} turns")
-    if chosen[-1].content.strip() == rejected[-1].content.strip():
-        raise Misfit("equal answers")
-    return Pair(chosen[:-1], chosen[-1].content, rejected[-1].content)

@@ -43,12 +43,15 @@ def conversations(
     return _counted(data, tally, of_file)
 
 
-def pairs(data: DataConfig, tally: Tally) -> Iterator[tuple[str, Pair]]:
+def pairs(data: DataConfig, tally: Tally, language: str | None = None) -> Iterator[tuple[str, Pair]]:
     """(place, pair) of each good row of `data.dataset`; the rest as for `conversations`."""
 
     def of_file(name: str, found: Rows) -> Iterator[tuple[str, Pair | Misfit]]:
         any_fits = False
         for place, row in found:
+            if not any_fits and oasst.fits(row):
+                yield from oasst.pairs(chain([(place, row)], found), language)
+                return
             any_fits = any_fits or preferences.fits(row)
             try:
                 yield place, preferences.pair(row)

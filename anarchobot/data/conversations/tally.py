@@ -9,7 +9,7 @@ from anarchobot.data.conversations.conversation import Misfit
 @dataclass
 class Tally:
     """`read` is `kept` and all of `left_out`. `shortened` are among the kept. A row is a conversation or a pair; of
-    OASST, a tree of messages, and any single message that no tree can be made of."""
+    OASST, what a tree of messages gives, and any single message that no tree can be made of."""
 
     read: int = 0
     kept: int = 0

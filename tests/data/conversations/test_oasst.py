@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from anarchobot.config.schema import DataConfig
+from anarchobot.data.conversations.reading import pairs
+from anarchobot.data.conversations.tally import Tally
 from tests.data.conversations.rows import jsonl, read
 
 
@@ -48,6 +51,53 @@ TREES = {
     "deleted at the root": (post("p1", post("a1"), deleted=True), "deleted or badly reviewed"),
     "empty": (post("p1", post("a1", text=" ")), "empty content"),
 }
+
+
+RANKED = {
+    "each with each below it": (
+        post("p1", post("a1", rank=2), post("a2", rank=0), post("a3", rank=1)),
+        ["p1: a2 > a3", "p1: a2 > a1", "p1: a3 > a1"],
+    ),
+    "at each question, whatever led to it": (
+        post("p1", post("a1", post("p2", post("a3", rank=0), post("a4", rank=1)), rank=1), post("a2", rank=0)),
+        ["p1: a2 > a1", "p1 a1 p2: a3 > a4"],
+    ),
+    "without a rank, deleted, badly reviewed": (
+        post("p1", post("a1"), post("a2", rank=0), post("a3", rank=1, deleted=True), post("a4", rank=2)),
+        ["p1: a2 > a4"],
+    ),
+    "questions that are ranked are no answers": (
+        post("p1", post("a1", post("p2", rank=0), post("p3", rank=1), rank=0)),
+        ["no two ranked answers"],
+    ),
+    "equal answers": (post("p1", post("a1", rank=0, text="x"), post("a2", rank=1, text="x ")), ["equal answers"]),
+    "another language": (post("p1", post("a1", rank=0), post("a2", rank=1), lang="es"), ["another language"]),
+}
+
+
+@pytest.mark.parametrize("as_rows", [False, True], ids=["trees", "rows"])
+@pytest.mark.parametrize("name", RANKED)
+def test_pairs_by_rank(tmp_path: Path, name: str, as_rows: bool) -> None:
+    root, wanted = RANKED[name]
+    path = jsonl(tmp_path / "oasst.jsonl", *(flat(root) if as_rows else [tree(root)]))
+    tally = Tally()
+    found = [pair for _, pair in pairs(DataConfig(dataset=str(path)), tally, "en")]
+    said = [f"{' '.join(m.content for m in p.prompt)}: {p.chosen} > {p.rejected}" for p in found]
+    assert [*said, *tally.left_out] == wanted
+    assert tally.read == len(wanted)
+
+
+def test_the_shared_trees_rank_507_pairs(shared_data: Path) -> None:
+    """As many as a plain walk over the file counts: n (n - 1) / 2 for n ranked answers to one question."""
+    path = shared_data / "instruct" / "oasst_trees.jsonl"
+    tally = Tally()
+    assert sum(1 for _ in pairs(DataConfig(dataset=str(path)), tally)) == tally.kept
+
+    def counted(message: dict[str, Any]) -> int:
+        n = sum(reply["role"] == "assistant" and reply.get("rank") is not None for reply in message["replies"])
+        return n * (n - 1) // 2 + sum(map(counted, message["replies"]))
+
+    assert tally.kept == sum(counted(json.loads(line)["prompt"]) for line in path.read_text().splitlines()) == 507
 
 
 @pytest.mark.parametrize("as_rows", [False, True], ids=["trees", "rows"])
