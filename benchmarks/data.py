@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--datatrove", help="a Python that has datatrove and tokenizers; left out: not measured")
     parser.add_argument("--only", nargs="+", choices=MEASURED, default=list(MEASURED), help="left out: all")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "data.json")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -229,9 +230,8 @@ def main() -> None:
         parser.error(f"no {PROSE[0]} in {args.data}: name a folder with --data")
     with tempfile.TemporaryDirectory() as folder:
         report = run(args, Path(folder))
-    results = HERE / "results"
-    results.mkdir(exist_ok=True)
-    (results / "data.json").write_text(json.dumps(report, indent=1) + "\n")
+    args.output.parent.mkdir(exist_ok=True)
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
 
 
