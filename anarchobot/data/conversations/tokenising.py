@@ -68,7 +68,7 @@ def tokenised_pairs(
     too_long: TooLong = "cut",
     val_fraction: float = 0.0,
 ) -> tuple[Pairs, Pairs]:
-    """The train and val pairs of what `reading.pairs` gives; a prompt's pairs are all on one side. `encoder` is one
+    """The train and val pairs of what `reading.pairs` gives; all that begin with one question are on one side. `encoder` is one
     with train_on "answer".
 
     "cut" leaves the oldest turns of a long prompt out, a question with its answer at a time; the answers are never cut,
@@ -87,10 +87,15 @@ def tokenised_pairs(
                 tally.take_back(place, misfit)
                 continue
             tally.shortened += shortened
-            splits[is_held_out(pair.prompt, val_fraction)].append(sides)
+            splits[is_held_out(_first_question(pair.prompt), val_fraction)].append(sides)
     _check(len(splits[0]), tally)
     train, val = (_pairs(sides, encoder, seq_len) for sides in splits)
     return train, val
+
+
+def _first_question(prompt: Conversation) -> Conversation:
+    """Pairs of later turns of the same dialogue have it before them too."""
+    return (next(turn for turn in prompt if turn.role == "user"),)
 
 
 def _fitted_pair(
