@@ -68,8 +68,8 @@ def tokenised_pairs(
     too_long: TooLong = "cut",
     val_fraction: float = 0.0,
 ) -> tuple[Pairs, Pairs]:
-    """The train and val pairs of what `reading.pairs` gives; all that begin with one question are on one side. `encoder` is one
-    with train_on "answer".
+    """The train and val pairs of what `reading.pairs` gives; all that begin with one question are on one side.
+    `encoder` is one with train_on "answer".
 
     "cut" leaves the oldest turns of a long prompt out, a question with its answer at a time; the answers are never cut,
     for the sums of their log-probabilities are what is compared. What is still too long is left out. Raises UserError

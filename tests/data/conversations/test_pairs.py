@@ -94,3 +94,14 @@ def test_pairs_of_one_prompt_are_on_one_side(both: Make) -> None:
     assert train.digest() != val.digest()
     again, _ = tokenised_pairs(found, b.encoder("answer"), Tally(180, 180), seq_len=LENGTH, val_fraction=0.3)
     assert again.digest() == train.digest()
+
+
+def test_pairs_of_one_dialogue_are_on_one_side(both: Make) -> None:
+    """A later turn's pair has the first question in its prompt: on the other side it would have been learnt."""
+    b = both("bytelevel", "qwen2")
+    found = []
+    for i in range(60):
+        for prompt in (talk(f"question {i}"), talk(f"question {i}", "yes", "and then?")):
+            found.append(("", Pair(prompt, f"good {i}", f"bad {i}")))
+    train, val = tokenised_pairs(found, b.encoder("answer"), Tally(120, 120), seq_len=LENGTH, val_fraction=0.3)
+    assert train.count + val.count == 120 and train.count % 2 == val.count % 2 == 0 and 10 < val.count < 70
