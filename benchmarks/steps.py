@@ -30,7 +30,7 @@ TRAIN = {
     "train.min_lr": 0.0, "train.micro_batch_size": ROWS, "train.cpu_threads": 1, "train.weight_decay": 0.1,
     "train.schedule": "wsd", "train.decay_fraction": 0.7, "train.warmup_steps": 20,
 }  # fmt: skip
-ADAMW_RATES = (1e-3, 2e-3, 4e-3)
+ADAMW_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 
 
 def settings(kind: str) -> dict[str, Any]:
