@@ -75,9 +75,10 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-# The second engine, and two programs to compare with: their tests run where these are installed.
+# The second engine, and programs to compare with: their tests run where these are installed.
 .venv/torch.done: .venv/dev.done
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 peft==0.21.2 trl==1.16.0
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 peft==0.21.2 trl==1.16.0 \
+	  lm-eval==0.4.13
 	@touch $@
 
 # MKL, only where no fast BLAS is found and it exists: the training step is several times slower without one.

@@ -13,12 +13,13 @@ PACKAGE = Path(__file__).parents[1] / "anarchobot"
 FLOORS = {
     "config": 1, "numerics": 1, "storage": 1,
     "data": 2, "model": 2, "optim": 2,
-    "training": 3, "system": 3,
-    "inference": 4, "torch_mps": 4, "exchange": 4, "evaluation": 4,
-    "tasks": 5,
-    "cli": 6,
+    "training": 3, "system": 3, "knowledge": 3,
+    "torch_mps": 4, "exchange": 4, "evaluation": 4,
+    "inference": 5,
+    "tasks": 6,
+    "cli": 7,
 }  # fmt: skip
-NUMPY_ONLY = ("config", "data", "storage", "exchange")
+NUMPY_ONLY = ("config", "data", "storage", "exchange", "knowledge")
 
 
 def imports(file: Path) -> Iterator[str]:

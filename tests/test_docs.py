@@ -1,5 +1,6 @@
 """What the pages say is so: the README's commands run, the dependency list is the real one."""
 
+import io
 import json
 import re
 import shlex
@@ -47,6 +48,7 @@ def test_the_readmes_commands_run_as_they_stand(tmp_path: Path, monkeypatch: pyt
             words[words.index("--vocab-size") + 1] = "600"  # this little text gives no more
         if "shards/notes" in command and words[0] == "pretrain":
             words.append("model.vocab_size=600")
+        monkeypatch.setattr("sys.stdin", io.StringIO("Notes?\n"))  # what `chat` is asked
         missing = "torch" in words and find_spec("torch") is None
         assert main(words) == (2 if missing else 0), command
 

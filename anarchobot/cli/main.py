@@ -5,7 +5,20 @@ import sys
 import traceback
 
 from anarchobot import __version__
-from anarchobot.cli import configs, corpus, exchanging, fusing, generating, measuring, selftesting, training, tuning
+from anarchobot.cli import (
+    chatting,
+    configs,
+    corpus,
+    evaluating,
+    exchanging,
+    fusing,
+    generating,
+    knowledge,
+    measuring,
+    selftesting,
+    training,
+    tuning,
+)
 from anarchobot.cli.parser import Parser, parse
 from anarchobot.config.errors import UserError
 
@@ -18,7 +31,20 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"anarchobot {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
-    for room in (corpus, training, tuning, generating, exchanging, fusing, measuring, selftesting, configs):
+    for room in (
+        corpus,
+        training,
+        tuning,
+        generating,
+        chatting,
+        knowledge,
+        evaluating,
+        exchanging,
+        fusing,
+        measuring,
+        selftesting,
+        configs,
+    ):
         room.add_commands(commands)
     return parser
 

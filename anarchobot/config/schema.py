@@ -314,17 +314,33 @@ class GenerationConfig(Section):
     """How `generate` and training samples draw tokens."""
 
     prompt: str = Field("", description="text to go on from")
-    method: Literal["greedy", "top_k", "nucleus", "random"] = Field("nucleus", description="how a token is drawn")
+    method: Literal["greedy", "top_k", "nucleus", "min_p", "random"] = Field(
+        "nucleus", description="how a token is drawn"
+    )
     temperature: PositiveFloat = Field(0.8, description="logits are divided by this")
     top_k: Positive = Field(50, description="method top_k: draw from this many likeliest tokens")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         0.95, description="method nucleus: draw from the likeliest tokens that hold this much probability"
     )
+    min_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.05, description="method min_p: draw from tokens of at least this share of the likeliest one's probability"
+    )
     repetition_penalty: PositiveFloat = Field(
         1.0, description="above 1: logits of the last 20 tokens' ids are made smaller"
     )
     max_new_tokens: Positive = Field(200, description="stop after this many tokens, or at end of document")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field([], description="texts that end the text before them")
     seed: Seed = Field(0, description="of the draws")
+
+
+class KnowledgeBaseConfig(Section):
+    """The knowledge base of `kb` and `chat`: passages of your own files, put before a question."""
+
+    path: str | None = Field(None, description="the SQLite file that `kb add` writes; left out: none")
+    retrieval_k: Positive = Field(3, description="passages that are found for a question")
+    feedback_alpha: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="how far a vote moves a passage's relevance towards 1 or -1; 0: votes change nothing"
+    )
 
 
 class Config(Section):
@@ -339,3 +355,4 @@ class Config(Section):
     guard: GuardConfig = GuardConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     generation: GenerationConfig = GenerationConfig()
+    knowledge_base: KnowledgeBaseConfig = KnowledgeBaseConfig()

@@ -165,8 +165,9 @@ class Attention:
         return (self._unfold(scores, start, end) + bias).reshape(scores.shape)
 
 
-def turned(x: mx.array, norm: mx.array | None, model: ModelConfig, offset: int = 0) -> mx.array:
-    """Heads [B, L, H, E] normed (qk_norm) and rotated by their positions from `offset` on: [B, H, L, E].
+def turned(x: mx.array, norm: mx.array | None, model: ModelConfig, offset: int | mx.array = 0) -> mx.array:
+    """Heads [B, L, H, E] normed (qk_norm) and rotated by their positions from `offset` on, one or each row's [B]:
+    [B, H, L, E].
 
     The rotation pairs the halves of a head, as Hugging Face's Llama does; traditional=True would pair neighbours.
     """

@@ -20,11 +20,18 @@ from anarchobot.model.norm import rms_norm
 from anarchobot.model.sums import Params
 from anarchobot.numerics.order import Wait, tied
 
+Mask = mx.array | str | None
+
 
 class Cache(Protocol):
-    """A layer's keys and values of the tokens before (mlx-lm's KVCache is one)."""
+    """A layer's keys and values of the tokens before: mlx-lm's KVCache, or for rows of different lengths its
+    BatchKVCache. `offset` is the next token's position, or each row's [B]."""
 
-    offset: int
+    @property
+    def offset(self) -> int | mx.array: ...
+
+    def make_mask(self, N: int, *, return_array: bool, window_size: int | None) -> Mask:
+        """What N new tokens see: "causal", an array [..., N, S] of booleans, or None for everything."""
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]: ...
 
@@ -47,9 +54,10 @@ def hidden_states(
     B, L = tokens.shape
     x = embed(params, tokens, model, dtype)  # [N, D]
     attention = Attention(model, B, L, segments, wait=wait)
+    mask = None if caches is None else caches[0].make_mask(L, return_array=False, window_size=None)
     first_v = None
     for i, p in enumerate(blocks(params, model)):
-        attends = attention if caches is None else CachedAttention(model, B, L, caches[i])
+        attends = attention if caches is None else CachedAttention(model, B, L, caches[i], mask)
         x, kept = block.attention_forward(p, x, model, attends, first_v=first_v)
         first_v = kept.v if i == 0 and model.value_residual else first_v
         del kept
@@ -94,8 +102,8 @@ def blocks(params: Params, model: ModelConfig) -> list[Params]:
 class CachedAttention:
     """Attention to what a cache holds and to the new tokens, with MLX's own kernel: for generation."""
 
-    def __init__(self, model: ModelConfig, batch: int, length: int, cache: Cache) -> None:
-        self._model, self._batch, self._length, self._cache = model, batch, length, cache
+    def __init__(self, model: ModelConfig, batch: int, length: int, cache: Cache, mask: Mask) -> None:
+        self._model, self._batch, self._length, self._cache, self._mask = model, batch, length, cache, mask
 
     def forward(self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None) -> Attended:
         """For projections q [N, H E] and k, v [N, K E]; there are no log sums."""
@@ -103,7 +111,6 @@ class CachedAttention:
         q, k, v = (x.reshape(self._batch, self._length, -1, model.head_size) for x in (q, k, v))
         queries = turned(q, norms and norms.q, model, offset)  # [B, H, L, E]
         keys, values = self._cache.update_and_fetch(turned(k, norms and norms.k, model, offset), v.swapaxes(1, 2))
-        # A single token sees all that came before.
-        mask = "causal" if self._length > 1 else None
-        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=model.head_size**-0.5, mask=mask)
+        scale = model.head_size**-0.5
+        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=self._mask)
         return Attended(out.swapaxes(1, 2).reshape(self._batch * self._length, -1), mx.array(0.0))

@@ -16,8 +16,8 @@ from anarchobot.data.conversations.reading import pairs
 from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.conversations.template import load_template
 from anarchobot.data.conversations.tokenising import tokenised_pairs
+from anarchobot.exchange.bases import open_base
 from anarchobot.optim.schedule import total_steps
-from anarchobot.tasks.bases import open_base
 from anarchobot.tasks.engines import open_preference_engine
 from anarchobot.tasks.reference import reference_of
 from anarchobot.tasks.running import where_to_start

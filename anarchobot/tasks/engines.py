@@ -61,7 +61,8 @@ def _mlx(config: Config, weights: Weights | None) -> OpenEngine:
 def _opened(engine: "MLXEngine", config: Config, slow_products: bool) -> OpenEngine:
     import mlx.core as mx
 
-    from anarchobot.inference.generation import Model, continued, generate
+    from anarchobot.inference.generation import continued, generate
+    from anarchobot.inference.model import Model
 
     slow = engine.device.type == mx.DeviceType.cpu and slow_products
     return OpenEngine(
@@ -86,6 +87,6 @@ def _torch(config: Config, weights: Weights | None) -> OpenEngine:
         engine.precision,
         f"{engine.precision} on {engine.device.type}, by PyTorch",
         lambda tokenizer: generate(engine.weights, config.model, tokenizer, config.generation),
-        lambda context, settings, stop: continued(engine.weights, config.model, context, settings, stop),
+        lambda context, settings, stop: list(continued(engine.weights, config.model, context, settings, stop)),
         engine.notes,
     )

@@ -9,10 +9,10 @@ from anarchobot.data.content_check import ContentCheck
 from anarchobot.data.shards import TokenStream
 from anarchobot.data.tokenizer import Tokenizer, copy_beside, digest, load_tokenizer
 from anarchobot.data.windows import Joined, StreamWindows, open_windows
+from anarchobot.exchange.bases import Base, open_base
 from anarchobot.model.shapes import parameter_count, parameter_shapes
 from anarchobot.optim.routes import describe_routes
 from anarchobot.optim.schedule import total_steps
-from anarchobot.tasks.bases import Base, open_base
 from anarchobot.tasks.engines import Weights, open_engine
 from anarchobot.tasks.running import carry_out, where_to_start
 from anarchobot.training.loop import Run

@@ -13,8 +13,8 @@ from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.conversations.template import load_template
 from anarchobot.data.conversations.tokenising import Tokenised, tokenised
 from anarchobot.evaluation.rouge import rouge
+from anarchobot.exchange.bases import open_base
 from anarchobot.optim.schedule import total_steps
-from anarchobot.tasks.bases import open_base
 from anarchobot.tasks.engines import OpenEngine, open_engine
 from anarchobot.tasks.running import where_to_start
 from anarchobot.tasks.tuning import answer, check_settings, identity, tune
@@ -22,7 +22,7 @@ from anarchobot.training.loop import Run
 
 
 def sft(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
-    """Tunes the model in train.init_from as the config says (its model section is that model's: tasks/bases.py);
+    """Tunes the model in train.init_from as the config says (its model section is that model's: load_tuning);
     returns the summary that it also writes.
 
     Raises UserError when data, model, checkpoint and config do not belong together, before anything is written.

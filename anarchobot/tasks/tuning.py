@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.config.errors import UserError
-from anarchobot.config.loading import LoadedConfig
+from anarchobot.config.loading import LoadedConfig, load_config
 from anarchobot.config.schema import Config, DataConfig
 from anarchobot.data.conversations.conversation import Conversation
 from anarchobot.data.conversations.masks import ChatEncoder
+from anarchobot.data.decoding import StopText
 from anarchobot.data.tokenizer import copy_beside
 from anarchobot.exchange.adapters import read_adapter, write_adapter
+from anarchobot.exchange.bases import Base, open_base
 from anarchobot.model.lora import trained_count
 from anarchobot.model.shapes import parameter_count
-from anarchobot.tasks.bases import Base
 from anarchobot.tasks.engines import OpenEngine
 from anarchobot.tasks.running import Start, carry_out
 from anarchobot.training import checkpoint
@@ -25,6 +26,11 @@ NOT_OF_CHATS = (
     *("weights", "score_field", "score_min", "documents", "clean", "min_chars", "max_chars", "dedup", "near_dedup"),
     *("shard_dir", "shard_weights", "pack", "document_mask", "fallback"),
 )
+
+
+def load_tuning(path: str | None, overrides: Sequence[str | tuple[str, Any]]) -> LoadedConfig:
+    """A configuration whose model section is that of the model in train.init_from."""
+    return load_config(path, overrides, base_model=lambda folder: open_base(folder).model)
 
 
 def check_settings(loaded: LoadedConfig) -> None:
@@ -78,7 +84,8 @@ def answer(opened: OpenEngine, encoder: ChatEncoder, conversation: Conversation,
     end = encoder.end_of_turn()
     stop = {encoder.tokenizer.eod_id} | ({end} if end is not None else set())
     ids = opened.draw(encoder.prompt(conversation).tolist(), config.generation, stop)
-    return encoder.tokenizer.decode(ids).strip()
+    text = StopText(config.generation.stop)
+    return (text.add(encoder.tokenizer.decode(ids)) + text.rest()).strip()
 
 
 def _what_is_tuned(config: Config, base: Base, opened: OpenEngine, trained: int) -> list[str]:

@@ -1,7 +1,7 @@
 """Samples while training: a prompt in, its continuation out. Plain: the whole text goes through the model for each
 token, there is no cache; what is drawn is drawn in numpy, the same on every device."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig, ModelConfig
+from anarchobot.data.decoding import TextStream
 from anarchobot.data.tokenizer import Tokenizer
 from anarchobot.torch_mps.block import Params
 from anarchobot.torch_mps.loss import logits
@@ -23,19 +24,23 @@ Logits = npt.NDArray[np.float64]
 def generate(weights: Params, model: ModelConfig, tokenizer: Tokenizer, settings: GenerationConfig) -> str:
     """The prompt's continuation as text.
 
-    Ends at max_new_tokens, at an end of document, or when max_seq_len is reached; the context begins with an end of
-    document, as documents do in the shards, or with model.bos_id. The same settings give the same text. Raises
-    UserError for a prompt that leaves no room in max_seq_len.
+    Ends at max_new_tokens, at an end of document, before the first of the stop strings, or when max_seq_len is reached;
+    the context begins with an end of document, as documents do in the shards, or with model.bos_id. The same settings
+    give the same text. Raises UserError for a prompt that leaves no room in max_seq_len.
     """
     prompt = tokenizer.encode_batch([settings.prompt])[0].tolist()
-    drawn = generate_ids(weights, model, tokenizer.eod_id, prompt, settings)
-    # Decoded with the prompt: a tokenizer may take a first space for none of the text.
-    return tokenizer.decode(prompt + drawn).removeprefix(tokenizer.decode(prompt))
+    stream = TextStream(tokenizer, prompt, settings.stop)
+    parts = []
+    for token in generate_ids(weights, model, tokenizer.eod_id, prompt, settings):
+        parts.append(stream.add(token))
+        if stream.stopped:
+            break
+    return "".join([*parts, stream.rest()])
 
 
 def generate_ids(
     weights: Params, model: ModelConfig, eod_id: int, prompt: list[int], settings: GenerationConfig
-) -> list[int]:
+) -> Iterator[int]:
     """The drawn token ids, without the end of document that may stop them."""
     begin = eod_id if model.bos_id is None else model.bos_id
     return continued(weights, model, [begin, *prompt], settings, {eod_id})
@@ -43,8 +48,8 @@ def generate_ids(
 
 def continued(
     weights: Params, model: ModelConfig, context: list[int], settings: GenerationConfig, stop: Collection[int]
-) -> list[int]:
-    """The ids drawn behind those of `context`, without the one of `stop` that may end them."""
+) -> Iterator[int]:
+    """The ids drawn one after the other behind those of `context`, without the one of `stop` that may end them."""
     ids = list(context)
     start, room = len(ids), model.max_seq_len - len(ids)
     if room < 1:
@@ -59,9 +64,9 @@ def continued(
             z = np.array(logits(hidden[0, -1:], head, model)[0].cpu(), np.float64)  # [V]
         token = draw(penalised(z, ids, settings.repetition_penalty), settings, rng)
         if token in stop:
-            break
+            return
+        yield token
         ids.append(token)
-    return ids[start:]
 
 
 def penalised(z: Logits, ids: list[int], penalty: float) -> Logits:
@@ -85,5 +90,7 @@ def draw(z: Logits, settings: GenerationConfig, rng: np.random.Generator) -> int
         kept = settings.top_k
     elif settings.method == "nucleus":  # the fewest likeliest that hold top_p
         kept = int(np.searchsorted(np.cumsum(p[order]), settings.top_p)) + 1
+    elif settings.method == "min_p":
+        kept = int((p >= settings.min_p * p.max()).sum())
     likeliest = p[order[:kept]]
     return int(rng.choice(order[:kept], p=likeliest / likeliest.sum()))

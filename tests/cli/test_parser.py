@@ -39,8 +39,21 @@ SURFACE = {
     "selftest": ["--faults", "--kills", "--seed"],
     "bench": ["CONFIG", "KEY=VALUE", "--steps"],
     "generate": [
-        "--checkpoint", "--max-new-tokens", "--method", "--prompt", "--repetition-penalty", "--seed", "--temperature",
-        "--top-k", "--top-p",
+        "--checkpoint", "--max-new-tokens", "--method", "--min-p", "--prompt", "--prompts", "--repetition-penalty",
+        "--seed", "--stop", "--temperature", "--top-k", "--top-p",
+    ],
+    "kb add": ["FILE", "--kb", "--text-field"],
+    "kb search": ["QUESTION", "--feedback-alpha", "--kb", "-k"],
+    "kb list": ["--kb"],
+    "kb remove": ["NAME", "--kb"],
+    "kb feedback": ["--bad", "--feedback-alpha", "--good", "--kb", "--passage", "--question"],
+    "chat": [
+        "--checkpoint", "--feedback-alpha", "--kb", "--max-new-tokens", "--method", "--min-p", "--repetition-penalty",
+        "--seed", "--stop", "--temperature", "--top-k", "--top-p", "-k",
+    ],
+    "evaluate": [
+        "--checkpoint", "--compare", "--include", "--limit", "--num-fewshot", "--output", "--rouge", "--shards",
+        "--tasks", "--text",
     ],
     "config show": ["CONFIG?", "KEY=VALUE"],
     "config schema": [],
@@ -86,9 +99,15 @@ def test_help_says_of_each_setting_what_the_schema_says(
         "pretrain": 11,
         "sft": 13,
         "dpo": 13,
-        "generate": 8,
+        "generate": 9,
+        "chat": 11,
         "pretokenize": 5,
         "tokenizer train": 3,
+        "kb add": 2,
+        "kb search": 3,
+        "kb list": 1,
+        "kb remove": 1,
+        "kb feedback": 2,
     }.get(command, 0)
     for key in settings:
         assert f"{key}: {leaf_keys()[key].description}; takes " in text

@@ -34,6 +34,7 @@ PROMISED: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": False, "tokenizer_path": None, "checkpoint_path": None, "seed": 0, "device": "auto",
         "backend": "mlx",
     },
+    "knowledge_base": {"path": None, "retrieval_k": 3, "feedback_alpha": 0.1},
 }  # fmt: skip
 
 CHOICES = {
@@ -57,7 +58,7 @@ CHOICES = {
     "chat.train_on": '"assistant" | "all"',
     "chat.too_long": '"cut" | "drop"',
     "preference.loss": '"sigmoid" | "ipo" | "orpo"',
-    "generation.method": '"greedy" | "top_k" | "nucleus" | "random"',
+    "generation.method": '"greedy" | "top_k" | "nucleus" | "min_p" | "random"',
 }
 
 

@@ -17,7 +17,7 @@ from anarchobot.exchange import safetensors_file
 from anarchobot.exchange.adapters import FILES, FORMS, Adapter, Form, Packing, of_run, read_adapter, write_adapter
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.fusing import _repacked, fuse, fused
-from anarchobot.inference.generation import load_model
+from anarchobot.inference.model import load_model
 from anarchobot.model.frozen import adapter_constants, frozen_weights
 from anarchobot.model.lora import adapter_shapes
 from anarchobot.model.transformer import hidden_states, logits

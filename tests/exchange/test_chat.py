@@ -19,7 +19,8 @@ from anarchobot.data.conversations.template import CHATML, PLAIN, load_template
 from anarchobot.data.tokenizer import load_chat_tokenizer
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.importing import import_model
-from anarchobot.inference.generation import continued, load_model
+from anarchobot.inference.generation import continued
+from anarchobot.inference.model import load_model
 from tests.data.conversations.templates import KINDS, NAMES, NO_SYSTEM, TEMPLATES, dicts, talk
 from tests.exchange.making import make_run, random_parameters
 

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.exchange.exporting import export
-from anarchobot.inference.generation import generate_ids, load_model
+from anarchobot.inference.generation import generate_ids
+from anarchobot.inference.model import load_model
 from tests.exchange.making import make_run, our_logits, real_ids
 
 torch = pytest.importorskip("torch")

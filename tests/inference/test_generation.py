@@ -1,4 +1,4 @@
-"""Generation: the distribution that is drawn from, the cache, the ends, and the text that streams out."""
+"""Generation: the cache, the ends, several prompts, and the text that streams out."""
 
 from pathlib import Path
 from typing import Any
@@ -8,69 +8,23 @@ import numpy as np
 import pytest
 
 from anarchobot.config.errors import UserError
-from anarchobot.config.schema import GenerationConfig, ModelConfig
-from anarchobot.data.tokenizer import load_tokenizer
-from anarchobot.inference.generation import Model, StreamDecoder, generate, generate_ids, load_model, sampler
-from anarchobot.model.shapes import init_parameters
+from anarchobot.config.schema import GenerationConfig
+from anarchobot.inference import batching
+from anarchobot.inference.generation import TextBatch, generate, generate_each, generate_ids
+from anarchobot.inference.model import Model, load_model
 from anarchobot.model.transformer import hidden_states, logits
+from tests.inference.conftest import SHAPE
 from tests.tiny import VOCAB
 
-SHAPE = ModelConfig(vocab_size=VOCAB, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, max_seq_len=48)
-LOGITS = np.array([2.0, 1.5, 1.0, 0.0, -1.0, -4.0])
+PROMPTS = ["The value", "", "if x is not", "é", "The", "a list of all the words that are in it"]
 
 
-@pytest.fixture(scope="module")
-def model(tiny_shards: Path) -> Model:
-    rng = np.random.default_rng(0)  # far from even, so that greedy choices are clear
-    params = {
-        n: mx.array(p + rng.standard_normal(p.shape) * 0.3, mx.float32) for n, p in init_parameters(SHAPE, 0).items()
-    }
-    return Model(params, SHAPE, load_tokenizer(tiny_shards))
-
-
-def probabilities(settings: GenerationConfig) -> np.ndarray:
-    """Of the six tokens, by the methods' definitions, in float64."""
-    z = LOGITS / settings.temperature
-    p = np.exp(z) / np.exp(z).sum()
-    if settings.method == "greedy":
-        keep = p == p.max()
-    elif settings.method == "top_k":
-        keep = np.arange(6) < settings.top_k
-    elif settings.method == "nucleus":  # the fewest likeliest that hold top_p
-        keep = np.arange(6) < np.searchsorted(np.cumsum(p), settings.top_p) + 1
-    else:
-        keep = np.ones(6, bool)
-    return np.where(keep, p, 0) / p[keep].sum()
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"method": "greedy"},
-        {"method": "random", "temperature": 1.0},
-        {"method": "random", "temperature": 0.5},
-        {"method": "top_k", "top_k": 2, "temperature": 1.0},
-        {"method": "top_k", "top_k": 50, "temperature": 2.0},  # more than there are: all
-        {"method": "nucleus", "top_p": 0.8, "temperature": 1.0},
-        {"method": "nucleus", "top_p": 0.8, "temperature": 2.0},  # the temperature comes first: more tokens pass
-        {"method": "nucleus", "top_p": 1.0, "temperature": 1.0},
-    ],
-    ids=str,
-)
-def test_draws_follow_the_exact_probabilities(settings: dict[str, Any]) -> None:
-    chosen = GenerationConfig(**settings)
-    p, n = probabilities(chosen), 20000
-    mx.random.seed(0)
-    draws = np.array(sampler(chosen, 6)(mx.array(np.tile(LOGITS, (n, 1)), mx.float32)))
-    counts = np.bincount(draws, minlength=6)
-    assert counts[p == 0].sum() == 0
-    expected = n * p[p > 0]
-    chi_square = ((counts[p > 0] - expected) ** 2 / expected).sum()
-    assert chi_square < 25  # five degrees of freedom: chance of more is 1 in 7,000
-
-
-def test_greedy_equals_recomputing_everything_for_each_token(model: Model) -> None:
-    """The cache and the single-token steps against the whole sequence forward."""
+@pytest.mark.parametrize("chunk", [512, 3, 1])
+def test_greedy_equals_recomputing_everything_for_each_token(
+    model: Model, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache, the prompt in chunks and the single-token steps against the whole sequence forward."""
+    monkeypatch.setattr(batching, "PROMPT_TOKENS", chunk)
     got = list(generate_ids(model, GenerationConfig(prompt="The value", method="greedy", max_new_tokens=20)))
     ids = [model.tokenizer.eod_id, *model.tokenizer.encode_batch(["The value"])[0].tolist()]
     for token in got:
@@ -97,11 +51,15 @@ def test_it_ends_at_the_limit_at_max_seq_len_and_at_end_of_document(model: Model
         list(generate_ids(model, GenerationConfig(prompt="word " * 60)))
 
 
-def test_the_seed_decides(model: Model) -> None:
+def test_the_seed_decides_and_nothing_else_is_disturbed(model: Model) -> None:
     def text(seed: int) -> str:
         return generate(model, GenerationConfig(prompt="The", method="random", seed=seed, max_new_tokens=20))
 
+    mx.random.seed(5)
+    expected = mx.random.uniform(shape=(4,)).tolist()
+    mx.random.seed(5)
     assert text(1) == text(1) != text(2)
+    assert mx.random.uniform(shape=(4,)).tolist() == expected
 
 
 def test_repetition_penalty_lowers_what_was_said(model: Model) -> None:
@@ -117,34 +75,48 @@ def test_what_streams_is_what_is_returned(model: Model) -> None:
     assert "".join(pieces) == text and len(pieces) > 5
 
 
-@pytest.mark.parametrize(
-    "text", ["plain words here", "naïve café — “quoted”", "日本語と🙂 emoji 👩‍👩‍👧", "a\n\n  b\t▁c"]
-)
-def test_characters_of_several_tokens_come_out_whole(tiny_shards: Path, text: str) -> None:
-    tokenizer = load_tokenizer(tiny_shards)
-    decoder = StreamDecoder(tokenizer, [])
-    pieces = [decoder.add(int(i)) for i in tokenizer.encode_batch([text])[0]]
-    assert "".join(pieces) + decoder.rest() == text
-    assert not any("\ufffd" in piece for piece in pieces)
+def test_a_text_ends_before_the_first_stop_string(model: Model) -> None:
+    """Every stretch of three characters of a text as its stop string, in turn."""
+    settings = GenerationConfig(prompt="The", method="greedy", max_new_tokens=20)
+    whole = generate(model, settings)
+    for start in range(0, len(whole) - 2, 3):
+        stop = whole[start : start + 3]
+        pieces: list[str] = []
+        text = generate(model, settings.model_copy(update={"stop": ["\x00", stop]}), on_text=pieces.append)
+        assert text == "".join(pieces) == whole[: whole.index(stop)]
 
 
-def test_a_first_space_is_kept_by_tokenizers_that_put_one_before_any_text(shared_data: Path) -> None:
-    """Mistral's decodes "▁world" alone as "world": what stands before must be decoded with it."""
-    tokenizer = load_tokenizer(shared_data / "artifacts" / "mistral_v1_tokenizer.model")
-    prompt, whole = (tokenizer.encode_batch([text])[0].tolist() for text in ("hello", "hello world again"))
-    decoder = StreamDecoder(tokenizer, prompt)
-    pieces = [decoder.add(i) for i in whole[len(prompt) :]]
-    assert whole[: len(prompt)] == prompt
-    assert "".join(pieces) + decoder.rest() == " world again"
+def test_a_stop_string_ends_the_request_and_its_tokens_are_counted(model: Model) -> None:
+    settings = GenerationConfig(prompt="The", method="greedy", max_new_tokens=20)
+    ids = list(generate_ids(model, settings))
+    fifth = model.tokenizer.decode(ids[:5])
+    batch = TextBatch(model)
+    context = [model.begin, *model.tokenizer.encode_batch(["The"])[0].tolist()]
+    batch.insert(context, settings.model_copy(update={"stop": [fifth[-2:]]}), ())
+    pieces = []
+    while batch:
+        pieces += batch.step()
+    assert pieces[-1].end == "stop" and pieces[-1].tokens <= 5
+    batch.insert(context, settings, ())
+    while batch:
+        pieces += batch.step()
+    assert (pieces[-1].end, pieces[-1].tokens) == ("length", 20)
 
 
-def test_broken_bytes_do_not_hold_the_rest_back(tiny_shards: Path) -> None:
-    """A lone continuation byte never becomes a character: it is shown as U+FFFD and the text goes on."""
-    tokenizer = load_tokenizer(tiny_shards)
-    broken = tokenizer.encode_batch(["é"])[0].tolist()[:1]
-    decoder = StreamDecoder(tokenizer, [])
-    text = "".join(decoder.add(i) for i in [*broken, *tokenizer.encode_batch([" and more text"])[0].tolist()])
-    assert text.endswith("and more text")
+@pytest.mark.parametrize("settings", [{"method": "greedy"}, {"method": "random"}, {"method": "min_p"}], ids=str)
+@pytest.mark.parametrize("rows", [2, 16])
+def test_each_prompt_of_many_has_the_text_that_it_has_alone(
+    model: Model, settings: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "ROWS", rows)
+    chosen = GenerationConfig(**settings, max_new_tokens=20, repetition_penalty=1.2, seed=2**32 - 3)
+    texts = list(generate_each(model, PROMPTS, chosen))
+    for number, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
+        seed = (chosen.seed + number) % 2**32
+        assert text == generate(model, chosen.model_copy(update={"prompt": prompt, "seed": seed}))
+    assert len(set(texts)) == len(texts)
+    with pytest.raises(UserError, match=r"prompt 2: the prompt is \d+ tokens long"):
+        list(generate_each(model, ["The", "word " * 60], chosen))
 
 
 def test_load_model_takes_run_and_step_folders(tmp_path: Path, tiny_shards: Path) -> None:
@@ -160,3 +132,50 @@ def test_load_model_takes_run_and_step_folders(tmp_path: Path, tiny_shards: Path
     (tmp_path / "run" / "tokenizer.model").unlink()
     with pytest.raises(UserError, match="no tokenizer in this folder"):
         load_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize("target", ["hf", "mlx"])
+def test_load_model_takes_what_export_writes(tmp_path: Path, tiny_shards: Path, target: Any) -> None:
+    from anarchobot.exchange.exporting import export
+    from tests.exchange.making import make_run
+
+    run = make_run(tmp_path / "run", next(tiny_shards.glob("*.model")))
+    export(run, target, tmp_path / "out")
+    settings = GenerationConfig(prompt="The value", method="greedy", max_new_tokens=20)
+    (ours, _), (exported, config) = load_model(run), load_model(tmp_path / "out")
+    assert generate(ours, settings) == generate(exported, settings) != ""
+    assert config.generation == GenerationConfig()
+
+
+def test_adapters_alone_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"not a whole model: join them with their model first \(anarchobot fuse\)"):
+        load_model(tmp_path)
+
+
+def test_prompts_from_a_file(tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command: lines and JSONL, each row as `generate` writes it alone; a row that is none is named."""
+    import json
+
+    from anarchobot.cli.main import main
+    from tests.exchange.making import make_run
+
+    run = make_run(tmp_path / "run", next(tiny_shards.glob("*.model")))
+    lines, rows = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    lines.write_text("The value\n\nif x\r\n")
+    rows.write_text("\n".join(json.dumps({"prompt": p}) for p in ("The value", "two\nlines")))
+    words = ["generate", "--checkpoint", str(run), "--max-new-tokens", "8", "--method", "greedy", "--json"]
+
+    def written(*more: str) -> list[dict[str, str]]:
+        assert main([*words, *more]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    first, second = written("--prompts", str(lines))
+    assert first == written("--prompt", "The value")[0] == written("--prompts", str(rows))[0]
+    assert second["prompt"] == "if x" and written("--prompts", str(rows))[1]["prompt"] == "two\nlines"
+    stop = first["text"][2:5]
+    (cut,) = written("--prompt", "The value", "--stop", "never there", "--stop", stop)
+    assert cut["text"] == first["text"][: first["text"].index(stop)]
+    rows.write_text('{"prompt": "a"}\n{"promt": "b"}\n')
+    assert main([*words, "--prompts", str(rows)]) == 2
+    assert capsys.readouterr().err == f'anarchobot: {rows}:2: expected {{"prompt": "..."}}\n'

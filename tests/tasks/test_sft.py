@@ -10,10 +10,10 @@ import pytest
 
 from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
+from anarchobot.exchange.bases import open_base
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.fusing import fuse
-from anarchobot.inference.generation import load_model
-from anarchobot.tasks.bases import open_base
+from anarchobot.inference.model import load_model
 from anarchobot.tasks.sft import sft
 from anarchobot.training import checkpoint
 from tests.tasks.test_pretrain import equal
@@ -141,7 +141,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path, base: Path, ch
     shutil.rmtree(tmp_path / "base" / "step_00000006")
     refused("began with other weights than those now in", make(train__init_from=str(tmp_path / "base"), **again))
     sft(tuning(tmp_path, "adapters", base, chats, lora__r=4), quiet=True)
-    with pytest.raises(UserError, match="no whole model: join them with their model first"):
+    with pytest.raises(UserError, match="not a whole model: join them with their model first"):
         make(train__init_from=str(tmp_path / "adapters"))
 
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from anarchobot.config.loading import LoadedConfig
-from anarchobot.tasks.bases import load_tuning
 from anarchobot.tasks.pretrain import pretrain
+from anarchobot.tasks.tuning import load_tuning
 from tests.tiny import loaded
 
 COLOURS = ("red", "blue", "green", "black", "white")

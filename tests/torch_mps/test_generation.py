@@ -11,8 +11,10 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
 from anarchobot.inference import generation as mlx_generation
+from anarchobot.inference.model import Model
 from anarchobot.model.shapes import init_parameters
-from tests.inference.test_generation import LOGITS, SHAPE, probabilities
+from tests.inference.conftest import SHAPE
+from tests.inference.test_sampling import LOGITS, SETTINGS, probabilities
 
 torch = pytest.importorskip("torch")
 
@@ -37,20 +39,7 @@ def weights(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     return {n: torch.tensor(a).requires_grad_() for n, a in arrays.items()}
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"method": "greedy"},
-        {"method": "random", "temperature": 1.0},
-        {"method": "random", "temperature": 0.5},
-        {"method": "top_k", "top_k": 2, "temperature": 1.0},
-        {"method": "top_k", "top_k": 50, "temperature": 2.0},  # more than there are: all
-        {"method": "nucleus", "top_p": 0.8, "temperature": 1.0},
-        {"method": "nucleus", "top_p": 0.8, "temperature": 2.0},  # the temperature comes first: more tokens pass
-        {"method": "nucleus", "top_p": 1.0, "temperature": 1.0},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_draws_follow_the_exact_probabilities(settings: dict[str, Any]) -> None:
     chosen = GenerationConfig(**settings)
     p, n, rng = probabilities(chosen), 5000, np.random.default_rng(0)
@@ -66,9 +55,12 @@ def test_greedy_text_is_that_of_the_mlx_wing(
     penalty: float, arrays: dict[str, np.ndarray], weights: dict[str, Any], tokenizer: Tokenizer
 ) -> None:
     settings = GenerationConfig(prompt="The value", method="greedy", max_new_tokens=30, repetition_penalty=penalty)
-    model = mlx_generation.Model({n: mx.array(a) for n, a in arrays.items()}, SHAPE, tokenizer)
+    model = Model({n: mx.array(a) for n, a in arrays.items()}, SHAPE, tokenizer)
     text = generate(weights, SHAPE, tokenizer, settings)
     assert text == mlx_generation.generate(model, settings) and len(text) > 20
+    stopping = settings.model_copy(update={"stop": ["\x00", text[9:12]]})
+    cut = generate(weights, SHAPE, tokenizer, stopping)
+    assert cut == mlx_generation.generate(model, stopping) == text[: text.index(text[9:12])]
 
 
 def test_the_penalty_is_mlx_lms() -> None:
@@ -82,21 +74,22 @@ def test_the_penalty_is_mlx_lms() -> None:
 
 def test_it_ends_at_the_limit_at_max_seq_len_and_at_end_of_document(weights: dict[str, Any]) -> None:
     greedy = {"method": "greedy", "prompt": ""}
-    ids = generate_ids(weights, SHAPE, 0, [5, 6], GenerationConfig(**greedy, max_new_tokens=7))
+    ids = list(generate_ids(weights, SHAPE, 0, [5, 6], GenerationConfig(**greedy, max_new_tokens=7)))
     assert len(ids) == 7
-    full = generate_ids(weights, SHAPE, 0, [5, 6], GenerationConfig(**greedy, max_new_tokens=500))
+    full = list(generate_ids(weights, SHAPE, 0, [5, 6], GenerationConfig(**greedy, max_new_tokens=500)))
     assert len(full) == SHAPE.max_seq_len - 3 and full[:7] == ids
     begun = SHAPE.model_copy(update={"bos_id": 7})
     settings = GenerationConfig(**greedy, max_new_tokens=7)
-    assert generate_ids(weights, begun, 0, [5, 6], settings) == generate_ids(weights, SHAPE, 7, [5, 6], settings) != ids
+    other = list(generate_ids(weights, begun, 0, [5, 6], settings))
+    assert other == list(generate_ids(weights, SHAPE, 7, [5, 6], settings)) != ids
     ending = {n: p.detach().clone() for n, p in weights.items()}
     ending["model.embed_tokens.weight"].zero_()
     ending["model.embed_tokens.weight"][:] = 0.001
     ending["model.norm.weight"].fill_(1.0)
     ending["model.embed_tokens.weight"][0] = 100.0 * torch.sign(_hidden(ending))
-    assert generate_ids(ending, SHAPE, 0, [], GenerationConfig(**greedy)) == []
+    assert list(generate_ids(ending, SHAPE, 0, [], GenerationConfig(**greedy))) == []
     with pytest.raises(UserError, match=r"the prompt is 61 tokens long and the model's max_seq_len is 48"):
-        generate_ids(weights, SHAPE, 0, [1] * 60, GenerationConfig())
+        list(generate_ids(weights, SHAPE, 0, [1] * 60, GenerationConfig()))
 
 
 def _hidden(params: dict[str, Any]) -> Any:

@@ -1,61 +1,74 @@
-"""The model that is tuned: a run of ours, or a Hugging Face model's folder."""
+"""A whole model that is there, to be used or trained further: a run of ours, or a Hugging Face model's folder."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
-from anarchobot.config.loading import LoadedConfig, load_config
-from anarchobot.config.schema import ModelConfig
+from anarchobot.config.schema import Config, DataConfig, ModelConfig
 from anarchobot.data.tokenizer import ChatTokenizer, load_chat_tokenizer
 from anarchobot.exchange.importing import open_foreign
 from anarchobot.model.shapes import parameter_shapes
 from anarchobot.storage.durable import sha256_file
 from anarchobot.training import checkpoint
 
+ADAPTERS = "adapter_config.json"  # what a folder of adapters alone has, mlx-lm's or PEFT's
+
 
 @dataclass(frozen=True)
 class Base:
-    """Its parts; `weights` are read from its files as they are asked for. `digest` tells it from any other."""
+    """Its parts; `weights` are read from its files as they are asked for. `config` is what it was trained with; of a
+    Hugging Face model, the model section alone says something."""
 
     folder: Path
-    model: ModelConfig
+    config: Config
     tokenizer: ChatTokenizer
     weights: Mapping[str, npt.NDArray[np.float32]]
-    digest: str
+    find_digest: Callable[[], str]
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells it from any other."""
+        return self.find_digest()
 
 
 @lru_cache(maxsize=1)
 def open_base(path: str) -> Base:
     """Raises UserError when there is no model, it is damaged, or has what a model here can't be."""
     folder = Path(path)
+    if (folder / ADAPTERS).is_file():
+        raise _no_whole_model(folder, ADAPTERS)
     if (folder / "config.json").is_file():
         found = open_foreign(folder)
-        whole = hashlib.sha256("".join(sha256_file(file) for file in found.files).encode()).hexdigest()
+        config = Config(model=found.model, data=DataConfig(seq_len=min(DataConfig().seq_len, found.model.max_seq_len)))
         tokenizer = load_chat_tokenizer(found.tokenizer.files[0])
-        return Base(folder, found.model, tokenizer, found.weights, whole, found.warnings)
+        return Base(folder, config, tokenizer, found.weights, lambda: _digest(found.files), found.warnings)
     run = checkpoint.find(folder, files=(checkpoint.MODEL_FILE,))
     if run.config.lora.r is not None:
-        raise UserError(
-            f"{run.folder}: adapters (lora.r: {run.config.lora.r}), no whole model: join them with their model first "
-            "(anarchobot fuse)"
-        )
-    weights = _Saved(run)
+        raise _no_whole_model(run.folder, f"lora.r: {run.config.lora.r}")
     tokenizer = load_chat_tokenizer(run.folder.parent)
-    return Base(run.folder, run.config.model, tokenizer, weights, run.state["sha256"][checkpoint.MODEL_FILE],
+    return Base(run.folder, run.config, tokenizer, _Saved(run), lambda: str(run.state["sha256"][checkpoint.MODEL_FILE]),
                 list(run.passed_over))  # fmt: skip
 
 
-def load_tuning(path: str | None, overrides: Sequence[str | tuple[str, Any]]) -> LoadedConfig:
-    """A configuration whose model section is that of the model in train.init_from."""
-    return load_config(path, overrides, base_model=lambda folder: open_base(folder).model)
+def _no_whole_model(folder: Path, sign: str) -> UserError:
+    return UserError(
+        f"{folder}: adapters ({sign}), not a whole model: join them with their model first (anarchobot fuse)"
+    )
+
+
+def _digest(files: list[Path]) -> str:
+    return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
 
 
 class _Saved(Mapping[str, npt.NDArray[np.float32]]):

@@ -1,0 +1,117 @@
+"""`anarchobot kb`: the way of a base from the command line, and its slips."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anarchobot.cli.main import main
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("fruit.md").write_text("Apples are red.\n")
+    Path("rows.jsonl").write_text('{"body": "Bananas are yellow."}\n{"body": "Dates are brown, as apples are not."}\n')
+
+
+def result(words: list[str], capsys: Captured) -> Any:
+    assert main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_way_of_a_base(capsys: Captured) -> None:
+    base = ["--kb", "kb.db"]
+    done = result(["kb", "add", "fruit.md", *base], capsys)
+    assert (done["added"], done["passages"], done["texts"]["kept"]) == (["fruit.md"], 1, 1)
+    done = result(["kb", "add", *base, "--text-field", "body", "fruit.md", "rows.jsonl"], capsys)
+    assert done["replaced"] == ["fruit.md"]  # read for another field, which a text file has none of: its id stays
+    done = result(["kb", "add", "fruit.md", "rows.jsonl", *base, "--text-field", "body"], capsys)
+    assert (done["equal"], done["passages"]) == (["fruit.md", "rows.jsonl"], 3)
+
+    hits = result(["kb", "search", "Which apples are red?", *base, "-k", "2"], capsys)["hits"]
+    assert [(hit["passage_id"], hit["source"]) for hit in hits] == [(1, "fruit.md"), (3, "rows.jsonl:2")]
+    assert (hits[0]["text"], hits[0]["score"]) == ("Apples are red.\n", 1)
+
+    question = ["--question", "Which apples are red?"]
+    voted = result(["kb", "feedback", *question, "--passage", "1", "--bad", *base, "--feedback-alpha", "0.5"], capsys)
+    assert voted == {"relevance": {"1": -0.5}}
+    again = result(["kb", "search", "Which apples are red?", *base, "--feedback-alpha", "1"], capsys)["hits"]
+    assert (again[-1]["passage_id"], again[-1]["score"]) == (1, 0)
+    assert result(["kb", "search", "Which apples are red?", *base, "--feedback-alpha", "0"], capsys)["hits"][:2] == hits
+
+    documents = result(["kb", "list", *base], capsys)["documents"]
+    assert documents == [
+        {"name": "fruit.md", "passages": 1, "votes": 1}, {"name": "rows.jsonl", "passages": 2, "votes": 0},
+    ]  # fmt: skip
+    assert result(["kb", "remove", "fruit.md", *base], capsys) == {"removed": {"fruit.md": 1}}
+    assert [held["name"] for held in result(["kb", "list", *base], capsys)["documents"]] == ["rows.jsonl"]
+
+
+def test_what_people_see(capsys: Captured) -> None:
+    Path("escape.txt").write_text("Cherries \x1b[31mare\x07 red.")
+    assert main(["kb", "add", "fruit.md", "escape.txt", "--kb", "kb.db"]) == 0
+    assert capsys.readouterr().out == (
+        "fruit.md: added\nescape.txt: added\n"
+        "files: 2 added, 0 replaced, 0 unchanged, 0 failed; the base has 2 passages\n"
+    )
+    assert main(["kb", "search", "cherries", "--kb", "kb.db"]) == 0
+    assert capsys.readouterr().out == ("[1] escape.txt  passage 2, score 1.000\nCherries \\x1b[31mare\\x07 red.\n\n")
+    assert main(["kb", "search", "plums", "--kb", "kb.db"]) == 0
+    assert capsys.readouterr().out == "nothing found: no passage has a word of the question\n"
+    assert main(["kb", "feedback", "--question", "cherries", "--passage", "1", "2", "--good", "--kb", "kb.db"]) == 0
+    assert capsys.readouterr().out == (
+        "passage 1: relevance +0.100 to this question (from -1 to 1)\n"
+        "passage 2: relevance +0.100 to this question (from -1 to 1)\n"
+    )
+    assert main(["kb", "list", "--kb", "kb.db"]) == 0
+    assert capsys.readouterr().out == (
+        "escape.txt: 1 passages, 1 votes\nfruit.md: 1 passages, 1 votes\n2 documents, 2 passages\n"
+    )
+    assert main(["kb", "remove", "fruit.md", "--kb", "kb.db"]) == 0
+    assert capsys.readouterr().out == "fruit.md: 1 passages removed\n"
+
+
+def test_one_bad_file_stops_no_other_and_is_told_at_the_end(capsys: Captured) -> None:
+    Path("bad.txt").write_bytes(b"\xff\xfe")
+    Path("worse.txt").write_bytes(b"a\0b")
+    Path("empty.txt").touch()
+    Path("folder").mkdir()
+    Path("folder/empty.md").touch()
+    words = ["kb", "add", "bad.txt", "fruit.md", "worse.txt", "empty.txt", "folder/../folder/*.md", "--kb", "kb.db"]
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert "fruit.md: added\n" in captured.out
+    assert "empty files passed over: 1 (first: folder/../folder/empty.md)" in captured.out
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("anarchobot: bad.txt: not UTF-8 text")
+    assert captured.err.endswith("(2 more files failed)\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("kb list", "which knowledge base? Give --kb FILE (see anarchobot kb list --help)"),
+        ("kb list --kb nothere.db", "nothere.db: no such knowledge base; `anarchobot kb add` makes one"),
+        ("kb list --kb fruit.md", "fruit.md: no knowledge base (not a SQLite file): name another file"),
+        ("kb add nothere.txt --kb kb.db", "nothere.txt: no such file or folder"),
+        ("kb add rows.jsonl --kb k.db", "rows.jsonl:1: no field 'text' (it has body): set data.text_field"),
+        ("kb search --kb fruit.md", "the following arguments are required: QUESTION (see anarchobot kb search --help)"),
+        ("kb serch q", "'serch' is no command of anarchobot kb; did you mean 'search'? (see anarchobot kb --help)"),
+        ("kb search q --kb k.db -k 0", "command line: knowledge_base.retrieval_k: expected a whole number of at least "
+         "1, got 0"),
+        ("kb search q --kb k.db --feedback-alpha 2", "command line: knowledge_base.feedback_alpha: expected a number "
+         "of at least 0 and at most 1, got 2"),
+        ("kb feedback --question q --passage x --good", "argument --passage: invalid int value: 'x' (see anarchobot kb "
+         "feedback --help)"),
+        ("kb feedback --question q --passage 1", "one of the arguments --good --bad is required (see anarchobot kb "
+         "feedback --help)"),
+    ],
+)  # fmt: skip
+def test_a_slip_is_one_line(words: str, told: str, capsys: Captured) -> None:
+    assert main(words.split()) == 2
+    assert capsys.readouterr().err == f"anarchobot: {told}\n"
+    assert not Path("kb.db").exists()

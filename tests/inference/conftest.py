@@ -1,0 +1,28 @@
+"""The model that is asked."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from anarchobot.config.schema import ModelConfig
+from anarchobot.data.tokenizer import load_tokenizer
+from anarchobot.inference.model import Model
+from anarchobot.model.shapes import init_parameters
+from tests.tiny import VOCAB
+
+SHAPE = ModelConfig(vocab_size=VOCAB, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, max_seq_len=48)
+
+
+@pytest.fixture(scope="session")
+def model(tiny_shards: Path) -> Model:
+    return Model(strong_parameters(SHAPE), SHAPE, load_tokenizer(tiny_shards))
+
+
+def strong_parameters(shape: ModelConfig) -> dict[str, mx.array]:
+    """Far from even, so that greedy choices are clear."""
+    rng = np.random.default_rng(0)
+    return {
+        n: mx.array(p + rng.standard_normal(p.shape) * 0.3, mx.float32) for n, p in init_parameters(shape, 0).items()
+    }

@@ -1,0 +1,80 @@
+"""Our model in lm-evaluation-harness against the harness's own Hugging Face model of the same weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anarchobot.exchange.exporting import export
+from anarchobot.inference.model import load_model
+from anarchobot.tasks.evaluate import What, of_tasks
+from tests.exchange.conftest import bpe as bpe
+from tests.exchange.conftest import tokenizers_folder as tokenizers_folder
+from tests.exchange.making import make_run
+
+pytest.importorskip("torch")
+lm_eval = pytest.importorskip("lm_eval")
+
+COMMON = "dataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}}}\ntest_split: test\n"
+TASKS = {
+    "choice": "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_target: label\n"
+    "doc_to_choice: choices\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n",
+    "rolling": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+    "metric_list: [{metric: bits_per_byte}, {metric: byte_perplexity}, {metric: word_perplexity}]\n",
+    "written": "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+    "generation_kwargs: {until: ['e'], max_gen_toks: 12, do_sample: false}\nmetric_list: [{metric: exact_match}]\n",
+}
+
+
+def words(text: str, n: int) -> list[str]:
+    parts = text.split()
+    return [" ".join(parts[i : i + n]) for i in range(0, len(parts) - n, n)]
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, bpe: Path) -> Path:
+    """Three local tasks on 40 documents each, of this file's own text."""
+    some = words(Path(__file__).read_text(encoding="utf-8").replace("'", "") * 3, 6)
+    rows = [
+        {
+            "question": some[i] if i % 7 else "", "choices": [f" {some[i + 1]}", f" {some[i + 2]}"], "label": i % 2,
+            "text": " ".join(some[i : i + 1 + 10 * (i % 5)]), "answer": some[i + 1],
+        }
+        for i in range(40)
+    ]  # fmt: skip
+    rows[7]["question"] = ""  # an empty context
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks").mkdir()
+    for name, text in TASKS.items():
+        common = COMMON.format(file=json.dumps(str(tmp_path / "rows.jsonl")))
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(f"task: our_{name}\n{common}{text}")
+    return tmp_path / "tasks"
+
+
+@pytest.mark.filterwarnings("default")  # the harness's own
+def test_a_local_task_gives_the_score_of_the_harness_s_own_model(
+    tmp_path: Path, bpe: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path / "run", bpe, max_seq_len=160)
+    export(run, "hf", tmp_path / "hf")
+    model, _ = load_model(run)
+    ours = of_tasks(model, What(tasks=["our_choice", "our_rolling", "our_written"], include=str(tasks)))
+
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    def theirs(name: str, **more: Any) -> dict[str, float]:
+        hf = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=4, **more)
+        found = lm_eval.simple_evaluate(hf, tasks=[name], task_manager=TaskManager(include_path=str(tasks)))
+        return {key.removesuffix(",none"): value for key, value in found["results"][name].items()}
+
+    for name in ("our_choice", "our_rolling", "our_written"):
+        wanted = theirs(name, add_bos_token=name != "our_rolling")  # there it would score the token that begins a text
+        for key in set(ours[f"task {name}"]) - {"samples"}:
+            if "stderr" not in key:
+                assert ours[f"task {name}"][key] == pytest.approx(wanted[key], rel=1e-4), (name, key)
+    assert 0 < ours["task our_choice"]["acc"] < 1
