@@ -86,6 +86,8 @@ TRAINED: dict[str, tuple[dict[str, Any], Any]] = {
     "train.max_grad_norm": ({"train__max_grad_norm": 0.01}, lambda a, b: a["weights"] != b["weights"]),
     "train.precision": ({"train__precision": "bfloat16"}, lambda a, b: 0 < abs(a["loss"] - b["loss"]) < 0.1),
     "train.seed": ({"train__seed": 1}, lambda a, b: a["loss"] != b["loss"]),
+    "train.trainable": ({"train__trainable": "embeddings"}, lambda a, b: a["moments"] > b["moments"] == {"adamw"}),
+    "train.first_sequence": ({"train__first_sequence": 4}, lambda a, b: a["loss"] != b["loss"]),
     "train.log_interval": ({"train__log_interval": 2}, lambda a, b: b["events"]["train"] == [2, 4, 6]),
     "train.eval_interval": ({"train__eval_interval": 2}, lambda a, b: b["events"]["eval"] == [0, 2, 4, 6]),
     "train.eval_batches": ({"train__eval_batches": 1}, lambda a, b: a["val"] != b["val"]),
@@ -258,7 +260,7 @@ def test_key_train__log_path(tmp_path: Path, tiny_shards: Path) -> None:
         loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", train__log_path=str(tmp_path / "logs")), quiet=True
     )
     assert {p.name for p in (tmp_path / "logs").iterdir()} == {
-        "metrics.jsonl", "tensorboard", "final_training_summary.json"
+        "metrics.jsonl", "tensorboard", "final_training_summary.json", "environment.json"
     }  # fmt: skip
     assert not (tmp_path / "run" / "logs").exists()
 

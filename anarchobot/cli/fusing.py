@@ -14,7 +14,10 @@ def add_commands(commands: Any) -> None:
         "--model", required=True, metavar="PATH", help="the model: a run folder or a Hugging Face model's folder"
     )
     parser.add_argument(
-        "--adapter", required=True, metavar="PATH", help="its adapters: a run with lora.r, or mlx-lm's or PEFT's folder"
+        "--adapter",
+        required=True,
+        metavar="PATH",
+        help="its adapters: a run with lora.r (its best step), or mlx-lm's or PEFT's folder",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="the run folder to write; new or empty")
 
@@ -29,4 +32,6 @@ def _fuse(args: argparse.Namespace) -> None:
     for warning in done["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     if not args.quiet:
+        step = "" if done["step"] is None else f"; {args.adapter}: step {done['step']}"
+        print(f"{done['model']}{step}")
         print(f"{done['output']}: {done['parameters']:,} parameters, adapters in {done['adapted']} matrices")

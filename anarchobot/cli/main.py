@@ -6,6 +6,7 @@ import traceback
 
 from anarchobot import __version__
 from anarchobot.cli import (
+    adapting,
     chatting,
     configs,
     corpus,
@@ -15,7 +16,9 @@ from anarchobot.cli import (
     generating,
     knowledge,
     measuring,
+    reporting,
     selftesting,
+    serving,
     training,
     tuning,
 )
@@ -35,13 +38,16 @@ def build_parser() -> Parser:
         corpus,
         training,
         tuning,
+        adapting,
         generating,
         chatting,
+        serving,
         knowledge,
         evaluating,
         exchanging,
         fusing,
         measuring,
+        reporting,
         selftesting,
         configs,
     ):

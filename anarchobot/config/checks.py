@@ -69,6 +69,8 @@ def contradictions(config: Config, given: list[str]) -> Iterator[tuple[tuple[str
             ("train.lr_decay_steps", "train.warmup_steps"),
             f"lr_decay_steps ({train.lr_decay_steps}) must be above warmup_steps ({train.warmup_steps})",
         )
+    if train.trainable == "embeddings" and config.lora.r is not None:
+        yield ("train.trainable", "lora.r"), "adapters are trained by themselves: leave lora.r or train.trainable out"
     yield from _of_adapters(config)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -20,18 +20,32 @@ from anarchobot.config.yaml_tree import MAX_BYTES, Tree, parse, parse_scalar
 COMMAND_LINE = "command line"
 UNBOUND = ("dropout", "max_seq_len", "bos_id", "zero_init_proj")  # of a model: what its weights don't decide
 
+Schema = TypeVar("Schema", bound=BaseModel)
+
 
 @dataclass(frozen=True)
-class LoadedConfig:
+class Loaded(Generic[Schema]):
     """A checked configuration and, for each key that somebody set, where: `"file.yaml:12"` or `"command line"`."""
 
-    config: Config
+    config: Schema
     sources: dict[str, str]
 
     def where(self, key: str) -> str:
         """`"configs/a.yaml:3: model.vocab_size"`: how an error found later names a setting."""
         source = self.sources.get(key)
         return f"{source}: {key}" if source else f"{key} (its default)"
+
+
+class LoadedConfig(Loaded[Config]):
+    """The configuration that all commands share, loaded."""
+
+
+def load(
+    path: str | Path | None, overrides: Sequence[str | tuple[str, Any]], schema: type[Schema]
+) -> Loaded[Schema]:
+    """Reads and checks a configuration of any schema, as `load_config` does."""
+    values, sources = _read_settings(path, overrides, schema)
+    return Loaded(_checked(values, sources, schema), sources)
 
 
 def load_config(
@@ -45,17 +59,10 @@ def load_config(
     stronger. With `base_model`, the model section is what it gives for train.init_from, which must be there, and only
     UNBOUND keys may say otherwise. Raises UserError, one line that names file, line and key.
     """
-    tree = Tree() if path is None else parse(_read(Path(path)), str(path))
-    sources = {key: f"{path}:{line}" for key, line in tree.lines.items()}
-    for override in overrides:
-        key, value = _parsed(override) if isinstance(override, str) else override
-        _override(tree.values, sources, key, value)
+    values, sources = _read_settings(path, overrides, Config)
     if base_model is not None:
-        _take_model(tree.values, sources, base_model)
-    try:
-        config = Config.model_validate({k: {} if v is None else v for k, v in tree.values.items()})
-    except ValidationError as error:
-        raise UserError(_describe(error, sources)) from error
+        _take_model(values, sources, base_model)
+    config = _checked(values, sources, Config)
     loaded = LoadedConfig(config, {key: source for key, source in sources.items() if "." in key})
     _refuse_contradictions(loaded)
     return loaded
@@ -66,16 +73,38 @@ def config_from_dict(values: dict[str, Any], name: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{name}: {_describe(error, {})}") from error
+        raise UserError(f"{name}: {_describe(error, {}, Config)}") from error
 
 
-def leaf_keys() -> dict[str, FieldInfo]:
+def leaf_keys(schema: type[BaseModel] = Config) -> dict[str, FieldInfo]:
     """Every dotted key of the schema, in its order: `{"model.vocab_size": FieldInfo, ...}`."""
-    return {
-        f"{section}.{key}": info
-        for section, section_info in Config.model_fields.items()
-        for key, info in typing.cast(type[BaseModel], section_info.annotation).model_fields.items()
-    }
+    keys: dict[str, FieldInfo] = {}
+    for name, info in schema.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys |= {f"{name}.{key}": leaf for key, leaf in leaf_keys(inner).items()}
+        else:
+            keys[name] = info
+    return keys
+
+
+def _read_settings(
+    path: str | Path | None, overrides: Sequence[str | tuple[str, Any]], schema: type[BaseModel]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the file and the command line say, and where; not checked yet."""
+    tree = Tree() if path is None else parse(_read(Path(path)), str(path))
+    sources = {key: f"{path}:{line}" for key, line in tree.lines.items()}
+    for override in overrides:
+        key, value = _parsed(override, schema) if isinstance(override, str) else override
+        _override(tree.values, sources, key, value)
+    return tree.values, sources
+
+
+def _checked(values: dict[str, Any], sources: dict[str, str], schema: type[Schema]) -> Schema:
+    try:
+        return schema.model_validate({k: {} if v is None else v for k, v in values.items()})
+    except ValidationError as error:
+        raise UserError(_describe(error, sources, schema)) from error
 
 
 def _read(path: Path) -> bytes:
@@ -89,23 +118,27 @@ def _read(path: Path) -> bytes:
         raise UserError(f"{path}: can't be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _parsed(word: str) -> tuple[str, Any]:
+def _parsed(word: str, schema: type[BaseModel]) -> tuple[str, Any]:
     key, equals, text = word.partition("=")
     section, _, leaf = key.partition(".")
     if not (equals and section and leaf):
-        full = [k for k in leaf_keys() if k.endswith(f".{key}")] if equals else []
+        full = [k for k in leaf_keys(schema) if k.endswith(f".{key}")] if equals else []
         near = f"; did you mean '{full[0]}={text}'?" if full else ", such as train.lr=1e-3"
         raise UserError(f"{COMMAND_LINE}: '{word}': expected SECTION.KEY=VALUE{near}")
     return key, parse_scalar(text, key)
 
 
 def _override(values: dict[str, Any], sources: dict[str, str], key: str, value: Any) -> None:
-    section, _, leaf = key.partition(".")
-    keys = values.get(section)
-    if keys is not None and not isinstance(keys, dict):
-        raise UserError(f"{sources[section]}: {section}: expected a section of keys, got {_shown(keys)}")
-    values[section] = keys = {**(keys or {}), leaf: value}
-    sources.setdefault(section, COMMAND_LINE)
+    *parents, leaf = key.split(".")
+    keys, section = values, ""
+    for parent in parents:
+        section = f"{section}.{parent}".removeprefix(".")
+        inner = keys.get(parent)
+        if inner is not None and not isinstance(inner, dict):
+            raise UserError(f"{sources[section]}: {section}: expected a section of keys, got {_shown(inner)}")
+        keys[parent] = keys = {**(inner or {})}
+        sources.setdefault(section, COMMAND_LINE)
+    keys[leaf] = value
     sources[key] = COMMAND_LINE
     if key in RUN_LENGTHS and value is not None:  # it replaces one in the file; two on the command line contradict
         for other in RUN_LENGTHS:
@@ -147,36 +180,49 @@ def _refuse_contradictions(loaded: LoadedConfig) -> None:
         raise UserError(f"{loaded.where(order[index])}: {problem}")
 
 
-def _describe(error: ValidationError, sources: dict[str, str]) -> str:
+def _describe(error: ValidationError, sources: dict[str, str], schema: type[BaseModel]) -> str:
     """The first problem in the file's order as `file:line: key: what was expected`, and how many more there are."""
     order = list(sources)
     problems: dict[str, Any] = {}
     for problem in error.errors(include_url=False):
-        problems.setdefault(".".join(str(part) for part in problem["loc"][:2]), problem)
+        problems.setdefault(_key_of(problem["loc"], schema), problem)
     key = min(problems, key=lambda k: order.index(k) if k in sources else -1)
     more = f" ({len(problems) - 1} more after this one)" if len(problems) > 1 else ""
-    return ": ".join(part for part in (sources.get(key), key, _expected(key, problems[key])) if part) + more
+    return ": ".join(part for part in (sources.get(key), key, _expected(key, problems[key], schema)) if part) + more
 
 
-def _expected(key: str, problem: Any) -> str:
+def _key_of(place: tuple[int | str, ...], schema: type[BaseModel]) -> str:
+    """The dotted key of a place in the values, without what is inside a key's own value."""
+    sections = {key.rpartition(".")[0] for key in leaf_keys(schema)} | set(schema.model_fields)
+    key = str(place[0])
+    for part in place[1:]:
+        if key not in sections:
+            break
+        key = f"{key}.{part}"
+    return key
+
+
+def _expected(key: str, problem: Any, schema: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden":
-        return _unknown(key)
-    if "." not in key:
+        return _unknown(key, schema)
+    if problem["type"] == "missing":
+        return "is missing"
+    if key not in leaf_keys(schema):
         return f"expected a section of keys, got {_shown(problem['input'])}"
-    return f"expected {expectation(leaf_keys()[key])}, got {_shown(problem['input'])}"
+    return f"expected {expectation(leaf_keys(schema)[key])}, got {_shown(problem['input'])}"
 
 
-def _unknown(key: str) -> str:
-    section, _, leaf = key.partition(".")
-    if not leaf:
-        elsewhere = [k for k in leaf_keys() if k.endswith(f".{section}")]
+def _unknown(key: str, schema: type[BaseModel]) -> str:
+    section, _, leaf = key.rpartition(".")
+    keys = leaf_keys(schema)
+    elsewhere = [k for k in keys if k.endswith(f".{leaf}")]
+    if not section:
         hint = f"; it belongs under '{elsewhere[0].split('.')[0]}:'" if elsewhere else ""
-        return f"unknown section{hint or did_you_mean(section, Config.model_fields)}"
-    elsewhere = [k for k in leaf_keys() if k.endswith(f".{leaf}")]
+        return f"unknown section{hint or did_you_mean(leaf, schema.model_fields)}"
     if elsewhere:
         return f"unknown key; did you mean '{elsewhere[0]}'?"
-    own = [k.split(".")[1] for k in leaf_keys() if k.startswith(f"{section}.")]
-    near = did_you_mean(leaf, own) or did_you_mean(leaf, leaf_keys())
+    own = [k.removeprefix(f"{section}.") for k in keys if k.startswith(f"{section}.")]
+    near = did_you_mean(leaf, own) or did_you_mean(leaf, keys)
     return "unknown key" + (near or f"; {section} has {', '.join(own)}")
 
 

@@ -205,6 +205,12 @@ class TrainConfig(Section):
     init_from: str | None = Field(
         None, description="a checkpoint or run folder that a new run takes its first weights from"
     )
+    trainable: Literal["all", "embeddings"] = Field(
+        "all", description="what is trained: all weights, or the token embedding and the output head alone"
+    )
+    first_sequence: Count = Field(
+        0, description="a new run begins with this sequence of its data's order: what another run has seen is before it"
+    )
     tokenizer_path: str | None = Field(
         None, description="the tokenizer that tokenizer train writes and pretokenize reads"
     )

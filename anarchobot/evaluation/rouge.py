@@ -8,18 +8,20 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from itertools import groupby
+from typing import Any
 
 from anarchobot.config.errors import UserError
 
 KINDS = ("rouge1", "rouge2", "rougeL")
-# Han, Hiragana, Katakana: written without spaces, so that each character counts as a word.
+# Thai, Lao, Burmese, Khmer, Han, Hiragana, Katakana: written without spaces, so that each character counts as a word.
 _ALONE = re.compile(
-    "[\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+    "\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]"
 )
 
 
 def words(text: str) -> list[str]:
-    """Lower-case runs of letters, marks and digits (Unicode categories L, M, N); of Han and kana, each character.
+    """Lower-case runs of letters, marks and digits (Unicode categories L, M, N); of _ALONE's scripts, each character.
 
     Of English these are the package's own words.
     """
@@ -39,13 +41,17 @@ def rouge(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
 
     Raises UserError when the package is missing.
     """
-    try:
-        package = importlib.import_module("rouge_score.rouge_scorer")
-    except ImportError as error:
-        raise UserError("ROUGE needs a package: pip install rouge-score") from error
-    scorer = package.RougeScorer(list(KINDS), tokenizer=_Words())
+    scorer = rouge_package().RougeScorer(list(KINDS), tokenizer=_Words())
     scores = [scorer.score(reference, text) for reference, text in pairs]
     return {kind: sum(score[kind].fmeasure for score in scores) / max(1, len(scores)) for kind in KINDS}
+
+
+def rouge_package() -> Any:
+    """Raises UserError when it is missing."""
+    try:
+        return importlib.import_module("rouge_score.rouge_scorer")
+    except ImportError as error:
+        raise UserError("ROUGE needs a package: pip install rouge-score") from error
 
 
 class _Words:

@@ -5,14 +5,15 @@
                                .lora_magnitude_vector [out]                                   PEFT
     adapter_config.json        of either: rank and scale, and which matrices have adapters
 
-mlx-lm keeps the scale s itself, PEFT alpha: s = alpha / r, or alpha / sqrt(r).
+mlx-lm keeps the scale s itself, PEFT alpha: s = alpha / r, or alpha / sqrt(r). `base_sha256`, the digest of the model
+that they were trained on, is our own: only mlx-lm's form has it, because PEFT warns of keys that it does not know.
 """
 
 import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -49,12 +50,15 @@ class Packing(NamedTuple):
 @dataclass(frozen=True)
 class Adapter:
     """`weights`: NAME.lora_a [in, r], NAME.lora_b [r, out] and, with DoRA, NAME.m [out], where NAME.weight is a matrix
-    of the model's; `scales`: s of each NAME."""
+    of the model's; `scales`: s of each NAME. `base`: the digest of the model that they were trained on, where that is
+    known; `step`: of a run of ours, which one these are."""
 
     weights: dict[str, Float32]
     scales: dict[str, float]
     dropout: float = 0.0
     packing: Packing | None = None
+    base: str | None = None
+    step: int | None = None
 
     @property
     def dora(self) -> bool:
@@ -95,6 +99,8 @@ def write_adapter(folder: str | Path, adapter: Adapter, model: ModelConfig, form
             "num_layers": model.n_layers - first,
             "lora_parameters": {"rank": rank, "scale": scale, "dropout": adapter.dropout, "keys": ordered},
         }
+        if adapter.base is not None:
+            values["base_sha256"] = adapter.base
         tensors = adapter.weights
     else:
         values = {
@@ -123,7 +129,8 @@ def write_adapter(folder: str | Path, adapter: Adapter, model: ModelConfig, form
 
 
 def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
-    """The adapters at `path`: a folder of either form, or a run of ours that trains some (or a step of it).
+    """The adapters at `path`: a folder of either form, or a run of ours that trains some (its best step, or the newest
+    where none was validated), or a step of it.
 
     Raises UserError when there are none, a file is damaged or in a form that is not known, or they are not for `model`.
     """
@@ -144,14 +151,17 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
 
 def _of_checkpoint(path: Path) -> Adapter:
     try:
-        found = checkpoint.find(path, files=(checkpoint.MODEL_FILE,))
+        best = checkpoint.named_step(path / "best.json")
+        found = checkpoint.find(path if best is None else path / "best.json", files=(checkpoint.MODEL_FILE,))
     except UserError as error:
         if (path / "state.json").exists() or checkpoint.saved_steps(path):
             raise
         raise UserError(f"{path}: no adapters: expected {' or '.join(FILES.values())}, or a run with lora.r") from error
     config = found.config
     weights = checkpoint.load_adapters(found)
-    return of_run(weights, config.model, config.lora, found.state.get("precision", config.train.precision or "float32"))
+    precision = found.state.get("precision", config.train.precision or "float32")
+    adapter = of_run(weights, config.model, config.lora, precision)
+    return replace(adapter, base=found.state.get("base"), step=found.step)
 
 
 def _from_mlx(stored: dict[str, Float32], values: dict[str, Any], file: Path) -> Adapter:
@@ -163,7 +173,10 @@ def _from_mlx(stored: dict[str, Float32], values: dict[str, Any], file: Path) ->
         raise UserError(f"{file}: expected lora_parameters: rank, scale and dropout")
     scale = _number(parameters, "scale", file)
     names = dict.fromkeys(name.rpartition(".")[0] for name in stored)
-    return Adapter(stored, dict.fromkeys(names, scale), _dropout(parameters.get("dropout")), _packing(values, file))
+    return Adapter(
+        stored, dict.fromkeys(names, scale), _dropout(parameters.get("dropout")), _packing(values, file),
+        base=values.get("base_sha256"),
+    )  # fmt: skip
 
 
 def _from_peft(stored: dict[str, Float32], values: dict[str, Any], file: Path) -> Adapter:

@@ -57,6 +57,11 @@ def open_base(path: str) -> Base:
     if run.config.lora.r is not None:
         raise _no_whole_model(run.folder, f"lora.r: {run.config.lora.r}")
     tokenizer = load_chat_tokenizer(run.folder.parent)
+    if tokenizer.vocab_size != run.config.model.vocab_size:  # more would be read from behind the last row
+        raise UserError(
+            f"{tokenizer.files[0]}: {tokenizer.vocab_size:,} tokens, and the model in {run.folder} has rows for "
+            f"{run.config.model.vocab_size:,}: put the tokenizer that it was trained with into the run's folder"
+        )
     return Base(run.folder, run.config, tokenizer, _Saved(run), lambda: str(run.state["sha256"][checkpoint.MODEL_FILE]),
                 list(run.passed_over))  # fmt: skip
 

@@ -2,30 +2,23 @@
 
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from anarchobot.config.schema import Config, DataConfig, LoraConfig
+from anarchobot.config.errors import UserError
+from anarchobot.config.schema import LoraConfig
 from anarchobot.config.yaml_tree import dump
 from anarchobot.data.conversations import template
-from anarchobot.data.tokenizer import Tokenizer, copy_beside, load_tokenizer
+from anarchobot.data.tokenizer import copy_beside
 from anarchobot.exchange.adapters import Adapter, Packing, read_adapter
+from anarchobot.exchange.bases import open_base
 from anarchobot.exchange.chat import save_foreign_template
-from anarchobot.exchange.importing import open_foreign
 from anarchobot.exchange.narrowing import Float32, narrowed, widened
 from anarchobot.exchange.new_folder import NewFolder
+from anarchobot.model.lora import GROUP, is_packed
 from anarchobot.model.shapes import parameter_count
 from anarchobot.training import checkpoint
-
-GROUP = 64  # columns that share a scale (model/linear.py)
-
-
-class _Whole(NamedTuple):
-    config: Config
-    params: dict[str, Float32]
-    tokenizer: Tokenizer
-    warnings: list[str]
 
 
 def fuse(model: str | Path, adapter: str | Path, output: str | Path) -> dict[str, Any]:
@@ -36,24 +29,32 @@ def fuse(model: str | Path, adapter: str | Path, output: str | Path) -> dict[str
     Adapters that were trained on packed weights are joined with those, unpacked. Raises UserError, before anything is
     written, when something is missing or damaged, or the adapters are for another model.
     """
-    output = Path(output)
-    whole = _whole(Path(model))
+    output, adapter = Path(output), Path(adapter)
+    whole = open_base(str(model))
     config = whole.config
     adapters = read_adapter(adapter, config.model)
+    if adapters.base is not None and adapters.base != whole.digest:
+        raise UserError(
+            f"{adapter}: these adapters were trained on another model than the one in {whole.folder}: name the model "
+            "that they were trained on, at the step it had then"
+        )
     with NewFolder(output) as beside:
         file_name = copy_beside(whole.tokenizer, beside)
         warnings = list(whole.warnings)
-        if not _copy_template([Path(adapter), Path(adapter).parent, whole.tokenizer.files[0].parent], beside):
+        of_ours = [adapter.parent] if checkpoint.saved_steps(adapter.parent) else []  # it is RUN/adapters, or a step
+        if not _copy_template([adapter, *of_ours, whole.tokenizer.files[0].parent], beside):
             warnings += save_foreign_template(whole.tokenizer, beside)
         places = {"save_dir": str(output), "tokenizer_path": str(output / file_name)}
         train = config.train.model_copy(update={**places, "init_from": None, "checkpoint_path": None})
         config = config.model_copy(update={"train": train, "lora": LoraConfig()})
         (beside / "config.yaml").write_text(dump(config.model_dump()), encoding="utf-8")
-        arrays = {f"{checkpoint.PARAMS}{name}": array for name, array in fused(whole.params, adapters).items()}
+        arrays = {f"{checkpoint.PARAMS}{name}": a for name, a in fused(dict(whole.weights), adapters).items()}
         state = {"tokens": 0, "fused": [str(model), str(adapter)], "config": config.model_dump()}
         checkpoint.save(beside, 0, arrays, state)
     return {
         "output": str(output),
+        "model": str(whole.folder),
+        "step": adapters.step,
         "parameters": parameter_count(config.model),
         "adapted": len(adapters.scales),
         "tokenizer": file_name,
@@ -76,19 +77,6 @@ def fused(params: dict[str, Float32], adapter: Adapter) -> dict[str, Float32]:
     return merged
 
 
-def _whole(path: Path) -> _Whole:
-    """The model in a Hugging Face folder, or that of a checkpoint."""
-    if (path / "config.json").is_file():
-        found = open_foreign(path)
-        data = DataConfig(seq_len=min(DataConfig().seq_len, found.model.max_seq_len))
-        return _Whole(Config(model=found.model, data=data), dict(found.weights), found.tokenizer, found.warnings)
-    saved = checkpoint.find(path, files=(checkpoint.MODEL_FILE,))
-    arrays = checkpoint.load_arrays(saved, saved.config.model, optimizer=False)
-    prefix = checkpoint.PARAMS
-    params = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-    return _Whole(saved.config, params, load_tokenizer(saved.folder.parent), list(saved.passed_over))
-
-
 def _copy_template(folders: list[Path], output: Path) -> bool:
     """From the first of `folders` that has one in a file of its own; whether there was one."""
     for folder in folders:
@@ -103,7 +91,7 @@ def _copy_template(folders: list[Path], output: Path) -> bool:
 def _repacked(array: Float32, packing: Packing) -> Float32:
     """What is left of `array` when `mx.quantize` has packed it: in each group of columns, whole multiples of a scale
     from one end of the values, the one farther from zero, and such that zero itself stays zero."""
-    if array.ndim == 1 or array.shape[1] % GROUP:
+    if not is_packed(array.shape):
         return array
     groups = array.reshape(len(array), -1, GROUP)
     low, high = groups.min(axis=2), groups.max(axis=2)

@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.schema import LoraConfig, ModelConfig
-from anarchobot.model.linear import GROUP, Packed, matrix
-from anarchobot.model.lora import adapted_matrices, adapter_scale, init_factors
+from anarchobot.model.linear import Packed, matrix
+from anarchobot.model.lora import GROUP, adapted_matrices, adapter_scale, init_factors, is_packed
 from anarchobot.model.shapes import parameter_shapes
 from anarchobot.model.sums import Params
 
@@ -31,14 +31,13 @@ def frozen_weights(
     weights: Mapping[str, npt.NDArray[np.float32]], model: ModelConfig, dtype: mx.Dtype, bits: int | None = None
 ) -> Params:
     """The model's parameters from float32 ones, which are asked for one by one: norms stay float32, matrices become
-    `dtype` or, with `bits` (4 or 8), are packed with scales in `dtype`. As in mlx-lm, matrices whose width GROUP does
-    not divide are not packed, and embedding and head are."""
+    `dtype` or, with `bits` (4 or 8), are packed with scales in `dtype`, embedding and head too (lora.is_packed)."""
     frozen: Params = {}
     for name, shape in parameter_shapes(model).items():
         weight = mx.array(weights[name])
         if len(shape) == 1:
             frozen[name] = weight
-        elif bits is None or shape[1] % GROUP:
+        elif bits is None or not is_packed(shape):
             frozen[name] = weight.astype(dtype)
         else:
             packed, scales, biases = mx.quantize(weight, group_size=GROUP, bits=bits)

@@ -22,10 +22,10 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from anarchobot.config.checks import MODULES
+from anarchobot.model.lora import GROUP
 from anarchobot.model.sums import Gradients, Params
 from anarchobot.numerics.elementary import on_cpu
 
-GROUP = 64  # columns that share a scale and a bias when packed: mlx-lm's own
 _FEW_ROWS = 8  # fewer are multiplied with packed numbers faster than these are unpacked on a CPU
 
 

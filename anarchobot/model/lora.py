@@ -1,4 +1,5 @@
-"""Which matrices have adapters, their shapes and their first values. No MLX here: checkpoints and files read this."""
+"""Which matrices have adapters, their shapes and first values, and which are packed. No MLX here: checkpoints and
+files read this."""
 
 import hashlib
 import math
@@ -10,6 +11,7 @@ from anarchobot.config.schema import LoraConfig, ModelConfig
 from anarchobot.model.shapes import parameter_shapes
 
 Shapes = dict[str, tuple[int, ...]]
+GROUP = 64  # columns of a frozen matrix that share a scale and a bias when it is packed: mlx-lm's own
 
 
 def adapted_matrices(model: ModelConfig, lora: LoraConfig) -> list[str]:
@@ -44,6 +46,12 @@ def trained_shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
 
 def trained_count(model: ModelConfig, lora: LoraConfig) -> int:
     return sum(math.prod(shape) for shape in trained_shapes(model, lora).values())
+
+
+def is_packed(shape: tuple[int, ...]) -> bool:
+    """Whether lora.quantize packs a parameter of this shape; as in mlx-lm, not a matrix whose width GROUP does not
+    divide."""
+    return len(shape) == 2 and shape[1] % GROUP == 0
 
 
 def adapter_scale(lora: LoraConfig) -> float:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 
 Kind = Literal["sigmoid", "ipo", "orpo"]
+_SUREST = -1e-9  # log-probability of a token: the odds of what is surer are no greater
 
 
 class Preferences(NamedTuple):
@@ -29,7 +30,8 @@ def preference_losses(pairs: Preferences, kind: Kind, beta: float, label_smoothi
     """
     if kind == "orpo":
         mean = pairs.log_probs / pairs.lengths
-        odds = mean - mx.log1p(-mx.exp(mean))
+        sure = mx.minimum(mean, _SUREST)  # at 0 odds and slopes would be without end
+        odds = sure - mx.log(-mx.expm1(sure))  # not log1p(-exp): near 0, where expm1 is exact, exp rounds to 1
         return -mean[:, 0] - beta * _log_sigmoid(odds[:, 0] - odds[:, 1])
     gained = pairs.log_probs - pairs.reference
     if kind == "ipo":
@@ -58,4 +60,6 @@ def losses_and_slopes(
 
 
 def _log_sigmoid(x: mx.array) -> mx.array:
-    return -mx.logaddexp(mx.array(0.0), -x)
+    """Its slope too is exact, also far from 0, where that of MLX's logaddexp is rounded away; at 0 it is 1/2."""
+    size = mx.where(x < 0, -x, x)
+    return mx.where(x < 0, x, 0) - mx.log1p(mx.exp(-size))

@@ -2,7 +2,7 @@
 engines read this, so that a checkpoint of one is a checkpoint of the other."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy.typing as npt
@@ -11,6 +11,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import TrainConfig
 
 TRAINED = "optimizer/trained/"  # in a checkpoint: the parameters behind a running average
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 Shape = tuple[int, ...]
 
 
@@ -19,6 +20,11 @@ def route(name: str, ndim: int, optimizer: Literal["muon_adamw", "adamw"]) -> Li
     so are adapters: what Muon makes even is the update of a whole matrix, not of the two factors of a change to it."""
     in_block = ".layers." in name and name.endswith(".weight") and ndim == 2
     return "muon" if optimizer == "muon_adamw" and in_block else "adamw"
+
+
+def trained(names: Iterable[str], trainable: Literal["all", "embeddings"]) -> list[str]:
+    """Those of a model's parameters that train.trainable trains."""
+    return [name for name in names if trainable == "all" or name in EMBEDDINGS]
 
 
 def describe_routes(shapes: Mapping[str, Shape], optimizer: Literal["muon_adamw", "adamw"]) -> list[str]:
@@ -39,7 +45,8 @@ def state_shapes(shapes: Mapping[str, Shape], train: TrainConfig) -> dict[str, d
     """The optimizers' state: by kind and parameter name, the shape of each moment (all float32, zero at the start).
     NorMuon's second moment has one number for each row of a matrix."""
     state: dict[str, dict[str, Shape]] = {"muon.momentum": {}, "muon.second": {}, "adamw.first": {}, "adamw.second": {}}
-    for name, shape in shapes.items():
+    for name in trained(shapes, train.trainable):
+        shape = shapes[name]
         if route(name, len(shape), train.optimizer) == "muon":
             state["muon.momentum"][name] = shape
             if train.normuon:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
 from anarchobot.data.batches import Prefetched
 from anarchobot.data.conversations.conversation import Message
@@ -31,14 +30,9 @@ def dpo(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     The reference is the model as it was: its log-probabilities of all answers are computed before anything is trained,
     once, and kept in the run's folder, so that only one model is in memory.
     """
-    check_settings(loaded)
+    check_settings(loaded, "dpo")
     config = loaded.config
     data, chat, train = config.data, config.chat, config.train
-    for key in ("train_on", "format", "rouge_samples"):
-        if getattr(chat, key) != getattr(type(chat)(), key):
-            raise UserError(
-                f"{loaded.where(f'chat.{key}')}: is about conversations, not pairs of answers: leave it out"
-            )
     base, start = open_base(str(train.init_from)), where_to_start(loaded)
     encoder, tally = ChatEncoder(base.tokenizer, load_template(base.tokenizer, chat.template), "answer"), Tally()
     learnt, held_out = tokenised_pairs(
@@ -51,10 +45,9 @@ def dpo(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     )
     opened, engine = open_preference_engine(config, base.weights)
     both = (learnt, held_out)
-    per_step = train.micro_batch_size * train.grad_accum_steps
     run = Run(
         config=config,
-        steps=total_steps(train, data.seq_len, learnt.count),
+        steps=total_steps(train, 2 * data.seq_len, learnt.count),  # a pair is two sequences
         identity=identity([part.digest() for part in both], base, opened),
         train=Prefetched(PairTrainBatches(learnt, train.seed)),
         val=PairValBatches(held_out, train.micro_batch_size, train.eval_batches),
@@ -67,19 +60,21 @@ def dpo(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     def refer(folder: Path) -> None:
         if config.preference.loss == "orpo":
             return
-        if not quiet:
-            count = learnt.count + held_out.count
-            print(f"what the model thinks of {count:,} pairs before it is tuned ...", file=sys.stderr, flush=True)
-        reference = reference_of(engine, both, folder, f"{base.digest} {opened.precision} {config.lora}")
+
+        def say(text: str) -> None:
+            if not quiet:
+                print(text, file=sys.stderr, flush=True)
+
+        model = f"{base.digest} {opened.precision} {config.lora}"
+        reference = reference_of(engine, both, folder, model, train.micro_batch_size, say)
         for part, values in zip(both, reference, strict=True):
             part.reference = values
 
     told = [
         *tally.lines(),
         f"{learnt.count:,} pairs to learn from, {held_out.count:,} held out; {_lengths(learnt)}",
-        f"{run.steps:,} steps of {per_step} pairs = {run.steps * per_step / learnt.count:.2f} epochs",
     ]
-    return tune(run, start, opened, base, encoder, told=told, prepare=refer, quiet=quiet)
+    return tune(run, start, opened, base, encoder, told=told, unit="pairs", prepare=refer, quiet=quiet)
 
 
 def _lengths(learnt: Pairs) -> str:

@@ -81,6 +81,8 @@ def _torch(config: Config, weights: Weights | None) -> OpenEngine:
 
     if config.lora.r is not None:
         raise UserError("train.backend: torch trains whole weights: leave lora.r out, or set train.backend: mlx")
+    if config.train.trainable != "all":
+        raise UserError("train.backend: torch trains all weights: set train.trainable: all, or train.backend: mlx")
     engine = TorchEngine(config, weights)
     return OpenEngine(
         engine,

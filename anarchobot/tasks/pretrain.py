@@ -10,8 +10,9 @@ from anarchobot.data.shards import TokenStream
 from anarchobot.data.tokenizer import Tokenizer, copy_beside, digest, load_tokenizer
 from anarchobot.data.windows import Joined, StreamWindows, open_windows
 from anarchobot.exchange.bases import Base, open_base
-from anarchobot.model.shapes import parameter_count, parameter_shapes
-from anarchobot.optim.routes import describe_routes
+from anarchobot.model.lora import trained_count, trained_shapes
+from anarchobot.model.shapes import parameter_count
+from anarchobot.optim.routes import describe_routes, trained
 from anarchobot.optim.schedule import total_steps
 from anarchobot.tasks.engines import Weights, open_engine
 from anarchobot.tasks.running import carry_out, where_to_start
@@ -25,8 +26,9 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     """
     config = loaded.config
     train, data = config.train, config.data
-    if config.lora.r is not None:
-        raise UserError(f"{loaded.where('lora.r')}: a new model has nothing to adapt: leave it out, or use sft")
+    adapted = config.lora.r is not None
+    if adapted and train.init_from is None:
+        raise UserError(f"{loaded.where('lora.r')}: a new model has nothing to adapt: set train.init_from, or use sft")
     folders = [data.shard_dir] if isinstance(data.shard_dir, str) else data.shard_dir
     streams = [TokenStream(folder, "train") for folder in folders]
     tokenizer = _check_tokenizers(loaded, streams)
@@ -35,13 +37,17 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     held_out = Joined([StreamWindows(TokenStream(f, "val"), data.seq_len, data.document_mask) for f in folders])
     val_shards = [shard for stream in streams for shard in stream.manifest.of("val")]
     start = where_to_start(loaded)
-    base = open_base(train.init_from) if train.init_from is not None and start.checkpoint is None else None
+    from_base = train.init_from is not None and (adapted or start.checkpoint is None)  # adapters need it all along
+    base = open_base(str(train.init_from)) if from_base else None
     opened = open_engine(config, _first_weights(loaded, base) if base is not None else None)
     check = ContentCheck(folders)
     run = Run(
         config=config,
         steps=total_steps(train, data.seq_len, batches.windows),
-        identity={"shards": [stream.manifest.digest() for stream in streams]},
+        identity={
+            "shards": [stream.manifest.digest() for stream in streams],
+            **({"base": base.digest, "precision": opened.precision} if adapted and base is not None else {}),
+        },
         train=Prefetched(batches),
         val=ValBatches(held_out, train.micro_batch_size, train.eval_batches),
         bytes_per_token=sum(s.bytes for s in val_shards) / max(1, sum(s.tokens for s in val_shards)),
@@ -55,7 +61,7 @@ def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
         opened,
         beside=lambda folder: copy_beside(tokenizer, folder),
         opening=_opening(run, streams, opened.place, base),
-        trained=parameter_count(config.model),
+        trained=trained_count(config.model, config.lora),
         quiet=quiet,
     )
 
@@ -101,10 +107,13 @@ def _first_weights(loaded: LoadedConfig, base: Base) -> Weights:
 def _opening(run: Run, streams: list[TokenStream], place: str, base: Base | None) -> list[str]:
     config = run.config
     per_step = config.train.micro_batch_size * config.train.grad_accum_steps
+    shapes = trained_shapes(config.model, config.lora)
     tokens, epochs = sum(s.tokens for s in streams), run.steps * per_step / run.train.windows
     lines = [
         f"{parameter_count(config.model):,} parameters, {place}",
-        *describe_routes(parameter_shapes(config.model), config.train.optimizer),
+        *describe_routes(
+            {name: shapes[name] for name in trained(shapes, config.train.trainable)}, config.train.optimizer
+        ),
         f"{tokens:,} training tokens in {', '.join(str(s.folder) for s in streams)}; "
         f"{run.steps:,} steps of {per_step} x {config.data.seq_len} tokens = {epochs:.2f} epochs",
     ]

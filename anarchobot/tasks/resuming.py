@@ -12,10 +12,10 @@ from anarchobot.training.progress import Progress
 
 # What a run is bound to beside the model's shape: another value would make it another run.
 FIXED = (
-    *("train.seed", "train.optimizer", "train.normuon", "train.muon_split_heads"),
+    *("train.seed", "train.trainable", "train.optimizer", "train.normuon", "train.muon_split_heads"),
     *("data.seq_len", "data.pack", "data.document_mask", "data.shard_weights"),
     *("lora.r", "lora.alpha", "lora.target_modules", "lora.num_layers", "lora.dora", "lora.rslora", "lora.quantize"),
-    "preference.loss",
+    *("preference.loss", "preference.beta", "preference.label_smoothing"),
 )
 # What Run.identity may hold: the setting that leads to it, and how to speak of it.
 IDENTITY = {

@@ -1,5 +1,6 @@
 """A run from its start to its summary: what all tasks have in common, once they have data and engine."""
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from anarchobot.config.yaml_tree import dump
 from anarchobot.model.shapes import parameter_count
 from anarchobot.storage.durable import write_whole
 from anarchobot.storage.lock import FolderLock
+from anarchobot.system.environment import environment
 from anarchobot.tasks.engines import OpenEngine
 from anarchobot.tasks.resuming import changes, check_same_run, checkpoint_to_resume, resume, room_for, tidy
 from anarchobot.training import checkpoint
@@ -63,7 +65,7 @@ def carry_out(
             raise UserError(f"{run.folder}: another run has written here just now: begin again")
         told = tidy(run.folder, found)
         beside(run.folder)
-        progress = Progress()
+        progress = Progress(position=config.train.first_sequence)
         if found is not None:
             progress = resume(engine, config, found)
             run = replace(run, steps=_steps_left(run, found, progress))
@@ -81,6 +83,7 @@ def carry_out(
                 for key, (old, new) in changed.items():
                     display.note(f"changed: {key} was {old}, is now {new}")
                 log.event("resume", progress.step, folder=str(found.folder), changed=changed)
+            write_whole(log.folder / "environment.json", json.dumps(environment(opened.place), indent=1) + "\n")
             for text in (*opened.warnings, *_warnings(run, trained)):
                 display.note(f"warning: {text}")
                 log.event("warning", progress.step, text=text)
@@ -99,8 +102,9 @@ def _steps_left(run: Run, found: checkpoint.Checkpoint, progress: Progress) -> i
     before, now = (c.train.micro_batch_size * c.train.grad_accum_steps for c in (found.config, run.config))
     if before == now or (train.epochs is None and train.token_budget is None):
         return run.steps
-    wanted = (train.token_budget or 0) / run.config.data.seq_len  # in sequences
+    wanted = (train.token_budget or 0) / run.train.at(0, 1, 1).inputs.size  # in sequences, or pairs
     wanted = wanted if train.epochs is None else train.epochs * run.train.windows
+    wanted += train.first_sequence
     return progress.step + max(0, math.ceil((wanted - progress.position) / now))
 
 
@@ -124,6 +128,7 @@ def _summary(run: Run, progress: Progress, engine: Engine, finished: bool) -> di
         "final_loss": progress.loss,
         "best_val_loss": progress.best_val_loss,
         "best_val_bpb": progress.best_val_bpb,
+        "best_step": checkpoint.named_step(run.folder / "best.json"),
         "wall_seconds": round(progress.wall_seconds, 3),
         "wall_time": duration(progress.wall_seconds),
         "tokens_per_second": round(progress.tokens / max(1e-9, progress.wall_seconds), 1),

@@ -10,7 +10,7 @@ from anarchobot.data.conversations.masks import ChatEncoder
 from anarchobot.data.conversations.reading import conversations
 from anarchobot.data.conversations.sequences import ConversationWindows
 from anarchobot.data.conversations.tally import Tally
-from anarchobot.data.conversations.template import load_template
+from anarchobot.data.conversations.template import TRAINING_DAY, load_template
 from anarchobot.data.conversations.tokenising import Tokenised, tokenised
 from anarchobot.evaluation.rouge import rouge
 from anarchobot.exchange.bases import open_base
@@ -27,7 +27,7 @@ def sft(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
 
     Raises UserError when data, model, checkpoint and config do not belong together, before anything is written.
     """
-    check_settings(loaded)
+    check_settings(loaded, "sft")
     config = loaded.config
     data, chat, train = config.data, config.chat, config.train
     base, start = open_base(str(train.init_from)), where_to_start(loaded)
@@ -35,6 +35,7 @@ def sft(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
     made, tally = read_conversations(config, encoder)
     sets = [ConversationWindows(t, data.seq_len, chat.pack, base.tokenizer.eod_id) for t in (made.train, made.val)]
     learnt, held_out = sets
+    samples, about_samples = _samples(made.samples, encoder, config)
     opened = open_engine(config, base.weights)
     run = Run(
         config=config,
@@ -45,16 +46,15 @@ def sft(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
         bytes_per_token=made.val.bytes_per_target(base.tokenizer) if made.val.count else 1.0,
         folder=start.folder,
         sample=lambda: answer(opened, encoder, (Message("user", config.generation.prompt),), config),
-        judge=lambda: _rouge(opened, encoder, made.samples, config),
+        judge=lambda: _rouge(opened, encoder, samples, config),
     )
     rows = f"{made.train.count:,} conversations to learn from, {made.val.count:,} held out"
-    per_step = train.micro_batch_size * train.grad_accum_steps
     told = [
         *tally.lines(),
         f"{rows}; {made.train.targets:,} tokens count; sequences of {data.seq_len} are {learnt.fill:.0%} full",
-        f"{run.steps:,} steps of {per_step} sequences = {run.steps * per_step / learnt.count:.2f} epochs",
+        *about_samples,
     ]
-    return tune(run, start, opened, base, encoder, told=told, quiet=quiet)
+    return tune(run, start, opened, base, encoder, told=told, unit="sequences", quiet=quiet)
 
 
 def read_conversations(config: Config, encoder: ChatEncoder) -> tuple[Tokenised, Tally]:
@@ -68,9 +68,20 @@ def read_conversations(config: Config, encoder: ChatEncoder) -> tuple[Tokenised,
 
 
 def _rouge(opened: OpenEngine, encoder: ChatEncoder, samples: list[Conversation], config: Config) -> dict[str, float]:
-    """ROUGE of the last answers of held-out conversations, each drawn anew by the likeliest tokens."""
+    """ROUGE of the last answers of `samples`, each drawn anew by the likeliest tokens."""
     greedy = config.model_copy(update={"generation": config.generation.model_copy(update={"method": "greedy"})})
-    fitting = [s for s in samples if len(encoder.prompt(s[:-1])) < config.model.max_seq_len]
-    if not fitting:
+    if not samples:
         return {}
-    return rouge((s[-1].content, answer(opened, encoder, s[:-1], greedy)) for s in fitting)
+    return rouge((s[-1].content, answer(opened, encoder, s[:-1], greedy)) for s in samples)
+
+
+def _samples(samples: list[Conversation], encoder: ChatEncoder, config: Config) -> tuple[list[Conversation], list[str]]:
+    """Those whose prompts leave room for an answer; and what is to be said of the others."""
+    most = config.model.max_seq_len
+    fitting = [s for s in samples if len(encoder.prompt(s[:-1], TRAINING_DAY)) < most]
+    if config.chat.rouge_samples and not samples:
+        return [], ["no ROUGE (chat.rouge_samples): no conversation that is held out ends with an answer"]
+    if len(fitting) < len(samples):
+        long = len(samples) - len(fitting)
+        return fitting, [f"ROUGE of {len(fitting)} answers: the prompts of {long} more fill the model's {most} tokens"]
+    return fitting, []

@@ -1,31 +1,51 @@
 """What supervised and preference tuning have in common: a base, its tokenizer and template, and adapters at the end."""
 
+import math
 import shutil
+import sys
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from anarchobot.config.errors import UserError
-from anarchobot.config.loading import LoadedConfig, load_config
-from anarchobot.config.schema import Config, DataConfig
+from anarchobot.config.loading import LoadedConfig, leaf_keys, load_config
+from anarchobot.config.schema import Config, PreferenceConfig
 from anarchobot.data.conversations.conversation import Conversation
 from anarchobot.data.conversations.masks import ChatEncoder
+from anarchobot.data.conversations.template import TRAINING_DAY
 from anarchobot.data.decoding import StopText
 from anarchobot.data.tokenizer import copy_beside
+from anarchobot.evaluation.rouge import rouge_package
 from anarchobot.exchange.adapters import read_adapter, write_adapter
 from anarchobot.exchange.bases import Base, open_base
-from anarchobot.model.lora import trained_count
-from anarchobot.model.shapes import parameter_count
+from anarchobot.model.lora import is_packed, trained_count
+from anarchobot.model.shapes import parameter_count, parameter_shapes
 from anarchobot.tasks.engines import OpenEngine
 from anarchobot.tasks.running import Start, carry_out
 from anarchobot.training import checkpoint
 from anarchobot.training.loop import Run
 
-# Of the data section, what is done to documents and shards, and not to conversations.
-NOT_OF_CHATS = (
+_DOCUMENTS = (
     *("weights", "score_field", "score_min", "documents", "clean", "min_chars", "max_chars", "dedup", "near_dedup"),
     *("shard_dir", "shard_weights", "pack", "document_mask", "fallback"),
 )
+_OF_DOCUMENTS = {f"data.{key}": "is about documents, not conversations" for key in _DOCUMENTS}
+_OF_PAIRS = "is about pairs of answers (dpo), not conversations"
+_OF_CONVERSATIONS = "is about conversations, not pairs of answers"
+_OF_SIGMOID = "is for preference.loss: sigmoid alone"
+# What each command, and each loss of preferences, would pass over in silence, and why.
+UNUSED = {
+    "sft": {**_OF_DOCUMENTS, **{f"preference.{key}": _OF_PAIRS for key in PreferenceConfig.model_fields}},
+    "dpo": {
+        **_OF_DOCUMENTS,
+        **{f"chat.{key}": _OF_CONVERSATIONS for key in ("train_on", "format", "rouge_samples", "pack")},
+        "data.text_field": _OF_CONVERSATIONS,
+    },
+    "sigmoid": {},
+    "ipo": {"preference.label_smoothing": _OF_SIGMOID},
+    "orpo": {"preference.label_smoothing": _OF_SIGMOID},
+}
 
 
 def load_tuning(path: str | None, overrides: Sequence[str | tuple[str, Any]]) -> LoadedConfig:
@@ -33,13 +53,20 @@ def load_tuning(path: str | None, overrides: Sequence[str | tuple[str, Any]]) ->
     return load_config(path, overrides, base_model=lambda folder: open_base(folder).model)
 
 
-def check_settings(loaded: LoadedConfig) -> None:
-    """Raises UserError for a setting that tuning would pass over in silence, and when there is no dataset."""
-    plain, data = DataConfig(), loaded.config.data
-    for key in NOT_OF_CHATS:
-        if getattr(data, key) != getattr(plain, key):
-            raise UserError(f"{loaded.where(f'data.{key}')}: is about documents, not conversations: leave it out")
-    if data.dataset is None:
+def check_settings(loaded: LoadedConfig, command: Literal["sft", "dpo"]) -> None:
+    """Raises UserError for a setting that the command would pass over in silence, when there is no dataset, and when a
+    package is missing that it will need."""
+    config, plain = loaded.config, leaf_keys()
+    unused = UNUSED[command] | (UNUSED[config.preference.loss] if command == "dpo" else {})
+    for key, why in unused.items():
+        if attrgetter(key)(config) != plain[key].default:
+            raise UserError(f"{loaded.where(key)}: {why}: leave it out")
+    if config.chat.rouge_samples:
+        try:
+            rouge_package()
+        except UserError as error:
+            raise UserError(f"{loaded.where('chat.rouge_samples')}: {error}, or leave it out") from error
+    if config.data.dataset is None:
         raise UserError(
             f"{loaded.where('data.dataset')}: expected what to learn from: JSONL or Parquet files, or a dataset's name"
         )
@@ -58,13 +85,14 @@ def tune(
     encoder: ChatEncoder,
     *,
     told: Sequence[str],
+    unit: str,
     prepare: Callable[[Path], object] = lambda folder: None,
     quiet: bool,
 ) -> dict[str, Any]:
     """Trains `base`, as it is in the engine, and returns the summary that it also writes.
 
-    `told` are lines on data and length, for a person; `prepare` is called with the run's folder while that is locked
-    and nothing is trained yet. Raises UserError as `carry_out`.
+    `told` are lines on the data, for a person; `unit` is what a batch is of: sequences or pairs. `prepare` is called
+    with the run's folder while that is locked and nothing is trained yet. Raises UserError as `carry_out`.
     """
 
     def beside(folder: Path) -> None:
@@ -74,40 +102,46 @@ def tune(
 
     config, trained = run.config, trained_count(run.config.model, run.config.lora)
     warnings = [f"warning: {text}" for text in (*base.warnings, *encoder.warnings())]
-    opening = [*_what_is_tuned(config, base, opened, trained), *told, *warnings]
+    per_step = config.train.micro_batch_size * config.train.grad_accum_steps
+    epochs = run.steps * per_step / run.train.windows
+    length = f"{run.steps:,} steps of {per_step} {unit} = {epochs:.2f} epochs"
+    opening = [*_what_is_tuned(config, base, opened, trained), *told, length, *warnings]
     summary = carry_out(run, start, opened, beside=beside, opening=opening, trained=trained, quiet=quiet)
-    return summary | _write_adapters(run, base)
+    summary |= _write_adapters(run, base)
+    worse, before = summary["finished"] and summary["best_step"] is None, summary["best_val_loss"]
+    if worse and before is not None and not quiet:
+        newest = f": adapters are step {summary['adapters_step']}'s" if "adapters" in summary else ""
+        print(f"warning: no step was better than the model as it was ({before:.4f}){newest}", file=sys.stderr)
+    return summary
 
 
 def answer(opened: OpenEngine, encoder: ChatEncoder, conversation: Conversation, config: Config) -> str:
-    """What the model says next, as text."""
+    """What the model says next, as text, on the day of its training: a resumed run says the same."""
     end = encoder.end_of_turn()
     stop = {encoder.tokenizer.eod_id} | ({end} if end is not None else set())
-    ids = opened.draw(encoder.prompt(conversation).tolist(), config.generation, stop)
+    ids = opened.draw(encoder.prompt(conversation, TRAINING_DAY).tolist(), config.generation, stop)
     text = StopText(config.generation.stop)
     return (text.add(encoder.tokenizer.decode(ids)) + text.rest()).strip()
 
 
 def _what_is_tuned(config: Config, base: Base, opened: OpenEngine, trained: int) -> list[str]:
-    whole = parameter_count(config.model)
+    whole, shapes = parameter_count(config.model), parameter_shapes(config.model).values()
+    share = sum(math.prod(shape) for shape in shapes if is_packed(shape)) / whole
     adapters = f"adapters of rank {config.lora.r}" if config.lora.r is not None else "all weights"
-    packed = f", the rest in {config.lora.quantize} bits" if config.lora.quantize else ""
+    packed = f", {share:.1%} of the rest in {config.lora.quantize} bits" if config.lora.quantize else ""
     return [
         f"{base.folder}: {whole:,} parameters, {opened.place}",
         f"trained: {adapters}, {trained:,} parameters ({trained / whole:.2%} of the model's){packed}",
     ]
 
 
-def _write_adapters(run: Run, base: Base) -> dict[str, str]:
-    """Puts the best step's adapters (the newest's, where none was validated) into RUN/adapters, for other programs;
-    returns what to add to the summary."""
-    lora = run.config.lora
-    if lora.r is None:
+def _write_adapters(run: Run, base: Base) -> dict[str, Any]:
+    """Puts the best step's adapters (the newest's, where none was better than before) into RUN/adapters, for other
+    programs; returns what to add to the summary."""
+    model, lora, folder = run.config.model, run.config.lora, run.folder / "adapters"
+    if lora.r is None or not checkpoint.saved_steps(run.folder):  # stopped before the first
         return {}
-    best = run.folder / "best.json"
-    found = checkpoint.find(best if checkpoint.named_step(best) is not None else run.folder)
-    folder = run.folder / "adapters"
+    adapter = read_adapter(run.folder, model)
     shutil.rmtree(folder, ignore_errors=True)
-    write_adapter(folder, read_adapter(found.folder, run.config.model), run.config.model, lora.adapter_format,
-                  str(base.folder))  # fmt: skip
-    return {"adapters": str(folder)}
+    write_adapter(folder, adapter, model, lora.adapter_format, str(base.folder))
+    return {"adapters": str(folder), "adapters_step": adapter.step}

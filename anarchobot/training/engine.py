@@ -7,7 +7,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -24,7 +24,7 @@ from anarchobot.model.sums import Params
 from anarchobot.model.transformer import head_matrix, hidden_states
 from anarchobot.numerics import order
 from anarchobot.optim import hybrid
-from anarchobot.optim.routes import TRAINED, check_state
+from anarchobot.optim.routes import TRAINED, check_state, trained
 from anarchobot.training.loop import StepResult
 from anarchobot.training.loss_scale import LossScale
 from anarchobot.training.workers import Workers, workers_for
@@ -33,6 +33,7 @@ CPU_CACHE_BYTES = 2**30  # of freed memory that MLX keeps; its own 32 MB on a CP
 CPU_MLP_ROWS = 512  # tokens whose MLP stays in a core's caches
 _OUT_OF_MEMORY = re.compile(r"\[malloc|out of memory|unable to allocate", re.IGNORECASE)
 Measures = npt.NDArray[np.float64]  # the loss, and what else an objective measures
+T = TypeVar("T")
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -52,8 +53,9 @@ def choose_device(device: str) -> mx.Device:
 class MLXEngine:
     """Holds parameters and optimizer state, and takes training and evaluation steps (training/loop.py's Engine).
 
-    `params` are what is trained: all weights or, under lora.r, adapters; `frozen` are the others, in as few bytes as
-    the config allows. Only what is trained has gradients and optimizer state, and is saved.
+    `params` are what is trained: all weights, those that train.trainable names or, under lora.r, adapters; `frozen` are
+    the others, under lora.r in as few bytes as the config allows. Only what is trained has gradients and optimizer
+    state; a model is saved whole, adapters by themselves.
     """
 
     def __init__(self, config: Config, weights: Mapping[str, npt.NDArray[np.float32]] | None = None) -> None:
@@ -72,7 +74,8 @@ class MLXEngine:
         weights = init_parameters(model, train.seed) if weights is None else weights
         self.frozen: Params = {}
         if config.lora.r is None:
-            self.params: Params = {name: mx.array(weights[name]) for name in parameter_shapes(model)}
+            self.frozen = {name: mx.array(weights[name]) for name in parameter_shapes(model)}
+            self.params: Params = {name: self.frozen.pop(name) for name in trained(self.frozen, train.trainable)}
         else:
             self.params, self.frozen = begin_adapters(weights, model, config.lora, train.seed, self.dtype)
         del weights
@@ -110,7 +113,7 @@ class MLXEngine:
         factor = loss_scale / places  # keeps float16's sums in range, whatever the micro-batch
         try:
             shares = self.workers.each(lambda worker: self._share(batch, step, factor, worker))
-            measures: Measures = np.sum([measures for measures, _ in shares], axis=0)
+            measures: Measures = sum((measures for measures, _ in shares), np.zeros(1))  # some had no rows
             grads = _summed([grads for _, grads in shares if grads])
         except RuntimeError as error:
             raise _told(error) from None  # whose traceback would keep what is to be freed
@@ -143,6 +146,10 @@ class MLXEngine:
     @property
     def _kept(self) -> Params:
         return self.params if self._average is None else self._average
+
+    @property
+    def _saved(self) -> Params:
+        return self.weights if self._config.lora.r is None else self._kept
 
     def _apply(self, grads: Params, *scalars: mx.array) -> None:
         """Updates parameters and optimizer state, each worker its share of them; uses `grads` up."""
@@ -226,11 +233,15 @@ class MLXEngine:
                     total = total + np.atleast_1d(np.array(self._loss(weights, *rows), np.float64))
             return total
 
-        try:
-            whole: Measures = sum(self.workers.each(share), np.zeros(1))
-        except RuntimeError as error:
-            raise _told(error) from None
+        whole: Measures = sum(self._each(share), np.zeros(1))
         return whole, self._count(batch)
+
+    def _each(self, share: Callable[[int], T]) -> list[T]:
+        """What each worker's share gives. Raises MemoryError when there is not enough."""
+        try:
+            return self.workers.each(share)
+        except RuntimeError as error:
+            raise _told(error) from None  # whose traceback would keep what is to be freed
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything a checkpoint needs, as named numpy arrays: `params/...`, `optimizer/...`, and scalars; under
@@ -238,7 +249,7 @@ class MLXEngine:
 
         There is no random state: dropout and data order are functions of the seed and the step.
         """
-        arrays = {f"params/{name}": p for name, p in self._kept.items()}
+        arrays = {f"params/{name}": p for name, p in self._saved.items()}
         if self._average is not None:
             arrays |= {f"{TRAINED}{name}": p for name, p in self.params.items()}
         arrays |= {
@@ -253,7 +264,9 @@ class MLXEngine:
 
     def load_state(self, state: dict[str, npt.NDArray[Any]]) -> None:
         """Takes what `state` gave. Raises UserError when other parameters were trained, or by another optimizer."""
-        check_state(state, {name: p.shape for name, p in self.params.items()}, self._config.train)
+        check_state(state, {name: p.shape for name, p in self._saved.items()}, self._config.train)
+        if self._config.lora.r is None:
+            self.frozen = {name: mx.array(state[f"params/{name}"]) for name in self.frozen}
         if self._average is not None:
             self._average = {name: mx.array(state[f"params/{name}"]) for name in self.params}
         # A run that goes on without averaging, or begins it, goes on from the weights that were saved for use.

@@ -26,11 +26,11 @@ class PreferenceEngine(MLXEngine):
 
     def __init__(self, config: Config, weights: Mapping[str, npt.NDArray[np.float32]] | None = None) -> None:
         super().__init__(config, weights)
-        self._judged: Measures = np.zeros(1 + len(NAMES))
-        self._judged_pairs = 0
+        self._judged: list[tuple[int, Measures, int]] = []  # of each batch its first pair, measures, and pairs
 
     def log_probs(self, batch: PairBatch) -> npt.NDArray[np.float32]:
-        """Of the answers, under the weights as they are and without dropout: [A, B, 2]."""
+        """Of the answers, under the weights as they are and without dropout: [A, B, 2]. Raises MemoryError when the
+        batch was too much."""
 
         def share(worker: int) -> list[npt.NDArray[np.float32]]:
             weights, parts = self.weights, []
@@ -41,19 +41,28 @@ class PreferenceEngine(MLXEngine):
                 parts.append(np.array(found, np.float32).reshape(-1, 2))
             return parts
 
-        parts = self.workers.each(share)
+        parts = self._each(share)
         return np.stack([np.concatenate([part[i] for part in parts]) for i in range(len(batch.inputs))])
 
     def judged(self) -> dict[str, float]:
         """What `eval_step` measured beside the loss since the last call."""
-        means = (self._judged / max(1, self._judged_pairs)).tolist()
-        self._judged, self._judged_pairs = np.zeros(1 + len(NAMES)), 0
+        judged, self._judged = self._judged, []
+        sums: Measures = sum((measures for _, measures, _ in judged), np.zeros(1 + len(NAMES)))
+        means = (sums / max(1, sum(count for _, _, count in judged))).tolist()
         return {f"val_{name}": mean for name, mean in zip(NAMES, means[1:], strict=True)}
 
     def eval_step(self, batch: Batch) -> tuple[float, int]:
-        """Summed loss of the batch's pairs, and their number; no dropout."""
+        """Summed loss of the batch's pairs, and their number; no dropout.
+
+        Pairs come in their order. One that comes again, in a smaller batch after memory ran out or in a validation
+        begun anew, is judged anew, and so are those behind it.
+        """
+        assert isinstance(batch, PairBatch)
         measures, count = self._evaluated(batch)
-        self._judged, self._judged_pairs = self._judged + measures, self._judged_pairs + count
+        first = int(batch.numbers.flat[0])
+        if count:
+            self._judged = [one for one in self._judged if one[0] < first]
+            self._judged.append((first, measures, count))
         return float(measures[0]), count
 
     def _places(self, batch: Batch) -> int:

@@ -33,6 +33,7 @@ SURFACE = {
         ]
         for command in ("sft", "dpo")
     },
+    "adapt-vocab": ["CONFIG", "KEY=VALUE"],
     "export": ["--checkpoint", "--dtype", "--output", "--to"],
     "import": ["DIR", "--output"],
     "fuse": ["--adapter", "--model", "--output"],
@@ -51,10 +52,16 @@ SURFACE = {
         "--checkpoint", "--feedback-alpha", "--kb", "--max-new-tokens", "--method", "--min-p", "--repetition-penalty",
         "--seed", "--stop", "--temperature", "--top-k", "--top-p", "-k",
     ],
+    "serve": [
+        "--allow-host", "--allow-origin", "--api-key-file", "--checkpoint", "--host", "--max-tokens", "--model-name",
+        "--port", "--queue",
+    ],
     "evaluate": [
         "--checkpoint", "--compare", "--include", "--limit", "--num-fewshot", "--output", "--rouge", "--shards",
         "--tasks", "--text",
     ],
+    "report": ["RUN", "--output"],
+    "runs": ["DIR?"],
     "config show": ["CONFIG?", "KEY=VALUE"],
     "config schema": [],
 }  # fmt: skip

@@ -15,12 +15,14 @@ from anarchobot.config.schema import LoraConfig, ModelConfig
 from anarchobot.data.tokenizer import load_tokenizer
 from anarchobot.exchange import safetensors_file
 from anarchobot.exchange.adapters import FILES, FORMS, Adapter, Form, Packing, of_run, read_adapter, write_adapter
+from anarchobot.exchange.bases import open_base
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.fusing import _repacked, fuse, fused
 from anarchobot.inference.model import load_model
 from anarchobot.model.frozen import adapter_constants, frozen_weights
 from anarchobot.model.lora import adapter_shapes
 from anarchobot.model.transformer import hidden_states, logits
+from anarchobot.storage.durable import write_sealed
 from anarchobot.training import checkpoint
 from tests.exchange.making import make_run, our_logits, random_parameters, real_ids
 
@@ -214,6 +216,9 @@ def test_a_run_of_ours_and_a_hugging_face_folder_are_fused(run: Path, tmp_path: 
     adapter = adapter_for(config.model, **lora.model_dump())
     tuned = config.model_copy(update={"lora": lora})
     arrays = {f"params/{name}": array for name, array in adapter.weights.items()}
+    others = {name: array * 0 for name, array in arrays.items()}
+    checkpoint.save(tmp_path / "tuned", 9, others, {"tokens": 1, "config": tuned.model_dump()})
+    write_sealed(tmp_path / "tuned" / "best.json", {"step": 7})  # what the newest is, and is not taken
     checkpoint.save(tmp_path / "tuned", 7, arrays, {"tokens": 1, "config": tuned.model_dump()})
     export(run, "hf", tmp_path / "hf")
     for base in (run, tmp_path / "hf"):
@@ -226,7 +231,9 @@ def test_a_run_of_ours_and_a_hugging_face_folder_are_fused(run: Path, tmp_path: 
             str(tmp_path / f"{base.name}2"),
         ]
         assert main(["fuse", *words]) == 0
-        assert capsys.readouterr().out.endswith("parameters, adapters in 14 matrices\n")
+        said = capsys.readouterr().out
+        assert f"{tmp_path / 'tuned'}: step 7\n" in said and said.endswith("parameters, adapters in 14 matrices\n")
+        assert said.startswith(str(run / "step_00000040" if base == run else base))
         ids = real_ids(run, 100)
         z = our_logits(tmp_path / f"{base.name}2", ids)
         np.testing.assert_allclose(z, adapted_logits(run, adapter, ids), atol=1e-4)
@@ -242,14 +249,38 @@ def test_the_chat_template_comes_from_the_adapters_else_from_the_model(run: Path
     write_adapter(tmp_path / "tuned" / "adapters", adapter_for(shape_of(run)), shape_of(run), "mlx")
     words = ["fuse", "--model", str(run), "--adapter", str(tmp_path / "tuned" / "adapters"), "--json", "--output"]
     found = []
-    for said in (None, run, tmp_path / "tuned"):
+    for said in (None, run, tmp_path / "tuned", tmp_path / "tuned"):
         if said is not None:
             (said / "chat_template.jinja").write_text(said.name)
+        if len(found) == 3:  # it becomes a run of ours: what lies beside anybody's folder is not of the adapters
+            (tmp_path / "tuned" / "step_00000001").mkdir()
+            (tmp_path / "tuned" / "step_00000001" / "state.json").touch()
         assert main([*words, str(tmp_path / f"out{len(found)}")]) == 0
         assert json.loads(capsys.readouterr().out)["adapted"] == 14
         file = tmp_path / f"out{len(found)}" / "chat_template.jinja"
         found.append(file.read_text() if file.exists() else None)
-    assert found == [None, "run", "tuned"]
+    assert found == [None, "run", "run", "tuned"]
+
+
+def test_adapters_know_the_model_that_they_were_trained_on(run: Path, tmp_path: Path, bpe: Path) -> None:
+    """Another one of the same shape is refused, in a run and in mlx-lm's form; without a digest nothing is."""
+    shape = shape_of(run)
+    other = make_run(tmp_path / "other", bpe, random_parameters(shape, 1))
+    lora = LoraConfig(r=4)
+    adapter = of_run(adapter_for(shape, alpha=16.0).weights, shape, lora, "float32")
+    state = {"config": checkpoint.find(run).config.model_copy(update={"lora": lora}).model_dump()}
+    arrays = {f"params/{name}": array for name, array in adapter.weights.items()}
+    checkpoint.save(tmp_path / "tuned", 7, arrays, {"base": open_base(str(run)).digest, **state})
+    read = read_adapter(tmp_path / "tuned", shape)
+    assert read.step == 7 and read.base == checkpoint.find(run).state["sha256"]["model.npz"]
+    write_adapter(tmp_path / "mlx", read, shape, "mlx")
+    write_adapter(tmp_path / "unknown", adapter, shape, "mlx")
+    for i, name in enumerate(("tuned", "mlx")):
+        with pytest.raises(UserError, match=f"{name}: these adapters were trained on another model than") as error:
+            fuse(other, tmp_path / name, tmp_path / "out")
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+        fuse(run, tmp_path / name, tmp_path / f"out{i}")
+    fuse(other, tmp_path / "unknown", tmp_path / "out")
 
 
 def test_fused_is_the_sum_in_float64() -> None:

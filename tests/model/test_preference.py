@@ -68,6 +68,24 @@ def test_far_apart_log_probabilities_stay_finite() -> None:
         assert np.isfinite(np.array(preference_losses(far, kind, 0.5))).all()
 
 
+@pytest.mark.parametrize("sure", [-1e-3, -1e-5, -1e-7, -1e-8, 0.0])
+def test_orpos_odds_of_what_is_almost_certain_are_those_of_float64(sure: float) -> None:
+    """log o(x) = x - log(-expm1(x)), and its slope 1 / (1 - exp(x)) = -1 / expm1(x); at 0 they are without end."""
+    beta = 0.1
+    for log_probs in ([sure, -2.0], [-2.0, sure]):
+        given = Preferences(*(mx.array([x], mx.float32) for x in (log_probs, [1, 1], [0, 0])))
+        losses, slopes = losses_and_slopes(given, "orpo", beta)
+        assert np.isfinite(np.array(slopes)).all() and math.isfinite(losses.item())
+        if not sure:
+            continue
+        chosen, rejected = np.array(log_probs, np.float32).astype(np.float64)
+        h = (chosen - math.log(-math.expm1(chosen))) - (rejected - math.log(-math.expm1(rejected)))
+        falls = beta / (1 + math.exp(h))  # of -beta log s(h), by -h
+        assert losses.item() == pytest.approx(-chosen + beta * math.log1p(math.exp(-h)), rel=1e-5)
+        wanted = [-1 + falls / math.expm1(chosen), -falls / math.expm1(rejected)]
+        np.testing.assert_allclose(np.array(slopes)[0], wanted, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
 def test_the_loss_is_trls(kind: Kind) -> None:
     """trl's own code, on a model that gives these log-probabilities."""

@@ -15,6 +15,7 @@ from tests.tasks.test_pretrain import equal
 from tests.tasks.tuning import base as base
 from tests.tasks.tuning import events, tuning
 from tests.tasks.tuning import preferences as preferences
+from tests.tiny import LEFT_OUT
 
 
 @pytest.mark.parametrize(
@@ -73,10 +74,41 @@ def test_another_run_is_refused_before_anything_is_computed_or_written(
     again = tuning(tmp_path, "run", base, preferences, preference__loss="ipo", train__checkpoint_path="auto")
     with pytest.raises(UserError, match=r"preference.loss was sigmoid and is now ipo"):
         dpo(again, quiet=True)
+    for key, old, new in (("beta", 0.1, 0.3), ("label_smoothing", 0.0, 0.2)):
+        changed = {f"preference__{key}": new, "train__checkpoint_path": "auto"}
+        with pytest.raises(UserError, match=f"preference.{key} was {old} and is now {new}"):
+            dpo(tuning(tmp_path, "run", base, preferences, **changed), quiet=True)
     with FolderLock(tmp_path / "new"), pytest.raises(BlockingIOError, match="is writing here"):
         dpo(tuning(tmp_path, "new", base, preferences), quiet=True)
     for name in ("run", "new"):
         assert not (tmp_path / name / "reference.json").exists()
+
+
+def test_a_budget_of_tokens_counts_both_answers(tmp_path: Path, base: Path, preferences: Path) -> None:
+    """Four pairs a step, two sequences of 48 in each: 384 tokens."""
+    budget = {"train__total_steps": LEFT_OUT, "train__token_budget": 1000}
+    summary = dpo(tuning(tmp_path, "run", base, preferences, **budget), quiet=True)
+    assert (summary["steps"], summary["tokens"]) == (3, 3 * 384)
+
+
+def test_a_run_goes_on_with_fewer_pairs_than_workers(
+    tmp_path: Path, base: Path, preferences: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Memory runs out for two pairs at once: one at a time, of which one worker has none, is the same run."""
+    dpo(tuning(tmp_path, "whole", base, preferences, train__cpu_threads=1), quiet=True)
+    step = PreferenceEngine.train_step
+
+    def small(engine: PreferenceEngine, batch: Any, *args: Any) -> Any:
+        assert engine.workers.count == 2
+        if batch.inputs.shape[1] > 1:
+            raise MemoryError
+        return step(engine, batch, *args)
+
+    monkeypatch.setattr(PreferenceEngine, "train_step", small)
+    dpo(tuning(tmp_path, "halved", base, preferences, train__cpu_threads=2))
+    assert "going on with train.micro_batch_size=1" in capsys.readouterr().err
+    whole, halved = ([e["loss"] for e in events(tmp_path / name, "train")] for name in ("whole", "halved"))
+    assert halved == pytest.approx(whole, rel=1e-3)
 
 
 def test_equal_answers_are_counted_and_wrong_settings_refused(
@@ -88,6 +120,16 @@ def test_equal_answers_are_counted_and_wrong_settings_refused(
     for overrides, match in (
         ({"train__backend": "torch"}, "torch has no preference tuning"),
         ({"chat__train_on": "all"}, "chat.train_on: is about conversations"),
+        ({"chat__pack": False}, "chat.pack: is about conversations, not pairs of answers: leave it out"),
+        ({"chat__format": "alpaca"}, "chat.format: is about conversations"),
+        ({"chat__rouge_samples": 2}, "chat.rouge_samples: is about conversations"),
+        ({"data__text_field": "content"}, "data.text_field: is about conversations"),
+        ({"data__fallback": "builtin"}, "data.fallback: is about documents"),
+        ({"preference__loss": "ipo", "preference__label_smoothing": 0.1}, "label_smoothing: is for preference.loss: s"),
+        (
+            {"preference__loss": "orpo", "preference__label_smoothing": 0.1},
+            "label_smoothing: is for preference.loss: s",
+        ),
     ):
         with pytest.raises(UserError, match=match):
             dpo(tuning(tmp_path, "other", base, preferences, **overrides), quiet=True)

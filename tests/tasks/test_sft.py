@@ -1,7 +1,11 @@
 """Supervised fine-tuning from a base and conversations to a run: learnt, resumed exactly, refused in one line."""
 
 import json
+import os
+import re
 import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +14,22 @@ import pytest
 
 from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
+from anarchobot.data.conversations.masks import ChatEncoder
+from anarchobot.data.conversations.template import TRAINING_DAY
+from anarchobot.exchange.adapters import read_adapter
 from anarchobot.exchange.bases import open_base
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.fusing import fuse
 from anarchobot.inference.model import load_model
+from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tasks.sft import sft
 from anarchobot.training import checkpoint
+from anarchobot.training.engine import MLXEngine
 from tests.tasks.test_pretrain import equal
 from tests.tasks.tuning import base as base
 from tests.tasks.tuning import chats as chats
 from tests.tasks.tuning import events, tuning
+from tests.tiny import loaded
 
 
 def test_a_model_learns_to_answer(tmp_path: Path, base: Path, chats: Path) -> None:
@@ -92,11 +102,107 @@ def test_patience_ends_a_run_that_gets_no_better(tmp_path: Path, base: Path, cha
     again = {"train__checkpoint_path": "auto"}
     worse = {"train__lr": 3.0, "train__max_grad_norm": None, "guard__spike_sigma": None}
     summary = sft(tuning(tmp_path, "run", base, chats, **settings | worse), quiet=True)
+    steps = {line["val_loss"]: line["step"] for line in events(tmp_path / "run", "eval")}
+    assert summary["best_step"] == (steps[summary["best_val_loss"]] or None)
     assert summary["finished"] and summary["steps"] < 50
     losses = [line["val_loss"] for line in events(tmp_path / "run", "eval")]
     assert min(losses[-3:]) >= min(losses[:-3]) and summary["best_val_loss"] == min(losses)
     resumed = sft(tuning(tmp_path, "run", base, chats, **settings | worse | again), quiet=True)
     assert resumed["steps"] == summary["steps"]
+
+
+def test_where_no_step_was_better_than_the_base_one_is_told(
+    tmp_path: Path, base: Path, chats: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(MLXEngine, "eval_step", lambda engine, batch: (5.4862, 1))
+    for name, more, end in (("adapters", {"lora__r": 4}, ": adapters are step 6's\n"), ("whole", {}, "\n")):
+        summary = sft(tuning(tmp_path, name, base, chats, **more))
+        assert summary["best_step"] is None and summary["best_val_loss"] == pytest.approx(5.4862)
+        said = capsys.readouterr().err
+        assert said.endswith(f"warning: no step was better than the model as it was (5.4862){end}")
+
+
+def test_adapters_are_the_best_steps_and_fuse_takes_them_of_the_run_too(
+    tmp_path: Path, base: Path, chats: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second of six steps is the best; and an older step of the base is another model of the same shape."""
+    monkeypatch.setattr(MLXEngine, "eval_step", lambda engine, batch: (float(abs(engine._updates - 2)), 1))
+    settings = {"lora__r": 4, "train__eval_interval": 1, "train__ckpt_interval": 1, "train__ckpt_keep": 6}
+    summary = sft(tuning(tmp_path, "run", base, chats, **settings), quiet=True)
+    best = summary["best_step"]
+    assert best == 2 == summary["adapters_step"] and summary["steps"] == 6
+    capsys.readouterr()
+    for i, adapter in enumerate(("run", "run/adapters", f"run/step_{best:08d}", "run/step_00000006")):
+        words = ["--model", str(base), "--adapter", str(tmp_path / adapter), "--output", str(tmp_path / f"fused{i}")]
+        assert main(["fuse", *words]) == 0
+        said = capsys.readouterr().out
+        assert ("step" in said.partition("; ")[2]) == (adapter != "run/adapters")
+        assert i or f"{base}/step_00000006; {tmp_path / 'run'}: step {best}\n" in said
+    ours, theirs, named, newest = (
+        checkpoint.find(tmp_path / f"fused{i}").state["sha256"]["model.npz"] for i in range(4)
+    )
+    assert ours == theirs == named != newest
+    assert read_adapter(summary["adapters"], open_base(str(base)).model).base == open_base(str(base)).digest
+    older = str(base / "step_00000003")
+    words = ["--model", older, "--adapter", summary["adapters"], "--output", str(tmp_path / "wrong")]
+    assert main(["fuse", *words]) == 2
+    said = capsys.readouterr().err
+    assert f"trained on another model than the one in {older}" in said and said.count("\n") == 1
+
+
+def test_a_run_stopped_in_its_first_validation_has_no_adapters_and_no_error(
+    tmp_path: Path, base: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return 1.0, 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MLXEngine, "eval_step", stopped)
+        summary = sft(tuning(tmp_path, "run", base, chats, lora__r=4), quiet=True)
+    assert not summary["finished"] and summary["steps"] == 0 and "adapters" not in summary
+    again = tuning(tmp_path, "run", base, chats, lora__r=4, train__checkpoint_path="auto")
+    assert sft(again, quiet=True)["finished"]
+
+
+def test_rouge_says_what_it_can_not_have(
+    tmp_path: Path, base: Path, chats: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Texts have no answers; a prompt may be too long; the package may be missing, which is told before data is."""
+    texts, long = tmp_path / "texts.jsonl", tmp_path / "long.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(30)))
+    sft(tuning(tmp_path, "texts", base, texts, chat__rouge_samples=2, train__total_steps=1))
+    assert "no ROUGE (chat.rouge_samples): no conversation that is held out ends with" in capsys.readouterr().err
+    turns = [("user", "a"), ("assistant", "b"), ("user", "many words " * 50), ("assistant", "c")]
+    rows = [{"messages": [{"role": r, "content": f"{c} {i}"} for r, c in turns]} for i in range(10)]
+    long.write_text(chats.read_text() + "".join(json.dumps(row) + "\n" for row in rows))
+    sft(tuning(tmp_path, "long", base, long, chat__rouge_samples=50, data__val_fraction=0.5, train__total_steps=1))
+    told = re.search(
+        r"ROUGE of (\d+) answers: the prompts of (\d+) more fill the model's 64 tokens", capsys.readouterr().err
+    )
+    assert told and int(told[1]) > 10 and 0 < int(told[2]) <= 10
+    days = []
+    prompt = ChatEncoder.prompt
+    monkeypatch.setattr(ChatEncoder, "prompt", lambda *args: days.append(args[2:]) or prompt(*args))
+    samples = {"chat__rouge_samples": 2, "train__sample_interval": 1, "generation__max_new_tokens": 2}
+    sft(tuning(tmp_path, "days", base, chats, **samples, train__total_steps=1), quiet=True)
+    assert len(days) >= 2 + 2 * 2 + 1 and set(days) == {(TRAINING_DAY,)}
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    refused(
+        "chat.rouge_samples: ROUGE needs a package: pip install rouge-score, or leave it out",
+        tuning(tmp_path, "none", base, tmp_path / "nothing.jsonl", chat__rouge_samples=2),
+    )
+
+
+def test_the_share_that_is_packed_is_said(
+    tmp_path: Path, tiny_shards: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a model 64 wide, of 96 within the MLP: all but the MLP's matrix of 96 columns, and three norms."""
+    shape = {"model__d_model": 64, "model__mlp_multiple": 1.5, "model__dropout": 0.0, "train__total_steps": 1}
+    pretrain(loaded(tmp_path / "base.yaml", tiny_shards, tmp_path / "base", **shape), quiet=True)
+    sft(tuning(tmp_path, "run", tmp_path / "base", chats, lora__r=4, lora__quantize=4, train__total_steps=1))
+    packed, left = 384 * 64 + 4 * 64 * 64 + 2 * 96 * 64, 96 * 64 + 3 * 64
+    assert f", {packed / (packed + left):.1%} of the rest in 4 bits" in capsys.readouterr().err
 
 
 def test_pytorch_tunes_as_mlx_does(tmp_path: Path, base: Path, chats: Path) -> None:
@@ -108,9 +214,9 @@ def test_pytorch_tunes_as_mlx_does(tmp_path: Path, base: Path, chats: Path) -> N
     refused("torch trains whole weights", tuning(tmp_path, "x", base, chats, train__backend="torch", lora__r=4))
 
 
-def refused(match: str, loaded: Any) -> None:
+def refused(match: str, config: Any) -> None:
     with pytest.raises(UserError, match=match) as caught:
-        sft(loaded, quiet=True)
+        sft(config, quiet=True)
     assert "\n" not in str(caught.value)
 
 
@@ -118,8 +224,16 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path, base: Path, ch
     def make(**overrides: Any) -> Any:
         return tuning(tmp_path, "run", base, chats, **overrides)
 
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"prompt": "a", "completion": "b"}\n')
     refused(r"data.shard_dir: is about documents, not conversations", make(data__shard_dir="shards/x"))
     refused(r"data.dataset: expected what to learn from", make(data__dataset=None))
+    refused(r"preference.beta: is about pairs of answers \(dpo\), not conversations", make(preference__beta=0.2))
+    refused(r"preference.loss: is about pairs of answers", make(preference__loss="orpo"))
+    refused(
+        r"1 rows read, 1 kept; 1 held out by data.val_fraction",
+        make(data__dataset=str(one), data__val_fraction=0.999999),
+    )
     refused("no such file", make(data__dataset=str(tmp_path / "none.jsonl")))
     for overrides, match in (
         ({"train__init_from": None}, r"train.init_from \(--model\): expected the model to tune"),

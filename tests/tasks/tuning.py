@@ -11,7 +11,7 @@ import yaml
 from anarchobot.config.loading import LoadedConfig
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tasks.tuning import load_tuning
-from tests.tiny import loaded
+from tests.tiny import LEFT_OUT, loaded
 
 COLOURS = ("red", "blue", "green", "black", "white")
 
@@ -64,6 +64,8 @@ def tuning(folder: Path, name: str, base: Path, dataset: Path, **overrides: Any)
     for key, value in overrides.items():
         section, leaf = key.split("__")
         config.setdefault(section, {})[leaf] = value
+        if value is LEFT_OUT:
+            del config[section][leaf]
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
     return load_tuning(str(path), [])

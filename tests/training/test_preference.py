@@ -104,6 +104,40 @@ def test_other_ways_to_do_it_give_the_same(settings: dict[str, Any]) -> None:
     assert other.traces <= 3 or not other.compiled  # without sums, with sums, the update
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "orpo"])
+def test_fewer_pairs_than_workers_are_the_pairs_all_the_same(loss: str) -> None:
+    """As a micro-batch that was halved when memory ran out."""
+    one, two = (PreferenceEngine(config(loss, cpu_threads=n)) for n in (1, 2))
+    assert two.workers.count == 2
+    for batch in (pairs(4, 1), pairs(1, 1)):
+        a, b = (engine.train_step(batch, 1, 0.0, 0.9, math.inf) for engine in (one, two))
+        assert b.loss == pytest.approx(a.loss, rel=1e-6) and b.grad_norm == pytest.approx(a.grad_norm, rel=1e-5)
+        assert b.extra == pytest.approx(a.extra, rel=1e-5)
+        np.testing.assert_allclose(two.log_probs(batch), one.log_probs(batch), rtol=1e-6)
+
+
+def test_a_validation_batch_that_is_tried_again_counts_once() -> None:
+    """Three pairs at once, then out of memory, then two at a time, of which the last are none; and one begun anew."""
+    batch, engine = pairs(1, 7, none=1), PreferenceEngine(config())
+    for stop in (1, 2, 3, 4, 5, 6, 7):
+        engine.eval_step(batch.rows(stop - 1, stop))
+    wanted = engine.judged()
+    for start in (0, 3, 0, 2, 4, 6):
+        engine.eval_step(batch.rows(start, min(7, start + (3 if start == 3 else 2))))
+    assert engine.judged() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_out_of_memory_is_told_as_such_for_log_probabilities_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = PreferenceEngine(config())
+
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("[malloc] Unable to allocate 8 bytes.")
+
+    monkeypatch.setattr(engine, "_log_probs", fails)
+    with pytest.raises(MemoryError):
+        engine.log_probs(pairs())
+
+
 def test_pairs_in_halves_are_the_pairs_whole() -> None:
     whole, parts = pairs(1, 4), pairs(1, 4)
     halves = PairBatch(

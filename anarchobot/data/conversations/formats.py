@@ -23,20 +23,26 @@ def field(row: Row, *names: str) -> Any:
 
 
 def messages(items: Any, name: str, system: Any = None) -> list[Message]:
-    """A list of {role, content}, or ShareGPT's {from, value}, behind the row's own system prompt if it has one."""
+    """A list of {role, content}, or ShareGPT's {from, value}, behind the row's own system prompt if it has one and the
+    list does not begin with another. A system prompt that is blank is none."""
     if not isinstance(items, list):
         raise Misfit("field is no list", f"{type(items).__name__} in '{name}'")
-    found = [Message("system", system)] if isinstance(system, str) and system.strip() else []
+    found: list[Message] = []
     for i, item in enumerate(items):
         place = f"'{name}', turn {i + 1}"
         if not isinstance(item, dict):
             raise Misfit("turn is no object", f"{type(item).__name__} in {place}")
-        found.append(message(item.get("role", item.get("from")), item.get("content", item.get("value")), place))
+        role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+        if role == "system" and isinstance(content, str) and not content.strip():
+            continue
+        found.append(message(role, content, place))
+    if isinstance(system, str) and system.strip() and not (found and found[0].role == "system"):
+        found.insert(0, Message("system", system))
     return found
 
 
 def _of_messages(row: Row) -> Conversation:
-    return in_order(messages(field(row, "messages"), "messages"))
+    return in_order(messages(field(row, "messages"), "messages", row.get("system")))
 
 
 def _of_sharegpt(row: Row) -> Conversation:
@@ -49,7 +55,7 @@ def _of_alpaca(row: Row) -> Conversation:
     if not all(isinstance(part, str) for part in question):
         raise Misfit("content is no text", "'instruction' or 'input'")
     history = row.get("history") or []
-    if not all(isinstance(exchange, list) and len(exchange) == 2 for exchange in history):
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise Misfit("field is no list", "'history' is to be a list of [user, assistant]")
     asked = "\n".join(part for part in question if part.strip())
     before = [content for exchange in history for content in exchange]

@@ -6,6 +6,7 @@ come from the template alone: what people say in their turns is text, whatever i
 
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from anarchobot.config.errors import UserError
 from anarchobot.data.conversations.conversation import Conversation, Message, Misfit
 from anarchobot.data.conversations.spans import AnswerSpans, Span
-from anarchobot.data.conversations.template import BEGIN, END, ChatTemplate
+from anarchobot.data.conversations.template import BEGIN, END, TRAINING_DAY, ChatTemplate
 from anarchobot.data.tokenizer import ChatTokenizer, Ids
 
 TrainOn = Literal["assistant", "answer", "all"]
@@ -66,10 +67,10 @@ class ChatEncoder:
         pieces = iter(self._tokenised(stretches))
         return [layout if isinstance(layout, Misfit) else _joined([next(pieces) for _ in layout]) for layout in layouts]
 
-    def prompt(self, conversation: Conversation) -> Ids:
-        """The ids that the assistant's next turn is generated from, with today's date where the template has one.
-        Raises Misfit when the template refuses."""
-        text = self.template.render(self._shielded(conversation), add_generation_prompt=True)
+    def prompt(self, conversation: Conversation, day: datetime | None = None) -> Ids:
+        """The ids that the assistant's next turn is generated from, with `day`'s date (left out: today's) where the
+        template has one. Raises Misfit when the template refuses."""
+        text = self.template.render(self._shielded(conversation), add_generation_prompt=True, day=day)
         return _joined(self._tokenised(self._stretches(text, []))).ids.astype(np.int32)
 
     def end_of_turn(self) -> int | None:
@@ -86,7 +87,7 @@ class ChatEncoder:
             found.append(
                 f"{self.template.where}: no control token ends an answer: generation can't tell where one is over"
             )
-        probe, prompt = self._probe().ids, self.prompt(_PROBE[:1])
+        probe, prompt = self._probe().ids, self.prompt(_PROBE[:1], TRAINING_DAY)
         if not np.array_equal(probe[: len(prompt)], prompt):
             found.append(
                 f"{self.template.where}: the tokenizer joins the end of the prompt with the answer: the model is asked "
@@ -106,10 +107,8 @@ class ChatEncoder:
             eod = self.tokenizer.eod_id
             text = conversation[0].content
             return [_control(eod, False), _Stretch(text, None, np.ones(len(text), bool), True), _control(eod, True)]
-        text, spans = self._spans.of(self._shielded(conversation))
-        if self.train_on == "all":
-            spans = [(0, len(text))]
-        return self._stretches(text, spans[-1:] if self.train_on == "answer" else spans)
+        text, spans = self._spans.of(self._shielded(conversation), last=self.train_on == "answer")
+        return self._stretches(text, [(0, len(text))] if self.train_on == "all" else spans)
 
     def _shielded(self, conversation: Conversation) -> Conversation:
         """Control tokens' texts broken up behind their first character."""

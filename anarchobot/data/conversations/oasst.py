@@ -44,7 +44,7 @@ def pairs(rows: Iterable[tuple[str, Row]], language: str | None = None) -> Itera
             yield place, root
             continue
         none = True
-        for turns in _questions([root]):
+        for turns in _questions(root):
             for chosen, rejected in combinations(_ranked(turns[-1]), 2):
                 none = False
                 try:
@@ -83,10 +83,14 @@ def _trees(rows: Iterable[tuple[str, Row]], language: str | None) -> Iterator[tu
 
 
 def _slim(row: Row) -> Row:
-    """What a thread is made by. Raises Misfit when something is missing; a first message has no parent."""
+    """What a thread is made by. Raises Misfit when something is missing or wrong; a first message has no parent."""
     needed = {name: field(row, name) for name in ("message_id", "text", "role")}
-    optional = ("parent_id", "rank", "deleted", "review_result", "lang")
-    return needed | {name: row.get(name) for name in optional}
+    optional = {name: row.get(name) for name in ("parent_id", "rank", "deleted", "review_result", "lang")}
+    for name, value in (("message_id", needed["message_id"]), ("parent_id", optional["parent_id"])):
+        if not isinstance(value, str | None):
+            raise Misfit("id is no text", f"{type(value).__name__} in '{name}'")
+    _check_rank(optional)  # here: else a whole tree would be left out for it
+    return needed | optional
 
 
 def _tree(root: Row, replies: dict[str, list[tuple[str, Row]]]) -> Row:
@@ -101,12 +105,26 @@ def _tree(root: Row, replies: dict[str, list[tuple[str, Row]]]) -> Row:
 
 
 def _good(root: Row, language: str | None) -> Row:
-    """Raises Misfit for a tree that is not wanted."""
+    """Raises Misfit for a tree that is not wanted, or has other than messages in it."""
     if language is not None and root.get("lang") != language:
         raise Misfit("another language", f"{root.get('lang')}, not {language}")
     if not _is_good(root):
         raise Misfit("deleted or badly reviewed", "the first message")
+    waiting = [root]
+    while waiting:
+        here = waiting.pop()
+        _check_rank(here)
+        replies = here.get("replies") or []
+        if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
+            raise Misfit("replies are no messages", "'replies' is to be a list of messages")
+        waiting += replies
     return root
+
+
+def _check_rank(row: Row) -> None:
+    rank = row.get("rank")
+    if isinstance(rank, bool) or not isinstance(rank, int | float | None) or rank != rank:
+        raise Misfit("rank is no number", repr(rank)[:40])
 
 
 def _thread(root: Row) -> Conversation:
@@ -123,31 +141,35 @@ def _conversation(turns: list[Row]) -> Conversation:
     return in_order(message(turn.get("role"), turn.get("text"), f"turn {i + 1}") for i, turn in enumerate(turns))
 
 
-def _questions(turns: list[Row]) -> Iterator[list[Row]]:
-    """Each way from the first message to a question, the one that `turns` ends with among them."""
-    if turns[-1].get("role") == "prompter":
-        yield turns
-    for reply in turns[-1].get("replies") or []:
-        if _is_good(reply):
-            yield from _questions([*turns, reply])
+def _questions(root: Row) -> Iterator[list[Row]]:
+    """Each way from the first message to a question, the first message among them."""
+    waiting = [[root]]
+    while waiting:
+        turns = waiting.pop()
+        if turns[-1].get("role") == "prompter":
+            yield turns
+        waiting += [[*turns, reply] for reply in reversed(_replies(turns[-1]))]
 
 
 def _ranked(question: Row) -> list[Row]:
     """The answers that have a rank, the best first."""
-    found = [reply for reply in question.get("replies") or [] if _is_good(reply) and reply.get("rank") is not None]
-    return sorted(found, key=lambda reply: float(reply["rank"]))
+    return sorted((r for r in _replies(question) if r.get("rank") is not None), key=lambda reply: float(reply["rank"]))
 
 
 def _best(parent: Row) -> Row | None:
     """The best-ranked reply (0 is best; one without a rank comes last), but rather a question with an answer."""
-    good = [reply for reply in parent.get("replies") or [] if _is_good(reply)]
 
     def order(reply: Row) -> tuple[bool, Any]:
-        unanswered = reply.get("role") == "prompter" and not any(map(_is_good, reply.get("replies") or []))
+        unanswered = reply.get("role") == "prompter" and not _replies(reply)
         rank = reply.get("rank")
         return unanswered, float("inf") if rank is None else rank
 
-    return min(good, key=order, default=None)
+    return min(_replies(parent), key=order, default=None)
+
+
+def _replies(parent: Row) -> list[Row]:
+    """The good ones."""
+    return [reply for reply in parent.get("replies") or [] if _is_good(reply)]
 
 
 def _is_good(row: Row) -> bool:

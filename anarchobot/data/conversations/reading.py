@@ -34,7 +34,7 @@ def conversations(
             if known is None:
                 yield place, Misfit("no known fields", f"it has {', '.join(sorted(row)) or 'nothing'}")
             elif known == "oasst":
-                yield from oasst.threads(chain([(place, row)], found), language)
+                yield from _of_trees(oasst.threads(chain([(place, row)], found), language), tally)
             else:
                 yield place, _read(known, row, data.text_field)
         if known is None:
@@ -50,7 +50,7 @@ def pairs(data: DataConfig, tally: Tally, language: str | None = None) -> Iterat
         any_fits = False
         for place, row in found:
             if not any_fits and oasst.fits(row):
-                yield from oasst.pairs(chain([(place, row)], found), language)
+                yield from _of_trees(oasst.pairs(chain([(place, row)], found), language), tally)
                 return
             any_fits = any_fits or preferences.fits(row)
             try:
@@ -61,6 +61,16 @@ def pairs(data: DataConfig, tally: Tally, language: str | None = None) -> Iterat
             raise UserError(f"{name}: no row has the fields of a preference: expected {preferences.EXPECTED}")
 
     return _counted(data, tally, of_file)
+
+
+def _of_trees(found: Iterator[tuple[str, T | Misfit]], tally: Tally) -> Iterator[tuple[str, T | Misfit]]:
+    """Counts the trees too: what comes of one comes from one place."""
+    tree = ""
+    for place, item in found:
+        tally.trees += place != tree
+        tally.of_trees += 1
+        tree = place
+        yield place, item
 
 
 def _form_of(row: Row, text_field: str) -> str | None:

@@ -32,9 +32,13 @@ class AnswerSpans:
         self._template, self._controls = template, control_pattern
         self._skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
 
-    def of(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The rendered text and a span for each answer. Raises Misfit when the template refuses the conversation, or
-        it can't be told what of the text is an answer."""
+    def of(self, conversation: Conversation, last: bool = False) -> tuple[str, list[Span]]:
+        """The rendered text and a span for each answer, or for the `last` alone. Raises Misfit when the template
+        refuses the conversation, or it can't be told what of the text is an answer."""
+        text, spans = self._of(conversation, last)
+        return text, spans[-1:] if last else spans
+
+    def _of(self, conversation: Conversation, last: bool) -> tuple[str, list[Span]]:
         if self._template.marks_answers:
             return _between_marks(self._template.render(conversation, day=TRAINING_DAY, marked=True))
         text = self._render(conversation)
@@ -43,7 +47,7 @@ class AnswerSpans:
             self._skeletons[roles] = self._skeleton(roles)
         skeleton = self._skeletons[roles]
         spans = None if skeleton is None else _filled(skeleton, conversation, text)
-        return text, self._by_prefixes(conversation, text) if spans is None else spans
+        return text, self._by_prefixes(conversation, text, last) if spans is None else spans
 
     def _render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
         return self._template.render(conversation, add_generation_prompt, day=TRAINING_DAY)
@@ -88,9 +92,9 @@ class AnswerSpans:
             control = another
         return control.start() + len(control.group().rstrip())
 
-    def _by_prefixes(self, conversation: Conversation, text: str) -> list[Span]:
+    def _by_prefixes(self, conversation: Conversation, text: str, last: bool) -> list[Span]:
         answers = [i for i, (role, _) in enumerate(conversation) if role == "assistant"]
-        return [self._by_prefix(conversation, i, text) for i in answers]
+        return [self._by_prefix(conversation, i, text) for i in (answers[-1:] if last else answers)]
 
     def _by_prefix(self, conversation: Conversation, i: int, text: str) -> Span:
         """Behind the prompt for answer i stands the answer, as it was given or as the template has it with nothing to

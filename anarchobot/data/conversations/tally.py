@@ -8,12 +8,17 @@ from anarchobot.data.conversations.conversation import Misfit
 
 @dataclass
 class Tally:
-    """`read` is `kept` and all of `left_out`. `shortened` are among the kept. A row is a conversation or a pair; of
-    OASST, what a tree of messages gives, and any single message that no tree can be made of."""
+    """`read` is `kept` and all of `left_out`. `shortened` are among the kept; with them went `cut` of the `answered`
+    tokens, those that would have counted. A row is a conversation or a pair; `of_trees` of those read are what OASST's
+    `trees` give, one thread or many pairs each, and single messages that no tree can be made of."""
 
     read: int = 0
     kept: int = 0
     shortened: int = 0
+    answered: int = 0
+    cut: int = 0
+    trees: int = 0
+    of_trees: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)  # the first of each reason: where, and more about it
 
@@ -29,6 +34,12 @@ class Tally:
 
     def lines(self) -> list[str]:
         """For people: one line in all, and one for each reason."""
-        shortened = f", of which {self.shortened:,} were cut to the limit" if self.shortened else ""
+        rows = self.read - self.of_trees
+        found = [f"{rows:,} rows"] if rows or not self.trees else []
+        if self.trees:
+            pairs = f"{self.of_trees:,} pairs of " if self.of_trees != self.trees else ""
+            found.append(f"{pairs}{self.trees:,} trees")
+        share = f" ({self.cut / self.answered:.1%} of the tokens that count)" if self.cut else ""
+        shortened = f", of which {self.shortened:,} were cut to the limit{share}" if self.shortened else ""
         reasons = [f"left out: {n:,}, first {self.first[why]}" for why, n in self.left_out.most_common()]
-        return [f"{self.read:,} rows read, {self.kept:,} kept{shortened}", *reasons]
+        return [f"{' and '.join(found)} read, {self.kept:,} kept{shortened}", *reasons]

@@ -46,16 +46,18 @@ def tokenised(
             try:
                 if isinstance(encoded, Misfit):
                     raise encoded
-                whole, one = len(encoded.ids), fitted(encoded, seq_len + 1, too_long)
+                one = fitted(encoded, seq_len + 1, too_long)
             except Misfit as misfit:
                 tally.take_back(place, misfit)
                 continue
-            tally.shortened += whole > seq_len + 1
+            tally.shortened += len(encoded.ids) > seq_len + 1
+            answered = int(encoded.trained.sum())
+            tally.answered, tally.cut = tally.answered + answered, tally.cut + answered - int(one.trained.sum())
             held_out = is_held_out(conversation, val_fraction)
             (val if held_out else train).append(narrow(one, vocab_size))
             if held_out and len(kept) < samples and conversation[-1].role == "assistant":
                 kept.append(conversation)
-    _check(len(train), tally)
+    _check(len(train), len(val), tally)
     return Tokenised(table(train, vocab_size), table(val, vocab_size), kept)
 
 
@@ -88,7 +90,7 @@ def tokenised_pairs(
                 continue
             tally.shortened += shortened
             splits[is_held_out(_first_question(pair.prompt), val_fraction)].append(sides)
-    _check(len(splits[0]), tally)
+    _check(len(splits[0]), len(splits[1]), tally)
     train, val = (_pairs(sides, encoder, seq_len) for sides in splits)
     return train, val
 
@@ -133,9 +135,10 @@ def _pairs(sides: list[tuple[Encoded, Encoded]], encoder: ChatEncoder, seq_len: 
     return Pairs(chosen, rejected, seq_len, tokenizer.eod_id)
 
 
-def _check(count: int, tally: Tally) -> None:
+def _check(count: int, held_out: int, tally: Tally) -> None:
     if not count:
-        raise UserError(f"data.dataset: nothing to train on is left: {'; '.join(tally.lines())}")
+        said = [*tally.lines(), *([f"{held_out:,} held out by data.val_fraction"] if held_out else [])]
+        raise UserError(f"data.dataset: nothing to train on is left: {'; '.join(said)}")
 
 
 def _units(found: Iterable[T]) -> Iterator[list[T]]:

@@ -18,20 +18,21 @@ def looks_like_a_name(dataset: str) -> bool:
     )
 
 
-def rows(name: str, data: DataConfig, seed: int) -> Iterator[dict[str, Any]]:
+def rows(name: str, data: DataConfig, seed: int, *, replaceable: bool = True) -> Iterator[dict[str, Any]]:
     """The rows of a dataset; shuffled through a buffer of `data.shuffle_buffer` rows when it is streamed.
 
     `name` is a hub name, or a local folder in the hub's layout. Raises UserError when the package is missing or the
-    dataset can't be loaded, before the first row is given out; and later, when the network breaks off.
+    dataset can't be loaded, before the first row is given out; and later, when the network breaks off. `replaceable`:
+    whether data.fallback can take its place, as it can documents'.
     """
-    stream = _stream(name, data, seed)
+    stream = _stream(name, data, seed, ", or set data.fallback: builtin" if replaceable else "")
     first = next(stream, None)
     if first is None:
         raise UserError(f"data.dataset: '{name}' has no rows in split '{data.split}'")
     return chain([first], stream)
 
 
-def _stream(name: str, data: DataConfig, seed: int) -> Iterator[dict[str, Any]]:
+def _stream(name: str, data: DataConfig, seed: int, otherwise: str) -> Iterator[dict[str, Any]]:
     try:
         import datasets
     except ImportError as error:
@@ -49,5 +50,5 @@ def _stream(name: str, data: DataConfig, seed: int) -> Iterator[dict[str, Any]]:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"data.dataset: '{name}' is no file here, and as a Hugging Face dataset it can't be read ({reason}): check "
-            "the name and the network, or set data.fallback: builtin"
+            f"the name and the network{otherwise}"
         ) from error

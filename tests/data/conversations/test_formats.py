@@ -17,6 +17,16 @@ FORMS: dict[str, tuple[Any, Any]] = {
         {"messages": [{"role": "system", "content": "Be."}, *MESSAGES]},
         (("system", "Be."), *TWO),
     ),
+    "messages and the row's own system": ({"system": "Be.", "messages": MESSAGES}, (("system", "Be."), *TWO)),
+    "messages whose system stands in both places": (
+        {"system": "Row's.", "messages": [{"role": "system", "content": "Be."}, *MESSAGES]},
+        (("system", "Be."), *TWO),
+    ),
+    "messages with a blank system": ({"messages": [{"role": "system", "content": " \n"}, *MESSAGES]}, TWO),
+    "sharegpt with a blank system": (
+        {"system": "", "conversations": [{"from": "system", "value": ""}, *MESSAGES]},
+        TWO,
+    ),
     "sharegpt": (
         {"id": "x", "conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]},
         TWO,
@@ -99,6 +109,8 @@ def test_each_fault_has_its_reason_and_the_first_its_place(tmp_path: Path, reaso
         {"instruction": " ", "input": "", "output": "c"},
         {"instruction": "a", "input": ["b"], "output": "c"},
         {"instruction": "a", "input": "b", "output": "c", "history": ["ab"]},
+        {"instruction": "a", "input": "b", "output": "c", "history": 5},
+        {"instruction": "a", "input": "b", "output": "c", "history": {"ab": 1}},
         {"instruction": 3, "input": "b", "output": "c"},
         {"instruction": "a", "input": "b", "output": None},
     ],
@@ -154,12 +166,18 @@ def test_packed_files_parquet_and_json_in_lines(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line))
     (tmp_path / "b.jsonl.zst").write_bytes(zstd.compress(line))
     (tmp_path / "c.json").write_bytes(b"\xef\xbb\xbf" + line)
+    (tmp_path / "f.json.gz").write_bytes(gzip.compress(b" [\n" + line + b"]"))
+    (tmp_path / "g.json.zst").write_bytes(zstd.compress(b"[" + line + b"]"))
+    (tmp_path / "h.json.gz").write_bytes(gzip.compress(line))
     rows = [{"prompt": QUESTION, "messages": MESSAGES}, {"prompt": "x", "messages": MESSAGES[:1]}]
     write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
-    for name in ("a.jsonl.gz", "b.jsonl.zst", "c.json", "d.parquet"):
+    for name in ("a.jsonl.gz", "b.jsonl.zst", "c.json", "f.json.gz", "g.json.zst", "h.json.gz", "d.parquet"):
         found, tally = read(tmp_path / name)
         assert found == [TWO]
     assert tally.first["does not end with the assistant"].startswith(f"{tmp_path / 'd.parquet'}: row 1: ")
+    (tmp_path / "i.json.gz").write_bytes(gzip.compress(b"[" + line * 9)[:-20])
+    with pytest.raises(UserError, match=r"i.json.gz: the file breaks off after [\d,]+ bytes"):
+        read(tmp_path / "i.json.gz")
     (tmp_path / "e.parquet").write_bytes(b"PAR1nonsense")
     with pytest.raises(UserError, match=r"e.parquet: a damaged Parquet file"):
         read(tmp_path / "e.parquet")
@@ -178,6 +196,18 @@ def test_a_hub_dataset_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found, tally = read("HuggingFaceH4/ultrachat_200k")
     assert found == [TWO] and asked["name"] == "HuggingFaceH4/ultrachat_200k" and asked["split"] == "train"
     assert tally.first["empty conversation"] == "HuggingFaceH4/ultrachat_200k: row 1: empty conversation"
+
+
+def test_a_name_that_cannot_be_reached_is_not_sent_to_the_built_in_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is for documents."""
+    import datasets
+
+    def fails(*args: Any, **settings: Any) -> Any:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    with pytest.raises(UserError, match=r"\(no network\): check the name and the network$"):
+        read("somebody/chats")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from anarchobot.config.errors import UserError
 from anarchobot.data.conversations.conversation import Conversation, Message, Misfit
 from anarchobot.data.conversations.masks import ChatEncoder, Encoded
-from anarchobot.data.conversations.template import ChatTemplate
+from anarchobot.data.conversations.template import TRAINING_DAY, ChatTemplate
 from tests.data.conversations.templates import CONTROLS, KINDS, NO_SYSTEM, TEMPLATES, Both, dicts, talk, trained_text
 
 Make = Callable[[str, str], Both]
@@ -169,3 +169,14 @@ def test_a_document_is_trained_whole_from_the_end_of_one_before(both: Make) -> N
     assert encoded.ids.tolist()[0] == encoded.ids.tolist()[-1] == b.ours.eod_id
     assert encoded.ids.tolist()[1:-1] == b.ours.encode_batch(["Once <s> upon"])[0].tolist()
     assert encoded.trained.tolist() == [False] + [True] * (len(encoded.ids) - 1)
+
+
+def test_a_template_with_a_date_asks_on_the_day_of_the_training(both: Make) -> None:
+    """In training a prompt is what it was learnt behind; in use it has today's date."""
+    b = both("bytelevel", "qwen2")
+    encoder = ChatEncoder(b.ours, ChatTemplate("{{ strftime_now('%d %b %Y') }}\n" + TEMPLATES["qwen2"], {}, "dated"))
+    (learnt,) = encoder.encode([talk("Hi", "Ho")])
+    asked = encoder.prompt(talk("Hi"), TRAINING_DAY)
+    assert not isinstance(learnt, Misfit) and learnt.ids[: len(asked)].tolist() == asked.tolist()
+    assert learnt.trained.tolist().index(True) == len(asked)
+    assert encoder.prompt(talk("Hi")).tolist() != asked.tolist() and encoder.warnings() == []

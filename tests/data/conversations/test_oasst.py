@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from anarchobot.config.schema import DataConfig
+from anarchobot.data.conversations.conversation import Misfit
+from anarchobot.data.conversations.oasst import threads
 from anarchobot.data.conversations.reading import pairs
 from anarchobot.data.conversations.tally import Tally
 from tests.data.conversations.rows import jsonl, read
@@ -92,6 +94,7 @@ def test_the_shared_trees_rank_507_pairs(shared_data: Path) -> None:
     path = shared_data / "instruct" / "oasst_trees.jsonl"
     tally = Tally()
     assert sum(1 for _ in pairs(DataConfig(dataset=str(path)), tally)) == tally.kept
+    assert tally.lines() == ["507 pairs of 70 trees read, 507 kept"]
 
     def counted(message: dict[str, Any]) -> int:
         n = sum(reply["role"] == "assistant" and reply.get("rank") is not None for reply in message["replies"])
@@ -126,6 +129,60 @@ def test_rows_that_belong_to_no_tree_are_counted(tmp_path: Path) -> None:
         tally.first["message without its parent"]
         == f"{path}:3: message without its parent (no message gone in this file)"
     )
+
+
+BROKEN = {
+    "replies are no messages": [post("p1", replies=5), post("p1", replies="abc"), post("p1", replies=["a"])],
+    "rank is no number": [
+        post("p1", post("a1", rank="x"), post("a2", rank=1)),
+        post("p1", post("a1", rank=True), post("a2", rank=1)),
+        post("p1", post("a1", rank=[0])),
+        post("p1", post("a1", rank=float("nan"))),
+    ],
+}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_malformed_trees_are_counted(tmp_path: Path, reason: str) -> None:
+    good = post("p1", post("a1", rank=0), post("a2", rank=1))
+    rows = [tree(root) for root in BROKEN[reason] if "NaN" not in json.dumps(root)]  # JSON has none; Parquet has
+    path = jsonl(tmp_path / "oasst.jsonl", tree(good), *rows)
+    found, tally = read(path)
+    assert len(found) == 1 and tally.left_out == {reason: len(rows)}
+    assert tally.lines()[0] == f"{len(rows) + 1} trees read, 1 kept"
+    tally = Tally()
+    assert len(list(pairs(DataConfig(dataset=str(path)), tally))) == 1 and tally.left_out == {reason: len(rows)}
+    for one in BROKEN[reason]:
+        ((_, misfit),) = threads([("p", tree(one))])
+        assert isinstance(misfit, Misfit) and misfit.reason == reason
+
+
+def test_malformed_rows_of_trees_are_counted(tmp_path: Path) -> None:
+    good, (answer,) = flat(post("p1")), flat(post("a1"), parent="p1")
+    bad = [{**answer, "message_id": ["x"]}, {**answer, "parent_id": {"a": 1}}, {**answer, "rank": "x"}]
+    found, tally = read(jsonl(tmp_path / "oasst.jsonl", *good, answer, *bad))
+    assert len(found) == 1 and tally.left_out == {"id is no text": 2, "rank is no number": 1}
+
+
+def test_a_long_chain_of_messages_is_walked(tmp_path: Path) -> None:
+    """Longer than Python's calls may be deep."""
+    rows = [
+        {**flat(post(f"{'pa'[i % 2]}{i}"))[0], "parent_id": f"{'ap'[i % 2]}{i - 1}" if i else None, "rank": 0}
+        for i in range(3000)
+    ]
+    path = jsonl(tmp_path / "oasst.jsonl", *rows)
+    assert len(read(path)[0][0]) == 3000
+    tally = Tally()
+    assert not list(pairs(DataConfig(dataset=str(path)), tally)) and tally.left_out == {"no two ranked answers": 1}
+
+
+def test_trees_and_rows_together_are_counted_apart(tmp_path: Path) -> None:
+    ranked = post("p1", post("a1", rank=0), post("a2", rank=1), post("a3", rank=2))
+    trees = jsonl(tmp_path / "a.jsonl", tree(ranked), tree(post("p2")))
+    rows = jsonl(tmp_path / "b.jsonl", *[{"prompt": "x", "chosen": "y", "rejected": str(i)} for i in range(5)])
+    tally = Tally()
+    assert len(list(pairs(DataConfig(dataset=[str(trees), str(rows)]), tally))) == 8
+    assert tally.lines()[0] == "5 rows and 4 pairs of 2 trees read, 8 kept"
 
 
 def test_real_trees_against_a_plain_walk(shared_data: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from anarchobot.data.conversations.pairs import PairTrainBatches, PairValBatches
 from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.conversations.tokenising import tokenised_pairs
 from anarchobot.data.windows import IGNORE
-from tests.data.conversations.templates import Both, talk
+from tests.data.conversations.templates import Both, talk, trained_text
 
 Make = Callable[[str, str], Both]
 LENGTH = 64
@@ -84,6 +84,20 @@ def test_a_long_prompt_loses_its_oldest_turns_and_an_answer_nothing(both: Make) 
     assert tally.left_out == {"longer than the limit": 2}
     with pytest.raises(UserError, match="nothing to train on is left"):
         tokenised_pairs(found[1:2], b.encoder("answer"), Tally(1, 1), seq_len=LENGTH)
+
+
+def test_what_a_template_does_to_earlier_answers_leaves_a_pair_in_place(both: Make) -> None:
+    """Qwen3 shows the last answer's thoughts alone: that one is what is compared."""
+    b = both("bytelevel", "qwen3")
+    thought = "<think>\nhm\n</think>\n\nYes."
+    for answer in ("No.", thought):
+        encoded = b.encoded(talk("Well?", thought, "And?", answer), "answer")
+        said = thought if answer == thought else "<think>\n\n</think>\n\nNo."
+        assert trained_text(b, encoded) == f"{said}<|im_end|>"
+    tally = Tally(1, 1)
+    train, _ = tokenised_pairs([("f:1", Pair(talk("Well?", thought, "And?"), "Yes.", "No."))], b.encoder("answer"),
+                               tally, seq_len=99)  # fmt: skip
+    assert train.count == 1 and not tally.left_out
 
 
 def test_pairs_of_one_prompt_are_on_one_side(both: Make) -> None:

@@ -199,7 +199,12 @@ def test_what_is_left_out_and_cut_is_counted(both: Make) -> None:
     assert made.train.count == tally.kept == 3 and tally.shortened == 2
     assert tally.left_out == {"the chat template refuses it": 1, "no answer within the limit": 1}
     assert tally.first["no answer within the limit"].startswith("f:4: no answer within the limit (of 41 tokens)")
-    assert tally.lines()[0] == "5 rows read, 3 kept, of which 2 were cut to the limit"
+    whole = sum(int(b.encoded(found[i][1]).trained.sum()) for i in (0, 2, 4))
+    share = f"{1 - made.train.trained.sum() / whole:.1%}"
+    assert share not in ("0.0%", "100.0%")
+    assert tally.lines()[0] == (
+        f"5 rows read, 3 kept, of which 2 were cut to the limit ({share} of the tokens that count)"
+    )
     assert (np.diff(made.train.bounds) <= 41).all()
     tally = Tally(read=5, kept=5)
     assert tokenised(found, b.encoder(), tally, seq_len=40, too_long="drop").train.count == 1
@@ -208,6 +213,8 @@ def test_what_is_left_out_and_cut_is_counted(both: Make) -> None:
         UserError, match=r"nothing to train on is left: 1 rows read, 0 kept; left out: 1, first f:2: the"
     ):
         tokenised(found[1:2], b.encoder(), Tally(1, 1), seq_len=40)
+    with pytest.raises(UserError, match=r"1 rows read, 1 kept; 1 held out by data.val_fraction"):
+        tokenised(found[:1], b.encoder(), Tally(1, 1), seq_len=40, val_fraction=1.0)
 
 
 def test_the_digest_knows_every_id_mask_and_setting(both: Make) -> None:

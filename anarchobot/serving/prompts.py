@@ -1,0 +1,61 @@
+"""What the model goes on from, as token ids: a text, or a conversation in its chat template."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from anarchobot.data.conversations.conversation import Message, Misfit
+from anarchobot.data.conversations.masks import ChatEncoder
+from anarchobot.data.conversations.template import load_template
+from anarchobot.data.tokenizer import load_chat_tokenizer
+from anarchobot.inference.generation import prompt_ids
+from anarchobot.inference.model import Model
+from anarchobot.serving.refusals import ApiError
+
+
+class Prompt(NamedTuple):
+    """`ids`, and the tokens that end the text behind them."""
+
+    ids: list[int]
+    stop: frozenset[int]
+
+
+class Prompts:
+    """A model's tokenizer and chat template. For any thread."""
+
+    def __init__(self, model: Model) -> None:
+        """Raises UserError when the chat template can't be used."""
+        tokenizer = load_chat_tokenizer(model.tokenizer.files[0])
+        self._model, self._encoder = model, ChatEncoder(tokenizer, load_template(tokenizer))
+        self._end = frozenset({model.tokenizer.eod_id})
+        turn = self._encoder.end_of_turn()
+        self._end_of_turn = self._end | frozenset({tokenizer.eod_id} if turn is None else {tokenizer.eod_id, turn})
+
+    def warnings(self) -> list[str]:
+        """What keeps this model from answering well in a chat, a line each."""
+        where = self._encoder.template.where
+        untaught = f"no chat template comes with this model: it was not taught to answer ({where} is used)"
+        return [untaught] * (where in ("chatml", "plain")) + self._encoder.warnings()
+
+    def of_text(self, text: str) -> Prompt:
+        """As `generate` has it. Raises ApiError (400) for one that leaves no room in max_seq_len."""
+        return self._fitting(Prompt(prompt_ids(self._model, text), self._end), "prompt")
+
+    def of_messages(self, messages: Sequence[Message]) -> Prompt:
+        """As `chat` has it: the assistant's turn is next. Raises ApiError (400) for a conversation that the template or
+        the tokenizer refuses, and for one that leaves no room in max_seq_len."""
+        try:
+            ids = self._encoder.prompt(tuple(messages)).tolist()
+        except Misfit as misfit:
+            raise ApiError(400, f"messages: {misfit}", "messages") from misfit
+        return self._fitting(Prompt(ids, self._end_of_turn), "messages")
+
+    def _fitting(self, prompt: Prompt, param: str) -> Prompt:
+        most = self._model.shape.max_seq_len
+        if len(prompt.ids) >= most:
+            raise ApiError(
+                400,
+                f"{param}: {len(prompt.ids)} tokens long, and the model's max_seq_len is {most}: shorten it",
+                param,
+                "context_length_exceeded",
+            )
+        return prompt

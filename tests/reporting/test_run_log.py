@@ -1,0 +1,71 @@
+"""A run's log read back: what a kill cut off, what was made anew, which state it is in."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anarchobot.config.errors import UserError
+from anarchobot.reporting.run_log import find_runs, read_run
+from anarchobot.storage.lock import FolderLock
+from anarchobot.tasks.pretrain import pretrain
+from tests.tiny import loaded
+
+
+def write(folder: Path, *lines: dict[str, Any] | str) -> Path:
+    (folder / "logs").mkdir(parents=True)
+    (folder / "config.yaml").write_text("train:\n  total_steps: 9\n")
+    text = [line if isinstance(line, str) else json.dumps({"time": 1.0, **line}) for line in lines]
+    (folder / "logs" / "metrics.jsonl").write_text("\n".join(text) + "\n")
+    return folder
+
+
+def test_steps_that_were_made_anew_replace_the_old_ones(tmp_path: Path) -> None:
+    run = read_run(write(
+        tmp_path / "run",
+        {"step": 1, "event": "train", "loss": 5.0}, {"step": 2, "event": "train", "loss": 4.0},
+        {"step": 3, "event": "train", "loss": 9.0}, {"step": 3, "event": "eval", "val_loss": 1.0},
+        '{"step": 4, "event": "tra',
+        {"step": 2, "event": "resume", "folder": "step_00000002"},
+        {"step": 3, "event": "train", "loss": 3.0}, {"step": 3, "event": "eval", "val_loss": 2.0},
+    ))  # fmt: skip
+    assert run.points("train", "loss") == [(1, 5.0), (2, 4.0), (3, 3.0)]
+    assert (run.best("val_loss"), run.torn, run.step, run.state) == ((3, 2.0), 1, 3, "died")
+
+
+def test_a_real_run_is_read_whole_and_found_in_its_folder(tmp_path: Path, tiny_shards: Path) -> None:
+    runs = tmp_path / "runs"
+    summary = pretrain(loaded(tmp_path / "c.yaml", tiny_shards, runs / "a" / "first"), quiet=True)
+    write(runs / "second", {"step": 1, "event": "end", "finished": False})
+    (runs / "configs").mkdir()
+    (runs / "configs" / "config.yaml").write_text("model: {}\n")  # no run
+    first, second = sorted(find_runs(runs), key=lambda run: run.name)
+    assert (first.state, second.state) == ("finished", "stopped")
+    assert first.last("train", "loss") == pytest.approx(summary["final_loss"])
+    assert first.best("val_loss") == (pytest.approx(6), pytest.approx(summary["best_val_loss"]))
+    assert first.step == summary["steps"] and first.config["model"]["d_model"] == 32
+    assert first.environment["Python"] == sys.version.split()[0] and "float32" in first.environment["computes in"]
+    with FolderLock(first.folder):
+        assert read_run(first.folder).state == "running"
+    with pytest.raises(UserError, match="no run here"):
+        read_run(runs)
+    with pytest.raises(UserError, match="no such folder"):
+        list(find_runs(runs / "none"))
+
+
+def test_a_run_that_is_going_on_and_one_that_was_killed(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", {"step": 1, "event": "train", "loss": 5.0})
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom anarchobot.storage.lock import FolderLock\n"
+        "with FolderLock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        assert read_run(folder).state == "running"
+        os.kill(process.pid, signal.SIGKILL)
+    assert read_run(folder).state == "died"

@@ -1,0 +1,114 @@
+"""A server at a real socket, in this process, with a small random model."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anarchobot.config.schema import GenerationConfig
+from anarchobot.inference.model import Model, load_model
+from anarchobot.serving.app import Limits
+from anarchobot.serving.gate import allowed_hosts, allowed_origins
+from anarchobot.serving.server import HttpServer, Options, listen, make_app
+from anarchobot.serving.worker import Worker
+from tests.exchange.making import make_run
+
+TRAINED = GenerationConfig(max_new_tokens=12)
+HOSTS = allowed_hosts("127.0.0.1", ["my-mac.local"])
+ORIGINS = allowed_origins(["http://localhost:3000"])
+KEY = "a-key-of-the-tests"
+
+
+@dataclass
+class Running:
+    """`port` of 127.0.0.1."""
+
+    port: int
+    worker: Worker
+    server: HttpServer
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def request(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers in small letters, body."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
+        finally:
+            connection.close()
+
+    def post(self, path: str, content: Any, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        status, _, answer = self.request("POST", path, body, headers)
+        return status, json.loads(answer)
+
+    def raw(self, sent: bytes) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        connection.sendall(sent)
+        return connection
+
+    def under_way(self) -> int:
+        return int(json.loads(self.request("GET", "/health")[2])["under_way"])
+
+    def is_well(self) -> bool:
+        """Whether it still answers, and nobody else is being answered."""
+        wait_until(lambda: self.under_way() == 0)
+        status, answer = self.post("/v1/completions", {"model": "tiny", "prompt": "Hi", "max_tokens": 1})
+        return status == 200 and answer["usage"]["completion_tokens"] <= 1
+
+
+def wait_until(holds: Any, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never came to be"
+        time.sleep(0.01)
+
+
+@contextmanager
+def running(model: Model, limits: Limits | None = None, rows: int = 16, **options: Any) -> Iterator[Running]:
+    chosen = Options(name="tiny", port=0, limits=limits or Limits(), **options)
+    bound = listen(chosen)
+    port = bound.getsockname()[1]
+    with bound, Worker(model, chosen.waiting, rows) as worker:
+        server = HttpServer(make_app(model, TRAINED, chosen, worker), worker)
+        thread = threading.Thread(target=server.run, args=([bound],))
+        thread.start()
+        try:
+            yield Running(port, worker, server)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Model:
+    folder = tmp_path_factory.mktemp("serving") / "run"
+    make_run(folder, next(tiny_shards.glob("*.model")), n_layers=1, max_seq_len=4096)
+    return load_model(folder)[0]
+
+
+@pytest.fixture(scope="session")
+def server(model: Model) -> Iterator[Running]:
+    """Without a key."""
+    with running(model, Limits(tokens=4000, body_bytes=2**16, body_seconds=1)) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def locked(model: Model) -> Iterator[Running]:
+    with running(model, key=KEY, hosts=HOSTS, origins=ORIGINS) as found:
+        yield found

@@ -1,0 +1,66 @@
+"""Bodies that nobody thought of: whatever comes, the answer is one of HTTP's and never a fault of the server's."""
+
+import json
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from anarchobot.serving.protocol import _NEUTRAL, _PASSED_OVER, ChatRequest, CompletionRequest
+from tests.serving.conftest import Running
+
+FIELDS = sorted({*_NEUTRAL, *_PASSED_OVER, *ChatRequest.model_fields, *CompletionRequest.model_fields, "nonsense"})
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+stops = st.lists(st.text(min_size=1, max_size=5), max_size=4)
+plausible: dict[str, st.SearchStrategy[Any]] = {
+    "temperature": st.floats(0, 2), "top_p": st.sampled_from([0, 0.004, 0.5, 1]), "seed": st.integers(),
+    "stream": st.booleans(), "stop": stops, "max_tokens": st.integers(1, 5),
+}  # fmt: skip
+texts = st.text(max_size=40)
+roles = st.sampled_from(["system", "user", "assistant"])
+messages = st.lists(st.fixed_dictionaries({"role": roles, "content": texts}), max_size=4)
+wild = st.dictionaries(st.sampled_from(FIELDS), anything, max_size=3)
+fuzzed = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+def check(server: Running, path: str, content: Any) -> int:
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    status, _, answer = server.request("POST", path, body)
+    assert status in (200, 400, 404, 429), (status, answer)
+    assert b'"server_error"' not in answer  # also in a stream
+    return status
+
+
+@fuzzed
+@given(st.binary(max_size=200) | anything.map(lambda value: json.dumps(value).encode()))
+def test_any_bytes(server: Running, body: bytes) -> None:
+    assert check(server, "/v1/completions", body) == 400
+
+
+@fuzzed
+@given(texts, st.fixed_dictionaries({}, optional=plausible))
+def test_any_text_is_gone_on_from(server: Running, prompt: str, fields: dict[str, Any]) -> None:
+    assert check(server, "/v1/completions", {"model": "tiny", "max_tokens": 3, "prompt": prompt} | fields) == 200
+
+
+@fuzzed
+@given(messages, st.fixed_dictionaries({}, optional=plausible))
+def test_any_conversation(server: Running, said: list[dict[str, str]], fields: dict[str, Any]) -> None:
+    check(server, "/v1/chat/completions", {"model": "tiny", "max_tokens": 3, "messages": said} | fields)
+
+
+@fuzzed
+@given(wild, st.sampled_from(["/v1/completions", "/v1/chat/completions"]))
+def test_any_value_in_any_field(server: Running, fields: dict[str, Any], path: str) -> None:
+    plain = {"prompt": "Hi"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "Hi"}]}
+    check(server, path, {"model": "tiny", "max_tokens": 2, **plain} | fields)
+
+
+def test_it_is_well_after_all_that(server: Running) -> None:
+    assert server.is_well()

@@ -1,0 +1,224 @@
+"""What strangers send: each gets a proper HTTP error, and the server goes on."""
+
+import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from anarchobot.inference.model import Model
+from anarchobot.serving.app import Limits
+from tests.serving.conftest import KEY, Running, running, wait_until
+
+PATH = "/v1/completions"
+ASK = {"model": "tiny", "prompt": "Hi", "max_tokens": 2}
+LONG = {"model": "tiny", "prompt": "Hi", "max_tokens": 4000, "temperature": 0}
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def status_of(connection: socket.socket) -> int:
+    """Of the response that comes, which is read to its end or to the connection's."""
+    answer = connection.recv(65536)
+    connection.close()
+    return int(answer.split()[1])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 60000, b'{"model": "tiny"}', b'{"model": NaN}',
+        b'{"model": "tiny", "prompt": "\\ud800"}', b'{"model": 1, "prompt": "x"}', b'{"model": "tiny", "prompt": null}',
+        *(
+            json.dumps(ASK | wrong).encode()
+            for wrong in (
+                {"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": 1.5}, {"max_tokens": "2"}, {"max_tokens": True},
+                {"max_tokens": 10**400}, {"temperature": -1}, {"temperature": 2.1}, {"temperature": "hot"},
+                {"top_p": 1.1}, {"seed": 1.5}, {"seed": True}, {"stop": ""}, {"stop": ["a"] * 5}, {"stop": [1]},
+                {"stop": "x" * 201}, {"stream": "yes"}, {"prompt": [1, 2]}, {"prompt": []}, {"n": 2}, {"n": True},
+                {"best_of": 3}, {"echo": True}, {"logprobs": 0}, {"logit_bias": {"1": 2}}, {"frequency_penalty": 1},
+                {"adapters": "/etc"}, {"stream_options": {}},
+            )
+        ),
+    ],
+    ids=lambda body: repr(body[:70]),
+)  # fmt: skip
+def test_a_bad_body_is_a_bad_request(server: Running, body: bytes) -> None:
+    status, answer = server.post(PATH, body)
+    assert status == 400
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert answer["error"]["type"] == "invalid_request_error" and "\n" not in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        None, [], "Hi", [1], [{}], [{"role": "user"}], [{"role": "user", "content": None}],
+        [{"role": "robot", "content": "x"}], [{"role": "tool", "content": "x"}], [{"role": ["user"], "content": "x"}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}],
+        [{"role": "user", "content": [1]}], [{"role": "user", "content": "\ufdd0"}],
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_bad_messages_are_a_bad_request(server: Running, messages: Any) -> None:
+    status, answer = server.post("/v1/chat/completions", {"model": "tiny", "messages": messages})
+    assert status == 400 and answer["error"]["param"].startswith("messages")
+
+
+def test_what_asks_for_nothing_is_taken(server: Running) -> None:
+    fields = {"n": 1, "logprobs": None, "echo": False, "user": "me", "frequency_penalty": 0.0, "logit_bias": {}}
+    status, answer = server.post(PATH, ASK | fields | {"stop": None, "seed": None, "stream": False})
+    assert status == 200, answer
+
+
+def test_a_body_of_a_hundred_megabytes(server: Running) -> None:
+    """Whether its length is told or it comes in chunks, whether the client reads on or not."""
+    connection = server.raw(HEAD + b"Content-Length: 100000000\r\n\r\n")
+    for _ in range(100):
+        connection.sendall(b" " * 1_000_000)
+    assert status_of(connection) == 413
+    connection = server.raw(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+    for _ in range(100):
+        connection.sendall(b"F4240\r\n" + b" " * 1_000_000 + b"\r\n")
+    assert status_of(connection) == 413
+    waits = server.raw(HEAD + b"Content-Length: 100000000\r\nExpect: 100-continue\r\n\r\n")
+    assert status_of(waits) == 413  # and no 100 before
+    assert server.is_well()
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"Content-Length: -1\r\n\r\n{}",
+        b"Content-Length: -1\r\n\r\n",
+        b"Content-Length: 99999999999999999999999999\r\n\r\n{}",
+        b"Content-Length: 0x10\r\n\r\n{}",
+        b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+        b"Content-Length: +2\r\n\r\n{}",
+        b"Transfer-Encoding: chunked\r\n\r\n-1\r\n{}\r\n0\r\n\r\n",
+        b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        b"X: " + b"x" * 200_000 + b"\r\n\r\n",
+        b"no colon here\r\n\r\n",
+    ],
+    ids=lambda rest: repr(rest[:40]),
+)
+def test_broken_http_is_answered_at_once(server: Running, rest: bytes) -> None:
+    assert status_of(server.raw(HEAD + rest)) in (400, 431, 501)
+    assert server.is_well()
+
+
+def test_a_body_that_never_comes(server: Running) -> None:
+    assert status_of(server.raw(HEAD + b"Content-Length: 10\r\n\r\n{}")) == 408  # after a second, as set here
+    server.raw(HEAD + b"Content-Length: 10\r\n\r\n{}").close()
+    assert server.is_well()
+
+
+def test_other_paths_and_methods(server: Running) -> None:
+    for method, path, expected in (
+        ("GET", "/v1/completions", 405), ("GET", "/etc/passwd", 404), ("GET", "/../../etc/passwd", 404),
+        ("POST", "/", 405), ("DELETE", "/v1/models/tiny", 405), ("GET", "/page.html", 404), ("OPTIONS", PATH, 405),
+    ):  # fmt: skip
+        status, _, answer = server.request(method, path)
+        assert status == expected and json.loads(answer)["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_hangs_up_frees_its_place(server: Running, stream: bool) -> None:
+    body = json.dumps(LONG | {"stream": stream}).encode()
+    head = HEAD + b"Content-Length: %d\r\n\r\n" % len(body)
+    connections = [server.raw(head + body) for _ in range(3)]
+    if stream:
+        for connection in connections:
+            assert b"200 OK" in connection.recv(1000)
+            while b"data:" not in connection.recv(1000):
+                pass
+    wait_until(lambda: server.under_way() == 3)
+    connections[0].close()
+    wait_until(lambda: server.under_way() == 2)
+    for connection in connections:
+        connection.close()
+    wait_until(lambda: server.under_way() == 0)
+    assert server.worker._jobs == {} and len(server.worker._batch) == 0
+    assert server.is_well()
+
+
+def test_beyond_the_queue_a_request_is_sent_away(model: Model) -> None:
+    with running(model, Limits(tokens=4000), rows=2, waiting=1) as server:
+        body = json.dumps(LONG | {"stream": True}).encode()
+        waiting = [server.raw(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body) for _ in range(3)]
+        wait_until(lambda: server.under_way() == 3)
+        status, headers, answer = server.request("POST", PATH, json.dumps(ASK).encode())
+        assert status == 429 and headers["retry-after"] == "1"
+        assert json.loads(answer)["error"]["type"] == "rate_limit_error"
+        for connection in waiting:
+            connection.close()
+        assert server.is_well()
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("localhost", 200), ("LocalHost:9", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("my-mac.local", 200),
+        ("evil.example", 403), ("evil.example:80", 403), ("127.0.0.1.evil.example", 403), ("localhost.evil", 403),
+        ("127.0.0.1:80@evil", 403), ("", 403), ("0.0.0.0", 403), ("192.168.0.5", 403), ("localhost:x", 403),
+    ],
+)  # fmt: skip
+def test_a_foreign_host_is_refused(locked: Running, host: str, expected: int) -> None:
+    for path in ("/", "/health", "/v1/models"):
+        status, _, _ = locked.request("GET", path, headers={"Host": host, "Authorization": f"Bearer {KEY}"})
+        assert status == expected, path
+
+
+def test_two_hosts_or_none_are_refused(locked: Running) -> None:
+    assert status_of(locked.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil\r\n\r\n")) in (400, 403)
+    assert status_of(locked.raw(b"GET /health HTTP/1.1\r\n\r\n")) in (400, 403)
+    assert status_of(locked.raw(b"GET /health HTTP/1.0\r\n\r\n")) in (400, 403)
+
+
+def test_a_foreign_origin_is_refused(locked: Running) -> None:
+    own = f"http://127.0.0.1:{locked.port}"
+    for origin, expected in (
+        (own, 200), ("http://localhost:3000", 200), ("http://localhost:3001", 403), ("null", 403), ("", 403),
+        ("http://evil.example", 403), (own + "0", 403), (own.replace("http", "https"), 403),
+    ):  # fmt: skip
+        headers = {"Origin": origin, "Authorization": f"Bearer {KEY}"}
+        status, told, _ = locked.request("POST", PATH, json.dumps(ASK).encode(), headers)
+        assert status == expected, origin
+        allowed = told.get("access-control-allow-origin")
+        assert allowed == (origin if origin == "http://localhost:3000" else None)
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    assert locked.request("OPTIONS", PATH, headers={"Origin": "http://localhost:3000", **asks})[0] == 200
+    assert locked.request("OPTIONS", PATH, headers={"Origin": "http://evil.example", **asks})[0] == 403
+
+
+@pytest.mark.parametrize(
+    "given",
+    [None, "", "Bearer", "Bearer ", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", KEY, f"Basic {KEY}", "Bearer \xff\xfe"],
+)
+def test_nobody_asks_without_the_key(locked: Running, given: str | None) -> None:
+    headers = {} if given is None else {"Authorization": given}
+    for method, path in (("GET", "/v1/models"), ("POST", PATH), ("POST", "/v1/chat/completions"), ("GET", "/v1/x")):
+        status, told, answer = locked.request(method, path, headers=headers)
+        assert status == 401 and told["www-authenticate"] == "Bearer"
+        assert json.loads(answer)["error"]["code"] == "invalid_api_key"
+        assert KEY not in answer.decode()
+    assert locked.request("GET", "/", headers=headers)[0] == 200
+
+
+def test_many_strangers_at_once_do_not_disturb_one_who_asks(server: Running) -> None:
+    """Hang-ups, bad bodies and requests, all at a time; then all is as before."""
+    body = json.dumps(LONG | {"stream": True}).encode()
+    before = server.post(PATH, ASK | {"seed": 1})[1]["choices"]
+
+    def one(i: int) -> Any:
+        if i % 3 == 0:
+            server.raw(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body).close()
+        elif i % 3 == 1:
+            assert server.post(PATH, b"{")[0] == 400
+        else:
+            return server.post(PATH, ASK | {"seed": 1})[1]["choices"]
+        return before
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(found == before for found in pool.map(one, range(48)))
+    assert server.is_well()
