@@ -66,6 +66,7 @@ def _serve(args: argparse.Namespace) -> None:
         waiting=args.queue,
         limits=Limits(tokens=args.max_tokens),
     )
+
     def on_start(address: str) -> None:
         if args.json:
             print(json.dumps({"url": address, "model": options.name}), flush=True)

@@ -40,9 +40,7 @@ class LoadedConfig(Loaded[Config]):
     """The configuration that all commands share, loaded."""
 
 
-def load(
-    path: str | Path | None, overrides: Sequence[str | tuple[str, Any]], schema: type[Schema]
-) -> Loaded[Schema]:
+def load(path: str | Path | None, overrides: Sequence[str | tuple[str, Any]], schema: type[Schema]) -> Loaded[Schema]:
     """Reads and checks a configuration of any schema, as `load_config` does."""
     values, sources = _read_settings(path, overrides, schema)
     return Loaded(_checked(values, sources, schema), sources)
@@ -96,7 +94,7 @@ def _read_settings(
     sources = {key: f"{path}:{line}" for key, line in tree.lines.items()}
     for override in overrides:
         key, value = _parsed(override, schema) if isinstance(override, str) else override
-        _override(tree.values, sources, key, value)
+        _override(tree.values, sources, key, value, schema)
     return tree.values, sources
 
 
@@ -128,10 +126,10 @@ def _parsed(word: str, schema: type[BaseModel]) -> tuple[str, Any]:
     return key, parse_scalar(text, key)
 
 
-def _override(values: dict[str, Any], sources: dict[str, str], key: str, value: Any) -> None:
-    *parents, leaf = key.split(".")
+def _override(values: dict[str, Any], sources: dict[str, str], key: str, value: Any, schema: type[BaseModel]) -> None:
+    whole, leaf = _split(key, schema)
     keys, section = values, ""
-    for parent in parents:
+    for parent in whole.split("."):
         section = f"{section}.{parent}".removeprefix(".")
         inner = keys.get(parent)
         if inner is not None and not isinstance(inner, dict):
@@ -193,13 +191,26 @@ def _describe(error: ValidationError, sources: dict[str, str], schema: type[Base
 
 def _key_of(place: tuple[int | str, ...], schema: type[BaseModel]) -> str:
     """The dotted key of a place in the values, without what is inside a key's own value."""
-    sections = {key.rpartition(".")[0] for key in leaf_keys(schema)} | set(schema.model_fields)
-    key = str(place[0])
-    for part in place[1:]:
-        if key not in sections:
+    key = ""
+    for part in place:
+        if key and key not in _sections(schema):
             break
-        key = f"{key}.{part}"
+        key = f"{key}.{part}".removeprefix(".")
     return key
+
+
+def _sections(schema: type[BaseModel]) -> set[str]:
+    return {key.rpartition(".")[0] for key in leaf_keys(schema)}
+
+
+def _split(key: str, schema: type[BaseModel]) -> tuple[str, str]:
+    """A dotted key as its section, the innermost that there is, and the rest."""
+    section, _, leaf = key.partition(".")
+    head, _, rest = leaf.partition(".")
+    while rest and f"{section}.{head}" in _sections(schema):
+        section, leaf = f"{section}.{head}", rest
+        head, _, rest = leaf.partition(".")
+    return section, leaf
 
 
 def _expected(key: str, problem: Any, schema: type[BaseModel]) -> str:
@@ -213,12 +224,12 @@ def _expected(key: str, problem: Any, schema: type[BaseModel]) -> str:
 
 
 def _unknown(key: str, schema: type[BaseModel]) -> str:
-    section, _, leaf = key.rpartition(".")
+    section, leaf = _split(key, schema)
     keys = leaf_keys(schema)
-    elsewhere = [k for k in keys if k.endswith(f".{leaf}")]
-    if not section:
+    elsewhere = [k for k in keys if k.endswith(f".{leaf or section}")]
+    if not leaf:
         hint = f"; it belongs under '{elsewhere[0].split('.')[0]}:'" if elsewhere else ""
-        return f"unknown section{hint or did_you_mean(leaf, schema.model_fields)}"
+        return f"unknown section{hint or did_you_mean(section, schema.model_fields)}"
     if elsewhere:
         return f"unknown key; did you mean '{elsewhere[0]}'?"
     own = [k.removeprefix(f"{section}.") for k in keys if k.startswith(f"{section}.")]

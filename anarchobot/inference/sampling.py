@@ -36,7 +36,7 @@ def filtered(z: mx.array, settings: GenerationConfig) -> mx.array:
     if settings.method == "top_k" and settings.top_k < z.shape[-1]:
         z = apply_top_k(z, settings.top_k)
     elif settings.method == "nucleus" and settings.top_p < 1:
-        z = apply_top_p(z, settings.top_p)
+        z = apply_top_p(z, mx.array(settings.top_p))  # an array: a number would be compiled into it
     elif settings.method == "min_p":
         z = apply_min_p(z, settings.min_p)
     return z

@@ -19,7 +19,6 @@ from anarchobot.serving.refusals import ApiError
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 COLDEST = 1e-3  # a temperature below this is meant as 0
-TOP_P_DIGITS = 2  # MLX compiles the filter anew for each value of top_p (a second, on a CPU), and keeps it
 
 # Asked for, these can't be had. Their values that ask for nothing are taken, and so is null.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
@@ -114,7 +113,7 @@ class _Request(_Form):
         return trained.model_copy(update=update)
 
     def _draw(self, method: str) -> dict[str, Any]:
-        top_p = None if self.top_p is None else round(self.top_p, TOP_P_DIGITS)
+        top_p = self.top_p
         if (self.temperature is not None and self.temperature < COLDEST) or top_p == 0:
             return {"method": "greedy"}
         update: dict[str, Any] = {}
