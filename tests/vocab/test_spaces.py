@@ -1,0 +1,55 @@
+"""Two spaces made one: against closed forms and a plain loop over the whole matrix."""
+
+import numpy as np
+import pytest
+
+from anarchobot.vocab import spaces
+from anarchobot.vocab.spaces import in_one_space, nearest, rotation, unit
+
+RNG = np.random.default_rng(0)
+
+
+def vectors(rows: int, dim: int = 24) -> spaces.Floats:
+    return RNG.standard_normal((rows, dim)).astype(np.float32)
+
+
+def turn(dim: int = 24) -> spaces.Floats:
+    return np.linalg.qr(RNG.standard_normal((dim, dim)))[0].astype(np.float32)
+
+
+def test_a_known_rotation_is_found() -> None:
+    x, w = vectors(100), turn()
+    assert np.allclose(rotation(x, x @ w), w, atol=1e-4)
+    found = rotation(x, x @ w + 0.1 * vectors(100))
+    assert np.allclose(found @ found.T, np.eye(24), atol=1e-5)  # whatever the data: lengths and angles stay
+    assert np.abs(found - w).max() < 0.1
+
+
+@pytest.mark.parametrize("block", [7, 1024])
+def test_csls_is_that_of_the_whole_matrix(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spaces, "BLOCK", block)
+    t, s = unit(vectors(40)), unit(vectors(60))
+    rows, candidates = np.arange(3, 33), np.arange(5, 60)
+    found = nearest("procrustes", t, s, rows, candidates, 4)
+    cosines = (t[rows].astype(np.float64)) @ s[candidates].astype(np.float64).T
+    r_t = np.sort(cosines, axis=1)[:, -10:].mean(axis=1, keepdims=True)
+    r_s = np.sort(cosines, axis=0)[-10:].mean(axis=0, keepdims=True)
+    best = np.argsort(-(2 * cosines - r_t - r_s), axis=1)[:, :4]
+    assert np.array_equal(found.ids, candidates[best])
+    assert np.allclose(found.cosines, np.take_along_axis(cosines, best, axis=1), atol=1e-5)
+
+
+def test_relative_is_tokaligns() -> None:
+    """Cosines to the pivots on each side, their product, the best."""
+    t, s = vectors(30), vectors(50)
+    pivots = np.array([1, 4, 9]), np.array([0, 7, 30])
+    ours = in_one_space("relative", t, s, pivots, (np.ones(30, bool), np.ones(50, bool)))
+    cosine_t = np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in t[pivots[0]]] for a in t])
+    cosine_s = np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in s[pivots[1]]] for a in s])
+    found = nearest("relative", *ours, np.arange(30), np.arange(50), 1)
+    assert np.array_equal(found.ids[:, 0], np.argmax(cosine_t @ cosine_s.T, axis=1))
+
+
+def test_nothing_to_look_for_is_nothing_found() -> None:
+    found = nearest("procrustes", unit(vectors(5)), unit(vectors(5)), np.arange(0), np.arange(5), 3)
+    assert found.ids.shape == (0, 3)

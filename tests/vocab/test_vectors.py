@@ -1,0 +1,49 @@
+"""Vectors of token ids, by gensim."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anarchobot.config.errors import UserError
+from anarchobot.vocab.vectors import SENTENCE_TOKENS, Learning, learn_vectors, token_sentences
+from tests.data.bytes_tokenizer import Bytes
+
+pytest.importorskip("gensim")
+
+# Ids 0-4 stand among 10-14, ids 5-9 among 20-24: what is alike stands among the same.
+RNG = np.random.default_rng(0)
+TEXT = [
+    np.array([x for _ in range(10) for x in (RNG.integers(5) + 5 * half, RNG.integers(5) + 10 * (half + 1))])
+    for half in RNG.integers(2, size=800)
+]
+
+
+@pytest.mark.parametrize("backend", ["fasttext", "word2vec"])
+def test_tokens_are_near_that_stand_among_the_same(backend: str) -> None:
+    learning = Learning(backend=backend, dim=16, epochs=5, threads=1)  # type: ignore[arg-type]
+    vectors, counts = learn_vectors(TEXT, 30, learning, 0)
+    assert vectors.shape == (30, 16)
+    unit = vectors[:10] / np.linalg.norm(vectors[:10], axis=1, keepdims=True)
+    cosines = unit @ unit.T
+    assert cosines[:5, :5].min() > cosines[:5, 5:].max()
+    assert counts.sum() == sum(map(len, TEXT))
+    assert not vectors[25:].any()  # ids that never come
+    again, _ = learn_vectors(TEXT, 30, learning, 0)
+    assert np.array_equal(vectors, again)
+    assert not np.array_equal(vectors, learn_vectors(TEXT, 30, learning, 1)[0])
+
+
+def test_rare_ids_get_no_vector() -> None:
+    vectors, counts = learn_vectors([*TEXT, np.array([29])], 30, Learning(dim=8, epochs=1, threads=1, mincount=2), 0)
+    assert counts[29] == 1
+    assert not vectors[29].any()
+    with pytest.raises(UserError, match="no token comes 1000000 times"):
+        learn_vectors(TEXT, 30, Learning(mincount=10**6), 0)
+
+
+def test_lines_become_sentences_of_ids(tmp_path: Path) -> None:
+    tokenizer = Bytes(tmp_path)
+    found = list(token_sentences(["abc\nlong enough\n", "x" * 2500], tokenizer, 5))
+    assert tokenizer.decode(found[0].tolist()) == "long enough"
+    assert [len(sentence) for sentence in found[1:]] == [SENTENCE_TOKENS, SENTENCE_TOKENS, 500]
