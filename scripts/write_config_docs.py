@@ -3,9 +3,14 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
 from anarchobot.cli import corpus, generating, training
+from anarchobot.config.adapt_schema import AdaptConfig
 from anarchobot.config.loading import expectation, leaf_keys
 from anarchobot.config.schema import Config
 
@@ -14,7 +19,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 INTRODUCTION = """\
 # Configuration
 
-<!-- Written by scripts/write_config_docs.py from anarchobot/config/schema.py: change it there. -->
+<!-- Written by scripts/write_config_docs.py from anarchobot/config/schema.py and adapt_schema.py: change it there. -->
 
 A configuration is one YAML file, named on the command line: `anarchobot pretrain configs/quickstart.yaml`. No other
 place is searched. Any section and any key may be left out. Any key can be set on the command line as well,
@@ -34,21 +39,33 @@ taken where a whole number is wanted, and `50_000` too. Aliases, tags and keys g
 told in one line, with the file, its line, the key and what was expected; the exit code is 2.
 """
 
+ADAPT_VOCAB = """\
+# Settings of adapt-vocab
+
+A file of its own, read by the same rules. A key of three parts stands two sections deep: `embedding.fasttext.epochs`.
+"""
+
 
 def page() -> str:
     """The whole page."""
-    parts = [INTRODUCTION, _flags()]
-    for section, info in Config.model_fields.items():
+    return "\n".join([INTRODUCTION, _flags(), *_sections(Config), ADAPT_VOCAB, *_sections(AdaptConfig)])
+
+
+def _sections(schema: type[BaseModel]) -> Iterator[str]:
+    for section, info in schema.model_fields.items():
         rows = [
-            f"| `{key.partition('.')[2]}` | `{json.dumps(leaf.default)}` | {_cell(expectation(leaf))} "
+            f"| `{key.partition('.')[2]}` | {_default(leaf)} | {_cell(expectation(leaf))} "
             f"| {_cell(leaf.description or '')} |"
-            for key, leaf in leaf_keys().items()
+            for key, leaf in leaf_keys(schema).items()
             if key.startswith(f"{section}.")
         ]
         summary = (info.annotation.__doc__ or "") if info.annotation else ""
         head = ["| key | default | takes | meaning |", "| --- | --- | --- | --- |"]
-        parts.append("\n".join([f"## {section}", "", summary, "", *head, *rows, ""]))
-    return "\n".join(parts)
+        yield "\n".join([f"## {section}", "", summary, "", *head, *rows, ""])
+
+
+def _default(leaf: FieldInfo) -> str:
+    return "must be set" if leaf.is_required() else f"`{json.dumps(leaf.default)}`"
 
 
 def _flags() -> str:

@@ -7,6 +7,7 @@ Shapes: B rows, V vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -36,7 +37,8 @@ def filtered(z: mx.array, settings: GenerationConfig) -> mx.array:
     if settings.method == "top_k" and settings.top_k < z.shape[-1]:
         z = apply_top_k(z, settings.top_k)
     elif settings.method == "nucleus" and settings.top_p < 1:
-        z = apply_top_p(z, mx.array(settings.top_p))  # an array: a number would be compiled into it
+        top_p: Any = mx.array(settings.top_p)  # a number would be compiled into the filter, each anew
+        z = apply_top_p(z, top_p)
     elif settings.method == "min_p":
         z = apply_min_p(z, settings.min_p)
     return z

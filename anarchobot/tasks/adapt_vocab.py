@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from anarchobot.vocab.alignment import Plan, Side, align
 from anarchobot.vocab.corpus import read_corpus, write_corpus
 from anarchobot.vocab.forms import forms
 from anarchobot.vocab.rows import EMBEDDING, rebuilt, zero_rows
+from anarchobot.vocab.spaces import Floats
 from anarchobot.vocab.target import extend, is_one_token
 from anarchobot.vocab.terms import mine_terms
 from anarchobot.vocab.vectors import Learning, learn_vectors, token_sentences
@@ -129,7 +130,7 @@ class _Adaptation:
 
         return self.stages.run("corpus", work, settings=own.model_dump() | {"seed": self.seed}, inputs=inputs)
 
-    def _texts(self, corpus: Done) -> Any:
+    def _texts(self, corpus: Done) -> Iterator[str]:
         """What is learned from: the field's training side, and the general text."""
         general = corpus.folder / GENERAL
         domain = read_corpus(corpus.folder / DOMAIN, self.settings.corpus.val_fraction, "train")
@@ -260,7 +261,7 @@ class _Adaptation:
             begin = next(begins, self.target.eod_id)
         return self.base.model.model_copy(update={"vocab_size": self.target.vocab_size, "bos_id": begin})
 
-    def _write_model(self, folder: Path, params: Any) -> Path:
+    def _write_model(self, folder: Path, params: Mapping[str, Floats]) -> Path:
         """A run's folder with step 0, ready to generate, export and tune."""
         name = copy_beside(self.target, folder)
         data = DataConfig(seq_len=min(self.base.config.data.seq_len, self._model.max_seq_len))

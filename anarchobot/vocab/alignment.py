@@ -20,7 +20,7 @@ import numpy.typing as npt
 from anarchobot.config.errors import UserError
 from anarchobot.data.tokenizer import Tokenizer
 from anarchobot.vocab.forms import Form, Matching, forms
-from anarchobot.vocab.spaces import Floats, Ids, in_one_space, nearest
+from anarchobot.vocab.spaces import Floats, Ids, Nearest, in_one_space, nearest
 
 ROUTES = ("special", "shared", "aligned", "pieces", "mean", "random")
 SPECIAL, SHARED, ALIGNED, PIECES, MEAN, RANDOM = range(len(ROUTES))
@@ -114,7 +114,7 @@ def _matched(
     pivot_count: int,
     top_k: int,
     seed: int,
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[Nearest, dict[str, Any]]:
     """The nearest source tokens of `open_ids`, and how well that finds shared tokens that were no pivots."""
     source_forms, target_forms = both
     text = np.array([form.kind in ("text", "byte") for form in target_forms])
@@ -140,8 +140,7 @@ def _matched(
         "held_out": len(held),
         "precision_at_1": round(float(hits.mean()), 4) if len(held) else None,
     }
-    kept = type(found)(found.ids[: len(open_ids)], found.cosines[: len(open_ids)])
-    return kept, report
+    return Nearest(found.ids[: len(open_ids)], found.cosines[: len(open_ids)]), report
 
 
 def _spelled(form: Form, tokenizer: Tokenizer, source: list[Form]) -> list[int]:

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 
+from anarchobot.config.adapt_schema import AdaptConfig
 from anarchobot.config.loading import leaf_keys
 
 
@@ -26,7 +27,9 @@ def test_the_page_is_fresh(script: ModuleType, capsys: pytest.CaptureFixture[str
 
 def test_every_key_has_its_row(script: ModuleType) -> None:
     rows = [line for line in script.page().splitlines() if line.startswith("| `") and not line.startswith("| `--")]
-    assert [row.split("`")[1] for row in rows] == [key.partition(".")[2] for key in leaf_keys()]
+    assert [row.split("`")[1] for row in rows] == [
+        key.partition(".")[2] for key in (*leaf_keys(), *leaf_keys(AdaptConfig))
+    ]
     assert {row.replace("\\|", "").count("|") for row in rows} == {5}
 
 
