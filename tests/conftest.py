@@ -1,6 +1,7 @@
 """What all tests share. MLX is imported after a fast BLAS, where there is one: it only makes the suite quicker."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from anarchobot.system.blas import load_fast_blas
 from tests.tiny import make_shards
 
 load_fast_blas()
+
+# A suite in the background of a shell ignores Ctrl-C, and so would the programs that it starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def shared_data_folder() -> Path | None:
