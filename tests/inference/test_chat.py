@@ -59,12 +59,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> type[Asked]:
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Iterator[KnowledgeBase]:
-    (tmp_path / "ants.txt").write_text("Ants have six legs.")
-    (tmp_path / "bees.txt").write_text("Bees have six legs and four wings.")
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KnowledgeBase]:
+    """The sources have short names, wherever the folder is: they go into the prompt."""
+    monkeypatch.chdir(tmp_path)
+    Path("ants.txt").write_text("Ants have six legs.")
+    Path("bees.txt").write_text("Bees have six legs and four wings.")
     with KnowledgeBase(tmp_path / "kb.sqlite", KnowledgeBaseConfig(), create=True) as opened:
         for name in ("ants.txt", "bees.txt"):
-            opened.add(tmp_path / name, DataConfig(), Counts())
+            opened.add(Path(name), DataConfig(), Counts())
         yield opened
 
 
@@ -138,13 +140,13 @@ def test_a_long_question_may_take_the_answers_room(talker: Model) -> None:
 
 
 def test_passages_go_before_the_question_with_their_sources_and_not_into_the_history(
-    talker: Model, asked: type[Asked], base: KnowledgeBase, tmp_path: Path
+    talker: Model, asked: type[Asked], base: KnowledgeBase
 ) -> None:
     session = ChatSession(talker, GREEDY, base)
     session.answer("How many wings have bees?")
     (context,) = asked.contexts
     shown = talker.tokenizer.decode(context)
-    assert f"{tmp_path / 'bees.txt'}\nBees have six legs and four wings." in shown
+    assert "bees.txt\nBees have six legs and four wings." in shown
     assert shown.index("four wings") < shown.index("How many wings have bees?")
     assert session.turns[0].content == "How many wings have bees?"
     session.answer("zzz")

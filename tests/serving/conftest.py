@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Running:
     port: int
     worker: Worker
     server: HttpServer
+    opened: list[socket.socket] = field(default_factory=list)  # by `raw`: closed at the end, if nobody did before
 
     @property
     def url(self) -> str:
@@ -58,6 +59,7 @@ class Running:
 
     def raw(self, sent: bytes) -> socket.socket:
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        self.opened.append(connection)
         connection.sendall(sent)
         return connection
 
@@ -87,9 +89,12 @@ def running(model: Model, limits: Limits | None = None, rows: int = 16, **option
         server = HttpServer(make_app(model, TRAINED, chosen, worker), worker)
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
+        found = Running(port, worker, server)
         try:
-            yield Running(port, worker, server)
+            yield found
         finally:
+            for connection in found.opened:
+                connection.close()
             server.should_exit = True
             thread.join()
 
