@@ -17,8 +17,8 @@ anything = st.recursive(
 )
 stops = st.lists(st.text(min_size=1, max_size=5), max_size=4)
 plausible: dict[str, st.SearchStrategy[Any]] = {
-    "temperature": st.floats(0, 2), "top_p": st.sampled_from([0, 0.004, 0.5, 1]), "seed": st.integers(),
-    "stream": st.booleans(), "stop": stops, "max_tokens": st.integers(1, 5),
+    "temperature": st.floats(0, 2), "top_p": st.sampled_from([0, 0.004, 0.5, 1]),
+    "seed": st.integers(-(2**63), 2**63 - 1), "stream": st.booleans(), "stop": stops, "max_tokens": st.integers(1, 5),
 }  # fmt: skip
 texts = st.text(max_size=40)
 roles = st.sampled_from(["system", "user", "assistant"])
