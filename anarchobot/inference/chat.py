@@ -17,6 +17,20 @@ from anarchobot.knowledge.knowledge_base import Hit, KnowledgeBase
 from anarchobot.knowledge.prompt import with_passages
 
 
+def chat_encoder(model: Model, template: str = "auto") -> ChatEncoder:
+    """The model's tokenizer with a chat template: "auto" is that beside the tokenizer, or else a plain one. Raises
+    UserError when it can't be used."""
+    tokenizer = load_chat_tokenizer(model.tokenizer.files[0])
+    return ChatEncoder(tokenizer, load_template(tokenizer, template))
+
+
+def chat_warnings(encoder: ChatEncoder) -> list[str]:
+    """What keeps a model from answering well, a line each."""
+    where = encoder.template.where
+    untaught = f"no chat template comes with this model: it was not taught to answer ({where} is used)"
+    return [untaught] * (where in ("chatml", "plain")) + encoder.warnings()
+
+
 class ChatSession:
     """`turns`: the user's and the assistant's, by turns; `hits`: what was found for the last question and went before
     it; `forgotten`: how many of the turns no longer fit. Passages are not kept in the turns."""
@@ -24,11 +38,9 @@ class ChatSession:
     def __init__(self, model: Model, settings: GenerationConfig, base: KnowledgeBase | None = None) -> None:
         """The template is that beside the model's tokenizer, or else a plain one. Raises UserError when it can't be
         used."""
-        tokenizer = load_chat_tokenizer(model.tokenizer.files[0])
         self._model, self._settings, self._base = model, settings, base
-        self._encoder = ChatEncoder(tokenizer, load_template(tokenizer))
-        end = self._encoder.end_of_turn()
-        self._stop = {tokenizer.eod_id} | ({end} if end is not None else set())
+        self._encoder = chat_encoder(model)
+        self._stop = self._encoder.stop()
         self._system: list[Message] = []
         self._question, self._answers = "", 0
         self.turns: list[Message] = []
@@ -37,11 +49,7 @@ class ChatSession:
 
     def warnings(self) -> list[str]:
         """What keeps this model from answering well, a line each."""
-        where = self._encoder.template.where
-        if where not in ("chatml", "plain"):
-            return self._encoder.warnings()
-        untaught = f"no chat template comes with this model: it was not taught to answer ({where} is used)"
-        return [untaught, *self._encoder.warnings()]
+        return chat_warnings(self._encoder)
 
     def answer(self, question: str, on_text: Callable[[str], None] = lambda text: None) -> str:
         """The model's answer; `on_text` gets it piece by piece. When this is interrupted, what was said until then is

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from anarchobot.config.errors import UserError
+from anarchobot.config.yaml_tree import parse
 from anarchobot.storage.lock import NAME as LOCK
 
 Point = tuple[int, float]
@@ -95,11 +94,12 @@ def find_runs(path: str | Path) -> Iterator[RunLog]:
 
 
 def _config(folder: Path) -> dict[str, dict[str, Any]]:
+    file = folder / "config.yaml"
     try:
-        found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        found = parse(file.read_bytes(), str(file)).values
+    except (OSError, UserError):
         return {}
-    return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
+    return {section: keys for section, keys in found.items() if isinstance(keys, dict)}
 
 
 def _environment(logs: Path) -> dict[str, Any]:

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from anarchobot.data.conversations.conversation import Message, Misfit
-from anarchobot.data.conversations.masks import ChatEncoder
-from anarchobot.data.conversations.template import load_template
-from anarchobot.data.tokenizer import load_chat_tokenizer
+from anarchobot.inference.chat import chat_encoder, chat_warnings
 from anarchobot.inference.generation import prompt_ids
 from anarchobot.inference.model import Model
 from anarchobot.serving.refusals import ApiError
@@ -24,17 +22,12 @@ class Prompts:
 
     def __init__(self, model: Model) -> None:
         """Raises UserError when the chat template can't be used."""
-        tokenizer = load_chat_tokenizer(model.tokenizer.files[0])
-        self._model, self._encoder = model, ChatEncoder(tokenizer, load_template(tokenizer))
-        self._end = frozenset({model.tokenizer.eod_id})
-        turn = self._encoder.end_of_turn()
-        self._end_of_turn = self._end | frozenset({tokenizer.eod_id} if turn is None else {tokenizer.eod_id, turn})
+        self._model, self._encoder = model, chat_encoder(model)
+        self._end, self._end_of_turn = frozenset({model.tokenizer.eod_id}), self._encoder.stop()
 
     def warnings(self) -> list[str]:
         """What keeps this model from answering well in a chat, a line each."""
-        where = self._encoder.template.where
-        untaught = f"no chat template comes with this model: it was not taught to answer ({where} is used)"
-        return [untaught] * (where in ("chatml", "plain")) + self._encoder.warnings()
+        return chat_warnings(self._encoder)
 
     def of_text(self, text: str) -> Prompt:
         """As `generate` has it. Raises ApiError (400) for one that leaves no room in max_seq_len."""

@@ -4,6 +4,7 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ import numpy as np
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, DataConfig
 from anarchobot.data.batches import ValBatches
-from anarchobot.data.conversations.masks import ChatEncoder
+from anarchobot.data.conversations.conversation import Misfit
 from anarchobot.data.conversations.reading import conversations
 from anarchobot.data.conversations.tally import Tally
-from anarchobot.data.conversations.template import load_template
 from anarchobot.data.shards import TokenStream
 from anarchobot.data.sources.documents import Counts, from_files
-from anarchobot.data.tokenizer import digest, load_chat_tokenizer
+from anarchobot.data.tokenizer import digest
 from anarchobot.data.windows import StreamWindows
 from anarchobot.evaluation.rouge import rouge
+from anarchobot.inference.chat import chat_encoder
 from anarchobot.inference.generation import TextBatch
 from anarchobot.inference.likelihood import likelihoods, rolling
 from anarchobot.inference.model import Model, load_model
@@ -91,7 +92,7 @@ def of_shards(model: Model, config: Config, folder: str) -> Figures:
 def of_texts(model: Model, names: Sequence[str], limit: int | None, say: Callable[[str], None]) -> Figures:
     """Files of text, JSONL or Parquet, each document by itself, each of its tokens scored once."""
     counts, nats, tokens, size = Counts(), 0.0, 0, 0
-    texts = [document.text for document in from_files(names, DataConfig(), counts)][:limit]
+    texts = [document.text for document in islice(from_files(names, DataConfig(), counts), limit)]
     for start in range(0, len(texts), UNIT):
         unit = texts[start : start + UNIT]
         ids = model.tokenizer.encode_batch(unit)
@@ -107,27 +108,35 @@ def of_texts(model: Model, names: Sequence[str], limit: int | None, say: Callabl
 
 def of_answers(model: Model, config: Config, name: str, limit: int | None, say: Callable[[str], None]) -> Figures:
     """ROUGE of the last answers of conversations, each written anew by the likeliest tokens."""
-    tally = Tally()
-    tokenizer = load_chat_tokenizer(model.tokenizer.files[0])
-    encoder = ChatEncoder(tokenizer, load_template(tokenizer, config.chat.template))
-    found = [talk for _, talk in conversations(DataConfig(dataset=name), tally) if talk[-1].role == "assistant"][:limit]
-    prompts = [encoder.prompt(talk[:-1]).tolist() for talk in found]
-    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) < model.shape.max_seq_len]
+    tally, encoder = Tally(), chat_encoder(model, config.chat.template)
+    asked: list[tuple[list[int], str]] = []  # prompts, and what was said
+    too_long = 0
+    for place, talk in conversations(DataConfig(dataset=name), tally):
+        if len(asked) + too_long == limit:
+            break
+        if talk[-1].role != "assistant":
+            continue
+        try:
+            prompt = encoder.prompt(talk[:-1]).tolist()
+        except Misfit as misfit:
+            tally.take_back(place, misfit)
+            continue
+        if len(prompt) < model.shape.max_seq_len:
+            asked.append((prompt, talk[-1].content))
+        else:
+            too_long += 1
     for line in tally.lines():
         say(line)
-    if not fitting:
+    if not asked:
         raise UserError(f"{name}: no answer is left to compare with (read {tally.read:,})")
     settings = config.generation.model_copy(update={"method": "greedy"})
-    end = encoder.end_of_turn()
-    stop = {model.tokenizer.eod_id} | ({end} if end is not None else set())
     batch = TextBatch(model)
-    written: dict[int, list[str]] = {batch.insert(prompts[i], settings, stop): [] for i in fitting}
+    written: dict[int, list[str]] = {batch.insert(prompt, settings, encoder.stop()): [] for prompt, _ in asked}
     while batch:
         for piece in batch.step():
             written[piece.request].append(piece.text)
-    answers = ["".join(parts).strip() for parts in written.values()]
-    pairs = zip((found[i][-1].content for i in fitting), answers, strict=True)
-    return rouge(pairs) | {"answers": len(fitting), "too_long": len(found) - len(fitting)}
+    pairs = ((said, "".join(parts).strip()) for (_, said), parts in zip(asked, written.values(), strict=True))
+    return rouge(pairs) | {"answers": len(asked), "too_long": too_long}
 
 
 def of_tasks(model: Model, what: What) -> dict[str, Figures]:

@@ -117,9 +117,7 @@ def tune(
 
 def answer(opened: OpenEngine, encoder: ChatEncoder, conversation: Conversation, config: Config) -> str:
     """What the model says next, as text, on the day of its training: a resumed run says the same."""
-    end = encoder.end_of_turn()
-    stop = {encoder.tokenizer.eod_id} | ({end} if end is not None else set())
-    ids = opened.draw(encoder.prompt(conversation, TRAINING_DAY).tolist(), config.generation, stop)
+    ids = opened.draw(encoder.prompt(conversation, TRAINING_DAY).tolist(), config.generation, encoder.stop())
     text = StopText(config.generation.stop)
     return (text.add(encoder.tokenizer.decode(ids)) + text.rest()).strip()
 

@@ -97,12 +97,13 @@ def test_answers_are_scored_by_rouge_and_two_models_compared(
         said = model.tokenizer.decode(list(continued(model.params, model.shape, prompt, settings, stop))).strip()
         rows += [{"prompt": question, "completion": said}] if any(map(str.isalnum, said)) else []
     rows.append({"prompt": "x " * 300, "completion": "too long a question"})
+    rows.append({"prompt": "a character that is none: \ufdd0", "completion": "left out"})
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ("--rouge", str(tmp_path / "answers.jsonl"), "--output")
     assert main(["evaluate", "--checkpoint", str(run), *words, str(tmp_path / "a.json"), "--quiet"]) == 0
     (figures,) = json.loads((tmp_path / "a.json").read_text())["results"].values()
-    assert figures["rougeL"] == pytest.approx(1.0) and (figures["answers"], figures["too_long"]) == (len(rows) - 1, 1)
-    assert len(rows) > 3
+    assert figures["rougeL"] == pytest.approx(1.0) and (figures["answers"], figures["too_long"]) == (len(rows) - 2, 1)
+    assert len(rows) > 4
     capsys.readouterr()
     assert main(["evaluate", "--compare", str(tmp_path / "a.json"), str(other), *words[:2], "--quiet"]) == 0
     table = capsys.readouterr().out

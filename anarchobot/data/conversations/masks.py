@@ -80,6 +80,11 @@ class ChatEncoder:
         last = int(probe.ids[probe.trained][-1])
         return last if last in self.tokenizer.controls.values() else None
 
+    def stop(self) -> frozenset[int]:
+        """The tokens that end what the assistant says: its end of turn, where there is one, and an end of document."""
+        end = self.end_of_turn()
+        return frozenset({self.tokenizer.eod_id} | ({end} if end is not None else set()))
+
     def warnings(self) -> list[str]:
         """What is wrong with this tokenizer and template together, a line each."""
         found = []
