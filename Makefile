@@ -29,7 +29,7 @@ test: check
 	$(BIN)/python -m pytest -n 2
 
 faults: .venv/dev.done
-	$(BIN)/python -m pytest -m faults -n 2
+	$(BIN)/python -m pytest -m faults -n 2 --timeout 3600
 
 check: .venv/dev.done
 	$(BIN)/ruff check
