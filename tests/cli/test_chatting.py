@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
 import termios
@@ -99,22 +100,26 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_ends_the_chat(run: Path) -> None:
     os.close(theirs)
     seen = b""
 
-    def read_until(wanted: bytes) -> None:
+    def read_until(wanted: bytes, key: bytes = b"") -> None:
+        """`key` is pressed now, and again each second: Python's line editor does not see a Ctrl-C that comes between
+        its prompt and its wait for input."""
         nonlocal seen
+        os.write(ours, key)
         while wanted not in seen:
-            seen += os.read(ours, 4096)
+            if select.select([ours], [], [], 1.0)[0]:
+                seen += os.read(ours, 4096)
+            else:
+                os.write(ours, key)
         seen = seen.partition(wanted)[2]
 
     read_until(b"> ")
-    os.write(ours, b"\x03")
-    read_until(b"Ctrl-D ends the chat")
+    read_until(b"Ctrl-D ends the chat", key=b"\x03")
     read_until(b"> ")
     os.write(ours, b"Hello\n")
     read_until(b"Hello")
     while len(seen) < 200:  # it is answering
         seen += os.read(ours, 4096)
-    os.write(ours, b"\x03")
-    read_until(b"\n> ")
+    read_until(b"\n> ", key=b"\x03")
     os.write(ours, b"\x04")
     assert done.wait(60) == 0
     os.close(ours)
