@@ -78,7 +78,7 @@ clean:
 # The second engine, and programs to compare with: their tests run where these are installed.
 .venv/torch.done: .venv/dev.done
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 peft==0.21.2 trl==1.16.0 \
-	  lm-eval==0.4.13 gensim==4.4.0 openai==3.54.0 playwright==1.65.2
+	  lm-eval==0.4.13 gensim==4.4.0 openai==3.54.0 playwright==1.65.2 datatrove==0.10.1
 	@touch $@
 
 # MKL, only where no fast BLAS is found and it exists: the training step is several times slower without one.

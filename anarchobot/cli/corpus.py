@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anarchobot.cli.parser import add_command, add_config, add_settings, overrides
+from anarchobot.cli.parser import add_command, add_config, add_settings, overrides, positive
 from anarchobot.config.errors import UserError
 
 if TYPE_CHECKING:
-    from anarchobot.config.schema import Config
     from anarchobot.data.shards import Manifest
-    from anarchobot.data.sources.documents import Counts, Document
 
 TOKENIZER_SETTINGS = {
     "--vocab-size": "model.vocab_size",
@@ -55,6 +53,10 @@ def add_commands(commands: Any) -> None:
         help="text, JSONL or Parquet files, folders or globs; default: data.dataset",
     )
     pretokenize.add_argument("--restart", action="store_true", help="start anew; replaces the shards that are there")
+    apart = pretokenize.add_argument_group("in parts, which are joined to the same shards")
+    apart.add_argument("--processes", type=positive, metavar="N", help="N programs on this machine, then join")
+    apart.add_argument("--part", type=_part, metavar="K/N", help="only part K of N, from 0: one on each machine")
+    apart.add_argument("--join", type=positive, metavar="N", help="join N parts that are made")
     add_settings(pretokenize, PRETOKENIZE_SETTINGS)
 
     shards = commands.add_parser("shards", help="look at token shards, or check them")
@@ -66,19 +68,6 @@ def add_commands(commands: Any) -> None:
         add_command(parts, name, run, summary).add_argument("dir", metavar="DIR")
 
 
-def _documents(args: argparse.Namespace, config: "Config", counts: "Counts") -> "tuple[list[str], Iterator[Document]]":
-    """The documents, and the names of what they are read from."""
-    from anarchobot.data.sources.documents import from_files, open_source
-
-    if args.input:
-        return args.input, from_files(args.input, config.data, counts)
-    name, documents = open_source(config.data, config.train.seed, counts, warn=_warn)
-    dataset = config.data.dataset
-    if name == "builtin" or not isinstance(dataset, list):
-        return [name], documents
-    return dataset, documents
-
-
 def _warn(text: str) -> None:
     print(f"WARNING: {text}", file=sys.stderr)
 
@@ -87,6 +76,7 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
     from anarchobot.config.loading import load_config
     from anarchobot.data.sources.documents import Counts
     from anarchobot.data.tokenizer_training import limited, train_tokenizer
+    from anarchobot.tasks.pretokenize import read
 
     config = load_config(args.config, overrides(args)).config
     output = args.output or config.train.tokenizer_path
@@ -95,7 +85,7 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
     prefix = Path(output)  # or the file that is loaded later, as train.tokenizer_path names it
     prefix = prefix.with_name(prefix.name.removesuffix(".model").removesuffix("-vocab.json"))
     counts, taken = Counts(), [0]
-    texts = (document.text for document in _documents(args, config, counts)[1])
+    texts = (document.text for document in read(config, args.input, counts, _warn)[1])
     files = train_tokenizer(
         limited(texts, config.tokenizer.max_train_mb, taken),
         prefix,
@@ -110,64 +100,55 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
         print(f"{files[0]}: {config.model.vocab_size} tokens, learned from {taken[0] / 1e6:.1f} MB of text")
 
 
-def _pretokenize(args: argparse.Namespace) -> None:
+def _pretokenize(args: argparse.Namespace) -> int | None:
     from anarchobot.config.loading import load_config
-    from anarchobot.data.engine import engine_name, with_engine
-    from anarchobot.data.pretokenize import pretokenize
-    from anarchobot.data.resume import source_of
-    from anarchobot.data.sources.documents import Counts
-    from anarchobot.data.tokenizer import load_tokenizer
+    from anarchobot.tasks.pretokenize import in_processes, join_parts, make_part, make_shards, open_corpus
 
     notes: list[str] = []
+    silent = args.quiet or args.json
 
     def say(line: str) -> None:
-        if line.startswith("WARNING") or (sys.stderr.isatty() and not (args.quiet or args.json)):
+        if line.startswith("WARNING") or (sys.stderr.isatty() and not silent):
             print(line, file=sys.stderr)
         else:
             notes.append(line)
 
-    loaded = load_config(args.config, overrides(args))
-    config = loaded.config
-    folder = config.data.shard_dir
-    if not isinstance(folder, str):
-        raise UserError(
-            f"{loaded.where('data.shard_dir')}: several folders: give the one to write to with --output DIR"
-        )
-    if config.train.tokenizer_path is None:
-        raise UserError("which tokenizer? Give --tokenizer FILE, or set train.tokenizer_path")
-    tokenizer = load_tokenizer(config.train.tokenizer_path)
-    if "model.vocab_size" in loaded.sources and tokenizer.vocab_size != config.model.vocab_size:
-        raise UserError(
-            f"{loaded.where('model.vocab_size')}: {config.model.vocab_size}, but {config.train.tokenizer_path} has "
-            f"{tokenizer.vocab_size} tokens: set model.vocab_size: {tokenizer.vocab_size}"
-        )
-    counts = Counts()
-    names, documents = _documents(args, config, counts)
-    tokenizer = with_engine(tokenizer, config.tokenizer.engine, config.tokenizer.on_mismatch, say)
-    with _byte_progress(args.quiet or args.json, _size_of(names)) as progress:
-        manifest = pretokenize(
-            documents,
-            tokenizer,
-            folder,
-            counts=counts,
-            val_fraction=config.data.val_fraction,
-            num_workers=config.data.num_workers,
-            dedup=config.data.dedup,
-            near_dedup=config.data.near_dedup,
-            seed=config.train.seed,
-            source=source_of(names, config.data) | {"tokenised with": engine_name(tokenizer)},
-            restart=args.restart,
-            progress=progress,
-            say=say,
-        )
+    corpus = open_corpus(load_config(args.config, overrides(args)), args.input, say, _warn, args.part)
+    folder = str(corpus.folder)
+    if args.part:
+        part, parts = args.part
+        made = make_part(corpus, part, parts)
+        if args.json:
+            print(json.dumps({"part": part, "parts": parts, "made": made}))
+        elif not args.quiet:
+            print(f"{folder}: part {part}/{parts} is {'made' if made else 'there already'}")
+        return None
+    if args.processes:
+        say(f"tokenising in {args.processes} processes")
+        one_thread = [sys.executable, "-P", "-m", "anarchobot", *args.words, "--workers", "1"]
+        if failed := in_processes(one_thread, args.processes):
+            return failed
+    with _byte_progress(silent, _size_of(corpus.names)) as progress:
+        if parts := args.join or args.processes:
+            manifest = join_parts(corpus, parts, restart=args.restart, progress=progress, say=say)
+        else:
+            manifest = make_shards(corpus, restart=args.restart, progress=progress, say=say)
     if not manifest.of("train"):
         _warn(f"{folder}: all text fell to validation: give more, or set data.val_fraction: 0")
     if args.json:
         print(manifest.to_json(), end="")
     elif not args.quiet:
         _print_summary(folder, manifest)
-        for line in (*notes, *counts.details()):
+        for line in (*notes, *corpus.counts.details()):
             print(f"  {line}")
+    return None
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected K/N with K from 0 to N - 1, such as 0/16")
+    return int(part), int(parts)
 
 
 def _size_of(names: list[str]) -> int | None:

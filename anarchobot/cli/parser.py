@@ -112,3 +112,15 @@ def overrides(args: argparse.Namespace, base: dict[str, Any] | None = None) -> l
             is_text = annotation is str or str in get_args(annotation)
             result.append((key, value) if is_text else f"{key}={value}")
     return result
+
+
+def count(word: str) -> int:
+    if not word.isascii() or not word.isdigit():
+        raise argparse.ArgumentTypeError(f"'{word}': expected a whole number, 0 or more")
+    return int(word)
+
+
+def positive(word: str) -> int:
+    if (number := count(word)) == 0:
+        raise argparse.ArgumentTypeError("0: expected a whole number, 1 or more")
+    return number

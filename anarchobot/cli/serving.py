@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from anarchobot.cli.parser import add_command
+from anarchobot.cli.parser import add_command, count, positive
 from anarchobot.config.errors import UserError
 
 
@@ -20,9 +20,9 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=_port, default=8080, help="8080; 0: any that is free")
     parser.add_argument(
-        "--max-tokens", type=_positive, default=2048, metavar="N", help="the most tokens of an answer: 2048"
+        "--max-tokens", type=positive, default=2048, metavar="N", help="the most tokens of an answer: 2048"
     )
-    parser.add_argument("--queue", type=_count, default=64, metavar="N", help="requests that may wait: 64")
+    parser.add_argument("--queue", type=count, default=64, metavar="N", help="requests that may wait: 64")
     parser.add_argument(
         "--api-key-file",
         type=Path,
@@ -78,19 +78,7 @@ def _serve(args: argparse.Namespace) -> None:
         serve(model, trained.generation, options, bound, on_start)
 
 
-def _count(word: str) -> int:
-    if not word.isascii() or not word.isdigit():
-        raise argparse.ArgumentTypeError(f"'{word}': expected a whole number, 0 or more")
-    return int(word)
-
-
-def _positive(word: str) -> int:
-    if (number := _count(word)) == 0:
-        raise argparse.ArgumentTypeError("0: expected a whole number, 1 or more")
-    return number
-
-
 def _port(word: str) -> int:
-    if (number := _count(word)) > 65535:
+    if (number := count(word)) > 65535:
         raise argparse.ArgumentTypeError(f"'{word}': expected a port, 0 to 65535")
     return number

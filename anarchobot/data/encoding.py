@@ -28,6 +28,11 @@ class Encoded:
         return Encoded(self.pieces.only(wanted), self.ids[np.repeat(wanted, self.lengths)], self.lengths[wanted])
 
 
+def id_dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:
+    """Of the ids in shards."""
+    return np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
+
+
 def encoded(
     units: Iterable[Pieces], tokenizer: Tokenizer, dtype: np.dtype[np.unsignedinteger], workers: int
 ) -> Iterator[Encoded]:

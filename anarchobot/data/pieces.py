@@ -23,14 +23,14 @@ Mask = npt.NDArray[np.bool_]
 class Pieces:
     """n documents in a row, or the train and val part of a long one."""
 
-    texts: list[str]
+    texts: list[str]  # none where they are tokens already
     sizes: npt.NDArray[np.int64]  # bytes of UTF-8
     keys: npt.NDArray[np.void]  # sha256 of the whole document
     is_val: Mask
     is_tail: Mask  # the val part of the document whose train part is the piece before
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.sizes)
 
     def only(self, wanted: Mask) -> "Pieces":
         if wanted.all():
@@ -76,9 +76,14 @@ def _hashed(texts: list[str], held_out: np.uint64) -> tuple[Pieces, npt.NDArray[
     """The unit, and each key as four numbers: [n, 4]."""
     raw = [text.encode() for text in texts]
     keys = np.frombuffer(b"".join([hashlib.sha256(text).digest() for text in raw]), KEY)
-    numbers = keys.view(">u8").astype(np.uint64).reshape(-1, 4)
+    numbers = numbers_of(keys)
     sizes = np.fromiter(map(len, raw), np.int64, len(raw))
     return Pieces(texts, sizes, keys, numbers[:, 0] < held_out, np.zeros(len(texts), bool)), numbers
+
+
+def numbers_of(keys: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
+    """Each key as four numbers: [n, 4]."""
+    return np.ascontiguousarray(keys).view(">u8").astype(np.uint64).reshape(-1, 4)
 
 
 def _cut(unit: Pieces, val_fraction: float) -> Pieces:

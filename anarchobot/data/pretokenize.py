@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.encoding import Encoded, encoded
+from anarchobot.data.encoding import Encoded, encoded, id_dtype
 from anarchobot.data.near_duplicates import NearDuplicates
+from anarchobot.data.parts import Parts
 from anarchobot.data.pieces import pieces
 from anarchobot.data.resume import MadeOf, Passed, load_progress, save_progress, shard_files
 from anarchobot.data.shard_writer import ShardWriter
@@ -51,60 +52,122 @@ def pretokenize(
     Raises UserError when no document is left, and when anything but the number of workers has changed since that run;
     BlockingIOError while another process writes here.
     """
-    out = Path(folder)
-    made_of: dict[str, Any] = {
+    made_of = what_decides(tokenizer, val_fraction, dedup, near_dedup, seed, source, shard_tokens)
+    dtype = id_dtype(tokenizer)
+
+    def units(passed: Passed) -> Iterator[Encoded]:
+        found = pieces(documents, counts, dedup, val_fraction)
+        if near_dedup is None:
+            new = (unit.only(passed.new_of(unit)) for unit in found)
+            return encoded((unit for unit in new if len(unit)), tokenizer, dtype, num_workers)
+        far = _without_near_duplicates(encoded(found, tokenizer, dtype, num_workers), near_dedup, counts)
+        return (unit.only(passed.new_of(unit.pieces)) for unit in far)
+
+    again = "" if near_dedup is None else "; all is tokenised again, for data.near_dedup compares ids"
+    with FolderLock(Path(folder)):
+        return _write(
+            units, tokenizer, Path(folder), counts, seed, made_of, restart, shard_tokens, progress, say, again
+        )
+
+
+def join(
+    parts: Parts,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    *,
+    counts: Counts,
+    made_of: MadeOf,
+    dedup: bool = True,
+    near_dedup: float | None = None,
+    seed: int = 0,
+    restart: bool = False,
+    shard_tokens: int = SHARD_TOKENS,
+    progress: Callable[[int, int], None] = lambda size, tokens: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Manifest:
+    """What `pretokenize` would have written of the documents of all parts (data/parts.py), which are removed then.
+    Raises as it does."""
+    parts.add_counts(counts)
+
+    def units(passed: Passed) -> Iterator[Encoded]:
+        found = parts.units(counts, dedup)
+        far = found if near_dedup is None else _without_near_duplicates(found, near_dedup, counts)
+        return (unit.only(passed.new_of(unit.pieces)) for unit in far)
+
+    with FolderLock(Path(folder)):
+        written = _write(units, tokenizer, Path(folder), counts, seed, made_of, restart, shard_tokens, progress, say)
+        parts.remove()
+    return written
+
+
+def what_decides(
+    tokenizer: Tokenizer,
+    val_fraction: float,
+    dedup: bool,
+    near_dedup: float | None,
+    seed: int,
+    source: MadeOf | None,
+    shard_tokens: int = SHARD_TOKENS,
+) -> dict[str, Any]:
+    """All that the shards' bytes depend on, under names for people."""
+    return {
         "tokenizer": f"{tokenizer.files[0].name}, sha256 {digest(tokenizer)}",
         "data.val_fraction": val_fraction,
         "data.dedup": dedup,
         "data.near_dedup": near_dedup,
         "train.seed": seed,
         "tokens in a shard": shard_tokens,
+        **(source or {}),
     }
-    made_of |= source or {}
-    dtype = np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
-    with FolderLock(out):
-        finished = load_progress(out, made_of, restart)
-        if finished:
-            again = "" if near_dedup is None else "; all is tokenised again, for data.near_dedup compares ids"
-            say(f"{out}: going on with an earlier run, behind {len(finished)} shards{again}")
-        writer = ShardWriter(out, dtype, shard_tokens, finished)
-        passed = Passed(finished, progress)
 
-        found = pieces(documents, counts, dedup, val_fraction)
-        if near_dedup is None:
-            new = (unit.only(passed.new_of(unit)) for unit in found)
-            units = encoded((unit for unit in new if len(unit)), tokenizer, dtype, num_workers)
-        else:
-            far = _without_near_duplicates(encoded(found, tokenizer, dtype, num_workers), near_dedup, counts)
-            units = (unit.only(passed.new_of(unit.pieces)) for unit in far)
-        try:
-            for unit in units:
-                if writer.add(unit):
-                    save_progress(out, made_of, writer.finished)
-                progress(int(unit.pieces.sizes.sum()), len(unit.ids))
-            passed.check_end()
-            writer.close()
-        except BaseException:
-            writer.abandon()
-            raise
-        if not writer.finished:
-            raise UserError(f"{out}: no document is left to write ({_left_out(counts)})")
-        save_progress(out, made_of, writer.finished)
-        shards = [f.shard for f in writer.finished]
-        _put_in_place(out, shards)
-        manifest = Manifest(
-            tokenizer={
-                "name": tokenizer.files[0].name, "file": copy_beside(tokenizer, out), "sha256": digest(tokenizer)
-            },
-            vocab_size=tokenizer.vocab_size,
-            dtype=dtype.name,
-            eod_id=tokenizer.eod_id,
-            seed=seed,
-            counts=counts.as_manifest(),
-            shards=shards,
-        )  # fmt: skip
-        write_manifest(out, manifest)
-        return manifest
+
+def _write(
+    units_of: Callable[[Passed], Iterator[Encoded]],
+    tokenizer: Tokenizer,
+    out: Path,
+    counts: Counts,
+    seed: int,
+    made_of: MadeOf,
+    restart: bool,
+    shard_tokens: int,
+    progress: Callable[[int, int], None],
+    say: Callable[[str], None],
+    again: str = "",
+) -> Manifest:
+    finished = load_progress(out, made_of, restart)
+    if finished:
+        say(f"{out}: going on with an earlier run, behind {len(finished)} shards{again}")
+    dtype = id_dtype(tokenizer)
+    writer = ShardWriter(out, dtype, shard_tokens, finished)
+    passed = Passed(finished, progress)
+    try:
+        for unit in units_of(passed):
+            if writer.add(unit):
+                save_progress(out, made_of, writer.finished)
+            progress(int(unit.pieces.sizes.sum()), len(unit.ids))
+        passed.check_end()
+        writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
+    if not writer.finished:
+        raise UserError(f"{out}: no document is left to write ({_left_out(counts)})")
+    save_progress(out, made_of, writer.finished)
+    shards = [f.shard for f in writer.finished]
+    _put_in_place(out, shards)
+    manifest = Manifest(
+        tokenizer={
+            "name": tokenizer.files[0].name, "file": copy_beside(tokenizer, out), "sha256": digest(tokenizer)
+        },
+        vocab_size=tokenizer.vocab_size,
+        dtype=dtype.name,
+        eod_id=tokenizer.eod_id,
+        seed=seed,
+        counts=counts.as_manifest(),
+        shards=shards,
+    )  # fmt: skip
+    write_manifest(out, manifest)
+    return manifest
 
 
 def _without_near_duplicates(units: Iterable[Encoded], threshold: float, counts: Counts) -> Iterator[Encoded]:

@@ -93,18 +93,23 @@ def _read(folder: Path, made_of: MadeOf) -> list[Finished]:
         return []
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: damaged ({error}): start anew with --restart") from error
-    now = json.loads(json.dumps(dict(made_of)))
-    changed = [key for key in {**before, **now} if before.get(key, "absent") != now.get(key, "absent")]
-    if not changed:
+    told = difference(before, made_of)
+    if not told:
         return finished
     if not finished and not has_shards:
         return []
-    told = [f"{key} (was {before.get(key, 'absent')}, is {now.get(key, 'absent')})" for key in changed[:TOLD]]
-    more = f" and {len(changed) - TOLD} more" if len(changed) > TOLD else ""
     what, do = "a run that was stopped here can't go on, for this has changed", "undo that, or start anew"
     if has_shards:
         what, do = "holds shards that were made otherwise", "choose another folder, or replace them"
-    raise UserError(f"{folder}: {what}: {', '.join(told)}{more}: {do} with --restart")
+    raise UserError(f"{folder}: {what}: {told}: {do} with --restart")
+
+
+def difference(before: MadeOf, made_of: MadeOf) -> str:
+    """What has changed since, for people; empty when nothing has."""
+    now = json.loads(json.dumps(dict(made_of)))
+    changed = [key for key in {**before, **now} if before.get(key, "absent") != now.get(key, "absent")]
+    told = [f"{key} (was {before.get(key, 'absent')}, is {now.get(key, 'absent')})" for key in changed[:TOLD]]
+    return ", ".join(told) + (f" and {len(changed) - TOLD} more" if len(changed) > TOLD else "")
 
 
 def _is_whole(folder: Path, shard: Shard) -> bool:

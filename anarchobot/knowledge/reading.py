@@ -6,6 +6,7 @@ from pathlib import Path
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources import parquet, rows, text_units
 from anarchobot.data.sources.documents import Counts
+from anarchobot.data.sources.spans import Span
 
 Found = Iterator[tuple[str, str | ValueError]]
 
@@ -31,8 +32,8 @@ def _found(path: Path, data: DataConfig) -> Found:
     if path.suffix == ".parquet":
         return _of_rows(parquet.rows(path, data), data)
     if path.name.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl"):
-        return _of_rows(rows.jsonl(path), data)
-    return text_units.texts(path, data)
+        return _of_rows(rows.jsonl(Span(path)), data)
+    return text_units.texts(Span(path), data)
 
 
 def _of_rows(found: Iterator[tuple[str, bytes | rows.Row | ValueError]], data: DataConfig) -> Found:

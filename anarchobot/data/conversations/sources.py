@@ -9,6 +9,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources import compressed, files, hub, parquet, rows
 from anarchobot.data.sources.rows import Row
+from anarchobot.data.sources.spans import Span
 
 JSON = (".json", ".json.gz", ".json.zst")
 Raw = Iterator[tuple[str, bytes | Row | ValueError]]  # where it is, and a line, a row or what is wrong with it
@@ -39,7 +40,7 @@ def _file(path: Path) -> Raw:
         elif path.name.endswith(JSON) and _is_array(path):
             yield from _array(path)
         elif path.name.removesuffix(".gz").removesuffix(".zst").endswith((".jsonl", ".json")):
-            yield from rows.jsonl(path)
+            yield from rows.jsonl(Span(path))
         else:
             raise UserError(f"{path}: text without turns: expected a .jsonl, .json or .parquet file of conversations")
     except OSError as error:

@@ -60,12 +60,16 @@ def whole(path: Path) -> bytes:
     return raw
 
 
-def lines(path: Path) -> Iterator[tuple[int, bytes | ValueError]]:
-    """(number from 1, line with its end), streamed; lines end at byte 0x0A only.
+def lines(path: Path, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | ValueError]]:
+    """(number from 1, line with its end), streamed; lines end at byte 0x0A only. Of a plain file, those alone that
+    begin in its bytes [start, end).
 
     Where the file breaks off, a ValueError takes the place of the line that the break has cut, and is the last.
     """
     number = 0
+    if start or end is not None:
+        yield from _lines_between(path, start, end)
+        return
     with Unpacked(path) as unpacked, io.BufferedReader(unpacked, BLOCK) as file:
         for number, line in enumerate(file, start=1):
             if unpacked.broken and not line.endswith(b"\n"):
@@ -74,3 +78,16 @@ def lines(path: Path) -> Iterator[tuple[int, bytes | ValueError]]:
             yield number, line
         if unpacked.broken:
             yield number + 1, ValueError(f"the file breaks off here: {unpacked.broken}")
+
+
+def _lines_between(path: Path, start: int, end: int | None) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    with path.open("rb") as file:
+        if start:
+            file.seek(start - 1)
+            file.readline()  # the rest of a line that begins before, or the end of the one before
+        at = file.tell()
+        while (end is None or at < end) and (line := file.readline()):
+            number += 1
+            at += len(line)
+            yield number, line

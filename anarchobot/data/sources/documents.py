@@ -11,6 +11,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources import builtin, files, hub, parquet, quality, rows, text_units
 from anarchobot.data.sources.mixture import mix
+from anarchobot.data.sources.spans import Span
 
 # A text file of at least this many characters gives its tail to validation; a smaller one goes whole to one side.
 CUT_FILE_CHARS = 65536
@@ -131,20 +132,26 @@ def from_files(names: Iterable[str], data: DataConfig, counts: Counts) -> Iterat
     up at once: one that matches nothing raises UserError here, not when the first document is asked for.
     """
     names = list(names)
-    paths, named = files.find(names), {Path(name) for name in names}
-    return (document for path in paths for document in _from_file(path, data, counts, path in named))
+    return from_spans([Span(path) for path in files.find(names)], names, data, counts)
 
 
-def _from_file(path: Path, data: DataConfig, counts: Counts, is_named: bool) -> Iterator[Document]:
+def from_spans(spans: Iterable[Span], names: Iterable[str], data: DataConfig, counts: Counts) -> Iterator[Document]:
+    """The same of parts of files; `names` are those that the files were found by."""
+    named = {Path(name) for name in names}
+    return (document for span in spans for document in _from_file(span, data, counts, span.path in named))
+
+
+def _from_file(span: Span, data: DataConfig, counts: Counts, is_named: bool) -> Iterator[Document]:
     """An empty file is an error where it was named itself; of a folder or glob it is passed over, and counted."""
+    path = span.path
     try:
         if path.suffix == ".parquet":
             yield from _from_rows(parquet.rows(path, data), data, counts)
         elif path.name.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl"):
-            yield from _from_rows(rows.jsonl(path), data, counts)
+            yield from _from_rows(rows.jsonl(span), data, counts, any_good=span.start > 0)
         else:
             may_cut = data.documents == "file"
-            yield from _from_texts(text_units.texts(path, data), data, counts, may_cut)
+            yield from _from_texts(text_units.texts(span, data), data, counts, may_cut)
     except files.EmptyFile:
         if is_named:
             raise
@@ -166,11 +173,13 @@ def _from_texts(
 
 
 def _from_rows(
-    found: Iterable[tuple[str, bytes | rows.Row | ValueError]], data: DataConfig, counts: Counts
+    found: Iterable[tuple[str, bytes | rows.Row | ValueError]],
+    data: DataConfig,
+    counts: Counts,
+    any_good: bool = False,
 ) -> Iterator[Document]:
     """Rows, each with its place, to documents. A broken row is counted and skipped, but as long as none was good, a
     missing field is most likely a wrong name in the config: UserError."""
-    any_good = False
     for place, content in found:
         counts.read += 1
         try:

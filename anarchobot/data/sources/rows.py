@@ -1,7 +1,6 @@
 """Rows with fields, from JSONL, Parquet or the hub, to texts; what is wrong with a row is said by a ValueError."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -10,20 +9,21 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources import compressed
 from anarchobot.data.sources.files import EmptyFile
+from anarchobot.data.sources.spans import Span
 
 Row = dict[str, Any]
 BOM = b"\xef\xbb\xbf"
 
 
-def jsonl(path: Path) -> Iterator[tuple[str, bytes | ValueError]]:
-    """(place, line) for each line of a JSONL file that isn't blank. Raises EmptyFile when there is none."""
-    empty, name = True, str(path)
-    for number, line in compressed.lines(path):
+def jsonl(span: Span) -> Iterator[tuple[str, bytes | ValueError]]:
+    """(place, line) for each line of a JSONL file that isn't blank. Raises EmptyFile when a whole file has none."""
+    empty, name = True, span.name
+    for number, line in compressed.lines(*span):
         if isinstance(line, ValueError) or not line.isspace():
             empty = False
             yield f"{name}:{number}", line
-    if empty:
-        raise EmptyFile(f"{path}: the file is empty")
+    if empty and span == Span(span.path):
+        raise EmptyFile(f"{span.path}: the file is empty")
 
 
 def parse(line: bytes) -> Row:

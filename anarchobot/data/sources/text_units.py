@@ -8,17 +8,21 @@ from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources import compressed
 from anarchobot.data.sources.files import EmptyFile
 from anarchobot.data.sources.rows import BOM
+from anarchobot.data.sources.spans import Span
 
 
-def texts(path: Path, data: DataConfig) -> Iterator[tuple[str, str | ValueError]]:
+def texts(span: Span, data: DataConfig) -> Iterator[tuple[str, str | ValueError]]:
     """(place, text) of each document of a UTF-8 file, without its byte order mark and otherwise unchanged.
 
     Lines and paragraphs come without the line end behind them; blank lines (ASCII white space) are no documents. In
     place of a broken document stands the ValueError that says why. Raises EmptyFile, and UserError when the file,
     judged by its first document, is no UTF-8 text at all; OSError when it can't be read.
     """
-    first = True
-    for place, raw in _units(path, data):
+    path = span.path
+    first = span.start == 0
+    empty = span == Span(path)
+    for place, raw in _units(span, data):
+        empty = False
         text: str | ValueError
         try:
             text = raw if isinstance(raw, ValueError) else _decode(raw.removeprefix(BOM) if first else raw, data)
@@ -28,14 +32,14 @@ def texts(path: Path, data: DataConfig) -> Iterator[tuple[str, str | ValueError]
             text = error
         first = False
         yield place, text
-    if first:
+    if empty:
         raise EmptyFile(f"{path}: the file is empty")
 
 
-def _units(path: Path, data: DataConfig) -> Iterator[tuple[str, bytes | ValueError]]:
+def _units(span: Span, data: DataConfig) -> Iterator[tuple[str, bytes | ValueError]]:
     if data.documents == "file":
-        return _file(path)
-    return _lines(path) if data.documents == "lines" else _paragraphs(path)
+        return _file(span.path)
+    return _lines(span) if data.documents == "lines" else _paragraphs(span.path)
 
 
 def _file(path: Path) -> Iterator[tuple[str, bytes | ValueError]]:
@@ -47,12 +51,13 @@ def _file(path: Path) -> Iterator[tuple[str, bytes | ValueError]]:
         yield str(path), raw
 
 
-def _lines(path: Path) -> Iterator[tuple[str, bytes | ValueError]]:
-    for number, line in compressed.lines(path):
+def _lines(span: Span) -> Iterator[tuple[str, bytes | ValueError]]:
+    name = span.name
+    for number, line in compressed.lines(*span):
         if isinstance(line, ValueError):
-            yield f"{path}:{number}", line
+            yield f"{name}:{number}", line
         elif not _is_blank(line):
-            yield f"{path}:{number}", _without_end(line)
+            yield f"{name}:{number}", _without_end(line)
 
 
 def _paragraphs(path: Path) -> Iterator[tuple[str, bytes | ValueError]]:

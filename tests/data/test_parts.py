@@ -1,0 +1,153 @@
+"""A corpus made in parts gives the shards of one program, byte for byte."""
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from anarchobot.cli.main import main
+from anarchobot.config.schema import DataConfig
+from anarchobot.data.sources.documents import Counts, from_files, from_spans
+from anarchobot.data.sources.spans import Span, cut
+from anarchobot.data.tokenizer_training import train_tokenizer
+
+WORDS = ["the", "a", "of", "and", "bees", "dates", "apples", "wings", "water", "stone", "river", "night"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of all kinds: lines with equal and nearly equal rows far apart, broken ones, empty files, a long text."""
+    folder, rng = tmp_path_factory.mktemp("corpus"), random.Random(1)
+    texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 60))) for _ in range(400)]
+    texts[300], texts[310] = texts[3], texts[5] + " indeed"
+    rows = [json.dumps({"text": text}) for text in texts]
+    rows[7], rows[200] = "{broken", json.dumps({"other": 1})
+    (folder / "a.jsonl").write_text("\r\n".join(rows[:250]))  # without an end of line at its end
+    (folder / "b.txt").write_text(" ".join(rng.choices(WORDS, k=30_000)))  # long: its tail goes to validation
+    (folder / "c.jsonl").write_text("\n\n" + "\n".join(rows[250:]) + "\n")
+    (folder / "d.txt").write_text("")
+    with gzip.open(folder / "e.jsonl.gz", "wt") as file:
+        file.write("\n".join([*rows[:20], json.dumps({"text": "new and bees"})]))
+    (folder / "f.md").write_text("Wings, at last.")
+    (folder / "g.txt").write_text("")
+    train_tokenizer(texts, folder.parent / "made", 300)
+    return folder
+
+
+def test_spans_are_the_files_in_their_order(corpus: Path) -> None:
+    """For any number of parts the documents of all spans, one after another, are those of the files."""
+    paths = sorted(corpus.iterdir())
+    for documents in ("file", "lines"):
+        data, whole = DataConfig(documents=documents), Counts()
+        wanted = list(from_files([str(corpus)], data, whole))
+        for parts in (1, 2, 3, 7, 50, 1000):
+            spans, counts = cut(paths, parts, data), Counts()
+            found = [d for part in spans for d in from_spans(part, [str(corpus)], data, counts)]
+            assert found == wanted and len(spans) == parts
+            assert counts.as_manifest() == whole.as_manifest() and counts.empty_files == whole.empty_files == 2
+
+
+def test_a_part_is_about_as_large_as_the_others(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "ten words"}\n' * 1000)
+    sizes = [
+        sum((span.end or 22_000) - span.start for span in part)
+        for part in cut([tmp_path / "rows.jsonl"], 3, DataConfig())
+    ]
+    assert sizes == [7333, 7333, 7334]
+    assert cut([tmp_path / "rows.jsonl"], 2, DataConfig())[1] == [Span(tmp_path / "rows.jsonl", 11_000)]
+
+
+@pytest.mark.parametrize("settings", [[], ["data.near_dedup=0.8"], ["data.dedup=false"], ["data.documents=lines"]])
+def test_joined_parts_are_the_shards_of_one_program(corpus: Path, tmp_path: Path, settings: list[str]) -> None:
+    def run(*words: str, folder: str = "parts") -> int:
+        at = [
+            "--input",
+            str(corpus),
+            "--tokenizer",
+            str(corpus.parent / "made.model"),
+            "--output",
+            str(tmp_path / folder),
+        ]
+        return main(["pretokenize", *at, "--val-fraction", "0.1", "--quiet", *settings, *words])
+
+    assert run(folder="whole") == 0
+    assert run("--part", "1/3") == run("--part", "0/3") == run("--part", "2/3", "--workers", "1") == 0
+    assert run("--join", "3") == 0
+    whole, parts = (
+        {file.name: file.read_bytes() for file in (tmp_path / folder).iterdir() if file.name != ".lock"}
+        for folder in ("whole", "parts")
+    )
+    assert whole == parts and {"train_00000.npy", "val_00000.npy", "manifest.json", "progress.json"} <= set(whole)
+    assert json.loads(whole["manifest.json"])["counts"]["read"] > 400
+
+
+def test_processes_and_what_goes_wrong_in_parts(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = str(corpus.parent / "made.model")
+    shards = tmp_path / "shards"
+    words = ["pretokenize", "--input", str(corpus), "--tokenizer", tokenizer, "--output", str(shards), "--quiet"]
+    done = subprocess.run([sys.executable, "-m", "anarchobot", *words, "--processes", "2"], timeout=240)
+    assert done.returncode == 0 and (shards / "manifest.json").exists() and not (shards / "parts").exists()
+
+    def said(*more: str) -> str:
+        assert main([*words, *more]) == 2
+        return capsys.readouterr().err.strip()
+
+    words[words.index("--output") + 1] = str(tmp_path / "others")
+    assert "2 of 2 parts are not there yet, the first is 0/2: make them with --part 0/2" in said("--join", "2")
+    assert main([*words, "--part", "0/2"]) == 0 and main([*words, "--part", "1/2"]) == 0
+    told = said("--join", "2", "data.clean=true")
+    assert "this part was made otherwise: data.clean (was False, is True): make it again" in told
+    ids = tmp_path / "others" / "parts" / "00001-of-00002" / "ids.npy"
+    ids.write_bytes(ids.read_bytes()[:-2] + b"\0\0")
+    assert f"{ids}: damaged" in said("--join", "2")
+    assert "expected K/N" in said("--part", "2/2")
+    (tmp_path / "mixed.yaml").write_text("data: {dataset: [a.txt, b.txt], weights: [1, 2]}")
+    mixed = ["pretokenize", str(tmp_path / "mixed.yaml"), "--tokenizer", tokenizer, "--output", str(tmp_path / "m")]
+    assert main([*mixed, "--part", "0/2"]) == 2 and "only files can be read in parts" in capsys.readouterr().err
+
+
+def test_a_part_that_is_there_is_not_made_again(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["pretokenize", "--input", str(corpus), "--tokenizer", str(corpus.parent / "made.model")]
+    words += ["--output", str(tmp_path / "s"), "--part", "0/2", "--json"]
+    made = []
+    for more in ([], [], ["data.clean=true"]):
+        assert main([*words, *more]) == 0
+        made.append(json.loads(capsys.readouterr().out)["made"])
+    assert made == [True, False, True]
+
+
+DATATROVE = """
+from datatrove.executor import LocalPipelineExecutor
+from anarchobot.tasks.pretokenize import PartOfPretokenize
+
+if __name__ == "__main__":
+    LocalPipelineExecutor(pipeline=[PartOfPretokenize("my.yaml")], tasks=5, workers=2, logging_dir="logs").run()
+"""
+
+
+@pytest.mark.skipif(find_spec("datatrove") is None, reason="datatrove is not installed")
+def test_datatroves_executor_makes_the_same_shards(corpus: Path, tmp_path: Path) -> None:
+    text = "data: {{dataset: {}, shard_dir: {}}}\ntrain: {{tokenizer_path: {}}}\n"
+    for name in ("my", "one"):
+        settings = text.format(corpus, tmp_path / f"{name}-shards", corpus.parent / "made.model")
+        (tmp_path / f"{name}.yaml").write_text(settings)
+    (tmp_path / "run.py").write_text(DATATROVE)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "run.py"], cwd=tmp_path, env=environment, timeout=240, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert main(["pretokenize", str(tmp_path / "my.yaml"), "--join", "5", "--quiet"]) == 0
+    assert main(["pretokenize", str(tmp_path / "one.yaml"), "--quiet"]) == 0
+    mine, one = (json.loads((tmp_path / f"{n}-shards" / "manifest.json").read_text()) for n in ("my", "one"))
+    assert mine == one  # the digests of all shards among it
