@@ -21,7 +21,7 @@ padding:0 1rem}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem}h3{font-size:1rem;margin:.2rem 0}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{border-bottom:1px solid var(--rule);padding:.25rem .8rem .25rem 0;text-align:left;vertical-align:top}
-.wide{overflow-x:auto}.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:1rem}
+.wide{overflow-x:auto;margin-bottom:1rem}.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:1rem}
 .chart{background:var(--card);border-radius:8px;padding:.6rem .8rem}
 svg{width:100%;height:auto}svg text{font:13px system-ui,sans-serif;fill:var(--soft)}
 .grid{stroke:var(--rule)}.line{fill:none;stroke-width:1.6}.faint{opacity:.3}circle.line{stroke-width:3}
@@ -60,6 +60,7 @@ def _summary(runs: Sequence[RunLog]) -> str:
         "best validation loss": lambda run: _best(run, "val_loss"),
         "best bits per byte": lambda run: _best(run, "val_bpb"),
         "tokens per second": lambda run: _number(run.last("train", "tokens_per_second")),
+        "computing": _computing,
         "peak memory": lambda run: f"{gb:.2f} GB" if (gb := run.last("train", "peak_memory_gb")) is not None else "-",
         "began": lambda run: _when(run.events[0]["time"]) if run.events else "-",
         "last line": lambda run: _when(run.events[-1]["time"]) if run.events else "-",
@@ -71,6 +72,13 @@ def _summary(runs: Sequence[RunLog]) -> str:
     return f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
 
 
+def _computing(run: RunLog) -> str:
+    tflops, share = run.last("train", "tflops"), run.last("train", "peak_share")
+    if tflops is None:
+        return "-"
+    return f"{tflops:.3g} TFLOP/s" + ("" if share is None else f", {share:.0%} of the device's peak")
+
+
 def _charts(runs: Sequence[RunLog]) -> Iterable[str]:
     def lines(event: str, key: str) -> list[Line]:
         return [Line(run.name, f"c{i % COLOURS}", run.points(event, key)) for i, run in enumerate(runs)]
@@ -80,7 +88,7 @@ def _charts(runs: Sequence[RunLog]) -> Iterable[str]:
         points, css = run.points("train", "loss"), f"c{i % COLOURS}"
         loss += [
             Line(f"{run.name}: each", css, points, faint=True),
-            Line(f"{run.name}: smoothed", css, smoothed(points)),
+            Line(f"{run.name}: smoothed", css, run.points("train", "smooth_loss") or smoothed(points)),
         ]
     for title, of in (
         ("training loss", loss),
@@ -131,11 +139,15 @@ def _details(run: RunLog, number: int, named: bool) -> str:
         for section, keys in run.config.items()
     )
     environment = "".join(
-        f"<tr><td>{escape(str(key))}</td><td>{escape(_text(value))}</td></tr>" for key, value in run.environment.items()
+        f"<tr><td>{escape(str(key))}</td><td>{escape(_text(value))}</td></tr>"
+        for key, value in run.environment.items()
+        if key != "made of"
     )
+    made_of = "".join(f"<li>{escape(str(line))}</li>" for line in run.environment.get("made of", []))
     title = f'<h2><span class="key c{number % COLOURS}"></span>{escape(run.name)}</h2>' if named else ""
     parts = [
         title,
+        f"<h2>Model and data</h2><ul>{made_of}</ul>" if made_of else "",
         f"<h2>Events</h2><p>{len(saves)} checkpoints saved"
         + (f", the last at step {saves[-1]['step']:,}" if saves else "")
         + f'.</p>{more}{torn}<div class="wide"><table>{lines}</table></div>',

@@ -16,8 +16,8 @@ EVERYWHERE = ["--debug", "--help", "--json", "--quiet"]
 SURFACE = {
     "tokenizer train": ["CONFIG?", "KEY=VALUE", "--format", "--input", "--model-type", "--output", "--vocab-size"],
     "pretokenize": [
-        "CONFIG?", "KEY=VALUE", "--input", "--output", "--restart", "--text-field", "--tokenizer", "--val-fraction",
-        "--workers",
+        "CONFIG?", "KEY=VALUE", "--input", "--join", "--output", "--part", "--processes", "--restart", "--text-field",
+        "--tokenizer", "--val-fraction", "--workers",
     ],
     "shards info": ["DIR"],
     "shards verify": ["DIR"],
@@ -62,8 +62,10 @@ SURFACE = {
     ],
     "report": ["RUN", "--output"],
     "runs": ["DIR?"],
+    "plan": ["CONFIG", "KEY=VALUE", "--deadline"],
+    "verify": ["CONFIG", "KEY=VALUE", "--no-calibration"],
     "config show": ["CONFIG?", "KEY=VALUE"],
-    "config schema": [],
+    "config schema": ["CONFIG?", "KEY=VALUE"],
 }  # fmt: skip
 
 
