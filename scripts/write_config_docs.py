@@ -32,7 +32,9 @@ The command line is stronger than the file, and the file is stronger than the de
 one in the file; two in the same place are a mistake.
 
 - `anarchobot config show [CONFIG] [KEY=VALUE ...]` prints every setting and where it comes from.
-- `anarchobot config schema` prints a JSON Schema for editors.
+- `anarchobot config schema [CONFIG]` prints a JSON Schema for editors.
+
+Both know adapt-vocab's configurations by their sections.
 
 Numbers, `true`, `false` and `null` are written as in YAML 1.2: `3e-4` is a number, `yes` and `0123` are text. `5e4` is
 taken where a whole number is wanted, and `50_000` too. Aliases, tags and keys given twice are refused. A mistake is

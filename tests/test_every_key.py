@@ -123,8 +123,9 @@ ELSEWHERE = {
     "data.streaming": "tests/data/sources/test_hub.py::test_without_streaming_the_order_is_kept",
     "data.cache_dir": "tests/data/sources/test_hub.py::test_without_streaming_the_order_is_kept",
     "data.fallback": "tests/data/sources/test_documents.py::test_a_missing_file_falls_back_only",
-    "data.shard_dir": "tests/test_docs.py::test_the_readmes_commands_run_as_they_stand",
+    "data.shard_dir": "tests/test_docs.py::test_the_commands_of_a_page_run_as_they_stand",
     "tokenizer.model_type": "tests/data/test_tokenizer_training.py::test_the_vocabulary_has_the_size_asked_for",
+    "train.memory_budget_gb": "tests/system/test_fitting.py::test_the_largest_that_fits_is_taken_and_the_step_stays",
     "tokenizer.engine": "tests/data/test_engine.py::test_the_reference_when_asked_for",
     "tokenizer.on_mismatch": "tests/data/test_engine.py::test_a_wrong_id_late_is_caught_by_the_sample",
     "tokenizer.max_train_mb": "tests/data/test_tokenizer_training.py::test_the_limit_holds_to_the_byte",
@@ -217,7 +218,7 @@ def observe(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Any:
     def run(**settings: Any) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("run")
         config = loaded(folder / "c.yaml", tiny_shards, folder / "out", **settings)
-        summary = pretrain(config, quiet=True)
+        summary = pretrain(config, show="nothing")
         lines = [json.loads(x) for x in (folder / "out" / "logs" / "metrics.jsonl").read_text().splitlines()]
         events: dict[str, list[int]] = {}
         for line in lines:
@@ -257,7 +258,8 @@ def test_keys_that_a_run_shows(key: str, observe: Any, usual: dict[str, Any]) ->
 
 def test_key_train__log_path(tmp_path: Path, tiny_shards: Path) -> None:
     pretrain(
-        loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", train__log_path=str(tmp_path / "logs")), quiet=True
+        loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", train__log_path=str(tmp_path / "logs")),
+        show="nothing",
     )
     assert {p.name for p in (tmp_path / "logs").iterdir()} == {
         "metrics.jsonl", "tensorboard", "final_training_summary.json", "environment.json"
@@ -276,7 +278,7 @@ def test_key_data__document_mask(tmp_path: Path, tiny_shards: Path) -> None:
                 tmp_path / "c.yaml", tmp_path / "shards", tmp_path / str(mask), data__document_mask=mask,
                 train__total_steps=1,
             ),
-            quiet=True,
+            show="nothing",
         )["final_loss"]
         for mask in (False, True)
     ]  # fmt: skip

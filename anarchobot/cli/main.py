@@ -15,12 +15,15 @@ from anarchobot.cli import (
     fusing,
     generating,
     knowledge,
+    launching,
     measuring,
+    planning,
     reporting,
     selftesting,
     serving,
     training,
     tuning,
+    verifying,
 )
 from anarchobot.cli.parser import Parser, parse
 from anarchobot.config.errors import UserError
@@ -38,6 +41,7 @@ def build_parser() -> Parser:
         corpus,
         training,
         tuning,
+        launching,
         adapting,
         generating,
         chatting,
@@ -47,7 +51,9 @@ def build_parser() -> Parser:
         exchanging,
         fusing,
         measuring,
+        planning,
         reporting,
+        verifying,
         selftesting,
         configs,
     ):

@@ -5,9 +5,12 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anarchobot.cli.parser import add_command, add_config, add_settings, add_switch, overrides
+
+if TYPE_CHECKING:
+    from anarchobot.tasks.running import Show
 
 # The settings that everybody changes, under the names that everybody types.
 SETTINGS = {
@@ -32,20 +35,30 @@ def add_commands(commands: Any) -> None:
 
 def _pretrain(args: argparse.Namespace) -> int:
     from anarchobot.config.loading import load_config
+    from anarchobot.system.fitting import fitted
     from anarchobot.tasks import supervise
 
     loaded = load_config(args.config, overrides(args))
     train = loaded.config.train
     if supervise.wanted(loaded.config):
         command = [sys.executable, "-P", "-m", "anarchobot", *args.words]  # -P: nothing of the folder it stands in
+        train = fitted(loaded).loaded.config.train
         return supervise.supervise(command, Path(train.save_dir), train.micro_batch_size, train.grad_accum_steps)
     from anarchobot.tasks.pretrain import pretrain
 
-    return report(args, "pretrain", pretrain(loaded, quiet=args.quiet or args.json))
+    return report(args, "pretrain", pretrain(loaded, show=shown(args)))
+
+
+def shown(args: argparse.Namespace) -> "Show":
+    """What of a run is shown on stderr while it goes on."""
+    return "nothing" if args.quiet else "json" if args.json else "progress"
 
 
 def report(args: argparse.Namespace, command: str, summary: dict[str, Any]) -> int:
-    """Prints what a run came to, and how it goes on if it was stopped; returns the exit code."""
+    """Prints what a run came to, and how it goes on if it was stopped; returns the exit code. Of several ranks, the
+    first speaks for all."""
+    if "rank" in summary:
+        return 0 if summary["finished"] else 130
     if args.json:
         print(json.dumps(summary))
     elif not args.quiet:
@@ -56,8 +69,11 @@ def report(args: argparse.Namespace, command: str, summary: dict[str, Any]) -> i
         )
     if summary["finished"]:
         return 0
+    from anarchobot.training.ranks import launched
+
+    again = command if launched() is None else f"launch ... -- {command}"
     print(
-        f"stopped at step {summary['steps']}; go on with: anarchobot {command} "
+        f"stopped at step {summary['steps']}; go on with: anarchobot {again} "
         f"{shlex.quote(summary['save_dir'] + '/config.yaml')} --resume-from auto",
         file=sys.stderr,
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.cli.parser import add_command, add_config, add_settings, add_switch, overrides
-from anarchobot.cli.training import SETTINGS, report
+from anarchobot.cli.training import SETTINGS, report, shown
 
 MODEL = {"--model": "train.init_from", "--dataset": "data.dataset"}
 
@@ -35,6 +35,7 @@ def _dpo(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace, name: str, task: Any) -> int:
+    from anarchobot.system.fitting import fitted
     from anarchobot.tasks import supervise
     from anarchobot.tasks.tuning import load_tuning
 
@@ -42,5 +43,6 @@ def _tune(args: argparse.Namespace, name: str, task: Any) -> int:
     train = loaded.config.train
     if supervise.wanted(loaded.config, tuning=True):
         command = [sys.executable, "-P", "-m", "anarchobot", *args.words]  # -P: nothing of the folder it stands in
+        train = fitted(loaded, pairs=name == "dpo").loaded.config.train
         return supervise.supervise(command, Path(train.save_dir), train.micro_batch_size, train.grad_accum_steps)
-    return report(args, name, task(loaded, quiet=args.quiet or args.json))
+    return report(args, name, task(loaded, show=shown(args)))

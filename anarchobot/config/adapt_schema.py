@@ -88,9 +88,9 @@ class AlignmentConfig(Section):
         2000, description="tokens of both vocabularies, the most frequent, that the spaces are turned by"
     )
     similarity_threshold: Annotated[float, Field(ge=-1, le=1)] = Field(
-        0.4, description="a token whose nearest is less similar (cosine) becomes the mean of the pieces that spell it"
+        0.4, description="a token less similar (cosine) to the mean of its nearest becomes that of its own pieces"
     )
-    top_k: Positive = Field(5, description="source tokens that a row is a weighted mean of; 1 is TokAlign's")
+    top_k: Positive = Field(10, description="source tokens that a row is a weighted mean of; 1 is TokAlign's")
 
 
 class TokenizationConfig(Section):

@@ -66,6 +66,12 @@ def load_config(
     return loaded
 
 
+def sections(path: str | Path | None, words: Sequence[str]) -> set[str]:
+    """The sections that a file and KEY=VALUE words speak of. Raises UserError when the file can't be read."""
+    in_file = {} if path is None else parse(_read(Path(path)), str(path)).values
+    return {*in_file, *(word.partition(".")[0] for word in words)}
+
+
 def config_from_dict(values: dict[str, Any], name: str) -> Config:
     """The configuration that a checkpoint carries. Raises UserError when this version doesn't know it."""
     try:

@@ -4,9 +4,19 @@ The loader's checks, the command line's overrides, the JSON Schema and docs/conf
 classes; nothing is configured anywhere else.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 
 def _whole(value: Any) -> Any:
@@ -21,6 +31,10 @@ Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+if TYPE_CHECKING:
+    PositiveOrAuto = int  # what it is once it is read: TrainConfig turns "auto" into a number
+else:
+    PositiveOrAuto = Positive | Literal["auto"]
 Names = Annotated[list[str], Field(min_length=1)]
 Weights = Annotated[list[PositiveFloat], Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -133,8 +147,15 @@ class TrainConfig(Section):
     total_steps: Positive = Field(50000, description="optimizer steps; give this, epochs or token_budget")
     epochs: PositiveFloat | None = Field(None, description="length of the run in passes over the training shards")
     token_budget: Positive | None = Field(None, description="length of the run in tokens")
-    micro_batch_size: Positive = Field(1, description="sequences in memory at a time")
-    grad_accum_steps: Positive = Field(4, description="micro-batches in a step")
+    micro_batch_size: PositiveOrAuto = Field(
+        1, description="sequences in memory at a time; auto: as many of grad_accum_steps as memory has room for"
+    )
+    grad_accum_steps: Positive = Field(
+        4, description="micro-batches in a step; with micro_batch_size auto: sequences in a step"
+    )
+    memory_budget_gb: PositiveFloat | None = Field(
+        None, description="what micro_batch_size auto may take, 10^9 bytes; left out: three quarters of the memory"
+    )
     optimizer: Literal["muon_adamw", "adamw"] = Field(
         "muon_adamw", description="Muon on the blocks' matrices and AdamW on the rest, or AdamW alone"
     )
@@ -218,13 +239,28 @@ class TrainConfig(Section):
         None, description="resume from this checkpoint or run folder; auto: the newest in save_dir, if any"
     )
 
+    _automatic: bool = PrivateAttr(False)
+
+    @property
+    def automatic(self) -> bool:
+        """Whether micro_batch_size is `auto`, still to be chosen (system/fitting.py) and till then 1: the same step."""
+        return self._automatic
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read_auto(cls, values: Any, read: Callable[[Any], Self]) -> Self:
+        automatic = isinstance(values, dict) and values.get("micro_batch_size") == "auto"
+        train = read({**values, "micro_batch_size": 1} if automatic else values)
+        train._automatic = automatic or train._automatic
+        return train
+
     @model_serializer(mode="wrap")
     def _with_one_length(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leaves total_steps out where another length replaces it: what is written must load again."""
         values: dict[str, Any] = write(self)
         if self.epochs is not None or self.token_budget is not None:
             values.pop("total_steps", None)
-        return values
+        return values | {"micro_batch_size": "auto"} if self._automatic else values
 
 
 class LoraConfig(Section):

@@ -103,11 +103,14 @@ class ValBatches:
 
 class Prefetched:
     """Reads the batch after the one asked for in a thread (numpy only), while that one trains. The order is a function
-    of the position, so a batch fetched for nothing costs nothing but its time."""
+    of the position, so a batch fetched for nothing costs nothing but its time.
 
-    def __init__(self, batches: TrainBatches) -> None:
+    Of several ranks that train together, each asks for the same steps and gets its own part of them, in their order.
+    """
+
+    def __init__(self, batches: TrainBatches, rank: int = 0, ranks: int = 1) -> None:
         self.windows = batches.windows
-        self._batches = batches
+        self._batches, self._rank, self._ranks = batches, rank, ranks
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._next: tuple[tuple[int, int, int], Future[Batch]] | None = None
 
@@ -118,9 +121,10 @@ class Prefetched:
         self._pool.shutdown(cancel_futures=True)
 
     def at(self, position: int, micro_batches: int, micro_batch_size: int) -> Batch:
-        wanted = (position, micro_batches, micro_batch_size)
+        own = micro_batches * micro_batch_size
+        wanted = (position + self._rank * own, micro_batches, micro_batch_size)
         batch = self._next[1].result() if self._next and self._next[0] == wanted else self._batches.at(*wanted)
-        following = (position + micro_batches * micro_batch_size, micro_batches, micro_batch_size)
+        following = (wanted[0] + self._ranks * own, micro_batches, micro_batch_size)
         self._next = following, self._pool.submit(self._batches.at, *following)
         return batch
 

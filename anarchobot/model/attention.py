@@ -14,12 +14,11 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 
 from anarchobot.config.schema import ModelConfig
+from anarchobot.model.query_blocks import query_blocks
 from anarchobot.numerics.elementary import exp, on_cpu, row_sums
 from anarchobot.numerics.order import Wait, tied
 
 _MASKED = -1e9  # added to a score, in float32
-# Bytes of float32 scores in a block: what stays in a CPU's caches; what keeps a GPU busy.
-_CPU_BLOCK_BYTES, _GPU_BLOCK_BYTES = 4 << 20, 64 << 20
 
 
 class HeadNorms(NamedTuple):
@@ -139,13 +138,7 @@ class Attention:
 
     def query_blocks(self) -> list[tuple[int, int]]:
         """[start, end) of each block of queries, which sees the keys [0, end)."""
-        size = self.block or self._block_by_memory()
-        return [(start, min(start + size, self.length)) for start in range(0, self.length, size)]
-
-    def _block_by_memory(self) -> int:
-        of_one_query = 4 * self.batch * self.model.n_heads * self.length  # bytes
-        fit = (_CPU_BLOCK_BYTES if on_cpu() else _GPU_BLOCK_BYTES) // of_one_query
-        return max(32, fit // 32 * 32)
+        return query_blocks(self.batch, self.model.n_heads, self.length, self.block, on_cpu=on_cpu())
 
     def _rows(self, x: mx.array, start: int, end: int) -> mx.array:
         """Queries start..end of [B, K, G, L, ...], a key head's query heads under one another: [B, K, G l, ...]."""

@@ -6,7 +6,7 @@ from anarchobot.config.schema import TrainConfig
 from anarchobot.numerics.order import Wait, tied
 from anarchobot.optim.adamw import adamw
 from anarchobot.optim.muon import muon
-from anarchobot.optim.routes import adamw_share, state_shapes
+from anarchobot.optim.routes import adamw_share, state_shapes, update_shares
 
 Arrays = dict[str, mx.array]
 State = dict[str, Arrays]  # "muon.momentum", "muon.second", "adamw.first", "adamw.second": arrays by parameter name
@@ -48,15 +48,4 @@ def update(
 
 def shares(params: Arrays, state: State, count: int) -> list[list[str]]:
     """The parameters' names in `count` shares that take about as long to update, each with its part of Muon's."""
-    loads = [0.0] * count
-    names: list[list[str]] = [[] for _ in range(count)]
-    for name in sorted(params, key=lambda name: -_work(params[name], name in state["muon.momentum"])):
-        i = loads.index(min(loads))
-        names[i].append(name)
-        loads[i] += _work(params[name], name in state["muon.momentum"])
-    return names
-
-
-def _work(p: mx.array, by_muon: bool) -> float:
-    """Roughly the multiplications of an update."""
-    return p.size * (10 + 20 * min(p.shape) if by_muon else 10)
+    return update_shares({name: p.shape for name, p in params.items()}, state["muon.momentum"], count)

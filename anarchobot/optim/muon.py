@@ -16,10 +16,10 @@ from anarchobot.config.schema import TrainConfig
 from anarchobot.numerics.elementary import row_sums
 from anarchobot.numerics.order import Wait
 from anarchobot.optim.orthogonal import orthogonalise
+from anarchobot.optim.routes import MOST_AT_ONCE, muon_stacks
 from anarchobot.optim.weight_decay import moved
 
 BETA2, EPSILON = 0.95, 1e-8  # of NorMuon's second moment
-MOST_AT_ONCE = 2**23  # elements in a stack of matrices: what it takes besides is six times as much
 
 Arrays = dict[str, mx.array]
 
@@ -47,7 +47,8 @@ def muon(
     new_buffers: Arrays = {}
     new_seconds: Arrays = {}
     split = head_size if train.muon_split_heads else None
-    for names in _groups(params, split):  # matrices of one shape go through all of it together: [n, rows, cols]
+    shapes = {name: w.shape for name, w in params.items()}
+    for names in muon_stacks(shapes, train.muon_split_heads, MOST_AT_ONCE):  # [n, rows, cols] each
         w, g, m = (mx.stack([arrays.pop(name) for name in names]) for arrays in (params, grads, buffers))
         m = momentum * m + (1 - momentum) * g
         ahead = momentum * m + (1 - momentum) * g
@@ -82,18 +83,6 @@ def _even_rows(u: mx.array, second: mx.array) -> tuple[mx.array, mx.array]:
     scale = 1 / (mx.sqrt(mean) + EPSILON)
     before, after = (mx.sum(x, axis=1, keepdims=True) for x in (squares, squares * scale * scale))
     return u * (scale * (mx.sqrt(before) / (mx.sqrt(after) + EPSILON))), mean[..., 0]
-
-
-def _groups(params: Arrays, head_size: int | None) -> list[list[str]]:
-    """Names of matrices that come apart into pieces of one shape, no more than MOST_AT_ONCE together."""
-    groups: dict[tuple[tuple[int, ...], str], list[list[str]]] = {}
-    for name, w in params.items():
-        cut = "" if head_size is None or "self_attn" not in name else "columns" if "o_proj" in name else "rows"
-        group = groups.setdefault((w.shape, cut), [[]])
-        if group[-1] and (len(group[-1]) + 1) * w.size > MOST_AT_ONCE:
-            group.append([])
-        group[-1].append(name)
-    return [names for group in groups.values() for names in group]
 
 
 def _pieces(name: str, g: mx.array, head_size: int | None) -> mx.array:

@@ -2,7 +2,7 @@
 engines read this, so that a checkpoint of one is a checkpoint of the other."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, Literal
 
 import numpy.typing as npt
@@ -11,6 +11,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import TrainConfig
 
 TRAINED = "optimizer/trained/"  # in a checkpoint: the parameters behind a running average
+MOST_AT_ONCE = 2**23  # elements in a stack of matrices: what it takes besides is many times as much
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 Shape = tuple[int, ...]
 
@@ -54,6 +55,35 @@ def state_shapes(shapes: Mapping[str, Shape], train: TrainConfig) -> dict[str, d
         else:
             state["adamw.first"][name] = state["adamw.second"][name] = shape
     return state
+
+
+def update_shares(shapes: Mapping[str, Shape], by_muon: Container[str], count: int) -> list[list[str]]:
+    """The parameters' names in `count` shares that take about as long to update, each with its part of Muon's."""
+
+    def work(name: str) -> float:
+        """Roughly the multiplications of an update."""
+        return math.prod(shapes[name]) * (10 + 20 * min(shapes[name]) if name in by_muon else 10)
+
+    loads = [0.0] * count
+    names: list[list[str]] = [[] for _ in range(count)]
+    for name in sorted(shapes, key=lambda name: -work(name)):
+        i = loads.index(min(loads))
+        names[i].append(name)
+        loads[i] += work(name)
+    return names
+
+
+def muon_stacks(shapes: Mapping[str, Shape], split_heads: bool, most: int = MOST_AT_ONCE) -> list[list[str]]:
+    """Names of matrices that come apart into pieces of one shape, which Muon takes together: no more than `most`
+    elements, but at least one matrix."""
+    groups: dict[tuple[Shape, str], list[list[str]]] = {}
+    for name, shape in shapes.items():
+        cut = "" if not split_heads or "self_attn" not in name else "columns" if "o_proj" in name else "rows"
+        group = groups.setdefault((shape, cut), [[]])
+        if group[-1] and (len(group[-1]) + 1) * math.prod(shape) > most:
+            group.append([])
+        group[-1].append(name)
+    return [names for group in groups.values() for names in group]
 
 
 def check_state(state: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, Shape], train: TrainConfig) -> None:

@@ -7,12 +7,12 @@ from anarchobot.config.schema import TrainConfig
 MOMENTUM_START, MOMENTUM_WARMUP = 0.85, 300
 
 
-def total_steps(train: TrainConfig, seq_len: int, windows: int) -> int:
+def total_steps(train: TrainConfig, seq_len: int, windows: int, ranks: int = 1) -> int:
     """Optimizer steps of the run, from whichever of total_steps, epochs and token_budget is set, rounded up.
 
-    `windows` are the training sequences in an epoch.
+    `windows` are the training sequences in an epoch; each of the `ranks` takes as many of them as the config says.
     """
-    per_step = train.micro_batch_size * train.grad_accum_steps  # sequences
+    per_step = ranks * train.micro_batch_size * train.grad_accum_steps  # sequences
     if train.epochs is not None:
         return max(1, math.ceil(train.epochs * windows / per_step))
     if train.token_budget is not None:

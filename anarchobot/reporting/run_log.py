@@ -1,6 +1,5 @@
 """What a run wrote of itself, read back: settings, curves, events, and whether it is still going."""
 
-import fcntl
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any, Literal
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.yaml_tree import parse
-from anarchobot.storage.lock import NAME as LOCK
+from anarchobot.storage.lock import holder
 
 Point = tuple[int, float]
 State = Literal["running", "finished", "stopped", "died"]
@@ -57,7 +56,7 @@ def read_run(path: str | Path) -> RunLog:
     """Raises UserError when there is no run's log."""
     folder = Path(path)
     config = _config(folder)
-    logs = Path(config.get("train", {}).get("log_path") or folder / "logs")
+    logs = _logs(folder, config)
     try:
         text = (logs / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -93,6 +92,15 @@ def find_runs(path: str | Path) -> Iterator[RunLog]:
         here = [child for folder in here for child in folder.iterdir() if child.is_dir() and not child.is_symlink()]
 
 
+def metrics_file(folder: Path) -> Path:
+    """Where the run in `folder` writes its lines."""
+    return _logs(folder, _config(folder)) / "metrics.jsonl"
+
+
+def _logs(folder: Path, config: dict[str, dict[str, Any]]) -> Path:
+    return Path(config.get("train", {}).get("log_path") or folder / "logs")
+
+
 def _config(folder: Path) -> dict[str, dict[str, Any]]:
     file = folder / "config.yaml"
     try:
@@ -112,11 +120,6 @@ def _environment(logs: Path) -> dict[str, Any]:
 
 def _state(folder: Path, ended: bool | None) -> State:
     """A run holds its folder's lock as long as it lives."""
-    try:
-        with (folder / LOCK).open(encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if holder(folder) is not None:
         return "running"
-    except OSError:
-        pass  # no lock, or a file system without
     return "died" if ended is None else "finished" if ended else "stopped"

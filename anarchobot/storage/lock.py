@@ -10,6 +10,31 @@ from typing import Self
 NAME = ".lock"
 
 
+def last_holder(folder: Path) -> str | None:
+    """Who wrote to `folder` last, and perhaps still does; the lock itself is left alone."""
+    try:
+        return (folder / NAME).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def holder(folder: Path) -> str | None:
+    """Who writes to `folder` now, such as `process 12 on mac`; None when nobody does, as far as the file system tells.
+
+    A program that begins in the instant in which this looks is refused: what looks again and again asks `last_holder`
+    first, and whether that process lives.
+    """
+    try:
+        with (folder / NAME).open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+    except OSError:
+        pass  # no lock, or a file system without
+    return None
+
+
 class FolderLock:
     """A context in which this process alone may write to `folder`, which is made when it is not there.
 

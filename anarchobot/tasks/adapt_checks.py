@@ -3,14 +3,18 @@
 from pathlib import Path
 
 from anarchobot.config.adapt_schema import AdaptConfig
+from anarchobot.config.checks import contradictions
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import Loaded
-from anarchobot.data.sources import files
-from anarchobot.data.tokenizer import load_tokenizer
-from anarchobot.exchange.bases import Base
+from anarchobot.config.schema import Config, DataConfig, LoraConfig
+from anarchobot.data.sources.documents import Counts, from_files
+from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
+from anarchobot.exchange.bases import Base, open_base
 from anarchobot.tasks.adapt_evaluation import read_questions
+from anarchobot.vocab.forms import forms
 
 PAPERS_LR, PAPERS_TOKENS = 6.4e-4, 2.1e6  # TokAlign's stage 1: its rate belongs to its tokens a step
+SAME = 0.95  # of a tokenizer's ids, to be the model's own in another library's file
 
 
 def check(loaded: Loaded[AdaptConfig], base: Base) -> None:
@@ -24,22 +28,46 @@ def check(loaded: Loaded[AdaptConfig], base: Base) -> None:
                 f"{loaded.where('models.source_tokenizer')}: {path} has {tokenizer.vocab_size:,} tokens, and the "
                 f"model in {base.folder} was trained with {base.tokenizer.vocab_size:,}: leave it out, or name its own"
             )
+        if key == "source_tokenizer" and path is not None and _same_tokens(tokenizer, base.tokenizer) < SAME:
+            raise UserError(
+                f"{loaded.where('models.source_tokenizer')}: {path} has other tokens than the model in {base.folder} "
+                "was trained with: leave it out, or name its own"
+            )
     if length > base.model.max_seq_len:
         raise UserError(
             f"{loaded.where('vocab_adaptation.max_seq_length')}: {length}, and the model sees at most "
             f"{base.model.max_seq_len} tokens: set it to that, or below"
         )
-
+    _check_adapters(loaded, base)
     evaluation = loaded.config.evaluation
     if evaluation.enabled:
-        files.find(evaluation.datasets or [])
+        for name in evaluation.datasets or []:
+            if next(from_files([name], DataConfig(), Counts()), None) is None:
+                raise UserError(f"{loaded.where('evaluation.datasets')}: {name}: holds no document")
         if evaluation.qa is not None:
             read_questions(Path(evaluation.qa))
+        if evaluation.baseline_model is not None:
+            open_base(evaluation.baseline_model)
     if evaluation.enabled and evaluation.datasets is None and loaded.config.corpus.val_fraction == 0:
         raise UserError(
             f"{loaded.where('corpus.val_fraction')}: nothing is held out to evaluate on: raise it, name "
             "evaluation.datasets, or set evaluation.enabled: false"
         )
+
+
+def _same_tokens(one: Tokenizer, other: Tokenizer) -> float:
+    """Share of the ids that are the same token. Not all need be: control tokens are told apart by each library."""
+    pairs = list(zip(forms(one), forms(other), strict=True))
+    return sum(a.raw == b.raw for a, b in pairs) / len(pairs)
+
+
+def _check_adapters(loaded: Loaded[AdaptConfig], base: Base) -> None:
+    training = loaded.config.vocab_adaptation
+    if training.enabled and training.stage2_use_lora:
+        lora = LoraConfig(r=training.lora_r, target_modules=training.lora_target_modules)
+        for keys, problem in contradictions(Config(model=base.model, lora=lora), []):
+            if keys == ("lora.target_modules",):
+                raise UserError(f"{loaded.where('vocab_adaptation.lora_target_modules')}: {problem}")
 
 
 def warnings(settings: AdaptConfig) -> list[str]:
@@ -48,7 +76,7 @@ def warnings(settings: AdaptConfig) -> list[str]:
     tokens = training.batch_size * training.gradient_accumulation * training.max_seq_length
     if training.enabled and training.lr_stage1 >= PAPERS_LR and tokens < PAPERS_TOKENS / 4:
         return [
-            f"vocab_adaptation.lr_stage1: {training.lr_stage1:g} belongs to {PAPERS_TOKENS / 1e6:g} million tokens a "
-            f"step, and here are {tokens:,}"
+            f"vocab_adaptation.lr_stage1: {training.lr_stage1:g}, and the paper's {PAPERS_LR:g} belongs to "
+            f"{PAPERS_TOKENS / 1e6:g} million tokens a step, where here are {tokens:,}"
         ]
     return []

@@ -17,16 +17,18 @@ import numpy as np
 from anarchobot.config.adapt_schema import AdaptConfig
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import Loaded, LoadedConfig
-from anarchobot.config.schema import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
+from anarchobot.config.schema import Config, DataConfig, LoraConfig, ModelConfig, TokenizerConfig, TrainConfig
 from anarchobot.config.yaml_tree import dump
+from anarchobot.data.pieces import pieces
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.resume import source_of
 from anarchobot.data.sources.documents import Counts, Document, from_files, open_source
+from anarchobot.data.sources.files import find
 from anarchobot.data.tokenizer import Tokenizer, copy_beside, digest, load_tokenizer
-from anarchobot.data.tokenizer_training import train_tokenizer
+from anarchobot.data.tokenizer_training import limited, train_tokenizer
 from anarchobot.exchange.bases import Base, open_base
 from anarchobot.exchange.fusing import fuse
-from anarchobot.storage.durable import write_whole
+from anarchobot.storage.durable import sha256_file, write_whole
 from anarchobot.storage.lock import FolderLock
 from anarchobot.tasks.adapt_checks import check, warnings
 from anarchobot.tasks.adapt_evaluation import figures, table
@@ -65,6 +67,11 @@ def adapt_vocab(
     root = Path(settings.pipeline.run_root)
     stages = Stages(root, settings.pipeline.max_retries, settings.pipeline.retry_backoff, tell)
     with FolderLock(root):
+        if stages.begun_with("initial").get("model", base.digest) != base.digest:
+            raise UserError(
+                f"{loaded.where('pipeline.run_root')}: {root} holds the adaptation of another model than the one in "
+                f"{base.folder}: name another folder, or remove it"
+            )
         report = _Adaptation(settings, base, stages, quiet).carry_out()
         write_whole(root / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
         if report["evaluation"]:
@@ -81,24 +88,31 @@ class _Adaptation:
 
     def carry_out(self) -> dict[str, Any]:
         """All stages, each skipped while its record holds."""
-        corpus = self._corpus()
+        corpus, evaluation = self._corpus(), self.settings.evaluation
+        if evaluation.enabled and evaluation.datasets is None and not corpus.notes["held_out"]:
+            documents = corpus.notes["domain"]["kept"]
+            raise UserError(
+                f"corpus.val_fraction: none of {documents:,} documents is held out to evaluate on: raise it, name "
+                "evaluation.datasets, or set evaluation.enabled: false"
+            )
         made = self._tokenizer(corpus)
         self.target = load_tokenizer(made.folder)
         aligned = self._alignment(corpus, made)
         initial = self._initial(aligned, made)
+        for text in self._report(aligned).get("advice", []):
+            self.stages.say(f"warning: {text}")
         models = {"before": (self.settings.models.source_model, self.base.digest),
                   "initial": (str(initial.folder), initial.digest)}  # fmt: skip
         report = {"tokenizer": made.notes, "alignment": aligned.notes | initial.notes | self._report(aligned)}
         finished, result = True, initial.folder
-        if self.settings.vocab_adaptation.enabled:
-            try:
-                result = self._train(corpus, made, initial, models)
-            except Stopped:
-                finished = False
-        baseline = self.settings.evaluation.baseline_model
-        if baseline is not None:
+        try:
+            result = self._train(corpus, made, initial, models)
+        except Stopped:
+            finished = False
+        baseline = evaluation.baseline_model
+        if baseline is not None and evaluation.enabled:
             models["baseline"] = (baseline, open_base(baseline).digest)
-        measured = self._evaluate(corpus, models) if finished and self.settings.evaluation.enabled else {}
+        measured = self._evaluate(corpus, models) if finished and evaluation.enabled else {}
         return {"finished": finished, "result": str(result), **report, "evaluation": measured}
 
     # The text.
@@ -158,7 +172,8 @@ class _Adaptation:
                 extend(self.source, words, folder)
             else:
                 texts = read_corpus(corpus.folder / DOMAIN, self.settings.corpus.val_fraction, "train")
-                train_tokenizer(texts, folder / "tokenizer", vocab_size)
+                sample = limited(texts, TokenizerConfig().max_train_mb, [0])  # shuffled: the start is a sample
+                train_tokenizer(sample, folder / "tokenizer", vocab_size)
             target = load_tokenizer(folder)
             return list(target.files), self._tokens_per_byte(corpus, target) | {"vocab_size": target.vocab_size}
 
@@ -166,12 +181,14 @@ class _Adaptation:
 
     def _tokens_per_byte(self, corpus: Done, target: Tokenizer) -> Values:
         """Of both tokenizers on the held-out text, or, where nothing is held out, on the rest."""
-        file = corpus.folder / HELD_OUT
-        texts = [d.text for d in from_files([str(file)], DataConfig(), Counts())] if file.stat().st_size else []
-        texts = texts or list(read_corpus(corpus.folder / DOMAIN, 0.0, "train"))
-        size = sum(len(text.encode()) for text in texts)
-        of_each = (sum(map(len, tokenizer.encode_batch(texts))) / size for tokenizer in (self.source, target))
-        return {f"tokens_per_byte_{name}": round(n, 4) for name, n in zip(("source", "target"), of_each, strict=True)}
+        file = corpus.folder / (HELD_OUT if corpus.notes["held_out"] else DOMAIN)
+        size, both = 0, {"source": self.source, "target": target}
+        tokens = dict.fromkeys(both, 0)
+        for unit in pieces(from_files([str(file)], DataConfig(), Counts()), Counts(), False, 0.0):
+            size += int(unit.sizes.sum())
+            for name, tokenizer in both.items():
+                tokens[name] += sum(map(len, tokenizer.encode_batch(unit.texts)))
+        return {f"tokens_per_byte_{name}": round(n / size, 4) for name, n in tokens.items()}
 
     def _terms(self, corpus: Done) -> Done:
         own = self.settings.term_mining
@@ -205,7 +222,7 @@ class _Adaptation:
             for name, tokenizer in (("source", self.source), ("target", self.target)):
                 sentences = token_sentences(self._texts(corpus), tokenizer, shortest)
                 arrays[name], arrays[f"{name}_counts"] = learn_vectors(
-                    sentences, tokenizer.vocab_size, learning, self.seed
+                    sentences, tokenizer.vocab_size, learning, self.seed, folder
                 )
             np.savez(folder / "vectors.npz", allow_pickle=False, **arrays)
             tokens = {f"{name}_tokens": int(arrays[f"{name}_counts"].sum()) for name in ("source", "target")}
@@ -276,19 +293,21 @@ class _Adaptation:
 
     def _train(self, corpus: Done, made: Done, initial: Done, models: dict[str, tuple[str, str]]) -> Path:
         own = self.settings.vocab_adaptation
+        if not own.enabled:
+            return self._result(initial, None).folder
         shards = self._shards(corpus, made)
         seen = own.stage1_steps * own.batch_size * own.gradient_accumulation
         last = initial
         if own.stage1_steps:
             last = self._stage("stage1", last, shards, steps=own.stage1_steps, lr=own.lr_stage1, first=0)
             models["stage 1"] = (str(last.folder), last.digest)
-        if own.stage2_steps:
-            first = seen if own.train_start_idx_stage2 is None else own.train_start_idx_stage2
-            lora = own.stage2_use_lora
-            tuned = self._stage("stage2", last, shards, steps=own.stage2_steps, lr=own.lr_stage2, first=first)
-            last = self._result(tuned, last if lora else None)
-            models["stage 2"] = (str(last.folder), last.digest)
-        return last.folder
+        if not own.stage2_steps:
+            return self._result(last, None).folder
+        first = seen if own.train_start_idx_stage2 is None else own.train_start_idx_stage2
+        tuned = self._stage("stage2", last, shards, steps=own.stage2_steps, lr=own.lr_stage2, first=first)
+        result = self._result(tuned, last if own.stage2_use_lora else None)
+        models["stage 2"] = (str(result.folder), result.digest)
+        return result.folder
 
     def _shards(self, corpus: Done, made: Done) -> Done:
         fraction, own = self.settings.corpus.val_fraction, self.settings.tokenization
@@ -327,24 +346,25 @@ class _Adaptation:
             return Config(model=self._model, data=data, train=train, lora=lora if adapters else LoraConfig())
 
         def work(folder: Path) -> Made:
-            summary = pretrain(LoadedConfig(config(folder), {}), quiet=self.quiet)
+            summary = pretrain(LoadedConfig(config(folder), {}), show="nothing" if self.quiet else "progress")
             if not summary["finished"]:
                 raise Stopped
             step = checkpoint.folder_of(folder, summary["steps"])
             notes = {key: summary[key] for key in ("steps", "tokens", "final_loss", "best_val_bpb")}
             return [step / "model.npz", step / "state.json"], notes
 
-        plain = config(Path(name)).model_dump()
+        # Without defaults, so that a key of a later version makes nothing anew.
+        plain = config(Path(name)).model_dump(include={"train": True, "lora": True}, exclude_defaults=True)
         for key in ("cpu_threads", "init_from", "save_dir"):  # that change no weight
-            del plain["train"][key]
-        settings = {section: plain[section] for section in ("train", "lora")} | {"seq_len": own.max_seq_length}
+            plain["train"].pop(key, None)
+        settings = plain | {"seq_len": own.max_seq_length}
         return self.stages.run(name, work, settings=settings, inputs={"start": start.digest, "shards": shards.digest})
 
-    def _result(self, tuned: Done, base: Done | None) -> Done:
-        """The model that stage 2 ended with; with adapters, fused into `base`."""
+    def _result(self, last: Done, base: Done | None) -> Done:
+        """The model that the last stage ended with; adapters are fused into `base`."""
 
         def work(folder: Path) -> Made:
-            newest = checkpoint.folder_of(tuned.folder, tuned.notes["steps"])
+            newest = checkpoint.folder_of(last.folder, last.notes.get("steps", 0))
             if base is not None:
                 shutil.rmtree(folder)
                 fuse(checkpoint.folder_of(base.folder, base.notes.get("steps", 0)), newest, folder)
@@ -353,7 +373,7 @@ class _Adaptation:
                 step = self._write_model(folder, dict(open_base(str(newest)).weights))
             return [step / "model.npz", step / "state.json"], {}
 
-        inputs = {"stage2": tuned.digest} | ({"base": base.digest} if base is not None else {})
+        inputs = {"last": last.digest} | ({"base": base.digest} if base is not None else {})
         return self.stages.run("result", work, settings={}, inputs=inputs)
 
     # What it was worth.
@@ -361,10 +381,8 @@ class _Adaptation:
     def _evaluate(self, corpus: Done, models: dict[str, tuple[str, str]]) -> dict[str, Any]:
         own = self.settings.evaluation
         texts = own.datasets or [str(corpus.folder / HELD_OUT)]
-        if own.datasets is None and not corpus.notes["held_out"]:
-            raise UserError(
-                "evaluation.datasets: the corpus holds nothing out: name files, or raise corpus.val_fraction"
-            )
+        files = [*find(own.datasets or []), *([Path(own.qa)] if own.qa is not None else [])]
+        digests = {str(file): sha256_file(file) for file in files}
         results = {}
         for name, (path, of_model) in models.items():
 
@@ -375,6 +393,6 @@ class _Adaptation:
 
             settings = {"datasets": own.datasets, "max_samples": own.max_samples, "qa": own.qa}
             stage = f"evaluate_{name.replace(' ', '')}"
-            inputs = {"model": of_model, "corpus": corpus.digest}
+            inputs = {"model": of_model, "corpus": corpus.digest, **digests}
             results[name] = self.stages.run(stage, work, settings=settings, inputs=inputs).notes
         return results

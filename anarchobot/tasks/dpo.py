@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
 from anarchobot.data.batches import Prefetched
 from anarchobot.data.conversations.conversation import Message
@@ -17,20 +18,25 @@ from anarchobot.data.conversations.template import load_template
 from anarchobot.data.conversations.tokenising import tokenised_pairs
 from anarchobot.exchange.bases import open_base
 from anarchobot.optim.schedule import total_steps
+from anarchobot.system.fitting import fitted
 from anarchobot.tasks.engines import open_preference_engine
 from anarchobot.tasks.reference import reference_of
-from anarchobot.tasks.running import where_to_start
+from anarchobot.tasks.running import Show, where_to_start
 from anarchobot.tasks.tuning import answer, check_settings, identity, tune
 from anarchobot.training.loop import Run
+from anarchobot.training.ranks import launched
 
 
-def dpo(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
+def dpo(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
     """Tunes the model in train.init_from on pairs; the rest as for `sft`. train.micro_batch_size counts pairs.
 
     The reference is the model as it was: its log-probabilities of all answers are computed before anything is trained,
     once, and kept in the run's folder, so that only one model is in memory.
     """
+    if launched() is not None:
+        raise UserError("dpo trains in one process: start it by itself")
     check_settings(loaded, "dpo")
+    loaded, fitting = fitted(loaded, pairs=True)
     config = loaded.config
     data, chat, train = config.data, config.chat, config.train
     base, start = open_base(str(train.init_from)), where_to_start(loaded)
@@ -62,7 +68,7 @@ def dpo(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
             return
 
         def say(text: str) -> None:
-            if not quiet:
+            if show == "progress":
                 print(text, file=sys.stderr, flush=True)
 
         model = f"{base.digest} {opened.precision} {config.lora}"
@@ -71,10 +77,11 @@ def dpo(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
             part.reference = values
 
     told = [
+        *fitting,
         *tally.lines(),
         f"{learnt.count:,} pairs to learn from, {held_out.count:,} held out; {_lengths(learnt)}",
     ]
-    return tune(run, start, opened, base, encoder, told=told, unit="pairs", prepare=refer, quiet=quiet)
+    return tune(run, start, opened, base, encoder, told=told, unit="pairs", prepare=refer, show=show)
 
 
 def _lengths(learnt: Pairs) -> str:

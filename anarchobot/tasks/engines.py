@@ -11,7 +11,9 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, GenerationConfig
 from anarchobot.data.tokenizer import Tokenizer
 from anarchobot.system.blas import advice, load_fast_blas
+from anarchobot.system.peak import gpu_cores, peak_tflops
 from anarchobot.training.loop import Engine
+from anarchobot.training.ranks import ALONE, Ranks, join_ranks, launched
 
 if TYPE_CHECKING:
     from anarchobot.training.engine import MLXEngine
@@ -24,7 +26,7 @@ Weights = Mapping[str, npt.NDArray[np.float32]]
 class OpenEngine:
     """`place` says precision and device for people; `sample` is a text of the weights as they are, by the config's
     generation section; `draw` gives the ids behind those of a context, up to one of those that stop it; `warnings` say
-    what is slow here, or not to be had."""
+    what is slow here, or not to be had; `peak_tflops` is what the GPU could do at most, where that is known."""
 
     engine: Engine
     precision: str
@@ -32,12 +34,24 @@ class OpenEngine:
     sample: Callable[[Tokenizer], str]
     draw: Callable[[list[int], GenerationConfig, Collection[int]], list[int]]
     warnings: list[str] = field(default_factory=list)
+    peak_tflops: float | None = None
 
 
-def open_engine(config: Config, weights: Weights | None = None) -> OpenEngine:
+def open_ranks(config: Config) -> Ranks:
+    """This process among those that mlx.launch or mpirun started for one run. Raises UserError for an engine that
+    trains in one process, and when the ranks can't be joined."""
+    if launched() is None:
+        return ALONE
+    if config.train.backend == "torch":
+        raise UserError("train.backend: torch trains in one process: set train.backend: mlx, or start it by itself")
+    load_fast_blas()  # before MLX
+    return join_ranks()
+
+
+def open_engine(config: Config, weights: Weights | None = None, ranks: Ranks = ALONE) -> OpenEngine:
     """`weights`: the model's first ones (None: new ones). Only what the chosen engine is made of is imported. Raises
     UserError when its device or package is missing."""
-    return _torch(config, weights) if config.train.backend == "torch" else _mlx(config, weights)
+    return _torch(config, weights) if config.train.backend == "torch" else _mlx(config, weights, ranks)
 
 
 def open_preference_engine(config: Config, weights: Weights) -> "tuple[OpenEngine, PreferenceEngine]":
@@ -51,11 +65,11 @@ def open_preference_engine(config: Config, weights: Weights) -> "tuple[OpenEngin
     return _opened(engine, config, blas is None), engine
 
 
-def _mlx(config: Config, weights: Weights | None) -> OpenEngine:
+def _mlx(config: Config, weights: Weights | None, ranks: Ranks) -> OpenEngine:
     blas = load_fast_blas()  # before MLX, which the next line imports
     from anarchobot.training.engine import MLXEngine
 
-    return _opened(MLXEngine(config, weights), config, blas is None)
+    return _opened(MLXEngine(config, weights, ranks), config, blas is None)
 
 
 def _opened(engine: "MLXEngine", config: Config, slow_products: bool) -> OpenEngine:
@@ -64,7 +78,8 @@ def _opened(engine: "MLXEngine", config: Config, slow_products: bool) -> OpenEng
     from anarchobot.inference.generation import continued, generate
     from anarchobot.inference.model import Model
 
-    slow = engine.device.type == mx.DeviceType.cpu and slow_products
+    on_gpu = engine.device.type == mx.DeviceType.gpu
+    slow = slow_products and not on_gpu
     return OpenEngine(
         engine,
         engine.precision,
@@ -72,6 +87,7 @@ def _opened(engine: "MLXEngine", config: Config, slow_products: bool) -> OpenEng
         lambda tokenizer: generate(Model(engine.weights, config.model, tokenizer), config.generation),
         lambda context, settings, stop: list(continued(engine.weights, config.model, context, settings, stop)),
         [advice()] if slow else [],
+        peak_tflops(str(mx.device_info()["device_name"]), gpu_cores(), engine.precision) if on_gpu else None,
     )
 
 

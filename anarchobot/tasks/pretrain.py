@@ -14,59 +14,64 @@ from anarchobot.model.lora import trained_count, trained_shapes
 from anarchobot.model.shapes import parameter_count
 from anarchobot.optim.routes import describe_routes, trained
 from anarchobot.optim.schedule import total_steps
-from anarchobot.tasks.engines import Weights, open_engine
-from anarchobot.tasks.running import carry_out, where_to_start
+from anarchobot.system.fitting import fitted
+from anarchobot.tasks.engines import Weights, open_engine, open_ranks
+from anarchobot.tasks.running import Show, carry_out, where_to_start
 from anarchobot.training.loop import Run
 
 
-def pretrain(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
+def pretrain(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
     """Trains as the config says and returns the summary that it also writes; `finished` is False when it was stopped.
 
     Raises UserError when shards, tokenizer, checkpoint and config do not belong together, before anything is written.
     """
+    loaded, fitting = fitted(loaded)
     config = loaded.config
     train, data = config.train, config.data
     adapted = config.lora.r is not None
     if adapted and train.init_from is None:
         raise UserError(f"{loaded.where('lora.r')}: a new model has nothing to adapt: set train.init_from, or use sft")
     folders = [data.shard_dir] if isinstance(data.shard_dir, str) else data.shard_dir
+    ranks = open_ranks(config)
     streams = [TokenStream(folder, "train") for folder in folders]
-    tokenizer = _check_tokenizers(loaded, streams)
+    tokenizer = check_tokenizers(loaded, streams)
     sets = [open_windows(stream, data.seq_len, data.pack, data.document_mask) for stream in streams]
     batches = TrainBatches(sets, train.seed, data.shard_weights)
     held_out = Joined([StreamWindows(TokenStream(f, "val"), data.seq_len, data.document_mask) for f in folders])
     val_shards = [shard for stream in streams for shard in stream.manifest.of("val")]
-    start = where_to_start(loaded)
-    from_base = train.init_from is not None and (adapted or start.checkpoint is None)  # adapters need it all along
+    start = where_to_start(loaded, ranks)
+    # Adapters need it all along; a rank beside the first gets all other weights from that.
+    from_base = train.init_from is not None and (adapted or (start.checkpoint is None and ranks.rank == 0))
     base = open_base(str(train.init_from)) if from_base else None
-    opened = open_engine(config, _first_weights(loaded, base) if base is not None else None)
+    opened = open_engine(config, first_weights(loaded, base) if base is not None else None, ranks)
     check = ContentCheck(folders)
     run = Run(
         config=config,
-        steps=total_steps(train, data.seq_len, batches.windows),
+        steps=total_steps(train, data.seq_len, batches.windows, ranks.size),
         identity={
             "shards": [stream.manifest.digest() for stream in streams],
             **({"base": base.digest, "precision": opened.precision} if adapted and base is not None else {}),
         },
-        train=Prefetched(batches),
+        train=Prefetched(batches, ranks.rank, ranks.size),
         val=ValBatches(held_out, train.micro_batch_size, train.eval_batches),
         bytes_per_token=sum(s.bytes for s in val_shards) / max(1, sum(s.tokens for s in val_shards)),
         folder=start.folder,
         sample=lambda: opened.sample(tokenizer),
         problem=lambda: check.problem,
+        ranks=ranks,
     )
     return carry_out(
         run,
         start,
         opened,
         beside=lambda folder: copy_beside(tokenizer, folder),
-        opening=_opening(run, streams, opened.place, base),
+        opening=[*fitting, *_opening(run, streams, opened.place, base)],
         trained=trained_count(config.model, config.lora),
-        quiet=quiet,
+        show=show,
     )
 
 
-def _check_tokenizers(loaded: LoadedConfig, streams: list[TokenStream]) -> Tokenizer:
+def check_tokenizers(loaded: LoadedConfig, streams: list[TokenStream]) -> Tokenizer:
     """The tokenizer that made all the shards: one and the same, of the model's vocabulary, and the configured one."""
     config = loaded.config
     for stream in streams:
@@ -95,7 +100,7 @@ def _check_tokenizers(loaded: LoadedConfig, streams: list[TokenStream]) -> Token
     return tokenizer
 
 
-def _first_weights(loaded: LoadedConfig, base: Base) -> Weights:
+def first_weights(loaded: LoadedConfig, base: Base) -> Weights:
     """Raises UserError when the models differ."""
     for key in type(base.model).model_fields:
         old, new = getattr(base.model, key), getattr(loaded.config.model, key)
@@ -106,11 +111,11 @@ def _first_weights(loaded: LoadedConfig, base: Base) -> Weights:
 
 def _opening(run: Run, streams: list[TokenStream], place: str, base: Base | None) -> list[str]:
     config = run.config
-    per_step = config.train.micro_batch_size * config.train.grad_accum_steps
+    per_step = run.ranks.size * config.train.micro_batch_size * config.train.grad_accum_steps
     shapes = trained_shapes(config.model, config.lora)
     tokens, epochs = sum(s.tokens for s in streams), run.steps * per_step / run.train.windows
     lines = [
-        f"{parameter_count(config.model):,} parameters, {place}",
+        f"{parameter_count(config.model):,} parameters, {place}{run.ranks}",
         *describe_routes(
             {name: shapes[name] for name in trained(shapes, config.train.trainable)}, config.train.optimizer
         ),

@@ -1,7 +1,10 @@
 """Going on with a run: from which step, and whether it is the same run."""
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
@@ -26,6 +29,8 @@ IDENTITY = {
 FREE_OF_MODEL = ("dropout", "max_seq_len", "bos_id")
 # What says how a run is started and where its things lie, and changes nothing of it.
 NOT_TOLD = ("train.checkpoint_path", "train.save_dir", "train.log_path", "train.supervise", "train.init_from")
+# What each rank's machine may have in its own way: where things lie, and its cores.
+OF_A_MACHINE = ("data.shard_dir", "data.dataset", "train.tokenizer_path", "train.cpu_threads")
 
 
 def checkpoint_to_resume(loaded: LoadedConfig, run_folder: Path) -> checkpoint.Checkpoint | None:
@@ -55,18 +60,17 @@ def checkpoint_to_resume(loaded: LoadedConfig, run_folder: Path) -> checkpoint.C
     return None
 
 
-def check_same_run(start: checkpoint.Checkpoint, run: Run) -> None:
-    """Raises UserError when the checkpoint is of another run."""
-    now = run.config
+def check_same_run(start: checkpoint.Checkpoint, now: Config, identity: Mapping[str, Any]) -> None:
+    """Raises UserError when the checkpoint is of another run than one of this configuration and Run.identity."""
     if "tokens" not in start.state or "norms" not in start.state:
         raise UserError(
             f"{start.folder}: weights without a run, as `import` makes them: train them further in another folder, "
             f"with train.init_from={start.folder.parent} train.save_dir=..."
         )
     for name, (key, here) in IDENTITY.items():
-        if name in run.identity and name not in start.state:
+        if name in identity and name not in start.state:
             raise UserError(f"{start.folder}: a run of another command: begin a new run in another folder")
-        if start.state.get(name) != run.identity.get(name):
+        if start.state.get(name) != identity.get(name):
             section, _, own = key.partition(".")
             raise UserError(
                 f"{start.folder}: this run began with other {here} {getattr(getattr(now, section), own)}: point {key} "
@@ -76,6 +80,22 @@ def check_same_run(start: checkpoint.Checkpoint, run: Run) -> None:
     for key, (old, new) in changes(start.config, now).items():
         if key in (*shape, *FIXED):
             raise UserError(f"{start.folder}: {key} was {old} and is now {new}: a run can't change it")
+
+
+def check_alike(run: Run) -> None:
+    """Raises UserError on a rank whose settings or data are not rank 0's."""
+    own = {"config": run.config.model_dump(mode="json"), "identity": run.identity, "windows": run.train.windows}
+    first = json.loads(run.ranks.share(json.dumps(own).encode()))
+    for key, (there, here) in changes(Config.model_validate(first["config"]), run.config).items():
+        if key not in OF_A_MACHINE:
+            raise UserError(f"rank {run.ranks.rank}: {key} is {here}, and rank 0's is {there}: give all the same")
+    for name in ("identity", "windows"):
+        if first[name] != json.loads(json.dumps(own[name])):
+            folder = run.config.data.shard_dir if "shards" in run.identity else run.config.data.dataset
+            raise UserError(
+                f"rank {run.ranks.rank}: not the data, or not the base model, that rank 0 has: copy them from its "
+                f"machine ({folder})"
+            )
 
 
 def resume(engine: Engine, config: Config, start: checkpoint.Checkpoint) -> Progress:

@@ -2,25 +2,32 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
+from anarchobot.config.schema import Config
 from anarchobot.config.yaml_tree import dump
 from anarchobot.model.shapes import parameter_count
 from anarchobot.storage.durable import write_whole
 from anarchobot.storage.lock import FolderLock
+from anarchobot.system.awake import stay_awake
 from anarchobot.system.environment import environment
+from anarchobot.system.peak import operations_per_token
 from anarchobot.tasks.engines import OpenEngine
-from anarchobot.tasks.resuming import changes, check_same_run, checkpoint_to_resume, resume, room_for, tidy
+from anarchobot.tasks.resuming import changes, check_alike, check_same_run, checkpoint_to_resume, resume, room_for, tidy
 from anarchobot.training import checkpoint
 from anarchobot.training.display import TerminalDisplay, duration
-from anarchobot.training.loop import Engine, Run, run_training
-from anarchobot.training.metrics import MetricsLog
+from anarchobot.training.loop import Display, Engine, Run, run_training
+from anarchobot.training.metrics import MetricsLog, NoLog
 from anarchobot.training.progress import Progress
+from anarchobot.training.ranks import ALONE, Ranks
+
+Show = Literal["progress", "json", "nothing"]  # on stderr: for a person, or the log's lines as they are written
 
 
 class Start(NamedTuple):
@@ -32,9 +39,12 @@ class Start(NamedTuple):
     checkpoint: checkpoint.Checkpoint | None
 
 
-def where_to_start(loaded: LoadedConfig) -> Start:
-    """Raises UserError when the folder holds another run, or no checkpoint where one was named."""
+def where_to_start(loaded: LoadedConfig, ranks: Ranks = ALONE) -> Start:
+    """Only rank 0 looks; the others follow it. Raises UserError when the folder holds another run, or no checkpoint
+    where one was named."""
     folder = Path(loaded.config.train.save_dir)
+    if ranks.rank > 0:
+        return Start(folder, [], None)
     steps = checkpoint.saved_steps(folder)
     return Start(folder, steps, checkpoint_to_resume(loaded, folder))
 
@@ -47,19 +57,24 @@ def carry_out(
     beside: Callable[[Path], object],
     opening: Sequence[str],
     trained: int,
-    quiet: bool,
+    show: Show,
 ) -> dict[str, Any]:
     """Trains and returns the summary that it also writes; `finished` is False when it was stopped.
 
     The engine has the weights that a new run begins with. `beside` writes into the folder, once it is locked, what
     belongs beside the checkpoints, and may still use those. `opening` are lines for a person; `trained` counts
-    parameters.
+    parameters. A rank beside the first writes nothing, and its summary only says that it was one.
 
-    Raises UserError when checkpoint and config do not belong together, or another run writes the folder.
+    Raises UserError when checkpoint and config do not belong together, another run writes the folder, or the ranks
+    are not alike.
     """
     engine, config, found = opened.engine, run.config, start.checkpoint
     if found is not None:
-        check_same_run(found, run)
+        check_same_run(found, config, run.identity)
+    check_alike(run)
+    if run.ranks.rank > 0:
+        with run.train, NoLog() as no_log, TerminalDisplay(0, 0, quiet=True) as display:
+            return {"finished": _train(engine, run, Progress(), no_log, display), "rank": run.ranks.rank}
     with FolderLock(run.folder):
         if sorted(checkpoint.saved_steps(run.folder)) != sorted(start.steps):
             raise UserError(f"{run.folder}: another run has written here just now: begin again")
@@ -69,25 +84,33 @@ def carry_out(
         if found is not None:
             progress = resume(engine, config, found)
             run = replace(run, steps=_steps_left(run, found, progress))
-        write_whole(run.folder / "config.yaml", dump(config.model_dump()))
+        settings = dump(config.model_dump())
+        write_whole(run.folder / "config.yaml", settings)
+        run = replace(run, rates=_rates(config, opened.peak_tflops and run.ranks.size * opened.peak_tflops))
+        echo = sys.stderr if show == "json" else None
         with (
             run.train,
-            MetricsLog(Path(config.train.log_path or run.folder / "logs")) as log,
-            TerminalDisplay(run.steps, progress.step, quiet) as display,
+            MetricsLog(Path(config.train.log_path or run.folder / "logs"), echo) as log,
+            TerminalDisplay(run.steps, progress.step, quiet=show != "progress") as display,
         ):
             resuming = [f"resuming from {found.folder} at step {found.step}"] if found is not None else []
-            for line in [*told, *opening, *resuming]:
+            awake = stay_awake()
+            for line in [*told, *opening, *resuming, *([awake] if awake else [])]:
                 display.note(line)
+            log.config(progress.step, settings)
             if found is not None:
                 changed = {key: list(values) for key, values in changes(found.config, config).items()}
+                if (ranks := found.state.get("ranks", 1)) != run.ranks.size:
+                    changed["ranks"] = [ranks, run.ranks.size]
                 for key, (old, new) in changed.items():
                     display.note(f"changed: {key} was {old}, is now {new}")
                 log.event("resume", progress.step, folder=str(found.folder), changed=changed)
-            write_whole(log.folder / "environment.json", json.dumps(environment(opened.place), indent=1) + "\n")
+            made = {**environment(opened.place), "made of": list(opening)}
+            write_whole(log.folder / "environment.json", json.dumps(made, indent=1) + "\n")
             for text in (*opened.warnings, *_warnings(run, trained)):
                 display.note(f"warning: {text}")
                 log.event("warning", progress.step, text=text)
-            finished = run_training(engine, run, progress, log, display)
+            finished = _train(engine, run, progress, log, display)
             summary = _summary(run, progress, engine, finished)
             log.event("end", progress.step, finished=finished)
             log.summary(summary)
@@ -96,16 +119,39 @@ def carry_out(
     return summary
 
 
+def _train(engine: Engine, run: Run, progress: Progress, log: MetricsLog, display: Display) -> bool:
+    """From where rank 0 stands, to the last of its steps."""
+    run.ranks.follow(engine, progress)
+    return run_training(engine, replace(run, steps=int(run.ranks.first(run.steps))), progress, log, display)
+
+
 def _steps_left(run: Run, found: checkpoint.Checkpoint, progress: Progress) -> int:
     """The run's length: with other batches than before, a length that was given in data is that of the data left."""
     train = run.config.train
-    before, now = (c.train.micro_batch_size * c.train.grad_accum_steps for c in (found.config, run.config))
+    before, now = (
+        ranks * c.train.micro_batch_size * c.train.grad_accum_steps
+        for c, ranks in ((found.config, found.state.get("ranks", 1)), (run.config, run.ranks.size))
+    )
     if before == now or (train.epochs is None and train.token_budget is None):
         return run.steps
     wanted = (train.token_budget or 0) / run.train.at(0, 1, 1).inputs.size  # in sequences, or pairs
     wanted = wanted if train.epochs is None else train.epochs * run.train.windows
     wanted += train.first_sequence
     return progress.step + max(0, math.ceil((wanted - progress.position) / now))
+
+
+def _rates(config: Config, peak: float | None) -> Callable[[float], Mapping[str, float]]:
+    """10^12 operations a second that the model needs, and their share of what the device could do at most. Adapters
+    need less, by an amount that depends on where they are: nothing is said of those."""
+    if config.lora.r is not None or config.train.trainable != "all":
+        return lambda tokens_per_second: {}
+    operations = operations_per_token(config.model, config.data.seq_len) / 1e12
+
+    def rates(tokens_per_second: float) -> Mapping[str, float]:
+        tflops = tokens_per_second * operations
+        return {"tflops": round(tflops, 5)} | ({"peak_share": round(tflops / peak, 5)} if peak else {})
+
+    return rates
 
 
 def _warnings(run: Run, trained: int) -> Iterator[str]:

@@ -15,46 +15,51 @@ from anarchobot.data.conversations.tokenising import Tokenised, tokenised
 from anarchobot.evaluation.rouge import rouge
 from anarchobot.exchange.bases import open_base
 from anarchobot.optim.schedule import total_steps
-from anarchobot.tasks.engines import OpenEngine, open_engine
-from anarchobot.tasks.running import where_to_start
+from anarchobot.system.fitting import fitted
+from anarchobot.tasks.engines import OpenEngine, open_engine, open_ranks
+from anarchobot.tasks.running import Show, where_to_start
 from anarchobot.tasks.tuning import answer, check_settings, identity, tune
 from anarchobot.training.loop import Run
 
 
-def sft(loaded: LoadedConfig, *, quiet: bool = False) -> dict[str, Any]:
+def sft(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
     """Tunes the model in train.init_from as the config says (its model section is that model's: load_tuning);
     returns the summary that it also writes.
 
     Raises UserError when data, model, checkpoint and config do not belong together, before anything is written.
     """
     check_settings(loaded, "sft")
+    loaded, fitting = fitted(loaded)
     config = loaded.config
     data, chat, train = config.data, config.chat, config.train
-    base, start = open_base(str(train.init_from)), where_to_start(loaded)
+    ranks = open_ranks(config)
+    base, start = open_base(str(train.init_from)), where_to_start(loaded, ranks)
     encoder = ChatEncoder(base.tokenizer, load_template(base.tokenizer, chat.template), chat.train_on)
     made, tally = read_conversations(config, encoder)
     sets = [ConversationWindows(t, data.seq_len, chat.pack, base.tokenizer.eod_id) for t in (made.train, made.val)]
     learnt, held_out = sets
     samples, about_samples = _samples(made.samples, encoder, config)
-    opened = open_engine(config, base.weights)
+    opened = open_engine(config, base.weights, ranks)
     run = Run(
         config=config,
-        steps=total_steps(train, data.seq_len, learnt.count),
+        steps=total_steps(train, data.seq_len, learnt.count, ranks.size),
         identity=identity([part.digest() for part in sets], base, opened),
-        train=Prefetched(TrainBatches([learnt], train.seed)),
+        train=Prefetched(TrainBatches([learnt], train.seed), ranks.rank, ranks.size),
         val=ValBatches(held_out, train.micro_batch_size, train.eval_batches),
         bytes_per_token=made.val.bytes_per_target(base.tokenizer) if made.val.count else 1.0,
         folder=start.folder,
         sample=lambda: answer(opened, encoder, (Message("user", config.generation.prompt),), config),
         judge=lambda: _rouge(opened, encoder, samples, config),
+        ranks=ranks,
     )
     rows = f"{made.train.count:,} conversations to learn from, {made.val.count:,} held out"
     told = [
+        *fitting,
         *tally.lines(),
         f"{rows}; {made.train.targets:,} tokens count; sequences of {data.seq_len} are {learnt.fill:.0%} full",
         *about_samples,
     ]
-    return tune(run, start, opened, base, encoder, told=told, unit="sequences", quiet=quiet)
+    return tune(run, start, opened, base, encoder, told=told, unit="sequences", show=show)
 
 
 def read_conversations(config: Config, encoder: ChatEncoder) -> tuple[Tokenised, Tally]:

@@ -53,6 +53,10 @@ class Stages:
     say: Callable[[str], None]
     sleep: Callable[[float], None] = time.sleep
 
+    def begun_with(self, name: str) -> Values:
+        """The inputs of a stage that was begun, and perhaps done; none where it wasn't."""
+        return dict((_read(self.root / RECORDS / f"{name}.begun") or {}).get("inputs", {}))
+
     def run(
         self,
         name: str,
@@ -69,8 +73,7 @@ class Stages:
         if (found := _recorded(folder, done, key)) is not None:
             self.say(f"{name}: done before ({found['seconds']:.1f} s)")
             return Done(folder, found)
-        if _read(begun) != key:
-            shutil.rmtree(folder, ignore_errors=True)
+        self._make_room(name, folder, begun, key)
         for needed in (folder, begun.parent):
             needed.mkdir(parents=True, exist_ok=True)
         done.unlink(missing_ok=True)
@@ -86,6 +89,18 @@ class Stages:
         write_sealed(done, record)
         self.say(f"{name}: {record['seconds']:.1f} s" + "".join(f", {k} {v}" for k, v in notes.items() if _short(v)))
         return Done(folder, record)
+
+    def _make_room(self, name: str, folder: Path, begun: Path, key: Values) -> None:
+        """Removes what a try with other settings or inputs has left. Raises UserError for a folder of another's."""
+        if not begun.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder}: is there, and no stage has made it: choose another folder for the stages")
+        before = _read(begun)
+        if before is not None and before != key:
+            self.say(f"{name}: anew, for {' and '.join(_changes(before, key))}")
+        if before != key:
+            shutil.rmtree(folder, ignore_errors=True)
+        for left in self.root.glob(f".{name}.*.tmp"):  # of a folder that is made beside its name
+            shutil.rmtree(left)
 
     def _tried(
         self, name: str, folder: Path, work: Callable[[Path], tuple[Sequence[Path], Values]]
@@ -114,6 +129,24 @@ def _recorded(folder: Path, done: Path, key: Values) -> Values | None:
         if not file.is_file() or sha256_file(file) != sha256:
             return None
     return record
+
+
+def _changes(old: Values, new: Values) -> list[str]:
+    """What has changed, in words: settings by name, with what they were and are."""
+    before, now = (_flat(key.get("settings", {})) for key in (old, new))
+    told = [
+        f"{name} was {json.dumps(before.get(name))}, is now {json.dumps(now.get(name))}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+    return told[:3] or ["what it is made from has changed"]
+
+
+def _flat(settings: Values) -> Values:
+    flat: Values = {}
+    for name, value in settings.items():
+        flat |= {f"{name}.{key}": v for key, v in _flat(value).items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _read(file: Path) -> Values | None:

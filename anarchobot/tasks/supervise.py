@@ -19,6 +19,7 @@ from anarchobot.data.shards import read_manifest
 from anarchobot.model.flops import model_step
 from anarchobot.optim.schedule import total_steps
 from anarchobot.training.checkpoint import saved_steps
+from anarchobot.training.ranks import launched
 from anarchobot.training.stop import PARENT, heeded
 
 MOST_RESUMES = 3  # behind one checkpoint, before the micro-batch is made smaller
@@ -31,8 +32,8 @@ _FORWARDED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGH
 
 def wanted(config: Config, *, tuning: bool = False) -> bool:
     """train.supervise; where it is left out, whether the run will by a rough guess take more than an hour. `tuning`:
-    its data are conversations, not shards."""
-    if os.environ.get(PARENT):
+    its data are conversations, not shards. Not for one of several ranks: it can't be resumed alone."""
+    if os.environ.get(PARENT) or launched():
         return False
     if config.train.supervise is not None:
         return config.train.supervise

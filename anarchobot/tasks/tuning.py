@@ -22,15 +22,19 @@ from anarchobot.exchange.bases import Base, open_base
 from anarchobot.model.lora import is_packed, trained_count
 from anarchobot.model.shapes import parameter_count, parameter_shapes
 from anarchobot.tasks.engines import OpenEngine
-from anarchobot.tasks.running import Start, carry_out
+from anarchobot.tasks.running import Show, Start, carry_out
 from anarchobot.training import checkpoint
 from anarchobot.training.loop import Run
+from anarchobot.training.ranks import Ranks
 
 _DOCUMENTS = (
     *("weights", "score_field", "score_min", "documents", "clean", "min_chars", "max_chars", "dedup", "near_dedup"),
     *("shard_dir", "shard_weights", "pack", "document_mask", "fallback"),
 )
-_OF_DOCUMENTS = {f"data.{key}": "is about documents, not conversations" for key in _DOCUMENTS}
+_OF_DOCUMENTS = {
+    **{f"data.{key}": "is about documents, not conversations" for key in _DOCUMENTS},
+    **{f"train.{key}": "is for training on documents (pretrain)" for key in ("trainable", "first_sequence")},
+}
 _OF_PAIRS = "is about pairs of answers (dpo), not conversations"
 _OF_CONVERSATIONS = "is about conversations, not pairs of answers"
 _OF_SIGMOID = "is for preference.loss: sigmoid alone"
@@ -87,7 +91,7 @@ def tune(
     told: Sequence[str],
     unit: str,
     prepare: Callable[[Path], object] = lambda folder: None,
-    quiet: bool,
+    show: Show,
 ) -> dict[str, Any]:
     """Trains `base`, as it is in the engine, and returns the summary that it also writes.
 
@@ -102,14 +106,16 @@ def tune(
 
     config, trained = run.config, trained_count(run.config.model, run.config.lora)
     warnings = [f"warning: {text}" for text in (*base.warnings, *encoder.warnings())]
-    per_step = config.train.micro_batch_size * config.train.grad_accum_steps
+    per_step = run.ranks.size * config.train.micro_batch_size * config.train.grad_accum_steps
     epochs = run.steps * per_step / run.train.windows
     length = f"{run.steps:,} steps of {per_step} {unit} = {epochs:.2f} epochs"
-    opening = [*_what_is_tuned(config, base, opened, trained), *told, length, *warnings]
-    summary = carry_out(run, start, opened, beside=beside, opening=opening, trained=trained, quiet=quiet)
+    opening = [*_what_is_tuned(config, base, opened, trained, run.ranks), *told, length, *warnings]
+    summary = carry_out(run, start, opened, beside=beside, opening=opening, trained=trained, show=show)
+    if run.ranks.rank > 0:
+        return summary
     summary |= _write_adapters(run, base)
     worse, before = summary["finished"] and summary["best_step"] is None, summary["best_val_loss"]
-    if worse and before is not None and not quiet:
+    if worse and before is not None and show == "progress":
         newest = f": adapters are step {summary['adapters_step']}'s" if "adapters" in summary else ""
         print(f"warning: no step was better than the model as it was ({before:.4f}){newest}", file=sys.stderr)
     return summary
@@ -122,13 +128,13 @@ def answer(opened: OpenEngine, encoder: ChatEncoder, conversation: Conversation,
     return (text.add(encoder.tokenizer.decode(ids)) + text.rest()).strip()
 
 
-def _what_is_tuned(config: Config, base: Base, opened: OpenEngine, trained: int) -> list[str]:
+def _what_is_tuned(config: Config, base: Base, opened: OpenEngine, trained: int, ranks: Ranks) -> list[str]:
     whole, shapes = parameter_count(config.model), parameter_shapes(config.model).values()
     share = sum(math.prod(shape) for shape in shapes if is_packed(shape)) / whole
     adapters = f"adapters of rank {config.lora.r}" if config.lora.r is not None else "all weights"
     packed = f", {share:.1%} of the rest in {config.lora.quantize} bits" if config.lora.quantize else ""
     return [
-        f"{base.folder}: {whole:,} parameters, {opened.place}",
+        f"{base.folder}: {whole:,} parameters, {opened.place}{ranks}",
         f"trained: {adapters}, {trained:,} parameters ({trained / whole:.2%} of the model's){packed}",
     ]
 

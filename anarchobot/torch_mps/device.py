@@ -49,3 +49,14 @@ def peak_memory(device: torch.device) -> int:
         return int(torch.mps.driver_allocated_memory())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_used(device: torch.device) -> tuple[int, int] | None:
+    """Bytes of tensors, and bytes that are free and kept; None on a CPU."""
+    if device.type == "cuda":
+        active = int(torch.cuda.memory_allocated(device))
+        return active, int(torch.cuda.memory_reserved(device)) - active
+    if device.type == "mps":
+        active = int(torch.mps.current_allocated_memory())
+        return active, int(torch.mps.driver_allocated_memory()) - active
+    return None

@@ -19,7 +19,7 @@ from anarchobot.optim.routes import TRAINED, check_state
 from anarchobot.torch_mps import hybrid
 from anarchobot.torch_mps.block import BlockForward, Params, block_forward
 from anarchobot.torch_mps.compiling import compiled
-from anarchobot.torch_mps.device import choose_device, is_out_of_memory, peak_memory, release_memory
+from anarchobot.torch_mps.device import choose_device, is_out_of_memory, memory_used, peak_memory, release_memory
 from anarchobot.torch_mps.gradients import add_gradients
 from anarchobot.torch_mps.loss import loss_sum
 from anarchobot.torch_mps.transformer import Technique, head_name, hidden_states
@@ -151,6 +151,11 @@ class TorchEngine:
     def peak_memory_gb(self) -> float:
         """The most memory used since the process began, in 10^9 bytes (torch_mps/device.py)."""
         return peak_memory(self.device) / 1e9
+
+    def memory_gb(self) -> dict[str, float]:
+        """Of tensors, and kept for the next ones, in 10^9 bytes; nothing on a CPU, where PyTorch does not count."""
+        used = memory_used(self.device)
+        return {} if used is None else {"active_memory_gb": used[0] / 1e9, "cache_memory_gb": used[1] / 1e9}
 
     def _gradients(self, batch: Batch, step: int, scale: float) -> tuple[float, float]:
         """The summed loss of the batch and the norm of `scale` times its gradients, which are left in the parameters'

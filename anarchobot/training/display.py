@@ -17,8 +17,8 @@ class _Console(Console):
 
 
 class TerminalDisplay:
-    """Step, loss, tokens per second, time left and memory. Everything goes to stderr: stdout is for results. A terminal
-    that has gone is written to no more; the run's log has everything."""
+    """Step, loss, tokens and operations per second, time left and memory. Everything goes to stderr: stdout is for
+    results. A terminal that has gone is written to no more; the run's log has everything."""
 
     def __init__(self, steps: int, start: int, quiet: bool = False) -> None:
         self._steps, self._start, self._quiet = steps, start, quiet
@@ -44,9 +44,9 @@ class TerminalDisplay:
     def train(self, step: int, values: dict[str, Any]) -> None:
         per_step = (time.monotonic() - self._began) / max(1, step - self._start)
         text = (
-            f"loss {values['loss']:.4f} | lr {values['lr']:.2e} | norm {values['grad_norm']:.2f} | "
-            f"{values['tokens_per_second']:,.0f} tok/s | {duration(per_step * (self._steps - step))} left | "
-            f"{values['peak_memory_gb']:.2f} GB"
+            f"loss {values['loss']:.4f} (smooth {values['smooth_loss']:.4f}) | lr {values['lr']:.2e} | "
+            f"norm {values['grad_norm']:.2f} | {values['tokens_per_second']:,.0f} tok/s{_operations(values)} | "
+            f"{duration(per_step * (self._steps - step))} left | {values['peak_memory_gb']:.2f} GB"
         )
         if not self._bar.disable:
             self._bar.update(self._task, completed=step, description=text)
@@ -59,6 +59,13 @@ class TerminalDisplay:
                 self._console.print(text, markup=False)
             except OSError:
                 self._quiet = True
+
+
+def _operations(values: dict[str, Any]) -> str:
+    if "tflops" not in values:
+        return ""
+    share = f" ({values['peak_share']:.0%} of peak)" if "peak_share" in values else ""
+    return f", {values['tflops']:.3g} TFLOP/s{share}"
 
 
 def duration(seconds: float) -> str:

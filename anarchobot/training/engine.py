@@ -7,6 +7,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -23,14 +24,15 @@ from anarchobot.model.shapes import init_parameters, parameter_shapes
 from anarchobot.model.sums import Params
 from anarchobot.model.transformer import head_matrix, hidden_states
 from anarchobot.numerics import order
+from anarchobot.numerics.cores import CPU_MLP_ROWS, workers_for
 from anarchobot.optim import hybrid
 from anarchobot.optim.routes import TRAINED, check_state, trained
 from anarchobot.training.loop import StepResult
 from anarchobot.training.loss_scale import LossScale
-from anarchobot.training.workers import Workers, workers_for
+from anarchobot.training.ranks import ALONE, Ranks
+from anarchobot.training.workers import Workers
 
 CPU_CACHE_BYTES = 2**30  # of freed memory that MLX keeps; its own 32 MB on a CPU make a step a quarter slower
-CPU_MLP_ROWS = 512  # tokens whose MLP stays in a core's caches
 _OUT_OF_MEMORY = re.compile(r"\[malloc|out of memory|unable to allocate", re.IGNORECASE)
 Measures = npt.NDArray[np.float64]  # the loss, and what else an objective measures
 T = TypeVar("T")
@@ -58,9 +60,11 @@ class MLXEngine:
     state; a model is saved whole, adapters by themselves.
     """
 
-    def __init__(self, config: Config, weights: Mapping[str, npt.NDArray[np.float32]] | None = None) -> None:
+    def __init__(
+        self, config: Config, weights: Mapping[str, npt.NDArray[np.float32]] | None = None, ranks: Ranks = ALONE
+    ) -> None:
         """`weights`: the model's first ones by name, each asked for once (None: new ones, by train.seed)."""
-        self._config = config
+        self._config, self._ranks = config, ranks
         train = config.train
         self.device = choose_device(train.device)
         on_gpu = self.device == mx.Device(mx.gpu)
@@ -104,7 +108,8 @@ class MLXEngine:
     ) -> StepResult:
         """One optimizer step over the A micro-batches of `batch`; `step` decides what dropout drops.
 
-        The gradient is that of the mean loss over all scored tokens of the batch, however they fall into micro-batches.
+        The gradient is that of the mean loss over all scored tokens of the batch, however they fall into micro-batches;
+        of several ranks, each takes its own batch, and the mean is over all of them.
         A step whose gradient is not finite, or longer than `norm_limit`, changes nothing but the loss scale. Raises
         MemoryError when there is not enough for the gradients; nothing has changed then.
         """
@@ -116,17 +121,23 @@ class MLXEngine:
             measures: Measures = sum((measures for measures, _ in shares), np.zeros(1))  # some had no rows
             grads = _summed([grads for _, grads in shares if grads])
         except RuntimeError as error:
-            raise _told(error) from None  # whose traceback would keep what is to be freed
+            told = _told(error)
+            if isinstance(told, MemoryError):
+                with suppress(MemoryError):
+                    self._ranks.gather(None)  # all ranks raise it
+            raise told from None  # whose traceback would keep what is to be freed
         del shares
-        count = max(1, self._count(batch))
+        scored = int(np.count_nonzero(batch.targets >= 0))
+        *sums, count, tokens = self._ranks.total([*measures, self._count(batch), scored]).tolist()
+        count = max(1, count)
         unscale = places / (loss_scale * count)
-        norm = float(_global_norm(grads)) * unscale
-        loss, *others = (measures / (factor * count)).tolist()
+        grads = self._ranks.sum(grads)
+        norm = self._ranks.first(float(_global_norm(grads)) * unscale)
+        loss, *others = (np.array(sums) / (factor * count)).tolist()
         finite = math.isfinite(norm) and math.isfinite(loss)
         applied = finite and norm <= norm_limit
-        tokens = int(np.count_nonzero(batch.targets >= 0))
         overflow = not finite and loss_scale > 1
-        result = StepResult(loss, norm, tokens, applied, overflow, self._named(others))
+        result = StepResult(loss, norm, int(tokens), applied, overflow, self._named(others))
         if self._scale:
             self._scale.after(finite)
         if applied:
@@ -199,11 +210,12 @@ class MLXEngine:
         the gradients."""
         sums: Params = {}
         total = mx.array(0.0)
+        first = self._ranks.rank * len(batch.inputs)  # as if all ranks' micro-batches were one process's
         for i in range(len(batch.inputs)):
             rows = self._rows(batch, i, worker)
             if not _any(rows):  # a micro-batch that was halved may have fewer rows than there are workers
                 break
-            key = _dropout_key(self._config.train.seed, step, i, worker)
+            key = _dropout_key(self._config.train.seed, step, first + i, worker)
             loss, sums = self._micro_step(self.params, self.frozen, *rows, key, mx.array(factor), sums)
             total = total + loss
             mx.eval(sums, total)  # now: else MLX would keep every micro-batch's activations for one large graph
@@ -285,6 +297,10 @@ class MLXEngine:
     def peak_memory_gb(self) -> float:
         """MLX's own peak since the process began, in 10^9 bytes; its cache is not counted."""
         return float(mx.get_peak_memory()) / 1e9
+
+    def memory_gb(self) -> dict[str, float]:
+        """Of MLX's arrays, and freed but kept for the next ones; in 10^9 bytes."""
+        return {"active_memory_gb": mx.get_active_memory() / 1e9, "cache_memory_gb": mx.get_cache_memory() / 1e9}
 
     def _averaged(self, average: Params) -> Params:
         """One step of the running average, which forgets faster at the start of a run."""

@@ -18,8 +18,9 @@ from anarchobot.optim.schedule import learning_rate, muon_momentum
 from anarchobot.training import checkpoint
 from anarchobot.training.guard import Guard
 from anarchobot.training.metrics import MetricsLog
-from anarchobot.training.progress import Progress
-from anarchobot.training.saving import Saved, Saver
+from anarchobot.training.progress import RISES, Progress
+from anarchobot.training.ranks import ALONE, Ranks
+from anarchobot.training.saving import NoSaver, Saved, Saver
 from anarchobot.training.stop import StopRequest
 
 MOST_SKIPPED = 30  # steps in a row that are not finite: float16's loss scale gets from its highest to 1 in fewer
@@ -60,6 +61,8 @@ class Engine(Protocol):
 
     def load_state(self, state: dict[str, npt.NDArray[Any]]) -> None: ...
     def peak_memory_gb(self) -> float: ...
+    def memory_gb(self) -> Mapping[str, float]:
+        """What is used now, under the names that the log's lines have."""
 
 
 class Display(Protocol):
@@ -73,7 +76,8 @@ class Display(Protocol):
 class Run:
     """What a run is made of. `identity` goes into every checkpoint and must be the same on resume; `problem` says what
     is found to be wrong with the shards, while they are checked beside the training; `judge` gives what a validation
-    shall say besides."""
+    shall say besides; `rates`, what so many tokens a second come to. Of several `ranks`, `train` gives each its own
+    part of a step, and rank 0 saves, logs and shows."""
 
     config: Config
     steps: int
@@ -85,6 +89,8 @@ class Run:
     sample: Callable[[], str] | None = None
     problem: Callable[[], str | None] = lambda: None
     judge: Callable[[], Mapping[str, float]] = dict
+    rates: Callable[[float], Mapping[str, float]] = lambda tokens_per_second: {}
+    ranks: Ranks = ALONE
 
 
 def run_training(engine: Engine, run: Run, progress: Progress, log: MetricsLog, display: Display) -> bool:
@@ -96,7 +102,13 @@ def run_training(engine: Engine, run: Run, progress: Progress, log: MetricsLog, 
     # A run that goes on from another folder's step has nothing of its own yet.
     newest = progress.step if progress.step in checkpoint.saved_steps(run.folder) else 0
     training = _Training(engine, run, progress, log, display)
-    with StopRequest() as stop, Saver(run.folder, run.config.train, newest, training.saved) as saver:
+    follows = run.ranks.rank > 0
+    kind = NoSaver if follows else Saver
+    with (
+        StopRequest(quiet=follows) as stop,
+        kind(run.folder, run.config.train, newest, training.saved) as saver,
+        run.ranks,
+    ):
         return training.go(stop, saver)
 
 
@@ -104,6 +116,7 @@ class _Training:
     def __init__(self, engine: Engine, run: Run, progress: Progress, log: MetricsLog, display: Display) -> None:
         self._engine, self._run, self._progress, self._log, self._display = engine, run, progress, log, display
         self._train = run.config.train
+        self._ranks = run.ranks
         self._guard = Guard(run.config.guard, progress.norms)
         self._micro_batches, self._rows = self._train.grad_accum_steps, self._train.micro_batch_size
         self._eval_rows = self._rows
@@ -118,7 +131,7 @@ class _Training:
         # A checkpoint is older than its own step's validation: what it made known of the best is found out again.
         again = progress.step in self._log.steps_of("eval")
         validated = not self._validation_due() or self._validate(in_the_log=again)
-        while progress.step < self._run.steps and not stop.requested and not self._patience_is_out():
+        while progress.step < self._run.steps and not self._ranks.any(stop.requested or self._patience_is_out()):
             if problem := self._run.problem():
                 saver.wait()
                 raise UserError(f"{problem}; what was trained on it since step {saver.newest} is not saved")
@@ -157,13 +170,15 @@ class _Training:
                 self._halve(step)
         self._guard.saw(result.grad_norm, finite=result.finite, overflow=result.overflow)
         position, progress.step = progress.position, step
-        progress.position += batch.inputs.shape[0] * batch.inputs.shape[1]
-        progress.tokens += batch.inputs.size
+        tokens = self._ranks.size * batch.inputs.size
+        progress.position += self._ranks.size * batch.inputs.shape[0] * batch.inputs.shape[1]
+        progress.tokens += tokens
         progress.wall_seconds = time.monotonic() - self._began
         self._line_seconds += time.monotonic() - began
-        self._line_tokens += batch.inputs.size
+        self._line_tokens += tokens
         if result.applied:
-            self._skipped, progress.loss = 0, result.loss
+            self._skipped = 0
+            progress.trained(result.loss)
             if step % train.log_interval == 0 or step == run.steps:
                 self._write_line(result, lr)
         else:
@@ -191,6 +206,13 @@ class _Training:
 
     def _go_back(self) -> None:
         """To the newest checkpoint's weights, but not to its place in the data: past the batches that went wrong."""
+        if self._ranks.rank == 0:
+            self._load_newest()
+        self._ranks.follow(self._engine, self._progress)
+        self._guard = Guard(self._run.config.guard, self._progress.norms)
+        self._skipped = 0
+
+    def _load_newest(self) -> None:
         progress, saver = self._progress, self._saver
         saver.wait()
         lower = "lower train.lr, or look at the data there"
@@ -217,8 +239,6 @@ class _Training:
         before.position, before.wall_seconds = progress.position, progress.wall_seconds
         before.best_val_loss, before.best_val_bpb = progress.best_val_loss, progress.best_val_bpb
         vars(progress).update(vars(before))
-        self._guard = Guard(self._run.config.guard, progress.norms)
-        self._skipped = 0
 
     def _halve(self, step: int) -> None:
         """Smaller micro-batches and more of them: the batch stays what it was."""
@@ -240,13 +260,17 @@ class _Training:
         self._log.event("warning", step, text=text)
 
     def _write_line(self, result: StepResult, lr: float) -> None:
+        tokens_per_second = round(self._line_tokens / max(1e-9, self._line_seconds), 1)
         values = {
             "loss": result.loss,
+            "smooth_loss": self._progress.smooth_loss,
             "lr": lr,
             "grad_norm": result.grad_norm,
             "tokens": self._progress.tokens,
-            "tokens_per_second": round(self._line_tokens / max(1e-9, self._line_seconds), 1),
+            "tokens_per_second": tokens_per_second,
+            **self._run.rates(tokens_per_second),
             "peak_memory_gb": round(self._engine.peak_memory_gb(), 4),
+            **{name: round(gb, 4) for name, gb in self._engine.memory_gb().items()},
             **result.extra,
         }
         self._log.event("train", self._progress.step, **values)
@@ -255,7 +279,7 @@ class _Training:
 
     def _state(self) -> dict[str, Any]:
         own = self._progress.state(self._train.seed)
-        return {**self._run.identity, **own, "config": self._run.config.model_dump()}
+        return {**self._run.identity, **own, "ranks": self._ranks.size, "config": self._run.config.model_dump()}
 
     def _save(self) -> None:
         self._saver.save(self._progress.step, self._engine.state(), self._state())
@@ -282,10 +306,12 @@ class _Training:
         run, progress = self._run, self._progress
         self._saver.wait()
         sums = np.zeros(2)
-        for i in range(len(run.val)):
-            if self._stop.requested:
+        for i in range(0, len(run.val), self._ranks.size):
+            if self._ranks.any(self._stop.requested):
                 return False
-            sums += self._evaluated(run.val[i])
+            own = i + self._ranks.rank
+            for part in self._ranks.gather(self._evaluated(run.val[own]) if own < len(run.val) else np.zeros(2)):
+                sums += part  # in their order, whatever the number of ranks
         loss = float(sums[0] / sums[1])
         values = {"val_loss": loss}
         if run.bytes_per_token is not None:
@@ -308,6 +334,12 @@ class _Training:
         named = {"val_loss": "validation loss", "val_bpb": "bits per byte"}
         said = (f"{named.get(name, name.removeprefix('val_').replace('_', ' '))} {x:.4f}" for name, x in values.items())
         self._display.note(f"step {progress.step}: {', '.join(said)}")
+        if progress.validated(loss) and not in_the_log:
+            self._warn(
+                f"validation loss has risen {RISES} times in a row while training loss fell: the "
+                "model learns its text by heart. More text or model.dropout helps; the best step is kept, and "
+                "train.patience would end such a run"
+            )
         if self._patience_is_out():
             self._display.note(
                 f"step {progress.step}: no better validation in {progress.stale} (train.patience): the run ends"

@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from anarchobot.storage.durable import write_whole
 
@@ -20,12 +20,12 @@ CURVES = ("train", "eval")  # events whose values, all of them numbers, are Tens
 
 
 class MetricsLog:
-    """Appends events to `folder`/metrics.jsonl and `folder`/tensorboard; a context, which closes both. `lost` counts
-    the events that could not be written."""
+    """Appends events to `folder`/metrics.jsonl and `folder`/tensorboard, and to `echo` if there is one; a context,
+    which closes both. `lost` counts the events that could not be written."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, echo: TextIO | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.lost = folder, 0
+        self.folder, self.lost, self._echo = folder, 0, echo
         path = folder / "metrics.jsonl"
         torn = path.exists() and not path.read_bytes().endswith(b"\n")  # the run before was killed as it wrote
         self._file = path.open("ab", buffering=0)
@@ -35,12 +35,23 @@ class MetricsLog:
 
     def event(self, event: str, step: int, **values: Any) -> None:
         """One JSON object: step, event, time (seconds since 1970) and the values."""
-        line = {"step": step, "event": event, "time": round(time.time(), 3), **values}
+        line = json.dumps({"step": step, "event": event, "time": round(time.time(), 3), **values}) + "\n"
         try:
-            _append(self._file, (json.dumps(line) + "\n").encode())
+            _append(self._file, line.encode())
             self._board.add(step, {f"{event}/{name}": x for name, x in values.items() if event in CURVES})
+            if event == "sample":
+                self._board.add_text(step, "sample", values["text"])
         except OSError:
             self.lost += 1
+        if self._echo is not None:
+            with suppress(OSError):  # nobody reads this any more
+                self._echo.write(line)
+                self._echo.flush()
+
+    def config(self, step: int, text: str) -> None:
+        """The settings, for TensorBoard, which shows them as Markdown."""
+        with suppress(OSError):
+            self._board.add_text(step, "config", f"```yaml\n{text}```")
 
     def steps_of(self, event: str) -> set[int]:
         """The steps at which this kind of event was written down, in this run and those it goes on from."""
@@ -68,6 +79,18 @@ class MetricsLog:
         self._board.close()
 
 
+class NoLog(MetricsLog):
+    """Of a rank beside the first, which writes for all."""
+
+    def __init__(self) -> None: ...
+    def event(self, event: str, step: int, **values: Any) -> None: ...
+
+    def steps_of(self, event: str) -> set[int]:
+        return set()
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
 class _EventFile:
     """TensorBoard's file, written where we stand: its own writer has a thread, which a full disk would end silently."""
 
@@ -75,8 +98,9 @@ class _EventFile:
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
         from tensorboardX.record_writer import masked_crc32c
+        from tensorboardX.summary import text
 
-        self._event, self._summary, self._crc = Event, Summary, masked_crc32c
+        self._event, self._summary, self._crc, self._text = Event, Summary, masked_crc32c, text
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / f"events.out.tfevents.{time.time_ns()}.anarchobot").open("xb", buffering=0)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
@@ -85,6 +109,9 @@ class _EventFile:
         if values:
             points = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
             self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=points)))
+
+    def add_text(self, step: int, tag: str, text: str) -> None:
+        self._write(self._event(wall_time=time.time(), step=step, summary=self._text(tag, text)))
 
     def _write(self, event: Any) -> None:
         """One record: length, its checksum, content, its checksum (as TFRecord files are)."""

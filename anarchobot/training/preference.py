@@ -48,7 +48,8 @@ class PreferenceEngine(MLXEngine):
         """What `eval_step` measured beside the loss since the last call."""
         judged, self._judged = self._judged, []
         sums: Measures = sum((measures for _, measures, _ in judged), np.zeros(1 + len(NAMES)))
-        means = (sums / max(1, sum(count for _, _, count in judged))).tolist()
+        *sums_of_all, count = self._ranks.total([*sums, sum(count for _, _, count in judged)]).tolist()
+        means = [x / max(1, count) for x in sums_of_all]
         return {f"val_{name}": mean for name, mean in zip(NAMES, means[1:], strict=True)}
 
     def eval_step(self, batch: Batch) -> tuple[float, int]:

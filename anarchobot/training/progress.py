@@ -1,12 +1,18 @@
 """Where a run stands: all that a checkpoint holds of it beside the engine's arrays."""
 
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, Self
+
+SMOOTHING = 0.02  # of the loss that people look at: the weight of the newest step
+RISES = 3  # of the validation loss, one after another, before it is called overfitting
 
 
 @dataclass
 class Progress:
     """`position` counts the windows consumed; `norms` are the last gradient norms, which tell what is a spike;
+    `smooth_loss` is a running mean that counts later steps more; `since` the last validation, the sum of
+    losses and their count; `curve` has the last validations' losses, each with the mean of the steps before it;
     `returns` counts how often the run went back to the step `returned_to`; `stale`, validations since the
     best one."""
 
@@ -18,6 +24,9 @@ class Progress:
     best_val_bpb: float | None = None
     wall_seconds: float = 0.0
     norms: list[float] = field(default_factory=list)
+    smooth_loss: float | None = None
+    since: tuple[float, int] = (0.0, 0)
+    curve: list[tuple[float, float]] = field(default_factory=list)
     returns: int = 0
     returned_to: int = 0
     stale: int = 0
@@ -36,3 +45,22 @@ class Progress:
         """What `state` gave, with the step."""
         values = {name: state[name] for name in cls.__dataclass_fields__ if name in state and name != "position"}
         return cls(position=state["data_position"], **values)
+
+    def trained(self, loss: float) -> None:
+        """A step was made; `step` is its number."""
+        self.loss = loss
+        before = loss if self.smooth_loss is None else self.smooth_loss
+        self.smooth_loss = before + (loss - before) * max(SMOOTHING, 2 / (self.step + 1))
+        self.since = (self.since[0] + loss, self.since[1] + 1)
+
+    def validated(self, loss: float) -> bool:
+        """Whether validation has risen RISES times in a row while training fell: the model learns by heart. The next
+        one to say so comes after as many."""
+        total, count = self.since
+        if count:
+            self.curve = [*self.curve, (loss, total / count)][-1 - RISES :]
+            self.since = (0.0, 0)
+        rising = all(later[0] > earlier[0] for earlier, later in pairwise(self.curve))
+        by_heart = len(self.curve) > RISES and rising and self.curve[-1][1] < self.curve[0][1]
+        self.curve = self.curve[-1:] if by_heart else self.curve
+        return by_heart

@@ -145,3 +145,20 @@ class Saver:
         except Exception as error:  # whatever it is, it must not end the run
             problem = error
         return Saved(step, written, removed, time.monotonic() - began, problem, what)
+
+
+class NoSaver(Saver):
+    """Of a rank beside the first, which saves for all."""
+
+    def has(self, step: int) -> bool:
+        return True
+
+    def due(self, step: int) -> bool:
+        return False
+
+    def save(self, step: int, arrays: Arrays, state: dict[str, Any]) -> None: ...
+
+    def name_best(self, step: int, values: dict[str, Any]) -> bool:
+        return True
+
+    def finish(self, step: int, arrays: Callable[[], Arrays], state: dict[str, Any]) -> None: ...

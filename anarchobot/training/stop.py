@@ -30,7 +30,9 @@ def heeded(number: int) -> bool:
 class StopRequest:
     """A context in which `requested` turns true at the first signal. Only the main thread may enter it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
+        """`quiet`: another process says what a signal does."""
+        self._quiet = quiet
         self._signals = 0
         self._before: dict[int, Any] = {}
         self._ended = threading.Event()
@@ -74,13 +76,13 @@ class StopRequest:
                 continue
             seen += 1
             if seen == 1:
-                _say(f"\n{signal.Signals(number).name}: saving after this step; Ctrl-C to stop at once")
+                self._say(f"\n{signal.Signals(number).name}: saving after this step; Ctrl-C to stop at once")
             elif number == signal.SIGINT and not self._ended.wait(PATIENCE):
                 # Written checkpoints are whole at any moment, so there is nothing to wait for.
-                _say(f"stopped{SHOW_CURSOR if sys.stderr.isatty() else ''}")
+                self._say(f"stopped{SHOW_CURSOR if sys.stderr.isatty() else ''}")
                 os._exit(130)
 
-
-def _say(text: str) -> None:
-    with suppress(OSError):  # the terminal may have gone
-        print(text, file=sys.stderr, flush=True)
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            with suppress(OSError):  # the terminal may have gone
+                print(text, file=sys.stderr, flush=True)

@@ -4,7 +4,6 @@ MLX's CPU backend does one operation at a time on each stream. Two threads, each
 busy; a BLAS with two threads under MLX is six times slower than one with one.
 """
 
-import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -17,17 +16,6 @@ import mlx.core as mx
 
 T = TypeVar("T")
 _Call = tuple[Callable[[], Any], "Future[Any]"]
-
-
-def workers_for(rows: int, wanted: int | None) -> int:
-    """How many threads share `rows` rows: as many as there are cores, or `wanted`, as far as they divide the rows."""
-    most = wanted or available_cores()
-    return max(n for n in range(1, most + 1) if rows % n == 0)
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Workers:

@@ -2,7 +2,7 @@
 
     special   a control token of the same role (one that the source lacks: its end of document)
     shared    a token of the same form: its row, as it is
-    aligned   a weighted mean of the nearest source tokens, where the nearest is at least as similar as the threshold
+    aligned   a weighted mean of the nearest source tokens, where that is at least as similar as the threshold
     pieces    the mean of the source's tokens that spell it
     mean      the mean of all rows: a token that nothing can be said of, such as an id that the tokenizer does not use
 
@@ -10,7 +10,7 @@ The baselines that an alignment is measured against leave `aligned` and `pieces`
 the mean of all rows, and `random` a draw of the same mean and deviation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ SPECIAL, SHARED, ALIGNED, PIECES, MEAN, RANDOM = range(len(ROUTES))
 Method = Literal["procrustes", "relative", "pieces", "mean", "random"]
 
 HELD_OUT, HELD_OUT_SHARE = 1000, 0.1  # of the shared tokens, those that measure the alignment and are no pivots
-SHARPNESS = 0.1  # weights are softmax(cosine / this)
+COVERAGE, PRECISION = 0.95, 0.6  # what an alignment should reach
 EXAMPLES = 40
 
 
@@ -61,7 +61,7 @@ def align(
     seed: int,
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan, and a report: `coverage` (share of the target's tokens, holes apart, with a match in the source),
-    `routes`, `precision_at_1` on shared tokens that were held out, `zero_initialised`, `examples`.
+    `routes`, `precision_at_1` on shared tokens that were held out, `examples`, and `advice` where a figure is poor.
 
     Raises UserError when too few tokens are shared to turn one space into the other.
     """
@@ -84,17 +84,16 @@ def align(
             source, target, same, open_ids, (source_forms, target_forms), method, pivot_count, top_k, seed
         )
         for row, i in enumerate(open_ids.tolist()):
-            cosines = found.cosines[row]
-            if target.counts[i] and cosines[0] >= similarity_threshold:
-                enough = np.exp((cosines - cosines[0]) / SHARPNESS)
-                routes[i], made[i] = ALIGNED, (found.ids[row].tolist(), (enough / enough.sum()).tolist())
+            if target.counts[i] and found.similarity[row] >= similarity_threshold:
+                routes[i], made[i] = ALIGNED, (found.ids[row].tolist(), found.weights[row].tolist())
     if method not in ("mean", "random"):
         for i in np.flatnonzero(routes == MEAN).tolist():
             if spelled := _spelled(target_forms[i], source.tokenizer, source_forms):
                 routes[i], made[i] = PIECES, (spelled, [1 / len(spelled)] * len(spelled))
                 width = max(width, len(spelled))
     plan = _as_arrays(routes, made, width)
-    return plan, report | _told(plan, source_forms, target_forms)
+    report |= _told(plan, source_forms, target_forms)
+    return plan, report | {"advice": list(_advice(report)) if method in ("procrustes", "relative") else []}
 
 
 def shared_ids(source: list[Form], target: list[Form]) -> Ids:
@@ -140,7 +139,9 @@ def _matched(
         "held_out": len(held),
         "precision_at_1": round(float(hits.mean()), 4) if len(held) else None,
     }
-    return Nearest(found.ids[: len(open_ids)], found.cosines[: len(open_ids)]), report
+    return Nearest(
+        found.ids[: len(open_ids)], found.weights[: len(open_ids)], found.similarity[: len(open_ids)]
+    ), report
 
 
 def _spelled(form: Form, tokenizer: Tokenizer, source: list[Form]) -> list[int]:
@@ -173,6 +174,20 @@ def _told(plan: Plan, source: list[Form], target: list[Form]) -> dict[str, Any]:
         "routes": {name: count for name, count in counts.items() if count},
         "examples": [_example(plan, int(i), source, target) for ids in by_kind for i in ids],
     }
+
+
+def _advice(report: dict[str, Any]) -> Iterator[str]:
+    coverage, precision = report["coverage"], report["precision_at_1"]
+    if coverage < COVERAGE:
+        yield (
+            f"alignment: {coverage:.1%} of the tokens have a match, fewer than {COVERAGE:.0%}: lower "
+            "alignment.similarity_threshold, or give more text"
+        )
+    if precision is not None and precision < PRECISION:
+        yield (
+            f"alignment: of held-out tokens {precision:.0%} find themselves, fewer than {PRECISION:.0%}: the text is "
+            "too little to learn token vectors from: give more, also general text (corpus.general)"
+        )
 
 
 def _example(plan: Plan, i: int, source: list[Form], target: list[Form]) -> dict[str, Any]:

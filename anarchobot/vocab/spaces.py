@@ -7,7 +7,7 @@
 
 `relative`: TokAlign's (Li et al., 2025): a token is its cosines to the pivots, and similarity is their product.
 
-Never a matrix of the whole target by the whole source: BLOCK rows at a time.
+Never a matrix of the whole target by the whole source: at most CELLS of it at a time.
 """
 
 from collections.abc import Iterator
@@ -16,18 +16,21 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-BLOCK = 256  # rows: by a source of 150,000 tokens, 150 MB of cosines
+CELLS = 2**22  # cosines at a time: 16 MB, and as much again six times while the best are found
 HUBS = 10
+SHARPNESS = 0.1  # weights are softmax(cosine / this)
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 
 class Nearest(NamedTuple):
-    """Of each target row, the best source rows [n, k], best first, and the cosines of both, in [-1, 1]."""
+    """Of each target row, the best source rows [n, k], best first; their weights, softmax(cosine / SHARPNESS); and the
+    cosine [n] of the target row and what it is to be made from, the weighted mean: with k = 1, of the nearest."""
 
     ids: Ids
-    cosines: Floats
+    weights: Floats
+    similarity: Floats
 
 
 def rotation(target: Floats, source: Floats) -> Floats:
@@ -71,31 +74,33 @@ def nearest(
     s = source[candidates]
     k = min(k, len(candidates))
     if not len(rows):
-        return Nearest(np.empty((0, k), np.int64), np.empty((0, k), np.float32))
-    if method == "procrustes":
-        hubness = _mean_of_nearest(s, target[rows])  # of each candidate
-        scored = (2 * (target[block] @ s.T) - hubness for block in _blocks(rows))  # r(t) orders nothing
-    else:
-        scored = (target[block] @ s.T for block in _blocks(rows))
+        return Nearest(np.empty((0, k), np.int64), np.empty((0, k), np.float32), np.empty(0, np.float32))
+    hubness: Floats | float = _mean_of_nearest(s, target[rows]) if method == "procrustes" else 0.0  # of each candidate
     directions = unit(s)
-    ids, cosines = [], []
-    for block, scores in zip(_blocks(rows), scored, strict=True):
+    found = []
+    for block in _blocks(rows, len(s)):
+        scores = 2 * (target[block] @ s.T) - hubness  # r(t) orders nothing
         best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
         order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1, kind="stable")
         best = np.take_along_axis(best, order, axis=1)
-        ids.append(candidates[best])
-        cosines.append(np.einsum("nd,nkd->nk", unit(target[block]), directions[best]))
-    return Nearest(np.concatenate(ids), np.concatenate(cosines).astype(np.float32))
+        own, others = unit(target[block]), directions[best]
+        cosines = np.einsum("nd,nkd->nk", own, others)
+        weights = np.exp((cosines - cosines.max(axis=1, keepdims=True)) / SHARPNESS)
+        weights /= weights.sum(axis=1, keepdims=True)
+        middle = unit(np.einsum("nk,nkd->nd", weights, others))
+        found.append(Nearest(candidates[best], weights, np.einsum("nd,nd->n", own, middle)))
+    return Nearest(*map(np.concatenate, zip(*found, strict=True)))
 
 
 def _mean_of_nearest(of: Floats, to: Floats) -> Floats:
     """Of each row of `of`, the mean cosine to the HUBS nearest rows of `to`; rows of both have length one."""
     hubs = min(HUBS, len(to))
-    means = [-np.partition(-(of[block] @ to.T), hubs - 1, axis=1)[:, :hubs].mean(axis=1) for block in _blocks(of)]
+    blocks = _blocks(np.arange(len(of)), len(to))
+    means = [-np.partition(-(of[block] @ to.T), hubs - 1, axis=1)[:, :hubs].mean(axis=1) for block in blocks]
     return np.concatenate(means).astype(np.float32)
 
 
-def _blocks(rows: npt.NDArray[np.generic]) -> Iterator[npt.NDArray[np.int64]]:
-    """The rows themselves, where they are ids, or the numbers of the rows of a matrix; BLOCK at a time."""
-    numbers = rows.astype(np.int64) if rows.ndim == 1 else np.arange(len(rows))
-    return (numbers[at : at + BLOCK] for at in range(0, len(numbers), BLOCK))
+def _blocks(rows: Ids, by: int) -> Iterator[Ids]:
+    """So many of the rows at a time that a matrix of them by `by` columns has at most CELLS."""
+    size = max(1, CELLS // by)
+    return (rows[at : at + size] for at in range(0, len(rows), size))

@@ -7,8 +7,11 @@ id has none.
 import importlib
 import logging
 import os
+from array import array
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,26 +55,29 @@ def _cut(lines: list[str], tokenizer: Tokenizer) -> Iterator[Ids]:
 
 
 class _Sentences:
-    """Sentences of ids as gensim wants them, lists of words, again and again; kept as four bytes an id."""
+    """Sentences of ids as gensim wants them, lists of words, again and again; kept in a file, four bytes an id."""
 
-    def __init__(self, sentences: Iterable[Ids], vocab_size: int) -> None:
-        found = [ids.astype(np.int32) for ids in sentences]
-        self._ends = np.cumsum([len(ids) for ids in found])
-        self._ids = np.concatenate(found) if found else np.empty(0, np.int32)
+    def __init__(self, sentences: Iterable[Ids], vocab_size: int, file: IO[bytes]) -> None:
+        self._file, self._lengths = file, array("i")
         self._names = [str(i) for i in range(vocab_size)]
-        self.counts: npt.NDArray[np.int64] = np.bincount(self._ids, minlength=vocab_size).astype(np.int64)
+        self.counts = np.zeros(vocab_size, np.int64)
+        for ids in sentences:
+            file.write(ids.astype(np.int32).tobytes())
+            self._lengths.append(len(ids))
+            np.add.at(self.counts, ids, 1)
 
     def __iter__(self) -> Iterator[list[str]]:
-        names, start = self._names, 0
-        for end in self._ends.tolist():
-            yield [names[i] for i in self._ids[start:end].tolist()]
-            start = end
+        names = self._names
+        self._file.seek(0)
+        for length in self._lengths:
+            yield [names[i] for i in np.frombuffer(self._file.read(4 * length), np.int32).tolist()]
 
 
 def learn_vectors(
-    sentences: Iterable[Ids], vocab_size: int, learning: Learning, seed: int
+    sentences: Iterable[Ids], vocab_size: int, learning: Learning, seed: int, scratch: Path
 ) -> tuple[Vectors, npt.NDArray[np.int64]]:
     """Vectors [V, dim], zeros for ids that come fewer than `mincount` times, and how often each id comes [V].
+    The ids are in a file in `scratch` meanwhile.
 
     Raises UserError when gensim is not installed, or no id comes often enough.
     """
@@ -80,7 +86,12 @@ def learn_vectors(
     except ImportError as error:
         raise UserError("token vectors need gensim: pip install 'anarchobot[vocab]'") from error
     logging.getLogger("gensim").setLevel(logging.ERROR)
-    corpus = _Sentences(sentences, vocab_size)
+    with TemporaryFile(dir=scratch) as file:
+        corpus = _Sentences(sentences, vocab_size, file)
+        return _learnt(models, corpus, learning, seed), corpus.counts
+
+
+def _learnt(models: Any, corpus: _Sentences, learning: Learning, seed: int) -> Vectors:
     counts = corpus.counts
     if counts.max(initial=0) < learning.mincount:
         raise UserError(
@@ -95,7 +106,7 @@ def learn_vectors(
         found = models.FastText(**settings, min_n=1, max_n=0, bucket=1).wv  # no pieces of an id's digits
     else:
         found = models.Word2Vec(**settings).wv
-    vectors = np.zeros((vocab_size, learning.dim), np.float32)
+    vectors = np.zeros((len(counts), learning.dim), np.float32)
     ids = np.array([int(name) for name in found.index_to_key])
     vectors[ids] = found.vectors
-    return vectors, counts
+    return vectors

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ import pytest
 from anarchobot import __version__
 from anarchobot.cli import training
 from anarchobot.cli.main import main
-from anarchobot.config.loading import leaf_keys, load_config
+from anarchobot.config.adapt_schema import AdaptConfig
+from anarchobot.config.loading import leaf_keys, load, load_config
 from anarchobot.config.schema import Config
 from anarchobot.config.yaml_tree import parse
 
 Captured = pytest.CaptureFixture[str]
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.mark.parametrize(
@@ -129,6 +132,32 @@ def test_config_schema_is_the_schema(capsys: Captured) -> None:
     schema = json.loads(capsys.readouterr().out)
     assert schema == Config.model_json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
+
+
+def test_config_knows_what_adapt_vocab_takes(capsys: Captured, tmp_path: Path) -> None:
+    """By the sections of the file, or of the words alone."""
+    words = ["models.source_model=runs/a", "corpus.domain=b.txt", "embedding.fasttext.epochs=7"]
+    assert main(["config", "show", str(CONFIGS / "adapt_stable.yaml"), *words]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^    epochs: 7 +# command line$", out, re.MULTILINE)
+    assert re.search(r"^  top_k: 2000 +# .*adapt_stable.yaml:\d+$", out, re.MULTILINE)
+    assert re.search(r"^  seed: 0 +# default$", out, re.MULTILINE)
+    (tmp_path / "c.yaml").write_text(out)
+    assert (
+        load(tmp_path / "c.yaml", [], AdaptConfig).config
+        == load(CONFIGS / "adapt_stable.yaml", words, AdaptConfig).config
+    )
+    assert main(["config", "show", "--json", *words]) == 0
+    sources = json.loads(capsys.readouterr().out)["sources"]
+    given = dict.fromkeys(("models.source_model", "corpus.domain", "embedding.fasttext.epochs"), "command line")
+    assert sources == dict.fromkeys(leaf_keys(AdaptConfig), "default") | given
+    for name, schema in (("adapt_stable", AdaptConfig), ("adapt_paper", AdaptConfig), ("quickstart", Config)):
+        assert main(["config", "schema", str(CONFIGS / f"{name}.yaml")]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found == schema.model_json_schema()
+        jsonschema.validate(parse((CONFIGS / f"{name}.yaml").read_bytes(), name).values, found)
+    assert main(["config", "show", "train.lr=1", "corpus.domain=b"]) == 2
+    assert "corpus" in capsys.readouterr().err
 
 
 # --- in a process of its own -----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ def test_an_output_that_cannot_be_written_is_one_line(
 def test_a_prompt_that_is_too_long_is_not_echoed(
     tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretrain(loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run"), quiet=True)
+    pretrain(loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run"), show="nothing")
     assert main(["generate", "--checkpoint", str(tmp_path / "run"), "--prompt", "word " * 99]) == 2
     said = capsys.readouterr()
     assert said.out == ""

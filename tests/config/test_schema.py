@@ -44,6 +44,7 @@ CHOICES = {
     "data.pack": '"stream" | "documents"',
     "tokenizer.engine": '"auto" | "fast" | "reference"',
     "tokenizer.on_mismatch": '"stop" | "fallback"',
+    "train.micro_batch_size": 'a whole number of at least 1, or "auto"',
     "train.schedule": '"cosine" | "wsd" | "linear" | "constant"',
     "train.optimizer": '"muon_adamw" | "adamw"',
     "train.muon_scale": '"adamw" | "keller"',
@@ -83,7 +84,7 @@ def test_no_key_of_the_promised_sections_is_missing_and_those_added_are_known() 
     of_the_step = {
         "decay_fraction", "adamw_lr", "normuon", "muon_split_heads", "muon_scale", "cautious_weight_decay", "ema_decay",
         "attention_block", "loss_chunk", "cpu_threads", "ckpt_minutes", "supervise", "init_from",
-        "patience", "trainable", "first_sequence",
+        "patience", "trainable", "first_sequence", "memory_budget_gb",
     }  # fmt: skip
     of_the_model = {"embedding_scale", "value_residual", "bos_id"}
     assert own - promised == (

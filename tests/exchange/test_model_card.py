@@ -90,7 +90,7 @@ def test_what_a_text_begins_with_is_said(tmp_path: Path, bpe: Path) -> None:
 
 
 def test_a_model_that_learnt_to_answer(tmp_path: Path, base: Path, chats: Path) -> None:
-    sft(tuning(tmp_path, "run", base, chats, chat__rouge_samples=1), quiet=True)
+    sft(tuning(tmp_path, "run", base, chats, chat__rouge_samples=1), show="nothing")
     text = card(tmp_path / "run", tmp_path / "out")
     state = json.loads((tmp_path / "run" / "step_00000006" / "state.json").read_text())
     assert "tags: [anarchobot, conversational]" in text and "tuned with AnarchoBot; step 6 of its training" in text
@@ -112,7 +112,7 @@ def test_a_model_that_learnt_to_answer(tmp_path: Path, base: Path, chats: Path) 
 
 def test_a_model_that_learnt_preferences(tmp_path: Path, base: Path, preferences: Path) -> None:
     """Its loss is none of tokens, and what else was measured stands beside it."""
-    dpo(tuning(tmp_path, "run", base, preferences), quiet=True)
+    dpo(tuning(tmp_path, "run", base, preferences), show="nothing")
     text = card(tmp_path / "run", tmp_path / "out")
     lines = events(tmp_path / "run", "eval")
     assert figure(text, "best validation loss") == round(min(line["val_loss"] for line in lines), 4)
@@ -128,7 +128,7 @@ def test_models_that_were_not_trained_here(tmp_path: Path, base: Path, chats: Pa
     assert "It goes on from a text.\n" in text and "safe" not in text
     assert "brought into AnarchoBot from another program" in text and f"| imported from | `{tmp_path}/hf` |" in text
     assert "| steps |" not in text and "| tokens |" not in text
-    sft(tuning(tmp_path, "adapters", base, chats, lora__r=4), quiet=True)
+    sft(tuning(tmp_path, "adapters", base, chats, lora__r=4), show="nothing")
     fuse(base, tmp_path / "adapters", tmp_path / "fused")
     text = card(tmp_path / "fused", tmp_path / "b", "gguf")
     assert "joined by AnarchoBot from a model and its adapters" in text and "llama-cli -m model.gguf --jinja" in text

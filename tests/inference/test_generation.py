@@ -123,7 +123,7 @@ def test_load_model_takes_run_and_step_folders(tmp_path: Path, tiny_shards: Path
     from anarchobot.tasks.pretrain import pretrain
     from tests.tiny import loaded
 
-    pretrain(loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run"), quiet=True)
+    pretrain(loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run"), show="nothing")
     newest, config = load_model(tmp_path / "run")
     older, _ = load_model(tmp_path / "run" / "step_00000003")
     name = "model.norm.weight"

@@ -40,7 +40,7 @@ def test_steps_that_were_made_anew_replace_the_old_ones(tmp_path: Path) -> None:
 
 def test_a_real_run_is_read_whole_and_found_in_its_folder(tmp_path: Path, tiny_shards: Path) -> None:
     runs = tmp_path / "runs"
-    summary = pretrain(loaded(tmp_path / "c.yaml", tiny_shards, runs / "a" / "first"), quiet=True)
+    summary = pretrain(loaded(tmp_path / "c.yaml", tiny_shards, runs / "a" / "first"), show="nothing")
     write(runs / "second", {"step": 1, "event": "end", "finished": False})
     (runs / "configs").mkdir()
     (runs / "configs" / "config.yaml").write_text("model: {}\n")  # no run

@@ -1,15 +1,17 @@
 """A model moved to another vocabulary: the whole way, killed at each stage, and what is refused."""
 
 import json
+import random
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from anarchobot.cli.main import main
 from anarchobot.config.adapt_schema import AdaptConfig
+from anarchobot.config.errors import UserError
 from anarchobot.config.loading import load
 from anarchobot.data.sources import builtin
 from anarchobot.data.tokenizer import load_tokenizer
@@ -22,58 +24,19 @@ from anarchobot.tasks.adapt_evaluation import read_questions, table
 from anarchobot.training import checkpoint
 from anarchobot.training.engine import MLXEngine
 from tests.exchange.making import make_run, our_logits, real_ids
+from tests.tasks.adapting import STAGES, command, kill_in, make_world, results, write_config
 
 pytest.importorskip("gensim")
 
-STAGES = (
-    "corpus",
-    "tokenizer",
-    "vectors",
-    "alignment",
-    "initial",
-    "shards",
-    "stage1",
-    "stage2",
-    "result",
-    "evaluate_before",
-)
+QUICK: dict[str, Any] = {
+    "vocab_adaptation": {"enabled": False}, "evaluation": {"enabled": False}, "alignment": {"method": "mean"}
+}  # fmt: skip
 TRAINED = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with random weights and a head of its own, a field's text, general text and three questions."""
-    folder = tmp_path_factory.mktemp("world")
-    texts = [part for text in builtin.topics() for part in text.split("\n\n") if len(part) > 100]
-    made = train_tokenizer(texts[:150], folder / "own", 400)[0]
-    make_run(folder / "model", made, tie_embeddings=False, n_layers=1, d_model=32, max_seq_len=64, dropout=0.1)
-    for name, part in (("field", texts[150:290]), ("general", texts[:80])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
-    rows = [{"question": "Is it?", "abstract": "It is.", "answer": answer} for answer in ("yes", "no", "maybe")]
-    (folder / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def write_config(world: Path, root: Path, **change: dict[str, Any]) -> Path:
-    config: dict[str, dict[str, Any]] = {
-        "models": {"source_model": str(world / "model")},
-        "corpus": {
-            "domain": str(world / "field.jsonl"), "general": str(world / "general.jsonl"), "val_fraction": 0.1
-        },
-        "embedding": {"fasttext": {"epochs": 1, "thread": 1, "dim": 8}},
-        "tokenization": {"target": "trained", "vocab_size": 420, "workers": 1},
-        "vocab_adaptation": {
-            "stage1_steps": 4, "stage2_steps": 4, "lr_stage1": 1e-3, "lr_stage2": 1e-3, "batch_size": 2,
-            "gradient_accumulation": 1, "max_seq_length": 32, "lora_r": 4, "bf16": False, "cpu_threads": 1,
-        },
-        "evaluation": {"qa": str(world / "qa.jsonl"), "max_samples": 3},
-        "pipeline": {"run_root": str(root), "retry_backoff": 0, "max_retries": 0},
-    }  # fmt: skip
-    for section, keys in change.items():
-        config.setdefault(section, {}).update(keys)
-    path = root.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(config))
-    return path
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def adapt(world: Path, root: Path, **change: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -148,8 +111,39 @@ def test_stage_2_goes_on_in_the_data_where_stage_1_ended(
 def test_done_again_it_does_nothing_and_tells_the_same(done: tuple[Path, dict[str, Any]], world: Path) -> None:
     report, told = adapt(world, done[0])
     assert report == done[1]
-    assert [line for line in told if "done before" not in line] == told[:1]  # a warning
-    assert len(told) == 14
+    warned = [line for line in told if "done before" not in line]
+    assert warned == [told[0], f"warning: {report['alignment']['advice'][0]}"]
+    assert "of held-out tokens 0% find themselves, fewer than 60%" in warned[1]
+    assert len(told) == 15
+
+
+def test_a_folder_that_holds_another_models_adaptation_is_left_alone(world: Path, tmp_path: Path) -> None:
+    adapt(world, tmp_path / "r", **QUICK)
+    make_run(tmp_path / "other", world / "own.model", tie_embeddings=False, n_layers=1, d_model=48, max_seq_len=64)
+    with pytest.raises(
+        UserError, match=r"r.yaml:\d+: pipeline.run_root: .* holds the adaptation of another model than"
+    ):
+        adapt(world, tmp_path / "r", models={"source_model": str(tmp_path / "other")}, **QUICK)
+    assert (tmp_path / "r" / "initial" / "config.yaml").is_file()
+
+
+def test_a_changed_setting_makes_its_stage_anew_and_what_follows(world: Path, tmp_path: Path) -> None:
+    adapt(world, tmp_path / "r", **QUICK)
+    _, told = adapt(world, tmp_path / "r", **(QUICK | {"alignment": {"method": "random"}}))
+    assert [line.partition(": ")[::2] for line in told if "anew" in line] == [
+        ("alignment", 'anew, for method was "mean", is now "random"'),
+        ("initial", "anew, for what it is made from has changed"),
+        ("result", "anew, for what it is made from has changed"),
+    ]
+    assert next(line for line in told if "done before" in line).startswith("corpus")
+
+
+def test_a_key_that_a_later_version_brings_trains_nothing_anew(done: tuple[Path, dict[str, Any]]) -> None:
+    """What a stage of training is known by are the settings that differ from their defaults."""
+    settings = read_sealed(done[0] / "records" / "stage2.json")["settings"]
+    assert settings["lora"] == {"r": 4, "dropout": 0.1}
+    assert settings["train"]["lr"] == 1e-3
+    assert not {"momentum", "save_dir", "init_from", "cpu_threads", "guard"} & settings["train"].keys()
 
 
 def test_identical_tokenizers_give_identical_logits(world: Path, tmp_path: Path) -> None:
@@ -157,6 +151,9 @@ def test_identical_tokenizers_give_identical_logits(world: Path, tmp_path: Path)
     report, _ = adapt(world, tmp_path / "r", models={"target_tokenizer": str(own)},
                       vocab_adaptation={"enabled": False})  # fmt: skip
     assert report["alignment"]["coverage"] == 1.0
+    assert report["result"] == str(tmp_path / "r" / "result")
+    for name, array in weights(tmp_path / "r" / "initial").items():
+        assert np.array_equal(array, weights(tmp_path / "r" / "result")[name])
     ids = real_ids(world / "model", 60)
     assert np.array_equal(our_logits(world / "model", ids), our_logits(tmp_path / "r" / "initial", ids))
     assert report["evaluation"]["before"] == report["evaluation"]["initial"]
@@ -208,10 +205,20 @@ def test_killed_at_each_stage_it_goes_on(
         finished = {path.stem for path in (root / "records").glob("*.json")}
         assert finished == set(STAGES[:number])
     report, told = adapt(world, root)
-    assert sum("done before" in line for line in told) == len(STAGES) - 1
+    assert sum("done before" in line for line in told) == len(STAGES) - 4
     for name, array in weights(done[0] / "result").items():
         assert np.array_equal(array, weights(root / "result")[name]), name
     assert report["evaluation"] == done[1]["evaluation"]
+
+
+def test_kill_9_in_the_middle_of_a_stage(world: Path, done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """The program itself, killed while it learns vectors, and then while it trains; tests/faults has every stage."""
+    config, chance = write_config(world, tmp_path / "r"), random.Random(0)
+    for stage in ("vectors", "stage1"):
+        lasts = read_sealed(done[0] / "records" / f"{stage}.json")["seconds"]
+        kill_in(stage, config, tmp_path / "r", lasts, chance)
+    subprocess.run(command(config), check=True)
+    assert results(tmp_path / "r") == results(done[0])
 
 
 def test_a_stage_that_fails_twice_and_then_works(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,9 +230,7 @@ def test_a_stage_that_fails_twice_and_then_works(world: Path, tmp_path: Path, mo
         return real(*args, **kw)
 
     monkeypatch.setattr(adapt_vocab, "align", failing)
-    change: dict[str, Any] = {
-        "vocab_adaptation": {"enabled": False}, "evaluation": {"enabled": False}, "alignment": {"method": "mean"}
-    }  # fmt: skip
+    change = dict(QUICK)
     with pytest.raises(MemoryError):
         adapt(world, tmp_path / "r", **change)
     failures.append(OSError("away again"))
@@ -239,7 +244,12 @@ def test_a_stage_that_fails_twice_and_then_works(world: Path, tmp_path: Path, mo
     ("change", "message"),
     [
         ({"alignment": {"pivot_counts": 3}}, "alignment.pivot_counts: unknown key; did you mean 'pivot_count'?"),
-        ({"models": {"source_tokenizer": "OTHER"}}, "has 320 tokens, and the model in"),
+        ({"models": {"source_tokenizer": 320}}, "has 320 tokens, and the model in"),
+        ({"models": {"source_tokenizer": 400}}, "has other tokens than the model in"),
+        ({"vocab_adaptation": {"lora_target_modules": ["k_porj"]}}, "no matrix is called k_porj; did you mean 'k_proj"),
+        ({"evaluation": {"datasets": ["nowhere.txt"]}}, "nowhere.txt: no such file"),
+        ({"evaluation": {"baseline_model": "nowhere"}}, "nowhere: no checkpoint here"),
+        ({"corpus": {"val_fraction": 1e-6}}, "corpus.val_fraction: none of 140 documents is held out"),
         ({"models": {"target_tokenizer": "nowhere.model"}}, "no such tokenizer file"),
         ({"vocab_adaptation": {"max_seq_length": 65}}, "65, and the model sees at most 64 tokens"),
         ({"corpus": {"domain": "nowhere.txt"}}, "nowhere.txt"),
@@ -249,8 +259,8 @@ def test_a_stage_that_fails_twice_and_then_works(world: Path, tmp_path: Path, mo
 def test_what_does_not_fit_is_told_in_one_line(
     change: dict[str, Any], message: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if change.get("models", {}).get("source_tokenizer"):
-        other = train_tokenizer(list(builtin.topics())[:1], tmp_path / "other", 320)[0]
+    if size := change.get("models", {}).get("source_tokenizer"):
+        other = train_tokenizer(list(builtin.topics())[:1], tmp_path / "other", size)[0]
         change = {"models": {"source_tokenizer": str(other)}}
     path = write_config(world, tmp_path / "r", **change)
     assert main(["adapt-vocab", str(path), "--quiet"]) == 2
@@ -263,7 +273,7 @@ def test_the_papers_rate_with_a_small_step_is_warned_of(world: Path, tmp_path: P
     change = {"vocab_adaptation": {"lr_stage1": 6.4e-4}}
     settings = load(write_config(world, tmp_path / "r", **change), [], AdaptConfig).config
     (warning,) = adapt_checks.warnings(settings)
-    assert "0.00064 belongs to 2.1 million tokens a step, and here are 64" in warning
+    assert "0.00064 belongs to 2.1 million tokens a step, where here are 64" in warning
     large = settings.vocab_adaptation.model_copy(update={"gradient_accumulation": -(-525000 // 64)})
     assert adapt_checks.warnings(settings.model_copy(update={"vocab_adaptation": large})) == []
 

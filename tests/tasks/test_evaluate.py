@@ -62,7 +62,7 @@ def test_on_shards_it_is_what_training_logs(
     tmp_path: Path, tiny_shards: Path, mask: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = {"data__document_mask": mask, "data__pack": "documents" if mask else "stream", "train__eval_batches": None}
-    summary = pretrain(loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", **words), quiet=True)
+    summary = pretrain(loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", **words), show="nothing")
     found = evaluated(capsys, "--checkpoint", str(tmp_path / "run"), "--shards", str(tiny_shards))
     figures = found["results"][f"shards {tiny_shards}"]
     lines = (tmp_path / "run" / "logs" / "metrics.jsonl").read_text().splitlines()

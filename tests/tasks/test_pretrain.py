@@ -32,7 +32,7 @@ def run_with(tmp_path: Path, tiny_shards: Path) -> Any:
 
     def run(name: str, **overrides: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         config = loaded(tmp_path / "config.yaml", tiny_shards, tmp_path / name, **overrides)
-        summary = pretrain(config, quiet=True)
+        summary = pretrain(config, show="nothing")
         return summary, lines_of(tmp_path / name)
 
     return run
@@ -283,7 +283,7 @@ def test_several_shard_folders_train_as_one_or_by_their_weights(
 
 def refused(match: str, path: Path, *args: Any, **overrides: Any) -> None:
     with pytest.raises(UserError, match=match) as caught:
-        pretrain(loaded(path, *args, **overrides), quiet=True)
+        pretrain(loaded(path, *args, **overrides), show="nothing")
     assert "\n" not in str(caught.value)
 
 

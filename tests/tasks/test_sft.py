@@ -38,7 +38,7 @@ def test_a_model_learns_to_answer(tmp_path: Path, base: Path, chats: Path) -> No
         "train__total_steps": 120, "train__eval_interval": 120, "train__log_interval": 40, "train__grad_accum_steps": 1,
         "train__ckpt_interval": 120, "chat__rouge_samples": 4, "generation__max_new_tokens": 12,
     }  # fmt: skip
-    summary = sft(tuning(tmp_path, "run", base, chats, **settings), quiet=True)
+    summary = sft(tuning(tmp_path, "run", base, chats, **settings), show="nothing")
     before, after = events(tmp_path / "run", "eval")
     assert after["val_loss"] < 0.5 * before["val_loss"] and summary["best_val_loss"] == after["val_loss"]
     assert after["rougeL"] > before["rougeL"] + 0.3
@@ -53,16 +53,16 @@ def test_stopped_and_resumed_is_the_unbroken_run(
 ) -> None:
     """Past the end of an epoch: forty-odd conversations are a dozen sequences."""
     settings = {**settings, "train__total_steps": 9}
-    sft(tuning(tmp_path, "whole", base, chats, **settings), quiet=True)
-    sft(tuning(tmp_path, "broken", base, chats, **settings | {"train__total_steps": 4}), quiet=True)
-    sft(tuning(tmp_path, "broken", base, chats, **settings, train__checkpoint_path="auto"), quiet=True)
+    sft(tuning(tmp_path, "whole", base, chats, **settings), show="nothing")
+    sft(tuning(tmp_path, "broken", base, chats, **settings | {"train__total_steps": 4}), show="nothing")
+    sft(tuning(tmp_path, "broken", base, chats, **settings, train__checkpoint_path="auto"), show="nothing")
     equal(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_packed_conversations_have_the_loss_of_each_alone(tmp_path: Path, base: Path, chats: Path) -> None:
     losses = []
     for name, pack in (("packed", True), ("alone", False)):
-        sft(tuning(tmp_path, name, base, chats, chat__pack=pack, train__total_steps=1), quiet=True)
+        sft(tuning(tmp_path, name, base, chats, chat__pack=pack, train__total_steps=1), show="nothing")
         losses.append(events(tmp_path / name, "eval")[0]["val_loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
@@ -70,14 +70,14 @@ def test_packed_conversations_have_the_loss_of_each_alone(tmp_path: Path, base: 
 def test_a_hugging_face_folder_is_a_base_as_well(tmp_path: Path, base: Path, chats: Path) -> None:
     export(base, "hf", tmp_path / "hf")
     for name, model in (("ours", base), ("theirs", tmp_path / "hf")):
-        sft(tuning(tmp_path, name, model, chats), quiet=True)
+        sft(tuning(tmp_path, name, model, chats), show="nothing")
     ours, theirs = ([line["val_loss"] for line in events(tmp_path / name, "eval")] for name in ("ours", "theirs"))
     assert theirs == pytest.approx(ours, abs=1e-5)
 
 
 def test_adapters_alone_are_trained_and_saved(tmp_path: Path, base: Path, chats: Path) -> None:
     before = dict(open_base(str(base)).weights)
-    summary = sft(tuning(tmp_path, "run", base, chats, lora__r=4, train__total_steps=12), quiet=True)
+    summary = sft(tuning(tmp_path, "run", base, chats, lora__r=4, train__total_steps=12), show="nothing")
     found = checkpoint.find(tmp_path / "run")
     names = set(np.load(found.folder / "model.npz").files)
     assert {name.rpartition(".")[2] for name in names} == {"lora_a", "lora_b"} and len(names) == 2 * 7
@@ -86,11 +86,11 @@ def test_adapters_alone_are_trained_and_saved(tmp_path: Path, base: Path, chats:
         "adapter_config.json",
     }
     fuse(base, tmp_path / "run" / "adapters", tmp_path / "fused")
-    joined = sft(tuning(tmp_path, "again", tmp_path / "fused", chats, train__total_steps=1), quiet=True)
+    joined = sft(tuning(tmp_path, "again", tmp_path / "fused", chats, train__total_steps=1), show="nothing")
     assert events(tmp_path / "again", "eval")[0]["val_loss"] == pytest.approx(summary["best_val_loss"], abs=1e-5)
     assert joined["finished"]
     peft = tuning(tmp_path, "peft", base, chats, lora__r=4, lora__adapter_format="peft")
-    assert (Path(sft(peft, quiet=True)["adapters"]) / "adapter_model.safetensors").is_file()
+    assert (Path(sft(peft, show="nothing")["adapters"]) / "adapter_model.safetensors").is_file()
     first, *_, last = (line["val_loss"] for line in events(tmp_path / "run", "eval"))
     assert last < first - 0.05 and summary["finished"]
     for name, weight in open_base(str(base)).weights.items():
@@ -101,13 +101,13 @@ def test_patience_ends_a_run_that_gets_no_better(tmp_path: Path, base: Path, cha
     settings = {"train__lr": 1e-12, "train__eval_interval": 1, "train__total_steps": 50, "train__patience": 3}
     again = {"train__checkpoint_path": "auto"}
     worse = {"train__lr": 3.0, "train__max_grad_norm": None, "guard__spike_sigma": None}
-    summary = sft(tuning(tmp_path, "run", base, chats, **settings | worse), quiet=True)
+    summary = sft(tuning(tmp_path, "run", base, chats, **settings | worse), show="nothing")
     steps = {line["val_loss"]: line["step"] for line in events(tmp_path / "run", "eval")}
     assert summary["best_step"] == (steps[summary["best_val_loss"]] or None)
     assert summary["finished"] and summary["steps"] < 50
     losses = [line["val_loss"] for line in events(tmp_path / "run", "eval")]
     assert min(losses[-3:]) >= min(losses[:-3]) and summary["best_val_loss"] == min(losses)
-    resumed = sft(tuning(tmp_path, "run", base, chats, **settings | worse | again), quiet=True)
+    resumed = sft(tuning(tmp_path, "run", base, chats, **settings | worse | again), show="nothing")
     assert resumed["steps"] == summary["steps"]
 
 
@@ -128,7 +128,7 @@ def test_adapters_are_the_best_steps_and_fuse_takes_them_of_the_run_too(
     """The second of six steps is the best; and an older step of the base is another model of the same shape."""
     monkeypatch.setattr(MLXEngine, "eval_step", lambda engine, batch: (float(abs(engine._updates - 2)), 1))
     settings = {"lora__r": 4, "train__eval_interval": 1, "train__ckpt_interval": 1, "train__ckpt_keep": 6}
-    summary = sft(tuning(tmp_path, "run", base, chats, **settings), quiet=True)
+    summary = sft(tuning(tmp_path, "run", base, chats, **settings), show="nothing")
     best = summary["best_step"]
     assert best == 2 == summary["adapters_step"] and summary["steps"] == 6
     capsys.readouterr()
@@ -159,10 +159,10 @@ def test_a_run_stopped_in_its_first_validation_has_no_adapters_and_no_error(
 
     with monkeypatch.context() as patch:
         patch.setattr(MLXEngine, "eval_step", stopped)
-        summary = sft(tuning(tmp_path, "run", base, chats, lora__r=4), quiet=True)
+        summary = sft(tuning(tmp_path, "run", base, chats, lora__r=4), show="nothing")
     assert not summary["finished"] and summary["steps"] == 0 and "adapters" not in summary
     again = tuning(tmp_path, "run", base, chats, lora__r=4, train__checkpoint_path="auto")
-    assert sft(again, quiet=True)["finished"]
+    assert sft(again, show="nothing")["finished"]
 
 
 def test_rouge_says_what_it_can_not_have(
@@ -185,7 +185,7 @@ def test_rouge_says_what_it_can_not_have(
     prompt = ChatEncoder.prompt
     monkeypatch.setattr(ChatEncoder, "prompt", lambda *args: days.append(args[2:]) or prompt(*args))
     samples = {"chat__rouge_samples": 2, "train__sample_interval": 1, "generation__max_new_tokens": 2}
-    sft(tuning(tmp_path, "days", base, chats, **samples, train__total_steps=1), quiet=True)
+    sft(tuning(tmp_path, "days", base, chats, **samples, train__total_steps=1), show="nothing")
     assert len(days) >= 2 + 2 * 2 + 1 and set(days) == {(TRAINING_DAY,)}
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     refused(
@@ -199,7 +199,7 @@ def test_the_share_that_is_packed_is_said(
 ) -> None:
     """Of a model 64 wide, of 96 within the MLP: all but the MLP's matrix of 96 columns, and three norms."""
     shape = {"model__d_model": 64, "model__mlp_multiple": 1.5, "model__dropout": 0.0, "train__total_steps": 1}
-    pretrain(loaded(tmp_path / "base.yaml", tiny_shards, tmp_path / "base", **shape), quiet=True)
+    pretrain(loaded(tmp_path / "base.yaml", tiny_shards, tmp_path / "base", **shape), show="nothing")
     sft(tuning(tmp_path, "run", tmp_path / "base", chats, lora__r=4, lora__quantize=4, train__total_steps=1))
     packed, left = 384 * 64 + 4 * 64 * 64 + 2 * 96 * 64, 96 * 64 + 3 * 64
     assert f", {packed / (packed + left):.1%} of the rest in 4 bits" in capsys.readouterr().err
@@ -208,7 +208,7 @@ def test_the_share_that_is_packed_is_said(
 def test_pytorch_tunes_as_mlx_does(tmp_path: Path, base: Path, chats: Path) -> None:
     pytest.importorskip("torch").set_num_threads(1)
     for backend in ("mlx", "torch"):
-        sft(tuning(tmp_path, backend, base, chats, train__backend=backend), quiet=True)
+        sft(tuning(tmp_path, backend, base, chats, train__backend=backend), show="nothing")
     by_mlx, by_torch = ([line["loss"] for line in events(tmp_path / b, "train")] for b in ("mlx", "torch"))
     assert by_torch == pytest.approx(by_mlx, abs=1e-4)
     refused("torch trains whole weights", tuning(tmp_path, "x", base, chats, train__backend="torch", lora__r=4))
@@ -216,7 +216,7 @@ def test_pytorch_tunes_as_mlx_does(tmp_path: Path, base: Path, chats: Path) -> N
 
 def refused(match: str, config: Any) -> None:
     with pytest.raises(UserError, match=match) as caught:
-        sft(config, quiet=True)
+        sft(config, show="nothing")
     assert "\n" not in str(caught.value)
 
 
@@ -227,6 +227,8 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path, base: Path, ch
     one = tmp_path / "one.jsonl"
     one.write_text('{"prompt": "a", "completion": "b"}\n')
     refused(r"data.shard_dir: is about documents, not conversations", make(data__shard_dir="shards/x"))
+    refused(r"train.trainable: is for training on documents \(pretrain\)", make(train__trainable="embeddings"))
+    refused(r"train.first_sequence: is for training on documents", make(train__first_sequence=8))
     refused(r"data.dataset: expected what to learn from", make(data__dataset=None))
     refused(r"preference.beta: is about pairs of answers \(dpo\), not conversations", make(preference__beta=0.2))
     refused(r"preference.loss: is about pairs of answers", make(preference__loss="orpo"))
@@ -245,7 +247,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path, base: Path, ch
             make(**overrides)
     assert not (tmp_path / "run").exists()
 
-    sft(make(), quiet=True)
+    sft(make(), show="nothing")
     again = {"train__checkpoint_path": "auto", "train__total_steps": 9}
     other = tmp_path / "other.jsonl"
     other.write_text(chats.read_text().replace("red", "pink"))
@@ -254,7 +256,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path, base: Path, ch
     shutil.copytree(base, tmp_path / "base")
     shutil.rmtree(tmp_path / "base" / "step_00000006")
     refused("began with other weights than those now in", make(train__init_from=str(tmp_path / "base"), **again))
-    sft(tuning(tmp_path, "adapters", base, chats, lora__r=4), quiet=True)
+    sft(tuning(tmp_path, "adapters", base, chats, lora__r=4), show="nothing")
     with pytest.raises(UserError, match="not a whole model: join them with their model first"):
         make(train__init_from=str(tmp_path / "adapters"))
 

@@ -91,3 +91,24 @@ def test_what_was_stopped_is_gone_on_with_unless_something_changed(tmp_path: Pat
     run(tmp_path, told, other, settings={"a": 2})
     run(tmp_path, told, other, settings={"a": 2}, inputs={"x": "e"})
     assert other.found == [[], []]
+    assert [line for line in told if "anew" in line] == [
+        "one: anew, for a was 1, is now 2",
+        "one: anew, for what it is made from has changed",
+    ]
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(tmp_path: Path, told: list[Any]) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="one: is there, and no stage has made it: choose another folder"):
+        run(tmp_path, told, Work())
+    assert (tmp_path / "one" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "one" / "thesis.txt").unlink()
+    assert run(tmp_path, told, Work()).notes == {"answer": 42}  # an empty one may be what a kill has left
+
+
+def test_what_a_kill_left_beside_a_folder_goes_away(tmp_path: Path, told: list[Any]) -> None:
+    (tmp_path / ".one.77.tmp").mkdir()
+    (tmp_path / ".two.77.tmp").mkdir()
+    run(tmp_path, told, Work())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".two.77.tmp", "one", "records"]

@@ -19,7 +19,7 @@ COLOURS = ("red", "blue", "green", "black", "white")
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    pretrain(loaded(folder / "c.yaml", tiny_shards, folder / "run", model__dropout=0.0), quiet=True)
+    pretrain(loaded(folder / "c.yaml", tiny_shards, folder / "run", model__dropout=0.0), show="nothing")
     return folder / "run"
 
 

@@ -322,3 +322,12 @@ def test_peak_memory_is_the_process_on_a_cpu() -> None:
     block = torch.ones(int((before + 0.1) * 1e9 / 4))
     assert 0.05 < before < trained.peak_memory_gb() <= before + 0.1 + before + 0.5
     del block
+
+
+def test_memory_in_use_is_told_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = TorchEngine(config())
+    assert trained.memory_gb() == {}
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 2 * 10**9)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 5 * 10**9)
+    monkeypatch.setattr(trained, "device", torch.device("mps"))
+    assert trained.memory_gb() == {"active_memory_gb": 2.0, "cache_memory_gb": 3.0}

@@ -47,6 +47,9 @@ class CountingEngine:
     def peak_memory_gb(self) -> float:
         return 0.5
 
+    def memory_gb(self) -> dict[str, float]:
+        return {"active_memory_gb": 0.25}
+
 
 class Windows:
     windows = 100

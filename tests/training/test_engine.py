@@ -11,8 +11,8 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
 from anarchobot.data.windows import IGNORE
+from anarchobot.numerics.cores import workers_for
 from anarchobot.training.engine import MLXEngine
-from anarchobot.training.workers import workers_for
 
 
 def config(model: dict[str, Any] | None = None, **train: Any) -> Config:

@@ -13,6 +13,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.data.batches import Batch
 from anarchobot.training import checkpoint, saving
 from anarchobot.training.loop import MOST_SKIPPED, StepResult
+from anarchobot.training.progress import Progress
 from tests.training.counting import CountingEngine, train
 
 
@@ -267,7 +268,8 @@ def test_a_best_step_that_can_not_be_named_yet_is_kept_and_named_later(
     finished, lines = train(tmp_path, CountingEngine([9.0, 3.0, 4.0, 5.0, 6.0]), 8, **settings)
     assert finished and checkpoint.named_step(tmp_path / "best.json") == 2
     assert sorted(checkpoint.saved_steps(tmp_path)) == [2, 8]
-    (told,) = [line["text"] for line in lines if line["event"] == "warning"]
+    told, by_heart = [line["text"] for line in lines if line["event"] == "warning"]
+    assert by_heart.startswith("validation loss has risen 3 times in a row while training loss fell")
     assert told.startswith("step 2: naming the best step failed") and tries == ["best.json"] * 2
 
 
@@ -304,3 +306,22 @@ def test_a_resumed_run_goes_on_at_its_position_without_a_first_validation(tmp_pa
     engine = CountingEngine()
     train(tmp_path, engine, 6, start=4)
     assert [call[:3] for call in engine.calls if call[0] != "state"][:2] == [("train", 5, 24), ("train", 6, 30)]
+
+
+def test_learning_by_heart_is_told_once_for_three_rises(tmp_path: Path) -> None:
+    """Training loss falls by 1 a step; validation is made at 0, 1, 2, ... and rises at all of those after the first."""
+    losses = [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
+    _, lines = train(tmp_path, CountingEngine(losses), 7, eval_interval=1)
+    assert [line["step"] for line in lines if line["event"] == "warning"] == [4, 7]  # rises at 2, 3, 4; at 5, 6, 7
+
+
+def test_the_smooth_loss_is_a_mean_that_counts_later_steps_more() -> None:
+    """Step k counts k times in the first 99; from there on a step counts 0.98 of the next one."""
+    progress, losses = Progress(), np.random.default_rng(0).normal(5, 1, 250)
+    for progress.step, loss in enumerate(losses.tolist(), start=1):
+        progress.trained(loss)
+        if progress.step <= 99:
+            so_far = losses[: progress.step]
+            assert progress.smooth_loss == pytest.approx(np.average(so_far, weights=np.arange(1, len(so_far) + 1)))
+    first = 0.98**151 * np.average(losses[:99], weights=np.arange(1, 100))
+    assert progress.smooth_loss == pytest.approx(first + 0.02 * 0.98 ** np.arange(150, -1, -1) @ losses[99:])

@@ -35,19 +35,44 @@ def test_a_display_whose_reader_has_gone_is_quiet(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(sys, "stderr", Gone())
         with TerminalDisplay(9, 0) as display:
             display.note("hello")
-            display.train(1, {"loss": 1, "lr": 1, "grad_norm": 1, "tokens_per_second": 1, "peak_memory_gb": 1})
+            named = ("loss", "smooth_loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_gb")
+            display.train(1, dict.fromkeys(named, 1))
+
+
+def test_tensorboard_has_samples_and_settings_as_text(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path) as log:
+        log.config(0, "model:\n  d_model: 8\n")
+        log.event("sample", 7, text="Once upon a time")
+    values = [(event.step, value) for event in board(tmp_path) for value in event.summary.value]
+    assert [(step, value.tag.split("/")[0], value.tensor.string_val[0].decode()) for step, value in values] == [
+        (0, "config", "```yaml\nmodel:\n  d_model: 8\n```"),
+        (7, "sample", "Once upon a time"),
+    ]
+    assert {value.metadata.plugin_data.plugin_name for _, value in values} == {"text"}
+
+
+def test_the_lines_are_echoed_as_they_are_written(tmp_path: Path) -> None:
+    echo = io.StringIO()
+    with MetricsLog(tmp_path, echo) as log:
+        log.event("train", 1, loss=2.0)
+        log.event("end", 1, finished=True)
+    assert echo.getvalue() == (tmp_path / "metrics.jsonl").read_text()
+
+
+def board(logs: Path) -> list[Event]:
+    """Read with a reader of our own: length, checksum, event, checksum, as TFRecord files are."""
+    (file,) = (logs / "tensorboard").iterdir()
+    raw, place, events = file.read_bytes(), 0, []
+    while place < len(raw):
+        size = int.from_bytes(raw[place : place + 8], "little")
+        events.append(Event.FromString(raw[place + 12 : place + 12 + size]))
+        place += 12 + size + 4
+    return events
 
 
 def test_tensorboard_has_what_the_lines_have(tmp_path: Path) -> None:
-    """Read with a reader of our own: length, checksum, event, checksum, as TFRecord files are."""
     _, lines = train(tmp_path, CountingEngine(), 4, log_interval=2, eval_interval=4)
-    (file,) = (tmp_path / "logs" / "tensorboard").iterdir()
-    raw, place, points = file.read_bytes(), 0, []
-    while place < len(raw):
-        size = int.from_bytes(raw[place : place + 8], "little")
-        event = Event.FromString(raw[place + 12 : place + 12 + size])
-        points += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
-        place += 12 + size + 4
+    points = [(v.tag, event.step, v.simple_value) for event in board(tmp_path / "logs") for v in event.summary.value]
     for name in ("loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_gb"):
         wanted = [(line["step"], line[name]) for line in lines if line["event"] == "train"]
         assert [(step, v) for tag, step, v in points if tag == f"train/{name}"] == [

@@ -79,6 +79,7 @@ def test_a_known_permutation_is_recovered(permuted: tuple[Side, Side, np.ndarray
     assert report["coverage"] == 1.0
     assert report["held_out"] == SIZE // 40
     assert report["pivots"] == SIZE // 4 - SIZE // 40
+    assert report["advice"] == []
 
 
 def test_held_out_precision_tells_vectors_that_mean_nothing(permuted: tuple[Side, Side, np.ndarray]) -> None:
@@ -86,6 +87,7 @@ def test_held_out_precision_tells_vectors_that_mean_nothing(permuted: tuple[Side
     noise = np.random.default_rng(2).standard_normal((SIZE, DIM)).astype(np.float32)
     _, report = align(source, Side(target.tokenizer, noise, target.counts), **settings())
     assert report["precision_at_1"] < 0.1
+    assert report["advice"][0].startswith("alignment: of held-out tokens 0% find themselves, fewer than 60%")
 
 
 def test_pivots_are_as_many_as_are_asked_for_and_the_most_frequent(permuted: tuple[Side, Side, np.ndarray]) -> None:
@@ -121,6 +123,14 @@ def test_below_the_threshold_a_token_is_the_mean_of_its_pieces() -> None:
     assert plan.ids[100].tolist() == [3, 5]
     assert plan.weights[100].tolist() == [0.5, 0.5]
     assert report["coverage"] == round(100 / 101, 4)
+    assert report["advice"] == []
+    others = [f"t{i},t3" for i in range(6)]
+    far = np.vstack([source, rng.standard_normal((6, DIM))])
+    _, poor = align(side(names, source), side([*names, *others], far), **settings(similarity_threshold=0.9))
+    assert poor["advice"] == [
+        "alignment: 94.3% of the tokens have a match, fewer than 95%: lower alignment.similarity_threshold, or give "
+        "more text"
+    ]
     assert report["examples"] == [{"token": "t3,t5", "route": "pieces", "from": {"t3": 0.5, "t5": 0.5}}]
 
 

@@ -1,14 +1,16 @@
 """The field's text in one file."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from anarchobot.config.errors import UserError
+from anarchobot.config.schema import DataConfig
 from anarchobot.data.pieces import pieces
-from anarchobot.data.sources.documents import Counts, Document
-from anarchobot.vocab.corpus import read_corpus, write_corpus
+from anarchobot.data.sources.documents import Counts, Document, from_files
+from anarchobot.vocab.corpus import PART_CHARS, read_corpus, write_corpus
 
 TEXTS = [f"document {i} über alles" for i in range(500)]
 
@@ -52,6 +54,32 @@ def test_the_budget_holds_to_the_byte(tmp_path: Path) -> None:
     }
     with pytest.raises(UserError, match="no document within 3 bytes"):
         write(tmp_path / "a.jsonl", texts, budget=3)
+
+
+@pytest.mark.parametrize("line", [f"{'word ' * 30}\n", "word " * 999, "x" * 999])
+def test_a_long_text_file_is_many_documents(line: str, tmp_path: Path) -> None:
+    (tmp_path / "field.txt").write_text("".join(f"{i}{line}" for i in range(3000)))
+    documents = from_files([str(tmp_path / "field.txt")], DataConfig(), Counts())
+    told = write_corpus(documents, tmp_path / "a.jsonl", byte_budget=10**9, deduplicate=True, seed=0)
+    texts = texts_of(tmp_path / "a.jsonl")
+    assert told["bytes"] == (tmp_path / "field.txt").stat().st_size == sum(map(len, texts))
+    assert max(map(len, texts)) <= PART_CHARS
+    assert told["kept"] == len(texts) < 1.5 * told["bytes"] / PART_CHARS
+    assert line[-1] == "x" or all(text.endswith(line[-1]) for text in texts)
+    held_out = list(read_corpus(tmp_path / "a.jsonl", 0.1, "val"))
+    assert 0.02 < sum(map(len, held_out)) / told["bytes"] < 0.2
+
+
+def test_the_text_is_not_in_memory(tmp_path: Path) -> None:
+    """20 MB in documents of 10,000 bytes."""
+    texts = (f"{i} {'ü' * 4998}" for i in range(2000))
+    tracemalloc.start()
+    told = write_corpus(map(Document, texts), tmp_path / "a.jsonl", byte_budget=10**9, deduplicate=True, seed=0)
+    sides = sum(len(text.encode()) for text in read_corpus(tmp_path / "a.jsonl", 0.0, "train"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert told["bytes"] == sides > 2e7
+    assert peak < 8e6  # a unit of a million characters, a few times
 
 
 def test_the_sides_are_those_of_the_shards(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Two spaces made one: against closed forms and a plain loop over the whole matrix."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -25,9 +27,9 @@ def test_a_known_rotation_is_found() -> None:
     assert np.abs(found - w).max() < 0.1
 
 
-@pytest.mark.parametrize("block", [7, 1024])
-def test_csls_is_that_of_the_whole_matrix(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spaces, "BLOCK", block)
+@pytest.mark.parametrize("cells", [1, 7 * 55, 2**22])
+def test_csls_is_that_of_the_whole_matrix(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spaces, "CELLS", cells)
     t, s = unit(vectors(40)), unit(vectors(60))
     rows, candidates = np.arange(3, 33), np.arange(5, 60)
     found = nearest("procrustes", t, s, rows, candidates, 4)
@@ -36,7 +38,28 @@ def test_csls_is_that_of_the_whole_matrix(block: int, monkeypatch: pytest.Monkey
     r_s = np.sort(cosines, axis=0)[-10:].mean(axis=0, keepdims=True)
     best = np.argsort(-(2 * cosines - r_t - r_s), axis=1)[:, :4]
     assert np.array_equal(found.ids, candidates[best])
-    assert np.allclose(found.cosines, np.take_along_axis(cosines, best, axis=1), atol=1e-5)
+    weights = np.exp(np.take_along_axis(cosines, best, axis=1) / 0.1)
+    weights /= weights.sum(axis=1, keepdims=True)
+    assert np.allclose(found.weights, weights, atol=1e-5)
+    for row, mean in enumerate(w @ s[candidates[ids]] for w, ids in zip(weights, best, strict=True)):
+        assert np.isclose(found.similarity[row], t[rows[row]] @ mean / np.linalg.norm(mean), atol=1e-5)
+
+
+def test_the_similarity_of_one_is_its_cosine() -> None:
+    t, s = unit(vectors(10)), unit(vectors(20))
+    found = nearest("procrustes", t, s, np.arange(10), np.arange(20), 1)
+    assert np.allclose(found.similarity, (t * s[found.ids[:, 0]]).sum(axis=1), atol=1e-6)
+    assert found.weights.tolist() == [[1.0]] * 10
+
+
+def test_a_large_vocabulary_takes_little_memory() -> None:
+    """Of 8,000 by 8,000 tokens all cosines would be 256 MB."""
+    t, s = unit(vectors(8000)), unit(vectors(8000))
+    tracemalloc.start()
+    nearest("procrustes", t, s, np.arange(2000), np.arange(8000), 10)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 130e6
 
 
 def test_relative_is_tokaligns() -> None:

@@ -20,26 +20,27 @@ TEXT = [
 
 
 @pytest.mark.parametrize("backend", ["fasttext", "word2vec"])
-def test_tokens_are_near_that_stand_among_the_same(backend: str) -> None:
+def test_tokens_are_near_that_stand_among_the_same(backend: str, tmp_path: Path) -> None:
     learning = Learning(backend=backend, dim=16, epochs=5, threads=1)  # type: ignore[arg-type]
-    vectors, counts = learn_vectors(TEXT, 30, learning, 0)
+    vectors, counts = learn_vectors(TEXT, 30, learning, 0, tmp_path)
     assert vectors.shape == (30, 16)
     unit = vectors[:10] / np.linalg.norm(vectors[:10], axis=1, keepdims=True)
     cosines = unit @ unit.T
     assert cosines[:5, :5].min() > cosines[:5, 5:].max()
     assert counts.sum() == sum(map(len, TEXT))
     assert not vectors[25:].any()  # ids that never come
-    again, _ = learn_vectors(TEXT, 30, learning, 0)
+    again, _ = learn_vectors(TEXT, 30, learning, 0, tmp_path)
     assert np.array_equal(vectors, again)
-    assert not np.array_equal(vectors, learn_vectors(TEXT, 30, learning, 1)[0])
+    assert not np.array_equal(vectors, learn_vectors(TEXT, 30, learning, 1, tmp_path)[0])
 
 
-def test_rare_ids_get_no_vector() -> None:
-    vectors, counts = learn_vectors([*TEXT, np.array([29])], 30, Learning(dim=8, epochs=1, threads=1, mincount=2), 0)
+def test_rare_ids_get_no_vector(tmp_path: Path) -> None:
+    learning = Learning(dim=8, epochs=1, threads=1, mincount=2)
+    vectors, counts = learn_vectors([*TEXT, np.array([29])], 30, learning, 0, tmp_path)
     assert counts[29] == 1
     assert not vectors[29].any()
     with pytest.raises(UserError, match="no token comes 1000000 times"):
-        learn_vectors(TEXT, 30, Learning(mincount=10**6), 0)
+        learn_vectors(TEXT, 30, Learning(mincount=10**6), 0, tmp_path)
 
 
 def test_lines_become_sentences_of_ids(tmp_path: Path) -> None:

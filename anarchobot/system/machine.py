@@ -1,0 +1,74 @@
+"""Memory of the machine and of a process, in bytes, as the system tells it: /proc on Linux; vm_stat, sysctl and ps on
+macOS. What they print is read by functions of its text alone."""
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+PRESSURE = {1: "normal", 2: "warning", 4: "critical"}  # macOS' kern.memorystatus_vm_pressure_level
+SYSCTL = ("sysctl", "hw.memsize", "vm.swapusage", "kern.memorystatus_vm_pressure_level")
+
+
+@dataclass(frozen=True)
+class SystemMemory:
+    """`used` is what no program can have without another losing it: on macOS the memory of apps, wired and compressed
+    (Activity Monitor's "Memory Used"), on Linux all but what is available. `pressure` is macOS' own word, else ""."""
+
+    total: int
+    used: int
+    swap_used: int
+    pressure: str = ""
+
+
+def system_memory() -> SystemMemory:
+    if sys.platform == "darwin":
+        return of_macos(_said("vm_stat"), _said(*SYSCTL))
+    return of_meminfo(Path("/proc/meminfo").read_text())
+
+
+def process_memory(pid: int) -> int | None:
+    """What of the process is in memory (its resident set); None when it is gone, or dead and not yet buried."""
+    if sys.platform == "darwin":
+        return of_ps(_said("ps", "-o", "stat=", "-o", "rss=", "-p", str(pid)))
+    try:
+        return of_status(Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return None
+
+
+def of_meminfo(text: str) -> SystemMemory:
+    """Linux' /proc/meminfo, whose kB are 1,024 bytes."""
+    kib = {name: int(number) for name, number in re.findall(r"^(\w+): +(\d+) kB$", text, re.MULTILINE)}
+    used, swap = kib["MemTotal"] - kib["MemAvailable"], kib["SwapTotal"] - kib["SwapFree"]
+    return SystemMemory(1024 * kib["MemTotal"], 1024 * used, 1024 * swap)
+
+
+def of_status(text: str) -> int | None:
+    """Linux' /proc/PID/status."""
+    found = re.search(r"^VmRSS:\s+(\d+) kB$", text, re.MULTILINE)
+    return 1024 * int(found[1]) if found and not re.search(r"^State:\s+[ZX]", text, re.MULTILINE) else None
+
+
+def of_macos(vm_stat: str, sysctl: str) -> SystemMemory:
+    """What `vm_stat` and `sysctl hw.memsize vm.swapusage kern.memorystatus_vm_pressure_level` print."""
+    page = int(re.findall(r"page size of (\d+) bytes", vm_stat)[0])
+    pages = {name: int(number) for name, number in re.findall(r'^"?([^":]+)"?: +(\d+)\.$', vm_stat, re.MULTILINE)}
+    told = dict(re.findall(r"^([\w.]+)[:=] *(.*)$", sysctl, re.MULTILINE))
+    apps = pages["Anonymous pages"] - pages["Pages purgeable"]
+    used = page * (apps + pages["Pages wired down"] + pages["Pages occupied by compressor"])
+    swap, unit = re.findall(r"used = ([\d.]+)([KMG])", told["vm.swapusage"].replace(",", "."))[0]
+    level = int(told.get("kern.memorystatus_vm_pressure_level", 0))
+    swapped = round(float(swap) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit])
+    return SystemMemory(int(told["hw.memsize"]), used, swapped, PRESSURE.get(level, ""))
+
+
+def of_ps(text: str) -> int | None:
+    """What `ps -o stat= -o rss= -p PID` prints: the state and the size in units of 1,024 bytes, or nothing."""
+    state, _, size = text.strip().partition(" ")
+    return 1024 * int(size) if size and not state.startswith("Z") else None
+
+
+def _said(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout

@@ -1,0 +1,107 @@
+"""What a run will take, counted before it begins: memory, operations, tokens, checkpoints. Nothing is computed."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.loading import LoadedConfig, load_config
+from anarchobot.config.schema import Config
+from anarchobot.data.shards import read_manifest
+from anarchobot.model.lora import trained_count
+from anarchobot.model.shapes import parameter_count
+from anarchobot.optim.schedule import total_steps
+from anarchobot.system.fitting import fitted, largest_that_fits, memory_budget
+from anarchobot.system.machine import system_memory
+from anarchobot.system.memory import MemoryEstimate, checkpoint_bytes, estimate, expected_device, expected_precision
+from anarchobot.system.peak import operations_per_token
+
+PRECISIONS: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")  # float16 takes what bfloat16 takes
+CHINCHILLA = 20  # tokens a parameter at which a training budget is well spent (Hoffmann et al., 2022)
+
+
+def load_plan(path: str | None, overrides: Sequence[str | tuple[str, Any]]) -> LoadedConfig:
+    """A configuration of any training command; with train.init_from, its model is that one's."""
+    loaded = load_config(path, overrides)
+    if loaded.config.train.init_from is None:
+        return loaded
+    from anarchobot.tasks.tuning import load_tuning
+
+    return load_tuning(path, overrides)
+
+
+def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str, Any]:
+    """Counted figures, in bytes, tokens and operations; None where something isn't known. A configuration with a
+    preference section is taken to be dpo's, whose micro-batches are of pairs."""
+    pairs = any(key.startswith("preference.") for key in loaded.sources)
+    loaded, _ = fitted(loaded, pairs=pairs)
+    config = loaded.config
+    model, train, length = config.model, config.train, config.data.seq_len
+    sequences = train.micro_batch_size * train.grad_accum_steps
+    tokens_per_step = sequences * length * (2 if pairs else 1)
+    steps, unknown = _steps(config, tokens_per_step // sequences)
+    tokens = None if steps is None else steps * tokens_per_step
+    parameters, operations = parameter_count(model), operations_per_token(model, length)
+    budget = memory_budget(config)
+    fits = largest_that_fits(config, budget, pairs=pairs)
+    model_bytes, optimizer_bytes = checkpoint_bytes(config)
+    return {
+        "parameters": parameters,
+        "trained_parameters": trained_count(model, config.lora),
+        "device": expected_device(train),
+        "precision": expected_precision(train),
+        "micro_batch_size": train.micro_batch_size,
+        "grad_accum_steps": train.grad_accum_steps,
+        "unit": "pairs" if pairs else "sequences",
+        "memory": _figures(estimate(config, pairs=pairs)),
+        "peaks": [_peak(config, precision, again, pairs) for precision, again in product(PRECISIONS, (False, True))],
+        "machine_bytes": system_memory().total,
+        "budget_bytes": budget,
+        "largest_micro_batch": None if fits is None else fits[0],
+        "steps": steps,
+        "steps_unknown": unknown,
+        "tokens_per_step": tokens_per_step,
+        "tokens": tokens,
+        "tokens_per_parameter": None if tokens is None else tokens / parameters,
+        "flops_per_token": operations,
+        "flops": None if tokens is None else operations * tokens,
+        "deadline_hours": deadline_hours,
+        "tokens_per_second": None if tokens is None or deadline_hours is None else tokens / (3600 * deadline_hours),
+        "checkpoint": {
+            "model_bytes": model_bytes,
+            "optimizer_bytes": optimizer_bytes,
+            "most": train.ckpt_keep + 2,  # the best one, and the one being written
+            "disk_bytes": (train.ckpt_keep + 2) * (model_bytes + optimizer_bytes),
+        },
+    }
+
+
+def _figures(found: MemoryEstimate) -> dict[str, Any]:
+    return {**asdict(found), "phase": found.phase, "peak": found.peak}
+
+
+def _peak(config: Config, precision: str, again: bool, pairs: bool) -> dict[str, Any]:
+    train = config.train.model_copy(update={"precision": precision, "gradient_checkpointing": again})
+    found = estimate(config.model_copy(update={"train": train}), pairs=pairs)
+    return {"precision": precision, "gradient_checkpointing": again, **_figures(found)}
+
+
+def _steps(config: Config, tokens_per_sequence: int) -> tuple[int | None, str | None]:
+    """The run's steps, or why they aren't known. `tokens_per_sequence` as a token budget counts them."""
+    data, train = config.data, config.train
+    if train.epochs is None:
+        return total_steps(train, tokens_per_sequence, 0), None
+    if train.init_from is not None and data.dataset is not None:
+        return None, "the length is given in epochs, and the conversations are not counted before the run"
+    folders = [data.shard_dir] if isinstance(data.shard_dir, str) else data.shard_dir
+    missing = [folder for folder in folders if not (Path(folder) / "manifest.json").exists()]
+    if missing:
+        return None, f"the length is given in epochs, and there are no shards in {missing[0]} yet (pretokenize)"
+    tokens = [read_manifest(folder).tokens("train") for folder in folders]
+    if sum(tokens) <= data.seq_len:
+        raise UserError(f"{folders[0]}: {sum(tokens)} training tokens are less than one sequence of {data.seq_len}")
+    windows = sum(math.ceil((count - 1) / data.seq_len) for count in tokens)
+    return total_steps(train, tokens_per_sequence, windows), None

@@ -1,0 +1,119 @@
+"""Two ranks on this machine, one core each, beside one process: a step's time, and what is exchanged how fast.
+
+.venv/bin/python benchmarks/scaling.py
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anarchobot.tasks.launch import _free_ports
+from anarchobot.training import ranks
+
+HERE = Path(__file__).parent
+MODEL = {"vocab_size": 8192, "n_layers": 6, "d_model": 256, "n_heads": 8, "dropout": 0.0}  # 8.4 million parameters
+LENGTH, ROWS = 256, 4
+BUFFERS = (2**20, 2**22, 2**24, 2**26)
+EXCHANGED = 2**27  # bytes, to see the speed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "scaling.json")
+    parser.add_argument("--micro-batches", type=int)  # of a rank: what this program starts
+    arguments = parser.parse_args()
+    if arguments.micro_batches is not None:
+        return rank(arguments.micro_batches, arguments.steps)
+    result: dict[str, Any] = {"model": MODEL, "tokens_of_a_micro_batch": LENGTH * ROWS}
+    for whole in (2, 8):  # micro-batches of a step, of all ranks
+        one, two = started(1, whole, arguments.steps), started(2, whole // 2, arguments.steps)
+        result[f"{whole} micro-batches"] = {"one process": one, "two ranks": two}
+        print(f"{whole} micro-batches a step: {one['step_seconds']} s, by two ranks {two['step_seconds']} s, of which "
+              f"{two['exchange_seconds']} s to exchange {two['bytes']:,} bytes")  # fmt: skip
+    print("GB of gradients a second, by MB of a buffer:", two["gb_per_second"])
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def started(size: int, micro_batches: int, steps: int) -> dict[str, Any]:
+    """What rank 0 of so many ranks measures, each on a core of its own."""
+    hostfile = HERE / "ring.json"
+    hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(size)]))
+    words = [sys.executable, __file__, "--micro-batches", str(micro_batches), "--steps", str(steps)]
+    cores = sorted(os.sched_getaffinity(0))
+    children = [
+        subprocess.Popen(
+            ["taskset", "-c", str(cores[i]), *words],
+            env={**os.environ, "MLX_HOSTFILE": str(hostfile), "MLX_RANK": str(i)},
+            stdout=subprocess.PIPE,
+        )
+        for i in range(size)
+    ]
+    told = [child.communicate(timeout=1800)[0] for child in children]
+    hostfile.unlink()
+    found: dict[str, Any] = json.loads(told[0])
+    return found
+
+
+def rank(micro_batches: int, steps: int) -> None:
+    from anarchobot.system.blas import load_fast_blas
+
+    load_fast_blas()
+    import mlx.core as mx
+
+    from anarchobot.config.schema import Config
+    from anarchobot.data.batches import Batch
+    from anarchobot.training.engine import MLXEngine
+
+    own = ranks.join_ranks()
+    config = Config.model_validate({"model": MODEL, "train": {"micro_batch_size": ROWS, "cpu_threads": 1}})
+    engine = MLXEngine(config, ranks=own)
+    ids = np.random.default_rng(own.rank).integers(0, 8192, (micro_batches, ROWS, LENGTH)).astype(np.int32)
+    times, exchanges, size = [], [], [0]
+    whole_sum = own.sum
+
+    def timed(grads: Any) -> Any:
+        own.any(False)  # waits for the slower rank, which is no exchange's fault
+        began = time.perf_counter()
+        size[0] = sum(g.nbytes for g in grads.values())
+        whole = whole_sum(grads)
+        exchanges.append(time.perf_counter() - began)
+        return whole
+
+    own.sum = timed  # type: ignore[method-assign]
+    for step in range(1, steps + 2):
+        began = time.perf_counter()
+        engine.train_step(Batch(ids, ids), step, 1e-3, 0.9)
+        times.append(time.perf_counter() - began)
+    speeds = {}
+    if own.size > 1:
+        for buffer in BUFFERS:
+            ranks.BUFFER_BYTES, count = buffer, EXCHANGED // buffer
+            tries = []
+            for _ in range(4):
+                grads = {str(i): mx.ones(buffer // 4) for i in range(count)}
+                mx.eval(grads)
+                began = time.perf_counter()
+                whole_sum(grads)
+                tries.append(time.perf_counter() - began)
+            speeds[f"{buffer / 2**20:g}"] = round(EXCHANGED / min(tries[1:]) / 1e9, 2)
+    with own:
+        pass
+    if own.rank == 0:
+        values = {
+            "step_seconds": round(min(times[1:]), 3),
+            "exchange_seconds": round(min(exchanges[1:]), 4),
+            "bytes": size[0],
+        }
+        print(json.dumps(values | {"gb_per_second": speeds}))
+
+
+if __name__ == "__main__":
+    main()

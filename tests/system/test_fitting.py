@@ -1,0 +1,70 @@
+"""train.micro_batch_size: auto."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.loading import LoadedConfig, load_config
+from anarchobot.system.fitting import fitted
+from anarchobot.system.memory import estimate
+
+SETTINGS = [
+    *("model.vocab_size=2000", "model.n_layers=3", "model.d_model=128", "model.n_heads=4", "data.seq_len=128"),
+    *("train.device=cpu", "train.cpu_threads=1", "train.micro_batch_size=auto", "train.grad_accum_steps=12"),
+    "train.optimizer=adamw",  # Muon's update would be the peak of one sequence and of two
+]
+
+
+def auto(*settings: str) -> LoadedConfig:
+    return load_config(None, [*SETTINGS, *settings])
+
+
+def peak(rows: int) -> int:
+    return estimate(auto().config, micro_batch_size=rows).peak
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 12])
+def test_the_largest_that_fits_is_taken_and_the_step_stays(rows: int) -> None:
+    for budget in (peak(rows), peak(rows) + 100):
+        train = fitted(auto(f"train.memory_budget_gb={budget / 1e9!r}")).loaded.config.train
+        assert (train.micro_batch_size, train.grad_accum_steps) == (rows, 12 // rows)
+        assert not train.automatic
+
+
+def test_the_written_configuration_has_numbers_and_loads(tmp_path: Path) -> None:
+    from anarchobot.config.yaml_tree import dump
+
+    found = fitted(auto("train.epochs=2"))
+    (tmp_path / "c.yaml").write_text(dump(found.loaded.config.model_dump()))
+    again = load_config(tmp_path / "c.yaml").config
+    assert again == found.loaded.config
+    assert again.train.micro_batch_size * again.train.grad_accum_steps == 12
+    assert found.told[0].startswith("micro_batch_size auto: 12 x 1 sequences a step")
+
+
+def test_numbers_stay_as_they_are() -> None:
+    plain = load_config(None, ["train.micro_batch_size=3", "train.memory_budget_gb=1e-6"])
+    assert fitted(plain) == (plain, [])
+
+
+def test_what_can_not_fit_is_said_with_what_would_help() -> None:
+    saving = auto("train.gradient_checkpointing=true", "data.seq_len=1024")
+    least = estimate(saving.config, micro_batch_size=1).peak
+    with pytest.raises(UserError, match=r"micro_batch_size.*set train\.gradient_checkpointing: true"):
+        fitted(auto("data.seq_len=1024", f"train.memory_budget_gb={least / 1e9!r}"))
+    with pytest.raises(UserError, match=r"there are 0\.00 GB .*make the model or data\.seq_len smaller"):
+        fitted(auto("data.seq_len=1024", "train.memory_budget_gb=0.001"))
+
+
+def test_unresolved_it_is_the_same_step_one_sequence_at_a_time() -> None:
+    train = auto().config.train
+    assert (train.automatic, train.micro_batch_size, train.grad_accum_steps) == (True, 1, 12)
+    assert type(train).model_validate(train.model_dump()) == train
+
+
+@pytest.mark.parametrize("value", ["many", "0", "-1", "1.5"])
+def test_anything_else_is_refused(value: Any) -> None:
+    with pytest.raises(UserError, match='expected a whole number of at least 1, or "auto"'):
+        auto(f"train.micro_batch_size={value}")

@@ -1,0 +1,105 @@
+"""The estimate against MLX's own counter, and what is exact against counts by hand."""
+
+import gc
+import json
+import subprocess
+import sys
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from anarchobot.config.schema import Config
+from anarchobot.data.batches import Batch
+from anarchobot.system.memory import checkpoint_bytes, estimate
+from anarchobot.training import checkpoint
+from anarchobot.training.engine import MLXEngine
+
+MODEL = {"vocab_size": 2000, "n_layers": 3, "d_model": 128, "n_heads": 4, "dropout": 0.0}
+TRAIN = {"device": "cpu", "precision": "float32", "cpu_threads": 1, "micro_batch_size": 4, "grad_accum_steps": 2}
+
+
+def config(model: dict[str, Any] | None = None, lora: dict[str, Any] | None = None, **train: Any) -> Config:
+    sections = {"model": {**MODEL, **(model or {})}, "data": {"seq_len": 128}, "train": {**TRAIN, **train}}
+    return Config.model_validate({**sections, "lora": lora or {}})
+
+
+def peak(own: Config) -> int:
+    """MLX's, in the last two of three steps."""
+    gc.collect()
+    others = mx.get_active_memory()  # of other tests
+    train, length = own.train, own.data.seq_len
+    shape = (train.grad_accum_steps, train.micro_batch_size, length + 1)
+    ids = np.random.default_rng(0).integers(0, own.model.vocab_size, shape, np.int32)
+    batch, engine = Batch(ids[..., :-1].copy(), ids[..., 1:].copy()), MLXEngine(own)
+    engine.train_step(batch, 1, train.lr, train.momentum)
+    mx.reset_peak_memory()
+    for step in (2, 3):
+        engine.train_step(batch, step, train.lr, train.momentum)
+    return mx.get_peak_memory() - others
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        config(),
+        config(optimizer="adamw"),
+        config(optimizer="adamw", gradient_checkpointing=True),
+        config(micro_batch_size=1, grad_accum_steps=4),
+        config(micro_batch_size=8, grad_accum_steps=1, optimizer="adamw"),
+        config({"tie_embeddings": False, "n_kv_heads": 2}, optimizer="adamw"),
+        config(lora={"r": 8}),
+    ],
+)
+def test_the_peak_is_within_a_tenth_of_mlxs(own: Config) -> None:
+    assert estimate(own).peak == pytest.approx(peak(own), rel=0.1)
+
+
+def test_weights_and_state_are_those_of_the_engine() -> None:
+    for own in (config(), config(lora={"r": 8, "quantize": 4, "dora": True}), config(trainable="embeddings")):
+        found, engine = estimate(own), MLXEngine(own)
+        state = sum(a.nbytes for of in engine._state.values() for a in of.values())
+        weights = sum(a.nbytes for a in (*engine.params.values(), *engine.frozen.values()))
+        scales = sum(a.nbytes for name, a in engine.frozen.items() if name.endswith("lora_scale"))
+        assert (found.optimizer, found.weights) == (state, weights - scales)
+
+
+def test_bytes_counted_by_hand() -> None:
+    # A block: q, k, v, o of 128 x 128, gate, up and down of 128 x 512, two norms.
+    block = 4 * 128 * 128 + 3 * 128 * 512
+    whole = 2000 * 128 + 3 * (block + 2 * 128) + 128
+    rows = 3 * (4 * 128 + 2 * 512 + 128)  # NorMuon's: one number a row
+    vectors = 3 * 2 * 128 + 128
+    muon, adamw = estimate(config()), estimate(config(optimizer="adamw"))
+    assert muon.weights == muon.gradients == adamw.weights == 4 * whole
+    assert adamw.optimizer == 8 * whole
+    assert muon.optimizer == 4 * (3 * block + rows) + 8 * (2000 * 128 + vectors)
+    assert estimate(config(cpu_threads=2)).gradients == 8 * whole
+    assert estimate(config(ema_decay=0.9)).weights == 8 * whole
+
+
+def test_a_checkpoint_has_the_size_that_was_counted(tmp_path: Any) -> None:
+    for own in (config(), config(ema_decay=0.9, optimizer="adamw"), config(lora={"r": 8})):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        checkpoint.save(folder, 1, MLXEngine(own).state(), {"config": own.model_dump()})
+        saved = checkpoint.folder_of(folder, 1)
+        for name, counted in zip(("model.npz", "optimizer.npz"), checkpoint_bytes(own), strict=True):
+            assert 0 <= (saved / name).stat().st_size - counted < 1000 * 200  # names and heads of some arrays
+
+
+def test_less_memory_where_less_is_asked_for() -> None:
+    whole = estimate(config()).peak
+    assert estimate(config(gradient_checkpointing=True, optimizer="adamw")).peak < whole
+    assert estimate(config(micro_batch_size=2)).peak < whole < estimate(config(micro_batch_size=16)).peak
+    assert estimate(config(), micro_batch_size=16).peak > whole
+    assert estimate(config(), pairs=True).peak > whole
+
+
+def test_no_mlx_is_loaded() -> None:
+    code = (
+        "import sys; from anarchobot.system.fitting import fitted; from anarchobot.tasks.planning import plan; "
+        "from anarchobot.config.loading import load_config; import json; "
+        "plan(load_config(None, ['train.micro_batch_size=auto'])); print(json.dumps('mlx.core' in sys.modules))"
+    )
+    assert json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout) is False

@@ -1,0 +1,218 @@
+"""Runs of several ranks over loopback: the same curve as one process, and what ends them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anarchobot.cli.main import main
+from anarchobot.config.errors import UserError
+from anarchobot.tasks import launch
+from anarchobot.tasks.pretrain import pretrain
+from anarchobot.training import checkpoint
+from tests.ranks import TIMEOUT, environments
+from tests.tiny import loaded, write_config
+
+# Dropout (0.1) draws by micro-batch and worker: with as many workers, the same.
+SETTINGS: dict[str, Any] = {"train__cpu_threads": 1, "train__schedule": "constant"}
+LONG = ("train.total_steps=1000000", "train.eval_interval=1000000", "train.ckpt_interval=5", "train.log_interval=1000")
+
+
+def losses(run: Path) -> list[tuple[int, str, float, float]]:
+    """Of steps and validations; with the norm of the gradient, or bits per byte."""
+    lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+    named = {"train": ("loss", "grad_norm"), "eval": ("val_loss", "val_bpb")}
+    return [
+        (e["step"], e["event"], *(e[name] for name in named[e["event"]])) for e in lines if e["event"] in named
+    ]  # fmt: skip
+
+
+def same_curve(a: Path, b: Path) -> None:
+    assert [e[:2] for e in losses(a)] == [e[:2] for e in losses(b)]
+    np.testing.assert_allclose([e[2:] for e in losses(a)], [e[2:] for e in losses(b)], rtol=0, atol=1e-5)
+
+
+def launched(config: Path, *words: str, ranks: int = 2) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "anarchobot", "launch", "-n", str(ranks), "--", "pretrain", str(config), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+
+
+def test_two_ranks_are_one_process_with_twice_the_accumulation(tmp_path: Path, tiny_shards: Path) -> None:
+    """Also when the number changes on the way: 2 steps by one, 2 by two, 2 by one again."""
+    pretrain(loaded(tmp_path / "one.yaml", tiny_shards, tmp_path / "one", **SETTINGS), show="nothing")
+
+    two = write_config(tmp_path / "two.yaml", tiny_shards, tmp_path / "two", **SETTINGS, train__grad_accum_steps=1)
+    done = launched(two)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path / 'two'}: step 6, 768 tokens") and "2 ranks (ring)" in done.stderr
+    assert done.stderr.count("step 6/6") == 1  # rank 0 speaks for all
+    same_curve(tmp_path / "one", tmp_path / "two")
+    state = checkpoint.find(tmp_path / "two").state
+    assert (state["ranks"], state["data_position"], state["tokens"]) == (2, 24, 768)
+
+    mixed, auto = tmp_path / "mixed", {"train__checkpoint_path": "auto"}
+    evals = {"train__eval_interval": 100}
+    for steps, more in ((2, {}), (6, auto)):
+        settings = {**SETTINGS, **evals, **more, "train__total_steps": steps}
+        config = loaded(tmp_path / "mixed.yaml", tiny_shards, mixed, **settings)
+        if steps == 6:
+            done = launched(tmp_path / "two.yaml", f"train.save_dir={mixed}", "train.checkpoint_path=auto",
+                            "train.total_steps=4", "train.eval_interval=100")  # fmt: skip
+            assert done.returncode == 0 and "changed: ranks was 1, is now 2" in done.stderr, done.stderr
+        pretrain(config, show="nothing")
+    steps_of = [[e[:1] + e[2:] for e in losses(run) if e[1] == "train"] for run in (tmp_path / "one", mixed)]
+    np.testing.assert_allclose(*steps_of, rtol=0, atol=1e-5)
+    ends = [
+        checkpoint.load_arrays(f, f.config.model, optimizer=True)
+        for f in map(checkpoint.find, (tmp_path / "one", mixed))
+    ]
+    for name, array in ends[0].items():
+        np.testing.assert_allclose(array, ends[1][name], rtol=0, atol=1e-4, err_msg=name)
+
+
+def started(config: Path, run: Path) -> "tuple[subprocess.Popen[str], dict[int, int]]":
+    """A long run of two ranks that has saved a step, and the processes' numbers by rank."""
+    words = ["launch", "-n", "2", "--", "pretrain", str(config), *LONG, "--quiet"]
+    process = subprocess.Popen([sys.executable, "-m", "anarchobot", *words], stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + TIMEOUT
+    while not checkpoint.saved_steps(run):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.05)
+    table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    children = sorted(int(pid) for pid, parent in map(str.split, table.splitlines()) if int(parent) == process.pid)
+    return process, dict(enumerate(children))  # started in their order
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_is_killed_ends_the_others_with_its_name(tmp_path: Path, tiny_shards: Path, lost: int) -> None:
+    config = write_config(tmp_path / "config.yaml", tiny_shards, tmp_path / "run", **SETTINGS)
+    process, ranks = started(config, tmp_path / "run")
+    os.kill(ranks[lost], signal.SIGKILL)
+    began = time.monotonic()
+    _, told = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 1 and time.monotonic() - began < 60
+    assert f"anarchobot: rank {lost} was ended by SIGKILL" in told
+    assert f"anarchobot: rank {lost} ended before the run did: rank {1 - lost} stops; go on from the last" in told
+    for pid in ranks.values():
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    step = checkpoint.find(tmp_path / "run").step
+    summary = pretrain(
+        loaded(config, tiny_shards, tmp_path / "run", **SETTINGS, train__checkpoint_path="auto",
+               train__total_steps=step + 1, train__grad_accum_steps=4),
+        show="nothing",
+    )  # fmt: skip
+    assert (summary["finished"], summary["steps"]) == (True, step + 1)
+
+
+def test_ctrl_c_saves_once_and_ends_all(tmp_path: Path, tiny_shards: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", tiny_shards, tmp_path / "run", **SETTINGS)
+    process, _ = started(config, tmp_path / "run")
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 130
+    assert told.count("SIGINT: saving after this step") == 1 and "ended before" not in told
+    (step,) = re.findall(r"stopped at step (\d+); go on with: anarchobot launch ... -- pretrain", told)
+    assert max(checkpoint.saved_steps(tmp_path / "run")) == int(step)
+
+
+# One rank runs out of memory in its second step.
+SHORT_OF_MEMORY = """
+    import os, sys
+    from anarchobot.cli.main import main
+    from anarchobot.system.blas import load_fast_blas
+    load_fast_blas()
+    from anarchobot.training.engine import MLXEngine
+    share, tries = MLXEngine._share, []
+    def failing(self, batch, step, *rest):
+        tries.append(step)
+        if os.environ["MLX_RANK"] == "1" and tries == [1, 2]:
+            raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
+        return share(self, batch, step, *rest)
+    MLXEngine._share = failing
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def together(folder: Path, code: str, *words: list[str]) -> list[tuple[int, str]]:
+    """Exit code and stderr of each rank, of code of its own and words of its own."""
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), *own], env=env, stderr=subprocess.PIPE, text=True
+        )
+        for env, own in zip(environments(folder, len(words)), words, strict=True)
+    ]
+    try:
+        told = [child.communicate(timeout=TIMEOUT)[1] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    return [(child.returncode, text) for child, text in zip(children, told, strict=True)]
+
+
+def test_out_of_memory_on_one_rank_halves_on_all(tmp_path: Path, tiny_shards: Path) -> None:
+    settings = {**SETTINGS, "model__dropout": 0.0, "train__total_steps": 3}
+    pretrain(loaded(tmp_path / "one.yaml", tiny_shards, tmp_path / "one", **settings), show="nothing")
+    two = write_config(tmp_path / "two.yaml", tiny_shards, tmp_path / "two", **settings, train__grad_accum_steps=1)
+    words = ["pretrain", str(two)]
+    (code, told), (other, _) = together(tmp_path, SHORT_OF_MEMORY, words, words)
+    assert (code, other) == (0, 0), told
+    assert "step 2: out of memory: going on with train.micro_batch_size=1 train.grad_accum_steps=2" in told
+    same_curve(tmp_path / "one", tmp_path / "two")
+
+
+def test_ranks_that_differ_are_refused_by_name(tmp_path: Path, tiny_shards: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", tiny_shards, tmp_path / "run", **SETTINGS)
+    words = ["pretrain", str(config)]
+    code = "import sys; from anarchobot.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    (first, told), (second, why) = together(tmp_path, code, words, [*words, "train.lr=0.5"])
+    assert second == 2 and "rank 1: train.lr is 0.5, and rank 0's is 0.01: give all the same" in why
+    assert first == 1 and "rank 1 ended before the run did" in told
+    assert not checkpoint.saved_steps(tmp_path / "run")
+
+
+def test_what_trains_in_one_process_is_refused(
+    tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLX_HOSTFILE", "MLX_RANK"):
+        monkeypatch.setenv(name, environments(tmp_path, 2)[1][name])
+    with pytest.raises(UserError, match=r"train.backend: torch trains in one process: set train.backend: mlx"):
+        pretrain(loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", train__backend="torch"), show="nothing")
+    assert main(["dpo", str(tmp_path / "c.yaml"), "--model", "x"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["-n", "0", "--", "pretrain", "x"], "--ranks 0: expected 1 or more"),
+        (["--backend", "tcp", "--", "pretrain", "x"], "--backend tcp: expected ring, mpi, nccl, jaccl"),
+        (["--hosts", "a", "--hostfile", "f", "--", "pretrain", "x"], "--hosts, --hostfile: expected one of them"),
+        (["--hostfile", "f", "-n", "2", "--", "pretrain", "x"], "--hostfile, --ranks: the file says how many"),
+        (["--", "generate", "x"], "launch: expected what to run behind --: pretrain or sft"),
+    ],
+)
+def test_mistakes_are_told(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_other_machines_are_left_to_mlx_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(launch, "launch_by_mlx", lambda words, options: calls.append((words, options)) or 0)
+    assert main(["launch", "--hosts", "10.0.0.1,10.0.0.2", "--", "pretrain", "c.yaml", "--resume-from", "auto"]) == 0
+    assert main(["launch", "--hostfile", "f", "--backend", "jaccl", "--quiet", "--", "pretrain", "c.yaml"]) == 0
+    assert main(["launch", "--backend", "mpi", "-n", "3", "--", "sft", "c.yaml"]) == 0
+    assert calls == [
+        (["pretrain", "c.yaml", "--resume-from", "auto"], ["--hosts", "10.0.0.1,10.0.0.2", "-n", "1"]),
+        (["pretrain", "c.yaml", "--quiet"], ["--hostfile", "f", "--backend", "jaccl"]),
+        (["sft", "c.yaml"], ["--hosts", "127.0.0.1", "-n", "3", "--backend", "mpi"]),
+    ]
