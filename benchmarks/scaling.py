@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def main() -> None:
 
 def started(size: int, micro_batches: int, steps: int) -> dict[str, Any]:
     """What rank 0 of so many ranks measures, each on a core of its own."""
-    hostfile = HERE / "ring.json"
+    hostfile = Path(tempfile.mkdtemp()) / "ring.json"
     hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(size)]))
     words = [sys.executable, __file__, "--micro-batches", str(micro_batches), "--steps", str(steps)]
     cores = sorted(os.sched_getaffinity(0))

@@ -120,7 +120,7 @@ class View:
             print("  ".join(f"{name} {value}" for name, value in rows(sample)), file=sys.stderr, flush=True)
 
     def note(self, line: str, ring: bool = False) -> None:
-        self.console.print(line, markup=False)
+        self.console.print(line, markup=False, soft_wrap=True)
         if ring:
             self.console.bell()
 

@@ -45,7 +45,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     names = [name for name in (args.tasks or "").split(",") if name]
     what = What(args.shards, args.text, args.rouge, names, args.num_fewshot, args.include, args.limit)
-    reports = [_report(path) if path.endswith(".json") else evaluate(path, what, _say(args.quiet)) for path in paths]
+    reports = [_report(path) if _is_report(path) else evaluate(path, what, _say(args.quiet)) for path in paths]
     result = json.dumps(reports[0] if len(reports) == 1 else reports, indent=1)
     if args.output is not None:
         write_whole(Path(args.output), result + "\n")
@@ -54,6 +54,11 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _say(quiet: bool) -> Any:
     return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+
+
+def _is_report(path: str) -> bool:
+    """RUN/best.json and RUN/latest.json are models: they name a step."""
+    return path.endswith(".json") and Path(path).name not in ("best.json", "latest.json")
 
 
 def _report(path: str) -> dict[str, Any]:

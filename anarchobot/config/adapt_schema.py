@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from anarchobot.config.schema import (
+from anarchobot.config.fields import (
     Count,
     Fraction,
     Names,

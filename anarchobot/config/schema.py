@@ -5,12 +5,9 @@ classes; nothing is configured anywhere else.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     SerializerFunctionWrapHandler,
@@ -18,32 +15,20 @@ from pydantic import (
     model_validator,
 )
 
-
-def _whole(value: Any) -> Any:
-    """Takes `5e4` for 50000 where a whole number is wanted; anything else is left for the type check."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-# The bounds stand before the validator: behind it they would be missing in the JSON Schema.
-Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
-Seed = Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(_whole)]
-Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-if TYPE_CHECKING:
-    PositiveOrAuto = int  # what it is once it is read: TrainConfig turns "auto" into a number
-else:
-    PositiveOrAuto = Positive | Literal["auto"]
-Names = Annotated[list[str], Field(min_length=1)]
-Weights = Annotated[list[PositiveFloat], Field(min_length=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """No unknown keys, no silent conversions ('3' is not 3), no change once it is read."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+from anarchobot.config.fields import (
+    WHOLE,
+    Count,
+    Finite,
+    Fraction,
+    Names,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    PositiveOrAuto,
+    Section,
+    Seed,
+    Weights,
+)  # fmt: skip
 
 
 class ModelConfig(Section):
@@ -177,6 +162,9 @@ class TrainConfig(Section):
     momentum: Fraction = Field(0.95, description="Muon's momentum, warmed up from 0.85 over 300 steps")
     normuon: bool = Field(True, description="even out the rows of Muon's updates by their second moment (NorMuon)")
     muon_split_heads: bool = Field(True, description="Muon takes each attention head as a matrix of its own")
+    share_muon: bool | None = Field(
+        None, description="several ranks: each makes a part of Muon's updates; left out: when that is seen to be faster"
+    )
     muon_scale: Literal["adamw", "keller"] = Field(
         "adamw", description="size of Muon's updates: AdamW's, or sqrt(max(1, rows / cols)), which wants lr about 0.02"
     )
@@ -266,7 +254,7 @@ class TrainConfig(Section):
 class LoraConfig(Section):
     """Adapters that are trained instead of the model's own weights (LoRA), once lora.r is set."""
 
-    r: Annotated[int, Field(ge=4, le=64), BeforeValidator(_whole)] | None = Field(
+    r: Annotated[int, Field(ge=4, le=64), WHOLE] | None = Field(
         None, description="rank of the adapters, such as 8; left out: all weights are trained"
     )
     alpha: PositiveFloat = Field(16.0, description="adapters are scaled by alpha / r")
@@ -327,10 +315,10 @@ class GuardConfig(Section):
     spike_sigma: PositiveFloat | None = Field(
         6.0, description="leave out an update whose gradient norm is this many deviations above its mean; null: none"
     )
-    spike_window: Annotated[int, Field(ge=2), BeforeValidator(_whole)] = Field(
+    spike_window: Annotated[int, Field(ge=2), WHOLE] = Field(
         128, description="steps that mean and deviation are taken of; half of them must be known"
     )
-    rollback_after: Annotated[int, Field(ge=1, le=29), BeforeValidator(_whole)] | None = Field(
+    rollback_after: Annotated[int, Field(ge=1, le=29), WHOLE] | None = Field(
         5,
         description="steps in a row, not finite, after which it goes back to a checkpoint; null: never, 30 end the run",
     )

@@ -28,14 +28,16 @@ def update(
     train: TrainConfig,
     head_size: int,
     wait: Wait = tied,
+    directions: Arrays | None = None,
 ) -> tuple[Arrays, State]:
     """One step of Muon and AdamW; `lr`, `momentum` and `count` are float32 scalars (as Python numbers they would be
-    compiled in and never change). The state says which parameter is whose; `head_size` is for Muon. All dicts are used
-    up, so that what is new can take the memory of what was. Returns the new (params, state)."""
+    compiled in and never change). The state says which parameter is whose; `head_size` is for Muon, and so are
+    `directions`, if they are made already. All dicts are used up, so that what is new can take the memory of what was.
+    Returns the new (params, state)."""
     names = list(params)
     matrices = {name: params.pop(name) for name in state["muon.momentum"]}
     matrices, buffers, seconds = muon(
-        matrices, grads, state["muon.momentum"], state["muon.second"], lr, momentum, train, head_size, wait
+        matrices, grads, state["muon.momentum"], state["muon.second"], lr, momentum, train, head_size, wait, directions
     )
     lr = lr * adamw_share(train)
     rest, first, second = adamw(params, grads, state["adamw.first"], state["adamw.second"], lr, count, train, wait)

@@ -34,10 +34,12 @@ def muon(
     train: TrainConfig,
     head_size: int,
     wait: Wait,
+    directions: Arrays | None = None,
 ) -> tuple[Arrays, Arrays, Arrays]:
     """One update of matrices [rows, cols]; all dicts are used up, and have the same names, but for `seconds` [rows],
     which is empty without train.normuon. `head_size` is the width of the heads that train.muon_split_heads takes apart.
-    Returns the new (params, buffers, seconds).
+    `directions` are the u, where they are made already (by `muon_directions`). Returns the new (params, buffers,
+    seconds).
 
         m <- mu m + (1 - mu) g;   u = orthogonalise(mu m + (1 - mu) g)         (Nesterov's look ahead)
         s <- b2 s + (1 - b2) mean of a row's u^2;   u <- u / sqrt(s), at u's norm      (NorMuon, Li et al., 2025)
@@ -51,9 +53,11 @@ def muon(
     for names in muon_stacks(shapes, train.muon_split_heads, MOST_AT_ONCE):  # [n, rows, cols] each
         w, g, m = (mx.stack([arrays.pop(name) for name in names]) for arrays in (params, grads, buffers))
         m = momentum * m + (1 - momentum) * g
-        ahead = momentum * m + (1 - momentum) * g
+        if directions:
+            u = mx.stack([directions.pop(name) for name in names])
+        else:
+            u = _direction(names[0], momentum * m + (1 - momentum) * g, split)
         del g
-        u = _joined(names[0], orthogonalise(_pieces(names[0], ahead, split)), w.shape)
         if train.normuon:
             u, s = _even_rows(u, mx.stack([seconds.pop(name) for name in names]))
             new_seconds |= dict(zip(names, s, strict=True))
@@ -62,6 +66,24 @@ def muon(
         new_params |= dict(zip(names, w, strict=True))
         new_buffers |= dict(zip(names, m, strict=True))
     return new_params, new_buffers, new_seconds
+
+
+def muon_directions(
+    grads: Arrays, buffers: Arrays, momentum: mx.array, train: TrainConfig, head_size: int, wait: Wait
+) -> Arrays:
+    """The u of `muon`, for these matrices; the dicts stay as they are."""
+    directions: Arrays = {}
+    split = head_size if train.muon_split_heads else None
+    for names in muon_stacks({name: g.shape for name, g in grads.items()}, train.muon_split_heads, MOST_AT_ONCE):
+        g, m = (mx.stack([arrays[name] for name in names]) for arrays in (grads, buffers))
+        m = momentum * m + (1 - momentum) * g
+        (u,) = wait([_direction(names[0], momentum * m + (1 - momentum) * g, split)], [m])
+        directions |= dict(zip(names, u, strict=True))
+    return directions
+
+
+def _direction(name: str, ahead: mx.array, head_size: int | None) -> mx.array:
+    return _joined(name, orthogonalise(_pieces(name, ahead, head_size)), ahead.shape)
 
 
 def update_scale(shape: tuple[int, ...], kind: str = "adamw") -> float:

@@ -5,8 +5,7 @@ Shapes: A micro-batches, B sequences in each, L tokens in a sequence.
 
 import hashlib
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -14,7 +13,6 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
 from anarchobot.model.frozen import begin_adapters
@@ -26,30 +24,17 @@ from anarchobot.model.transformer import head_matrix, hidden_states
 from anarchobot.numerics import order
 from anarchobot.numerics.cores import CPU_MLP_ROWS, workers_for
 from anarchobot.optim import hybrid
+from anarchobot.optim.muon import muon_directions
 from anarchobot.optim.routes import TRAINED, check_state, trained
+from anarchobot.training.device import DTYPES, choose_device, what_it_means
 from anarchobot.training.loop import StepResult
 from anarchobot.training.loss_scale import LossScale
 from anarchobot.training.ranks import ALONE, Ranks
+from anarchobot.training.shared_muon import SharedMuon
 from anarchobot.training.workers import Workers
 
-CPU_CACHE_BYTES = 2**30  # of freed memory that MLX keeps; its own 32 MB on a CPU make a step a quarter slower
-_OUT_OF_MEMORY = re.compile(r"\[malloc|out of memory|unable to allocate", re.IGNORECASE)
 Measures = npt.NDArray[np.float64]  # the loss, and what else an objective measures
 T = TypeVar("T")
-DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
-
-
-def choose_device(device: str) -> mx.Device:
-    """Sets and returns MLX's default device: `auto` takes Metal or CUDA when there is one.
-
-    Raises UserError when a GPU is asked for and there is none.
-    """
-    gpu = mx.is_available(mx.gpu)
-    if device == "gpu" and not gpu:
-        raise UserError("train.device: gpu, but MLX sees none here: set train.device: auto")
-    chosen = mx.Device(mx.gpu if gpu and device != "cpu" else mx.cpu)
-    mx.set_default_device(chosen)
-    return chosen
 
 
 class MLXEngine:
@@ -68,8 +53,6 @@ class MLXEngine:
         train = config.train
         self.device = choose_device(train.device)
         on_gpu = self.device == mx.Device(mx.gpu)
-        if not on_gpu:
-            mx.set_cache_limit(CPU_CACHE_BYTES)
         self.precision = train.precision or ("bfloat16" if on_gpu else "float32")
         self.dtype = DTYPES[self.precision]
         self._scale = LossScale() if self.precision == "float16" else None
@@ -95,6 +78,9 @@ class MLXEngine:
         self._loss = wrap(self._evaluate)
         self.workers = Workers(1 if on_gpu or self.compiled else workers_for(train.micro_batch_size, train.cpu_threads))
         self._update_shares = hybrid.shares(self.params, self._state, self.workers.count)
+        self._directions = wrap(self._make_directions)
+        by_muon = self._state["muon.momentum"]
+        self._shared = SharedMuon(ranks, self.params, by_muon, self.workers.count, train.share_muon)
         self.technique = Technique(
             recompute=train.gradient_checkpointing,
             wait=order.tied if on_gpu or self.compiled else order.evaluated,
@@ -121,7 +107,7 @@ class MLXEngine:
             measures: Measures = sum((measures for measures, _ in shares), np.zeros(1))  # some had no rows
             grads = _summed([grads for _, grads in shares if grads])
         except RuntimeError as error:
-            told = _told(error)
+            told = what_it_means(error)
             if isinstance(told, MemoryError):
                 with suppress(MemoryError):
                     self._ranks.gather(None)  # all ranks raise it
@@ -131,7 +117,7 @@ class MLXEngine:
         *sums, count, tokens = self._ranks.total([*measures, self._count(batch), scored]).tolist()
         count = max(1, count)
         unscale = places / (loss_scale * count)
-        grads = self._ranks.sum(grads)
+        grads = self._shared.timed("exchange", lambda: self._ranks.sum(grads))
         norm = self._ranks.first(float(_global_norm(grads)) * unscale)
         loss, *others = (np.array(sums) / (factor * count)).tolist()
         finite = math.isfinite(norm) and math.isfinite(loss)
@@ -144,7 +130,8 @@ class MLXEngine:
             self._updates += 1
             scalars = (mx.array(lr), mx.array(momentum), mx.array(float(self._updates)))
             clip = mx.array(unscale * self._clip_factor(norm))
-            self._apply(grads, clip, *scalars)
+            directions = self._shared.directions(lambda part: self._directions_of(part, grads, clip, scalars[1]))
+            self._shared.timed("update", lambda: self._apply(grads, directions, clip, *scalars))
             if self._average is not None:
                 self._average = self._averaged(self._average)
         return result
@@ -162,21 +149,35 @@ class MLXEngine:
     def _saved(self) -> Params:
         return self.weights if self._config.lora.r is None else self._kept
 
-    def _apply(self, grads: Params, *scalars: mx.array) -> None:
-        """Updates parameters and optimizer state, each worker its share of them; uses `grads` up."""
+    def _directions_of(
+        self, parts: Sequence[Sequence[str]], grads: Params, clip: mx.array, momentum: mx.array
+    ) -> Params:
+        """Muon's directions of the matrices of these names, each worker its part."""
+
+        def directions(worker: int) -> Params:
+            own, buffers = ({name: a[name] for name in parts[worker]} for a in (grads, self._state["muon.momentum"]))
+            made: Params = self._directions(own, buffers, clip, momentum)
+            mx.eval(made)
+            return made
+
+        return {name: u for made in self.workers.each(directions) for name, u in made.items()}
+
+    def _apply(self, grads: Params, directions: Params, *scalars: mx.array) -> None:
+        """Updates parameters and optimizer state, each worker its share of them; uses `grads` and `directions` up."""
         names = list(self.params)
         parts = [
             (
                 {name: self.params.pop(name) for name in share},
                 {name: grads.pop(name) for name in share},
                 {kind: {n: a.pop(n) for n in share if n in a} for kind, a in self._state.items()},
+                {name: directions.pop(name) for name in share if name in directions},
             )
             for share in self._update_shares
         ]
 
         def update(worker: int) -> tuple[Params, hybrid.State]:
             # The old arrays have no other holder when the new ones are evaluated: their memory is used again.
-            part, parts[worker] = parts[worker], ({}, {}, {})
+            part, parts[worker] = parts[worker], ({}, {}, {}, {})
             new: tuple[Params, hybrid.State] = self._update(*part, *scalars)
             del part
             mx.eval(new)
@@ -253,7 +254,7 @@ class MLXEngine:
         try:
             return self.workers.each(share)
         except RuntimeError as error:
-            raise _told(error) from None  # whose traceback would keep what is to be freed
+            raise what_it_means(error) from None  # whose traceback would keep what is to be freed
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything a checkpoint needs, as named numpy arrays: `params/...`, `optimizer/...`, and scalars; under
@@ -355,6 +356,7 @@ class MLXEngine:
         params: Params,
         grads: Params,
         state: hybrid.State,
+        directions: Params,
         factor: mx.array,
         lr: mx.array,
         momentum: mx.array,
@@ -363,15 +365,15 @@ class MLXEngine:
         self.traces += 1
         grads = {name: grads.pop(name) * factor for name in list(grads)}
         head_size, train = self._config.model.head_size, self._config.train
-        return hybrid.update(params, grads, state, lr, momentum, count, train, head_size, self.technique.wait)
+        wait = self.technique.wait
+        return hybrid.update(params, grads, state, lr, momentum, count, train, head_size, wait, directions)
 
-
-def _told(error: RuntimeError) -> Exception:
-    """MemoryError, if that is what MLX means."""
-    if not _OUT_OF_MEMORY.search(str(error)):
-        return error
-    mx.clear_cache()
-    return MemoryError(str(error))
+    def _make_directions(self, grads: Params, buffers: Params, factor: mx.array, momentum: mx.array) -> Params:
+        self.traces += 1
+        grads = {name: g * factor for name, g in grads.items()}
+        return muon_directions(
+            grads, buffers, momentum, self._config.train, self._config.model.head_size, self.technique.wait
+        )
 
 
 def _any(rows: tuple[mx.array | None, ...]) -> bool:

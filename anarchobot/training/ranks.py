@@ -5,8 +5,9 @@ has it bit for bit. One process alone exchanges nothing, and loads nothing for i
 """
 
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -63,6 +64,28 @@ class Ranks:
             ends = np.cumsum([g.size for g in parts]).tolist()
             pieces = mx.split(flat, ends[:-1])
             whole |= {name: x.reshape(g.shape) for name, x, g in zip(names, pieces, parts, strict=True)}
+        mx.eval(whole)
+        return whole
+
+    def each(self, own: "Params", names: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]) -> "Params":
+        """Float32 arrays of which every rank has made its own: those of all. `names[r]` are rank r's, of these
+        `shapes`."""
+        import mlx.core as mx
+
+        sizes = [[math.prod(shapes[name]) for name in of_rank] for of_rank in names]
+        longest, most = max(map(sum, sizes)), BUFFER_BYTES // (4 * self.size)
+        mine = [own[name].reshape(-1) for name in names[self.rank]]
+        flat = mx.concatenate([*mine, mx.zeros(longest - sum(sizes[self.rank]))])  # all ranks send as much
+        mx.eval(flat)
+        received = [
+            self._exchanged(mx.distributed.all_gather(flat[i : i + most], group=self._group)).reshape(self.size, -1)
+            for i in range(0, longest, most)
+        ]
+        rows = mx.concatenate(received, axis=1)  # [size, longest]
+        whole: Params = {}
+        for row, of_rank, lengths in zip(rows, names, sizes, strict=True):
+            pieces = mx.split(row, np.cumsum(lengths).tolist())[:-1]
+            whole |= {name: x.reshape(shapes[name]) for name, x in zip(of_rank, pieces, strict=True)}
         mx.eval(whole)
         return whole
 

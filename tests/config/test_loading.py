@@ -122,7 +122,7 @@ def another_value(key: str, default: Any) -> Any:
         "lora.r": 12, "lora.target_modules": ["q_proj", "v_proj"], "lora.num_layers": 3, "lora.quantize": 4,
         "lora.dropout": 0.25, "lora.adapter_format": "peft", "train.patience": 3, "chat.format": "oasst",
         "chat.train_on": "all", "chat.too_long": "drop", "preference.loss": "ipo", "preference.label_smoothing": 0.25,
-        "generation.stop": ["end", "###"], "train.memory_budget_gb": 2.5,
+        "generation.stop": ["end", "###"], "train.memory_budget_gb": 2.5, "train.share_muon": True,
     }  # fmt: skip
     if key in special:
         return special[key]

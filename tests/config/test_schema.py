@@ -84,7 +84,7 @@ def test_no_key_of_the_promised_sections_is_missing_and_those_added_are_known() 
     of_the_step = {
         "decay_fraction", "adamw_lr", "normuon", "muon_split_heads", "muon_scale", "cautious_weight_decay", "ema_decay",
         "attention_block", "loss_chunk", "cpu_threads", "ckpt_minutes", "supervise", "init_from",
-        "patience", "trainable", "first_sequence", "memory_budget_gb",
+        "patience", "trainable", "first_sequence", "memory_budget_gb", "share_muon",
     }  # fmt: skip
     of_the_model = {"embedding_scale", "value_residual", "bos_id"}
     assert own - promised == (

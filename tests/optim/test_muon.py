@@ -6,7 +6,7 @@ import pytest
 
 from anarchobot.config.schema import TrainConfig
 from anarchobot.numerics.order import evaluated, tied
-from anarchobot.optim.muon import muon, update_scale
+from anarchobot.optim.muon import muon, muon_directions, update_scale
 from anarchobot.optim.orthogonal import orthogonalise
 from tests.optim.test_orthogonal import iterate, svd_matrix
 
@@ -103,6 +103,29 @@ def test_many_matrices_go_in_groups_with_the_same_result(monkeypatch: pytest.Mon
     monkeypatch.setattr("anarchobot.optim.muon.MOST_AT_ONCE", 2 * 12 * 20)
     for name, w in step().items():
         np.testing.assert_allclose(np.array(w), np.array(together[name]), atol=1e-5)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_directions_made_before_give_the_same_update(split: bool) -> None:
+    """Those of some matrices made by themselves, as ranks do."""
+    rng = np.random.default_rng(0)
+    shapes = {"layers.0.self_attn.o_proj": (16, 2 * HEAD), "layers.1.self_attn.o_proj": (16, 2 * HEAD), "up": (24, 16)}
+    train = TrainConfig(muon_split_heads=split)
+
+    def arrays(scale: float) -> dict[str, mx.array]:
+        return {n: mx.array((scale * rng.standard_normal(s)).astype(np.float32)) for n, s in shapes.items()}
+
+    w, g, m = arrays(1), arrays(1), arrays(0.1)
+    seconds, mu = {n: mx.ones(s[:1]) for n, s in shapes.items()}, mx.array(0.9)
+    whole = muon(dict(w), dict(g), dict(m), dict(seconds), mx.array(0.1), mu, train, HEAD, tied)
+    made: dict[str, mx.array] = {}
+    for names in (["layers.1.self_attn.o_proj"], ["layers.0.self_attn.o_proj", "up"]):
+        own, buffers = ({name: a[name] for name in names} for a in (g, m))
+        made |= muon_directions(own, buffers, mu, train, HEAD, tied)
+    again = muon(dict(w), dict(g), dict(m), dict(seconds), mx.array(0.1), mu, train, HEAD, tied, made)
+    for a, b in zip(whole, again, strict=True):
+        for name in a:
+            np.testing.assert_allclose(np.array(a[name]), np.array(b[name]), atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64)])

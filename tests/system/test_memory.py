@@ -4,6 +4,7 @@ import gc
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -28,7 +29,6 @@ def config(model: dict[str, Any] | None = None, lora: dict[str, Any] | None = No
 def peak(own: Config) -> int:
     """MLX's, in the last two of three steps."""
     gc.collect()
-    others = mx.get_active_memory()  # of other tests
     train, length = own.train, own.data.seq_len
     shape = (train.grad_accum_steps, train.micro_batch_size, length + 1)
     ids = np.random.default_rng(0).integers(0, own.model.vocab_size, shape, np.int32)
@@ -37,23 +37,26 @@ def peak(own: Config) -> int:
     mx.reset_peak_memory()
     for step in (2, 3):
         engine.train_step(batch, step, train.lr, train.momentum)
-    return mx.get_peak_memory() - others
+    return mx.get_peak_memory()
 
 
-@pytest.mark.parametrize(
-    "own",
-    [
-        config(),
-        config(optimizer="adamw"),
-        config(optimizer="adamw", gradient_checkpointing=True),
-        config(micro_batch_size=1, grad_accum_steps=4),
-        config(micro_batch_size=8, grad_accum_steps=1, optimizer="adamw"),
-        config({"tie_embeddings": False, "n_kv_heads": 2}, optimizer="adamw"),
-        config(lora={"r": 8}),
-    ],
-)
-def test_the_peak_is_within_a_tenth_of_mlxs(own: Config) -> None:
-    assert estimate(own).peak == pytest.approx(peak(own), rel=0.1)
+MEASURED = [
+    config(),
+    config(optimizer="adamw"),
+    config(optimizer="adamw", gradient_checkpointing=True),
+    config(micro_batch_size=1, grad_accum_steps=4),
+    config(micro_batch_size=8, grad_accum_steps=1, optimizer="adamw"),
+    config({"tie_embeddings": False, "n_kv_heads": 2}, optimizer="adamw"),
+    config(lora={"r": 8}),
+]
+
+
+def test_the_peak_is_within_a_tenth_of_mlxs() -> None:
+    """Measured in a process of its own: what other tests still hold, and free meanwhile, would be counted."""
+    command = [sys.executable, "-m", "tests.system.test_memory"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert [estimate(own).peak for own in MEASURED] == [pytest.approx(p, rel=0.1) for p in json.loads(done.stdout)]
 
 
 def test_weights_and_state_are_those_of_the_engine() -> None:
@@ -103,3 +106,7 @@ def test_no_mlx_is_loaded() -> None:
         "plan(load_config(None, ['train.micro_batch_size=auto'])); print(json.dumps('mlx.core' in sys.modules))"
     )
     assert json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout) is False
+
+
+if __name__ == "__main__":
+    print(json.dumps([peak(own) for own in MEASURED]))

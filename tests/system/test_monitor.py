@@ -131,14 +131,19 @@ def test_it_waits_again_when_a_run_died(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     table = tmp_path / "m.csv"
     words = ["--run", str(tmp_path), "--wait", "--interval", "0.1", "--csv", str(table)]
-    with subprocess.Popen([sys.executable, str(SCRIPT), *words], stderr=subprocess.PIPE, text=True) as watching:
+    said = tmp_path / "said"
+    with (
+        said.open("w") as file,
+        subprocess.Popen([sys.executable, str(SCRIPT), *words], stderr=file) as watching,
+    ):
         with subprocess.Popen([sys.executable, "-c", stand_in, str(tmp_path), "60"]) as first:
             wait_for(lambda: table.exists() and len(table.read_text().splitlines()) > 1)
             first.kill()
+        wait_for(lambda: "died" in said.read_text())
         seen = len(table.read_text().splitlines())
         subprocess.run([sys.executable, "-c", stand_in, str(tmp_path), "3"], check=True)
-        _, told = watching.communicate(timeout=30)
-    assert watching.returncode == 0
+        assert watching.wait(timeout=60) == 0
+    told = said.read_text()
     assert f"{tmp_path}: died; waiting for it to go on\n" in told and told.endswith(f"{tmp_path}: stopped\n")
     assert len(table.read_text().splitlines()) > seen
 

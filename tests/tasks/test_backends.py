@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from anarchobot.tasks.pretrain import pretrain
+from anarchobot.tasks.running import Show
 from tests.tiny import loaded, write_config
 
 WITHOUT = """
@@ -44,13 +45,13 @@ def test_a_run_goes_on_with_the_other_engine(
     pytest.importorskip("torch").set_num_threads(1)
     settings: dict[str, Any] = {"model__dropout": 0.0, "train__log_interval": 1, "train__lr_decay_steps": 6}
 
-    def run(name: str, quiet: bool = True, **more: Any) -> None:
+    def run(name: str, show: Show = "nothing", **more: Any) -> None:
         config = loaded(tmp_path / "config.yaml", tiny_shards, tmp_path / name, **settings, **more)
-        assert pretrain(config, quiet=quiet)["finished"]
+        assert pretrain(config, show=show)["finished"]
 
     run("straight", train__backend=first)
     run("changed", train__backend=first, train__total_steps=3)
-    run("changed", quiet=False, train__backend=then, train__checkpoint_path="auto")
+    run("changed", show="progress", train__backend=then, train__checkpoint_path="auto")
     assert f"changed: train.backend was {first}, is now {then}" in capsys.readouterr().err
     straight, changed = losses(tmp_path / "straight"), losses(tmp_path / "changed")
     assert list(straight) == list(changed) == [1, 2, 3, 4, 5, 6]

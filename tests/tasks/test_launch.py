@@ -46,6 +46,23 @@ def launched(config: Path, *words: str, ranks: int = 2) -> "subprocess.Completed
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
+def test_muon_is_the_same_when_each_rank_makes_a_part_of_it(tmp_path: Path, tiny_shards: Path) -> None:
+    """On three ranks, with AdamW's parameters besides."""
+    settings = SETTINGS | {"train__total_steps": 6, "train__eval_interval": 100, "train__log_interval": 1}
+    config = loaded(tmp_path / "one.yaml", tiny_shards, tmp_path / "one", **settings, train__grad_accum_steps=3)
+    pretrain(config, show="nothing")
+    three = write_config(tmp_path / "r.yaml", tiny_shards, tmp_path / "three", **settings, train__grad_accum_steps=1)
+    done = launched(three, "train.share_muon=true", ranks=3)
+    assert done.returncode == 0, done.stderr
+    same_curve(tmp_path / "one", tmp_path / "three")
+    ends = [
+        checkpoint.load_arrays(f, f.config.model, optimizer=True)
+        for f in map(checkpoint.find, (tmp_path / "one", tmp_path / "three"))
+    ]
+    for name, array in ends[0].items():
+        np.testing.assert_allclose(array, ends[1][name], rtol=0, atol=1e-4, err_msg=name)
+
+
 def test_two_ranks_are_one_process_with_twice_the_accumulation(tmp_path: Path, tiny_shards: Path) -> None:
     """Also when the number changes on the way: 2 steps by one, 2 by two, 2 by one again."""
     pretrain(loaded(tmp_path / "one.yaml", tiny_shards, tmp_path / "one", **SETTINGS), show="nothing")

@@ -31,6 +31,11 @@ EXCHANGE = """
             wanted = np.sum([of(rank)[name].astype(np.float64) for rank in range(own.size)], axis=0)
             assert whole[name].shape == a.shape
             np.testing.assert_allclose(np.array(whole[name]), wanted, rtol=1e-6, atol=1e-6)
+        names = [list(of(0))[rank :: own.size] for rank in range(own.size)]
+        made = {name: mx.array(of(own.rank)[name]) for name in names[own.rank]}
+        each = own.each(made, names, {name: a.shape for name, a in of(0).items()})
+        assert set(each) == set(of(0))
+        assert all(np.array_equal(np.array(each[n]), of(rank)[n]) for rank, ns in enumerate(names) for n in ns)
         tiny = [1 / 3 + own.rank, -0.0, float("inf"), 2.0**-1060]
         rows = own.gather(tiny)
         assert [row.tobytes() for row in rows] == [np.array([1 / 3 + r, *tiny[1:]]).tobytes() for r in range(own.size)]

@@ -26,7 +26,7 @@ def device(setup: Setup) -> Answer:
     else:
         import mlx.core as mx
 
-        from anarchobot.training.engine import choose_device
+        from anarchobot.training.device import choose_device
 
         named = "cpu" if choose_device(train.device).type == mx.DeviceType.cpu else "gpu"
         if named == "gpu":
