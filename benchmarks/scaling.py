@@ -30,24 +30,28 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "scaling.json")
     parser.add_argument("--micro-batches", type=int)  # of a rank: what this program starts
+    parser.add_argument("--share-muon", action="store_true")
     arguments = parser.parse_args()
     if arguments.micro_batches is not None:
-        return rank(arguments.micro_batches, arguments.steps)
+        return rank(arguments.micro_batches, arguments.steps, arguments.share_muon)
     result: dict[str, Any] = {"model": MODEL, "tokens_of_a_micro_batch": LENGTH * ROWS}
     for whole in (2, 8):  # micro-batches of a step, of all ranks
         one, two = started(1, whole, arguments.steps), started(2, whole // 2, arguments.steps)
-        result[f"{whole} micro-batches"] = {"one process": one, "two ranks": two}
+        shared = started(2, whole // 2, arguments.steps, "--share-muon")
+        result[f"{whole} micro-batches"] = {"one process": one, "two ranks": two, "two ranks, Muon shared": shared}
         print(f"{whole} micro-batches a step: {one['step_seconds']} s, by two ranks {two['step_seconds']} s, of which "
-              f"{two['exchange_seconds']} s to exchange {two['bytes']:,} bytes")  # fmt: skip
+              f"{two['exchange_seconds']} s to exchange {two['bytes']:,} bytes; with Muon shared "
+              f"{shared['step_seconds']} s: the update {shared['update_seconds']} instead of {two['update_seconds']} s"
+        )  # fmt: skip
     print("GB of gradients a second, by MB of a buffer:", two["gb_per_second"])
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def started(size: int, micro_batches: int, steps: int) -> dict[str, Any]:
+def started(size: int, micro_batches: int, steps: int, *more: str) -> dict[str, Any]:
     """What rank 0 of so many ranks measures, each on a core of its own."""
     hostfile = Path(tempfile.mkdtemp()) / "ring.json"
     hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(size)]))
-    words = [sys.executable, __file__, "--micro-batches", str(micro_batches), "--steps", str(steps)]
+    words = [sys.executable, __file__, "--micro-batches", str(micro_batches), "--steps", str(steps), *more]
     cores = sorted(os.sched_getaffinity(0))
     children = [
         subprocess.Popen(
@@ -63,7 +67,7 @@ def started(size: int, micro_batches: int, steps: int) -> dict[str, Any]:
     return found
 
 
-def rank(micro_batches: int, steps: int) -> None:
+def rank(micro_batches: int, steps: int, share: bool) -> None:
     from anarchobot.system.blas import load_fast_blas
 
     load_fast_blas()
@@ -74,11 +78,12 @@ def rank(micro_batches: int, steps: int) -> None:
     from anarchobot.training.engine import MLXEngine
 
     own = ranks.join_ranks()
-    config = Config.model_validate({"model": MODEL, "train": {"micro_batch_size": ROWS, "cpu_threads": 1}})
+    train = {"micro_batch_size": ROWS, "cpu_threads": 1, "share_muon": share}
+    config = Config.model_validate({"model": MODEL, "train": train})
     engine = MLXEngine(config, ranks=own)
     ids = np.random.default_rng(own.rank).integers(0, 8192, (micro_batches, ROWS, LENGTH)).astype(np.int32)
-    times, exchanges, size = [], [], [0]
-    whole_sum = own.sum
+    times, exchanges, updates, size = [], [], [], [0]
+    whole_sum, first = own.sum, own.first
 
     def timed(grads: Any) -> Any:
         own.any(False)  # waits for the slower rank, which is no exchange's fault
@@ -88,11 +93,18 @@ def rank(micro_batches: int, steps: int) -> None:
         exchanges.append(time.perf_counter() - began)
         return whole
 
-    own.sum = timed  # type: ignore[method-assign]
+    def norm_known(norm: float) -> float:
+        known = first(norm)
+        updates.append(time.perf_counter())  # the update begins; it ends with the step
+        return known
+
+    own.sum, own.first = timed, norm_known  # type: ignore[method-assign]
     for step in range(1, steps + 2):
         began = time.perf_counter()
         engine.train_step(Batch(ids, ids), step, 1e-3, 0.9)
-        times.append(time.perf_counter() - began)
+        ended = time.perf_counter()
+        times.append(ended - began)
+        updates[-1] = ended - updates[-1]
     speeds = {}
     if own.size > 1:
         for buffer in BUFFERS:
@@ -111,6 +123,7 @@ def rank(micro_batches: int, steps: int) -> None:
         values = {
             "step_seconds": round(min(times[1:]), 3),
             "exchange_seconds": round(min(exchanges[1:]), 4),
+            "update_seconds": round(min(updates[1:]), 4),
             "bytes": size[0],
         }
         print(json.dumps(values | {"gb_per_second": speeds}))

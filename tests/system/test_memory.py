@@ -27,7 +27,7 @@ def config(model: dict[str, Any] | None = None, lora: dict[str, Any] | None = No
 
 
 def peak(own: Config) -> int:
-    """MLX's, in the steps behind the first: the highest of several, for how far it allocates ahead is a matter of time."""
+    """MLX's: the highest of several steps behind the first, for how far it allocates ahead is a matter of time."""
     gc.collect()
     train, length = own.train, own.data.seq_len
     shape = (train.grad_accum_steps, train.micro_batch_size, length + 1)
