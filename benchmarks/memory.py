@@ -50,9 +50,9 @@ CONFIGS: dict[str, Values] = {
     "running average": {"train": {"ema_decay": 0.99, "optimizer": "adamw"}},
     "untied head, grouped queries": {"model": {"tie_embeddings": False, "n_kv_heads": 2}},
     "qk_norm, biases, GELU": {"model": {"qk_norm": True, "attention_bias": True, "ffn_activation": "gelu"}},
-    "21 M": {"model": WIDE, "data": {"seq_len": 512}, "train": {"micro_batch_size": 2}},
-    "21 M, AdamW": {"model": WIDE, "data": {"seq_len": 512}, "train": {"micro_batch_size": 2, "optimizer": "adamw"}},
-    "21 M, checkpointed, 2 threads": {
+    "25 M": {"model": WIDE, "data": {"seq_len": 512}, "train": {"micro_batch_size": 2}},
+    "25 M, AdamW": {"model": WIDE, "data": {"seq_len": 512}, "train": {"micro_batch_size": 2, "optimizer": "adamw"}},
+    "25 M, checkpointed, 2 threads": {
         "model": WIDE,
         "data": {"seq_len": 512},
         "train": {"micro_batch_size": 4, "cpu_threads": 2, "gradient_checkpointing": True},
@@ -60,7 +60,7 @@ CONFIGS: dict[str, Values] = {
     "LoRA": {"lora": {"r": 8}},
     "LoRA, bfloat16": {"lora": {"r": 8}, "train": {"precision": "bfloat16", "micro_batch_size": 4}},
     "QLoRA, checkpointed": {"lora": {"r": 8, "quantize": 4}, "train": {"gradient_checkpointing": True}},
-    "QLoRA, 2 blocks, 21 M": {
+    "QLoRA, 2 blocks, wide": {
         "model": WIDE,
         "data": {"seq_len": 512},
         "train": {"micro_batch_size": 2},
