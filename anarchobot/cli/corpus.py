@@ -102,7 +102,7 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
 
 def _pretokenize(args: argparse.Namespace) -> int | None:
     from anarchobot.config.loading import load_config
-    from anarchobot.tasks.pretokenize import in_processes, join_parts, make_part, make_shards, open_corpus
+    from anarchobot.tasks.pretokenize import in_processes, is_made, join_parts, make_part, make_shards, open_corpus
 
     notes: list[str] = []
     silent = args.quiet or args.json
@@ -123,7 +123,9 @@ def _pretokenize(args: argparse.Namespace) -> int | None:
         elif not args.quiet:
             print(f"{folder}: part {part}/{parts} is {'made' if made else 'there already'}")
         return None
-    if args.processes:
+    if args.join and args.processes:
+        raise UserError("--processes, --join: expected one of them: --processes joins its own parts")
+    if args.processes and (args.restart or not is_made(corpus)):
         say(f"tokenising in {args.processes} processes")
         one_thread = [sys.executable, "-P", "-m", "anarchobot", *args.words, "--workers", "1"]
         if failed := in_processes(one_thread, args.processes):

@@ -199,7 +199,8 @@ class TrainConfig(Section):
         None, description="end the run after this many validations in a row without a better one; left out: never"
     )
     eval_batches: Positive | None = Field(
-        50, description="micro-batches in a validation; null: the whole validation split"
+        50,
+        description="micro-batches in a validation (micro_batch_size auto: steps' worth of them); null: all there is",
     )
     sample_interval: Positive | None = Field(
         None, description="steps between samples of generation.prompt; left out: none"

@@ -6,8 +6,10 @@ left out by it; those of another part, and near duplicates, when the parts are j
 """
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,7 @@ class Parts:
 
     def __init__(self, shards: str | Path, parts: int, made_of: MadeOf) -> None:
         """Raises UserError when one is missing, damaged, or made of something else."""
+        self.count = parts
         self._folders = [part_folder(shards, part, parts) for part in range(parts)]
         missing = [part for part, folder in enumerate(self._folders) if not _record(folder)]
         if missing:
@@ -118,15 +121,16 @@ class Parts:
                 lost = int(np.count_nonzero(~new_heads))
                 counts.duplicates += lost
                 counts.kept -= lost
-                yield unit.only(new)
+                if new.any():
+                    yield unit.only(new)
 
-    def remove(self) -> None:
-        for folder in self._folders:
-            for file in folder.iterdir():
-                file.unlink()
-            folder.rmdir()
-        if not any(self._folders[0].parent.iterdir()):
-            self._folders[0].parent.rmdir()
+
+def remove_parts(shards: str | Path, parts: int) -> None:
+    """Once they are joined. May be stopped anywhere and done again."""
+    for part in range(parts):
+        shutil.rmtree(part_folder(shards, part, parts), ignore_errors=True)
+    with suppress(OSError):  # there are others, or none
+        (Path(shards) / "parts").rmdir()
 
 
 def _units(folder: Path) -> Iterator[Encoded]:

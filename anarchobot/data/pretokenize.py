@@ -12,7 +12,7 @@ import numpy as np
 from anarchobot.config.errors import UserError
 from anarchobot.data.encoding import Encoded, encoded, id_dtype
 from anarchobot.data.near_duplicates import NearDuplicates
-from anarchobot.data.parts import Parts
+from anarchobot.data.parts import Parts, remove_parts
 from anarchobot.data.pieces import pieces
 from anarchobot.data.resume import MadeOf, Passed, load_progress, save_progress, shard_files
 from anarchobot.data.shard_writer import ShardWriter
@@ -96,7 +96,7 @@ def join(
 
     with FolderLock(Path(folder)):
         written = _write(units, tokenizer, Path(folder), counts, seed, made_of, restart, shard_tokens, progress, say)
-        parts.remove()
+        remove_parts(folder, parts.count)
     return written
 
 
@@ -178,7 +178,7 @@ def _without_near_duplicates(units: Iterable[Encoded], threshold: float, counts:
         ends = np.cumsum(unit.lengths).tolist()
         for is_tail, length, end in zip(unit.pieces.is_tail.tolist(), unit.lengths.tolist(), ends, strict=True):
             wanted.append(wanted[-1] if is_tail else near.is_new(unit.ids[end - length : end - 1]))
-        lost = ~np.array(wanted)
+        lost = ~np.array(wanted, bool)
         dropped = int(np.count_nonzero(lost & ~unit.pieces.is_tail))
         counts.duplicates += dropped
         counts.kept -= dropped

@@ -104,6 +104,11 @@ def _read(folder: Path, made_of: MadeOf) -> list[Finished]:
     raise UserError(f"{folder}: {what}: {told}: {do} with --restart")
 
 
+def check_made_of(folder: Path, made_of: MadeOf) -> None:
+    """Raises UserError when there are shards in the folder, and they were made of anything else."""
+    _read(folder, made_of)
+
+
 def difference(before: MadeOf, made_of: MadeOf) -> str:
     """What has changed since, for people; empty when nothing has."""
     now = json.loads(json.dumps(dict(made_of)))

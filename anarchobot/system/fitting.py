@@ -4,6 +4,7 @@ A step is then of train.grad_accum_steps sequences (pairs, in dpo), whatever the
 equal parts they are computed, so that the effective batch, and with it the run, stays what it is.
 """
 
+import sys
 from typing import NamedTuple
 
 from anarchobot.config.errors import UserError
@@ -28,13 +29,26 @@ def fitted(loaded: LoadedConfig, *, pairs: bool = False) -> Fitted:
     config = loaded.config
     if not config.train.automatic:
         return Fitted(loaded, [])
+    if config.train.device == "gpu" and sys.platform != "darwin" and config.train.memory_budget_gb is None:
+        raise UserError(
+            f"{loaded.where('train.micro_batch_size')}: auto, and a card's memory is not known here: set "
+            "train.memory_budget_gb"
+        )
     budget = memory_budget(config)
     found = largest_that_fits(config, budget, pairs=pairs)
     if found is None:
         raise UserError(f"{loaded.where('train.micro_batch_size')}: {_too_little(config, budget, pairs)}")
     rows, needed = found
     parts = config.train.grad_accum_steps // rows
-    values = {**config.train.model_dump(), "micro_batch_size": rows, "grad_accum_steps": parts}
+    batches = (
+        config.train.eval_batches
+    )  # with auto, steps' worth of sequences: memory must not decide what is validated
+    values = {
+        **config.train.model_dump(),
+        "micro_batch_size": rows,
+        "grad_accum_steps": parts,
+        "eval_batches": None if batches is None else batches * parts,
+    }
     train = TrainConfig.model_validate(values)
     unit = "pairs" if pairs else "sequences"
     told = (

@@ -4,10 +4,11 @@ macOS. What they print is read by functions of its text alone."""
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 PRESSURE = {1: "normal", 2: "warning", 4: "critical"}  # macOS' kern.memorystatus_vm_pressure_level
+CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 SYSCTL = ("sysctl", "hw.memsize", "vm.swapusage", "kern.memorystatus_vm_pressure_level")
 
 
@@ -25,7 +26,8 @@ class SystemMemory:
 def system_memory() -> SystemMemory:
     if sys.platform == "darwin":
         return of_macos(_said("vm_stat"), _said(*SYSCTL))
-    return of_meminfo(Path("/proc/meminfo").read_text())
+    whole = of_meminfo(Path("/proc/meminfo").read_text())
+    return replace(whole, total=min(whole.total, *(of_cgroup(path) or whole.total for path in CGROUPS)))
 
 
 def process_memory(pid: int) -> int | None:
@@ -35,6 +37,14 @@ def process_memory(pid: int) -> int | None:
     try:
         return of_status(Path(f"/proc/{pid}/status").read_text())
     except OSError:
+        return None
+
+
+def of_cgroup(limit: Path) -> int | None:
+    """What a container may take; None where nothing says so."""
+    try:
+        return int(limit.read_text())
+    except (OSError, ValueError):  # not there, or "max"
         return None
 
 

@@ -24,7 +24,7 @@ from anarchobot.training.stop import PARENT, heeded
 
 TASKS = ("pretrain", "sft")
 ALONE = "127.0.0.1"
-# Seconds after a rank's death: SIGTERM, for those that do not train yet, and have no watch; SIGKILL.
+# Seconds after a rank's end: SIGTERM, for those that do not train yet, and have no watch; after its death, SIGKILL.
 TERM_AFTER, KILL_AFTER = 5.0, 50.0
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _ENDED = re.compile(r"Node with rank (\d+) (?:exited with code (-?\d+)|was killed)")
@@ -44,7 +44,7 @@ def launch_here(words: Sequence[str], ranks: int) -> int:
             for rank in range(ranks)
         ]
         try:
-            with _passing_on(children):
+            with passing_on(children):
                 return _until_all_end(children)
         finally:
             for child in children:
@@ -61,7 +61,7 @@ def launch_by_mlx(words: Sequence[str], options: Sequence[str]) -> int:
     # It reads its input without pause once that has ended: a pipe that stays open keeps it quiet.
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as child:
         assert child.stderr is not None
-        with _passing_on([child]):
+        with passing_on([child]):
             for line in iter(child.stderr.readline, b""):
                 text = line.decode(errors="replace")
                 if (found := _ENDED.search(text)) and code == 0:
@@ -79,13 +79,14 @@ def _command(words: Sequence[str]) -> list[str]:
 
 
 def _until_all_end(children: Sequence["subprocess.Popen[bytes]"]) -> int:
-    code, died_at, told = 0, 0.0, False
+    code, died_at, stopped_at, told = 0, 0.0, 0.0, False
     running = dict(enumerate(children))
     while running:
         for rank, child in list(running.items()):
             if (ended := child.poll()) is None:
                 continue
             del running[rank]
+            stopped_at = stopped_at or time.monotonic()
             if ended not in (0, 130) and died_at == 0:
                 died_at = time.monotonic()
                 if ended < 0:
@@ -95,7 +96,9 @@ def _until_all_end(children: Sequence["subprocess.Popen[bytes]"]) -> int:
         since = time.monotonic() - died_at if died_at else 0.0
         if since > KILL_AFTER:
             return code
-        if since > TERM_AFTER and not told:
+        # A rank that still joins the others hears of no Ctrl-C; one that trains or saves takes SIGTERM for another one.
+        waited = time.monotonic() - stopped_at if stopped_at and code else 0.0
+        if max(since, waited) > TERM_AFTER and not told:
             told = True
             for child in running.values():
                 child.terminate()
@@ -109,7 +112,7 @@ def _free_ports(count: int) -> list[int]:
         return [server.getsockname()[1] for server in servers]
 
 
-def _passing_on(children: Sequence["subprocess.Popen[bytes]"]) -> ExitStack:
+def passing_on(children: Sequence["subprocess.Popen[bytes]"]) -> ExitStack:
     """A context in which signals go to the children."""
     stack = ExitStack()
 

@@ -3,7 +3,9 @@
 Parts are made apart (`make_part`) and then joined (`join_parts`) to the shards that one program would have written.
 """
 
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,14 +16,15 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, load_config
 from anarchobot.config.schema import Config
 from anarchobot.data.engine import engine_name, with_engine
-from anarchobot.data.parts import Parts, part_folder, write_part
+from anarchobot.data.parts import Parts, part_folder, remove_parts, write_part
 from anarchobot.data.pretokenize import join, pretokenize, what_decides
-from anarchobot.data.resume import source_of
-from anarchobot.data.shards import Manifest
+from anarchobot.data.resume import check_made_of, source_of
+from anarchobot.data.shards import Manifest, read_manifest
 from anarchobot.data.sources import files, hub
 from anarchobot.data.sources.documents import Counts, Document, from_files, from_spans, open_source
 from anarchobot.data.sources.spans import cut
 from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
+from anarchobot.tasks.launch import passing_on
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -116,6 +119,12 @@ def make_shards(corpus: Corpus, *, restart: bool, progress: Progress, say: Say) 
     )
 
 
+def is_made(corpus: Corpus) -> bool:
+    """Whether the shards are there, whole. Raises UserError when they are, or were begun, of something else."""
+    check_made_of(corpus.folder, corpus.made_of)
+    return (corpus.folder / "manifest.json").exists()
+
+
 def make_part(corpus: Corpus, part: int, parts: int) -> bool:
     """Tokenises part k of n, counted from 0; False when that was done before."""
     data = corpus.config.data
@@ -132,8 +141,12 @@ def make_part(corpus: Corpus, part: int, parts: int) -> bool:
 
 
 def join_parts(corpus: Corpus, parts: int, *, restart: bool, progress: Progress, say: Say) -> Manifest:
-    """Raises UserError when a part is missing, damaged or made of something else, and as `make_shards`."""
+    """What is joined already is left as it is. Raises UserError when a part is missing, damaged or made of something
+    else, and as `make_shards`."""
     data = corpus.config.data
+    if is_made(corpus) and not restart:
+        remove_parts(corpus.folder, parts)
+        return read_manifest(corpus.folder)
     return join(
         Parts(corpus.folder, parts, corpus.made_of),
         corpus.tokenizer,
@@ -169,19 +182,28 @@ def in_processes(command: Sequence[str], processes: int) -> int:
     others are ended: what they say of it is on stderr already."""
     running = [
         subprocess.Popen(
-            [*command, "--part", f"{part}/{processes}"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            [*command, "--part", f"{part}/{processes}"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # so that a Ctrl-C reaches each once, from here
         )
         for part in range(processes)
     ]
     try:
-        while any(process.poll() is None for process in running):
-            if any(process.poll() for process in running):
-                break
-            time.sleep(0.05)
-        return next((process.returncode for process in running if process.poll()), 0)
+        with passing_on(running):
+            while any(process.poll() is None for process in running) and not any(p.poll() for p in running):
+                time.sleep(0.05)
     finally:
         for process in running:
             if process.poll() is None:
                 process.terminate()
         for process in running:
             process.wait()
+    failed = [(part, process.returncode) for part, process in enumerate(running) if process.returncode]
+    # Those that were ended for another's sake come after it.
+    part, code = min(failed, key=lambda found: found[1] == -signal.SIGTERM, default=(0, 0))
+    if code < 0:
+        told = f"part {part}/{processes} was ended by {signal.Signals(-code).name}: the same command goes on from there"
+        print(f"anarchobot: {told}", file=sys.stderr)
+        return 1
+    return code

@@ -14,9 +14,8 @@ from anarchobot.model.lora import trained_count, trained_shapes
 from anarchobot.model.shapes import parameter_count
 from anarchobot.optim.routes import describe_routes, trained
 from anarchobot.optim.schedule import total_steps
-from anarchobot.system.fitting import fitted
 from anarchobot.tasks.engines import Weights, open_engine, open_ranks
-from anarchobot.tasks.running import Show, carry_out, where_to_start
+from anarchobot.tasks.running import Show, carry_out, fitted_run, where_to_start
 from anarchobot.training.loop import Run
 
 
@@ -25,7 +24,7 @@ def pretrain(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]
 
     Raises UserError when shards, tokenizer, checkpoint and config do not belong together, before anything is written.
     """
-    loaded, fitting = fitted(loaded)
+    loaded, fitting = fitted_run(loaded)
     config = loaded.config
     train, data = config.train, config.data
     adapted = config.lora.r is not None

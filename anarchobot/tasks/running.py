@@ -17,6 +17,7 @@ from anarchobot.storage.durable import write_whole
 from anarchobot.storage.lock import FolderLock
 from anarchobot.system.awake import stay_awake
 from anarchobot.system.environment import environment
+from anarchobot.system.fitting import Fitted, fitted
 from anarchobot.system.peak import operations_per_token
 from anarchobot.tasks.engines import OpenEngine
 from anarchobot.tasks.resuming import changes, check_alike, check_same_run, checkpoint_to_resume, resume, room_for, tidy
@@ -25,7 +26,7 @@ from anarchobot.training.display import TerminalDisplay, duration
 from anarchobot.training.loop import Display, Engine, Run, run_training
 from anarchobot.training.metrics import MetricsLog, NoLog
 from anarchobot.training.progress import Progress
-from anarchobot.training.ranks import ALONE, Ranks
+from anarchobot.training.ranks import ALONE, Ranks, launched
 
 Show = Literal["progress", "json", "nothing"]  # on stderr: for a person, or the log's lines as they are written
 
@@ -37,6 +38,17 @@ class Start(NamedTuple):
     folder: Path
     steps: list[int]
     checkpoint: checkpoint.Checkpoint | None
+
+
+def fitted_run(loaded: LoadedConfig) -> Fitted:
+    """`fitted`, for one that may be one of several ranks, each of which must choose the same."""
+    train = loaded.config.train
+    if train.automatic and train.memory_budget_gb is None and launched() is not None:
+        raise UserError(
+            f"{loaded.where('train.micro_batch_size')}: auto, on several ranks: set train.memory_budget_gb, which each "
+            "of them may take"
+        )
+    return fitted(loaded)
 
 
 def where_to_start(loaded: LoadedConfig, ranks: Ranks = ALONE) -> Start:

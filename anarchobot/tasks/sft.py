@@ -15,9 +15,8 @@ from anarchobot.data.conversations.tokenising import Tokenised, tokenised
 from anarchobot.evaluation.rouge import rouge
 from anarchobot.exchange.bases import open_base
 from anarchobot.optim.schedule import total_steps
-from anarchobot.system.fitting import fitted
 from anarchobot.tasks.engines import OpenEngine, open_engine, open_ranks
-from anarchobot.tasks.running import Show, where_to_start
+from anarchobot.tasks.running import Show, fitted_run, where_to_start
 from anarchobot.tasks.tuning import answer, check_settings, identity, tune
 from anarchobot.training.loop import Run
 
@@ -29,7 +28,7 @@ def sft(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
     Raises UserError when data, model, checkpoint and config do not belong together, before anything is written.
     """
     check_settings(loaded, "sft")
-    loaded, fitting = fitted(loaded)
+    loaded, fitting = fitted_run(loaded)
     config = loaded.config
     data, chat, train = config.data, config.chat, config.train
     ranks = open_ranks(config)

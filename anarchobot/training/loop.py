@@ -198,7 +198,7 @@ class _Training:
         self._display.note(f"step {step}: {what}: this update is left out")
         self._skipped = 0 if result.finite else self._skipped + 1
         if self._skipped == MOST_SKIPPED:
-            self._saver.wait()
+            self._all_saved()
             raise UserError(
                 f"step {step}: {self._skipped} steps in a row had a loss or gradient that is not finite: lower "
                 f"train.lr, or go on from an earlier step (the newest saved one is {self._saver.newest})"
@@ -245,6 +245,7 @@ class _Training:
         if self._rows == 1:
             if self._progress.step > self._saver.newest and not self._guard.doubts:
                 self._save()  # nothing has changed: these weights are good
+            self._all_saved()
             raise UserError(
                 f"step {step}: out of memory with one sequence at a time: set train.gradient_checkpointing: true, or "
                 "make the model or data.seq_len smaller"
@@ -258,6 +259,11 @@ class _Training:
         )
         self._display.note(text)
         self._log.event("warning", step, text=text)
+
+    def _all_saved(self) -> None:
+        """Before an end that all ranks come to: none leaves before rank 0 has brought its last save to the disk."""
+        self._saver.wait()
+        self._ranks.any(False)
 
     def _write_line(self, result: StepResult, lr: float) -> None:
         tokens_per_second = round(self._line_tokens / max(1e-9, self._line_seconds), 1)
@@ -324,7 +330,7 @@ class _Training:
             if progress.step > 0 and not self._saver.has(progress.step) and not self._guard.doubts:
                 self._save()
             found = {"best_val_loss": loss, "best_val_bpb": values.get("val_bpb")}
-            if progress.step == 0 or self._saver.name_best(progress.step, found):
+            if progress.step == 0 or self._ranks.first(self._saver.name_best(progress.step, found)):
                 progress.best_val_loss, progress.best_val_bpb = loss, values.get("val_bpb")
             progress.stale = 0
         else:

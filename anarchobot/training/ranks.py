@@ -147,7 +147,8 @@ class Ranks:
         for name in sorted(state):
             array = np.asarray(state[name])
             shared = self.share(array.tobytes() if self.rank == 0 else b"")
-            state[name] = np.frombuffer(shared, array.dtype).reshape(array.shape)
+            if self.rank > 0:
+                state[name] = np.frombuffer(shared, array.dtype).reshape(array.shape)
         if self.rank > 0:
             engine.load_state(state)
 

@@ -30,8 +30,9 @@ class SharedMuon:
         self._shapes = {name: p.shape for name, p in params.items() if name in by_muon}
         self._sent = sum(map(math.prod, self._shapes.values())) / sum(p.size for p in params.values())
         self.on = wanted if ranks.size > 1 and self._shapes else False  # None: not known yet
-        shares = update_shares(self._shapes, self._shapes, ranks.size * workers)
-        self._parts = [shares[rank * workers : (rank + 1) * workers] for rank in range(ranks.size)]
+        self._names = update_shares(self._shapes, self._shapes, ranks.size)  # of each rank: known to all alike
+        own = {name: self._shapes[name] for name in self._names[ranks.rank]}
+        self._own = update_shares(own, own, workers)  # of each of its workers, of which every rank has its own number
         self._seconds: dict[str, list[float]] = {"exchange": [], "update": []}
 
     def timed(self, what: Literal["exchange", "update"], do: Callable[[], T]) -> T:
@@ -50,8 +51,7 @@ class SharedMuon:
             self.on = self._ranks.first(self._is_faster()) > 0
         if not self.on:
             return {}
-        names = [[name for share in part for name in share] for part in self._parts]
-        return self._ranks.each(make(self._parts[self._ranks.rank]), names, self._shapes)
+        return self._ranks.each(make(self._own), self._names, self._shapes)
 
     def _is_faster(self) -> bool:
         """By rank 0's clock."""

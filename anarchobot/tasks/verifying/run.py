@@ -12,6 +12,7 @@ from anarchobot.tasks.running import where_to_start
 from anarchobot.tasks.supervise import CPU_RATE, GPU_RATE
 from anarchobot.tasks.verifying.calibration import step_seconds
 from anarchobot.tasks.verifying.check import SMALLER, Answer, Question, Setup
+from anarchobot.training.checkpoint import saved_steps
 from anarchobot.training.display import duration
 
 
@@ -102,9 +103,11 @@ def resumed_run(setup: Setup) -> Answer:
 def disk(setup: Setup) -> Answer:
     config = setup.loaded.config
     one, keep = sum(checkpoint_bytes(config)), config.train.ckpt_keep
-    free, wanted = setup.machine.free(_there(Path(config.train.save_dir))), (keep + 2) * one
+    folder = Path(config.train.save_dir)
+    there = min(keep + 1, len(saved_steps(folder)) if folder.is_dir() else 0)  # which a resumed run replaces
+    free, wanted = setup.machine.free(_there(folder)), (keep + 2 - there) * one
     parts = f"{keep + 2} checkpoints of {size(one)} ({keep} kept, the best one, one being written)"
-    found = f"{parts} take {size(wanted)}; {size(free)} are free"
+    found = f"{parts}{f', of which {there} are there,' if there else ''} take {size(wanted)}; {size(free)} are free"
     return Answer("pass", found) if free >= wanted else Answer("fail", found, "make room, or lower train.ckpt_keep")
 
 
