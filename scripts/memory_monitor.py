@@ -62,7 +62,13 @@ def watch(args: argparse.Namespace) -> int:
     with View(args.quiet) as view:
         try:
             while True:
-                watched = find_run(args.run, wait=args.wait) if args.run else Watched(args.pid)
+                if args.run and args.wait:
+                    view.note(f"{args.run}: waiting for a run")
+                found = find_run(args.run, wait=args.wait, seconds=args.duration) if args.run else Watched(args.pid)
+                if found is None:
+                    view.note(f"{args.run}: no run has begun")
+                    return 0
+                watched = found
                 ended = follow(watched, args, alarm, seen, view)
                 if ended != "died" or not args.wait:
                     break

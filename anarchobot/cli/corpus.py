@@ -113,6 +113,8 @@ def _pretokenize(args: argparse.Namespace) -> int | None:
         else:
             notes.append(line)
 
+    if args.join and (args.processes or args.part):
+        raise UserError("--join beside --processes or --part: expected one of them (--processes joins its own parts)")
     corpus = open_corpus(load_config(args.config, overrides(args)), args.input, say, _warn, args.part)
     folder = str(corpus.folder)
     if args.part:
@@ -123,8 +125,6 @@ def _pretokenize(args: argparse.Namespace) -> int | None:
         elif not args.quiet:
             print(f"{folder}: part {part}/{parts} is {'made' if made else 'there already'}")
         return None
-    if args.join and args.processes:
-        raise UserError("--processes, --join: expected one of them: --processes joins its own parts")
     if args.processes and (args.restart or not is_made(corpus)):
         say(f"tokenising in {args.processes} processes")
         one_thread = [sys.executable, "-P", "-m", "anarchobot", *args.words, "--workers", "1"]

@@ -121,6 +121,6 @@ def count(word: str) -> int:
 
 
 def positive(word: str) -> int:
-    if (number := count(word)) == 0:
-        raise argparse.ArgumentTypeError("0: expected a whole number, 1 or more")
-    return number
+    if not word.isascii() or not word.isdigit() or int(word) == 0:
+        raise argparse.ArgumentTypeError(f"'{word}': expected a whole number, 1 or more")
+    return int(word)

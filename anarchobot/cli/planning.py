@@ -60,7 +60,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"  {plain['precision']:<12}{_size(plain['peak']):>10}{_size(again['peak']):>26}"
     yield ""
     most = found["largest_micro_batch"]
-    fit = f"up to {most} {unit} at a time fit" if most else "not even one at a time fits"
+    whole = most == found["micro_batch_size"] * found["grad_accum_steps"]
+    fit = f"{f'all {most}' if whole else f'up to {most}'} {unit} of a step fit at a time" if most else "not one fits"
     yield f"this machine has {_size(found['machine_bytes'])}; {fit} in {_size(found['budget_bytes'])}"
     yield from _length(found)
     yield (

@@ -30,6 +30,8 @@ def _report(args: argparse.Namespace) -> None:
     output = Path(args.output) if args.output else found[0].folder / "report.html"
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: no such folder: {output.parent}")
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder: expected a file's name, such as {output / 'report.html'}")
     write_whole(output, page(found))
     print(json.dumps({"report": str(output)}) if args.json else output)
 

@@ -46,7 +46,11 @@ class FolderLock:
         self._path = folder / NAME
 
     def __enter__(self) -> Self:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            told = "a file is in the way: choose another folder, or move it"
+            raise NotADirectoryError(errno.ENOTDIR, told, str(self._path.parent)) from error
         self._file = self._path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

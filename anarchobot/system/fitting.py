@@ -55,7 +55,10 @@ def fitted(loaded: LoadedConfig, *, pairs: bool = False) -> Fitted:
         f"micro_batch_size auto: {rows} x {parts} {unit} a step, {_gb(needed.peak)} at the peak by estimate, "
         f"of {_gb(budget)}"
     )
-    return Fitted(LoadedConfig(config.model_copy(update={"train": train}), loaded.sources), [told])
+    lines = [told]
+    if config.train.grad_accum_steps == 1:
+        lines.append(f"warning: train.grad_accum_steps is 1, which with auto means {unit} in a step: raise it")
+    return Fitted(LoadedConfig(config.model_copy(update={"train": train}), loaded.sources), lines)
 
 
 def memory_budget(config: Config) -> int:

@@ -115,9 +115,10 @@ class Watched:
         return "died" if self._tail.ended is None else "finished" if self._tail.ended else "stopped"
 
 
-def find_run(folder: Path, *, wait: bool) -> Watched:
+def find_run(folder: Path, *, wait: bool, seconds: float | None = None) -> Watched | None:
     """The run that writes to `folder` now, or, with `wait`, the next one that does. Raises UserError when there is
-    none, or it runs on another machine."""
+    none, or it runs on another machine; None when there is none within `seconds`."""
+    until = None if seconds is None else time.monotonic() + seconds
     while (pid := _pid_of_run(folder)) is None:
         if not wait:
             run = read_run(folder)  # tells that there is none at all
@@ -125,6 +126,8 @@ def find_run(folder: Path, *, wait: bool) -> Watched:
                 f"{folder}: no run is going on here (this one {run.state} at step {run.step}): give --wait to wait for "
                 "the next"
             )
+        if until is not None and time.monotonic() >= until:
+            return None
         time.sleep(WAITING)
     return Watched(pid, folder)
 

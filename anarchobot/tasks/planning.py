@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, load_config
-from anarchobot.config.schema import Config
+from anarchobot.config.schema import Config, PreferenceConfig
 from anarchobot.data.shards import read_manifest
 from anarchobot.model.lora import trained_count
 from anarchobot.model.shapes import parameter_count
@@ -36,7 +36,7 @@ def load_plan(path: str | None, overrides: Sequence[str | tuple[str, Any]]) -> L
 def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str, Any]:
     """Counted figures, in bytes, tokens and operations; None where something isn't known. A configuration with a
     preference section is taken to be dpo's, whose micro-batches are of pairs."""
-    pairs = any(key.startswith("preference.") for key in loaded.sources)
+    pairs = is_of_pairs(loaded)
     loaded, _ = fitted(loaded, pairs=pairs)
     config = loaded.config
     model, train, length = config.model, config.train, config.data.seq_len
@@ -77,6 +77,15 @@ def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str,
             "disk_bytes": (train.ckpt_keep + 2) * (model_bytes + optimizer_bytes),
         },
     }
+
+
+def is_of_pairs(loaded: LoadedConfig) -> bool:
+    """Whether it is dpo's: it has a preference section. A run's own config.yaml has all sections: pretrain's has no
+    model that it begins with, and sft's leaves that section as it is by default."""
+    given = {key.partition(".")[0] for key in loaded.sources}
+    if given >= set(Config.model_fields):
+        return loaded.config.train.init_from is not None and loaded.config.preference != PreferenceConfig()
+    return "preference" in given
 
 
 def _figures(found: MemoryEstimate) -> dict[str, Any]:

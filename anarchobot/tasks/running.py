@@ -96,6 +96,12 @@ def carry_out(
         if found is not None:
             progress = resume(engine, config, found)
             run = replace(run, steps=_steps_left(run, found, progress))
+            if progress.step > run.steps:
+                raise UserError(
+                    f"{run.folder}: the run is at step {progress.step} already, beyond the {run.steps} asked for: "
+                    "raise train.total_steps (or epochs, token_budget)"
+                )
+            _remember_the_best(run, progress)
         settings = dump(config.model_dump())
         write_whole(run.folder / "config.yaml", settings)
         run = replace(run, rates=_rates(config, opened.peak_tflops and run.ranks.size * opened.peak_tflops))
@@ -150,6 +156,15 @@ def _steps_left(run: Run, found: checkpoint.Checkpoint, progress: Progress) -> i
     wanted = wanted if train.epochs is None else train.epochs * run.train.windows
     wanted += train.first_sequence
     return progress.step + max(0, math.ceil((wanted - progress.position) / now))
+
+
+def _remember_the_best(run: Run, progress: Progress) -> None:
+    """A checkpoint is older than its own step's validation. Where that is not made again, best.json knows of it."""
+    due = progress.step % run.config.train.eval_interval == 0 or progress.step == run.steps
+    best = None if due else checkpoint.read_best(run.folder, progress.step)
+    if best is not None and (progress.best_val_loss is None or best["best_val_loss"] < progress.best_val_loss):
+        progress.best_val_loss, progress.best_val_bpb = best["best_val_loss"], best.get("best_val_bpb")
+        progress.stale = 0
 
 
 def _rates(config: Config, peak: float | None) -> Callable[[float], Mapping[str, float]]:

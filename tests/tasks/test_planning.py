@@ -65,7 +65,7 @@ def test_the_table_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     path = write_config(tmp_path / "c.yaml", tmp_path, tmp_path / "run")
     assert main(["plan", str(path), "train.micro_batch_size=auto", "--deadline", "8"]) == 0
     said = capsys.readouterr().out
-    for text in ("optimizer state", "gradient_checkpointing", "up to 2 sequences", "Chinchilla", "to end in 8 h"):
+    for text in ("optimizer state", "gradient_checkpointing", "all 2 sequences", "Chinchilla", "to end in 8 h"):
         assert text in said
     assert not (tmp_path / "run").exists()
 

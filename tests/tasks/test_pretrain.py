@@ -365,3 +365,20 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path: Path, tiny_
     assert f"stopped at step {step}; go on with: {again}" in err
     assert "Traceback" not in err
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]["total_steps"] == 10**6
+
+
+def test_a_longer_run_remembers_the_best_of_its_last_end(tmp_path: Path, tiny_shards: Path) -> None:
+    """Its last step was validated for being the last, which is not done again; a run can't end before it began."""
+
+    def run(steps: int, **more: Any) -> dict[str, Any]:
+        config = loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", train__total_steps=steps,
+                        train__eval_interval=1000, **more)  # fmt: skip
+        return pretrain(config, show="nothing")
+
+    first, auto = run(3), {"train__checkpoint_path": "auto"}
+    again = run(5, **auto, train__lr=5.0, train__min_lr=5.0)
+    assert (first["best_step"], again["best_step"], again["best_val_loss"]) == (3, 3, first["best_val_loss"])
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match="the run is at step 5 already, beyond the 2 asked for"):
+        run(2, **auto)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before

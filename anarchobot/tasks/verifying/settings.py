@@ -11,6 +11,7 @@ from anarchobot.config.schema import Config
 from anarchobot.exchange.bases import open_base
 from anarchobot.optim.schedule import total_steps
 from anarchobot.tasks.adapt_checks import warnings
+from anarchobot.tasks.planning import is_of_pairs
 from anarchobot.tasks.tuning import check_settings, load_tuning
 from anarchobot.tasks.verifying.check import Answer, Question, Setup
 
@@ -24,6 +25,11 @@ def kind_of(setup: Setup) -> Kind:
         given = sections(setup.path, setup.overrides)
         if given & {"models", "corpus"}:
             return "adapt-vocab"
+        if given >= set(Config.model_fields):  # a run's own config.yaml
+            whole = load_config(setup.path, setup.overrides)
+            if whole.config.train.init_from is None:
+                return "pretrain"
+            return "dpo" if is_of_pairs(whole) else "sft"
         if given & {"preference", "chat"}:
             return "dpo" if "preference" in given else "sft"
         if "lora" in given and "data.shard_dir" not in load_config(setup.path, setup.overrides).sources:
