@@ -1,7 +1,6 @@
 """`anarchobot launch`."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from anarchobot.cli.parser import add_command
@@ -35,8 +34,6 @@ def _launch(args: argparse.Namespace) -> int:
         raise UserError(f"--backend {backend}: expected {', '.join(BACKENDS)}")
     if hosts is not None and args.hostfile is not None:
         raise UserError("--hosts, --hostfile: expected one of them")
-    if args.hostfile is not None and not Path(args.hostfile).is_file():
-        raise UserError(f"--hostfile {args.hostfile}: no such file: mlx.distributed_config writes one")
     if args.hostfile is not None and ranks is not None:
         raise UserError("--hostfile, --ranks: the file says how many: leave one of them out")
     words = [*args.task, *(f"--{flag}" for flag in ("quiet", "json", "debug") if getattr(args, flag))]

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 
@@ -55,6 +56,9 @@ def launch_here(words: Sequence[str], ranks: int) -> int:
 def launch_by_mlx(words: Sequence[str], options: Sequence[str]) -> int:
     """Runs `anarchobot WORDS` by `mlx.launch OPTIONS`, in the same folder and by the same Python on each machine;
     returns the first exit code of a rank that is not 0. mlx.launch itself ends the others, and always with 0."""
+    for flag, file in pairwise(options):
+        if flag == "--hostfile" and not Path(file).is_file():
+            raise UserError(f"--hostfile {file}: no such file: mlx.distributed_config writes one")
     launcher = Path(sys.executable).with_name("mlx.launch")
     command = [sys.executable, "-P", str(launcher), *options, "--", *_command(words)]
     code = 0

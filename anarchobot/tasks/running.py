@@ -97,13 +97,14 @@ def carry_out(
             progress = resume(engine, config, found)
             run = replace(run, steps=_steps_left(run, found, progress))
             if progress.step > run.steps:
-                raise UserError(
-                    f"{run.folder}: the run is at step {progress.step} already, beyond the {run.steps} asked for: "
-                    "raise train.total_steps (or epochs, token_budget)"
+                told.append(
+                    f"warning: the run is at step {progress.step} already, beyond the {run.steps} asked for: nothing "
+                    "is left to do (train.total_steps, epochs, token_budget)"
                 )
             _remember_the_best(run, progress)
         settings = dump(config.model_dump())
-        write_whole(run.folder / "config.yaml", settings)
+        if progress.step <= run.steps:
+            write_whole(run.folder / "config.yaml", settings)
         run = replace(run, rates=_rates(config, opened.peak_tflops and run.ranks.size * opened.peak_tflops))
         echo = sys.stderr if show == "json" else None
         with (
