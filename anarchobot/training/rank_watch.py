@@ -77,7 +77,7 @@ class RankWatch:
             return
         line = f"rank {rank} {how}: rank {self._rank} stops; go on from the last checkpoint with --resume-from auto"
         with suppress(OSError):  # the terminal may have gone
-            print(f"anarchobot: {line}", file=sys.stderr, flush=True)
+            print(f"anarchobot: {line}\n", end="", file=sys.stderr, flush=True)  # in one piece: others speak too
         self._said.set()
         if not self._closed.wait(LAST):
             os._exit(1)  # what is written of a checkpoint counts when it is whole: nothing is harmed
