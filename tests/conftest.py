@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from anarchobot.system.blas import load_fast_blas
 from tests.tiny import make_shards
@@ -13,6 +14,13 @@ load_fast_blas()
 
 # A suite in the background of a shell ignores Ctrl-C, and so would the programs that it starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples each time, and as long as they need: Hypothesis allows one 0.2 s, for which a busy machine may stand
+# still. A test's own settings come on top.
+settings.register_profile(
+    "suite", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("suite")
 
 
 def shared_data_folder() -> Path | None:

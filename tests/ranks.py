@@ -6,7 +6,7 @@ import socket
 from contextlib import ExitStack
 from pathlib import Path
 
-TIMEOUT = 100.0  # seconds, of a busy machine
+TIMEOUT = 200.0  # seconds, of a busy machine
 
 
 def environments(folder: Path, size: int) -> list[dict[str, str]]:

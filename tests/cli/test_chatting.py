@@ -101,25 +101,29 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_ends_the_chat(run: Path) -> None:
     seen = b""
 
     def read_until(wanted: bytes, key: bytes = b"") -> None:
-        """`key` is pressed now, and again each second: Python's line editor does not see a Ctrl-C that comes between
-        its prompt and its wait for input."""
+        """`key` is pressed now, and again where nothing comes of it: Python's line editor does not see a Ctrl-C that
+        comes between its prompt and its wait for input. Not at once: a second one, in time, would end the chat."""
         nonlocal seen
         os.write(ours, key)
         while wanted not in seen:
-            if select.select([ours], [], [], 1.0)[0]:
+            if select.select([ours], [], [], 3.0)[0]:
                 seen += os.read(ours, 4096)
             else:
                 os.write(ours, key)
         seen = seen.partition(wanted)[2]
 
-    read_until(b"> ")
-    read_until(b"Ctrl-D ends the chat", key=b"\x03")
-    read_until(b"> ")
-    os.write(ours, b"Hello\n")
-    read_until(b"Hello")
-    while len(seen) < 200:  # it is answering
-        seen += os.read(ours, 4096)
-    read_until(b"\n> ", key=b"\x03")
-    os.write(ours, b"\x04")
-    assert done.wait(60) == 0
-    os.close(ours)
+    try:
+        read_until(b"> ")
+        read_until(b"Ctrl-D ends the chat", key=b"\x03")
+        read_until(b"> ")
+        os.write(ours, b"Hello\n")
+        read_until(b"Hello")
+        while len(seen) < 200:  # it is answering
+            seen += os.read(ours, 4096)
+        read_until(b"\n> ", key=b"\x03")
+        os.write(ours, b"\x04")
+        assert done.wait(200) == 0
+    finally:
+        done.kill()
+        done.wait()
+        os.close(ours)

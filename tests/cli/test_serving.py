@@ -37,7 +37,7 @@ def serving(run: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], HTT
             assert told["model"] == "chat"
             address = urlsplit(told["url"])
             assert address.port is not None
-            yield process, HTTPConnection(address.hostname or "", address.port, timeout=60)
+            yield process, HTTPConnection(address.hostname or "", address.port, timeout=100)
         finally:
             process.kill()
 
@@ -52,7 +52,7 @@ def test_ctrl_c_ends_what_is_under_way(run: Path) -> None:
         process.send_signal(signal.SIGINT)
         *_, last = response.read().decode().strip().split("\n\n")
         assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the server is stopping"
-        assert process.wait(30) == 130
+        assert process.wait(100) == 130
         assert process.stderr is not None
         assert process.stderr.read().splitlines()[-1] == "anarchobot: stopped"
         connection.close()
@@ -63,7 +63,7 @@ def test_an_exported_model_and_a_key_from_a_file(run: Path, tmp_path: Path) -> N
     assert main(["export", "--checkpoint", str(run), "--to", "hf", "--output", str(exported), "--quiet"]) == 0
     (tmp_path / "key").write_text("sesame\n")
     with serving(exported, "--api-key-file", str(tmp_path / "key"), "--host", "0.0.0.0") as (process, connection):
-        connection = HTTPConnection("127.0.0.1", connection.port, timeout=60)
+        connection = HTTPConnection("127.0.0.1", connection.port, timeout=100)
         for headers, expected in (({}, 401), ({"Authorization": "Bearer sesame"}, 200)):
             connection.request("GET", "/v1/models", headers=headers)
             response = connection.getresponse()
@@ -71,7 +71,7 @@ def test_an_exported_model_and_a_key_from_a_file(run: Path, tmp_path: Path) -> N
             assert response.status == expected
         connection.close()
         process.terminate()
-        assert process.wait(30) == -signal.SIGTERM
+        assert process.wait(100) == -signal.SIGTERM
 
 
 def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
@@ -126,7 +126,7 @@ def test_the_pages_examples_run(run: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130  # with nothing under way, and no abort of MLX's
+        assert process.wait(100) == 130  # with nothing under way, and no abort of MLX's
     lines = [line for line in page.splitlines() if line.startswith("anarchobot serve")]
     assert len(lines) == 2
     for line in lines:

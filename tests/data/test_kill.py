@@ -99,7 +99,7 @@ def drive(corpus: Path, out: Path, near: float, kill_after: float | None = None)
         if kill_after is not None:
             time.sleep(kill_after)
             process.kill()
-        code = process.wait(60)
+        code = process.wait(200)
     assert code in ((0,) if kill_after is None else (0, -9))
     return time.monotonic() - start
 

@@ -39,8 +39,10 @@ def contents(base: KnowledgeBase) -> list[tuple[str, str]]:
 ADDER = """
 import os, signal, sys, time
 from pathlib import Path
+from anarchobot.knowledge import database
 from tests.knowledge.bases import opened, put
 
+database.PATIENCE = 200.0  # seconds, of a busy machine, for another one that writes
 path, statement, wait, *files = sys.argv[1:]
 left = int(statement)  # kills itself this long behind the statement of this number
 
@@ -264,7 +266,7 @@ def test_a_writer_waits_for_another_and_readers_for_none(tmp_path: Path, monkeyp
         ):
             with pytest.raises(BaseFault, match=r"kb\.db: another process is writing to it: try again when it is done"):
                 change()
-    monkeypatch.undo()
+    monkeypatch.setattr(database, "PATIENCE", 200.0)
     with opened(tmp_path / "kb.db") as base:
         done = threading.Timer(0.3, lambda: writing.execute("COMMIT"))
         done.start()

@@ -107,8 +107,9 @@ def test_broken_http_is_answered_at_once(server: Running, rest: bytes) -> None:
     assert server.is_well()
 
 
-def test_a_body_that_never_comes(server: Running) -> None:
-    assert status_of(server.raw(HEAD + b"Content-Length: 10\r\n\r\n{}")) == 408  # after a second, as set here
+def test_a_body_that_never_comes(server: Running, model: Model) -> None:
+    with running(model, Limits(body_seconds=1)) as impatient:  # by itself: a busy machine may take as long for any body
+        assert status_of(impatient.raw(HEAD + b"Content-Length: 10\r\n\r\n{}")) == 408
     server.raw(HEAD + b"Content-Length: 10\r\n\r\n{}").close()
     assert server.is_well()
 

@@ -18,7 +18,7 @@ LONG = GREEDY.model_copy(update={"max_new_tokens": 4000})
 
 def inside(model: Model, body: Callable[[Worker], Awaitable[None]]) -> None:
     with Worker(model, waiting=20) as worker:
-        asyncio.run(asyncio.wait_for(body(worker), 60))
+        asyncio.run(asyncio.wait_for(body(worker), 200))
 
 
 def ask(worker: Worker, model: Model, settings: GenerationConfig = GREEDY) -> Answer:

@@ -35,7 +35,7 @@ def peak(own: Config) -> int:
     batch, engine = Batch(ids[..., :-1].copy(), ids[..., 1:].copy()), MLXEngine(own)
     engine.train_step(batch, 1, train.lr, train.momentum)
     mx.reset_peak_memory()
-    for step in range(2, 10):
+    for step in range(2, 10 if train.micro_batch_size > 1 else 40):  # of small arrays, more of it
         engine.train_step(batch, step, train.lr, train.momentum)
     return mx.get_peak_memory()
 
@@ -54,7 +54,7 @@ MEASURED = [
 def test_the_peak_is_within_a_tenth_of_mlxs() -> None:
     """Measured in a process of its own: what other tests still hold, and free meanwhile, would be counted."""
     command = [sys.executable, "-c", "import tests.conftest, tests.system.test_memory as own; own.measure()"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert [estimate(own).peak for own in MEASURED] == [pytest.approx(p, rel=0.1) for p in json.loads(done.stdout)]
 

@@ -61,7 +61,7 @@ def test_a_mac_is_kept_awake_as_long_as_the_process_lives(tmp_path: Path, monkey
     assert stay_awake() is None and not told.exists()
     monkeypatch.setattr(sys, "platform", "darwin")
     line = stay_awake()
-    for _ in range(500):
+    for _ in range(5000):
         if told.exists():
             break
         time.sleep(0.02)

@@ -54,11 +54,14 @@ def test_what_dies_because_it_was_told_to_stop_is_not_started_again(tmp_path: Pa
     """A signal that comes before the child can answer it kills it."""
     (tmp_path / "plan").write_text("- SIGTERM\n10 0")
     code = (
-        "import os, signal, threading\nfrom pathlib import Path\nfrom anarchobot.tasks import supervise\n"
-        "threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
-        "print(supervise.supervise(['sleep', '30'], Path('.'), 1, 1))"
+        "import os, signal, threading, time\nfrom pathlib import Path\nfrom anarchobot.tasks import supervise\n"
+        "def stop():\n"
+        "    while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL: time.sleep(0.01)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "threading.Thread(target=stop).start()\n"
+        "print(supervise.supervise(['sleep', '300'], Path('.'), 1, 1))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=25, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
     assert done.stdout == "130\n" and "going on" not in done.stderr
 
 
@@ -119,11 +122,11 @@ def test_a_tuning_run_is_guessed_by_its_files(tmp_path: Path, tiny_shards: Path)
 
 
 def wait_for(so: Callable[[], bool]) -> None:
-    for _ in range(1200):
+    for _ in range(2400):  # slow machines are
         if so():
             return
         time.sleep(0.05)
-    raise AssertionError("waited for a minute")
+    raise AssertionError("waited for two minutes")
 
 
 def test_a_supervised_run_survives_kill_9_and_obeys_ctrl_c(tmp_path: Path, tiny_shards: Path) -> None:
@@ -141,7 +144,7 @@ def test_a_supervised_run_survives_kill_9_and_obeys_ctrl_c(tmp_path: Path, tiny_
         wait_for(lambda: '"train"' in metrics.read_text().partition('"resume"')[2])
         newest = max(checkpoint.saved_steps(run))
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "the run was ended by SIGKILL: going on from step" in err
     assert "stopped at step" in err
@@ -152,7 +155,7 @@ def test_a_supervised_run_survives_kill_9_and_obeys_ctrl_c(tmp_path: Path, tiny_
 def test_a_run_whose_parent_is_gone_saves_and_stops(tmp_path: Path, tiny_shards: Path) -> None:
     config = write_config(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", train__total_steps=10**6)
     command = [sys.executable, "-m", "anarchobot", "pretrain", str(config), "--quiet"]
-    environment = {**os.environ, PARENT: "1"}  # which is not this process
+    environment = {**os.environ, PARENT: "99999999"}  # which nobody is; 1 may be this process, in a container
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 130
     assert "stopped at step 0" in done.stderr

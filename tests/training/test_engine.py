@@ -1,5 +1,6 @@
 """The step: what it computes, what it leaves alone, and that it is the same however it is done."""
 
+import gc
 import math
 from typing import Any
 
@@ -103,12 +104,15 @@ def test_two_masked_documents_in_a_row_train_as_two_rows(how: dict[str, bool]) -
 
 def test_gradient_checkpointing_takes_less_memory() -> None:
     def peak(**how: Any) -> int:
+        gc.collect()
+        others = mx.get_active_memory()  # of tests before this one
         engine = MLXEngine(config({"n_layers": 8, "d_model": 64}, **how))
         batch = random_batch(1, 8, 128)
         engine.train_step(batch, 1, 0.01, 0.9)
         mx.reset_peak_memory()
-        engine.train_step(batch, 2, 0.01, 0.9)
-        return mx.get_peak_memory()
+        for step in range(2, 10):  # the highest of several: how far MLX allocates ahead is a matter of time
+            engine.train_step(batch, step, 0.01, 0.9)
+        return mx.get_peak_memory() - others
 
     assert peak(gradient_checkpointing=True) < 0.75 * peak()
 

@@ -121,13 +121,13 @@ def connected(size: int) -> list[RankWatch]:
     watches: dict[int, RankWatch] = {}
 
     def join(rank: int) -> None:
-        watches[rank] = connect(rank, size, "127.0.0.1", share if rank == 0 else lambda data: told.get(timeout=9))
+        watches[rank] = connect(rank, size, "127.0.0.1", share if rank == 0 else lambda data: told.get(timeout=TIMEOUT))
 
     threads = [threading.Thread(target=join, args=(rank,)) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(9)
+        thread.join(TIMEOUT)
     return [watches[rank] for rank in range(size)]
 
 
@@ -147,6 +147,7 @@ def test_the_rank_that_is_lost_is_named_to_all(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rank_watch, "GRACE", 0.1)
+    monkeypatch.setattr(rank_watch, "LAST", 250.0)  # its end would be that of the suite
     watches = connected(3)
     watches[2].close(well=False)
     for rank in (0, 1):
@@ -163,6 +164,7 @@ def test_a_rank_that_says_nothing_is_lost(monkeypatch: pytest.MonkeyPatch, capfd
     """As when its machine sleeps, or the network is gone: the connection stays open."""
     monkeypatch.setattr(rank_watch, "GRACE", 0.1)
     monkeypatch.setattr(rank_watch, "SILENCE", 1.0)
+    monkeypatch.setattr(rank_watch, "LAST", 250.0)  # its end would be that of the suite
     here, there = socket.socketpair()
     watch = RankWatch(0, {7: here})
     with pytest.raises(SystemExit):
@@ -177,12 +179,12 @@ def test_a_stranger_is_not_taken_for_a_rank() -> None:
     watches: list[RankWatch] = []
     thread = threading.Thread(target=lambda: watches.append(connect(0, 2, "127.0.0.1", lambda d: told.put(d) or d)))
     thread.start()
-    data = told.get(timeout=9)
+    data = told.get(timeout=TIMEOUT)
     with socket.create_connection(("127.0.0.1", json.loads(data)[0])) as stranger:
         stranger.sendall(b"x" * 17)
         assert stranger.recv(1) == b""  # shown the door
     other = connect(1, 2, "127.0.0.1", lambda _: data)
-    thread.join(9)
+    thread.join(TIMEOUT)
     assert list(watches[0]._peers) == [1]
     other.close(well=True)
     watches[0].close(well=True)

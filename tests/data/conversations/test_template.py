@@ -60,7 +60,9 @@ def test_a_real_template_file_renders_as_by_transformers(shared_data: Path) -> N
 def test_the_day_is_the_day_asked_for() -> None:
     template = ChatTemplate("{{ strftime_now('%d %b %Y') }}", {}, "day")
     assert template.render(TALKS[0], day=datetime(2024, 7, 26)) == "26 Jul 2024"
-    assert template.render(TALKS[0]) == datetime.now().strftime("%d %b %Y")
+    before = datetime.now()
+    found = template.render(TALKS[0])
+    assert found in {day.strftime("%d %b %Y") for day in (before, datetime.now())}  # midnight may have passed
 
 
 def test_a_stranger_s_template_can_do_nothing_but_write_text() -> None:
