@@ -80,9 +80,30 @@ class Attention:
 
         With p the weights and o the output of a row: dv = p^T do; ds = p (do v^T - do . o); dq = ds k; dk = ds^T q.
         """
+        dq, dk, dv = self._blocks_backward(q, k, v, norms, attended, dout)
+        dq, dk, dv = self.wait([dq, dk, dv], [dq, dk, dv])  # what only the blocks needed is gone
+        dq, dq_norm = self._turn_backward(q, None if norms is None else norms.q, dq)
+        (dk,) = self.wait([dk], [dq])
+        dk, dk_norm = self._turn_backward(k, None if norms is None else norms.k, dk)
+        dv = dv.swapaxes(1, 2).reshape(v.shape)
+        return dq, dk, dv, None if dq_norm is None or dk_norm is None else HeadNorms(dq_norm, dk_norm)
+
+    def _blocks_backward(
+        self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None, attended: Attended, dout: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """The gradients of rotated queries [B, H, L, E] and keys, and of values [B, K, L, E]."""
         queries, keys, values = self._prepared(q, k, v, norms)
         rows_out, douts = self._heads(attended.out), self._heads(dout)  # [B, K, G, L, E]
-        deltas = row_sums((rows_out * douts).astype(mx.float32))
+        deltas, log_sums = row_sums((rows_out * douts).astype(mx.float32)), attended.log_sums[..., None]
+
+        def of_block(start: int, end: int, rows: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+            weights = exp(self._scores(rows, keys, start, end) - self._rows(log_sums, start, end))  # [B, K, G l, end]
+            drows = self._rows(douts, start, end)
+            new_dv = weights.astype(q.dtype).swapaxes(2, 3) @ drows
+            dweights = (drows @ values[:, :, :end].swapaxes(2, 3)).astype(mx.float32)
+            dscores = (weights * (dweights - self._rows(deltas, start, end))).astype(q.dtype)
+            return self._unfold(dscores @ keys[:, :, :end], start, end), dscores.swapaxes(2, 3) @ rows, new_dv
+
         dqs: list[mx.array] = []
         # The last block's keys are all keys; each block before it sees fewer. What a block alone sees is done with it.
         dk_tails: list[mx.array] = []
@@ -90,26 +111,17 @@ class Attention:
         dk = dv = None
         for start, end in reversed(self.query_blocks()):
             (rows,) = self.wait([self._rows(queries, start, end)], [*dk_tails[-1:], *dv_tails[-1:], *dqs[-1:]])
-            scores = self._scores(rows, keys, start, end)
-            weights = exp(scores - self._rows(attended.log_sums[..., None], start, end))  # [B, K, G l, end]
-            drows = self._rows(douts, start, end)
-            new_dv = weights.astype(q.dtype).swapaxes(2, 3) @ drows
-            dweights = (drows @ values[:, :, :end].swapaxes(2, 3)).astype(mx.float32)
-            dscores = (weights * (dweights - self._rows(deltas, start, end))).astype(q.dtype)
-            dqs.append(self._unfold(dscores @ keys[:, :, :end], start, end))
-            new_dk = dscores.swapaxes(2, 3) @ rows
+            dq, new_dk, new_dv = of_block(start, end, rows)  # what it needs besides goes with it
+            dqs.append(dq)
             dk = new_dk if dk is None else dk[:, :, :end] + new_dk
             dv = new_dv if dv is None else dv[:, :, :end] + new_dv
+            del new_dk, new_dv
             # Copies: a slice would keep the whole array in memory.
             dk_tails.append(mx.contiguous(dk[:, :, start:]))
             dv_tails.append(mx.contiguous(dv[:, :, start:]))
         dq = mx.concatenate(dqs[::-1], axis=3) * self.model.head_size**-0.5  # [B, K, G, L, E]
         dq = dq.reshape(self.batch, -1, self.length, self.model.head_size)
-        dk, dv = mx.concatenate(dk_tails[::-1], axis=2), mx.concatenate(dv_tails[::-1], axis=2)
-        dq_raw, dq_norm = self._turn_backward(q, None if norms is None else norms.q, dq)
-        dk_raw, dk_norm = self._turn_backward(k, None if norms is None else norms.k, dk)
-        dv_raw = dv.swapaxes(1, 2).reshape(v.shape)
-        return dq_raw, dk_raw, dv_raw, None if dq_norm is None or dk_norm is None else HeadNorms(dq_norm, dk_norm)
+        return dq, mx.concatenate(dk_tails[::-1], axis=2), mx.concatenate(dv_tails[::-1], axis=2)
 
     def _prepared(
         self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None

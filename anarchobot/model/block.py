@@ -99,6 +99,8 @@ def attention_backward(
     dnormed = linear_backward(p, "self_attn.q_proj", dq, z_q, drop)
     dnormed = dnormed + linear_backward(p, "self_attn.k_proj", dk, z_k, drop)
     dnormed = dnormed + linear_backward(p, "self_attn.v_proj", dv, z_v, drop)
+    (dnormed,) = wait([dnormed], [dnormed])
+    del normed, dq, dk, dv
     dx, dweight = rms_norm_backward(x, p["input_layernorm.weight"], model.norm_eps, dnormed)
     (dx,) = wait([dy + dx], grads.add("input_layernorm.weight", dweight))
     return dx, dfirst_v
@@ -143,7 +145,8 @@ def mlp_backward(
     rows = chunks[0][0].shape[0]
     dnormed: list[mx.array] = []
     ds, xs, drops = _chunks(_dropout(dy, model, key), rows), _chunks(x, rows), _drops(drop, len(chunks))
-    for (gate, up), d, x_chunk, own in zip(chunks, ds, xs, drops, strict=True):
+    for d, x_chunk, own in zip(ds, xs, drops, strict=True):
+        gate, up = chunks.pop(0)  # nothing else holds them: they are gone when they are used
         gate, up, d = wait([gate, up, d], dnormed[-1:])
         done, dz = linear_gradients(p, "mlp.down_proj", d, _gated(gate, up, model), grads, own)
         (d,) = wait([d], done)

@@ -65,6 +65,7 @@ def loss_and_gradients(
         hidden_gradients.append(times(dz, weight))
         weight_gradient = add_product(weight_gradient, dz.T, h)
         total = total + loss
+        del dz
     assert weight_gradient is not None  # there is at least one token
     return total, mx.concatenate(hidden_gradients), weight_gradient
 
@@ -86,6 +87,7 @@ def loss_and_hidden_gradient(
         loss, dz = _chunk_backward(h, weight, t, model, s, wait)
         hidden_gradients.append(times(dz, weight))
         total = total + loss
+        del dz
     return total, mx.concatenate(hidden_gradients)
 
 

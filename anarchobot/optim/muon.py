@@ -62,6 +62,7 @@ def muon(
             u, s = _even_rows(u, mx.stack([seconds.pop(name) for name in names]))
             new_seconds |= dict(zip(names, s, strict=True))
         w = moved(w, u * update_scale(w.shape[1:], train.muon_scale), lr, train)
+        del u
         w, m = wait([w, m], [w, m])
         new_params |= dict(zip(names, w, strict=True))
         new_buffers |= dict(zip(names, m, strict=True))

@@ -11,7 +11,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import TrainConfig
 
 TRAINED = "optimizer/trained/"  # in a checkpoint: the parameters behind a running average
-MOST_AT_ONCE = 2**23  # elements in a stack of matrices: what it takes besides is many times as much
+MOST_AT_ONCE = 2**21  # elements in a stack of matrices: what it takes besides is many times as much
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 Shape = tuple[int, ...]
 

@@ -7,7 +7,7 @@ What is there all along is exact: weights, optimizer state, gradients. The rest 
     loss       all blocks' kept arrays, and one chunk's logits
     backward   the last block's gradient (under gradient checkpointing with the block computed anew), or the first
                block's, when nothing else is kept any more but all gradients are there
-    norm       the squares of the gradients
+    norm       the squares of the largest gradient
     update     the optimizer's temporaries: Muon's largest stack of matrices, AdamW's largest parameter
 
 Within a part that is evaluated as a whole, MLX allocates some fifty operations ahead of what it frees; so the arrays
@@ -39,7 +39,6 @@ from anarchobot.optim import routes
 
 Device = Literal["gpu", "cpu"]
 Shapes = Mapping[str, tuple[int, ...]]
-AHEAD = 27  # parameters whose squares MLX has in memory at once: two operations each, and what they wait for
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,8 @@ class _Counts(NamedTuple):
 
 # By bytes of a number in the products: float32, and float16 or bfloat16 (norms, rotation and softmax of which make
 # float32 arrays besides).
-_FORWARD = {4: _Counts(x=1, q=3, kv=4, wide=3.2, scores=5), 2: _Counts(x=7, q=3, kv=6, wide=5, scores=3)}
-_ATTENTION_BACKWARD = {4: _Counts(q=3, kv=7, scores=6.6), 2: _Counts(q=6, kv=2, scores=8.3)}
+_FORWARD = {4: _Counts(x=1, q=3, kv=4, wide=3.1, scores=4), 2: _Counts(x=7, q=3, kv=6, wide=5, scores=3)}
+_ATTENTION_BACKWARD = {4: _Counts(q=3, kv=5, scores=5), 2: _Counts(q=6, kv=2, scores=7)}
 _MLP_BACKWARD = {4: _Counts(chunk_wide=6, chunk_x=2), 2: _Counts(chunk_wide=4, chunk_x=7)}
 _NORM_BACKWARD = {4: _Counts(x=6), 2: _Counts(x=10)}
 
@@ -118,8 +117,7 @@ def estimate(
     micro_batches = train.grad_accum_steps * train.micro_batch_size // micro_batch
     static = weights + optimizer
     forward, loss, backward = (workers * phase for phase in part.phases(accumulated=micro_batches > 1))
-    squares = [4 * math.prod(shape) for shape in trained.values()]
-    norm = max(sum(squares[i : i + AHEAD]) for i in range(len(squares)))
+    squares = max(4 * math.prod(shape) for shape in trained.values())
     update, used = _update(trained, set(states["muon.momentum"]), train, workers, on_cpu)
     return MemoryEstimate(
         weights=weights,
@@ -132,7 +130,7 @@ def estimate(
             "forward": static + forward,
             "loss": static + loss,
             "backward": static + backward,
-            "norm": static + one_gradient + norm,
+            "norm": static + one_gradient + squares,
             "update": static + one_gradient + used,
         },
     )
@@ -216,27 +214,27 @@ class _Part:
         for i in range(lowest, model.n_layers):
             there = gradients if accumulated else ends + sum(of_blocks[i:])
             held = there + (i - lowest) * kept + 2 * self._x
-            again = forward - self._wide if recompute else 0  # without the last product of the MLP
-            backward = max(backward, held + max(again, self._kept + self._block_backward()))
+            backward = max(backward, held + self._kept + self._block_backward())
         return forward_peak, loss, backward
 
     def _block_backward(self) -> int:
         model = self._config.model
-        mlp = self._made(_MLP_BACKWARD[self._e])
+        mlp, gone = self._made(_MLP_BACKWARD[self._e]), 2 * self._wide + self._x  # what the MLP half kept
+        if self._config.train.gradient_checkpointing:  # gate and up are made by chunks, and go with them
+            mlp += 2 * self._chunk_wide - 2 * self._wide
         if self._e == 2 and not self._config.lora.r:  # a product in half, in float32, and the sum
             mlp += 12 * model.d_model * model.mlp_size
-        gone = 2 * self._wide + self._x  # what the MLP half kept
         attention = self._made(_ATTENTION_BACKWARD[self._e])
         norm = self._made(_NORM_BACKWARD[self._e])
         return max(mlp, attention - gone, norm - self._x) + (self._cast if self._config.lora.quantize else 0)
 
     def _logits(self, n: int) -> int:
-        """Of a chunk [C, V]: float32 logits, their exponentials, two more on the way, and the gradient of the chunk
-        before; the head as the products want it, packed ones for both; in half precision a norm's arrays, and the
-        head's gradient, which is made apart."""
+        """Of a chunk [C, V]: float32 logits, their exponentials, and two more on the way; the head as the products
+        want it, packed ones for both; in half precision a norm's arrays, and the head's gradient, which is made
+        apart."""
         model, e, lora = self._config.model, self._e, self._config.lora
         chunk, head = min(n, self._loss_chunk) * model.vocab_size, model.vocab_size * model.d_model
-        made = (16 if e == 4 else 18) * chunk + (e * chunk if n > self._loss_chunk else 0)
+        made = (16 if e == 4 else 18) * chunk
         made += 2 * e * head if lora.quantize else 0 if e == 4 else e * head + 7 * self._x
         return made if e == 4 or lora.r else max(made, 4 * chunk + 8 * head)
 

@@ -396,4 +396,8 @@ def _summed(parts: list[Params]) -> Params:
 
 
 def _global_norm(grads: Params) -> mx.array:
-    return mx.sqrt(mx.sum(mx.stack([mx.sum(mx.square(g)) for g in grads.values()])))
+    squares: list[mx.array] = []
+    for g in grads.values():
+        squares.append(mx.sum(mx.square(g)))
+        mx.eval(squares[-1])  # now: else MLX would hold the squares of many at once
+    return mx.sqrt(mx.sum(mx.stack(squares)))

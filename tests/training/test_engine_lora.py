@@ -200,7 +200,7 @@ def test_adapters_take_much_less_memory_than_full_weights() -> None:
     """Gradients and two moments of all weights are three times their size. A CPU unpacks a matrix at a time."""
     size = 4 * (4 * (4 * 128**2 + 3 * 128 * 512) + 2000 * 128)
     full, lora = peak({}), peak(LORA)
-    assert full - lora > 2.8 * size
+    assert full - lora > 2.5 * size  # at their highest one holds gradients, the other activations
     assert lora - peak({**LORA, "quantize": 4}) > 0.3 * size
     assert peak({**LORA, "num_layers": 1}) < 0.85 * lora
 
