@@ -70,7 +70,8 @@ def _talk(session: "ChatSession", args: argparse.Namespace) -> None:
             told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
             print(f"anarchobot: {told}", file=sys.stderr)
         except KeyboardInterrupt:
-            print(flush=True)
+            with suppress(KeyboardInterrupt):
+                print(flush=True)
     if is_terminal:
         print()
 
@@ -85,7 +86,8 @@ def _line(is_terminal: bool) -> str | None:
         except KeyboardInterrupt:
             if not is_terminal:
                 raise
-            print("\nCtrl-D ends the chat", file=sys.stderr)
+            with suppress(KeyboardInterrupt):  # one that comes now means the same
+                print("\nCtrl-D ends the chat", file=sys.stderr)
 
 
 def _answer(session: "ChatSession", question: str, args: argparse.Namespace) -> None:

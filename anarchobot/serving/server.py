@@ -97,7 +97,7 @@ class HttpServer(uvicorn.Server):
                 headers=[("X-Content-Type-Options", "nosniff")],
                 proxy_headers=False,
                 limit_concurrency=CONNECTIONS,
-                timeout_graceful_shutdown=int(GRACE) + 2,
+                timeout_graceful_shutdown=int(GRACE) + 30,  # for those who are told to hear of it
             )
         )
         self._worker = worker

@@ -26,7 +26,7 @@ from anarchobot.training.stop import PARENT, heeded
 TASKS = ("pretrain", "sft")
 ALONE = "127.0.0.1"
 # Seconds after a rank's end: SIGTERM, for those that do not train yet, and have no watch; after its death, SIGKILL.
-TERM_AFTER, KILL_AFTER = 5.0, 50.0
+TERM_AFTER, KILL_AFTER = 10.0, 50.0
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _ENDED = re.compile(r"Node with rank (\d+) (?:exited with code (-?\d+)|was killed)")
 

@@ -19,7 +19,7 @@ from contextlib import suppress
 TICK, SILENCE = 1.0, 30.0  # seconds between signs of life; without one, that mean that a rank is lost
 GRACE = 2.0  # for an end that comes to all ranks at once, such as a second Ctrl-C: then none of them is lost
 LAST = 15.0  # after the loss was said, before a step or an exchange that goes on is broken off
-JOIN = 60.0  # for all ranks to connect
+JOIN, HELLO = 60.0, 20.0  # for all ranks to connect, and for one that did to say that it belongs to the run
 THERE, DONE = 255, 254
 
 
@@ -106,7 +106,7 @@ def connect(rank: int, size: int, host: str, share: Callable[[bytes], bytes]) ->
         share(json.dumps([server.getsockname()[1], word.hex()]).encode())
         while len(peers) < size - 1:
             connection, _ = server.accept()
-            connection.settimeout(TICK)
+            connection.settimeout(HELLO)
             with suppress(OSError):
                 hello = connection.recv(17, socket.MSG_WAITALL)
                 if hello[:-1] == word:
