@@ -30,8 +30,9 @@ from anarchobot.model.loss import loss_sum
 from anarchobot.model.transformer import head_matrix, hidden_states
 
 Figures = dict[str, float]
-UNIT = 256  # documents, or windows, that are scored before progress is told
+UNIT = 256  # documents that are scored before progress is told
 SHARD_TOKENS = 8192  # of a batch of windows
+BATCHES, ANSWERS = 32, 16  # of windows, and answers, that are done before progress is told
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def evaluate(path: str, what: What, say: Callable[[str], None] = lambda text: No
     model, config = load_model(path)
     results: dict[str, Figures] = {}
     if what.shards is not None:
-        results[f"shards {what.shards}"] = of_shards(model, config, what.shards)
+        results[f"shards {what.shards}"] = of_shards(model, config, what.shards, say)
     if what.texts:
         results[f"text {' '.join(what.texts)}"] = of_texts(model, what.texts, what.limit, say)
     if what.rouge is not None:
@@ -64,7 +65,7 @@ def evaluate(path: str, what: What, say: Callable[[str], None] = lambda text: No
     return {"checkpoint": path, "results": results}
 
 
-def of_shards(model: Model, config: Config, folder: str) -> Figures:
+def of_shards(model: Model, config: Config, folder: str, say: Callable[[str], None]) -> Figures:
     """The validation split, as training sees it: windows of data.seq_len over the documents and their ends."""
     stream = TokenStream(folder, "val")
     if stream.manifest.tokenizer["sha256"] != digest(model.tokenizer):
@@ -79,12 +80,15 @@ def of_shards(model: Model, config: Config, folder: str) -> Figures:
     params, shape = model.params, model.shape
     dtype, nats, tokens = params["model.norm.weight"].dtype, 0.0, 0
     val = ValBatches(windows, max(1, SHARD_TOKENS // seq_len), None)
-    for batch in (val[i] for i in range(len(val))):
+    for i in range(len(val)):
+        batch = val[i]
         segments = None if batch.segments is None else mx.array(batch.segments[0])
         hidden = hidden_states(params, mx.array(batch.inputs[0]), shape, dtype=dtype, segments=segments)
         flat, targets = hidden.reshape(-1, shape.d_model), mx.array(batch.targets[0].reshape(-1))
         nats += float(np.array(loss_sum(flat, head_matrix(params, shape), targets, shape)))
         tokens += int(np.count_nonzero(batch.targets >= 0))
+        if (i + 1) % BATCHES == 0 or i + 1 == len(val):
+            say(f"{tokens:,} tokens, {(i + 1) / len(val):.0%}")
     size, listed = sum(shard.bytes for shard in stream.manifest.of("val")), stream.manifest.tokens("val")
     return _figures(nats, tokens, size * tokens / listed)  # the first token has nothing before it, and is not scored
 
@@ -132,9 +136,14 @@ def of_answers(model: Model, config: Config, name: str, limit: int | None, say: 
     settings = config.generation.model_copy(update={"method": "greedy"})
     batch = TextBatch(model)
     written: dict[int, list[str]] = {batch.insert(prompt, settings, encoder.stop()): [] for prompt, _ in asked}
+    done = 0
     while batch:
         for piece in batch.step():
             written[piece.request].append(piece.text)
+            if piece.end is not None:
+                done += 1
+                if done % ANSWERS == 0 or done == len(asked):
+                    say(f"{done:,} of {len(asked):,} answers")
     pairs = ((said, "".join(parts).strip()) for (_, said), parts in zip(asked, written.values(), strict=True))
     return rouge(pairs) | {"answers": len(asked), "too_long": too_long}
 
