@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 PRESSURE = {1: "normal", 2: "warning", 4: "critical"}  # macOS' kern.memorystatus_vm_pressure_level
-CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+CGROUPS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))  # of version 2, and of version 1
 SYSCTL = ("sysctl", "hw.memsize", "vm.swapusage", "kern.memorystatus_vm_pressure_level")
 
 
@@ -27,7 +27,8 @@ def system_memory() -> SystemMemory:
     if sys.platform == "darwin":
         return of_macos(_said("vm_stat"), _said(*SYSCTL))
     whole = of_meminfo(Path("/proc/meminfo").read_text())
-    return replace(whole, total=min(whole.total, *(of_cgroup(path) or whole.total for path in CGROUPS)))
+    limits = [found for folder in CGROUPS if (found := of_cgroup(folder)) and found[0] < whole.total]
+    return replace(whole, total=limits[0][0], used=limits[0][1]) if limits else whole
 
 
 def process_memory(pid: int) -> int | None:
@@ -40,12 +41,20 @@ def process_memory(pid: int) -> int | None:
         return None
 
 
-def of_cgroup(limit: Path) -> int | None:
-    """What a container may take; None where nothing says so."""
-    try:
-        return int(limit.read_text())
-    except (OSError, ValueError):  # not there, or "max"
-        return None
+def of_cgroup(folder: Path) -> tuple[int, int] | None:
+    """What a container may take, and what it uses but for files that are kept as long as nobody needs the room; None
+    where nothing limits it."""
+    for limit, usage, kept in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            most, used = (int((folder / name).read_text()) for name in (limit, usage))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+        return most, used - int(stat.get(kept, 0))
+    return None
 
 
 def of_meminfo(text: str) -> SystemMemory:

@@ -111,6 +111,23 @@ def test_the_machine_is_as_large_as_sysconf_says(monkeypatch: pytest.MonkeyPatch
     assert 0 < found.used < found.total
 
 
+@linux
+def test_a_container_is_smaller_than_its_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The files of a control group as Linux writes them, of either version."""
+    for folder, limit, usage, kept in (
+        ("v2", "memory.max", "memory.current", "inactive_file"),
+        ("v1", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / limit).write_text("100000000\n")
+        (tmp_path / folder / usage).write_text("70000000\n")
+        (tmp_path / folder / "memory.stat").write_text(f"anon 5\n{kept} 30000000\nactive_file 9\n")
+        monkeypatch.setattr(machine, "CGROUPS", (tmp_path / "none", tmp_path / folder))
+        assert (system_memory().total, system_memory().used) == (100_000_000, 40_000_000)
+        (tmp_path / folder / limit).write_text("max\n" if folder == "v2" else "9223372036854771712\n")
+        assert system_memory().total == of_meminfo(Path("/proc/meminfo").read_text()).total
+
+
 def test_on_macos_the_systems_own_programs_are_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Programs of these names that print what a Mac's do."""
     for name, text in {"vm_stat": VM_STAT, "sysctl": SYSCTL, "ps": "S+  2048\n"}.items():
