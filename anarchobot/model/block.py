@@ -140,13 +140,13 @@ def mlp_backward(
     grads: Gradients,
     drop: InputDropout | None = None,
 ) -> mx.array:
-    """As attention_backward, by the chunks of the forward pass."""
+    """As attention_backward, by the chunks of the forward pass, which are used up."""
     x, chunks = kept
     rows = chunks[0][0].shape[0]
     dnormed: list[mx.array] = []
     ds, xs, drops = _chunks(_dropout(dy, model, key), rows), _chunks(x, rows), _drops(drop, len(chunks))
     for d, x_chunk, own in zip(ds, xs, drops, strict=True):
-        gate, up = chunks.pop(0)  # nothing else holds them: they are gone when they are used
+        gate, up = chunks.pop(0)  # nothing else holds them: their memory is free as soon as they are used
         gate, up, d = wait([gate, up, d], dnormed[-1:])
         done, dz = linear_gradients(p, "mlp.down_proj", d, _gated(gate, up, model), grads, own)
         (d,) = wait([d], done)

@@ -110,7 +110,8 @@ def _share(engine: MLXEngine, config: Config, batch: Batch, worker: int) -> dict
     def mlp_backward(
         p: Params, x: mx.array, chunks: list[tuple[mx.array, mx.array]], dy: mx.array, sums: Params
     ) -> tuple[mx.array, Params]:
-        return block.mlp_backward(p, KeptMLP(x, chunks), dy, model, technique.wait, key, Gradients(sums)), sums
+        kept = KeptMLP(x, list(chunks))  # which it uses up
+        return block.mlp_backward(p, kept, dy, model, technique.wait, key, Gradients(sums)), sums
 
     def attention_backward(
         p: Params, x: mx.array, kept: list[mx.array], dy: mx.array, sums: Params
