@@ -30,6 +30,7 @@ from anarchobot.training.device import DTYPES, choose_device, what_it_means
 from anarchobot.training.loop import StepResult
 from anarchobot.training.loss_scale import LossScale
 from anarchobot.training.ranks import ALONE, Ranks
+from anarchobot.training.reduction import global_norm, summed
 from anarchobot.training.shared_muon import SharedMuon
 from anarchobot.training.workers import Workers
 
@@ -105,7 +106,7 @@ class MLXEngine:
         try:
             shares = self.workers.each(lambda worker: self._share(batch, step, factor, worker))
             measures: Measures = sum((measures for measures, _ in shares), np.zeros(1))  # some had no rows
-            grads = _summed([grads for _, grads in shares if grads])
+            grads = summed([grads for _, grads in shares if grads])
         except RuntimeError as error:
             told = what_it_means(error)
             if isinstance(told, MemoryError):
@@ -118,7 +119,7 @@ class MLXEngine:
         count = max(1, count)
         unscale = places / (loss_scale * count)
         grads = self._shared.timed("exchange", lambda: self._ranks.sum(grads))
-        norm = self._ranks.first(float(_global_norm(grads)) * unscale)
+        norm = self._ranks.first(float(global_norm(grads)) * unscale)
         loss, *others = (np.array(sums) / (factor * count)).tolist()
         finite = math.isfinite(norm) and math.isfinite(loss)
         applied = finite and norm <= norm_limit
@@ -383,21 +384,3 @@ def _any(rows: tuple[mx.array | None, ...]) -> bool:
 def _dropout_key(seed: int, step: int, micro_batch: int, worker: int) -> mx.array:
     digest = hashlib.sha256(f"{seed}/dropout/{step}/{micro_batch}/{worker}".encode()).digest()
     return mx.random.key(int.from_bytes(digest[:8], "little"))
-
-
-def _summed(parts: list[Params]) -> Params:
-    """The sums of the workers' gradients, one parameter after the other: their memory is used again."""
-    first, *others = parts
-    for other in others:
-        for name in first:
-            first[name] = first[name] + other.pop(name)
-            mx.eval(first[name])
-    return first
-
-
-def _global_norm(grads: Params) -> mx.array:
-    squares: list[mx.array] = []
-    for g in grads.values():
-        squares.append(mx.sum(mx.square(g)))
-        mx.eval(squares[-1])  # now: else MLX would hold the squares of many at once
-    return mx.sqrt(mx.sum(mx.stack(squares)))
