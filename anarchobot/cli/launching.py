@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from anarchobot.cli.parser import add_command
+from anarchobot.cli.parser import add_command, overrides, parse
 from anarchobot.config.errors import UserError
 
 BACKENDS = ("ring", "mpi", "nccl", "jaccl")
@@ -39,9 +39,22 @@ def _launch(args: argparse.Namespace) -> int:
     words = [*args.task, *(f"--{flag}" for flag in ("quiet", "json", "debug") if getattr(args, flag))]
     elsewhere = hosts is not None or args.hostfile is not None
     if not elsewhere and backend in (None, "ring"):
+        _check(words)
         return launch.launch_here(words, ranks or 2)
     if args.hostfile is not None:
         options = ["--hostfile", args.hostfile]
     else:
         options = ["--hosts", hosts or launch.ALONE, "-n", str(ranks or (1 if elsewhere else 2))]
     return launch.launch_by_mlx(words, [*options, *(["--backend", backend] if backend else [])])
+
+
+def _check(words: list[str]) -> None:
+    """Raises UserError for a mistake in what is to run, or in its config, which every rank would tell otherwise."""
+    from anarchobot.cli.main import build_parser
+    from anarchobot.config.loading import load_config
+    from anarchobot.tasks.launch import TASKS
+    from anarchobot.tasks.tuning import load_tuning
+
+    if words[0] in TASKS:
+        args = parse(build_parser(), words)
+        (load_config if words[0] == "pretrain" else load_tuning)(args.config, overrides(args))

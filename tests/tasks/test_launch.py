@@ -215,11 +215,15 @@ def test_what_trains_in_one_process_is_refused(
         (["--hosts", "a", "--hostfile", "f", "--", "pretrain", "x"], "--hosts, --hostfile: expected one of them"),
         (["--hostfile", "f", "-n", "2", "--", "pretrain", "x"], "--hostfile, --ranks: the file says how many"),
         (["--", "generate", "x"], "launch: expected what to run behind --: pretrain or sft"),
+        (["--", "pretrain", "none.yaml"], "none.yaml: no such file"),
+        (["--", "pretrain", "configs/quickstart.yaml", "--lr", "fast"], "train.lr"),
+        (["--", "sft", "configs/quickstart.yaml"], "expected the model to tune"),
     ],
 )
 def test_mistakes_are_told(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", *words]) == 2
-    assert told in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert told in said and said.count("\n") == 1
 
 
 def test_other_machines_are_left_to_mlx_launch(monkeypatch: pytest.MonkeyPatch) -> None:
