@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from anarchobot.cli.parser import add_command
+from anarchobot.cli.parser import add_command, check_output
 from anarchobot.config.errors import UserError
 
 
@@ -30,10 +30,14 @@ def add_commands(commands: Any) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     paths = [args.checkpoint] if args.compare is None else args.compare
     asked = bool(args.shards or args.text or args.rouge or args.tasks)
-    if not asked and not all(path.endswith(".json") for path in paths):
+    if not asked and not all(_is_report(path) for path in paths):
         raise UserError(
             "evaluate on what? Expected --shards, --text, --rouge or --tasks (see anarchobot evaluate --help)"
         )
+    if asked and all(_is_report(path) for path in paths):
+        raise UserError("--compare: earlier evaluations are compared as they are: leave out what to evaluate on")
+    if args.output is not None:
+        check_output(Path(args.output))
     for flag, number in (("--limit", args.limit), ("--num-fewshot", args.num_fewshot)):
         if number is not None and number < (0 if flag == "--num-fewshot" else 1):
             raise UserError(f"argument {flag}: expected a whole number of at least 1, got {number}")
@@ -47,9 +51,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     what = What(args.shards, args.text, args.rouge, names, args.num_fewshot, args.include, args.limit)
     reports = [_report(path) if _is_report(path) else evaluate(path, what, _say(args.quiet)) for path in paths]
     result = json.dumps(reports[0] if len(reports) == 1 else reports, indent=1)
+    print(result if args.json else table(reports), flush=True)
     if args.output is not None:
         write_whole(Path(args.output), result + "\n")
-    print(result if args.json else table(reports))
 
 
 def _say(quiet: bool) -> Any:
@@ -67,6 +71,8 @@ def _report(path: str) -> dict[str, Any]:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
         if isinstance(report["checkpoint"], str) and isinstance(report["results"], dict):
             return dict(report)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file: expected what anarchobot evaluate --output wrote") from error
     except (ValueError, KeyError, TypeError):
         pass
     raise UserError(f"{path}: not the result of an evaluation of one model (anarchobot evaluate --output)")

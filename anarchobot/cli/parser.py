@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from anarchobot.config.errors import UserError, did_you_mean
@@ -73,6 +74,14 @@ def add_command(commands: Any, name: str, run: Any, summary: str, **kwargs: Any)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run, prog=parser.prog, options=parser._option_string_actions)
     return parser
+
+
+def check_output(file: Path) -> None:
+    """Raises UserError when no file of this name can be written, before there is anything to lose."""
+    if not file.parent.is_dir():
+        raise UserError(f"--output {file}: no such folder: {file.parent}")
+    if file.is_dir():
+        raise UserError(f"--output {file}: is a folder: expected a file's name")
 
 
 def add_config(parser: Parser, optional: bool = False) -> None:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anarchobot.cli.parser import add_command
+from anarchobot.cli.parser import add_command, check_output
 from anarchobot.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,10 +28,7 @@ def _report(args: argparse.Namespace) -> None:
 
     found = [read_run(folder) for folder in args.runs]
     output = Path(args.output) if args.output else found[0].folder / "report.html"
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: no such folder: {output.parent}")
-    if output.is_dir():
-        raise UserError(f"--output {output}: is a folder: expected a file's name, such as {output / 'report.html'}")
+    check_output(output)
     write_whole(output, page(found))
     print(json.dumps({"report": str(output)}) if args.json else output)
 

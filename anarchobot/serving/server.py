@@ -1,10 +1,12 @@
 """The server from its start to its end."""
 
 import asyncio
+import logging
 import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -101,6 +103,11 @@ class HttpServer(uvicorn.Server):
             )
         )
         self._worker = worker
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:  # a second Ctrl-C cuts off what is under way, which is no fault to tell of
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().call_later(GRACE, self._worker.abandon)

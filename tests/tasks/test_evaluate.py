@@ -127,6 +127,10 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, bpe: Path, tiny_shards: Path,
         (["--checkpoint", run, "--shards", str(tiny_shards)], "made with another tokenizer"),
         (["--checkpoint", run, "--text", "README.md", "--limit", "0"], "argument --limit: expected a whole number"),
         (["--compare", str(tmp_path / "result.json"), run, "--text", "README.md"], "not the result of an evaluation"),
+        (["--compare", "none.json", "none.json"], "none.json: no such file: expected what anarchobot evaluate"),
+        (["--compare", "a.json", "b.json", "--text", "README.md"], "leave out what to evaluate on"),
+        (["--checkpoint", run, "--text", "README.md", "--output", str(tmp_path)], "is a folder: expected a file"),
+        (["--checkpoint", run, "--text", "README.md", "--output", "none/a.json"], "none/a.json: no such folder"),
     ):
         assert main(["evaluate", *words]) == 2
         error = capsys.readouterr().err

@@ -38,7 +38,8 @@ def conversations(
             else:
                 yield place, _read(known, row, data.text_field)
         if known is None:
-            raise UserError(f"{name}: no row has the fields of a conversation: expected {formats.EXPECTED}")
+            told = f"no row has the fields of a conversation: expected {formats.EXPECTED}"
+            raise UserError(f"{name}: {told}{_left_out(tally)}")
 
     return _counted(data, tally, of_file)
 
@@ -58,9 +59,15 @@ def pairs(data: DataConfig, tally: Tally, language: str | None = None) -> Iterat
             except Misfit as misfit:
                 yield place, misfit
         if not any_fits:
-            raise UserError(f"{name}: no row has the fields of a preference: expected {preferences.EXPECTED}")
+            told = f"no row has the fields of a preference: expected {preferences.EXPECTED}"
+            raise UserError(f"{name}: {told}{_left_out(tally)}")
 
     return _counted(data, tally, of_file)
+
+
+def _left_out(tally: Tally) -> str:
+    """For the end of an error's line: the first row that could not be read."""
+    return f" (left out first: {next(iter(tally.first.values()))})" if tally.first else ""
 
 
 def _of_trees(found: Iterator[tuple[str, T | Misfit]], tally: Tally) -> Iterator[tuple[str, T | Misfit]]:
