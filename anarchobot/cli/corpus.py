@@ -13,6 +13,7 @@ from anarchobot.config.errors import UserError
 
 if TYPE_CHECKING:
     from anarchobot.data.shards import Manifest
+    from anarchobot.data.sources.documents import Counts
 
 TOKENIZER_SETTINGS = {
     "--vocab-size": "model.vocab_size",
@@ -86,18 +87,29 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
     prefix = prefix.with_name(prefix.name.removesuffix(".model").removesuffix("-vocab.json"))
     counts, taken = Counts(), [0]
     texts = (document.text for document in read(config, args.input, counts, _warn)[1])
-    files = train_tokenizer(
-        limited(texts, config.tokenizer.max_train_mb, taken),
-        prefix,
-        config.model.vocab_size,
-        config.tokenizer.model_type,
-        config.tokenizer.format,
-    )
+    try:
+        files = train_tokenizer(
+            limited(texts, config.tokenizer.max_train_mb, taken),
+            prefix,
+            config.model.vocab_size,
+            config.tokenizer.model_type,
+            config.tokenizer.format,
+        )
+    except UserError as error:
+        raise UserError("; ".join([str(error), *_left_out(counts)])) from error
     result = {"files": [str(f) for f in files], "vocab_size": config.model.vocab_size, "bytes": taken[0]}
     if args.json:
         print(json.dumps(result))
     elif not args.quiet:
         print(f"{files[0]}: {config.model.vocab_size} tokens, learned from {taken[0] / 1e6:.1f} MB of text")
+        for line in _left_out(counts):
+            print(line, file=sys.stderr)
+
+
+def _left_out(counts: "Counts") -> list[str]:
+    """What became of documents that no tokenizer learns from."""
+    dropped = [f"{counts.broken:,} of {counts.read:,} documents are broken"] if counts.broken else []
+    return [*dropped, *counts.details()]
 
 
 def _pretokenize(args: argparse.Namespace) -> int | None:

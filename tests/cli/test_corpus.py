@@ -164,3 +164,14 @@ def test_shards_verify_names_the_damaged_file(corpus: Path, tokenizer: str, caps
     captured = capsys.readouterr()
     assert json.loads(captured.out)["checked"] == 2 and list(json.loads(captured.out)["damaged"]) == [path.name]
     assert captured.err == f"anarchobot: {tmp_path / 'out'}: 1 of 2 files are damaged: pretokenize again\n"
+
+
+def test_what_no_tokenizer_learns_from_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(b"\xff\xfe\n[1\n")
+    words = ["tokenizer", "train", "--vocab-size", "300", "--output", str(tmp_path / "tok"), "--input"]
+    assert main([*words, str(tmp_path / "bad.jsonl")]) == 2
+    why = f"2 of 2 documents are broken; first broken: {tmp_path}/bad.jsonl:1: not UTF-8"
+    assert f"no text to learn a tokenizer from; {why}" in capsys.readouterr().err
+    (tmp_path / "good.txt").write_text("a few words of text, and again a few words of other text\n" * 20)
+    assert main([*words, str(tmp_path / "bad.jsonl"), str(tmp_path / "good.txt"), "--model-type", "bpe"]) == 0
+    assert f"2 of 3 documents are broken\nfirst broken: {tmp_path}/bad.jsonl:1: " in capsys.readouterr().err

@@ -141,7 +141,7 @@ def test_a_form_can_be_named(tmp_path: Path) -> None:
 
 def test_rows_of_something_else_are_an_error(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "data.jsonl", {"a": 1}, {"b": 2})
-    told = r"data.jsonl: no row has the fields of a conversation: expected messages, .* \(left out first: .*data.jsonl:1: "
+    told = r"data.jsonl: no row has the fields of a conversation: expected messages, .* \(left out first: .*jsonl:1: "
     with pytest.raises(UserError, match=told):
         read(path)
     (tmp_path / "a.txt").write_text("text")
