@@ -13,7 +13,6 @@ from anarchobot.config.errors import UserError
 
 if TYPE_CHECKING:
     from anarchobot.data.shards import Manifest
-    from anarchobot.data.sources.documents import Counts
 
 TOKENIZER_SETTINGS = {
     "--vocab-size": "model.vocab_size",
@@ -96,20 +95,14 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
             config.tokenizer.format,
         )
     except UserError as error:
-        raise UserError("; ".join([str(error), *_left_out(counts)])) from error
+        raise UserError(f"{error}; {counts.summary()}" if counts.broken or counts.filtered else str(error)) from error
     result = {"files": [str(f) for f in files], "vocab_size": config.model.vocab_size, "bytes": taken[0]}
     if args.json:
         print(json.dumps(result))
     elif not args.quiet:
         print(f"{files[0]}: {config.model.vocab_size} tokens, learned from {taken[0] / 1e6:.1f} MB of text")
-        for line in _left_out(counts):
-            print(line, file=sys.stderr)
-
-
-def _left_out(counts: "Counts") -> list[str]:
-    """What became of documents that no tokenizer learns from."""
-    dropped = [f"{counts.broken:,} of {counts.read:,} documents are broken"] if counts.broken else []
-    return [*dropped, *counts.details()]
+        if counts.broken or counts.filtered:
+            print(counts.summary(), file=sys.stderr)
 
 
 def _pretokenize(args: argparse.Namespace) -> int | None:

@@ -151,7 +151,7 @@ def _write(
         writer.abandon()
         raise
     if not writer.finished:
-        raise UserError(f"{out}: no document is left to write ({_left_out(counts)})")
+        raise UserError(f"{out}: no document is left to write ({counts.summary()})")
     save_progress(out, made_of, writer.finished)
     shards = [f.shard for f in writer.finished]
     _put_in_place(out, shards)
@@ -194,8 +194,3 @@ def _put_in_place(out: Path, shards: Iterable[Shard]) -> None:
             path.unlink()
     for path in shard_files(out, ".tmp"):
         path.replace(path.with_suffix(""))
-
-
-def _left_out(counts: Counts) -> str:
-    said = f"read {counts.read}, broken {counts.broken}, filtered {counts.filtered}, duplicates {counts.duplicates}"
-    return "; ".join([said, *counts.details()])

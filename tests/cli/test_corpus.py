@@ -170,8 +170,10 @@ def test_what_no_tokenizer_learns_from_is_told(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "bad.jsonl").write_bytes(b"\xff\xfe\n[1\n")
     words = ["tokenizer", "train", "--vocab-size", "300", "--output", str(tmp_path / "tok"), "--input"]
     assert main([*words, str(tmp_path / "bad.jsonl")]) == 2
-    why = f"2 of 2 documents are broken; first broken: {tmp_path}/bad.jsonl:1: not UTF-8"
+    why = f"read 2, broken 2, filtered 0, duplicates 0; first broken: {tmp_path}/bad.jsonl:1: not UTF-8"
     assert f"no text to learn a tokenizer from; {why}" in capsys.readouterr().err
     (tmp_path / "good.txt").write_text("a few words of text, and again a few words of other text\n" * 20)
     assert main([*words, str(tmp_path / "bad.jsonl"), str(tmp_path / "good.txt"), "--model-type", "bpe"]) == 0
-    assert f"2 of 3 documents are broken\nfirst broken: {tmp_path}/bad.jsonl:1: " in capsys.readouterr().err
+    assert (
+        f"read 3, broken 2, filtered 0, duplicates 0; first broken: {tmp_path}/bad.jsonl:1: " in capsys.readouterr().err
+    )

@@ -70,6 +70,11 @@ class Counts:
         ]
         return said
 
+    def summary(self) -> str:
+        """One line for people: what was left out, and why."""
+        said = f"read {self.read}, broken {self.broken}, filtered {self.filtered}, duplicates {self.duplicates}"
+        return "; ".join([said, *self.details()])
+
     def leave_out(self, why: str) -> None:
         self.filtered += 1
         self.reasons[why] += 1

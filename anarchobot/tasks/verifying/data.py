@@ -59,10 +59,9 @@ def _documents(data: DataConfig, seed: int) -> Answer:
     )
     first = [document.text for document in islice(documents, LOOKED_AT)]
     if not first:
-        told = "; ".join([f"read {counts.read}, broken {counts.broken}, filtered {counts.filtered}", *counts.details()])
         return Answer(
             "fail",
-            f"{name}: no document in it is of use ({told})",
+            f"{name}: no document in it is of use ({counts.summary()})",
             "give other text in data.dataset, or see data.min_chars and data.text_field",
         )
     if warned:
