@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.engine import with_engine
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.sources.documents import Counts, from_files
-from anarchobot.data.spm_to_json import spm_to_json
-from anarchobot.data.tokenizer import load_tokenizer
-from anarchobot.data.tokenizer_training import train_tokenizer
+from anarchobot.tokenizers.fast_tokenizer import with_engine
+from anarchobot.tokenizers.sentencepiece_to_json import spm_to_json
+from anarchobot.tokenizers.tokenizer import load_tokenizer
+from anarchobot.tokenizers.training import train_tokenizer
 
 HERE = Path(__file__).parent
 UNIT = 200  # documents a call

@@ -43,10 +43,10 @@ def export_model(folder: Path) -> Path:
 
     from anarchobot.config.loading import load_config
     from anarchobot.data.sources import builtin
-    from anarchobot.data.tokenizer import copy_beside, load_tokenizer
-    from anarchobot.data.tokenizer_training import train_tokenizer
     from anarchobot.exchange.exporting import export
     from anarchobot.model.shapes import init_parameters
+    from anarchobot.tokenizers.tokenizer import copy_beside, load_tokenizer
+    from anarchobot.tokenizers.training import train_tokenizer
     from anarchobot.training import checkpoint
 
     config = load_config(HERE.parent / "configs" / "small.yaml").config
@@ -111,10 +111,10 @@ def main() -> None:
     import mlx_lm
 
     from anarchobot.config.schema import GenerationConfig
-    from anarchobot.data.decoding import TextStream
     from anarchobot.inference.batching import Batch
     from anarchobot.inference.generation import continued
     from anarchobot.inference.model import load_model
+    from anarchobot.tokenizers.decoding import TextStream
 
     with tempfile.TemporaryDirectory() as folder:
         exported = export_model(Path(folder))

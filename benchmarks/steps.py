@@ -43,8 +43,8 @@ def settings(kind: str) -> dict[str, Any]:
 
 def prepare(data: Path, build: Path) -> None:
     """Writes train.npy and val.npy, int32 [n, LENGTH + 1]: each novel's last tenth is held out."""
-    from anarchobot.data.tokenizer import load_tokenizer
-    from anarchobot.data.tokenizer_training import train_tokenizer
+    from anarchobot.tokenizers.tokenizer import load_tokenizer
+    from anarchobot.tokenizers.training import train_tokenizer
 
     texts = [path.read_text(encoding="utf-8") for path in sorted((data / "text" / "books").glob("*.txt"))]
     build.mkdir(parents=True, exist_ok=True)

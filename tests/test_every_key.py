@@ -18,10 +18,10 @@ from anarchobot.config.schema import ModelConfig
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.shards import read_manifest
 from anarchobot.data.sources.documents import Counts, Document
-from anarchobot.data.tokenizer import load_tokenizer
 from anarchobot.model.shapes import init_parameters, parameter_shapes
 from anarchobot.model.transformer import hidden_states, logits
 from anarchobot.tasks.pretrain import pretrain
+from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.training import checkpoint
 from tests.tiny import LEFT_OUT, loaded, make_shards
 
@@ -124,12 +124,12 @@ ELSEWHERE = {
     "data.cache_dir": "tests/data/sources/test_hub.py::test_without_streaming_the_order_is_kept",
     "data.fallback": "tests/data/sources/test_documents.py::test_a_missing_file_falls_back_only",
     "data.shard_dir": "tests/test_docs.py::test_the_commands_of_a_page_run_as_they_stand",
-    "tokenizer.model_type": "tests/data/test_tokenizer_training.py::test_the_vocabulary_has_the_size_asked_for",
+    "tokenizer.model_type": "tests/tokenizers/test_training.py::test_the_vocabulary_has_the_size_asked_for",
     "train.share_muon": "tests/tasks/test_launch.py::test_muon_is_the_same_when_each_rank_makes_a_part_of_it",
     "train.memory_budget_gb": "tests/system/test_fitting.py::test_the_largest_that_fits_is_taken_and_the_step_stays",
-    "tokenizer.engine": "tests/data/test_engine.py::test_the_reference_when_asked_for",
-    "tokenizer.on_mismatch": "tests/data/test_engine.py::test_a_wrong_id_late_is_caught_by_the_sample",
-    "tokenizer.max_train_mb": "tests/data/test_tokenizer_training.py::test_the_limit_holds_to_the_byte",
+    "tokenizer.engine": "tests/tokenizers/test_fast_tokenizer.py::test_the_reference_when_asked_for",
+    "tokenizer.on_mismatch": "tests/tokenizers/test_fast_tokenizer.py::test_a_wrong_id_late_is_caught_by_the_sample",
+    "tokenizer.max_train_mb": "tests/tokenizers/test_training.py::test_the_limit_holds_to_the_byte",
     "model.max_seq_len": "tests/inference/test_generation.py::test_it_ends_at_the_limit_at_max_seq_len",
     "model.zero_init_proj": "tests/model/test_shapes.py::test_zero_init_proj_starts",
     "model.bos_id": "tests/exchange/test_importing.py::test_the_small_public_llama_gives_its_logits",
@@ -160,8 +160,8 @@ ELSEWHERE = {
     "lora.quantize": "tests/training/test_engine_lora.py::test_adapters_take_much_less_memory",
     "chat.format": "tests/data/conversations/test_formats.py::test_a_form_can_be_named",
     "chat.language": "tests/data/conversations/test_oasst.py::test_threads",
-    "chat.template": "tests/data/conversations/test_template.py::test_a_tokenizer_trained_here_gets_chatml",
-    "chat.train_on": "tests/data/conversations/test_masks.py::test_the_mask_by_hand",
+    "chat.template": "tests/tokenizers/test_chat_template.py::test_a_tokenizer_trained_here_gets_chatml",
+    "chat.train_on": "tests/tokenizers/test_chat_encoder.py::test_the_mask_by_hand",
     "chat.pack": "tests/tasks/test_sft.py::test_packed_conversations_have_the_loss_of_each_alone",
     "chat.too_long": "tests/data/conversations/test_tokenising.py::test_what_is_too_long_is_cut_behind_its_last",
     "chat.rouge_samples": "tests/tasks/test_sft.py::test_a_model_learns_to_answer",

@@ -9,8 +9,8 @@ from anarchobot.config.loading import LoadedConfig, load_config
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.sources import builtin
 from anarchobot.data.sources.documents import Counts, Document
-from anarchobot.data.tokenizer import load_tokenizer
-from anarchobot.data.tokenizer_training import train_tokenizer
+from anarchobot.tokenizers.tokenizer import load_tokenizer
+from anarchobot.tokenizers.training import train_tokenizer
 
 VOCAB = 384
 LEFT_OUT = object()  # as an override: the key is not in the file

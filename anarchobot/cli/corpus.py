@@ -75,8 +75,8 @@ def _warn(text: str) -> None:
 def _train_tokenizer(args: argparse.Namespace) -> None:
     from anarchobot.config.loading import load_config
     from anarchobot.data.sources.documents import Counts
-    from anarchobot.data.tokenizer_training import limited, train_tokenizer
     from anarchobot.tasks.pretokenize import read
+    from anarchobot.tokenizers.training import limited, train_tokenizer
 
     config = load_config(args.config, overrides(args)).config
     output = args.output or config.train.tokenizer_path
@@ -207,7 +207,7 @@ def _print_summary(folder: str, manifest: "Manifest") -> None:
 
 def _info(args: argparse.Namespace) -> None:
     from anarchobot.data.shards import TokenStream, first_documents, length_histogram
-    from anarchobot.data.tokenizer import load_tokenizer
+    from anarchobot.tokenizers.tokenizer import load_tokenizer
 
     stream = TokenStream(args.dir, "train")
     histogram = length_histogram(args.dir)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.data.pieces import Mask, Pieces
-from anarchobot.data.tokenizer import Tokenizer
+from anarchobot.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

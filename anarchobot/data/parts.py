@@ -24,9 +24,9 @@ from anarchobot.data.pieces import KEY, Pieces, numbers_of, pieces
 from anarchobot.data.resume import MadeOf, difference
 from anarchobot.data.shard_writer import NpyStream
 from anarchobot.data.sources.documents import Counts, Document
-from anarchobot.data.tokenizer import Tokenizer
 from anarchobot.storage.durable import sha256_file, write_whole
 from anarchobot.storage.lock import FolderLock
+from anarchobot.tokenizers.tokenizer import Tokenizer
 
 UNIT_TOKENS = 2**18  # read at a time
 COLUMNS: dict[str, npt.DTypeLike] = {

@@ -18,8 +18,8 @@ from anarchobot.data.resume import MadeOf, Passed, load_progress, save_progress,
 from anarchobot.data.shard_writer import ShardWriter
 from anarchobot.data.shards import Manifest, Shard, write_manifest
 from anarchobot.data.sources.documents import Counts, Document
-from anarchobot.data.tokenizer import Tokenizer, copy_beside, digest
 from anarchobot.storage.lock import FolderLock
+from anarchobot.tokenizers.tokenizer import Tokenizer, copy_beside, digest
 
 SHARD_TOKENS = 2**26  # 128 MiB of uint16
 

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.conversations.conversation import Message, Misfit
-from anarchobot.data.conversations.masks import ChatEncoder
-from anarchobot.data.conversations.template import FILE, ChatTemplate, load_template
-from anarchobot.data.tokenizer import ByteLevel, ChatTokenizer, SentencePiece, Tokenizer
+from anarchobot.tokenizers.chat_encoder import ChatEncoder
+from anarchobot.tokenizers.chat_template import FILE, ChatTemplate, load_template
+from anarchobot.tokenizers.conversation import Message, Misfit
+from anarchobot.tokenizers.tokenizer import ByteLevel, ChatTokenizer, SentencePiece, Tokenizer
 
 
 class Chat(NamedTuple):

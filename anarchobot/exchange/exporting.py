@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
 from anarchobot.exchange import gguf_file, safetensors_file
 from anarchobot.exchange.chat import open_chat
 from anarchobot.exchange.gguf_vocabulary import special_tokens, vocabulary
@@ -16,6 +15,7 @@ from anarchobot.exchange.narrowing import Dtype
 from anarchobot.exchange.new_folder import NewFolder
 from anarchobot.exchange.tokenizer_json import TIES, differences, tokenizer_files
 from anarchobot.model.shapes import parameter_count
+from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from anarchobot.training import checkpoint
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.spm_to_json import NORMAL, UNUSED, USER_DEFINED
-from anarchobot.data.tokenizer import ByteLevel, SentencePiece, Tokenizer
 from anarchobot.exchange.chat import Chat
 from anarchobot.exchange.tokenizer_json import CONTROL, described, proto
+from anarchobot.tokenizers.sentencepiece_to_json import NORMAL, UNUSED, USER_DEFINED
+from anarchobot.tokenizers.tokenizer import ByteLevel, SentencePiece, Tokenizer
 
 # The pre-tokenizers' patterns, as their models' tokenizer.json have them, and llama.cpp's names for them.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"

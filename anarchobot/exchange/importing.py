@@ -10,7 +10,6 @@ import numpy as np
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from anarchobot.config.yaml_tree import dump
-from anarchobot.data.tokenizer import Tokenizer, copy_beside, load_tokenizer
 from anarchobot.exchange import safetensors_file
 from anarchobot.exchange.chat import save_foreign_template
 from anarchobot.exchange.hf_config import from_hf
@@ -18,6 +17,7 @@ from anarchobot.exchange.narrowing import Float32
 from anarchobot.exchange.new_folder import NewFolder
 from anarchobot.exchange.safetensors_file import Stored
 from anarchobot.model.shapes import parameter_count, parameter_shapes
+from anarchobot.tokenizers.tokenizer import Tokenizer, copy_beside, load_tokenizer
 from anarchobot.training import checkpoint
 
 INDEX = "model.safetensors.index.json"

@@ -9,11 +9,11 @@ from typing import Any
 
 from anarchobot.config.schema import Config
 from anarchobot.config.yaml_tree import dump
-from anarchobot.data.tokenizer import Tokenizer, digest
 from anarchobot.exchange.chat import Chat
 from anarchobot.exchange.limits import READERS, Target
 from anarchobot.exchange.narrowing import Dtype
 from anarchobot.model.shapes import parameter_count
+from anarchobot.tokenizers.tokenizer import Tokenizer, digest
 from anarchobot.training.checkpoint import Checkpoint, read_best
 
 CURVE_WIDTH = 60  # characters

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.conversations.template import FILE
-from anarchobot.data.engine import adversarial_texts
-from anarchobot.data.spm_to_json import BYTE, NORMAL, NotConvertible, spm_to_json
-from anarchobot.data.tokenizer import ByteLevel, SentencePiece, Tokenizer
 from anarchobot.exchange.chat import Chat
+from anarchobot.tokenizers.chat_template import FILE
+from anarchobot.tokenizers.fast_tokenizer import adversarial_texts
+from anarchobot.tokenizers.sentencepiece_to_json import BYTE, NORMAL, NotConvertible, spm_to_json
+from anarchobot.tokenizers.tokenizer import ByteLevel, SentencePiece, Tokenizer
 
 UNKNOWN, CONTROL = 2, 3  # a piece's types, beside those of spm_to_json
 TIES = (

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig
-from anarchobot.data.conversations.conversation import Message, Misfit, check_encodable
-from anarchobot.data.conversations.masks import ChatEncoder
-from anarchobot.data.conversations.template import load_template
-from anarchobot.data.tokenizer import load_chat_tokenizer
 from anarchobot.inference.generation import SEEDS, TextBatch
 from anarchobot.inference.model import Model
 from anarchobot.knowledge.knowledge_base import Hit, KnowledgeBase
 from anarchobot.knowledge.prompt import with_passages
+from anarchobot.tokenizers.chat_encoder import ChatEncoder
+from anarchobot.tokenizers.chat_template import load_template
+from anarchobot.tokenizers.conversation import Message, Misfit, check_encodable
+from anarchobot.tokenizers.tokenizer import load_chat_tokenizer
 
 
 def chat_encoder(model: Model, template: str = "auto") -> ChatEncoder:

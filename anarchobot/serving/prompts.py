@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from anarchobot.data.conversations.conversation import Message, Misfit
 from anarchobot.inference.chat import chat_encoder, chat_warnings
 from anarchobot.inference.generation import prompt_ids
 from anarchobot.inference.model import Model
 from anarchobot.serving.refusals import ApiError
+from anarchobot.tokenizers.conversation import Message, Misfit
 
 
 class Prompt(NamedTuple):

@@ -13,9 +13,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from anarchobot.config.errors import did_you_mean
 from anarchobot.config.schema import GenerationConfig
-from anarchobot.data.conversations.conversation import Message
 from anarchobot.inference.generation import SEEDS
 from anarchobot.serving.refusals import ApiError
+from anarchobot.tokenizers.conversation import Message
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 COLDEST = 1e-3  # a temperature below this is meant as 0

@@ -8,9 +8,9 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import Loaded
 from anarchobot.config.schema import Config, DataConfig, LoraConfig
 from anarchobot.data.sources.documents import Counts, from_files
-from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
 from anarchobot.exchange.bases import Base, open_base
 from anarchobot.tasks.adapt_evaluation import read_questions
+from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from anarchobot.vocab.forms import forms
 
 PAPERS_LR, PAPERS_TOKENS = 6.4e-4, 2.1e6  # TokAlign's stage 1: its rate belongs to its tokens a step

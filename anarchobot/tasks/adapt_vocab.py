@@ -24,8 +24,6 @@ from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.resume import source_of
 from anarchobot.data.sources.documents import Counts, Document, from_files, open_source
 from anarchobot.data.sources.files import find
-from anarchobot.data.tokenizer import Tokenizer, copy_beside, digest, load_tokenizer
-from anarchobot.data.tokenizer_training import limited, train_tokenizer
 from anarchobot.exchange.bases import Base, open_base
 from anarchobot.exchange.fusing import fuse
 from anarchobot.storage.durable import sha256_file, write_whole
@@ -34,6 +32,8 @@ from anarchobot.tasks.adapt_checks import check, warnings
 from anarchobot.tasks.adapt_evaluation import figures, table
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tasks.stages import Done, Stages, Stopped, Values
+from anarchobot.tokenizers.tokenizer import Tokenizer, copy_beside, digest, load_tokenizer
+from anarchobot.tokenizers.training import limited, train_tokenizer
 from anarchobot.training import checkpoint
 from anarchobot.vocab.alignment import Plan, Side, align
 from anarchobot.vocab.corpus import read_corpus, write_corpus

@@ -9,12 +9,9 @@ import numpy as np
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
 from anarchobot.data.batches import Prefetched
-from anarchobot.data.conversations.conversation import Message
-from anarchobot.data.conversations.masks import ChatEncoder
 from anarchobot.data.conversations.pairs import Pairs, PairTrainBatches, PairValBatches
 from anarchobot.data.conversations.reading import pairs
 from anarchobot.data.conversations.tally import Tally
-from anarchobot.data.conversations.template import load_template
 from anarchobot.data.conversations.tokenising import tokenised_pairs
 from anarchobot.exchange.bases import open_base
 from anarchobot.optim.schedule import total_steps
@@ -23,6 +20,9 @@ from anarchobot.tasks.engines import open_preference_engine
 from anarchobot.tasks.reference import reference_of
 from anarchobot.tasks.running import Show, where_to_start
 from anarchobot.tasks.tuning import answer, check_settings, identity, tune
+from anarchobot.tokenizers.chat_encoder import ChatEncoder
+from anarchobot.tokenizers.chat_template import load_template
+from anarchobot.tokenizers.conversation import Message
 from anarchobot.training.loop import Run
 from anarchobot.training.ranks import launched
 

@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, GenerationConfig
-from anarchobot.data.tokenizer import Tokenizer
 from anarchobot.system.blas import advice, load_fast_blas
 from anarchobot.system.peak import gpu_cores, peak_tflops
+from anarchobot.tokenizers.tokenizer import Tokenizer
 from anarchobot.training.loop import Engine
 from anarchobot.training.ranks import ALONE, Ranks, join_ranks, launched
 

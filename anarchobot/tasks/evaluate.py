@@ -14,12 +14,10 @@ import numpy as np
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, DataConfig
 from anarchobot.data.batches import ValBatches
-from anarchobot.data.conversations.conversation import Misfit
 from anarchobot.data.conversations.reading import conversations
 from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.shards import TokenStream
 from anarchobot.data.sources.documents import Counts, from_files
-from anarchobot.data.tokenizer import digest
 from anarchobot.data.windows import StreamWindows
 from anarchobot.evaluation.rouge import rouge
 from anarchobot.inference.chat import chat_encoder
@@ -28,6 +26,8 @@ from anarchobot.inference.likelihood import likelihoods, rolling
 from anarchobot.inference.model import Model, load_model
 from anarchobot.model.loss import loss_sum
 from anarchobot.model.transformer import head_matrix, hidden_states
+from anarchobot.tokenizers.conversation import Misfit
+from anarchobot.tokenizers.tokenizer import digest
 
 Figures = dict[str, float]
 UNIT = 256  # documents that are scored before progress is told

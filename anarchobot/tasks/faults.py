@@ -22,8 +22,8 @@ from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.shards import verify
 from anarchobot.data.sources import builtin
 from anarchobot.data.sources.documents import Counts, Document
-from anarchobot.data.tokenizer import load_tokenizer
-from anarchobot.data.tokenizer_training import train_tokenizer
+from anarchobot.tokenizers.tokenizer import load_tokenizer
+from anarchobot.tokenizers.training import train_tokenizer
 from anarchobot.training import checkpoint
 
 STEPS = 20

@@ -15,7 +15,6 @@ from typing import Any
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, load_config
 from anarchobot.config.schema import Config
-from anarchobot.data.engine import engine_name, with_engine
 from anarchobot.data.parts import Parts, part_folder, remove_parts, write_part
 from anarchobot.data.pretokenize import join, pretokenize, what_decides
 from anarchobot.data.resume import check_made_of, source_of
@@ -23,8 +22,9 @@ from anarchobot.data.shards import Manifest, read_manifest
 from anarchobot.data.sources import files, hub
 from anarchobot.data.sources.documents import Counts, Document, from_files, from_spans, open_source
 from anarchobot.data.sources.spans import cut
-from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
 from anarchobot.tasks.launch import passing_on
+from anarchobot.tokenizers.fast_tokenizer import engine_name, with_engine
+from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]

@@ -11,11 +11,6 @@ from typing import Any, Literal
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, leaf_keys, load_config
 from anarchobot.config.schema import Config, PreferenceConfig
-from anarchobot.data.conversations.conversation import Conversation
-from anarchobot.data.conversations.masks import ChatEncoder
-from anarchobot.data.conversations.template import TRAINING_DAY
-from anarchobot.data.decoding import StopText
-from anarchobot.data.tokenizer import copy_beside
 from anarchobot.evaluation.rouge import rouge_package
 from anarchobot.exchange.adapters import read_adapter, write_adapter
 from anarchobot.exchange.bases import Base, open_base
@@ -23,6 +18,11 @@ from anarchobot.model.lora import is_packed, trained_count
 from anarchobot.model.shapes import parameter_count, parameter_shapes
 from anarchobot.tasks.engines import OpenEngine
 from anarchobot.tasks.running import Show, Start, carry_out
+from anarchobot.tokenizers.chat_encoder import ChatEncoder
+from anarchobot.tokenizers.chat_template import TRAINING_DAY
+from anarchobot.tokenizers.conversation import Conversation
+from anarchobot.tokenizers.decoding import StopText
+from anarchobot.tokenizers.tokenizer import copy_beside
 from anarchobot.training import checkpoint
 from anarchobot.training.loop import Run
 from anarchobot.training.ranks import Ranks

@@ -10,8 +10,8 @@ import torch
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig, ModelConfig
-from anarchobot.data.decoding import TextStream
-from anarchobot.data.tokenizer import Tokenizer
+from anarchobot.tokenizers.decoding import TextStream
+from anarchobot.tokenizers.tokenizer import Tokenizer
 from anarchobot.torch_mps.block import Params
 from anarchobot.torch_mps.loss import logits
 from anarchobot.torch_mps.transformer import head_name, hidden_states

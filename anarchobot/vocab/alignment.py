@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.tokenizer import Tokenizer
+from anarchobot.tokenizers.tokenizer import Tokenizer
 from anarchobot.vocab.forms import Form, Matching, forms
 from anarchobot.vocab.spaces import Floats, Ids, Nearest, in_one_space, nearest
 

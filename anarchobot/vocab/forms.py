@@ -9,7 +9,7 @@ import json
 import re
 from typing import Literal, NamedTuple
 
-from anarchobot.data.tokenizer import ByteLevel, SentencePiece, Tokenizer
+from anarchobot.tokenizers.tokenizer import ByteLevel, SentencePiece, Tokenizer
 
 _ROLES = {
     **dict.fromkeys(("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"), "begin"),

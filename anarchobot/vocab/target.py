@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.tokenizer import ByteLevel, SentencePiece, Tokenizer, load_tokenizer
+from anarchobot.tokenizers.tokenizer import ByteLevel, SentencePiece, Tokenizer, load_tokenizer
 
 
 def is_one_token(tokenizer: Tokenizer, word: str) -> bool:

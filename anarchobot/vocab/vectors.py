@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.tokenizer import Ids, Tokenizer
+from anarchobot.tokenizers.tokenizer import Ids, Tokenizer
 
 SENTENCE_TOKENS = 1000  # gensim passes over what is behind 10,000
 UNIT_LINES = 4096

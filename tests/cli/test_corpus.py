@@ -9,8 +9,8 @@ import pytest
 
 from anarchobot.cli.main import main
 from anarchobot.data import encoding, pieces, pretokenize
-from anarchobot.data.tokenizer import load_tokenizer
-from anarchobot.data.tokenizer_training import train_tokenizer
+from anarchobot.tokenizers.tokenizer import load_tokenizer
+from anarchobot.tokenizers.training import train_tokenizer
 
 Captured = pytest.CaptureFixture[str]
 

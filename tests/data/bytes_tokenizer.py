@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from anarchobot.data.tokenizer import Ids
+from anarchobot.tokenizers.tokenizer import Ids
 
 
 class Bytes:

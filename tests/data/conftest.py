@@ -9,8 +9,8 @@ import pytest
 from anarchobot.data.shards import Manifest, Shard, write_manifest
 from anarchobot.data.sources import builtin
 from anarchobot.data.sources.documents import Counts
-from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
-from anarchobot.data.tokenizer_training import train_tokenizer
+from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from anarchobot.tokenizers.training import train_tokenizer
 
 SCRIPTS = "Größe, forêt, Київ, 吾輩は猫である。名前はまだ無い。 مرحبا שלום नमस्ते 🙂👩‍👩‍👧 x² → ∑ ▁ 1234567890\r\n\tend\n"
 KINDS = {

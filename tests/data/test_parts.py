@@ -15,7 +15,7 @@ from anarchobot.cli.main import main
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources.documents import Counts, from_files, from_spans
 from anarchobot.data.sources.spans import Span, cut
-from anarchobot.data.tokenizer_training import train_tokenizer
+from anarchobot.tokenizers.training import train_tokenizer
 
 WORDS = ["the", "a", "of", "and", "bees", "dates", "apples", "wings", "water", "stone", "river", "night"]
 

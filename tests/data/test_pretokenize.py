@@ -15,8 +15,8 @@ from anarchobot.data import pieces
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.shards import Manifest, TokenStream, read_manifest, verify
 from anarchobot.data.sources.documents import CUT_FILE_CHARS, Counts, Document, from_files
-from anarchobot.data.tokenizer import Tokenizer, digest, load_tokenizer
 from anarchobot.storage.lock import FolderLock
+from anarchobot.tokenizers.tokenizer import Tokenizer, digest, load_tokenizer
 from tests.data.bytes_tokenizer import Bytes
 from tests.data.conftest import SCRIPTS
 

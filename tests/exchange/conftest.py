@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from anarchobot.data.tokenizer_training import train_tokenizer
+from anarchobot.tokenizers.training import train_tokenizer
 
 KINDS = ("bpe", "unigram", "gpt2", "json")
 
@@ -13,8 +13,8 @@ KINDS = ("bpe", "unigram", "gpt2", "json")
 @pytest.fixture(scope="session")
 def tokenizers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """KIND/…: SentencePiece BPE and unigram, GPT-2's two files, and a tokenizer.json."""
-    from anarchobot.data.tokenizer import load_tokenizer
     from anarchobot.exchange.tokenizer_json import described
+    from anarchobot.tokenizers.tokenizer import load_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizers")
     texts = [made_up_words(5000)]

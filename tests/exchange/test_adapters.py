@@ -12,7 +12,6 @@ import pytest
 from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import LoraConfig, ModelConfig
-from anarchobot.data.tokenizer import load_tokenizer
 from anarchobot.exchange import safetensors_file
 from anarchobot.exchange.adapters import FILES, FORMS, Adapter, Form, Packing, of_run, read_adapter, write_adapter
 from anarchobot.exchange.bases import open_base
@@ -23,6 +22,7 @@ from anarchobot.model.frozen import adapter_constants, frozen_weights
 from anarchobot.model.lora import adapter_shapes
 from anarchobot.model.transformer import hidden_states, logits
 from anarchobot.storage.durable import write_sealed
+from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.training import checkpoint
 from tests.exchange.making import make_run, our_logits, random_parameters, real_ids
 

@@ -13,16 +13,16 @@ from mlx_lm import stream_generate
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig
-from anarchobot.data.conversations.conversation import Conversation
-from anarchobot.data.conversations.masks import ChatEncoder
-from anarchobot.data.conversations.template import CHATML, PLAIN, load_template
-from anarchobot.data.tokenizer import load_chat_tokenizer
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.importing import import_model
 from anarchobot.inference.generation import continued
 from anarchobot.inference.model import load_model
-from tests.data.conversations.templates import KINDS, NAMES, NO_SYSTEM, TEMPLATES, dicts, talk
+from anarchobot.tokenizers.chat_encoder import ChatEncoder
+from anarchobot.tokenizers.chat_template import CHATML, PLAIN, load_template
+from anarchobot.tokenizers.conversation import Conversation
+from anarchobot.tokenizers.tokenizer import load_chat_tokenizer
 from tests.exchange.making import make_run, random_parameters
+from tests.tokenizers.templates import KINDS, NAMES, NO_SYSTEM, TEMPLATES, dicts, talk
 
 TALKS = [
     talk("How are you?", "Fine, thanks.", "And   now?\n"),

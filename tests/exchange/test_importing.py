@@ -12,11 +12,11 @@ from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import load_config
 from anarchobot.config.schema import GenerationConfig
-from anarchobot.data.tokenizer import load_tokenizer
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.importing import INDEX, import_model, open_foreign
 from anarchobot.inference.generation import generate
 from anarchobot.inference.model import load_model
+from anarchobot.tokenizers.tokenizer import load_tokenizer
 from tests.exchange.making import STORIES, make_run, our_logits, real_ids
 from tests.tiny import make_shards
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from anarchobot.data.tokenizer import digest, load_tokenizer
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.fusing import fuse
 from anarchobot.exchange.importing import import_model
 from anarchobot.exchange.model_card import sparkline
 from anarchobot.tasks.dpo import dpo
 from anarchobot.tasks.sft import sft
+from anarchobot.tokenizers.tokenizer import digest, load_tokenizer
 from tests.exchange.making import make_run
 from tests.tasks.tuning import base as base
 from tests.tasks.tuning import chats as chats

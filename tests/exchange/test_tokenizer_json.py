@@ -8,10 +8,10 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.engine import adversarial_texts
-from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.tokenizer_json import differences, tokenizer_files
+from anarchobot.tokenizers.fast_tokenizer import adversarial_texts
+from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from tests.conftest import shared_data_folder
 from tests.exchange.making import ROOT, STORIES, make_run
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.data.tokenizer import load_tokenizer
 from anarchobot.inference.model import Model
 from anarchobot.model.shapes import init_parameters
+from anarchobot.tokenizers.tokenizer import load_tokenizer
 from tests.tiny import VOCAB
 
 SHAPE = ModelConfig(vocab_size=VOCAB, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, max_seq_len=48)

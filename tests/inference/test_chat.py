@@ -7,18 +7,18 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig, GenerationConfig, KnowledgeBaseConfig
-from anarchobot.data.conversations.conversation import Message
 from anarchobot.data.conversations.reading import conversations
 from anarchobot.data.conversations.tally import Tally
-from anarchobot.data.conversations.template import CHATML
 from anarchobot.data.sources.documents import Counts
-from anarchobot.data.tokenizer import copy_beside, load_chat_tokenizer
 from anarchobot.inference import chat
 from anarchobot.inference.chat import ChatSession
 from anarchobot.inference.generation import Piece, continued
 from anarchobot.inference.model import Model
 from anarchobot.knowledge.knowledge_base import KnowledgeBase
 from anarchobot.knowledge.prompt import with_passages
+from anarchobot.tokenizers.chat_template import CHATML
+from anarchobot.tokenizers.conversation import Message
+from anarchobot.tokenizers.tokenizer import copy_beside, load_chat_tokenizer
 from tests.inference.conftest import SHAPE, strong_parameters
 
 LONG = SHAPE.model_copy(update={"max_seq_len": 256})

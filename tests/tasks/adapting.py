@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from anarchobot.data.sources import builtin
-from anarchobot.data.tokenizer_training import train_tokenizer
 from anarchobot.storage.durable import read_sealed
+from anarchobot.tokenizers.training import train_tokenizer
 from tests.exchange.making import make_run
 
 STAGES = (

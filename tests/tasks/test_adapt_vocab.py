@@ -14,13 +14,13 @@ from anarchobot.config.adapt_schema import AdaptConfig
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import load
 from anarchobot.data.sources import builtin
-from anarchobot.data.tokenizer import load_tokenizer
-from anarchobot.data.tokenizer_training import train_tokenizer
 from anarchobot.exchange.bases import open_base
 from anarchobot.exchange.exporting import export
 from anarchobot.storage.durable import read_sealed
 from anarchobot.tasks import adapt_checks, adapt_evaluation, adapt_vocab
 from anarchobot.tasks.adapt_evaluation import read_questions, table
+from anarchobot.tokenizers.tokenizer import load_tokenizer
+from anarchobot.tokenizers.training import train_tokenizer
 from anarchobot.training import checkpoint
 from anarchobot.training.engine import MLXEngine
 from tests.exchange.making import make_run, our_logits, real_ids

@@ -82,10 +82,10 @@ def test_answers_are_scored_by_rouge_and_two_models_compared(
     run = make_run(tmp_path / "run", bpe, max_seq_len=128)
     other = make_run(tmp_path / "other", bpe, max_seq_len=128, n_layers=1)
     model, config = load_model(run)
-    from anarchobot.data.conversations.conversation import Message
-    from anarchobot.data.conversations.masks import ChatEncoder
-    from anarchobot.data.conversations.template import load_template
     from anarchobot.inference.generation import continued
+    from anarchobot.tokenizers.chat_encoder import ChatEncoder
+    from anarchobot.tokenizers.chat_template import load_template
+    from anarchobot.tokenizers.conversation import Message
 
     encoder = ChatEncoder(model.tokenizer, load_template(model.tokenizer, config.chat.template))
     rows = []

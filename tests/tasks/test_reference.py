@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.conversations.masks import Encoded
 from anarchobot.data.conversations.pairs import PairBatch, Pairs
 from anarchobot.data.conversations.table import table
 from anarchobot.tasks import reference
 from anarchobot.tasks.reference import reference_of
+from anarchobot.tokenizers.chat_encoder import Encoded
 
 
 def numbered(count: int, first: int) -> Pairs:

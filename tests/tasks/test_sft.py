@@ -14,8 +14,6 @@ import pytest
 
 from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
-from anarchobot.data.conversations.masks import ChatEncoder
-from anarchobot.data.conversations.template import TRAINING_DAY
 from anarchobot.exchange.adapters import read_adapter
 from anarchobot.exchange.bases import open_base
 from anarchobot.exchange.exporting import export
@@ -23,6 +21,8 @@ from anarchobot.exchange.fusing import fuse
 from anarchobot.inference.model import load_model
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tasks.sft import sft
+from anarchobot.tokenizers.chat_encoder import ChatEncoder
+from anarchobot.tokenizers.chat_template import TRAINING_DAY
 from anarchobot.training import checkpoint
 from anarchobot.training.engine import MLXEngine
 from tests.tasks.test_pretrain import equal

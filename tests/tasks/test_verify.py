@@ -15,13 +15,13 @@ import yaml
 from anarchobot.cli.main import main
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.sources.documents import Counts, Document
-from anarchobot.data.tokenizer import load_tokenizer
 from anarchobot.storage.lock import FolderLock
 from anarchobot.system.requirements import installed
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tasks.verify import verify
 from anarchobot.tasks.verifying.check import Check
 from anarchobot.tasks.verifying.machine import Machine
+from anarchobot.tokenizers.tokenizer import load_tokenizer
 from tests.tiny import VOCAB, loaded, make_shards, write_config
 
 ROOT = Path(__file__).parents[2]

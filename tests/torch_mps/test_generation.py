@@ -9,10 +9,10 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig
-from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
 from anarchobot.inference import generation as mlx_generation
 from anarchobot.inference.model import Model
 from anarchobot.model.shapes import init_parameters
+from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from tests.inference.conftest import SHAPE
 from tests.inference.test_sampling import LOGITS, SETTINGS, probabilities
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from anarchobot.data.sources import builtin
-from anarchobot.data.tokenizer import load_tokenizer
-from anarchobot.data.tokenizer_training import train_tokenizer
+from anarchobot.tokenizers.tokenizer import load_tokenizer
+from anarchobot.tokenizers.training import train_tokenizer
 from anarchobot.vocab import alignment
 from anarchobot.vocab.alignment import ALIGNED, MEAN, PIECES, RANDOM, ROUTES, SHARED, SPECIAL, Plan, Side, align
 from anarchobot.vocab.forms import Form

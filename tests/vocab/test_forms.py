@@ -7,8 +7,8 @@ import sentencepiece
 import tokenizers
 
 from anarchobot.data.sources import builtin
-from anarchobot.data.tokenizer import load_tokenizer
-from anarchobot.data.tokenizer_training import train_tokenizer
+from anarchobot.tokenizers.tokenizer import load_tokenizer
+from anarchobot.tokenizers.training import train_tokenizer
 from anarchobot.vocab.alignment import shared_ids
 from anarchobot.vocab.forms import Form, Matching, forms
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from anarchobot.data.sources import builtin
-from anarchobot.data.tokenizer import Tokenizer, load_tokenizer
-from anarchobot.data.tokenizer_training import train_tokenizer
+from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from anarchobot.tokenizers.training import train_tokenizer
 from anarchobot.vocab.forms import forms
 from anarchobot.vocab.target import extend, is_one_token
 

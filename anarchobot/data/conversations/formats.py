@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from anarchobot.data.conversations.conversation import Conversation, Message, Misfit, check_encodable, in_order, message
 from anarchobot.data.sources.rows import Row
+from anarchobot.tokenizers.conversation import Conversation, Message, Misfit, check_encodable, in_order, message
 
 
 class Format(NamedTuple):

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from itertools import combinations
 from typing import Any
 
-from anarchobot.data.conversations.conversation import Conversation, Misfit, Pair, in_order, message, parted
 from anarchobot.data.conversations.formats import field
 from anarchobot.data.sources.rows import Row
+from anarchobot.tokenizers.conversation import Conversation, Misfit, Pair, in_order, message, parted
 
 FIELDS = ("message_id", "parent_id", "text", "role")  # of a row that is one message
 

@@ -3,9 +3,9 @@
 import re
 from typing import Any
 
-from anarchobot.data.conversations.conversation import Conversation, Message, Misfit, Pair, in_order, message, parted
 from anarchobot.data.conversations.formats import field, messages
 from anarchobot.data.sources.rows import Row
+from anarchobot.tokenizers.conversation import Conversation, Message, Misfit, Pair, in_order, message, parted
 
 EXPECTED = "chosen and rejected, and beside them a prompt, or the whole dialogue in each; or OpenAssistant's trees"
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")

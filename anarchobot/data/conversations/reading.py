@@ -7,11 +7,11 @@ from typing import TypeVar
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.conversations import formats, oasst, preferences
-from anarchobot.data.conversations.conversation import Conversation, Misfit, Pair
 from anarchobot.data.conversations.sources import Raw, open_files
 from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.sources import rows
 from anarchobot.data.sources.rows import Row
+from anarchobot.tokenizers.conversation import Conversation, Misfit, Pair
 
 Rows = Iterator[tuple[str, Row]]
 T = TypeVar("T", Conversation, Pair)

@@ -8,9 +8,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from anarchobot.data.conversations.conversation import Misfit
-from anarchobot.data.conversations.masks import Encoded
-from anarchobot.data.tokenizer import Tokenizer
+from anarchobot.tokenizers.chat_encoder import Encoded
+from anarchobot.tokenizers.conversation import Misfit
+from anarchobot.tokenizers.tokenizer import Tokenizer
 
 TooLong = Literal["cut", "drop"]
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from anarchobot.data.conversations.conversation import Misfit
+from anarchobot.tokenizers.conversation import Misfit
 
 
 @dataclass

@@ -6,11 +6,11 @@ from itertools import islice
 from typing import TypeVar
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.conversations.conversation import Conversation, Message, Misfit, Pair, is_held_out
-from anarchobot.data.conversations.masks import ChatEncoder, Encoded
 from anarchobot.data.conversations.pairs import Pairs
 from anarchobot.data.conversations.table import Table, TooLong, fitted, narrow, table
 from anarchobot.data.conversations.tally import Tally
+from anarchobot.tokenizers.chat_encoder import ChatEncoder, Encoded
+from anarchobot.tokenizers.conversation import Conversation, Message, Misfit, Pair, is_held_out
 
 UNIT = 256  # conversations that are tokenised by one call
 T = TypeVar("T")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.conversations.templates import KINDS, TEMPLATES, Both
+from tests.tokenizers.templates import KINDS, TEMPLATES, Both
 
 
 @pytest.fixture(scope="session")

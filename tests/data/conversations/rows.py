@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.conversations.conversation import Conversation, Pair
 from anarchobot.data.conversations.reading import conversations, pairs
 from anarchobot.data.conversations.tally import Tally
+from anarchobot.tokenizers.conversation import Conversation, Pair
 
 # A row of each form as its dataset has it, and what comes of it.
 QUESTION, ANSWER = "Why?", "Because."

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.conversations.conversation import Misfit
 from anarchobot.data.conversations.oasst import threads
 from anarchobot.data.conversations.reading import pairs
 from anarchobot.data.conversations.tally import Tally
+from anarchobot.tokenizers.conversation import Misfit
 from tests.data.conversations.rows import jsonl, read
 
 

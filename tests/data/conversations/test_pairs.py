@@ -7,12 +7,12 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.data.batches import Prefetched
-from anarchobot.data.conversations.conversation import Pair
 from anarchobot.data.conversations.pairs import PairTrainBatches, PairValBatches
 from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.conversations.tokenising import tokenised_pairs
 from anarchobot.data.windows import IGNORE
-from tests.data.conversations.templates import Both, talk, trained_text
+from anarchobot.tokenizers.conversation import Pair
+from tests.tokenizers.templates import Both, talk, trained_text
 
 Make = Callable[[str, str], Both]
 LENGTH = 64

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.conversations.conversation import Message
+from anarchobot.tokenizers.conversation import Message
 from tests.data.conversations.rows import jsonl, read_pairs
 
 ASKED = {"role": "user", "content": "Why?"}

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.batches import Prefetched, TrainBatches, ValBatches
-from anarchobot.data.conversations.conversation import Conversation, Message, Misfit
-from anarchobot.data.conversations.masks import Encoded
 from anarchobot.data.conversations.reading import conversations
 from anarchobot.data.conversations.sequences import ConversationWindows
 from anarchobot.data.conversations.table import Table, fitted, table
 from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.conversations.tokenising import tokenised
 from anarchobot.data.windows import IGNORE
-from tests.data.conversations.templates import Both, talk
+from anarchobot.tokenizers.chat_encoder import Encoded
+from anarchobot.tokenizers.conversation import Conversation, Message, Misfit
+from tests.tokenizers.templates import Both, talk
 
 Make = Callable[[str, str], Both]
 PAD = 0

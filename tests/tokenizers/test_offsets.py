@@ -8,11 +8,11 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anarchobot.data.conversations.conversation import Conversation
-from anarchobot.data.conversations.masks import ChatEncoder, Encoded
-from anarchobot.data.conversations.template import load_template
-from anarchobot.data.tokenizer import load_chat_tokenizer
-from tests.data.conversations.templates import talk
+from anarchobot.tokenizers.chat_encoder import ChatEncoder, Encoded
+from anarchobot.tokenizers.chat_template import load_template
+from anarchobot.tokenizers.conversation import Conversation
+from anarchobot.tokenizers.tokenizer import load_chat_tokenizer
+from tests.tokenizers.templates import talk
 
 NAUGHTY = ["a▁b ▁", "e\u0301 吾輩は🙂\n\n x", "</s><|im_end|> <s>", "\t \r\n.", "  two  spaces "]
 TEXT = st.text(st.one_of(st.sampled_from("ab \n▁<|/s>é🙂"), st.characters(exclude_categories=["Cs"])), max_size=30)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from anarchobot.data.tokenizer import Tokenizer
+from anarchobot.tokenizers.tokenizer import Tokenizer
 
 CONTEXT = 8  # whole tokens that the next one is decoded with: they decide about the space between
 

@@ -11,8 +11,8 @@ import pytest
 import sentencepiece
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.tokenizer import CHAT_TOKENS, load_tokenizer
-from anarchobot.data.tokenizer_training import limited, train_tokenizer
+from anarchobot.tokenizers.tokenizer import CHAT_TOKENS, load_tokenizer
+from anarchobot.tokenizers.training import limited, train_tokenizer
 from tests.data.conftest import KINDS
 
 every_kind = pytest.mark.parametrize("how", KINDS.values(), ids=list(KINDS))

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.conversations.conversation import Conversation, Message, Misfit
-from anarchobot.data.conversations.masks import ChatEncoder, Encoded
-from anarchobot.data.conversations.template import TRAINING_DAY, ChatTemplate
-from tests.data.conversations.templates import CONTROLS, KINDS, NO_SYSTEM, TEMPLATES, Both, dicts, talk, trained_text
+from anarchobot.tokenizers.chat_encoder import ChatEncoder, Encoded
+from anarchobot.tokenizers.chat_template import TRAINING_DAY, ChatTemplate
+from anarchobot.tokenizers.conversation import Conversation, Message, Misfit
+from tests.tokenizers.templates import CONTROLS, KINDS, NO_SYSTEM, TEMPLATES, Both, dicts, talk, trained_text
 
 Make = Callable[[str, str], Both]
 TALK = talk("How are you?", "Fine, thanks.", "And Größe?", " 吾輩は猫である。\n\n🙂 ok ")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from anarchobot.data.decoding import StopText, StreamDecoder, TextStream
-from anarchobot.data.tokenizer import load_tokenizer
+from anarchobot.tokenizers.decoding import StopText, StreamDecoder, TextStream
+from anarchobot.tokenizers.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.conversations.conversation import Conversation, Message, Misfit
-from anarchobot.data.conversations.spans import AnswerSpans, Span
-from anarchobot.data.conversations.template import BEGIN, END, TRAINING_DAY, ChatTemplate
-from anarchobot.data.tokenizer import ChatTokenizer, Ids
+from anarchobot.tokenizers.answer_spans import AnswerSpans, Span
+from anarchobot.tokenizers.chat_template import BEGIN, END, TRAINING_DAY, ChatTemplate
+from anarchobot.tokenizers.conversation import Conversation, Message, Misfit
+from anarchobot.tokenizers.tokenizer import ChatTokenizer, Ids
 
 TrainOn = Literal["assistant", "answer", "all"]
 

@@ -9,11 +9,11 @@ import pytest
 import transformers.utils.chat_template_utils as theirs
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.conversations.conversation import Message, Misfit
-from anarchobot.data.conversations.masks import ChatEncoder
-from anarchobot.data.conversations.template import CHATML, PLAIN, ChatTemplate, load_template
-from anarchobot.data.tokenizer import copy_beside, load_chat_tokenizer
-from tests.data.conversations.templates import NO_SYSTEM, QWEN2, TEMPLATES, Both, bytelevel, dicts, talk, trained_text
+from anarchobot.tokenizers.chat_encoder import ChatEncoder
+from anarchobot.tokenizers.chat_template import CHATML, PLAIN, ChatTemplate, load_template
+from anarchobot.tokenizers.conversation import Message, Misfit
+from anarchobot.tokenizers.tokenizer import copy_beside, load_chat_tokenizer
+from tests.tokenizers.templates import NO_SYSTEM, QWEN2, TEMPLATES, Both, bytelevel, dicts, talk, trained_text
 
 TALKS = [
     talk("How are you?", "Fine, thanks."),

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.spm_to_json import NotConvertible, spm_to_json
-from anarchobot.data.tokenizer import CHAT_TOKENS, END_OF_DOCUMENT, ByteLevel, Ids, SentencePiece, Tokenizer
+from anarchobot.tokenizers.sentencepiece_to_json import NotConvertible, spm_to_json
+from anarchobot.tokenizers.tokenizer import CHAT_TOKENS, END_OF_DOCUMENT, ByteLevel, Ids, SentencePiece, Tokenizer
 
 PACKAGE = "fastokens"
 INSTALL = "pip install fastokens==0.3.5"  # the version of the extra `fast`

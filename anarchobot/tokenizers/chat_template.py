@@ -13,9 +13,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.conversations.conversation import Conversation, Misfit
-from anarchobot.data.tokenizer import CHAT_TOKENS, ChatTokenizer
 from anarchobot.storage.durable import write_whole
+from anarchobot.tokenizers.conversation import Conversation, Misfit
+from anarchobot.tokenizers.tokenizer import CHAT_TOKENS, ChatTokenizer
 
 FILE = "chat_template.jinja"  # where Hugging Face keeps it too
 CONFIG = "tokenizer_config.json"

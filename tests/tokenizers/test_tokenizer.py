@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.tokenizer import (
+from anarchobot.tokenizers.tokenizer import (
     CHAT_TOKENS,
     END_OF_DOCUMENT,
     Tokenizer,

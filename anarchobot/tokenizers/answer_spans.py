@@ -11,8 +11,8 @@ import re
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from anarchobot.data.conversations.conversation import Conversation, Message, Misfit
-from anarchobot.data.conversations.template import BEGIN, END, TRAINING_DAY, ChatTemplate
+from anarchobot.tokenizers.chat_template import BEGIN, END, TRAINING_DAY, ChatTemplate
+from anarchobot.tokenizers.conversation import Conversation, Message, Misfit
 
 Span = tuple[int, int]  # first character, and the one behind the last
 _STAND_IN = re.compile("\ue000([0-9]+)\ue001")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.tokenizer import CHAT_TOKENS
+from anarchobot.tokenizers.tokenizer import CHAT_TOKENS
 
 # SentencePiece skips any "sentence" over its limit with a mere warning: 84 % of a corpus of whole documents. We cut
 # lines below it instead, and at U+2585, for which it skips a line too, so that no text is skipped.

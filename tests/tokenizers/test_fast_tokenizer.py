@@ -15,9 +15,9 @@ import sentencepiece
 import tokenizers
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.engine import Checked, adversarial_texts, with_engine
-from anarchobot.data.tokenizer import Ids, Tokenizer, load_tokenizer
-from anarchobot.data.tokenizer_training import train_tokenizer
+from anarchobot.tokenizers.fast_tokenizer import Checked, adversarial_texts, with_engine
+from anarchobot.tokenizers.tokenizer import Ids, Tokenizer, load_tokenizer
+from anarchobot.tokenizers.training import train_tokenizer
 
 FAST = ("bpe", "gpt2")  # of conftest's kinds, those that have a fast engine
 
@@ -242,7 +242,7 @@ def test_a_text_can_be_given_to_the_reference_alone(reference: Tokenizer) -> Non
 def test_a_difference_on_the_adversarial_texts_is_seen_before_any_document(
     reference: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from anarchobot.data import engine
+    from anarchobot.tokenizers import fast_tokenizer as engine
 
     broken = Broken(reference, lambda i, text, ids: ids[:-1] if text == "<s>" else ids)
     monkeypatch.setattr(engine, "_fast_encoder", lambda tokenizer: (broken, ()))

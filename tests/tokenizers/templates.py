@@ -7,10 +7,10 @@ from typing import Any
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from anarchobot.data.conversations.conversation import Conversation, Message
-from anarchobot.data.conversations.masks import ChatEncoder, Encoded, TrainOn
-from anarchobot.data.conversations.template import load_template
-from anarchobot.data.tokenizer import load_chat_tokenizer
+from anarchobot.tokenizers.chat_encoder import ChatEncoder, Encoded, TrainOn
+from anarchobot.tokenizers.chat_template import load_template
+from anarchobot.tokenizers.conversation import Conversation, Message
+from anarchobot.tokenizers.tokenizer import load_chat_tokenizer
 
 QWEN2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
