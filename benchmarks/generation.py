@@ -45,9 +45,9 @@ def export_model(folder: Path) -> Path:
     from anarchobot.data.sources import builtin
     from anarchobot.exchange.exporting import export
     from anarchobot.model.shapes import init_parameters
+    from anarchobot.runs import checkpoint
     from anarchobot.tokenizers.tokenizer import copy_beside, load_tokenizer
     from anarchobot.tokenizers.training import train_tokenizer
-    from anarchobot.training import checkpoint
 
     config = load_config(HERE.parent / "configs" / "small.yaml").config
     texts, size = [], 0

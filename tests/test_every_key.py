@@ -20,9 +20,9 @@ from anarchobot.data.shards import read_manifest
 from anarchobot.data.sources.documents import Counts, Document
 from anarchobot.model.shapes import init_parameters, parameter_shapes
 from anarchobot.model.transformer import hidden_states, logits
+from anarchobot.runs import checkpoint
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tokenizers.tokenizer import load_tokenizer
-from anarchobot.training import checkpoint
 from tests.tiny import LEFT_OUT, loaded, make_shards
 
 ROOT = Path(__file__).parents[1]

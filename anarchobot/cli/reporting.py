@@ -10,7 +10,7 @@ from anarchobot.cli.parser import add_command, check_output
 from anarchobot.config.errors import UserError
 
 if TYPE_CHECKING:
-    from anarchobot.reporting.run_log import RunLog
+    from anarchobot.runs.run_log import RunLog
 
 
 def add_commands(commands: Any) -> None:
@@ -23,7 +23,7 @@ def add_commands(commands: Any) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from anarchobot.reporting.page import page
-    from anarchobot.reporting.run_log import read_run
+    from anarchobot.runs.run_log import read_run
     from anarchobot.storage.durable import write_whole
 
     found = [read_run(folder) for folder in args.runs]
@@ -34,7 +34,7 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _runs(args: argparse.Namespace) -> None:
-    from anarchobot.reporting.run_log import find_runs
+    from anarchobot.runs.run_log import find_runs
 
     found = list(find_runs(args.dir))
     if args.json:

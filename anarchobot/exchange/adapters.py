@@ -26,7 +26,7 @@ from anarchobot.exchange.narrowing import Dtype, Float32
 from anarchobot.exchange.new_folder import NewFolder
 from anarchobot.model.lora import adapted_matrices, adapter_scale
 from anarchobot.model.shapes import parameter_shapes
-from anarchobot.training import checkpoint
+from anarchobot.runs import checkpoint
 
 Form = Literal["mlx", "peft"]
 FORMS: tuple[Form, ...] = ("mlx", "peft")

@@ -15,8 +15,8 @@ from anarchobot.exchange.narrowing import Dtype
 from anarchobot.exchange.new_folder import NewFolder
 from anarchobot.exchange.tokenizer_json import TIES, differences, tokenizer_files
 from anarchobot.model.shapes import parameter_count
+from anarchobot.runs import checkpoint
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from anarchobot.training import checkpoint
 
 
 def export(path: str | Path, target: Target, output: str | Path, dtype: Dtype = "float32") -> dict[str, Any]:

@@ -16,9 +16,9 @@ from anarchobot.exchange.narrowing import Float32, narrowed, widened
 from anarchobot.exchange.new_folder import NewFolder
 from anarchobot.model.lora import GROUP, is_packed
 from anarchobot.model.shapes import parameter_count
+from anarchobot.runs import checkpoint
 from anarchobot.tokenizers import chat_template as template
 from anarchobot.tokenizers.tokenizer import copy_beside
-from anarchobot.training import checkpoint
 
 
 def fuse(model: str | Path, adapter: str | Path, output: str | Path) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from anarchobot.exchange.narrowing import Float32
 from anarchobot.exchange.new_folder import NewFolder
 from anarchobot.exchange.safetensors_file import Stored
 from anarchobot.model.shapes import parameter_count, parameter_shapes
+from anarchobot.runs import checkpoint
 from anarchobot.tokenizers.tokenizer import Tokenizer, copy_beside, load_tokenizer
-from anarchobot.training import checkpoint
 
 INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json")

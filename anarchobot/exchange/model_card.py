@@ -13,8 +13,8 @@ from anarchobot.exchange.chat import Chat
 from anarchobot.exchange.limits import READERS, Target
 from anarchobot.exchange.narrowing import Dtype
 from anarchobot.model.shapes import parameter_count
+from anarchobot.runs.checkpoint import Checkpoint, read_best
 from anarchobot.tokenizers.tokenizer import Tokenizer, digest
-from anarchobot.training.checkpoint import Checkpoint, read_best
 
 CURVE_WIDTH = 60  # characters
 MOST_ROWS = 12  # of validations

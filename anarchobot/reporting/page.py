@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from anarchobot.reporting.chart import Line, chart, smoothed
-from anarchobot.reporting.run_log import RunLog
+from anarchobot.runs.run_log import RunLog
 
 COLOURS = 8  # runs that are told apart; further ones begin anew
 SAMPLES = 6  # of a run: its last ones

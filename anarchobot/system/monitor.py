@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from anarchobot.config.errors import UserError
-from anarchobot.reporting.run_log import metrics_file, read_run
+from anarchobot.runs.run_log import metrics_file, read_run
 from anarchobot.storage.lock import holder, last_holder
 from anarchobot.system.machine import process_memory, system_memory
 

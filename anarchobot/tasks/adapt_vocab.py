@@ -26,6 +26,7 @@ from anarchobot.data.sources.documents import Counts, Document, from_files, open
 from anarchobot.data.sources.files import find
 from anarchobot.exchange.bases import Base, open_base
 from anarchobot.exchange.fusing import fuse
+from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import sha256_file, write_whole
 from anarchobot.storage.lock import FolderLock
 from anarchobot.tasks.adapt_checks import check, warnings
@@ -34,7 +35,6 @@ from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tasks.stages import Done, Stages, Stopped, Values
 from anarchobot.tokenizers.tokenizer import Tokenizer, copy_beside, digest, load_tokenizer
 from anarchobot.tokenizers.training import limited, train_tokenizer
-from anarchobot.training import checkpoint
 from anarchobot.vocab.alignment import Plan, Side, align
 from anarchobot.vocab.corpus import read_corpus, write_corpus
 from anarchobot.vocab.forms import forms

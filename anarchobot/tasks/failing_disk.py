@@ -14,9 +14,9 @@ import numpy as np
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.model.shapes import init_parameters
+from anarchobot.runs import checkpoint
 from anarchobot.storage import durable
 from anarchobot.tasks.faults import Outcome
-from anarchobot.training import checkpoint
 
 MODEL = ModelConfig(vocab_size=16, n_layers=1, d_model=8, n_heads=1)
 KILLED = 9

@@ -22,9 +22,9 @@ from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.shards import verify
 from anarchobot.data.sources import builtin
 from anarchobot.data.sources.documents import Counts, Document
+from anarchobot.runs import checkpoint
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
-from anarchobot.training import checkpoint
 
 STEPS = 20
 MOST_TRIES = 8  # to end a run before its end

@@ -9,9 +9,9 @@ from typing import Any
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
 from anarchobot.config.schema import Config
-from anarchobot.training import checkpoint
+from anarchobot.runs import checkpoint
+from anarchobot.runs.progress import Progress
 from anarchobot.training.loop import Engine, Run
-from anarchobot.training.progress import Progress
 
 # What a run is bound to beside the model's shape: another value would make it another run.
 FIXED = (

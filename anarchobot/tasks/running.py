@@ -13,6 +13,9 @@ from anarchobot.config.loading import LoadedConfig
 from anarchobot.config.schema import Config
 from anarchobot.config.yaml_tree import dump
 from anarchobot.model.shapes import parameter_count
+from anarchobot.runs import checkpoint
+from anarchobot.runs.metrics_log import MetricsLog, NoLog
+from anarchobot.runs.progress import Progress
 from anarchobot.storage.durable import write_whole
 from anarchobot.storage.lock import FolderLock
 from anarchobot.system.awake import stay_awake
@@ -21,11 +24,8 @@ from anarchobot.system.fitting import Fitted, fitted
 from anarchobot.system.peak import operations_per_token
 from anarchobot.tasks.engines import OpenEngine
 from anarchobot.tasks.resuming import changes, check_alike, check_same_run, checkpoint_to_resume, resume, room_for, tidy
-from anarchobot.training import checkpoint
 from anarchobot.training.display import TerminalDisplay, duration
 from anarchobot.training.loop import Display, Engine, Run, run_training
-from anarchobot.training.metrics import MetricsLog, NoLog
-from anarchobot.training.progress import Progress
 from anarchobot.training.ranks import ALONE, Ranks, launched
 
 Show = Literal["progress", "json", "nothing"]  # on stderr: for a person, or the log's lines as they are written

@@ -16,6 +16,7 @@ from anarchobot.exchange.adapters import read_adapter, write_adapter
 from anarchobot.exchange.bases import Base, open_base
 from anarchobot.model.lora import is_packed, trained_count
 from anarchobot.model.shapes import parameter_count, parameter_shapes
+from anarchobot.runs import checkpoint
 from anarchobot.tasks.engines import OpenEngine
 from anarchobot.tasks.running import Show, Start, carry_out
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
@@ -23,7 +24,6 @@ from anarchobot.tokenizers.chat_template import TRAINING_DAY
 from anarchobot.tokenizers.conversation import Conversation
 from anarchobot.tokenizers.decoding import StopText
 from anarchobot.tokenizers.tokenizer import copy_beside
-from anarchobot.training import checkpoint
 from anarchobot.training.loop import Run
 from anarchobot.training.ranks import Ranks
 

@@ -15,12 +15,12 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch, Prefetched, ValBatches
 from anarchobot.optim.schedule import learning_rate, muon_momentum
-from anarchobot.training import checkpoint
+from anarchobot.runs import checkpoint
+from anarchobot.runs.metrics_log import MetricsLog
+from anarchobot.runs.progress import RISES, Progress
+from anarchobot.runs.saver import NoSaver, Saved, Saver
 from anarchobot.training.guard import Guard
-from anarchobot.training.metrics import MetricsLog
-from anarchobot.training.progress import RISES, Progress
 from anarchobot.training.ranks import ALONE, Ranks
-from anarchobot.training.saving import NoSaver, Saved, Saver
 from anarchobot.training.stop import StopRequest
 
 MOST_SKIPPED = 30  # steps in a row that are not finite: float16's loss scale gets from its highest to 1 in fewer

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from anarchobot.model.sums import Params
+    from anarchobot.runs.progress import Progress
     from anarchobot.training.loop import Engine
-    from anarchobot.training.progress import Progress
 
 BUFFER_BYTES = 2**24  # a buffer of gradients: larger ones leave a processor's caches and take twice as long
 _NUMBERS = 30  # the most that `gather` takes

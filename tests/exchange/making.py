@@ -11,8 +11,8 @@ from anarchobot.config.schema import Config, DataConfig, ModelConfig
 from anarchobot.config.yaml_tree import dump
 from anarchobot.model.shapes import parameter_shapes
 from anarchobot.model.transformer import hidden_states, logits
+from anarchobot.runs import checkpoint
 from anarchobot.tokenizers.tokenizer import copy_beside, load_tokenizer
-from anarchobot.training import checkpoint
 
 ROOT = Path(__file__).parents[2]
 STORIES = Path("artifacts") / "stories260K"

@@ -21,9 +21,9 @@ from anarchobot.inference.model import load_model
 from anarchobot.model.frozen import adapter_constants, frozen_weights
 from anarchobot.model.lora import adapter_shapes
 from anarchobot.model.transformer import hidden_states, logits
+from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import write_sealed
 from anarchobot.tokenizers.tokenizer import load_tokenizer
-from anarchobot.training import checkpoint
 from tests.exchange.making import make_run, our_logits, random_parameters, real_ids
 
 CASES: dict[str, dict[str, Any]] = {

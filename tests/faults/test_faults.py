@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from anarchobot.cli.main import main
+from anarchobot.runs import checkpoint
 from anarchobot.tasks import failing_disk, faults
 from anarchobot.tasks.faults import Playground
-from anarchobot.training import checkpoint
 from tests.tiny import write_config
 
 

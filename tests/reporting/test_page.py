@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from anarchobot.cli.main import main
 from anarchobot.reporting import chart as charts
 from anarchobot.reporting.chart import Line, chart, log_ticks, smoothed, thinned, ticks
-from tests.reporting.test_run_log import write
+from tests.runs.test_run_log import write
 
 HOSTILE = "</pre><script>alert(1)</script><img src=https://example.org/x>"
 

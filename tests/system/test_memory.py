@@ -13,8 +13,8 @@ import pytest
 
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
+from anarchobot.runs import checkpoint
 from anarchobot.system.memory import checkpoint_bytes, estimate
-from anarchobot.training import checkpoint
 from anarchobot.training.engine import MLXEngine
 
 MODEL = {"vocab_size": 2000, "n_layers": 3, "d_model": 128, "n_heads": 4, "dropout": 0.0}

@@ -16,12 +16,12 @@ from anarchobot.config.loading import load
 from anarchobot.data.sources import builtin
 from anarchobot.exchange.bases import open_base
 from anarchobot.exchange.exporting import export
+from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import read_sealed
 from anarchobot.tasks import adapt_checks, adapt_evaluation, adapt_vocab
 from anarchobot.tasks.adapt_evaluation import read_questions, table
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
-from anarchobot.training import checkpoint
 from anarchobot.training.engine import MLXEngine
 from tests.exchange.making import make_run, our_logits, real_ids
 from tests.tasks.adapting import STAGES, command, kill_in, make_world, results, write_config

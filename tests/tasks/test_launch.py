@@ -16,9 +16,9 @@ import pytest
 
 from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
+from anarchobot.runs import checkpoint
 from anarchobot.tasks import launch
 from anarchobot.tasks.pretrain import pretrain
-from anarchobot.training import checkpoint
 from tests.ranks import TIMEOUT, environments
 from tests.tiny import loaded, write_config
 

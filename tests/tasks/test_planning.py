@@ -11,11 +11,11 @@ from anarchobot.cli.planning import hours
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import load_config
 from anarchobot.data.shards import read_manifest
+from anarchobot.runs import checkpoint
 from anarchobot.system.memory import estimate
 from anarchobot.tasks.dpo import dpo
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tasks.sft import sft
-from anarchobot.training import checkpoint
 from tests.tasks.tuning import base as base
 from tests.tasks.tuning import chats as chats
 from tests.tasks.tuning import preferences as preferences

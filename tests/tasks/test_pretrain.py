@@ -21,8 +21,8 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import load_config
 from anarchobot.data.shards import read_manifest
 from anarchobot.model.shapes import parameter_count
+from anarchobot.runs import checkpoint
 from anarchobot.tasks.pretrain import pretrain
-from anarchobot.training import checkpoint
 from tests.tiny import LEFT_OUT, VOCAB, loaded, make_shards, write_config
 
 
@@ -204,7 +204,7 @@ def test_killed_as_the_best_step_is_named(
     run_with: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """A validation that is logged is not made again: by then the step must have its name."""
-    from anarchobot.training.saving import Saver
+    from anarchobot.runs.saver import Saver
 
     run_with("straight")
     real = Saver.name_best

@@ -19,11 +19,11 @@ from anarchobot.exchange.bases import open_base
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.fusing import fuse
 from anarchobot.inference.model import load_model
+from anarchobot.runs import checkpoint
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tasks.sft import sft
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import TRAINING_DAY
-from anarchobot.training import checkpoint
 from anarchobot.training.engine import MLXEngine
 from tests.tasks.test_pretrain import equal
 from tests.tasks.tuning import base as base

@@ -9,9 +9,9 @@ import numpy as np
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.data.batches import Batch
 from anarchobot.model.shapes import parameter_shapes
+from anarchobot.runs.metrics_log import MetricsLog
+from anarchobot.runs.progress import Progress
 from anarchobot.training.loop import Run, StepResult, run_training
-from anarchobot.training.metrics import MetricsLog
-from anarchobot.training.progress import Progress
 
 MODEL = {"vocab_size": 7, "n_layers": 1, "d_model": 2, "n_heads": 1}
 

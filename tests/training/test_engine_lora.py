@@ -14,7 +14,7 @@ from anarchobot.config.schema import Config
 from anarchobot.model.lora import adapter_shapes, trained_count
 from anarchobot.model.shapes import init_parameters, parameter_shapes
 from anarchobot.model.transformer import hidden_states, logits
-from anarchobot.training import checkpoint
+from anarchobot.runs import checkpoint
 from anarchobot.training.engine import MLXEngine
 from tests.training.test_engine import random_batch
 

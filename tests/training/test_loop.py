@@ -11,9 +11,10 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.data.batches import Batch
-from anarchobot.training import checkpoint, saving
+from anarchobot.runs import checkpoint
+from anarchobot.runs import saver as saving
+from anarchobot.runs.progress import Progress
 from anarchobot.training.loop import MOST_SKIPPED, StepResult
-from anarchobot.training.progress import Progress
 from tests.training.counting import CountingEngine, train
 
 

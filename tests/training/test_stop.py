@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from anarchobot.data.batches import Batch
-from anarchobot.training import checkpoint, stop
+from anarchobot.runs import checkpoint
+from anarchobot.training import stop
 from tests.training.counting import CountingEngine, train
 
 

@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+from anarchobot.runs.checkpoint import saved_steps
 from anarchobot.storage.lock import holder
 from anarchobot.system.blas import advice
 from anarchobot.system.fitting import SHARE, fitted
@@ -12,7 +13,6 @@ from anarchobot.tasks.running import where_to_start
 from anarchobot.tasks.supervise import CPU_RATE, GPU_RATE
 from anarchobot.tasks.verifying.calibration import step_seconds
 from anarchobot.tasks.verifying.check import SMALLER, Answer, Question, Setup
-from anarchobot.training.checkpoint import saved_steps
 from anarchobot.training.display import duration
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from anarchobot.training.metrics import MetricsLog
+from anarchobot.runs.metrics_log import MetricsLog
 from tests.training.counting import CountingEngine, train
 
 

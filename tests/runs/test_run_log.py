@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from anarchobot.config.errors import UserError
-from anarchobot.reporting.run_log import find_runs, read_run
+from anarchobot.runs.run_log import find_runs, read_run
 from anarchobot.storage.lock import FolderLock
 from anarchobot.tasks.pretrain import pretrain
 from tests.tiny import loaded

@@ -11,9 +11,9 @@ from typing import Any, Self
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import TrainConfig
+from anarchobot.runs import checkpoint
+from anarchobot.runs.checkpoint import Arrays
 from anarchobot.storage.durable import write_sealed
-from anarchobot.training import checkpoint
-from anarchobot.training.checkpoint import Arrays
 
 RETRY_SECONDS = 60.0  # after a failed write, during a run
 LAST_TRIES, LAST_PAUSE = 10, 15.0  # at its end, when there is nothing else to do: tries, and seconds between them

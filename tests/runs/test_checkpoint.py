@@ -9,8 +9,8 @@ import pytest
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.model.shapes import init_parameters
+from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import write_sealed
-from anarchobot.training import checkpoint
 
 MODEL = ModelConfig(vocab_size=11, n_layers=1, d_model=4, n_heads=2)
 CONFIG = Config(model=MODEL).model_dump()
