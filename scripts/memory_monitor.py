@@ -14,8 +14,8 @@ from rich.table import Table
 
 from anarchobot.cli.parser import Parser
 from anarchobot.config.errors import UserError
-from anarchobot.system import memory_chart
-from anarchobot.system.monitor import Alarm, Csv, Sample, Watched, find_run
+from anarchobot.reporting import memory_chart
+from anarchobot.reporting.monitor import Alarm, Csv, Sample, Watched, find_run
 
 
 def main() -> int:

@@ -163,7 +163,7 @@ ELSEWHERE = {
     "chat.template": "tests/tokenizers/test_chat_template.py::test_a_tokenizer_trained_here_gets_chatml",
     "chat.train_on": "tests/tokenizers/test_chat_encoder.py::test_the_mask_by_hand",
     "chat.pack": "tests/tasks/test_sft.py::test_packed_conversations_have_the_loss_of_each_alone",
-    "chat.too_long": "tests/data/conversations/test_tokenising.py::test_what_is_too_long_is_cut_behind_its_last",
+    "chat.too_long": "tests/data/conversations/test_tokenization.py::test_what_is_too_long_is_cut_behind_its_last",
     "chat.rouge_samples": "tests/tasks/test_sft.py::test_a_model_learns_to_answer",
     "preference.loss": "tests/tasks/test_dpo.py::test_a_model_learns_what_is_preferred",
     "preference.beta": "tests/training/test_preference.py::test_loss_and_gradients_are_pytorchs",

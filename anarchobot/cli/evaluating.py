@@ -44,8 +44,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     from anarchobot.system.blas import load_fast_blas
 
     load_fast_blas()  # before MLX is imported
+    from anarchobot.evaluation.evaluate import What, evaluate, table
     from anarchobot.storage.durable import write_whole
-    from anarchobot.tasks.evaluate import What, evaluate, table
 
     names = [name for name in (args.tasks or "").split(",") if name]
     what = What(args.shards, args.text, args.rouge, names, args.num_fewshot, args.include, args.limit)

@@ -52,8 +52,8 @@ def _check(words: list[str]) -> None:
     """Raises UserError for a mistake in what is to run, or in its config, which every rank would tell otherwise."""
     from anarchobot.cli.main import build_parser
     from anarchobot.config.loading import load_config
+    from anarchobot.tasks.finetuning import load_tuning
     from anarchobot.tasks.launch import TASKS
-    from anarchobot.tasks.tuning import load_tuning
 
     if words[0] in TASKS:
         args = parse(build_parser(), words)

@@ -25,7 +25,7 @@ def add_commands(commands: Any) -> None:
 
 def _plan(args: argparse.Namespace) -> None:
     deadline = None if args.deadline is None else hours(args.deadline)
-    from anarchobot.tasks.planning import load_plan, plan
+    from anarchobot.preflight.plan import load_plan, plan
 
     found = plan(load_plan(args.config, overrides(args)), deadline)
     print(json.dumps(found) if args.json else "\n".join(_lines(found)))
@@ -71,7 +71,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _length(found: dict[str, Any]) -> Iterator[str]:
-    from anarchobot.tasks.planning import CHINCHILLA
+    from anarchobot.preflight.plan import CHINCHILLA
 
     yield f"operations: {found['flops_per_token'] / 1e6:,.1f} MFLOP a token"
     if found["steps"] is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from anarchobot.cli.parser import add_command, add_config, add_settings, add_switch, overrides
 
 if TYPE_CHECKING:
-    from anarchobot.tasks.running import Show
+    from anarchobot.tasks.run import Show
 
 # The settings that everybody changes, under the names that everybody types.
 SETTINGS = {

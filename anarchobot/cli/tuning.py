@@ -37,7 +37,7 @@ def _dpo(args: argparse.Namespace) -> int:
 def _tune(args: argparse.Namespace, name: str, task: Any) -> int:
     from anarchobot.system.fitting import fitted
     from anarchobot.tasks import supervise
-    from anarchobot.tasks.tuning import load_tuning
+    from anarchobot.tasks.finetuning import load_tuning
 
     loaded = load_tuning(args.config, overrides(args))
     train = loaded.config.train

@@ -20,7 +20,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from anarchobot.tasks.verify import verify
+    from anarchobot.preflight.verify import verify
 
     # The settings as they are: `overrides` would import what may be missing.
     checks = verify(args.config, args.settings, calibrate=not args.no_calibration)

@@ -10,13 +10,13 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import LoraConfig
 from anarchobot.config.yaml_tree import dump
 from anarchobot.exchange.adapters import Adapter, Packing, read_adapter
-from anarchobot.exchange.bases import open_base
 from anarchobot.exchange.chat import save_foreign_template
 from anarchobot.exchange.narrowing import Float32, narrowed, widened
-from anarchobot.exchange.new_folder import NewFolder
+from anarchobot.exchange.pretrained import open_base
 from anarchobot.model.lora import GROUP, is_packed
 from anarchobot.model.shapes import parameter_count
 from anarchobot.runs import checkpoint
+from anarchobot.storage.new_folder import NewFolder
 from anarchobot.tokenizers import chat_template as template
 from anarchobot.tokenizers.tokenizer import copy_beside
 

@@ -8,7 +8,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import Loaded
 from anarchobot.config.schema import Config, DataConfig, LoraConfig
 from anarchobot.data.sources.documents import Counts, from_files
-from anarchobot.exchange.bases import Base, open_base
+from anarchobot.exchange.pretrained import Base, open_base
 from anarchobot.tasks.adapt_evaluation import read_questions
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from anarchobot.vocab.forms import forms

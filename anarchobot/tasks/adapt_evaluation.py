@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.config.errors import UserError
-from anarchobot.inference.likelihood import likelihoods
+from anarchobot.evaluation.evaluate import of_texts
+from anarchobot.evaluation.likelihood import likelihoods
 from anarchobot.inference.model import Model, load_model
-from anarchobot.tasks.evaluate import of_texts
 
 ANSWERS = ("yes", "no", "maybe")
 Figures = dict[str, Any]

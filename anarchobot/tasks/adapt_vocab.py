@@ -24,8 +24,8 @@ from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.resume import source_of
 from anarchobot.data.sources.documents import Counts, Document, from_files, open_source
 from anarchobot.data.sources.files import find
-from anarchobot.exchange.bases import Base, open_base
 from anarchobot.exchange.fusing import fuse
+from anarchobot.exchange.pretrained import Base, open_base
 from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import sha256_file, write_whole
 from anarchobot.storage.lock import FolderLock

@@ -12,14 +12,14 @@ from anarchobot.data.batches import Prefetched
 from anarchobot.data.conversations.pairs import Pairs, PairTrainBatches, PairValBatches
 from anarchobot.data.conversations.reading import pairs
 from anarchobot.data.conversations.tally import Tally
-from anarchobot.data.conversations.tokenising import tokenised_pairs
-from anarchobot.exchange.bases import open_base
+from anarchobot.data.conversations.tokenization import tokenised_pairs
+from anarchobot.exchange.pretrained import open_base
 from anarchobot.optim.schedule import total_steps
 from anarchobot.system.fitting import fitted
 from anarchobot.tasks.engines import open_preference_engine
+from anarchobot.tasks.finetuning import answer, check_settings, identity, tune
 from anarchobot.tasks.reference import reference_of
-from anarchobot.tasks.running import Show, where_to_start
-from anarchobot.tasks.tuning import answer, check_settings, identity, tune
+from anarchobot.tasks.run import Show, where_to_start
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import load_template
 from anarchobot.tokenizers.conversation import Message

@@ -8,13 +8,13 @@ from anarchobot.data.batches import Prefetched, TrainBatches, ValBatches
 from anarchobot.data.content_check import ContentCheck
 from anarchobot.data.shards import TokenStream
 from anarchobot.data.windows import Joined, StreamWindows, open_windows
-from anarchobot.exchange.bases import Base, open_base
+from anarchobot.exchange.pretrained import Base, open_base
 from anarchobot.model.lora import trained_count, trained_shapes
 from anarchobot.model.shapes import parameter_count
 from anarchobot.optim.routes import describe_routes, trained
 from anarchobot.optim.schedule import total_steps
 from anarchobot.tasks.engines import Weights, open_engine, open_ranks
-from anarchobot.tasks.running import Show, carry_out, fitted_run, where_to_start
+from anarchobot.tasks.run import Show, carry_out, fitted_run, where_to_start
 from anarchobot.tokenizers.tokenizer import Tokenizer, copy_beside, digest, load_tokenizer
 from anarchobot.training.loop import Run
 

@@ -8,13 +8,13 @@ from anarchobot.data.batches import Prefetched, TrainBatches, ValBatches
 from anarchobot.data.conversations.reading import conversations
 from anarchobot.data.conversations.sequences import ConversationWindows
 from anarchobot.data.conversations.tally import Tally
-from anarchobot.data.conversations.tokenising import Tokenised, tokenised
+from anarchobot.data.conversations.tokenization import Tokenised, tokenised
 from anarchobot.evaluation.rouge import rouge
-from anarchobot.exchange.bases import open_base
+from anarchobot.exchange.pretrained import open_base
 from anarchobot.optim.schedule import total_steps
 from anarchobot.tasks.engines import OpenEngine, open_engine, open_ranks
-from anarchobot.tasks.running import Show, fitted_run, where_to_start
-from anarchobot.tasks.tuning import answer, check_settings, identity, tune
+from anarchobot.tasks.finetuning import answer, check_settings, identity, tune
+from anarchobot.tasks.run import Show, fitted_run, where_to_start
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import TRAINING_DAY, load_template
 from anarchobot.tokenizers.conversation import Conversation, Message

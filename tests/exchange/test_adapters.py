@@ -14,9 +14,9 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import LoraConfig, ModelConfig
 from anarchobot.exchange import safetensors_file
 from anarchobot.exchange.adapters import FILES, FORMS, Adapter, Form, Packing, of_run, read_adapter, write_adapter
-from anarchobot.exchange.bases import open_base
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.fusing import _repacked, fuse, fused
+from anarchobot.exchange.pretrained import open_base
 from anarchobot.inference.model import load_model
 from anarchobot.model.frozen import adapter_constants, frozen_weights
 from anarchobot.model.lora import adapter_shapes

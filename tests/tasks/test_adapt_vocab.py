@@ -14,8 +14,8 @@ from anarchobot.config.adapt_schema import AdaptConfig
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import load
 from anarchobot.data.sources import builtin
-from anarchobot.exchange.bases import open_base
 from anarchobot.exchange.exporting import export
+from anarchobot.exchange.pretrained import open_base
 from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import read_sealed
 from anarchobot.tasks import adapt_checks, adapt_evaluation, adapt_vocab
@@ -280,7 +280,7 @@ def test_the_papers_rate_with_a_small_step_is_warned_of(world: Path, tmp_path: P
 
 def test_questions_are_answered_by_likelihood(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that always finds the same answer likeliest is right as often as that is the answer."""
-    from anarchobot.inference.likelihood import Likelihood
+    from anarchobot.evaluation.likelihood import Likelihood
     from anarchobot.inference.model import load_model
 
     monkeypatch.setattr(

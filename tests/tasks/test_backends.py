@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from anarchobot.tasks.pretrain import pretrain
-from anarchobot.tasks.running import Show
+from anarchobot.tasks.run import Show
 from tests.tiny import loaded, write_config
 
 WITHOUT = """

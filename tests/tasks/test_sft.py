@@ -15,9 +15,9 @@ import pytest
 from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
 from anarchobot.exchange.adapters import read_adapter
-from anarchobot.exchange.bases import open_base
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.fusing import fuse
+from anarchobot.exchange.pretrained import open_base
 from anarchobot.inference.model import load_model
 from anarchobot.runs import checkpoint
 from anarchobot.tasks.pretrain import pretrain

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from anarchobot.config.loading import LoadedConfig
+from anarchobot.tasks.finetuning import load_tuning
 from anarchobot.tasks.pretrain import pretrain
-from anarchobot.tasks.tuning import load_tuning
 from tests.tiny import LEFT_OUT, loaded
 
 COLOURS = ("red", "blue", "green", "black", "white")

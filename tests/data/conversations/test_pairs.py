@@ -9,7 +9,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.data.batches import Prefetched
 from anarchobot.data.conversations.pairs import PairTrainBatches, PairValBatches
 from anarchobot.data.conversations.tally import Tally
-from anarchobot.data.conversations.tokenising import tokenised_pairs
+from anarchobot.data.conversations.tokenization import tokenised_pairs
 from anarchobot.data.windows import IGNORE
 from anarchobot.tokenizers.conversation import Pair
 from tests.tokenizers.templates import Both, talk, trained_text

@@ -28,7 +28,7 @@ def load_plan(path: str | None, overrides: Sequence[str | tuple[str, Any]]) -> L
     loaded = load_config(path, overrides)
     if loaded.config.train.init_from is None:
         return loaded
-    from anarchobot.tasks.tuning import load_tuning
+    from anarchobot.tasks.finetuning import load_tuning
 
     return load_tuning(path, overrides)
 

@@ -23,7 +23,7 @@ from anarchobot.system.environment import environment
 from anarchobot.system.fitting import Fitted, fitted
 from anarchobot.system.peak import operations_per_token
 from anarchobot.tasks.engines import OpenEngine
-from anarchobot.tasks.resuming import changes, check_alike, check_same_run, checkpoint_to_resume, resume, room_for, tidy
+from anarchobot.tasks.resume import changes, check_alike, check_same_run, checkpoint_to_resume, resume, room_for, tidy
 from anarchobot.training.display import TerminalDisplay, duration
 from anarchobot.training.loop import Display, Engine, Run, run_training
 from anarchobot.training.ranks import ALONE, Ranks, launched

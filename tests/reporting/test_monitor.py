@@ -15,10 +15,10 @@ from xml.etree import ElementTree
 import pytest
 
 from anarchobot.config.errors import UserError
+from anarchobot.reporting import memory_chart
+from anarchobot.reporting.monitor import Alarm, LogTail, Sample, Watched, find_run
 from anarchobot.storage.lock import FolderLock
-from anarchobot.system import memory_chart
 from anarchobot.system.machine import process_memory
-from anarchobot.system.monitor import Alarm, LogTail, Sample, Watched, find_run
 from tests.tiny import write_config
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "memory_monitor.py"

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anarchobot.inference import likelihood
-from anarchobot.inference.likelihood import likelihoods, rolling
+from anarchobot.evaluation import likelihood
+from anarchobot.evaluation.likelihood import likelihoods, rolling
 from anarchobot.inference.model import Model
 from tests.inference.conftest import SHAPE
 from tests.model.reference import logits

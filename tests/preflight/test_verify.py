@@ -15,12 +15,12 @@ import yaml
 from anarchobot.cli.main import main
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.sources.documents import Counts, Document
+from anarchobot.preflight.check import Check
+from anarchobot.preflight.machine import Machine
+from anarchobot.preflight.verify import verify
 from anarchobot.storage.lock import FolderLock
 from anarchobot.system.requirements import installed
 from anarchobot.tasks.pretrain import pretrain
-from anarchobot.tasks.verify import verify
-from anarchobot.tasks.verifying.check import Check
-from anarchobot.tasks.verifying.machine import Machine
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from tests.tiny import VOCAB, loaded, make_shards, write_config
 

@@ -3,8 +3,8 @@
 from collections.abc import Collection
 from importlib import metadata
 
+from anarchobot.preflight.check import Answer, Question, Setup
 from anarchobot.system.requirements import PACKAGE, needed, unmet, unmet_python
-from anarchobot.tasks.verifying.check import Answer, Question, Setup
 
 
 def python(setup: Setup) -> Answer:

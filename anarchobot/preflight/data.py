@@ -11,12 +11,12 @@ from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.shards import TokenStream, verify
 from anarchobot.data.sources.documents import Counts, open_source
 from anarchobot.data.windows import StreamWindows, open_windows
-from anarchobot.exchange.bases import open_base
+from anarchobot.exchange.pretrained import open_base
 from anarchobot.model.shapes import parameter_count
+from anarchobot.preflight.check import Answer, Question, Setup
+from anarchobot.preflight.settings import shard_folders
 from anarchobot.tasks import adapt_checks
 from anarchobot.tasks.pretrain import check_tokenizers, first_weights
-from anarchobot.tasks.verifying.check import Answer, Question, Setup
-from anarchobot.tasks.verifying.settings import shard_folders
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 
 SHOWN, SHOWN_CHARS = 2, 60  # documents, and characters of each

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from anarchobot.config.errors import UserError
 from anarchobot.reporting.chart import Line, chart
+from anarchobot.reporting.monitor import Sample
 from anarchobot.storage.durable import write_whole
-from anarchobot.system.monitor import Sample
 
 LINES = {
     "process_gb": ("the process", "#1f77b4"),

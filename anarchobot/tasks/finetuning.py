@@ -13,12 +13,12 @@ from anarchobot.config.loading import LoadedConfig, leaf_keys, load_config
 from anarchobot.config.schema import Config, PreferenceConfig
 from anarchobot.evaluation.rouge import rouge_package
 from anarchobot.exchange.adapters import read_adapter, write_adapter
-from anarchobot.exchange.bases import Base, open_base
+from anarchobot.exchange.pretrained import Base, open_base
 from anarchobot.model.lora import is_packed, trained_count
 from anarchobot.model.shapes import parameter_count, parameter_shapes
 from anarchobot.runs import checkpoint
 from anarchobot.tasks.engines import OpenEngine
-from anarchobot.tasks.running import Show, Start, carry_out
+from anarchobot.tasks.run import Show, Start, carry_out
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import TRAINING_DAY
 from anarchobot.tokenizers.conversation import Conversation

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from anarchobot.evaluation.evaluate import What, of_tasks
 from anarchobot.exchange.exporting import export
 from anarchobot.inference.model import load_model
-from anarchobot.tasks.evaluate import What, of_tasks
 from tests.exchange.conftest import bpe as bpe
 from tests.exchange.conftest import tokenizers_folder as tokenizers_folder
 from tests.exchange.making import make_run

@@ -9,7 +9,7 @@ import numpy as np
 
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
-from anarchobot.exchange.bases import Base
+from anarchobot.exchange.pretrained import Base
 from anarchobot.model.flops import model_step
 from anarchobot.tasks.engines import open_engine
 

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from anarchobot.config.errors import UserError
+from anarchobot.preflight.machine import Machine
 from anarchobot.system.requirements import PACKAGE
-from anarchobot.tasks.verifying.machine import Machine
 
 if TYPE_CHECKING:  # `packages` is asked before any of them is loaded
     from anarchobot.config.adapt_schema import AdaptConfig
     from anarchobot.config.loading import Loaded, LoadedConfig
     from anarchobot.data.shards import TokenStream
-    from anarchobot.exchange.bases import Base
+    from anarchobot.exchange.pretrained import Base
 
 Status = Literal["pass", "warn", "fail", "skip"]
 SMALLER = (

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from anarchobot.preflight.check import Check, Setup, asked
+from anarchobot.preflight.installation import EXTRAS, FIRST
+from anarchobot.preflight.machine import Machine
 from anarchobot.system.blas import load_fast_blas
-from anarchobot.tasks.verifying.check import Check, Setup, asked
-from anarchobot.tasks.verifying.installed import EXTRAS, FIRST
-from anarchobot.tasks.verifying.machine import Machine
 
 
 def verify(
@@ -24,7 +24,7 @@ def verify(
     if "packages" in lost:
         return [*checks, Check("all others", "skip", "needs: packages")]
     load_fast_blas()  # before MLX, which some of the next lines import
-    from anarchobot.tasks.verifying import data, run, settings
+    from anarchobot.preflight import data, run, settings
 
     of_run = (run.SAVE_DIR, run.DISK, settings.SCHEDULE, run.MEMORY, run.TIME)
     tuning = (settings.TUNING_CONFIGURATION, EXTRAS, run.DEVICE, run.BLAS, data.ROWS, *of_run)

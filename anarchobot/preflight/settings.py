@@ -8,12 +8,12 @@ from anarchobot.config.adapt_schema import AdaptConfig
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import leaf_keys, load, load_config, sections
 from anarchobot.config.schema import Config
-from anarchobot.exchange.bases import open_base
+from anarchobot.exchange.pretrained import open_base
 from anarchobot.optim.schedule import total_steps
+from anarchobot.preflight.check import Answer, Question, Setup
+from anarchobot.preflight.plan import is_of_pairs
 from anarchobot.tasks.adapt_checks import warnings
-from anarchobot.tasks.planning import is_of_pairs
-from anarchobot.tasks.tuning import check_settings, load_tuning
-from anarchobot.tasks.verifying.check import Answer, Question, Setup
+from anarchobot.tasks.finetuning import check_settings, load_tuning
 
 Kind = Literal["pretrain", "sft", "dpo", "adapt-vocab"]
 MEND = "mend it in CONFIG; all keys: docs/configuration.md"

@@ -7,7 +7,7 @@ import pytest
 
 from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
-from anarchobot.exchange.bases import open_base
+from anarchobot.exchange.pretrained import open_base
 from tests.exchange.making import make_run
 
 

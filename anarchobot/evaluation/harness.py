@@ -6,8 +6,8 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 
 from anarchobot.config.schema import GenerationConfig
+from anarchobot.evaluation.likelihood import Ids, likelihoods, rolling
 from anarchobot.inference.generation import TextBatch
-from anarchobot.inference.likelihood import Ids, likelihoods, rolling
 from anarchobot.inference.model import Model
 
 MOST_TOKENS = 256  # generated where a task says nothing

@@ -3,16 +3,16 @@
 import tempfile
 from pathlib import Path
 
+from anarchobot.preflight.calibration import step_seconds
+from anarchobot.preflight.check import SMALLER, Answer, Question, Setup
 from anarchobot.runs.checkpoint import saved_steps
 from anarchobot.storage.lock import holder
 from anarchobot.system.blas import advice
 from anarchobot.system.fitting import SHARE, fitted
 from anarchobot.system.memory import checkpoint_bytes, estimate
-from anarchobot.tasks.resuming import check_same_run
-from anarchobot.tasks.running import where_to_start
+from anarchobot.tasks.resume import check_same_run
+from anarchobot.tasks.run import where_to_start
 from anarchobot.tasks.supervise import CPU_RATE, GPU_RATE
-from anarchobot.tasks.verifying.calibration import step_seconds
-from anarchobot.tasks.verifying.check import SMALLER, Answer, Question, Setup
 from anarchobot.training.display import duration
 
 

@@ -19,10 +19,10 @@ from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.shards import TokenStream
 from anarchobot.data.sources.documents import Counts, from_files
 from anarchobot.data.windows import StreamWindows
+from anarchobot.evaluation.likelihood import likelihoods, rolling
 from anarchobot.evaluation.rouge import rouge
 from anarchobot.inference.chat import chat_encoder
 from anarchobot.inference.generation import TextBatch
-from anarchobot.inference.likelihood import likelihoods, rolling
 from anarchobot.inference.model import Model, load_model
 from anarchobot.model.loss import loss_sum
 from anarchobot.model.transformer import head_matrix, hidden_states
@@ -155,7 +155,7 @@ def of_tasks(model: Model, what: What) -> dict[str, Figures]:
         tasks = importlib.import_module("lm_eval.tasks")
     except ImportError as error:
         raise UserError("--tasks needs lm-evaluation-harness: pip install 'anarchobot[harness]'") from error
-    from anarchobot.inference.harness import HarnessModel
+    from anarchobot.evaluation.harness import HarnessModel
 
     if what.include is not None and not Path(what.include).is_dir():
         raise UserError(f"--include {what.include}: no such folder: expected one with task files (.yaml)")

@@ -17,7 +17,7 @@ from anarchobot.data.conversations.reading import conversations
 from anarchobot.data.conversations.sequences import ConversationWindows
 from anarchobot.data.conversations.table import Table, fitted, table
 from anarchobot.data.conversations.tally import Tally
-from anarchobot.data.conversations.tokenising import tokenised
+from anarchobot.data.conversations.tokenization import tokenised
 from anarchobot.data.windows import IGNORE
 from anarchobot.tokenizers.chat_encoder import Encoded
 from anarchobot.tokenizers.conversation import Conversation, Message, Misfit
