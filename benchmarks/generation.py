@@ -44,7 +44,7 @@ def export_model(folder: Path) -> Path:
     from anarchobot.config.loading import load_config
     from anarchobot.data.sources import builtin
     from anarchobot.exchange.exporting import export
-    from anarchobot.model.shapes import init_parameters
+    from anarchobot.model.parameters import init_parameters
     from anarchobot.runs import checkpoint
     from anarchobot.tokenizers.tokenizer import copy_beside, load_tokenizer
     from anarchobot.tokenizers.training import train_tokenizer

@@ -62,7 +62,7 @@ def ours(folder: Path, shape: Shape, what: dict[str, Any]) -> dict[str, Any]:
     from anarchobot.data.batches import Batch
     from anarchobot.exchange.hf_config import from_hf
     from anarchobot.exchange.safetensors_file import read
-    from anarchobot.training.engine import MLXEngine
+    from anarchobot.training.mlx_engine import MLXEngine
 
     model = from_hf(json.loads((folder / "config.json").read_text()), "config.json")
     lora = {
@@ -153,7 +153,7 @@ def write_model(folder: Path, shape: Shape) -> None:
     from anarchobot.config.schema import ModelConfig
     from anarchobot.exchange import safetensors_file
     from anarchobot.exchange.hf_config import to_hf
-    from anarchobot.model.shapes import init_parameters
+    from anarchobot.model.parameters import init_parameters
 
     model = ModelConfig(
         vocab_size=shape["vocab"], n_layers=shape["layers"], d_model=shape["width"], n_heads=shape["heads"],

@@ -80,7 +80,7 @@ def measured(values: Values) -> dict[str, Any]:
     from anarchobot.config.schema import Config
     from anarchobot.data.batches import Batch
     from anarchobot.system.memory import estimate
-    from anarchobot.training.engine import MLXEngine
+    from anarchobot.training.mlx_engine import MLXEngine
 
     config = Config.model_validate(values)
     train, length = config.train, config.data.seq_len

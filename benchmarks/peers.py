@@ -48,8 +48,9 @@ def ours(shape: Shape) -> dict[str, Any]:
 
     from anarchobot.config.schema import Config
     from anarchobot.data.batches import Batch
-    from anarchobot.numerics import elementary, order
-    from anarchobot.training.engine import MLXEngine
+    from anarchobot.numerics import elementary
+    from anarchobot.numerics import sequencing as order
+    from anarchobot.training.mlx_engine import MLXEngine
 
     options = dict(shape.get("options", {}))
     free_order, library_exp = options.pop("free_order", False), options.pop("library_exp", False)

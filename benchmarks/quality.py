@@ -87,7 +87,7 @@ def train_on(
     from anarchobot.config.schema import Config
     from anarchobot.data.batches import Batch
     from anarchobot.optim.schedule import learning_rate, muon_momentum
-    from anarchobot.training.engine import MLXEngine
+    from anarchobot.training.mlx_engine import MLXEngine
 
     config: dict[str, dict[str, Any]] = {
         "model": {}, "data": {"seq_len": training.shape[1] - 1}, "train": {"seed": seed}

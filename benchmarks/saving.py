@@ -27,7 +27,7 @@ def main() -> None:
     from anarchobot.config.schema import Config
     from anarchobot.data.batches import Batch
     from anarchobot.runs.saver import Saved, Saver
-    from anarchobot.training.engine import MLXEngine
+    from anarchobot.training.mlx_engine import MLXEngine
 
     model = {"vocab_size": 16384, "n_layers": 11, "d_model": 768, "n_heads": 12, "dropout": 0.0}
     config = Config.model_validate({"model": model, "train": {"optimizer": "adamw", "micro_batch_size": 1}})

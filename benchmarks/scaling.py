@@ -75,7 +75,7 @@ def rank(micro_batches: int, steps: int, share: bool) -> None:
 
     from anarchobot.config.schema import Config
     from anarchobot.data.batches import Batch
-    from anarchobot.training.engine import MLXEngine
+    from anarchobot.training.mlx_engine import MLXEngine
 
     own = ranks.join_ranks()
     train = {"micro_batch_size": ROWS, "cpu_threads": 1, "share_muon": share}

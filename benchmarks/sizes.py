@@ -29,7 +29,7 @@ def peak_memory_gb(name: str) -> float:
 
     from anarchobot.config.loading import load_config
     from anarchobot.data.batches import Batch
-    from anarchobot.training.engine import MLXEngine
+    from anarchobot.training.mlx_engine import MLXEngine
 
     settings = {"train.device": "cpu", "train.precision": "float32", "train.cpu_threads": "1"}
     config = load_config(ROOT / "configs" / f"{name}.yaml", [f"{k}={v}" for k, v in settings.items()]).config
@@ -46,8 +46,8 @@ def sizes(name: str) -> tuple[int, float]:
     import math
 
     from anarchobot.config.loading import load_config
-    from anarchobot.model.shapes import parameter_count, parameter_shapes
-    from anarchobot.optim.routes import state_shapes
+    from anarchobot.model.parameters import parameter_count, parameter_shapes
+    from anarchobot.optim.param_groups import state_shapes
 
     config = load_config(ROOT / "configs" / f"{name}.yaml").config
     moments = state_shapes(parameter_shapes(config.model), config.train)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from anarchobot.cli.main import main
-from anarchobot.model.shapes import parameter_count, parameter_shapes
-from anarchobot.optim.routes import state_shapes
+from anarchobot.model.parameters import parameter_count, parameter_shapes
+from anarchobot.optim.param_groups import state_shapes
 from anarchobot.tasks.pretrain import pretrain
 from tests.tiny import loaded
 

@@ -18,8 +18,8 @@ from anarchobot.config.schema import ModelConfig
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.shards import read_manifest
 from anarchobot.data.sources.documents import Counts, Document
-from anarchobot.model.shapes import init_parameters, parameter_shapes
-from anarchobot.model.transformer import hidden_states, logits
+from anarchobot.model.llama.forward import hidden_states, logits
+from anarchobot.model.parameters import init_parameters, parameter_shapes
 from anarchobot.runs import checkpoint
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tokenizers.tokenizer import load_tokenizer
@@ -131,7 +131,7 @@ ELSEWHERE = {
     "tokenizer.on_mismatch": "tests/tokenizers/test_fast_tokenizer.py::test_a_wrong_id_late_is_caught_by_the_sample",
     "tokenizer.max_train_mb": "tests/tokenizers/test_training.py::test_the_limit_holds_to_the_byte",
     "model.max_seq_len": "tests/inference/test_generation.py::test_it_ends_at_the_limit_at_max_seq_len",
-    "model.zero_init_proj": "tests/model/test_shapes.py::test_zero_init_proj_starts",
+    "model.zero_init_proj": "tests/model/test_parameters.py::test_zero_init_proj_starts",
     "model.bos_id": "tests/exchange/test_importing.py::test_the_small_public_llama_gives_its_logits",
     "train.init_from": "tests/exchange/test_importing.py::test_an_imported_model_trains_further",
     "train.ckpt_minutes": "tests/training/test_loop.py::test_a_checkpoint_is_written_after_some_minutes",
@@ -139,12 +139,12 @@ ELSEWHERE = {
     "guard.spike_sigma": "tests/training/test_guard.py::test_planted_spikes_are_found_and_no_others",
     "guard.spike_window": "tests/training/test_guard.py::test_the_limit_is_mean_plus_six_deviations_of_the_last_steps",
     "guard.rollback_after": "tests/training/test_loop.py::test_a_run_that_gets_past_the_bad_data_goes_on",
-    "train.gradient_checkpointing": "tests/training/test_engine.py::test_gradient_checkpointing_takes_less_memory",
-    "train.attention_block": "tests/training/test_engine.py::test_the_sizes_of_chunks_reach_the_step",
-    "train.loss_chunk": "tests/training/test_engine.py::test_the_sizes_of_chunks_reach_the_step",
-    "train.cpu_threads": "tests/training/test_engine.py::test_threads_share_the_rows_and_change_nothing",
-    "train.compile": "tests/training/test_engine.py::test_the_other_ways_to_do_it_give_the_same_weights",
-    "train.device": "tests/training/test_engine.py::test_a_gpu_that_is_not_there_is_refused",
+    "train.gradient_checkpointing": "tests/training/test_mlx_engine.py::test_gradient_checkpointing_takes_less_memory",
+    "train.attention_block": "tests/training/test_mlx_engine.py::test_the_sizes_of_chunks_reach_the_step",
+    "train.loss_chunk": "tests/training/test_mlx_engine.py::test_the_sizes_of_chunks_reach_the_step",
+    "train.cpu_threads": "tests/training/test_mlx_engine.py::test_threads_share_the_rows_and_change_nothing",
+    "train.compile": "tests/training/test_mlx_engine.py::test_the_other_ways_to_do_it_give_the_same_weights",
+    "train.device": "tests/training/test_mlx_engine.py::test_a_gpu_that_is_not_there_is_refused",
     "train.backend": "tests/tasks/test_pretrain.py::test_what_does_not_belong_together_is_refused",
     "train.save_dir": "tests/tasks/test_pretrain.py::test_a_run_leaves_what_it_promises",
     "train.checkpoint_path": "tests/tasks/test_pretrain.py::test_stopped_and_resumed_equals_unbroken",
@@ -166,8 +166,8 @@ ELSEWHERE = {
     "chat.too_long": "tests/data/conversations/test_tokenization.py::test_what_is_too_long_is_cut_behind_its_last",
     "chat.rouge_samples": "tests/tasks/test_sft.py::test_a_model_learns_to_answer",
     "preference.loss": "tests/tasks/test_dpo.py::test_a_model_learns_what_is_preferred",
-    "preference.beta": "tests/training/test_preference.py::test_loss_and_gradients_are_pytorchs",
-    "preference.label_smoothing": "tests/training/test_preference.py::test_loss_and_gradients_are_pytorchs",
+    "preference.beta": "tests/training/test_preference_engine.py::test_loss_and_gradients_are_pytorchs",
+    "preference.label_smoothing": "tests/training/test_preference_engine.py::test_loss_and_gradients_are_pytorchs",
     "train.patience": "tests/tasks/test_sft.py::test_patience_ends_a_run_that_gets_no_better",
     "generation.method": "tests/inference/test_sampling.py::test_draws_follow_the_exact_probabilities",
     "generation.temperature": "tests/inference/test_sampling.py::test_draws_follow_the_exact_probabilities",

@@ -24,8 +24,8 @@ from anarchobot.evaluation.rouge import rouge
 from anarchobot.inference.chat import chat_encoder
 from anarchobot.inference.generation import TextBatch
 from anarchobot.inference.model import Model, load_model
+from anarchobot.model.llama.forward import head_matrix, hidden_states
 from anarchobot.model.loss import loss_sum
-from anarchobot.model.transformer import head_matrix, hidden_states
 from anarchobot.tokenizers.conversation import Misfit
 from anarchobot.tokenizers.tokenizer import digest
 

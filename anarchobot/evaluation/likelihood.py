@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from anarchobot.inference.model import Model
-from anarchobot.model.transformer import hidden_states, logits
+from anarchobot.model.llama.forward import hidden_states, logits
 
 BATCH_TOKENS = 8192  # that go through the model together
 HEAD_POSITIONS = 1024  # whose logits exist at a time

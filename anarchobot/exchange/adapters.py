@@ -24,7 +24,7 @@ from anarchobot.config.schema import LoraConfig, ModelConfig
 from anarchobot.exchange import safetensors_file
 from anarchobot.exchange.narrowing import Dtype, Float32
 from anarchobot.model.lora import adapted_matrices, adapter_scale
-from anarchobot.model.shapes import parameter_shapes
+from anarchobot.model.parameters import parameter_shapes
 from anarchobot.runs import checkpoint
 from anarchobot.storage.new_folder import NewFolder
 

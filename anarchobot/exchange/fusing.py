@@ -14,7 +14,7 @@ from anarchobot.exchange.chat import save_foreign_template
 from anarchobot.exchange.narrowing import Float32, narrowed, widened
 from anarchobot.exchange.pretrained import open_base
 from anarchobot.model.lora import GROUP, is_packed
-from anarchobot.model.shapes import parameter_count
+from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
 from anarchobot.storage.new_folder import NewFolder
 from anarchobot.tokenizers import chat_template as template

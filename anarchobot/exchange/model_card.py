@@ -12,7 +12,7 @@ from anarchobot.config.yaml_tree import dump
 from anarchobot.exchange.chat import Chat
 from anarchobot.exchange.limits import READERS, Target
 from anarchobot.exchange.narrowing import Dtype
-from anarchobot.model.shapes import parameter_count
+from anarchobot.model.parameters import parameter_count
 from anarchobot.runs.checkpoint import Checkpoint, read_best
 from anarchobot.tokenizers.tokenizer import Tokenizer, digest
 

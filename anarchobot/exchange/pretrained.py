@@ -12,7 +12,7 @@ import numpy.typing as npt
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, DataConfig, ModelConfig
 from anarchobot.exchange.importing import open_foreign
-from anarchobot.model.shapes import parameter_shapes
+from anarchobot.model.parameters import parameter_shapes
 from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import sha256_file
 from anarchobot.tokenizers.tokenizer import ChatTokenizer, load_chat_tokenizer

@@ -20,9 +20,9 @@ import numpy as np
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig, ModelConfig
 from anarchobot.inference.sampling import PENALTY_WINDOW, draw, penalised
-from anarchobot.model.sums import Params
-from anarchobot.model.transformer import hidden_states, logits
-from anarchobot.numerics.order import free
+from anarchobot.model.gradient_accumulator import Params
+from anarchobot.model.llama.forward import hidden_states, logits
+from anarchobot.numerics.sequencing import free
 
 PROMPT_TOKENS = 512  # of prompts, at a step
 ROWS = 16  # texts at a time

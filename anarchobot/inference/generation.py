@@ -7,7 +7,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig, ModelConfig
 from anarchobot.inference.batching import ROWS, Batch, End
 from anarchobot.inference.model import Model
-from anarchobot.model.sums import Params
+from anarchobot.model.gradient_accumulator import Params
 from anarchobot.tokenizers.decoding import TextStream
 
 SEEDS = 2**32

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.exchange.pretrained import open_base
-from anarchobot.model.sums import Params
+from anarchobot.model.gradient_accumulator import Params
 from anarchobot.numerics.elementary import on_cpu
 from anarchobot.tokenizers.tokenizer import Tokenizer
 

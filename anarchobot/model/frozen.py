@@ -7,10 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.schema import LoraConfig, ModelConfig
+from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.linear import Packed, matrix
 from anarchobot.model.lora import GROUP, adapted_matrices, adapter_scale, init_factors, is_packed
-from anarchobot.model.shapes import parameter_shapes
-from anarchobot.model.sums import Params
+from anarchobot.model.parameters import parameter_shapes
 
 
 def begin_adapters(

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from anarchobot.config.checks import MODULES
+from anarchobot.model.gradient_accumulator import Gradients, Params
 from anarchobot.model.lora import GROUP
-from anarchobot.model.sums import Gradients, Params
 from anarchobot.numerics.elementary import on_cpu
 
 _FEW_ROWS = 8  # fewer are multiplied with packed numbers faster than these are unpacked on a CPU

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.schema import LoraConfig, ModelConfig
-from anarchobot.model.shapes import parameter_shapes
+from anarchobot.model.parameters import parameter_shapes
 
 Shapes = dict[str, tuple[int, ...]]
 GROUP = 64  # columns of a frozen matrix that share a scale and a bias when it is packed: mlx-lm's own
@@ -62,7 +62,7 @@ def adapter_scale(lora: LoraConfig) -> float:
 
 def init_factors(model: ModelConfig, lora: LoraConfig, seed: int) -> dict[str, npt.NDArray[np.float32]]:
     """First values of lora_a and lora_b: uniform within 1 / sqrt(in), as mlx-lm and PEFT have it, and zero: adapters
-    begin as nothing. As in model/shapes.py, a function of the seed and the name alone. (m begins as the base's own row
+    begin as nothing. As in model/parameters.py, a function of the seed and the name alone. (m begins as the base's own row
     lengths: model/frozen.py.)"""
     values = {}
     for name, shape in adapter_shapes(model, lora).items():

@@ -14,8 +14,8 @@ import mlx.core as mx
 from anarchobot.config.schema import ModelConfig
 from anarchobot.model.linear import Matrix, times, times_transposed
 from anarchobot.numerics.elementary import exp, row_sums, tanh
-from anarchobot.numerics.order import Wait, tied
 from anarchobot.numerics.products import add_product
+from anarchobot.numerics.sequencing import Wait, tied
 
 CHUNK = 256  # tokens
 

@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from anarchobot.config.schema import TrainConfig
-from anarchobot.numerics.order import Wait
+from anarchobot.numerics.sequencing import Wait
 from anarchobot.optim.weight_decay import moved
 
 BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8

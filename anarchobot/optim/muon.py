@@ -14,9 +14,9 @@ import mlx.core as mx
 
 from anarchobot.config.schema import TrainConfig
 from anarchobot.numerics.elementary import row_sums
-from anarchobot.numerics.order import Wait
-from anarchobot.optim.orthogonal import orthogonalise
-from anarchobot.optim.routes import MOST_AT_ONCE, muon_stacks
+from anarchobot.numerics.sequencing import Wait
+from anarchobot.optim.param_groups import MOST_AT_ONCE, muon_stacks
+from anarchobot.optim.polar_express import orthogonalise
 from anarchobot.optim.weight_decay import moved
 
 BETA2, EPSILON = 0.95, 1e-8  # of NorMuon's second moment

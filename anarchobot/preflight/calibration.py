@@ -10,7 +10,7 @@ import numpy as np
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
 from anarchobot.exchange.pretrained import Base
-from anarchobot.model.flops import model_step
+from anarchobot.model.llama.flops import model_step
 from anarchobot.tasks.engines import open_engine
 
 SECONDS = 8.0  # of measuring

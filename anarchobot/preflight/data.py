@@ -12,7 +12,7 @@ from anarchobot.data.shards import TokenStream, verify
 from anarchobot.data.sources.documents import Counts, open_source
 from anarchobot.data.windows import StreamWindows, open_windows
 from anarchobot.exchange.pretrained import open_base
-from anarchobot.model.shapes import parameter_count
+from anarchobot.model.parameters import parameter_count
 from anarchobot.preflight.check import Answer, Question, Setup
 from anarchobot.preflight.settings import shard_folders
 from anarchobot.tasks import adapt_checks

@@ -12,7 +12,7 @@ from anarchobot.config.loading import LoadedConfig, load_config
 from anarchobot.config.schema import Config, PreferenceConfig
 from anarchobot.data.shards import read_manifest
 from anarchobot.model.lora import trained_count
-from anarchobot.model.shapes import parameter_count
+from anarchobot.model.parameters import parameter_count
 from anarchobot.optim.schedule import total_steps
 from anarchobot.system.fitting import fitted, largest_that_fits, memory_budget
 from anarchobot.system.machine import system_memory

@@ -21,7 +21,7 @@ def device(setup: Setup) -> Answer:
     train = setup.loaded.config.train
     setup.memory = setup.machine.memory()
     if train.backend == "torch":
-        from anarchobot.torch_mps.device import choose_device as choose_torch_device
+        from anarchobot.torch_backend.device import choose_device as choose_torch_device
 
         named = choose_torch_device(train.device).type
     else:

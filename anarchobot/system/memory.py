@@ -1,7 +1,7 @@
 """What memory a training step takes, counted from its shapes before anything runs. No MLX here.
 
 What is there all along is exact: weights, optimizer state, gradients. The rest is the phase of the step that needs most
-(training/engine.py, model/gradients.py), at its worst moment:
+(training/mlx_engine.py, model/llama/gradients.py), at its worst moment:
 
     forward    the last block is computed: what the blocks before it keep, and all that this one makes
     loss       all blocks' kept arrays, and one chunk's logits
@@ -30,12 +30,12 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from anarchobot.config.schema import Config, LoraConfig, ModelConfig, TrainConfig
-from anarchobot.model.flops import STRIPS_FROM
+from anarchobot.model.llama.flops import STRIPS_FROM
+from anarchobot.model.llama.query_blocks import query_blocks
 from anarchobot.model.lora import GROUP, adapted_matrices, is_packed, trained_shapes
-from anarchobot.model.query_blocks import query_blocks
-from anarchobot.model.shapes import parameter_shapes
+from anarchobot.model.parameters import parameter_shapes
 from anarchobot.numerics.cores import CPU_MLP_ROWS, workers_for
-from anarchobot.optim import routes
+from anarchobot.optim import param_groups as routes
 
 Device = Literal["gpu", "cpu"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -239,7 +239,7 @@ class _Part:
         return made if e == 4 or lora.r else max(made, 4 * chunk + 8 * head)
 
     def _lowest(self) -> int:
-        """As model/gradients.py's: blocks below keep nothing."""
+        """As model/llama/gradients.py's: blocks below keep nothing."""
         if "model.embed_tokens.weight" in self._trained:
             return 0
         layers = self._config.model.n_layers

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.model.flops import model_step
+from anarchobot.model.llama.flops import model_step
 
 APPLE_OPERATIONS = 256  # of a core in a cycle
 APPLE_GHZ = {

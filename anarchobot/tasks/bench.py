@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: operations counted (model/flops.py) against time measured.
+"""Where the time of a training step goes: operations counted (model/llama/flops.py) against time measured.
 
 The step runs as in training, on random tokens. Then each of its parts runs alone, by the step's own functions and with
 its techniques, in all workers at once, as often as a step needs it: the sum of the parts need not be the step. What
@@ -16,13 +16,13 @@ import numpy as np
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
-from anarchobot.model import flops
-from anarchobot.model.shapes import parameter_count
+from anarchobot.model.llama import flops
+from anarchobot.model.parameters import parameter_count
 from anarchobot.system.blas import load_fast_blas
 from anarchobot.system.fitting import fitted
 
 if TYPE_CHECKING:
-    from anarchobot.training.engine import MLXEngine
+    from anarchobot.training.mlx_engine import MLXEngine
 
 CPU_PEAK_SIZE, GPU_PEAK_SIZE = 1024, 8192  # rows and columns of the products that measure the peak
 PEAK_SECONDS = 1.0
@@ -48,7 +48,7 @@ def bench(loaded: LoadedConfig, steps: int = 5) -> dict[str, Any]:
 
     from anarchobot.data.batches import Batch
     from anarchobot.tasks.step_parts import parts_of, query_blocks
-    from anarchobot.training.engine import MLXEngine
+    from anarchobot.training.mlx_engine import MLXEngine
 
     engine = MLXEngine(config)
     on_cpu = engine.device.type == mx.DeviceType.cpu

@@ -16,8 +16,8 @@ from anarchobot.training.loop import Engine
 from anarchobot.training.ranks import ALONE, Ranks, join_ranks, launched
 
 if TYPE_CHECKING:
-    from anarchobot.training.engine import MLXEngine
-    from anarchobot.training.preference import PreferenceEngine
+    from anarchobot.training.mlx_engine import MLXEngine
+    from anarchobot.training.preference_engine import PreferenceEngine
 
 Weights = Mapping[str, npt.NDArray[np.float32]]
 
@@ -59,7 +59,7 @@ def open_preference_engine(config: Config, weights: Weights) -> "tuple[OpenEngin
     if config.train.backend == "torch":
         raise UserError("train.backend: torch has no preference tuning: set train.backend: mlx")
     blas = load_fast_blas()  # before MLX, which the next line imports
-    from anarchobot.training.preference import PreferenceEngine
+    from anarchobot.training.preference_engine import PreferenceEngine
 
     engine = PreferenceEngine(config, weights)
     return _opened(engine, config, blas is None), engine
@@ -67,7 +67,7 @@ def open_preference_engine(config: Config, weights: Weights) -> "tuple[OpenEngin
 
 def _mlx(config: Config, weights: Weights | None, ranks: Ranks) -> OpenEngine:
     blas = load_fast_blas()  # before MLX, which the next line imports
-    from anarchobot.training.engine import MLXEngine
+    from anarchobot.training.mlx_engine import MLXEngine
 
     return _opened(MLXEngine(config, weights, ranks), config, blas is None)
 
@@ -92,8 +92,8 @@ def _opened(engine: "MLXEngine", config: Config, slow_products: bool) -> OpenEng
 
 
 def _torch(config: Config, weights: Weights | None) -> OpenEngine:
-    from anarchobot.torch_mps.engine import TorchEngine
-    from anarchobot.torch_mps.generation import continued, generate
+    from anarchobot.torch_backend.engine import TorchEngine
+    from anarchobot.torch_backend.generation import continued, generate
 
     if config.lora.r is not None:
         raise UserError("train.backend: torch trains whole weights: leave lora.r out, or set train.backend: mlx")

@@ -13,7 +13,7 @@ import numpy as np
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, ModelConfig
-from anarchobot.model.shapes import init_parameters
+from anarchobot.model.parameters import init_parameters
 from anarchobot.runs import checkpoint
 from anarchobot.storage import durable
 from anarchobot.tasks.faults import Outcome

@@ -15,7 +15,7 @@ from anarchobot.evaluation.rouge import rouge_package
 from anarchobot.exchange.adapters import read_adapter, write_adapter
 from anarchobot.exchange.pretrained import Base, open_base
 from anarchobot.model.lora import is_packed, trained_count
-from anarchobot.model.shapes import parameter_count, parameter_shapes
+from anarchobot.model.parameters import parameter_count, parameter_shapes
 from anarchobot.runs import checkpoint
 from anarchobot.tasks.engines import OpenEngine
 from anarchobot.tasks.run import Show, Start, carry_out

@@ -10,8 +10,8 @@ from anarchobot.data.shards import TokenStream
 from anarchobot.data.windows import Joined, StreamWindows, open_windows
 from anarchobot.exchange.pretrained import Base, open_base
 from anarchobot.model.lora import trained_count, trained_shapes
-from anarchobot.model.shapes import parameter_count
-from anarchobot.optim.routes import describe_routes, trained
+from anarchobot.model.parameters import parameter_count
+from anarchobot.optim.param_groups import describe_routes, trained
 from anarchobot.optim.schedule import total_steps
 from anarchobot.tasks.engines import Weights, open_engine, open_ranks
 from anarchobot.tasks.run import Show, carry_out, fitted_run, where_to_start

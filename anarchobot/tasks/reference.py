@@ -14,7 +14,7 @@ from anarchobot.data.conversations.pairs import Pairs
 from anarchobot.storage.durable import read_sealed, write_sealed
 
 if TYPE_CHECKING:  # it imports MLX
-    from anarchobot.training.preference import PreferenceEngine
+    from anarchobot.training.preference_engine import PreferenceEngine
 
 FILE = "reference.json"
 SAVED_EVERY = 60.0  # seconds: no more is lost when it is interrupted

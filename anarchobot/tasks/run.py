@@ -12,7 +12,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
 from anarchobot.config.schema import Config
 from anarchobot.config.yaml_tree import dump
-from anarchobot.model.shapes import parameter_count
+from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
 from anarchobot.runs.metrics_log import MetricsLog, NoLog
 from anarchobot.runs.progress import Progress

@@ -11,15 +11,16 @@ import mlx.core as mx
 
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
-from anarchobot.model import block, flops, loss
-from anarchobot.model.attention import Attended, Attention
-from anarchobot.model.block import KeptAttention, KeptMLP
-from anarchobot.model.gradients import embed_backward
+from anarchobot.model import loss
+from anarchobot.model.gradient_accumulator import Gradients, Params
+from anarchobot.model.llama import block, flops
+from anarchobot.model.llama.attention import Attended, Attention
+from anarchobot.model.llama.block import KeptAttention, KeptMLP
+from anarchobot.model.llama.forward import blocks, embed, head_name
+from anarchobot.model.llama.gradients import embed_backward
 from anarchobot.model.norm import rms_norm, rms_norm_backward
-from anarchobot.model.sums import Gradients, Params
-from anarchobot.model.transformer import blocks, embed, head_name
-from anarchobot.optim import hybrid
-from anarchobot.training.engine import MLXEngine
+from anarchobot.optim import muon_adamw as hybrid
+from anarchobot.training.mlx_engine import MLXEngine
 
 
 @dataclass(frozen=True)

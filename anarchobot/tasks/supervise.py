@@ -16,7 +16,7 @@ from types import FrameType
 
 from anarchobot.config.schema import Config
 from anarchobot.data.shards import read_manifest
-from anarchobot.model.flops import model_step
+from anarchobot.model.llama.flops import model_step
 from anarchobot.optim.schedule import total_steps
 from anarchobot.runs.checkpoint import saved_steps
 from anarchobot.training.ranks import launched

@@ -20,7 +20,7 @@ from anarchobot.training.rank_watch import RankWatch, connect
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from anarchobot.model.sums import Params
+    from anarchobot.model.gradient_accumulator import Params
     from anarchobot.runs.progress import Progress
     from anarchobot.training.loop import Engine
 

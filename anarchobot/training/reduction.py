@@ -3,7 +3,7 @@ for the next one."""
 
 import mlx.core as mx
 
-from anarchobot.model.sums import Params
+from anarchobot.model.gradient_accumulator import Params
 
 
 def summed(parts: list[Params]) -> Params:

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from anarchobot.optim.routes import update_shares
+from anarchobot.optim.param_groups import update_shares
 from anarchobot.training.ranks import Ranks
 
 if TYPE_CHECKING:
-    from anarchobot.model.sums import Params
+    from anarchobot.model.gradient_accumulator import Params
 
 LOOKED_AT = 3  # updates, of which the fastest is taken: the first compiles, and any may wait for the machine
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from anarchobot.evaluation import likelihood
 from anarchobot.evaluation.likelihood import likelihoods, rolling
 from anarchobot.inference.model import Model
 from tests.inference.conftest import SHAPE
-from tests.model.reference import logits
+from tests.model.llama.reference import logits
 
 LONGEST = SHAPE.max_seq_len
 

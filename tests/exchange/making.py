@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from anarchobot.config.schema import Config, DataConfig, ModelConfig
 from anarchobot.config.yaml_tree import dump
-from anarchobot.model.shapes import parameter_shapes
-from anarchobot.model.transformer import hidden_states, logits
+from anarchobot.model.llama.forward import hidden_states, logits
+from anarchobot.model.parameters import parameter_shapes
 from anarchobot.runs import checkpoint
 from anarchobot.tokenizers.tokenizer import copy_beside, load_tokenizer
 

@@ -19,8 +19,8 @@ from anarchobot.exchange.fusing import _repacked, fuse, fused
 from anarchobot.exchange.pretrained import open_base
 from anarchobot.inference.model import load_model
 from anarchobot.model.frozen import adapter_constants, frozen_weights
+from anarchobot.model.llama.forward import hidden_states, logits
 from anarchobot.model.lora import adapter_shapes
-from anarchobot.model.transformer import hidden_states, logits
 from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import write_sealed
 from anarchobot.tokenizers.tokenizer import load_tokenizer

@@ -147,7 +147,7 @@ def test_qwen2_comes_in_is_trained_and_goes_out(tmp_path: Path, bpe: Path) -> No
     import mlx.core as mx
     from mlx_lm import load as mlx_load
 
-    from anarchobot.model.gradients import loss_and_gradients
+    from anarchobot.model.llama.gradients import loss_and_gradients
 
     folder = hf_folder(tmp_path / "hf", bpe, "Qwen2", head_dim=12, tie_word_embeddings=True)
     fill_biases(folder)

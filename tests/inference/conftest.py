@@ -8,7 +8,7 @@ import pytest
 
 from anarchobot.config.schema import ModelConfig
 from anarchobot.inference.model import Model
-from anarchobot.model.shapes import init_parameters
+from anarchobot.model.parameters import init_parameters
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from tests.tiny import VOCAB
 

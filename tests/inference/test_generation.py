@@ -12,7 +12,7 @@ from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference import batching
 from anarchobot.inference.generation import TextBatch, generate, generate_each, generate_ids
 from anarchobot.inference.model import Model, load_model
-from anarchobot.model.transformer import hidden_states, logits
+from anarchobot.model.llama.forward import hidden_states, logits
 from tests.inference.conftest import SHAPE
 from tests.tiny import VOCAB
 

@@ -11,14 +11,14 @@ import pytest
 from anarchobot.config.schema import LoraConfig, ModelConfig
 from anarchobot.model import linear as linear_file
 from anarchobot.model.frozen import adapter_constants, begin_adapters, frozen_weights
-from anarchobot.model.gradients import Technique, loss_and_gradients
+from anarchobot.model.gradient_accumulator import Gradients, Params
 from anarchobot.model.linear import InputDropout, linear, linear_backward, linear_gradients
+from anarchobot.model.llama.forward import hidden_states, logits
+from anarchobot.model.llama.gradients import Technique, loss_and_gradients
 from anarchobot.model.lora import adapted_matrices, adapter_scale, adapter_shapes, init_factors, trained_count
-from anarchobot.model.sums import Gradients, Params
-from anarchobot.model.transformer import hidden_states, logits
-from anarchobot.numerics import order
-from tests.model import reference
-from tests.model.test_transformer import as_mlx, parameters, random_tokens, tiny
+from anarchobot.numerics import sequencing as order
+from tests.model.llama import reference
+from tests.model.llama.test_forward import as_mlx, parameters, random_tokens, tiny
 
 Array = npt.NDArray[np.float32]
 
@@ -318,7 +318,7 @@ def test_the_matrices_and_the_count_by_hand() -> None:
 
 def test_nothing_is_computed_for_what_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of the backward pass, counted: none for a frozen weight, none below the lowest adapter."""
-    from anarchobot.model import block
+    from anarchobot.model.llama import block
 
     shape, tokens = tiny(n_layers=4), random_tokens(tiny())
     passed: list[str] = []

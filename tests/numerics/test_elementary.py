@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from anarchobot.numerics import elementary
-from anarchobot.numerics.order import evaluated, free, tied
 from anarchobot.numerics.products import add_product
+from anarchobot.numerics.sequencing import evaluated, free, tied
 
 X = np.concatenate([np.linspace(-87, 88, 200_003), np.linspace(-3, 3, 100_003), [0.0]]).astype(np.float32)
 EXACT = X.astype(np.float64)

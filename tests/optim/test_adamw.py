@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from anarchobot.config.schema import TrainConfig
-from anarchobot.numerics.order import Wait, evaluated, tied
+from anarchobot.numerics.sequencing import Wait, evaluated, tied
 from anarchobot.optim.adamw import BETA1, BETA2, EPSILON, adamw
 
 

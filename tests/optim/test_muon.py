@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from anarchobot.config.schema import TrainConfig
-from anarchobot.numerics.order import evaluated, tied
+from anarchobot.numerics.sequencing import evaluated, tied
 from anarchobot.optim.muon import muon, muon_directions, update_scale
-from anarchobot.optim.orthogonal import orthogonalise
-from tests.optim.test_orthogonal import iterate, svd_matrix
+from anarchobot.optim.polar_express import orthogonalise
+from tests.optim.test_polar_express import iterate, svd_matrix
 
 HEAD = 4
 SHAPES = {

@@ -28,7 +28,7 @@ WATCHED_RUN = """
 import sys, time
 from pathlib import Path
 from anarchobot.cli.main import main
-from anarchobot.training.engine import MLXEngine
+from anarchobot.training.mlx_engine import MLXEngine
 table, step = Path(sys.argv[1]), MLXEngine.train_step
 def watched(self, batch, number, *rest):
     while not table.exists() or len(table.read_text().splitlines()) <= number:

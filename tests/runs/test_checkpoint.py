@@ -8,7 +8,7 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, ModelConfig
-from anarchobot.model.shapes import init_parameters
+from anarchobot.model.parameters import init_parameters
 from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import write_sealed
 

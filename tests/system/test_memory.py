@@ -15,7 +15,7 @@ from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
 from anarchobot.runs import checkpoint
 from anarchobot.system.memory import checkpoint_bytes, estimate
-from anarchobot.training.engine import MLXEngine
+from anarchobot.training.mlx_engine import MLXEngine
 
 MODEL = {"vocab_size": 2000, "n_layers": 3, "d_model": 128, "n_heads": 4, "dropout": 0.0}
 TRAIN = {"device": "cpu", "precision": "float32", "cpu_threads": 1, "micro_batch_size": 4, "grad_accum_steps": 2}

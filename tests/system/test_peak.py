@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.model.shapes import parameter_shapes
+from anarchobot.model.parameters import parameter_shapes
 from anarchobot.system.awake import stay_awake
 from anarchobot.system.peak import cores_of, operations_per_token, peak_tflops
 

@@ -22,7 +22,7 @@ from anarchobot.tasks import adapt_checks, adapt_evaluation, adapt_vocab
 from anarchobot.tasks.adapt_evaluation import read_questions, table
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
-from anarchobot.training.engine import MLXEngine
+from anarchobot.training.mlx_engine import MLXEngine
 from tests.exchange.making import make_run, our_logits, real_ids
 from tests.tasks.adapting import STAGES, command, kill_in, make_world, results, write_config
 

@@ -13,8 +13,8 @@ import pytest
 
 from anarchobot.cli.main import main
 from anarchobot.config.loading import load_config
-from anarchobot.model import flops
-from anarchobot.model.shapes import parameter_count
+from anarchobot.model.llama import flops
+from anarchobot.model.parameters import parameter_count
 from tests.tiny import write_config
 
 PARTS = [

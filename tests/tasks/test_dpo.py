@@ -10,7 +10,7 @@ from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
 from anarchobot.storage.lock import FolderLock
 from anarchobot.tasks.dpo import dpo
-from anarchobot.training.preference import PreferenceEngine
+from anarchobot.training.preference_engine import PreferenceEngine
 from tests.tasks.test_pretrain import equal
 from tests.tasks.tuning import base as base
 from tests.tasks.tuning import events, tuning

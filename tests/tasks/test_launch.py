@@ -148,7 +148,7 @@ SHORT_OF_MEMORY = """
     from anarchobot.cli.main import main
     from anarchobot.system.blas import load_fast_blas
     load_fast_blas()
-    from anarchobot.training.engine import MLXEngine
+    from anarchobot.training.mlx_engine import MLXEngine
     share, tries = MLXEngine._share, []
     def failing(self, batch, step, *rest):
         tries.append(step)

@@ -20,7 +20,7 @@ import yaml
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import load_config
 from anarchobot.data.shards import read_manifest
-from anarchobot.model.shapes import parameter_count
+from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
 from anarchobot.tasks.pretrain import pretrain
 from tests.tiny import LEFT_OUT, VOCAB, loaded, make_shards, write_config
@@ -56,9 +56,9 @@ def equal(a: Path, b: Path) -> None:
 
 def engine_class(backend: str) -> Any:
     if backend == "mlx":
-        return importlib.import_module("anarchobot.training.engine").MLXEngine
+        return importlib.import_module("anarchobot.training.mlx_engine").MLXEngine
     pytest.importorskip("torch").set_num_threads(1)
-    return importlib.import_module("anarchobot.torch_mps.engine").TorchEngine
+    return importlib.import_module("anarchobot.torch_backend.engine").TorchEngine
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
@@ -148,7 +148,7 @@ def test_a_batch_whose_numbers_are_not_finite_leaves_no_trace_in_the_weights(
     run_with: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NaN is put into the gradient of step 3's batch: the weights are those of step 2, and the batch is named."""
-    from anarchobot.training.engine import MLXEngine
+    from anarchobot.training.mlx_engine import MLXEngine
 
     real = MLXEngine._share
 
@@ -187,7 +187,7 @@ def test_a_worse_model_after_a_resume_is_not_the_best(
     run_with: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step is saved before its own validation, so the checkpoint doesn't know how good it was."""
-    from anarchobot.training.engine import MLXEngine
+    from anarchobot.training.mlx_engine import MLXEngine
 
     losses = iter([5.0, 4.0, 3.0, 3.0, 3.5])  # at steps 0, 3, 6 and, resumed, at 6 again and 9
     monkeypatch.setattr(MLXEngine, "eval_step", lambda self, batch: (next(losses) * 10, 10))

@@ -24,7 +24,7 @@ from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tasks.sft import sft
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import TRAINING_DAY
-from anarchobot.training.engine import MLXEngine
+from anarchobot.training.mlx_engine import MLXEngine
 from tests.tasks.test_pretrain import equal
 from tests.tasks.tuning import base as base
 from tests.tasks.tuning import chats as chats

@@ -13,7 +13,7 @@ import pytest
 from anarchobot.cli.main import main
 from anarchobot.config.loading import load_config
 from anarchobot.config.schema import Config
-from anarchobot.model.flops import model_step
+from anarchobot.model.llama.flops import model_step
 from anarchobot.runs import checkpoint
 from anarchobot.tasks import supervise
 from anarchobot.training.stop import PARENT

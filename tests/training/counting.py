@@ -8,7 +8,7 @@ import numpy as np
 
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.data.batches import Batch
-from anarchobot.model.shapes import parameter_shapes
+from anarchobot.model.parameters import parameter_shapes
 from anarchobot.runs.metrics_log import MetricsLog
 from anarchobot.runs.progress import Progress
 from anarchobot.training.loop import Run, StepResult, run_training

@@ -11,12 +11,12 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
+from anarchobot.model.llama.forward import hidden_states, logits
 from anarchobot.model.lora import adapter_shapes, trained_count
-from anarchobot.model.shapes import init_parameters, parameter_shapes
-from anarchobot.model.transformer import hidden_states, logits
+from anarchobot.model.parameters import init_parameters, parameter_shapes
 from anarchobot.runs import checkpoint
-from anarchobot.training.engine import MLXEngine
-from tests.training.test_engine import random_batch
+from anarchobot.training.mlx_engine import MLXEngine
+from tests.training.test_mlx_engine import random_batch
 
 LORA = {"r": 8, "alpha": 16.0}
 

@@ -8,10 +8,10 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
-from anarchobot.model.shapes import init_parameters, parameter_shapes
+from anarchobot.model.parameters import init_parameters, parameter_shapes
 from anarchobot.tasks.engines import open_engine
-from anarchobot.training.engine import MLXEngine
-from tests.training.test_engine import random_batch
+from anarchobot.training.mlx_engine import MLXEngine
+from tests.training.test_mlx_engine import random_batch
 
 TRAINED = ("model.embed_tokens.weight", "lm_head.weight")
 

@@ -1,0 +1,233 @@
+"""The two halves of a transformer block, forward and backward: attention, and a gated MLP, each after a norm and added
+to its input.
+
+The gradients are written out, so that the forward pass keeps only what is dear to compute again, the outputs of matrix
+products, and the backward pass frees everything as soon as it is used (model/order.py).
+
+Shapes: N tokens of all rows, D d_model, F mlp width.
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from anarchobot.config.schema import ModelConfig
+from anarchobot.model.gradient_accumulator import Gradients, Params
+from anarchobot.model.linear import InputDropout, linear, linear_backward, linear_gradients
+from anarchobot.model.llama.attention import Attended, Attends, Attention, HeadNorms
+from anarchobot.model.norm import rms_norm, rms_norm_backward
+from anarchobot.numerics.elementary import sigmoid, tanh
+from anarchobot.numerics.sequencing import Wait
+
+
+class KeptAttention(NamedTuple):
+    """What the backward pass needs of an attention half: [N, ...]; `mixed`: v is half the first block's."""
+
+    x: mx.array
+    q: mx.array
+    k: mx.array
+    v: mx.array
+    attended: Attended
+    mixed: bool
+
+
+class KeptMLP(NamedTuple):
+    """What the backward pass needs of an MLP half: x [N, D], and gate and up by chunks of rows, [rows, F] each."""
+
+    x: mx.array
+    chunks: list[tuple[mx.array, mx.array]]
+
+
+def attention_forward(
+    p: Params,
+    x: mx.array,
+    model: ModelConfig,
+    attention: Attends,
+    key: mx.array | None = None,
+    first_v: mx.array | None = None,
+    drop: InputDropout | None = None,
+) -> tuple[mx.array, KeptAttention]:
+    """x + attention(norm(x)) for `x` [N, D]; `p` are the block's parameters by their names inside it; `key` turns
+    dropout on, `drop` that of adapters' inputs. With `first_v`, the first block's values, the block's own are averaged
+    with them (value residual; Zhou et al., 2024)."""
+    normed = rms_norm(x, p["input_layernorm.weight"], model.norm_eps)
+    q, k, v = (linear(p, f"self_attn.{name}_proj", normed, drop) for name in "qkv")
+    if first_v is not None:
+        v = 0.5 * (v + first_v)
+    attended = attention.forward(q, k, v, _head_norms(p))
+    out = x + _dropout(linear(p, "self_attn.o_proj", attended.out, drop), model, key)
+    return out, KeptAttention(x, q, k, v, attended, first_v is not None)
+
+
+def attention_backward(
+    p: Params,
+    kept: KeptAttention,
+    dy: mx.array,
+    attention: Attention,
+    key: mx.array | None,
+    grads: Gradients,
+    dfirst_v: mx.array | None = None,
+    drop: InputDropout | None = None,
+) -> tuple[mx.array, mx.array | None]:
+    """From the gradient `dy` [N, D] of the half's output: that of its input; the parameters' are added to `grads`.
+
+    `dfirst_v` is what later blocks pass on for the first block's values; returned with this block's share, which the
+    first block itself uses up."""
+    model, wait = attention.model, attention.wait
+    x, q, k, v, attended, mixed = kept
+    d = _dropout(dy, model, key)
+    done, dz = linear_gradients(p, "self_attn.o_proj", d, attended.out, grads, drop)
+    (d,) = wait([d], done)
+    dout = linear_backward(p, "self_attn.o_proj", d, dz, drop)
+    q, k, v = wait([q, k, v], [dout])
+    dq, dk, dv, dnorms = attention.backward(q, k, v, _head_norms(p), attended, dout)
+    if mixed:
+        dv = 0.5 * dv
+        dfirst_v = dv if dfirst_v is None else dfirst_v + dv
+    elif dfirst_v is not None:
+        dv = dv + dfirst_v
+    if dnorms is not None:
+        (dq,) = wait(
+            [dq], grads.add("self_attn.q_norm.weight", dnorms.q) + grads.add("self_attn.k_norm.weight", dnorms.k)
+        )
+    (x,) = wait([x], [dq, dk, dv])
+    normed = rms_norm(x, p["input_layernorm.weight"], model.norm_eps)
+    done_q, z_q = linear_gradients(p, "self_attn.q_proj", dq, normed, grads, drop, q)
+    done_k, z_k = linear_gradients(p, "self_attn.k_proj", dk, normed, grads, drop, k)
+    done_v, z_v = linear_gradients(p, "self_attn.v_proj", dv, normed, grads, drop, None if mixed else v)
+    dq, dk, dv = wait([dq, dk, dv], done_q + done_k + done_v)
+    dnormed = linear_backward(p, "self_attn.q_proj", dq, z_q, drop)
+    dnormed = dnormed + linear_backward(p, "self_attn.k_proj", dk, z_k, drop)
+    dnormed = dnormed + linear_backward(p, "self_attn.v_proj", dv, z_v, drop)
+    (dnormed,) = wait([dnormed], [dnormed])
+    del normed, dq, dk, dv
+    dx, dweight = rms_norm_backward(x, p["input_layernorm.weight"], model.norm_eps, dnormed)
+    (dx,) = wait([dy + dx], grads.add("input_layernorm.weight", dweight))
+    return dx, dfirst_v
+
+
+def mlp_forward(
+    p: Params,
+    x: mx.array,
+    model: ModelConfig,
+    key: mx.array | None = None,
+    rows: int | None = None,
+    drop: InputDropout | None = None,
+) -> tuple[mx.array, KeptMLP]:
+    """x + down(act(gate(norm(x))) * up(norm(x))) for `x` [N, D], `rows` tokens at a time (None: all)."""
+    normed = _chunks(rms_norm(x, p["post_attention_layernorm.weight"], model.norm_eps), rows)
+    drops = _drops(drop, len(normed))
+    chunks = [
+        (linear(p, "mlp.gate_proj", n, own), linear(p, "mlp.up_proj", n, own))
+        for n, own in zip(normed, drops, strict=True)
+    ]
+    out = _joined(
+        [
+            linear(p, "mlp.down_proj", _gated(gate, up, model), own)
+            for (gate, up), own in zip(chunks, drops, strict=True)
+        ]
+    )
+    return x + _dropout(out, model, key), KeptMLP(x, chunks)
+
+
+def mlp_backward(
+    p: Params,
+    kept: KeptMLP,
+    dy: mx.array,
+    model: ModelConfig,
+    wait: Wait,
+    key: mx.array | None,
+    grads: Gradients,
+    drop: InputDropout | None = None,
+) -> mx.array:
+    """As attention_backward, by the chunks of the forward pass, which are used up."""
+    x, chunks = kept
+    rows = chunks[0][0].shape[0]
+    dnormed: list[mx.array] = []
+    ds, xs, drops = _chunks(_dropout(dy, model, key), rows), _chunks(x, rows), _drops(drop, len(chunks))
+    for d, x_chunk, own in zip(ds, xs, drops, strict=True):
+        gate, up = chunks.pop(0)  # nothing else holds them: their memory is free as soon as they are used
+        gate, up, d = wait([gate, up, d], dnormed[-1:])
+        done, dz = linear_gradients(p, "mlp.down_proj", d, _gated(gate, up, model), grads, own)
+        (d,) = wait([d], done)
+        dgate, dup = _gated_backward(gate, up, linear_backward(p, "mlp.down_proj", d, dz, own), model)
+        (x_chunk,) = wait([x_chunk], [dgate, dup])
+        normed = rms_norm(x_chunk, p["post_attention_layernorm.weight"], model.norm_eps)
+        done_gate, z_gate = linear_gradients(p, "mlp.gate_proj", dgate, normed, grads, own, gate)
+        done_up, z_up = linear_gradients(p, "mlp.up_proj", dup, normed, grads, own, up)
+        dgate, dup = wait([dgate, dup], done_gate + done_up)
+        dnormed.append(
+            linear_backward(p, "mlp.gate_proj", dgate, z_gate, own) + linear_backward(p, "mlp.up_proj", dup, z_up, own)
+        )
+    dx, dweight = rms_norm_backward(x, p["post_attention_layernorm.weight"], model.norm_eps, _joined(dnormed))
+    (dx,) = wait([dy + dx], grads.add("post_attention_layernorm.weight", dweight))
+    return dx
+
+
+def _drops(drop: InputDropout | None, count: int) -> list[InputDropout | None]:
+    """One for each of `count` chunks."""
+    if drop is None:
+        return [None] * count
+    keys = mx.random.split(drop.key, count)
+    return [InputDropout(drop.rate, keys[i]) for i in range(count)]
+
+
+def _chunks(x: mx.array, rows: int | None) -> list[mx.array]:
+    return [x] if rows is None else [x[i : i + rows] for i in range(0, x.shape[0], rows)]
+
+
+def _joined(chunks: list[mx.array]) -> mx.array:
+    return chunks[0] if len(chunks) == 1 else mx.concatenate(chunks)
+
+
+def _head_norms(p: Params) -> HeadNorms | None:
+    if "self_attn.q_norm.weight" not in p:
+        return None
+    return HeadNorms(p["self_attn.q_norm.weight"], p["self_attn.k_norm.weight"])
+
+
+def _gated(gate: mx.array, up: mx.array, model: ModelConfig) -> mx.array:
+    """act(gate) * up, where act is SiLU or GELU's tanh form (Hendrycks and Gimpel, 2016)."""
+    if model.ffn_activation == "silu":
+        return _product(gate, sigmoid(gate), up)
+    return _product(gate, 0.5 * (1 + tanh(_gelu_inner(gate))), up)
+
+
+def _gated_backward(gate: mx.array, up: mx.array, d: mx.array, model: ModelConfig) -> tuple[mx.array, mx.array]:
+    """From the gradient `d` of act(gate) * up: those of gate and up."""
+    if model.ffn_activation == "silu":
+        return _silu_backward(gate, sigmoid(gate), up, d)
+    return _gelu_backward(gate, tanh(_gelu_inner(gate)), up, d)
+
+
+# Compiled one by one, also where the whole step is not: one pass over memory each. Python scalars keep the dtype.
+
+
+@mx.compile
+def _product(gate: mx.array, share: mx.array, up: mx.array) -> mx.array:
+    return gate * share * up
+
+
+@mx.compile
+def _silu_backward(gate: mx.array, s: mx.array, up: mx.array, d: mx.array) -> tuple[mx.array, mx.array]:
+    """SiLU is g s(g), its slope s (1 + g (1 - s))."""
+    return d * up * (s * (1 + gate * (1 - s))), d * gate * s
+
+
+@mx.compile
+def _gelu_inner(gate: mx.array) -> mx.array:
+    return 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+
+
+@mx.compile
+def _gelu_backward(gate: mx.array, t: mx.array, up: mx.array, d: mx.array) -> tuple[mx.array, mx.array]:
+    """GELU is g (1 + t) / 2 with t = tanh(c (g + a g^3)); the slope of t is (1 - t^2) c (1 + 3 a g^2)."""
+    slope = 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * (0.7978845608028654 * (1 + 0.134145 * gate * gate))
+    return d * up * slope, d * (0.5 * gate * (1 + t))
+
+
+def _dropout(x: mx.array, model: ModelConfig, key: mx.array | None) -> mx.array:
+    if key is None or model.dropout == 0:
+        return x
+    keep = mx.random.bernoulli(1 - model.dropout, x.shape, key=key)
+    return mx.where(keep, x * (1 / (1 - model.dropout)), 0)

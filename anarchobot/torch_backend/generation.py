@@ -1,0 +1,96 @@
+"""Samples while training: a prompt in, its continuation out. Plain: the whole text goes through the model for each
+token, there is no cache; what is drawn is drawn in numpy, the same on every device."""
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.schema import GenerationConfig, ModelConfig
+from anarchobot.tokenizers.decoding import TextStream
+from anarchobot.tokenizers.tokenizer import Tokenizer
+from anarchobot.torch_backend.block import Params
+from anarchobot.torch_backend.loss import logits
+from anarchobot.torch_backend.transformer import head_name, hidden_states
+
+PENALTY_WINDOW = 20  # tokens that repetition_penalty looks back
+
+Logits = npt.NDArray[np.float64]
+
+
+def generate(weights: Params, model: ModelConfig, tokenizer: Tokenizer, settings: GenerationConfig) -> str:
+    """The prompt's continuation as text.
+
+    Ends at max_new_tokens, at an end of document, before the first of the stop strings, or when max_seq_len is reached;
+    the context begins with an end of document, as documents do in the shards, or with model.bos_id. The same settings
+    give the same text. Raises UserError for a prompt that leaves no room in max_seq_len.
+    """
+    prompt = tokenizer.encode_batch([settings.prompt])[0].tolist()
+    stream = TextStream(tokenizer, prompt, settings.stop)
+    parts = []
+    for token in generate_ids(weights, model, tokenizer.eod_id, prompt, settings):
+        parts.append(stream.add(token))
+        if stream.stopped:
+            break
+    return "".join([*parts, stream.rest()])
+
+
+def generate_ids(
+    weights: Params, model: ModelConfig, eod_id: int, prompt: list[int], settings: GenerationConfig
+) -> Iterator[int]:
+    """The drawn token ids, without the end of document that may stop them."""
+    begin = eod_id if model.bos_id is None else model.bos_id
+    return continued(weights, model, [begin, *prompt], settings, {eod_id})
+
+
+def continued(
+    weights: Params, model: ModelConfig, context: list[int], settings: GenerationConfig, stop: Collection[int]
+) -> Iterator[int]:
+    """The ids drawn one after the other behind those of `context`, without the one of `stop` that may end them."""
+    ids = list(context)
+    start, room = len(ids), model.max_seq_len - len(ids)
+    if room < 1:
+        raise UserError(
+            f"the prompt is {start} tokens long and the model's max_seq_len is {model.max_seq_len}: shorten it"
+        )
+    head = weights[head_name(model)]
+    rng = np.random.default_rng(settings.seed)
+    for _ in range(min(settings.max_new_tokens, room)):
+        with torch.no_grad():
+            hidden = hidden_states(weights, torch.tensor([ids], device=head.device), model)
+            z = np.array(logits(hidden[0, -1:], head, model)[0].cpu(), np.float64)  # [V]
+        token = draw(penalised(z, ids, settings.repetition_penalty), settings, rng)
+        if token in stop:
+            return
+        yield token
+        ids.append(token)
+
+
+def penalised(z: Logits, ids: list[int], penalty: float) -> Logits:
+    """Logits [V] with those of the last 20 tokens' ids made smaller: divided by `penalty`, multiplied if negative
+    (Keskar et al., 2019)."""
+    said = np.unique(ids[-PENALTY_WINDOW:])
+    z = z.copy()
+    z[said] = np.where(z[said] < 0, z[said] * penalty, z[said] / penalty)
+    return z
+
+
+def draw(z: Logits, settings: GenerationConfig, rng: np.random.Generator) -> int:
+    """An id drawn from logits [V] by the configured method: first the temperature, then the method's filter."""
+    if settings.method == "greedy":
+        return int(z.argmax())
+    p: npt.NDArray[Any] = np.exp((z - z.max()) / settings.temperature)
+    p /= p.sum()
+    order = np.argsort(-p, kind="stable")  # likeliest first
+    kept = len(p)
+    if settings.method == "top_k":
+        kept = settings.top_k
+    elif settings.method == "nucleus":  # the fewest likeliest that hold top_p
+        kept = int(np.searchsorted(np.cumsum(p[order]), settings.top_p)) + 1
+    elif settings.method == "min_p":
+        kept = int((p >= settings.min_p * p.max()).sum())
+    likeliest = p[order[:kept]]
+    return int(rng.choice(order[:kept], p=likeliest / likeliest.sum()))

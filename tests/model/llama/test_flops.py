@@ -1,0 +1,128 @@
+"""The counts against products written out by hand, and against the products that a step really makes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from anarchobot.config.schema import Config, ModelConfig
+from anarchobot.data.batches import Batch
+from anarchobot.model.llama import flops
+from anarchobot.training.mlx_engine import MLXEngine
+
+Product = tuple[int, int, int]  # m, n, k of [m, k] times [k, n]
+
+
+def operations(products: list[Product]) -> int:
+    return sum(2 * m * n * k for m, n, k in products)
+
+
+# Two rows of 7 tokens; 3 queries at a time, so that blocks see 3, 6 and 7 keys; 6 query heads on 2 key heads of 4.
+MODEL = ModelConfig(
+    vocab_size=100, n_layers=3, d_model=12, n_heads=6, n_kv_heads=2, head_dim=4, mlp_multiple=2.5, tie_embeddings=False
+)
+ROWS, BLOCKS = 2, [(0, 3), (3, 6), (6, 7)]
+PROJECTIONS: list[Product] = [(14, 24, 12), (14, 8, 12), (14, 8, 12), (14, 12, 24)]  # q, k, v, o
+SCORES: list[Product] = [(3, 3, 4), (3, 6, 4), (1, 7, 4)] * (ROWS * 6)  # for each row and query head
+VALUES: list[Product] = [(3, 4, 3), (3, 4, 6), (1, 4, 7)] * (ROWS * 6)
+MLP: list[Product] = [(14, 30, 12), (14, 30, 12), (14, 12, 30)]  # gate, up, down
+
+
+def backward(products: list[Product]) -> list[Product]:
+    """dx = dy W and dW = dy^T x of each y = x W^T."""
+    return [(m, k, n) for m, n, k in products] + [(n, k, m) for m, n, k in products]
+
+
+def test_the_parts_are_their_products() -> None:
+    assert flops.attention_forward(MODEL, ROWS, BLOCKS) == operations(PROJECTIONS + SCORES + VALUES)
+    of_queries_and_keys = operations(SCORES + backward(SCORES) + backward(VALUES))
+    assert flops.attention_backward(MODEL, ROWS, BLOCKS) == operations(backward(PROJECTIONS)) + of_queries_and_keys
+    assert flops.mlp_forward(MODEL, 14) == operations(MLP)
+    assert flops.mlp_backward(MODEL, 14) == operations(backward(MLP))
+    head = [(14, 100, 12)]
+    assert flops.head(MODEL, 14) == operations(head + backward(head))
+    again = operations(PROJECTIONS + SCORES + VALUES + MLP[:2])
+    assert flops.block_again(MODEL, ROWS, BLOCKS) == again
+
+    forward = 3 * (PROJECTIONS + SCORES + VALUES + MLP) + head
+    assert flops.model_step(MODEL, ROWS, BLOCKS) == operations(forward + backward(forward))
+    assert flops.recomputed(MODEL, ROWS, BLOCKS, False) == 3 * operations(SCORES)
+    assert flops.recomputed(MODEL, ROWS, BLOCKS, True) == 3 * (operations(SCORES) + again)
+
+
+def test_a_token_asks_for_six_operations_a_weight_and_its_attention() -> None:
+    """One row as a single block: every query sees all keys, though half of the scores are masked."""
+    matrices = 3 * (12 * 24 + 2 * 12 * 8 + 24 * 12 + 3 * 12 * 30) + 100 * 12
+    assert flops.model_step(MODEL, 1, [(0, 7)]) == 7 * (6 * matrices + 3 * 6 * 2 * 24 * 7)
+
+
+@contextmanager
+def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The operations of all of MLX's products, but for sums of rows: a product with one column."""
+    counted = [0]
+    product, sum_of_product = mx.array.__matmul__, mx.addmm
+
+    def count(a: mx.array, b: mx.array) -> None:
+        if b.shape[-1] > 1:
+            leading = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+            counted[0] += 2 * int(np.prod(leading)) * a.shape[-2] * a.shape[-1] * b.shape[-1]
+
+    def counted_product(a: mx.array, b: mx.array) -> mx.array:
+        count(a, b)
+        return product(a, b)
+
+    def counted_sum(c: mx.array, a: mx.array, b: mx.array) -> mx.array:
+        count(a, b)
+        return sum_of_product(c, a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mx.array, "__matmul__", counted_product)
+        patch.setattr(mx, "addmm", counted_sum)
+        yield counted
+
+
+@pytest.mark.parametrize(
+    ("model", "train"),
+    [
+        ({}, {}),
+        ({"n_kv_heads": 2, "head_dim": 6, "tie_embeddings": False}, {"attention_block": 5, "grad_accum_steps": 3}),
+        ({"qk_norm": True, "value_residual": True}, {"muon_split_heads": False, "loss_chunk": 10, "normuon": False}),
+        ({"n_kv_heads": 1, "n_heads": 2, "head_dim": 4}, {"muon_split_heads": False}),
+        ({"ffn_activation": "gelu", "logit_softcap": 10.0}, {"optimizer": "adamw"}),
+        ({}, {"gradient_checkpointing": True, "attention_block": 16}),
+        ({"d_model": 512, "n_layers": 1, "mlp_multiple": 1.5}, {}),  # Muon's products in strips
+    ],
+    ids=["plain", "blocks", "whole heads", "one key head", "adamw", "recomputed", "strips"],
+)
+def test_a_step_makes_the_products_that_are_counted(
+    model: dict[str, Any], train: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"vocab_size": 61, "n_layers": 2, "d_model": 32, "n_heads": 4, **model}
+    settings = {"device": "cpu", "cpu_threads": 1, "micro_batch_size": 2, "grad_accum_steps": 1, **train}
+    config = Config.model_validate({"model": shape, "data": {"seq_len": 40}, "train": settings})
+    engine = MLXEngine(config)
+    micro_batches = config.train.grad_accum_steps
+    ids = np.random.default_rng(0).integers(0, 61, (2, micro_batches, 2, 40)).astype(np.int32)
+    with counting(monkeypatch) as counted:
+        engine.train_step(Batch(ids[0], ids[1]), 1, 0.01, 0.9)
+
+    size, again = config.train.attention_block or 10**6, config.train.gradient_checkpointing
+    blocks = [(start, min(start + size, 40)) for start in range(0, 40, size)]
+    expected = flops.model_step(config.model, 2 * micro_batches, blocks)
+    expected += flops.recomputed(config.model, 2 * micro_batches, blocks, again)
+    if config.train.optimizer == "muon_adamw":
+        expected += flops.muon(config.model, config.train.muon_split_heads, on_cpu=True)
+    if again:  # a recomputed block's down_proj is written down, but nobody asks for its value
+        expected += 2 * 2 * 80 * config.model.mlp_size * 32
+    assert counted[0] == expected
+
+
+def test_strips_are_for_a_cpu() -> None:
+    model = ModelConfig(vocab_size=8, n_layers=1, d_model=512, n_heads=1, mlp_multiple=2.0)
+    whole = 4 * (4 * 512**3 + 34 * 512**3) + 3 * (4 * 512**2 * 1024 + 34 * 512**3)
+    assert flops.muon(model, False, on_cpu=False) == whole
+    spared = 4 * (2 + 34) * 512**3 + 3 * (2 * 512**2 * 1024 + 34 * 512**3)  # by 3/8 in symmetric products
+    assert flops.muon(model, False, on_cpu=True) == whole - spared * 3 // 8

@@ -1,0 +1,250 @@
+"""The model against a plain float64 one: its loss, its gradients by finite differences, its cache, its dropout."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from anarchobot.config.schema import ModelConfig
+from anarchobot.model.llama.forward import head_name, hidden_states, logits
+from anarchobot.model.llama.gradients import Technique, loss_and_gradients
+from anarchobot.model.loss import loss_sum
+from anarchobot.model.parameters import init_parameters, parameter_shapes
+from anarchobot.numerics import sequencing as order
+from tests.model.llama import reference
+
+SHAPES = {
+    "plain": {},
+    "grouped heads, gelu, untied": {"n_kv_heads": 2, "ffn_activation": "gelu", "tie_embeddings": False},
+    "qk_norm, softcap, own head_dim": {"qk_norm": True, "logit_softcap": 5.0, "head_dim": 6, "n_kv_heads": 1},
+    "biases": {"attention_bias": True, "n_kv_heads": 2},
+    "biases, qk_norm, value residual": {"attention_bias": True, "qk_norm": True, "value_residual": True},
+    "other constants": {"rope_theta": 500.0, "norm_eps": 0.1, "mlp_multiple": 1.5},
+    "value residual, embedding scale": {"value_residual": True, "embedding_scale": 3.0, "n_layers": 3, "n_kv_heads": 2},
+}
+
+
+def tiny(**changes: object) -> ModelConfig:
+    base = {"vocab_size": 37, "n_layers": 2, "d_model": 16, "n_heads": 4, "dropout": 0.0, "max_seq_len": 64}
+    return ModelConfig(**{**base, **changes})  # type: ignore[arg-type]
+
+
+def parameters(model: ModelConfig, seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:
+    """Larger than at the start of training, so that every term of the gradient counts."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: (1 + 0.3 * rng.standard_normal(s) if len(s) == 1 else 0.3 * rng.standard_normal(s)).astype(np.float32)
+        for name, s in parameter_shapes(model).items()
+    }
+
+
+def random_tokens(model: ModelConfig, rows: int = 2, length: int = 12) -> npt.NDArray[np.int32]:
+    return np.random.default_rng(1).integers(0, model.vocab_size, (rows, length)).astype(np.int32)
+
+
+def as_mlx(params: dict[str, npt.NDArray[np.float32]]) -> dict[str, mx.array]:
+    return {name: mx.array(p) for name, p in params.items()}
+
+
+def mean_loss(
+    params: dict[str, mx.array], tokens: npt.NDArray[np.int32], model: ModelConfig, **how: Any
+) -> tuple[float, dict[str, mx.array]]:
+    """The mean loss of predicting each next token, and its gradients."""
+    inputs, targets = mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:])
+    loss, grads = loss_and_gradients(params, inputs, targets, model, scale=mx.array(1 / targets.size), **how)
+    return float(loss), grads
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_loss_equals_the_plain_float64_model(name: str) -> None:
+    model = tiny(**SHAPES[name])
+    params, tokens = parameters(model), random_tokens(model)
+    truth = reference.mean_loss({n: p.astype(np.float64) for n, p in params.items()}, tokens, model)
+    assert mean_loss(as_mlx(params), tokens, model)[0] == pytest.approx(truth, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradients_equal_finite_differences_of_the_plain_model(name: str) -> None:
+    """Each parameter is moved along a random direction: the plain model's loss must change as the gradient says."""
+    model = tiny(**SHAPES[name])
+    params, tokens = parameters(model), random_tokens(model)
+    _, gradients = mean_loss(as_mlx(params), tokens, model)
+    exact = {n: p.astype(np.float64) for n, p in params.items()}
+    rng, h = np.random.default_rng(2), 1e-6
+    assert set(gradients) == set(exact)
+    for key, value in exact.items():
+        direction = rng.standard_normal(value.shape)
+        ahead = reference.mean_loss({**exact, key: value + h * direction}, tokens, model)
+        behind = reference.mean_loss({**exact, key: value - h * direction}, tokens, model)
+        gradient = np.array(gradients[key], np.float64)
+        # A standard normal direction makes the true value about as large as the gradient's norm.
+        assert abs((ahead - behind) / (2 * h) - np.vdot(gradient, direction)) < 1e-4 * np.linalg.norm(gradient), key
+
+
+def test_recomputed_blocks_give_the_same_gradients_bit_for_bit_with_dropout_on() -> None:
+    model = tiny(dropout=0.3)
+    params, tokens, key = as_mlx(parameters(model)), random_tokens(model), mx.random.key(7)
+    _, kept = mean_loss(params, tokens, model, dropout_key=key)
+    _, recomputed = mean_loss(params, tokens, model, dropout_key=key, technique=Technique(recompute=True))
+    assert all(mx.array_equal(kept[n], recomputed[n]) for n in params)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "technique",
+    [
+        Technique(attention_block=5, loss_chunk=7, mlp_rows=9),
+        Technique(attention_block=1, wait=order.evaluated),
+        Technique(recompute=True, wait=order.evaluated, mlp_rows=28),
+        Technique(attention_block=4, wait=order.free, recompute=True),
+    ],
+    ids=["chunks", "single queries", "recomputed", "recomputed in free order"],
+)
+def test_every_technique_gives_the_same_gradients(technique: Technique, name: str) -> None:
+    """Blocks that do not divide the length, and gradients added to sums that are there already."""
+    model = tiny(**SHAPES[name])
+    params, tokens = as_mlx(parameters(model)), random_tokens(model, 2, 14)
+    loss, plain = mean_loss(params, tokens, model, technique=Technique(attention_block=100, loss_chunk=100))
+    before = {n: mx.full(p.shape, 0.25) for n, p in params.items()}
+    other, added = mean_loss(params, tokens, model, technique=technique, sums=before)
+    assert other == pytest.approx(loss, rel=1e-6)
+    for n, g in plain.items():
+        difference = mx.linalg.norm(added[n] - 0.25 - g)
+        assert float(difference) < 1e-5 * float(mx.linalg.norm(g)) + 1e-6 * p_size(params[n]), n
+
+
+def p_size(p: mx.array) -> float:
+    return float(np.sqrt(p.size))
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 33])
+def test_gradients_of_masked_documents_are_those_of_each_alone(length: int) -> None:
+    """Also for a row of one token."""
+    model = tiny(n_kv_heads=2)
+    params, tokens = as_mlx(parameters(model)), random_tokens(model, 1, length + 1)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    cuts = [0, length // 3, length // 2, length]
+    numbers = np.repeat(np.arange(3), np.diff(cuts))[None].astype(np.int32)
+    how = Technique(attention_block=8)
+
+    def gradients(a: int, b: int, segments: mx.array | None) -> tuple[float, dict[str, mx.array]]:
+        x, y = mx.array(inputs[:, a:b]), mx.array(targets[:, a:b])
+        loss, grads = loss_and_gradients(params, x, y, model, scale=mx.array(1.0), segments=segments, technique=how)
+        return float(loss), grads
+
+    whole, grads = gradients(0, length, mx.array(numbers))
+    parts = [gradients(a, b, None) for a, b in pairwise(cuts) if b > a]
+    assert whole == pytest.approx(sum(loss for loss, _ in parts), rel=1e-5)
+    for name, g in grads.items():
+        alone = sum(np.array(part[name], np.float64) for _, part in parts)
+        np.testing.assert_allclose(np.array(g), alone, atol=2e-5 * max(1.0, float(np.abs(alone).max())), err_msg=name)
+
+
+def test_a_token_sees_none_after_it() -> None:
+    model = tiny()
+    params, tokens = as_mlx(parameters(model)), random_tokens(model)
+    changed = tokens.copy()
+    changed[:, 8:] = (changed[:, 8:] + 1) % model.vocab_size
+    before, after = (np.array(hidden_states(params, mx.array(t), model)) for t in (tokens, changed))
+    np.testing.assert_array_equal(before[:, :8], after[:, :8])
+    assert np.abs(before[:, 8:] - after[:, 8:]).max() > 1e-3
+
+
+def test_masked_documents_are_as_if_each_were_alone() -> None:
+    """RoPE turns by distance, so a document gives the same wherever it stands in a row, if it sees only itself."""
+    model = tiny(n_kv_heads=2, qk_norm=True)
+    params, tokens = as_mlx(parameters(model)), random_tokens(model, 1, 12)
+    segments = mx.array([[0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 3, 3]])
+    row = np.array(hidden_states(params, mx.array(tokens), model, segments=segments))
+    for start, end in ((0, 3), (3, 4), (4, 9), (9, 12)):
+        alone = np.array(hidden_states(params, mx.array(tokens[:, start:end]), model))
+        np.testing.assert_allclose(row[:, start:end], alone, atol=2e-5)
+    unmasked = np.array(hidden_states(params, mx.array(tokens), model))
+    assert np.abs(unmasked[:, 3:] - row[:, 3:]).max() > 0.01
+
+
+def test_cached_pieces_give_what_the_whole_gives() -> None:
+    """Prompt in two pieces, then single tokens: catches a wrong RoPE offset or a wrong mask."""
+    from mlx_lm.models.cache import KVCache
+
+    model = tiny(n_kv_heads=2, qk_norm=True)
+    params, tokens = as_mlx(parameters(model)), random_tokens(model)
+    whole = np.array(hidden_states(params, mx.array(tokens), model))
+    caches = [KVCache() for _ in range(model.n_layers)]
+    pieces = [
+        hidden_states(params, mx.array(tokens[:, a:b]), model, caches=caches)
+        for a, b in ((0, 5), (5, 9), (9, 10), (10, 11), (11, 12))
+    ]
+    np.testing.assert_allclose(np.concatenate([np.array(p) for p in pieces], axis=1), whole, atol=2e-5)
+
+
+def test_dropout_follows_its_key_keeps_the_mean_and_drops_its_share() -> None:
+    model = tiny(dropout=0.25, n_layers=1, d_model=64, n_heads=1)
+    params = as_mlx(init_parameters(model, 0))
+    from anarchobot.model.llama.block import _dropout
+
+    ones = mx.ones((200, 500))
+    dropped = np.array(_dropout(ones, model, mx.random.key(0)))
+    assert (dropped == 0).mean() == pytest.approx(0.25, abs=0.006)  # 4 standard deviations
+    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
+    tokens = random_tokens(model, 64, 64)
+    losses = [mean_loss(params, tokens, model, dropout_key=key)[0] for key in (*map(mx.random.key, (1, 1, 2)), None)]
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_stays_half_and_gradients_are_float32(dtype: mx.Dtype) -> None:
+    """One float32 array in the way would promote all that follows, silently."""
+    model = tiny(dropout=0.2, qk_norm=True)
+    params, tokens = as_mlx(parameters(model)), random_tokens(model)
+    hidden = hidden_states(params, mx.array(tokens), model, dtype=dtype)
+    assert hidden.dtype == dtype
+    assert logits(hidden, params, model).dtype == mx.float32
+    _, gradients = mean_loss(params, tokens, model, dtype=dtype)
+    _, exact = mean_loss(params, tokens, model)
+    for name, g in gradients.items():
+        assert g.dtype == mx.float32
+        assert float(mx.linalg.norm(g - exact[name]) / mx.linalg.norm(exact[name])) < 0.1, name
+
+
+@pytest.mark.parametrize("vocab_size", [256, 8192])
+def test_a_fresh_model_guesses_evenly(vocab_size: int) -> None:
+    model = tiny(vocab_size=vocab_size, d_model=64, n_layers=4)
+    params = as_mlx(init_parameters(model, 0))
+    assert mean_loss(params, random_tokens(model, 8, 64), model)[0] == pytest.approx(np.log(vocab_size), rel=0.05)
+
+
+def test_stories260k_gives_its_published_text(shared_data: Path) -> None:
+    """A real Llama with grouped heads, trained elsewhere: its loss and greedy text, as its own program gives them."""
+    folder = shared_data / "artifacts" / "stories260K"
+    said = json.loads((folder / "hf" / "config.json").read_text())
+    model = ModelConfig(
+        vocab_size=said["vocab_size"],
+        n_layers=said["num_hidden_layers"],
+        d_model=said["hidden_size"],
+        n_heads=said["num_attention_heads"],
+        n_kv_heads=said["num_key_value_heads"],
+        mlp_multiple=said["intermediate_size"] / said["hidden_size"],
+        norm_eps=said["rms_norm_eps"],
+        rope_theta=float(said.get("rope_theta", 10000.0)),
+        dropout=0.0,
+    )
+    weights = mx.load(str(folder / "hf" / "model.safetensors"))
+    assert isinstance(weights, dict)
+    params = {name: weights[name] for name in parameter_shapes(model)}
+    truth = json.loads((folder / "reference.json").read_text())
+    for story in truth["stories"]:
+        ids = mx.array(story["ids"])
+        hidden = hidden_states(params, ids[None, :-1], model)[0]
+        mean = float(loss_sum(hidden, params[head_name(model)], ids[1:], model)) / (len(story["ids"]) - 1)
+        assert mean == pytest.approx(story["mean_nll"], rel=1e-5)
+    greedy = mx.array(truth["greedy_from_bos_ids"])
+    hidden = hidden_states(params, greedy[None, :-1], model)[0]
+    likeliest = mx.argmax(logits(hidden, params, model), axis=-1)
+    assert likeliest.tolist() == greedy[1:].tolist()

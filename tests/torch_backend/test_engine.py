@@ -1,0 +1,333 @@
+"""The torch step: what it computes, what it leaves alone, and that it is the same however it is done."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anarchobot.config.errors import UserError
+from anarchobot.data.batches import Batch
+from anarchobot.training.loss_scale import LossScale
+from anarchobot.training.mlx_engine import MLXEngine
+from tests.torch_backend.settings import batch, config, train
+
+torch = pytest.importorskip("torch")
+
+from anarchobot.torch_backend.engine import TorchEngine  # noqa: E402
+from anarchobot.torch_mps import compiling, engine, gradients  # noqa: E402
+from tests.torch_backend.test_model import Seen  # noqa: E402
+
+FREE = math.inf  # a norm limit that limits nothing
+State = dict[str, np.ndarray]
+
+
+def assert_same(got: State, wanted: State, but: tuple[str, ...] = ()) -> None:
+    assert set(got) == set(wanted)
+    for name, value in wanted.items():
+        if name not in but:
+            np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["muon_adamw", "adamw"])
+def test_learns_to_count(optimizer: str) -> None:
+    losses = train(TorchEngine(config(optimizer=optimizer)), range(1, 101))
+    assert losses[0] == pytest.approx(math.log(61), rel=0.05)
+    assert np.mean(losses[-10:]) < 1.5
+
+
+def test_a_batch_in_pieces_is_the_batch_whole() -> None:
+    """Also with unscored targets unevenly spread, where a mean of means would weigh tokens differently."""
+    whole = batch(1, 4, documents=True)
+    whole.targets[0, 1, 3:] = -1
+    pieces = Batch(*(x.reshape(4, 1, 16) for x in (whole.inputs, whole.targets, whole.segments)))
+    one, four = TorchEngine(config()), TorchEngine(config())
+    a, b = one.train_step(whole, 1, 0.01, 0.9, FREE), four.train_step(pieces, 1, 0.01, 0.9, FREE)
+    assert a.tokens == b.tokens == 64 - 3 - 13
+    assert (a.loss, a.grad_norm) == pytest.approx((b.loss, b.grad_norm), rel=1e-5)
+    for name, p in one.state().items():
+        np.testing.assert_allclose(p, four.state()[name], atol=5e-5, err_msg=name)
+
+
+def test_loss_is_the_mean_before_the_update_and_eval_agrees() -> None:
+    trained, rows = TorchEngine(config()), batch(2, 3)
+    total, tokens = trained.eval_step(rows)
+    assert tokens == 96
+    assert trained.train_step(rows, 1, 0.01, 0.9, FREE).loss == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_two_masked_documents_in_a_row_train_as_two_rows() -> None:
+    rows = batch(1, 2, 8)
+    segments = np.repeat([[[0, 1]]], 8, axis=2).astype(np.int32)
+    joined = Batch(rows.inputs.reshape(1, 1, 16), rows.targets.reshape(1, 1, 16), segments)
+    a, b = TorchEngine(config()), TorchEngine(config())
+    first, second = a.train_step(rows, 1, 0.01, 0.9, FREE), b.train_step(joined, 1, 0.01, 0.9, FREE)
+    assert (first.loss, first.grad_norm) == pytest.approx((second.loss, second.grad_norm), rel=1e-5)
+
+
+def test_gradients_are_clipped_to_the_global_norm() -> None:
+    """Seen in the second moment, which is g squared; what is reported is the norm before clipping."""
+    made = [TorchEngine(config(optimizer="adamw", max_grad_norm=limit)) for limit in (0.01, None)]
+    norms = [one.train_step(batch(1, 2), 1, 0.0, 0.9, FREE).grad_norm for one in made]
+    assert norms[0] == norms[1] > 0.01
+
+    def norm_from_moments(one: TorchEngine) -> float:
+        second = [v for name, v in one.state().items() if name.startswith("optimizer/adamw.second/")]
+        return math.sqrt(sum(float(v.sum()) for v in second) / (1 - 0.95))
+
+    assert [norm_from_moments(one) for one in made] == pytest.approx([0.01, norms[1]], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_checkpointing": True},
+        {"optimizer": "adamw", "precision": "bfloat16"},
+        {"precision": "float16", "ema_decay": 0.9},
+    ],
+    ids=str,
+)
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(settings: dict[str, Any]) -> None:
+    """With dropout and accumulation; a sample's own random numbers in between change nothing."""
+    chosen = config({"dropout": 0.3}, **settings)
+    straight, resumed = TorchEngine(chosen), TorchEngine(chosen)
+    losses = train(straight, range(1, 4))
+    middle = straight.state()
+    losses += train(straight, range(4, 7))
+    resumed.load_state(middle)
+    torch.manual_seed(99)
+    assert train(resumed, range(4, 7)) == losses[3:]
+    assert_same(resumed.state(), straight.state())
+
+
+def test_state_is_not_changed_by_later_steps() -> None:
+    trained = TorchEngine(config(ema_decay=0.9))
+    before = trained.state()
+    kept = {name: a.copy() for name, a in before.items()}
+    train(trained, range(1, 3))
+    assert_same(before, kept)
+    trained.load_state(kept)
+    assert_same(trained.state(), before)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"optimizer": "adamw"}, {"normuon": False}, {"ema_decay": 0.9}, {"precision": "float16"}],
+    ids=str,
+)
+def test_names_shapes_types_and_first_values_are_the_mlx_engines(settings: dict[str, Any]) -> None:
+    chosen = config({"qk_norm": True, "tie_embeddings": False}, **settings)
+    ours, theirs = TorchEngine(chosen).state(), MLXEngine(chosen).state()
+    assert list(ours) == list(theirs)
+    assert {n: (a.shape, a.dtype) for n, a in ours.items()} == {n: (a.shape, a.dtype) for n, a in theirs.items()}
+    assert_same(ours, theirs)
+
+
+def test_another_optimizers_or_models_state_is_refused_and_nothing_is_loaded() -> None:
+    trained = TorchEngine(config())
+    before = trained.state()
+    with pytest.raises(UserError, match=r"optimizer/muon.momentum/.* is missing, and would be \[.*: another optimizer"):
+        trained.load_state(TorchEngine(config(optimizer="adamw")).state())
+    with pytest.raises(UserError, match=r"params/model.embed_tokens.weight is \[.*, 16\], and would be"):
+        trained.load_state(TorchEngine(config({"d_model": 16})).state())
+    assert_same(trained.state(), before)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_loss_scale() -> None:
+    for precision, scale in (("float16", 2.0**16), ("float16", 1.0), ("float32", 1.0)):
+        trained = TorchEngine(config(precision=precision))
+        train(trained, range(1, 3))
+        broken = trained.state()
+        broken["params/model.layers.0.mlp.up_proj.weight"][0, 0] = np.inf
+        if precision == "float16":
+            broken["loss_scale"] = np.array(scale)
+        trained.load_state(broken)
+        result = trained.train_step(batch(1, 2), 3, 0.01, 0.9, FREE)
+        assert not result.finite and not result.applied
+        assert result.overflow == (scale > 1)  # at a scale of one, the scale is not to blame
+        after = trained.state()
+        assert_same(after, broken, but=("loss_scale", "loss_scale_streak"))
+        if precision == "float16":
+            assert after["loss_scale"] == max(1.0, scale / 2) and after["loss_scale_streak"] == 0
+
+
+def test_a_loss_scale_too_large_costs_steps_until_it_fits() -> None:
+    trained = TorchEngine(config(precision="float16"))
+    trained._scale = LossScale(2.0**24)
+    results = [trained.train_step(batch(1, 2, seed=s), s, 0.01, 0.9, FREE) for s in range(1, 12)]
+    skipped = [r.overflow for r in results]
+    assert skipped[0] and skipped == sorted(skipped, reverse=True) and results[-1].applied
+    assert trained.state()["loss_scale"] == 2.0 ** (24 - sum(skipped))
+    assert trained.state()["updates"] == 11 - sum(skipped)
+
+
+def test_a_norm_above_the_limit_changes_nothing() -> None:
+    trained = TorchEngine(config(ema_decay=0.5))
+    train(trained, range(1, 3))
+    before = trained.state()
+    norm = trained.train_step(batch(1, 2), 3, 0.01, 0.9, 1e-6).grad_norm
+    result = trained.train_step(batch(1, 2), 3, 0.01, 0.9, 0.999 * norm)
+    assert (result.applied, result.finite, result.overflow, result.grad_norm) == (False, True, False, norm)
+    assert_same(trained.state(), before)
+    assert trained.train_step(batch(1, 2), 3, 0.01, 0.9, norm).applied
+
+
+@pytest.mark.parametrize(
+    "words", ["DefaultCPUAllocator", "MPS backend out of memory (9 GB)", "CUDA", "Invalid buffer size: 9 GB"]
+)
+def test_out_of_memory_in_the_second_micro_batch_changes_nothing(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the allocator's own error, and by what MPS and CUDA raise. The next, smaller step is as if nothing was."""
+    trained, other = TorchEngine(config()), TorchEngine(config())
+    before = trained.state()
+    plain, calls = gradients.add_gradients, []
+
+    def too_much(*args: Any, **how: Any) -> Any:
+        calls.append(1)
+        if len(calls) < 2:
+            return plain(*args, **how)
+        if words == "CUDA":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if words == "DefaultCPUAllocator":
+            return torch.empty(2**55)
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(engine, "add_gradients", too_much)
+    with pytest.raises(MemoryError, match=words.partition(" (")[0]) as caught:
+        trained.train_step(batch(2, 2), 1, 0.01, 0.9, FREE)
+    assert caught.value.__context__ is None  # whose traceback would hold the activations
+    assert all(p.grad is None for p in trained.params.values())
+    assert_same(trained.state(), before)
+    monkeypatch.setattr(engine, "add_gradients", plain)
+    assert train(trained, range(1, 3)) == train(other, range(1, 3))
+
+
+def test_another_runtime_error_is_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **how: Any) -> Any:
+        raise RuntimeError("sizes do not match")
+
+    monkeypatch.setattr(engine, "add_gradients", broken)
+    with pytest.raises(RuntimeError, match="sizes"):
+        TorchEngine(config()).train_step(batch(1, 1), 1, 0.01, 0.9, FREE)
+
+
+def test_the_running_average_is_what_is_validated_and_used() -> None:
+    """Against the average kept by hand."""
+    averaging, plain = TorchEngine(config(ema_decay=0.5)), TorchEngine(config())
+    average = {n: p.detach().numpy().copy() for n, p in plain.params.items()}
+    for step in range(1, 5):
+        for one in (averaging, plain):
+            train(one, range(step, step + 1))
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = {n: decay * a + (1 - decay) * plain.params[n].detach().numpy() for n, a in average.items()}
+    for name, p in averaging.weights.items():
+        np.testing.assert_allclose(p.numpy(), average[name], atol=1e-6)
+    usual = TorchEngine(config())  # without averaging, the saved weights are gone on from
+    usual.load_state(averaging.state())
+    assert usual.eval_step(batch(1, 2)) == averaging.eval_step(batch(1, 2)) != plain.eval_step(batch(1, 2))
+
+
+def test_dropout_depends_on_step_micro_batch_and_seed_and_is_off_in_evaluation() -> None:
+    same_rows = batch(2, 1)
+    for rows in (same_rows.inputs, same_rows.targets):
+        rows[1] = rows[0]
+    first = TorchEngine(config({"dropout": 0.5})).state()
+
+    def loss(rows: Batch, step: int, seed: int = 0) -> float:
+        trained = TorchEngine(config({"dropout": 0.5}, seed=seed))
+        trained.load_state(first)
+        assert trained.eval_step(rows) == trained.eval_step(rows)
+        return trained.train_step(rows, step, 0.01, 0.9, FREE).loss
+
+    alone = Batch(same_rows.inputs[:1], same_rows.targets[:1])
+    assert loss(alone, 1) == loss(alone, 1)
+    assert len({loss(alone, 1), loss(same_rows, 1), loss(alone, 2), loss(alone, 1, seed=1)}) == 4
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_trains_as_float32_does(precision: str) -> None:
+    """Master weights and moments stay float32, whatever the products are in; and nothing is float64 anywhere."""
+    half, full = TorchEngine(config(precision=precision)), TorchEngine(config())
+    with Seen() as seen:
+        losses = train(half, range(1, 4), lr=0.003)
+        half.eval_step(batch(1, 2))
+        half.load_state(half.state())
+    losses += train(half, range(4, 41), lr=0.003)
+    wanted = train(full, range(1, 41), lr=0.003)
+    assert wanted[-1] < 3.2
+    assert losses == pytest.approx(wanted, abs=0.1)
+    assert {str(a.dtype) for n, a in half.state().items() if "/" in n} == {"float32"}
+    assert half.dtype in seen.dtypes and torch.float64 not in seen.dtypes
+
+
+def test_the_update_is_float32_throughout() -> None:
+    trained = TorchEngine(config(precision="float16", ema_decay=0.9))
+    trained._gradients(batch(1, 2), 1, 1.0)
+    with Seen() as seen:
+        trained._update(1.0, 0.01, 0.9)
+    assert seen.dtypes - {torch.bool} == {torch.float32}
+
+
+def test_without_a_compiler_the_step_runs_as_it_is_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: Any, **how: Any) -> Any:
+        def call(*args: Any) -> Any:
+            raise RuntimeError("\n  No C++ compiler found\nTraceback")
+
+        return call
+
+    monkeypatch.setattr(compiling.torch, "compile", broken)
+    trained, plain = TorchEngine(config(compile=True)), TorchEngine(config())
+    assert not trained.compiled
+    assert trained.notes == [
+        "train.compile: PyTorch can't compile here, the step runs uncompiled (RuntimeError: No C++ compiler found)"
+    ]
+    assert train(trained, range(1, 3)) == train(plain, range(1, 3))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler's own doing
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.faults)])
+def test_a_compiled_step_is_the_step(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it traced: forward and backward, with dropout, checkpointing and blocks of queries, and without a break.
+    By default in PyTorch's own operations; in machine code where there is a minute for it."""
+    whole = torch.compile
+    monkeypatch.setattr(compiling.torch, "compile", lambda f, **how: whole(f, **how, backend=backend, fullgraph=True))
+    how = {"gradient_checkpointing": True, "attention_block": 8}
+    shape = {"dropout": 0.2, "n_kv_heads": 2, "qk_norm": True}
+    trained, plain = TorchEngine(config(shape, compile=True, **how)), TorchEngine(config(shape, **how))
+    assert trained.notes == []
+    assert trained.compiled
+    assert train(trained, range(1, 4)) == pytest.approx(train(plain, range(1, 4)), rel=1e-5)
+    assert trained.eval_step(batch(1, 2)) == pytest.approx(plain.eval_step(batch(1, 2)), rel=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="a GPU is here")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train.device: gpu, but PyTorch sees none here"):
+        TorchEngine(config(device="gpu"))
+    assert TorchEngine(config(device="auto")).device.type == "cpu"
+
+
+@pytest.mark.parametrize(("mps", "cuda", "chosen"), [(True, True, "mps"), (False, True, "cuda"), (False, False, "cpu")])
+def test_mps_comes_before_cuda_and_cuda_before_the_cpu(
+    mps: bool, cuda: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert engine.choose_device("auto").type == chosen
+    assert engine.choose_device("cpu").type == "cpu"
+
+
+def test_peak_memory_is_the_process_on_a_cpu() -> None:
+    trained = TorchEngine(config())
+    before = trained.peak_memory_gb()
+    block = torch.ones(int((before + 0.1) * 1e9 / 4))
+    assert 0.05 < before < trained.peak_memory_gb() <= before + 0.1 + before + 0.5
+    del block
+
+
+def test_memory_in_use_is_told_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = TorchEngine(config())
+    assert trained.memory_gb() == {}
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 2 * 10**9)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 5 * 10**9)
+    monkeypatch.setattr(trained, "device", torch.device("mps"))
+    assert trained.memory_gb() == {"active_memory_gb": 2.0, "cache_memory_gb": 3.0}

@@ -1,0 +1,132 @@
+"""Samples: the distribution that is drawn from, the ends, and that they are those of the MLX wing."""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.schema import GenerationConfig
+from anarchobot.inference import generation as mlx_generation
+from anarchobot.inference.model import Model
+from anarchobot.model.parameters import init_parameters
+from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from tests.inference.conftest import SHAPE
+from tests.inference.test_sampling import LOGITS, SETTINGS, probabilities
+
+torch = pytest.importorskip("torch")
+
+from anarchobot.torch_backend.generation import draw, generate, generate_ids, penalised  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_shards: Path) -> Tokenizer:
+    return load_tokenizer(tiny_shards)
+
+
+@pytest.fixture(scope="module")
+def arrays() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)  # far from even, so that greedy choices are clear
+    return {
+        n: (p + rng.standard_normal(p.shape) * 0.3).astype(np.float32) for n, p in init_parameters(SHAPE, 0).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def weights(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {n: torch.tensor(a).requires_grad_() for n, a in arrays.items()}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_draws_follow_the_exact_probabilities(settings: dict[str, Any]) -> None:
+    chosen = GenerationConfig(**settings)
+    p, n, rng = probabilities(chosen), 5000, np.random.default_rng(0)
+    counts = np.bincount([draw(LOGITS, chosen, rng) for _ in range(n)], minlength=6)
+    assert counts[p == 0].sum() == 0
+    expected = n * p[p > 0]
+    chi_square = ((counts[p > 0] - expected) ** 2 / expected).sum()
+    assert chi_square < 25  # five degrees of freedom: chance of more is 1 in 7,000
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_text_is_that_of_the_mlx_wing(
+    penalty: float, arrays: dict[str, np.ndarray], weights: dict[str, Any], tokenizer: Tokenizer
+) -> None:
+    settings = GenerationConfig(prompt="The value", method="greedy", max_new_tokens=30, repetition_penalty=penalty)
+    model = Model({n: mx.array(a) for n, a in arrays.items()}, SHAPE, tokenizer)
+    text = generate(weights, SHAPE, tokenizer, settings)
+    assert text == mlx_generation.generate(model, settings) and len(text) > 20
+    stopping = settings.model_copy(update={"stop": ["\x00", text[9:12]]})
+    cut = generate(weights, SHAPE, tokenizer, stopping)
+    assert cut == mlx_generation.generate(model, stopping) == text[: text.index(text[9:12])]
+
+
+def test_the_penalty_is_mlx_lms() -> None:
+    from mlx_lm.sample_utils import make_repetition_penalty
+
+    rng = np.random.default_rng(0)
+    z, ids = rng.standard_normal(40), rng.integers(0, 40, 30).tolist()
+    wanted = make_repetition_penalty(1.7, 20)(mx.array(ids), mx.array(z[None], mx.float32))
+    np.testing.assert_allclose(penalised(z, ids, 1.7), np.array(wanted)[0], rtol=1e-6)
+
+
+def test_it_ends_at_the_limit_at_max_seq_len_and_at_end_of_document(weights: dict[str, Any]) -> None:
+    greedy = {"method": "greedy", "prompt": ""}
+    ids = list(generate_ids(weights, SHAPE, 0, [5, 6], GenerationConfig(**greedy, max_new_tokens=7)))
+    assert len(ids) == 7
+    full = list(generate_ids(weights, SHAPE, 0, [5, 6], GenerationConfig(**greedy, max_new_tokens=500)))
+    assert len(full) == SHAPE.max_seq_len - 3 and full[:7] == ids
+    begun = SHAPE.model_copy(update={"bos_id": 7})
+    settings = GenerationConfig(**greedy, max_new_tokens=7)
+    other = list(generate_ids(weights, begun, 0, [5, 6], settings))
+    assert other == list(generate_ids(weights, SHAPE, 7, [5, 6], settings)) != ids
+    ending = {n: p.detach().clone() for n, p in weights.items()}
+    ending["model.embed_tokens.weight"].zero_()
+    ending["model.embed_tokens.weight"][:] = 0.001
+    ending["model.norm.weight"].fill_(1.0)
+    ending["model.embed_tokens.weight"][0] = 100.0 * torch.sign(_hidden(ending))
+    assert list(generate_ids(ending, SHAPE, 0, [], GenerationConfig(**greedy))) == []
+    with pytest.raises(UserError, match=r"the prompt is 61 tokens long and the model's max_seq_len is 48"):
+        list(generate_ids(weights, SHAPE, 0, [1] * 60, GenerationConfig()))
+
+
+def _hidden(params: dict[str, Any]) -> Any:
+    """What the head reads after an end of document, whose embedding's size RMSNorm takes out again."""
+    from anarchobot.torch_backend.transformer import hidden_states
+
+    for _ in range(5):
+        z = hidden_states(params, torch.zeros(1, 1, dtype=torch.int64), SHAPE)[0, 0]
+        params["model.embed_tokens.weight"][0] = 100.0 * torch.sign(z)
+    return z
+
+
+def test_the_seed_decides_and_training_is_not_disturbed(weights: dict[str, Any], tokenizer: Tokenizer) -> None:
+    def text(seed: int) -> str:
+        settings = GenerationConfig(prompt="The", method="random", seed=seed, max_new_tokens=20)
+        return generate(weights, SHAPE, tokenizer, settings)
+
+    before = torch.get_rng_state()
+    assert text(1) == text(1) != text(2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.grad is None for p in weights.values())
+
+
+def test_a_first_space_is_kept_by_tokenizers_that_put_one_before_any_text(shared_data: Path) -> None:
+    """Mistral's decodes "▁world" alone as "world"."""
+
+    class Said:
+        eod_id = 2
+
+        def __init__(self, tokenizer: Tokenizer) -> None:
+            self.encode_batch, self.decode = tokenizer.encode_batch, tokenizer.decode
+
+    tokenizer = load_tokenizer(shared_data / "artifacts" / "mistral_v1_tokenizer.model")
+    prompt, whole = (tokenizer.encode_batch([text])[0].tolist() for text in ("hello", "hello world again"))
+    import anarchobot.torch_backend.generation as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "generate_ids", lambda *args: whole[len(prompt) :])
+        settings = GenerationConfig(prompt="hello")
+        assert generate({}, SHAPE, Said(tokenizer), settings) == " world again"  # type: ignore[arg-type]

@@ -1,0 +1,221 @@
+"""Loss and gradients: against float64, against the MLX wing, and the same however they are computed."""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from anarchobot.config.schema import ModelConfig
+from anarchobot.data.batches import Batch
+from anarchobot.model.llama.gradients import loss_and_gradients
+from anarchobot.model.parameters import init_parameters
+from tests.model.llama import reference
+from tests.torch_backend.settings import SHAPES, VOCAB, batch, config
+
+torch = pytest.importorskip("torch")
+
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from anarchobot.torch_backend.attention import queries_by_memory, sight  # noqa: E402
+from anarchobot.torch_backend.block import block_forward  # noqa: E402
+from anarchobot.torch_backend.gradients import add_gradients  # noqa: E402
+from anarchobot.torch_backend.transformer import Technique, blocks, hidden_states  # noqa: E402
+
+Arrays = dict[str, np.ndarray]
+
+
+def weights(model: ModelConfig) -> Arrays:
+    """First values with noise upon them: norms that are not one, projections that are not zero."""
+    rng = np.random.default_rng(1)
+    return {
+        n: (v + 0.1 * rng.standard_normal(v.shape)).astype(np.float32) for n, v in init_parameters(model, 0).items()
+    }
+
+
+def by_torch(params: Arrays, rows: Batch, model: ModelConfig, scale: float = 1.0, **how: Any) -> tuple[float, Arrays]:
+    tensors = {name: torch.tensor(p).requires_grad_() for name, p in params.items()}
+    key, dtype = how.pop("dropout_key", None), how.pop("dtype", torch.float32)
+    segments = None if rows.segments is None else torch.tensor(rows.segments[0])
+    ids, targets = (torch.tensor(x[0].astype(np.int64)) for x in (rows.inputs, rows.targets))
+    loss = add_gradients(
+        tensors, ids, targets, model, scale=scale, dtype=dtype, segments=segments, dropout_key=key,
+        technique=Technique(**how),
+    )  # fmt: skip
+    return float(loss), {name: p.grad.numpy() for name, p in tensors.items()}
+
+
+def assert_close(got: Arrays, wanted: Arrays, relative: float) -> None:
+    """Each gradient to `relative` of its own norm."""
+    assert set(got) == set(wanted)
+    for name, g in wanted.items():
+        assert np.linalg.norm(got[name] - g) <= relative * np.linalg.norm(g), name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_loss_is_that_of_the_model_in_float64(shape: str) -> None:
+    model = config(SHAPES[shape]).model
+    params, rows = weights(model), batch(1, 2)
+    tokens = np.concatenate([rows.inputs[0], rows.targets[0][:, -1:]], axis=1)
+    exact = reference.mean_loss({n: p.astype(np.float64) for n, p in params.items()}, tokens, model)
+    assert by_torch(params, rows, model)[0] / 32 == pytest.approx(exact, rel=2e-6)
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_and_gradients_are_those_of_the_mlx_wing(shape: str, documents: bool) -> None:
+    model = config(SHAPES[shape]).model
+    params, rows = weights(model), batch(1, 3, documents=documents)
+    loss, grads = by_torch(params, rows, model, scale=0.5)
+    segments = None if rows.segments is None else mx.array(rows.segments[0])
+    wanted, by_mlx = loss_and_gradients(
+        {n: mx.array(p) for n, p in params.items()}, mx.array(rows.inputs[0]), mx.array(rows.targets[0]), model,
+        scale=mx.array(0.5), segments=segments,
+    )  # fmt: skip
+    assert 0.5 * loss == pytest.approx(float(wanted), rel=1e-5)
+    assert_close(grads, {n: np.array(g) for n, g in by_mlx.items()}, 1e-4)
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
+@pytest.mark.parametrize(
+    "how",
+    [{"recompute": True}, {"attention_block": 5}, {"recompute": True, "attention_block": 7}, {"loss_chunk": 7}],
+    ids=str,
+)
+def test_the_other_ways_to_do_it_give_the_same_gradients(how: dict[str, Any], documents: bool) -> None:
+    """Dropout as well: a block that is computed again drops the same places."""
+    model = config({"dropout": 0.3, "value_residual": True}).model
+    params, rows = weights(model), batch(1, 3, documents=documents)
+    loss, grads = by_torch(params, rows, model, dropout_key="1")
+    again, others = by_torch(params, rows, model, dropout_key="1", **how)
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert_close(others, grads, 1e-5)
+    if how == {"recompute": True}:
+        assert all(np.array_equal(g, others[name]) for name, g in grads.items())
+
+
+def test_dropout_drops_its_share_and_is_a_function_of_its_key() -> None:
+    """In a block that gives all places of a token the same number, which is large, those left small were dropped."""
+    model = config({"dropout": 0.25, "n_layers": 1}).model
+    params = {n: torch.tensor(p) for n, p in weights(model).items()}
+    params["model.embed_tokens.weight"].copy_(1e-4 * torch.arange(32))
+    params["model.layers.0.self_attn.o_proj.weight"].zero_()
+    params["model.layers.0.mlp.down_proj.weight"].fill_(1.0)
+    params["model.norm.weight"].fill_(1.0)
+    tokens = torch.zeros(4, 64, dtype=torch.int64)
+
+    def hidden(key: str | None) -> Any:
+        return hidden_states(params, tokens, model, dropout_key=key)
+
+    dropped = hidden("1").abs() < 0.5 * hidden("1").abs().amax(dim=-1, keepdim=True)
+    assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.02)
+    assert not torch.equal(dropped[0], dropped[1])
+    assert torch.equal(hidden("1"), hidden("1"))
+    assert not torch.equal(hidden("1"), hidden("2"))
+    assert torch.equal(hidden(None)[0], hidden(None)[1])
+
+
+def test_every_half_of_every_block_has_a_mask_of_its_own() -> None:
+    model = config({"dropout": 0.25, "n_layers": 3}).model
+    masks: list[Any] = []
+
+    def noted(p: Any, x: Any, model: Any, view: Any, keep: Any, first_v: Any) -> Any:
+        masks.extend(keep)
+        return block_forward(p, x, model, view, keep, first_v)
+
+    params = {n: torch.tensor(p) for n, p in weights(model).items()}
+    hidden_states(params, torch.zeros(2, 8).long(), model, dropout_key="1", technique=Technique(block=noted))
+    assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 6
+
+
+def test_gradient_checkpointing_keeps_the_blocks_inputs_alone() -> None:
+    """By what autograd saves: of each of six blocks [3, 16, 32] float32, and what belongs to the model's end."""
+    model = config({"n_layers": 6}).model
+    params = {n: torch.tensor(p).requires_grad_() for n, p in weights(model).items()}
+    own = {p.untyped_storage().data_ptr() for p in params.values()}
+
+    def kept_bytes(recompute: bool) -> int:
+        sizes: dict[int, int] = {}
+
+        def note(x: Any) -> Any:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            hidden_states(params, torch.zeros(3, 16).long(), model, technique=Technique(recompute=recompute))
+        return sum(sizes.values())
+
+    one = 3 * 16 * 32 * 4
+    assert kept_bytes(True) < 9 * one < 40 * one < kept_bytes(False)
+
+
+def test_what_dropout_keeps_is_scaled_up() -> None:
+    model = config({"dropout": 0.25, "n_layers": 1}).model
+    p = blocks({n: torch.tensor(a) for n, a in weights(model).items()}, model)[0]
+    p["self_attn.o_proj.weight"].zero_()  # the MLP's half alone writes
+    x, everything = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0)), torch.ones(2, 8, 32).bool()
+    view = sight(torch.zeros(2, 8), model)
+    (plain, _), (kept, _) = (block_forward(p, x, model, view, keep, None) for keep in (None, (everything, everything)))
+    torch.testing.assert_close(0.75 * (kept - x), plain - x, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_has_the_gradients_direction(dtype: Any) -> None:
+    model = config().model
+    params, rows = weights(model), batch(1, 3, documents=True)
+    loss, grads = by_torch(params, rows, model)
+    half, others = by_torch(params, rows, model, dtype=dtype, scale=256.0)
+    assert half == pytest.approx(loss, rel=0.01)
+    assert {g.dtype for g in others.values()} == {np.dtype(np.float32)}
+    assert_close({n: g / 256 for n, g in others.items()}, grads, 0.05)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_gets_one_dtype_without_autocasts_help(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device whose autocast leaves attention out would stop at a float32 query beside a half-precision value."""
+    kernel, met = torch.nn.functional.scaled_dot_product_attention, []
+
+    def noted(q: Any, k: Any, v: Any, **how: Any) -> Any:
+        met.append({q.dtype, k.dtype, v.dtype})
+        return kernel(q, k, v, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    model = config(SHAPES[shape]).model
+    by_torch(weights(model), batch(1, 2), model, dtype=torch.bfloat16)
+    assert met == [{torch.bfloat16}] * model.n_layers
+
+
+class Seen(TorchDispatchMode):
+    """Every tensor that an operation gives: its shape and dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+        self.dtypes: set[Any] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.shapes.add(tuple(x.shape))
+                self.dtypes.add(x.dtype)
+        return out
+
+
+def test_neither_all_logits_nor_all_scores_ever_exist() -> None:
+    """Eight rows of 20 tokens: no tensor of 160 x 61, or of 20 x 20 scores for each head."""
+    model = config({"d_model": 24, "mlp_multiple": 2.0}).model
+    with Seen() as seen:
+        by_torch(weights(model), batch(1, 8, 20), model, loss_chunk=32, attention_block=4)
+    assert (32, VOCAB) in seen.shapes
+    assert not {s for s in seen.shapes if s[-1:] == (VOCAB,) and np.prod(s) > 32 * VOCAB}
+    assert not {s for s in seen.shapes if s[-2:] == (20, 20)}
+
+
+def test_blocks_of_queries_by_the_memory_of_their_scores() -> None:
+    """64 MiB of float32 scores: 8 rows and 12 heads with 1,024 keys are 170 queries, rounded to 160; never under 32."""
+    model = ModelConfig(d_model=768, n_heads=12)
+    assert queries_by_memory(8, 1024, model) == 160
+    assert queries_by_memory(64, 4096, model) == 32

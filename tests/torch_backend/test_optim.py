@@ -1,0 +1,107 @@
+"""Muon and AdamW: against a singular value decomposition, formulas in float64, and PyTorch's own AdamW."""
+
+import numpy as np
+import pytest
+
+from anarchobot.config.schema import TrainConfig
+from anarchobot.optim import adamw as mlx_adamw
+from anarchobot.optim import muon as mlx_muon
+from anarchobot.optim import polar_express as mlx_orthogonal
+from tests.optim.test_muon import HEAD, SHAPES, by_heads
+from tests.optim.test_polar_express import iterate, svd_matrix
+
+torch = pytest.importorskip("torch")
+
+from anarchobot.torch_mps import adamw, muon, orthogonal  # noqa: E402
+
+
+def test_the_constants_are_those_of_the_mlx_wing() -> None:
+    """They stand twice, because a file that imports MLX can't be read without it."""
+    assert orthogonal.POLAR_EXPRESS == mlx_orthogonal.POLAR_EXPRESS
+    assert (muon.BETA2, muon.EPSILON) == (mlx_muon.BETA2, mlx_muon.EPSILON)
+    assert (adamw.BETA1, adamw.BETA2, adamw.EPSILON) == (mlx_adamw.BETA1, mlx_adamw.BETA2, mlx_adamw.EPSILON)
+    for shape in ((64, 64), (64, 256), (256, 64)):
+        for kind in ("adamw", "keller"):
+            assert muon.update_scale(shape, kind) == mlx_muon.update_scale(shape, kind)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (24, 96), (96, 24), (1, 16), (16, 1)])
+def test_orthogonalised_is_near_the_polar_factor(shape: tuple[int, int]) -> None:
+    g, nearest = svd_matrix(*shape)
+    zero = np.zeros(shape)
+    got, other, still = orthogonal.orthogonalise(torch.tensor(np.stack([g, 1000 * g, zero]), dtype=torch.float32))
+    u = got.double().numpy()
+    values = np.linalg.svd(u, compute_uv=False)
+    assert values.min() > 0.85 and values.max() < 1.15  # the published band of five steps
+    assert np.vdot(u, nearest) / (np.linalg.norm(u) * np.linalg.norm(nearest)) > 0.99
+    np.testing.assert_allclose(u, iterate(g), atol=5e-5)
+    np.testing.assert_allclose(other.numpy(), iterate(1000 * g), atol=5e-5)
+    assert not still.any()
+
+
+@pytest.mark.parametrize("smallest", [1e-2, 1e-4, 1e-6])
+def test_badly_conditioned_matrices_do_as_well_as_in_float64(smallest: float) -> None:
+    g, _ = svd_matrix(48, 128, smallest=smallest)
+    got = orthogonal.orthogonalise(torch.tensor(g[None], dtype=torch.float32))[0].double().numpy()
+    exact = iterate(g)
+    assert np.linalg.norm(got - exact) < 0.005 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("most", [2**23, 600], ids=["together", "one by one"])
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("normuon", [True, False])
+@pytest.mark.parametrize("cautious", [True, False])
+def test_three_steps_of_muon_equal_the_formula_in_float64(
+    cautious: bool, normuon: bool, split: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All kinds of matrices at once; Nesterov, momentum changing from step to step, decoupled decay."""
+    monkeypatch.setattr(muon, "MOST_AT_ONCE", most)
+    train = TrainConfig(
+        normuon=normuon, muon_split_heads=split, cautious_weight_decay=cautious, weight_decay=0.3, lr=0.1
+    )
+    rng = np.random.default_rng(0)
+    truth = {name: rng.standard_normal(shape) for name, shape in SHAPES.items()}
+    momenta = {name: np.zeros_like(p) for name, p in truth.items()}
+    squares = {name: np.zeros(len(p)) for name, p in truth.items()}
+    params = {name: torch.tensor(p, dtype=torch.float32) for name, p in truth.items()}
+    buffers = {name: torch.zeros_like(p) for name, p in params.items()}
+    seconds = {name: torch.zeros(len(p)) for name, p in params.items()} if normuon else {}
+    for lr, mu in ((0.1, 0.85), (0.05, 0.9), (0.01, 0.95)):
+        grads = {name: rng.standard_normal(p.shape) for name, p in truth.items()}
+        for name, g in grads.items():
+            w = truth[name]
+            momenta[name] = mu * momenta[name] + (1 - mu) * g
+            ahead = mu * momenta[name] + (1 - mu) * g
+            u = by_heads(name, ahead) if split else iterate(ahead)
+            if normuon:
+                squares[name] = 0.95 * squares[name] + 0.05 * (u**2).mean(axis=1)
+                even = u / np.sqrt(squares[name])[:, None]
+                u = even * np.linalg.norm(u) / np.linalg.norm(even)
+            u = u * 0.2 * np.sqrt(max(w.shape))
+            truth[name] = w - lr * (u + (0.3 * w * (u * w > 0) if cautious else 0.3 * w))
+        tensors = {name: torch.tensor(g, dtype=torch.float32) for name, g in grads.items()}
+        muon.muon(params, tensors, buffers, seconds, lr, mu, train, HEAD)
+    for name, p in truth.items():
+        np.testing.assert_allclose(params[name].numpy(), p, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(buffers[name].numpy(), momenta[name], atol=1e-6)
+        if normuon:
+            np.testing.assert_allclose(seconds[name].numpy(), squares[name], rtol=1e-3)
+
+
+def test_five_steps_of_adamw_equal_pytorchs_own() -> None:
+    """A matrix decays, a vector does not."""
+    train = TrainConfig(weight_decay=0.1, cautious_weight_decay=False)
+    generator = torch.Generator().manual_seed(0)
+    params = {name: torch.randn(shape, generator=generator) for name, shape in (("w", (6, 5)), ("norm", (5,)))}
+    theirs = {name: p.double().requires_grad_() for name, p in params.items()}
+    groups = [{"params": [theirs["w"]], "weight_decay": 0.1}, {"params": [theirs["norm"]], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.02, betas=(0.9, 0.95), eps=1e-8)
+    first, second = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in range(2))
+    for count in range(1, 6):
+        grads = {name: torch.randn(p.shape, generator=generator) for name, p in params.items()}
+        for name, g in grads.items():
+            theirs[name].grad = g.double()
+        optimizer.step()
+        adamw.adamw(params, grads, first, second, 0.02, count, train)
+    for name, p in params.items():
+        torch.testing.assert_close(p.double(), theirs[name].detach(), atol=1e-6, rtol=1e-6)

@@ -1,0 +1,65 @@
+"""The two engines side by side: the same curves, and either goes on from what the other saved."""
+
+from typing import Any
+
+import pytest
+
+from anarchobot.training.mlx_engine import MLXEngine
+from tests.torch_backend.settings import config, train
+
+torch = pytest.importorskip("torch")
+
+from anarchobot.torch_backend.engine import TorchEngine  # noqa: E402
+
+SILU = {"d_model": 16, "n_layers": 1}  # tied
+GELU = {
+    "d_model": 16,
+    "n_layers": 1,
+    "ffn_activation": "gelu",
+    "tie_embeddings": False,
+    "n_kv_heads": 2,
+    "qk_norm": True,
+}
+
+
+@pytest.mark.parametrize("optimizer", ["muon_adamw", "adamw"])
+@pytest.mark.parametrize("model", [SILU, GELU], ids=["silu, tied", "gelu, untied, grouped heads, qk_norm"])
+def test_two_hundred_steps_are_one_curve(model: dict[str, Any], optimizer: str) -> None:
+    """At a higher rate Muon is chaotic: a last bit changed in the first weights then moves the curve as far."""
+    chosen = config(model, optimizer=optimizer)
+    by_mlx, by_torch = (train(e(chosen), range(1, 201), lr=0.002, micro_batches=1) for e in (MLXEngine, TorchEngine))
+    assert by_mlx[-1] < 0.5 * by_mlx[0]
+    assert by_torch == pytest.approx(by_mlx, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "close"),
+    [({}, 1e-4), ({"optimizer": "adamw", "ema_decay": 0.9}, 1e-4), ({"precision": "float16"}, 0.02)],
+    ids=str,
+)
+def test_each_goes_on_from_the_others_checkpoint(settings: dict[str, Any], close: float) -> None:
+    """Ten steps with one, ten with the other: against twenty with one alone. Counters as well: a bias correction that
+    began anew would show."""
+    chosen = config(GELU, **settings)
+    for before, after in ((MLXEngine, TorchEngine), (TorchEngine, MLXEngine)):
+        straight, resumed = before(chosen), after(chosen)
+        train(straight, range(1, 11), lr=0.003)
+        resumed.load_state(straight.state())
+        wanted, got = (train(engine, range(11, 21), lr=0.003) for engine in (straight, resumed))
+        assert got == pytest.approx(wanted, abs=close)
+        scalars = [{n: a for n, a in engine.state().items() if "/" not in n} for engine in (straight, resumed)]
+        assert scalars[0] == scalars[1] and scalars[0]["updates"] == 20
+
+
+def test_settings_of_the_update_mean_the_same() -> None:
+    """Every one of them, away from its default, all at once and in both engines."""
+    chosen = config(
+        SILU, lr=0.003, adamw_lr=0.006, normuon=False, muon_split_heads=False, muon_scale="keller", weight_decay=0.3,
+        cautious_weight_decay=False, max_grad_norm=0.5, ema_decay=0.5,
+    )  # fmt: skip
+    usual = config(SILU, lr=0.003)
+    by_mlx, by_torch, by_default = (
+        train(engine, range(1, 31), lr=0.003) for engine in (MLXEngine(chosen), TorchEngine(chosen), TorchEngine(usual))
+    )
+    assert by_torch == pytest.approx(by_mlx, abs=1e-4)
+    assert by_torch != pytest.approx(by_default, abs=1e-2)
