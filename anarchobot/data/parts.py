@@ -21,7 +21,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.data.encoding import Encoded, encoded, id_dtype
 from anarchobot.data.exact_duplicates import Seen
 from anarchobot.data.pieces import KEY, Pieces, numbers_of, pieces
-from anarchobot.data.resume import MadeOf, difference
+from anarchobot.data.resume import Provenance, difference
 from anarchobot.data.shard_writer import NpyStream
 from anarchobot.data.sources.documents import Counts, Document
 from anarchobot.storage.durable import sha256_file, write_whole
@@ -49,7 +49,7 @@ def write_part(
     folder: Path,
     *,
     counts: Counts,
-    made_of: MadeOf,
+    made_of: Provenance,
     val_fraction: float,
     dedup: bool,
     num_workers: int,
@@ -81,7 +81,7 @@ def write_part(
 class Parts:
     """All parts of a corpus, in their order."""
 
-    def __init__(self, shards: str | Path, parts: int, made_of: MadeOf) -> None:
+    def __init__(self, shards: str | Path, parts: int, made_of: Provenance) -> None:
         """Raises UserError when one is missing, damaged, or made of something else."""
         self.count = parts
         self._folders = [part_folder(shards, part, parts) for part in range(parts)]

@@ -14,7 +14,7 @@ from anarchobot.data.encoding import Encoded, encoded, id_dtype
 from anarchobot.data.near_duplicates import NearDuplicates
 from anarchobot.data.parts import Parts, remove_parts
 from anarchobot.data.pieces import pieces
-from anarchobot.data.resume import MadeOf, Passed, load_progress, save_progress, shard_files
+from anarchobot.data.resume import Passed, Provenance, load_progress, save_progress, shard_files
 from anarchobot.data.shard_writer import ShardWriter
 from anarchobot.data.shards import Manifest, Shard, write_manifest
 from anarchobot.data.sources.documents import Counts, Document
@@ -35,7 +35,7 @@ def pretokenize(
     dedup: bool = True,
     near_dedup: float | None = None,
     seed: int = 0,
-    source: MadeOf | None = None,
+    source: Provenance | None = None,
     restart: bool = False,
     shard_tokens: int = SHARD_TOKENS,
     progress: Callable[[int, int], None] = lambda size, tokens: None,
@@ -52,7 +52,7 @@ def pretokenize(
     Raises UserError when no document is left, and when anything but the number of workers has changed since that run;
     BlockingIOError while another process writes here.
     """
-    made_of = what_decides(tokenizer, val_fraction, dedup, near_dedup, seed, source, shard_tokens)
+    made_of = provenance(tokenizer, val_fraction, dedup, near_dedup, seed, source, shard_tokens)
     dtype = id_dtype(tokenizer)
 
     def units(passed: Passed) -> Iterator[Encoded]:
@@ -76,7 +76,7 @@ def join(
     folder: str | Path,
     *,
     counts: Counts,
-    made_of: MadeOf,
+    made_of: Provenance,
     dedup: bool = True,
     near_dedup: float | None = None,
     seed: int = 0,
@@ -100,13 +100,13 @@ def join(
     return written
 
 
-def what_decides(
+def provenance(
     tokenizer: Tokenizer,
     val_fraction: float,
     dedup: bool,
     near_dedup: float | None,
     seed: int,
-    source: MadeOf | None,
+    source: Provenance | None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> dict[str, Any]:
     """All that the shards' bytes depend on, under names for people."""
@@ -127,7 +127,7 @@ def _write(
     out: Path,
     counts: Counts,
     seed: int,
-    made_of: MadeOf,
+    made_of: Provenance,
     restart: bool,
     shard_tokens: int,
     progress: Callable[[int, int], None],

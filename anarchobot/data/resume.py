@@ -25,7 +25,7 @@ from anarchobot.data.shards import SPLITS, Shard, Split
 from anarchobot.data.sources import files, hub
 from anarchobot.storage.durable import sha256_file, write_whole
 
-MadeOf = Mapping[str, Any]  # what decides the shards' bytes: JSON values under names that a person understands
+Provenance = Mapping[str, Any]  # what decides the shards' bytes: JSON values under names that a person understands
 
 TOLD = 3  # changes that an error names
 
@@ -50,12 +50,12 @@ def source_of(names: list[str], data: DataConfig) -> dict[str, Any]:
     return source
 
 
-def save_progress(folder: Path, made_of: MadeOf, finished: Iterable[Finished]) -> None:
+def save_progress(folder: Path, made_of: Provenance, finished: Iterable[Finished]) -> None:
     content = {"made_of": dict(made_of), "finished": [asdict(f) for f in finished]}
     write_whole(folder / "progress.json", json.dumps(content, indent=1) + "\n")
 
 
-def load_progress(folder: Path, made_of: MadeOf, restart: bool) -> list[Finished]:
+def load_progress(folder: Path, made_of: Provenance, restart: bool) -> list[Finished]:
     """The finished shards of an earlier run: none when there was no such run, or `restart` is set.
 
     A shard that is gone or damaged by now is left out, with all of its split behind it. What else a stopped run left is
@@ -78,7 +78,7 @@ def shard_files(folder: Path, suffix: str = "") -> list[Path]:
     return [path for kind in kinds for path in folder.glob(kind)]
 
 
-def _read(folder: Path, made_of: MadeOf) -> list[Finished]:
+def _read(folder: Path, made_of: Provenance) -> list[Finished]:
     path, has_shards = folder / "progress.json", (folder / "manifest.json").exists()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -104,12 +104,12 @@ def _read(folder: Path, made_of: MadeOf) -> list[Finished]:
     raise UserError(f"{folder}: {what}: {told}: {do} with --restart")
 
 
-def check_made_of(folder: Path, made_of: MadeOf) -> None:
+def check_made_of(folder: Path, made_of: Provenance) -> None:
     """Raises UserError when there are shards in the folder, and they were made of anything else."""
     _read(folder, made_of)
 
 
-def difference(before: MadeOf, made_of: MadeOf) -> str:
+def difference(before: Provenance, made_of: Provenance) -> str:
     """What has changed since, for people; empty when nothing has."""
     now = json.loads(json.dumps(dict(made_of)))
     changed = [key for key in {**before, **now} if before.get(key, "absent") != now.get(key, "absent")]

@@ -26,7 +26,7 @@ from anarchobot.inference.generation import TextBatch
 from anarchobot.inference.model import Model, load_model
 from anarchobot.model.llama.forward import head_matrix, hidden_states
 from anarchobot.model.loss import loss_sum
-from anarchobot.tokenizers.conversation import Misfit
+from anarchobot.tokenizers.conversation import InvalidRow
 from anarchobot.tokenizers.tokenizer import digest
 
 Figures = dict[str, float]
@@ -122,7 +122,7 @@ def of_answers(model: Model, config: Config, name: str, limit: int | None, say: 
             continue
         try:
             prompt = encoder.prompt(talk[:-1]).tolist()
-        except Misfit as misfit:
+        except InvalidRow as misfit:
             tally.take_back(place, misfit)
             continue
         if len(prompt) < model.shape.max_seq_len:

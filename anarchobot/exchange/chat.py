@@ -6,8 +6,8 @@ from typing import NamedTuple
 from anarchobot.config.errors import UserError
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import FILE, ChatTemplate, load_template
-from anarchobot.tokenizers.conversation import Message, Misfit
-from anarchobot.tokenizers.tokenizer import ByteLevel, ChatTokenizer, SentencePiece, Tokenizer
+from anarchobot.tokenizers.conversation import InvalidRow, Message
+from anarchobot.tokenizers.tokenizer import ChatTokenizer, HFTokenizer, SentencePiece, Tokenizer
 
 
 class Chat(NamedTuple):
@@ -32,14 +32,14 @@ def open_chat(tokenizer: Tokenizer) -> Chat | None:
     """
     if not (tokenizer.files[0].parent / FILE).is_file():
         return None
-    assert isinstance(tokenizer, SentencePiece | ByteLevel)
+    assert isinstance(tokenizer, SentencePiece | HFTokenizer)
     return _probed(tokenizer, load_template(tokenizer))
 
 
 def save_foreign_template(tokenizer: Tokenizer, folder: Path) -> list[str]:
     """Copies the chat template that came with a foreign tokenizer, if one did, into `folder`; returns what is to be
     said of one that is left out."""
-    assert isinstance(tokenizer, SentencePiece | ByteLevel)
+    assert isinstance(tokenizer, SentencePiece | HFTokenizer)
     try:
         template = load_template(tokenizer)
         if template.where in ("chatml", "plain"):  # it has none of its own
@@ -57,7 +57,7 @@ def _probed(tokenizer: ChatTokenizer, template: ChatTemplate) -> Chat:
     end = encoder.end_of_turn()
     try:
         first = int(encoder.prompt((Message("user", "Hi"),))[0])
-    except Misfit as misfit:
+    except InvalidRow as misfit:
         raise UserError(f"{template.where}: can't be used: {misfit}") from misfit
     # transformers would add a token that there is none of, with an id that the model has no row for.
     tokens = {key: text for key, text in template.tokens.items() if text in tokenizer.controls}

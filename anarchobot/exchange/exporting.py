@@ -12,10 +12,10 @@ from anarchobot.exchange.hf_config import to_hf
 from anarchobot.exchange.limits import Target, carried, limits
 from anarchobot.exchange.model_card import model_card
 from anarchobot.exchange.narrowing import Dtype
+from anarchobot.exchange.new_folder import NewFolder
 from anarchobot.exchange.tokenizer_json import TIES, differences, tokenizer_files
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
-from anarchobot.storage.new_folder import NewFolder
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 

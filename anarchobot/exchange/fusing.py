@@ -12,11 +12,11 @@ from anarchobot.config.yaml_tree import dump
 from anarchobot.exchange.adapters import Adapter, Packing, read_adapter
 from anarchobot.exchange.chat import save_foreign_template
 from anarchobot.exchange.narrowing import Float32, narrowed, widened
-from anarchobot.exchange.pretrained import open_base
+from anarchobot.exchange.new_folder import NewFolder
+from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.model.lora import GROUP, is_packed
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
-from anarchobot.storage.new_folder import NewFolder
 from anarchobot.tokenizers import chat_template as template
 from anarchobot.tokenizers.tokenizer import copy_beside
 
@@ -30,7 +30,7 @@ def fuse(model: str | Path, adapter: str | Path, output: str | Path) -> dict[str
     written, when something is missing or damaged, or the adapters are for another model.
     """
     output, adapter = Path(output), Path(adapter)
-    whole = open_base(str(model))
+    whole = load_pretrained(str(model))
     config = whole.config
     adapters = read_adapter(adapter, config.model)
     if adapters.base is not None and adapters.base != whole.digest:

@@ -8,7 +8,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.exchange.chat import Chat
 from anarchobot.exchange.tokenizer_json import CONTROL, described, proto
 from anarchobot.tokenizers.sentencepiece_to_json import NORMAL, UNUSED, USER_DEFINED
-from anarchobot.tokenizers.tokenizer import ByteLevel, SentencePiece, Tokenizer
+from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePiece, Tokenizer
 
 # The pre-tokenizers' patterns, as their models' tokenizer.json have them, and llama.cpp's names for them.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -49,7 +49,7 @@ def special_tokens(tokenizer: Tokenizer, bos_id: int, chat: Chat | None) -> Spec
     """
     if chat is None:
         return SpecialTokens(bos_id, True, tokenizer.eod_id)
-    assert isinstance(tokenizer, SentencePiece | ByteLevel)
+    assert isinstance(tokenizer, SentencePiece | HFTokenizer)
     named = chat.tokens.get("eos_token") if chat.speaks_of("eos_token") else None
     eos = tokenizer.eod_id if named is None else tokenizer.controls[named]
     others = [end for end in reversed(chat.ends) if end != eos]
@@ -61,7 +61,7 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """Raises UserError for a tokenizer that llama.cpp has no equal of."""
     if isinstance(tokenizer, SentencePiece):
         return _sentencepiece(tokenizer)
-    assert isinstance(tokenizer, ByteLevel)
+    assert isinstance(tokenizer, HFTokenizer)
     return _byte_level(tokenizer)
 
 
@@ -85,7 +85,7 @@ def _sentencepiece(tokenizer: SentencePiece) -> Vocabulary:
     )
 
 
-def _byte_level(tokenizer: ByteLevel) -> Vocabulary:
+def _byte_level(tokenizer: HFTokenizer) -> Vocabulary:
     path, whole = tokenizer.files[0], described(tokenizer)
     model = whole["model"]
     if model["type"] != "BPE" or model.get("byte_fallback"):
@@ -113,10 +113,10 @@ def _byte_level(tokenizer: ByteLevel) -> Vocabulary:
 
 
 def _pre_tokenizer(path: Path, told: dict[str, Any] | None) -> str:
-    """llama.cpp's name of a pre-tokenizer: GPT-2's is in the ByteLevel step itself, the others' before it."""
+    """llama.cpp's name of a pre-tokenizer: GPT-2's is in the HFTokenizer step itself, the others' before it."""
     steps = told["pretokenizers"] if told and told["type"] == "Sequence" else [told or {"type": "none"}]
     *before, last = steps
-    if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
+    if last["type"] == "HFTokenizer" and not last["add_prefix_space"]:
         if not before and last["use_regex"]:
             return "gpt-2"
         if len(before) == 1 and not last["use_regex"] and before[0]["type"] == "Split":

@@ -14,10 +14,10 @@ from anarchobot.exchange import safetensors_file
 from anarchobot.exchange.chat import save_foreign_template
 from anarchobot.exchange.hf_config import from_hf
 from anarchobot.exchange.narrowing import Float32
+from anarchobot.exchange.new_folder import NewFolder
 from anarchobot.exchange.safetensors_file import Stored
 from anarchobot.model.parameters import parameter_count, parameter_shapes
 from anarchobot.runs import checkpoint
-from anarchobot.storage.new_folder import NewFolder
 from anarchobot.tokenizers.tokenizer import Tokenizer, copy_beside, load_tokenizer
 
 INDEX = "model.safetensors.index.json"

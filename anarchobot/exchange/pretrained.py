@@ -21,7 +21,7 @@ ADAPTERS = "adapter_config.json"  # what a folder of adapters alone has, mlx-lm'
 
 
 @dataclass(frozen=True)
-class Base:
+class PretrainedModel:
     """Its parts; `weights` are read from its files as they are asked for. `config` is what it was trained with; of a
     Hugging Face model, the model section alone says something."""
 
@@ -43,7 +43,7 @@ class Base:
 
 
 @lru_cache(maxsize=1)
-def open_base(path: str) -> Base:
+def load_pretrained(path: str) -> PretrainedModel:
     """Raises UserError when there is no model, it is damaged, or has what a model here can't be."""
     folder = Path(path)
     if (folder / ADAPTERS).is_file():
@@ -52,7 +52,7 @@ def open_base(path: str) -> Base:
         found = open_foreign(folder)
         config = Config(model=found.model, data=DataConfig(seq_len=min(DataConfig().seq_len, found.model.max_seq_len)))
         tokenizer = load_chat_tokenizer(found.tokenizer.files[0])
-        return Base(folder, config, tokenizer, found.weights, lambda: _digest(found.files), found.warnings)
+        return PretrainedModel(folder, config, tokenizer, found.weights, lambda: _digest(found.files), found.warnings)
     run = checkpoint.find(folder, files=(checkpoint.MODEL_FILE,))
     if run.config.lora.r is not None:
         raise _no_whole_model(run.folder, f"lora.r: {run.config.lora.r}")
@@ -62,8 +62,14 @@ def open_base(path: str) -> Base:
             f"{tokenizer.files[0]}: {tokenizer.vocab_size:,} tokens, and the model in {run.folder} has rows for "
             f"{run.config.model.vocab_size:,}: put the tokenizer that it was trained with into the run's folder"
         )
-    return Base(run.folder, run.config, tokenizer, _Saved(run), lambda: str(run.state["sha256"][checkpoint.MODEL_FILE]),
-                list(run.passed_over))  # fmt: skip
+    return PretrainedModel(
+        run.folder,
+        run.config,
+        tokenizer,
+        _Saved(run),
+        lambda: str(run.state["sha256"][checkpoint.MODEL_FILE]),
+        list(run.passed_over),
+    )
 
 
 def _no_whole_model(folder: Path, sign: str) -> UserError:

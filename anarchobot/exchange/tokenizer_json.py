@@ -18,7 +18,7 @@ from anarchobot.exchange.chat import Chat
 from anarchobot.tokenizers.chat_template import FILE
 from anarchobot.tokenizers.fast_tokenizer import adversarial_texts
 from anarchobot.tokenizers.sentencepiece_to_json import BYTE, NORMAL, NotConvertible, spm_to_json
-from anarchobot.tokenizers.tokenizer import ByteLevel, SentencePiece, Tokenizer
+from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePiece, Tokenizer
 
 UNKNOWN, CONTROL = 2, 3  # a piece's types, beside those of spm_to_json
 TIES = (
@@ -45,7 +45,7 @@ def tokenizer_files(tokenizer: Tokenizer, max_seq_len: int, bos_id: int, chat: C
             raise UserError(f"{path}: this tokenizer can't be written as tokenizer.json: {reason}") from None
         files["tokenizer.model"] = path.read_bytes()
     else:
-        assert isinstance(tokenizer, ByteLevel)
+        assert isinstance(tokenizer, HFTokenizer)
         passed_on = len(tokenizer.files) == 1  # else GPT-2's two files
         used = described(tokenizer)
         # The file's own, but with ends of document and the marks of chats as the control tokens that they are here.
@@ -101,7 +101,7 @@ def proto(path: Path) -> Any:
     return sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
 
 
-def described(tokenizer: ByteLevel) -> dict[str, Any]:
+def described(tokenizer: HFTokenizer) -> dict[str, Any]:
     """The tokenizer as it is used here, in tokenizer.json's form."""
     whole: dict[str, Any] = json.loads(tokenizer._model.to_str())
     return whole

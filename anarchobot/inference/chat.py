@@ -13,7 +13,7 @@ from anarchobot.knowledge.knowledge_base import Hit, KnowledgeBase
 from anarchobot.knowledge.prompt import with_passages
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import load_template
-from anarchobot.tokenizers.conversation import Message, Misfit, check_encodable
+from anarchobot.tokenizers.conversation import InvalidRow, Message, check_encodable
 from anarchobot.tokenizers.tokenizer import load_chat_tokenizer
 
 
@@ -130,6 +130,6 @@ class ChatSession:
             for message in messages:
                 check_encodable(message.content, "what was said")
             ids: list[int] = self._encoder.prompt(tuple(messages)).tolist()
-        except Misfit as misfit:
+        except InvalidRow as misfit:
             raise UserError(str(misfit)) from misfit
         return ids

@@ -108,10 +108,12 @@ def generate_each(model: Model, prompts: Sequence[str], settings: GenerationConf
 
 def generate_ids(model: Model, settings: GenerationConfig) -> Iterator[int]:
     """The drawn token ids, without the end of document that may stop them. Raises UserError as `generate`."""
-    return continued(model.params, model.shape, prompt_ids(model, settings.prompt), settings, {model.tokenizer.eod_id})
+    return stream_token_ids(
+        model.params, model.shape, prompt_ids(model, settings.prompt), settings, {model.tokenizer.eod_id}
+    )
 
 
-def continued(
+def stream_token_ids(
     params: Params, shape: ModelConfig, context: list[int], settings: GenerationConfig, stop: Collection[int]
 ) -> Iterator[int]:
     """Token ids drawn one after the other behind those of `context`, without the one of `stop` that may end them.

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from anarchobot.config.schema import Config, ModelConfig
-from anarchobot.exchange.pretrained import open_base
+from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.numerics.elementary import on_cpu
 from anarchobot.tokenizers.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ def load_model(path: str | Path) -> tuple[Model, Config]:
     float32 on a CPU; on a GPU train.precision, or bfloat16. Raises UserError when there is no model, it is damaged or
     adapters alone, or its tokenizer is gone.
     """
-    base = open_base(str(path))
+    base = load_pretrained(str(path))
     for text in base.warnings:
         print(f"warning: {text}", file=sys.stderr)
     dtype = mx.float32 if on_cpu() else getattr(mx, base.config.train.precision or "bfloat16")

@@ -13,7 +13,7 @@ from anarchobot.model.lora import GROUP, adapted_matrices, adapter_scale, init_f
 from anarchobot.model.parameters import parameter_shapes
 
 
-def begin_adapters(
+def init_adapters(
     weights: Mapping[str, npt.NDArray[np.float32]], model: ModelConfig, lora: LoraConfig, seed: int, dtype: mx.Dtype
 ) -> tuple[Params, Params]:
     """New adapters, float32, and the frozen rest of the dict: the weights, and the adapters' constants."""

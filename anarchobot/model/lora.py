@@ -62,8 +62,8 @@ def adapter_scale(lora: LoraConfig) -> float:
 
 def init_factors(model: ModelConfig, lora: LoraConfig, seed: int) -> dict[str, npt.NDArray[np.float32]]:
     """First values of lora_a and lora_b: uniform within 1 / sqrt(in), as mlx-lm and PEFT have it, and zero: adapters
-    begin as nothing. As in model/parameters.py, a function of the seed and the name alone. (m begins as the base's own row
-    lengths: model/frozen.py.)"""
+    begin as nothing. As in model/parameters.py, a function of the seed and the name alone. (m begins as the base's own
+    row lengths: model/frozen.py.)"""
     values = {}
     for name, shape in adapter_shapes(model, lora).items():
         if name.endswith(".lora_a"):

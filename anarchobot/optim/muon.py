@@ -1,4 +1,4 @@
-"""Muon (Jordan et al., 2024): momentum, orthogonalised. For the blocks' matrices only.
+"""Muon (Jordan et al., 2024): momentum, orthogonalized. For the blocks' matrices only.
 
 A matrix's momentum usually has a few large directions and many small ones; Muon's update gives every direction the same
 size. That suits matrices that map hidden states to hidden states. It does not suit embeddings and the head (their rows
@@ -16,7 +16,7 @@ from anarchobot.config.schema import TrainConfig
 from anarchobot.numerics.elementary import row_sums
 from anarchobot.numerics.sequencing import Wait
 from anarchobot.optim.param_groups import MOST_AT_ONCE, muon_stacks
-from anarchobot.optim.polar_express import orthogonalise
+from anarchobot.optim.polar_express import orthogonalize
 from anarchobot.optim.weight_decay import moved
 
 BETA2, EPSILON = 0.95, 1e-8  # of NorMuon's second moment
@@ -41,7 +41,7 @@ def muon(
     `directions` are the u, where they are made already (by `muon_directions`). Returns the new (params, buffers,
     seconds).
 
-        m <- mu m + (1 - mu) g;   u = orthogonalise(mu m + (1 - mu) g)         (Nesterov's look ahead)
+        m <- mu m + (1 - mu) g;   u = orthogonalize(mu m + (1 - mu) g)         (Nesterov's look ahead)
         s <- b2 s + (1 - b2) mean of a row's u^2;   u <- u / sqrt(s), at u's norm      (NorMuon, Li et al., 2025)
         W <- W - lr (scale u + weight_decay W)                             (optim/weight_decay.py)
     """
@@ -84,7 +84,7 @@ def muon_directions(
 
 
 def _direction(name: str, ahead: mx.array, head_size: int | None) -> mx.array:
-    return _joined(name, orthogonalise(_pieces(name, ahead, head_size)), ahead.shape)
+    return _joined(name, orthogonalize(_pieces(name, ahead, head_size)), ahead.shape)
 
 
 def update_scale(shape: tuple[int, ...], kind: str = "adamw") -> float:

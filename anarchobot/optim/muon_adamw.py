@@ -6,7 +6,7 @@ from anarchobot.config.schema import TrainConfig
 from anarchobot.numerics.sequencing import Wait, tied
 from anarchobot.optim.adamw import adamw
 from anarchobot.optim.muon import muon
-from anarchobot.optim.param_groups import adamw_share, state_shapes, update_shares
+from anarchobot.optim.param_groups import adamw_lr_ratio, state_shapes, update_shares
 
 Arrays = dict[str, mx.array]
 State = dict[str, Arrays]  # "muon.momentum", "muon.second", "adamw.first", "adamw.second": arrays by parameter name
@@ -39,7 +39,7 @@ def update(
     matrices, buffers, seconds = muon(
         matrices, grads, state["muon.momentum"], state["muon.second"], lr, momentum, train, head_size, wait, directions
     )
-    lr = lr * adamw_share(train)
+    lr = lr * adamw_lr_ratio(train)
     rest, first, second = adamw(params, grads, state["adamw.first"], state["adamw.second"], lr, count, train, wait)
     new = matrices | rest
     return (

@@ -102,7 +102,7 @@ def check_state(state: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, Shap
             )
 
 
-def adamw_share(train: TrainConfig) -> float:
+def adamw_lr_ratio(train: TrainConfig) -> float:
     """AdamW's learning rate as a multiple of the schedule's, which is Muon's: with train.adamw_lr it has its own."""
     if train.optimizer == "adamw" or train.adamw_lr is None:
         return 1.0

@@ -17,7 +17,7 @@ POLAR_EXPRESS = (
 )
 
 
-def orthogonalise(g: mx.array) -> mx.array:
+def orthogonalize(g: mx.array) -> mx.array:
     """The nearest matrix with all singular values one (U V^T of g = U S V^T), to about 15 %, of each of a stack.
 
     `g` [n, rows, cols] float32 -> the same shape. The Frobenius norm, taken with a margin of 2 %, brings all singular

@@ -9,7 +9,7 @@ import numpy as np
 
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
-from anarchobot.exchange.pretrained import Base
+from anarchobot.exchange.pretrained import PretrainedModel
 from anarchobot.model.llama.flops import model_step
 from anarchobot.tasks.engines import open_engine
 
@@ -20,7 +20,7 @@ LEAST, MOST = 3, 50  # whole steps
 How = Literal["measured", "at most", "a guess"]
 
 
-def step_seconds(config: Config, base: Base | None, rows: int, rate: float) -> tuple[float, How]:
+def step_seconds(config: Config, base: PretrainedModel | None, rows: int, rate: float) -> tuple[float, How]:
     """Seconds of a step of `rows` sequences a micro-batch, and how that is known; `rate`: operations a second, for a
     guess.
 

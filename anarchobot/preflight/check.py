@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # `packages` is asked before any of them is loaded
     from anarchobot.config.adapt_schema import AdaptConfig
     from anarchobot.config.loading import Loaded, LoadedConfig
     from anarchobot.data.shards import TokenStream
-    from anarchobot.exchange.pretrained import Base
+    from anarchobot.exchange.pretrained import PretrainedModel
 
 Status = Literal["pass", "warn", "fail", "skip"]
 SMALLER = (
@@ -48,7 +48,7 @@ class Setup:
     # ---
     loaded: "LoadedConfig" = field(init=False)
     adapt: "Loaded[AdaptConfig]" = field(init=False)
-    base: "Base | None" = None
+    base: "PretrainedModel | None" = None
     streams: "list[TokenStream]" = field(default_factory=list)
     windows: int | None = None  # training sequences in an epoch
     steps: int | None = None

@@ -11,7 +11,7 @@ from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.shards import TokenStream, verify
 from anarchobot.data.sources.documents import Counts, open_source
 from anarchobot.data.windows import StreamWindows, open_windows
-from anarchobot.exchange.pretrained import open_base
+from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.model.parameters import parameter_count
 from anarchobot.preflight.check import Answer, Question, Setup
 from anarchobot.preflight.settings import shard_folders
@@ -118,7 +118,7 @@ def model_and_data(setup: Setup) -> Answer:
     sets = [open_windows(stream, data.seq_len, data.pack, data.document_mask) for stream in setup.streams]
     setup.windows = TrainBatches(sets, train.seed, data.shard_weights).windows
     if train.init_from is not None:
-        setup.base = open_base(train.init_from)
+        setup.base = load_pretrained(train.init_from)
         first_weights(loaded, setup.base)
     held_out = sum(
         StreamWindows(TokenStream(s.folder, "val"), data.seq_len, data.document_mask).count for s in setup.streams
@@ -143,7 +143,7 @@ def model_and_data(setup: Setup) -> Answer:
 
 def source_model(setup: Setup) -> Answer:
     """What adapt-vocab itself refuses before it begins."""
-    base = open_base(setup.adapt.config.models.source_model)
+    base = load_pretrained(setup.adapt.config.models.source_model)
     adapt_checks.check(setup.adapt, base)
     return Answer(
         "pass", f"{base.folder}: {parameter_count(base.model):,} parameters, {base.model.vocab_size:,} tokens"

@@ -11,7 +11,7 @@ from anarchobot.system.blas import advice
 from anarchobot.system.fitting import SHARE, fitted
 from anarchobot.system.memory import checkpoint_bytes, estimate
 from anarchobot.tasks.resume import check_same_run
-from anarchobot.tasks.run import where_to_start
+from anarchobot.tasks.run import find_start
 from anarchobot.tasks.supervise import CPU_RATE, GPU_RATE
 from anarchobot.training.display import duration
 
@@ -58,7 +58,7 @@ def save_dir(setup: Setup) -> Answer:
         logs = _writable(Path(train.log_path), setup.loaded.where("train.log_path"), "train.log_path")
         answer = answer if logs.status == "pass" else logs
     if answer.status == "pass":
-        where_to_start(setup.loaded)
+        find_start(setup.loaded)
     return answer
 
 
@@ -90,7 +90,7 @@ def _there(folder: Path) -> Path:
 
 
 def resumed_run(setup: Setup) -> Answer:
-    start = where_to_start(setup.loaded).checkpoint
+    start = find_start(setup.loaded).checkpoint
     if start is None:
         return Answer("pass", "begins anew")
     identity: dict[str, object] = {"shards": [stream.manifest.digest() for stream in setup.streams]}

@@ -8,7 +8,7 @@ from anarchobot.config.adapt_schema import AdaptConfig
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import leaf_keys, load, load_config, sections
 from anarchobot.config.schema import Config
-from anarchobot.exchange.pretrained import open_base
+from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import total_steps
 from anarchobot.preflight.check import Answer, Question, Setup
 from anarchobot.preflight.plan import is_of_pairs
@@ -48,7 +48,7 @@ def tuning_configuration(setup: Setup) -> Answer:
     setup.loaded = load_tuning(setup.path, setup.overrides)
     setup.pairs = kind_of(setup) == "dpo"
     check_settings(setup.loaded, "dpo" if setup.pairs else "sft")
-    setup.base = open_base(str(setup.loaded.config.train.init_from))
+    setup.base = load_pretrained(str(setup.loaded.config.train.init_from))
     return _own_settings(setup.loaded.sources)
 
 

@@ -7,7 +7,7 @@ from anarchobot.inference.chat import chat_encoder, chat_warnings
 from anarchobot.inference.generation import prompt_ids
 from anarchobot.inference.model import Model
 from anarchobot.serving.refusals import ApiError
-from anarchobot.tokenizers.conversation import Message, Misfit
+from anarchobot.tokenizers.conversation import InvalidRow, Message
 
 
 class Prompt(NamedTuple):
@@ -38,7 +38,7 @@ class Prompts:
         the tokenizer refuses, and for one that leaves no room in max_seq_len."""
         try:
             ids = self._encoder.prompt(tuple(messages)).tolist()
-        except Misfit as misfit:
+        except InvalidRow as misfit:
             raise ApiError(400, f"messages: {misfit}", "messages") from misfit
         return self._fitting(Prompt(ids, self._end_of_turn), "messages")
 

@@ -8,7 +8,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import Loaded
 from anarchobot.config.schema import Config, DataConfig, LoraConfig
 from anarchobot.data.sources.documents import Counts, from_files
-from anarchobot.exchange.pretrained import Base, open_base
+from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
 from anarchobot.tasks.adapt_evaluation import read_questions
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from anarchobot.vocab.forms import forms
@@ -17,7 +17,7 @@ PAPERS_LR, PAPERS_TOKENS = 6.4e-4, 2.1e6  # TokAlign's stage 1: its rate belongs
 SAME = 0.95  # of a tokenizer's ids, to be the model's own in another library's file
 
 
-def check(loaded: Loaded[AdaptConfig], base: Base) -> None:
+def check(loaded: Loaded[AdaptConfig], base: PretrainedModel) -> None:
     """Raises UserError when model, tokenizers, files and settings do not belong together."""
     models, length = loaded.config.models, loaded.config.vocab_adaptation.max_seq_length
     for key in ("source_tokenizer", "target_tokenizer"):
@@ -47,7 +47,7 @@ def check(loaded: Loaded[AdaptConfig], base: Base) -> None:
         if evaluation.qa is not None:
             read_questions(Path(evaluation.qa))
         if evaluation.baseline_model is not None:
-            open_base(evaluation.baseline_model)
+            load_pretrained(evaluation.baseline_model)
     if evaluation.enabled and evaluation.datasets is None and loaded.config.corpus.val_fraction == 0:
         raise UserError(
             f"{loaded.where('corpus.val_fraction')}: nothing is held out to evaluate on: raise it, name "
@@ -61,7 +61,7 @@ def _same_tokens(one: Tokenizer, other: Tokenizer) -> float:
     return sum(a.raw == b.raw for a, b in pairs) / len(pairs)
 
 
-def _check_adapters(loaded: Loaded[AdaptConfig], base: Base) -> None:
+def _check_adapters(loaded: Loaded[AdaptConfig], base: PretrainedModel) -> None:
     training = loaded.config.vocab_adaptation
     if training.enabled and training.stage2_use_lora:
         lora = LoraConfig(r=training.lora_r, target_modules=training.lora_target_modules)

@@ -25,7 +25,7 @@ from anarchobot.data.resume import source_of
 from anarchobot.data.sources.documents import Counts, Document, from_files, open_source
 from anarchobot.data.sources.files import find
 from anarchobot.exchange.fusing import fuse
-from anarchobot.exchange.pretrained import Base, open_base
+from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
 from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import sha256_file, write_whole
 from anarchobot.storage.lock import FolderLock
@@ -60,7 +60,7 @@ def adapt_vocab(
     """
     tell = say or (lambda text: None if quiet else print(text, file=sys.stderr, flush=True))
     settings = loaded.config
-    base = open_base(settings.models.source_model)
+    base = load_pretrained(settings.models.source_model)
     check(loaded, base)
     for text in warnings(settings):
         tell(f"warning: {text}")
@@ -72,7 +72,7 @@ def adapt_vocab(
                 f"{loaded.where('pipeline.run_root')}: {root} holds the adaptation of another model than the one in "
                 f"{base.folder}: name another folder, or remove it"
             )
-        report = _Adaptation(settings, base, stages, quiet).carry_out()
+        report = _Adaptation(settings, base, stages, quiet).execute_run()
         write_whole(root / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
         if report["evaluation"]:
             write_whole(root / "report.md", table(report["evaluation"]) + "\n")
@@ -80,13 +80,13 @@ def adapt_vocab(
 
 
 class _Adaptation:
-    def __init__(self, settings: AdaptConfig, base: Base, stages: Stages, quiet: bool) -> None:
+    def __init__(self, settings: AdaptConfig, base: PretrainedModel, stages: Stages, quiet: bool) -> None:
         self.settings, self.base, self.stages, self.quiet = settings, base, stages, quiet
         source = settings.models.source_tokenizer
         self.source: Tokenizer = base.tokenizer if source is None else load_tokenizer(source)
         self.seed = settings.vocab_adaptation.seed
 
-    def carry_out(self) -> dict[str, Any]:
+    def execute_run(self) -> dict[str, Any]:
         """All stages, each skipped while its record holds."""
         corpus, evaluation = self._corpus(), self.settings.evaluation
         if evaluation.enabled and evaluation.datasets is None and not corpus.notes["held_out"]:
@@ -111,7 +111,7 @@ class _Adaptation:
             finished = False
         baseline = evaluation.baseline_model
         if baseline is not None and evaluation.enabled:
-            models["baseline"] = (baseline, open_base(baseline).digest)
+            models["baseline"] = (baseline, load_pretrained(baseline).digest)
         measured = self._evaluate(corpus, models) if finished and evaluation.enabled else {}
         return {"finished": finished, "result": str(result), **report, "evaluation": measured}
 
@@ -370,7 +370,7 @@ class _Adaptation:
                 fuse(checkpoint.folder_of(base.folder, base.notes.get("steps", 0)), newest, folder)
                 step = checkpoint.folder_of(folder, 0)
             else:
-                step = self._write_model(folder, dict(open_base(str(newest)).weights))
+                step = self._write_model(folder, dict(load_pretrained(str(newest)).weights))
             return [step / "model.npz", step / "state.json"], {}
 
         inputs = {"last": last.digest} | ({"base": base.digest} if base is not None else {})

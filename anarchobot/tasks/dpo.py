@@ -13,13 +13,13 @@ from anarchobot.data.conversations.pairs import Pairs, PairTrainBatches, PairVal
 from anarchobot.data.conversations.reading import pairs
 from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.conversations.tokenization import tokenised_pairs
-from anarchobot.exchange.pretrained import open_base
+from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import total_steps
 from anarchobot.system.fitting import fitted
 from anarchobot.tasks.engines import open_preference_engine
 from anarchobot.tasks.finetuning import answer, check_settings, identity, tune
 from anarchobot.tasks.reference import reference_of
-from anarchobot.tasks.run import Show, where_to_start
+from anarchobot.tasks.run import Show, find_start
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import load_template
 from anarchobot.tokenizers.conversation import Message
@@ -39,7 +39,7 @@ def dpo(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
     loaded, fitting = fitted(loaded, pairs=True)
     config = loaded.config
     data, chat, train = config.data, config.chat, config.train
-    base, start = open_base(str(train.init_from)), where_to_start(loaded)
+    base, start = load_pretrained(str(train.init_from)), find_start(loaded)
     encoder, tally = ChatEncoder(base.tokenizer, load_template(base.tokenizer, chat.template), "answer"), Tally()
     learnt, held_out = tokenised_pairs(
         pairs(data, tally, chat.language),

@@ -75,7 +75,7 @@ def _mlx(config: Config, weights: Weights | None, ranks: Ranks) -> OpenEngine:
 def _opened(engine: "MLXEngine", config: Config, slow_products: bool) -> OpenEngine:
     import mlx.core as mx
 
-    from anarchobot.inference.generation import continued, generate
+    from anarchobot.inference.generation import generate, stream_token_ids
     from anarchobot.inference.model import Model
 
     on_gpu = engine.device.type == mx.DeviceType.gpu
@@ -85,7 +85,7 @@ def _opened(engine: "MLXEngine", config: Config, slow_products: bool) -> OpenEng
         engine.precision,
         f"{engine.precision} on {engine.device}",
         lambda tokenizer: generate(Model(engine.weights, config.model, tokenizer), config.generation),
-        lambda context, settings, stop: list(continued(engine.weights, config.model, context, settings, stop)),
+        lambda context, settings, stop: list(stream_token_ids(engine.weights, config.model, context, settings, stop)),
         [advice()] if slow else [],
         peak_tflops(str(mx.device_info()["device_name"]), gpu_cores(), engine.precision) if on_gpu else None,
     )
@@ -93,7 +93,7 @@ def _opened(engine: "MLXEngine", config: Config, slow_products: bool) -> OpenEng
 
 def _torch(config: Config, weights: Weights | None) -> OpenEngine:
     from anarchobot.torch_backend.engine import TorchEngine
-    from anarchobot.torch_backend.generation import continued, generate
+    from anarchobot.torch_backend.generation import generate, stream_token_ids
 
     if config.lora.r is not None:
         raise UserError("train.backend: torch trains whole weights: leave lora.r out, or set train.backend: mlx")
@@ -105,6 +105,6 @@ def _torch(config: Config, weights: Weights | None) -> OpenEngine:
         engine.precision,
         f"{engine.precision} on {engine.device.type}, by PyTorch",
         lambda tokenizer: generate(engine.weights, config.model, tokenizer, config.generation),
-        lambda context, settings, stop: list(continued(engine.weights, config.model, context, settings, stop)),
+        lambda context, settings, stop: list(stream_token_ids(engine.weights, config.model, context, settings, stop)),
         engine.notes,
     )

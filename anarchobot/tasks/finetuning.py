@@ -13,12 +13,12 @@ from anarchobot.config.loading import LoadedConfig, leaf_keys, load_config
 from anarchobot.config.schema import Config, PreferenceConfig
 from anarchobot.evaluation.rouge import rouge_package
 from anarchobot.exchange.adapters import read_adapter, write_adapter
-from anarchobot.exchange.pretrained import Base, open_base
+from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
 from anarchobot.model.lora import is_packed, trained_count
 from anarchobot.model.parameters import parameter_count, parameter_shapes
 from anarchobot.runs import checkpoint
 from anarchobot.tasks.engines import OpenEngine
-from anarchobot.tasks.run import Show, Start, carry_out
+from anarchobot.tasks.run import Show, Start, execute_run
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import TRAINING_DAY
 from anarchobot.tokenizers.conversation import Conversation
@@ -54,7 +54,7 @@ UNUSED = {
 
 def load_tuning(path: str | None, overrides: Sequence[str | tuple[str, Any]]) -> LoadedConfig:
     """A configuration whose model section is that of the model in train.init_from."""
-    return load_config(path, overrides, base_model=lambda folder: open_base(folder).model)
+    return load_config(path, overrides, base_model=lambda folder: load_pretrained(folder).model)
 
 
 def check_settings(loaded: LoadedConfig, command: Literal["sft", "dpo"]) -> None:
@@ -76,7 +76,7 @@ def check_settings(loaded: LoadedConfig, command: Literal["sft", "dpo"]) -> None
         )
 
 
-def identity(digests: list[str], base: Base, opened: OpenEngine) -> dict[str, Any]:
+def identity(digests: list[str], base: PretrainedModel, opened: OpenEngine) -> dict[str, Any]:
     """What a run must find again to be resumed; and what packed weights were unpacked into (exchange/adapters.py)."""
     return {"conversations": digests, "base": base.digest, "precision": opened.precision}
 
@@ -85,7 +85,7 @@ def tune(
     run: Run,
     start: Start,
     opened: OpenEngine,
-    base: Base,
+    base: PretrainedModel,
     encoder: ChatEncoder,
     *,
     told: Sequence[str],
@@ -96,7 +96,7 @@ def tune(
     """Trains `base`, as it is in the engine, and returns the summary that it also writes.
 
     `told` are lines on the data, for a person; `unit` is what a batch is of: sequences or pairs. `prepare` is called
-    with the run's folder while that is locked and nothing is trained yet. Raises UserError as `carry_out`.
+    with the run's folder while that is locked and nothing is trained yet. Raises UserError as `execute_run`.
     """
 
     def beside(folder: Path) -> None:
@@ -110,7 +110,7 @@ def tune(
     epochs = run.steps * per_step / run.train.windows
     length = f"{run.steps:,} steps of {per_step} {unit} = {epochs:.2f} epochs"
     opening = [*_what_is_tuned(config, base, opened, trained, run.ranks), *told, length, *warnings]
-    summary = carry_out(run, start, opened, beside=beside, opening=opening, trained=trained, show=show)
+    summary = execute_run(run, start, opened, beside=beside, opening=opening, trained=trained, show=show)
     if run.ranks.rank > 0:
         return summary
     summary |= _write_adapters(run, base)
@@ -128,7 +128,7 @@ def answer(opened: OpenEngine, encoder: ChatEncoder, conversation: Conversation,
     return (text.add(encoder.tokenizer.decode(ids)) + text.rest()).strip()
 
 
-def _what_is_tuned(config: Config, base: Base, opened: OpenEngine, trained: int, ranks: Ranks) -> list[str]:
+def _what_is_tuned(config: Config, base: PretrainedModel, opened: OpenEngine, trained: int, ranks: Ranks) -> list[str]:
     whole, shapes = parameter_count(config.model), parameter_shapes(config.model).values()
     share = sum(math.prod(shape) for shape in shapes if is_packed(shape)) / whole
     adapters = f"adapters of rank {config.lora.r}" if config.lora.r is not None else "all weights"
@@ -139,7 +139,7 @@ def _what_is_tuned(config: Config, base: Base, opened: OpenEngine, trained: int,
     ]
 
 
-def _write_adapters(run: Run, base: Base) -> dict[str, Any]:
+def _write_adapters(run: Run, base: PretrainedModel) -> dict[str, Any]:
     """Puts the best step's adapters (the newest's, where none was better than before) into RUN/adapters, for other
     programs; returns what to add to the summary."""
     model, lora, folder = run.config.model, run.config.lora, run.folder / "adapters"

@@ -16,7 +16,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, load_config
 from anarchobot.config.schema import Config
 from anarchobot.data.parts import Parts, part_folder, remove_parts, write_part
-from anarchobot.data.pretokenize import join, pretokenize, what_decides
+from anarchobot.data.pretokenize import join, pretokenize, provenance
 from anarchobot.data.resume import check_made_of, source_of
 from anarchobot.data.shards import Manifest, read_manifest
 from anarchobot.data.sources import files, hub
@@ -46,7 +46,7 @@ class Corpus:
     @property
     def made_of(self) -> dict[str, Any]:
         data, seed = self.config.data, self.config.train.seed
-        return what_decides(self.tokenizer, data.val_fraction, data.dedup, data.near_dedup, seed, self.source)
+        return provenance(self.tokenizer, data.val_fraction, data.dedup, data.near_dedup, seed, self.source)
 
 
 def open_corpus(

@@ -8,13 +8,13 @@ from anarchobot.data.batches import Prefetched, TrainBatches, ValBatches
 from anarchobot.data.content_check import ContentCheck
 from anarchobot.data.shards import TokenStream
 from anarchobot.data.windows import Joined, StreamWindows, open_windows
-from anarchobot.exchange.pretrained import Base, open_base
+from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
 from anarchobot.model.lora import trained_count, trained_shapes
 from anarchobot.model.parameters import parameter_count
 from anarchobot.optim.param_groups import describe_routes, trained
 from anarchobot.optim.schedule import total_steps
 from anarchobot.tasks.engines import Weights, open_engine, open_ranks
-from anarchobot.tasks.run import Show, carry_out, fitted_run, where_to_start
+from anarchobot.tasks.run import Show, execute_run, find_start, fitted_run
 from anarchobot.tokenizers.tokenizer import Tokenizer, copy_beside, digest, load_tokenizer
 from anarchobot.training.loop import Run
 
@@ -38,10 +38,10 @@ def pretrain(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]
     batches = TrainBatches(sets, train.seed, data.shard_weights)
     held_out = Joined([StreamWindows(TokenStream(f, "val"), data.seq_len, data.document_mask) for f in folders])
     val_shards = [shard for stream in streams for shard in stream.manifest.of("val")]
-    start = where_to_start(loaded, ranks)
+    start = find_start(loaded, ranks)
     # Adapters need it all along; a rank beside the first gets all other weights from that.
     from_base = train.init_from is not None and (adapted or (start.checkpoint is None and ranks.rank == 0))
-    base = open_base(str(train.init_from)) if from_base else None
+    base = load_pretrained(str(train.init_from)) if from_base else None
     opened = open_engine(config, first_weights(loaded, base) if base is not None else None, ranks)
     check = ContentCheck(folders)
     run = Run(
@@ -59,7 +59,7 @@ def pretrain(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]
         problem=lambda: check.problem,
         ranks=ranks,
     )
-    return carry_out(
+    return execute_run(
         run,
         start,
         opened,
@@ -99,7 +99,7 @@ def check_tokenizers(loaded: LoadedConfig, streams: list[TokenStream]) -> Tokeni
     return tokenizer
 
 
-def first_weights(loaded: LoadedConfig, base: Base) -> Weights:
+def first_weights(loaded: LoadedConfig, base: PretrainedModel) -> Weights:
     """Raises UserError when the models differ."""
     for key in type(base.model).model_fields:
         old, new = getattr(base.model, key), getattr(loaded.config.model, key)
@@ -108,7 +108,7 @@ def first_weights(loaded: LoadedConfig, base: Base) -> Weights:
     return base.weights
 
 
-def _opening(run: Run, streams: list[TokenStream], place: str, base: Base | None) -> list[str]:
+def _opening(run: Run, streams: list[TokenStream], place: str, base: PretrainedModel | None) -> list[str]:
     config = run.config
     per_step = run.ranks.size * config.train.micro_batch_size * config.train.grad_accum_steps
     shapes = trained_shapes(config.model, config.lora)

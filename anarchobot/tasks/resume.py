@@ -82,7 +82,7 @@ def check_same_run(start: checkpoint.Checkpoint, now: Config, identity: Mapping[
             raise UserError(f"{start.folder}: {key} was {old} and is now {new}: a run can't change it")
 
 
-def check_alike(run: Run) -> None:
+def check_same_on_all_ranks(run: Run) -> None:
     """Raises UserError on a rank whose settings or data are not rank 0's."""
     own = {"config": run.config.model_dump(mode="json"), "identity": run.identity, "windows": run.train.windows}
     first = json.loads(run.ranks.share(json.dumps(own).encode()))

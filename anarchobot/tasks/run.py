@@ -23,7 +23,15 @@ from anarchobot.system.environment import environment
 from anarchobot.system.fitting import Fitted, fitted
 from anarchobot.system.peak import operations_per_token
 from anarchobot.tasks.engines import OpenEngine
-from anarchobot.tasks.resume import changes, check_alike, check_same_run, checkpoint_to_resume, resume, room_for, tidy
+from anarchobot.tasks.resume import (
+    changes,
+    check_same_on_all_ranks,
+    check_same_run,
+    checkpoint_to_resume,
+    resume,
+    room_for,
+    tidy,
+)
 from anarchobot.training.display import TerminalDisplay, duration
 from anarchobot.training.loop import Display, Engine, Run, run_training
 from anarchobot.training.ranks import ALONE, Ranks, launched
@@ -51,7 +59,7 @@ def fitted_run(loaded: LoadedConfig) -> Fitted:
     return fitted(loaded)
 
 
-def where_to_start(loaded: LoadedConfig, ranks: Ranks = ALONE) -> Start:
+def find_start(loaded: LoadedConfig, ranks: Ranks = ALONE) -> Start:
     """Only rank 0 looks; the others follow it. Raises UserError when the folder holds another run, or no checkpoint
     where one was named."""
     folder = Path(loaded.config.train.save_dir)
@@ -61,7 +69,7 @@ def where_to_start(loaded: LoadedConfig, ranks: Ranks = ALONE) -> Start:
     return Start(folder, steps, checkpoint_to_resume(loaded, folder))
 
 
-def carry_out(
+def execute_run(
     run: Run,
     start: Start,
     opened: OpenEngine,
@@ -83,7 +91,7 @@ def carry_out(
     engine, config, found = opened.engine, run.config, start.checkpoint
     if found is not None:
         check_same_run(found, config, run.identity)
-    check_alike(run)
+    check_same_on_all_ranks(run)
     if run.ranks.rank > 0:
         with run.train, NoLog() as no_log, TerminalDisplay(0, 0, quiet=True) as display:
             return {"finished": _train(engine, run, Progress(), no_log, display), "rank": run.ranks.rank}

@@ -10,11 +10,11 @@ from anarchobot.data.conversations.sequences import ConversationWindows
 from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.conversations.tokenization import Tokenised, tokenised
 from anarchobot.evaluation.rouge import rouge
-from anarchobot.exchange.pretrained import open_base
+from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import total_steps
 from anarchobot.tasks.engines import OpenEngine, open_engine, open_ranks
 from anarchobot.tasks.finetuning import answer, check_settings, identity, tune
-from anarchobot.tasks.run import Show, fitted_run, where_to_start
+from anarchobot.tasks.run import Show, find_start, fitted_run
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import TRAINING_DAY, load_template
 from anarchobot.tokenizers.conversation import Conversation, Message
@@ -32,7 +32,7 @@ def sft(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
     config = loaded.config
     data, chat, train = config.data, config.chat, config.train
     ranks = open_ranks(config)
-    base, start = open_base(str(train.init_from)), where_to_start(loaded, ranks)
+    base, start = load_pretrained(str(train.init_from)), find_start(loaded, ranks)
     encoder = ChatEncoder(base.tokenizer, load_template(base.tokenizer, chat.template), chat.train_on)
     made, tally = read_conversations(config, encoder)
     sets = [ConversationWindows(t, data.seq_len, chat.pack, base.tokenizer.eod_id) for t in (made.train, made.val)]

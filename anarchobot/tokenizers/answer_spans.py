@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from anarchobot.tokenizers.chat_template import BEGIN, END, TRAINING_DAY, ChatTemplate
-from anarchobot.tokenizers.conversation import Conversation, Message, Misfit
+from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message
 
 Span = tuple[int, int]  # first character, and the one behind the last
 _STAND_IN = re.compile("\ue000([0-9]+)\ue001")
@@ -33,7 +33,7 @@ class AnswerSpans:
         self._skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
 
     def of(self, conversation: Conversation, last: bool = False) -> tuple[str, list[Span]]:
-        """The rendered text and a span for each answer, or for the `last` alone. Raises Misfit when the template
+        """The rendered text and a span for each answer, or for the `last` alone. Raises InvalidRow when the template
         refuses the conversation, or it can't be told what of the text is an answer."""
         text, spans = self._of(conversation, last)
         return text, spans[-1:] if last else spans
@@ -71,7 +71,7 @@ class AnswerSpans:
         """Where the prompt for an answer ends: at its content, or sooner where the template adds to what is said."""
         try:
             prompt = self._render(before, add_generation_prompt=True)
-        except Misfit:
+        except InvalidRow:
             return content
         return len(prompt) if len(prompt) <= content and text.startswith(prompt) else content
 
@@ -80,7 +80,7 @@ class AnswerSpans:
         where the turn ends. White space behind the mark is none of it, unless it is the mark."""
         try:
             behind = self._render(turns)
-        except Misfit:
+        except InvalidRow:
             behind = ""
         ends_there = text.startswith(behind) and content <= len(behind) <= following
         limit = len(behind) if ends_there else following
@@ -107,7 +107,7 @@ class AnswerSpans:
             behind = self._render(conversation[: i + 1])
             if text.startswith(behind) and len(prompt) < len(behind):
                 return len(prompt), len(behind.rstrip())
-        raise Misfit("the chat template rewrites it", f"turn {i + 1}; {self._template.where}")
+        raise InvalidRow("the chat template rewrites it", f"turn {i + 1}; {self._template.where}")
 
 
 def _filled(skeleton: _Skeleton, conversation: Conversation, text: str) -> list[Span] | None:

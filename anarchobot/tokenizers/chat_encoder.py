@@ -15,7 +15,7 @@ import numpy.typing as npt
 from anarchobot.config.errors import UserError
 from anarchobot.tokenizers.answer_spans import AnswerSpans, Span
 from anarchobot.tokenizers.chat_template import BEGIN, END, TRAINING_DAY, ChatTemplate
-from anarchobot.tokenizers.conversation import Conversation, Message, Misfit
+from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message
 from anarchobot.tokenizers.tokenizer import ChatTokenizer, Ids
 
 TrainOn = Literal["assistant", "answer", "all"]
@@ -55,21 +55,23 @@ class ChatEncoder:
         self.tokenizer, self.template, self.train_on = tokenizer, template, train_on
         self._spans = AnswerSpans(template, tokenizer.control_pattern)
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | Misfit]:
-        """One for each conversation; a Misfit for one that the template can't take."""
-        layouts: list[list[_Stretch] | Misfit] = []
+    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | InvalidRow]:
+        """One for each conversation; a InvalidRow for one that the template can't take."""
+        layouts: list[list[_Stretch] | InvalidRow] = []
         for conversation in conversations:
             try:
                 layouts.append(self._layout(conversation))
-            except Misfit as misfit:
+            except InvalidRow as misfit:
                 layouts.append(misfit)
-        stretches = [s for layout in layouts if not isinstance(layout, Misfit) for s in layout]
+        stretches = [s for layout in layouts if not isinstance(layout, InvalidRow) for s in layout]
         pieces = iter(self._tokenised(stretches))
-        return [layout if isinstance(layout, Misfit) else _joined([next(pieces) for _ in layout]) for layout in layouts]
+        return [
+            layout if isinstance(layout, InvalidRow) else _joined([next(pieces) for _ in layout]) for layout in layouts
+        ]
 
     def prompt(self, conversation: Conversation, day: datetime | None = None) -> Ids:
         """The ids that the assistant's next turn is generated from, with `day`'s date (left out: today's) where the
-        template has one. Raises Misfit when the template refuses."""
+        template has one. Raises InvalidRow when the template refuses."""
         text = self.template.render(self._shielded(conversation), add_generation_prompt=True, day=day)
         return _joined(self._tokenised(self._stretches(text, []))).ids.astype(np.int32)
 
@@ -103,7 +105,7 @@ class ChatEncoder:
     def _probe(self) -> Encoded:
         """Raises UserError when the template can't take the plainest conversation."""
         (probe,) = self.encode([_PROBE])
-        if isinstance(probe, Misfit):
+        if isinstance(probe, InvalidRow):
             raise UserError(f"{self.template.where}: can't be used: {probe}")
         return probe
 
@@ -118,7 +120,7 @@ class ChatEncoder:
     def _shielded(self, conversation: Conversation) -> Conversation:
         """Control tokens' texts broken up behind their first character."""
         if any(_RESERVED.search(content) for _, content in conversation):
-            raise Misfit("characters that are none", "U+FDD0, U+FDD1 or U+FDD2")
+            raise InvalidRow("characters that are none", "U+FDD0, U+FDD1 or U+FDD2")
         if not any(self.tokenizer.control_pattern.search(content) for _, content in conversation):
             return conversation
         inside = "|".join(f"(?<={re.escape(c[0])})(?={re.escape(c[1:])})" for c in self.tokenizer.controls)

@@ -14,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from anarchobot.config.errors import UserError
 from anarchobot.storage.durable import write_whole
-from anarchobot.tokenizers.conversation import Conversation, Misfit
+from anarchobot.tokenizers.conversation import Conversation, InvalidRow
 from anarchobot.tokenizers.tokenizer import CHAT_TOKENS, ChatTokenizer
 
 FILE = "chat_template.jinja"  # where Hugging Face keeps it too
@@ -75,7 +75,8 @@ class ChatTemplate:
         marked: bool = False,
     ) -> str:
         """The text, which with `add_generation_prompt` ends where the assistant begins to write. `day`: left out: now.
-        `marked`: with BEGIN and END around what {% generation %} encloses. Raises Misfit when the template refuses."""
+        `marked`: with BEGIN and END around what {% generation %} encloses. Raises InvalidRow when the template
+        refuses."""
         template = self._marking if marked else self._plain
         try:
             return template.render(
@@ -87,7 +88,7 @@ class ChatTemplate:
                 **self.tokens,
             )
         except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:  # what templates run into
-            raise Misfit("the chat template refuses it", _one_line(error)) from error
+            raise InvalidRow("the chat template refuses it", _one_line(error)) from error
 
     def save(self, folder: Path) -> None:
         """Writes it beside a tokenizer, where `load_template` and Hugging Face's libraries find it."""

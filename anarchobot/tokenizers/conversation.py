@@ -33,7 +33,7 @@ class Pair(NamedTuple):
     rejected: str
 
 
-class Misfit(ValueError):
+class InvalidRow(ValueError):
     """A row that can't be used: `reason` is what it is counted by, `detail` what is told of the first one."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -42,38 +42,38 @@ class Misfit(ValueError):
 
 
 def message(role: Any, content: Any, place: str) -> Message:
-    """Raises Misfit for a role that is not known and a content that is no text or blank; `place` names the turn."""
+    """Raises InvalidRow for a role that is not known and a content that is no text or blank; `place` names the turn."""
     if not isinstance(role, str) or role not in ROLES:
-        raise Misfit("unknown role", f"{role!r} in {place}; known are {', '.join(ROLES)}")
+        raise InvalidRow("unknown role", f"{role!r} in {place}; known are {', '.join(ROLES)}")
     if not isinstance(content, str):
-        raise Misfit("content is no text", f"{type(content).__name__} in {place}")
+        raise InvalidRow("content is no text", f"{type(content).__name__} in {place}")
     if not content.strip():
-        raise Misfit("empty content", place)
+        raise InvalidRow("empty content", place)
     check_encodable(content, place)
     return Message(ROLES[role], content)
 
 
 def check_encodable(text: str, place: str) -> None:
-    """Raises Misfit for half of a surrogate pair, which no tokenizer takes."""
+    """Raises InvalidRow for half of a surrogate pair, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise Misfit("not UTF-8", f"half of a surrogate pair in {place}") from error
+        raise InvalidRow("not UTF-8", f"half of a surrogate pair in {place}") from error
 
 
 def in_order(messages: Iterable[Message], last: str = "assistant") -> Conversation:
     """The messages, when they are: perhaps a system's, then the user and the assistant in turn, up to `last`. Raises
-    Misfit when not."""
+    InvalidRow when not."""
     conversation = tuple(messages)
     if not conversation:
-        raise Misfit("empty conversation")
+        raise InvalidRow("empty conversation")
     turns = conversation[1:] if conversation[0].role == "system" else conversation
     for i, turn in enumerate(turns):
         expected = ("user", "assistant")[i % 2]
         if turn.role != expected:
-            raise Misfit("roles out of order", f"turn {i + 1} is the {turn.role}'s and should be the {expected}'s")
+            raise InvalidRow("roles out of order", f"turn {i + 1} is the {turn.role}'s and should be the {expected}'s")
     if conversation[-1].role != last:
-        raise Misfit(f"does not end with the {last}", f"the last turn is the {conversation[-1].role}'s")
+        raise InvalidRow(f"does not end with the {last}", f"the last turn is the {conversation[-1].role}'s")
     return conversation
 
 
@@ -93,10 +93,10 @@ def is_held_out(conversation: Conversation, val_fraction: float) -> bool:
 
 
 def parted(chosen: Conversation, rejected: Conversation) -> Pair:
-    """One prompt and two answers. Raises Misfit for other prompts, and for answers that only white space tells apart:
-    templates trim it."""
+    """One prompt and two answers. Raises InvalidRow for other prompts, and for answers that only white space tells
+    apart: templates trim it."""
     if chosen[:-1] != rejected[:-1]:
-        raise Misfit("answers to different prompts", f"{len(chosen)} and {len(rejected)} turns")
+        raise InvalidRow("answers to different prompts", f"{len(chosen)} and {len(rejected)} turns")
     if chosen[-1].content.strip() == rejected[-1].content.strip():
-        raise Misfit("equal answers")
+        raise InvalidRow("equal answers")
     return Pair(chosen[:-1], chosen[-1].content, rejected[-1].content)

@@ -14,7 +14,7 @@ import numpy as np
 
 from anarchobot.config.errors import UserError
 from anarchobot.tokenizers.sentencepiece_to_json import NotConvertible, spm_to_json
-from anarchobot.tokenizers.tokenizer import CHAT_TOKENS, END_OF_DOCUMENT, ByteLevel, Ids, SentencePiece, Tokenizer
+from anarchobot.tokenizers.tokenizer import CHAT_TOKENS, END_OF_DOCUMENT, HFTokenizer, Ids, SentencePiece, Tokenizer
 
 PACKAGE = "fastokens"
 INSTALL = "pip install fastokens==0.3.5"  # the version of the extra `fast`
@@ -186,7 +186,7 @@ def _fast_encoder(tokenizer: Tokenizer) -> tuple[Any, tuple[str, ...]]:
         if tied_spaces:
             avoid.append(" " * tied_spaces)
     else:
-        assert isinstance(tokenizer, ByteLevel)
+        assert isinstance(tokenizer, HFTokenizer)
         whole = json.loads(tokenizer._model.to_str())
         if whole["model"]["type"] != "BPE" or whole["model"]["byte_fallback"]:
             raise NotConvertible("it is not a byte-level BPE model")

@@ -63,9 +63,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if path.suffix == ".model":
             return SentencePiece(path)
         if path.name.endswith("vocab.json"):
-            return ByteLevel(path, path.with_name(path.name.removesuffix("vocab.json") + "merges.txt"))
+            return HFTokenizer(path, path.with_name(path.name.removesuffix("vocab.json") + "merges.txt"))
         if path.suffix == ".json":
-            return ByteLevel(path)
+            return HFTokenizer(path)
     except UserError:
         raise
     except Exception as error:  # the libraries raise plain Exception
@@ -80,7 +80,7 @@ def load_chat_tokenizer(path: str | Path) -> ChatTokenizer:
     alone has the control tokens that were added for chats."""
     whole = Path(path) / "tokenizer.json"
     tokenizer = load_tokenizer(whole if whole.is_file() else path)
-    assert isinstance(tokenizer, SentencePiece | ByteLevel)
+    assert isinstance(tokenizer, SentencePiece | HFTokenizer)
     return tokenizer
 
 
@@ -207,7 +207,7 @@ def _arrays(found: dict[str, Any]) -> tuple[Ids, Offsets]:
     return np.array(found["ids"], np.int32), np.array(found["offsets"], np.int32).reshape(-1, 2)
 
 
-class ByteLevel:
+class HFTokenizer:
     """A model of Hugging Face's `tokenizers`: a whole `tokenizer.json`, or GPT-2's vocabulary and merges."""
 
     def __init__(self, path: Path, merges: Path | None = None) -> None:

@@ -43,10 +43,10 @@ def generate_ids(
 ) -> Iterator[int]:
     """The drawn token ids, without the end of document that may stop them."""
     begin = eod_id if model.bos_id is None else model.bos_id
-    return continued(weights, model, [begin, *prompt], settings, {eod_id})
+    return stream_token_ids(weights, model, [begin, *prompt], settings, {eod_id})
 
 
-def continued(
+def stream_token_ids(
     weights: Params, model: ModelConfig, context: list[int], settings: GenerationConfig, stop: Collection[int]
 ) -> Iterator[int]:
     """The ids drawn one after the other behind those of `context`, without the one of `stop` that may end them."""

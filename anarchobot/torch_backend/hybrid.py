@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from anarchobot.config.schema import TrainConfig
-from anarchobot.optim.param_groups import adamw_share, state_shapes
+from anarchobot.optim.param_groups import adamw_lr_ratio, state_shapes
 from anarchobot.torch_backend.adamw import adamw
 from anarchobot.torch_backend.muon import muon
 
@@ -35,4 +35,4 @@ def update(
     the first; `head_size` is for Muon."""
     with torch.no_grad():
         muon(params, grads, state["muon.momentum"], state["muon.second"], lr, momentum, train, head_size)
-        adamw(params, grads, state["adamw.first"], state["adamw.second"], lr * adamw_share(train), count, train)
+        adamw(params, grads, state["adamw.first"], state["adamw.second"], lr * adamw_lr_ratio(train), count, train)

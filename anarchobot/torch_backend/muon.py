@@ -1,4 +1,4 @@
-"""Muon (Jordan et al., 2024): momentum, orthogonalised. optim/muon.py in place; for the blocks' matrices only."""
+"""Muon (Jordan et al., 2024): momentum, orthogonalized. optim/muon.py in place; for the blocks' matrices only."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from anarchobot.config.schema import TrainConfig
-from anarchobot.torch_backend.orthogonal import orthogonalise
+from anarchobot.torch_backend.orthogonal import orthogonalize
 from anarchobot.torch_backend.weight_decay import move
 
 BETA2, EPSILON = 0.95, 1e-8  # of NorMuon's second moment
@@ -28,7 +28,7 @@ def muon(
     """One update of matrices [rows, cols], in place; `buffers` say which of the others are Muon's. `seconds` [rows] is
     empty without train.normuon. `head_size` is the width of the heads that train.muon_split_heads takes apart.
 
-        m <- mu m + (1 - mu) g;   u = orthogonalise(mu m + (1 - mu) g)         (Nesterov's look ahead)
+        m <- mu m + (1 - mu) g;   u = orthogonalize(mu m + (1 - mu) g)         (Nesterov's look ahead)
         s <- b2 s + (1 - b2) mean of a row's u^2;   u <- u / sqrt(s), at u's norm      (NorMuon, Li et al., 2025)
         W <- W - lr (scale u + weight_decay W)
     """
@@ -37,7 +37,7 @@ def muon(
         for name in names:
             buffers[name].mul_(momentum).add_(grads[name], alpha=1 - momentum)
         ahead = torch.stack([momentum * buffers[name] + (1 - momentum) * grads[name] for name in names])
-        u = _joined(names[0], orthogonalise(_pieces(names[0], ahead, split)), ahead.shape)
+        u = _joined(names[0], orthogonalize(_pieces(names[0], ahead, split)), ahead.shape)
         if train.normuon:
             u = _even_rows(u, [seconds[name] for name in names])
         u = u * update_scale(ahead.shape[1:], train.muon_scale)

@@ -16,7 +16,7 @@ POLAR_EXPRESS = (
 )
 
 
-def orthogonalise(g: Tensor) -> Tensor:
+def orthogonalize(g: Tensor) -> Tensor:
     """The nearest matrix with all singular values one (U V^T of g = U S V^T), to about 15 %, of each of a stack.
 
     `g` [n, rows, cols] float32 -> the same shape. With A = X X^T [n, s, s] of the small side and M = a + b A + c A^2,

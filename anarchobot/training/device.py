@@ -26,7 +26,7 @@ def choose_device(device: str) -> mx.Device:
     return chosen
 
 
-def what_it_means(error: RuntimeError) -> Exception:
+def as_memory_error(error: RuntimeError) -> Exception:
     """MemoryError, if that is what MLX's error is; what can be freed for another try is freed then."""
     if not _OUT_OF_MEMORY.search(str(error)):
         return error

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
-from anarchobot.model.frozen import begin_adapters
+from anarchobot.model.frozen import init_adapters
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.llama.forward import head_matrix, hidden_states
 from anarchobot.model.llama.gradients import Objective, Technique, loss_and_gradients
@@ -26,7 +26,7 @@ from anarchobot.numerics.cores import CPU_MLP_ROWS, workers_for
 from anarchobot.optim import muon_adamw as hybrid
 from anarchobot.optim.muon import muon_directions
 from anarchobot.optim.param_groups import TRAINED, check_state, trained
-from anarchobot.training.device import DTYPES, choose_device, what_it_means
+from anarchobot.training.device import DTYPES, as_memory_error, choose_device
 from anarchobot.training.loop import StepResult
 from anarchobot.training.loss_scale import LossScale
 from anarchobot.training.ranks import ALONE, Ranks
@@ -65,7 +65,7 @@ class MLXEngine:
             self.frozen = {name: mx.array(weights[name]) for name in parameter_shapes(model)}
             self.params: Params = {name: self.frozen.pop(name) for name in trained(self.frozen, train.trainable)}
         else:
-            self.params, self.frozen = begin_adapters(weights, model, config.lora, train.seed, self.dtype)
+            self.params, self.frozen = init_adapters(weights, model, config.lora, train.seed, self.dtype)
         del weights
         self._state = hybrid.init_state(self.params, train)
         self._average = dict(self.params) if train.ema_decay else None
@@ -108,7 +108,7 @@ class MLXEngine:
             measures: Measures = sum((measures for measures, _ in shares), np.zeros(1))  # some had no rows
             grads = summed([grads for _, grads in shares if grads])
         except RuntimeError as error:
-            told = what_it_means(error)
+            told = as_memory_error(error)
             if isinstance(told, MemoryError):
                 with suppress(MemoryError):
                     self._ranks.gather(None)  # all ranks raise it
@@ -255,7 +255,7 @@ class MLXEngine:
         try:
             return self.workers.each(share)
         except RuntimeError as error:
-            raise what_it_means(error) from None  # whose traceback would keep what is to be freed
+            raise as_memory_error(error) from None  # whose traceback would keep what is to be freed
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything a checkpoint needs, as named numpy arrays: `params/...`, `optimizer/...`, and scalars; under

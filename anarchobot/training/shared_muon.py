@@ -1,6 +1,6 @@
 """Muon's directions made by several ranks, each those of its part of the matrices, and sent to the others.
 
-To orthogonalise is most of an update. n ranks save (n - 1) / n of it, and send the matrices once, where gradients go to
+To orthogonalize is most of an update. n ranks save (n - 1) / n of it, and send the matrices once, where gradients go to
 and fro.
 """
 

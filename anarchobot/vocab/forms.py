@@ -9,7 +9,7 @@ import json
 import re
 from typing import Literal, NamedTuple
 
-from anarchobot.tokenizers.tokenizer import ByteLevel, SentencePiece, Tokenizer
+from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePiece, Tokenizer
 
 _ROLES = {
     **dict.fromkeys(("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"), "begin"),
@@ -33,7 +33,7 @@ def forms(tokenizer: Tokenizer) -> list[Form]:
     if isinstance(tokenizer, SentencePiece):
         found = _of_sentencepiece(tokenizer)
     else:
-        assert isinstance(tokenizer, ByteLevel)
+        assert isinstance(tokenizer, HFTokenizer)
         found = _of_tokenizers(tokenizer)
     found[tokenizer.eod_id] = Form(b"end of document", "special")
     return found
@@ -49,10 +49,10 @@ def _of_sentencepiece(tokenizer: SentencePiece) -> list[Form]:
     ]
 
 
-def _of_tokenizers(tokenizer: ByteLevel) -> list[Form]:
+def _of_tokenizers(tokenizer: HFTokenizer) -> list[Form]:
     model = tokenizer._model
     whole = json.loads(model.to_str())
-    is_byte_level = "ByteLevel" in json.dumps([whole["pre_tokenizer"], whole["decoder"]])
+    is_byte_level = "HFTokenizer" in json.dumps([whole["pre_tokenizer"], whole["decoder"]])
     added, controls = model.get_added_tokens_decoder(), set(tokenizer.controls.values())
     found = [Form(b"", "hole")] * tokenizer.vocab_size
     for token, i in model.get_vocab(with_added_tokens=True).items():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.config.errors import UserError
-from anarchobot.tokenizers.tokenizer import ByteLevel, SentencePiece, Tokenizer, load_tokenizer
+from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePiece, Tokenizer, load_tokenizer
 
 
 def is_one_token(tokenizer: Tokenizer, word: str) -> bool:
@@ -30,7 +30,7 @@ def extend(tokenizer: Tokenizer, terms: Sequence[str], folder: Path) -> Tokenize
         file = folder / "tokenizer.model"
         file.write_bytes(_extended_sentencepiece(tokenizer, terms))
     else:
-        assert isinstance(tokenizer, ByteLevel)
+        assert isinstance(tokenizer, HFTokenizer)
         file = folder / "tokenizer.json"
         file.write_text(_extended_bpe(tokenizer, terms), encoding="utf-8")
     return load_tokenizer(file)
@@ -66,7 +66,7 @@ def _extended_sentencepiece(tokenizer: SentencePiece, terms: Sequence[str]) -> b
     return raw
 
 
-def _extended_bpe(tokenizer: ByteLevel, terms: Sequence[str]) -> str:
+def _extended_bpe(tokenizer: HFTokenizer, terms: Sequence[str]) -> str:
     whole = json.loads(tokenizer._model.to_str())
     model = whole["model"]
     if model["type"] != "BPE":

@@ -82,7 +82,7 @@ def test_answers_are_scored_by_rouge_and_two_models_compared(
     run = make_run(tmp_path / "run", bpe, max_seq_len=128)
     other = make_run(tmp_path / "other", bpe, max_seq_len=128, n_layers=1)
     model, config = load_model(run)
-    from anarchobot.inference.generation import continued
+    from anarchobot.inference.generation import stream_token_ids
     from anarchobot.tokenizers.chat_encoder import ChatEncoder
     from anarchobot.tokenizers.chat_template import load_template
     from anarchobot.tokenizers.conversation import Message
@@ -94,7 +94,7 @@ def test_answers_are_scored_by_rouge_and_two_models_compared(
         settings = config.generation.model_copy(update={"method": "greedy"})
         end = encoder.end_of_turn()
         stop = {model.tokenizer.eod_id} | ({end} if end is not None else set())
-        said = model.tokenizer.decode(list(continued(model.params, model.shape, prompt, settings, stop))).strip()
+        said = model.tokenizer.decode(list(stream_token_ids(model.params, model.shape, prompt, settings, stop))).strip()
         rows += [{"prompt": question, "completion": said}] if any(map(str.isalnum, said)) else []
     rows.append({"prompt": "x " * 300, "completion": "too long a question"})
     rows.append({"prompt": "a character that is none: \ufdd0", "completion": "left out"})

@@ -16,7 +16,7 @@ from anarchobot.exchange import safetensors_file
 from anarchobot.exchange.adapters import FILES, FORMS, Adapter, Form, Packing, of_run, read_adapter, write_adapter
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.fusing import _repacked, fuse, fused
-from anarchobot.exchange.pretrained import open_base
+from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.inference.model import load_model
 from anarchobot.model.frozen import adapter_constants, frozen_weights
 from anarchobot.model.llama.forward import hidden_states, logits
@@ -270,7 +270,7 @@ def test_adapters_know_the_model_that_they_were_trained_on(run: Path, tmp_path: 
     adapter = of_run(adapter_for(shape, alpha=16.0).weights, shape, lora, "float32")
     state = {"config": checkpoint.find(run).config.model_copy(update={"lora": lora}).model_dump()}
     arrays = {f"params/{name}": array for name, array in adapter.weights.items()}
-    checkpoint.save(tmp_path / "tuned", 7, arrays, {"base": open_base(str(run)).digest, **state})
+    checkpoint.save(tmp_path / "tuned", 7, arrays, {"base": load_pretrained(str(run)).digest, **state})
     read = read_adapter(tmp_path / "tuned", shape)
     assert read.step == 7 and read.base == checkpoint.find(run).state["sha256"]["model.npz"]
     write_adapter(tmp_path / "mlx", read, shape, "mlx")

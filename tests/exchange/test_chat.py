@@ -15,7 +15,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.importing import import_model
-from anarchobot.inference.generation import continued
+from anarchobot.inference.generation import stream_token_ids
 from anarchobot.inference.model import load_model
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import CHATML, PLAIN, load_template
@@ -105,7 +105,7 @@ def test_generation_ends_where_the_answer_does(tmp_path: Path, bpe: Path) -> Non
     prompt, end = ours.prompt(TALKS[0]).tolist(), ours.end_of_turn()
     assert end is not None and end == ours.tokenizer.controls["<|im_end|>"] != ours.tokenizer.eod_id
     greedy = GenerationConfig(method="greedy", max_new_tokens=12)
-    said = list(continued(model.params, model.shape, prompt, greedy, set()))
+    said = list(stream_token_ids(model.params, model.shape, prompt, greedy, set()))
     last = max(i for i, token in enumerate(said) if token not in said[:i])
     assert last > 1 and end not in said
     params = random_parameters(model.shape)

@@ -7,7 +7,7 @@ import pytest
 
 from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
-from anarchobot.exchange.pretrained import open_base
+from anarchobot.exchange.pretrained import load_pretrained
 from tests.exchange.making import make_run
 
 
@@ -16,10 +16,10 @@ def test_a_tokenizer_of_another_size_is_refused(
     tmp_path: Path, bpe: Path, more: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = make_run(tmp_path / "right", bpe)
-    wrong = make_run(tmp_path / "wrong", bpe, vocab_size=open_base(str(right)).tokenizer.vocab_size + more)
+    wrong = make_run(tmp_path / "wrong", bpe, vocab_size=load_pretrained(str(right)).tokenizer.vocab_size + more)
     match = rf"wrong/tokenizer.model: 500 tokens, and the model in .*step_00000040 has rows for {500 + more}: put the"
     with pytest.raises(UserError, match=match):
-        open_base(str(wrong))
+        load_pretrained(str(wrong))
     assert main(["generate", "--checkpoint", str(wrong), "--prompt", "a"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -27,6 +27,6 @@ def test_a_tokenizer_of_another_size_is_refused(
 def test_a_run_is_known_by_its_weights_wherever_it_lies(tmp_path: Path, bpe: Path) -> None:
     run = make_run(tmp_path / "run", bpe)
     shutil.copytree(run, tmp_path / "copy")
-    assert open_base(str(run)).digest == open_base(str(tmp_path / "copy" / "step_00000040")).digest
+    assert load_pretrained(str(run)).digest == load_pretrained(str(tmp_path / "copy" / "step_00000040")).digest
     other = make_run(tmp_path / "other", bpe, n_layers=1)
-    assert open_base(str(other)).digest != open_base(str(run)).digest
+    assert load_pretrained(str(other)).digest != load_pretrained(str(run)).digest

@@ -10,7 +10,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig, ModelConfig
 from anarchobot.inference import batching
 from anarchobot.inference.batching import Batch, Drawn
-from anarchobot.inference.generation import continued
+from anarchobot.inference.generation import stream_token_ids
 from anarchobot.inference.model import Model
 from tests.inference.conftest import SHAPE, strong_parameters
 from tests.tiny import VOCAB
@@ -44,7 +44,7 @@ def test_greedy_ids_of_different_lengths_are_those_of_each_alone(
     while batch:
         drawn += batch.step()
     for request, context, chosen in asked:
-        alone = list(continued(params, shape, context, chosen, ()))
+        alone = list(stream_token_ids(params, shape, context, chosen, ()))
         assert tokens_of(drawn, request) == alone and len(alone) == chosen.max_new_tokens
         assert [d.end for d in drawn if d.request == request] == [None] * (len(alone) - 1) + ["length"]
 
@@ -75,7 +75,7 @@ def test_requests_come_and_go(model: Model, seed: int) -> None:
             assert not tokens_of(drawn[over_before:], request)
         drawn += batch.step()
     for request, (context, chosen, stop) in asked.items():
-        alone = list(continued(model.params, SHAPE, context, chosen, stop))
+        alone = list(stream_token_ids(model.params, SHAPE, context, chosen, stop))
         got = tokens_of(drawn, request)
         assert got == alone[: len(got)]
         if request not in removed:

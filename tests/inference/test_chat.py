@@ -12,7 +12,7 @@ from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.sources.documents import Counts
 from anarchobot.inference import chat
 from anarchobot.inference.chat import ChatSession
-from anarchobot.inference.generation import Piece, continued
+from anarchobot.inference.generation import Piece, stream_token_ids
 from anarchobot.inference.model import Model
 from anarchobot.knowledge.knowledge_base import KnowledgeBase
 from anarchobot.knowledge.prompt import with_passages
@@ -91,7 +91,7 @@ def test_the_answer_is_the_continuation_of_the_conversation(talker: Model) -> No
     answer = session.answer("Who are you?", pieces.append)
     end = load_chat_tokenizer(talker.tokenizer.files[0]).controls["<|im_end|>"]
     context = chatml(talker, ("user", "Who are you?"))
-    ids = list(continued(talker.params, LONG, context, GREEDY, {talker.tokenizer.eod_id, end}))
+    ids = list(stream_token_ids(talker.params, LONG, context, GREEDY, {talker.tokenizer.eod_id, end}))
     assert answer == talker.tokenizer.decode(ids).strip() == "".join(pieces).strip() != ""
     assert session.turns == [Message("user", "Who are you?"), Message("assistant", answer)]
 

@@ -10,7 +10,7 @@ import pytest
 
 from anarchobot.config.schema import LoraConfig, ModelConfig
 from anarchobot.model import linear as linear_file
-from anarchobot.model.frozen import adapter_constants, begin_adapters, frozen_weights
+from anarchobot.model.frozen import adapter_constants, frozen_weights, init_adapters
 from anarchobot.model.gradient_accumulator import Gradients, Params
 from anarchobot.model.linear import InputDropout, linear, linear_backward, linear_gradients
 from anarchobot.model.llama.forward import hidden_states, logits
@@ -231,7 +231,7 @@ def test_dropout_is_of_the_adapters_inputs_alone_and_a_function_of_the_key() -> 
     """With B zero it changes nothing; else the same key gives the same loss, and keeps the share it says."""
     shape, settings = tiny(), lora(dropout=0.3)
     params, tokens = parameters(shape), random_tokens(shape)
-    new = {name: np.array(p) for name, p in begin_adapters(params, shape, settings, 0, mx.float32)[0].items()}
+    new = {name: np.array(p) for name, p in init_adapters(params, shape, settings, 0, mx.float32)[0].items()}
     drawn = adapters_of(shape, settings)
 
     def loss(adapters: dict[str, Array], key: int | None, recompute: bool = False) -> tuple[float, Params]:
@@ -288,7 +288,7 @@ def test_packed_weights_train_adapters_as_the_same_weights_unpacked(
 def test_a_new_adapter_is_nothing_and_starts_within_its_bound_whatever_else_there_is() -> None:
     shape, settings = tiny(), lora(dora=True)
     params = parameters(shape)
-    trained, frozen = begin_adapters(params, shape, settings, 7, mx.float32)
+    trained, frozen = init_adapters(params, shape, settings, 7, mx.float32)
     tokens = random_tokens(shape)
     base = reference.mean_loss(float64(params), tokens, shape)
     assert gradients_of(trained, frozen, tokens, shape)[0] == pytest.approx(base, rel=1e-5)

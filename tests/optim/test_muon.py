@@ -7,7 +7,7 @@ import pytest
 from anarchobot.config.schema import TrainConfig
 from anarchobot.numerics.sequencing import evaluated, tied
 from anarchobot.optim.muon import muon, muon_directions, update_scale
-from anarchobot.optim.polar_express import orthogonalise
+from anarchobot.optim.polar_express import orthogonalize
 from tests.optim.test_polar_express import iterate, svd_matrix
 
 HEAD = 4
@@ -18,7 +18,7 @@ SHAPES = {
 
 
 def by_heads(name: str, g: np.ndarray) -> np.ndarray:
-    """Each head's rows (q, k) or columns (o) orthogonalised alone, one after the other."""
+    """Each head's rows (q, k) or columns (o) orthogonalized alone, one after the other."""
     if "self_attn" not in name:
         return iterate(g)
     if "o_proj" in name:
@@ -131,6 +131,6 @@ def test_directions_made_before_give_the_same_update(split: bool) -> None:
 @pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64)])
 def test_the_update_has_adamws_size_or_kellers(shape: tuple[int, int]) -> None:
     g = np.random.default_rng(0).standard_normal(shape)
-    u = np.array(orthogonalise(mx.array(g, mx.float32)[None])[0])
+    u = np.array(orthogonalize(mx.array(g, mx.float32)[None])[0])
     assert np.sqrt(((u * update_scale(shape)) ** 2).mean()) == pytest.approx(0.2, rel=0.1)
     assert update_scale(shape, "keller") == {(64, 64): 1.0, (64, 256): 1.0, (256, 64): 2.0}[shape]

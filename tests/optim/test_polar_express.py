@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from anarchobot.optim.polar_express import POLAR_EXPRESS, gram_matrix, orthogonalise, symmetric_product
+from anarchobot.optim.polar_express import POLAR_EXPRESS, gram_matrix, orthogonalize, symmetric_product
 
 SHAPES = [(32, 32), (24, 96), (96, 24), (1, 16), (16, 1)]
 
@@ -29,7 +29,7 @@ def iterate(g: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_orthogonalised_is_near_the_polar_factor_and_keeps_the_directions(shape: tuple[int, int]) -> None:
     g, nearest = svd_matrix(*shape)
-    got = np.array(orthogonalise(mx.array(g, mx.float32)[None])[0], np.float64)
+    got = np.array(orthogonalize(mx.array(g, mx.float32)[None])[0], np.float64)
     values = np.linalg.svd(got, compute_uv=False)
     assert values.min() > 0.85 and values.max() < 1.15  # the published band of five steps
     assert np.vdot(got, nearest) / (np.linalg.norm(got) * np.linalg.norm(nearest)) > 0.99
@@ -41,19 +41,19 @@ def test_orthogonalised_is_near_the_polar_factor_and_keeps_the_directions(shape:
 def test_badly_conditioned_matrices_do_as_well_as_in_float64(smallest: float, shape: tuple[int, int]) -> None:
     """The steps are taken on X X^T, where a singular value of 1e-4 is 1e-8: no more than it is worth may be lost."""
     g, _ = svd_matrix(*shape, smallest=smallest)
-    got, exact = np.array(orthogonalise(mx.array(g, mx.float32)[None])[0], np.float64), iterate(g)
+    got, exact = np.array(orthogonalize(mx.array(g, mx.float32)[None])[0], np.float64), iterate(g)
     assert np.linalg.norm(got - exact) < 0.005 * np.linalg.norm(exact)
     assert np.linalg.svd(got, compute_uv=False).max() < 1.15
 
 
 def test_stacked_matrices_do_not_mix() -> None:
     a, b = svd_matrix(24, 96, 1)[0], 1000 * svd_matrix(24, 96, 2)[0]
-    both = orthogonalise(mx.array(np.stack([a, b]), mx.float32))
+    both = orthogonalize(mx.array(np.stack([a, b]), mx.float32))
     np.testing.assert_allclose(np.array(both[1]), iterate(b), atol=5e-5)
 
 
 def test_a_zero_matrix_stays_zero() -> None:
-    assert not np.array(orthogonalise(mx.zeros((1, 8, 16)))).any()
+    assert not np.array(orthogonalize(mx.zeros((1, 8, 16)))).any()
 
 
 @pytest.mark.parametrize("size", [7, 512, 515])

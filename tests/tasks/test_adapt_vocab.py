@@ -15,7 +15,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import load
 from anarchobot.data.sources import builtin
 from anarchobot.exchange.exporting import export
-from anarchobot.exchange.pretrained import open_base
+from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import read_sealed
 from anarchobot.tasks import adapt_checks, adapt_evaluation, adapt_vocab
@@ -82,7 +82,7 @@ def test_the_result_is_an_ordinary_model(
 ) -> None:
     result = str(done[0] / "result")
     assert main(["generate", "--checkpoint", result, "--prompt", "The", "--max-new-tokens", "3"]) == 0
-    assert open_base(result).model.vocab_size == 420
+    assert load_pretrained(result).model.vocab_size == 420
     export(result, "hf", tmp_path / "hf")
     assert (
         main(["evaluate", "--checkpoint", str(tmp_path / "hf"), "--text", str(done[0] / "corpus/held_out.jsonl")]) == 0

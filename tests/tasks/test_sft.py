@@ -17,7 +17,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.exchange.adapters import read_adapter
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.fusing import fuse
-from anarchobot.exchange.pretrained import open_base
+from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.inference.model import load_model
 from anarchobot.runs import checkpoint
 from anarchobot.tasks.pretrain import pretrain
@@ -76,7 +76,7 @@ def test_a_hugging_face_folder_is_a_base_as_well(tmp_path: Path, base: Path, cha
 
 
 def test_adapters_alone_are_trained_and_saved(tmp_path: Path, base: Path, chats: Path) -> None:
-    before = dict(open_base(str(base)).weights)
+    before = dict(load_pretrained(str(base)).weights)
     summary = sft(tuning(tmp_path, "run", base, chats, lora__r=4, train__total_steps=12), show="nothing")
     found = checkpoint.find(tmp_path / "run")
     names = set(np.load(found.folder / "model.npz").files)
@@ -93,7 +93,7 @@ def test_adapters_alone_are_trained_and_saved(tmp_path: Path, base: Path, chats:
     assert (Path(sft(peft, show="nothing")["adapters"]) / "adapter_model.safetensors").is_file()
     first, *_, last = (line["val_loss"] for line in events(tmp_path / "run", "eval"))
     assert last < first - 0.05 and summary["finished"]
-    for name, weight in open_base(str(base)).weights.items():
+    for name, weight in load_pretrained(str(base)).weights.items():
         np.testing.assert_array_equal(weight, before[name])
 
 
@@ -142,7 +142,7 @@ def test_adapters_are_the_best_steps_and_fuse_takes_them_of_the_run_too(
         checkpoint.find(tmp_path / f"fused{i}").state["sha256"]["model.npz"] for i in range(4)
     )
     assert ours == theirs == named != newest
-    assert read_adapter(summary["adapters"], open_base(str(base)).model).base == open_base(str(base)).digest
+    assert read_adapter(summary["adapters"], load_pretrained(str(base)).model).base == load_pretrained(str(base)).digest
     older = str(base / "step_00000003")
     words = ["--model", older, "--adapter", summary["adapters"], "--output", str(tmp_path / "wrong")]
     assert main(["fuse", *words]) == 2

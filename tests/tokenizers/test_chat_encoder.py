@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from anarchobot.config.errors import UserError
 from anarchobot.tokenizers.chat_encoder import ChatEncoder, Encoded
 from anarchobot.tokenizers.chat_template import TRAINING_DAY, ChatTemplate
-from anarchobot.tokenizers.conversation import Conversation, Message, Misfit
+from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message
 from tests.tokenizers.templates import CONTROLS, KINDS, NO_SYSTEM, TEMPLATES, Both, dicts, talk, trained_text
 
 Make = Callable[[str, str], Both]
@@ -121,7 +121,7 @@ def test_reasoning_is_trained_where_the_template_keeps_it_and_counted_where_it_d
     assert trained_text(b, b.encoded(talk("Well?", thought))) == f"{thought}<|im_end|>"
     assert trained_text(b, b.encoded(talk("a", "b", "Well?", thought))).endswith(f"{thought}<|im_end|>")
     (misfit,) = b.encoder().encode([talk("Well?", thought, "And?", "No.")])
-    assert isinstance(misfit, Misfit) and misfit.reason == "the chat template rewrites it"
+    assert isinstance(misfit, InvalidRow) and misfit.reason == "the chat template rewrites it"
     assert "turn 2" in str(misfit)
 
 
@@ -157,10 +157,10 @@ def test_one_is_warned_of_a_tokenizer_and_a_template_that_do_not_fit(both: Make)
 def test_a_template_that_refuses_is_a_misfit_and_the_others_go_on(both: Make) -> None:
     b = both("bytelevel", "gemma")
     refused, taken = b.encoder().encode([talk("a", "b", system="s"), talk("a", "b")])
-    assert isinstance(refused, Misfit) and "System role not supported" in str(refused)
+    assert isinstance(refused, InvalidRow) and "System role not supported" in str(refused)
     assert isinstance(taken, Encoded)
     (odd,) = b.encoder().encode([talk("a\ufdd0", "b")])
-    assert isinstance(odd, Misfit) and odd.reason == "characters that are none"
+    assert isinstance(odd, InvalidRow) and odd.reason == "characters that are none"
 
 
 def test_a_document_is_trained_whole_from_the_end_of_one_before(both: Make) -> None:
@@ -177,6 +177,6 @@ def test_a_template_with_a_date_asks_on_the_day_of_the_training(both: Make) -> N
     encoder = ChatEncoder(b.ours, ChatTemplate("{{ strftime_now('%d %b %Y') }}\n" + TEMPLATES["qwen2"], {}, "dated"))
     (learnt,) = encoder.encode([talk("Hi", "Ho")])
     asked = encoder.prompt(talk("Hi"), TRAINING_DAY)
-    assert not isinstance(learnt, Misfit) and learnt.ids[: len(asked)].tolist() == asked.tolist()
+    assert not isinstance(learnt, InvalidRow) and learnt.ids[: len(asked)].tolist() == asked.tolist()
     assert learnt.trained.tolist().index(True) == len(asked)
     assert encoder.prompt(talk("Hi")).tolist() != asked.tolist() and encoder.warnings() == []

@@ -11,7 +11,7 @@ import transformers.utils.chat_template_utils as theirs
 from anarchobot.config.errors import UserError
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import CHATML, PLAIN, ChatTemplate, load_template
-from anarchobot.tokenizers.conversation import Message, Misfit
+from anarchobot.tokenizers.conversation import InvalidRow, Message
 from anarchobot.tokenizers.tokenizer import copy_beside, load_chat_tokenizer
 from tests.tokenizers.templates import NO_SYSTEM, QWEN2, TEMPLATES, Both, bytelevel, dicts, talk, trained_text
 
@@ -53,7 +53,7 @@ def test_a_real_template_file_renders_as_by_transformers(shared_data: Path) -> N
             [dicts(conversation)], chat_template=file.read_text(), bos_token="", eos_token="</s>"
         )
         assert template.render(conversation) == wanted
-    with pytest.raises(Misfit, match=r"refuses it \(.*Only user and assistant roles|refuses it \(Unexpected role"):
+    with pytest.raises(InvalidRow, match=r"refuses it \(.*Only user and assistant roles|refuses it \(Unexpected role"):
         template.render((*TALKS[0], Message("nobody", "hm")))
 
 
@@ -72,7 +72,7 @@ def test_a_stranger_s_template_can_do_nothing_but_write_text() -> None:
         "{{ cycler.__init__.__globals__.os.system('true') }}",
         "{{ messages[0].update({'role': 'x'}) }}",
     ):
-        with pytest.raises(Misfit, match="unsafe"):
+        with pytest.raises(InvalidRow, match="unsafe"):
             ChatTemplate(source, {}, "bad").render(TALKS[0])
 
 

@@ -14,8 +14,8 @@ from tests.torch_backend.settings import batch, config, train
 
 torch = pytest.importorskip("torch")
 
+from anarchobot.torch_backend import compiling, engine, gradients  # noqa: E402
 from anarchobot.torch_backend.engine import TorchEngine  # noqa: E402
-from anarchobot.torch_mps import compiling, engine, gradients  # noqa: E402
 from tests.torch_backend.test_model import Seen  # noqa: E402
 
 FREE = math.inf  # a norm limit that limits nothing

@@ -112,7 +112,8 @@ def test_dropout_drops_its_share_and_is_a_function_of_its_key() -> None:
     assert not torch.equal(dropped[0], dropped[1])
     assert torch.equal(hidden("1"), hidden("1"))
     assert not torch.equal(hidden("1"), hidden("2"))
-    assert torch.equal(hidden(None)[0], hidden(None)[1])
+    # Not bit for bit: a matrix product may round rows differently by their place among the threads.
+    assert torch.allclose(hidden(None)[0], hidden(None)[1], atol=1e-5)
 
 
 def test_every_half_of_every_block_has_a_mask_of_its_own() -> None:

@@ -12,7 +12,7 @@ from tests.optim.test_polar_express import iterate, svd_matrix
 
 torch = pytest.importorskip("torch")
 
-from anarchobot.torch_mps import adamw, muon, orthogonal  # noqa: E402
+from anarchobot.torch_backend import adamw, muon, orthogonal  # noqa: E402
 
 
 def test_the_constants_are_those_of_the_mlx_wing() -> None:
@@ -29,7 +29,7 @@ def test_the_constants_are_those_of_the_mlx_wing() -> None:
 def test_orthogonalised_is_near_the_polar_factor(shape: tuple[int, int]) -> None:
     g, nearest = svd_matrix(*shape)
     zero = np.zeros(shape)
-    got, other, still = orthogonal.orthogonalise(torch.tensor(np.stack([g, 1000 * g, zero]), dtype=torch.float32))
+    got, other, still = orthogonal.orthogonalize(torch.tensor(np.stack([g, 1000 * g, zero]), dtype=torch.float32))
     u = got.double().numpy()
     values = np.linalg.svd(u, compute_uv=False)
     assert values.min() > 0.85 and values.max() < 1.15  # the published band of five steps
@@ -42,7 +42,7 @@ def test_orthogonalised_is_near_the_polar_factor(shape: tuple[int, int]) -> None
 @pytest.mark.parametrize("smallest", [1e-2, 1e-4, 1e-6])
 def test_badly_conditioned_matrices_do_as_well_as_in_float64(smallest: float) -> None:
     g, _ = svd_matrix(48, 128, smallest=smallest)
-    got = orthogonal.orthogonalise(torch.tensor(g[None], dtype=torch.float32))[0].double().numpy()
+    got = orthogonal.orthogonalize(torch.tensor(g[None], dtype=torch.float32))[0].double().numpy()
     exact = iterate(g)
     assert np.linalg.norm(got - exact) < 0.005 * np.linalg.norm(exact)
 

@@ -4,34 +4,36 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from anarchobot.data.sources.rows import Row
-from anarchobot.tokenizers.conversation import Conversation, Message, Misfit, check_encodable, in_order, message
+from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message, check_encodable, in_order, message
 
 
 class Format(NamedTuple):
-    """`fits` looks at the fields' names alone; `read` raises Misfit for a row that has them wrong."""
+    """`fits` looks at the fields' names alone; `read` raises InvalidRow for a row that has them wrong."""
 
     fits: Callable[[Row], bool]
     read: Callable[[Row], Conversation]
 
 
 def field(row: Row, *names: str) -> Any:
-    """The first of these fields that the row has. Raises Misfit when it has none."""
+    """The first of these fields that the row has. Raises InvalidRow when it has none."""
     for name in names:
         if row.get(name) is not None:
             return row[name]
-    raise Misfit("field missing", f"no {' or '.join(map(repr, names))}; it has {', '.join(sorted(row)) or 'nothing'}")
+    raise InvalidRow(
+        "field missing", f"no {' or '.join(map(repr, names))}; it has {', '.join(sorted(row)) or 'nothing'}"
+    )
 
 
 def messages(items: Any, name: str, system: Any = None) -> list[Message]:
     """A list of {role, content}, or ShareGPT's {from, value}, behind the row's own system prompt if it has one and the
     list does not begin with another. A system prompt that is blank is none."""
     if not isinstance(items, list):
-        raise Misfit("field is no list", f"{type(items).__name__} in '{name}'")
+        raise InvalidRow("field is no list", f"{type(items).__name__} in '{name}'")
     found: list[Message] = []
     for i, item in enumerate(items):
         place = f"'{name}', turn {i + 1}"
         if not isinstance(item, dict):
-            raise Misfit("turn is no object", f"{type(item).__name__} in {place}")
+            raise InvalidRow("turn is no object", f"{type(item).__name__} in {place}")
         role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
         if role == "system" and isinstance(content, str) and not content.strip():
             continue
@@ -53,10 +55,10 @@ def _of_alpaca(row: Row) -> Conversation:
     """Of dolly too: its context is the input, its response the output. `history`: earlier [user, assistant] turns."""
     question = [field(row, "instruction"), row.get("input") or row.get("context") or ""]
     if not all(isinstance(part, str) for part in question):
-        raise Misfit("content is no text", "'instruction' or 'input'")
+        raise InvalidRow("content is no text", "'instruction' or 'input'")
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise Misfit("field is no list", "'history' is to be a list of [user, assistant]")
+        raise InvalidRow("field is no list", "'history' is to be a list of [user, assistant]")
     asked = "\n".join(part for part in question if part.strip())
     before = [content for exchange in history for content in exchange]
     return _exchanges(row.get("system"), [*before, asked, field(row, "output", "response")])
@@ -78,9 +80,9 @@ def of_text(row: Row, text_field: str) -> Conversation:
     """A document: one message of the role text."""
     text = field(row, text_field)
     if not isinstance(text, str):
-        raise Misfit("content is no text", f"{type(text).__name__} in '{text_field}'")
+        raise InvalidRow("content is no text", f"{type(text).__name__} in '{text_field}'")
     if not text.strip():
-        raise Misfit("empty content", f"'{text_field}'")
+        raise InvalidRow("empty content", f"'{text_field}'")
     check_encodable(text, f"'{text_field}'")
     return (Message("text", text),)
 

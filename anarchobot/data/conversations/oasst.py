@@ -11,7 +11,7 @@ from typing import Any
 
 from anarchobot.data.conversations.formats import field
 from anarchobot.data.sources.rows import Row
-from anarchobot.tokenizers.conversation import Conversation, Misfit, Pair, in_order, message, parted
+from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Pair, in_order, message, parted
 
 FIELDS = ("message_id", "parent_id", "text", "role")  # of a row that is one message
 
@@ -26,21 +26,21 @@ def _is_tree(row: Row) -> bool:
 
 def threads(
     rows: Iterable[tuple[str, Row]], language: str | None = None
-) -> Iterator[tuple[str, Conversation | Misfit]]:
+) -> Iterator[tuple[str, Conversation | InvalidRow]]:
     """(place, thread) of each tree: a row with `prompt` and nested `replies`, or rows of a message each, in any order,
     which are held until the last is read. `language`: trees that begin in it, such as "en"; left out: any."""
     for place, root in _trees(rows, language):
         try:
-            yield place, root if isinstance(root, Misfit) else _thread(root)
-        except Misfit as misfit:
+            yield place, root if isinstance(root, InvalidRow) else _thread(root)
+        except InvalidRow as misfit:
             yield place, misfit
 
 
-def pairs(rows: Iterable[tuple[str, Row]], language: str | None = None) -> Iterator[tuple[str, Pair | Misfit]]:
+def pairs(rows: Iterable[tuple[str, Row]], language: str | None = None) -> Iterator[tuple[str, Pair | InvalidRow]]:
     """(place, pair) of each two answers to one question of which people ranked one above the other. Trees as for
-    `threads`; one without such answers is a Misfit."""
+    `threads`; one without such answers is a InvalidRow."""
     for place, root in _trees(rows, language):
-        if isinstance(root, Misfit):
+        if isinstance(root, InvalidRow):
             yield place, root
             continue
         none = True
@@ -49,13 +49,13 @@ def pairs(rows: Iterable[tuple[str, Row]], language: str | None = None) -> Itera
                 none = False
                 try:
                     yield place, parted(*(_conversation([*turns, answer]) for answer in (chosen, rejected)))
-                except Misfit as misfit:
+                except InvalidRow as misfit:
                     yield place, misfit
         if none:
-            yield place, Misfit("no two ranked answers")
+            yield place, InvalidRow("no two ranked answers")
 
 
-def _trees(rows: Iterable[tuple[str, Row]], language: str | None) -> Iterator[tuple[str, Row | Misfit]]:
+def _trees(rows: Iterable[tuple[str, Row]], language: str | None) -> Iterator[tuple[str, Row | InvalidRow]]:
     """(place, first message, with its replies in it) of each good tree."""
     roots: list[tuple[str, Row]] = []
     replies: defaultdict[str, list[tuple[str, Row]]] = defaultdict(list)
@@ -66,7 +66,7 @@ def _trees(rows: Iterable[tuple[str, Row]], language: str | None) -> Iterator[tu
                 yield place, _good(row["prompt"], language)
                 continue
             kept = _slim(row)
-        except Misfit as misfit:
+        except InvalidRow as misfit:
             yield place, misfit
             continue
         known.add(kept["message_id"])
@@ -74,21 +74,21 @@ def _trees(rows: Iterable[tuple[str, Row]], language: str | None) -> Iterator[tu
     for place, root in roots:
         try:
             yield place, _good(_tree(root, replies), language)
-        except Misfit as misfit:
+        except InvalidRow as misfit:
             yield place, misfit
     for parent, orphans in replies.items():
         if parent not in known:
             for place, _ in orphans:
-                yield place, Misfit("message without its parent", f"no message {parent} in this file")
+                yield place, InvalidRow("message without its parent", f"no message {parent} in this file")
 
 
 def _slim(row: Row) -> Row:
-    """What a thread is made by. Raises Misfit when something is missing or wrong; a first message has no parent."""
+    """What a thread is made by. Raises InvalidRow when something is missing or wrong; a first message has no parent."""
     needed = {name: field(row, name) for name in ("message_id", "text", "role")}
     optional = {name: row.get(name) for name in ("parent_id", "rank", "deleted", "review_result", "lang")}
     for name, value in (("message_id", needed["message_id"]), ("parent_id", optional["parent_id"])):
         if not isinstance(value, str | None):
-            raise Misfit("id is no text", f"{type(value).__name__} in '{name}'")
+            raise InvalidRow("id is no text", f"{type(value).__name__} in '{name}'")
     _check_rank(optional)  # here: else a whole tree would be left out for it
     return needed | optional
 
@@ -105,18 +105,18 @@ def _tree(root: Row, replies: dict[str, list[tuple[str, Row]]]) -> Row:
 
 
 def _good(root: Row, language: str | None) -> Row:
-    """Raises Misfit for a tree that is not wanted, or has other than messages in it."""
+    """Raises InvalidRow for a tree that is not wanted, or has other than messages in it."""
     if language is not None and root.get("lang") != language:
-        raise Misfit("another language", f"{root.get('lang')}, not {language}")
+        raise InvalidRow("another language", f"{root.get('lang')}, not {language}")
     if not _is_good(root):
-        raise Misfit("deleted or badly reviewed", "the first message")
+        raise InvalidRow("deleted or badly reviewed", "the first message")
     waiting = [root]
     while waiting:
         here = waiting.pop()
         _check_rank(here)
         replies = here.get("replies") or []
         if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
-            raise Misfit("replies are no messages", "'replies' is to be a list of messages")
+            raise InvalidRow("replies are no messages", "'replies' is to be a list of messages")
         waiting += replies
     return root
 
@@ -124,7 +124,7 @@ def _good(root: Row, language: str | None) -> Row:
 def _check_rank(row: Row) -> None:
     rank = row.get("rank")
     if isinstance(rank, bool) or not isinstance(rank, int | float | None) or rank != rank:
-        raise Misfit("rank is no number", repr(rank)[:40])
+        raise InvalidRow("rank is no number", repr(rank)[:40])
 
 
 def _thread(root: Row) -> Conversation:

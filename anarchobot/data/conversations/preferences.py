@@ -5,7 +5,7 @@ from typing import Any
 
 from anarchobot.data.conversations.formats import field, messages
 from anarchobot.data.sources.rows import Row
-from anarchobot.tokenizers.conversation import Conversation, Message, Misfit, Pair, in_order, message, parted
+from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message, Pair, in_order, message, parted
 
 EXPECTED = "chosen and rejected, and beside them a prompt, or the whole dialogue in each; or OpenAssistant's trees"
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -17,7 +17,7 @@ def fits(row: Row) -> bool:
 
 
 def pair(row: Row) -> Pair:
-    """Raises Misfit for a row that is none: a field missing, no answer or no prompt, equal answers.
+    """Raises InvalidRow for a row that is none: a field missing, no answer or no prompt, equal answers.
 
     Each answer is a text, a message, or a list of messages. What both lists begin with is the prompt, behind that of
     the row (`prompt`, `question` or `conversations`) when they don't begin with it themselves. Without a prompt, two
@@ -26,7 +26,7 @@ def pair(row: Row) -> Pair:
     answers = [field(row, name) for name in ("chosen", "rejected")]
     kinds = {type(answer) for answer in answers}
     if len(kinds) > 1 or not kinds <= {str, dict, list}:
-        raise Misfit("answers of different kinds", " and ".join(type(answer).__name__ for answer in answers))
+        raise InvalidRow("answers of different kinds", " and ".join(type(answer).__name__ for answer in answers))
     names = [name for name in ("prompt", "question", "conversations") if row.get(name) is not None]
     if kinds == {str} and not names:
         chosen, rejected = (
@@ -57,7 +57,7 @@ def _transcript(text: str, name: str) -> Conversation:
     """Of "\\n\\nHuman: ...\\n\\nAssistant: ..."; white space around a turn is none of it."""
     before, *parts = _HH_TURN.split(text)
     if before.strip() or not parts:
-        raise Misfit("no prompt", f"'{name}' does not begin with a turn of Human, and the row has no 'prompt'")
+        raise InvalidRow("no prompt", f"'{name}' does not begin with a turn of Human, and the row has no 'prompt'")
     turns = zip(parts[::2], parts[1::2], strict=True)
     return in_order(
         message(_HH_ROLES[who], content.strip(), f"'{name}', turn {i + 1}") for i, (who, content) in enumerate(turns)

@@ -11,7 +11,7 @@ from anarchobot.data.conversations.sources import Raw, open_files
 from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.sources import rows
 from anarchobot.data.sources.rows import Row
-from anarchobot.tokenizers.conversation import Conversation, Misfit, Pair
+from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Pair
 
 Rows = Iterator[tuple[str, Row]]
 T = TypeVar("T", Conversation, Pair)
@@ -27,12 +27,12 @@ def conversations(
     can't be found or read, and for a file of which no row has the fields.
     """
 
-    def of_file(name: str, found: Rows) -> Iterator[tuple[str, Conversation | Misfit]]:
+    def of_file(name: str, found: Rows) -> Iterator[tuple[str, Conversation | InvalidRow]]:
         known = form if form != "auto" else None
         for place, row in found:
             known = known or _form_of(row, data.text_field)
             if known is None:
-                yield place, Misfit("no known fields", f"it has {', '.join(sorted(row)) or 'nothing'}")
+                yield place, InvalidRow("no known fields", f"it has {', '.join(sorted(row)) or 'nothing'}")
             elif known == "oasst":
                 yield from _of_trees(oasst.threads(chain([(place, row)], found), language), tally)
             else:
@@ -47,7 +47,7 @@ def conversations(
 def pairs(data: DataConfig, tally: Tally, language: str | None = None) -> Iterator[tuple[str, Pair]]:
     """(place, pair) of each good row of `data.dataset`; the rest as for `conversations`."""
 
-    def of_file(name: str, found: Rows) -> Iterator[tuple[str, Pair | Misfit]]:
+    def of_file(name: str, found: Rows) -> Iterator[tuple[str, Pair | InvalidRow]]:
         any_fits = False
         for place, row in found:
             if not any_fits and oasst.fits(row):
@@ -56,7 +56,7 @@ def pairs(data: DataConfig, tally: Tally, language: str | None = None) -> Iterat
             any_fits = any_fits or preferences.fits(row)
             try:
                 yield place, preferences.pair(row)
-            except Misfit as misfit:
+            except InvalidRow as misfit:
                 yield place, misfit
         if not any_fits:
             told = f"no row has the fields of a preference: expected {preferences.EXPECTED}"
@@ -70,7 +70,7 @@ def _left_out(tally: Tally) -> str:
     return f" (left out first: {next(iter(tally.first.values()))})" if tally.first else ""
 
 
-def _of_trees(found: Iterator[tuple[str, T | Misfit]], tally: Tally) -> Iterator[tuple[str, T | Misfit]]:
+def _of_trees(found: Iterator[tuple[str, T | InvalidRow]], tally: Tally) -> Iterator[tuple[str, T | InvalidRow]]:
     """Counts the trees too: what comes of one comes from one place."""
     tree = ""
     for place, item in found:
@@ -88,21 +88,21 @@ def _form_of(row: Row, text_field: str) -> str | None:
     )
 
 
-def _read(form: str, row: Row, text_field: str) -> Conversation | Misfit:
+def _read(form: str, row: Row, text_field: str) -> Conversation | InvalidRow:
     try:
         return formats.of_text(row, text_field) if form == "text" else formats.FORMATS[form].read(row)
-    except Misfit as misfit:
+    except InvalidRow as misfit:
         return misfit
 
 
 def _counted(
-    data: DataConfig, tally: Tally, of_file: Callable[[str, Rows], Iterator[tuple[str, T | Misfit]]]
+    data: DataConfig, tally: Tally, of_file: Callable[[str, Rows], Iterator[tuple[str, T | InvalidRow]]]
 ) -> Iterator[tuple[str, T]]:
     """The good ones of all files; what is no row, and what does not fit, is counted."""
     for name, found in open_files(data):
         for place, item in of_file(name, _parsed(found, tally)):
             tally.read += 1
-            if isinstance(item, Misfit):
+            if isinstance(item, InvalidRow):
                 tally.leave_out(place, item)
             else:
                 tally.kept += 1

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.tokenizers.chat_encoder import Encoded
-from anarchobot.tokenizers.conversation import Misfit
+from anarchobot.tokenizers.conversation import InvalidRow
 from anarchobot.tokenizers.tokenizer import Tokenizer
 
 TooLong = Literal["cut", "drop"]
@@ -64,19 +64,19 @@ def fitted(encoded: Encoded, limit: int, too_long: TooLong) -> Encoded:
     """Without what follows the last trained token, for nothing is learnt from it; and of at most `limit` tokens.
 
     "cut" keeps the beginning: each token that is trained has all before it, as it had uncut, and the first answers of a
-    long talk stay, where "drop" would leave out the long ones and teach that answers are short. Raises Misfit when
+    long talk stay, where "drop" would leave out the long ones and teach that answers are short. Raises InvalidRow when
     nothing to train on is left, or it is too long and to be dropped.
     """
     kept = _without_tail(encoded)
     if len(kept.ids) < 2:
-        raise Misfit("nothing to train on")
+        raise InvalidRow("nothing to train on")
     if len(kept.ids) <= limit:
         return kept
     if too_long == "drop":
-        raise Misfit("longer than the limit", f"{len(kept.ids)} tokens; {limit} fit")
+        raise InvalidRow("longer than the limit", f"{len(kept.ids)} tokens; {limit} fit")
     kept = _without_tail(Encoded(kept.ids[:limit], kept.trained[:limit]))
     if len(kept.ids) < 2:
-        raise Misfit("no answer within the limit", f"of {limit} tokens")
+        raise InvalidRow("no answer within the limit", f"of {limit} tokens")
     return kept
 
 

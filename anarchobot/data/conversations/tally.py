@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from anarchobot.tokenizers.conversation import Misfit
+from anarchobot.tokenizers.conversation import InvalidRow
 
 
 @dataclass
@@ -23,11 +23,11 @@ class Tally:
     first: dict[str, str] = field(default_factory=dict)  # the first of each reason: where, and more about it
 
     def leave_out(self, place: str, error: ValueError) -> None:
-        reason = error.reason if isinstance(error, Misfit) else "broken row"
+        reason = error.reason if isinstance(error, InvalidRow) else "broken row"
         self.left_out[reason] += 1
         self.first.setdefault(reason, f"{place}: {error}")
 
-    def take_back(self, place: str, error: Misfit) -> None:
+    def take_back(self, place: str, error: InvalidRow) -> None:
         """Leaves out what was counted as kept."""
         self.kept -= 1
         self.leave_out(place, error)

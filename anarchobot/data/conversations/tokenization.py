@@ -10,7 +10,7 @@ from anarchobot.data.conversations.pairs import Pairs
 from anarchobot.data.conversations.table import Table, TooLong, fitted, narrow, table
 from anarchobot.data.conversations.tally import Tally
 from anarchobot.tokenizers.chat_encoder import ChatEncoder, Encoded
-from anarchobot.tokenizers.conversation import Conversation, Message, Misfit, Pair, is_held_out
+from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message, Pair, is_held_out
 
 UNIT = 256  # conversations that are tokenised by one call
 T = TypeVar("T")
@@ -44,10 +44,10 @@ def tokenised(
     for unit in _units(found):
         for (place, conversation), encoded in zip(unit, encoder.encode([c for _, c in unit]), strict=True):
             try:
-                if isinstance(encoded, Misfit):
+                if isinstance(encoded, InvalidRow):
                     raise encoded
                 one = fitted(encoded, seq_len + 1, too_long)
-            except Misfit as misfit:
+            except InvalidRow as misfit:
                 tally.take_back(place, misfit)
                 continue
             tally.shortened += len(encoded.ids) > seq_len + 1
@@ -85,7 +85,7 @@ def tokenised_pairs(
         for (place, pair), chosen, rejected in zip(unit, encoded[::2], encoded[1::2], strict=True):
             try:
                 sides, shortened = _fitted_pair(pair, chosen, rejected, encoder, seq_len + 1, too_long)
-            except Misfit as misfit:
+            except InvalidRow as misfit:
                 tally.take_back(place, misfit)
                 continue
             tally.shortened += shortened
@@ -102,8 +102,8 @@ def _first_question(prompt: Conversation) -> Conversation:
 
 def _fitted_pair(
     pair: Pair,
-    chosen: Encoded | Misfit,
-    rejected: Encoded | Misfit,
+    chosen: Encoded | InvalidRow,
+    rejected: Encoded | InvalidRow,
     encoder: ChatEncoder,
     limit: int,
     too_long: TooLong,
@@ -111,12 +111,12 @@ def _fitted_pair(
     shortened = False
     while True:
         for side in (chosen, rejected):
-            if isinstance(side, Misfit):
+            if isinstance(side, InvalidRow):
                 raise side
         assert isinstance(chosen, Encoded) and isinstance(rejected, Encoded)
         try:
             return (fitted(chosen, limit, "drop"), fitted(rejected, limit, "drop")), shortened
-        except Misfit:
+        except InvalidRow:
             first = int(pair.prompt[0].role == "system")
             if too_long == "drop" or len(pair.prompt) - first < 3:  # a single question is not cut
                 raise

@@ -3,8 +3,8 @@
 A product of [m, k] and [k, n] is 2 m n k operations. Only matrix products are counted, and only what is computed of
 them; norms, activations, softmax and AdamW are not, nor the products with ones by which a CPU sums rows.
 
-`blocks` are the blocks of queries [start, end) of a sequence (model/llama/attention.py): each sees the keys [0, end), so a
-little of what lies above the diagonal is computed and counted.
+`blocks` are the blocks of queries [start, end) of a sequence (model/llama/attention.py): each sees the keys [0, end),
+so a little of what lies above the diagonal is computed and counted.
 
 Shapes: B rows of L tokens, N = B L, D d_model, H query heads, K key/value heads, E head width, F mlp width,
 V vocabulary.

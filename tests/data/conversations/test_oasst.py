@@ -11,7 +11,7 @@ from anarchobot.config.schema import DataConfig
 from anarchobot.data.conversations.oasst import threads
 from anarchobot.data.conversations.reading import pairs
 from anarchobot.data.conversations.tally import Tally
-from anarchobot.tokenizers.conversation import Misfit
+from anarchobot.tokenizers.conversation import InvalidRow
 from tests.data.conversations.rows import jsonl, read
 
 
@@ -154,7 +154,7 @@ def test_malformed_trees_are_counted(tmp_path: Path, reason: str) -> None:
     assert len(list(pairs(DataConfig(dataset=str(path)), tally))) == 1 and tally.left_out == {reason: len(rows)}
     for one in BROKEN[reason]:
         ((_, misfit),) = threads([("p", tree(one))])
-        assert isinstance(misfit, Misfit) and misfit.reason == reason
+        assert isinstance(misfit, InvalidRow) and misfit.reason == reason
 
 
 def test_malformed_rows_of_trees_are_counted(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.conversations.tokenization import tokenised
 from anarchobot.data.windows import IGNORE
 from anarchobot.tokenizers.chat_encoder import Encoded
-from anarchobot.tokenizers.conversation import Conversation, Message, Misfit
+from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message
 from tests.tokenizers.templates import Both, talk
 
 Make = Callable[[str, str], Both]
@@ -53,7 +53,7 @@ def test_what_is_too_long_is_cut_behind_its_last_answer_or_dropped(
 ) -> None:
     for too_long, wanted in (("cut", cut), ("drop", drop)):
         if wanted is None:
-            with pytest.raises(Misfit):
+            with pytest.raises(InvalidRow):
                 fitted(encoded(trained), limit, too_long)  # type: ignore[arg-type]
         else:
             kept = fitted(encoded(trained), limit, too_long)  # type: ignore[arg-type]
