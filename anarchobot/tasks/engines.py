@@ -12,7 +12,7 @@ from anarchobot.config.schema import Config, GenerationConfig
 from anarchobot.system.blas import advice, load_fast_blas
 from anarchobot.system.peak import gpu_cores, peak_tflops
 from anarchobot.tokenizers.tokenizer import Tokenizer
-from anarchobot.training.loop import Engine
+from anarchobot.training.engine import Engine
 from anarchobot.training.ranks import ALONE, Ranks, join_ranks, launched
 
 if TYPE_CHECKING:

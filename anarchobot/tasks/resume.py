@@ -11,7 +11,8 @@ from anarchobot.config.loading import LoadedConfig
 from anarchobot.config.schema import Config
 from anarchobot.runs import checkpoint
 from anarchobot.runs.progress import Progress
-from anarchobot.training.loop import Engine, Run
+from anarchobot.training.engine import Engine
+from anarchobot.training.loop import Run
 
 # What a run is bound to beside the model's shape: another value would make it another run.
 FIXED = (

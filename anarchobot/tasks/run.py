@@ -33,7 +33,8 @@ from anarchobot.tasks.resume import (
     tidy,
 )
 from anarchobot.training.display import TerminalDisplay, duration
-from anarchobot.training.loop import Display, Engine, Run, run_training
+from anarchobot.training.engine import Engine
+from anarchobot.training.loop import Display, Run, run_training
 from anarchobot.training.ranks import ALONE, Ranks, launched
 
 Show = Literal["progress", "json", "nothing"]  # on stderr: for a person, or the log's lines as they are written

@@ -23,7 +23,7 @@ from anarchobot.torch_backend.device import choose_device, is_out_of_memory, mem
 from anarchobot.torch_backend.gradients import add_gradients
 from anarchobot.torch_backend.loss import loss_sum
 from anarchobot.torch_backend.transformer import Technique, head_name, hidden_states
-from anarchobot.training.loop import StepResult
+from anarchobot.training.engine import StepResult
 from anarchobot.training.loss_scale import LossScale
 
 PRECISION = {"mps": "float16", "cuda": "bfloat16", "cpu": "float32"}  # the first Apple chips have no bfloat16

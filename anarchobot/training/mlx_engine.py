@@ -27,7 +27,7 @@ from anarchobot.optim import muon_adamw as hybrid
 from anarchobot.optim.muon import muon_directions
 from anarchobot.optim.param_groups import TRAINED, check_state, trained
 from anarchobot.training.device import DTYPES, as_memory_error, choose_device
-from anarchobot.training.loop import StepResult
+from anarchobot.training.engine import StepResult
 from anarchobot.training.loss_scale import LossScale
 from anarchobot.training.ranks import ALONE, Ranks
 from anarchobot.training.reduction import global_norm, summed

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from anarchobot.model.gradient_accumulator import Params
     from anarchobot.runs.progress import Progress
-    from anarchobot.training.loop import Engine
+    from anarchobot.training.engine import Engine
 
 BUFFER_BYTES = 2**24  # a buffer of gradients: larger ones leave a processor's caches and take twice as long
 _NUMBERS = 30  # the most that `gather` takes

@@ -7,7 +7,7 @@ import numpy as np
 
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
-from anarchobot.training.loop import Engine
+from anarchobot.training.engine import Engine
 
 VOCAB = 61
 SHAPES: dict[str, dict[str, Any]] = {  # every option of a model, each at least once

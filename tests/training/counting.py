@@ -11,7 +11,8 @@ from anarchobot.data.batches import Batch
 from anarchobot.model.parameters import parameter_shapes
 from anarchobot.runs.metrics_log import MetricsLog
 from anarchobot.runs.progress import Progress
-from anarchobot.training.loop import Run, StepResult, run_training
+from anarchobot.training.engine import StepResult
+from anarchobot.training.loop import Run, run_training
 
 MODEL = {"vocab_size": 7, "n_layers": 1, "d_model": 2, "n_heads": 1}
 

@@ -14,7 +14,8 @@ from anarchobot.data.batches import Batch
 from anarchobot.runs import checkpoint
 from anarchobot.runs import saver as saving
 from anarchobot.runs.progress import Progress
-from anarchobot.training.loop import MOST_SKIPPED, StepResult
+from anarchobot.training.engine import StepResult
+from anarchobot.training.loop import MOST_SKIPPED
 from tests.training.counting import CountingEngine, train
 
 
