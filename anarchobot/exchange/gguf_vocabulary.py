@@ -116,7 +116,7 @@ def _pre_tokenizer(path: Path, told: dict[str, Any] | None) -> str:
     """llama.cpp's name of a pre-tokenizer: GPT-2's is in the HFTokenizer step itself, the others' before it."""
     steps = told["pretokenizers"] if told and told["type"] == "Sequence" else [told or {"type": "none"}]
     *before, last = steps
-    if last["type"] == "HFTokenizer" and not last["add_prefix_space"]:
+    if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
         if not before and last["use_regex"]:
             return "gpt-2"
         if len(before) == 1 and not last["use_regex"] and before[0]["type"] == "Split":

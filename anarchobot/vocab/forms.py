@@ -52,7 +52,7 @@ def _of_sentencepiece(tokenizer: SentencePiece) -> list[Form]:
 def _of_tokenizers(tokenizer: HFTokenizer) -> list[Form]:
     model = tokenizer._model
     whole = json.loads(model.to_str())
-    is_byte_level = "HFTokenizer" in json.dumps([whole["pre_tokenizer"], whole["decoder"]])
+    is_byte_level = "ByteLevel" in json.dumps([whole["pre_tokenizer"], whole["decoder"]])
     added, controls = model.get_added_tokens_decoder(), set(tokenizer.controls.values())
     found = [Form(b"", "hole")] * tokenizer.vocab_size
     for token, i in model.get_vocab(with_added_tokens=True).items():

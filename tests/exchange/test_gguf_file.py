@@ -133,7 +133,7 @@ def test_other_ways_to_cut_words(tmp_path: Path, tokenizers_folder: Path) -> Non
 
     def of(pattern: str, normalizer: Any = None) -> Any:
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        last = {"type": "HFTokenizer", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         before = {"type": "Sequence", "pretokenizers": [split, last]}
         extra = {**whole["added_tokens"][0], "id": 510, "content": "<|later|>", "special": False}
         tokens = [*whole["added_tokens"], extra]
