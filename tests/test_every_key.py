@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from anarchobot.cli.main import main
-from anarchobot.config.loading import leaf_keys
+from anarchobot.config.errors import UserError
+from anarchobot.config.loading import leaf_keys, load_config
 from anarchobot.config.schema import ModelConfig
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.shards import read_manifest
@@ -255,6 +256,15 @@ def test_keys_that_a_run_shows(key: str, observe: Any, usual: dict[str, Any]) ->
     settings, so = TRAINED[key]
     assert not so(usual, usual), "the test could not fail"
     assert so(usual, observe(**settings))
+
+
+def test_key_model__architecture(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("model:\n  architecture: llama\n")
+    assert load_config(path).config.model.architecture == "llama"
+    path.write_text("model:\n  architecture: bert\n")
+    with pytest.raises(UserError, match=r':2: model.architecture: expected .*"llama".*, got "bert"$'):
+        load_config(path)
 
 
 def test_key_train__log_path(tmp_path: Path, tiny_shards: Path) -> None:

@@ -34,6 +34,7 @@ from anarchobot.config.fields import (
 class ModelConfig(Section):
     """The transformer's shape."""
 
+    architecture: Literal["llama"] = Field("llama", description="model architecture (model/architecture.py)")
     vocab_size: Positive = Field(32000, description="number of token ids; must be the tokenizer's")
     n_layers: Positive = Field(12, description="transformer blocks")
     d_model: Positive = Field(768, description="width of the residual stream")

@@ -109,6 +109,7 @@ def test_shipped_configs_load(path: Path) -> None:
 def another_value(key: str, default: Any) -> Any:
     """A good value of the key that is not its default."""
     special: dict[str, Any] = {
+        "model.architecture": "llama",
         "data.fallback": "builtin", "model.ffn_activation": "gelu", "train.optimizer": "adamw", "train.device": "cpu",
         "train.schedule": "wsd", "train.precision": "float16", "train.backend": "torch", "tokenizer.format": "gpt2",
         "tokenizer.model_type": "unigram", "generation.method": "greedy", "train.compile": True, "model.head_dim": 32,
@@ -233,8 +234,8 @@ MISTAKES = {
         "c.yaml:2: train.lr: expected a number above 0, got 0 (1 more after this one)"
     ),
     "model:\n  zzz: 1\n  n_layers: 0\n  d_model: 0\n": (
-        "c.yaml:2: model.zzz: unknown key; model has vocab_size, n_layers, d_model, n_heads, n_kv_heads, head_dim, "
-        "mlp_multiple, ffn_activation, dropout, max_seq_len, rope_theta, norm_eps, tie_embeddings, qk_norm, "
+        "c.yaml:2: model.zzz: unknown key; model has architecture, vocab_size, n_layers, d_model, n_heads, n_kv_heads, "
+        "head_dim, mlp_multiple, ffn_activation, dropout, max_seq_len, rope_theta, norm_eps, tie_embeddings, qk_norm, "
         "attention_bias, logit_softcap, zero_init_proj, embedding_scale, value_residual, bos_id (2 more after this one)"
     ),
     # no YAML of ours

@@ -38,6 +38,7 @@ PROMISED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 CHOICES = {
+    "model.architecture": '"llama"',
     "model.ffn_activation": '"silu" | "gelu"',
     "data.fallback": '"builtin", or null',
     "data.documents": '"file" | "paragraphs" | "lines"',
@@ -86,7 +87,7 @@ def test_no_key_of_the_promised_sections_is_missing_and_those_added_are_known() 
         "attention_block", "loss_chunk", "cpu_threads", "ckpt_minutes", "supervise", "init_from",
         "patience", "trainable", "first_sequence", "memory_budget_gb", "share_muon",
     }  # fmt: skip
-    of_the_model = {"embedding_scale", "value_residual", "bos_id"}
+    of_the_model = {"architecture", "embedding_scale", "value_residual", "bos_id"}
     assert own - promised == (
         {f"data.{key}" for key in added}
         | {f"train.{key}" for key in of_the_step}
