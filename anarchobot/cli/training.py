@@ -35,7 +35,7 @@ def add_commands(commands: Any) -> None:
 
 def _pretrain(args: argparse.Namespace) -> int:
     from anarchobot.config.loading import load_config
-    from anarchobot.system.fitting import fitted
+    from anarchobot.system.micro_batch import fitted
     from anarchobot.tasks import supervise
 
     loaded = load_config(args.config, overrides(args))

@@ -35,7 +35,7 @@ def _dpo(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace, name: str, task: Any) -> int:
-    from anarchobot.system.fitting import fitted
+    from anarchobot.system.micro_batch import fitted
     from anarchobot.tasks import supervise
     from anarchobot.tasks.finetuning import load_tuning
 

@@ -1,12 +1,16 @@
 """What a check is: a question to a setup, its answer, and what to do."""
 
+import platform
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from anarchobot.config.errors import UserError
-from anarchobot.preflight.machine import Machine
-from anarchobot.system.requirements import PACKAGE
+from anarchobot.system.blas import load_fast_blas
+from anarchobot.system.machine import system_memory
+from anarchobot.system.packages import PACKAGE, installed
 
 if TYPE_CHECKING:  # `packages` is asked before any of them is loaded
     from anarchobot.config.adapt_schema import AdaptConfig
@@ -35,6 +39,18 @@ class Answer(NamedTuple):
     status: Status
     found: str
     advice: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`version_of` a package: None where it is missing. `memory`, and `free` of the disk that a folder is on, in
+    bytes."""
+
+    python: str = platform.python_version()
+    version_of: Callable[[str], str | None] = installed
+    blas: Callable[[], str | None] = load_fast_blas
+    memory: Callable[[], int] = lambda: system_memory().total
+    free: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
 
 
 @dataclass

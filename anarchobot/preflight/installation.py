@@ -4,7 +4,7 @@ from collections.abc import Collection
 from importlib import metadata
 
 from anarchobot.preflight.check import Answer, Question, Setup
-from anarchobot.system.requirements import PACKAGE, needed, unmet, unmet_python
+from anarchobot.system.packages import PACKAGE, needed, unmet, unmet_python
 
 
 def python(setup: Setup) -> Answer:

@@ -14,10 +14,10 @@ from anarchobot.data.shards import read_manifest
 from anarchobot.model.lora import trained_count
 from anarchobot.model.parameters import parameter_count
 from anarchobot.optim.schedule import total_steps
-from anarchobot.system.fitting import fitted, largest_that_fits, memory_budget
 from anarchobot.system.machine import system_memory
 from anarchobot.system.memory import MemoryEstimate, checkpoint_bytes, estimate, expected_device, expected_precision
-from anarchobot.system.peak import operations_per_token
+from anarchobot.system.micro_batch import fitted, largest_that_fits, memory_budget
+from anarchobot.system.peak_flops import operations_per_token
 
 PRECISIONS: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")  # float16 takes what bfloat16 takes
 CHINCHILLA = 20  # tokens a parameter at which a training budget is well spent (Hoffmann et al., 2022)

@@ -8,8 +8,8 @@ from anarchobot.preflight.check import SMALLER, Answer, Question, Setup
 from anarchobot.runs.checkpoint import saved_steps
 from anarchobot.storage.lock import holder
 from anarchobot.system.blas import advice
-from anarchobot.system.fitting import SHARE, fitted
 from anarchobot.system.memory import checkpoint_bytes, estimate
+from anarchobot.system.micro_batch import SHARE, fitted
 from anarchobot.tasks.resume import check_same_run
 from anarchobot.tasks.run import find_start
 from anarchobot.tasks.supervise import CPU_RATE, GPU_RATE

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from anarchobot.preflight.check import Check, Setup, asked
+from anarchobot.preflight.check import Check, Machine, Setup, asked
 from anarchobot.preflight.installation import EXTRAS, FIRST
-from anarchobot.preflight.machine import Machine
 from anarchobot.system.blas import load_fast_blas
 
 

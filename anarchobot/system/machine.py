@@ -1,7 +1,9 @@
 """Memory of the machine and of a process, in bytes, as the system tells it: /proc on Linux; vm_stat, sysctl and ps on
 macOS. What they print is read by functions of its text alone."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -91,3 +93,12 @@ def of_ps(text: str) -> int | None:
 
 def _said(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def stay_awake() -> str | None:
+    """Starts macOS' own `caffeinate`, which ends with this process; a line that says so, or None elsewhere."""
+    program = shutil.which("caffeinate") if sys.platform == "darwin" else None
+    if program is None:
+        return None
+    subprocess.Popen([program, "-i", "-w", str(os.getpid())], stdin=subprocess.DEVNULL, start_new_session=True)
+    return "this Mac will not go to sleep before the run ends (caffeinate; a closed lid still puts it to sleep)"

@@ -19,7 +19,7 @@ from anarchobot.config.loading import LoadedConfig
 from anarchobot.model.llama import flops
 from anarchobot.model.parameters import parameter_count
 from anarchobot.system.blas import load_fast_blas
-from anarchobot.system.fitting import fitted
+from anarchobot.system.micro_batch import fitted
 
 if TYPE_CHECKING:
     from anarchobot.training.mlx_engine import MLXEngine

@@ -15,7 +15,7 @@ from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.conversations.tokenization import tokenised_pairs
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import total_steps
-from anarchobot.system.fitting import fitted
+from anarchobot.system.micro_batch import fitted
 from anarchobot.tasks.engines import open_preference_engine
 from anarchobot.tasks.finetuning import answer, check_settings, identity, tune
 from anarchobot.tasks.reference import reference_of

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, GenerationConfig
 from anarchobot.system.blas import advice, load_fast_blas
-from anarchobot.system.peak import gpu_cores, peak_tflops
+from anarchobot.system.peak_flops import gpu_cores, peak_tflops
 from anarchobot.tokenizers.tokenizer import Tokenizer
 from anarchobot.training.engine import Engine
 from anarchobot.training.ranks import ALONE, Ranks, join_ranks, launched

@@ -18,10 +18,10 @@ from anarchobot.runs.metrics_log import MetricsLog, NoLog
 from anarchobot.runs.progress import Progress
 from anarchobot.storage.durable import write_whole
 from anarchobot.storage.lock import FolderLock
-from anarchobot.system.awake import stay_awake
-from anarchobot.system.environment import environment
-from anarchobot.system.fitting import Fitted, fitted
-from anarchobot.system.peak import operations_per_token
+from anarchobot.system.machine import stay_awake
+from anarchobot.system.micro_batch import Fitted, fitted
+from anarchobot.system.packages import environment
+from anarchobot.system.peak_flops import operations_per_token
 from anarchobot.tasks.engines import OpenEngine
 from anarchobot.tasks.resume import (
     changes,

@@ -15,11 +15,10 @@ import yaml
 from anarchobot.cli.main import main
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.sources.documents import Counts, Document
-from anarchobot.preflight.check import Check
-from anarchobot.preflight.machine import Machine
+from anarchobot.preflight.check import Check, Machine
 from anarchobot.preflight.verify import verify
 from anarchobot.storage.lock import FolderLock
-from anarchobot.system.requirements import installed
+from anarchobot.system.packages import installed
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from tests.tiny import VOCAB, loaded, make_shards, write_config

@@ -1,5 +1,6 @@
 """What the program needs installed, as its own package says it, against what is there. Nothing of it is imported."""
 
+import os
 import platform
 from collections.abc import Callable, Collection
 from importlib import metadata
@@ -51,3 +52,16 @@ def unmet(requirements: Collection[str], version_of: Callable[[str], str | None]
         elif not requirement.specifier.contains(version, prereleases=True):
             problems.append(f"{text} is needed, and {version} is here")
     return problems
+
+
+PACKAGES = ("anarchobot", "mlx", "mlx-lm", "numpy", "sentencepiece", "tokenizers", "torch")
+
+
+def environment(place: str) -> dict[str, str]:
+    """`place`: precision and device, as the engine says them. Only names and versions: nothing is imported."""
+    found = {"computes in": place, "system": platform.platform(), "cores": str(os.cpu_count())}
+    found["Python"] = platform.python_version()
+    for package in PACKAGES:
+        if (version := installed(package)) is not None:
+            found[package] = version
+    return found

@@ -7,8 +7,8 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, load_config
-from anarchobot.system.fitting import fitted
 from anarchobot.system.memory import estimate
+from anarchobot.system.micro_batch import fitted
 
 SETTINGS = [
     *("model.vocab_size=2000", "model.n_layers=3", "model.d_model=128", "model.n_heads=4", "data.seq_len=128"),

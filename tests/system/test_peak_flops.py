@@ -12,8 +12,8 @@ import pytest
 
 from anarchobot.config.schema import ModelConfig
 from anarchobot.model.parameters import parameter_shapes
-from anarchobot.system.awake import stay_awake
-from anarchobot.system.peak import cores_of, operations_per_token, peak_tflops
+from anarchobot.system.machine import stay_awake
+from anarchobot.system.peak_flops import cores_of, operations_per_token, peak_tflops
 
 
 @pytest.mark.parametrize(
