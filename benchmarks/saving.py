@@ -26,14 +26,14 @@ def main() -> None:
     load_fast_blas()
     from anarchobot.config.schema import Config
     from anarchobot.data.batches import Batch
-    from anarchobot.runs.saver import Saved, Saver
+    from anarchobot.runs.async_checkpointer import SaveResult, AsyncCheckpointer
     from anarchobot.training.mlx_engine import MLXEngine
 
     model = {"vocab_size": 16384, "n_layers": 11, "d_model": 768, "n_heads": 12, "dropout": 0.0}
     config = Config.model_validate({"model": model, "train": {"optimizer": "adamw", "micro_batch_size": 1}})
     engine = MLXEngine(config)
     batch = Batch(np.ones((1, 1, 64), np.int32), np.ones((1, 1, 64), np.int32))
-    saves: list[Saved] = []
+    saves: list[SaveResult] = []
     stalls, during, between = [], [], []
 
     def step() -> float:
@@ -42,7 +42,7 @@ def main() -> None:
         return time.perf_counter() - began
 
     step()
-    with tempfile.TemporaryDirectory(dir=HERE) as folder, Saver(Path(folder), config.train, 0, saves.append) as saver:
+    with tempfile.TemporaryDirectory(dir=HERE) as folder, AsyncCheckpointer(Path(folder), config.train, 0, saves.append) as saver:
         for number in range(1, arguments.saves + 1):
             between += [step() for _ in range(3)]
             began = time.perf_counter()

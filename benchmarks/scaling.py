@@ -83,7 +83,7 @@ def rank(micro_batches: int, steps: int, share: bool) -> None:
     engine = MLXEngine(config, ranks=own)
     ids = np.random.default_rng(own.rank).integers(0, 8192, (micro_batches, ROWS, LENGTH)).astype(np.int32)
     times, exchanges, updates, size = [], [], [], [0]
-    whole_sum, first = own.sum, own.first
+    whole_sum, first = own.all_reduce, own.broadcast_scalar
 
     def timed(grads: Any) -> Any:
         own.any(False)  # waits for the slower rank, which is no exchange's fault
@@ -98,7 +98,7 @@ def rank(micro_batches: int, steps: int, share: bool) -> None:
         updates.append(time.perf_counter())  # the update begins; it ends with the step
         return known
 
-    own.sum, own.first = timed, norm_known  # type: ignore[method-assign]
+    own.all_reduce, own.broadcast_scalar = timed, norm_known  # type: ignore[method-assign]
     for step in range(1, steps + 2):
         began = time.perf_counter()
         engine.train_step(Batch(ids, ids), step, 1e-3, 0.9)

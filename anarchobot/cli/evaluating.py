@@ -45,7 +45,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     load_fast_blas()  # before MLX is imported
     from anarchobot.evaluation.evaluate import What, evaluate, table
-    from anarchobot.storage.durable import write_whole
+    from anarchobot.storage.durable import write_atomic
 
     names = [name for name in (args.tasks or "").split(",") if name]
     what = What(args.shards, args.text, args.rouge, names, args.num_fewshot, args.include, args.limit)
@@ -53,7 +53,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     result = json.dumps(reports[0] if len(reports) == 1 else reports, indent=1)
     print(result if args.json else table(reports), flush=True)
     if args.output is not None:
-        write_whole(Path(args.output), result + "\n")
+        write_atomic(Path(args.output), result + "\n")
 
 
 def _say(quiet: bool) -> Any:

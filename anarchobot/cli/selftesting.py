@@ -22,7 +22,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _selftest(args: argparse.Namespace) -> int:
-    from anarchobot.tasks.faults import all_faults
+    from anarchobot.tasks.selftest import all_faults
 
     if args.kills < 1:
         raise UserError(f"--kills {args.kills}: expected 1 or more")

@@ -35,14 +35,14 @@ def add_commands(commands: Any) -> None:
 
 def _pretrain(args: argparse.Namespace) -> int:
     from anarchobot.config.loading import load_config
-    from anarchobot.system.micro_batch import fitted
+    from anarchobot.system.micro_batch import resolve_micro_batch
     from anarchobot.tasks import supervise
 
     loaded = load_config(args.config, overrides(args))
     train = loaded.config.train
     if supervise.wanted(loaded.config):
         command = [sys.executable, "-P", "-m", "anarchobot", *args.words]  # -P: nothing of the folder it stands in
-        train = fitted(loaded).loaded.config.train
+        train = resolve_micro_batch(loaded).loaded.config.train
         return supervise.supervise(command, Path(train.save_dir), train.micro_batch_size, train.grad_accum_steps)
     from anarchobot.tasks.pretrain import pretrain
 
@@ -69,9 +69,9 @@ def report(args: argparse.Namespace, command: str, summary: dict[str, Any]) -> i
         )
     if summary["finished"]:
         return 0
-    from anarchobot.training.ranks import launched
+    from anarchobot.training.ranks import detect_launcher
 
-    again = command if launched() is None else f"launch ... -- {command}"
+    again = command if detect_launcher() is None else f"launch ... -- {command}"
     print(
         f"stopped at step {summary['steps']}; go on with: anarchobot {again} "
         f"{shlex.quote(summary['save_dir'] + '/config.yaml')} --resume-from auto",

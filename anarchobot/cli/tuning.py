@@ -35,7 +35,7 @@ def _dpo(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace, name: str, task: Any) -> int:
-    from anarchobot.system.micro_batch import fitted
+    from anarchobot.system.micro_batch import resolve_micro_batch
     from anarchobot.tasks import supervise
     from anarchobot.tasks.finetuning import load_tuning
 
@@ -43,6 +43,6 @@ def _tune(args: argparse.Namespace, name: str, task: Any) -> int:
     train = loaded.config.train
     if supervise.wanted(loaded.config, tuning=True):
         command = [sys.executable, "-P", "-m", "anarchobot", *args.words]  # -P: nothing of the folder it stands in
-        train = fitted(loaded, pairs=name == "dpo").loaded.config.train
+        train = resolve_micro_batch(loaded, pairs=name == "dpo").loaded.config.train
         return supervise.supervise(command, Path(train.save_dir), train.micro_batch_size, train.grad_accum_steps)
     return report(args, name, task(loaded, show=shown(args)))

@@ -24,7 +24,7 @@ from anarchobot.data.pieces import KEY, Pieces, numbers_of, pieces
 from anarchobot.data.resume import Provenance, difference
 from anarchobot.data.shard_writer import NpyStream
 from anarchobot.data.sources.documents import Counts, Document
-from anarchobot.storage.durable import sha256_file, write_whole
+from anarchobot.storage.durable import sha256_file, write_atomic
 from anarchobot.storage.lock import FolderLock
 from anarchobot.tokenizers.tokenizer import Tokenizer
 
@@ -74,7 +74,7 @@ def write_part(
                 file.abandon()
             raise
         record = {"made_of": dict(made_of), "counts": asdict(counts), "sha256": digests}
-        write_whole(folder / "part.json", json.dumps(record, indent=1) + "\n")
+        write_atomic(folder / "part.json", json.dumps(record, indent=1) + "\n")
         return True
 
 

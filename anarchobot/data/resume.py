@@ -23,7 +23,7 @@ from anarchobot.data.pieces import Mask, Pieces
 from anarchobot.data.shard_writer import Finished
 from anarchobot.data.shards import SPLITS, Shard, Split
 from anarchobot.data.sources import files, hub
-from anarchobot.storage.durable import sha256_file, write_whole
+from anarchobot.storage.durable import sha256_file, write_atomic
 
 Provenance = Mapping[str, Any]  # what decides the shards' bytes: JSON values under names that a person understands
 
@@ -52,7 +52,7 @@ def source_of(names: list[str], data: DataConfig) -> dict[str, Any]:
 
 def save_progress(folder: Path, made_of: Provenance, finished: Iterable[Finished]) -> None:
     content = {"made_of": dict(made_of), "finished": [asdict(f) for f in finished]}
-    write_whole(folder / "progress.json", json.dumps(content, indent=1) + "\n")
+    write_atomic(folder / "progress.json", json.dumps(content, indent=1) + "\n")
 
 
 def load_progress(folder: Path, made_of: Provenance, restart: bool) -> list[Finished]:

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from anarchobot.config.errors import UserError
-from anarchobot.storage.durable import flush, flush_folder
+from anarchobot.storage.durable import flush, fsync_dir
 
 
 class NewFolder:
@@ -34,6 +34,6 @@ class NewFolder:
                         with file.open("rb") as written:
                             flush(written.fileno())
                 self._beside.rename(self._path)  # takes the place of an empty folder
-                flush_folder(self._path.parent)
+                fsync_dir(self._path.parent)
         finally:
             shutil.rmtree(self._beside, ignore_errors=True)

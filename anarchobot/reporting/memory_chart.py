@@ -7,7 +7,7 @@ from pathlib import Path
 from anarchobot.config.errors import UserError
 from anarchobot.reporting.chart import Line, chart
 from anarchobot.reporting.monitor import Sample
-from anarchobot.storage.durable import write_whole
+from anarchobot.storage.durable import write_atomic
 
 LINES = {
     "process_gb": ("the process", "#1f77b4"),
@@ -36,7 +36,7 @@ def draw(path: Path, samples: Sequence[Sample]) -> None:
     if path.suffix == ".png":
         _png(path, curves)
     else:
-        write_whole(path, _svg(curves))
+        write_atomic(path, _svg(curves))
 
 
 def _points(samples: Sequence[Sample], name: str) -> list[tuple[float, float]]:

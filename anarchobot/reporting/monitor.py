@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from anarchobot.config.errors import UserError
-from anarchobot.runs.run_log import metrics_file, read_run
+from anarchobot.runs.run_log import metrics_path, read_run
 from anarchobot.storage.lock import holder, last_holder
 from anarchobot.system.machine import process_memory, system_memory
 
@@ -50,7 +50,7 @@ class LogTail:
 
     def read(self) -> None:
         if self._file is None:
-            path = metrics_file(self._folder)  # reads config.yaml, hence once
+            path = metrics_path(self._folder)  # reads config.yaml, hence once
             if not path.is_file():
                 return
             self._file, self._at = path, max(0, path.stat().st_size - FIRST_LOOK)

@@ -23,7 +23,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import config_from_dict
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.model.lora import trained_shapes
-from anarchobot.storage.durable import HashedFile, flush_folder, read_sealed, sha256_file, write_sealed
+from anarchobot.storage.durable import HashedFile, fsync_dir, read_sealed, sha256_file, write_sealed
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -81,7 +81,7 @@ def save(run: Path, step: int, arrays: Mapping[str, npt.NDArray[Any]], state: Ma
     if final.exists():
         final.rename(aside)
     beside.rename(final)
-    flush_folder(run)
+    fsync_dir(run)
     shutil.rmtree(aside, ignore_errors=True)
     write_sealed(run / "latest.json", {"step": step, "folder": final.name})
     return final

@@ -14,7 +14,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from anarchobot.storage.durable import write_whole
+from anarchobot.storage.durable import write_atomic
 
 CURVES = ("train", "eval")  # events whose values, all of them numbers, are TensorBoard's too
 
@@ -67,7 +67,7 @@ class MetricsLog:
 
     def summary(self, values: dict[str, Any]) -> None:
         try:
-            write_whole(self.folder / "final_training_summary.json", json.dumps(values, indent=1) + "\n")
+            write_atomic(self.folder / "final_training_summary.json", json.dumps(values, indent=1) + "\n")
         except OSError:
             self.lost += 1
 
@@ -79,7 +79,7 @@ class MetricsLog:
         self._board.close()
 
 
-class NoLog(MetricsLog):
+class NullMetricsLog(MetricsLog):
     """Of a rank beside the first, which writes for all."""
 
     def __init__(self) -> None: ...

@@ -92,7 +92,7 @@ def find_runs(path: str | Path) -> Iterator[RunLog]:
         here = [child for folder in here for child in folder.iterdir() if child.is_dir() and not child.is_symlink()]
 
 
-def metrics_file(folder: Path) -> Path:
+def metrics_path(folder: Path) -> Path:
     """Where the run in `folder` writes its lines."""
     return _logs(folder, _config(folder)) / "metrics.jsonl"
 

@@ -27,7 +27,7 @@ def flush(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def flush_folder(folder: Path) -> None:
+def fsync_dir(folder: Path) -> None:
     """Brings a folder's entries (names made, renamed, removed) to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -36,7 +36,7 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Writes beside, flushes, renames: the file is whole or what it was before."""
     beside = path.with_name(f"{path.name}.tmp")
     with beside.open("w", encoding="utf-8", newline="\n") as file:
@@ -44,12 +44,12 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         flush(file.fileno())
     beside.replace(path)
-    flush_folder(path.parent)
+    fsync_dir(path.parent)
 
 
 def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
     """Writes JSON whole, with a digest of its own content at its end."""
-    write_whole(path, sealed(values))
+    write_atomic(path, sealed(values))
 
 
 def sealed(values: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from anarchobot.data.sources.files import find
 from anarchobot.exchange.fusing import fuse
 from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
 from anarchobot.runs import checkpoint
-from anarchobot.storage.durable import sha256_file, write_whole
+from anarchobot.storage.durable import sha256_file, write_atomic
 from anarchobot.storage.lock import FolderLock
 from anarchobot.tasks.adapt_checks import check, warnings
 from anarchobot.tasks.adapt_evaluation import figures, table
@@ -73,9 +73,9 @@ def adapt_vocab(
                 f"{base.folder}: name another folder, or remove it"
             )
         report = _Adaptation(settings, base, stages, quiet).execute_run()
-        write_whole(root / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(root / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
         if report["evaluation"]:
-            write_whole(root / "report.md", table(report["evaluation"]) + "\n")
+            write_atomic(root / "report.md", table(report["evaluation"]) + "\n")
     return report
 
 
@@ -202,7 +202,7 @@ class _Adaptation:
                 is_known=lambda word: is_one_token(self.source, word),
             )
             values = {"words": [t.text for t in terms], "terms": [t._asdict() for t in terms]}
-            write_whole(folder / "terms.json", json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+            write_atomic(folder / "terms.json", json.dumps(values, indent=1, ensure_ascii=False) + "\n")
             return [folder / "terms.json"], {"terms": len(terms), "best": ", ".join(t.text for t in terms[:5])}
 
         inputs = {"corpus": corpus.digest, "source": digest(self.source)}
@@ -250,7 +250,7 @@ class _Adaptation:
             source, target = side("source", self.source), side("target", self.target)
             plan, report = align(source, target, **own.model_dump(), seed=self.seed)
             np.savez(folder / "plan.npz", allow_pickle=False, **vars(plan))
-            write_whole(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+            write_atomic(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
             short = {key: value for key, value in report.items() if key not in ("examples", "routes")}
             return [folder / "plan.npz", folder / "report.json"], short
 
@@ -284,7 +284,7 @@ class _Adaptation:
         data = DataConfig(seq_len=min(self.base.config.data.seq_len, self._model.max_seq_len))
         train = TrainConfig(save_dir=str(folder), tokenizer_path=str(folder / name))
         config = Config(model=self._model, data=data, train=train)
-        write_whole(folder / "config.yaml", dump(config.model_dump()))
+        write_atomic(folder / "config.yaml", dump(config.model_dump()))
         state = {"tokens": 0, "adapted": str(self.base.folder), "config": config.model_dump()}
         arrays = {f"{checkpoint.PARAMS}{key}": array for key, array in params.items()}
         return checkpoint.save(folder, 0, arrays, state)
@@ -388,7 +388,7 @@ class _Adaptation:
 
             def work(folder: Path, path: str = path) -> Made:
                 found = figures(path, texts, own.max_samples, own.qa)
-                write_whole(folder / "figures.json", json.dumps(found, indent=1) + "\n")
+                write_atomic(folder / "figures.json", json.dumps(found, indent=1) + "\n")
                 return [folder / "figures.json"], found
 
             settings = {"datasets": own.datasets, "max_samples": own.max_samples, "qa": own.qa}

@@ -19,7 +19,7 @@ from anarchobot.config.loading import LoadedConfig
 from anarchobot.model.llama import flops
 from anarchobot.model.parameters import parameter_count
 from anarchobot.system.blas import load_fast_blas
-from anarchobot.system.micro_batch import fitted
+from anarchobot.system.micro_batch import resolve_micro_batch
 
 if TYPE_CHECKING:
     from anarchobot.training.mlx_engine import MLXEngine
@@ -36,7 +36,7 @@ def bench(loaded: LoadedConfig, steps: int = 5) -> dict[str, Any]:
     Returns numbers only, times in milliseconds, operations whole: `step` (all of it), `peak` (what the workers reach
     together in large products), and `parts`, whose `share`s of the step's time add up to 1.
     """
-    loaded, _ = fitted(loaded)
+    loaded, _ = resolve_micro_batch(loaded)
     config = loaded.config
     model, train, length = config.model, config.train, config.data.seq_len
     if config.lora.r is not None:

@@ -15,7 +15,7 @@ from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.conversations.tokenization import tokenised_pairs
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import total_steps
-from anarchobot.system.micro_batch import fitted
+from anarchobot.system.micro_batch import resolve_micro_batch
 from anarchobot.tasks.engines import open_preference_engine
 from anarchobot.tasks.finetuning import answer, check_settings, identity, tune
 from anarchobot.tasks.reference import reference_of
@@ -24,7 +24,7 @@ from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import load_template
 from anarchobot.tokenizers.conversation import Message
 from anarchobot.training.loop import Run
-from anarchobot.training.ranks import launched
+from anarchobot.training.ranks import detect_launcher
 
 
 def dpo(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
@@ -33,10 +33,10 @@ def dpo(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
     The reference is the model as it was: its log-probabilities of all answers are computed before anything is trained,
     once, and kept in the run's folder, so that only one model is in memory.
     """
-    if launched() is not None:
+    if detect_launcher() is not None:
         raise UserError("dpo trains in one process: start it by itself")
     check_settings(loaded, "dpo")
-    loaded, fitting = fitted(loaded, pairs=True)
+    loaded, fitting = resolve_micro_batch(loaded, pairs=True)
     config = loaded.config
     data, chat, train = config.data, config.chat, config.train
     base, start = load_pretrained(str(train.init_from)), find_start(loaded)

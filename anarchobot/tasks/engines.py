@@ -9,11 +9,11 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, GenerationConfig
-from anarchobot.system.blas import advice, load_fast_blas
-from anarchobot.system.peak_flops import gpu_cores, peak_tflops
+from anarchobot.system.blas import no_blas_message, load_fast_blas
+from anarchobot.system.peak_flops import apple_gpu_cores, peak_tflops
 from anarchobot.tokenizers.tokenizer import Tokenizer
 from anarchobot.training.engine import Engine
-from anarchobot.training.ranks import ALONE, Ranks, join_ranks, launched
+from anarchobot.training.ranks import ALONE, Ranks, join_ranks, detect_launcher
 
 if TYPE_CHECKING:
     from anarchobot.training.mlx_engine import MLXEngine
@@ -40,7 +40,7 @@ class OpenEngine:
 def open_ranks(config: Config) -> Ranks:
     """This process among those that mlx.launch or mpirun started for one run. Raises UserError for an engine that
     trains in one process, and when the ranks can't be joined."""
-    if launched() is None:
+    if detect_launcher() is None:
         return ALONE
     if config.train.backend == "torch":
         raise UserError("train.backend: torch trains in one process: set train.backend: mlx, or start it by itself")
@@ -86,8 +86,8 @@ def _opened(engine: "MLXEngine", config: Config, slow_products: bool) -> OpenEng
         f"{engine.precision} on {engine.device}",
         lambda tokenizer: generate(Model(engine.weights, config.model, tokenizer), config.generation),
         lambda context, settings, stop: list(stream_token_ids(engine.weights, config.model, context, settings, stop)),
-        [advice()] if slow else [],
-        peak_tflops(str(mx.device_info()["device_name"]), gpu_cores(), engine.precision) if on_gpu else None,
+        [no_blas_message()] if slow else [],
+        peak_tflops(str(mx.device_info()["device_name"]), apple_gpu_cores(), engine.precision) if on_gpu else None,
     )
 
 

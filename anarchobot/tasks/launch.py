@@ -1,7 +1,7 @@
 """Several ranks of one run, started together: here as children of this process, on other machines by mlx.launch.
 
 The parent imports no MLX. It passes signals on, says which rank died and how, and asks the others to end, which they
-also find out by themselves (training/rank_watch.py).
+also find out by themselves (training/heartbeat.py).
 """
 
 import json
@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from anarchobot.config.errors import UserError
-from anarchobot.training.stop import PARENT, heeded
+from anarchobot.training.signals import PARENT, can_handle
 
 TASKS = ("pretrain", "sft")
 ALONE = "127.0.0.1"
@@ -45,7 +45,7 @@ def launch_here(words: Sequence[str], ranks: int) -> int:
             for rank in range(ranks)
         ]
         try:
-            with passing_on(children):
+            with forward_signals(children):
                 return _until_all_end(children)
         finally:
             for child in children:
@@ -65,7 +65,7 @@ def launch_by_mlx(words: Sequence[str], options: Sequence[str]) -> int:
     # It reads its input without pause once that has ended: a pipe that stays open keeps it quiet.
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as child:
         assert child.stderr is not None
-        with passing_on([child]):
+        with forward_signals([child]):
             for line in iter(child.stderr.readline, b""):
                 text = line.decode(errors="replace")
                 if (found := _ENDED.search(text)) and code == 0:
@@ -116,7 +116,7 @@ def _free_ports(count: int) -> list[int]:
         return [server.getsockname()[1] for server in servers]
 
 
-def passing_on(children: Sequence["subprocess.Popen[bytes]"]) -> ExitStack:
+def forward_signals(children: Sequence["subprocess.Popen[bytes]"]) -> ExitStack:
     """A context in which signals go to the children."""
     stack = ExitStack()
 
@@ -126,7 +126,7 @@ def passing_on(children: Sequence["subprocess.Popen[bytes]"]) -> ExitStack:
 
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
-            if heeded(number):
+            if can_handle(number):
                 stack.callback(signal.signal, number, signal.signal(number, forward))
     return stack
 

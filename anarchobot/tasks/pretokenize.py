@@ -22,7 +22,7 @@ from anarchobot.data.shards import Manifest, read_manifest
 from anarchobot.data.sources import files, hub
 from anarchobot.data.sources.documents import Counts, Document, from_files, from_spans, open_source
 from anarchobot.data.sources.spans import cut
-from anarchobot.tasks.launch import passing_on
+from anarchobot.tasks.launch import forward_signals
 from anarchobot.tokenizers.fast_tokenizer import engine_name, with_engine
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
@@ -190,7 +190,7 @@ def in_processes(command: Sequence[str], processes: int) -> int:
         for part in range(processes)
     ]
     try:
-        with passing_on(running):
+        with forward_signals(running):
             while any(process.poll() is None for process in running) and not any(p.poll() for p in running):
                 time.sleep(0.05)
     finally:

@@ -86,7 +86,7 @@ def check_same_run(start: checkpoint.Checkpoint, now: Config, identity: Mapping[
 def check_same_on_all_ranks(run: Run) -> None:
     """Raises UserError on a rank whose settings or data are not rank 0's."""
     own = {"config": run.config.model_dump(mode="json"), "identity": run.identity, "windows": run.train.windows}
-    first = json.loads(run.ranks.share(json.dumps(own).encode()))
+    first = json.loads(run.ranks.broadcast(json.dumps(own).encode()))
     for key, (there, here) in changes(Config.model_validate(first["config"]), run.config).items():
         if key not in OF_A_MACHINE:
             raise UserError(f"rank {run.ranks.rank}: {key} is {here}, and rank 0's is {there}: give all the same")

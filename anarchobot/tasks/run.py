@@ -14,14 +14,14 @@ from anarchobot.config.schema import Config
 from anarchobot.config.yaml_tree import dump
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
-from anarchobot.runs.metrics_log import MetricsLog, NoLog
+from anarchobot.runs.metrics_log import MetricsLog, NullMetricsLog
 from anarchobot.runs.progress import Progress
-from anarchobot.storage.durable import write_whole
+from anarchobot.storage.durable import write_atomic
 from anarchobot.storage.lock import FolderLock
 from anarchobot.system.machine import stay_awake
-from anarchobot.system.micro_batch import Fitted, fitted
-from anarchobot.system.packages import environment
-from anarchobot.system.peak_flops import operations_per_token
+from anarchobot.system.micro_batch import ResolvedConfig, resolve_micro_batch
+from anarchobot.system.packages import environment_info
+from anarchobot.system.peak_flops import training_flops_per_token
 from anarchobot.tasks.engines import OpenEngine
 from anarchobot.tasks.resume import (
     changes,
@@ -35,7 +35,7 @@ from anarchobot.tasks.resume import (
 from anarchobot.training.display import TerminalDisplay, duration
 from anarchobot.training.engine import Engine
 from anarchobot.training.loop import Display, Run, run_training
-from anarchobot.training.ranks import ALONE, Ranks, launched
+from anarchobot.training.ranks import ALONE, Ranks, detect_launcher
 
 Show = Literal["progress", "json", "nothing"]  # on stderr: for a person, or the log's lines as they are written
 
@@ -49,15 +49,15 @@ class Start(NamedTuple):
     checkpoint: checkpoint.Checkpoint | None
 
 
-def fitted_run(loaded: LoadedConfig) -> Fitted:
-    """`fitted`, for one that may be one of several ranks, each of which must choose the same."""
+def resolve_run(loaded: LoadedConfig) -> ResolvedConfig:
+    """`resolve_micro_batch`, for one that may be one of several ranks, each of which must choose the same."""
     train = loaded.config.train
-    if train.automatic and train.memory_budget_gb is None and launched() is not None:
+    if train.automatic and train.memory_budget_gb is None and detect_launcher() is not None:
         raise UserError(
             f"{loaded.where('train.micro_batch_size')}: auto, on several ranks: set train.memory_budget_gb, which each "
             "of them may take"
         )
-    return fitted(loaded)
+    return resolve_micro_batch(loaded)
 
 
 def find_start(loaded: LoadedConfig, ranks: Ranks = ALONE) -> Start:
@@ -94,7 +94,7 @@ def execute_run(
         check_same_run(found, config, run.identity)
     check_same_on_all_ranks(run)
     if run.ranks.rank > 0:
-        with run.train, NoLog() as no_log, TerminalDisplay(0, 0, quiet=True) as display:
+        with run.train, NullMetricsLog() as no_log, TerminalDisplay(0, 0, quiet=True) as display:
             return {"finished": _train(engine, run, Progress(), no_log, display), "rank": run.ranks.rank}
     with FolderLock(run.folder):
         if sorted(checkpoint.saved_steps(run.folder)) != sorted(start.steps):
@@ -113,7 +113,7 @@ def execute_run(
             _remember_the_best(run, progress)
         settings = dump(config.model_dump())
         if progress.step <= run.steps:
-            write_whole(run.folder / "config.yaml", settings)
+            write_atomic(run.folder / "config.yaml", settings)
         run = replace(run, rates=_rates(config, opened.peak_tflops and run.ranks.size * opened.peak_tflops))
         echo = sys.stderr if show == "json" else None
         with (
@@ -133,8 +133,8 @@ def execute_run(
                 for key, (old, new) in changed.items():
                     display.note(f"changed: {key} was {old}, is now {new}")
                 log.event("resume", progress.step, folder=str(found.folder), changed=changed)
-            made = {**environment(opened.place), "made of": list(opening)}
-            write_whole(log.folder / "environment.json", json.dumps(made, indent=1) + "\n")
+            made = {**environment_info(opened.place), "made of": list(opening)}
+            write_atomic(log.folder / "environment.json", json.dumps(made, indent=1) + "\n")
             for text in (*opened.warnings, *_warnings(run, trained)):
                 display.note(f"warning: {text}")
                 log.event("warning", progress.step, text=text)
@@ -149,8 +149,8 @@ def execute_run(
 
 def _train(engine: Engine, run: Run, progress: Progress, log: MetricsLog, display: Display) -> bool:
     """From where rank 0 stands, to the last of its steps."""
-    run.ranks.follow(engine, progress)
-    return run_training(engine, replace(run, steps=int(run.ranks.first(run.steps))), progress, log, display)
+    run.ranks.broadcast_state(engine, progress)
+    return run_training(engine, replace(run, steps=int(run.ranks.broadcast_scalar(run.steps))), progress, log, display)
 
 
 def _steps_left(run: Run, found: checkpoint.Checkpoint, progress: Progress) -> int:
@@ -182,7 +182,7 @@ def _rates(config: Config, peak: float | None) -> Callable[[float], Mapping[str,
     need less, by an amount that depends on where they are: nothing is said of those."""
     if config.lora.r is not None or config.train.trainable != "all":
         return lambda tokens_per_second: {}
-    operations = operations_per_token(config.model, config.data.seq_len) / 1e12
+    operations = training_flops_per_token(config.model, config.data.seq_len) / 1e12
 
     def rates(tokens_per_second: float) -> Mapping[str, float]:
         tflops = tokens_per_second * operations

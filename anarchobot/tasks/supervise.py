@@ -19,8 +19,8 @@ from anarchobot.data.shards import read_manifest
 from anarchobot.model.llama.flops import model_step
 from anarchobot.optim.schedule import total_steps
 from anarchobot.runs.checkpoint import saved_steps
-from anarchobot.training.ranks import launched
-from anarchobot.training.stop import PARENT, heeded
+from anarchobot.training.ranks import detect_launcher
+from anarchobot.training.signals import PARENT, can_handle
 
 MOST_RESUMES = 3  # behind one checkpoint, before the micro-batch is made smaller
 HOUR = 3600.0
@@ -33,14 +33,14 @@ _FORWARDED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGH
 def wanted(config: Config, *, tuning: bool = False) -> bool:
     """train.supervise; where it is left out, whether the run will by a rough guess take more than an hour. `tuning`:
     its data are conversations, not shards. Not for one of several ranks: it can't be resumed alone."""
-    if os.environ.get(PARENT) or launched():
+    if os.environ.get(PARENT) or detect_launcher():
         return False
     if config.train.supervise is not None:
         return config.train.supervise
-    return guessed_seconds(config, tuning=tuning) > HOUR
+    return estimate_seconds(config, tuning=tuning) > HOUR
 
 
-def guessed_seconds(config: Config, *, tuning: bool = False) -> float:
+def estimate_seconds(config: Config, *, tuning: bool = False) -> float:
     """From the operations of the steps and an assumed speed. Raises UserError when there are no shards."""
     train, seq_len = config.train, config.data.seq_len
     windows = (_tokens_of_files(config) if tuning else _tokens_of_shards(config)) // seq_len
@@ -115,7 +115,7 @@ def _run(command: Sequence[str]) -> tuple[int, bool]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, forward) for number in _FORWARDED if heeded(number)}
+        before = {number: signal.signal(number, forward) for number in _FORWARDED if can_handle(number)}
     try:
         return child.wait(), bool(passed_on)
     finally:

@@ -13,7 +13,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from anarchobot.config.errors import UserError
-from anarchobot.storage.durable import write_whole
+from anarchobot.storage.durable import write_atomic
 from anarchobot.tokenizers.conversation import Conversation, InvalidRow
 from anarchobot.tokenizers.tokenizer import CHAT_TOKENS, ChatTokenizer
 
@@ -92,9 +92,9 @@ class ChatTemplate:
 
     def save(self, folder: Path) -> None:
         """Writes it beside a tokenizer, where `load_template` and Hugging Face's libraries find it."""
-        write_whole(folder / FILE, self.source)
+        write_atomic(folder / FILE, self.source)
         config = _read_config(folder / CONFIG) | self.tokens
-        write_whole(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def load_template(tokenizer: ChatTokenizer, choice: str = "auto") -> ChatTemplate:

@@ -18,11 +18,11 @@ from anarchobot.optim.schedule import learning_rate, muon_momentum
 from anarchobot.runs import checkpoint
 from anarchobot.runs.metrics_log import MetricsLog
 from anarchobot.runs.progress import RISES, Progress
-from anarchobot.runs.saver import NoSaver, Saved, Saver
+from anarchobot.runs.async_checkpointer import NullCheckpointer, SaveResult, AsyncCheckpointer
 from anarchobot.training.engine import Engine, StepResult
 from anarchobot.training.guard import Guard
 from anarchobot.training.ranks import ALONE, Ranks
-from anarchobot.training.stop import StopRequest
+from anarchobot.training.signals import StopRequest
 
 MOST_SKIPPED = 30  # steps in a row that are not finite: float16's loss scale gets from its highest to 1 in fewer
 MOST_RETURNS = 3  # to the same checkpoint
@@ -66,7 +66,7 @@ def run_training(engine: Engine, run: Run, progress: Progress, log: MetricsLog, 
     newest = progress.step if progress.step in checkpoint.saved_steps(run.folder) else 0
     training = _Training(engine, run, progress, log, display)
     follows = run.ranks.rank > 0
-    kind = NoSaver if follows else Saver
+    kind = NullCheckpointer if follows else AsyncCheckpointer
     with (
         StopRequest(quiet=follows) as stop,
         kind(run.folder, run.config.train, newest, training.saved) as saver,
@@ -87,7 +87,7 @@ class _Training:
         self._line_seconds, self._line_tokens = 0.0, 0  # since the last line; without validation and saving
         self._skipped = 0  # steps in a row
 
-    def go(self, stop: StopRequest, saver: Saver) -> bool:
+    def go(self, stop: StopRequest, saver: AsyncCheckpointer) -> bool:
         """Whether all is done, the last validation too."""
         self._stop, self._saver = stop, saver
         progress, train, due = self._progress, self._train, False
@@ -171,7 +171,7 @@ class _Training:
         """To the newest checkpoint's weights, but not to its place in the data: past the batches that went wrong."""
         if self._ranks.rank == 0:
             self._load_newest()
-        self._ranks.follow(self._engine, self._progress)
+        self._ranks.broadcast_state(self._engine, self._progress)
         self._guard = Guard(self._run.config.guard, self._progress.norms)
         self._skipped = 0
 
@@ -253,7 +253,7 @@ class _Training:
     def _save(self) -> None:
         self._saver.save(self._progress.step, self._engine.state(), self._state())
 
-    def saved(self, saved: Saved) -> None:
+    def saved(self, saved: SaveResult) -> None:
         """Says what became of a save."""
         if saved.written:
             folder = checkpoint.folder_of(self._run.folder, saved.step).name
@@ -279,7 +279,7 @@ class _Training:
             if self._ranks.any(self._stop.requested):
                 return False
             own = i + self._ranks.rank
-            for part in self._ranks.gather(self._evaluated(run.val[own]) if own < len(run.val) else np.zeros(2)):
+            for part in self._ranks.all_gather_scalars(self._evaluated(run.val[own]) if own < len(run.val) else np.zeros(2)):
                 sums += part  # in their order, whatever the number of ranks
         loss = float(sums[0] / sums[1])
         values = {"val_loss": loss}
@@ -293,7 +293,7 @@ class _Training:
             if progress.step > 0 and not self._saver.has(progress.step) and not self._guard.doubts:
                 self._save()
             found = {"best_val_loss": loss, "best_val_bpb": values.get("val_bpb")}
-            if progress.step == 0 or self._ranks.first(self._saver.name_best(progress.step, found)):
+            if progress.step == 0 or self._ranks.broadcast_scalar(self._saver.name_best(progress.step, found)):
                 progress.best_val_loss, progress.best_val_bpb = loss, values.get("val_bpb")
             progress.stale = 0
         else:

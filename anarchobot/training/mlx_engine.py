@@ -111,15 +111,15 @@ class MLXEngine:
             told = as_memory_error(error)
             if isinstance(told, MemoryError):
                 with suppress(MemoryError):
-                    self._ranks.gather(None)  # all ranks raise it
+                    self._ranks.all_gather_scalars(None)  # all ranks raise it
             raise told from None  # whose traceback would keep what is to be freed
         del shares
         scored = int(np.count_nonzero(batch.targets >= 0))
-        *sums, count, tokens = self._ranks.total([*measures, self._count(batch), scored]).tolist()
+        *sums, count, tokens = self._ranks.all_reduce_scalars([*measures, self._count(batch), scored]).tolist()
         count = max(1, count)
         unscale = places / (loss_scale * count)
-        grads = self._shared.timed("exchange", lambda: self._ranks.sum(grads))
-        norm = self._ranks.first(float(global_norm(grads)) * unscale)
+        grads = self._shared.timed("exchange", lambda: self._ranks.all_reduce(grads))
+        norm = self._ranks.broadcast_scalar(float(global_norm(grads)) * unscale)
         loss, *others = (np.array(sums) / (factor * count)).tolist()
         finite = math.isfinite(norm) and math.isfinite(loss)
         applied = finite and norm <= norm_limit

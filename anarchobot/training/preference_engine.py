@@ -48,7 +48,7 @@ class PreferenceEngine(MLXEngine):
         """What `eval_step` measured beside the loss since the last call."""
         judged, self._judged = self._judged, []
         sums: Measures = sum((measures for _, measures, _ in judged), np.zeros(1 + len(NAMES)))
-        *sums_of_all, count = self._ranks.total([*sums, sum(count for _, _, count in judged)]).tolist()
+        *sums_of_all, count = self._ranks.all_reduce_scalars([*sums, sum(count for _, _, count in judged)]).tolist()
         means = [x / max(1, count) for x in sums_of_all]
         return {f"val_{name}": mean for name, mean in zip(NAMES, means[1:], strict=True)}
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
-from anarchobot.training.rank_watch import RankWatch, connect
+from anarchobot.training.heartbeat import Heartbeat, connect
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -30,9 +30,9 @@ _NUMBERS = 30  # the most that `gather` takes
 
 class Ranks:
     """This process, `rank` of `size`. A context around the training: when another rank is lost before its end, this
-    process ends too (training/rank_watch.py)."""
+    process ends too (training/heartbeat.py)."""
 
-    def __init__(self, group: Any = None, watch: RankWatch | None = None, name: str = "") -> None:
+    def __init__(self, group: Any = None, watch: Heartbeat | None = None, name: str = "") -> None:
         self.rank: int = 0 if group is None else group.rank()
         self.size: int = 1 if group is None else group.size()
         self.name = name  # of the backend
@@ -49,7 +49,7 @@ class Ranks:
         if self._watch is not None:
             self._watch.close(well=kind is None)
 
-    def sum(self, grads: "Params") -> "Params":
+    def all_reduce(self, grads: "Params") -> "Params":
         """The sums over all ranks of float32 arrays, which all ranks have under the same names; uses `grads` up."""
         if self.size == 1:
             return grads
@@ -67,7 +67,7 @@ class Ranks:
         mx.eval(whole)
         return whole
 
-    def each(self, own: "Params", names: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]) -> "Params":
+    def all_gather(self, own: "Params", names: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]) -> "Params":
         """Float32 arrays of which every rank has made its own: those of all. `names[r]` are rank r's, of these
         `shapes`."""
         import mlx.core as mx
@@ -89,7 +89,7 @@ class Ranks:
         mx.eval(whole)
         return whole
 
-    def gather(self, numbers: Sequence[float] | npt.NDArray[np.float64] | None) -> npt.NDArray[np.float64]:
+    def all_gather_scalars(self, numbers: Sequence[float] | npt.NDArray[np.float64] | None) -> npt.NDArray[np.float64]:
         """What each rank gives, [size, n], on all alike. A rank that ran out of memory gives None, and all of them
         raise MemoryError."""
         if self.size == 1:
@@ -108,9 +108,9 @@ class Ranks:
             raise MemoryError("on another rank" if count >= 0 else "on this rank")
         return rows[:, 1 : 1 + count]
 
-    def total(self, numbers: Sequence[float] | npt.NDArray[np.float64] | None) -> npt.NDArray[np.float64]:
+    def all_reduce_scalars(self, numbers: Sequence[float] | npt.NDArray[np.float64] | None) -> npt.NDArray[np.float64]:
         """The sums of what `gather` gives, added in the order of the ranks."""
-        rows = self.gather(numbers)
+        rows = self.all_gather_scalars(numbers)
         whole: npt.NDArray[np.float64] = rows[0].copy()
         for row in rows[1:]:
             whole += row
@@ -118,19 +118,19 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on any rank."""
-        return flag if self.size == 1 else bool(self.gather([flag]).any())
+        return flag if self.size == 1 else bool(self.all_gather_scalars([flag]).any())
 
-    def first(self, number: float) -> float:
+    def broadcast_scalar(self, number: float) -> float:
         """Rank 0's: for what must be the same on machines that round differently."""
-        return number if self.size == 1 else float(self.gather([number])[0, 0])
+        return number if self.size == 1 else float(self.all_gather_scalars([number])[0, 0])
 
-    def share(self, data: bytes) -> bytes:
+    def broadcast(self, data: bytes) -> bytes:
         """Rank 0's bytes; what others give is not looked at."""
         if self.size == 1:
             return data
         import mlx.core as mx
 
-        length = int(self.first(len(data)))
+        length = int(self.broadcast_scalar(len(data)))
         own = np.frombuffer(data, np.uint8) if self.rank == 0 else np.zeros(length, np.uint8)
         parts = [
             np.array(self._exchanged(mx.distributed.all_sum(mx.array(own[i : i + BUFFER_BYTES]), group=self._group)))
@@ -138,15 +138,15 @@ class Ranks:
         ]
         return b"".join(part.tobytes() for part in parts)
 
-    def follow(self, engine: "Engine", progress: "Progress") -> None:
+    def broadcast_state(self, engine: "Engine", progress: "Progress") -> None:
         """Brings every rank to where rank 0 stands: weights, optimizer, progress. Only rank 0 needs a checkpoint."""
         if self.size == 1:
             return
-        vars(progress).update(json.loads(self.share(json.dumps(vars(progress)).encode())))
+        vars(progress).update(json.loads(self.broadcast(json.dumps(vars(progress)).encode())))
         state = engine.state()
         for name in sorted(state):
             array = np.asarray(state[name])
-            shared = self.share(array.tobytes() if self.rank == 0 else b"")
+            shared = self.broadcast(array.tobytes() if self.rank == 0 else b"")
             if self.rank > 0:
                 state[name] = np.frombuffer(shared, array.dtype).reshape(array.shape)
         if self.rank > 0:
@@ -168,7 +168,7 @@ class Ranks:
 ALONE = Ranks()
 
 
-def launched() -> tuple[str, str | None] | None:
+def detect_launcher() -> tuple[str, str | None] | None:
     """The backend by which this process was started as one of several (by mlx.launch or mpirun), and the address of
     rank 0 where that is known; None: it is alone."""
     env = os.environ
@@ -187,7 +187,7 @@ def launched() -> tuple[str, str | None] | None:
 
 def join_ranks() -> Ranks:
     """Waits for all ranks and returns this one. Raises UserError when they can't be joined."""
-    started = launched()
+    started = detect_launcher()
     if started is None:
         return ALONE
     import mlx.core as mx
@@ -199,7 +199,7 @@ def join_ranks() -> Ranks:
         raise UserError(f"the {backend} backend can't join the ranks: {' '.join(str(error).split())}") from error
     ranks = Ranks(group, name=backend)
     if host is not None and ranks.size > 1:
-        ranks._watch = connect(ranks.rank, ranks.size, host, ranks.share)
+        ranks._watch = connect(ranks.rank, ranks.size, host, ranks.broadcast)
     return ranks
 
 

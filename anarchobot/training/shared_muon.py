@@ -48,10 +48,10 @@ class SharedMuon:
         """All ranks' directions, of which `make` makes those of the names of each worker; nothing where every rank
         makes its own."""
         if self.on is None and len(self._seconds["update"]) == LOOKED_AT:
-            self.on = self._ranks.first(self._is_faster()) > 0
+            self.on = self._ranks.broadcast_scalar(self._is_faster()) > 0
         if not self.on:
             return {}
-        return self._ranks.each(make(self._own), self._names, self._shapes)
+        return self._ranks.all_gather(make(self._own), self._names, self._shapes)
 
     def _is_faster(self) -> bool:
         """By rank 0's clock."""

@@ -17,8 +17,8 @@ import pytest
 
 from anarchobot.cli.main import main
 from anarchobot.runs import checkpoint
-from anarchobot.tasks import failing_disk, faults
-from anarchobot.tasks.faults import Playground
+from anarchobot.tasks import selftest, selftest_disk
+from anarchobot.tasks.selftest import Playground
 from tests.tiny import write_config
 
 
@@ -36,7 +36,7 @@ def test_the_harness_tells_a_broken_program_from_a_whole_one(
         assert failure.endswith("not the unbroken run: loss")
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_damage", lambda *args: "")  # digests are not looked at
-        patch.setattr(faults, "verify", lambda folder: [])
+        patch.setattr(selftest, "verify", lambda folder: [])
         outcome = playground.flips(8)
         assert outcome.tried == 8
         assert any("model.npz: byte" in failure for failure in outcome.failures)
@@ -59,7 +59,7 @@ def test_damaged_files_are_seen(playground: Playground) -> None:
 
 
 def test_each_operation_of_a_save_may_be_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    outcome = failing_disk.operation_fails(tmp_path / "disk", "kill -9", failing_disk.KILLED)
+    outcome = selftest_disk.operation_fails(tmp_path / "disk", "kill -9", selftest_disk.KILLED)
     assert outcome.failures == []
     assert outcome.tried > 100
 
@@ -167,7 +167,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_set_aside(
 
 SLOW = """
 import mlx.core as mx
-from anarchobot.training.stop import StopRequest
+from anarchobot.training.signals import StopRequest
 mx.set_default_device(mx.cpu)
 with StopRequest() as stop:
     x = mx.full((400, 400), 1e-3)

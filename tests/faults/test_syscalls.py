@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from anarchobot.runs import checkpoint
-from anarchobot.tasks.failing_disk import _check_content, _save
-from anarchobot.tasks.faults import Playground
+from anarchobot.tasks.selftest_disk import _check_content, _save
+from anarchobot.tasks.selftest import Playground
 
 SAVE = """
 import sys
 from pathlib import Path
-from anarchobot.tasks.failing_disk import _save
+from anarchobot.tasks.selftest_disk import _save
 from anarchobot.runs.checkpoint import rotate
 _save(Path(sys.argv[1]), 3)
 rotate(Path(sys.argv[1]), 2)

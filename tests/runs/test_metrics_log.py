@@ -10,7 +10,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from anarchobot.runs.metrics_log import MetricsLog
-from tests.training.counting import CountingEngine, train
+from tests.training.fake_engine import FakeEngine, train
 
 
 def test_a_torn_line_of_a_killed_run_does_not_swallow_the_next(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def board(logs: Path) -> list[Event]:
 
 
 def test_tensorboard_has_what_the_lines_have(tmp_path: Path) -> None:
-    _, lines = train(tmp_path, CountingEngine(), 4, log_interval=2, eval_interval=4)
+    _, lines = train(tmp_path, FakeEngine(), 4, log_interval=2, eval_interval=4)
     points = [(v.tag, event.step, v.simple_value) for event in board(tmp_path / "logs") for v in event.summary.value]
     for name in ("loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_gb"):
         wanted = [(line["step"], line[name]) for line in lines if line["event"] == "train"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from anarchobot.storage import durable
-from anarchobot.storage.durable import HashedFile, read_sealed, write_sealed, write_whole
+from anarchobot.storage.durable import HashedFile, read_sealed, write_sealed, write_atomic
 from anarchobot.storage.lock import FolderLock
 
 
@@ -45,14 +45,14 @@ def test_a_hashed_files_digest_is_that_of_its_bytes(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_whole(tmp_path / "f", "old")
+    write_atomic(tmp_path / "f", "old")
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_whole(tmp_path / "f", "new")
+        write_atomic(tmp_path / "f", "new")
     assert (tmp_path / "f").read_text() == "old"
 
 

@@ -204,18 +204,18 @@ def test_killed_as_the_best_step_is_named(
     run_with: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """A validation that is logged is not made again: by then the step must have its name."""
-    from anarchobot.runs.saver import Saver
+    from anarchobot.runs.async_checkpointer import AsyncCheckpointer
 
     run_with("straight")
-    real = Saver.name_best
+    real = AsyncCheckpointer.name_best
 
-    def killed(self: Saver, step: int, values: dict[str, Any]) -> None:
+    def killed(self: AsyncCheckpointer, step: int, values: dict[str, Any]) -> None:
         if where == "behind":
             real(self, step, values)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Saver, "name_best", killed)
+        patch.setattr(AsyncCheckpointer, "name_best", killed)
         run_with("killed")
     run_with("killed", train__checkpoint_path="auto")
     for name in ("best.json", "step_00000006/state.json"):

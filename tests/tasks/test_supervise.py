@@ -16,7 +16,7 @@ from anarchobot.config.schema import Config
 from anarchobot.model.llama.flops import model_step
 from anarchobot.runs import checkpoint
 from anarchobot.tasks import supervise
-from anarchobot.training.stop import PARENT
+from anarchobot.training.signals import PARENT
 from tests.tiny import write_config
 
 # Stands in for a run: notes its words, saves a step as told, and dies as told. Each line of its plan is one life.
@@ -94,7 +94,7 @@ def test_supervision_is_for_long_runs_unless_told(
     assert not supervise.wanted(short)
     assert supervise.wanted(long)
     per_step = 2 * model_step(short.model, 2, [(0, 32)])
-    assert supervise.guessed_seconds(long) == pytest.approx(2e7 * per_step / supervise.CPU_RATE)
+    assert supervise.estimate_seconds(long) == pytest.approx(2e7 * per_step / supervise.CPU_RATE)
 
     def told(config: Config, value: bool) -> Config:
         return config.model_copy(update={"train": config.train.model_copy(update={"supervise": value})})
@@ -115,10 +115,10 @@ def test_a_tuning_run_is_guessed_by_its_files(tmp_path: Path, tiny_shards: Path)
     path = write_config(tmp_path / "c.yaml", tiny_shards, tmp_path / "run")
     here = load_config(path, [*words, f"data.dataset={tmp_path}/chats"]).config
     step = model_step(here.model, 2, [(0, 32)])
-    assert supervise.guessed_seconds(here, tuning=True) == pytest.approx(300 * step / supervise.CPU_RATE)
+    assert supervise.estimate_seconds(here, tuning=True) == pytest.approx(300 * step / supervise.CPU_RATE)
     assert not supervise.wanted(here, tuning=True)
     elsewhere = load_config(path, [*words, "data.dataset=somebody/chats"]).config
-    assert supervise.guessed_seconds(elsewhere, tuning=True) == pytest.approx(1e8 / 32 * step / supervise.CPU_RATE)
+    assert supervise.estimate_seconds(elsewhere, tuning=True) == pytest.approx(1e8 / 32 * step / supervise.CPU_RATE)
 
 
 def wait_for(so: Callable[[], bool]) -> None:

@@ -12,16 +12,16 @@ import pytest
 from anarchobot.config.errors import UserError
 from anarchobot.data.batches import Batch
 from anarchobot.runs import checkpoint
-from anarchobot.runs import saver as saving
+from anarchobot.runs import async_checkpointer
 from anarchobot.runs.progress import Progress
 from anarchobot.training.engine import StepResult
 from anarchobot.training.loop import MOST_SKIPPED
-from tests.training.counting import CountingEngine, train
+from tests.training.fake_engine import FakeEngine, train
 
 
 def test_what_happens_when(tmp_path: Path) -> None:
     finished, lines = train(
-        tmp_path, CountingEngine(), 10, sample=lambda: "text",
+        tmp_path, FakeEngine(), 10, sample=lambda: "text",
         log_interval=2, eval_interval=4, ckpt_interval=5, sample_interval=3,
     )  # fmt: skip
     assert finished
@@ -34,7 +34,7 @@ def test_what_happens_when(tmp_path: Path) -> None:
 
 
 def test_steps_positions_and_rates_follow_each_other(tmp_path: Path) -> None:
-    engine = CountingEngine()
+    engine = FakeEngine()
     _, lines = train(tmp_path, engine, 3, log_interval=1, warmup_steps=4, schedule="constant")
     steps = [call for call in engine.calls if call[0] == "train"]
     assert [(s, position, lr) for _, s, position, lr, _ in steps] == [(1, 0, 0.25), (2, 6, 0.5), (3, 12, 0.75)]
@@ -49,7 +49,7 @@ def test_steps_positions_and_rates_follow_each_other(tmp_path: Path) -> None:
 
 def test_the_checkpoint_comes_before_validation_and_sample(tmp_path: Path) -> None:
     """Validation may run out of memory: hours of work must be on disk by then."""
-    engine = CountingEngine()
+    engine = FakeEngine()
 
     def sample() -> str:
         engine.calls.append(("sample",))
@@ -60,7 +60,7 @@ def test_the_checkpoint_comes_before_validation_and_sample(tmp_path: Path) -> No
 
 
 def test_the_best_checkpoint_is_saved_named_and_kept(tmp_path: Path) -> None:
-    engine = CountingEngine(val_losses=[5.0, 3.0, 1.0, 4.0, 2.0])  # at steps 0, 2, 4, 6, 8
+    engine = FakeEngine(val_losses=[5.0, 3.0, 1.0, 4.0, 2.0])  # at steps 0, 2, 4, 6, 8
     _, lines = train(tmp_path, engine, 8, eval_interval=2, ckpt_interval=7, ckpt_keep=1)
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 4
     assert sorted(checkpoint.saved_steps(tmp_path)) == [4, 8]
@@ -71,7 +71,7 @@ def test_the_best_checkpoint_is_saved_named_and_kept(tmp_path: Path) -> None:
 
 
 def test_a_step_that_is_not_finite_is_said_and_passed_over(tmp_path: Path) -> None:
-    finished, lines = train(tmp_path, CountingEngine(nan_at=2), 3, log_interval=1)
+    finished, lines = train(tmp_path, FakeEngine(nan_at=2), 3, log_interval=1)
     assert finished
     assert [(line["event"], line["step"]) for line in lines if line["event"] in ("train", "skip")] == [
         ("train", 1),
@@ -80,7 +80,7 @@ def test_a_step_that_is_not_finite_is_said_and_passed_over(tmp_path: Path) -> No
     ]
 
 
-class Diverging(CountingEngine):
+class Diverging(FakeEngine):
     """Finite up to step 4; and again, where `mends` is set, on data beyond position `mends`."""
 
     def __init__(self, mends: int | None = None, overflow: bool = False) -> None:
@@ -131,7 +131,7 @@ def test_without_a_checkpoint_or_without_going_back_it_ends_with_a_line(tmp_path
 
 
 def test_a_spike_is_left_out_with_its_batch_named(tmp_path: Path) -> None:
-    class Spiking(CountingEngine):
+    class Spiking(FakeEngine):
         def train_step(self, batch: Batch, step: int, lr: float, momentum: float, norm_limit: float) -> StepResult:
             norm = 100.0 if step == 90 else 1 + 0.1 * (step % 5)
             return StepResult(1.0, norm, 1, applied=norm <= norm_limit)
@@ -144,7 +144,7 @@ def test_a_spike_is_left_out_with_its_batch_named(tmp_path: Path) -> None:
 
 
 def test_out_of_memory_makes_the_micro_batches_smaller_and_keeps_the_batch(tmp_path: Path) -> None:
-    class Small(CountingEngine):
+    class Small(FakeEngine):
         """Has room for two rows at a time, from step 3 on for one."""
 
         def train_step(self, batch: Batch, step: int, lr: float, momentum: float, norm_limit: float) -> StepResult:
@@ -162,7 +162,7 @@ def test_out_of_memory_makes_the_micro_batches_smaller_and_keeps_the_batch(tmp_p
     assert "train.micro_batch_size=3 train.grad_accum_steps=2, which is the same batch" in texts[0]
     assert "train.micro_batch_size=1 train.grad_accum_steps=6, which is the same batch" in texts[1]
 
-    class None_(CountingEngine):
+    class None_(FakeEngine):
         def train_step(self, *args: Any) -> StepResult:
             raise MemoryError
 
@@ -183,7 +183,7 @@ def test_a_failed_save_is_said_and_tried_again_and_costs_no_older_checkpoint(
         return real(run, step, *rest)
 
     monkeypatch.setattr(checkpoint, "save", save)
-    finished, lines = train(tmp_path, CountingEngine(), 8, ckpt_interval=2, ckpt_keep=1, eval_interval=1000, val=0)
+    finished, lines = train(tmp_path, FakeEngine(), 8, ckpt_interval=2, ckpt_keep=1, eval_interval=1000, val=0)
     assert finished
     assert tries == [2, 4, 6, 8]
     told = [(line["step"], "No space left" in line["text"]) for line in lines if line["event"] == "warning"]
@@ -191,22 +191,22 @@ def test_a_failed_save_is_said_and_tried_again_and_costs_no_older_checkpoint(
     assert checkpoint.saved_steps(tmp_path) == [8]
     # As soon as a minute has gone by, whatever the step.
     tries.clear()
-    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.0)
-    train(tmp_path / "again", CountingEngine(), 8, ckpt_interval=4, eval_interval=1000, val=0)
+    monkeypatch.setattr(async_checkpointer, "RETRY_SECONDS", 0.0)
+    train(tmp_path / "again", FakeEngine(), 8, ckpt_interval=4, eval_interval=1000, val=0)
     assert tries == [4, 5, 8]
     # At the end it is tried until it works, or given up with a line.
-    monkeypatch.setattr(saving, "LAST_PAUSE", 0.0)
+    monkeypatch.setattr(async_checkpointer, "LAST_PAUSE", 0.0)
     with pytest.raises(UserError, match=r"step 6 could not be saved in 10 tries; the newest saved one is 5: make room"):
-        train(tmp_path / "end", CountingEngine(), 6, ckpt_interval=5, eval_interval=1000, val=0)
+        train(tmp_path / "end", FakeEngine(), 6, ckpt_interval=5, eval_interval=1000, val=0)
 
 
 def test_a_checkpoint_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
-    class Bad(CountingEngine):
+    class Bad(FakeEngine):
         def state(self) -> dict[str, Any]:
             return {"params/w": np.array([1.0, np.nan], np.float32)}
 
     with pytest.raises(UserError, match="could not be saved"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving, "LAST_PAUSE", 0.0)
+        patch.setattr(async_checkpointer, "LAST_PAUSE", 0.0)
         train(tmp_path, Bad(), 2, val=0)
     assert checkpoint.saved_steps(tmp_path) == []
 
@@ -215,15 +215,15 @@ def test_a_checkpoint_is_written_after_some_minutes_whatever_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A clock that goes half a minute further with each step."""
-    engine = CountingEngine()
-    monkeypatch.setattr(saving.time, "monotonic", lambda: 30.0 * sum(call[0] == "train" for call in engine.calls))
+    engine = FakeEngine()
+    monkeypatch.setattr(async_checkpointer.time, "monotonic", lambda: 30.0 * sum(call[0] == "train" for call in engine.calls))
     _, lines = train(tmp_path, engine, 10, ckpt_interval=1000, ckpt_minutes=2, eval_interval=1000, val=0)
     assert [line["step"] for line in lines if line["event"] == "save"] == [4, 8, 10]
 
 
 def test_damaged_shards_end_the_run_with_a_line(tmp_path: Path) -> None:
     found: list[str] = []
-    engine = CountingEngine(on_step=lambda step: found.append("shards/x.npy: damaged") if step == 3 else None)
+    engine = FakeEngine(on_step=lambda step: found.append("shards/x.npy: damaged") if step == 3 else None)
     with pytest.raises(UserError, match=r"shards/x.npy: damaged; what was trained on it since step 2 is not saved"):
         train(tmp_path, engine, 9, ckpt_interval=2, problem=lambda: found[0] if found else None)
     assert checkpoint.saved_steps(tmp_path) == [2]
@@ -231,9 +231,9 @@ def test_damaged_shards_end_the_run_with_a_line(tmp_path: Path) -> None:
 
 def test_a_validation_that_was_made_is_not_logged_again_and_names_its_step_again(tmp_path: Path) -> None:
     """The checkpoint is older than its step's validation, and may be all that a kill has left."""
-    train(tmp_path, CountingEngine([9.0, 3.0]), 4, eval_interval=4)
+    train(tmp_path, FakeEngine([9.0, 3.0]), 4, eval_interval=4)
     (tmp_path / "best.json").unlink()
-    _, lines = train(tmp_path, CountingEngine([3.0, 4.0]), 6, start=4, eval_interval=4)
+    _, lines = train(tmp_path, FakeEngine([3.0, 4.0]), 6, start=4, eval_interval=4)
     assert [line["step"] for line in lines if line["event"] == "eval"] == [0, 4, 6]
     assert checkpoint.named_step(tmp_path / "best.json") == 4
 
@@ -257,7 +257,7 @@ def test_no_checkpoint_is_made_of_weights_in_doubt(tmp_path: Path) -> None:
 def test_a_best_step_that_can_not_be_named_yet_is_kept_and_named_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, tries = saving.write_sealed, []
+    real, tries = async_checkpointer.write_sealed, []
 
     def full(path: Path, values: Any) -> None:
         tries.append(path.name)
@@ -265,9 +265,9 @@ def test_a_best_step_that_can_not_be_named_yet_is_kept_and_named_later(
             raise OSError(28, "No space left on device")
         real(path, values)
 
-    monkeypatch.setattr(saving, "write_sealed", full)
+    monkeypatch.setattr(async_checkpointer, "write_sealed", full)
     settings = {"eval_interval": 2, "ckpt_interval": 2, "ckpt_keep": 1, "log_interval": 99}
-    finished, lines = train(tmp_path, CountingEngine([9.0, 3.0, 4.0, 5.0, 6.0]), 8, **settings)
+    finished, lines = train(tmp_path, FakeEngine([9.0, 3.0, 4.0, 5.0, 6.0]), 8, **settings)
     assert finished and checkpoint.named_step(tmp_path / "best.json") == 2
     assert sorted(checkpoint.saved_steps(tmp_path)) == [2, 8]
     told, by_heart = [line["text"] for line in lines if line["event"] == "warning"]
@@ -276,7 +276,7 @@ def test_a_best_step_that_can_not_be_named_yet_is_kept_and_named_later(
 
 
 def test_a_validation_too_large_for_memory_goes_on_by_fewer_rows(tmp_path: Path) -> None:
-    class Small(CountingEngine):
+    class Small(FakeEngine):
         def eval_step(self, batch: Batch) -> tuple[float, int]:
             if batch.inputs.shape[1] > 1:
                 raise MemoryError
@@ -292,20 +292,20 @@ def test_a_sample_that_fails_is_no_reason_to_end(tmp_path: Path) -> None:
     def sample() -> str:
         raise UserError("the prompt is too long")
 
-    finished, lines = train(tmp_path, CountingEngine(), 3, sample=sample, sample_interval=2)
+    finished, lines = train(tmp_path, FakeEngine(), 3, sample=sample, sample_interval=2)
     assert finished and [line["text"] for line in lines if line["event"] == "warning"] == [
         "no sample: the prompt is too long"
     ]
 
 
 def test_no_validation_split_means_no_validation(tmp_path: Path) -> None:
-    _, lines = train(tmp_path, CountingEngine(), 4, val=0, eval_interval=2)
+    _, lines = train(tmp_path, FakeEngine(), 4, val=0, eval_interval=2)
     assert not [line for line in lines if line["event"] == "eval"]
     assert not (tmp_path / "best.json").exists()
 
 
 def test_a_resumed_run_goes_on_at_its_position_without_a_first_validation(tmp_path: Path) -> None:
-    engine = CountingEngine()
+    engine = FakeEngine()
     train(tmp_path, engine, 6, start=4)
     assert [call[:3] for call in engine.calls if call[0] != "state"][:2] == [("train", 5, 24), ("train", 6, 30)]
 
@@ -313,7 +313,7 @@ def test_a_resumed_run_goes_on_at_its_position_without_a_first_validation(tmp_pa
 def test_learning_by_heart_is_told_once_for_three_rises(tmp_path: Path) -> None:
     """Training loss falls by 1 a step; validation is made at 0, 1, 2, ... and rises at all of those after the first."""
     losses = [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
-    _, lines = train(tmp_path, CountingEngine(losses), 7, eval_interval=1)
+    _, lines = train(tmp_path, FakeEngine(losses), 7, eval_interval=1)
     assert [line["step"] for line in lines if line["event"] == "warning"] == [4, 7]  # rises at 2, 3, 4; at 5, 6, 7
 
 

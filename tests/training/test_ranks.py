@@ -12,9 +12,9 @@ from queue import SimpleQueue
 import numpy as np
 import pytest
 
-from anarchobot.training import rank_watch
-from anarchobot.training.rank_watch import RankWatch, connect
-from anarchobot.training.ranks import ALONE, BUFFER_BYTES, _buffers, launched
+from anarchobot.training import heartbeat
+from anarchobot.training.heartbeat import Heartbeat, connect
+from anarchobot.training.ranks import ALONE, BUFFER_BYTES, _buffers, detect_launcher
 from tests.ranks import TIMEOUT, environments
 
 EXCHANGE = """
@@ -26,28 +26,28 @@ EXCHANGE = """
         def of(rank):
             return {f"p{i}": np.random.default_rng([rank, i]).normal(size=shape).astype(np.float32)
                     for i, shape in enumerate([(3, 5), (40, 50), (7,), (600,), (500, 2), ()])}
-        whole = own.sum({name: mx.array(a) for name, a in of(own.rank).items()})
+        whole = own.all_reduce({name: mx.array(a) for name, a in of(own.rank).items()})
         for name, a in of(0).items():
             wanted = np.sum([of(rank)[name].astype(np.float64) for rank in range(own.size)], axis=0)
             assert whole[name].shape == a.shape
             np.testing.assert_allclose(np.array(whole[name]), wanted, rtol=1e-6, atol=1e-6)
         names = [list(of(0))[rank :: own.size] for rank in range(own.size)]
         made = {name: mx.array(of(own.rank)[name]) for name in names[own.rank]}
-        each = own.each(made, names, {name: a.shape for name, a in of(0).items()})
+        each = own.all_gather(made, names, {name: a.shape for name, a in of(0).items()})
         assert set(each) == set(of(0))
         assert all(np.array_equal(np.array(each[n]), of(rank)[n]) for rank, ns in enumerate(names) for n in ns)
         tiny = [1 / 3 + own.rank, -0.0, float("inf"), 2.0**-1060]
-        rows = own.gather(tiny)
+        rows = own.all_gather_scalars(tiny)
         assert [row.tobytes() for row in rows] == [np.array([1 / 3 + r, *tiny[1:]]).tobytes() for r in range(own.size)]
-        assert own.total([0.1 * own.rank, 1]).tolist() == [sum(0.1 * r for r in range(own.size)), own.size]
-        assert own.any(own.rank == 1) and not own.any(False) and own.first(own.rank + 5) == 5
-        assert own.share(bytes(range(256)) * 99 if own.rank == 0 else b"other") == bytes(range(256)) * 99
+        assert own.all_reduce_scalars([0.1 * own.rank, 1]).tolist() == [sum(0.1 * r for r in range(own.size)), own.size]
+        assert own.any(own.rank == 1) and not own.any(False) and own.broadcast_scalar(own.rank + 5) == 5
+        assert own.broadcast(bytes(range(256)) * 99 if own.rank == 0 else b"other") == bytes(range(256)) * 99
         try:
-            own.total(None if own.rank == 1 else [1.0, 2.0])
+            own.all_reduce_scalars(None if own.rank == 1 else [1.0, 2.0])
             raise AssertionError
         except MemoryError:
             pass
-        assert own.total([1.0]).tolist() == [own.size]  # all are still in step
+        assert own.all_reduce_scalars([1.0]).tolist() == [own.size]  # all are still in step
 """
 
 
@@ -68,11 +68,11 @@ def test_what_is_exchanged_is_the_same_on_all(tmp_path: Path, size: int) -> None
 
 def test_one_alone_gives_back_what_it_was_given() -> None:
     grads = {"a": object()}
-    assert ALONE.sum(grads) is grads  # type: ignore[arg-type, comparison-overlap]
-    assert ALONE.total([1.5, 2.5]).tolist() == [1.5, 2.5] and ALONE.gather([3.0]).tolist() == [[3.0]]
-    assert ALONE.any(True) and not ALONE.any(False) and ALONE.first(0.1) == 0.1 and ALONE.share(b"x") == b"x"
+    assert ALONE.all_reduce(grads) is grads  # type: ignore[arg-type, comparison-overlap]
+    assert ALONE.all_reduce_scalars([1.5, 2.5]).tolist() == [1.5, 2.5] and ALONE.all_gather_scalars([3.0]).tolist() == [[3.0]]
+    assert ALONE.any(True) and not ALONE.any(False) and ALONE.broadcast_scalar(0.1) == 0.1 and ALONE.broadcast(b"x") == b"x"
     with pytest.raises(MemoryError):
-        ALONE.total(None)
+        ALONE.all_reduce_scalars(None)
 
 
 def test_buffers_are_bounded_and_few() -> None:
@@ -106,10 +106,10 @@ def test_how_this_process_was_started(
         env = {"MLX_RANK": env["MLX_RANK"], "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert launched() == wanted
+    assert detect_launcher() == wanted
 
 
-def connected(size: int) -> list[RankWatch]:
+def connected(size: int) -> list[Heartbeat]:
     """The watches of so many ranks, all in this process."""
     told: SimpleQueue[bytes] = SimpleQueue()
 
@@ -118,7 +118,7 @@ def connected(size: int) -> list[RankWatch]:
             told.put(data)
         return data
 
-    watches: dict[int, RankWatch] = {}
+    watches: dict[int, Heartbeat] = {}
 
     def join(rank: int) -> None:
         watches[rank] = connect(rank, size, "127.0.0.1", share if rank == 0 else lambda data: told.get(timeout=TIMEOUT))
@@ -134,7 +134,7 @@ def connected(size: int) -> list[RankWatch]:
 def test_ranks_that_end_one_after_another_are_not_lost(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(rank_watch, "GRACE", 0.1)
+    monkeypatch.setattr(heartbeat, "GRACE", 0.1)
     for order in ([2, 0, 1], [0, 1, 2]):
         watches = connected(3)
         for rank in order:
@@ -146,8 +146,8 @@ def test_ranks_that_end_one_after_another_are_not_lost(
 def test_the_rank_that_is_lost_is_named_to_all(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(rank_watch, "GRACE", 0.1)
-    monkeypatch.setattr(rank_watch, "LAST", 250.0)  # its end would be that of the suite
+    monkeypatch.setattr(heartbeat, "GRACE", 0.1)
+    monkeypatch.setattr(heartbeat, "LAST", 250.0)  # its end would be that of the suite
     watches = connected(3)
     watches[2].close(well=False)
     for rank in (0, 1):
@@ -162,11 +162,11 @@ def test_the_rank_that_is_lost_is_named_to_all(
 
 def test_a_rank_that_says_nothing_is_lost(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """As when its machine sleeps, or the network is gone: the connection stays open."""
-    monkeypatch.setattr(rank_watch, "GRACE", 0.1)
-    monkeypatch.setattr(rank_watch, "SILENCE", 1.0)
-    monkeypatch.setattr(rank_watch, "LAST", 250.0)  # its end would be that of the suite
+    monkeypatch.setattr(heartbeat, "GRACE", 0.1)
+    monkeypatch.setattr(heartbeat, "SILENCE", 1.0)
+    monkeypatch.setattr(heartbeat, "LAST", 250.0)  # its end would be that of the suite
     here, there = socket.socketpair()
-    watch = RankWatch(0, {7: here})
+    watch = Heartbeat(0, {7: here})
     with pytest.raises(SystemExit):
         watch.explain()
     watch.close(well=False)
@@ -176,7 +176,7 @@ def test_a_rank_that_says_nothing_is_lost(monkeypatch: pytest.MonkeyPatch, capfd
 
 def test_a_stranger_is_not_taken_for_a_rank() -> None:
     told: SimpleQueue[bytes] = SimpleQueue()
-    watches: list[RankWatch] = []
+    watches: list[Heartbeat] = []
     thread = threading.Thread(target=lambda: watches.append(connect(0, 2, "127.0.0.1", lambda d: told.put(d) or d)))
     thread.start()
     data = told.get(timeout=TIMEOUT)
