@@ -20,8 +20,8 @@ def _adapt(args: argparse.Namespace) -> int:
 
     loaded = load(args.config, overrides(args), AdaptConfig)
     load_fast_blas()  # before MLX is imported
-    from anarchobot.tasks.adapt_evaluation import table
-    from anarchobot.tasks.adapt_vocab import adapt_vocab
+    from anarchobot.tasks.adaptation.evaluation import table
+    from anarchobot.tasks.adaptation.pipeline import adapt_vocab
 
     report = adapt_vocab(loaded, quiet=args.quiet or args.json)
     if args.json:

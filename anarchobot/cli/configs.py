@@ -20,7 +20,7 @@ def add_commands(commands: Any) -> None:
 
 def _show(args: argparse.Namespace) -> None:
     from anarchobot.config.loading import load, load_config
-    from anarchobot.config.yaml_tree import dump
+    from anarchobot.config.strict_yaml import dump
 
     loaded: Any
     if _is_adaptation(args):

@@ -12,10 +12,10 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from anarchobot.config.checks import RUN_LENGTHS, contradictions
 from anarchobot.config.errors import UserError, did_you_mean
 from anarchobot.config.schema import Config, ModelConfig
-from anarchobot.config.yaml_tree import MAX_BYTES, Tree, parse, parse_scalar
+from anarchobot.config.strict_yaml import MAX_BYTES, Tree, parse, parse_scalar
+from anarchobot.config.validation import RUN_LENGTHS, contradictions
 
 COMMAND_LINE = "command line"
 UNBOUND = ("dropout", "max_seq_len", "bos_id", "zero_init_proj")  # of a model: what its weights don't decide

@@ -8,7 +8,7 @@ import numpy as np
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import LoraConfig
-from anarchobot.config.yaml_tree import dump
+from anarchobot.config.strict_yaml import dump
 from anarchobot.exchange.adapters import Adapter, Packing, read_adapter
 from anarchobot.exchange.chat import save_foreign_template
 from anarchobot.exchange.narrowing import Float32, narrowed, widened

@@ -3,10 +3,10 @@ values, or Qwen3 with normed queries and keys."""
 
 from typing import Any
 
-from anarchobot.config.checks import contradictions
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import config_from_dict
 from anarchobot.config.schema import ModelConfig
+from anarchobot.config.validation import contradictions
 from anarchobot.exchange.limits import architecture
 from anarchobot.exchange.narrowing import Dtype
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, DataConfig, ModelConfig, TrainConfig
-from anarchobot.config.yaml_tree import dump
+from anarchobot.config.strict_yaml import dump
 from anarchobot.exchange import safetensors_file
 from anarchobot.exchange.chat import save_foreign_template
 from anarchobot.exchange.hf_config import from_hf

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.config.schema import Config
-from anarchobot.config.yaml_tree import dump
+from anarchobot.config.strict_yaml import dump
 from anarchobot.exchange.chat import Chat
 from anarchobot.exchange.limits import READERS, Target
 from anarchobot.exchange.narrowing import Dtype

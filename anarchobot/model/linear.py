@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from anarchobot.config.checks import MODULES
+from anarchobot.config.validation import MODULES
 from anarchobot.model.gradient_accumulator import Gradients, Params
 from anarchobot.model.lora import GROUP
 from anarchobot.numerics.elementary import on_cpu

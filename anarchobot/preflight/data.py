@@ -15,7 +15,7 @@ from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.model.parameters import parameter_count
 from anarchobot.preflight.check import Answer, Question, Setup
 from anarchobot.preflight.settings import shard_folders
-from anarchobot.tasks import adapt_checks
+from anarchobot.tasks.adaptation import checks as adapt_checks
 from anarchobot.tasks.pretrain import check_tokenizers, first_weights
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from importlib import metadata
 
 from anarchobot.preflight.check import Answer, Question, Setup
-from anarchobot.system.packages import PACKAGE, needed, unmet, unmet_python
+from anarchobot.system.packages import PACKAGE, requirements, unmet, unmet_python
 
 
 def python(setup: Setup) -> Answer:
@@ -39,14 +39,14 @@ def _extras_of_training(setup: Setup) -> list[str]:
 
 
 def _extras_of_adapting(setup: Setup) -> list[str]:
-    from anarchobot.tasks.adapt_vocab import UNALIGNED
+    from anarchobot.tasks.adaptation.pipeline import UNALIGNED
 
     return [] if setup.adapt.config.alignment.method in UNALIGNED else ["vocab"]
 
 
 def _of(setup: Setup, extras: Collection[str] | None) -> Answer:
     """`extras`: those of the program's, None for what everybody needs."""
-    requirements = sorted(set(needed(extras)) - set(needed())) if extras is not None else needed()
+    requirements = sorted(set(requirements(extras)) - set(requirements())) if extras is not None else requirements()
     problems = unmet(requirements, setup.machine.version_of)
     if problems:
         wanted = f"'{PACKAGE}[{','.join(extras)}]'" if extras else PACKAGE

@@ -11,8 +11,8 @@ from anarchobot.config.schema import Config
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import total_steps
 from anarchobot.preflight.check import Answer, Question, Setup
-from anarchobot.preflight.plan import is_of_pairs
-from anarchobot.tasks.adapt_checks import warnings
+from anarchobot.preflight.plan import is_preference_config
+from anarchobot.tasks.adaptation.checks import warnings
 from anarchobot.tasks.finetuning import check_settings, load_tuning
 
 Kind = Literal["pretrain", "sft", "dpo", "adapt-vocab"]
@@ -29,7 +29,7 @@ def kind_of(setup: Setup) -> Kind:
             whole = load_config(setup.path, setup.overrides)
             if whole.config.train.init_from is None:
                 return "pretrain"
-            return "dpo" if is_of_pairs(whole) else "sft"
+            return "dpo" if is_preference_config(whole) else "sft"
         if given & {"preference", "chat"}:
             return "dpo" if "preference" in given else "sft"
         if "lora" in given and "data.shard_dir" not in load_config(setup.path, setup.overrides).sources:

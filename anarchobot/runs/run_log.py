@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from anarchobot.config.errors import UserError
-from anarchobot.config.yaml_tree import parse
+from anarchobot.config.strict_yaml import parse
 from anarchobot.storage.lock import holder
 
 Point = tuple[int, float]

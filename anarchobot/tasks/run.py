@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
 from anarchobot.config.schema import Config
-from anarchobot.config.yaml_tree import dump
+from anarchobot.config.strict_yaml import dump
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
 from anarchobot.runs.metrics_log import MetricsLog, NullMetricsLog

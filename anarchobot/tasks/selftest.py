@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.config.errors import UserError
-from anarchobot.config.yaml_tree import dump
+from anarchobot.config.strict_yaml import dump
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.shards import verify
 from anarchobot.data.sources import builtin

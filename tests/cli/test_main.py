@@ -16,7 +16,7 @@ from anarchobot.cli.main import main
 from anarchobot.config.adapt_schema import AdaptConfig
 from anarchobot.config.loading import leaf_keys, load, load_config
 from anarchobot.config.schema import Config
-from anarchobot.config.yaml_tree import parse
+from anarchobot.config.strict_yaml import parse
 
 Captured = pytest.CaptureFixture[str]
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import leaf_keys, load_config
-from anarchobot.config.yaml_tree import dump
+from anarchobot.config.strict_yaml import dump
 from tests.config.test_loading import another_value
 
 SNIPPETS = [

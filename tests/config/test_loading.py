@@ -9,7 +9,7 @@ import pytest
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, config_from_dict, leaf_keys, load_config
 from anarchobot.config.schema import Config
-from anarchobot.config.yaml_tree import dump
+from anarchobot.config.strict_yaml import dump
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").rglob("[!a]*.yaml"))  # adapt_*.yaml: test_adapt_schema.py
 

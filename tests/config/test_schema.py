@@ -8,7 +8,7 @@ import pytest
 
 from anarchobot.config.loading import expectation, leaf_keys
 from anarchobot.config.schema import Config, TrainConfig
-from anarchobot.config.yaml_tree import parse
+from anarchobot.config.strict_yaml import parse
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").rglob("[!a]*.yaml"))  # adapt_*.yaml: test_adapt_schema.py
 

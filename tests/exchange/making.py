@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.schema import Config, DataConfig, ModelConfig
-from anarchobot.config.yaml_tree import dump
+from anarchobot.config.strict_yaml import dump
 from anarchobot.model.llama.forward import hidden_states, logits
 from anarchobot.model.parameters import parameter_shapes
 from anarchobot.runs import checkpoint

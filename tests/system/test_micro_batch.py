@@ -8,7 +8,7 @@ import pytest
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, load_config
 from anarchobot.system.memory import estimate
-from anarchobot.system.micro_batch import fitted
+from anarchobot.system.micro_batch import resolve_micro_batch
 
 SETTINGS = [
     *("model.vocab_size=2000", "model.n_layers=3", "model.d_model=128", "model.n_heads=4", "data.seq_len=128"),
@@ -28,15 +28,15 @@ def peak(rows: int) -> int:
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 12])
 def test_the_largest_that_fits_is_taken_and_the_step_stays(rows: int) -> None:
     for budget in (peak(rows), peak(rows) + 100):
-        train = fitted(auto(f"train.memory_budget_gb={budget / 1e9!r}")).loaded.config.train
+        train = resolve_micro_batch(auto(f"train.memory_budget_gb={budget / 1e9!r}")).loaded.config.train
         assert (train.micro_batch_size, train.grad_accum_steps) == (rows, 12 // rows)
         assert not train.automatic
 
 
 def test_the_written_configuration_has_numbers_and_loads(tmp_path: Path) -> None:
-    from anarchobot.config.yaml_tree import dump
+    from anarchobot.config.strict_yaml import dump
 
-    found = fitted(auto("train.epochs=2"))
+    found = resolve_micro_batch(auto("train.epochs=2"))
     (tmp_path / "c.yaml").write_text(dump(found.loaded.config.model_dump()))
     again = load_config(tmp_path / "c.yaml").config
     assert again == found.loaded.config
@@ -46,16 +46,16 @@ def test_the_written_configuration_has_numbers_and_loads(tmp_path: Path) -> None
 
 def test_numbers_stay_as_they_are() -> None:
     plain = load_config(None, ["train.micro_batch_size=3", "train.memory_budget_gb=1e-6"])
-    assert fitted(plain) == (plain, [])
+    assert resolve_micro_batch(plain) == (plain, [])
 
 
 def test_what_can_not_fit_is_said_with_what_would_help() -> None:
     saving = auto("train.gradient_checkpointing=true", "data.seq_len=1024")
     least = estimate(saving.config, micro_batch_size=1).peak
     with pytest.raises(UserError, match=r"micro_batch_size.*set train\.gradient_checkpointing: true"):
-        fitted(auto("data.seq_len=1024", f"train.memory_budget_gb={least / 1e9!r}"))
+        resolve_micro_batch(auto("data.seq_len=1024", f"train.memory_budget_gb={least / 1e9!r}"))
     with pytest.raises(UserError, match=r"there are 0\.00 GB .*make the model or data\.seq_len smaller"):
-        fitted(auto("data.seq_len=1024", "train.memory_budget_gb=0.001"))
+        resolve_micro_batch(auto("data.seq_len=1024", "train.memory_budget_gb=0.001"))
 
 
 def test_unresolved_it_is_the_same_step_one_sequence_at_a_time() -> None:

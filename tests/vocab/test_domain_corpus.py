@@ -10,7 +10,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.pieces import pieces
 from anarchobot.data.sources.documents import Counts, Document, from_files
-from anarchobot.vocab.corpus import PART_CHARS, read_corpus, write_corpus
+from anarchobot.vocab.domain_corpus import PART_CHARS, read_corpus, write_corpus
 
 TEXTS = [f"document {i} über alles" for i in range(500)]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from anarchobot.config.errors import UserError
-from anarchobot.vocab.vectors import SENTENCE_TOKENS, Learning, learn_vectors, token_sentences
+from anarchobot.vocab.token_vectors import SENTENCE_TOKENS, Learning, learn_vectors, token_sentences
 from tests.data.bytes_tokenizer import Bytes
 
 pytest.importorskip("gensim")

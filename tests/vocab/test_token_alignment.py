@@ -9,10 +9,10 @@ import pytest
 from anarchobot.data.sources import builtin
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
-from anarchobot.vocab import alignment
-from anarchobot.vocab.alignment import ALIGNED, MEAN, PIECES, RANDOM, ROUTES, SHARED, SPECIAL, Plan, Side, align
-from anarchobot.vocab.forms import Form
-from anarchobot.vocab.rows import new_rows, rebuilt, zero_rows
+from anarchobot.vocab import token_alignment as alignment
+from anarchobot.vocab.canonical_tokens import Form
+from anarchobot.vocab.embedding_init import new_rows, rebuilt, zero_rows
+from anarchobot.vocab.token_alignment import ALIGNED, MEAN, PIECES, RANDOM, ROUTES, SHARED, SPECIAL, Plan, Side, align
 
 SIZE, DIM = 2000, 32
 

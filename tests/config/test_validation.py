@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from anarchobot.config.checks import contradictions
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import load_config
 from anarchobot.config.schema import Config
+from anarchobot.config.validation import contradictions
 
 CONTRADICTIONS = {
     "model:\n  d_model: 100\n  n_heads: 12\n": (

@@ -5,8 +5,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from anarchobot.vocab import spaces
-from anarchobot.vocab.spaces import in_one_space, nearest, rotation, unit
+from anarchobot.vocab import vector_alignment as spaces
+from anarchobot.vocab.vector_alignment import in_one_space, nearest, rotation, unit
 
 RNG = np.random.default_rng(0)
 

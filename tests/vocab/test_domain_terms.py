@@ -2,7 +2,7 @@
 
 import math
 
-from anarchobot.vocab.terms import mine_terms, words
+from anarchobot.vocab.domain_terms import mine_terms, words
 
 DOMAIN = ["the kinase binds the kinase", "kinase and the ligand", "the Golgi ligand binds"]
 GENERAL = ["the cat binds the book", "the dog", "and so on", "the end"]

@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.tokenizers.tokenizer import Tokenizer
-from anarchobot.vocab.forms import Form, Matching, forms
-from anarchobot.vocab.spaces import Floats, Ids, Nearest, in_one_space, nearest
+from anarchobot.vocab.canonical_tokens import Form, Matching, forms
+from anarchobot.vocab.vector_alignment import Floats, Ids, Nearest, in_one_space, nearest
 
 ROUTES = ("special", "shared", "aligned", "pieces", "mean", "random")
 SPECIAL, SHARED, ALIGNED, PIECES, MEAN, RANDOM = range(len(ROUTES))

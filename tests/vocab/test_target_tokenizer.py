@@ -9,8 +9,8 @@ import pytest
 from anarchobot.data.sources import builtin
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
-from anarchobot.vocab.forms import forms
-from anarchobot.vocab.target import extend, is_one_token
+from anarchobot.vocab.canonical_tokens import forms
+from anarchobot.vocab.target_tokenizer import extend, is_one_token
 
 TERMS = ["carcinoma", "kinase", "endoplasmic", "carcinomatous"]
 KINDS = [("bpe", "sentencepiece"), ("unigram", "sentencepiece"), ("bpe", "gpt2")]

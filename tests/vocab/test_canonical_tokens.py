@@ -9,8 +9,8 @@ import tokenizers
 from anarchobot.data.sources import builtin
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
-from anarchobot.vocab.alignment import shared_ids
-from anarchobot.vocab.forms import Form, Matching, forms
+from anarchobot.vocab.canonical_tokens import Form, Matching, forms
+from anarchobot.vocab.token_alignment import shared_ids
 
 
 @pytest.fixture(scope="module")

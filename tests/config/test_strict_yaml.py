@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anarchobot.config.errors import UserError
-from anarchobot.config.yaml_tree import dump, parse, parse_scalar
+from anarchobot.config.strict_yaml import dump, parse, parse_scalar
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from anarchobot.vocab.alignment import RANDOM, Plan
-from anarchobot.vocab.spaces import Floats
+from anarchobot.vocab.token_alignment import RANDOM, Plan
+from anarchobot.vocab.vector_alignment import Floats
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
