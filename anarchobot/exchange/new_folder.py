@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from anarchobot.config.errors import UserError
-from anarchobot.storage.durable import flush, fsync_dir
+from anarchobot.storage.durable import fsync, fsync_dir
 
 
 class NewFolder:
@@ -32,7 +32,7 @@ class NewFolder:
                 for file in self._beside.rglob("*"):
                     if file.is_file():
                         with file.open("rb") as written:
-                            flush(written.fileno())
+                            fsync(written.fileno())
                 self._beside.rename(self._path)  # takes the place of an empty folder
                 fsync_dir(self._path.parent)
         finally:

@@ -1,6 +1,6 @@
-"""Files that are whole or not there, also when the program is killed, the disk is full or the power goes.
+"""Atomic, durable files: after a kill, a full disk or a power cut, a file is either complete or unchanged.
 
-All that must survive is written beside its name, flushed to the disk, and renamed; digests tell damage later.
+Data is written to a temporary file in the same folder, fsynced, and renamed. SHA-256 digests detect later corruption.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ from typing import Any, Self
 SEAL = "content_sha256"
 
 
-def flush(descriptor: int) -> None:
-    """Returns when the file or folder is on the disk itself. On macOS fsync leaves it in the drive's cache."""
+def fsync(descriptor: int) -> None:
+    """Flushes a file or folder to the disk itself. On macOS, plain fsync leaves the data in the drive's cache."""
     if sys.platform == "darwin":
         import fcntl
 
@@ -23,47 +23,47 @@ def flush(descriptor: int) -> None:
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             return
         except OSError:
-            pass  # a file system that knows no F_FULLFSYNC, such as a network's
+            pass  # file systems without F_FULLFSYNC, such as network mounts
     os.fsync(descriptor)
 
 
 def fsync_dir(folder: Path) -> None:
-    """Brings a folder's entries (names made, renamed, removed) to the disk."""
+    """Makes created, renamed and removed entries of a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        flush(descriptor)
+        fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes beside, flushes, renames: the file is whole or what it was before."""
-    beside = path.with_name(f"{path.name}.tmp")
-    with beside.open("w", encoding="utf-8", newline="\n") as file:
+    """Writes a text file atomically: temporary file, fsync, rename."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
-        flush(file.fileno())
-    beside.replace(path)
+        fsync(file.fileno())
+    temporary.replace(path)
     fsync_dir(path.parent)
 
 
 def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes JSON whole, with a digest of its own content at its end."""
-    write_atomic(path, sealed(values))
+    """Writes JSON atomically; its last key is the SHA-256 of the JSON without that key."""
+    write_atomic(path, seal(values))
 
 
-def sealed(values: Mapping[str, Any]) -> str:
-    """The text that `write_sealed` writes."""
+def seal(values: Mapping[str, Any]) -> str:
+    """Returns the text that `write_sealed` writes."""
     plain = {name: value for name, value in values.items() if name != SEAL}
     return _dump({**plain, SEAL: hashlib.sha256(_dump(plain).encode()).hexdigest()})
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote. Raises OSError when it can't be read, ValueError when a byte of it is another."""
-    text = path.read_bytes().decode("utf-8")  # as it is: newlines count
+    """Reads JSON written by `write_sealed`. Raises OSError if it can't be read, ValueError if any byte has changed."""
+    text = path.read_bytes().decode("utf-8")  # bytes, because newlines count
     values = json.loads(text)
-    if not isinstance(values, dict) or sealed(values) != text:
-        raise ValueError("its content is not what was written")
+    if not isinstance(values, dict) or seal(values) != text:
+        raise ValueError("content does not match its digest")
     del values[SEAL]
     return values
 
@@ -73,8 +73,10 @@ def _dump(values: Mapping[str, Any]) -> str:
 
 
 class HashedFile:
-    """A new file whose digest is taken of what is written, not of what the disk gives back. It can't go back (has no
-    `seek`), so that nothing already hashed is changed."""
+    """A new file that computes the SHA-256 of the bytes written to it, so that a read error can't hide corruption.
+
+    It has no `seek`: bytes already hashed can't change.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
@@ -88,9 +90,9 @@ class HashedFile:
         self._file.flush()
 
     def finish(self) -> str:
-        """Brings the file to the disk; returns its sha256."""
+        """Flushes the file to the disk and returns its SHA-256."""
         self._file.flush()
-        flush(self._file.fileno())
+        fsync(self._file.fileno())
         return self._sha256.hexdigest()
 
     def __enter__(self) -> Self:
@@ -101,6 +103,6 @@ class HashedFile:
 
 
 def sha256_file(path: Path) -> str:
-    """Raises OSError when the file can't be read."""
+    """Raises OSError if the file can't be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

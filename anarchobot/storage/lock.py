@@ -1,4 +1,4 @@
-"""One writer to a folder: a lock that the system itself takes back when its holder dies, even by kill -9."""
+"""One writer per folder: an advisory lock that the system releases when its holder dies, even by kill -9."""
 
 import errno
 import fcntl
@@ -11,7 +11,7 @@ NAME = ".lock"
 
 
 def last_holder(folder: Path) -> str | None:
-    """Who wrote to `folder` last, and perhaps still does; the lock itself is left alone."""
+    """Returns the process that last locked `folder`, which may have ended; the lock itself is not touched."""
     try:
         return (folder / NAME).read_text(encoding="utf-8").strip()
     except OSError:
@@ -19,10 +19,10 @@ def last_holder(folder: Path) -> str | None:
 
 
 def holder(folder: Path) -> str | None:
-    """Who writes to `folder` now, such as `process 12 on mac`; None when nobody does, as far as the file system tells.
+    """Returns the process that holds the lock on `folder`, such as `process 12 on mac`, or None.
 
-    A program that begins in the instant in which this looks is refused: what looks again and again asks `last_holder`
-    first, and whether that process lives.
+    The probe takes the lock for an instant, and a process that locks the folder just then is refused. Code that polls
+    should first check `last_holder` and whether that process is alive.
     """
     try:
         with (folder / NAME).open(encoding="utf-8") as file:
@@ -31,15 +31,15 @@ def holder(folder: Path) -> str | None:
             except BlockingIOError:
                 return file.read().strip() or "another process"
     except OSError:
-        pass  # no lock, or a file system without
+        pass  # no lock file, or a file system without locks
     return None
 
 
 class FolderLock:
-    """A context in which this process alone may write to `folder`, which is made when it is not there.
+    """A context manager that gives this process exclusive write access to `folder`, which it creates if needed.
 
-    Raises BlockingIOError, for people to read, when another process holds it. The file stays: who removed it could lock
-    another one than the next.
+    Raises BlockingIOError, with a message for the user, if another process holds the lock. The lock file is never
+    removed: a process could lock the removed file while another locks its replacement.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,19 +49,19 @@ class FolderLock:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:
-            told = "a file is in the way: choose another folder, or move it"
-            raise NotADirectoryError(errno.ENOTDIR, told, str(self._path.parent)) from error
+            message = "is a file, not a folder: choose another folder, or move the file"
+            raise NotADirectoryError(errno.ENOTDIR, message, str(self._path.parent)) from error
         self._file = self._path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
+            owner = self._file.read().strip() or "another process"
             self._file.close()
-            told = f"{holder} is writing here: wait for its end, or choose another folder"
-            raise BlockingIOError(errno.EWOULDBLOCK, told, str(self._path.parent)) from error
+            message = f"{owner} is writing here: wait until it ends, or choose another folder"
+            raise BlockingIOError(errno.EWOULDBLOCK, message, str(self._path.parent)) from error
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks: go on without
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks: continue unlocked
                 raise
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

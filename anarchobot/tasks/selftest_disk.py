@@ -124,7 +124,7 @@ def _make_fail(how: int, number: int) -> None:
         setattr(owner, name, call)
 
     for owner, name in (
-        (durable.HashedFile, "write"), (durable, "flush"), (durable, "fsync_dir"), (checkpoint, "fsync_dir"),
+        (durable.HashedFile, "write"), (durable, "fsync"), (durable, "fsync_dir"), (checkpoint, "fsync_dir"),
         (Path, "open"), (Path, "mkdir"), (Path, "rename"), (Path, "replace"), (Path, "unlink"), (os, "rmdir"),
         (os, "unlink"),
     ):  # fmt: skip

@@ -71,9 +71,9 @@ def test_macs_flush_the_drive_itself(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
     monkeypatch.setattr(fcntl, "fcntl", pretend)
     monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync"))
-    durable.flush(1)
+    durable.fsync(1)
     assert calls == [51]
-    durable.flush(1)
+    durable.fsync(1)
     assert calls == [51, 51, "fsync"]
 
 
