@@ -1,4 +1,4 @@
-# AnarchoBot's own tasks. `make quickstart` and `make test` need Python 3.11 to 3.13, make and a package index, no more.
+# Development tasks. `make quickstart` and `make test` need only Python 3.11 to 3.13, make and access to PyPI.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,16 +7,16 @@ QUICKSTART := configs/quickstart.yaml
 .PHONY: help quickstart test faults check docs bench bench-data quality lock clean
 
 help:
-	@echo "make quickstart   train a small model on text that is already here, and let it write (5 minutes)"
-	@echo "make test         style, types and the test suite"
-	@echo "make faults       the long tests: runs killed again and again, 10 GB of text"
-	@echo "make check        style and types alone"
-	@echo "make bench        the training step beside mlx-lm and PyTorch: time and memory (an hour)"
-	@echo "make quality      what a model learns: optimizers and options compared, 3 seeds (hours)"
-	@echo "make bench-data   how fast text becomes tokens, beside other programs (minutes)"
-	@echo "make docs         write the pages that are made from the code"
-	@echo "make lock         pin the dependencies anew"
-	@echo "make clean        remove .venv, caches and the quickstart's run and shards"
+	@echo "make quickstart   train a small model on built-in text and generate a sample (5 minutes)"
+	@echo "make test         lint, type checks and the test suite"
+	@echo "make faults       long tests: runs killed at every write, 10 GB of text"
+	@echo "make check        lint and type checks only"
+	@echo "make bench        compare the training step with mlx-lm and PyTorch: time and memory (1 hour)"
+	@echo "make quality      compare model quality across optimizers and options, 3 seeds (hours)"
+	@echo "make bench-data   compare data pipeline throughput with other programs (minutes)"
+	@echo "make docs         regenerate docs/configuration.md from the schema"
+	@echo "make lock         update the pinned dependencies in locks/"
+	@echo "make clean        remove .venv, caches, and the quickstart's run and shards"
 
 quickstart: .venv/run.done
 	@$(BIN)/python -m anarchobot.system.blas >/dev/null || $(MAKE) --no-print-directory .venv/blas.done
@@ -64,10 +64,10 @@ lock: .venv/dev.done
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis runs/quickstart shards/quickstart
 
-# One virtual environment; each mark says which lock file is installed in it.
+# One virtual environment; each .done file marks a lock file as installed.
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
-	  { echo "Python 3.11 to 3.13 is needed; $(PYTHON) is another: make PYTHON=python3.12 quickstart"; exit 1; }
+	  { echo "$(PYTHON) is not Python 3.11 to 3.13: try make PYTHON=python3.12 quickstart"; exit 1; }
 	$(PYTHON) -m venv .venv
 
 .venv/%.done: locks/%.lock pyproject.toml | .venv/bin/python
@@ -75,16 +75,16 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-# The second engine, and programs to compare with: their tests run where these are installed.
+# The PyTorch backend and programs to compare with; tests that need them are skipped where they are missing.
 .venv/torch.done: .venv/dev.done
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 peft==0.21.2 trl==1.16.0 \
 	  lm-eval==0.4.13 gensim==4.4.0 openai==3.54.0 playwright==1.65.2 datatrove==0.10.1
 	@touch $@
 
-# MKL, only where no fast BLAS is found and it exists: the training step is several times slower without one.
+# MKL, where no fast BLAS is found: without one the training step is several times slower.
 .venv/blas.done: locks/blas.lock | .venv/bin/python
 	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
-	  echo "no fast BLAS here: installing MKL (300 MB)"; \
+	  echo "no fast BLAS found: installing MKL (300 MB)"; \
 	  $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r $<; \
 	fi
 	@touch $@

@@ -20,12 +20,12 @@ def _bench(args: argparse.Namespace) -> None:
     if not args.steps.isascii() or not args.steps.isdigit() or int(args.steps) < 1:
         raise UserError(f"argument --steps: '{args.steps}', expected a whole number from 1 on")
     from anarchobot.config.loading import load_config
-    from anarchobot.system.blas import advice
+    from anarchobot.system.blas import no_blas_message
     from anarchobot.tasks.bench import bench
 
     found = bench(load_config(args.config, overrides(args)), int(args.steps))
     if found["device"] == "cpu" and found["blas"] is None and not args.quiet:
-        print(f"warning: {advice()}", file=sys.stderr)
+        print(f"warning: {no_blas_message()}", file=sys.stderr)
     if args.json:
         print(json.dumps(found))
         return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from anarchobot.config.errors import UserError
 from anarchobot.system.blas import load_fast_blas
 from anarchobot.system.machine import system_memory
-from anarchobot.system.packages import PACKAGE, installed
+from anarchobot.system.packages import PACKAGE, installed_version
 
 if TYPE_CHECKING:  # `packages` is asked before any of them is loaded
     from anarchobot.config.adapt_schema import AdaptConfig
@@ -47,7 +47,7 @@ class Machine:
     bytes."""
 
     python: str = platform.python_version()
-    version_of: Callable[[str], str | None] = installed
+    version_of: Callable[[str], str | None] = installed_version
     blas: Callable[[], str | None] = load_fast_blas
     memory: Callable[[], int] = lambda: system_memory().total
     free: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free

@@ -9,7 +9,7 @@ from anarchobot.data.batches import TrainBatches
 from anarchobot.data.conversations.reading import conversations, pairs
 from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.shards import TokenStream, verify
-from anarchobot.data.sources.documents import Counts, open_source
+from anarchobot.data.sources.documents import DocumentCounts, open_source
 from anarchobot.data.windows import StreamWindows, open_windows
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.model.parameters import parameter_count
@@ -53,7 +53,7 @@ def _documents(data: DataConfig, seed: int) -> Answer:
     if data.dataset is None:
         return Answer("pass", "data.dataset is left out: the shards are there")
     warned: list[str] = []
-    counts = Counts()
+    counts = DocumentCounts()
     name, documents = open_source(
         data.model_copy(update={"shuffle_buffer": 0, "streaming": True}), seed, counts, warn=warned.append
     )

@@ -25,7 +25,7 @@ def extras(setup: Setup) -> Answer:
 
 
 def _extras_of_training(setup: Setup) -> list[str]:
-    from anarchobot.data.sources.hub import looks_like_a_name
+    from anarchobot.data.sources.hub import is_hub_name
 
     config = setup.loaded.config
     names = [config.data.dataset] if isinstance(config.data.dataset, str) else config.data.dataset or []
@@ -33,7 +33,7 @@ def _extras_of_training(setup: Setup) -> list[str]:
         "torch": config.train.backend == "torch",
         "fast": config.tokenizer.engine == "fast",
         "rouge": config.chat.rouge_samples > 0,
-        "hub": any(name != "builtin" and looks_like_a_name(name) for name in names),
+        "hub": any(name != "builtin" and is_hub_name(name) for name in names),
     }
     return [extra for extra, wanted in found.items() if wanted]
 

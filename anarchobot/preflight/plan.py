@@ -16,8 +16,8 @@ from anarchobot.model.parameters import parameter_count
 from anarchobot.optim.schedule import total_steps
 from anarchobot.system.machine import system_memory
 from anarchobot.system.memory import MemoryEstimate, checkpoint_bytes, estimate, expected_device, expected_precision
-from anarchobot.system.micro_batch import fitted, largest_that_fits, memory_budget
-from anarchobot.system.peak_flops import operations_per_token
+from anarchobot.system.micro_batch import largest_micro_batch_size, memory_budget, resolve_micro_batch
+from anarchobot.system.peak_flops import training_flops_per_token
 
 PRECISIONS: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")  # float16 takes what bfloat16 takes
 CHINCHILLA = 20  # tokens a parameter at which a training budget is well spent (Hoffmann et al., 2022)
@@ -36,17 +36,17 @@ def load_plan(path: str | None, overrides: Sequence[str | tuple[str, Any]]) -> L
 def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str, Any]:
     """Counted figures, in bytes, tokens and operations; None where something isn't known. A configuration with a
     preference section is taken to be dpo's, whose micro-batches are of pairs."""
-    pairs = is_of_pairs(loaded)
-    loaded, _ = fitted(loaded, pairs=pairs)
+    pairs = is_preference_config(loaded)
+    loaded, _ = resolve_micro_batch(loaded, pairs=pairs)
     config = loaded.config
     model, train, length = config.model, config.train, config.data.seq_len
     sequences = train.micro_batch_size * train.grad_accum_steps
     tokens_per_step = sequences * length * (2 if pairs else 1)
     steps, unknown = _steps(config, tokens_per_step // sequences)
     tokens = None if steps is None else steps * tokens_per_step
-    parameters, operations = parameter_count(model), operations_per_token(model, length)
+    parameters, operations = parameter_count(model), training_flops_per_token(model, length)
     budget = memory_budget(config)
-    fits = largest_that_fits(config, budget, pairs=pairs)
+    fits = largest_micro_batch_size(config, budget, pairs=pairs)
     model_bytes, optimizer_bytes = checkpoint_bytes(config)
     return {
         "parameters": parameters,
@@ -79,7 +79,7 @@ def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str,
     }
 
 
-def is_of_pairs(loaded: LoadedConfig) -> bool:
+def is_preference_config(loaded: LoadedConfig) -> bool:
     """Whether it is dpo's: it has a preference section. A run's own config.yaml has all sections: pretrain's has no
     model that it begins with, and sft's leaves that section as it is by default."""
     given = {key.partition(".")[0] for key in loaded.sources}

@@ -7,9 +7,9 @@ from anarchobot.preflight.calibration import step_seconds
 from anarchobot.preflight.check import SMALLER, Answer, Question, Setup
 from anarchobot.runs.checkpoint import saved_steps
 from anarchobot.storage.lock import holder
-from anarchobot.system.blas import advice
+from anarchobot.system.blas import no_blas_message
 from anarchobot.system.memory import checkpoint_bytes, estimate
-from anarchobot.system.micro_batch import SHARE, fitted
+from anarchobot.system.micro_batch import MEMORY_FRACTION, resolve_micro_batch
 from anarchobot.tasks.resume import check_same_run
 from anarchobot.tasks.run import find_start
 from anarchobot.tasks.supervise import CPU_RATE, GPU_RATE
@@ -46,7 +46,7 @@ def blas(setup: Setup) -> Answer:
         return Answer("pass", "not needed")
     found = setup.machine.blas()
     if found is None:
-        what, _, how = advice().partition(": ")
+        what, _, how = no_blas_message().partition(": ")
         return Answer("warn", what, how)
     return Answer("pass", found)
 
@@ -112,15 +112,15 @@ def disk(setup: Setup) -> Answer:
 
 
 def memory(setup: Setup) -> Answer:
-    setup.loaded, chosen = fitted(setup.loaded, pairs=setup.pairs)  # train.micro_batch_size: auto
+    setup.loaded, chosen = resolve_micro_batch(setup.loaded, pairs=setup.pairs)  # train.micro_batch_size: auto
     needed = estimate(setup.loaded.config, device="cpu" if setup.on_cpu else "gpu", pairs=setup.pairs)
     peak, whole = needed.peak, setup.memory
     told = f"{size(peak)} at the peak ({needed.phase}), by estimate; there are {size(whole)}"
     found = "; ".join([*chosen, told])
     if peak > whole:
         return Answer("fail", found, SMALLER)
-    if peak > SHARE * whole:
-        return Answer("warn", f"{found}, of which {SHARE:.0%} are comfortable", SMALLER)
+    if peak > MEMORY_FRACTION * whole:
+        return Answer("warn", f"{found}, of which {MEMORY_FRACTION:.0%} are comfortable", SMALLER)
     return Answer("pass", found)
 
 

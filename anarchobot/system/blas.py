@@ -1,10 +1,10 @@
-"""A fast BLAS for MLX's CPU backend on Linux.
+"""Loads a fast BLAS for MLX's CPU backend on Linux.
 
-MLX's Linux wheel brings the reference BLAS: 5 to 9 GFLOP/s for a float32 product where OpenBLAS and MKL reach 115 to
-140 on one core. A library that is loaded first, with its symbols global, is the one MLX then uses. It gets one thread:
-with two, a training step under MLX was six times slower.
+MLX's Linux wheel ships the reference BLAS, which reaches 5 to 9 GFLOP/s in a float32 product; OpenBLAS and MKL reach
+115 to 140 on one core. MLX uses whichever BLAS was loaded first with global symbols. The library is limited to one
+thread: with two, an MLX training step was six times slower.
 
-`python -m anarchobot.system.blas` says what is found; its exit code is 1 when one is missing.
+`python -m anarchobot.system.blas` prints which BLAS was found and exits with 1 if there is none.
 """
 
 import ctypes
@@ -18,9 +18,9 @@ _SET_THREADS = {"OpenBLAS": "openblas_set_num_threads", "MKL": "MKL_Set_Num_Thre
 
 @cache
 def load_fast_blas() -> str | None:
-    """Loads OpenBLAS, else MKL, before MLX is imported; its name, or None when there is none.
+    """Loads OpenBLAS or, failing that, MKL, and returns its name; None if neither exists. Call it before importing MLX.
 
-    Does nothing but on Linux: macOS has Accelerate. A second call, or one after MLX, changes nothing.
+    macOS uses Accelerate, so nothing is loaded there.
     """
     if sys.platform != "linux":
         return "Accelerate"
@@ -28,7 +28,7 @@ def load_fast_blas() -> str | None:
         for path in paths:
             try:
                 library = ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
-                library.cblas_sgemm  # noqa: B018  (64-bit-integer builds name it otherwise, and are of no use)
+                library.cblas_sgemm  # noqa: B018  (builds with 64-bit integers use another symbol name: unusable here)
                 getattr(library, _SET_THREADS[name])(1)
             except (OSError, AttributeError):
                 continue
@@ -36,17 +36,17 @@ def load_fast_blas() -> str | None:
     return None
 
 
-def advice() -> str:
-    """What to install, in one line."""
+def no_blas_message() -> str:
+    """The problem and the command that fixes it, separated by ": "."""
     mkl = ", or: pip install mkl" if platform.machine() == "x86_64" else ""
     return (
-        "no fast BLAS found, so matrix products on this CPU are about 15 times slower than they could be: "
+        "no fast BLAS found, matrix products on this CPU are about 15 times slower than they could be: "
         f"sudo apt install libopenblas0-pthread{mkl}"
     )
 
 
 def _candidates() -> dict[str, list[str]]:
-    # MKL's wheel puts its libraries, and the OpenMP one that it needs, into the environment's lib folder.
+    # MKL's wheel installs its libraries, including the OpenMP runtime, into the virtual environment's lib folder.
     return {
         "OpenBLAS": ["libopenblas.so.0", "libopenblasp.so.0", "libopenblas.so"],
         "MKL": [*sorted(glob.glob(f"{glob.escape(sys.prefix)}/lib/libmkl_rt.so*"), reverse=True), "libmkl_rt.so"],
@@ -55,5 +55,5 @@ def _candidates() -> dict[str, list[str]]:
 
 if __name__ == "__main__":
     found = load_fast_blas()
-    print(found or advice())
+    print(found or no_blas_message())
     raise SystemExit(found is None)

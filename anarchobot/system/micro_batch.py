@@ -1,7 +1,7 @@
-"""`train.micro_batch_size: auto`: as many sequences at a time as memory has room for. No MLX here.
+"""Resolves `train.micro_batch_size: auto` to the largest micro-batch that fits into memory. Does not import MLX.
 
-A step is then of train.grad_accum_steps sequences (pairs, in dpo), whatever the machine; memory decides in how many
-equal parts they are computed, so that the effective batch, and with it the run, stays what it is.
+With `auto`, train.grad_accum_steps is the number of sequences (pairs, in dpo) in a step. Memory only decides how many
+equal micro-batches they are split into, so the effective batch size is the same on every machine.
 """
 
 import sys
@@ -13,62 +13,60 @@ from anarchobot.config.schema import Config, TrainConfig
 from anarchobot.system.machine import system_memory
 from anarchobot.system.memory import MemoryEstimate, estimate
 
-SHARE = 0.75  # of the machine's memory, where no budget is set: the rest is the system's and other programs'
+MEMORY_FRACTION = 0.75  # of the machine's memory, when no budget is set; the rest is for the system and other programs
 
 
-class Fitted(NamedTuple):
-    """`told` are lines for a person: what was chosen."""
+class ResolvedConfig(NamedTuple):
+    """`messages` tell the user what was chosen."""
 
     loaded: LoadedConfig
-    told: list[str]
+    messages: list[str]
 
 
-def fitted(loaded: LoadedConfig, *, pairs: bool = False) -> Fitted:
-    """The configuration with numbers for micro_batch_size and grad_accum_steps in the place of `auto`; any other as it
-    is. Raises UserError when not even one sequence fits."""
+def resolve_micro_batch(loaded: LoadedConfig, *, pairs: bool = False) -> ResolvedConfig:
+    """Replaces `auto` by numbers for micro_batch_size and grad_accum_steps; returns other configurations unchanged.
+    Raises UserError if not even one sequence fits."""
     config = loaded.config
     if not config.train.automatic:
-        return Fitted(loaded, [])
+        return ResolvedConfig(loaded, [])
+    where = loaded.where("train.micro_batch_size")
     if config.train.device == "gpu" and sys.platform != "darwin" and config.train.memory_budget_gb is None:
-        raise UserError(
-            f"{loaded.where('train.micro_batch_size')}: auto, and a card's memory is not known here: set "
-            "train.memory_budget_gb"
-        )
+        raise UserError(f"{where}: auto does not know the GPU's memory: set train.memory_budget_gb")
     budget = memory_budget(config)
-    found = largest_that_fits(config, budget, pairs=pairs)
+    found = largest_micro_batch_size(config, budget, pairs=pairs)
     if found is None:
-        raise UserError(f"{loaded.where('train.micro_batch_size')}: {_too_little(config, budget, pairs)}")
+        raise UserError(f"{where}: {_too_little(config, budget, pairs)}")
     rows, needed = found
-    parts = config.train.grad_accum_steps // rows
-    batches = (
-        config.train.eval_batches
-    )  # with auto, steps' worth of sequences: memory must not decide what is validated
+    micro_batches = config.train.grad_accum_steps // rows
+    # With auto, eval_batches counts steps' worth of sequences, so memory does not change what is validated on.
+    batches = config.train.eval_batches
     values = {
         **config.train.model_dump(),
         "micro_batch_size": rows,
-        "grad_accum_steps": parts,
-        "eval_batches": None if batches is None else batches * parts,
+        "grad_accum_steps": micro_batches,
+        "eval_batches": None if batches is None else batches * micro_batches,
     }
     train = TrainConfig.model_validate(values)
     unit = "pairs" if pairs else "sequences"
-    told = (
-        f"micro_batch_size auto: {rows} x {parts} {unit} a step, {_gb(needed.peak)} at the peak by estimate, "
-        f"of {_gb(budget)}"
-    )
-    lines = [told]
+    messages = [
+        f"micro_batch_size auto: {rows} x {micro_batches} {unit} per step, estimated peak memory {_gb(needed.peak)} of "
+        f"{_gb(budget)}"
+    ]
     if config.train.grad_accum_steps == 1:
-        lines.append(f"warning: train.grad_accum_steps is 1, which with auto means {unit} in a step: raise it")
-    return Fitted(LoadedConfig(config.model_copy(update={"train": train}), loaded.sources), lines)
+        messages.append(
+            f"warning: train.grad_accum_steps is 1, which with auto is the number of {unit} per step: raise it"
+        )
+    return ResolvedConfig(LoadedConfig(config.model_copy(update={"train": train}), loaded.sources), messages)
 
 
 def memory_budget(config: Config) -> int:
-    """train.memory_budget_gb, or SHARE of the machine's memory, in bytes."""
-    given = config.train.memory_budget_gb
-    return round(SHARE * system_memory().total if given is None else 1e9 * given)
+    """train.memory_budget_gb, or MEMORY_FRACTION of the machine's memory, in bytes."""
+    budget = config.train.memory_budget_gb
+    return round(MEMORY_FRACTION * system_memory().total if budget is None else 1e9 * budget)
 
 
-def largest_that_fits(config: Config, budget: int, *, pairs: bool = False) -> tuple[int, MemoryEstimate] | None:
-    """The largest micro-batch that divides a step's sequences and whose estimated peak is within `budget` bytes."""
+def largest_micro_batch_size(config: Config, budget: int, *, pairs: bool = False) -> tuple[int, MemoryEstimate] | None:
+    """The largest divisor of a step's sequences whose estimated peak is at most `budget` bytes."""
     sequences = config.train.micro_batch_size * config.train.grad_accum_steps
     for rows in range(sequences, 0, -1):
         if sequences % rows == 0:
@@ -80,13 +78,15 @@ def largest_that_fits(config: Config, budget: int, *, pairs: bool = False) -> tu
 
 def _too_little(config: Config, budget: int, pairs: bool) -> str:
     needed = estimate(config, micro_batch_size=1, pairs=pairs).peak
-    one = f"{'one pair' if pairs else 'one sequence'} at a time takes {_gb(needed)} by estimate"
-    saving = config.train.model_copy(update={"gradient_checkpointing": True})
-    less = estimate(config.model_copy(update={"train": saving}), micro_batch_size=1, pairs=pairs).peak
-    advice = "make the model or data.seq_len smaller"
+    checkpointed = config.train.model_copy(update={"gradient_checkpointing": True})
+    less = estimate(config.model_copy(update={"train": checkpointed}), micro_batch_size=1, pairs=pairs).peak
+    remedy = "make the model or data.seq_len smaller"
     if less <= budget:
-        advice = f"set train.gradient_checkpointing: true, with which it takes {_gb(less)}"
-    return f"{one}, and there are {_gb(budget)} (train.memory_budget_gb): {advice}"
+        remedy = f"set train.gradient_checkpointing: true, which needs {_gb(less)}"
+    return (
+        f"one {'pair' if pairs else 'sequence'} needs an estimated {_gb(needed)}, but the budget is {_gb(budget)} "
+        f"(train.memory_budget_gb): {remedy}"
+    )
 
 
 def _gb(size: int) -> str:

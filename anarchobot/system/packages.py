@@ -1,4 +1,4 @@
-"""What the program needs installed, as its own package says it, against what is there. Nothing of it is imported."""
+"""Installed package versions, compared with what this package's metadata requires. Imports none of them."""
 
 import os
 import platform
@@ -6,28 +6,35 @@ from collections.abc import Callable, Collection
 from importlib import metadata
 
 PACKAGE = "anarchobot"
+RECORDED = (PACKAGE, "mlx", "mlx-lm", "numpy", "sentencepiece", "tokenizers", "torch")  # in environment.json
 
 
-def installed(package: str) -> str | None:
-    """The version that is there."""
+def installed_version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def unmet_python(asked: str | None, version: str = platform.python_version()) -> str | None:
-    """What is wrong with the running Python; `asked` is such as `>=3.11,<3.14`."""
+def environment_info(compute: str) -> dict[str, str]:
+    """The contents of environment.json: system and versions. `compute` is the engine's precision and device."""
+    info = {"computes in": compute, "system": platform.platform(), "cores": str(os.cpu_count())}
+    info["Python"] = platform.python_version()
+    return info | {name: version for name in RECORDED if (version := installed_version(name)) is not None}
+
+
+def unmet_python(required: str | None, version: str = platform.python_version()) -> str | None:
+    """An error message if `version` does not satisfy `required`, such as `>=3.11,<3.14`."""
     from packaging.specifiers import SpecifierSet
 
-    if asked is None or SpecifierSet(asked).contains(version, prereleases=True):
+    if required is None or SpecifierSet(required).contains(version, prereleases=True):
         return None
-    return f"Python {version}, and {asked} is needed"
+    return f"Python {version} is not supported: expected {required}"
 
 
-def needed(extras: Collection[str] = ()) -> list[str]:
-    """The requirements, such as `numpy>=2.1`, that hold on this system, and those of `extras`. Raises
-    PackageNotFoundError when the program isn't installed."""
+def requirements(extras: Collection[str] = ()) -> list[str]:
+    """This package's requirements on this system, such as `numpy>=2.1`, including those of `extras`. Raises
+    PackageNotFoundError if the package is not installed."""
     from packaging.requirements import Requirement
 
     found = []
@@ -41,27 +48,15 @@ def needed(extras: Collection[str] = ()) -> list[str]:
 
 
 def unmet(requirements: Collection[str], version_of: Callable[[str], str | None]) -> list[str]:
-    """Those that are missing or of another version: the requirement, and what is there."""
+    """One message for each requirement that is missing or has the wrong version."""
     from packaging.requirements import Requirement
 
     problems = []
     for text in requirements:
-        requirement, version = Requirement(text), version_of(Requirement(text).name)
+        requirement = Requirement(text)
+        version = version_of(requirement.name)
         if version is None:
             problems.append(f"{text} is missing")
         elif not requirement.specifier.contains(version, prereleases=True):
-            problems.append(f"{text} is needed, and {version} is here")
+            problems.append(f"{text} is required, but {version} is installed")
     return problems
-
-
-PACKAGES = ("anarchobot", "mlx", "mlx-lm", "numpy", "sentencepiece", "tokenizers", "torch")
-
-
-def environment(place: str) -> dict[str, str]:
-    """`place`: precision and device, as the engine says them. Only names and versions: nothing is imported."""
-    found = {"computes in": place, "system": platform.platform(), "cores": str(os.cpu_count())}
-    found["Python"] = platform.python_version()
-    for package in PACKAGES:
-        if (version := installed(package)) is not None:
-            found[package] = version
-    return found

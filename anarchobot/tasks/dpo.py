@@ -8,7 +8,7 @@ import numpy as np
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
-from anarchobot.data.batches import Prefetched
+from anarchobot.data.batches import Prefetcher
 from anarchobot.data.conversations.pairs import Pairs, PairTrainBatches, PairValBatches
 from anarchobot.data.conversations.reading import pairs
 from anarchobot.data.conversations.tally import Tally
@@ -55,7 +55,7 @@ def dpo(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
         config=config,
         steps=total_steps(train, 2 * data.seq_len, learnt.count),  # a pair is two sequences
         identity=identity([part.digest() for part in both], base, opened),
-        train=Prefetched(PairTrainBatches(learnt, train.seed)),
+        train=Prefetcher(PairTrainBatches(learnt, train.seed)),
         val=PairValBatches(held_out, train.micro_batch_size, train.eval_batches),
         bytes_per_token=None,
         folder=start.folder,

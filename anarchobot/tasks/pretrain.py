@@ -4,18 +4,18 @@ from typing import Any
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import UNBOUND, LoadedConfig
-from anarchobot.data.batches import Prefetched, TrainBatches, ValBatches
-from anarchobot.data.content_check import ContentCheck
+from anarchobot.data.batches import Prefetcher, TrainBatches, ValBatches
+from anarchobot.data.shards import BackgroundVerifier
 from anarchobot.data.shards import TokenStream
-from anarchobot.data.windows import Joined, StreamWindows, open_windows
+from anarchobot.data.windows import ConcatWindows, StreamWindows, open_windows
 from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
 from anarchobot.model.lora import trained_count, trained_shapes
 from anarchobot.model.parameters import parameter_count
-from anarchobot.optim.param_groups import describe_routes, trained
+from anarchobot.optim.param_groups import describe_groups, trained
 from anarchobot.optim.schedule import total_steps
 from anarchobot.tasks.engines import Weights, open_engine, open_ranks
-from anarchobot.tasks.run import Show, execute_run, find_start, fitted_run
-from anarchobot.tokenizers.tokenizer import Tokenizer, copy_beside, digest, load_tokenizer
+from anarchobot.tasks.run import Show, execute_run, find_start, resolve_run
+from anarchobot.tokenizers.tokenizer import Tokenizer, copy_tokenizer, digest, load_tokenizer
 from anarchobot.training.loop import Run
 
 
@@ -24,7 +24,7 @@ def pretrain(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]
 
     Raises UserError when shards, tokenizer, checkpoint and config do not belong together, before anything is written.
     """
-    loaded, fitting = fitted_run(loaded)
+    loaded, fitting = resolve_run(loaded)
     config = loaded.config
     train, data = config.train, config.data
     adapted = config.lora.r is not None
@@ -36,14 +36,14 @@ def pretrain(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]
     tokenizer = check_tokenizers(loaded, streams)
     sets = [open_windows(stream, data.seq_len, data.pack, data.document_mask) for stream in streams]
     batches = TrainBatches(sets, train.seed, data.shard_weights)
-    held_out = Joined([StreamWindows(TokenStream(f, "val"), data.seq_len, data.document_mask) for f in folders])
+    held_out = ConcatWindows([StreamWindows(TokenStream(f, "val"), data.seq_len, data.document_mask) for f in folders])
     val_shards = [shard for stream in streams for shard in stream.manifest.of("val")]
     start = find_start(loaded, ranks)
     # Adapters need it all along; a rank beside the first gets all other weights from that.
     from_base = train.init_from is not None and (adapted or (start.checkpoint is None and ranks.rank == 0))
     base = load_pretrained(str(train.init_from)) if from_base else None
     opened = open_engine(config, first_weights(loaded, base) if base is not None else None, ranks)
-    check = ContentCheck(folders)
+    check = BackgroundVerifier(folders)
     run = Run(
         config=config,
         steps=total_steps(train, data.seq_len, batches.windows, ranks.size),
@@ -51,7 +51,7 @@ def pretrain(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]
             "shards": [stream.manifest.digest() for stream in streams],
             **({"base": base.digest, "precision": opened.precision} if adapted and base is not None else {}),
         },
-        train=Prefetched(batches, ranks.rank, ranks.size),
+        train=Prefetcher(batches, ranks.rank, ranks.size),
         val=ValBatches(held_out, train.micro_batch_size, train.eval_batches),
         bytes_per_token=sum(s.bytes for s in val_shards) / max(1, sum(s.tokens for s in val_shards)),
         folder=start.folder,
@@ -63,7 +63,7 @@ def pretrain(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]
         run,
         start,
         opened,
-        beside=lambda folder: copy_beside(tokenizer, folder),
+        beside=lambda folder: copy_tokenizer(tokenizer, folder),
         opening=[*fitting, *_opening(run, streams, opened.place, base)],
         trained=trained_count(config.model, config.lora),
         show=show,
@@ -115,7 +115,7 @@ def _opening(run: Run, streams: list[TokenStream], place: str, base: PretrainedM
     tokens, epochs = sum(s.tokens for s in streams), run.steps * per_step / run.train.windows
     lines = [
         f"{parameter_count(config.model):,} parameters, {place}{run.ranks}",
-        *describe_routes(
+        *describe_groups(
             {name: shapes[name] for name in trained(shapes, config.train.trainable)}, config.train.optimizer
         ),
         f"{tokens:,} training tokens in {', '.join(str(s.folder) for s in streams)}; "

@@ -4,7 +4,7 @@ from typing import Any
 
 from anarchobot.config.loading import LoadedConfig
 from anarchobot.config.schema import Config
-from anarchobot.data.batches import Prefetched, TrainBatches, ValBatches
+from anarchobot.data.batches import Prefetcher, TrainBatches, ValBatches
 from anarchobot.data.conversations.reading import conversations
 from anarchobot.data.conversations.sequences import ConversationWindows
 from anarchobot.data.conversations.tally import Tally
@@ -14,7 +14,7 @@ from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import total_steps
 from anarchobot.tasks.engines import OpenEngine, open_engine, open_ranks
 from anarchobot.tasks.finetuning import answer, check_settings, identity, tune
-from anarchobot.tasks.run import Show, find_start, fitted_run
+from anarchobot.tasks.run import Show, find_start, resolve_run
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import TRAINING_DAY, load_template
 from anarchobot.tokenizers.conversation import Conversation, Message
@@ -28,7 +28,7 @@ def sft(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
     Raises UserError when data, model, checkpoint and config do not belong together, before anything is written.
     """
     check_settings(loaded, "sft")
-    loaded, fitting = fitted_run(loaded)
+    loaded, fitting = resolve_run(loaded)
     config = loaded.config
     data, chat, train = config.data, config.chat, config.train
     ranks = open_ranks(config)
@@ -43,7 +43,7 @@ def sft(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
         config=config,
         steps=total_steps(train, data.seq_len, learnt.count, ranks.size),
         identity=identity([part.digest() for part in sets], base, opened),
-        train=Prefetched(TrainBatches([learnt], train.seed), ranks.rank, ranks.size),
+        train=Prefetcher(TrainBatches([learnt], train.seed), ranks.rank, ranks.size),
         val=ValBatches(held_out, train.micro_batch_size, train.eval_batches),
         bytes_per_token=made.val.bytes_per_target(base.tokenizer) if made.val.count else 1.0,
         folder=start.folder,

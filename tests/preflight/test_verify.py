@@ -14,11 +14,11 @@ import yaml
 
 from anarchobot.cli.main import main
 from anarchobot.data.pretokenize import pretokenize
-from anarchobot.data.sources.documents import Counts, Document
+from anarchobot.data.sources.documents import DocumentCounts, Document
 from anarchobot.preflight.check import Check, Machine
 from anarchobot.preflight.verify import verify
 from anarchobot.storage.lock import FolderLock
-from anarchobot.system.packages import installed
+from anarchobot.system.packages import installed_version
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from tests.tiny import VOCAB, loaded, make_shards, write_config
@@ -65,7 +65,7 @@ class Broken:
         self.set(data__shard_dir=str(self.folder / "few"))
         documents = map(Document, texts)
         pretokenize(
-            documents, tokenizer, self.folder / "few", counts=Counts(), val_fraction=val_fraction, num_workers=1
+            documents, tokenizer, self.folder / "few", counts=DocumentCounts(), val_fraction=val_fraction, num_workers=1
         )
 
     def train(self, **values: Any) -> None:
@@ -73,7 +73,7 @@ class Broken:
         pretrain(loaded(self.folder / "run.yaml", self.shards, self.folder / "run", **values), show="nothing")
 
     def without(self, package: str, version: str | None = None) -> None:
-        self.machine = replace(GOOD, version_of=lambda name: version if name == package else installed(name))
+        self.machine = replace(GOOD, version_of=lambda name: version if name == package else installed_version(name))
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_the_papers_rate_needs_the_papers_batch(setup: Broken) -> None:
     paper["vocab_adaptation"] |= {"max_seq_length": 64}
     paper["pipeline"]["run_root"] = str(setup.folder / "adapt")
     setup.values = paper
-    setup.machine = replace(GOOD, version_of=lambda name: installed(name) or "4.4.0")  # gensim
+    setup.machine = replace(GOOD, version_of=lambda name: installed_version(name) or "4.4.0")  # gensim
     (found,) = unsound(setup.verify()).values()
     assert (found.name, found.status) == ("learning rate", "warn")
     assert "2.1 million tokens a step" in found.found and found.found.endswith("here are 2,048")

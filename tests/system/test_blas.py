@@ -1,4 +1,4 @@
-"""Which BLAS is found, and that it is the one MLX then calls."""
+"""Which BLAS is loaded, and that MLX calls it."""
 
 import subprocess
 import sys
@@ -7,14 +7,14 @@ import pytest
 
 from anarchobot.system import blas
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="macOS has Accelerate and loads nothing")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="macOS uses Accelerate")
 
 
 @linux
-def test_a_library_that_is_found_is_the_one_that_mlx_calls() -> None:
-    """The dynamic linker says so itself: the address behind cblas_sgemm lies in the library that was loaded."""
+def test_mlx_calls_the_loaded_library() -> None:
+    """Asks the dynamic linker (dladdr) which library defines cblas_sgemm."""
     if blas.load_fast_blas() is None:
-        assert "no fast BLAS" in blas.advice()
+        assert "no fast BLAS" in blas.no_blas_message()
         return
     code = """
 from anarchobot.system.blas import load_fast_blas
@@ -33,21 +33,21 @@ print(name, info.file.decode().lower(), float((mx.ones((300, 300)) @ mx.ones((30
 
 
 @linux
-def test_without_one_the_advice_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_message_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blas, "_candidates", lambda: {"OpenBLAS": ["libnowhere.so.9"], "MKL": []})
     assert blas.load_fast_blas.__wrapped__() is None
-    assert "libopenblas0-pthread" in blas.advice()
-    assert "\n" not in blas.advice()
+    assert "libopenblas0-pthread" in blas.no_blas_message()
+    assert "\n" not in blas.no_blas_message()
 
 
 @linux
-def test_a_library_that_lacks_the_plain_names_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """libm is a library, but no BLAS: taking it would leave the slow one in place, unannounced."""
+def test_a_library_without_the_blas_symbols_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libm loads but is not a BLAS: accepting it would silently leave the slow one in place."""
     monkeypatch.setattr(blas, "_candidates", lambda: {"OpenBLAS": ["libm.so.6"], "MKL": []})
     assert blas.load_fast_blas.__wrapped__() is None
 
 
-def test_nothing_is_loaded_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_macos_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blas.sys, "platform", "darwin")
     monkeypatch.setattr(blas.ctypes, "CDLL", lambda *a: pytest.fail("loaded a library on macOS"))
     assert blas.load_fast_blas.__wrapped__() == "Accelerate"

@@ -101,7 +101,7 @@ def test_less_memory_where_less_is_asked_for() -> None:
 
 def test_no_mlx_is_loaded() -> None:
     code = (
-        "import sys; from anarchobot.system.micro_batch import fitted; from anarchobot.preflight.plan import plan; "
+        "import sys; from anarchobot.preflight.plan import plan; "
         "from anarchobot.config.loading import load_config; import json; "
         "plan(load_config(None, ['train.micro_batch_size=auto'])); print(json.dumps('mlx.core' in sys.modules))"
     )

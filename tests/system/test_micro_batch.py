@@ -13,7 +13,7 @@ from anarchobot.system.micro_batch import resolve_micro_batch
 SETTINGS = [
     *("model.vocab_size=2000", "model.n_layers=3", "model.d_model=128", "model.n_heads=4", "data.seq_len=128"),
     *("train.device=cpu", "train.cpu_threads=1", "train.micro_batch_size=auto", "train.grad_accum_steps=12"),
-    "train.optimizer=adamw",  # Muon's update would be the peak of one sequence and of two
+    "train.optimizer=adamw",  # with Muon the update would set the peak for one sequence and for two alike
 ]
 
 
@@ -26,14 +26,14 @@ def peak(rows: int) -> int:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 12])
-def test_the_largest_that_fits_is_taken_and_the_step_stays(rows: int) -> None:
+def test_largest_fitting_micro_batch_keeps_the_step(rows: int) -> None:
     for budget in (peak(rows), peak(rows) + 100):
         train = resolve_micro_batch(auto(f"train.memory_budget_gb={budget / 1e9!r}")).loaded.config.train
         assert (train.micro_batch_size, train.grad_accum_steps) == (rows, 12 // rows)
         assert not train.automatic
 
 
-def test_the_written_configuration_has_numbers_and_loads(tmp_path: Path) -> None:
+def test_resolved_configuration_has_numbers_and_loads(tmp_path: Path) -> None:
     from anarchobot.config.strict_yaml import dump
 
     found = resolve_micro_batch(auto("train.epochs=2"))
@@ -41,30 +41,30 @@ def test_the_written_configuration_has_numbers_and_loads(tmp_path: Path) -> None
     again = load_config(tmp_path / "c.yaml").config
     assert again == found.loaded.config
     assert again.train.micro_batch_size * again.train.grad_accum_steps == 12
-    assert found.told[0].startswith("micro_batch_size auto: 12 x 1 sequences a step")
+    assert found.messages[0].startswith("micro_batch_size auto: 12 x 1 sequences per step")
 
 
-def test_numbers_stay_as_they_are() -> None:
+def test_numbers_are_unchanged() -> None:
     plain = load_config(None, ["train.micro_batch_size=3", "train.memory_budget_gb=1e-6"])
     assert resolve_micro_batch(plain) == (plain, [])
 
 
-def test_what_can_not_fit_is_said_with_what_would_help() -> None:
+def test_too_little_memory_is_an_error_with_a_remedy() -> None:
     saving = auto("train.gradient_checkpointing=true", "data.seq_len=1024")
     least = estimate(saving.config, micro_batch_size=1).peak
     with pytest.raises(UserError, match=r"micro_batch_size.*set train\.gradient_checkpointing: true"):
         resolve_micro_batch(auto("data.seq_len=1024", f"train.memory_budget_gb={least / 1e9!r}"))
-    with pytest.raises(UserError, match=r"there are 0\.00 GB .*make the model or data\.seq_len smaller"):
+    with pytest.raises(UserError, match=r"budget is 0\.00 GB .*make the model or data\.seq_len smaller"):
         resolve_micro_batch(auto("data.seq_len=1024", "train.memory_budget_gb=0.001"))
 
 
-def test_unresolved_it_is_the_same_step_one_sequence_at_a_time() -> None:
+def test_unresolved_auto_is_one_sequence_per_micro_batch() -> None:
     train = auto().config.train
     assert (train.automatic, train.micro_batch_size, train.grad_accum_steps) == (True, 1, 12)
     assert type(train).model_validate(train.model_dump()) == train
 
 
 @pytest.mark.parametrize("value", ["many", "0", "-1", "1.5"])
-def test_anything_else_is_refused(value: Any) -> None:
+def test_invalid_values_are_rejected(value: Any) -> None:
     with pytest.raises(UserError, match='expected a whole number of at least 1, or "auto"'):
         auto(f"train.micro_batch_size={value}")
