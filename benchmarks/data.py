@@ -24,8 +24,8 @@ import numpy as np
 
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.pretokenize import pretokenize
-from anarchobot.data.sources.documents import Counts, from_files
-from anarchobot.tokenizers.fast_tokenizer import with_engine
+from anarchobot.data.sources.documents import DocumentCounts, from_files
+from anarchobot.tokenizers.fast_tokenizer import select_engine
 from anarchobot.tokenizers.sentencepiece_to_json import spm_to_json
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
@@ -108,9 +108,9 @@ def measure(name: str, corpus: Path, models: Path, out: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(model)
     encode: Callable[[list[str]], Iterable[Any]] = tokenizer.encode_batch
     if kind == "fast":
-        encode = with_engine(tokenizer, "fast", "stop", lambda line: None).encode_batch
+        encode = select_engine(tokenizer, "fast", "stop", lambda line: None).encode_batch
     elif kind == "fastokens":  # itself, without comparison
-        checked: Any = with_engine(tokenizer, "fast", "stop", lambda line: None)
+        checked: Any = select_engine(tokenizer, "fast", "stop", lambda line: None)
         encode = checked._encode
     elif kind == "sentencepiece":
         import sentencepiece
@@ -152,8 +152,8 @@ def timed(work: Callable[[], Any], digest: Callable[[], tuple[str, int]]) -> dic
 
 def pipeline(corpus: Path, model: Path, out: Path, engine: Any, workers: int) -> None:
     """All that `anarchobot pretokenize` does, the engine's start and its comparisons too."""
-    tokenizer = with_engine(load_tokenizer(model), engine, "stop", lambda line: None)
-    counts = Counts()
+    tokenizer = select_engine(load_tokenizer(model), engine, "stop", lambda line: None)
+    counts = DocumentCounts()
     documents = from_files([str(corpus)], DataConfig(), counts)
     pretokenize(documents, tokenizer, out, counts=counts, val_fraction=0.0, num_workers=workers, seed=0)
 

@@ -46,7 +46,7 @@ def export_model(folder: Path) -> Path:
     from anarchobot.exchange.exporting import export
     from anarchobot.model.parameters import init_parameters
     from anarchobot.runs import checkpoint
-    from anarchobot.tokenizers.tokenizer import copy_beside, load_tokenizer
+    from anarchobot.tokenizers.tokenizer import copy_tokenizer, load_tokenizer
     from anarchobot.tokenizers.training import train_tokenizer
 
     config = load_config(HERE.parent / "configs" / "small.yaml").config
@@ -60,7 +60,7 @@ def export_model(folder: Path) -> Path:
     config = config.model_copy(update={"model": shape})
     run = folder / "run"
     run.mkdir()
-    copy_beside(tokenizer, run)
+    copy_tokenizer(tokenizer, run)
     rng = np.random.default_rng(0)
     arrays = {
         f"params/{name}": (array + 0.05 * rng.standard_normal(array.shape)).astype(np.float32)

@@ -18,7 +18,7 @@ from anarchobot.config.loading import leaf_keys, load_config
 from anarchobot.config.schema import ModelConfig
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.shards import read_manifest
-from anarchobot.data.sources.documents import Counts, Document
+from anarchobot.data.sources.documents import DocumentCounts, Document
 from anarchobot.model.llama.forward import hidden_states, logits
 from anarchobot.model.parameters import init_parameters, parameter_shapes
 from anarchobot.runs import checkpoint
@@ -112,7 +112,7 @@ ELSEWHERE = {
     "data.score_field": "tests/data/sources/test_rows.py::test_documents_below_the_score_are_filtered",
     "data.score_min": "tests/data/sources/test_rows.py::test_documents_below_the_score_are_filtered",
     "data.weights": "tests/data/sources/test_documents.py::test_a_mixture_follows_its_weights",
-    "data.documents": "tests/data/sources/test_text_units.py::test_paragraphs_are_what_blank_lines_part",
+    "data.documents": "tests/data/sources/test_text_files.py::test_paragraphs_are_what_blank_lines_part",
     "data.clean": "tests/data/sources/test_documents.py::test_text_files_are_cleaned_and_measured_too",
     "data.min_chars": "tests/data/sources/test_documents.py::test_each_reason_to_leave_a_document_out_is_counted",
     "data.max_chars": "tests/data/sources/test_documents.py::test_each_reason_to_leave_a_document_out_is_counted",
@@ -282,7 +282,7 @@ def test_key_data__document_mask(tmp_path: Path, tiny_shards: Path) -> None:
     """Of documents shorter than a sequence, most tokens see less with the mask: another loss of the same batch."""
     lines = [f"{i} little document, {i * i} words or so long" for i in range(200)]
     tokenizer = load_tokenizer(tiny_shards)
-    pretokenize(map(Document, lines), tokenizer, tmp_path / "shards", counts=Counts(), val_fraction=0.1, num_workers=1)
+    pretokenize(map(Document, lines), tokenizer, tmp_path / "shards", counts=DocumentCounts(), val_fraction=0.1, num_workers=1)
     losses = [
         pretrain(
             loaded(
@@ -298,16 +298,16 @@ def test_key_data__document_mask(tmp_path: Path, tiny_shards: Path) -> None:
 
 def test_key_data__num_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many threads tokenise; test_pretokenize shows that the shards don't depend on it."""
-    from anarchobot.data import encoding
+    from anarchobot.data import document_batches
 
     pools: list[int] = []
 
-    class Pool(encoding.ThreadPoolExecutor):
+    class Pool(document_batches.ThreadPoolExecutor):
         def __init__(self, workers: int) -> None:
             pools.append(workers)
             super().__init__(workers)
 
-    monkeypatch.setattr(encoding, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(document_batches, "ThreadPoolExecutor", Pool)
     make_shards(tmp_path / "shards")
     (tmp_path / "a.txt").write_text("some text\n" * 9)
     words = ["--input", str(tmp_path / "a.txt"), "--tokenizer", str(tmp_path / "shards" / "made.model")]

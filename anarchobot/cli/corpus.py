@@ -74,9 +74,9 @@ def _warn(text: str) -> None:
 
 def _train_tokenizer(args: argparse.Namespace) -> None:
     from anarchobot.config.loading import load_config
-    from anarchobot.data.sources.documents import Counts
+    from anarchobot.data.sources.documents import DocumentCounts
     from anarchobot.tasks.pretokenize import read
-    from anarchobot.tokenizers.training import limited, train_tokenizer
+    from anarchobot.tokenizers.training import limit_bytes, train_tokenizer
 
     config = load_config(args.config, overrides(args)).config
     output = args.output or config.train.tokenizer_path
@@ -84,11 +84,11 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
         raise UserError("where to? Give --output PREFIX, or set train.tokenizer_path")
     prefix = Path(output)  # or the file that is loaded later, as train.tokenizer_path names it
     prefix = prefix.with_name(prefix.name.removesuffix(".model").removesuffix("-vocab.json"))
-    counts, taken = Counts(), [0]
+    counts, taken = DocumentCounts(), [0]
     texts = (document.text for document in read(config, args.input, counts, _warn)[1])
     try:
         files = train_tokenizer(
-            limited(texts, config.tokenizer.max_train_mb, taken),
+            limit_bytes(texts, config.tokenizer.max_train_mb, taken),
             prefix,
             config.model.vocab_size,
             config.tokenizer.model_type,
@@ -162,7 +162,7 @@ def _size_of(names: list[str]) -> int | None:
     """Bytes of the files, for the progress bar; None when they are packed, or no files."""
     from anarchobot.data.sources import files, hub
 
-    if any(name == "builtin" or hub.looks_like_a_name(name) for name in names):
+    if any(name == "builtin" or hub.is_hub_name(name) for name in names):
         return None
     paths = files.find(names)
     packed = any(path.suffix in (".gz", ".zst", ".parquet") for path in paths)

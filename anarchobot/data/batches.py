@@ -4,6 +4,7 @@ The order is a function of the seed and of how many windows came before, so any 
 before it, and a run that was stopped goes on with the very next window.
 """
 
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -13,8 +14,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from anarchobot.data.order import permuted
-from anarchobot.data.windows import Joined, Rows, Windows, gather
+from anarchobot.data.windows import ConcatWindows, Rows, Windows, gather
 
 ORDER_BLOCK = 4096  # places of the order that are worked out at a time: one at a time would cost more than the reading
 MIXTURE_PATTERN = 4096  # windows after which a mixture's pattern repeats: weights are kept to 1 in 4,096
@@ -44,7 +44,7 @@ class TrainBatches:
 
     def __init__(self, sets: Sequence[Windows], seed: int, weights: Sequence[float] | None = None) -> None:
         self.windows = sum(s.count for s in sets)
-        self._sets = sets if weights is not None or len(sets) == 1 else [Joined(sets)]
+        self._sets = sets if weights is not None or len(sets) == 1 else [ConcatWindows(sets)]
         self._pattern = _pattern(weights or [1.0])
         self._seed = seed
         self._block = lru_cache(maxsize=2 * len(sets))(self._order_block)
@@ -101,7 +101,7 @@ class ValBatches:
         return _batch(self._windows.rows(np.arange(index * self._rows, (index + 1) * self._rows)), 1, self._rows)
 
 
-class Prefetched:
+class Prefetcher:
     """Reads the batch after the one asked for in a thread (numpy only), while that one trains. The order is a function
     of the position, so a batch fetched for nothing costs nothing but its time.
 
@@ -148,3 +148,35 @@ def _pattern(weights: Sequence[float]) -> tuple[npt.NDArray[np.int64], npt.NDArr
         before[:, i + 1] = before[:, i]
         before[owned[i], i + 1] += 1
     return owned, before
+
+
+_ROUNDS = 6
+
+
+def permuted(places: npt.NDArray[np.int64], size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Where the places 0 .. size-1 of `epoch` land in a shuffle of `size` things; O(1) memory, O(1) a place.
+
+    A balanced Feistel network (Luby and Rackoff, 1988) shuffles the next power of four; a result beyond `size` is fed
+    through again until it falls inside ("cycle walking", Black and Rogaway, 2002), which keeps it a permutation.
+    """
+    half = max(1, (max(1, size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    keys = np.frombuffer(digest[: 4 * _ROUNDS], "<u4").astype(np.uint64)
+    result = places.astype(np.uint64)
+    outside = np.ones(len(result), bool)
+    while outside.any():
+        left, right = result[outside] >> np.uint64(half), result[outside] & np.uint64(mask)
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & np.uint64(mask))
+        result[outside] = left << np.uint64(half) | right
+        outside = result >= size
+    return result.astype(np.int64)
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """splitmix64's finaliser (Steele, Lea and Flood, 2014): every bit of x reaches every bit of the result."""
+    x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.encoding import Encoded, encoded, id_dtype
-from anarchobot.data.near_duplicates import NearDuplicates
-from anarchobot.data.parts import Parts, remove_parts
-from anarchobot.data.pieces import pieces
+from anarchobot.data.corpus_parts import Parts, remove_parts
+from anarchobot.data.document_batches import Encoded, encoded, id_dtype, pieces
+from anarchobot.data.duplicates import NearDuplicateIndex
 from anarchobot.data.resume import Passed, Provenance, load_progress, save_progress, shard_files
 from anarchobot.data.shard_writer import ShardWriter
 from anarchobot.data.shards import Manifest, Shard, write_manifest
-from anarchobot.data.sources.documents import Counts, Document
+from anarchobot.data.sources.documents import Document, DocumentCounts
 from anarchobot.storage.lock import FolderLock
-from anarchobot.tokenizers.tokenizer import Tokenizer, copy_beside, digest
+from anarchobot.tokenizers.tokenizer import Tokenizer, copy_tokenizer, digest
 
 SHARD_TOKENS = 2**26  # 128 MiB of uint16
 
@@ -29,7 +28,7 @@ def pretokenize(
     tokenizer: Tokenizer,
     folder: str | Path,
     *,
-    counts: Counts,
+    counts: DocumentCounts,
     val_fraction: float,
     num_workers: int,
     dedup: bool = True,
@@ -75,7 +74,7 @@ def join(
     tokenizer: Tokenizer,
     folder: str | Path,
     *,
-    counts: Counts,
+    counts: DocumentCounts,
     made_of: Provenance,
     dedup: bool = True,
     near_dedup: float | None = None,
@@ -125,7 +124,7 @@ def _write(
     units_of: Callable[[Passed], Iterator[Encoded]],
     tokenizer: Tokenizer,
     out: Path,
-    counts: Counts,
+    counts: DocumentCounts,
     seed: int,
     made_of: Provenance,
     restart: bool,
@@ -157,7 +156,7 @@ def _write(
     _put_in_place(out, shards)
     manifest = Manifest(
         tokenizer={
-            "name": tokenizer.files[0].name, "file": copy_beside(tokenizer, out), "sha256": digest(tokenizer)
+            "name": tokenizer.files[0].name, "file": copy_tokenizer(tokenizer, out), "sha256": digest(tokenizer)
         },
         vocab_size=tokenizer.vocab_size,
         dtype=dtype.name,
@@ -170,9 +169,9 @@ def _write(
     return manifest
 
 
-def _without_near_duplicates(units: Iterable[Encoded], threshold: float, counts: Counts) -> Iterator[Encoded]:
+def _without_near_duplicates(units: Iterable[Encoded], threshold: float, counts: DocumentCounts) -> Iterator[Encoded]:
     """The tail of a document, which is in the same unit, goes where its head went."""
-    near = NearDuplicates(threshold)
+    near = NearDuplicateIndex(threshold)
     for unit in units:
         wanted: list[bool] = []
         ends = np.cumsum(unit.lengths).tolist()

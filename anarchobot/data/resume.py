@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.pieces import Mask, Pieces
+from anarchobot.data.document_batches import Mask, Pieces
 from anarchobot.data.shard_writer import Finished
 from anarchobot.data.shards import SPLITS, Shard, Split
 from anarchobot.data.sources import files, hub
@@ -36,14 +36,14 @@ NOT_OF_DOCUMENTS = {
 }
 
 
-def source_of(names: list[str], data: DataConfig) -> dict[str, Any]:
+def source_provenance(names: list[str], data: DataConfig) -> dict[str, Any]:
     """What the documents of these datasets depend on: settings, and the size and time of each file."""
     source: dict[str, Any] = {
         f"data.{key}": value for key, value in data.model_dump().items() if key not in NOT_OF_DOCUMENTS
     }
     source["data.dataset"] = names
     for name in names:
-        if name != "builtin" and not hub.looks_like_a_name(name):
+        if name != "builtin" and not hub.is_hub_name(name):
             for path in files.find([name]):
                 stat = path.stat()
                 source[str(path)] = f"{stat.st_size} bytes, written {stat.st_mtime_ns / 1e9:.6f}"
@@ -104,7 +104,7 @@ def _read(folder: Path, made_of: Provenance) -> list[Finished]:
     raise UserError(f"{folder}: {what}: {told}: {do} with --restart")
 
 
-def check_made_of(folder: Path, made_of: Provenance) -> None:
+def check_provenance(folder: Path, made_of: Provenance) -> None:
     """Raises UserError when there are shards in the folder, and they were made of anything else."""
     _read(folder, made_of)
 

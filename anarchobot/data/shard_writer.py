@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from anarchobot.data.encoding import Encoded
+from anarchobot.data.document_batches import Encoded
 from anarchobot.data.shards import SPLITS, Shard, Split
-from anarchobot.storage.durable import flush, sha256_file
+from anarchobot.storage.durable import fsync, sha256_file
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class NpyStream:
         self._file.seek(0)
         self._write_header()
         self._file.flush()
-        flush(self._file.fileno())
+        fsync(self._file.fileno())
         self._file.close()
         return sha256_file(self._path)
 

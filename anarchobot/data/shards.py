@@ -9,7 +9,8 @@ DIR/tokenizer.model          the tokenizer that made them (or tokenizer.json, or
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -207,7 +208,7 @@ def verify(folder: str | Path) -> Iterator[tuple[str, str]]:
         yield from zip(shard.files, (ids, offsets), strict=True)
 
 
-def first_altered(folder: str | Path) -> str | None:
+def find_modified_file(folder: str | Path) -> str | None:
     """The first file whose content is not what was written. Only digests are compared, so that a thread may do it
     beside others: reading numpy's headers is Python's parser, which in Python 3.11 fails at times when two threads use
     it at once (CPython's issue 106905). Raises OSError for one that can't be read."""
@@ -248,3 +249,22 @@ def _check_ends(folder: Path, shard: Shard, manifest: Manifest) -> None:
 def _check_content(path: Path, sha256: str) -> None:
     if sha256_file(path) != sha256:
         raise UserError(f"{path}: its content is not what was written (sha256 differs)")
+
+
+class BackgroundVerifier:
+    """Begins at once; `problem` says what is wrong with the first damaged file, as soon as it is found."""
+
+    def __init__(self, folders: Iterable[str | Path]) -> None:
+        self.problem: str | None = None
+        self._folders = list(folders)
+        # A daemon: the end of a run does not wait for it.
+        threading.Thread(target=self._run, name="shard contents", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            for folder in self._folders:
+                if (file := find_modified_file(folder)) is not None:
+                    self.problem = f"{Path(folder) / file}: its content is not what was written: pretokenize again"
+                    return
+        except (UserError, OSError) as error:
+            self.problem = str(error)

@@ -5,6 +5,7 @@ in an epoch, from the one before it: a document's first from an end of document,
 very first has none before it.) Places that are no target hold IGNORE.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -13,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.packing import best_fit, ranges
 from anarchobot.data.shards import TokenStream
 
 IGNORE = -100  # a target that isn't scored, as in PyTorch and Hugging Face
@@ -37,7 +37,7 @@ class Windows(Protocol):
     def rows(self, numbers: npt.NDArray[np.int64]) -> Rows: ...
 
 
-class Joined:
+class ConcatWindows:
     """Several sets of windows as one, in their order."""
 
     def __init__(self, sets: Sequence[Windows]) -> None:
@@ -151,3 +151,52 @@ def _segments(places: npt.NDArray[np.int64], count: int, seq_len: int) -> npt.ND
     numbers = np.arange(len(places)) - np.searchsorted(rows, rows)
     ends = np.append(places[1:], count * seq_len)
     return np.repeat(numbers.astype(np.int32), ends - places).reshape(count, seq_len)
+
+
+Ints = npt.NDArray[np.int64]
+
+
+def best_fit(starts: Ints, ends: Ints, capacity: int) -> tuple[Ints, Ints, Ints]:
+    """Packs the stretches [start, end) of a token stream into rows of at most `capacity` tokens.
+
+    Longer ones are cut into full rows first, and only their rest is packed. Returns (first, start, end): row r holds
+    the pieces first[r] to first[r + 1]. The same documents give the same rows: no randomness, ties by position.
+    """
+    piece_starts, piece_ends = _cut(starts, ends, capacity)
+    lengths = piece_ends - piece_starts
+    rows: list[list[int]] = []
+    open_rows: defaultdict[int, list[int]] = defaultdict(list)  # rows by the room they have left
+    rooms = 0  # bit r is set when some open row has room r: its lowest bit at or above a length is the best fit
+    for piece in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[piece])
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                rooms ^= 1 << room
+            rows[row].append(piece)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([piece])
+        left = room - length
+        if left:
+            open_rows[left].append(row)
+            rooms |= 1 << left
+    order = np.array([piece for row in rows for piece in sorted(row)], np.int64)
+    first = np.cumsum([0, *map(len, rows)])
+    return first, piece_starts[order], piece_ends[order]
+
+
+def _cut(starts: Ints, ends: Ints, capacity: int) -> tuple[Ints, Ints]:
+    """Each stretch in pieces of `capacity`, its last one shorter; empty stretches vanish."""
+    owner, number = ranges(np.zeros_like(starts), -(-(ends - starts) // capacity))
+    piece_starts = starts[owner] + number * capacity
+    return piece_starts, np.minimum(piece_starts + capacity, ends[owner])
+
+
+def ranges(first: Ints, end: Ints) -> tuple[Ints, Ints]:
+    """All numbers of the ranges first[i] to end[i], one range behind the other, and before them the i of each."""
+    counts = end - first
+    owner = np.repeat(np.arange(len(first)), counts)
+    return owner, np.arange(len(owner)) + np.repeat(first - (np.cumsum(counts) - counts), counts)

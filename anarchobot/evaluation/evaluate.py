@@ -17,7 +17,7 @@ from anarchobot.data.batches import ValBatches
 from anarchobot.data.conversations.reading import conversations
 from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.shards import TokenStream
-from anarchobot.data.sources.documents import Counts, from_files
+from anarchobot.data.sources.documents import DocumentCounts, from_files
 from anarchobot.data.windows import StreamWindows
 from anarchobot.evaluation.likelihood import likelihoods, rolling
 from anarchobot.evaluation.rouge import rouge
@@ -95,7 +95,7 @@ def of_shards(model: Model, config: Config, folder: str, say: Callable[[str], No
 
 def of_texts(model: Model, names: Sequence[str], limit: int | None, say: Callable[[str], None]) -> Figures:
     """Files of text, JSONL or Parquet, each document by itself, each of its tokens scored once."""
-    counts, nats, tokens, size = Counts(), 0.0, 0, 0
+    counts, nats, tokens, size = DocumentCounts(), 0.0, 0, 0
     texts = [document.text for document in islice(from_files(names, DataConfig(), counts), limit)]
     for start in range(0, len(texts), UNIT):
         unit = texts[start : start + UNIT]

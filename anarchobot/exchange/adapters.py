@@ -151,8 +151,8 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
 
 def _of_checkpoint(path: Path) -> Adapter:
     try:
-        best = checkpoint.named_step(path / "best.json")
-        found = checkpoint.find(path if best is None else path / "best.json", files=(checkpoint.MODEL_FILE,))
+        best = checkpoint.best_step(path)
+        found = checkpoint.find(path if best is None else path / checkpoint.BEST, files=(checkpoint.MODEL_FILE,))
     except UserError as error:
         if (path / "state.json").exists() or checkpoint.saved_steps(path):
             raise

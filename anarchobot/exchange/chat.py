@@ -7,7 +7,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import FILE, ChatTemplate, load_template
 from anarchobot.tokenizers.conversation import InvalidRow, Message
-from anarchobot.tokenizers.tokenizer import ChatTokenizer, HFTokenizer, SentencePiece, Tokenizer
+from anarchobot.tokenizers.tokenizer import ChatTokenizer, HFTokenizer, SentencePieceTokenizer, Tokenizer
 
 
 class Chat(NamedTuple):
@@ -32,14 +32,14 @@ def open_chat(tokenizer: Tokenizer) -> Chat | None:
     """
     if not (tokenizer.files[0].parent / FILE).is_file():
         return None
-    assert isinstance(tokenizer, SentencePiece | HFTokenizer)
+    assert isinstance(tokenizer, SentencePieceTokenizer | HFTokenizer)
     return _probed(tokenizer, load_template(tokenizer))
 
 
 def save_foreign_template(tokenizer: Tokenizer, folder: Path) -> list[str]:
     """Copies the chat template that came with a foreign tokenizer, if one did, into `folder`; returns what is to be
     said of one that is left out."""
-    assert isinstance(tokenizer, SentencePiece | HFTokenizer)
+    assert isinstance(tokenizer, SentencePieceTokenizer | HFTokenizer)
     try:
         template = load_template(tokenizer)
         if template.where in ("chatml", "plain"):  # it has none of its own
@@ -60,8 +60,8 @@ def _probed(tokenizer: ChatTokenizer, template: ChatTemplate) -> Chat:
     except InvalidRow as misfit:
         raise UserError(f"{template.where}: can't be used: {misfit}") from misfit
     # transformers would add a token that there is none of, with an id that the model has no row for.
-    tokens = {key: text for key, text in template.tokens.items() if text in tokenizer.controls}
-    begins = first if tokenizer.controls.get(tokens.get("bos_token", "")) == first else None
+    tokens = {key: text for key, text in template.tokens.items() if text in tokenizer.control_tokens}
+    begins = first if tokenizer.control_tokens.get(tokens.get("bos_token", "")) == first else None
     ends = [tokenizer.eod_id]
     if end is not None and end != tokenizer.eod_id:
         ends.append(end)

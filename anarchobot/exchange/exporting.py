@@ -65,7 +65,7 @@ def export(path: str | Path, target: Target, output: str | Path, dtype: Dtype = 
         "step": found.step,
         "parameters": parameter_count(model),
         "files": sizes,
-        "warnings": [*found.passed_over, *notes],
+        "warnings": [*found.skipped, *notes],
     }
 
 

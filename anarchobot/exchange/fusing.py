@@ -18,7 +18,7 @@ from anarchobot.model.lora import GROUP, is_packed
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
 from anarchobot.tokenizers import chat_template as template
-from anarchobot.tokenizers.tokenizer import copy_beside
+from anarchobot.tokenizers.tokenizer import copy_tokenizer
 
 
 def fuse(model: str | Path, adapter: str | Path, output: str | Path) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def fuse(model: str | Path, adapter: str | Path, output: str | Path) -> dict[str
             "that they were trained on, at the step it had then"
         )
     with NewFolder(output) as beside:
-        file_name = copy_beside(whole.tokenizer, beside)
+        file_name = copy_tokenizer(whole.tokenizer, beside)
         warnings = list(whole.warnings)
         of_ours = [adapter.parent] if checkpoint.saved_steps(adapter.parent) else []  # it is RUN/adapters, or a step
         if not _copy_template([adapter, *of_ours, whole.tokenizer.files[0].parent], beside):

@@ -8,7 +8,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.exchange.chat import Chat
 from anarchobot.exchange.tokenizer_json import CONTROL, described, proto
 from anarchobot.tokenizers.sentencepiece_to_json import NORMAL, UNUSED, USER_DEFINED
-from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePiece, Tokenizer
+from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer
 
 # The pre-tokenizers' patterns, as their models' tokenizer.json have them, and llama.cpp's names for them.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -49,9 +49,9 @@ def special_tokens(tokenizer: Tokenizer, bos_id: int, chat: Chat | None) -> Spec
     """
     if chat is None:
         return SpecialTokens(bos_id, True, tokenizer.eod_id)
-    assert isinstance(tokenizer, SentencePiece | HFTokenizer)
+    assert isinstance(tokenizer, SentencePieceTokenizer | HFTokenizer)
     named = chat.tokens.get("eos_token") if chat.speaks_of("eos_token") else None
-    eos = tokenizer.eod_id if named is None else tokenizer.controls[named]
+    eos = tokenizer.eod_id if named is None else tokenizer.control_tokens[named]
     others = [end for end in reversed(chat.ends) if end != eos]
     bos = bos_id if chat.begins is None else chat.begins
     return SpecialTokens(bos, chat.begins is not None, eos, others[0] if others else None, chat.template.source)
@@ -59,13 +59,13 @@ def special_tokens(tokenizer: Tokenizer, bos_id: int, chat: Chat | None) -> Spec
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """Raises UserError for a tokenizer that llama.cpp has no equal of."""
-    if isinstance(tokenizer, SentencePiece):
+    if isinstance(tokenizer, SentencePieceTokenizer):
         return _sentencepiece(tokenizer)
     assert isinstance(tokenizer, HFTokenizer)
     return _byte_level(tokenizer)
 
 
-def _sentencepiece(tokenizer: SentencePiece) -> Vocabulary:
+def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
     path = tokenizer.files[0]
     spec = proto(path)
     trainer, normalizer = spec.trainer_spec, spec.normalizer_spec

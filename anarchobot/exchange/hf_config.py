@@ -6,7 +6,7 @@ from typing import Any
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import config_from_dict
 from anarchobot.config.schema import ModelConfig
-from anarchobot.config.validation import contradictions
+from anarchobot.config.validation import conflicts
 from anarchobot.exchange.limits import architecture
 from anarchobot.exchange.narrowing import Dtype
 
@@ -68,7 +68,7 @@ def from_hf(values: dict[str, Any], name: str) -> ModelConfig:
         "qk_norm": values["model_type"] == "qwen3",
     }
     config = config_from_dict({"model": model, "data": {"seq_len": 1}}, name)
-    for _, problem in contradictions(config, []):
+    for _, problem in conflicts(config, []):
         raise UserError(f"{name}: {problem}")
     return config.model
 

@@ -18,7 +18,7 @@ from anarchobot.exchange.new_folder import NewFolder
 from anarchobot.exchange.safetensors_file import Stored
 from anarchobot.model.parameters import parameter_count, parameter_shapes
 from anarchobot.runs import checkpoint
-from anarchobot.tokenizers.tokenizer import Tokenizer, copy_beside, load_tokenizer
+from anarchobot.tokenizers.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 
 INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json")
@@ -73,7 +73,7 @@ def import_model(folder: str | Path, output: str | Path) -> dict[str, Any]:
     kind, model, tokenizer, weights, _, warnings = open_foreign(folder)
     params = dict(weights)
     with NewFolder(output) as beside:
-        file_name = copy_beside(tokenizer, beside)
+        file_name = copy_tokenizer(tokenizer, beside)
         warnings = [*warnings, *save_foreign_template(tokenizer, beside)]
         config = Config(
             model=model,

@@ -14,6 +14,7 @@ from anarchobot.exchange.limits import READERS, Target
 from anarchobot.exchange.narrowing import Dtype
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs.checkpoint import Checkpoint, read_best
+from anarchobot.runs.run_log import logs_dir, read_events, read_summary
 from anarchobot.tokenizers.tokenizer import Tokenizer, digest
 
 CURVE_WIDTH = 60  # characters
@@ -33,7 +34,7 @@ def model_card(
     """Markdown, with the front matter that model hubs read. `notes` are what its user should know before."""
     config = found.config
     run = found.folder.parent
-    logs = Path(config.train.log_path or run / "logs")
+    logs = logs_dir(run, config.train.log_path)
     if not logs.is_dir():
         logs = run / "logs"  # the run was moved
     lines = [
@@ -164,8 +165,8 @@ def _use_gguf(chat: Chat | None) -> Iterator[str]:
 
 def _training(found: Checkpoint, logs: Path, tokenizer_sha256: str) -> Iterator[str]:
     state, config = found.state, found.config
-    summary = _summary(logs / "final_training_summary.json")
-    events = list(_events(logs / "metrics.jsonl", found.step))
+    summary = read_summary(logs)
+    events = [event for event in read_events(logs) if event["step"] <= found.step]
     validations = {e["step"]: e for e in events if e["event"] == "eval"}
     loss, bits = _best(found, list(validations.values()))
     # Of pairs of answers the loss is a mean over pairs, and has no perplexity.
@@ -263,27 +264,6 @@ def _spread(steps: list[int], most: int) -> list[int]:
     if len(steps) <= most:
         return steps
     return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]
-
-
-def _events(file: Path, up_to: int) -> Iterator[dict[str, Any]]:
-    """The log's lines up to a step, as far as there is a log; a line torn by a kill is passed over."""
-    if not file.is_file():
-        return
-    for line in file.read_bytes().splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if event.get("step", 0) <= up_to:
-            yield event
-
-
-def _summary(file: Path) -> dict[str, Any]:
-    try:
-        summary: dict[str, Any] = json.loads(file.read_bytes())
-    except (OSError, ValueError):  # the run is still going on, or was stopped hard
-        return {}
-    return summary
 
 
 def _number(value: float | int | None) -> str | None:

@@ -68,13 +68,13 @@ def load_pretrained(path: str) -> PretrainedModel:
         tokenizer,
         _Saved(run),
         lambda: str(run.state["sha256"][checkpoint.MODEL_FILE]),
-        list(run.passed_over),
+        list(run.skipped),
     )
 
 
 def _no_whole_model(folder: Path, sign: str) -> UserError:
     return UserError(
-        f"{folder}: adapters ({sign}), not a whole model: join them with their model first (anarchobot fuse)"
+        f"{folder}: adapters ({sign}), not a whole model: fuse them with their model first (anarchobot fuse)"
     )
 
 

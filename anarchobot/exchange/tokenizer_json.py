@@ -18,7 +18,7 @@ from anarchobot.exchange.chat import Chat
 from anarchobot.tokenizers.chat_template import FILE
 from anarchobot.tokenizers.fast_tokenizer import adversarial_texts
 from anarchobot.tokenizers.sentencepiece_to_json import BYTE, NORMAL, NotConvertible, spm_to_json
-from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePiece, Tokenizer
+from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer
 
 UNKNOWN, CONTROL = 2, 3  # a piece's types, beside those of spm_to_json
 TIES = (
@@ -36,7 +36,7 @@ def tokenizer_files(tokenizer: Tokenizer, max_seq_len: int, bos_id: int, chat: C
     import tokenizers
 
     files = {}
-    if isinstance(tokenizer, SentencePiece):
+    if isinstance(tokenizer, SentencePieceTokenizer):
         path = tokenizer.files[0]
         spec = proto(path)
         try:

@@ -55,7 +55,7 @@ class TextBatch:
                 self._counts[request] += 1
                 text = stream.add(token)
             if end is not None:
-                text += stream.rest()
+                text += stream.finish()
             if stream.stopped:
                 end = "stop"
             if text or end:

@@ -1,7 +1,7 @@
-"""The SQLite file of a knowledge base: made, opened and checked, and its faults told in one line.
+"""The SQLite file of a knowledge base: create, open and check it; translate SQLite errors into one-line messages.
 
-A rollback journal, not a write-ahead log: between two changes the base is one file that can be copied, and a search
-needs no right to write beside it. `synchronous = EXTRA` flushes each change to the disk before it is said to be done.
+It uses a rollback journal rather than a write-ahead log: between transactions the knowledge base is a single file that
+can be copied, and searching needs no write permission. `synchronous = EXTRA` flushes each commit to disk.
 """
 
 import sqlite3
@@ -11,14 +11,14 @@ from pathlib import Path
 
 from anarchobot.config.errors import UserError, did_you_mean
 
-APPLICATION = 0x414E4B42  # "ANKB", in the file's header
-FORMAT = 1  # of the tables below, and of what words.spaced makes of a text
-PATIENCE = 5.0  # seconds to wait for another process that is writing
-CACHE = 2**16  # KiB at most; an `add` that changes more goes to the file before its end, and then readers have to wait
+APPLICATION_ID = 0x414E4B42  # "ANKB", in the file's header
+FORMAT_VERSION = 1  # of the tables below and the output of text.index_text
+BUSY_TIMEOUT = 5.0  # seconds to wait for another process's write lock
+CACHE_KIB = 2**16  # a larger transaction spills to the file before it commits, and then blocks readers
 
-# AUTOINCREMENT: an id is never given twice, so a vote on a passage that is gone is a vote on nothing.
-# The index holds no text of its own (content=''); porter takes English endings off, and leaves other languages alone.
-_TABLES = (
+# AUTOINCREMENT: ids are never reused, so a vote on a deleted passage stays without effect.
+# The index stores no text itself (content=''); porter strips English suffixes and leaves other languages unchanged.
+_SCHEMA = (
     """CREATE TABLE documents (
         id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, sha256 TEXT NOT NULL, text_field TEXT NOT NULL
     )""",
@@ -38,35 +38,35 @@ _TABLES = (
         BEGIN SELECT RAISE (ABORT, 'the log of feedback only grows'); END""",
     """CREATE TRIGGER feedback_is_not_removed BEFORE DELETE ON feedback
         BEGIN SELECT RAISE (ABORT, 'the log of feedback only grows'); END""",
-    f"PRAGMA application_id = {APPLICATION}",
-    f"PRAGMA user_version = {FORMAT}",
+    f"PRAGMA application_id = {APPLICATION_ID}",
+    f"PRAGMA user_version = {FORMAT_VERSION}",
 )
 
 
-class BaseFault(UserError):
-    """What is wrong is the base itself, not what is put into it."""
+class KnowledgeBaseError(UserError):
+    """The knowledge base itself cannot be used (as opposed to a file that is added to it)."""
 
 
 def open_database(path: Path, create: bool) -> sqlite3.Connection:
-    """Opens a knowledge base; with `create`, makes it where there is none or an empty file.
+    """Opens a knowledge base; with `create`, creates it if the file is missing or empty.
 
-    Raises BaseFault when there is none, and for a file that is no knowledge base, damaged, locked or of a newer format.
+    Raises KnowledgeBaseError if there is none, or if it is not a knowledge base, corrupt, locked, or of a newer format.
     """
     if not create and not path.is_file():
         near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
-        raise BaseFault(f"{path}: no such knowledge base{near or '; `anarchobot kb add` makes one'}")
-    with told(path):
-        # Without isolation_level the module begins no transactions of its own: `transaction` does.
-        address = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
-        database = sqlite3.connect(address, timeout=PATIENCE, isolation_level=None, uri=True)
+        raise KnowledgeBaseError(f"{path}: no such knowledge base{near or '; create it with: anarchobot kb add'}")
+    with translate_errors(path):
+        # With isolation_level=None the sqlite3 module does not begin transactions on its own; `transaction` does.
+        uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
+        database = sqlite3.connect(uri, timeout=BUSY_TIMEOUT, isolation_level=None, uri=True)
     try:
-        with told(path):
+        with translate_errors(path):
             database.execute("PRAGMA trusted_schema = OFF")
             database.execute("PRAGMA synchronous = EXTRA")
-            database.execute("PRAGMA fullfsync = ON")  # macOS: down to the disk itself; elsewhere it does nothing
-            database.execute(f"PRAGMA cache_size = -{CACHE}")
+            database.execute("PRAGMA fullfsync = ON")  # macOS: flush the disk's own cache; no effect elsewhere
+            database.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
             if create and _is_empty(database):
-                _make(database)
+                _create_schema(database)
             _check(database, path)
     except BaseException:
         database.close()
@@ -75,34 +75,36 @@ def open_database(path: Path, create: bool) -> sqlite3.Connection:
 
 
 def _is_empty(database: sqlite3.Connection) -> bool:
-    return not _number(database, "SELECT count(*) FROM sqlite_master") and not _number(
+    return not _integer(database, "SELECT count(*) FROM sqlite_master") and not _integer(
         database, "PRAGMA application_id"
     )
 
 
-def _make(database: sqlite3.Connection) -> None:
+def _create_schema(database: sqlite3.Connection) -> None:
     with transaction(database, "IMMEDIATE"):
-        if _is_empty(database):  # still: another process may have been quicker
-            for statement in _TABLES:
+        if _is_empty(database):  # check again under the lock: another process may have created it
+            for statement in _SCHEMA:
                 database.execute(statement)
 
 
 def _check(database: sqlite3.Connection, path: Path) -> None:
     if _is_empty(database):
-        raise BaseFault(f"{path}: an empty file: `anarchobot kb add` makes a knowledge base of it")
-    if _number(database, "PRAGMA application_id") != APPLICATION:
-        raise BaseFault(f"{path}: another program's SQLite file, no knowledge base: name another file")
-    if (version := _number(database, "PRAGMA user_version")) != FORMAT:
-        raise BaseFault(f"{path}: of format {version}, expected {FORMAT}: use the AnarchoBot that wrote it, or a newer")
+        raise KnowledgeBaseError(f"{path}: empty file; create a knowledge base with: anarchobot kb add")
+    if _integer(database, "PRAGMA application_id") != APPLICATION_ID:
+        raise KnowledgeBaseError(f"{path}: not a knowledge base (another program's SQLite file); choose another file")
+    if (version := _integer(database, "PRAGMA user_version")) != FORMAT_VERSION:
+        raise KnowledgeBaseError(
+            f"{path}: unsupported format version {version} (expected {FORMAT_VERSION}); use a newer AnarchoBot"
+        )
 
 
-def _number(database: sqlite3.Connection, question: str) -> int:
-    return int(database.execute(question).fetchone()[0])
+def _integer(database: sqlite3.Connection, query: str) -> int:
+    return int(database.execute(query).fetchone()[0])
 
 
 @contextmanager
 def transaction(database: sqlite3.Connection, kind: str) -> Iterator[None]:
-    """All or nothing. `kind` is DEFERRED to read one state of the base, or IMMEDIATE to write."""
+    """Commits on success, else rolls back. `kind`: DEFERRED for a consistent read, IMMEDIATE to write."""
     database.execute(f"BEGIN {kind}")
     try:
         yield
@@ -113,28 +115,28 @@ def transaction(database: sqlite3.Connection, kind: str) -> Iterator[None]:
         raise
 
 
-_TOLD = {
-    sqlite3.SQLITE_BUSY: "another process is writing to it: try again when it is done",
-    sqlite3.SQLITE_LOCKED: "another process is writing to it: try again when it is done",
-    sqlite3.SQLITE_NOTADB: "no knowledge base (not a SQLite file): name another file",
-    sqlite3.SQLITE_CANTOPEN: "can't be opened: expected a file in a folder that is there and may be written to",
-    sqlite3.SQLITE_READONLY: "can't be written: make it, and its folder, writable",
-    sqlite3.SQLITE_PERM: "can't be read: allow it",
-    sqlite3.SQLITE_FULL: "the disk is full: make room; the base is as it was",
-    sqlite3.SQLITE_IOERR: "can't be read or written: is the disk full or failing?",
+_MESSAGES = {
+    sqlite3.SQLITE_BUSY: "locked by another process; try again later",
+    sqlite3.SQLITE_LOCKED: "locked by another process; try again later",
+    sqlite3.SQLITE_NOTADB: "not a knowledge base (not a SQLite file); choose another file",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened; expected a file in an existing, writable folder",
+    sqlite3.SQLITE_READONLY: "read-only; make the file and its folder writable",
+    sqlite3.SQLITE_PERM: "permission denied; make the file readable",
+    sqlite3.SQLITE_FULL: "disk full; free some space (the knowledge base is unchanged)",
+    sqlite3.SQLITE_IOERR: "I/O error; check whether the disk is full or failing",
 }
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Turns SQLite's errors into BaseFault, one line for people; what no code explains is damage."""
+def translate_errors(path: Path) -> Iterator[None]:
+    """Turns SQLite errors into KnowledgeBaseError; an unexplained error code means corruption."""
     try:
         yield
-    except sqlite3.ProgrammingError:  # ours
+    except sqlite3.ProgrammingError:  # a bug of ours
         raise
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter: SQLite quotes damaged text in an error
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # UnicodeDecodeError: SQLite's message quotes bad text
         if "no such module" in str(error):
-            raise BaseFault(f"{path}: this Python's SQLite has no FTS5: use a Python that has") from error
-        what = _TOLD.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
-        damage = f"a damaged knowledge base ({error}): restore a copy, or add its files to a new one"
-        raise BaseFault(f"{path}: {what or damage}") from error
+            raise KnowledgeBaseError(f"{path}: this Python's SQLite lacks FTS5; use a Python that has it") from error
+        message = _MESSAGES.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+        corrupt = f"corrupt knowledge base ({error}); restore a copy, or add its files to a new one"
+        raise KnowledgeBaseError(f"{path}: {message or corrupt}") from error

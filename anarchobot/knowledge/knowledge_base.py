@@ -1,31 +1,40 @@
-"""A knowledge base: files cut into passages, searched by the words of a question, and what people said of the finds.
+"""A knowledge base: files split into passages, keyword search over them, and user feedback on the results.
 
-All of it is one SQLite file (database.py). A document is one file, added, replaced or removed in one transaction.
+Everything is stored in one SQLite file (database.py). A document is one file; it is added, replaced or removed in one
+transaction.
 """
 
 import hashlib
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
 from anarchobot.config.errors import UserError, did_you_mean
 from anarchobot.config.schema import DataConfig, KnowledgeBaseConfig
-from anarchobot.data.sources.documents import Counts
-from anarchobot.knowledge.database import open_database, told, transaction
-from anarchobot.knowledge.passages import passages
-from anarchobot.knowledge.ranking import CANDIDATES, MOST_PASSAGES, MOST_WORDS, query, ranked
-from anarchobot.knowledge.reading import texts
-from anarchobot.knowledge.relevance import nearness, relevance, weight
-from anarchobot.knowledge.words import spaced, words
+from anarchobot.data.sources.documents import DocumentCounts
+from anarchobot.data.sources.files import EmptyFile
+from anarchobot.knowledge.database import KnowledgeBaseError, open_database, transaction, translate_errors
+from anarchobot.knowledge.retrieval import (
+    MAX_MATCHES,
+    MAX_TERMS,
+    NUM_CANDIDATES,
+    fts_query,
+    idf,
+    question_similarity,
+    rank_passages,
+    relevance,
+)
+from anarchobot.knowledge.text import index_text, read_texts, search_terms, split_passages
 from anarchobot.storage.durable import sha256_file
 
 Outcome = Literal["added", "replaced", "equal"]
 
 
 class Hit(NamedTuple):
-    """A passage that was found. `source` is its file, or file and row; `score`, from 0 to 2, is ranking.py's."""
+    """A search result. `source` is the file, or file and row; `score`, from 0 to 2, is defined in retrieval.py."""
 
     passage_id: int
     text: str
@@ -33,18 +42,16 @@ class Hit(NamedTuple):
     score: float
 
 
-class Held(NamedTuple):
-    """A document of the base."""
-
+class Document(NamedTuple):
     name: str
     passages: int
-    votes: int  # on the passages that it has now
+    votes: int  # on its current passages
 
 
 class KnowledgeBase:
-    """A context that holds the file open. `create` makes it where there is none.
+    """An open knowledge base; a context manager. `create` creates the file if there is none.
 
-    Raises database.BaseFault (a UserError) here and in every method when the file is none, damaged, locked for long...
+    The constructor and every method raise KnowledgeBaseError (a UserError) if the file is missing, corrupt or locked.
     """
 
     def __init__(self, path: str | Path, settings: KnowledgeBaseConfig, create: bool = False) -> None:
@@ -60,165 +67,218 @@ class KnowledgeBase:
     def close(self) -> None:
         self._database.close()
 
-    # What is in it
+    # --- Documents
 
-    def add(self, path: Path, data: DataConfig, counts: Counts) -> Outcome:
-        """Adds a file, named as `path` is given; one of this name that was added before is replaced, or left as it is
-        when its bytes (and `data.text_field`) are the same. Whole or not at all, whatever happens.
+    def add(self, path: Path, data: DataConfig, counts: DocumentCounts) -> Outcome:
+        """Adds a file under the name `path`, atomically. A document of that name is replaced, or left unchanged if the
+        file's bytes and `data.text_field` are the same.
 
-        Passages whose text stays keep their ids, and so their votes. Raises UserError when there is nothing to add or
-        the file is not what reading.py takes, OSError when it can't be read.
+        Passages with unchanged text keep their ids, and so their votes. Raises UserError if the file has no text or is
+        not supported, OSError if it cannot be read.
         """
         if not str(path).isprintable():
-            raise UserError(f"{path}: expected a name of printable characters: rename it")
-        digest = sha256_file(path)  # before reading: of a file that grows meanwhile, the next `add` sees the rest
-        with told(self._path), transaction(self._database, "IMMEDIATE"):
-            asked = "SELECT id, sha256, text_field FROM documents WHERE name = ?"
-            held = self._database.execute(asked, (str(path),)).fetchone()
-            if held and held[1:] == (digest, data.text_field):
+            raise UserError(f"{path}: the file name has unprintable characters; rename the file")
+        digest = sha256_file(path)  # before reading: if the file grows meanwhile, the next `add` picks up the rest
+        with translate_errors(self._path), transaction(self._database, "IMMEDIATE"):
+            query = "SELECT id, sha256, text_field FROM documents WHERE name = ?"
+            existing = self._database.execute(query, (str(path),)).fetchone()
+            if existing and existing[1:] == (digest, data.text_field):
                 return "equal"
-            if held:
-                document = int(held[0])
+            if existing:
+                document = int(existing[0])
                 changed = (digest, data.text_field, document)
                 self._database.execute("UPDATE documents SET sha256 = ?, text_field = ? WHERE id = ?", changed)
             else:
-                new = "INSERT INTO documents (name, sha256, text_field) VALUES (?, ?, ?)"
-                document = _id(self._database.execute(new, (str(path), digest, data.text_field)))
-            self._write(path, document, data, counts)
-        return "replaced" if held else "added"
+                insert = "INSERT INTO documents (name, sha256, text_field) VALUES (?, ?, ?)"
+                document = _row_id(self._database.execute(insert, (str(path), digest, data.text_field)))
+            self._update_passages(path, document, data, counts)
+        return "replaced" if existing else "added"
 
-    def _write(self, path: Path, document: int, data: DataConfig, counts: Counts) -> None:
-        before: dict[bytes, list[int]] = {}
-        for number, text in self._of_document(document):
-            before.setdefault(_digest(text), []).append(number)
+    def _update_passages(self, path: Path, document: int, data: DataConfig, counts: DocumentCounts) -> None:
+        old_ids: dict[bytes, list[int]] = {}
+        for number, text in self._passages_of(document):
+            old_ids.setdefault(_digest(text), []).append(number)
         any_text = False
-        for source, text in texts(path, data, counts):
+        for source, text in read_texts(path, data, counts):
             any_text = True
-            for passage in passages(text):
-                if same := before.get(_digest(passage)):
+            for passage in split_passages(text):
+                if same := old_ids.get(_digest(passage)):
                     self._database.execute("UPDATE passages SET source = ? WHERE id = ?", (source, same.pop(0)))
                 else:
                     self._insert(document, source, passage)
         if not any_text:
             raise UserError(f"{path}: no text to add: {'; '.join(counts.details())}")
-        self._delete([number for left in before.values() for number in left])
+        self._delete([number for ids in old_ids.values() for number in ids])
 
-    def _of_document(self, document: int) -> sqlite3.Cursor:
+    def _passages_of(self, document: int) -> sqlite3.Cursor:
         return self._database.execute("SELECT id, text FROM passages WHERE document = ? ORDER BY id", (document,))
 
     def _insert(self, document: int, source: str, passage: str) -> None:
-        new = "INSERT INTO passages (document, source, text) VALUES (?, ?, ?)"
-        number = _id(self._database.execute(new, (document, source, passage)))
-        self._database.execute("INSERT INTO passage_words (rowid, text) VALUES (?, ?)", (number, spaced(passage)))
+        insert = "INSERT INTO passages (document, source, text) VALUES (?, ?, ?)"
+        number = _row_id(self._database.execute(insert, (document, source, passage)))
+        self._database.execute("INSERT INTO passage_words (rowid, text) VALUES (?, ?)", (number, index_text(passage)))
 
     def _delete(self, numbers: Sequence[int]) -> None:
-        """An entry leaves the index by the words that brought it in."""
-        out = "INSERT INTO passage_words (passage_words, rowid, text) VALUES ('delete', ?, ?)"
+        """A contentless FTS5 index needs the original text to delete an entry."""
+        delete = "INSERT INTO passage_words (passage_words, rowid, text) VALUES ('delete', ?, ?)"
         for number in numbers:
-            self._database.execute(out, (number, spaced(self._passage(number)[0])))
+            self._database.execute(delete, (number, index_text(self._passage(number)[0])))
             self._database.execute("DELETE FROM passages WHERE id = ?", (number,))
 
     def _passage(self, number: int) -> tuple[str, str]:
-        """The text and the source of a passage that the index, or a document, says there is."""
+        """Text and source of a passage that the index or a document refers to."""
         row = self._database.execute("SELECT text, source FROM passages WHERE id = ?", (number,)).fetchone()
         if row is None or not all(isinstance(text, str) for text in row):
             raise sqlite3.DatabaseError(f"passage {number} is missing")
         return row[0], row[1]
 
     def remove(self, name: str) -> int:
-        """Takes a document out; returns how many passages it had. Raises UserError when there is none of this name."""
-        with told(self._path), transaction(self._database, "IMMEDIATE"):
-            held = self._database.execute("SELECT id FROM documents WHERE name = ?", (name,)).fetchone()
-            if held is None:
-                names = [held.name for held in self.documents()]
-                raise UserError(f"{self._path}: holds no '{name}'{did_you_mean(name, names) or ' (see kb list)'}")
-            numbers = [number for number, _ in self._of_document(held[0])]
+        """Removes a document and returns its number of passages. Raises UserError if there is none of this name."""
+        with translate_errors(self._path), transaction(self._database, "IMMEDIATE"):
+            document = self._database.execute("SELECT id FROM documents WHERE name = ?", (name,)).fetchone()
+            if document is None:
+                near = did_you_mean(name, [document.name for document in self.documents()])
+                raise UserError(f"{self._path}: no document '{name}'{near or '; list them with: anarchobot kb list'}")
+            numbers = [number for number, _ in self._passages_of(document[0])]
             self._delete(numbers)
-            self._database.execute("DELETE FROM documents WHERE id = ?", held)
+            self._database.execute("DELETE FROM documents WHERE id = ?", document)
         return len(numbers)
 
-    def documents(self) -> list[Held]:
-        """The documents, by name."""
-        with told(self._path):
-            found = self._database.execute(
+    def documents(self) -> list[Document]:
+        """All documents, sorted by name."""
+        with translate_errors(self._path):
+            rows = self._database.execute(
                 """SELECT name, count(*), sum((SELECT count(*) FROM feedback WHERE passage = passages.id))
                 FROM documents JOIN passages ON document = documents.id GROUP BY documents.id ORDER BY name"""
             )
-            held = [Held(*row) for row in found]
-            if not all(isinstance(one.name, str) for one in held):
+            documents = [Document(*row) for row in rows]
+            if not all(isinstance(document.name, str) for document in documents):
                 raise sqlite3.DatabaseError("a document's name is missing")
-        return held
+        return documents
 
-    # What is found in it
+    # --- Search
 
     def search(self, question: str, k: int | None = None) -> list[Hit]:
-        """The `k` passages (default: `retrieval_k`) that answer a question best, best first; fewer when no more share a
-        word with it."""
+        """The best `k` passages (default: `retrieval_k`) that share a word with the question, best first."""
         k = self._settings.retrieval_k if k is None else k
-        with told(self._path), transaction(self._database, "DEFERRED"):
-            holders = {word: self._holders(word) for word in words(question)[:MOST_WORDS]}
-            if not (match := query(holders)):
+        with translate_errors(self._path), transaction(self._database, "DEFERRED"):
+            counts = self._passage_counts(question)
+            if not (match := fts_query(counts)):
                 return []
-            # The inner limit binds only where the rarest word of the question is that common.
-            found = """SELECT number, bm25 FROM (
+            # The inner limit only takes effect if even the question's rarest word matches that many passages.
+            select = """SELECT number, bm25 FROM (
                 SELECT rowid AS number, -rank AS bm25 FROM passage_words WHERE passage_words MATCH ? LIMIT ?
             ) ORDER BY bm25 DESC LIMIT ?"""
-            bm25 = dict(self._database.execute(found, (match, MOST_PASSAGES, max(k, CANDIDATES))).fetchall())
+            bm25 = dict(self._database.execute(select, (match, MAX_MATCHES, max(k, NUM_CANDIDATES))).fetchall())
             hits = []
-            for number, score in ranked(bm25, self._relevances(holders, list(bm25)))[:k]:
+            for number, score in rank_passages(bm25, self._relevances(counts, list(bm25)))[:k]:
                 text, source = self._passage(number)
                 hits.append(Hit(number, text, source, score))
         return hits
 
-    def _holders(self, word: str) -> int:
-        """How many passages hold a word; counted no further than what counts."""
+    def _passage_counts(self, question: str) -> dict[str, int]:
+        """For each term of a question, the number of passages that contain it, counted up to MAX_MATCHES + 1."""
         count = "SELECT count(*) FROM (SELECT 1 FROM passage_words WHERE passage_words MATCH ? LIMIT ?)"
-        return int(self._database.execute(count, (f'"{word}"', MOST_PASSAGES + 1)).fetchone()[0])
+        return {
+            term: int(self._database.execute(count, (f'"{term}"', MAX_MATCHES + 1)).fetchone()[0])
+            for term in search_terms(question)[:MAX_TERMS]
+        }
 
-    # What people said of it
+    # --- Feedback
 
     def feedback(self, question: str, passage_ids: Sequence[int], reward: float) -> None:
-        """Writes a vote on each passage to the log: 1.0, it helped with this question; -1.0, it did not.
+        """Appends a vote on each passage to the log: 1.0 if it helped with this question, -1.0 if not.
 
-        Raises UserError when there is no such passage.
+        Raises UserError if a passage does not exist.
         """
         if reward not in (1.0, -1.0):
             raise ValueError(f"reward {reward}: expected 1.0 or -1.0")
         now, question = time.time(), question.encode(errors="replace").decode()
-        with told(self._path), transaction(self._database, "IMMEDIATE"):
+        with translate_errors(self._path), transaction(self._database, "IMMEDIATE"):
             for number in dict.fromkeys(passage_ids):
                 if (
                     number.bit_length() > 63
                     or not self._database.execute("SELECT 1 FROM passages WHERE id = ?", (number,)).fetchone()
                 ):
-                    raise UserError(f"{self._path}: holds no passage {number}: kb search shows their numbers")
+                    raise UserError(f"{self._path}: no passage {number}; find passage IDs with: anarchobot kb search")
                 vote = "INSERT INTO feedback (time, question, passage, reward) VALUES (?, ?, ?, ?)"
                 self._database.execute(vote, (now, question, number, reward))
 
     def relevances(self, question: str, passage_ids: Sequence[int]) -> dict[int, float]:
-        """The relevance of passages to a question, by the log of votes (relevance.py)."""
-        with told(self._path), transaction(self._database, "DEFERRED"):
-            return self._relevances({word: self._holders(word) for word in words(question)[:MOST_WORDS]}, passage_ids)
+        """The relevance of passages to a question according to the vote log (see retrieval.py)."""
+        with translate_errors(self._path), transaction(self._database, "DEFERRED"):
+            return self._relevances(self._passage_counts(question), passage_ids)
 
-    def _relevances(self, holders: dict[str, int], passage_ids: Sequence[int]) -> dict[int, float]:
-        log = "SELECT question, reward FROM feedback WHERE passage = ? ORDER BY id"
-        votes = {number: self._database.execute(log, (number,)).fetchall() for number in passage_ids}
+    def _relevances(self, counts: dict[str, int], passage_ids: Sequence[int]) -> dict[int, float]:
+        select = "SELECT question, reward FROM feedback WHERE passage = ? ORDER BY id"
+        votes = {number: self._database.execute(select, (number,)).fetchall() for number in passage_ids}
         if not any(votes.values()):
             return dict.fromkeys(passage_ids, 0.0)
         (total,) = self._database.execute("SELECT count(*) FROM passages").fetchone()
-        asked = {word: weight(count, total, MOST_PASSAGES) for word, count in holders.items()}
-        questions = {voted for of in votes.values() for voted, _ in of}
-        near = {voted: nearness(asked, words(voted)[:MOST_WORDS]) for voted in questions}
+        weights = {term: idf(count, total, MAX_MATCHES) for term, count in counts.items()}
+        questions = {question for log in votes.values() for question, _ in log}
+        similarity = {q: question_similarity(weights, search_terms(q)[:MAX_TERMS]) for q in questions}
         return {
-            number: relevance([(reward, near[voted]) for voted, reward in of], self._settings.feedback_alpha)
-            for number, of in votes.items()
+            number: relevance([(reward, similarity[q]) for q, reward in log], self._settings.feedback_alpha)
+            for number, log in votes.items()
         }
 
 
-def _id(done: sqlite3.Cursor) -> int:
-    assert done.lastrowid is not None  # it was an INSERT
-    return done.lastrowid
+def _row_id(cursor: sqlite3.Cursor) -> int:
+    assert cursor.lastrowid is not None  # it was an INSERT
+    return cursor.lastrowid
 
 
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
+
+
+_OUTCOMES = {"added": "added", "replaced": "changed, replaced", "equal": "unchanged, skipped"}
+
+
+@dataclass
+class AddResult:
+    """Outcome of `add_files`, per file; `counts` is about their texts."""
+
+    added: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    equal: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)  # one-line error messages
+    counts: DocumentCounts = field(default_factory=DocumentCounts)
+
+
+def add_files(
+    base: KnowledgeBase, paths: Iterable[Path], named: Iterable[str], data: DataConfig, say: Callable[[str], None]
+) -> AddResult:
+    """Adds files. A file that fails does not stop the others; an empty file is skipped unless it is in `named`.
+
+    Raises KnowledgeBaseError if the knowledge base itself fails; the files before it have been added.
+    """
+    result, required = AddResult(), {Path(name) for name in named}
+    for path in paths:
+        try:
+            outcome = base.add(path, data, result.counts)
+        except KnowledgeBaseError:
+            raise
+        except EmptyFile as error:
+            if path in required:
+                result.failed.append(str(error))
+            else:
+                result.counts.empty_files += 1
+                result.counts.first_empty = result.counts.first_empty or str(path)
+        except UserError as error:
+            result.failed.append(str(error))
+        except OSError as error:
+            result.failed.append(f"{path}: cannot be read: {error.strerror}")
+        else:
+            getattr(result, outcome).append(str(path))
+            say(f"{path}: {_OUTCOMES[outcome]}")
+    return result
+
+
+def prompt_with_passages(question: str, hits: Sequence[Hit]) -> str:
+    """The question preceded by its search results, numbered, best first; without results, just the question."""
+    if not hits:
+        return question
+    passages = "\n\n".join(f"[{i}] {hit.source}\n{hit.text.strip()}" for i, hit in enumerate(hits, start=1))
+    return f"Passages that may help:\n\n{passages}\n\nQuestion: {question}"

@@ -22,8 +22,8 @@ from anarchobot.tasks.run import Show, Start, execute_run
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import TRAINING_DAY
 from anarchobot.tokenizers.conversation import Conversation
-from anarchobot.tokenizers.decoding import StopText
-from anarchobot.tokenizers.tokenizer import copy_beside
+from anarchobot.tokenizers.decoding import StopStringFilter
+from anarchobot.tokenizers.tokenizer import copy_tokenizer
 from anarchobot.training.loop import Run
 from anarchobot.training.ranks import Ranks
 
@@ -100,7 +100,7 @@ def tune(
     """
 
     def beside(folder: Path) -> None:
-        copy_beside(base.tokenizer, folder)  # `generate`, `export` and other programs find it there
+        copy_tokenizer(base.tokenizer, folder)  # `generate`, `export` and other programs find it there
         encoder.template.save(folder)
         prepare(folder)
 
@@ -124,8 +124,8 @@ def tune(
 def answer(opened: OpenEngine, encoder: ChatEncoder, conversation: Conversation, config: Config) -> str:
     """What the model says next, as text, on the day of its training: a resumed run says the same."""
     ids = opened.draw(encoder.prompt(conversation, TRAINING_DAY).tolist(), config.generation, encoder.stop())
-    text = StopText(config.generation.stop)
-    return (text.add(encoder.tokenizer.decode(ids)) + text.rest()).strip()
+    text = StopStringFilter(config.generation.stop)
+    return (text.add(encoder.tokenizer.decode(ids)) + text.finish()).strip()
 
 
 def _what_is_tuned(config: Config, base: PretrainedModel, opened: OpenEngine, trained: int, ranks: Ranks) -> list[str]:

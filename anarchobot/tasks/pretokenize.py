@@ -15,15 +15,15 @@ from typing import Any
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, load_config
 from anarchobot.config.schema import Config
-from anarchobot.data.parts import Parts, part_folder, remove_parts, write_part
+from anarchobot.data.corpus_parts import Parts, part_folder, remove_parts, write_part
 from anarchobot.data.pretokenize import join, pretokenize, provenance
-from anarchobot.data.resume import check_made_of, source_of
+from anarchobot.data.resume import check_provenance, source_provenance
 from anarchobot.data.shards import Manifest, read_manifest
 from anarchobot.data.sources import files, hub
-from anarchobot.data.sources.documents import Counts, Document, from_files, from_spans, open_source
-from anarchobot.data.sources.spans import cut
+from anarchobot.data.sources.documents import Document, DocumentCounts, from_files, from_ranges, open_source
+from anarchobot.data.sources.file_ranges import split_files
 from anarchobot.tasks.launch import forward_signals
-from anarchobot.tokenizers.fast_tokenizer import engine_name, with_engine
+from anarchobot.tokenizers.fast_tokenizer import engine_name, select_engine
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 Say = Callable[[str], None]
@@ -40,7 +40,7 @@ class Corpus:
     tokenizer: Tokenizer
     names: list[str]
     documents: Iterator[Document]
-    counts: Counts
+    counts: DocumentCounts
     source: dict[str, Any]
 
     @property
@@ -68,14 +68,14 @@ def open_corpus(
             f"{loaded.where('model.vocab_size')}: {config.model.vocab_size}, but {path} has "
             f"{tokenizer.vocab_size} tokens: set model.vocab_size: {tokenizer.vocab_size}"
         )
-    counts = Counts()
+    counts = DocumentCounts()
     names, documents = read(config, inputs, counts, warn) if part is None else _read_part(config, inputs, counts, part)
-    tokenizer = with_engine(tokenizer, config.tokenizer.engine, config.tokenizer.on_mismatch, say)
-    source = source_of(names, config.data) | {"tokenised with": engine_name(tokenizer)}
+    tokenizer = select_engine(tokenizer, config.tokenizer.engine, config.tokenizer.on_mismatch, say)
+    source = source_provenance(names, config.data) | {"tokenised with": engine_name(tokenizer)}
     return Corpus(config, Path(folder), tokenizer, names, documents, counts, source)
 
 
-def read(config: Config, inputs: list[str] | None, counts: Counts, warn: Say) -> tuple[list[str], Iterator[Document]]:
+def read(config: Config, inputs: list[str] | None, counts: DocumentCounts, warn: Say) -> tuple[list[str], Iterator[Document]]:
     """The names of what is read, and its documents."""
     if inputs:
         return inputs, from_files(inputs, config.data, counts)
@@ -85,18 +85,18 @@ def read(config: Config, inputs: list[str] | None, counts: Counts, warn: Say) ->
 
 
 def _read_part(
-    config: Config, inputs: list[str] | None, counts: Counts, part: tuple[int, int]
+    config: Config, inputs: list[str] | None, counts: DocumentCounts, part: tuple[int, int]
 ) -> tuple[list[str], Iterator[Document]]:
     dataset = inputs or config.data.dataset or []
     names = [dataset] if isinstance(dataset, str) else dataset
-    streams = [name for name in names if name == "builtin" or hub.looks_like_a_name(name)]
+    streams = [name for name in names if name == "builtin" or hub.is_hub_name(name)]
     if not names or streams or (config.data.weights and not inputs):
         what = (
             "data.weights mixes documents one by one" if names and not streams else f"{', '.join(streams) or 'nothing'}"
         )
         raise UserError(f"only files can be read in parts, and here is {what}: name files, or leave the parts out")
-    spans = cut(files.find(names), part[1], config.data)[part[0]]
-    return names, from_spans(spans, names, config.data, counts)
+    spans = split_files(files.find(names), part[1], config.data)[part[0]]
+    return names, from_ranges(spans, names, config.data, counts)
 
 
 def make_shards(corpus: Corpus, *, restart: bool, progress: Progress, say: Say) -> Manifest:
@@ -121,7 +121,7 @@ def make_shards(corpus: Corpus, *, restart: bool, progress: Progress, say: Say) 
 
 def is_made(corpus: Corpus) -> bool:
     """Whether the shards are there, whole. Raises UserError when they are, or were begun, of something else."""
-    check_made_of(corpus.folder, corpus.made_of)
+    check_provenance(corpus.folder, corpus.made_of)
     return (corpus.folder / "manifest.json").exists()
 
 

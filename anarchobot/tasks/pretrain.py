@@ -3,7 +3,7 @@
 from typing import Any
 
 from anarchobot.config.errors import UserError
-from anarchobot.config.loading import UNBOUND, LoadedConfig
+from anarchobot.config.loading import WEIGHT_INDEPENDENT_KEYS, LoadedConfig
 from anarchobot.data.batches import Prefetcher, TrainBatches, ValBatches
 from anarchobot.data.shards import BackgroundVerifier
 from anarchobot.data.shards import TokenStream
@@ -103,7 +103,7 @@ def first_weights(loaded: LoadedConfig, base: PretrainedModel) -> Weights:
     """Raises UserError when the models differ."""
     for key in type(base.model).model_fields:
         old, new = getattr(base.model, key), getattr(loaded.config.model, key)
-        if old != new and key not in UNBOUND:
+        if old != new and key not in WEIGHT_INDEPENDENT_KEYS:
             raise UserError(f"{loaded.where(f'model.{key}')}: {new}, and {base.folder}'s is {old}: set it to that")
     return base.weights
 

@@ -21,7 +21,7 @@ from anarchobot.config.strict_yaml import dump
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.shards import verify
 from anarchobot.data.sources import builtin
-from anarchobot.data.sources.documents import Counts, Document
+from anarchobot.data.sources.documents import DocumentCounts, Document
 from anarchobot.runs import checkpoint
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
@@ -59,7 +59,7 @@ class Playground:
         (folder / "shards").mkdir(parents=True)
         tokenizer = load_tokenizer(train_tokenizer(texts, folder / "shards" / "made", VOCAB)[0])
         documents = map(Document, texts)
-        pretokenize(documents, tokenizer, folder / "shards", counts=Counts(), val_fraction=0.2, num_workers=1)
+        pretokenize(documents, tokenizer, folder / "shards", counts=DocumentCounts(), val_fraction=0.2, num_workers=1)
         began = time.monotonic()
         self._whole = self._finish("whole")
         self._lasted = time.monotonic() - began
@@ -166,7 +166,7 @@ class Playground:
 def _sees_older(run: Path, step: int, path: Path) -> bool:
     """The damage is seen by name, and the run's folder gives the step before."""
     found = checkpoint.find(run)
-    return found.step < step and any(str(path) in text for text in found.passed_over)
+    return found.step < step and any(str(path) in text for text in found.skipped)
 
 
 def _sees_shard(folder: Path, path: Path) -> bool:

@@ -41,7 +41,7 @@ class _Stretch(NamedTuple):
     text: str
     control: int | None
     trained: npt.NDArray[np.bool_]
-    behind_control: bool = False
+    after_control: bool = False
 
 
 class ChatEncoder:
@@ -80,7 +80,7 @@ class ChatEncoder:
         nothing but an end of document stops it."""
         probe = self._probe()
         last = int(probe.ids[probe.trained][-1])
-        return last if last in self.tokenizer.controls.values() else None
+        return last if last in self.tokenizer.control_tokens.values() else None
 
     def stop(self) -> frozenset[int]:
         """The tokens that end what the assistant says: its end of turn, where there is one, and an end of document."""
@@ -123,7 +123,7 @@ class ChatEncoder:
             raise InvalidRow("characters that are none", "U+FDD0, U+FDD1 or U+FDD2")
         if not any(self.tokenizer.control_pattern.search(content) for _, content in conversation):
             return conversation
-        inside = "|".join(f"(?<={re.escape(c[0])})(?={re.escape(c[1:])})" for c in self.tokenizer.controls)
+        inside = "|".join(f"(?<={re.escape(c[0])})(?={re.escape(c[1:])})" for c in self.tokenizer.control_tokens)
         return tuple(Message(role, re.sub(inside, _BREAK, content)) for role, content in conversation)
 
     def _stretches(self, text: str, spans: list[Span]) -> list[_Stretch]:
@@ -135,7 +135,7 @@ class ChatEncoder:
         place = 0
         for match in self.tokenizer.control_pattern.finditer(text):
             stretches.append(_unshielded(text[place : match.start()], trained[place : match.start()], place > 0))
-            control = self.tokenizer.controls[match.group().strip()]
+            control = self.tokenizer.control_tokens[match.group().strip()]
             stretches.append(_control(control, bool(trained[match.start() : match.end()].any())))
             place = match.end()
         stretches.append(_unshielded(text[place:], trained[place:], place > 0))
@@ -143,7 +143,7 @@ class ChatEncoder:
 
     def _tokenised(self, stretches: list[_Stretch]) -> list[Encoded]:
         texts = [s for s in stretches if s.control is None]
-        found = iter(self.tokenizer.encode_with_offsets([s.text for s in texts], [s.behind_control for s in texts]))
+        found = iter(self.tokenizer.encode_with_offsets([s.text for s in texts], [s.after_control for s in texts]))
         return [
             Encoded(np.array([s.control], np.int32), s.trained) if s.control is not None else _masked(s, *next(found))
             for s in stretches
@@ -154,11 +154,11 @@ def _control(control: int, trained: bool) -> _Stretch:
     return _Stretch("", control, np.array([trained]))
 
 
-def _unshielded(text: str, trained: npt.NDArray[np.bool_], behind_control: bool) -> _Stretch:
+def _unshielded(text: str, trained: npt.NDArray[np.bool_], after_control: bool) -> _Stretch:
     if _BREAK in text:
         trained = trained[[character != _BREAK for character in text]]
         text = text.replace(_BREAK, "")
-    return _Stretch(text, None, trained, behind_control)
+    return _Stretch(text, None, trained, after_control)
 
 
 def _masked(stretch: _Stretch, ids: Ids, offsets: npt.NDArray[np.int32]) -> Encoded:

@@ -105,13 +105,13 @@ def load_template(tokenizer: ChatTokenizer, choice: str = "auto") -> ChatTemplat
     """
     folder = tokenizer.files[0].parent
     config = _read_config(folder / CONFIG)
-    eos = next((text for text, i in tokenizer.controls.items() if i == tokenizer.eod_id), "")
+    eos = next((text for text, i in tokenizer.control_tokens.items() if i == tokenizer.eod_id), "")
     tokens = {"eos_token": eos} | _special_tokens(config)
     if choice == "auto":
         source, where = _own(folder, config)
         if source is not None:
             return ChatTemplate(source, tokens, where)
-        choice = "chatml" if all(mark in tokenizer.controls for mark in CHAT_TOKENS) else "plain"
+        choice = "chatml" if all(mark in tokenizer.control_tokens for mark in CHAT_TOKENS) else "plain"
     if choice in ("chatml", "plain"):
         return ChatTemplate(CHATML if choice == "chatml" else PLAIN, tokens, choice)
     try:

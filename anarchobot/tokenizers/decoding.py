@@ -25,7 +25,7 @@ class StreamDecoder:
             return ""
         return self._flush(text)
 
-    def rest(self) -> str:
+    def finish(self) -> str:
         """What is left at the end, whole or not."""
         return self._flush(self._text()) if self._pending else ""
 
@@ -38,7 +38,7 @@ class StreamDecoder:
         return text
 
 
-class StopText:
+class StopStringFilter:
     """Text up to the one of `stop` that is whole first, wherever the pieces are cut. What may become one is held
     back."""
 
@@ -60,7 +60,7 @@ class StopText:
         text, self._held = self._held[:certain], self._held[certain:]
         return text
 
-    def rest(self) -> str:
+    def finish(self) -> str:
         """What was held back and became no stop string."""
         return "" if self.found else self._held
 
@@ -70,7 +70,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int], stop: Sequence[str] = ()) -> None:
         """`before`: as for StreamDecoder."""
-        self._decoder, self._stop = StreamDecoder(tokenizer, before), StopText(stop)
+        self._decoder, self._stop = StreamDecoder(tokenizer, before), StopStringFilter(stop)
 
     @property
     def stopped(self) -> bool:
@@ -81,6 +81,6 @@ class TextStream:
         """The text that is certain now."""
         return self._stop.add(self._decoder.add(token))
 
-    def rest(self) -> str:
+    def finish(self) -> str:
         """What is left when no more tokens come."""
-        return self._stop.add(self._decoder.rest()) + self._stop.rest()
+        return self._stop.add(self._decoder.finish()) + self._stop.finish()

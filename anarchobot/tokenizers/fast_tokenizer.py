@@ -14,7 +14,14 @@ import numpy as np
 
 from anarchobot.config.errors import UserError
 from anarchobot.tokenizers.sentencepiece_to_json import NotConvertible, spm_to_json
-from anarchobot.tokenizers.tokenizer import CHAT_TOKENS, END_OF_DOCUMENT, HFTokenizer, Ids, SentencePiece, Tokenizer
+from anarchobot.tokenizers.tokenizer import (
+    CHAT_TOKENS,
+    END_OF_DOCUMENT,
+    HFTokenizer,
+    Ids,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
 
 PACKAGE = "fastokens"
 INSTALL = "pip install fastokens==0.3.5"  # the version of the extra `fast`
@@ -26,7 +33,7 @@ SAMPLE_CHARS = 2**14  # of which so many characters: a thousandth of the text at
 OnMismatch = Literal["stop", "fallback"]
 
 
-def with_engine(
+def select_engine(
     tokenizer: Tokenizer,
     engine: Literal["auto", "fast", "reference"],
     on_mismatch: OnMismatch,
@@ -54,7 +61,7 @@ def with_engine(
             raise UserError(f"tokenizer.engine: fast needs {PACKAGE}: {INSTALL}, or set it to auto") from None
         say(f"tokenising with {reference} (about ten times as fast with {PACKAGE}: {INSTALL})")
         return tokenizer
-    fast = Checked(tokenizer, encoder, avoid, on_mismatch, say)
+    fast = VerifiedTokenizer(tokenizer, encoder, avoid, on_mismatch, say)
     fast.compare_on(adversarial_texts())
     if not fast.given_up:
         say(f"tokenising with {PACKAGE} {version(PACKAGE)}, checked against {reference}")
@@ -63,10 +70,10 @@ def with_engine(
 
 def engine_name(tokenizer: Tokenizer) -> str:
     """What gives this tokenizer's ids: `"fastokens 0.3.5"`, `"sentencepiece"`, `"tokenizers"`."""
-    return f"{PACKAGE} {version(PACKAGE)}" if isinstance(tokenizer, Checked) else _library(tokenizer)
+    return f"{PACKAGE} {version(PACKAGE)}" if isinstance(tokenizer, VerifiedTokenizer) else _library(tokenizer)
 
 
-class Checked:
+class VerifiedTokenizer:
     """A Tokenizer whose ids are `encoder`'s as long as they are `reference`'s.
 
     `encoder` has fastokens' `encode_batch_flat(texts)`: all ids as bytes of uint32, and where each text's begin, as
@@ -167,7 +174,7 @@ def _id(ids: Ids, at: int) -> str:
 
 
 def _library(tokenizer: Tokenizer) -> str:
-    return "sentencepiece" if isinstance(tokenizer, SentencePiece) else "tokenizers"
+    return "sentencepiece" if isinstance(tokenizer, SentencePieceTokenizer) else "tokenizers"
 
 
 def _fast_encoder(tokenizer: Tokenizer) -> tuple[Any, tuple[str, ...]]:
@@ -180,7 +187,7 @@ def _fast_encoder(tokenizer: Tokenizer) -> tuple[Any, tuple[str, ...]]:
     import fastokens
 
     avoid: list[str] = []
-    if isinstance(tokenizer, SentencePiece):
+    if isinstance(tokenizer, SentencePieceTokenizer):
         model, tied_spaces = spm_to_json(tokenizer.files[0])
         avoid += ["▁", "<0x"]  # a space, for the engine, and a byte
         if tied_spaces:

@@ -41,12 +41,12 @@ class Tokenizer(Protocol):
 class ChatTokenizer(Tokenizer, Protocol):
     """A tokenizer that chat templates can be used with: it knows its control tokens, and which text a token is of."""
 
-    controls: dict[str, int]  # control tokens by their text
+    control_tokens: dict[str, int]  # control tokens by their text
     control_pattern: re.Pattern[str]  # finds them in text, with the white space that they swallow
 
-    def encode_with_offsets(self, texts: list[str], behind_control: Sequence[bool]) -> list[tuple[Ids, Offsets]]:
+    def encode_with_offsets(self, texts: list[str], after_control: Sequence[bool]) -> list[tuple[Ids, Offsets]]:
         """The ids of `encode_batch` with the characters that each is of; a token of no character of its own stands at
-        the next one. `behind_control`: a control token stands before the text, which matters to a few tokenizers."""
+        the next one. `after_control`: a control token stands before the text, which matters to a few tokenizers."""
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -61,7 +61,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: no such tokenizer file: make one with `anarchobot tokenizer train`")
     try:
         if path.suffix == ".model":
-            return SentencePiece(path)
+            return SentencePieceTokenizer(path)
         if path.name.endswith("vocab.json"):
             return HFTokenizer(path, path.with_name(path.name.removesuffix("vocab.json") + "merges.txt"))
         if path.suffix == ".json":
@@ -80,7 +80,7 @@ def load_chat_tokenizer(path: str | Path) -> ChatTokenizer:
     alone has the control tokens that were added for chats."""
     whole = Path(path) / "tokenizer.json"
     tokenizer = load_tokenizer(whole if whole.is_file() else path)
-    assert isinstance(tokenizer, SentencePiece | HFTokenizer)
+    assert isinstance(tokenizer, SentencePieceTokenizer | HFTokenizer)
     return tokenizer
 
 
@@ -102,7 +102,7 @@ def digest(tokenizer: Tokenizer) -> str:
     return sha.hexdigest()
 
 
-def copy_beside(tokenizer: Tokenizer, folder: Path) -> str:
+def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
     """Copies the tokenizer's files into `folder` under the names it is found by; returns the first one's name."""
     names = [_plain_name(file) for file in tokenizer.files]
     for file, name in zip(tokenizer.files, names, strict=True):
@@ -134,7 +134,7 @@ def _joined(parts: list[tuple[Ids, Offsets]], lengths: Iterable[int]) -> tuple[I
     return np.concatenate([ids for ids, _ in parts]), np.concatenate(shifted)
 
 
-class SentencePiece:
+class SentencePieceTokenizer:
     """A SentencePiece model (BPE or unigram).
 
     SentencePiece writes a space as U+2581, so a U+2581 of the text would come back as a space. In models that keep all
@@ -159,19 +159,19 @@ class SentencePiece:
             raise UserError(f"{path}: this tokenizer has no end-of-sentence piece to end documents with")
         spec: Any = sentencepiece_model_pb2.ModelProto.FromString(proto)  # type: ignore[attr-defined]
         normalizer = spec.normalizer_spec
-        self.keeps_all_text = (
+        self.is_lossless = (
             spec.trainer_spec.byte_fallback
             and normalizer.name == "identity"
             and not (normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces)
         )
         self._space_mark = np.array([self._model.piece_to_id(f"<0x{b:02X}>") for b in "▁".encode()], np.int32)
         controls = (i for i in range(self.vocab_size) if self._model.is_control(i))
-        self.controls: dict[str, int] = {self._model.id_to_piece(i): i for i in controls}
-        self.control_pattern = _control_pattern(self.controls)
+        self.control_tokens: dict[str, int] = {self._model.id_to_piece(i): i for i in controls}
+        self.control_pattern = _control_pattern(self.control_tokens)
 
     def encode_batch(self, texts: list[str]) -> list[Ids]:
         ids: list[Ids] = self._model.encode(texts, return_type="numpy", num_threads=1)
-        if self.keeps_all_text:
+        if self.is_lossless:
             for i, text in enumerate(texts):
                 if "▁" in text:
                     ids[i] = self._encode_marked(text)
@@ -182,10 +182,10 @@ class SentencePiece:
         joined = [array for part in parts for array in (part, self._space_mark)]
         return np.concatenate(joined[:-1])
 
-    def encode_with_offsets(self, texts: list[str], behind_control: Sequence[bool]) -> list[tuple[Ids, Offsets]]:
-        """`behind_control` makes no difference: each text gets the model's dummy prefix, if it has one."""
+    def encode_with_offsets(self, texts: list[str], after_control: Sequence[bool]) -> list[tuple[Ids, Offsets]]:
+        """`after_control` makes no difference: each text gets the model's dummy prefix, if it has one."""
         return [
-            self._marked_with_offsets(text) if self.keeps_all_text and "▁" in text else _arrays(found)
+            self._marked_with_offsets(text) if self.is_lossless and "▁" in text else _arrays(found)
             for text, found in zip(texts, self._offset_mapping(texts), strict=True)
         ]
 
@@ -243,9 +243,9 @@ class HFTokenizer:
         self._inside_special = re.compile(
             "|".join(f"(?<={re.escape(t.content[0])})(?={re.escape(t.content[1:])})" for t in specials.values())
         )
-        self.controls: dict[str, int] = {token.content: i for i, token in specials.items()}
+        self.control_tokens: dict[str, int] = {token.content: i for i, token in specials.items()}
         self.control_pattern = _control_pattern(
-            self.controls,
+            self.control_tokens,
             before={token.content for token in specials.values() if token.lstrip},
             behind={token.content for token in specials.values() if token.rstrip},
         )
@@ -275,10 +275,10 @@ class HFTokenizer:
         model.encode_special_tokens = True  # not in the JSON
         return model
 
-    def encode_with_offsets(self, texts: list[str], behind_control: Sequence[bool]) -> list[tuple[Ids, Offsets]]:
+    def encode_with_offsets(self, texts: list[str], after_control: Sequence[bool]) -> list[tuple[Ids, Offsets]]:
         found: list[tuple[Ids, Offsets]] = [(np.empty(0, np.int32), np.empty((0, 2), np.int32))] * len(texts)
         for model, chosen in ((self._model, False), (self._behind_control, True)):
-            numbers = [i for i, behind in enumerate(behind_control) if behind == chosen]
+            numbers = [i for i, behind in enumerate(after_control) if behind == chosen]
             encoded = model.encode_batch([texts[i] for i in numbers], add_special_tokens=False)
             for i, e in zip(numbers, encoded, strict=True):
                 clean = self._special_ids.isdisjoint(e.ids)

@@ -45,7 +45,7 @@ def train_tokenizer(
     return _train_sentencepiece(texts, prefix, vocab_size, model_type)
 
 
-def limited(texts: Iterable[str], megabytes: float, taken: list[int]) -> Iterator[str]:
+def limit_bytes(texts: Iterable[str], megabytes: float, taken: list[int]) -> Iterator[str]:
     """The texts from the start, the last one cut at `megabytes` of UTF-8; `taken[0]` counts the bytes given out."""
     most = int(megabytes * 1e6)
     for text in texts:

@@ -35,7 +35,7 @@ def generate(weights: Params, model: ModelConfig, tokenizer: Tokenizer, settings
         parts.append(stream.add(token))
         if stream.stopped:
             break
-    return "".join([*parts, stream.rest()])
+    return "".join([*parts, stream.finish()])
 
 
 def generate_ids(

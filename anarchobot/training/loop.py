@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
-from anarchobot.data.batches import Batch, Prefetched, ValBatches
+from anarchobot.data.batches import Batch, Prefetcher, ValBatches
 from anarchobot.optim.schedule import learning_rate, muon_momentum
 from anarchobot.runs import checkpoint
 from anarchobot.runs.metrics_log import MetricsLog
@@ -45,7 +45,7 @@ class Run:
     config: Config
     steps: int
     identity: dict[str, Any]
-    train: Prefetched
+    train: Prefetcher
     val: ValBatches
     bytes_per_token: float | None  # of the validation split: nats per token into bits per byte; None: no such loss
     folder: Path
@@ -256,7 +256,7 @@ class _Training:
     def saved(self, saved: SaveResult) -> None:
         """Says what became of a save."""
         if saved.written:
-            folder = checkpoint.folder_of(self._run.folder, saved.step).name
+            folder = checkpoint.step_folder(self._run.folder, saved.step).name
             self._log.event("save", saved.step, folder=folder, removed=saved.removed, seconds=round(saved.seconds, 3))
         if saved.error is not None:
             text = (

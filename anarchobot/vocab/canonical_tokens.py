@@ -9,7 +9,7 @@ import json
 import re
 from typing import Literal, NamedTuple
 
-from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePiece, Tokenizer
+from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer
 
 _ROLES = {
     **dict.fromkeys(("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"), "begin"),
@@ -30,7 +30,7 @@ class Form(NamedTuple):
 
 def forms(tokenizer: Tokenizer) -> list[Form]:
     """The form of every id."""
-    if isinstance(tokenizer, SentencePiece):
+    if isinstance(tokenizer, SentencePieceTokenizer):
         found = _of_sentencepiece(tokenizer)
     else:
         assert isinstance(tokenizer, HFTokenizer)
@@ -39,7 +39,7 @@ def forms(tokenizer: Tokenizer) -> list[Form]:
     return found
 
 
-def _of_sentencepiece(tokenizer: SentencePiece) -> list[Form]:
+def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> list[Form]:
     model = tokenizer._model
     return [
         _special(model.id_to_piece(i))
@@ -53,7 +53,7 @@ def _of_tokenizers(tokenizer: HFTokenizer) -> list[Form]:
     model = tokenizer._model
     whole = json.loads(model.to_str())
     is_byte_level = "ByteLevel" in json.dumps([whole["pre_tokenizer"], whole["decoder"]])
-    added, controls = model.get_added_tokens_decoder(), set(tokenizer.controls.values())
+    added, controls = model.get_added_tokens_decoder(), set(tokenizer.control_tokens.values())
     found = [Form(b"", "hole")] * tokenizer.vocab_size
     for token, i in model.get_vocab(with_added_tokens=True).items():
         if i in controls or token in _ROLES:

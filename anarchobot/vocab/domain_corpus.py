@@ -16,8 +16,8 @@ import numpy as np
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.pieces import pieces
-from anarchobot.data.sources.documents import Counts, Document, from_files
+from anarchobot.data.document_batches import pieces
+from anarchobot.data.sources.documents import Document, DocumentCounts, from_files
 
 PART_CHARS = 8192  # about 2,000 tokens
 
@@ -32,7 +32,7 @@ def write_corpus(
 
     Raises UserError when none is left.
     """
-    counts, size = Counts(), 0
+    counts, size = DocumentCounts(), 0
     starts = array("q", [0])
     with TemporaryFile(dir=file.parent) as unordered:
         for unit in pieces(_parts(documents), counts, deduplicate, 0.0):
@@ -60,7 +60,7 @@ def _parts(documents: Iterable[Document]) -> Iterator[Document]:
     """Those that may be cut, cut where a line begins, or at least a word."""
     for document in documents:
         text, start = document.text, 0
-        while document.may_cut and len(text) - start > PART_CHARS:
+        while document.splittable and len(text) - start > PART_CHARS:
             most = start + PART_CHARS
             end = text.rfind("\n", start, most) + 1 or text.rfind(" ", start, most) + 1 or most
             yield Document(text[start:end])
@@ -70,6 +70,6 @@ def _parts(documents: Iterable[Document]) -> Iterator[Document]:
 
 def read_corpus(file: Path, val_fraction: float, side: Literal["train", "val"]) -> Iterator[str]:
     """The documents of one side, in the file's order."""
-    documents = from_files([str(file)], DataConfig(), Counts())
-    for unit in pieces(documents, Counts(), False, val_fraction):
+    documents = from_files([str(file)], DataConfig(), DocumentCounts())
+    for unit in pieces(documents, DocumentCounts(), False, val_fraction):
         yield from compress(unit.texts, unit.is_val if side == "val" else ~unit.is_val)

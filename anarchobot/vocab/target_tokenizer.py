@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.config.errors import UserError
-from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePiece, Tokenizer, load_tokenizer
+from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 
 def is_one_token(tokenizer: Tokenizer, word: str) -> bool:
@@ -26,7 +26,7 @@ def extend(tokenizer: Tokenizer, terms: Sequence[str], folder: Path) -> Tokenize
 
     Raises UserError for a tokenizer of neither SentencePiece nor Hugging Face's BPE.
     """
-    if isinstance(tokenizer, SentencePiece):
+    if isinstance(tokenizer, SentencePieceTokenizer):
         file = folder / "tokenizer.model"
         file.write_bytes(_extended_sentencepiece(tokenizer, terms))
     else:
@@ -36,7 +36,7 @@ def extend(tokenizer: Tokenizer, terms: Sequence[str], folder: Path) -> Tokenize
     return load_tokenizer(file)
 
 
-def _extended_sentencepiece(tokenizer: SentencePiece, terms: Sequence[str]) -> bytes:
+def _extended_sentencepiece(tokenizer: SentencePieceTokenizer, terms: Sequence[str]) -> bytes:
     from sentencepiece import sentencepiece_model_pb2
 
     spec: Any = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.files[0].read_bytes())  # type: ignore[attr-defined]

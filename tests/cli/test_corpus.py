@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from anarchobot.cli.main import main
-from anarchobot.data import encoding, pieces, pretokenize
+from anarchobot.data import document_batches, pretokenize
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
 
@@ -79,19 +79,19 @@ def test_one_folder_to_write_to(corpus: Path, tokenizer: str, capsys: Captured, 
 
 def stop_it(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
     """Stops the run when all but the last text is in shards of about 300 tokens."""
-    monkeypatch.setattr(pieces, "UNIT_CHARS", 1)
+    monkeypatch.setattr(document_batches, "UNIT_CHARS", 1)
     monkeypatch.setattr(
         pretokenize.pretokenize, "__kwdefaults__", pretokenize.pretokenize.__kwdefaults__ | {"shard_tokens": 300}
     )
-    real = encoding._encode
+    real = document_batches._encode
 
-    def stops(unit: pieces.Pieces, *rest: object) -> encoding.Encoded:
+    def stops(unit: document_batches.Pieces, *rest: object) -> document_batches.Encoded:
         if unit.texts[0] == TEXTS[-1]:
             raise KeyboardInterrupt
         return real(unit, *rest)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoding, "_encode", stops)
+        patch.setattr(document_batches, "_encode", stops)
         assert main(command) == 130
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from anarchobot.data.shards import Manifest, Shard, write_manifest
 from anarchobot.data.sources import builtin
-from anarchobot.data.sources.documents import Counts
+from anarchobot.data.sources.documents import DocumentCounts
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
 
@@ -54,5 +54,5 @@ def write_shards(folder: Path, vocab_size: int, dtype: str = "uint16", **splits:
             sizes = (len(ids), len(starts) - 1, 2 * len(ids))
             shards.append(Shard(f"{split}_{i:05d}.npy", split, *sizes, *digests))  # type: ignore[arg-type]
     made = {"name": "made", "file": "made", "sha256": ""}
-    write_manifest(folder, Manifest(made, vocab_size, dtype, 0, 0, Counts().as_manifest(), shards))
+    write_manifest(folder, Manifest(made, vocab_size, dtype, 0, 0, DocumentCounts().as_manifest(), shards))
     return np.array([i for ids in next(iter(splits.values())) for i in ids], np.int64)

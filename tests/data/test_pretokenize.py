@@ -11,10 +11,10 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data import pieces
+from anarchobot.data import document_batches
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.shards import Manifest, TokenStream, read_manifest, verify
-from anarchobot.data.sources.documents import CUT_FILE_CHARS, Counts, Document, from_files
+from anarchobot.data.sources.documents import SPLIT_FILE_CHARS, Document, DocumentCounts, from_files
 from anarchobot.storage.lock import FolderLock
 from anarchobot.tokenizers.tokenizer import Tokenizer, digest, load_tokenizer
 from tests.data.bytes_tokenizer import Bytes
@@ -27,11 +27,11 @@ def plain(tmp_path: Path) -> Bytes:
 
 
 def write(
-    documents: Any, tokenizer: Tokenizer, folder: Path, counts: Counts | None = None, **settings: Any
+    documents: Any, tokenizer: Tokenizer, folder: Path, counts: DocumentCounts | None = None, **settings: Any
 ) -> Manifest:
     settings = {"val_fraction": 0.0, "num_workers": 1} | settings
     made = (document if isinstance(document, Document) else Document(document) for document in documents)
-    return pretokenize(made, tokenizer, folder, counts=counts or Counts(), **settings)
+    return pretokenize(made, tokenizer, folder, counts=counts or DocumentCounts(), **settings)
 
 
 def read(folder: Path, tokenizer: Tokenizer, split: str = "train") -> list[str]:
@@ -77,7 +77,7 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path: Path, vocab_size: int
 
 def test_the_manifest_says_what_is_in_the_files(plain: Bytes, tmp_path: Path) -> None:
     texts = [f"{'é' * i} {i}" for i in range(50)]
-    counts = Counts(read=53, filtered=1, broken=1)  # as the documents before have counted
+    counts = DocumentCounts(read=53, filtered=1, broken=1)  # as the documents before have counted
     manifest = write([*texts, texts[7]], plain, tmp_path / "out", counts, val_fraction=0.3, seed=5, shard_tokens=500)
     assert manifest == read_manifest(tmp_path / "out")
     assert manifest.shards[0].files == ("train_00000.npy", "train_00000.offsets")
@@ -105,14 +105,14 @@ def test_the_manifest_says_what_is_in_the_files(plain: Bytes, tmp_path: Path) ->
 
 
 def test_duplicates_are_dropped_and_the_first_is_kept(plain: Bytes, tmp_path: Path) -> None:
-    counts = Counts()
+    counts = DocumentCounts()
     write(["b", "a", "b", "c", "a", "b"], plain, tmp_path / "out", counts)
     assert read(tmp_path / "out", plain) == ["b", "a", "c"]
     assert (counts.kept, counts.duplicates) == (3, 3)
 
 
 def test_duplicates_are_kept_where_that_is_wanted(plain: Bytes, tmp_path: Path) -> None:
-    counts = Counts()
+    counts = DocumentCounts()
     write(["b", "a", "b"], plain, tmp_path / "out", counts, dedup=False)
     assert read(tmp_path / "out", plain) == ["b", "a", "b"]
     assert (counts.kept, counts.duplicates) == (3, 0)
@@ -127,8 +127,8 @@ def test_near_duplicates_are_dropped_in_order_whatever_the_units(
     documents = [Document(text, True), Document("short"), Document(text + "more", True), Document(other, True)]
     made = []
     for name, unit, workers in (("a", 1, 3), ("b", 10**9, 1)):
-        monkeypatch.setattr(pieces, "UNIT_CHARS", unit)
-        counts = Counts()
+        monkeypatch.setattr(document_batches, "UNIT_CHARS", unit)
+        counts = DocumentCounts()
         settings = {"near_dedup": 0.8, "val_fraction": 0.1, "num_workers": workers}
         write(documents, plain, tmp_path / name, counts, **settings)
         assert (counts.kept, counts.duplicates) == (3, 1)
@@ -166,7 +166,7 @@ def test_the_tokenizer_beside_the_shards_is_the_one_that_made_them(
 def test_real_files_go_through_to_the_last_byte(shared_data: Path, trained: dict[str, Path], tmp_path: Path) -> None:
     tokenizer = load_tokenizer(trained["gpt2"])
     names = ["text/rust_book.jsonl", "messy/crlf_book.md", "text/botchan_en.txt"]
-    counts = Counts()
+    counts = DocumentCounts()
     documents = from_files([str(shared_data / name) for name in names], DataConfig(), counts)
     write(documents, tokenizer, tmp_path / "out", counts, num_workers=2)
     rows = [json.loads(line)["text"] for line in (shared_data / names[0]).read_bytes().split(b"\n") if line]
@@ -183,7 +183,7 @@ def test_workers_units_and_a_second_run_change_no_byte(
     tokenizer = load_tokenizer(trained["unigram"])
     made = []
     for name, workers, unit in (("a", 1, 2**20), ("a", 1, 2**20), ("b", 2, 5000), ("c", 5, 1)):
-        monkeypatch.setattr(pieces, "UNIT_CHARS", unit)
+        monkeypatch.setattr(document_batches, "UNIT_CHARS", unit)
         write(corpus, tokenizer, tmp_path / name, num_workers=workers, val_fraction=0.3, shard_tokens=9000)
         made.append(contents(tmp_path / name))
     assert made[0] == made[1] == made[2] == made[3]
@@ -192,7 +192,7 @@ def test_workers_units_and_a_second_run_change_no_byte(
 
 def test_documents_are_taken_as_they_are_needed(plain: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else memory would grow with the corpus. Progress adds up to all bytes and all tokens."""
-    monkeypatch.setattr(pieces, "UNIT_CHARS", 100)  # ten documents
+    monkeypatch.setattr(document_batches, "UNIT_CHARS", 100)  # ten documents
     taken, sizes, tokens, ahead = 0, 0, 0, []
 
     def documents() -> Iterator[str]:
@@ -226,7 +226,7 @@ def test_the_validation_split_has_its_share_and_stays_when_documents_are_added(p
 
 
 def test_without_a_share_nothing_is_held_out(plain: Bytes, tmp_path: Path) -> None:
-    texts = [Document("long\n" * CUT_FILE_CHARS, may_cut=True), *(f"{i}" for i in range(200))]
+    texts = [Document("long\n" * SPLIT_FILE_CHARS, splittable=True), *(f"{i}" for i in range(200))]
     manifest = write(texts, plain, tmp_path / "out", val_fraction=0.0)
     assert manifest.of("val") == [] and len(read(tmp_path / "out", plain)) == 201
 
@@ -248,7 +248,7 @@ WORDS = LINES.replace("\n", " ")
 )
 def test_a_long_text_file_gives_its_tail(plain: Bytes, tmp_path: Path, text: str, tail: str) -> None:
     """At a line's start, if one is near; a title line alone must not send all the rest to validation."""
-    manifest = write([Document(text, may_cut=True)], plain, tmp_path / "out", val_fraction=0.1)
+    manifest = write([Document(text, splittable=True)], plain, tmp_path / "out", val_fraction=0.1)
     assert read(tmp_path / "out", plain) == [text.removesuffix(tail)]
     assert read(tmp_path / "out", plain, "val") == [tail]
     assert manifest.counts["kept"] == 1
@@ -257,9 +257,9 @@ def test_a_long_text_file_gives_its_tail(plain: Bytes, tmp_path: Path, text: str
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.5, 0.999999])
 def test_both_parts_of_a_cut_file_hold_text(plain: Bytes, tmp_path: Path, fraction: float) -> None:
-    write([Document("x" * CUT_FILE_CHARS, may_cut=True)], plain, tmp_path / "out", val_fraction=fraction)
+    write([Document("x" * SPLIT_FILE_CHARS, splittable=True)], plain, tmp_path / "out", val_fraction=fraction)
     (head,), (tail,) = read(tmp_path / "out", plain), read(tmp_path / "out", plain, "val")
-    assert head and tail and abs(len(tail) - CUT_FILE_CHARS * fraction) <= 1
+    assert head and tail and abs(len(tail) - SPLIT_FILE_CHARS * fraction) <= 1
 
 
 # Runs that fail, and what lay there before
@@ -267,7 +267,7 @@ def test_both_parts_of_a_cut_file_hold_text(plain: Bytes, tmp_path: Path, fracti
 
 def test_no_document_left_is_told_with_the_counts(plain: Bytes, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": 1}\nno\n')
-    counts = Counts()
+    counts = DocumentCounts()
     with pytest.raises(UserError) as error:
         write(from_files([str(tmp_path / "a.jsonl")], DataConfig(), counts), plain, tmp_path / "out", counts)
     first = f"{tmp_path / 'a.jsonl'}:2: no text in 'text'"
@@ -339,7 +339,7 @@ def test_the_same_run_again_tokenises_nothing(plain: Bytes, tmp_path: Path, monk
 
 def test_two_runs_into_one_folder_are_refused(plain: Bytes, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with FolderLock(out), pytest.raises(BlockingIOError, match="is writing here: wait for its end"):
+    with FolderLock(out), pytest.raises(BlockingIOError, match="is writing here: wait until it ends"):
         write(["a"], plain, out)
     assert contents(out) == {}
     write(["a"], plain, out)

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.windows import IGNORE, Joined, PackedWindows, StreamWindows, open_windows
+from anarchobot.data.windows import IGNORE, ConcatWindows, PackedWindows, StreamWindows, best_fit, open_windows
 
 EOD = 999
 Ids, Places = npt.NDArray[np.int32], npt.NDArray[np.int64]
@@ -101,7 +103,7 @@ def test_packing_cuts_no_document_that_fits() -> None:
 
 def test_joined_sets_are_one_after_the_other() -> None:
     a, b = StreamWindows(Stream([17]), 4), StreamWindows(Stream([9]), 4)  # type: ignore[arg-type]
-    joined = Joined([a, b])
+    joined = ConcatWindows([a, b])
     assert joined.count == 6
     rows = joined.rows(np.array([5, 0, 4, 3]))
     np.testing.assert_array_equal(rows.inputs[[1, 3]], a.rows(np.array([0, 3])).inputs)
@@ -113,3 +115,50 @@ def test_less_than_one_sequence_is_told(pack: str) -> None:
     with pytest.raises(UserError, match=r"shards: 8 training tokens are less than one sequence of data.seq_len 8"):
         open_windows(Stream([8]), 8, pack, False)  # type: ignore[arg-type]
     assert open_windows(Stream([9]), 8, pack, False).count >= 1  # type: ignore[arg-type]
+
+
+def rows_of(lengths: list[int], capacity: int) -> list[list[tuple[int, int]]]:
+    ends = np.cumsum(np.array(lengths, np.int64))
+    first, starts, stops = best_fit(ends - np.array(lengths, np.int64), ends, capacity)
+    return [
+        list(zip(starts[a:b].tolist(), stops[a:b].tolist(), strict=True))
+        for a, b in zip(first[:-1].tolist(), first[1:].tolist(), strict=True)
+    ]
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=60), st.integers(1, 17))
+def test_every_token_is_in_one_row_and_only_what_is_too_long_is_cut(lengths: list[int], capacity: int) -> None:
+    rows = rows_of(lengths, capacity)
+    tokens = sorted(t for row in rows for start, end in row for t in range(start, end))
+    assert tokens == list(range(sum(lengths)))
+    assert all(0 < sum(end - start for start, end in row) <= capacity for row in rows)
+    pieces = sorted(piece for row in rows for piece in row)
+    place, wanted = 0, []
+    for length in lengths:
+        wanted += [(place + i, place + min(i + capacity, length)) for i in range(0, length, capacity)]
+        place += length
+    assert pieces == wanted
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=50))
+def test_it_uses_as_many_rows_as_a_plain_best_fit(lengths: list[int]) -> None:
+    room: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [i for i, left in enumerate(room) if left >= length]
+        if fitting:
+            room[min(fitting, key=lambda i: room[i])] -= length
+        else:
+            room.append(12 - length)
+    assert len(rows_of(lengths, 12)) == len(room)
+
+
+def test_a_real_spread_of_lengths_fills_the_rows() -> None:
+    """Log-normal lengths around 700 tokens: the published waste is 0.1 %."""
+    lengths = np.maximum(1, np.random.default_rng(0).lognormal(np.log(700), 1.0, 5000).astype(int)).tolist()
+    rows = rows_of(lengths, 2049)
+    assert sum(lengths) / (len(rows) * 2049) > 0.995
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
+def test_nothing_gives_no_rows(lengths: list[int]) -> None:
+    assert rows_of(lengths, 8) == []

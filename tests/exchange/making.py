@@ -12,7 +12,7 @@ from anarchobot.config.strict_yaml import dump
 from anarchobot.model.llama.forward import hidden_states, logits
 from anarchobot.model.parameters import parameter_shapes
 from anarchobot.runs import checkpoint
-from anarchobot.tokenizers.tokenizer import copy_beside, load_tokenizer
+from anarchobot.tokenizers.tokenizer import copy_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 STORIES = Path("artifacts") / "stories260K"
@@ -33,7 +33,7 @@ def make_run(folder: Path, tokenizer: Path, params: dict[str, Any] | None = None
     model = ModelConfig(**{"vocab_size": loaded.vocab_size, **small, **shape})
     config = Config(model=model, data=DataConfig(seq_len=512))
     folder.mkdir(parents=True)
-    copy_beside(loaded, folder)
+    copy_tokenizer(loaded, folder)
     (folder / "config.yaml").write_text(dump(config.model_dump()))
     arrays = {f"params/{name}": array for name, array in (params or random_parameters(model)).items()}
     state = {"tokens": 1234567, "loss": 2.5, "best_val_loss": 2.25, "best_val_bpb": 1.125, "wall_seconds": 3600.0}

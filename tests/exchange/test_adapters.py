@@ -239,7 +239,7 @@ def test_a_run_of_ours_and_a_hugging_face_folder_are_fused(run: Path, tmp_path: 
         np.testing.assert_allclose(z, adapted_logits(run, adapter, ids), atol=1e-4)
     assert main(["fuse", *words]) == 2
     assert "holds something already" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"adapters \(lora.r: 4\), not a whole model: join them"):
+    with pytest.raises(UserError, match=r"adapters \(lora.r: 4\), not a whole model: fuse them"):
         load_model(tmp_path / "tuned")
     assert main(["fuse", "--model", str(run), "--adapter", str(run), "--output", str(tmp_path / "x")]) == 2
     assert "a whole model, not adapters" in capsys.readouterr().err

@@ -103,7 +103,7 @@ def test_generation_ends_where_the_answer_does(tmp_path: Path, bpe: Path) -> Non
     ours = chat_run(tmp_path / "plain", bpe, "chatml", tie_embeddings=False)
     model, _ = load_model(tmp_path / "plain")
     prompt, end = ours.prompt(TALKS[0]).tolist(), ours.end_of_turn()
-    assert end is not None and end == ours.tokenizer.controls["<|im_end|>"] != ours.tokenizer.eod_id
+    assert end is not None and end == ours.tokenizer.control_tokens["<|im_end|>"] != ours.tokenizer.eod_id
     greedy = GenerationConfig(method="greedy", max_new_tokens=12)
     said = list(stream_token_ids(model.params, model.shape, prompt, greedy, set()))
     last = max(i for i, token in enumerate(said) if token not in said[:i])
@@ -145,7 +145,7 @@ def test_gguf_tells_of_it(tmp_path: Path, bpe: Path) -> None:
     ours = chat_run(tmp_path / "chatml", bpe, "chatml").tokenizer
     chat_run(tmp_path / "plain", bpe, "plain")
     make_run(tmp_path / "none", bpe, n_layers=1)
-    eod, end = ours.eod_id, ours.controls["<|im_end|>"]
+    eod, end = ours.eod_id, ours.control_tokens["<|im_end|>"]
     ends = {"bos": eod, "eos": eod, "add_bos": False}
     assert gguf_keys(tmp_path / "chatml", tmp_path / "a") == {**ends, "eot": end, "template": CHATML}
     assert gguf_keys(tmp_path / "plain", tmp_path / "b") == {**ends, "eot": None, "template": PLAIN}
@@ -165,7 +165,7 @@ def test_gguf_tells_of_it(tmp_path: Path, bpe: Path) -> None:
 def test_gguf_of_public_templates(tmp_path: Path, template: str, named: tuple[str, bool, str, str]) -> None:
     folder = foreign(tmp_path / "public", "bytelevel", {**NAMES, "chat_template": TEMPLATES[template]})
     import_model(folder, tmp_path / "run")
-    controls = load_chat_tokenizer(tmp_path / "run").controls
+    controls = load_chat_tokenizer(tmp_path / "run").control_tokens
     found = gguf_keys(tmp_path / "run", tmp_path / "gguf")
     bos, add_bos, eos, eot = named
     wanted = {"bos": controls[bos], "add_bos": add_bos, "eos": controls[eos], "eot": controls[eot]}

@@ -9,16 +9,15 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig, GenerationConfig, KnowledgeBaseConfig
 from anarchobot.data.conversations.reading import conversations
 from anarchobot.data.conversations.tally import Tally
-from anarchobot.data.sources.documents import Counts
+from anarchobot.data.sources.documents import DocumentCounts
 from anarchobot.inference import chat
 from anarchobot.inference.chat import ChatSession
 from anarchobot.inference.generation import Piece, stream_token_ids
 from anarchobot.inference.model import Model
-from anarchobot.knowledge.knowledge_base import KnowledgeBase
-from anarchobot.knowledge.prompt import with_passages
+from anarchobot.knowledge.knowledge_base import KnowledgeBase, prompt_with_passages
 from anarchobot.tokenizers.chat_template import CHATML
 from anarchobot.tokenizers.conversation import Message
-from anarchobot.tokenizers.tokenizer import copy_beside, load_chat_tokenizer
+from anarchobot.tokenizers.tokenizer import copy_tokenizer, load_chat_tokenizer
 from tests.inference.conftest import SHAPE, strong_parameters
 
 LONG = SHAPE.model_copy(update={"max_seq_len": 256})
@@ -66,14 +65,14 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KnowledgeB
     Path("bees.txt").write_text("Bees have six legs and four wings.")
     with KnowledgeBase(tmp_path / "kb.sqlite", KnowledgeBaseConfig(), create=True) as opened:
         for name in ("ants.txt", "bees.txt"):
-            opened.add(Path(name), DataConfig(), Counts())
+            opened.add(Path(name), DataConfig(), DocumentCounts())
         yield opened
 
 
 def chatml(model: Model, *turns: tuple[str, str]) -> list[int]:
     """The ids of these turns and of the assistant's beginning, put together by hand."""
     tokenizer = load_chat_tokenizer(model.tokenizer.files[0])
-    begin, end = (tokenizer.controls[mark] for mark in ("<|im_start|>", "<|im_end|>"))
+    begin, end = (tokenizer.control_tokens[mark] for mark in ("<|im_start|>", "<|im_end|>"))
 
     def plain(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode_batch([text])[0].tolist()
@@ -89,7 +88,7 @@ def chatml(model: Model, *turns: tuple[str, str]) -> list[int]:
 def test_the_answer_is_the_continuation_of_the_conversation(talker: Model) -> None:
     session, pieces = ChatSession(talker, GREEDY), list[str]()
     answer = session.answer("Who are you?", pieces.append)
-    end = load_chat_tokenizer(talker.tokenizer.files[0]).controls["<|im_end|>"]
+    end = load_chat_tokenizer(talker.tokenizer.files[0]).control_tokens["<|im_end|>"]
     context = chatml(talker, ("user", "Who are you?"))
     ids = list(stream_token_ids(talker.params, LONG, context, GREEDY, {talker.tokenizer.eod_id, end}))
     assert answer == talker.tokenizer.decode(ids).strip() == "".join(pieces).strip() != ""
@@ -165,7 +164,7 @@ def test_passages_that_do_not_fit_are_left_out_from_the_last(
         found = base.search(question)
         session.answer(question)
         assert session.hits == found[: len(session.hits)]
-        sizes = [len(chatml(talker, ("user", with_passages(question, found[:k])))) for k in range(3)]
+        sizes = [len(chatml(talker, ("user", prompt_with_passages(question, found[:k])))) for k in range(3)]
         assert len(session.hits) == max((k for k in range(3) if sizes[k] <= room), default=0)
         counts.append(len(session.hits))
     assert set(counts) == {0, 1, 2}
@@ -214,7 +213,7 @@ def test_what_is_saved_is_read_by_sft(talker: Model, asked: type[Asked], tmp_pat
 def test_a_system_message_that_the_template_refuses_is_not_taken(
     tiny_shards: Path, tmp_path: Path, asked: type[Asked]
 ) -> None:
-    copy_beside(load_chat_tokenizer(tiny_shards), tmp_path)
+    copy_tokenizer(load_chat_tokenizer(tiny_shards), tmp_path)
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     (tmp_path / "chat_template.jinja").write_text(refusal + CHATML)
     session = ChatSession(Model({}, LONG, load_chat_tokenizer(tmp_path)), GREEDY)

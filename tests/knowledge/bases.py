@@ -1,4 +1,4 @@
-"""Small bases for tests: one text a row, so that the passages of short texts are numbered 1, 2, 3 in their order."""
+"""Small knowledge bases for tests: one text per row, so the passages of short texts have ids 1, 2, 3 in order."""
 
 import json
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.config.schema import DataConfig, KnowledgeBaseConfig
-from anarchobot.data.sources.documents import Counts
+from anarchobot.data.sources.documents import DocumentCounts
 from anarchobot.knowledge.knowledge_base import KnowledgeBase, Outcome
 
 
@@ -15,15 +15,15 @@ def write_rows(path: Path, texts: Sequence[str]) -> Path:
     return path
 
 
-def opened(path: Path, create: bool = True, **settings: Any) -> KnowledgeBase:
+def open_base(path: Path, create: bool = True, **settings: Any) -> KnowledgeBase:
     return KnowledgeBase(path, KnowledgeBaseConfig(**settings), create=create)
 
 
-def put(base: KnowledgeBase, path: Path) -> Outcome:
-    return base.add(path, DataConfig(), Counts())
+def add(base: KnowledgeBase, path: Path) -> Outcome:
+    return base.add(path, DataConfig(), DocumentCounts())
 
 
-def base_of(folder: Path, texts: Sequence[str], **settings: Any) -> KnowledgeBase:
-    base = opened(folder / "kb.db", **settings)
-    put(base, write_rows(folder / "texts.jsonl", texts))
+def make_base(folder: Path, texts: Sequence[str], **settings: Any) -> KnowledgeBase:
+    base = open_base(folder / "kb.db", **settings)
+    add(base, write_rows(folder / "texts.jsonl", texts))
     return base

@@ -66,7 +66,7 @@ def test_any_words_are_tokenised_and_masked_as_by_transformers(
 def test_nobody_can_say_a_control_token(both: Make, kind: str, conversation: Conversation) -> None:
     b = both(kind, "qwen2")
     encoded = b.encoded(conversation)
-    controls = [b.theirs.convert_ids_to_tokens(i) for i in encoded.ids.tolist() if i in b.ours.controls.values()]
+    controls = [b.theirs.convert_ids_to_tokens(i) for i in encoded.ids.tolist() if i in b.ours.control_tokens.values()]
     turns = 1 + len(conversation)
     assert controls == ["<|im_start|>", "<|im_end|>"] * turns
     # What was said comes back whole.
@@ -112,7 +112,7 @@ def test_every_answer_is_trained_with_its_end_of_turn_and_nothing_else(both: Mak
     thought = "<think>\n\n</think>\n\n" if name == "qwen3" else ""  # the last turn's, which the model must write too
     wanted = f"{before}Fine.{behind}{end}{before}{thought}Yes!{behind}{end}"
     assert trained_text(b, b.encoded(talk("How?", "Fine.", "Really?", "Yes!"))) == wanted
-    assert b.encoder().end_of_turn() == b.ours.controls["<|eot_id|>" if name == "cohere" else end]
+    assert b.encoder().end_of_turn() == b.ours.control_tokens["<|eot_id|>" if name == "cohere" else end]
 
 
 def test_reasoning_is_trained_where_the_template_keeps_it_and_counted_where_it_does_not(both: Make) -> None:

@@ -12,7 +12,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import CHATML, PLAIN, ChatTemplate, load_template
 from anarchobot.tokenizers.conversation import InvalidRow, Message
-from anarchobot.tokenizers.tokenizer import copy_beside, load_chat_tokenizer
+from anarchobot.tokenizers.tokenizer import copy_tokenizer, load_chat_tokenizer
 from tests.tokenizers.templates import NO_SYSTEM, QWEN2, TEMPLATES, Both, bytelevel, dicts, talk, trained_text
 
 TALKS = [
@@ -82,7 +82,7 @@ def test_a_tokenizer_trained_here_gets_chatml(trained: dict[str, Path], kind: st
     template = load_template(tokenizer)
     assert template.source == CHATML
     encoder = ChatEncoder(tokenizer, template)
-    assert encoder.end_of_turn() == tokenizer.controls["<|im_end|>"]
+    assert encoder.end_of_turn() == tokenizer.control_tokens["<|im_end|>"]
     assert template.render(talk("Hi", "Ho", system="Be."), True) == (
         "<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>\n"
         "<|im_start|>assistant\n"
@@ -101,7 +101,7 @@ def test_without_chatml_s_tokens_an_answer_ends_with_the_end_of_a_document(share
 
 def test_it_is_saved_beside_the_tokenizer_and_found_there(both: Callable[[str, str], Both], tmp_path: Path) -> None:
     b = both("bytelevel", "llama3")
-    copy_beside(b.ours, tmp_path)
+    copy_tokenizer(b.ours, tmp_path)
     b.template.save(tmp_path)
     again = load_template(load_chat_tokenizer(tmp_path))
     assert (again.source, again.tokens) == (b.template.source, b.template.tokens)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from anarchobot.tokenizers.decoding import StopText, StreamDecoder, TextStream
+from anarchobot.tokenizers.decoding import StopStringFilter, StreamDecoder, TextStream
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 
 
@@ -16,7 +16,7 @@ def test_characters_of_several_tokens_come_out_whole(tiny_shards: Path, text: st
     tokenizer = load_tokenizer(tiny_shards)
     decoder = StreamDecoder(tokenizer, [])
     pieces = [decoder.add(int(i)) for i in tokenizer.encode_batch([text])[0]]
-    assert "".join(pieces) + decoder.rest() == text
+    assert "".join(pieces) + decoder.finish() == text
     assert not any("\ufffd" in piece for piece in pieces)
 
 
@@ -27,7 +27,7 @@ def test_a_first_space_is_kept_by_tokenizers_that_put_one_before_any_text(shared
     decoder = StreamDecoder(tokenizer, prompt)
     pieces = [decoder.add(i) for i in whole[len(prompt) :]]
     assert whole[: len(prompt)] == prompt
-    assert "".join(pieces) + decoder.rest() == " world again"
+    assert "".join(pieces) + decoder.finish() == " world again"
 
 
 def test_broken_bytes_do_not_hold_the_rest_back(tiny_shards: Path) -> None:
@@ -58,14 +58,14 @@ def test_text_ends_before_a_stop_string_wherever_it_is_cut(stop: list[str], text
     for _ in range(50):
         cuts = sorted(draw.choices(range(len(text) + 1), k=draw.randrange(6)))
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        stopping = StopText(stop)
+        stopping = StopStringFilter(stop)
         out = [stopping.add(piece) for piece in pieces]
-        assert "".join(out) + stopping.rest() == shown
+        assert "".join(out) + stopping.finish() == shown
         assert stopping.found == (shown != text)
 
 
 def test_what_can_become_no_stop_string_is_not_held_back() -> None:
-    stopping = StopText(["###", "\n\n"])
+    stopping = StopStringFilter(["###", "\n\n"])
     assert [stopping.add(piece) for piece in ("word", " #", "1", "#", "#", "x\n", "y")] == [
         "word", " ", "#1", "", "", "##x", "\ny",
     ]  # fmt: skip
@@ -81,4 +81,4 @@ def test_a_stop_string_of_several_tokens_is_found_in_a_stream(tiny_shards: Path)
         assert "The naïve caf".startswith(shown)
         if stream.stopped:
             break
-    assert shown + stream.rest() == "The naïve caf"
+    assert shown + stream.finish() == "The naïve caf"

@@ -15,16 +15,16 @@ import sentencepiece
 import tokenizers
 
 from anarchobot.config.errors import UserError
-from anarchobot.tokenizers.fast_tokenizer import Checked, adversarial_texts, with_engine
+from anarchobot.tokenizers.fast_tokenizer import VerifiedTokenizer, adversarial_texts, select_engine
 from anarchobot.tokenizers.tokenizer import Ids, Tokenizer, load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
 
 FAST = ("bpe", "gpt2")  # of conftest's kinds, those that have a fast engine
 
 
-def fast(tokenizer: Tokenizer) -> Checked:
-    found = with_engine(tokenizer, "fast", "stop", lambda line: None)
-    assert isinstance(found, Checked)
+def fast(tokenizer: Tokenizer) -> VerifiedTokenizer:
+    found = select_engine(tokenizer, "fast", "stop", lambda line: None)
+    assert isinstance(found, VerifiedTokenizer)
     return found
 
 
@@ -169,7 +169,7 @@ def reference(trained: dict[str, Path]) -> Tokenizer:
 
 
 def test_a_wrong_id_near_the_start_stops_and_says_which(reference: Tokenizer) -> None:
-    engine = Checked(reference, Broken(reference, one_wrong_at(250)))
+    engine = VerifiedTokenizer(reference, Broken(reference, one_wrong_at(250)))
     first, second, third = documents(3)
     engine.encode_batch(first)
     engine.encode_batch(second)
@@ -185,7 +185,7 @@ def test_a_wrong_id_near_the_start_stops_and_says_which(reference: Tokenizer) ->
 
 @pytest.mark.parametrize("number", [1, 501])
 def test_every_document_of_the_first_megabyte_is_compared(reference: Tokenizer, number: int) -> None:
-    engine = Checked(reference, Broken(reference, one_wrong_at(number)))
+    engine = VerifiedTokenizer(reference, Broken(reference, one_wrong_at(number)))
     with pytest.raises(UserError, match="differs"):
         for batch in documents(6, "x" * 2000):
             engine.encode_batch(batch)
@@ -195,7 +195,7 @@ def test_a_wrong_id_late_is_caught_by_the_sample_and_the_reference_takes_over(re
     """From document 5,000 on every id is wrong; each document is past the start's megabyte by then."""
     late = Broken(reference, lambda i, text, ids: ids + 1 if i >= 5000 else ids)
     said: list[str] = []
-    engine = Checked(reference, late, on_mismatch="fallback", say=said.append)
+    engine = VerifiedTokenizer(reference, late, on_mismatch="fallback", say=said.append)
     wrong = 0
     for batch in documents(70, "x" * 300):
         for ours, true in zip(engine.encode_batch(batch), reference.encode_batch(batch), strict=True):
@@ -203,7 +203,7 @@ def test_a_wrong_id_late_is_caught_by_the_sample_and_the_reference_takes_over(re
     assert wrong < 1000 and engine.given_up
     assert len(said) == 1 and said[0].startswith("WARNING: fastokens differs") and "going on with" in said[0]
     with pytest.raises(UserError, match="on_mismatch: fallback"):
-        engine = Checked(reference, Broken(reference, late.wrong))
+        engine = VerifiedTokenizer(reference, Broken(reference, late.wrong))
         for batch in documents(70, "x" * 300):
             engine.encode_batch(batch)
 
@@ -211,7 +211,7 @@ def test_a_wrong_id_late_is_caught_by_the_sample_and_the_reference_takes_over(re
 def test_one_of_a_thousand_documents_is_compared_and_long_ones_more_often(
     reference: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Checked(reference, Broken(reference, lambda i, text, ids: ids))
+    engine = VerifiedTokenizer(reference, Broken(reference, lambda i, text, ids: ids))
     engine.encode_batch(["x" * 2**20])
     compared: list[int] = []
     own = reference.encode_batch
@@ -227,7 +227,7 @@ def test_one_of_a_thousand_documents_is_compared_and_long_ones_more_often(
 
 def test_the_batch_at_hand_is_never_wrong_after_a_fallback(reference: Tokenizer) -> None:
     said: list[str] = []
-    engine = Checked(reference, Broken(reference, one_left_out), on_mismatch="fallback", say=said.append)
+    engine = VerifiedTokenizer(reference, Broken(reference, one_left_out), on_mismatch="fallback", say=said.append)
     same(engine, reference, ["all is well"])
     assert not said
     same(engine, reference, ["well", "wrong", "well"])
@@ -236,7 +236,7 @@ def test_the_batch_at_hand_is_never_wrong_after_a_fallback(reference: Tokenizer)
 
 
 def test_a_text_can_be_given_to_the_reference_alone(reference: Tokenizer) -> None:
-    same(Checked(reference, Broken(reference, one_left_out), avoid=("wrong",)), reference, ["a wrong one", "well", ""])
+    same(VerifiedTokenizer(reference, Broken(reference, one_left_out), avoid=("wrong",)), reference, ["a wrong one", "well", ""])
 
 
 def test_a_difference_on_the_adversarial_texts_is_seen_before_any_document(
@@ -247,9 +247,9 @@ def test_a_difference_on_the_adversarial_texts_is_seen_before_any_document(
     broken = Broken(reference, lambda i, text, ids: ids[:-1] if text == "<s>" else ids)
     monkeypatch.setattr(engine, "_fast_encoder", lambda tokenizer: (broken, ()))
     with pytest.raises(UserError, match="'<s>'"):
-        with_engine(reference, "auto", "stop", print)
+        select_engine(reference, "auto", "stop", print)
     said: list[str] = []
-    same(with_engine(reference, "auto", "fallback", said.append), reference, ["<s>"])
+    same(select_engine(reference, "auto", "fallback", said.append), reference, ["<s>"])
     assert len(said) == 1
 
 
@@ -259,10 +259,10 @@ def test_a_difference_on_the_adversarial_texts_is_seen_before_any_document(
 def test_a_unigram_model_is_left_to_its_own_library(trained: dict[str, Path]) -> None:
     reference = load_tokenizer(trained["unigram"])
     said: list[str] = []
-    assert with_engine(reference, "auto", "stop", said.append) is reference
+    assert select_engine(reference, "auto", "stop", said.append) is reference
     assert said == ["tokenising with sentencepiece (fastokens can't take this tokenizer: it is not a BPE model)"]
     with pytest.raises(UserError, match=r"unigram\.model: .*it is not a BPE model: set it to auto"):
-        with_engine(reference, "fast", "stop", said.append)
+        select_engine(reference, "fast", "stop", said.append)
 
 
 def test_a_tokenizer_json_without_all_bytes_is_left_to_its_own_library(tmp_path: Path) -> None:
@@ -272,26 +272,26 @@ def test_a_tokenizer_json_without_all_bytes_is_left_to_its_own_library(tmp_path:
     made.save(str(tmp_path / "tokenizer.json"))
     reference = load_tokenizer(tmp_path)
     said: list[str] = []
-    assert with_engine(reference, "auto", "stop", said.append) is reference
+    assert select_engine(reference, "auto", "stop", said.append) is reference
     assert "has no token" in said[0]
 
 
 def test_a_missing_package(reference: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastokens", None)
     said: list[str] = []
-    assert with_engine(reference, "auto", "stop", said.append) is reference
+    assert select_engine(reference, "auto", "stop", said.append) is reference
     assert len(said) == 1 and "pip install fastokens==" in said[0]
     with pytest.raises(UserError, match=r"pip install fastokens==[\d.]+, or"):
-        with_engine(reference, "fast", "stop", said.append)
+        select_engine(reference, "fast", "stop", said.append)
 
 
 def test_the_reference_when_asked_for(reference: Tokenizer) -> None:
     said: list[Any] = []
-    assert with_engine(reference, "reference", "stop", said.append) is reference
+    assert select_engine(reference, "reference", "stop", said.append) is reference
     assert said == ["tokenising with sentencepiece"]
 
 
 def test_it_is_said_what_tokenises(reference: Tokenizer) -> None:
     said: list[str] = []
-    with_engine(reference, "auto", "stop", said.append)
+    select_engine(reference, "auto", "stop", said.append)
     assert len(said) == 1 and re.fullmatch(r"tokenising with fastokens [\d.]+, checked against sentencepiece", said[0])

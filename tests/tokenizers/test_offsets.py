@@ -57,7 +57,7 @@ def test_masks_of_tokenizers_trained_here(trained: dict[str, Path], kind: str, c
     assert isinstance(encoded, Encoded)
     trained_ids = encoded.ids[encoded.trained].tolist()
     answer = tokenizer.decode(trained_ids[:-1])
-    assert trained_ids[-1] == tokenizer.controls["<|im_end|>"]
+    assert trained_ids[-1] == tokenizer.control_tokens["<|im_end|>"]
     # A token may hold the line end before the answer as well.
     assert answer.removeprefix("\n") == contents[1].removeprefix("\n") and answer.endswith(contents[1])
     assert tokenizer.decode(encoded.ids.tolist()) == f"user\n{contents[0]}\nassistant\n{contents[1]}\n"

@@ -20,7 +20,7 @@ from anarchobot.tokenizers.tokenizer import (
     CHAT_TOKENS,
     END_OF_DOCUMENT,
     Tokenizer,
-    copy_beside,
+    copy_tokenizer,
     digest,
     load_tokenizer,
 )
@@ -242,10 +242,10 @@ def test_the_digest_is_over_all_files(trained: dict[str, Path]) -> None:
 
 
 def test_a_copy_is_found_in_its_folder_and_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    name = copy_beside(tokenizer, tmp_path)
+    name = copy_tokenizer(tokenizer, tmp_path)
     copy = load_tokenizer(tmp_path)
     assert copy.files[0] == tmp_path / name and digest(copy) == digest(tokenizer)
-    assert copy_beside(copy, tmp_path) == name, "over itself"
+    assert copy_tokenizer(copy, tmp_path) == name, "over itself"
     assert digest(load_tokenizer(tmp_path)) == digest(tokenizer)
 
 

@@ -12,7 +12,7 @@ import sentencepiece
 
 from anarchobot.config.errors import UserError
 from anarchobot.tokenizers.tokenizer import CHAT_TOKENS, load_tokenizer
-from anarchobot.tokenizers.training import limited, train_tokenizer
+from anarchobot.tokenizers.training import limit_bytes, train_tokenizer
 from tests.data.conftest import KINDS
 
 every_kind = pytest.mark.parametrize("how", KINDS.values(), ids=list(KINDS))
@@ -135,12 +135,12 @@ def test_the_limit_holds_to_the_byte_and_reads_no_further() -> None:
         raise AssertionError("read beyond the limit")
 
     taken = [0]
-    assert list(limited(texts(), 0.001, taken)) == ["x" * 600, "é" * 200]
+    assert list(limit_bytes(texts(), 0.001, taken)) == ["x" * 600, "é" * 200]
     assert taken == [1000]
-    assert "".join(limited(["aé"], 2e-6, [0])) == "a", "half of a character is no text"
+    assert "".join(limit_bytes(["aé"], 2e-6, [0])) == "a", "half of a character is no text"
 
 
 def test_below_the_limit_all_is_given_out() -> None:
     taken = [0]
-    assert list(limited(iter(["one", "zwölf"]), 200.0, taken)) == ["one", "zwölf"]
+    assert list(limit_bytes(iter(["one", "zwölf"]), 200.0, taken)) == ["one", "zwölf"]
     assert taken == [9]

@@ -8,8 +8,8 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.pieces import pieces
-from anarchobot.data.sources.documents import Counts, Document, from_files
+from anarchobot.data.document_batches import pieces
+from anarchobot.data.sources.documents import DocumentCounts, Document, from_files
 from anarchobot.vocab.domain_corpus import PART_CHARS, read_corpus, write_corpus
 
 TEXTS = [f"document {i} über alles" for i in range(500)]
@@ -59,7 +59,7 @@ def test_the_budget_holds_to_the_byte(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", [f"{'word ' * 30}\n", "word " * 999, "x" * 999])
 def test_a_long_text_file_is_many_documents(line: str, tmp_path: Path) -> None:
     (tmp_path / "field.txt").write_text("".join(f"{i}{line}" for i in range(3000)))
-    documents = from_files([str(tmp_path / "field.txt")], DataConfig(), Counts())
+    documents = from_files([str(tmp_path / "field.txt")], DataConfig(), DocumentCounts())
     told = write_corpus(documents, tmp_path / "a.jsonl", byte_budget=10**9, deduplicate=True, seed=0)
     texts = texts_of(tmp_path / "a.jsonl")
     assert told["bytes"] == (tmp_path / "field.txt").stat().st_size == sum(map(len, texts))
@@ -87,7 +87,7 @@ def test_the_sides_are_those_of_the_shards(tmp_path: Path) -> None:
     train, val = (set(read_corpus(tmp_path / "a.jsonl", 0.1, side)) for side in ("train", "val"))  # type: ignore[arg-type]
     held_out = {
         text
-        for unit in pieces(map(Document, TEXTS), Counts(), False, 0.1)
+        for unit in pieces(map(Document, TEXTS), DocumentCounts(), False, 0.1)
         for text, is_val in zip(unit.texts, unit.is_val.tolist(), strict=True)
         if is_val
     }

@@ -1,100 +1,178 @@
-"""Rows of instruction and chat datasets, told apart by their fields, to conversations."""
+"""Rows of instruction, chat and preference datasets to conversations and preference pairs.
 
+A row's format is detected from its field names. OpenAssistant's message trees, which span rows, are in oasst.py.
+"""
+
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from anarchobot.data.sources.rows import Row
-from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message, check_encodable, in_order, message
+from anarchobot.tokenizers.conversation import (
+    Conversation,
+    InvalidRow,
+    Message,
+    PreferencePair,
+    check_encodable,
+    check_turns,
+    make_pair,
+    parse_message,
+)
 
 
 class Format(NamedTuple):
-    """`fits` looks at the fields' names alone; `read` raises InvalidRow for a row that has them wrong."""
+    """`matches` looks only at field names; `parse` raises InvalidRow when the values are wrong."""
 
-    fits: Callable[[Row], bool]
-    read: Callable[[Row], Conversation]
+    matches: Callable[[Row], bool]
+    parse: Callable[[Row], Conversation]
 
 
-def field(row: Row, *names: str) -> Any:
-    """The first of these fields that the row has. Raises InvalidRow when it has none."""
+def get_field(row: Row, *names: str) -> Any:
+    """The first of these fields that is present and not null. Raises InvalidRow if there is none."""
     for name in names:
         if row.get(name) is not None:
             return row[name]
     raise InvalidRow(
-        "field missing", f"no {' or '.join(map(repr, names))}; it has {', '.join(sorted(row)) or 'nothing'}"
+        "missing field", f"no {' or '.join(map(repr, names))}; the row has {', '.join(sorted(row)) or 'no fields'}"
     )
 
 
-def messages(items: Any, name: str, system: Any = None) -> list[Message]:
-    """A list of {role, content}, or ShareGPT's {from, value}, behind the row's own system prompt if it has one and the
-    list does not begin with another. A system prompt that is blank is none."""
+def parse_messages(items: Any, name: str, system: Any = None) -> list[Message]:
+    """Messages from a list of {role, content} or ShareGPT's {from, value}.
+
+    The row's own `system` prompt goes first unless the list starts with one. Blank system prompts are ignored.
+    """
     if not isinstance(items, list):
-        raise InvalidRow("field is no list", f"{type(items).__name__} in '{name}'")
-    found: list[Message] = []
+        raise InvalidRow("field is not a list", f"{type(items).__name__} in '{name}'")
+    messages: list[Message] = []
     for i, item in enumerate(items):
         place = f"'{name}', turn {i + 1}"
         if not isinstance(item, dict):
-            raise InvalidRow("turn is no object", f"{type(item).__name__} in {place}")
+            raise InvalidRow("turn is not an object", f"{type(item).__name__} in {place}")
         role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
         if role == "system" and isinstance(content, str) and not content.strip():
             continue
-        found.append(message(role, content, place))
-    if isinstance(system, str) and system.strip() and not (found and found[0].role == "system"):
-        found.insert(0, Message("system", system))
-    return found
+        messages.append(parse_message(role, content, place))
+    if isinstance(system, str) and system.strip() and not (messages and messages[0].role == "system"):
+        messages.insert(0, Message("system", system))
+    return messages
 
 
-def _of_messages(row: Row) -> Conversation:
-    return in_order(messages(field(row, "messages"), "messages", row.get("system")))
+def _from_messages(row: Row) -> Conversation:
+    return check_turns(parse_messages(get_field(row, "messages"), "messages", row.get("system")))
 
 
-def _of_sharegpt(row: Row) -> Conversation:
-    return in_order(messages(field(row, "conversations"), "conversations", row.get("system")))
+def _from_sharegpt(row: Row) -> Conversation:
+    return check_turns(parse_messages(get_field(row, "conversations"), "conversations", row.get("system")))
 
 
-def _of_alpaca(row: Row) -> Conversation:
-    """Of dolly too: its context is the input, its response the output. `history`: earlier [user, assistant] turns."""
-    question = [field(row, "instruction"), row.get("input") or row.get("context") or ""]
-    if not all(isinstance(part, str) for part in question):
-        raise InvalidRow("content is no text", "'instruction' or 'input'")
+def _from_alpaca(row: Row) -> Conversation:
+    """Alpaca, or Dolly with its `context` and `response`. `history` holds earlier [user, assistant] turns."""
+    parts = [get_field(row, "instruction"), row.get("input") or row.get("context") or ""]
+    if not all(isinstance(part, str) for part in parts):
+        raise InvalidRow("content is not text", "'instruction' or 'input'")
     history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise InvalidRow("field is no list", "'history' is to be a list of [user, assistant]")
-    asked = "\n".join(part for part in question if part.strip())
-    before = [content for exchange in history for content in exchange]
-    return _exchanges(row.get("system"), [*before, asked, field(row, "output", "response")])
+    if not isinstance(history, list) or not all(isinstance(turns, list) and len(turns) == 2 for turns in history):
+        raise InvalidRow("field is not a list", "'history' must be a list of [user, assistant]")
+    question = "\n".join(part for part in parts if part.strip())
+    earlier = [content for exchange in history for content in exchange]
+    return _alternating(row.get("system"), [*earlier, question, get_field(row, "output", "response")])
 
 
-def _of_prompt_completion(row: Row) -> Conversation:
-    asked, answer = field(row, "prompt", "question"), field(row, "completion", "answer")
-    if isinstance(asked, list) or isinstance(answer, list):  # of messages
-        return in_order([*messages(asked, "prompt", row.get("system")), *messages(answer, "completion")])
-    return _exchanges(row.get("system"), [asked, answer])
+def _from_prompt_completion(row: Row) -> Conversation:
+    prompt, completion = get_field(row, "prompt", "question"), get_field(row, "completion", "answer")
+    if isinstance(prompt, list) or isinstance(completion, list):  # of messages
+        return check_turns(
+            [*parse_messages(prompt, "prompt", row.get("system")), *parse_messages(completion, "completion")]
+        )
+    return _alternating(row.get("system"), [prompt, completion])
 
 
-def _exchanges(system: Any, contents: list[Any]) -> Conversation:
-    turns = [message(("user", "assistant")[i % 2], content, f"turn {i + 1}") for i, content in enumerate(contents)]
-    return in_order([*messages([], "", system), *turns])
+def _alternating(system: Any, contents: list[Any]) -> Conversation:
+    turns = [parse_message(("user", "assistant")[i % 2], text, f"turn {i + 1}") for i, text in enumerate(contents)]
+    return check_turns([*parse_messages([], "", system), *turns])
 
 
-def of_text(row: Row, text_field: str) -> Conversation:
-    """A document: one message of the role text."""
-    text = field(row, text_field)
+def from_text(row: Row, text_field: str) -> Conversation:
+    """A document: a single message with the role "text"."""
+    text = get_field(row, text_field)
     if not isinstance(text, str):
-        raise InvalidRow("content is no text", f"{type(text).__name__} in '{text_field}'")
+        raise InvalidRow("content is not text", f"{type(text).__name__} in '{text_field}'")
     if not text.strip():
         raise InvalidRow("empty content", f"'{text_field}'")
     check_encodable(text, f"'{text_field}'")
     return (Message("text", text),)
 
 
-# In the order in which a row is tried: UltraChat's rows have a prompt beside their messages.
+# Tried in this order: UltraChat's rows have a prompt as well as messages.
 FORMATS = {
-    "messages": Format(lambda row: "messages" in row, _of_messages),
-    "sharegpt": Format(lambda row: "conversations" in row, _of_sharegpt),
-    "alpaca": Format(lambda row: "instruction" in row and ("output" in row or "response" in row), _of_alpaca),
+    "messages": Format(lambda row: "messages" in row, _from_messages),
+    "sharegpt": Format(lambda row: "conversations" in row, _from_sharegpt),
+    "alpaca": Format(lambda row: "instruction" in row and ("output" in row or "response" in row), _from_alpaca),
     "prompt_completion": Format(
         lambda row: ("prompt" in row and "completion" in row) or ("question" in row and "answer" in row),
-        _of_prompt_completion,
+        _from_prompt_completion,
     ),
 }
-EXPECTED = "messages, conversations, instruction and output, prompt and completion, OASST's message trees, or a text"
+EXPECTED = "messages, conversations, instruction and output, prompt and completion, OASST message trees, or text"
+
+# Preferences: UltraFeedback, HH-RLHF, ShareGPT and similar.
+
+EXPECTED_PAIRS = (
+    "chosen and rejected, with a separate prompt or the whole dialogue in each; or OpenAssistant message trees"
+)
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def is_preference_row(row: Row) -> bool:
+    return "chosen" in row and "rejected" in row
+
+
+def parse_pair(row: Row) -> PreferencePair:
+    """Raises InvalidRow for a missing field, a missing prompt or answer, or identical answers.
+
+    Each answer is a string, a message or a list of messages. The prompt is what both lists start with, preceded by the
+    row's `prompt`, `question` or `conversations` unless the lists repeat it. Two strings without a prompt are
+    HH-RLHF transcripts.
+    """
+    answers = [get_field(row, name) for name in ("chosen", "rejected")]
+    types = {type(answer) for answer in answers}
+    if len(types) > 1 or not types <= {str, dict, list}:
+        raise InvalidRow("answers have different types", " and ".join(type(answer).__name__ for answer in answers))
+    prompt_fields = [name for name in ("prompt", "question", "conversations") if row.get(name) is not None]
+    if types == {str} and not prompt_fields:
+        chosen, rejected = (
+            _parse_transcript(answer, name) for answer, name in zip(answers, ("chosen", "rejected"), strict=True)
+        )
+    else:
+        prompt = _parse_prompt(row[prompt_fields[0]], prompt_fields[0], row.get("system")) if prompt_fields else []
+        chosen, rejected = (
+            _parse_dialogue(prompt, answer, name) for answer, name in zip(answers, ("chosen", "rejected"), strict=True)
+        )
+    return make_pair(chosen, rejected)
+
+
+def _parse_prompt(value: Any, name: str, system: Any) -> list[Message]:
+    items = value if isinstance(value, list) else [{"role": "user", "content": value}]
+    return parse_messages(items, name, system)
+
+
+def _parse_dialogue(prompt: list[Message], answer: Any, name: str) -> Conversation:
+    """The prompt followed by the answer."""
+    if isinstance(answer, str):
+        return check_turns([*prompt, parse_message("assistant", answer, f"'{name}'")])
+    turns = parse_messages(answer if isinstance(answer, list) else [answer], name)
+    return check_turns(turns if turns and turns[0].role != "assistant" else [*prompt, *turns])
+
+
+def _parse_transcript(text: str, name: str) -> Conversation:
+    """Parses "\\n\\nHuman: ...\\n\\nAssistant: ..."; whitespace around turns is stripped."""
+    before, *parts = _HH_TURN.split(text)
+    if before.strip() or not parts:
+        raise InvalidRow("missing prompt", f"'{name}' does not start with a Human turn, and the row has no 'prompt'")
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return check_turns(
+        parse_message(_HH_ROLES[speaker], content.strip(), f"'{name}', turn {i + 1}")
+        for i, (speaker, content) in enumerate(turns)
+    )

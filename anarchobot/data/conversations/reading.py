@@ -1,120 +1,226 @@
-"""Datasets for tuning to conversations and pairs, with a count of every row that is none."""
+"""Reads tuning datasets: conversations and preference pairs from JSONL, JSON arrays, Parquet or the Hugging Face Hub.
 
+Every row that is skipped is counted by reason in RowCounts, and the first of each reason is reported with its line.
+"""
+
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import TypeVar
+
+import orjson
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.conversations import formats, oasst, preferences
-from anarchobot.data.conversations.sources import Raw, open_files
-from anarchobot.data.conversations.tally import Tally
-from anarchobot.data.sources import rows
+from anarchobot.data.conversations import formats, oasst
+from anarchobot.data.sources import compressed, files, hub, parquet, rows
+from anarchobot.data.sources.file_ranges import FileRange
 from anarchobot.data.sources.rows import Row
-from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Pair
+from anarchobot.tokenizers.conversation import Conversation, InvalidRow, PreferencePair
 
-Rows = Iterator[tuple[str, Row]]
-T = TypeVar("T", Conversation, Pair)
+JSON = (".json", ".json.gz", ".json.zst")
+RawRows = Iterator[tuple[str, bytes | Row | ValueError]]  # (place, undecoded line, row or error)
+ParsedRows = Iterator[tuple[str, Row]]
+T = TypeVar("T", Conversation, PreferencePair)
 
 
-def conversations(
-    data: DataConfig, tally: Tally, form: str = "auto", language: str | None = None
-) -> Iterator[tuple[str, Conversation]]:
-    """(place, conversation) of each good row of `data.dataset`; `tally` counts the others as they are met.
+@dataclass
+class RowCounts:
+    """What happened to the rows of a dataset: `read` = `kept` + the sum of `skipped`.
 
-    `form`: one of formats.FORMATS, "oasst" or "text" (the field `data.text_field`); "auto" tells it for each file by
-    the fields of the first row that has known ones. `language`: of OASST's trees. Raises UserError for a dataset that
-    can't be found or read, and for a file of which no row has the fields.
+    `truncated` rows are among the kept; `truncated_loss_tokens` of their `loss_tokens` were cut off. OASST trees are
+    counted in `trees`, and their threads, pairs and unusable messages in `tree_rows`, which is part of `read`.
     """
 
-    def of_file(name: str, found: Rows) -> Iterator[tuple[str, Conversation | InvalidRow]]:
-        known = form if form != "auto" else None
+    read: int = 0
+    kept: int = 0
+    truncated: int = 0
+    loss_tokens: int = 0
+    truncated_loss_tokens: int = 0
+    trees: int = 0
+    tree_rows: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    first_skipped: dict[str, str] = field(default_factory=dict)  # by reason: place and detail
+
+    def skip(self, place: str, error: ValueError) -> None:
+        reason = error.reason if isinstance(error, InvalidRow) else "malformed row"
+        self.skipped[reason] += 1
+        self.first_skipped.setdefault(reason, f"{place}: {error}")
+
+    def skip_kept(self, place: str, error: InvalidRow) -> None:
+        """Skips a row that was already counted as kept."""
+        self.kept -= 1
+        self.skip(place, error)
+
+    def summary(self) -> list[str]:
+        """One line with the totals, then one per reason."""
+        plain_rows = self.read - self.tree_rows
+        sources = [f"{plain_rows:,} rows"] if plain_rows or not self.trees else []
+        if self.trees:
+            pairs = f"{self.tree_rows:,} pairs from " if self.tree_rows != self.trees else ""
+            sources.append(f"{pairs}{self.trees:,} trees")
+        lost = self.truncated_loss_tokens / self.loss_tokens if self.truncated_loss_tokens else 0.0
+        dropped = f" ({lost:.1%} of loss tokens dropped)" if self.truncated_loss_tokens else ""
+        truncated = f", {self.truncated:,} truncated{dropped}" if self.truncated else ""
+        reasons = [f"skipped {n:,}: {self.first_skipped[reason]}" for reason, n in self.skipped.most_common()]
+        return [f"{' and '.join(sources)} read, {self.kept:,} kept{truncated}", *reasons]
+
+
+def read_conversations(
+    data: DataConfig, counts: RowCounts, format: str = "auto", language: str | None = None
+) -> Iterator[tuple[str, Conversation]]:
+    """(place, conversation) of each valid row of `data.dataset`; the others are counted in `counts` as they are read.
+
+    `format` is one of formats.FORMATS, "oasst" or "text" (the field `data.text_field`); "auto" detects it for each file
+    from its first row with known fields. `language` filters OASST trees. Raises UserError if a dataset is missing or
+    unreadable, or no row of a file has known fields.
+    """
+
+    def of_file(name: str, found: ParsedRows) -> Iterator[tuple[str, Conversation | InvalidRow]]:
+        detected = format if format != "auto" else None
         for place, row in found:
-            known = known or _form_of(row, data.text_field)
-            if known is None:
-                yield place, InvalidRow("no known fields", f"it has {', '.join(sorted(row)) or 'nothing'}")
-            elif known == "oasst":
-                yield from _of_trees(oasst.threads(chain([(place, row)], found), language), tally)
+            detected = detected or _detect_format(row, data.text_field)
+            if detected is None:
+                yield place, InvalidRow("unknown fields", f"the row has {', '.join(sorted(row)) or 'no fields'}")
+            elif detected == "oasst":
+                yield from _count_trees(oasst.threads(chain([(place, row)], found), language), counts)
             else:
-                yield place, _read(known, row, data.text_field)
-        if known is None:
-            told = f"no row has the fields of a conversation: expected {formats.EXPECTED}"
-            raise UserError(f"{name}: {told}{_left_out(tally)}")
+                yield place, _parse(detected, row, data.text_field)
+        if detected is None:
+            problem = f"no row has the fields of a conversation: expected {formats.EXPECTED}"
+            raise UserError(f"{name}: {problem}{_first_error(counts)}")
 
-    return _counted(data, tally, of_file)
+    return _valid_rows(data, counts, of_file)
 
 
-def pairs(data: DataConfig, tally: Tally, language: str | None = None) -> Iterator[tuple[str, Pair]]:
-    """(place, pair) of each good row of `data.dataset`; the rest as for `conversations`."""
+def read_pairs(
+    data: DataConfig, counts: RowCounts, language: str | None = None
+) -> Iterator[tuple[str, PreferencePair]]:
+    """(place, pair) of each valid row of `data.dataset`; arguments and errors as for `read_conversations`."""
 
-    def of_file(name: str, found: Rows) -> Iterator[tuple[str, Pair | InvalidRow]]:
-        any_fits = False
+    def of_file(name: str, found: ParsedRows) -> Iterator[tuple[str, PreferencePair | InvalidRow]]:
+        any_matched = False
         for place, row in found:
-            if not any_fits and oasst.fits(row):
-                yield from _of_trees(oasst.pairs(chain([(place, row)], found), language), tally)
+            if not any_matched and oasst.is_oasst_row(row):
+                yield from _count_trees(oasst.ranked_pairs(chain([(place, row)], found), language), counts)
                 return
-            any_fits = any_fits or preferences.fits(row)
+            any_matched = any_matched or formats.is_preference_row(row)
             try:
-                yield place, preferences.pair(row)
-            except InvalidRow as misfit:
-                yield place, misfit
-        if not any_fits:
-            told = f"no row has the fields of a preference: expected {preferences.EXPECTED}"
-            raise UserError(f"{name}: {told}{_left_out(tally)}")
+                yield place, formats.parse_pair(row)
+            except InvalidRow as error:
+                yield place, error
+        if not any_matched:
+            problem = f"no row has the fields of a preference pair: expected {formats.EXPECTED_PAIRS}"
+            raise UserError(f"{name}: {problem}{_first_error(counts)}")
 
-    return _counted(data, tally, of_file)
-
-
-def _left_out(tally: Tally) -> str:
-    """For the end of an error's line: the first row that could not be read."""
-    return f" (left out first: {next(iter(tally.first.values()))})" if tally.first else ""
+    return _valid_rows(data, counts, of_file)
 
 
-def _of_trees(found: Iterator[tuple[str, T | InvalidRow]], tally: Tally) -> Iterator[tuple[str, T | InvalidRow]]:
-    """Counts the trees too: what comes of one comes from one place."""
+def _first_error(counts: RowCounts) -> str:
+    return f" (first skipped: {next(iter(counts.first_skipped.values()))})" if counts.first_skipped else ""
+
+
+def _count_trees(found: Iterator[tuple[str, T | InvalidRow]], counts: RowCounts) -> Iterator[tuple[str, T | InvalidRow]]:
+    """Counts trees: consecutive items with the same place come from one tree."""
     tree = ""
     for place, item in found:
-        tally.trees += place != tree
-        tally.of_trees += 1
+        counts.trees += place != tree
+        counts.tree_rows += 1
         tree = place
         yield place, item
 
 
-def _form_of(row: Row, text_field: str) -> str | None:
-    if oasst.fits(row):
+def _detect_format(row: Row, text_field: str) -> str | None:
+    if oasst.is_oasst_row(row):
         return "oasst"
     return next(
-        (name for name, form in formats.FORMATS.items() if form.fits(row)), "text" if text_field in row else None
+        (name for name, known in formats.FORMATS.items() if known.matches(row)), "text" if text_field in row else None
     )
 
 
-def _read(form: str, row: Row, text_field: str) -> Conversation | InvalidRow:
+def _parse(format: str, row: Row, text_field: str) -> Conversation | InvalidRow:
     try:
-        return formats.of_text(row, text_field) if form == "text" else formats.FORMATS[form].read(row)
-    except InvalidRow as misfit:
-        return misfit
+        return formats.from_text(row, text_field) if format == "text" else formats.FORMATS[format].parse(row)
+    except InvalidRow as error:
+        return error
 
 
-def _counted(
-    data: DataConfig, tally: Tally, of_file: Callable[[str, Rows], Iterator[tuple[str, T | InvalidRow]]]
+def _valid_rows(
+    data: DataConfig, counts: RowCounts, of_file: Callable[[str, ParsedRows], Iterator[tuple[str, T | InvalidRow]]]
 ) -> Iterator[tuple[str, T]]:
-    """The good ones of all files; what is no row, and what does not fit, is counted."""
-    for name, found in open_files(data):
-        for place, item in of_file(name, _parsed(found, tally)):
-            tally.read += 1
+    """The valid items of all files; everything is counted."""
+    for name, found in _open_files(data):
+        for place, item in of_file(name, _parsed(found, counts)):
+            counts.read += 1
             if isinstance(item, InvalidRow):
-                tally.leave_out(place, item)
+                counts.skip(place, item)
             else:
-                tally.kept += 1
+                counts.kept += 1
                 yield place, item
 
 
-def _parsed(found: Raw, tally: Tally) -> Rows:
+def _parsed(found: RawRows, counts: RowCounts) -> ParsedRows:
     for place, content in found:
         try:
             if isinstance(content, ValueError):
                 raise content
             yield place, rows.parse(content) if isinstance(content, bytes) else content
         except ValueError as error:
-            tally.read += 1
-            tally.leave_out(place, error)
+            counts.read += 1
+            counts.skip(place, error)
+
+
+def _open_files(data: DataConfig) -> Iterator[tuple[str, RawRows]]:
+    """(name, rows) of each file of `data.dataset`, in order.
+
+    Hub datasets are not shuffled while streaming: all rows are held in memory and shuffled in training. Raises
+    UserError if a dataset is missing or unreadable.
+    """
+    if data.dataset is None:
+        raise UserError("data.dataset is not set: expected JSONL, JSON or Parquet files, or a Hugging Face dataset")
+    for name in [data.dataset] if isinstance(data.dataset, str) else data.dataset:
+        if hub.is_hub_name(name) and not name.endswith(JSON):
+            unshuffled = data.model_copy(update={"shuffle_buffer": 0})
+            found = enumerate(hub.rows(name, unshuffled, seed=0, suggest_fallback=False))
+            yield name, ((f"{name}: row {i}", row) for i, row in found)
+            continue
+        for path in [Path(name)] if name.endswith(JSON) and Path(name).is_file() else files.find([name]):
+            yield str(path), _read_file(path)
+
+
+def _read_file(path: Path) -> RawRows:
+    try:
+        if path.suffix == ".parquet":
+            yield from parquet.read_rows(path)
+        elif path.name.endswith(JSON) and _is_json_array(path):
+            yield from _read_json_array(path)
+        elif path.name.removesuffix(".gz").removesuffix(".zst").endswith((".jsonl", ".json")):
+            yield from rows.read_jsonl(FileRange(path))
+        else:
+            raise UserError(f"{path}: plain text has no turns: expected a .jsonl, .json or .parquet file")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}") from error
+    except ImportError as error:
+        raise UserError(f"{path}: reading .zst files needs a package: pip install backports.zstd") from error
+
+
+def _is_json_array(path: Path) -> bool:
+    """Many files named .json are JSONL."""
+    with compressed.DecompressedFile(path) as file:
+        return file.read(64).removeprefix(rows.BOM).lstrip().startswith(b"[")
+
+
+def _read_json_array(path: Path) -> RawRows:
+    """Alpaca and ShareGPT are distributed as one JSON array; it is loaded whole."""
+    try:
+        items = orjson.loads(compressed.read_all(path).removeprefix(rows.BOM))
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error.msg} (character {error.pos + 1})") from error
+    except ValueError as error:  # truncated file
+        raise UserError(f"{path}: {error}") from error
+    if not items:
+        raise UserError(f"{path}: the file is empty")
+    for i, item in enumerate(items):
+        yield f"{path}: row {i}", item if isinstance(item, dict) else ValueError("not a JSON object")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 BLOCK = 2**16  # bytes unpacked at a time
 
 
-class Unpacked(io.RawIOBase):
+class DecompressedFile(io.RawIOBase):
     """The unpacked bytes of a file. `broken` says why they end too early, or is empty.
 
     Of a file that is cut off, every byte that can be unpacked comes; of one that is damaged, all but the last block's.
@@ -51,16 +51,16 @@ class Unpacked(io.RawIOBase):
         super().close()
 
 
-def whole(path: Path) -> bytes:
+def read_all(path: Path) -> bytes:
     """All bytes of a file. Raises ValueError, with the place, where it breaks off; OSError when it can't be read."""
-    with Unpacked(path) as file:
+    with DecompressedFile(path) as file:
         raw = file.readall()
         if file.broken:
             raise ValueError(f"the file breaks off after {len(raw):,} bytes: {file.broken}")
     return raw
 
 
-def lines(path: Path, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | ValueError]]:
+def read_lines(path: Path, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | ValueError]]:
     """(number from 1, line with its end), streamed; lines end at byte 0x0A only. Of a plain file, those alone that
     begin in its bytes [start, end).
 
@@ -70,7 +70,7 @@ def lines(path: Path, start: int = 0, end: int | None = None) -> Iterator[tuple[
     if start or end is not None:
         yield from _lines_between(path, start, end)
         return
-    with Unpacked(path) as unpacked, io.BufferedReader(unpacked, BLOCK) as file:
+    with DecompressedFile(path) as unpacked, io.BufferedReader(unpacked, BLOCK) as file:
         for number, line in enumerate(file, start=1):
             if unpacked.broken and not line.endswith(b"\n"):
                 number -= 1

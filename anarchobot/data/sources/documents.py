@@ -1,27 +1,27 @@
 """Sources to documents, one at a time and in bounded memory, with a count of everything that was left out."""
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.sources import builtin, files, hub, parquet, quality, rows, text_units
-from anarchobot.data.sources.mixture import mix
-from anarchobot.data.sources.spans import Span
+from anarchobot.data.sources import builtin, files, hub, parquet, rows, text_files
+from anarchobot.data.sources.file_ranges import FileRange
 
 # A text file of at least this many characters gives its tail to validation; a smaller one goes whole to one side.
-CUT_FILE_CHARS = 65536
+SPLIT_FILE_CHARS = 65536
 
 
 class Document(NamedTuple):
-    """One text. `may_cut`: a long file, of which the tail may go to validation."""
+    """One text. `splittable`: a long file, of which the tail may go to validation."""
 
     text: str
-    may_cut: bool = False
+    splittable: bool = False
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Used:
 
 
 @dataclass
-class Counts:
+class DocumentCounts:
     """What became of the documents: `read` is the sum of the others. Nothing is dropped without being counted.
 
     What follows those five is for the summary, and no part of the manifest.
@@ -75,17 +75,17 @@ class Counts:
         said = f"read {self.read}, broken {self.broken}, filtered {self.filtered}, duplicates {self.duplicates}"
         return "; ".join([said, *self.details()])
 
-    def leave_out(self, why: str) -> None:
+    def add_filtered(self, why: str) -> None:
         self.filtered += 1
         self.reasons[why] += 1
 
-    def note_broken(self, place: str, error: Exception) -> None:
+    def add_broken(self, place: str, error: Exception) -> None:
         self.broken += 1
         self.first_broken = self.first_broken or f"{place}: {error}"
 
 
 def open_source(
-    data: DataConfig, seed: int, counts: Counts, warn: Callable[[str], None] = lambda text: None
+    data: DataConfig, seed: int, counts: DocumentCounts, warn: Callable[[str], None] = lambda text: None
 ) -> tuple[str, Iterator[Document]]:
     """The documents of the configured dataset, and what they are called.
 
@@ -111,17 +111,17 @@ def open_source(
     return ", ".join(names), _mixed(names, sources, data.weights, counts)
 
 
-def _open(name: str, data: DataConfig, seed: int, counts: Counts) -> Iterator[Document]:
+def _open(name: str, data: DataConfig, seed: int, counts: DocumentCounts) -> Iterator[Document]:
     if name == "builtin":
-        return _from_texts((("builtin", text) for text in builtin.texts()), data, counts, may_cut=True)
-    if hub.looks_like_a_name(name):
+        return _from_texts((("builtin", text) for text in builtin.texts()), data, counts, splittable=True)
+    if hub.is_hub_name(name):
         found = enumerate(hub.rows(name, data, seed))
         return _from_rows(((f"{name}: row {i}", row) for i, row in found), data, counts)
     return from_files([name], data, counts)
 
 
 def _mixed(
-    names: list[str], sources: list[Iterator[Document]], weights: list[float], counts: Counts
+    names: list[str], sources: list[Iterator[Document]], weights: list[float], counts: DocumentCounts
 ) -> Iterator[Document]:
     counts.used = [Used(name) for name in names]
     for i, size, document in mix(sources, weights, lambda document: len(document.text.encode())):
@@ -130,33 +130,33 @@ def _mixed(
         yield document
 
 
-def from_files(names: Iterable[str], data: DataConfig, counts: Counts) -> Iterator[Document]:
+def from_files(names: Iterable[str], data: DataConfig, counts: DocumentCounts) -> Iterator[Document]:
     """The documents of files, folders and globs, in the order given, folders and globs sorted by name.
 
     What a document is in a text file, `data.documents` says; a JSONL or Parquet file holds one a row. Names are looked
     up at once: one that matches nothing raises UserError here, not when the first document is asked for.
     """
     names = list(names)
-    return from_spans([Span(path) for path in files.find(names)], names, data, counts)
+    return from_ranges([FileRange(path) for path in files.find(names)], names, data, counts)
 
 
-def from_spans(spans: Iterable[Span], names: Iterable[str], data: DataConfig, counts: Counts) -> Iterator[Document]:
+def from_ranges(spans: Iterable[FileRange], names: Iterable[str], data: DataConfig, counts: DocumentCounts) -> Iterator[Document]:
     """The same of parts of files; `names` are those that the files were found by."""
     named = {Path(name) for name in names}
     return (document for span in spans for document in _from_file(span, data, counts, span.path in named))
 
 
-def _from_file(span: Span, data: DataConfig, counts: Counts, is_named: bool) -> Iterator[Document]:
+def _from_file(span: FileRange, data: DataConfig, counts: DocumentCounts, is_named: bool) -> Iterator[Document]:
     """An empty file is an error where it was named itself; of a folder or glob it is passed over, and counted."""
     path = span.path
     try:
         if path.suffix == ".parquet":
-            yield from _from_rows(parquet.rows(path, data), data, counts)
+            yield from _from_rows(parquet.read_text_rows(path, data), data, counts)
         elif path.name.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl"):
-            yield from _from_rows(rows.jsonl(span), data, counts, any_good=span.start > 0)
+            yield from _from_rows(rows.read_jsonl(span), data, counts, any_good=span.start > 0)
         else:
-            may_cut = data.documents == "file"
-            yield from _from_texts(text_units.texts(span, data), data, counts, may_cut)
+            splittable = data.documents == "file"
+            yield from _from_texts(text_files.read_texts(span, data), data, counts, splittable)
     except files.EmptyFile:
         if is_named:
             raise
@@ -167,20 +167,20 @@ def _from_file(span: Span, data: DataConfig, counts: Counts, is_named: bool) -> 
 
 
 def _from_texts(
-    texts: Iterable[tuple[str, str | ValueError]], data: DataConfig, counts: Counts, may_cut: bool
+    texts: Iterable[tuple[str, str | ValueError]], data: DataConfig, counts: DocumentCounts, splittable: bool
 ) -> Iterator[Document]:
     for place, text in texts:
         counts.read += 1
         if isinstance(text, ValueError):
-            counts.note_broken(place, text)
-        elif document := _if_good(text, data, counts, may_cut):
+            counts.add_broken(place, text)
+        elif document := _if_good(text, data, counts, splittable):
             yield document
 
 
 def _from_rows(
     found: Iterable[tuple[str, bytes | rows.Row | ValueError]],
     data: DataConfig,
-    counts: Counts,
+    counts: DocumentCounts,
     any_good: bool = False,
 ) -> Iterator[Document]:
     """Rows, each with its place, to documents. A broken row is counted and skipped, but as long as none was good, a
@@ -193,23 +193,75 @@ def _from_rows(
             row = rows.parse(content) if isinstance(content, bytes) else content
             if not any_good:
                 rows.check_fields(row, place, data)
-            text, is_scored_low = rows.text_of(row, data), rows.is_scored_low(row, data)
+            text, is_below_min_score = rows.get_text(row, data), rows.is_below_min_score(row, data)
             if row is content:
                 rows.check_encodable(text, data)
         except ValueError as error:
-            counts.note_broken(place, error)
+            counts.add_broken(place, error)
             continue
         any_good = True
-        if is_scored_low:
-            counts.leave_out("low score")
-        elif document := _if_good(text, data, counts, may_cut=False):
+        if is_below_min_score:
+            counts.add_filtered("low score")
+        elif document := _if_good(text, data, counts, splittable=False):
             yield document
 
 
-def _if_good(text: str, data: DataConfig, counts: Counts, may_cut: bool) -> Document | None:
+def _if_good(text: str, data: DataConfig, counts: DocumentCounts, splittable: bool) -> Document | None:
     if data.clean:
-        text = quality.clean(text)
-    if why := quality.why_left_out(text, data):
-        counts.leave_out(why)
+        text = clean(text)
+    if why := why_left_out(text, data):
+        counts.add_filtered(why)
         return None
-    return Document(text, may_cut and len(text) >= CUT_FILE_CHARS)
+    return Document(text, splittable and len(text) >= SPLIT_FILE_CHARS)
+
+
+Item = TypeVar("Item")
+
+
+def mix(
+    sources: Sequence[Iterator[Item]], weights: Sequence[float], size: Callable[[Item], int]
+) -> Iterator[tuple[int, int, Item]]:
+    """(index of its source, its size, item), always from the source that lags furthest behind its share; the first of
+    several. No chance is in it. It ends with the first source to run out.
+
+    With w_i the weights divided by their sum and b_i what source i has given, source i lags by w_i * sum(b) - b_i. Of
+    two sources, each is never further from its share than the largest item. An item is taken only to be given out.
+    """
+    given = [0] * len(sources)
+    total = sum(weights)
+    while True:
+        behind = [weight * sum(given) / total - b for weight, b in zip(weights, given, strict=True)]
+        i = behind.index(max(behind))
+        try:
+            item = next(sources[i])
+        except StopIteration:
+            return
+        taken = size(item)
+        given[i] += taken
+        yield i, taken, item
+
+
+# Unicode's category Cc: those that end a line become line feeds, the others but tab go.
+_LINE_ENDS = re.compile(r"\r\n|[\r\x0b\x0c\x85]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]+")
+
+
+def clean(text: str) -> str:
+    """Line ends to LF (CRLF, CR, form feed, vertical tab, NEL), other control characters but tab taken out, white space
+    at line ends stripped.
+
+    Nothing else is touched, so no character is normalised. Cleaning twice changes nothing more.
+    """
+    text = _CONTROLS.sub("", _LINE_ENDS.sub("\n", text))
+    return "\n".join([line.rstrip() for line in text.split("\n")])
+
+
+def why_left_out(text: str, data: DataConfig) -> str:
+    """`blank`, `too short` or `too long`, in characters (code points); empty for a text that is kept."""
+    if not text or text.isspace():
+        return "blank"
+    if len(text) < data.min_chars:
+        return "too short"
+    if data.max_chars is not None and len(text) > data.max_chars:
+        return "too long"
+    return ""

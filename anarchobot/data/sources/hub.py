@@ -11,21 +11,21 @@ from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources.files import SUFFIXES
 
 
-def looks_like_a_name(dataset: str) -> bool:
+def is_hub_name(dataset: str) -> bool:
     """Whether this is a dataset's name (`allenai/c4`) and not a path: nothing lies there, and no path marks."""
     return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset)) and not (
         Path(dataset).exists() or dataset.endswith(SUFFIXES) or dataset.startswith(".")
     )
 
 
-def rows(name: str, data: DataConfig, seed: int, *, replaceable: bool = True) -> Iterator[dict[str, Any]]:
+def rows(name: str, data: DataConfig, seed: int, *, suggest_fallback: bool = True) -> Iterator[dict[str, Any]]:
     """The rows of a dataset; shuffled through a buffer of `data.shuffle_buffer` rows when it is streamed.
 
     `name` is a hub name, or a local folder in the hub's layout. Raises UserError when the package is missing or the
-    dataset can't be loaded, before the first row is given out; and later, when the network breaks off. `replaceable`:
+    dataset can't be loaded, before the first row is given out; and later, when the network breaks off. `suggest_fallback`:
     whether data.fallback can take its place, as it can documents'.
     """
-    stream = _stream(name, data, seed, ", or set data.fallback: builtin" if replaceable else "")
+    stream = _stream(name, data, seed, ", or set data.fallback: builtin" if suggest_fallback else "")
     first = next(stream, None)
     if first is None:
         raise UserError(f"data.dataset: '{name}' has no rows in split '{data.split}'")

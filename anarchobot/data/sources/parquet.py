@@ -12,17 +12,17 @@ from anarchobot.data.sources.rows import Row, check_fields
 BATCH_ROWS = 128
 
 
-def rows(path: Path, data: DataConfig) -> Iterator[tuple[str, Row | ValueError]]:
-    """The text and score columns of each row; the rest as for `whole_rows`. Raises UserError when one is missing."""
+def read_text_rows(path: Path, data: DataConfig) -> Iterator[tuple[str, Row | ValueError]]:
+    """The text and score columns of each row; the rest as for `read_rows`. Raises UserError when one is missing."""
 
     def wanted(names: list[str]) -> list[str]:
         check_fields(names, str(path), data)
         return list(dict.fromkeys(filter(None, (data.text_field, data.score_field))))
 
-    return whole_rows(path, wanted)
+    return read_rows(path, wanted)
 
 
-def whole_rows(path: Path, wanted: Callable[[list[str]], list[str]] = list) -> Iterator[tuple[str, Row | ValueError]]:
+def read_rows(path: Path, wanted: Callable[[list[str]], list[str]] = list) -> Iterator[tuple[str, Row | ValueError]]:
     """(place, row) of each row, counted from 0; a ValueError in place of one whose text is no UTF-8. `wanted` chooses
     from the columns' names (default: all).
 

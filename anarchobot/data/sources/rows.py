@@ -8,21 +8,21 @@ import orjson
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources import compressed
+from anarchobot.data.sources.file_ranges import FileRange
 from anarchobot.data.sources.files import EmptyFile
-from anarchobot.data.sources.spans import Span
 
 Row = dict[str, Any]
 BOM = b"\xef\xbb\xbf"
 
 
-def jsonl(span: Span) -> Iterator[tuple[str, bytes | ValueError]]:
+def read_jsonl(span: FileRange) -> Iterator[tuple[str, bytes | ValueError]]:
     """(place, line) for each line of a JSONL file that isn't blank. Raises EmptyFile when a whole file has none."""
     empty, name = True, span.name
-    for number, line in compressed.lines(*span):
+    for number, line in compressed.read_lines(*span):
         if isinstance(line, ValueError) or not line.isspace():
             empty = False
             yield f"{name}:{number}", line
-    if empty and span == Span(span.path):
+    if empty and span == FileRange(span.path):
         raise EmptyFile(f"{span.path}: the file is empty")
 
 
@@ -49,7 +49,7 @@ def check_fields(has: Iterable[str], place: str, data: DataConfig) -> None:
             raise UserError(f"{place}: no field '{field}' (it has {', '.join(has) or 'nothing'}): set data.{key}")
 
 
-def text_of(row: Row, data: DataConfig) -> str:
+def get_text(row: Row, data: DataConfig) -> str:
     """The text of a row. Raises ValueError when it has none."""
     text = row.get(data.text_field)
     if not isinstance(text, str):
@@ -65,7 +65,7 @@ def check_encodable(text: str, data: DataConfig) -> None:
         raise ValueError(f"half of a surrogate pair in '{data.text_field}'") from error
 
 
-def is_scored_low(row: Row, data: DataConfig) -> bool:
+def is_below_min_score(row: Row, data: DataConfig) -> bool:
     """Whether the row's score is below `data.score_min`, or not a number. Raises ValueError when it has no score."""
     if data.score_field is None or data.score_min is None:
         return False

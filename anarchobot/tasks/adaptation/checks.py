@@ -6,8 +6,8 @@ from anarchobot.config.adapt_schema import AdaptConfig
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import Loaded
 from anarchobot.config.schema import Config, DataConfig, LoraConfig
-from anarchobot.config.validation import contradictions
-from anarchobot.data.sources.documents import Counts, from_files
+from anarchobot.config.validation import conflicts
+from anarchobot.data.sources.documents import DocumentCounts, from_files
 from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
 from anarchobot.tasks.adaptation.evaluation import read_questions
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -42,7 +42,7 @@ def check(loaded: Loaded[AdaptConfig], base: PretrainedModel) -> None:
     evaluation = loaded.config.evaluation
     if evaluation.enabled:
         for name in evaluation.datasets or []:
-            if next(from_files([name], DataConfig(), Counts()), None) is None:
+            if next(from_files([name], DataConfig(), DocumentCounts()), None) is None:
                 raise UserError(f"{loaded.where('evaluation.datasets')}: {name}: holds no document")
         if evaluation.qa is not None:
             read_questions(Path(evaluation.qa))
@@ -65,7 +65,7 @@ def _check_adapters(loaded: Loaded[AdaptConfig], base: PretrainedModel) -> None:
     training = loaded.config.vocab_adaptation
     if training.enabled and training.stage2_use_lora:
         lora = LoraConfig(r=training.lora_r, target_modules=training.lora_target_modules)
-        for keys, problem in contradictions(Config(model=base.model, lora=lora), []):
+        for keys, problem in conflicts(Config(model=base.model, lora=lora), []):
             if keys == ("lora.target_modules",):
                 raise UserError(f"{loaded.where('vocab_adaptation.lora_target_modules')}: {problem}")
 

@@ -19,10 +19,10 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import Loaded, LoadedConfig
 from anarchobot.config.schema import Config, DataConfig, LoraConfig, ModelConfig, TokenizerConfig, TrainConfig
 from anarchobot.config.strict_yaml import dump
-from anarchobot.data.pieces import pieces
+from anarchobot.data.document_batches import pieces
 from anarchobot.data.pretokenize import pretokenize
-from anarchobot.data.resume import source_of
-from anarchobot.data.sources.documents import Counts, Document, from_files, open_source
+from anarchobot.data.resume import source_provenance
+from anarchobot.data.sources.documents import DocumentCounts, Document, from_files, open_source
 from anarchobot.data.sources.files import find
 from anarchobot.exchange.fusing import fuse
 from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
@@ -33,8 +33,8 @@ from anarchobot.tasks.adaptation.checks import check, warnings
 from anarchobot.tasks.adaptation.evaluation import figures, table
 from anarchobot.tasks.adaptation.stages import Done, Stages, Stopped, Values
 from anarchobot.tasks.pretrain import pretrain
-from anarchobot.tokenizers.tokenizer import Tokenizer, copy_beside, digest, load_tokenizer
-from anarchobot.tokenizers.training import limited, train_tokenizer
+from anarchobot.tokenizers.tokenizer import Tokenizer, copy_tokenizer, digest, load_tokenizer
+from anarchobot.tokenizers.training import limit_bytes, train_tokenizer
 from anarchobot.vocab.canonical_tokens import forms
 from anarchobot.vocab.domain_corpus import read_corpus, write_corpus
 from anarchobot.vocab.domain_terms import mine_terms
@@ -127,12 +127,12 @@ class _Adaptation:
         inputs: dict[str, str] = {}
         for file, reading in data.items():
             names = [reading.dataset] if isinstance(reading.dataset, str) else list(reading.dataset or [])
-            inputs |= {f"{file}: {key}": str(value) for key, value in source_of(names, reading).items()}
+            inputs |= {f"{file}: {key}": str(value) for key, value in source_provenance(names, reading).items()}
 
         def work(folder: Path) -> Made:
             notes: Values = {}
             for file, reading in data.items():
-                _, documents = open_source(reading, self.seed, Counts(), warn=self.stages.say)
+                _, documents = open_source(reading, self.seed, DocumentCounts(), warn=self.stages.say)
                 notes[file.removesuffix(".jsonl")] = write_corpus(
                     documents, folder / file, byte_budget=own.budget, deduplicate=own.deduplicate, seed=self.seed
                 )
@@ -167,12 +167,12 @@ class _Adaptation:
 
         def work(folder: Path) -> Made:
             if given is not None:
-                copy_beside(load_tokenizer(given), folder)
+                copy_tokenizer(load_tokenizer(given), folder)
             elif own.target == "extended":
                 extend(self.source, words, folder)
             else:
                 texts = read_corpus(corpus.folder / DOMAIN, self.settings.corpus.val_fraction, "train")
-                sample = limited(texts, TokenizerConfig().max_train_mb, [0])  # shuffled: the start is a sample
+                sample = limit_bytes(texts, TokenizerConfig().max_train_mb, [0])  # shuffled: the start is a sample
                 train_tokenizer(sample, folder / "tokenizer", vocab_size)
             target = load_tokenizer(folder)
             return list(target.files), self._tokens_per_byte(corpus, target) | {"vocab_size": target.vocab_size}
@@ -184,7 +184,7 @@ class _Adaptation:
         file = corpus.folder / (HELD_OUT if corpus.notes["held_out"] else DOMAIN)
         size, both = 0, {"source": self.source, "target": target}
         tokens = dict.fromkeys(both, 0)
-        for unit in pieces(from_files([str(file)], DataConfig(), Counts()), Counts(), False, 0.0):
+        for unit in pieces(from_files([str(file)], DataConfig(), DocumentCounts()), DocumentCounts(), False, 0.0):
             size += int(unit.sizes.sum())
             for name, tokenizer in both.items():
                 tokens[name] += sum(map(len, tokenizer.encode_batch(unit.texts)))
@@ -280,7 +280,7 @@ class _Adaptation:
 
     def _write_model(self, folder: Path, params: Mapping[str, Floats]) -> Path:
         """A run's folder with step 0, ready to generate, export and tune."""
-        name = copy_beside(self.target, folder)
+        name = copy_tokenizer(self.target, folder)
         data = DataConfig(seq_len=min(self.base.config.data.seq_len, self._model.max_seq_len))
         train = TrainConfig(save_dir=str(folder), tokenizer_path=str(folder / name))
         config = Config(model=self._model, data=data, train=train)
@@ -315,7 +315,7 @@ class _Adaptation:
         def work(folder: Path) -> Made:
             texts = map(Document, read_corpus(corpus.folder / DOMAIN, 0.0, "train"))
             manifest = pretokenize(
-                texts, self.target, folder, counts=Counts(), val_fraction=fraction, num_workers=own.workers,
+                texts, self.target, folder, counts=DocumentCounts(), val_fraction=fraction, num_workers=own.workers,
                 dedup=False, seed=self.seed,
             )  # fmt: skip
             written = [folder / "manifest.json", *(folder / name for shard in manifest.shards for name in shard.files)]
@@ -349,7 +349,7 @@ class _Adaptation:
             summary = pretrain(LoadedConfig(config(folder), {}), show="nothing" if self.quiet else "progress")
             if not summary["finished"]:
                 raise Stopped
-            step = checkpoint.folder_of(folder, summary["steps"])
+            step = checkpoint.step_folder(folder, summary["steps"])
             notes = {key: summary[key] for key in ("steps", "tokens", "final_loss", "best_val_bpb")}
             return [step / "model.npz", step / "state.json"], notes
 
@@ -364,11 +364,11 @@ class _Adaptation:
         """The model that the last stage ended with; adapters are fused into `base`."""
 
         def work(folder: Path) -> Made:
-            newest = checkpoint.folder_of(last.folder, last.notes.get("steps", 0))
+            newest = checkpoint.step_folder(last.folder, last.notes.get("steps", 0))
             if base is not None:
                 shutil.rmtree(folder)
-                fuse(checkpoint.folder_of(base.folder, base.notes.get("steps", 0)), newest, folder)
-                step = checkpoint.folder_of(folder, 0)
+                fuse(checkpoint.step_folder(base.folder, base.notes.get("steps", 0)), newest, folder)
+                step = checkpoint.step_folder(folder, 0)
             else:
                 step = self._write_model(folder, dict(load_pretrained(str(newest)).weights))
             return [step / "model.npz", step / "state.json"], {}

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from anarchobot.data.conversations.tally import Tally
+
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.conversations.reading import conversations, pairs
-from anarchobot.data.conversations.tally import Tally
 from anarchobot.tokenizers.conversation import Conversation, Pair
 
 # A row of each form as its dataset has it, and what comes of it.

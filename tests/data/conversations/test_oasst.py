@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from anarchobot.data.conversations.tally import Tally
 
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.conversations.oasst import threads
 from anarchobot.data.conversations.reading import pairs
-from anarchobot.data.conversations.tally import Tally
 from anarchobot.tokenizers.conversation import InvalidRow
 from tests.data.conversations.rows import jsonl, read
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from anarchobot.data.conversations.tally import Tally
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.batches import Prefetched
+from anarchobot.data.batches import Prefetcher
 from anarchobot.data.conversations.pairs import PairTrainBatches, PairValBatches
-from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.conversations.tokenization import tokenised_pairs
 from anarchobot.data.windows import IGNORE
 from anarchobot.tokenizers.conversation import Pair
@@ -32,7 +32,7 @@ def test_a_pair_is_its_prompt_with_both_answers(both: Make) -> None:
     prompt = b.encoder().prompt(pair.prompt).tolist()
     for side, answer in enumerate(("Because.", "No, never.")):
         targets = batch.targets[0, 0, side]
-        answer_ids = [*b.ours.encode_batch([answer])[0].tolist(), b.ours.controls["<|im_end|>"]]
+        answer_ids = [*b.ours.encode_batch([answer])[0].tolist(), b.ours.control_tokens["<|im_end|>"]]
         scored = np.flatnonzero(targets != IGNORE).tolist()
         assert targets[scored].tolist() == answer_ids
         assert scored == list(range(len(prompt) - 1, len(prompt) - 1 + len(answer_ids)))
@@ -51,7 +51,7 @@ def test_every_pair_comes_once_an_epoch_and_knows_its_number(both: Make) -> None
     assert batch.inputs.shape == (2, 3, 2, LENGTH) and batch.numbers.reshape(-1).tolist() == numbers[4:10]
     one = train.batch(batch.numbers)
     assert (one.inputs == batch.inputs).all() and (one.targets == batch.targets).all()
-    with Prefetched(PairTrainBatches(train, seed=5)) as prefetched:
+    with Prefetcher(PairTrainBatches(train, seed=5)) as prefetched:
         assert (prefetched.at(4, 2, 3).inputs == batch.inputs).all()
 
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from anarchobot.data.conversations.tally import Tally
 from hypothesis import given
 from hypothesis import strategies as st
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.batches import Prefetched, TrainBatches, ValBatches
+from anarchobot.data.batches import Prefetcher, TrainBatches, ValBatches
 from anarchobot.data.conversations.reading import conversations
 from anarchobot.data.conversations.sequences import ConversationWindows
 from anarchobot.data.conversations.table import Table, fitted, table
-from anarchobot.data.conversations.tally import Tally
 from anarchobot.data.conversations.tokenization import tokenised
 from anarchobot.data.windows import IGNORE
 from anarchobot.tokenizers.chat_encoder import Encoded
@@ -138,7 +138,7 @@ def test_packing_fills_rows(both: Make) -> None:
 def test_batches_are_a_function_of_the_position_and_epochs_are_shuffled_anew() -> None:
     windows = ConversationWindows(make_table(["-x" * n for n in range(1, 8)]), 16, False, PAD)
 
-    def epoch(batches: TrainBatches | Prefetched, number: int, size: int) -> list[int]:
+    def epoch(batches: TrainBatches | Prefetcher, number: int, size: int) -> list[int]:
         rows = [batches.at(number * 7 + i, 1, size).inputs[0, :, 0].tolist() for i in range(0, 7, size)]
         return [first for row in rows for first in row][:7]
 
@@ -149,7 +149,7 @@ def test_batches_are_a_function_of_the_position_and_epochs_are_shuffled_anew() -
     assert epoch(resumed, 2, 1) == epochs[2] != epoch(TrainBatches([windows], seed=4), 2, 1)
     whole = batches.at(0, 3, 2)
     assert whole.inputs.shape == (3, 2, 16) and whole.segments is None
-    with Prefetched(TrainBatches([windows], seed=3)) as prefetched:
+    with Prefetcher(TrainBatches([windows], seed=3)) as prefetched:
         assert epoch(prefetched, 0, 1) == epochs[0]
     val = ValBatches(windows, 4, None)
     assert len(val) == 2 and (val[1].targets[0, 3] == IGNORE).all(), "the eighth is filled up"

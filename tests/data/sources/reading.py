@@ -7,14 +7,14 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.sources.documents import Counts, from_files
+from anarchobot.data.sources.documents import DocumentCounts, from_files
 
 TEXT = DataConfig()
 
 
-def read(*names: Path | str, data: DataConfig = TEXT) -> tuple[list[str], Counts]:
+def read(*names: Path | str, data: DataConfig = TEXT) -> tuple[list[str], DocumentCounts]:
     """The texts that are left and their counts; each text is kept once, and counted as pretokenize does."""
-    counts = Counts()
+    counts = DocumentCounts()
     texts: dict[str, None] = {}
     for document in from_files(map(str, names), data, counts):
         counts.duplicates += document.text in texts

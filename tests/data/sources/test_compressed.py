@@ -105,6 +105,6 @@ def test_unpacking_is_streamed(tmp_path: Path) -> None:
     """Lines come while the rest is still packed: 100 MB of one line end after another are never in memory."""
     path = tmp_path / "a.txt.zst"
     path.write_bytes(zstd.compress(b"x" * 999 + b"\n") * 100_000)
-    lines = compressed.lines(path)
+    lines = compressed.read_lines(path)
     assert [next(lines) for _ in range(3)] == [(i, b"x" * 999 + b"\n") for i in (1, 2, 3)]
     lines.close()

@@ -1,14 +1,27 @@
 """Sources become documents in their order, mixed by weights, measured by quality, and every one of them counted."""
 
+import unicodedata
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources import hub
-from anarchobot.data.sources.documents import CUT_FILE_CHARS, Counts, Document, from_files, open_source
+from anarchobot.data.sources.documents import (
+    SPLIT_FILE_CHARS,
+    Document,
+    DocumentCounts,
+    clean,
+    from_files,
+    mix,
+    open_source,
+    why_left_out,
+)
 from tests.data.sources.reading import TEXT, jsonl, read
 
 
@@ -19,38 +32,38 @@ def test_a_file_of_white_space_is_counted_as_filtered(tmp_path: Path) -> None:
 
 
 def test_only_a_long_text_file_may_be_cut(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("x" * CUT_FILE_CHARS)
-    (tmp_path / "b.txt").write_text("x" * (CUT_FILE_CHARS - 1))
-    jsonl(tmp_path / "c.jsonl", {"text": "x" * CUT_FILE_CHARS})
-    assert [d.may_cut for d in from_files([str(tmp_path)], TEXT, Counts())] == [True, False, False]
+    (tmp_path / "a.txt").write_text("x" * SPLIT_FILE_CHARS)
+    (tmp_path / "b.txt").write_text("x" * (SPLIT_FILE_CHARS - 1))
+    jsonl(tmp_path / "c.jsonl", {"text": "x" * SPLIT_FILE_CHARS})
+    assert [d.splittable for d in from_files([str(tmp_path)], TEXT, DocumentCounts())] == [True, False, False]
 
 
 def test_a_paragraph_is_never_cut(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("x" * CUT_FILE_CHARS)
+    (tmp_path / "a.txt").write_text("x" * SPLIT_FILE_CHARS)
     data = DataConfig(documents="paragraphs")
-    assert [d.may_cut for d in from_files([str(tmp_path)], data, Counts())] == [False]
+    assert [d.splittable for d in from_files([str(tmp_path)], data, DocumentCounts())] == [False]
 
 
 def test_the_configured_dataset_can_be_a_list_of_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.txt").write_text("two")
     names = [str(tmp_path / "b.txt"), str(tmp_path / "a.txt")]
-    name, documents = open_source(DataConfig(dataset=names), 0, Counts())
+    name, documents = open_source(DataConfig(dataset=names), 0, DocumentCounts())
     assert (name, [d.text for d in documents]) == (", ".join(names), ["two", "one"])
-    name, documents = open_source(DataConfig(dataset=names[0]), 0, Counts())
+    name, documents = open_source(DataConfig(dataset=names[0]), 0, DocumentCounts())
     assert (name, list(documents)) == (names[0], [Document("two")])
 
 
 def test_no_dataset_is_told() -> None:
     with pytest.raises(UserError, match=r"data\.dataset is not set"):
-        open_source(DataConfig(), 0, Counts())
+        open_source(DataConfig(), 0, DocumentCounts())
 
 
 def test_a_missing_file_falls_back_only_where_the_config_allows_it(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing.txt")
     with pytest.raises(UserError, match="no such file"):
-        open_source(DataConfig(dataset=missing), 0, Counts())
-    counts = Counts()
+        open_source(DataConfig(dataset=missing), 0, DocumentCounts())
+    counts = DocumentCounts()
     name, documents = open_source(DataConfig(dataset=missing, fallback="builtin"), 0, counts)
     assert name == "builtin" and next(documents).text
     name, documents = open_source(DataConfig(dataset="builtin"), 0, counts)
@@ -60,7 +73,7 @@ def test_a_missing_file_falls_back_only_where_the_config_allows_it(tmp_path: Pat
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
-    documents = from_files([str(tmp_path / "a.txt")], TEXT, Counts())
+    documents = from_files([str(tmp_path / "a.txt")], TEXT, DocumentCounts())
     (tmp_path / "a.txt").unlink()
     with pytest.raises(UserError, match=r"a\.txt: can't be read: No such file or directory"):
         list(documents)
@@ -69,7 +82,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
 def test_a_row_of_a_dataset_that_is_no_unicode_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"text": "good"}, {"text": "half a pair \ud800"}, {"text": "größe"}]
     monkeypatch.setattr(hub, "rows", lambda name, data, seed: iter(rows))
-    counts = Counts()
+    counts = DocumentCounts()
     _, documents = open_source(DataConfig(dataset="some/set"), 0, counts)
     assert [document.text for document in documents] == ["good", "größe"]
     assert counts.first_broken == "some/set: row 1: half of a surrogate pair in 'text'"
@@ -109,7 +122,7 @@ def test_text_files_are_cleaned_and_measured_too(tmp_path: Path) -> None:
 
 
 def test_the_built_in_text_is_measured_too() -> None:
-    counts = Counts()
+    counts = DocumentCounts()
     _, documents = open_source(DataConfig(dataset="builtin", max_chars=2000), 0, counts)
     assert all(len(document.text) <= 2000 for document in islice(documents, 30))
     assert counts.reasons["too long"] == counts.read - 30 > 0
@@ -122,11 +135,11 @@ def test_a_mixture_follows_its_weights_and_ends_with_the_first_source(tmp_path: 
     jsonl(tmp_path / "a.jsonl", *({"text": f"{i:010d}"} for i in range(100)))
     jsonl(tmp_path / "b.jsonl", *({"text": "ß" * 5 + f"{i:010d}"} for i in range(100)))  # 20 bytes
     names = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
-    counts = Counts()
+    counts = DocumentCounts()
     _, documents = open_source(DataConfig(dataset=names, weights=[1, 3]), 0, counts)
     texts = [document.text for document in documents]
     assert texts == [
-        document.text for document in open_source(DataConfig(dataset=names, weights=[1, 3]), 0, Counts())[1]
+        document.text for document in open_source(DataConfig(dataset=names, weights=[1, 3]), 0, DocumentCounts())[1]
     ]
     given = {10: 0, 20: 0}
     for text in texts:
@@ -148,7 +161,7 @@ def test_a_mixture_counts_only_what_it_read_of_each_source(tmp_path: Path) -> No
     """The rows that no turn came to are not read: by hand, a gives 1 and 3 around a broken and a blank one."""
     jsonl(tmp_path / "a.jsonl", {"text": "a1"}, "{", {"text": " "}, {"text": "a3"}, {"text": "a4"}, {"text": "a5"})
     jsonl(tmp_path / "b.jsonl", {"text": "b1"}, {"text": "b2"})
-    counts = Counts()
+    counts = DocumentCounts()
     data = DataConfig(dataset=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], weights=[1, 1])
     assert [document.text for document in open_source(data, 0, counts)[1]] == ["a1", "b1", "a3", "b2", "a4"]
     assert (counts.read, counts.filtered, counts.broken) == (7, 1, 1)
@@ -160,10 +173,86 @@ def test_hub_names_files_and_the_built_in_text_stand_in_one_list(
     monkeypatch.setattr(hub, "rows", lambda name, data, seed: iter([{"text": f"{name} {i}"} for i in range(2)]))
     (tmp_path / "a.txt").write_text("a file")
     names = ["some/set", str(tmp_path / "a.txt"), "other/set", "builtin"]
-    counts = Counts()
+    counts = DocumentCounts()
     name, documents = open_source(DataConfig(dataset=names), 0, counts)
     assert name == ", ".join(names)
     first = [next(documents).text for _ in range(6)]
     assert first[:5] == ["some/set 0", "some/set 1", "a file", "other/set 0", "other/set 1"] and len(first[5]) > 1000
     mixed = open_source(DataConfig(dataset=names[:3], weights=[1, 1, 1]), 0, counts)[1]
     assert [document.text for document in mixed] == ["some/set 0", "a file", "other/set 0"]
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 100), st.lists(st.integers(1, 50), max_size=80)), min_size=1, max_size=4))
+def test_bytes_follow_the_weights_until_the_first_source_runs_out(sources: list[tuple[float, list[int]]]) -> None:
+    """Sizes stand for items. No source is more than one item ahead of its share; of two, none is behind by more."""
+    weights, items = [weight for weight, _ in sources], [sizes for _, sizes in sources]
+    drawn = [0] * len(sources)
+
+    def draw(i: int) -> Iterator[int]:
+        for size in items[i]:
+            drawn[i] += 1
+            yield size
+
+    sums, seen = [0] * len(sources), [0] * len(sources)
+    for i, size, item in mix([draw(i) for i in range(len(sources))], weights, lambda size: size):
+        assert size == item == items[i][seen[i]], "each source keeps its order"
+        seen[i] += 1
+        sums[i] += size
+        shares = [sum(sums) * weight / sum(weights) for weight in weights]
+        assert all(had <= share + 50 for had, share in zip(sums, shares, strict=True))
+        assert drawn == seen
+    assert any(drawn[i] == len(items[i]) for i in range(len(sources)))
+
+
+def test_it_ends_when_the_next_turn_finds_nothing() -> None:
+    given_out = [item for _, _, item in mix([iter(["a", "b"]), iter(["c"])], [1, 1], len)]
+    assert given_out == ["a", "c", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("a \t\nb\u3000\u00a0\n\nc ", "a\nb\n\nc"),
+        (" \tindent stays\n  too", " \tindent stays\n  too"),
+        ("one\r\ntwo\r\r\nthree\rfour\x0cfive\x0bsix\x85seven", "one\ntwo\n\nthree\nfour\nfive\nsix\nseven"),
+        ("\0be\x07ll\x1b[0m\x7f\x9f", "bell[0m"),
+        ("white space \x00\n", "white space\n"),
+        (
+            "\ufeff\u200bzero\u00ad width\u202e Å Å ﬁ \U000e0001\n",
+            "\ufeff\u200bzero\u00ad width\u202e Å Å ﬁ \U000e0001\n",
+        ),
+        ("a \n \n", "a\n\n"),
+    ],
+)
+def test_what_is_cleaned(text: str, cleaned: str) -> None:
+    assert clean(text) == cleaned
+
+
+@given(st.text(alphabet=st.one_of(st.sampled_from("\r\n\t \x0b\x0c\x1c\x85\xa0\u2028ab\0"), st.characters())))
+def test_any_text_is_cleaned_as_unicodes_own_tables_say(text: str) -> None:
+    """Line ends first, then character by character, by category; a second pass changes nothing."""
+    text_of_lines = text.replace("\r\n", "\n")
+    for end in "\r\x0b\x0c\x85":
+        text_of_lines = text_of_lines.replace(end, "\n")
+    kept = "".join(c for c in text_of_lines if c in "\n\t" or unicodedata.category(c) != "Cc")
+    assert clean(text) == "\n".join(line.rstrip() for line in kept.split("\n"))
+    assert clean(clean(text)) == clean(text)
+
+
+def test_long_white_space_is_cleaned_in_linear_time() -> None:
+    """A backtracking pattern would take hours."""
+    assert clean((" " * 1_000_000 + "x") * 3) == (" " * 1_000_000 + "x") * 3
+
+
+def test_naughty_strings_lose_only_controls_and_white_space(shared_data: Path) -> None:
+    text = (shared_data / "messy" / "blns.txt").read_bytes().decode()
+    lost = set(text) - set(clean(text))
+    assert lost and all(unicodedata.category(c) == "Cc" or c.isspace() for c in lost)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("", "blank"), (" \u3000\n", "blank"), ("abc", "too short"), ("abcd", ""), ("äöü🙂ß", ""), ("sechs!", "too long")],
+)
+def test_why_a_text_is_left_out(text: str, why: str) -> None:
+    assert why_left_out(text, DataConfig(min_chars=4, max_chars=5)) == why

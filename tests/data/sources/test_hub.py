@@ -12,7 +12,7 @@ import yaml
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources import hub
-from anarchobot.data.sources.documents import Counts, open_source
+from anarchobot.data.sources.documents import DocumentCounts, open_source
 
 ROWS = 60
 
@@ -83,9 +83,9 @@ def test_an_empty_split_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_name_that_cannot_be_reached_is_one_line_or_the_fallback() -> None:
     data = DataConfig(dataset="no-such-people/no-such-set")
     with pytest.raises(UserError) as error:
-        open_source(data, 0, Counts())
+        open_source(data, 0, DocumentCounts())
     assert "'no-such-people/no-such-set' is no file here" in str(error.value) and "\n" not in str(error.value)
-    name, documents = open_source(data.model_copy(update={"fallback": "builtin"}), 0, Counts())
+    name, documents = open_source(data.model_copy(update={"fallback": "builtin"}), 0, DocumentCounts())
     assert name == "builtin" and next(documents).text
 
 
@@ -106,19 +106,19 @@ def test_a_network_that_breaks_off_later_is_one_line(folder: Path, monkeypatch: 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install datasets"):
-        open_source(DataConfig(dataset="some/set"), 0, Counts())
+        open_source(DataConfig(dataset="some/set"), 0, DocumentCounts())
 
 
 def test_rows_become_documents_by_field_and_score(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     monkeypatch.setattr(hub, "rows", lambda name, data, seed: iter(rows))
-    counts = Counts()
+    counts = DocumentCounts()
     data = DataConfig(dataset="some/set", text_field="content", score_field="score", score_min=0.5)
     name, documents = open_source(data, 0, counts)
     assert (name, [d.text for d in documents]) == ("some/set", in_order()[ROWS // 2 :])
     assert (counts.read, counts.filtered) == (ROWS, ROWS // 2)
     with pytest.raises(UserError, match=r"some/set: row 0: no field 'text' \(it has content, score\)"):
-        next(open_source(DataConfig(dataset="some/set"), 0, Counts())[1])
+        next(open_source(DataConfig(dataset="some/set"), 0, DocumentCounts())[1])
 
 
 def test_the_datasets_named_in_a_shipped_configs_comments_are_good_settings() -> None:
@@ -126,7 +126,7 @@ def test_the_datasets_named_in_a_shipped_configs_comments_are_good_settings() ->
     lines = (Path(__file__).parents[3] / "configs" / "small.yaml").read_text().splitlines()
     comments = "\n".join(line.strip().removeprefix("#").strip() for line in lines if line.startswith("  #"))
     settings = [DataConfig(**yaml.safe_load(block)) for block in comments.split("\n\n")[1:] if block]
-    names = {data.dataset: data.text_field for data in settings if hub.looks_like_a_name(str(data.dataset))}
+    names = {data.dataset: data.text_field for data in settings if hub.is_hub_name(str(data.dataset))}
     assert names == {
         "HuggingFaceFW/fineweb": "text",
         "allenai/c4": "text",
@@ -153,4 +153,4 @@ def test_a_name_is_told_from_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "*.txt",
         "a b",
     }
-    assert {name for name in names | paths if hub.looks_like_a_name(name)} == names
+    assert {name for name in names | paths if hub.is_hub_name(name)} == names

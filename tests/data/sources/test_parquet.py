@@ -45,8 +45,8 @@ def test_a_text_that_is_no_utf8_is_one_broken_row(tmp_path: Path) -> None:
 
 def test_only_the_columns_that_are_asked_for_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", {"content": ["a"], "score": [1], "other": [2]})
-    assert list(parquet.rows(path, SCORED)) == [(f"{path}: row 0", {"content": "a", "score": 1})]
-    assert list(parquet.rows(path, DataConfig(text_field="content"))) == [(f"{path}: row 0", {"content": "a"})]
+    assert list(parquet.read_text_rows(path, SCORED)) == [(f"{path}: row 0", {"content": "a", "score": 1})]
+    assert list(parquet.read_text_rows(path, DataConfig(text_field="content"))) == [(f"{path}: row 0", {"content": "a"})]
 
 
 def test_a_missing_column_is_a_wrong_name(tmp_path: Path) -> None:
@@ -70,6 +70,6 @@ def test_memory_is_that_of_a_row_group(tmp_path: Path) -> None:
     texts = [f"{i:06d}" * 200 for i in range(10_000)]
     path = write(tmp_path / "a.parquet", {"text": texts}, row_group_size=500, compression="none", use_dictionary=False)
     before = peak = pa.total_allocated_bytes()
-    for _ in parquet.rows(path, DataConfig()):
+    for _ in parquet.read_text_rows(path, DataConfig()):
         peak = max(peak, pa.total_allocated_bytes())
     assert path.stat().st_size > 10e6 and peak - before < 3e6

@@ -18,12 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.encoding import Encoded, encoded, id_dtype
-from anarchobot.data.exact_duplicates import Seen
-from anarchobot.data.pieces import KEY, Pieces, numbers_of, pieces
+from anarchobot.data.document_batches import KEY, Encoded, Pieces, encoded, id_dtype, numbers_of, pieces
+from anarchobot.data.duplicates import Seen
 from anarchobot.data.resume import Provenance, difference
 from anarchobot.data.shard_writer import NpyStream
-from anarchobot.data.sources.documents import Counts, Document
+from anarchobot.data.sources.documents import Document, DocumentCounts
 from anarchobot.storage.durable import sha256_file, write_atomic
 from anarchobot.storage.lock import FolderLock
 from anarchobot.tokenizers.tokenizer import Tokenizer
@@ -48,7 +47,7 @@ def write_part(
     tokenizer: Tokenizer,
     folder: Path,
     *,
-    counts: Counts,
+    counts: DocumentCounts,
     made_of: Provenance,
     val_fraction: float,
     dedup: bool,
@@ -100,14 +99,14 @@ class Parts:
                 if not file.is_file() or sha256_file(file) != sha256:
                     raise UserError(f"{file}: damaged: remove {folder} and make that part again with --part")
 
-    def add_counts(self, counts: Counts) -> None:
+    def add_counts(self, counts: DocumentCounts) -> None:
         for record in self._records:
-            of_part = Counts(**{**record["counts"], "reasons": Counter(record["counts"]["reasons"]), "used": []})
+            of_part = DocumentCounts(**{**record["counts"], "reasons": Counter(record["counts"]["reasons"]), "used": []})
             for name, value in vars(of_part).items():
                 before = getattr(counts, name)
                 setattr(counts, name, before or value if isinstance(value, str) else before + value)
 
-    def units(self, counts: Counts, dedup: bool) -> Iterator[Encoded]:
+    def units(self, counts: DocumentCounts, dedup: bool) -> Iterator[Encoded]:
         """The tokenised pieces, without those of a document that an earlier part has: `counts` is told of them."""
         seen = Seen()
         for folder in self._folders:

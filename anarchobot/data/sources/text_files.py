@@ -6,12 +6,12 @@ from pathlib import Path
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources import compressed
+from anarchobot.data.sources.file_ranges import FileRange
 from anarchobot.data.sources.files import EmptyFile
 from anarchobot.data.sources.rows import BOM
-from anarchobot.data.sources.spans import Span
 
 
-def texts(span: Span, data: DataConfig) -> Iterator[tuple[str, str | ValueError]]:
+def read_texts(span: FileRange, data: DataConfig) -> Iterator[tuple[str, str | ValueError]]:
     """(place, text) of each document of a UTF-8 file, without its byte order mark and otherwise unchanged.
 
     Lines and paragraphs come without the line end behind them; blank lines (ASCII white space) are no documents. In
@@ -20,7 +20,7 @@ def texts(span: Span, data: DataConfig) -> Iterator[tuple[str, str | ValueError]
     """
     path = span.path
     first = span.start == 0
-    empty = span == Span(path)
+    empty = span == FileRange(path)
     for place, raw in _units(span, data):
         empty = False
         text: str | ValueError
@@ -36,7 +36,7 @@ def texts(span: Span, data: DataConfig) -> Iterator[tuple[str, str | ValueError]
         raise EmptyFile(f"{path}: the file is empty")
 
 
-def _units(span: Span, data: DataConfig) -> Iterator[tuple[str, bytes | ValueError]]:
+def _units(span: FileRange, data: DataConfig) -> Iterator[tuple[str, bytes | ValueError]]:
     if data.documents == "file":
         return _file(span.path)
     return _lines(span) if data.documents == "lines" else _paragraphs(span.path)
@@ -44,16 +44,16 @@ def _units(span: Span, data: DataConfig) -> Iterator[tuple[str, bytes | ValueErr
 
 def _file(path: Path) -> Iterator[tuple[str, bytes | ValueError]]:
     try:
-        raw: bytes | ValueError = compressed.whole(path)
+        raw: bytes | ValueError = compressed.read_all(path)
     except ValueError as error:
         raw = error
     if raw not in (b"", BOM):
         yield str(path), raw
 
 
-def _lines(span: Span) -> Iterator[tuple[str, bytes | ValueError]]:
+def _lines(span: FileRange) -> Iterator[tuple[str, bytes | ValueError]]:
     name = span.name
-    for number, line in compressed.lines(*span):
+    for number, line in compressed.read_lines(*span):
         if isinstance(line, ValueError):
             yield f"{name}:{number}", line
         elif not _is_blank(line):
@@ -63,7 +63,7 @@ def _lines(span: Span) -> Iterator[tuple[str, bytes | ValueError]]:
 def _paragraphs(path: Path) -> Iterator[tuple[str, bytes | ValueError]]:
     gathered: list[bytes] = []
     start = 0
-    for number, line in compressed.lines(path):
+    for number, line in compressed.read_lines(path):
         if isinstance(line, ValueError):  # the paragraph that it has cut is lost with it
             yield f"{path}:{number}", line
             return

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.sources import text_units
-from anarchobot.data.sources.spans import Span
+from anarchobot.data.sources import text_files
+from anarchobot.data.sources.file_ranges import FileRange
 from tests.data.sources.reading import problem, read
 
 PARAGRAPHS = DataConfig(documents="paragraphs")
@@ -85,7 +85,7 @@ def test_lines_and_paragraphs_are_streamed(tmp_path: Path, data: DataConfig) -> 
     path = tmp_path / "a.txt"
     path.write_bytes(b"a line of a paragraph of two\nand its end\n\n" * 100_000)  # 4.2 MB
     tracemalloc.start()
-    number = sum(1 for _ in text_units.texts(Span(path), data))
+    number = sum(1 for _ in text_files.read_texts(FileRange(path), data))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert number == (200_000 if data is LINES else 100_000)

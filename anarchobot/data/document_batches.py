@@ -3,15 +3,20 @@
 
 import hashlib
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import compress
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from anarchobot.data.exact_duplicates import Seen
-from anarchobot.data.sources.documents import Counts, Document
+from anarchobot.config.errors import UserError
+from anarchobot.data.duplicates import Seen
+from anarchobot.data.sources.documents import Document, DocumentCounts
+from anarchobot.tokenizers.tokenizer import Tokenizer
 
 UNIT_CHARS = 2**20  # text that is tokenised by one call
 KEY = np.dtype("V32")
@@ -39,12 +44,12 @@ class Pieces:
         return Pieces(texts, self.sizes[wanted], self.keys[wanted], self.is_val[wanted], self.is_tail[wanted])
 
 
-def pieces(documents: Iterable[Document], counts: Counts, dedup: bool, val_fraction: float) -> Iterator[Pieces]:
+def pieces(documents: Iterable[Document], counts: DocumentCounts, dedup: bool, val_fraction: float) -> Iterator[Pieces]:
     """In the order of the documents. Train or val by the document's hash, so that adding documents moves none; a long
     text file gives its tail."""
     seen = Seen()
     held_out = np.uint64(math.ceil(val_fraction * 2**64))
-    for texts, may_cut in _units(documents):
+    for texts, splittable in _units(documents):
         unit, numbers = _hashed(texts, held_out)
         if dedup:
             new = np.array(seen.add(numbers[:, 1].tolist()), bool)
@@ -52,21 +57,21 @@ def pieces(documents: Iterable[Document], counts: Counts, dedup: bool, val_fract
             unit = unit.only(new)
         counts.kept += len(unit)
         if len(unit):
-            yield _cut(unit, val_fraction) if may_cut and val_fraction else unit
+            yield _cut(unit, val_fraction) if splittable and val_fraction else unit
 
 
 def _units(documents: Iterable[Document]) -> Iterator[tuple[list[str], bool]]:
     """Texts, and whether it is one that may be cut: such a one is long enough to be a unit of its own."""
     texts: list[str] = []
     size = 0
-    for text, may_cut in documents:
-        if may_cut and texts:
+    for text, splittable in documents:
+        if splittable and texts:
             yield texts, False
             texts, size = [], 0
         texts.append(text)
         size += len(text)
-        if may_cut or size >= UNIT_CHARS:
-            yield texts, may_cut
+        if splittable or size >= UNIT_CHARS:
+            yield texts, splittable
             texts, size = [], 0
     if texts:
         yield texts, False
@@ -97,3 +102,62 @@ def _cut(unit: Pieces, val_fraction: float) -> Pieces:
     is_tail = np.array([False, True])
     sizes = np.array([int(unit.sizes[0]) - tail, tail])
     return Pieces([text[:at], text[at:]], sizes, np.repeat(unit.keys, 2), is_tail, is_tail)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Pieces and their ids: flat, each piece's followed by the end of document, which `lengths` counts."""
+
+    pieces: Pieces
+    ids: npt.NDArray[Any]  # as wide as in the shards
+    lengths: npt.NDArray[np.int64]
+
+    def only(self, wanted: Mask) -> "Encoded":
+        if wanted.all():
+            return self
+        return Encoded(self.pieces.only(wanted), self.ids[np.repeat(wanted, self.lengths)], self.lengths[wanted])
+
+
+def id_dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:
+    """Of the ids in shards."""
+    return np.dtype("uint16" if tokenizer.vocab_size <= 2**16 else "uint32")
+
+
+def encoded(
+    units: Iterable[Pieces], tokenizer: Tokenizer, dtype: np.dtype[np.unsignedinteger], workers: int
+) -> Iterator[Encoded]:
+    """One worker is this thread; several are threads of their own, for the tokenizers' libraries let go of the
+    interpreter while they work. At most two units a worker are under way."""
+
+    def encode(unit: Pieces) -> Encoded:
+        return _encode(unit, tokenizer, dtype)
+
+    if workers == 1:
+        yield from map(encode, units)
+        return
+    waiting: deque[Future[Encoded]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for unit in units:
+            waiting.append(pool.submit(encode, unit))
+            if len(waiting) == 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _encode(unit: Pieces, tokenizer: Tokenizer, dtype: np.dtype[np.unsignedinteger]) -> Encoded:
+    """Raises UserError for an id beyond the vocabulary, which would be cut to another one in the shard."""
+    arrays = tokenizer.encode_batch(unit.texts)
+    eod = np.array([tokenizer.eod_id], np.int32)
+    flat = np.concatenate([part for ids in arrays for part in (ids, eod)])
+    largest = int(np.max(flat.view(np.uint32)))
+    if largest >= tokenizer.vocab_size:
+        raise UserError(
+            f"{tokenizer.files[0]}: gave the id {largest}, beyond its {tokenizer.vocab_size} tokens: "
+            "set tokenizer.engine: reference"
+        )
+    lengths = np.fromiter(map(len, arrays), np.int64, len(unit)) + 1
+    return Encoded(unit, flat.astype(dtype), lengths)

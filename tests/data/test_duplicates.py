@@ -1,5 +1,7 @@
 """Near duplicates against exact Jaccard similarity and against datasketch, on documents and versions of them."""
 
+import random
+import sys
 from collections import defaultdict
 
 import datasketch
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anarchobot.data.near_duplicates import BINS, BLOCK, SHINGLE, NearDuplicates, signature
+from anarchobot.data.duplicates import BINS, BLOCK, SHINGLE, NearDuplicateIndex, Seen, signature
 
 Ids = npt.NDArray[np.int32]
 THRESHOLD = 0.8
@@ -76,7 +78,7 @@ def test_versions_are_found_and_nothing_else(documents: list[Ids]) -> None:
             theirs.add(i)
         else:
             lsh.insert(i, minhash)
-    near = NearDuplicates(THRESHOLD)
+    near = NearDuplicateIndex(THRESHOLD)
     ours = repeats([near.is_new(ids) for ids in documents])
     assert len(exact) >= 90
     assert len(ours & exact) >= 0.99 * len(exact)
@@ -110,7 +112,7 @@ def test_the_bands_suit_the_threshold(threshold: float) -> None:
         base = rng.integers(0, 32000, 2000).astype(np.int32)
         for alike, wanted in ((True, min(threshold + 0.1, 0.99)), (False, threshold - 0.2)):
             cut = round(len(base) * wanted)  # a part of the document: its similarity is its share
-            near = NearDuplicates(threshold)
+            near = NearDuplicateIndex(threshold)
             assert near.is_new(base)
             found[alike].append(not near.is_new(base[:cut]))
     assert np.mean(found[True]) >= 0.95
@@ -119,7 +121,7 @@ def test_the_bands_suit_the_threshold(threshold: float) -> None:
 
 @given(st.lists(st.lists(st.integers(0, 2**32 - 2), max_size=40), max_size=30), st.floats(0.05, 1))
 def test_an_identical_document_is_never_new(made: list[list[int]], threshold: float) -> None:
-    near = NearDuplicates(threshold)
+    near = NearDuplicateIndex(threshold)
     for ids in made:
         near.is_new(np.array(ids, np.uint32))
     assert not any(near.is_new(np.array(ids, np.uint32)) for ids in made)
@@ -128,13 +130,13 @@ def test_an_identical_document_is_never_new(made: list[list[int]], threshold: fl
 def test_every_document_is_found_again_after_the_tables_have_grown() -> None:
     rng = np.random.default_rng(0)
     made = rng.integers(0, 32000, (5000, 50)).astype(np.int32)
-    near = NearDuplicates(THRESHOLD)
+    near = NearDuplicateIndex(THRESHOLD)
     assert all(near.is_new(ids) for ids in made)
     assert not any(near.is_new(ids) for ids in made)
 
 
 def test_a_document_shorter_than_a_shingle_is_alike_only_to_itself() -> None:
-    near = NearDuplicates(0.1)
+    near = NearDuplicateIndex(0.1)
     made = [[], [1], [1, 2], [2, 1], list(range(7)), list(range(8)), [0] * 7, [0] * 8]
     assert all(near.is_new(np.array(ids, np.int32)) for ids in made)
     assert not near.is_new(np.array([0] * 100, np.int32)), "one shingle, again and again"
@@ -168,3 +170,34 @@ def test_signatures_never_change(length: int) -> None:
         order = sorted(range(BINS), key=lambda i: joined(BINS * number + i, BINS * number + i))
         bins[~number] = bins[next(i for i in order if i in bins)]
     assert signature(ids).tolist() == [bins.get(i, bins.get(~i)) for i in range(BINS)]
+
+
+def test_it_knows_what_a_set_knows() -> None:
+    """Keys close together, at both ends of the tables, and of other tables with the same low bits."""
+    chance, seen, truth = random.Random(0), Seen(), set()
+    for _ in range(60_000):
+        key = chance.choice(
+            [
+                chance.getrandbits(64),
+                chance.getrandbits(64) & ~0xFFFF,
+                2 + chance.getrandbits(8),
+                2**64 - 1 - chance.getrandbits(8),
+                chance.getrandbits(8) << 56 | 5 << 50,
+            ]
+        )
+        assert seen.add([key]) == [key not in truth], hex(key)
+        truth.add(key)
+    assert not any(seen.add(truth))
+
+
+def test_zero_is_a_key_like_another() -> None:
+    """It is what an empty place holds."""
+    seen = Seen()
+    assert seen.add([0, 0]) == [True, False]
+
+
+def test_it_is_compact() -> None:
+    seen, chance = Seen(), random.Random(1)
+    seen.add(chance.getrandbits(64) for _ in range(300_000))
+    size = sum(sys.getsizeof(table._keys) for table in seen._tables)
+    assert size < 17 * 300_000

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from anarchobot.config.errors import UserError
-from anarchobot.data import pieces
+from anarchobot.data import document_batches
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.shard_writer import NpyStream
 from anarchobot.data.shards import verify
-from anarchobot.data.sources.documents import Counts, Document
+from anarchobot.data.sources.documents import Document, DocumentCounts
 from tests.data.bytes_tokenizer import Bytes
 
 TEXTS = [f"document {i % 37} says {i * i} " * (1 + i % 5) for i in range(60)] + ["document 3 says 9 "] * 2
@@ -29,13 +29,13 @@ LONG = "".join(f"line {i}\n" for i in range(9000))
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "UNIT_CHARS", 100)
+    monkeypatch.setattr(document_batches, "UNIT_CHARS", 100)
 
 
-def run(out: Path, texts: list[str] = TEXTS, tokenizer: Bytes | None = None, **settings: Any) -> Counts:
+def run(out: Path, texts: list[str] = TEXTS, tokenizer: Bytes | None = None, **settings: Any) -> DocumentCounts:
     tokenizer = tokenizer or Bytes(out.parent)
-    documents = [Document(LONG, may_cut=True), *map(Document, texts)]
-    counts = Counts()
+    documents = [Document(LONG, splittable=True), *map(Document, texts)]
+    counts = DocumentCounts()
     settings = {"val_fraction": 0.1, "num_workers": 1, "shard_tokens": 400} | settings
     pretokenize(documents, tokenizer, out, counts=counts, **settings)
     return counts
@@ -74,15 +74,15 @@ def stop(out: Path, at: int = 40, **settings: Any) -> None:
 DRIVER = """
 import sys
 from pathlib import Path
-from anarchobot.data import pieces
+from anarchobot.data import document_batches
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.sources.documents import Counts, from_files
+from anarchobot.data.sources.documents import DocumentCounts, from_files
 from anarchobot.data.pretokenize import pretokenize
 from tests.data.bytes_tokenizer import Bytes
 
-pieces.UNIT_CHARS = 1000
+document_batches.UNIT_CHARS = 1000
 folder, out, workers, near = sys.argv[1:]
-counts = Counts()
+counts = DocumentCounts()
 documents = from_files([f"{folder}/corpus.jsonl", f"{folder}/long.txt"], DataConfig(), counts)
 print("ready", flush=True)
 pretokenize(documents, Bytes(Path(folder)), out, counts=counts, val_fraction=0.1, num_workers=int(workers),
@@ -189,7 +189,7 @@ def test_every_write_and_rename_may_fail_once(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("near", [None, 0.9])
 @pytest.mark.usefixtures("small_units")
 def test_a_run_goes_on_and_tokenises_only_what_is_not_in_a_shard(tmp_path: Path, near: float | None) -> None:
-    """But for near duplicates, of which the ids are compared. Counts and progress are those of the whole run."""
+    """But for near duplicates, of which the ids are compared. DocumentCounts and progress are those of the whole run."""
     done: list[tuple[int, int]] = []
     counts = run(tmp_path / "whole", near_dedup=near, progress=lambda *sizes: done.append(sizes))
     stop(tmp_path / "out", near_dedup=near)
@@ -303,7 +303,7 @@ def test_damaged_progress_is_told(tmp_path: Path) -> None:
 MEASURED = """
 import json, resource, sys
 from pathlib import Path
-from anarchobot.data.sources.documents import Counts, Document
+from anarchobot.data.sources.documents import DocumentCounts, Document
 from anarchobot.data.pretokenize import pretokenize
 from tests.data.bytes_tokenizer import Bytes
 
@@ -326,7 +326,7 @@ def progress(size, tokens):
         peaks.append(peak())
 
 documents = (Document(f"{i:012d}" + text[i * 7919 % 998_000 :][: size - 12]) for i in range(number))
-pretokenize(documents, Bytes(folder, thin=16), folder / "out", counts=Counts(), val_fraction=0.01, num_workers=workers,
+pretokenize(documents, Bytes(folder, thin=16), folder / "out", counts=DocumentCounts(), val_fraction=0.01, num_workers=workers,
             progress=progress)
 print(json.dumps(peaks))
 """

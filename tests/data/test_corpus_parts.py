@@ -13,8 +13,8 @@ import pytest
 
 from anarchobot.cli.main import main
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.sources.documents import Counts, from_files, from_spans
-from anarchobot.data.sources.spans import Span, cut
+from anarchobot.data.sources.documents import DocumentCounts, from_files, from_ranges
+from anarchobot.data.sources.file_ranges import FileRange, split_files
 from anarchobot.tokenizers.training import train_tokenizer
 
 WORDS = ["the", "a", "of", "and", "bees", "dates", "apples", "wings", "water", "stone", "river", "night"]
@@ -44,11 +44,11 @@ def test_spans_are_the_files_in_their_order(corpus: Path) -> None:
     """For any number of parts the documents of all spans, one after another, are those of the files."""
     paths = sorted(corpus.iterdir())
     for documents in ("file", "lines"):
-        data, whole = DataConfig(documents=documents), Counts()
+        data, whole = DataConfig(documents=documents), DocumentCounts()
         wanted = list(from_files([str(corpus)], data, whole))
         for parts in (1, 2, 3, 7, 50, 1000):
-            spans, counts = cut(paths, parts, data), Counts()
-            found = [d for part in spans for d in from_spans(part, [str(corpus)], data, counts)]
+            spans, counts = split_files(paths, parts, data), DocumentCounts()
+            found = [d for part in spans for d in from_ranges(part, [str(corpus)], data, counts)]
             assert found == wanted and len(spans) == parts
             assert counts.as_manifest() == whole.as_manifest() and counts.empty_files == whole.empty_files == 2
 
@@ -57,10 +57,10 @@ def test_a_part_is_about_as_large_as_the_others(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "ten words"}\n' * 1000)
     sizes = [
         sum((span.end or 22_000) - span.start for span in part)
-        for part in cut([tmp_path / "rows.jsonl"], 3, DataConfig())
+        for part in split_files([tmp_path / "rows.jsonl"], 3, DataConfig())
     ]
     assert sizes == [7333, 7333, 7334]
-    assert cut([tmp_path / "rows.jsonl"], 2, DataConfig())[1] == [Span(tmp_path / "rows.jsonl", 11_000)]
+    assert split_files([tmp_path / "rows.jsonl"], 2, DataConfig())[1] == [FileRange(tmp_path / "rows.jsonl", 11_000)]
 
 
 @pytest.mark.parametrize("settings", [[], ["data.near_dedup=0.8"], ["data.dedup=false"], ["data.documents=lines"]])

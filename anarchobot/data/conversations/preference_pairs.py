@@ -1,0 +1,175 @@
+"""Tokenized preference pairs and their batches. Shapes: A micro-batches of B pairs, L = seq_len tokens per answer.
+
+Each pair gives two sequences, chosen and rejected: the prompt followed by one answer. The targets are the answer's
+tokens, including its end-of-turn token.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from anarchobot.data.batches import Batch, TrainBatches, ValBatches
+from anarchobot.data.conversations.reading import RowCounts
+from anarchobot.data.conversations.tokenized import (
+    ConversationWindows,
+    TokenTable,
+    TooLong,
+    batches,
+    check_not_empty,
+    fit_to_length,
+)
+from anarchobot.data.windows import Rows
+from anarchobot.tokenizers.chat_encoder import ChatEncoder, Encoded
+from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message, PreferencePair, is_held_out
+
+
+@dataclass(frozen=True)
+class PairBatch(Batch):
+    """`inputs` and `targets` are int32 [A, B, 2, L], chosen before rejected; there are no segments."""
+
+    indices: npt.NDArray[np.int64] = field(kw_only=True)  # [A, B] of the pairs; -1 is padding, without targets
+    ref_log_probs: npt.NDArray[np.float32] = field(kw_only=True)  # [A, B, 2], nats under the reference model
+
+
+class PairDataset:
+    """Pairs by index, 0 to `count` - 1. Row n of both tables has the same prompt.
+
+    `ref_log_probs`, float32 [count, 2], is copied into the batches. It is zero until the caller sets it.
+    """
+
+    def __init__(self, chosen: TokenTable, rejected: TokenTable, seq_len: int, pad_id: int) -> None:
+        assert chosen.count == rejected.count
+        self.count, self.seq_len = chosen.count, seq_len
+        self.ref_log_probs: npt.NDArray[np.float32] = np.zeros((self.count, 2), np.float32)
+        self._sides = [ConversationWindows(side, seq_len, pack=False, pad_id=pad_id) for side in (chosen, rejected)]
+
+    def batch(self, indices: npt.NDArray[np.int64]) -> PairBatch:
+        """`indices`: int64 [A, B]; an index past the end gives padding."""
+        chosen, rejected = (side.rows(indices.reshape(-1)) for side in self._sides)  # [A B, L]
+        shape = (*indices.shape, 2, self.seq_len)
+        inputs = np.stack([chosen.inputs, rejected.inputs], axis=1).reshape(shape)
+        targets = np.stack([chosen.targets, rejected.targets], axis=1).reshape(shape)
+        valid = indices < self.count
+        ref_log_probs = np.zeros((*indices.shape, 2), np.float32)
+        ref_log_probs[valid] = self.ref_log_probs[indices[valid]]
+        return PairBatch(inputs, targets, indices=np.where(valid, indices, -1), ref_log_probs=ref_log_probs)
+
+    def digest(self) -> str:
+        """sha256 of the pairs; must match on resume and for cached log-probabilities."""
+        return hashlib.sha256(" ".join(side.digest() for side in self._sides).encode()).hexdigest()
+
+
+class _IndexWindows:
+    """Windows that hold only their own index, to reuse the order of TrainBatches and ValBatches."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def rows(self, numbers: npt.NDArray[np.int64]) -> Rows:
+        column = numbers[:, None].astype(np.int32)
+        return Rows(column, column, None)
+
+
+class PairTrainBatches(TrainBatches):
+    """Every pair once per epoch, reshuffled each epoch, in the order of TrainBatches."""
+
+    def __init__(self, pairs: PairDataset, seed: int) -> None:
+        super().__init__([_IndexWindows(pairs.count)], seed)
+        self._pairs = pairs
+
+    def at(self, position: int, micro_batches: int, micro_batch_size: int) -> PairBatch:
+        """The batch that starts at pair `position` of the run."""
+        return self._pairs.batch(_indices(super().at(position, micro_batches, micro_batch_size)))
+
+
+class PairValBatches(ValBatches):
+    """The validation pairs in order; the last micro-batch is padded."""
+
+    def __init__(self, pairs: PairDataset, micro_batch_size: int, limit: int | None) -> None:
+        super().__init__(_IndexWindows(pairs.count), micro_batch_size, limit)
+        self._pairs = pairs
+
+    def __getitem__(self, index: int) -> PairBatch:
+        return self._pairs.batch(_indices(super().__getitem__(index)))
+
+
+def _indices(batch: Batch) -> npt.NDArray[np.int64]:
+    return batch.inputs[:, :, 0].astype(np.int64)
+
+
+def tokenize_pairs(
+    found: Iterable[tuple[str, PreferencePair]],
+    encoder: ChatEncoder,
+    counts: RowCounts,
+    *,
+    seq_len: int,
+    too_long: TooLong = "cut",
+    val_fraction: float = 0.0,
+) -> tuple[PairDataset, PairDataset]:
+    """The train and validation pairs of `found`, from `read_pairs`; `encoder` has train_on "answer".
+
+    All pairs with the same first question are in the same split. "cut" drops the oldest exchanges of a long prompt but
+    never shortens an answer, because the loss compares summed log-probabilities; pairs that are still too long are
+    skipped. Raises UserError if no training pair is left.
+    """
+    assert encoder.train_on == "answer"
+    splits: tuple[list[tuple[Encoded, Encoded]], ...] = ([], [])
+    for batch in batches(found):
+        encoded = encoder.encode([dialogue for _, pair in batch for dialogue in _dialogues(pair)])
+        for (place, pair), chosen, rejected in zip(batch, encoded[::2], encoded[1::2], strict=True):
+            try:
+                sides, truncated = _fit_pair(pair, chosen, rejected, encoder, seq_len + 1, too_long)
+            except InvalidRow as error:
+                counts.skip_kept(place, error)
+                continue
+            counts.truncated += truncated
+            splits[is_held_out(_first_question(pair.prompt), val_fraction)].append(sides)
+    check_not_empty(len(splits[0]), len(splits[1]), counts)
+    train, val = (_pair_dataset(sides, encoder, seq_len) for sides in splits)
+    return train, val
+
+
+def _first_question(prompt: Conversation) -> Conversation:
+    """Pairs from later turns of the same dialogue share it."""
+    return (next(turn for turn in prompt if turn.role == "user"),)
+
+
+def _fit_pair(
+    pair: PreferencePair,
+    chosen: Encoded | InvalidRow,
+    rejected: Encoded | InvalidRow,
+    encoder: ChatEncoder,
+    limit: int,
+    too_long: TooLong,
+) -> tuple[tuple[Encoded, Encoded], bool]:
+    """Both sides within `limit` tokens, and whether the prompt was truncated."""
+    truncated = False
+    while True:
+        for side in (chosen, rejected):
+            if isinstance(side, InvalidRow):
+                raise side
+        assert isinstance(chosen, Encoded) and isinstance(rejected, Encoded)
+        try:
+            return (fit_to_length(chosen, limit, "drop"), fit_to_length(rejected, limit, "drop")), truncated
+        except InvalidRow:
+            first = int(pair.prompt[0].role == "system")
+            if too_long == "drop" or len(pair.prompt) - first < 3:  # a single question is never cut
+                raise
+            pair = pair._replace(prompt=pair.prompt[:first] + pair.prompt[first + 2 :])
+            truncated = True
+            chosen, rejected = encoder.encode(_dialogues(pair))
+
+
+def _dialogues(pair: PreferencePair) -> list[Conversation]:
+    return [(*pair.prompt, Message("assistant", answer)) for answer in (pair.chosen, pair.rejected)]
+
+
+def _pair_dataset(sides: list[tuple[Encoded, Encoded]], encoder: ChatEncoder, seq_len: int) -> PairDataset:
+    tokenizer = encoder.tokenizer
+    chosen, rejected = (
+        TokenTable.from_encoded((side[i] for side in sides), tokenizer.vocab_size) for i in range(2)
+    )
+    return PairDataset(chosen, rejected, seq_len, tokenizer.eod_id)
