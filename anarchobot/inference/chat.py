@@ -9,8 +9,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference.generation import SEEDS, TextBatch
 from anarchobot.inference.model import Model
-from anarchobot.knowledge.knowledge_base import Hit, KnowledgeBase
-from anarchobot.knowledge.prompt import with_passages
+from anarchobot.knowledge.knowledge_base import Hit, KnowledgeBase, prompt_with_passages
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import load_template
 from anarchobot.tokenizers.conversation import InvalidRow, Message, check_encodable
@@ -109,7 +108,7 @@ class ChatSession:
         room = min(self._settings.max_new_tokens, longest // 2)
         turns, hits = self.turns[self.forgotten :], list(hits)
         while True:
-            asked = Message("user", with_passages(question, hits))
+            asked = Message("user", prompt_with_passages(question, hits))
             ids = self._prompt([*self._system, *turns, asked])
             if len(ids) <= longest - room or (not turns and not hits and len(ids) < longest):
                 break
