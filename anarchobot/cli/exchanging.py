@@ -31,8 +31,8 @@ def add_commands(commands: Any) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from anarchobot.exchange.exporting import export
-    from anarchobot.exchange.limits import TARGETS
-    from anarchobot.exchange.narrowing import DTYPES
+    from anarchobot.exchange.targets import TARGETS
+    from anarchobot.exchange.dtypes import DTYPES
 
     for flag, value, choices in (("--to", args.to, TARGETS), ("--dtype", args.dtype, DTYPES)):
         if value not in choices:

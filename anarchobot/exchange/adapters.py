@@ -22,8 +22,8 @@ import numpy as np
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import LoraConfig, ModelConfig
 from anarchobot.exchange import safetensors_file
-from anarchobot.exchange.narrowing import Dtype, Float32
-from anarchobot.exchange.new_folder import NewFolder
+from anarchobot.exchange.dtypes import Dtype, Float32
+from anarchobot.storage.new_folder import NewFolder
 from anarchobot.model.lora import adapted_matrices, adapter_scale
 from anarchobot.model.parameters import parameter_shapes
 from anarchobot.runs import checkpoint

@@ -6,13 +6,13 @@ from typing import Any
 
 from anarchobot.config.errors import UserError
 from anarchobot.exchange import gguf_file, safetensors_file
-from anarchobot.exchange.chat import open_chat
+from anarchobot.exchange.chat_format import open_chat
 from anarchobot.exchange.gguf_vocabulary import special_tokens, vocabulary
 from anarchobot.exchange.hf_config import to_hf
-from anarchobot.exchange.limits import Target, carried, limits
+from anarchobot.exchange.targets import Target, carried, limits
 from anarchobot.exchange.model_card import model_card
-from anarchobot.exchange.narrowing import Dtype
-from anarchobot.exchange.new_folder import NewFolder
+from anarchobot.exchange.dtypes import Dtype
+from anarchobot.storage.new_folder import NewFolder
 from anarchobot.exchange.tokenizer_json import TIES, differences, tokenizer_files
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint

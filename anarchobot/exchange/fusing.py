@@ -10,11 +10,11 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import LoraConfig
 from anarchobot.config.strict_yaml import dump
 from anarchobot.exchange.adapters import Adapter, Packing, read_adapter
-from anarchobot.exchange.chat import save_foreign_template
-from anarchobot.exchange.narrowing import Float32, narrowed, widened
-from anarchobot.exchange.new_folder import NewFolder
+from anarchobot.exchange.chat_format import save_foreign_template
+from anarchobot.exchange.dtypes import Float32, narrowed, widened
+from anarchobot.storage.new_folder import NewFolder
 from anarchobot.exchange.pretrained import load_pretrained
-from anarchobot.model.lora import GROUP, is_packed
+from anarchobot.model.lora import GROUP, is_quantized
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
 from anarchobot.tokenizers import chat_template as template
@@ -91,7 +91,7 @@ def _copy_template(folders: list[Path], output: Path) -> bool:
 def _repacked(array: Float32, packing: Packing) -> Float32:
     """What is left of `array` when `mx.quantize` has packed it: in each group of columns, whole multiples of a scale
     from one end of the values, the one farther from zero, and such that zero itself stays zero."""
-    if not is_packed(array.shape):
+    if not is_quantized(array.shape):
         return array
     groups = array.reshape(len(array), -1, GROUP)
     low, high = groups.min(axis=2), groups.max(axis=2)

@@ -11,8 +11,8 @@ import numpy as np
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import ModelConfig
 from anarchobot.exchange.gguf_vocabulary import SpecialTokens, Vocabulary
-from anarchobot.exchange.limits import architecture
-from anarchobot.exchange.narrowing import Dtype, Float32, narrowed
+from anarchobot.exchange.targets import architecture
+from anarchobot.exchange.dtypes import Dtype, Float32, narrowed
 
 FILE_NAME = "model.gguf"
 _IN_BLOCK = {

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from anarchobot.config.errors import UserError
-from anarchobot.exchange.chat import Chat
+from anarchobot.exchange.chat_format import Chat
 from anarchobot.exchange.tokenizer_json import CONTROL, described, proto
 from anarchobot.tokenizers.sentencepiece_to_json import NORMAL, UNUSED, USER_DEFINED
 from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer

@@ -7,8 +7,8 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import config_from_dict
 from anarchobot.config.schema import ModelConfig
 from anarchobot.config.validation import conflicts
-from anarchobot.exchange.limits import architecture
-from anarchobot.exchange.narrowing import Dtype
+from anarchobot.exchange.targets import architecture
+from anarchobot.exchange.dtypes import Dtype
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 _TANH_GELU = ("gelu_pytorch_tanh", "gelu_new")

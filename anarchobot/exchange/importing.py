@@ -11,10 +11,10 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from anarchobot.config.strict_yaml import dump
 from anarchobot.exchange import safetensors_file
-from anarchobot.exchange.chat import save_foreign_template
+from anarchobot.exchange.chat_format import save_foreign_template
 from anarchobot.exchange.hf_config import from_hf
-from anarchobot.exchange.narrowing import Float32
-from anarchobot.exchange.new_folder import NewFolder
+from anarchobot.exchange.dtypes import Float32
+from anarchobot.storage.new_folder import NewFolder
 from anarchobot.exchange.safetensors_file import Stored
 from anarchobot.model.parameters import parameter_count, parameter_shapes
 from anarchobot.runs import checkpoint

@@ -1,6 +1,5 @@
 """README.md of an export: what the model is, what it was trained on and how that went, and how to load it."""
 
-import json
 import math
 from collections.abc import Iterator
 from itertools import pairwise
@@ -9,9 +8,9 @@ from typing import Any
 
 from anarchobot.config.schema import Config
 from anarchobot.config.strict_yaml import dump
-from anarchobot.exchange.chat import Chat
-from anarchobot.exchange.limits import READERS, Target
-from anarchobot.exchange.narrowing import Dtype
+from anarchobot.exchange.chat_format import Chat
+from anarchobot.exchange.targets import READERS, Target
+from anarchobot.exchange.dtypes import Dtype
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs.checkpoint import Checkpoint, read_best
 from anarchobot.runs.run_log import logs_dir, read_events, read_summary

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from anarchobot.config.errors import UserError
-from anarchobot.exchange.narrowing import Dtype, Float32, narrowed, widened
+from anarchobot.exchange.dtypes import Dtype, Float32, narrowed, widened
 
 _CODES: dict[Dtype, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _STORED: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}

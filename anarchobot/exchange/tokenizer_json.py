@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.config.errors import UserError
-from anarchobot.exchange.chat import Chat
+from anarchobot.exchange.chat_format import Chat
 from anarchobot.tokenizers.chat_template import FILE
 from anarchobot.tokenizers.fast_tokenizer import adversarial_texts
 from anarchobot.tokenizers.sentencepiece_to_json import BYTE, NORMAL, NotConvertible, spm_to_json

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from anarchobot.cli.main import main
-from tests.exchange.making import make_run
+from tests.exchange.random_run import make_run
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from anarchobot.cli import exchanging
 from anarchobot.cli import main as program
 from anarchobot.cli.parser import Parser
-from tests.exchange.making import make_run
+from tests.exchange.random_run import make_run
 
 Captured = pytest.CaptureFixture[str]
 

@@ -17,7 +17,7 @@ import pytest
 
 from anarchobot.cli.main import build_parser, main
 from anarchobot.cli.parser import parse
-from tests.exchange.making import make_run
+from tests.exchange.random_run import make_run
 
 
 @pytest.fixture(scope="module")

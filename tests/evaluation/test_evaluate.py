@@ -14,7 +14,7 @@ from anarchobot.inference.model import load_model
 from anarchobot.tasks.pretrain import pretrain
 from tests.exchange.conftest import bpe as bpe
 from tests.exchange.conftest import tokenizers_folder as tokenizers_folder
-from tests.exchange.making import ROOT, make_run
+from tests.exchange.random_run import ROOT, make_run
 from tests.tiny import loaded
 
 
@@ -72,7 +72,7 @@ def test_on_shards_it_is_what_training_logs(
     assert figures["bits_per_byte"] == pytest.approx(last["val_bpb"], rel=1e-5)
     manifest = read_manifest(tiny_shards)
     assert figures["tokens"] == manifest.tokens("val") - 1  # nothing comes before the first
-    assert figures["bytes"] == pytest.approx(sum(shard.bytes for shard in manifest.of("val")), rel=1e-3)
+    assert figures["bytes"] == pytest.approx(sum(shard.bytes for shard in manifest.shards_in("val")), rel=1e-3)
 
 
 def test_answers_are_scored_by_rouge_and_two_models_compared(

@@ -11,7 +11,7 @@ from anarchobot.exchange.exporting import export
 from anarchobot.inference.model import load_model
 from tests.exchange.conftest import bpe as bpe
 from tests.exchange.conftest import tokenizers_folder as tokenizers_folder
-from tests.exchange.making import make_run
+from tests.exchange.random_run import make_run
 
 pytest.importorskip("torch")
 lm_eval = pytest.importorskip("lm_eval")

@@ -24,7 +24,7 @@ from anarchobot.model.lora import adapter_shapes
 from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import write_sealed
 from anarchobot.tokenizers.tokenizer import load_tokenizer
-from tests.exchange.making import make_run, our_logits, random_parameters, real_ids
+from tests.exchange.random_run import make_run, our_logits, random_parameters, real_ids
 
 CASES: dict[str, dict[str, Any]] = {
     "all": {},

@@ -17,7 +17,7 @@ from anarchobot.config.schema import GenerationConfig
 from anarchobot.exchange.exporting import export
 from anarchobot.inference.generation import generate_ids
 from anarchobot.inference.model import load_model
-from tests.exchange.making import make_run, our_logits, real_ids
+from tests.exchange.random_run import make_run, our_logits, real_ids
 
 torch = pytest.importorskip("torch")
 

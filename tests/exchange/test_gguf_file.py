@@ -15,7 +15,7 @@ from anarchobot.exchange import gguf_file
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.gguf_vocabulary import vocabulary
 from anarchobot.tokenizers.tokenizer import load_tokenizer
-from tests.exchange.making import make_run
+from tests.exchange.random_run import make_run
 
 # Written by hand from llama.cpp's names, not taken from the module.
 NAMES = {

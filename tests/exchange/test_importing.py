@@ -17,7 +17,7 @@ from anarchobot.exchange.importing import INDEX, import_model, open_foreign
 from anarchobot.inference.generation import generate
 from anarchobot.inference.model import load_model
 from anarchobot.tokenizers.tokenizer import load_tokenizer
-from tests.exchange.making import STORIES, make_run, our_logits, real_ids
+from tests.exchange.random_run import STORIES, make_run, our_logits, real_ids
 from tests.tiny import make_shards
 
 torch = pytest.importorskip("torch")

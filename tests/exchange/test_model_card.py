@@ -14,7 +14,7 @@ from anarchobot.exchange.model_card import sparkline
 from anarchobot.tasks.dpo import dpo
 from anarchobot.tasks.sft import sft
 from anarchobot.tokenizers.tokenizer import digest, load_tokenizer
-from tests.exchange.making import make_run
+from tests.exchange.random_run import make_run
 from tests.tasks.tuning import base as base
 from tests.tasks.tuning import chats as chats
 from tests.tasks.tuning import events, tuning

@@ -8,7 +8,7 @@ import pytest
 from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
 from anarchobot.exchange.pretrained import load_pretrained
-from tests.exchange.making import make_run
+from tests.exchange.random_run import make_run
 
 
 @pytest.mark.parametrize("more", [-1, 1])

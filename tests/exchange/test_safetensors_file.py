@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from anarchobot.config.errors import UserError
 from anarchobot.exchange import safetensors_file
-from anarchobot.exchange.narrowing import DTYPES, Dtype
+from anarchobot.exchange.dtypes import DTYPES, Dtype
 
 torch = pytest.importorskip("torch")
 torch_files = pytest.importorskip("safetensors.torch")

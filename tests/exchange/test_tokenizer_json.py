@@ -13,7 +13,7 @@ from anarchobot.exchange.tokenizer_json import differences, tokenizer_files
 from anarchobot.tokenizers.fast_tokenizer import adversarial_texts
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from tests.conftest import shared_data_folder
-from tests.exchange.making import ROOT, STORIES, make_run
+from tests.exchange.random_run import ROOT, STORIES, make_run
 
 FEW = 60  # of the multilingual lines, one in so many
 

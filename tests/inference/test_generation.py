@@ -137,7 +137,7 @@ def test_load_model_takes_run_and_step_folders(tmp_path: Path, tiny_shards: Path
 @pytest.mark.parametrize("target", ["hf", "mlx"])
 def test_load_model_takes_what_export_writes(tmp_path: Path, tiny_shards: Path, target: Any) -> None:
     from anarchobot.exchange.exporting import export
-    from tests.exchange.making import make_run
+    from tests.exchange.random_run import make_run
 
     run = make_run(tmp_path / "run", next(tiny_shards.glob("*.model")))
     export(run, target, tmp_path / "out")
@@ -149,7 +149,7 @@ def test_load_model_takes_what_export_writes(tmp_path: Path, tiny_shards: Path, 
 
 def test_adapters_alone_are_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"not a whole model: join them with their model first \(anarchobot fuse\)"):
+    with pytest.raises(UserError, match=r"not a whole model: fuse them with their model first \(anarchobot fuse\)"):
         load_model(tmp_path)
 
 
@@ -158,7 +158,7 @@ def test_prompts_from_a_file(tmp_path: Path, tiny_shards: Path, capsys: pytest.C
     import json
 
     from anarchobot.cli.main import main
-    from tests.exchange.making import make_run
+    from tests.exchange.random_run import make_run
 
     run = make_run(tmp_path / "run", next(tiny_shards.glob("*.model")))
     lines, rows = tmp_path / "p.txt", tmp_path / "p.jsonl"

@@ -1,4 +1,4 @@
-"""A server at a real socket, in this process, with a small random model."""
+"""A server on a real socket in this process, with a small random model."""
 
 import json
 import socket
@@ -16,25 +16,23 @@ import pytest
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference.model import Model, load_model
 from anarchobot.serving.app import Limits
-from anarchobot.serving.gate import allowed_hosts, allowed_origins
-from anarchobot.serving.server import HttpServer, Options, listen, make_app
+from anarchobot.serving.auth import allowed_hosts, allowed_origins
+from anarchobot.serving.server import HttpServer, ServerOptions, bind, make_app
 from anarchobot.serving.worker import Worker
-from tests.exchange.making import make_run
+from tests.exchange.random_run import make_run
 
-TRAINED = GenerationConfig(max_new_tokens=12)
+DEFAULTS = GenerationConfig(max_new_tokens=12)
 HOSTS = allowed_hosts("127.0.0.1", ["my-mac.local"])
 ORIGINS = allowed_origins(["http://localhost:3000"])
-KEY = "a-key-of-the-tests"
+KEY = "a-test-key"
 
 
 @dataclass
-class Running:
-    """`port` of 127.0.0.1."""
-
+class RunningServer:
     port: int
     worker: Worker
     server: HttpServer
-    opened: list[socket.socket] = field(default_factory=list)  # by `raw`: closed at the end, if nobody did before
+    opened: list[socket.socket] = field(default_factory=list)  # by `raw`; closed at the end
 
     @property
     def url(self) -> str:
@@ -43,7 +41,7 @@ class Running:
     def request(
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
     ) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers in small letters, body."""
+        """Status, headers with lower-case names, body."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=100)
         try:
             connection.request(method, path, body, headers or {})
@@ -63,12 +61,12 @@ class Running:
         connection.sendall(sent)
         return connection
 
-    def under_way(self) -> int:
+    def active_requests(self) -> int:
         return int(json.loads(self.request("GET", "/health")[2])["under_way"])
 
-    def is_well(self) -> bool:
-        """Whether it still answers, and nobody else is being answered."""
-        wait_until(lambda: self.under_way() == 0)
+    def is_healthy(self) -> bool:
+        """Whether it becomes idle and still serves a request."""
+        wait_until(lambda: self.active_requests() == 0)
         status, answer = self.post("/v1/completions", {"model": "tiny", "prompt": "Hi", "max_tokens": 1})
         return status == 200 and answer["usage"]["completion_tokens"] <= 1
 
@@ -76,24 +74,24 @@ class Running:
 def wait_until(holds: Any, seconds: float = 100) -> None:
     end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, "it never came to be"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
 
 
 @contextmanager
-def running(model: Model, limits: Limits | None = None, rows: int = 16, **options: Any) -> Iterator[Running]:
-    chosen = Options(name="tiny", port=0, limits=limits or Limits(), **options)
-    bound = listen(chosen)
+def run_server(model: Model, limits: Limits | None = None, rows: int = 16, **options: Any) -> Iterator[RunningServer]:
+    chosen = ServerOptions(name="tiny", port=0, limits=limits or Limits(), **options)
+    bound = bind(chosen)
     port = bound.getsockname()[1]
-    with bound, Worker(model, chosen.waiting, rows) as worker:
-        server = HttpServer(make_app(model, TRAINED, chosen, worker), worker)
+    with bound, Worker(model, chosen.queue_size, rows) as worker:
+        server = HttpServer(make_app(model, DEFAULTS, chosen, worker), worker)
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
-        found = Running(port, worker, server)
+        running = RunningServer(port, worker, server)
         try:
-            yield found
+            yield running
         finally:
-            for connection in found.opened:
+            for connection in running.opened:
                 connection.close()
             server.should_exit = True
             thread.join()
@@ -107,13 +105,13 @@ def model(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Model:
 
 
 @pytest.fixture(scope="session")
-def server(model: Model) -> Iterator[Running]:
-    """Without a key."""
-    with running(model, Limits(tokens=4000, body_bytes=2**16)) as found:
+def server(model: Model) -> Iterator[RunningServer]:
+    """Without an API key."""
+    with run_server(model, Limits(tokens=4000, body_bytes=2**16)) as found:
         yield found
 
 
 @pytest.fixture(scope="session")
-def locked(model: Model) -> Iterator[Running]:
-    with running(model, key=KEY, hosts=HOSTS, origins=ORIGINS) as found:
+def locked_server(model: Model) -> Iterator[RunningServer]:
+    with run_server(model, api_key=KEY, hosts=HOSTS, origins=ORIGINS) as found:
         yield found

@@ -25,7 +25,7 @@ from anarchobot.tasks.adaptation.evaluation import read_questions, table
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
 from anarchobot.training.mlx_engine import MLXEngine
-from tests.exchange.making import make_run, our_logits, real_ids
+from tests.exchange.random_run import make_run, our_logits, real_ids
 from tests.tasks.adaptation.world import STAGES, command, kill_in, make_world, results, write_config
 
 pytest.importorskip("gensim")
@@ -105,7 +105,7 @@ def test_stage_2_goes_on_in_the_data_where_stage_1_ended(
 ) -> None:
     positions = [checkpoint.find(done[0] / name).state["data_position"] for name in ("stage1", "stage2")]
     assert positions == [8, 16]
-    adapt(world, tmp_path / "r", vocab_adaptation={"train_start_idx_stage2": 100, "stage1_steps": 1},
+    adapt(world, tmp_path / "r", vocab_adaptation={"stage2_first_sequence": 100, "stage1_steps": 1},
           alignment={"method": "mean"}, evaluation={"enabled": False})  # fmt: skip
     assert checkpoint.find(tmp_path / "r" / "stage2").state["data_position"] == 108
 
@@ -253,7 +253,7 @@ def test_a_stage_that_fails_twice_and_then_works(world: Path, tmp_path: Path, mo
         ({"evaluation": {"baseline_model": "nowhere"}}, "nowhere: no checkpoint here"),
         ({"corpus": {"val_fraction": 1e-6}}, "corpus.val_fraction: none of 140 documents is held out"),
         ({"models": {"target_tokenizer": "nowhere.model"}}, "no such tokenizer file"),
-        ({"vocab_adaptation": {"max_seq_length": 65}}, "65, and the model sees at most 64 tokens"),
+        ({"vocab_adaptation": {"seq_len": 65}}, "65, and the model sees at most 64 tokens"),
         ({"corpus": {"domain": "nowhere.txt"}}, "nowhere.txt"),
         ({"evaluation": {"qa": "nowhere.jsonl"}}, "evaluation.qa: nowhere.jsonl: can't be read"),
     ],
@@ -272,11 +272,11 @@ def test_what_does_not_fit_is_told_in_one_line(
 
 
 def test_the_papers_rate_with_a_small_step_is_warned_of(world: Path, tmp_path: Path) -> None:
-    change = {"vocab_adaptation": {"lr_stage1": 6.4e-4}}
+    change = {"vocab_adaptation": {"stage1_lr": 6.4e-4}}
     settings = load(write_config(world, tmp_path / "r", **change), [], AdaptConfig).config
     (warning,) = adapt_checks.warnings(settings)
     assert "0.00064 belongs to 2.1 million tokens a step, where here are 64" in warning
-    large = settings.vocab_adaptation.model_copy(update={"gradient_accumulation": -(-525000 // 64)})
+    large = settings.vocab_adaptation.model_copy(update={"grad_accum_steps": -(-525000 // 64)})
     assert adapt_checks.warnings(settings.model_copy(update={"vocab_adaptation": large})) == []
 
 

@@ -15,7 +15,7 @@ import yaml
 from anarchobot.data.sources import builtin
 from anarchobot.storage.durable import read_sealed
 from anarchobot.tokenizers.training import train_tokenizer
-from tests.exchange.making import make_run
+from tests.exchange.random_run import make_run
 
 STAGES = (
     "corpus", "tokenizer", "vectors", "alignment", "initial", "shards", "stage1", "stage2", "result", "evaluate_before",
@@ -43,10 +43,10 @@ def write_config(world: Path, root: Path, **change: dict[str, Any]) -> Path:
             "domain": str(world / "field.jsonl"), "general": str(world / "general.jsonl"), "val_fraction": 0.1
         },
         "embedding": {"fasttext": {"epochs": 1, "thread": 1, "dim": 8}},
-        "tokenization": {"target": "trained", "vocab_size": 420, "workers": 1},
+        "tokenization": {"target": "trained", "vocab_size": 420, "num_workers": 1},
         "vocab_adaptation": {
-            "stage1_steps": 4, "stage2_steps": 4, "lr_stage1": 1e-3, "lr_stage2": 1e-3, "batch_size": 2,
-            "gradient_accumulation": 1, "max_seq_length": 32, "lora_r": 4, "bf16": False, "cpu_threads": 1,
+            "stage1_steps": 4, "stage2_steps": 4, "stage1_lr": 1e-3, "stage2_lr": 1e-3, "micro_batch_size": 2,
+            "grad_accum_steps": 1, "seq_len": 32, "lora_r": 4, "precision": "float32", "cpu_threads": 1,
         },
         "evaluation": {"qa": str(world / "qa.jsonl"), "max_samples": 3},
         "pipeline": {"run_root": str(root), "retry_backoff": 0, "max_retries": 0},

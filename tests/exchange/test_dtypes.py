@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from anarchobot.config.errors import UserError
-from anarchobot.exchange.narrowing import narrowed, widened
+from anarchobot.exchange.dtypes import narrowed, widened
 
 
 def values() -> np.ndarray:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.exchange.narrowing import Float32
+from anarchobot.exchange.dtypes import Float32
 
 Target = Literal["hf", "mlx", "gguf"]
 TARGETS: tuple[Target, ...] = ("hf", "mlx", "gguf")

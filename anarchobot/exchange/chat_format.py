@@ -54,11 +54,11 @@ def save_foreign_template(tokenizer: Tokenizer, folder: Path) -> list[str]:
 def _probed(tokenizer: ChatTokenizer, template: ChatTemplate) -> Chat:
     """Raises UserError for a template that refuses the plainest conversation."""
     encoder = ChatEncoder(tokenizer, template)
-    end = encoder.end_of_turn()
+    end = encoder.end_of_turn_id()
     try:
-        first = int(encoder.prompt((Message("user", "Hi"),))[0])
+        first = int(encoder.encode_prompt((Message("user", "Hi"),))[0])
     except InvalidRow as misfit:
-        raise UserError(f"{template.where}: can't be used: {misfit}") from misfit
+        raise UserError(f"{template.where}: unusable chat template: {misfit}") from misfit
     # transformers would add a token that there is none of, with an id that the model has no row for.
     tokens = {key: text for key, text in template.tokens.items() if text in tokenizer.control_tokens}
     begins = first if tokenizer.control_tokens.get(tokens.get("bos_token", "")) == first else None
