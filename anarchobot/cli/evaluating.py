@@ -44,14 +44,14 @@ def _evaluate(args: argparse.Namespace) -> None:
     from anarchobot.system.blas import load_fast_blas
 
     load_fast_blas()  # before MLX is imported
-    from anarchobot.evaluation.evaluate import What, evaluate, table
+    from anarchobot.evaluation.evaluate import EvalRequest, evaluate, metrics_table
     from anarchobot.storage.durable import write_atomic
 
     names = [name for name in (args.tasks or "").split(",") if name]
-    what = What(args.shards, args.text, args.rouge, names, args.num_fewshot, args.include, args.limit)
-    reports = [_report(path) if _is_report(path) else evaluate(path, what, _say(args.quiet)) for path in paths]
+    request = EvalRequest(args.shards, args.text, args.rouge, names, args.num_fewshot, args.include, args.limit)
+    reports = [_report(path) if _is_report(path) else evaluate(path, request, _say(args.quiet)) for path in paths]
     result = json.dumps(reports[0] if len(reports) == 1 else reports, indent=1)
-    print(result if args.json else table(reports), flush=True)
+    print(result if args.json else metrics_table(reports), flush=True)
     if args.output is not None:
         write_atomic(Path(args.output), result + "\n")
 

@@ -52,9 +52,9 @@ def _check(words: list[str]) -> None:
     """Raises UserError for a mistake in what is to run, or in its config, which every rank would tell otherwise."""
     from anarchobot.cli.main import build_parser
     from anarchobot.config.loading import load_config
-    from anarchobot.tasks.finetuning import load_tuning
+    from anarchobot.tasks.finetuning import load_tuning_config
     from anarchobot.tasks.launch import TASKS
 
     if words[0] in TASKS:
         args = parse(build_parser(), words)
-        (load_config if words[0] == "pretrain" else load_tuning)(args.config, overrides(args))
+        (load_config if words[0] == "pretrain" else load_tuning_config)(args.config, overrides(args))

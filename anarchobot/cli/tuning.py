@@ -37,9 +37,9 @@ def _dpo(args: argparse.Namespace) -> int:
 def _tune(args: argparse.Namespace, name: str, task: Any) -> int:
     from anarchobot.system.micro_batch import resolve_micro_batch
     from anarchobot.tasks import supervise
-    from anarchobot.tasks.finetuning import load_tuning
+    from anarchobot.tasks.finetuning import load_tuning_config
 
-    loaded = load_tuning(args.config, overrides(args))
+    loaded = load_tuning_config(args.config, overrides(args))
     train = loaded.config.train
     if supervise.wanted(loaded.config, tuning=True):
         command = [sys.executable, "-P", "-m", "anarchobot", *args.words]  # -P: nothing of the folder it stands in

@@ -39,7 +39,7 @@ class ChatSession:
         used."""
         self._model, self._settings, self._base = model, settings, base
         self._encoder = chat_encoder(model)
-        self._stop = self._encoder.stop()
+        self._stop = self._encoder.stop_ids()
         self._system: list[Message] = []
         self._question, self._answers = "", 0
         self.turns: list[Message] = []
@@ -128,7 +128,7 @@ class ChatSession:
         try:
             for message in messages:
                 check_encodable(message.content, "what was said")
-            ids: list[int] = self._encoder.prompt(tuple(messages)).tolist()
+            ids: list[int] = self._encoder.encode_prompt(tuple(messages)).tolist()
         except InvalidRow as misfit:
             raise UserError(str(misfit)) from misfit
         return ids

@@ -1,4 +1,4 @@
-"""What a run will take, counted before it begins: memory, operations, tokens, checkpoints. Nothing is computed."""
+"""Estimates of a run's cost, counted from its configuration: memory, FLOPs, tokens, checkpoint sizes."""
 
 import math
 from collections.abc import Sequence
@@ -19,23 +19,23 @@ from anarchobot.system.memory import MemoryEstimate, checkpoint_bytes, estimate,
 from anarchobot.system.micro_batch import largest_micro_batch_size, memory_budget, resolve_micro_batch
 from anarchobot.system.peak_flops import training_flops_per_token
 
-PRECISIONS: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")  # float16 takes what bfloat16 takes
-CHINCHILLA = 20  # tokens a parameter at which a training budget is well spent (Hoffmann et al., 2022)
+PRECISIONS: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")  # float16 needs the same as bfloat16
+CHINCHILLA = 20  # compute-optimal training tokens per parameter (Hoffmann et al., 2022)
 
 
 def load_plan(path: str | None, overrides: Sequence[str | tuple[str, Any]]) -> LoadedConfig:
-    """A configuration of any training command; with train.init_from, its model is that one's."""
+    """Loads the configuration of any training command. With train.init_from, the model section is that model's."""
     loaded = load_config(path, overrides)
     if loaded.config.train.init_from is None:
         return loaded
-    from anarchobot.tasks.finetuning import load_tuning
+    from anarchobot.tasks.finetuning import load_tuning_config
 
-    return load_tuning(path, overrides)
+    return load_tuning_config(path, overrides)
 
 
 def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str, Any]:
-    """Counted figures, in bytes, tokens and operations; None where something isn't known. A configuration with a
-    preference section is taken to be dpo's, whose micro-batches are of pairs."""
+    """The figures of `anarchobot plan --json`, in bytes, tokens and FLOPs; None if unknown. A configuration with a
+    preference section is taken to be for dpo, whose micro-batches count pairs."""
     pairs = is_preference_config(loaded)
     loaded, _ = resolve_micro_batch(loaded, pairs=pairs)
     config = loaded.config
@@ -44,7 +44,7 @@ def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str,
     tokens_per_step = sequences * length * (2 if pairs else 1)
     steps, unknown = _steps(config, tokens_per_step // sequences)
     tokens = None if steps is None else steps * tokens_per_step
-    parameters, operations = parameter_count(model), training_flops_per_token(model, length)
+    parameters, flops = parameter_count(model), training_flops_per_token(model, length)
     budget = memory_budget(config)
     fits = largest_micro_batch_size(config, budget, pairs=pairs)
     model_bytes, optimizer_bytes = checkpoint_bytes(config)
@@ -56,8 +56,11 @@ def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str,
         "micro_batch_size": train.micro_batch_size,
         "grad_accum_steps": train.grad_accum_steps,
         "unit": "pairs" if pairs else "sequences",
-        "memory": _figures(estimate(config, pairs=pairs)),
-        "peaks": [_peak(config, precision, again, pairs) for precision, again in product(PRECISIONS, (False, True))],
+        "memory": _memory_figures(estimate(config, pairs=pairs)),
+        "peaks": [
+            _peak(config, precision, checkpointing, pairs)
+            for precision, checkpointing in product(PRECISIONS, (False, True))
+        ],
         "machine_bytes": system_memory().total,
         "budget_bytes": budget,
         "largest_micro_batch": None if fits is None else fits[0],
@@ -66,51 +69,53 @@ def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str,
         "tokens_per_step": tokens_per_step,
         "tokens": tokens,
         "tokens_per_parameter": None if tokens is None else tokens / parameters,
-        "flops_per_token": operations,
-        "flops": None if tokens is None else operations * tokens,
+        "flops_per_token": flops,
+        "flops": None if tokens is None else flops * tokens,
         "deadline_hours": deadline_hours,
         "tokens_per_second": None if tokens is None or deadline_hours is None else tokens / (3600 * deadline_hours),
         "checkpoint": {
             "model_bytes": model_bytes,
             "optimizer_bytes": optimizer_bytes,
-            "most": train.ckpt_keep + 2,  # the best one, and the one being written
+            "most": train.ckpt_keep + 2,  # the kept ones, the best one, and the one being written
             "disk_bytes": (train.ckpt_keep + 2) * (model_bytes + optimizer_bytes),
         },
     }
 
 
 def is_preference_config(loaded: LoadedConfig) -> bool:
-    """Whether it is dpo's: it has a preference section. A run's own config.yaml has all sections: pretrain's has no
-    model that it begins with, and sft's leaves that section as it is by default."""
+    """Whether it is for dpo, that is, has a preference section. A run's own config.yaml has all sections: pretrain's
+    has no train.init_from, and sft's has the default preference section."""
     given = {key.partition(".")[0] for key in loaded.sources}
     if given >= set(Config.model_fields):
         return loaded.config.train.init_from is not None and loaded.config.preference != PreferenceConfig()
     return "preference" in given
 
 
-def _figures(found: MemoryEstimate) -> dict[str, Any]:
+def _memory_figures(found: MemoryEstimate) -> dict[str, Any]:
     return {**asdict(found), "phase": found.phase, "peak": found.peak}
 
 
-def _peak(config: Config, precision: str, again: bool, pairs: bool) -> dict[str, Any]:
-    train = config.train.model_copy(update={"precision": precision, "gradient_checkpointing": again})
+def _peak(config: Config, precision: str, checkpointing: bool, pairs: bool) -> dict[str, Any]:
+    train = config.train.model_copy(update={"precision": precision, "gradient_checkpointing": checkpointing})
     found = estimate(config.model_copy(update={"train": train}), pairs=pairs)
-    return {"precision": precision, "gradient_checkpointing": again, **_figures(found)}
+    return {"precision": precision, "gradient_checkpointing": checkpointing, **_memory_figures(found)}
 
 
 def _steps(config: Config, tokens_per_sequence: int) -> tuple[int | None, str | None]:
-    """The run's steps, or why they aren't known. `tokens_per_sequence` as a token budget counts them."""
+    """The number of steps, or why it is unknown. `tokens_per_sequence` is what a token budget counts for a row."""
     data, train = config.data, config.train
     if train.epochs is None:
         return total_steps(train, tokens_per_sequence, 0), None
     if train.init_from is not None and data.dataset is not None:
-        return None, "the length is given in epochs, and the conversations are not counted before the run"
+        return None, "the run's length is given in epochs, and conversations are only counted when it starts"
     folders = [data.shard_dir] if isinstance(data.shard_dir, str) else data.shard_dir
     missing = [folder for folder in folders if not (Path(folder) / "manifest.json").exists()]
     if missing:
-        return None, f"the length is given in epochs, and there are no shards in {missing[0]} yet (pretokenize)"
+        return None, f"the run's length is given in epochs, and there are no shards in {missing[0]}: run pretokenize"
     tokens = [read_manifest(folder).tokens("train") for folder in folders]
     if sum(tokens) <= data.seq_len:
-        raise UserError(f"{folders[0]}: {sum(tokens)} training tokens are less than one sequence of {data.seq_len}")
+        raise UserError(
+            f"{folders[0]}: {sum(tokens)} training tokens are fewer than one sequence (data.seq_len: {data.seq_len})"
+        )
     windows = sum(math.ceil((count - 1) / data.seq_len) for count in tokens)
     return total_steps(train, tokens_per_sequence, windows), None

@@ -1,4 +1,4 @@
-"""Checks of the configuration itself: it loads, what must be there is there, the schedule makes sense."""
+"""Checks of the configuration itself: it loads, required fields are set, and the schedule is plausible."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -10,77 +10,78 @@ from anarchobot.config.loading import leaf_keys, load, load_config, sections
 from anarchobot.config.schema import Config
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import total_steps
-from anarchobot.preflight.check import Answer, Question, Setup
+from anarchobot.preflight.check import Context, Outcome, check
 from anarchobot.preflight.plan import is_preference_config
 from anarchobot.tasks.adaptation.checks import warnings
-from anarchobot.tasks.finetuning import check_settings, load_tuning
+from anarchobot.tasks.finetuning import check_settings, load_tuning_config
 
-Kind = Literal["pretrain", "sft", "dpo", "adapt-vocab"]
-MEND = "mend it in CONFIG; all keys: docs/configuration.md"
+Command = Literal["pretrain", "sft", "dpo", "adapt-vocab"]
+FIX_CONFIG = "fix it in CONFIG; all keys: docs/configuration.md"
 
 
-def kind_of(setup: Setup) -> Kind:
-    """The command that the configuration is for, told by its sections."""
+def command_for(context: Context) -> Command:
+    """Infers from its sections which command a configuration is for."""
     try:
-        given = sections(setup.path, setup.overrides)
+        given = sections(context.path, context.overrides)
         if given & {"models", "corpus"}:
             return "adapt-vocab"
-        if given >= set(Config.model_fields):  # a run's own config.yaml
-            whole = load_config(setup.path, setup.overrides)
+        if given >= set(Config.model_fields):  # a run's own config.yaml has all sections
+            whole = load_config(context.path, context.overrides)
             if whole.config.train.init_from is None:
                 return "pretrain"
             return "dpo" if is_preference_config(whole) else "sft"
         if given & {"preference", "chat"}:
             return "dpo" if "preference" in given else "sft"
-        if "lora" in given and "data.shard_dir" not in load_config(setup.path, setup.overrides).sources:
+        if "lora" in given and "data.shard_dir" not in load_config(context.path, context.overrides).sources:
             return "sft"
-    except UserError:  # the check of the configuration says what is wrong
+    except UserError:  # the configuration check reports the error
         pass
     return "pretrain"
 
 
-def configuration(setup: Setup) -> Answer:
-    setup.loaded = load_config(setup.path, setup.overrides)
-    return _own_settings(setup.loaded.sources)
+@check("configuration", advice=FIX_CONFIG)
+def configuration(context: Context) -> Outcome:
+    context.loaded = load_config(context.path, context.overrides)
+    return _settings_given(context.loaded.sources)
 
 
-def tuning_configuration(setup: Setup) -> Answer:
-    setup.loaded = load_tuning(setup.path, setup.overrides)
-    setup.pairs = kind_of(setup) == "dpo"
-    check_settings(setup.loaded, "dpo" if setup.pairs else "sft")
-    setup.base = load_pretrained(str(setup.loaded.config.train.init_from))
-    return _own_settings(setup.loaded.sources)
+@check("configuration", advice=FIX_CONFIG)
+def tuning_configuration(context: Context) -> Outcome:
+    context.loaded = load_tuning_config(context.path, context.overrides)
+    context.pairs = command_for(context) == "dpo"
+    check_settings(context.loaded, "dpo" if context.pairs else "sft")
+    context.base = load_pretrained(str(context.loaded.config.train.init_from))
+    return _settings_given(context.loaded.sources)
 
 
-def adapt_configuration(setup: Setup) -> Answer:
-    setup.adapt = load(setup.path, setup.overrides, AdaptConfig)
-    return _own_settings({key for key in setup.adapt.sources if key in leaf_keys(AdaptConfig)})
+@check("configuration", advice=FIX_CONFIG)
+def adapt_configuration(context: Context) -> Outcome:
+    context.adapt = load(context.path, context.overrides, AdaptConfig)
+    return _settings_given({key for key in context.adapt.sources if key in leaf_keys(AdaptConfig)})
 
 
-def _own_settings(keys: Collection[str]) -> Answer:
-    return Answer("pass", f"{len(keys)} settings of its own")
+def _settings_given(keys: Collection[str]) -> Outcome:
+    return Outcome("pass", f"{len(keys)} settings given")
 
 
-def required(setup: Setup) -> Answer:
-    """What pretraining can't do without: shards, or what they are made from."""
-    loaded = setup.loaded
+@check("required fields", ("configuration",))
+def required_fields(context: Context) -> Outcome:
+    """Pretraining needs shards, or the dataset and tokenizer to build them."""
+    loaded = context.loaded
     data, train = loaded.config.data, loaded.config.train
     if loaded.config.lora.r is not None and train.init_from is None:
-        return Answer("fail", f"{loaded.where('lora.r')}: a new model has nothing to adapt", "set train.init_from")
+        return Outcome("fail", f"{loaded.where('lora.r')}: LoRA needs a pretrained model", "set train.init_from")
     if all((Path(folder) / "manifest.json").is_file() for folder in shard_folders(loaded.config)):
-        return Answer("pass", "data.shard_dir")
-    missing = [
-        key
-        for key, value in (("data.dataset", data.dataset), ("train.tokenizer_path", train.tokenizer_path))
-        if value is None
-    ]
+        return Outcome("pass", "data.shard_dir")
+    required = {"data.dataset": data.dataset, "train.tokenizer_path": train.tokenizer_path}
+    missing = [key for key, value in required.items() if value is None]
     if missing:
-        return Answer(
+        return Outcome(
             "fail",
-            f"no shards yet, and nothing to make them from: no {' and no '.join(missing)}",
+            f"data.shard_dir has no shards, and they cannot be built without {' and '.join(missing)}",
             f"set {' and '.join(missing)}",
         )
-    return Answer("pass", "data.dataset, train.tokenizer_path, data.shard_dir")
+    return Outcome("pass", "data.dataset, train.tokenizer_path, data.shard_dir")
 
 
 def shard_folders(config: Config) -> list[str]:
@@ -88,42 +89,38 @@ def shard_folders(config: Config) -> list[str]:
     return [folders] if isinstance(folders, str) else folders
 
 
-def schedule(setup: Setup) -> Answer:
-    config, train = setup.loaded.config, setup.loaded.config.train
-    if train.epochs is not None and setup.windows is None:
-        return Answer("skip", "needs: model and data (the run's length is given in epochs)")
-    setup.steps = steps = total_steps(train, (2 if setup.pairs else 1) * config.data.seq_len, setup.windows or 0)
+@check("schedule", ("configuration",))
+def schedule(context: Context) -> Outcome:
+    config, train = context.loaded.config, context.loaded.config.train
+    if train.epochs is not None and context.windows is None:
+        return Outcome("skip", "needs: model and data (the run's length is given in epochs)")
+    tokens_per_row = (2 if context.pairs else 1) * config.data.seq_len
+    context.steps = steps = total_steps(train, tokens_per_row, context.windows or 0)
     end = train.lr_decay_steps
     if train.warmup_steps >= steps:
-        what = f"warmup_steps ({train.warmup_steps:,}) is no less than the run's {steps:,} steps"
-        return Answer(
-            "warn", f"{what}: lr never reaches its peak", "lower train.warmup_steps, or raise train.total_steps"
+        return Outcome(
+            "warn",
+            f"warmup_steps ({train.warmup_steps:,}) is not below total_steps ({steps:,}): lr never reaches its peak",
+            "lower train.warmup_steps, or raise train.total_steps",
         )
     if end is not None and end != steps and train.schedule != "constant":
-        what = f"lr is at min_lr for the last {steps - end:,}" if end < steps else "lr does not come down to min_lr"
-        return Answer(
+        effect = f"lr stays at min_lr for the last {steps - end:,} steps" if end < steps else "lr never reaches min_lr"
+        return Outcome(
             "warn",
-            f"lr_decay_steps ({end:,}) is not the run's {steps:,} steps: {what}",
-            "leave train.lr_decay_steps out: then it is the last step",
+            f"lr_decay_steps ({end:,}) differs from total_steps ({steps:,}): {effect}",
+            "remove train.lr_decay_steps; its default is the last step",
         )
-    return Answer("pass", f"{steps:,} steps, {train.warmup_steps:,} of warm-up, lr {train.lr:g}, then {train.schedule}")
+    return Outcome("pass", f"{steps:,} steps, {train.warmup_steps:,} of warmup, lr {train.lr:g}, then {train.schedule}")
 
 
-def papers_rate(setup: Setup) -> Answer:
-    """TokAlign's learning rate beside its tokens a step."""
-    for text in warnings(setup.adapt.config):
-        return Answer(
+@check("learning rate", ("configuration",))
+def learning_rate(context: Context) -> Outcome:
+    """TokAlign's learning rate against its tokens per step."""
+    for text in warnings(context.adapt.config):
+        return Outcome(
             "warn",
             text,
-            "lower vocab_adaptation.lr_stage1 (configs/adapt_stable.yaml has 2e-5), or raise "
-            "vocab_adaptation.gradient_accumulation",
+            "lower vocab_adaptation.stage1_lr (configs/adapt_stable.yaml has 2e-5), or raise "
+            "vocab_adaptation.grad_accum_steps",
         )
-    return Answer("pass", f"stage 1: {setup.adapt.config.vocab_adaptation.lr_stage1:g}")
-
-
-CONFIGURATION = Question("configuration", configuration, advice=MEND)
-TUNING_CONFIGURATION = Question("configuration", tuning_configuration, advice=MEND)
-ADAPT_CONFIGURATION = Question("configuration", adapt_configuration, advice=MEND)
-REQUIRED = Question("required fields", required, ("configuration",))
-SCHEDULE = Question("schedule", schedule, ("configuration",))
-PAPERS_RATE = Question("learning rate", papers_rate, ("configuration",))
+    return Outcome("pass", f"stage 1: {context.adapt.config.vocab_adaptation.stage1_lr:g}")

@@ -1,91 +1,164 @@
-"""Preference tuning: a model learns which of two answers is better, by DPO, IPO or ORPO."""
+"""Preference tuning on pairs of answers: DPO, IPO or ORPO (model/preference.py)."""
 
+import hashlib
 import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
 from anarchobot.data.batches import Prefetcher
-from anarchobot.data.conversations.pairs import Pairs, PairTrainBatches, PairValBatches
-from anarchobot.data.conversations.reading import pairs
-from anarchobot.data.conversations.tally import Tally
-from anarchobot.data.conversations.tokenization import tokenised_pairs
+from anarchobot.data.conversations.preference_pairs import PairDataset, PairTrainBatches, PairValBatches, tokenize_pairs
+from anarchobot.data.conversations.reading import RowCounts, read_pairs
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import total_steps
+from anarchobot.storage.durable import read_sealed, write_sealed
 from anarchobot.system.micro_batch import resolve_micro_batch
 from anarchobot.tasks.engines import open_preference_engine
-from anarchobot.tasks.finetuning import answer, check_settings, identity, tune
-from anarchobot.tasks.reference import reference_of
-from anarchobot.tasks.run import Show, find_start
+from anarchobot.tasks.finetuning import check_settings, finetune, generate_reply, resume_identity
+from anarchobot.tasks.resume import find_start
+from anarchobot.tasks.run import Show
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import load_template
 from anarchobot.tokenizers.conversation import Message
 from anarchobot.training.loop import Run
 from anarchobot.training.ranks import detect_launcher
 
+if TYPE_CHECKING:  # it imports MLX
+    from anarchobot.training.preference_engine import PreferenceEngine
+
+REF_FILE = "reference.json"
+SAVE_SECONDS = 60.0  # between saves of reference log-probabilities
+
+LogProbs = npt.NDArray[np.float32]
+
 
 def dpo(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
-    """Tunes the model in train.init_from on pairs; the rest as for `sft`. train.micro_batch_size counts pairs.
+    """Fine-tunes the model in train.init_from on pairs; otherwise like `sft`. train.micro_batch_size counts pairs.
 
-    The reference is the model as it was: its log-probabilities of all answers are computed before anything is trained,
-    once, and kept in the run's folder, so that only one model is in memory.
+    The reference model is the initial model. Its log-probabilities of all answers are computed once, before training,
+    and cached in the run folder, so only one model is ever in memory.
     """
     if detect_launcher() is not None:
-        raise UserError("dpo trains in one process: start it by itself")
+        raise UserError("dpo does not support multiple ranks: start it without mlx.launch or mpirun")
     check_settings(loaded, "dpo")
-    loaded, fitting = resolve_micro_batch(loaded, pairs=True)
+    loaded, notes = resolve_micro_batch(loaded, pairs=True)
     config = loaded.config
     data, chat, train = config.data, config.chat, config.train
     base, start = load_pretrained(str(train.init_from)), find_start(loaded)
-    encoder, tally = ChatEncoder(base.tokenizer, load_template(base.tokenizer, chat.template), "answer"), Tally()
-    learnt, held_out = tokenised_pairs(
-        pairs(data, tally, chat.language),
+    encoder, counts = ChatEncoder(base.tokenizer, load_template(base.tokenizer, chat.template), "answer"), RowCounts()
+    splits = tokenize_pairs(
+        read_pairs(data, counts, chat.language),
         encoder,
-        tally,
+        counts,
         seq_len=data.seq_len,
         too_long=chat.too_long,
         val_fraction=data.val_fraction,
     )
+    train_pairs, val_pairs = splits
     opened, engine = open_preference_engine(config, base.weights)
-    both = (learnt, held_out)
     run = Run(
         config=config,
-        steps=total_steps(train, 2 * data.seq_len, learnt.count),  # a pair is two sequences
-        identity=identity([part.digest() for part in both], base, opened),
-        train=Prefetcher(PairTrainBatches(learnt, train.seed)),
-        val=PairValBatches(held_out, train.micro_batch_size, train.eval_batches),
+        steps=total_steps(train, 2 * data.seq_len, train_pairs.count),  # a pair is two sequences
+        identity=resume_identity([split.digest() for split in splits], base, opened),
+        train=Prefetcher(PairTrainBatches(train_pairs, train.seed)),
+        val=PairValBatches(val_pairs, train.micro_batch_size, train.eval_batches),
         bytes_per_token=None,
         folder=start.folder,
-        sample=lambda: answer(opened, encoder, (Message("user", config.generation.prompt),), config),
-        judge=engine.judged,
+        sample=lambda: generate_reply(opened, encoder, (Message("user", config.generation.prompt),), config),
+        val_metrics=engine.judged,
     )
 
-    def refer(folder: Path) -> None:
+    def set_ref_log_probs(folder: Path) -> None:
         if config.preference.loss == "orpo":
             return
 
-        def say(text: str) -> None:
+        def log(text: str) -> None:
             if show == "progress":
                 print(text, file=sys.stderr, flush=True)
 
-        model = f"{base.digest} {opened.precision} {config.lora}"
-        reference = reference_of(engine, both, folder, model, train.micro_batch_size, say)
-        for part, values in zip(both, reference, strict=True):
-            part.reference = values
+        model_key = f"{base.digest} {opened.precision} {config.lora}"
+        values = compute_ref_log_probs(engine, splits, folder, model_key, train.micro_batch_size, log)
+        for split, log_probs in zip(splits, values, strict=True):
+            split.ref_log_probs = log_probs
 
-    told = [
-        *fitting,
-        *tally.lines(),
-        f"{learnt.count:,} pairs to learn from, {held_out.count:,} held out; {_lengths(learnt)}",
+    notes = [
+        *notes,
+        *counts.summary(),
+        f"{train_pairs.count:,} training pairs, {val_pairs.count:,} held out; {_mean_lengths(train_pairs)}",
     ]
-    return tune(run, start, opened, base, encoder, told=told, unit="pairs", prepare=refer, show=show)
+    return finetune(
+        run, start, opened, base, encoder, notes=notes, unit="pairs", before_training=set_ref_log_probs, show=show
+    )
 
 
-def _lengths(learnt: Pairs) -> str:
-    """Preferences for long answers are learnt as well as any other: how much longer the chosen ones are."""
-    batch = learnt.batch(np.arange(min(learnt.count, 1000))[None])
+def _mean_lengths(pairs: PairDataset) -> str:
+    """Shown because a preference for long answers is learned as readily as any other."""
+    batch = pairs.batch(np.arange(min(pairs.count, 1000))[None])
     chosen, rejected = np.count_nonzero(batch.targets[0] >= 0, axis=2).mean(axis=0)
-    return f"a chosen answer has {chosen:.0f} tokens, a rejected one {rejected:.0f}"
+    return f"mean answer length: chosen {chosen:.0f} tokens, rejected {rejected:.0f}"
+
+
+def compute_ref_log_probs(
+    engine: "PreferenceEngine",
+    splits: Sequence[PairDataset],
+    folder: Path,
+    model_key: str,
+    batch_size: int,
+    log: Callable[[str], object] = lambda text: None,
+) -> list[LogProbs]:
+    """float32 [pairs, 2] for each split, under the engine's current weights, which must be the initial ones.
+
+    Values cached in `folder`, which must be locked, are reused if the pairs and `model_key` match. The rest are
+    computed in batches of `batch_size` pairs, or fewer if memory runs out, and saved there. Raises UserError if not
+    even one pair fits into memory.
+    """
+    key = hashlib.sha256(" ".join([model_key, *(split.digest() for split in splits)]).encode()).hexdigest()
+    file, total = folder / REF_FILE, sum(split.count for split in splits)
+    values = _read_log_probs(file, key) or [np.zeros((0, 2), np.float32) for _ in splits]
+    if (done := sum(map(len, values))) == total:
+        return values
+    log(f"computing reference log-probabilities of {total - done:,} pairs")
+    saved = time.monotonic()
+    for i, split in enumerate(splits):
+        while (first := len(values[i])) < split.count:
+            try:
+                found = engine.log_probs(split.batch(np.arange(first, first + batch_size)[None]))[
+                    0
+                ]  # the last is padded
+            except MemoryError as error:
+                if batch_size == 1:
+                    raise UserError(
+                        "out of memory computing reference log-probabilities of one pair: lower data.seq_len or use a "
+                        "smaller model"
+                    ) from error
+                batch_size = -(-batch_size // 2)
+                log(f"out of memory: continuing with batches of {batch_size} pairs")
+                continue
+            values[i] = np.concatenate([values[i], found])[: split.count]
+            if time.monotonic() - saved >= SAVE_SECONDS:
+                _write_log_probs(file, key, values)
+                log(f"{sum(map(len, values)):,} of {total:,} pairs")
+                saved = time.monotonic()
+    _write_log_probs(file, key, values)
+    return values
+
+
+def _write_log_probs(file: Path, key: str, values: list[LogProbs]) -> None:
+    write_sealed(file, {"of": key, "log_probs": [log_probs.tolist() for log_probs in values]})
+
+
+def _read_log_probs(file: Path, key: str) -> list[LogProbs] | None:
+    """The first log-probabilities of each split; None if the file is missing, damaged or has another key."""
+    try:
+        cached = read_sealed(file)
+        if cached["of"] != key:
+            return None
+        return [np.array(log_probs, np.float32).reshape(-1, 2) for log_probs in cached["log_probs"]]
+    except (OSError, ValueError, KeyError):
+        return None

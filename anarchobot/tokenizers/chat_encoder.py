@@ -1,7 +1,7 @@
-"""Conversations to token ids, and which of them the assistant wrote.
+"""Conversations to token ids and a loss mask.
 
-The ids are those of the rendered text as a whole, never of pieces that a tokenizer would have joined. Control tokens
-come from the template alone: what people say in their turns is text, whatever it looks like.
+The rendered text is tokenized whole, never in pieces that the tokenizer would have joined. Control tokens come only
+from the template: text in a message that looks like one is tokenized as text.
 """
 
 import re
@@ -20,35 +20,36 @@ from anarchobot.tokenizers.tokenizer import ChatTokenizer, Ids
 
 TrainOn = Literal["assistant", "answer", "all"]
 
-# Breaks up what looks like a control token in somebody's turn, until it is tokenised. Like the template's marks, a
-# character that Unicode keeps out of text.
-_BREAK = "\ufdd2"
-_RESERVED = re.compile(f"[{BEGIN}{END}{_BREAK}]")
+# Splits what looks like a control token in a message; removed before tokenizing. Like the template's marks, a
+# Unicode noncharacter.
+_SPLIT = "\ufdd2"
+_RESERVED = re.compile(f"[{BEGIN}{END}{_SPLIT}]")
 
 _PROBE = (Message("user", "Hi"), Message("assistant", "Hi"))
 
 
 class Encoded(NamedTuple):
-    """int32 [n] ids (where many are kept, uint16 if the vocabulary fits), and bool [n] which of them are trained."""
+    """Both of length n."""
 
-    ids: npt.NDArray[np.integer]
-    trained: npt.NDArray[np.bool_]
+    ids: npt.NDArray[np.integer]  # int32; uint16 in stored datasets if the vocabulary fits
+    loss_mask: npt.NDArray[np.bool_]
 
 
-class _Stretch(NamedTuple):
-    """Text between control tokens, or one control token; and for each of its characters whether it is trained."""
+class _Segment(NamedTuple):
+    """One control token, or the text between two; `loss_mask` is per character."""
 
     text: str
     control: int | None
-    trained: npt.NDArray[np.bool_]
+    loss_mask: npt.NDArray[np.bool_]
     after_control: bool = False
 
 
 class ChatEncoder:
-    """A tokenizer and a chat template together.
+    """A tokenizer with a chat template.
 
-    `train_on`: the assistant's turns with their end-of-turn marks, the last of these turns alone ("answer"), or all.
-    A document (role text) has no template: it stands between two ends of document, and all but the first is trained.
+    `train_on` selects the loss tokens: every assistant turn with its end-of-turn token, only the last such turn
+    ("answer"), or everything ("all"). A document (role text) bypasses the template: it is put between two
+    end-of-document tokens, and everything after the first is in the loss.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, template: ChatTemplate, train_on: TrainOn = "assistant") -> None:
@@ -56,120 +57,120 @@ class ChatEncoder:
         self._spans = AnswerSpans(template, tokenizer.control_pattern)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | InvalidRow]:
-        """One for each conversation; a InvalidRow for one that the template can't take."""
-        layouts: list[list[_Stretch] | InvalidRow] = []
+        """One result per conversation; InvalidRow where the template rejects it."""
+        layouts: list[list[_Segment] | InvalidRow] = []
         for conversation in conversations:
             try:
                 layouts.append(self._layout(conversation))
-            except InvalidRow as misfit:
-                layouts.append(misfit)
-        stretches = [s for layout in layouts if not isinstance(layout, InvalidRow) for s in layout]
-        pieces = iter(self._tokenised(stretches))
+            except InvalidRow as error:
+                layouts.append(error)
+        segments = [s for layout in layouts if not isinstance(layout, InvalidRow) for s in layout]
+        pieces = iter(self._tokenize(segments))
         return [
-            layout if isinstance(layout, InvalidRow) else _joined([next(pieces) for _ in layout]) for layout in layouts
+            layout if isinstance(layout, InvalidRow) else _concatenate([next(pieces) for _ in layout])
+            for layout in layouts
         ]
 
-    def prompt(self, conversation: Conversation, day: datetime | None = None) -> Ids:
-        """The ids that the assistant's next turn is generated from, with `day`'s date (left out: today's) where the
-        template has one. Raises InvalidRow when the template refuses."""
-        text = self.template.render(self._shielded(conversation), add_generation_prompt=True, day=day)
-        return _joined(self._tokenised(self._stretches(text, []))).ids.astype(np.int32)
+    def encode_prompt(self, conversation: Conversation, day: datetime | None = None) -> Ids:
+        """The context for the assistant's next turn. `day` is for templates that print a date (default: today). Raises
+        InvalidRow if the template rejects the conversation."""
+        text = self.template.render(self._escape(conversation), add_generation_prompt=True, day=day)
+        return _concatenate(self._tokenize(self._segments(text, []))).ids.astype(np.int32)
 
-    def end_of_turn(self) -> int | None:
-        """The control token that ends the assistant's turn: generation stops there. None: the template has none, and
-        nothing but an end of document stops it."""
+    def end_of_turn_id(self) -> int | None:
+        """The control token that ends an assistant turn; None if the template has none."""
         probe = self._probe()
-        last = int(probe.ids[probe.trained][-1])
+        last = int(probe.ids[probe.loss_mask][-1])
         return last if last in self.tokenizer.control_tokens.values() else None
 
-    def stop(self) -> frozenset[int]:
-        """The tokens that end what the assistant says: its end of turn, where there is one, and an end of document."""
-        end = self.end_of_turn()
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that stop generation: end of turn, if any, and end of document."""
+        end = self.end_of_turn_id()
         return frozenset({self.tokenizer.eod_id} | ({end} if end is not None else set()))
 
     def warnings(self) -> list[str]:
-        """What is wrong with this tokenizer and template together, a line each."""
+        """Problems of this combination of tokenizer and template, one line each."""
         found = []
-        if self.end_of_turn() is None:
-            found.append(
-                f"{self.template.where}: no control token ends an answer: generation can't tell where one is over"
-            )
-        probe, prompt = self._probe().ids, self.prompt(_PROBE[:1], TRAINING_DAY)
+        if self.end_of_turn_id() is None:
+            found.append(f"{self.template.where}: no control token ends an answer, so generation cannot detect its end")
+        probe, prompt = self._probe().ids, self.encode_prompt(_PROBE[:1], TRAINING_DAY)
         if not np.array_equal(probe[: len(prompt)], prompt):
             found.append(
-                f"{self.template.where}: the tokenizer joins the end of the prompt with the answer: the model is asked "
-                "in other tokens than it is trained on"
+                f"{self.template.where}: the tokenizer merges the end of the prompt with the answer, so prompts are "
+                "tokenized differently in training and in generation"
             )
         return found
 
     def _probe(self) -> Encoded:
-        """Raises UserError when the template can't take the plainest conversation."""
+        """Raises UserError if the template rejects the simplest conversation."""
         (probe,) = self.encode([_PROBE])
         if isinstance(probe, InvalidRow):
-            raise UserError(f"{self.template.where}: can't be used: {probe}")
+            raise UserError(f"{self.template.where}: unusable chat template: {probe}")
         return probe
 
-    def _layout(self, conversation: Conversation) -> list[_Stretch]:
+    def _layout(self, conversation: Conversation) -> list[_Segment]:
         if conversation[0].role == "text":
             eod = self.tokenizer.eod_id
             text = conversation[0].content
-            return [_control(eod, False), _Stretch(text, None, np.ones(len(text), bool), True), _control(eod, True)]
-        text, spans = self._spans.of(self._shielded(conversation), last=self.train_on == "answer")
-        return self._stretches(text, [(0, len(text))] if self.train_on == "all" else spans)
+            return [_control(eod, False), _Segment(text, None, np.ones(len(text), bool), True), _control(eod, True)]
+        text, spans = self._spans.find(self._escape(conversation), last_only=self.train_on == "answer")
+        return self._segments(text, [(0, len(text))] if self.train_on == "all" else spans)
 
-    def _shielded(self, conversation: Conversation) -> Conversation:
-        """Control tokens' texts broken up behind their first character."""
+    def _escape(self, conversation: Conversation) -> Conversation:
+        """Inserts _SPLIT after the first character of everything that looks like a control token."""
         if any(_RESERVED.search(content) for _, content in conversation):
-            raise InvalidRow("characters that are none", "U+FDD0, U+FDD1 or U+FDD2")
+            raise InvalidRow("reserved character", "U+FDD0, U+FDD1 or U+FDD2")
         if not any(self.tokenizer.control_pattern.search(content) for _, content in conversation):
             return conversation
         inside = "|".join(f"(?<={re.escape(c[0])})(?={re.escape(c[1:])})" for c in self.tokenizer.control_tokens)
-        return tuple(Message(role, re.sub(inside, _BREAK, content)) for role, content in conversation)
+        return tuple(Message(role, re.sub(inside, _SPLIT, content)) for role, content in conversation)
 
-    def _stretches(self, text: str, spans: list[Span]) -> list[_Stretch]:
-        """The text cut at its control tokens; the shield is taken off."""
-        trained = np.zeros(len(text), bool)
-        for begin, end in spans:
-            trained[begin:end] = True
-        stretches: list[_Stretch] = []
-        place = 0
+    def _segments(self, text: str, spans: list[Span]) -> list[_Segment]:
+        """Splits the text at control tokens and removes _SPLIT."""
+        loss_mask = np.zeros(len(text), bool)
+        for start, end in spans:
+            loss_mask[start:end] = True
+        segments: list[_Segment] = []
+        position = 0
         for match in self.tokenizer.control_pattern.finditer(text):
-            stretches.append(_unshielded(text[place : match.start()], trained[place : match.start()], place > 0))
+            segments.append(_text(text[position : match.start()], loss_mask[position : match.start()], position > 0))
             control = self.tokenizer.control_tokens[match.group().strip()]
-            stretches.append(_control(control, bool(trained[match.start() : match.end()].any())))
-            place = match.end()
-        stretches.append(_unshielded(text[place:], trained[place:], place > 0))
-        return [s for s in stretches if s.text or s.control is not None]
+            segments.append(_control(control, bool(loss_mask[match.start() : match.end()].any())))
+            position = match.end()
+        segments.append(_text(text[position:], loss_mask[position:], position > 0))
+        return [s for s in segments if s.text or s.control is not None]
 
-    def _tokenised(self, stretches: list[_Stretch]) -> list[Encoded]:
-        texts = [s for s in stretches if s.control is None]
+    def _tokenize(self, segments: list[_Segment]) -> list[Encoded]:
+        texts = [s for s in segments if s.control is None]
         found = iter(self.tokenizer.encode_with_offsets([s.text for s in texts], [s.after_control for s in texts]))
         return [
-            Encoded(np.array([s.control], np.int32), s.trained) if s.control is not None else _masked(s, *next(found))
-            for s in stretches
+            Encoded(np.array([s.control], np.int32), s.loss_mask)
+            if s.control is not None
+            else _token_mask(s, *next(found))
+            for s in segments
         ]
 
 
-def _control(control: int, trained: bool) -> _Stretch:
-    return _Stretch("", control, np.array([trained]))
+def _control(control: int, in_loss: bool) -> _Segment:
+    return _Segment("", control, np.array([in_loss]))
 
 
-def _unshielded(text: str, trained: npt.NDArray[np.bool_], after_control: bool) -> _Stretch:
-    if _BREAK in text:
-        trained = trained[[character != _BREAK for character in text]]
-        text = text.replace(_BREAK, "")
-    return _Stretch(text, None, trained, after_control)
+def _text(text: str, loss_mask: npt.NDArray[np.bool_], after_control: bool) -> _Segment:
+    if _SPLIT in text:
+        loss_mask = loss_mask[[character != _SPLIT for character in text]]
+        text = text.replace(_SPLIT, "")
+    return _Segment(text, None, loss_mask, after_control)
 
 
-def _masked(stretch: _Stretch, ids: Ids, offsets: npt.NDArray[np.int32]) -> Encoded:
-    """A token is trained if any of its characters is. One that has none of its own (a byte of a character, a space put
-    before the text) is taken for a part of the character where it stands."""
-    begin = np.minimum(offsets[:, 0], len(stretch.text) - 1)
-    end = np.maximum(offsets[:, 1], begin + 1)
-    before = np.concatenate([[0], np.cumsum(stretch.trained)])  # trained characters before each place
-    return Encoded(ids, before[end] > before[begin])
+def _token_mask(segment: _Segment, ids: Ids, offsets: npt.NDArray[np.int32]) -> Encoded:
+    """A token is in the loss if any of its characters is. A token without characters of its own (a byte of a character,
+    a space added before the text) counts as part of the character at its position."""
+    starts = np.minimum(offsets[:, 0], len(segment.text) - 1)
+    ends = np.maximum(offsets[:, 1], starts + 1)
+    before = np.concatenate([[0], np.cumsum(segment.loss_mask)])  # loss characters before each position
+    return Encoded(ids, before[ends] > before[starts])
 
 
-def _joined(pieces: Sequence[Encoded]) -> Encoded:
+def _concatenate(pieces: Sequence[Encoded]) -> Encoded:
     ids = np.concatenate([piece.ids for piece in pieces])
-    return Encoded(ids, np.concatenate([piece.trained for piece in pieces]))
+    return Encoded(ids, np.concatenate([piece.loss_mask for piece in pieces]))

@@ -1,4 +1,4 @@
-"""Chat templates: conversations to the text that a model sees, by Jinja, as Hugging Face has it."""
+"""Jinja chat templates, compatible with Hugging Face's: conversations to the text that the model sees."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from anarchobot.storage.durable import write_atomic
 from anarchobot.tokenizers.conversation import Conversation, InvalidRow
 from anarchobot.tokenizers.tokenizer import CHAT_TOKENS, ChatTokenizer
 
-FILE = "chat_template.jinja"  # where Hugging Face keeps it too
+FILE = "chat_template.jinja"  # as in Hugging Face folders
 CONFIG = "tokenizer_config.json"
 
 CHATML = (
@@ -26,9 +26,9 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# For tokenizers that have no <|im_start|> and <|im_end|>. There ChatML's marks would be text: six to ten tokens each,
-# glued to the words beside them, and forged by whoever writes them. An answer ends with the end of a document instead:
-# one token, known from pretraining, that stops generation anyway, and that no text can forge.
+# For tokenizers without <|im_start|> and <|im_end|>. ChatML's markers would be plain text there: six to ten tokens
+# each, merged with neighboring words, and forgeable by users. An answer ends with the end-of-document token instead,
+# which is known from pretraining, stops generation anyway and cannot be forged.
 PLAIN = (
     "{% for message in messages %}"
     "{{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] }}"
@@ -36,29 +36,29 @@ PLAIN = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
-# What begins and ends an answer in a rendering with marks: characters that Unicode keeps out of text for ever.
+# Mark the start and end of an answer in a marked rendering: Unicode noncharacters, which text never contains.
 BEGIN, END = "\ufdd0", "\ufdd1"
 TRAINING_DAY = datetime(2026, 1, 1)
 
 
 class ChatTemplate:
-    """A template with the special tokens it names (`bos_token` and so on).
+    """A template and the special tokens that it names, such as `bos_token`.
 
-    Rendering is a function of the conversation and of `day`, which some templates print: training takes TRAINING_DAY,
-    so that a run resumed tomorrow has the same tokens. Templates come from strangers: they run in Jinja's sandbox.
+    Rendering depends only on the conversation and on `day`, which some templates print. Training uses TRAINING_DAY, so
+    that a run resumed on another day sees the same tokens. Templates are untrusted and run in Jinja's sandbox.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str], where: str) -> None:
-        """`where` is named in messages. Raises UserError when the source is no Jinja template."""
+        """`where` is shown in messages. Raises UserError if the source is not a valid Jinja template."""
         self.source, self.tokens, self.where = source, dict(tokens), where
         try:
             self._plain = _environment(_Generation).from_string(source)
         except TemplateError as error:
-            raise UserError(f"{where}: not a chat template that can be read: {_one_line(error)}") from error
+            raise UserError(f"{where}: invalid chat template: {_one_line(error)}") from error
 
     @cached_property
     def marks_answers(self) -> bool:
-        """Whether the template says itself what the assistant writes, by {% generation %}."""
+        """Whether the template marks what the assistant writes with {% generation %}."""
         tree = _environment(_MarkedGeneration).parse(self.source)
         return any(data.data == BEGIN for data in tree.find_all(nodes.TemplateData))
 
@@ -74,9 +74,9 @@ class ChatTemplate:
         day: datetime | None = None,
         marked: bool = False,
     ) -> str:
-        """The text, which with `add_generation_prompt` ends where the assistant begins to write. `day`: left out: now.
-        `marked`: with BEGIN and END around what {% generation %} encloses. Raises InvalidRow when the template
-        refuses."""
+        """`add_generation_prompt` ends the text with the start of an assistant turn. `day` defaults to today. `marked`
+        puts BEGIN and END around {% generation %} blocks. Raises InvalidRow if the template rejects the conversation.
+        """
         template = self._marking if marked else self._plain
         try:
             return template.render(
@@ -87,45 +87,42 @@ class ChatTemplate:
                 strftime_now=(day or datetime.now()).strftime,
                 **self.tokens,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:  # what templates run into
-            raise InvalidRow("the chat template refuses it", _one_line(error)) from error
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:  # raised inside templates
+            raise InvalidRow("rejected by the chat template", _one_line(error)) from error
 
     def save(self, folder: Path) -> None:
-        """Writes it beside a tokenizer, where `load_template` and Hugging Face's libraries find it."""
+        """Saves the template in a tokenizer folder, where `load_template` and Hugging Face libraries find it."""
         write_atomic(folder / FILE, self.source)
         config = _read_config(folder / CONFIG) | self.tokens
         write_atomic(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def load_template(tokenizer: ChatTokenizer, choice: str = "auto") -> ChatTemplate:
-    """The template in the tokenizer's folder, or ChatML, or PLAIN where the tokenizer lacks ChatML's tokens ("auto");
-    or `choice`: "chatml", "plain" or a Jinja file.
-
-    Raises UserError when there is no such file, or what is there can't be read.
-    """
+    """`choice` is "chatml", "plain", a Jinja file, or "auto": the template in the tokenizer's folder, else ChatML if
+    the tokenizer has its tokens, else PLAIN. Raises UserError for a missing or invalid file."""
     folder = tokenizer.files[0].parent
     config = _read_config(folder / CONFIG)
     eos = next((text for text, i in tokenizer.control_tokens.items() if i == tokenizer.eod_id), "")
     tokens = {"eos_token": eos} | _special_tokens(config)
     if choice == "auto":
-        source, where = _own(folder, config)
+        source, where = _template_in(folder, config)
         if source is not None:
             return ChatTemplate(source, tokens, where)
-        choice = "chatml" if all(mark in tokenizer.control_tokens for mark in CHAT_TOKENS) else "plain"
+        choice = "chatml" if all(token in tokenizer.control_tokens for token in CHAT_TOKENS) else "plain"
     if choice in ("chatml", "plain"):
         return ChatTemplate(CHATML if choice == "chatml" else PLAIN, tokens, choice)
     try:
         return ChatTemplate(Path(choice).read_text(encoding="utf-8"), tokens, choice)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{choice}: no chat template: expected auto, chatml, plain or a Jinja file") from error
+        raise UserError(f"{choice}: cannot read chat template: expected auto, chatml, plain or a Jinja file") from error
 
 
-def _own(folder: Path, config: dict[str, Any]) -> tuple[str | None, str]:
-    """The template that comes with a tokenizer, and where it stands."""
+def _template_in(folder: Path, config: dict[str, Any]) -> tuple[str | None, str]:
+    """The template in a tokenizer folder, and its location."""
     if (folder / FILE).is_file():
         return (folder / FILE).read_text(encoding="utf-8"), str(folder / FILE)
     source = config.get("chat_template")
-    if isinstance(source, list):  # several by name
+    if isinstance(source, list):  # several named templates
         named = {item["name"]: item["template"] for item in source}
         source = named.get("default", next(iter(named.values()), None))
     return source, f"{folder / CONFIG}: chat_template"
@@ -142,7 +139,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """Texts of the tokens that a config names, which it gives as they are or as {"content": ...}."""
+    """The special tokens in a config, each a string or {"content": ...}."""
     named = {key: value for key, value in config.items() if key.endswith("_token")}
     texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
     return {key: text for key, text in texts.items() if isinstance(text, str)}
@@ -164,7 +161,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own escapes for HTML."""
+    """Jinja's own filter escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -177,7 +174,7 @@ def _one_line(error: Exception) -> str:
 
 
 class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %}: what the assistant writes."""
+    """{% generation %} ... {% endgeneration %}: text that the assistant writes."""
 
     tags = {"generation"}  # noqa: RUF012
     begin, end = "", ""

@@ -1,10 +1,10 @@
-"""What every dataset for tuning comes down to: conversations, and pairs of answers of which one is preferred."""
+"""Conversations and preference pairs: the common form of all tuning datasets."""
 
 import hashlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-# The roles of all datasets by the names that chat templates give them.
+# Role names in datasets to role names in chat templates.
 ROLES = {
     "system": "system",
     "user": "user",
@@ -16,7 +16,7 @@ ROLES = {
 
 
 class Message(NamedTuple):
-    """`role`: system, user or assistant; or text, which is a document by itself and goes through no template."""
+    """`role` is system, user or assistant; or text, for a document that is not rendered by a template."""
 
     role: str
     content: str
@@ -25,8 +25,8 @@ class Message(NamedTuple):
 Conversation = tuple[Message, ...]
 
 
-class Pair(NamedTuple):
-    """Two answers to the same prompt, which ends with the user's turn."""
+class PreferencePair(NamedTuple):
+    """Two answers to the same prompt, which ends with a user turn."""
 
     prompt: Conversation
     chosen: str
@@ -34,19 +34,19 @@ class Pair(NamedTuple):
 
 
 class InvalidRow(ValueError):
-    """A row that can't be used: `reason` is what it is counted by, `detail` what is told of the first one."""
+    """A row that cannot be used. Rows are counted by `reason`; `detail` is shown for the first of each."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason} ({detail})" if detail else reason)
         self.reason = reason
 
 
-def message(role: Any, content: Any, place: str) -> Message:
-    """Raises InvalidRow for a role that is not known and a content that is no text or blank; `place` names the turn."""
+def parse_message(role: Any, content: Any, place: str) -> Message:
+    """Raises InvalidRow for an unknown role and for content that is blank or not text; `place` names the turn."""
     if not isinstance(role, str) or role not in ROLES:
-        raise InvalidRow("unknown role", f"{role!r} in {place}; known are {', '.join(ROLES)}")
+        raise InvalidRow("unknown role", f"{role!r} in {place}; expected one of {', '.join(ROLES)}")
     if not isinstance(content, str):
-        raise InvalidRow("content is no text", f"{type(content).__name__} in {place}")
+        raise InvalidRow("content is not text", f"{type(content).__name__} in {place}")
     if not content.strip():
         raise InvalidRow("empty content", place)
     check_encodable(content, place)
@@ -54,16 +54,16 @@ def message(role: Any, content: Any, place: str) -> Message:
 
 
 def check_encodable(text: str, place: str) -> None:
-    """Raises InvalidRow for half of a surrogate pair, which no tokenizer takes."""
+    """Raises InvalidRow for an unpaired surrogate, which tokenizers cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InvalidRow("not UTF-8", f"half of a surrogate pair in {place}") from error
+        raise InvalidRow("not UTF-8", f"unpaired surrogate in {place}") from error
 
 
-def in_order(messages: Iterable[Message], last: str = "assistant") -> Conversation:
-    """The messages, when they are: perhaps a system's, then the user and the assistant in turn, up to `last`. Raises
-    InvalidRow when not."""
+def check_turns(messages: Iterable[Message]) -> Conversation:
+    """Returns the messages as a conversation. Raises InvalidRow unless they are an optional system message, then user
+    and assistant turns in alternation, ending with the assistant."""
     conversation = tuple(messages)
     if not conversation:
         raise InvalidRow("empty conversation")
@@ -71,14 +71,14 @@ def in_order(messages: Iterable[Message], last: str = "assistant") -> Conversati
     for i, turn in enumerate(turns):
         expected = ("user", "assistant")[i % 2]
         if turn.role != expected:
-            raise InvalidRow("roles out of order", f"turn {i + 1} is the {turn.role}'s and should be the {expected}'s")
-    if conversation[-1].role != last:
-        raise InvalidRow(f"does not end with the {last}", f"the last turn is the {conversation[-1].role}'s")
+            raise InvalidRow("roles out of order", f"turn {i + 1} has role {turn.role}, expected {expected}")
+    if conversation[-1].role != "assistant":
+        raise InvalidRow("does not end with the assistant", f"the last turn has role {conversation[-1].role}")
     return conversation
 
 
-def key(conversation: Conversation) -> int:
-    """64 bits of sha256 over the roles and contents, the same for the same conversation anywhere."""
+def conversation_hash(conversation: Conversation) -> int:
+    """64 bits of sha256 over the roles and contents."""
     sha = hashlib.sha256()
     for role, content in conversation:
         raw = content.encode()
@@ -88,15 +88,16 @@ def key(conversation: Conversation) -> int:
 
 
 def is_held_out(conversation: Conversation, val_fraction: float) -> bool:
-    """Whether it belongs to validation: by its own hash, so that adding data moves none."""
-    return key(conversation) < val_fraction * 2**64
+    """Whether it belongs to the validation split. Decided by its hash, so that adding data moves nothing between
+    splits."""
+    return conversation_hash(conversation) < val_fraction * 2**64
 
 
-def parted(chosen: Conversation, rejected: Conversation) -> Pair:
-    """One prompt and two answers. Raises InvalidRow for other prompts, and for answers that only white space tells
-    apart: templates trim it."""
+def make_pair(chosen: Conversation, rejected: Conversation) -> PreferencePair:
+    """Raises InvalidRow for different prompts, and for answers that differ only in surrounding whitespace, which
+    templates trim."""
     if chosen[:-1] != rejected[:-1]:
         raise InvalidRow("answers to different prompts", f"{len(chosen)} and {len(rejected)} turns")
     if chosen[-1].content.strip() == rejected[-1].content.strip():
-        raise InvalidRow("equal answers")
-    return Pair(chosen[:-1], chosen[-1].content, rejected[-1].content)
+        raise InvalidRow("identical answers")
+    return PreferencePair(chosen[:-1], chosen[-1].content, rejected[-1].content)

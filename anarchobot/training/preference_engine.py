@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
-from anarchobot.data.conversations.pairs import PairBatch
+from anarchobot.data.conversations.preference_pairs import PairBatch
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.llama.forward import head_matrix, hidden_states
 from anarchobot.model.llama.gradients import Objective
@@ -60,7 +60,7 @@ class PreferenceEngine(MLXEngine):
         """
         assert isinstance(batch, PairBatch)
         measures, count = self._evaluated(batch)
-        first = int(batch.numbers.flat[0])
+        first = int(batch.indices.flat[0])
         if count:
             self._judged = [one for one in self._judged if one[0] < first]
             self._judged.append((first, measures, count))
@@ -71,7 +71,7 @@ class PreferenceEngine(MLXEngine):
 
     def _count(self, batch: Batch) -> int:
         assert isinstance(batch, PairBatch)
-        return int(np.count_nonzero(batch.numbers >= 0))
+        return int(np.count_nonzero(batch.indices >= 0))
 
     def _named(self, others: list[float]) -> dict[str, float]:
         return dict(zip(NAMES, others, strict=True))
@@ -86,7 +86,7 @@ class PreferenceEngine(MLXEngine):
 
         length = batch.inputs.shape[-1]
         inputs, targets = (mx.array(part(x).reshape(-1, length)) for x in (batch.inputs, batch.targets))
-        return inputs, targets, mx.array(part(batch.reference))
+        return inputs, targets, mx.array(part(batch.ref_log_probs))
 
     def _reading(self, targets: mx.array, besides: mx.array | None) -> tuple[mx.array | None, Objective | None]:
         return None, self._objective(targets, besides)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from anarchobot.evaluation.evaluate import What, of_tasks
+from anarchobot.evaluation.evaluate import EvalRequest, evaluate_tasks
 from anarchobot.exchange.exporting import export
 from anarchobot.inference.model import load_model
 from tests.exchange.conftest import bpe as bpe
@@ -62,7 +62,7 @@ def test_a_local_task_gives_the_score_of_the_harness_s_own_model(
     run = make_run(tmp_path / "run", bpe, max_seq_len=160)
     export(run, "hf", tmp_path / "hf")
     model, _ = load_model(run)
-    ours = of_tasks(model, What(tasks=["our_choice", "our_rolling", "our_written"], include=str(tasks)))
+    ours = evaluate_tasks(model, EvalRequest(tasks=["our_choice", "our_rolling", "our_written"], include=str(tasks)))
 
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -7,8 +7,7 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig, GenerationConfig, KnowledgeBaseConfig
-from anarchobot.data.conversations.reading import conversations
-from anarchobot.data.conversations.tally import Tally
+from anarchobot.data.conversations.reading import RowCounts, read_conversations
 from anarchobot.data.sources.documents import DocumentCounts
 from anarchobot.inference import chat
 from anarchobot.inference.chat import ChatSession
@@ -206,7 +205,7 @@ def test_what_is_saved_is_read_by_sft(talker: Model, asked: type[Asked], tmp_pat
     session.set_system("Be kind.")
     session.answer("Why?")
     session.save(file)
-    read = [talk for _, talk in conversations(DataConfig(dataset=str(file)), Tally())]
+    read = [talk for _, talk in read_conversations(DataConfig(dataset=str(file)), RowCounts())]
     assert read == [tuple(session.turns[:2]), (Message("system", "Be kind."), *session.turns)]
 
 
@@ -220,7 +219,7 @@ def test_a_system_message_that_the_template_refuses_is_not_taken(
     with pytest.raises(UserError, match="no system here"):
         session.set_system("Be kind.")
     assert session.answer("Who?") == "Fine, 0."
-    with pytest.raises(UserError, match="half of a surrogate pair"):
+    with pytest.raises(UserError, match="unpaired surrogate"):
         session.answer("\udcff")
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from anarchobot.config.loading import LoadedConfig
-from anarchobot.tasks.finetuning import load_tuning
+from anarchobot.tasks.finetuning import load_tuning_config
 from anarchobot.tasks.pretrain import pretrain
 from tests.tiny import LEFT_OUT, loaded
 
@@ -68,7 +68,7 @@ def tuning(folder: Path, name: str, base: Path, dataset: Path, **overrides: Any)
             del config[section][leaf]
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
-    return load_tuning(str(path), [])
+    return load_tuning_config(str(path), [])
 
 
 def events(run: Path, event: str) -> list[dict[str, Any]]:

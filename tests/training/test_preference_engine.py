@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from anarchobot.config.schema import Config
-from anarchobot.data.conversations.pairs import PairBatch
+from anarchobot.data.conversations.preference_pairs import PairBatch
 from anarchobot.model.parameters import init_parameters
 from anarchobot.training.preference_engine import PreferenceEngine
 
@@ -39,7 +39,7 @@ def pairs(micro_batches: int = 2, rows: int = 2, none: int = 0) -> PairBatch:
     if none:
         targets[:, -none:], numbers[:, -none:] = -100, -1
     reference = rng.normal(-30, 2, (micro_batches, rows, 2)).astype(np.float32)
-    return PairBatch(inputs, targets, numbers=numbers, reference=reference)
+    return PairBatch(inputs, targets, indices=numbers, ref_log_probs=reference)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "orpo"])
@@ -61,7 +61,7 @@ def test_loss_and_gradients_are_pytorchs(loss: str) -> None:
     z = logits(hidden.flatten(0, 1), params[head_name(chosen.model)], chosen.model).view(*tokens.shape, -1)
     by_token = z.log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0)
     log_probs, lengths = by_token.sum(1).view(-1, 2), (targets >= 0).sum(1).view(-1, 2)
-    gained = log_probs - torch.tensor(batch.reference.reshape(-1, 2))
+    gained = log_probs - torch.tensor(batch.ref_log_probs.reshape(-1, 2))
     sigmoid = torch.nn.functional.logsigmoid
     if loss == "sigmoid":
         h = 0.3 * (gained[:, 0] - gained[:, 1])
@@ -85,7 +85,7 @@ def test_loss_and_gradients_are_pytorchs(loss: str) -> None:
 def test_what_is_measured_is_counted_by_pairs_and_those_that_are_none_do_not_count() -> None:
     engine, batch = PreferenceEngine(config()), pairs(1, 4, none=1)
     found = engine.log_probs(batch)[0, :3]
-    margins = 0.3 * ((found - batch.reference[0, :3])[:, 0] - (found - batch.reference[0, :3])[:, 1])
+    margins = 0.3 * ((found - batch.ref_log_probs[0, :3])[:, 0] - (found - batch.ref_log_probs[0, :3])[:, 1])
     total, count = engine.eval_step(batch)
     assert count == 3 and math.isfinite(total)
     judged = engine.judged()
@@ -142,7 +142,7 @@ def test_pairs_in_halves_are_the_pairs_whole() -> None:
     whole, parts = pairs(1, 4), pairs(1, 4)
     halves = PairBatch(
         parts.inputs.reshape(2, 2, 2, LENGTH), parts.targets.reshape(2, 2, 2, LENGTH),
-        numbers=parts.numbers.reshape(2, 2), reference=parts.reference.reshape(2, 2, 2),
+        indices=parts.indices.reshape(2, 2), ref_log_probs=parts.ref_log_probs.reshape(2, 2, 2),
     )  # fmt: skip
     a, b = (PreferenceEngine(config()).train_step(x, 1, 0.01, 0.9, math.inf) for x in (whole, halves))
     assert b.loss == pytest.approx(a.loss, rel=1e-6) and b.grad_norm == pytest.approx(a.grad_norm, rel=1e-5)

@@ -169,7 +169,5 @@ def _dialogues(pair: PreferencePair) -> list[Conversation]:
 
 def _pair_dataset(sides: list[tuple[Encoded, Encoded]], encoder: ChatEncoder, seq_len: int) -> PairDataset:
     tokenizer = encoder.tokenizer
-    chosen, rejected = (
-        TokenTable.from_encoded((side[i] for side in sides), tokenizer.vocab_size) for i in range(2)
-    )
+    chosen, rejected = (TokenTable.from_encoded((side[i] for side in sides), tokenizer.vocab_size) for i in range(2))
     return PairDataset(chosen, rejected, seq_len, tokenizer.eod_id)

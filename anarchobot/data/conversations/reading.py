@@ -122,7 +122,9 @@ def _first_error(counts: RowCounts) -> str:
     return f" (first skipped: {next(iter(counts.first_skipped.values()))})" if counts.first_skipped else ""
 
 
-def _count_trees(found: Iterator[tuple[str, T | InvalidRow]], counts: RowCounts) -> Iterator[tuple[str, T | InvalidRow]]:
+def _count_trees(
+    found: Iterator[tuple[str, T | InvalidRow]], counts: RowCounts
+) -> Iterator[tuple[str, T | InvalidRow]]:
     """Counts trees: consecutive items with the same place come from one tree."""
     tree = ""
     for place, item in found:

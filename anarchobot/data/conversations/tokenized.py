@@ -1,7 +1,7 @@
 """Tokenized conversations: truncated, split, stored in flat arrays and laid out as training sequences.
 
-Shapes: n sequences of L = seq_len tokens. A conversation of t tokens fills t - 1 positions of a sequence: token i is the
-input and token i + 1 its target. Targets outside the loss mask, and padding, are IGNORE.
+Shapes: n sequences of L = seq_len tokens. A conversation of t tokens fills t - 1 positions: token i is the input and
+token i + 1 its target. Targets outside the loss mask, and padding, are IGNORE.
 """
 
 import hashlib
@@ -15,8 +15,7 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.data.conversations.reading import RowCounts
-from anarchobot.data.packing import best_fit, ranges
-from anarchobot.data.windows import IGNORE, Rows
+from anarchobot.data.windows import IGNORE, Rows, best_fit, expand_ranges
 from anarchobot.tokenizers.chat_encoder import ChatEncoder, Encoded
 from anarchobot.tokenizers.conversation import Conversation, InvalidRow, is_held_out
 from anarchobot.tokenizers.tokenizer import Tokenizer
@@ -161,9 +160,8 @@ def batches(found: Iterable[T]) -> Iterator[list[T]]:
 class ConversationWindows:
     """Training sequences by index, as data/batches.py reads them.
 
-    `pack` puts several whole conversations into one sequence (best fit) and separates them by `segments`. Otherwise each
-    has its own sequence, and causal attention makes segments unnecessary. Conversations have at most `seq_len` + 1
-    tokens.
+    `pack` puts several whole conversations into one sequence (best fit), separated by `segments`. Otherwise each has
+    its own sequence, and causal attention makes segments unnecessary. Conversations have at most `seq_len` + 1 tokens.
     """
 
     def __init__(self, table: TokenTable, seq_len: int, pack: bool, pad_id: int) -> None:
@@ -179,13 +177,13 @@ class ConversationWindows:
     def rows(self, numbers: npt.NDArray[np.int64]) -> Rows:
         """Sequences by index; an index past the end gives padding."""
         numbers = np.minimum(numbers, self.count)
-        rows, pieces = ranges(self._first[numbers], self._first[np.minimum(numbers + 1, self.count)])
+        rows, pieces = expand_ranges(self._first[numbers], self._first[np.minimum(numbers + 1, self.count)])
         starts, ends = self._starts[pieces], self._ends[pieces]
         before = np.cumsum(ends - starts) - (ends - starts)  # positions used by all earlier pieces, in all rows
         first_pieces = np.searchsorted(rows, rows)  # the first piece in each piece's row
         destinations = rows * self._seq_len + before - before[first_pieces]
 
-        owner, source = ranges(starts, ends)
+        owner, source = expand_ranges(starts, ends)
         positions = destinations[owner] + source - starts[owner]
         inputs = np.full((len(numbers), self._seq_len), self._pad_id, np.int32)
         targets = np.full_like(inputs, IGNORE)

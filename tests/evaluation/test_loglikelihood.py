@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anarchobot.evaluation import likelihood
-from anarchobot.evaluation.likelihood import likelihoods, rolling
+from anarchobot.evaluation import loglikelihood
+from anarchobot.evaluation.loglikelihood import loglikelihoods, rolling_windows
 from anarchobot.inference.model import Model
 from tests.inference.conftest import SHAPE
 from tests.model.llama.reference import logits
@@ -16,8 +16,8 @@ LONGEST = SHAPE.max_seq_len
 
 def test_likelihoods_of_every_length_in_every_company(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of different lengths in one batch, more positions than the head takes at a time, contexts that are cut."""
-    monkeypatch.setattr(likelihood, "BATCH_TOKENS", 200)
-    monkeypatch.setattr(likelihood, "HEAD_POSITIONS", 7)
+    monkeypatch.setattr(loglikelihood, "BATCH_TOKENS", 200)
+    monkeypatch.setattr(loglikelihood, "HEAD_POSITIONS", 7)
     params = {name: np.array(p, np.float64) for name, p in model.params.items()}
     rng = np.random.default_rng(0)
 
@@ -37,7 +37,7 @@ def test_likelihoods_of_every_length_in_every_company(model: Model, monkeypatch:
     best = int(np.argmax(logits(params, np.array(requests[1][0]), SHAPE)[-1]))
     requests += [(requests[1][0], [best]), (requests[1][0], [(best + 1) % SHAPE.vocab_size])]
     done: list[int] = []
-    found = likelihoods(model, requests, done.append)
+    found = loglikelihoods(model, requests, done.append)
     np.testing.assert_allclose([one.log_prob for one in found[:-2]], wanted, rtol=1e-5)
     assert [one.is_greedy for one in found[-2:]] == [True, False]
     assert done[-1] == len(requests) and done == sorted(done)
@@ -45,15 +45,15 @@ def test_likelihoods_of_every_length_in_every_company(model: Model, monkeypatch:
 
 def test_a_continuation_that_can_not_fit_is_refused(model: Model) -> None:
     with pytest.raises(ValueError, match="a continuation of 49 tokens, and max_seq_len is 48"):
-        likelihoods(model, [([1], [2] * 49)])
-    assert likelihoods(model, []) == []
+        loglikelihoods(model, [([1], [2] * 49)])
+    assert loglikelihoods(model, []) == []
 
 
 @given(st.integers(0, 50), st.integers(1, 12))
 def test_each_token_of_a_long_text_is_scored_once_with_all_the_context_there_is(n: int, longest: int) -> None:
     whole = [0, *range(1, n + 1)]
     scored: list[int] = []
-    for context, continuation in rolling(whole[1:], 0, longest):
+    for context, continuation in rolling_windows(whole[1:], 0, longest):
         assert [*context, *continuation] == list(range(context[0], continuation[-1] + 1))
         assert len(context) + len(continuation) == min(longest, continuation[-1]) + 1
         scored += continuation
@@ -65,4 +65,4 @@ def test_windows_are_the_harness_s_own() -> None:
     for n in (1, 9, 10, 11, 20, 29, 57):
         ids = list(range(100, 100 + n))
         theirs = utils.get_rolling_token_windows(ids, prefix_token=0, max_seq_len=10, context_len=1)
-        assert [(list(a), list(b)) for a, b in rolling(ids, 0, 10)] == [utils.make_disjoint_window(w) for w in theirs]
+        assert [(list(a), list(b)) for a, b in rolling_windows(ids, 0, 10)] == [utils.make_disjoint_window(w) for w in theirs]

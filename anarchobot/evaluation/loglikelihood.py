@@ -1,0 +1,94 @@
+"""Log-likelihoods of continuations, batched.
+
+Shapes: B rows, L sequence, N scored positions, D d_model, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from anarchobot.inference.model import Model
+from anarchobot.model.llama.forward import hidden_states, logits
+
+BATCH_TOKENS = 8192  # per forward pass
+HEAD_POSITIONS = 1024  # positions whose logits are in memory at once
+LENGTH_MULTIPLE = 64  # rows are padded to a multiple of this, to limit the number of shapes
+
+Ids = Sequence[int]
+
+
+class LogLikelihood(NamedTuple):
+    log_prob: float  # nats, summed over the continuation
+    is_greedy: bool  # every token of the continuation was the argmax
+
+
+def loglikelihoods(
+    model: Model, requests: Sequence[tuple[Ids, Ids]], progress: Callable[[int], None] = lambda done: None
+) -> list[LogLikelihood]:
+    """One per (context, continuation) of token ids, neither of which may be empty.
+
+    A context that does not fit into max_seq_len loses its beginning. `progress` is called with the number of finished
+    requests. Raises ValueError for a continuation longer than max_seq_len.
+    """
+    limit = model.shape.max_seq_len
+    if (longest := max((len(continuation) for _, continuation in requests), default=0)) > limit:
+        raise ValueError(f"continuation of {longest} tokens exceeds max_seq_len ({limit})")
+    rows = [np.array([*context, *continuation], np.int32)[-(limit + 1) :] for context, continuation in requests]
+    found: list[LogLikelihood] = [LogLikelihood(0.0, True)] * len(rows)
+    pending = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # longest first, similar lengths together
+    while pending:
+        length = _padded(len(rows[pending[0]]) - 1)
+        batch_size = max(1, BATCH_TOKENS // length)
+        batch, pending = pending[:batch_size], pending[batch_size:]
+        counts = [len(requests[i][1]) for i in batch]
+        for i, score in zip(batch, _score_rows(model, [rows[i] for i in batch], counts, length), strict=True):
+            found[i] = score
+        progress(len(rows) - len(pending))
+    return found
+
+
+def rolling_windows(ids: Ids, prefix: int, max_seq_len: int) -> Iterator[tuple[Ids, Ids]]:
+    """A long text as (context, continuation) pairs that score each token once, the first one after `prefix`.
+
+    Windows of max_seq_len tokens; the last one overlaps the one before so that it is full, as in lm-evaluation-harness.
+    """
+    whole = [prefix, *ids]
+    for start in range(1, len(whole), max_seq_len):
+        stop = min(start + max_seq_len, len(whole))
+        yield whole[max(0, stop - 1 - max_seq_len) : start], whole[start:stop]
+
+
+def _padded(length: int) -> int:
+    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
+def _score_rows(
+    model: Model, rows: Sequence[np.ndarray], counts: Sequence[int], length: int
+) -> Iterator[LogLikelihood]:
+    """Scores the last `counts` ids of each row; rows have at most length + 1 ids. Padding goes at the end, where causal
+    attention keeps it from affecting scored tokens."""
+    inputs = np.zeros((len(rows), length), np.int32)
+    for b, row in enumerate(rows):
+        inputs[b, : len(row) - 1] = row[:-1]
+    dtype = model.params["model.norm.weight"].dtype
+    hidden = hidden_states(model.params, mx.array(inputs), model.shape, dtype=dtype)  # [B, L, D]
+    ends = [b * length + len(row) - 1 for b, row in enumerate(rows)]
+    positions = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
+    targets = np.concatenate([row[len(row) - count :] for row, count in zip(rows, counts, strict=True)])
+    scored = hidden.reshape(-1, hidden.shape[-1])[mx.array(positions)]  # [N, D]: logits only where needed
+    log_probs, greedy = [], []
+    for start in range(0, len(targets), HEAD_POSITIONS):
+        z = logits(scored[start : start + HEAD_POSITIONS], model.params, model.shape)  # [n, V]
+        target = mx.array(targets[start : start + HEAD_POSITIONS])
+        target_logits = mx.take_along_axis(z, target[:, None], axis=-1)[:, 0]
+        log_prob, is_argmax = target_logits - mx.logsumexp(z, axis=-1), mx.argmax(z, axis=-1) == target
+        mx.eval(log_prob, is_argmax)
+        log_probs.append(np.array(log_prob, np.float64))
+        greedy.append(np.array(is_argmax))
+    borders = np.cumsum(counts)[:-1]
+    for row_log_probs, row_greedy in zip(
+        np.split(np.concatenate(log_probs), borders), np.split(np.concatenate(greedy), borders), strict=True
+    ):
+        yield LogLikelihood(float(row_log_probs.sum()), bool(row_greedy.all()))
