@@ -1,10 +1,11 @@
-"""The settings of `adapt-vocab`: the one list of them, as schema.py is for the other commands."""
+"""The settings of `adapt-vocab`, under the key names of schema.py where both have the same setting."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from anarchobot.config.fields import (
+from anarchobot.config.schema import (
+    Alias,
     Count,
     Fraction,
     Names,
@@ -17,31 +18,33 @@ from anarchobot.config.fields import (
 
 
 class ModelsConfig(Section):
-    """The model that is moved, and between which tokenizers."""
+    """The model to adapt, its tokenizer and the target tokenizer."""
 
-    source_model: str = Field(description="a run's folder, or a Hugging Face model's")
-    source_tokenizer: str | None = Field(None, description="the model's tokenizer; left out: the one beside it")
+    source_model: str = Field(description="folder of the model: a run folder or a Hugging Face model folder")
+    source_tokenizer: str | None = Field(None, description="tokenizer of the model; default: the one in its folder")
     target_tokenizer: str | None = Field(
-        None, description="the tokenizer to move to; left out: made as tokenization.target says"
+        None, description="existing tokenizer to adapt to; default: create one (tokenization.target)"
     )
 
 
 class CorpusConfig(Section):
-    """The text of the field, and general text to tell it from."""
+    """Domain text, and general text for comparison."""
 
-    domain: str | Names = Field(description="text, JSONL and Parquet files, folders, globs or a dataset's name")
+    domain: str | Names = Field(
+        description="domain text: text, JSONL or Parquet files, folders, globs, or a dataset name"
+    )
     general: str | Names | None = Field(
-        None, description="general text: term mining's background, and more to learn token vectors from; left out: none"
+        None, description="general text: background for term mining, more text for token vectors; default: none"
     )
-    text_field: str = Field("text", description="the field that holds the text, in JSONL and Hugging Face rows")
+    text_field: str = Field("text", description="field that holds the text in JSONL and Hugging Face rows")
     documents: Literal["file", "paragraphs", "lines"] = Field(
-        "file", description="what a document is in a text file: all of it, or what blank lines or line ends part"
+        "file", description="unit of a document in text files: the whole file, a paragraph, or a line"
     )
-    size_gb: PositiveFloat = Field(1.0, description="at most so much text of each, in 10^9 bytes of UTF-8")
-    byte_budget: Positive | None = Field(None, description="the same in bytes; left out: size_gb")
-    deduplicate: bool = Field(True, description="of documents that are the same, keep the first")
-    hash_name: Literal["sha256"] = Field("sha256", description="the digest by which documents are the same")
-    val_fraction: Fraction = Field(0.01, description="share of the field's documents held out, for evaluation")
+    size_gb: PositiveFloat = Field(1.0, description="maximum size of each text, in 10^9 bytes of UTF-8")
+    byte_budget: Positive | None = Field(None, description="maximum size of each text in bytes; default: size_gb")
+    dedup: bool = Field(True, description="drop exact duplicates of earlier documents")
+    hash_name: Literal["sha256"] = Field("sha256", description="hash function used to find duplicates")
+    val_fraction: Fraction = Field(0.01, description="fraction of domain documents held out for evaluation")
 
     @property
     def budget(self) -> int:
@@ -49,111 +52,129 @@ class CorpusConfig(Section):
 
 
 class TermMiningConfig(Section):
-    """The field's own words, which an extended tokenizer gets as tokens."""
+    """Domain terms that an extended tokenizer gets as tokens."""
 
-    top_k: Count = Field(2000, description="words that are taken, best first; those that are one token already not")
-    min_frequency: Positive = Field(3, description="times that a word must stand in the field's text")
+    top_k: Count = Field(2000, description="number of terms, best first; words that are already one token don't count")
+    min_frequency: Positive = Field(3, description="minimum number of occurrences of a term in the domain text")
     use_tfidf: bool = Field(True, description="rank by TF-IDF against the general text; false: by frequency")
 
 
 class FastTextConfig(Section):
-    """How token vectors are learned, in gensim's words; of both backends."""
+    """How token vectors are trained, with either backend, under the option names of fastText."""
 
     epochs: Positive = Field(30, description="passes over the text")
-    mincount: Positive = Field(1, description="tokens that come less often get no vector")
-    lr: PositiveFloat = Field(0.05, description="learning rate at the start")
+    mincount: Positive = Field(1, description="minimum number of occurrences for a token to get a vector")
+    lr: PositiveFloat = Field(0.05, description="initial learning rate")
     thread: Positive | None = Field(
-        None, description="threads; left out: one a core. With 1 the vectors are a function of text and seed"
+        None, description="number of threads; default: one per core; results are reproducible only with 1"
     )
-    dim: Positive = Field(100, description="numbers in a vector")
-    window: Positive = Field(5, description="tokens before and behind that predict one")
-    negative: Positive = Field(10, description="random tokens that each is told from")
+    dim: Positive = Field(100, description="dimension of the vectors")
+    window: Positive = Field(5, description="context tokens on each side")
+    negative: Positive = Field(10, description="negative samples per token")
 
 
 class EmbeddingConfig(Section):
-    """A vector for each token, of both tokenizers, learned from the text as they cut it."""
+    """Token vectors of both tokenizers, trained on the same text."""
 
     backend: Literal["fasttext", "word2vec"] = Field("fasttext", description="gensim's FastText (on ids) or Word2Vec")
     fasttext: FastTextConfig = FastTextConfig()
 
 
 class AlignmentConfig(Section):
-    """From which source tokens each target token's row is made."""
+    """How the embedding row of each target token is built from rows of source tokens."""
 
     method: Literal["procrustes", "relative", "pieces", "mean", "random"] = Field(
         "procrustes",
-        description="procrustes with CSLS, or relative (TokAlign's); pieces, mean and random align nothing",
+        description="procrustes (with CSLS), relative (TokAlign's), or a baseline without alignment",
     )
     pivot_count: Annotated[int, Field(ge=2)] = Field(
-        2000, description="tokens of both vocabularies, the most frequent, that the spaces are turned by"
+        2000, description="number of pivots: the most frequent tokens that both vocabularies share"
     )
     similarity_threshold: Annotated[float, Field(ge=-1, le=1)] = Field(
-        0.4, description="a token less similar (cosine) to the mean of its nearest becomes that of its own pieces"
+        0.4, description="minimum cosine similarity; tokens below it are averaged from their source pieces"
     )
-    top_k: Positive = Field(10, description="source tokens that a row is a weighted mean of; 1 is TokAlign's")
+    top_k: Positive = Field(10, description="number of source tokens in the weighted mean; 1 is TokAlign's")
 
 
 class TokenizationConfig(Section):
-    """The target tokenizer, where it is made here, and the tokenising."""
+    """How the target tokenizer is created and the text is tokenized."""
 
     target: Literal["extended", "trained"] = Field(
-        "extended", description="the source's with the mined terms added, or a new one trained on the field's text"
+        "extended", description="extended: the source tokenizer plus mined terms; trained: new, on the domain text"
     )
-    vocab_size: Positive | None = Field(None, description="tokens of a trained one; left out: as many as the source's")
-    workers: Positive = Field(2, description="tokenising threads; the shards do not depend on it")
-    cache_dir: str | None = Field(None, description="where fetched Hugging Face datasets are kept")
-    min_line_length: Count = Field(10, description="shorter lines, in characters, teach no token vectors")
+    vocab_size: Positive | None = Field(
+        None, description="vocabulary size of a trained tokenizer; default: that of the source"
+    )
+    num_workers: Positive = Field(2, description="tokenizer threads; does not affect the shards")
+    cache_dir: str | None = Field(None, description="cache folder for downloaded Hugging Face datasets")
+    min_line_length: Count = Field(10, description="minimum length in characters of lines used for token vectors")
 
 
 class AdaptationConfig(Section):
-    """The training behind the new rows: embeddings and head alone first, then the whole model or adapters (LoRA)."""
+    """Training after initialization. Stage 1: embedding and output head. Stage 2: all weights, or LoRA adapters."""
 
-    enabled: bool = Field(True, description="false: end with the new rows, untrained")
-    stage1_steps: Count = Field(2500, description="steps of embeddings and head; 0: none")
-    lr_stage1: PositiveFloat = Field(2e-5, description="peak learning rate of stage 1")
-    stage2_steps: Count = Field(2500, description="steps of the whole model; 0: none")
-    lr_stage2: PositiveFloat = Field(5e-5, description="peak learning rate of stage 2")
-    batch_size: Positive = Field(4, description="sequences in memory at a time")
-    gradient_accumulation: Positive = Field(16, description="such batches in a step")
-    max_seq_length: Positive = Field(2048, description="tokens in a sequence; at most the model's max_seq_len")
-    train_start_idx_stage2: Count | None = Field(
-        None, description="sequence of the data's order that stage 2 begins with; left out: behind what stage 1 saw"
+    enabled: bool = Field(True, description="false: stop after the new rows are initialized")
+    stage1_steps: Count = Field(2500, description="optimizer steps of stage 1; 0: skip it")
+    stage1_lr: PositiveFloat = Field(2e-5, description="peak learning rate of stage 1")
+    stage2_steps: Count = Field(2500, description="optimizer steps of stage 2; 0: skip it")
+    stage2_lr: PositiveFloat = Field(5e-5, description="peak learning rate of stage 2")
+    micro_batch_size: Positive = Field(4, description="sequences per micro-batch")
+    grad_accum_steps: Positive = Field(16, description="micro-batches per optimizer step")
+    seq_len: Positive = Field(2048, description="tokens per training sequence; at most the model's max_seq_len")
+    stage2_first_sequence: Count | None = Field(
+        None, description="index of the first sequence of stage 2 in the data order; default: continue after stage 1"
     )
-    stage2_use_lora: bool = Field(True, description="stage 2 trains adapters, which are fused at the end")
+    stage2_use_lora: bool = Field(True, description="train LoRA adapters in stage 2 and fuse them at the end")
     lora_r: Annotated[int, Field(ge=4, le=64)] = Field(64, description="rank of the adapters")
-    lora_alpha: PositiveFloat = Field(16.0, description="adapters are scaled by alpha / r")
-    lora_dropout: Fraction = Field(0.1, description="share of the adapters' inputs dropped in training")
+    lora_alpha: PositiveFloat = Field(16.0, description="scale of the adapters is alpha / r")
+    lora_dropout: Fraction = Field(0.1, description="dropout probability on the input of the adapters")
     lora_target_modules: Literal["auto"] | Names = Field(
-        "auto", description="the matrices that get adapters; auto: all of a block"
+        "auto", description="matrices that get adapters; auto: all matrices of a block"
     )
-    optimizer: Literal["muon_adamw", "adamw"] = Field("adamw", description="of stage 2; stage 1 has nothing for Muon")
-    seed: Seed = Field(0, description="of the corpus' order, the vectors, the rows and the data's order")
-    bf16: bool = Field(True, description="products in bfloat16; false: float32")
-    cpu_threads: Positive | None = Field(None, description="CPU only: threads that share a batch; left out: one a core")
+    optimizer: Literal["muon_adamw", "adamw"] = Field(
+        "adamw", description="optimizer of stage 2; stage 1 always uses AdamW"
+    )
+    seed: Seed = Field(0, description="random seed for corpus order, token vectors, new rows and data order")
+    precision: Literal["float16", "bfloat16", "float32"] = Field("bfloat16", description="dtype of matrix products")
+    cpu_threads: Positive | None = Field(
+        None, description="CPU only: threads that split the sequences of a micro-batch; default: one per core"
+    )
 
 
 class EvaluationConfig(Section):
-    """What each stage is worth."""
+    """Evaluation of the model before, between and after the training stages."""
 
     enabled: bool = Field(True, description="false: no evaluation")
-    datasets: Names | None = Field(None, description="files of text to measure on; left out: what the corpus holds out")
-    max_samples: Positive | None = Field(500, description="documents and questions measured on; null: all")
+    datasets: Names | None = Field(None, description="text files to evaluate on; default: the held-out documents")
+    max_samples: Positive | None = Field(500, description="maximum number of documents and of questions; null: all")
     qa: str | None = Field(
-        None, description="JSONL with question, abstract and answer (yes, no or maybe), as PubMedQA; left out: none"
+        None, description="JSONL with question, abstract and answer (yes, no, maybe), as PubMedQA; default: none"
     )
-    baseline_model: str | None = Field(None, description="another model to compare with, by its own tokenizer")
+    baseline_model: str | None = Field(None, description="another model to evaluate, with its own tokenizer")
 
 
 class PipelineConfig(Section):
-    """Where the stages leave their results, and how often a failing one is tried again."""
+    """Where the pipeline writes its results, and how it retries failed stages."""
 
-    run_root: str = Field("runs/adapt", description="folder of the stages; RUN_ROOT/result is the model")
-    max_retries: Count = Field(3, description="times that a stage is tried again after an error that isn't a mistake")
-    retry_backoff: NonNegativeFloat = Field(5.0, description="seconds to wait before it is tried again")
+    run_root: str = Field("runs/adapt", description="folder of the pipeline stages; the model is in RUN_ROOT/result")
+    max_retries: Count = Field(3, description="retries of a stage after an error other than a configuration error")
+    retry_backoff: NonNegativeFloat = Field(5.0, description="seconds to wait before a retry")
 
 
 class AdaptConfig(Section):
-    """The configuration of `adapt-vocab`: models and corpus must be there, the rest may be left out."""
+    """The configuration of `adapt-vocab`. Only models and corpus are required."""
+
+    aliases: ClassVar[dict[str, Alias]] = {
+        "corpus.deduplicate": Alias("corpus.dedup"),
+        "tokenization.workers": Alias("tokenization.num_workers"),
+        "vocab_adaptation.lr_stage1": Alias("vocab_adaptation.stage1_lr"),
+        "vocab_adaptation.lr_stage2": Alias("vocab_adaptation.stage2_lr"),
+        "vocab_adaptation.batch_size": Alias("vocab_adaptation.micro_batch_size"),
+        "vocab_adaptation.gradient_accumulation": Alias("vocab_adaptation.grad_accum_steps"),
+        "vocab_adaptation.max_seq_length": Alias("vocab_adaptation.seq_len"),
+        "vocab_adaptation.train_start_idx_stage2": Alias("vocab_adaptation.stage2_first_sequence"),
+        "vocab_adaptation.bf16": Alias("vocab_adaptation.precision", values=("float32", "bfloat16")),
+    }
 
     models: ModelsConfig
     corpus: CorpusConfig

@@ -1,18 +1,18 @@
-"""What the types can't say: settings that contradict each other."""
+"""Validation across settings: combinations that the types of single settings cannot rule out."""
 
 from collections.abc import Iterator
 
 from anarchobot.config.errors import did_you_mean
 from anarchobot.config.schema import Config, LoraConfig
 
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RUN_LENGTHS = ("train.total_steps", "train.epochs", "train.token_budget")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RUN_LENGTH_KEYS = ("train.total_steps", "train.epochs", "train.token_budget")
 
 
-def contradictions(config: Config, given: list[str]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yields (the keys that don't agree, what is wrong and how to mend it).
+def conflicts(config: Config, given: list[str]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields (conflicting keys, what is wrong and how to fix it).
 
-    `given` holds the dotted keys that somebody set to something, in the order in which they were set.
+    `given` holds the dotted keys that were set to a value other than null, in the order in which they were set.
     """
     model, data, train = config.model, config.data, config.train
 
@@ -24,13 +24,12 @@ def contradictions(config: Config, given: list[str]) -> Iterator[tuple[tuple[str
     elif model.head_size % 2:
         yield (
             ("model.head_dim",) if model.head_dim else ("model.d_model", "model.n_heads"),
-            f"heads of {model.head_size} can't be rotated in pairs: the head width must be even",
+            f"the head width ({model.head_size}) must be even: rotary embeddings rotate pairs",
         )
     if model.n_heads % model.kv_heads:
         yield (
             ("model.n_kv_heads", "model.n_heads"),
-            f"n_heads ({model.n_heads}) must be divisible by n_kv_heads ({model.kv_heads}): each key head serves "
-            "the same number of query heads",
+            f"n_heads ({model.n_heads}) must be divisible by n_kv_heads ({model.kv_heads})",
         )
     if model.bos_id is not None and model.bos_id >= model.vocab_size:
         yield (
@@ -47,21 +46,21 @@ def contradictions(config: Config, given: list[str]) -> Iterator[tuple[tuple[str
             ("data.max_chars", "data.min_chars"),
             f"max_chars ({data.max_chars}) must be at least min_chars ({data.min_chars})",
         )
-    for weights, of in (("weights", "dataset"), ("shard_weights", "shard_dir")):
-        given_weights, names = getattr(data, weights), getattr(data, of)
+    for weights_key, names_key in (("weights", "dataset"), ("shard_weights", "shard_dir")):
+        weights, names = getattr(data, weights_key), getattr(data, names_key)
         count = len(names) if isinstance(names, list) else 1
-        if given_weights is not None and len(given_weights) != count:
+        if weights is not None and len(weights) != count:
             yield (
-                (f"data.{weights}", f"data.{of}"),
-                f"{weights} has {len(given_weights)} numbers, {of} has {count}: give one each",
+                (f"data.{weights_key}", f"data.{names_key}"),
+                f"expected one weight per {names_key} entry ({count}), got {len(weights)}",
             )
     if (data.score_field is None) != (data.score_min is None):
         missing = "score_min" if data.score_min is None else "score_field"
-        yield ("data.score_field", "data.score_min"), f"needs data.{missing} as well"
+        yield ("data.score_field", "data.score_min"), f"requires data.{missing}"
 
-    lengths = [key for key in given if key in RUN_LENGTHS]
+    lengths = [key for key in given if key in RUN_LENGTH_KEYS]
     if len(lengths) > 1:
-        yield tuple(lengths), f"the run's length is set more than once: keep one of {', '.join(lengths)}"
+        yield tuple(lengths), f"the run length is set more than once: keep one of {', '.join(lengths)}"
     if train.min_lr > train.lr:
         yield ("train.min_lr", "train.lr"), f"min_lr ({train.min_lr:g}) must be at most lr ({train.lr:g})"
     if train.lr_decay_steps is not None and train.lr_decay_steps <= train.warmup_steps:
@@ -70,24 +69,21 @@ def contradictions(config: Config, given: list[str]) -> Iterator[tuple[tuple[str
             f"lr_decay_steps ({train.lr_decay_steps}) must be above warmup_steps ({train.warmup_steps})",
         )
     if train.trainable == "embeddings" and config.lora.r is not None:
-        yield ("train.trainable", "lora.r"), "adapters are trained by themselves: leave lora.r or train.trainable out"
-    yield from _of_adapters(config)
+        yield ("train.trainable", "lora.r"), "cannot be combined: remove lora.r or train.trainable"
+    yield from _lora_conflicts(config)
 
 
-def _of_adapters(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+def _lora_conflicts(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     lora, model = config.lora, config.model
     names = [] if lora.target_modules == "auto" else lora.target_modules
     for name in names:
         if name in ("fc1", "fc2"):
-            yield (
-                ("lora.target_modules",),
-                f"{name}: a model here has a gated MLP, whose matrices are gate_proj, up_proj and down_proj",
-            )
-        elif name not in MODULES:
-            near = did_you_mean(name, MODULES) or f"; expected {', '.join(MODULES)}"
-            yield ("lora.target_modules",), f"no matrix is called {name}{near}"
+            yield ("lora.target_modules",), f"'{name}': the MLP is gated; use gate_proj, up_proj or down_proj"
+        elif name not in PROJECTIONS:
+            hint = did_you_mean(name, PROJECTIONS) or f"; expected {', '.join(PROJECTIONS)}"
+            yield ("lora.target_modules",), f"unknown matrix '{name}'{hint}"
     if len(set(names)) < len(names):
-        yield ("lora.target_modules",), "a name stands there twice"
+        yield ("lora.target_modules",), "duplicate name"
     if lora.num_layers is not None and lora.num_layers > model.n_layers:
         yield (
             ("lora.num_layers", "model.n_layers"),
@@ -96,13 +92,12 @@ def _of_adapters(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     if lora.quantize is not None and model.d_model % 64:
         yield (
             ("lora.quantize", "model.d_model"),
-            f"64 columns are packed together, and d_model ({model.d_model}) is no multiple of 64: leave quantize out",
+            f"quantization requires d_model ({model.d_model}) to be a multiple of 64: remove lora.quantize",
         )
-    if lora.r is None and (others := [key for key in LoraConfig.model_fields if getattr(lora, key) != _DEFAULT[key]]):
+    defaults = LoraConfig()
+    changed = [key for key in LoraConfig.model_fields if getattr(lora, key) != getattr(defaults, key)]
+    if lora.r is None and changed:
         yield (
-            tuple(f"lora.{key}" for key in others),
-            "there are no adapters without lora.r: set it (such as lora.r: 8), or leave the section out",
+            tuple(f"lora.{key}" for key in changed),
+            "has no effect without lora.r: set it (such as lora.r=8), or remove the lora section",
         )
-
-
-_DEFAULT = LoraConfig().model_dump()

@@ -27,7 +27,7 @@ def resolve_micro_batch(loaded: LoadedConfig, *, pairs: bool = False) -> Resolve
     """Replaces `auto` by numbers for micro_batch_size and grad_accum_steps; returns other configurations unchanged.
     Raises UserError if not even one sequence fits."""
     config = loaded.config
-    if not config.train.automatic:
+    if not config.train.auto_micro_batch:
         return ResolvedConfig(loaded, [])
     where = loaded.where("train.micro_batch_size")
     if config.train.device == "gpu" and sys.platform != "darwin" and config.train.memory_budget_gb is None:

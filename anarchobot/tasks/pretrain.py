@@ -1,77 +1,81 @@
-"""Pretraining: shards, model, loss and loop put together."""
+"""Pretraining: builds data, model and engine from the config and runs the training loop."""
 
 from typing import Any
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import WEIGHT_INDEPENDENT_KEYS, LoadedConfig
 from anarchobot.data.batches import Prefetcher, TrainBatches, ValBatches
-from anarchobot.data.shards import BackgroundVerifier
-from anarchobot.data.shards import TokenStream
+from anarchobot.data.shards import BackgroundVerifier, TokenStream
 from anarchobot.data.windows import ConcatWindows, StreamWindows, open_windows
 from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
 from anarchobot.model.lora import trained_count, trained_shapes
 from anarchobot.model.parameters import parameter_count
 from anarchobot.optim.param_groups import describe_groups, trained
-from anarchobot.optim.schedule import total_steps
+from anarchobot.optim.schedule import describe_length, total_steps
 from anarchobot.tasks.engines import Weights, open_engine, open_ranks
-from anarchobot.tasks.run import Show, execute_run, find_start, resolve_run
+from anarchobot.tasks.resume import find_start
+from anarchobot.tasks.run import Show, execute_run, resolve_run
 from anarchobot.tokenizers.tokenizer import Tokenizer, copy_tokenizer, digest, load_tokenizer
 from anarchobot.training.loop import Run
 
 
 def pretrain(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
-    """Trains as the config says and returns the summary that it also writes; `finished` is False when it was stopped.
+    """Trains a model and returns the run's summary; `finished` is False if the run was stopped.
 
-    Raises UserError when shards, tokenizer, checkpoint and config do not belong together, before anything is written.
+    Raises UserError, before writing anything, if shards, tokenizer, checkpoint and config do not match.
     """
-    loaded, fitting = resolve_run(loaded)
+    loaded, fit_messages = resolve_run(loaded)
     config = loaded.config
     train, data = config.train, config.data
-    adapted = config.lora.r is not None
-    if adapted and train.init_from is None:
-        raise UserError(f"{loaded.where('lora.r')}: a new model has nothing to adapt: set train.init_from, or use sft")
-    folders = [data.shard_dir] if isinstance(data.shard_dir, str) else data.shard_dir
+    use_lora = config.lora.r is not None
+    if use_lora and train.init_from is None:
+        raise UserError(f"{loaded.where('lora.r')}: LoRA requires a base model: set train.init_from, or use sft")
+
     ranks = open_ranks(config)
+    folders = [data.shard_dir] if isinstance(data.shard_dir, str) else data.shard_dir
     streams = [TokenStream(folder, "train") for folder in folders]
     tokenizer = check_tokenizers(loaded, streams)
-    sets = [open_windows(stream, data.seq_len, data.pack, data.document_mask) for stream in streams]
-    batches = TrainBatches(sets, train.seed, data.shard_weights)
-    held_out = ConcatWindows([StreamWindows(TokenStream(f, "val"), data.seq_len, data.document_mask) for f in folders])
-    val_shards = [shard for stream in streams for shard in stream.manifest.of("val")]
+    train_sets = [open_windows(stream, data.seq_len, data.pack, data.document_mask) for stream in streams]
+    batches = TrainBatches(train_sets, train.seed, data.shard_weights)
+    val_set = ConcatWindows([StreamWindows(TokenStream(f, "val"), data.seq_len, data.document_mask) for f in folders])
+    val_shards = [shard for stream in streams for shard in stream.manifest.shards_in("val")]
+
     start = find_start(loaded, ranks)
-    # Adapters need it all along; a rank beside the first gets all other weights from that.
-    from_base = train.init_from is not None and (adapted or (start.checkpoint is None and ranks.rank == 0))
-    base = load_pretrained(str(train.init_from)) if from_base else None
-    opened = open_engine(config, first_weights(loaded, base) if base is not None else None, ranks)
-    check = BackgroundVerifier(folders)
+    # LoRA always needs the frozen base. Otherwise a checkpoint has all weights, and other ranks get them from rank 0.
+    load_base = train.init_from is not None and (use_lora or (start.checkpoint is None and ranks.rank == 0))
+    base = load_pretrained(str(train.init_from)) if load_base else None
+    opened = open_engine(config, initial_weights(loaded, base) if base is not None else None, ranks)
+
+    verifier = BackgroundVerifier(folders)
     run = Run(
         config=config,
         steps=total_steps(train, data.seq_len, batches.windows, ranks.size),
         identity={
             "shards": [stream.manifest.digest() for stream in streams],
-            **({"base": base.digest, "precision": opened.precision} if adapted and base is not None else {}),
+            **({"base": base.digest, "precision": opened.precision} if use_lora and base is not None else {}),
         },
         train=Prefetcher(batches, ranks.rank, ranks.size),
-        val=ValBatches(held_out, train.micro_batch_size, train.eval_batches),
+        val=ValBatches(val_set, train.micro_batch_size, train.eval_batches),
         bytes_per_token=sum(s.bytes for s in val_shards) / max(1, sum(s.tokens for s in val_shards)),
         folder=start.folder,
         sample=lambda: opened.sample(tokenizer),
-        problem=lambda: check.problem,
+        data_error=lambda: verifier.problem,
         ranks=ranks,
     )
     return execute_run(
         run,
         start,
         opened,
-        beside=lambda folder: copy_tokenizer(tokenizer, folder),
-        opening=[*fitting, *_opening(run, streams, opened.place, base)],
-        trained=trained_count(config.model, config.lora),
+        before_training=lambda folder: copy_tokenizer(tokenizer, folder),
+        description=[*fit_messages, *_describe(run, streams, opened.place, base)],
+        trained_parameters=trained_count(config.model, config.lora),
         show=show,
     )
 
 
 def check_tokenizers(loaded: LoadedConfig, streams: list[TokenStream]) -> Tokenizer:
-    """The tokenizer that made all the shards: one and the same, of the model's vocabulary, and the configured one."""
+    """Returns the tokenizer of the shards. Raises UserError if the shards were made with different tokenizers, or it
+    does not match the model's vocabulary or the configured tokenizer."""
     config = loaded.config
     for stream in streams:
         folder, manifest = stream.folder, stream.manifest
@@ -83,7 +87,7 @@ def check_tokenizers(loaded: LoadedConfig, streams: list[TokenStream]) -> Tokeni
         tokenizer = load_tokenizer(folder / manifest.tokenizer["file"])
         if digest(tokenizer) != manifest.tokenizer["sha256"]:
             raise UserError(
-                f"{tokenizer.files[0]}: not the tokenizer that made the shards beside it: pretokenize again"
+                f"{tokenizer.files[0]}: not the tokenizer that the shards next to it were made with: pretokenize again"
             )
         if manifest.tokenizer["sha256"] != streams[0].manifest.tokenizer["sha256"]:
             raise UserError(
@@ -93,34 +97,31 @@ def check_tokenizers(loaded: LoadedConfig, streams: list[TokenStream]) -> Tokeni
     path = config.train.tokenizer_path
     if path is not None and digest(load_tokenizer(path)) != streams[0].manifest.tokenizer["sha256"]:
         raise UserError(
-            f"{loaded.where('train.tokenizer_path')}: {path} is not the tokenizer that made the shards in "
-            f"{streams[0].folder} ({streams[0].manifest.tokenizer['name']}): pretokenize again, or leave it out"
+            f"{loaded.where('train.tokenizer_path')}: {path} is not the tokenizer of the shards in "
+            f"{streams[0].folder} ({streams[0].manifest.tokenizer['name']}): pretokenize again, or remove this setting"
         )
     return tokenizer
 
 
-def first_weights(loaded: LoadedConfig, base: PretrainedModel) -> Weights:
-    """Raises UserError when the models differ."""
+def initial_weights(loaded: LoadedConfig, base: PretrainedModel) -> Weights:
+    """Returns the base model's weights. Raises UserError if its model settings differ from the config's."""
     for key in type(base.model).model_fields:
         old, new = getattr(base.model, key), getattr(loaded.config.model, key)
         if old != new and key not in WEIGHT_INDEPENDENT_KEYS:
-            raise UserError(f"{loaded.where(f'model.{key}')}: {new}, and {base.folder}'s is {old}: set it to that")
+            raise UserError(f"{loaded.where(f'model.{key}')}: {new}, but {base.folder} has {old}: set it to {old}")
     return base.weights
 
 
-def _opening(run: Run, streams: list[TokenStream], place: str, base: PretrainedModel | None) -> list[str]:
-    config = run.config
-    per_step = run.ranks.size * config.train.micro_batch_size * config.train.grad_accum_steps
+def _describe(run: Run, streams: list[TokenStream], place: str, base: PretrainedModel | None) -> list[str]:
+    config, train = run.config, run.config.train
     shapes = trained_shapes(config.model, config.lora)
-    tokens, epochs = sum(s.tokens for s in streams), run.steps * per_step / run.train.windows
+    tokens, folders = sum(s.tokens for s in streams), ", ".join(str(s.folder) for s in streams)
+    length = describe_length(train, run.steps, run.train.windows, f"x {config.data.seq_len} tokens", run.ranks.size)
     lines = [
         f"{parameter_count(config.model):,} parameters, {place}{run.ranks}",
-        *describe_groups(
-            {name: shapes[name] for name in trained(shapes, config.train.trainable)}, config.train.optimizer
-        ),
-        f"{tokens:,} training tokens in {', '.join(str(s.folder) for s in streams)}; "
-        f"{run.steps:,} steps of {per_step} x {config.data.seq_len} tokens = {epochs:.2f} epochs",
+        *describe_groups({name: shapes[name] for name in trained(shapes, train.trainable)}, train.optimizer),
+        f"{tokens:,} training tokens in {folders}; {length}",
     ]
     if base is not None:
-        lines += [f"first weights from {base.folder}", *(f"warning: {text}" for text in base.warnings)]
+        lines += [f"initialized from {base.folder}", *(f"warning: {text}" for text in base.warnings)]
     return lines

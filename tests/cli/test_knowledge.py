@@ -101,10 +101,9 @@ def test_one_bad_file_stops_no_other_and_is_told_at_the_end(capsys: Captured) ->
         ("kb add rows.jsonl --kb k.db", "rows.jsonl:1: no field 'text' (it has body): set data.text_field"),
         ("kb search --kb fruit.md", "the following arguments are required: QUESTION (see anarchobot kb search --help)"),
         ("kb serch q", "'serch' is no command of anarchobot kb; did you mean 'search'? (see anarchobot kb --help)"),
-        ("kb search q --kb k.db -k 0", "command line: knowledge_base.retrieval_k: expected a whole number of at least "
-         "1, got 0"),
+        ("kb search q --kb k.db -k 0", "command line: knowledge_base.retrieval_k: expected an integer >= 1, got 0"),
         ("kb search q --kb k.db --feedback-alpha 2", "command line: knowledge_base.feedback_alpha: expected a number "
-         "of at least 0 and at most 1, got 2"),
+         ">= 0 and <= 1, got 2"),
         ("kb feedback --question q --passage x --good", "argument --passage: invalid int value: 'x' (see anarchobot kb "
          "feedback --help)"),
         ("kb feedback --question q --passage 1", "one of the arguments --good --bad is required (see anarchobot kb "

@@ -1,4 +1,4 @@
-"""docs/configuration.md is the schema, printed."""
+"""docs/configuration.md is generated from the schema."""
 
 import importlib.util
 from pathlib import Path
@@ -21,7 +21,7 @@ def script() -> ModuleType:
     return module
 
 
-def test_the_page_is_fresh(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_is_up_to_date(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["--check"]) == 0, capsys.readouterr().err
 
 
@@ -33,7 +33,7 @@ def test_every_key_has_its_row(script: ModuleType) -> None:
     assert {row.replace("\\|", "").count("|") for row in rows} == {5}
 
 
-def test_check_tells_a_stale_page_and_leaves_it(
+def test_check_reports_a_stale_page_without_writing_it(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(script, "PAGE", tmp_path / "configuration.md")
@@ -43,4 +43,4 @@ def test_check_tells_a_stale_page_and_leaves_it(
     assert script.main(["--check"]) == 0
     script.PAGE.write_text(script.page().replace("32000", "32001"))
     assert script.main(["--check"]) == 1
-    assert capsys.readouterr().err == "configuration.md is stale: run scripts/write_config_docs.py\n" * 2
+    assert capsys.readouterr().err == "configuration.md is out of date: run make docs\n" * 2

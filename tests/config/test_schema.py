@@ -1,4 +1,4 @@
-"""The schema against the list that the project's documentation fixes, and against JSON Schema's own reader."""
+"""The schema compared with a fixed list of keys and defaults, and its JSON Schema."""
 
 from pathlib import Path
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import jsonschema
 import pytest
 
-from anarchobot.config.loading import expectation, leaf_keys
+from anarchobot.config.loading import describe_type, leaf_keys
 from anarchobot.config.schema import Config, TrainConfig
 from anarchobot.config.strict_yaml import parse
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").rglob("[!a]*.yaml"))  # adapt_*.yaml: test_adapt_schema.py
 
-# Copied by hand from the documentation that others rely on; a default that moves must be moved here on purpose.
-PROMISED: dict[str, dict[str, Any]] = {
+# Copied by hand: other people rely on these keys and defaults. A change must be made here as well.
+STABLE: dict[str, dict[str, Any]] = {
     "model": {
         "vocab_size": 32000, "n_layers": 12, "d_model": 768, "n_heads": 12, "mlp_multiple": 4.0, "dropout": 0.1,
         "max_seq_len": 4096, "rope_theta": 10000.0, "ffn_activation": "silu", "norm_eps": 1e-5, "tie_embeddings": True,
@@ -45,7 +45,7 @@ CHOICES = {
     "data.pack": '"stream" | "documents"',
     "tokenizer.engine": '"auto" | "fast" | "reference"',
     "tokenizer.on_mismatch": '"stop" | "fallback"',
-    "train.micro_batch_size": 'a whole number of at least 1, or "auto"',
+    "train.micro_batch_size": 'an integer >= 1, or "auto"',
     "train.schedule": '"cosine" | "wsd" | "linear" | "constant"',
     "train.optimizer": '"muon_adamw" | "adamw"',
     "train.muon_scale": '"adamw" | "keller"',
@@ -55,7 +55,7 @@ CHOICES = {
     "train.trainable": '"all" | "embeddings"',
     "tokenizer.model_type": '"bpe" | "unigram"',
     "tokenizer.format": '"sentencepiece" | "gpt2"',
-    "lora.target_modules": '"auto", or a list, each text',
+    "lora.target_modules": '"auto", or a list of strings',
     "lora.adapter_format": '"mlx" | "peft"',
     "chat.format": '"auto" | "messages" | "sharegpt" | "oasst" | "alpaca" | "prompt_completion" | "text"',
     "chat.train_on": '"assistant" | "all"',
@@ -67,41 +67,41 @@ CHOICES = {
 
 @pytest.mark.parametrize(
     ("section", "key", "default"),
-    [(section, key, default) for section, keys in PROMISED.items() for key, default in keys.items()],
+    [(section, key, default) for section, keys in STABLE.items() for key, default in keys.items()],
 )
-def test_promised_defaults(section: str, key: str, default: Any) -> None:
+def test_stable_defaults(section: str, key: str, default: Any) -> None:
     value = getattr(getattr(Config(), section), key)
     assert value == default
     assert type(value) is type(default)
 
 
-def test_no_key_of_the_promised_sections_is_missing_and_those_added_are_known() -> None:
-    promised = {f"{section}.{key}" for section, keys in PROMISED.items() for key in keys}
-    own = {key for key in leaf_keys() if key.partition(".")[0] in PROMISED}
-    added = {
+def test_keys_of_the_stable_sections() -> None:
+    stable = {f"{section}.{key}" for section, keys in STABLE.items() for key in keys}
+    own = {key for key in leaf_keys() if key.partition(".")[0] in STABLE}
+    added_data_keys = {
         "fallback", "weights", "documents", "clean", "min_chars", "max_chars", "dedup", "near_dedup", "shard_weights",
         "pack", "document_mask",
     }  # fmt: skip
-    of_the_step = {
+    added_train_keys = {
         "decay_fraction", "adamw_lr", "normuon", "muon_split_heads", "muon_scale", "cautious_weight_decay", "ema_decay",
         "attention_block", "loss_chunk", "cpu_threads", "ckpt_minutes", "supervise", "init_from",
         "patience", "trainable", "first_sequence", "memory_budget_gb", "share_muon",
     }  # fmt: skip
-    of_the_model = {"architecture", "embedding_scale", "value_residual", "bos_id"}
-    assert own - promised == (
-        {f"data.{key}" for key in added}
-        | {f"train.{key}" for key in of_the_step}
-        | {f"model.{key}" for key in of_the_model}
+    added_model_keys = {"architecture", "embedding_scale", "value_residual", "bos_id"}
+    assert own - stable == (
+        {f"data.{key}" for key in added_data_keys}
+        | {f"train.{key}" for key in added_train_keys}
+        | {f"model.{key}" for key in added_model_keys}
     )
-    assert promised - own == set()
+    assert stable - own == set()
 
 
 def test_choices() -> None:
-    assert {key: expectation(info) for key, info in leaf_keys().items() if '"' in expectation(info)} == CHOICES
+    assert {key: describe_type(info) for key, info in leaf_keys().items() if '"' in describe_type(info)} == CHOICES
 
 
 @pytest.mark.parametrize("key", leaf_keys())
-def test_every_setting_says_what_it_means(key: str) -> None:
+def test_every_setting_is_described(key: str) -> None:
     description = leaf_keys()[key].description
     assert description
     assert description == description.strip().rstrip(".")
@@ -115,21 +115,21 @@ def test_derived_sizes() -> None:
     assert (model.head_size, model.kv_heads) == (64, 3)
 
 
-def test_a_config_cannot_be_changed_after_it_was_checked() -> None:
+def test_a_config_is_immutable() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Config().train.lr = 1.0
 
 
-def test_a_written_config_has_one_run_length() -> None:
-    """With both, the run's own config.yaml would be refused as contradictory."""
+def test_a_serialized_config_has_one_run_length() -> None:
+    """With two, loading the config.yaml of the run would fail with a conflict."""
     assert "total_steps" in TrainConfig().model_dump()
     assert "total_steps" not in TrainConfig(epochs=2.0).model_dump()
     assert "total_steps" not in TrainConfig(token_budget=1000).model_dump()
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_shipped_configs_fulfil_the_json_schema(path: Path) -> None:
-    """What an editor says of a file must be what the loader says."""
+def test_shipped_configs_match_the_json_schema(path: Path) -> None:
+    """Editors and the loader must agree."""
     jsonschema.validate(parse(path.read_bytes(), path.name).values, Config.model_json_schema())
 
 
@@ -144,15 +144,15 @@ def test_shipped_configs_fulfil_the_json_schema(path: Path) -> None:
         ({"model": {"dropout": 1.0}}, "greater than or equal to the maximum of 1"),
     ],
 )
-def test_the_json_schema_refuses_mistakes(values: dict[str, Any], message: str) -> None:
+def test_the_json_schema_rejects_invalid_values(values: dict[str, Any], message: str) -> None:
     with pytest.raises(jsonschema.ValidationError, match=message):
         jsonschema.validate(values, Config.model_json_schema())
 
 
 def test_shipped_configs_are_found() -> None:
-    """An empty glob would let the tests over it pass."""
+    """With an empty glob the parametrized tests would pass."""
     assert "quickstart.yaml" in [path.name for path in SHIPPED]
 
 
-def test_the_json_schema_is_one() -> None:
+def test_the_json_schema_is_valid() -> None:
     jsonschema.Draft202012Validator.check_schema(Config.model_json_schema())

@@ -1,4 +1,4 @@
-"""Settings that contradict each other: which line is told, and what is said of it."""
+"""Conflicting settings: which line is reported, with which message."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import pytest
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import load_config
 from anarchobot.config.schema import Config
-from anarchobot.config.validation import contradictions
+from anarchobot.config.validation import conflicts
 
-CONTRADICTIONS = {
+CONFLICTS = {
     "model:\n  d_model: 100\n  n_heads: 12\n": (
         "c.yaml:2: model.d_model: d_model (100) must be divisible by n_heads (12), or set head_dim"
     ),
@@ -17,18 +17,16 @@ CONTRADICTIONS = {
         "c.yaml:3: model.n_heads: d_model (768) must be divisible by n_heads (7), or set head_dim"
     ),
     "model:\n  d_model: 36\n": (
-        "c.yaml:2: model.d_model: heads of 3 can't be rotated in pairs: the head width must be even"
+        "c.yaml:2: model.d_model: the head width (3) must be even: rotary embeddings rotate pairs"
     ),
     "model:\n  d_model: 36\n  head_dim: 5\n": (
-        "c.yaml:3: model.head_dim: heads of 5 can't be rotated in pairs: the head width must be even"
+        "c.yaml:3: model.head_dim: the head width (5) must be even: rotary embeddings rotate pairs"
     ),
     "model:\n  n_kv_heads: 5\n": (
-        "c.yaml:2: model.n_kv_heads: n_heads (12) must be divisible by n_kv_heads (5): each key head serves the same "
-        "number of query heads"
+        "c.yaml:2: model.n_kv_heads: n_heads (12) must be divisible by n_kv_heads (5)"
     ),
     "model:\n  n_kv_heads: 24\n": (
-        "c.yaml:2: model.n_kv_heads: n_heads (12) must be divisible by n_kv_heads (24): each key head serves the same "
-        "number of query heads"
+        "c.yaml:2: model.n_kv_heads: n_heads (12) must be divisible by n_kv_heads (24)"
     ),
     "model:\n  bos_id: 9\n  vocab_size: 9\n": "c.yaml:2: model.bos_id: bos_id (9) must be below model.vocab_size (9)",
     "data:\n  seq_len: 5000\n": (
@@ -37,14 +35,14 @@ CONTRADICTIONS = {
     "model:\n  max_seq_len: 512\n": (
         "c.yaml:2: model.max_seq_len: data.seq_len (2048) must be at most model.max_seq_len (512)"
     ),
-    "data:\n  score_field: q\n": "c.yaml:2: data.score_field: needs data.score_min as well",
-    "data:\n  score_min: 0.0\n": "c.yaml:2: data.score_min: needs data.score_field as well",
+    "data:\n  score_field: q\n": "c.yaml:2: data.score_field: requires data.score_min",
+    "data:\n  score_min: 0.0\n": "c.yaml:2: data.score_min: requires data.score_field",
     "train:\n  total_steps: 5\n  epochs: 1\n": (
-        "c.yaml:2: train.total_steps: the run's length is set more than once: keep one of train.total_steps, "
+        "c.yaml:2: train.total_steps: the run length is set more than once: keep one of train.total_steps, "
         "train.epochs"
     ),
     "train:\n  token_budget: 5\n  epochs: 1\n  total_steps: 50000\n": (
-        "c.yaml:2: train.token_budget: the run's length is set more than once: keep one of train.token_budget, "
+        "c.yaml:2: train.token_budget: the run length is set more than once: keep one of train.token_budget, "
         "train.epochs, train.total_steps"
     ),
     "train:\n  lr: 1e-5\n": "c.yaml:2: train.lr: min_lr (3e-05) must be at most lr (1e-05)",
@@ -52,36 +50,34 @@ CONTRADICTIONS = {
     "train:\n  lr_decay_steps: 1000\n": (
         "c.yaml:2: train.lr_decay_steps: lr_decay_steps (1000) must be above warmup_steps (1000)"
     ),
-    # Of two contradictions the first in the file is told, whatever the order of the schema.
+    # Of two conflicts, the first in the file is reported, whatever the order of the schema.
     "train:\n  lr: 1e-5\nmodel:\n  n_heads: 7\n": "c.yaml:2: train.lr: min_lr (3e-05) must be at most lr (1e-05)",
     "lora: {alpha: 3, dora: true}\n": (
-        "c.yaml:1: lora.alpha: there are no adapters without lora.r: set it (such as lora.r: 8), or leave the section "
-        "out"
+        "c.yaml:1: lora.alpha: has no effect without lora.r: set it (such as lora.r=8), or remove the lora section"
     ),
     "lora:\n  r: 8\n  target_modules: [q_proj, fc1]\n": (
-        "c.yaml:3: lora.target_modules: fc1: a model here has a gated MLP, whose matrices are gate_proj, up_proj and "
-        "down_proj"
+        "c.yaml:3: lora.target_modules: 'fc1': the MLP is gated; use gate_proj, up_proj or down_proj"
     ),
     "lora:\n  r: 8\n  target_modules: [q_porj]\n": (
-        "c.yaml:3: lora.target_modules: no matrix is called q_porj; did you mean 'q_proj'?"
+        "c.yaml:3: lora.target_modules: unknown matrix 'q_porj'; did you mean 'q_proj'?"
     ),
     "lora:\n  r: 8\n  target_modules: [embed_tokens]\n": (
-        "c.yaml:3: lora.target_modules: no matrix is called embed_tokens; expected q_proj, k_proj, v_proj, o_proj, "
+        "c.yaml:3: lora.target_modules: unknown matrix 'embed_tokens'; expected q_proj, k_proj, v_proj, o_proj, "
         "gate_proj, up_proj, down_proj"
     ),
-    "lora:\n  r: 8\n  target_modules: [q_proj, q_proj]\n": "c.yaml:3: lora.target_modules: a name stands there twice",
+    "lora:\n  r: 8\n  target_modules: [q_proj, q_proj]\n": "c.yaml:3: lora.target_modules: duplicate name",
     "lora: {r: 8, num_layers: 13}\n": (
         "c.yaml:1: lora.num_layers: num_layers (13) must be at most model.n_layers (12)"
     ),
     "model: {d_model: 96, n_heads: 6}\nlora: {r: 8, quantize: 4}\n": (
-        "c.yaml:1: model.d_model: 64 columns are packed together, and d_model (96) is no multiple of 64: leave "
-        "quantize out"
+        "c.yaml:1: model.d_model: quantization requires d_model (96) to be a multiple of 64: remove "
+        "lora.quantize"
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "message"), CONTRADICTIONS.items(), ids=[m[:45] for m in CONTRADICTIONS.values()])
-def test_contradictions_in_a_file(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("text", "message"), CONFLICTS.items(), ids=[m[:45] for m in CONFLICTS.values()])
+def test_conflicts_in_a_file(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text(text)
     with pytest.raises(UserError) as error:
@@ -94,7 +90,7 @@ def test_contradictions_in_a_file(text: str, message: str, tmp_path: Path, monke
     [
         (
             ["train.epochs=1", "train.total_steps=5"],
-            "command line: train.epochs: the run's length is set more than once: keep one of train.epochs, "
+            "command line: train.epochs: the run length is set more than once: keep one of train.epochs, "
             "train.total_steps",
         ),
         (["model.n_heads=5"], "command line: model.n_heads: d_model (96) must be divisible by n_heads (5), or set "
@@ -103,8 +99,8 @@ def test_contradictions_in_a_file(text: str, message: str, tmp_path: Path, monke
                                      "warmup_steps (900)"),
     ],
 )  # fmt: skip
-def test_the_command_line_takes_the_blame_before_the_file(overrides: list[str], message: str, tmp_path: Path) -> None:
-    """The file was good before: pointing at its line would send people to the wrong place."""
+def test_an_override_is_blamed_before_the_file(overrides: list[str], message: str, tmp_path: Path) -> None:
+    """The file is valid by itself, so its lines would be the wrong place to look."""
     file = tmp_path / "c.yaml"
     file.write_text("model:\n  d_model: 96\n  n_heads: 6\ntrain:\n  lr_decay_steps: 800\n  warmup_steps: 100\n")
     load_config(file)
@@ -116,7 +112,7 @@ def test_the_command_line_takes_the_blame_before_the_file(overrides: list[str], 
 @pytest.mark.parametrize(
     "text",
     [
-        "model: {d_model: 100, n_heads: 12, head_dim: 8}",  # head_dim makes the width free
+        "model: {d_model: 100, n_heads: 12, head_dim: 8}",  # with head_dim, any width
         "model: {n_kv_heads: 1}",
         "data: {seq_len: 4096}",
         "data: {score_field: q, score_min: 0}",
@@ -124,16 +120,16 @@ def test_the_command_line_takes_the_blame_before_the_file(overrides: list[str], 
         "train: {lr_decay_steps: 1001}",
         "train: {total_steps: 5, epochs: null, token_budget: null}",
         "lora: {r: 4, num_layers: 12, target_modules: [v_proj], quantize: 8}",
-        "lora: {alpha: 16.0, target_modules: auto}",  # as a written config has them
+        "lora: {alpha: 16.0, target_modules: auto}",  # as in a serialized config
     ],
 )
-def test_what_agrees_is_taken(text: str, tmp_path: Path) -> None:
-    """The limits themselves: a check of `<` for `<=` would refuse them."""
+def test_compatible_settings_are_accepted(text: str, tmp_path: Path) -> None:
+    """Includes the limits: `<` instead of `<=` would reject them."""
     file = tmp_path / "c.yaml"
     file.write_text(text)
     assert load_config(file).sources
 
 
-def test_the_defaults_agree() -> None:
-    """The loader counts on it: a contradiction has a key that somebody set."""
-    assert list(contradictions(Config(), [])) == []
+def test_the_defaults_have_no_conflicts() -> None:
+    """The loader relies on it: each conflict involves a key that was set."""
+    assert list(conflicts(Config(), [])) == []

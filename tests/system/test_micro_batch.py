@@ -30,7 +30,7 @@ def test_largest_fitting_micro_batch_keeps_the_step(rows: int) -> None:
     for budget in (peak(rows), peak(rows) + 100):
         train = resolve_micro_batch(auto(f"train.memory_budget_gb={budget / 1e9!r}")).loaded.config.train
         assert (train.micro_batch_size, train.grad_accum_steps) == (rows, 12 // rows)
-        assert not train.automatic
+        assert not train.auto_micro_batch
 
 
 def test_resolved_configuration_has_numbers_and_loads(tmp_path: Path) -> None:
@@ -60,11 +60,11 @@ def test_too_little_memory_is_an_error_with_a_remedy() -> None:
 
 def test_unresolved_auto_is_one_sequence_per_micro_batch() -> None:
     train = auto().config.train
-    assert (train.automatic, train.micro_batch_size, train.grad_accum_steps) == (True, 1, 12)
+    assert (train.auto_micro_batch, train.micro_batch_size, train.grad_accum_steps) == (True, 1, 12)
     assert type(train).model_validate(train.model_dump()) == train
 
 
 @pytest.mark.parametrize("value", ["many", "0", "-1", "1.5"])
 def test_invalid_values_are_rejected(value: Any) -> None:
-    with pytest.raises(UserError, match='expected a whole number of at least 1, or "auto"'):
+    with pytest.raises(UserError, match='expected an integer >= 1, or "auto"'):
         auto(f"train.micro_batch_size={value}")
