@@ -1,6 +1,6 @@
-"""Memory, live: of a run (--run DIR), of a process (--pid N), or of the machine alone. See docs/monitoring.md.
+"""Monitors the memory of a run (--run DIR), a process (--pid N), or the machine alone. See docs/monitoring.md.
 
-Exit codes: 0 what was watched has ended, or the duration is over; 1 the run died; 2 a mistake of yours, such as no run;
+Exit codes: 0 the run or process ended, or the duration is over; 1 the run died; 2 usage error, such as no such run;
 130 stopped by Ctrl-C.
 """
 
@@ -14,13 +14,13 @@ from rich.table import Table
 
 from anarchobot.cli.parser import Parser
 from anarchobot.config.errors import UserError
-from anarchobot.reporting import memory_chart
-from anarchobot.reporting.monitor import Alarm, Csv, Sample, Watched, find_run
+from anarchobot.reporting.memory_chart import check_plot_path, plot_memory
+from anarchobot.reporting.monitor import Alarm, CsvWriter, Monitor, Sample, attach
 
 
 def main() -> int:
     try:
-        return watch(arguments())
+        return monitor(parse_arguments())
     except UserError as error:
         print(f"memory_monitor: {error}", file=sys.stderr)
     except OSError as error:
@@ -30,77 +30,76 @@ def main() -> int:
     return 2
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     description, _, epilog = (__doc__ or "").partition("\n\n")
     parser = Parser(prog="memory_monitor", description=description, epilog=epilog)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--run", metavar="DIR", type=Path, help="a run's folder (its train.save_dir)")
-    what.add_argument("--pid", metavar="N", type=int, help="a process")
-    parser.add_argument("--wait", action="store_true", help="with --run: wait for a run to begin, also after one died")
-    parser.add_argument("--interval", metavar="SECONDS", type=float, default=2.0, help="between two looks (default: 2)")
-    parser.add_argument("--duration", metavar="SECONDS", type=float, help="end after this time (default: with the run)")
-    parser.add_argument("--csv", metavar="FILE", type=Path, help="append a row at each look")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--run", metavar="DIR", type=Path, help="a run folder (train.save_dir)")
+    target.add_argument("--pid", metavar="N", type=int, help="a process")
+    parser.add_argument("--wait", action="store_true", help="with --run: wait for a run to start, and after one died")
+    parser.add_argument("--interval", metavar="SECONDS", type=float, default=2.0, help="between samples (default: 2)")
     parser.add_argument(
-        "--plot", metavar="FILE", type=Path, help="draw it at the end: a .png (matplotlib) or .svg file"
+        "--duration", metavar="SECONDS", type=float, help="stop after this time (default: with the run)"
     )
-    parser.add_argument("--alarm", metavar="LIMIT", help="ring when memory comes above: GB (12), or a share (90%%)")
-    parser.add_argument("--quiet", action="store_true", help="no live view: only alarms and the end")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="append a row per sample")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="plot at the end: a .png (matplotlib) or .svg file")
+    parser.add_argument("--alarm", metavar="LIMIT", help="ring when memory exceeds this: GB (12), or a share (90%%)")
+    parser.add_argument("--quiet", action="store_true", help="no live view, only alarms and the final state")
     args = parser.parse_args()
     for name in ("interval", "duration"):
         if (value := getattr(args, name)) is not None and not 0 < value < 1e9:
             raise UserError(f"--{name} {value:g}: expected seconds above 0")
     if args.wait and args.run is None:
-        raise UserError("--wait: wait for what? Give --run DIR")
+        raise UserError("--wait: requires --run DIR")
     return args
 
 
-def watch(args: argparse.Namespace) -> int:
+def monitor(args: argparse.Namespace) -> int:
     alarm = Alarm(args.alarm) if args.alarm else None
     if args.plot:
-        memory_chart.check(args.plot)
-    seen: list[Sample] = []
+        check_plot_path(args.plot)
+    samples: list[Sample] = []
     with View(args.quiet) as view:
         try:
             while True:
                 if args.run and args.wait:
                     view.note(f"{args.run}: waiting for a run")
-                found = find_run(args.run, wait=args.wait, seconds=args.duration) if args.run else Watched(args.pid)
-                if found is None:
-                    view.note(f"{args.run}: no run has begun")
+                target = attach(args.run, wait=args.wait, timeout=args.duration) if args.run else Monitor(args.pid)
+                if target is None:
+                    view.note(f"{args.run}: no run started")
                     return 0
-                watched = found
-                ended = follow(watched, args, alarm, seen, view)
-                if ended != "died" or not args.wait:
+                state = follow(target, args, alarm, samples, view)
+                if state != "died" or not args.wait:
                     break
-                view.note(f"{args.run}: died; waiting for it to go on")
+                view.note(f"{args.run}: died; waiting for it to resume")
         finally:
-            if args.plot and seen:
-                memory_chart.draw(args.plot, seen)
+            if args.plot and samples:
+                plot_memory(args.plot, samples)
     if args.run or args.pid:
-        print(f"{args.run or args.pid}: {'still ' if ended == 'running' else ''}{ended}", file=sys.stderr)
-    return int(ended == "died")
+        print(f"{args.run or args.pid}: {'still ' if state == 'running' else ''}{state}", file=sys.stderr)
+    return int(state == "died")
 
 
-def follow(watched: Watched, args: argparse.Namespace, alarm: Alarm | None, seen: list[Sample], view: "View") -> str:
-    """Until what is watched ends, or the time is over; says which."""
-    table = Csv(args.csv) if args.csv else None
+def follow(target: Monitor, args: argparse.Namespace, alarm: Alarm | None, samples: list[Sample], view: "View") -> str:
+    """Samples until the target ends or the duration is over. Returns its state."""
+    table = CsvWriter(args.csv) if args.csv else None
     try:
-        for sample in watched.samples(args.interval, args.duration):
+        for sample in target.samples(args.interval, args.duration):
             view.show(sample)
             if args.plot:
-                seen.append(sample)
+                samples.append(sample)
             if table:
                 table.add(sample)
-            if alarm and (line := alarm.crossed(sample)):
-                view.note(line, ring=True)
+            if alarm and (message := alarm.message(sample)):
+                view.note(message, ring=True)
     finally:
         if table:
             table.close()
-    return watched.end
+    return target.state
 
 
 class View:
-    """A live table on a terminal; a line a look where there is none."""
+    """A live table on a terminal; otherwise one line per sample."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet, self.console = quiet, Console(stderr=True, highlight=False)
@@ -132,9 +131,9 @@ class View:
 
 
 def rows(sample: Sample) -> list[tuple[str, str]]:
-    """What is known, in words."""
-    machine = f"{sample.system_used_gb:.2f} of {sample.system_total_gb:.2f} GB"
-    found = [("machine", f"{machine} ({sample.system_used_gb / sample.system_total_gb:.0%})")]
+    """Labels and values of what is known."""
+    used, total = sample.system_used_gb, sample.system_total_gb
+    found = [("machine", f"{used:.2f} of {total:.2f} GB ({used / total:.0%})")]
     if sample.pressure:
         found.append(("pressure", sample.pressure))
     found.append(("swap", f"{sample.swap_used_gb:.2f} GB"))

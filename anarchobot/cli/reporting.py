@@ -22,14 +22,14 @@ def add_commands(commands: Any) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from anarchobot.reporting.page import page
+    from anarchobot.reporting.html_report import render_report
     from anarchobot.runs.run_log import read_run
     from anarchobot.storage.durable import write_atomic
 
     found = [read_run(folder) for folder in args.runs]
     output = Path(args.output) if args.output else found[0].folder / "report.html"
     check_output(output)
-    write_atomic(output, page(found))
+    write_atomic(output, render_report(found))
     print(json.dumps({"report": str(output)}) if args.json else output)
 
 

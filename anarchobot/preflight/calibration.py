@@ -1,5 +1,8 @@
-"""How long a step takes, by a few real ones on random tokens. They are to take seconds: of a big model, one or two
-micro-batches stand for the step, and of a bigger one the count of its operations."""
+"""Predicts the time of a training step by running a few on random tokens.
+
+Calibration itself should take seconds: for a large model, one or two micro-batches are measured and extrapolated; for a
+very large one, the time is estimated from its FLOPs.
+"""
 
 import statistics
 import time
@@ -13,25 +16,25 @@ from anarchobot.exchange.pretrained import PretrainedModel
 from anarchobot.model.llama.flops import model_step
 from anarchobot.tasks.engines import open_engine
 
-SECONDS = 8.0  # of measuring
-LONGEST = 20.0  # seconds that a micro-batch may take by its operations, to be tried at all
-LEAST, MOST = 3, 50  # whole steps
+BUDGET_SECONDS = 8.0
+MAX_MICRO_BATCH_SECONDS = 20.0  # if the FLOPs predict more, nothing is measured
+MIN_STEPS, MAX_STEPS = 3, 50  # whole steps that are measured
 
-How = Literal["measured", "at most", "a guess"]
+Method = Literal["measured", "upper bound", "estimate"]
 
 
-def step_seconds(config: Config, base: PretrainedModel | None, rows: int, rate: float) -> tuple[float, How]:
-    """Seconds of a step of `rows` sequences a micro-batch, and how that is known; `rate`: operations a second, for a
-    guess.
+def step_seconds(config: Config, base: PretrainedModel | None, rows: int, flops: float) -> tuple[float, Method]:
+    """Seconds per step with micro-batches of `rows` sequences, and how they were obtained. `flops` is the assumed
+    FLOP/s of an estimate.
 
-    With A micro-batches of m seconds and an update of u, a step takes A m + u. Where whole steps fit into the time,
-    their median is given; else m and u are told from steps of one and of two micro-batches; where even one takes long,
-    A (m + u). Raises UserError as the engine does, and MemoryError.
+    With A micro-batches of m seconds and an update of u seconds, a step takes A m + u. If whole steps fit into the
+    budget, returns their median. Otherwise m and u follow from steps of one and of two micro-batches; if even one
+    exceeds the budget, returns the upper bound A (m + u). Raises UserError like the engine, and MemoryError.
     """
     train, micro_batches, length = config.train, config.train.grad_accum_steps, config.data.seq_len
-    guess = model_step(config.model, rows, [(0, length)]) / rate
-    if guess > LONGEST:
-        return micro_batches * guess, "a guess"
+    predicted = model_step(config.model, rows, [(0, length)]) / flops
+    if predicted > MAX_MICRO_BATCH_SECONDS:
+        return micro_batches * predicted, "estimate"
     engine = open_engine(config, base.weights if base is not None else None).engine
     rng = np.random.default_rng(train.seed)
 
@@ -39,18 +42,18 @@ def step_seconds(config: Config, base: PretrainedModel | None, rows: int, rate: 
         ids = rng.integers(0, config.model.vocab_size, (count, rows, length + 1), np.int32)
         segments = np.zeros(ids[..., 1:].shape, np.int32) if config.data.document_mask else None
         batch = Batch(ids[..., :-1].copy(), ids[..., 1:].copy(), segments)
-        began = time.perf_counter()
-        engine.train_step(batch, 1, 0.0, train.momentum, float("inf"))  # all is computed, nothing moves
-        return time.perf_counter() - began
+        start = time.perf_counter()
+        engine.train_step(batch, 1, 0.0, train.momentum, float("inf"))  # lr 0: everything runs, no weight changes
+        return time.perf_counter() - start
 
-    first = step(1)  # slower than those behind it
-    if first * micro_batches * LEAST <= SECONDS:
-        times = [step(micro_batches) for _ in range(1 + LEAST)][1:]
-        while sum(times) < SECONDS / 2 and len(times) < MOST:
+    first = step(1)  # slower than later steps: compilation and allocation
+    if first * micro_batches * MIN_STEPS <= BUDGET_SECONDS:
+        times = [step(micro_batches) for _ in range(1 + MIN_STEPS)][1:]
+        while sum(times) < BUDGET_SECONDS / 2 and len(times) < MAX_STEPS:
             times.append(step(micro_batches))
         return statistics.median(times), "measured"
-    if first > SECONDS:
-        return micro_batches * first, "at most"
+    if first > BUDGET_SECONDS:
+        return micro_batches * first, "upper bound"
     one = step(1)
-    more = max(0.0, step(2) - one) if micro_batches > 1 else 0.0
-    return one + (micro_batches - 1) * more, "measured"
+    per_micro_batch = max(0.0, step(2) - one) if micro_batches > 1 else 0.0
+    return one + (micro_batches - 1) * per_micro_batch, "measured"

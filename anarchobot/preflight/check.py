@@ -1,4 +1,4 @@
-"""What a check is: a question to a setup, its answer, and what to do."""
+"""The check runner behind `anarchobot verify`: checks, their results, and the context they share."""
 
 import platform
 import shutil
@@ -9,25 +9,32 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from anarchobot.config.errors import UserError
 from anarchobot.system.blas import load_fast_blas
-from anarchobot.system.machine import system_memory
 from anarchobot.system.packages import PACKAGE, installed_version
 
-if TYPE_CHECKING:  # `packages` is asked before any of them is loaded
+if TYPE_CHECKING:  # these need packages whose presence the first checks verify
     from anarchobot.config.adapt_schema import AdaptConfig
     from anarchobot.config.loading import Loaded, LoadedConfig
     from anarchobot.data.shards import TokenStream
     from anarchobot.exchange.pretrained import PretrainedModel
 
 Status = Literal["pass", "warn", "fail", "skip"]
-SMALLER = (
+REDUCE_MEMORY = (
     "lower train.micro_batch_size (and raise train.grad_accum_steps), set train.gradient_checkpointing: true, or make "
     "the model or data.seq_len smaller"
 )
 
 
+class Outcome(NamedTuple):
+    """What a check found and, unless it passed, what to do about it."""
+
+    status: Status
+    found: str
+    advice: str = ""
+
+
 @dataclass(frozen=True)
-class Check:
-    """One row of the table. `found`: what is so; `advice`: what to do, unless it passed."""
+class CheckResult:
+    """One row of the table, and one object of `verify --json`."""
 
     name: str
     status: Status
@@ -35,27 +42,26 @@ class Check:
     advice: str = ""
 
 
-class Answer(NamedTuple):
-    status: Status
-    found: str
-    advice: str = ""
+def _total_memory() -> int:
+    from anarchobot.system.machine import system_memory  # needs psutil
+
+    return system_memory().total
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`version_of` a package: None where it is missing. `memory`, and `free` of the disk that a folder is on, in
-    bytes."""
+    """What the checks ask about the machine; tests substitute it. `memory` and `free_disk` are in bytes."""
 
     python: str = platform.python_version()
     version_of: Callable[[str], str | None] = installed_version
     blas: Callable[[], str | None] = load_fast_blas
-    memory: Callable[[], int] = lambda: system_memory().total
-    free: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
+    memory: Callable[[], int] = _total_memory
+    free_disk: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
 
 
 @dataclass
-class Setup:
-    """What is verified. Below the line is what checks found, for those that need them."""
+class Context:
+    """The inputs of `verify` and, below the line, what earlier checks loaded for later ones."""
 
     path: str
     overrides: Sequence[str]
@@ -63,43 +69,50 @@ class Setup:
     calibrate: bool
     # ---
     loaded: "LoadedConfig" = field(init=False)
-    adapt: "Loaded[AdaptConfig]" = field(init=False)
+    adapt: "Loaded[AdaptConfig]" = field(init=False)  # set for adapt-vocab only
     base: "PretrainedModel | None" = None
     streams: "list[TokenStream]" = field(default_factory=list)
-    windows: int | None = None  # training sequences in an epoch
+    windows: int | None = None  # training sequences per epoch
     steps: int | None = None
-    pairs: bool = False  # a micro-batch is of pairs, which are two sequences each
+    pairs: bool = False  # dpo: a micro-batch counts pairs, each of two sequences
     on_cpu: bool = True
-    memory: int = 0  # bytes of the device
+    device_memory: int = 0  # bytes
 
 
-class Question(NamedTuple):
-    """`needs`: the checks that must not have failed before; `advice`: what to do about a UserError."""
+class Check(NamedTuple):
+    """`requires` names the checks that must not have failed; `advice` is shown if `run` raises UserError or OSError."""
 
     name: str
-    ask: Callable[[Setup], Answer]
-    needs: tuple[str, ...] = ()
+    run: Callable[[Context], Outcome]
+    requires: tuple[str, ...] = ()
     advice: str = ""
 
 
-def asked(questions: Sequence[Question], setup: Setup, lost: set[str]) -> Iterator[Check]:
-    """The checks, in their order. `lost` are the names of those that failed or were skipped; it grows."""
-    for name, ask, needs, advice in questions:
-        missing = [need for need in needs if need in lost]
+def check(
+    name: str, requires: tuple[str, ...] = (), advice: str = ""
+) -> Callable[[Callable[[Context], Outcome]], Check]:
+    """Decorator that makes a Check of a function. `CONFIG` in `advice` stands for the configuration's path."""
+    return lambda function: Check(name, function, requires, advice)
+
+
+def run_checks(checks: Sequence[Check], context: Context, unavailable: set[str]) -> Iterator[CheckResult]:
+    """Runs `checks` in order and adds the names of those that fail or are skipped to `unavailable`."""
+    for name, run, requires, advice in checks:
+        missing = [required for required in requires if required in unavailable]
         if missing:
-            answer = Answer("skip", f"needs: {', '.join(missing)}")
+            outcome = Outcome("skip", f"needs: {', '.join(missing)}")
         else:
             try:
-                answer = ask(setup)
+                outcome = run(context)
             except UserError as error:
-                answer = Answer("fail", str(error), advice.replace("CONFIG", setup.path))
+                outcome = Outcome("fail", str(error), advice.replace("CONFIG", context.path))
             except OSError as error:
-                told = f"{error.filename or 'system'}: {error.strerror or error}"
-                answer = Answer("fail", told, advice.replace("CONFIG", setup.path))
+                message = f"{error.filename or 'system'}: {error.strerror or error}"
+                outcome = Outcome("fail", message, advice.replace("CONFIG", context.path))
             except ImportError as error:
-                answer = Answer("fail", f"can't be imported: {error}", f"pip install --upgrade {PACKAGE}")
+                outcome = Outcome("fail", f"import failed: {error}", f"pip install --upgrade {PACKAGE}")
             except MemoryError:
-                answer = Answer("fail", "out of memory", SMALLER)
-        if answer.status in ("fail", "skip"):
-            lost.add(name)
-        yield Check(name, *answer)
+                outcome = Outcome("fail", "out of memory", REDUCE_MEMORY)
+        if outcome.status in ("fail", "skip"):
+            unavailable.add(name)
+        yield CheckResult(name, *outcome)

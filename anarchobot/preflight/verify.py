@@ -1,9 +1,9 @@
-"""Whether a run could begin: a table of checks of the machine, the configuration and all that it names."""
+"""Whether a run could start: checks of the machine, the configuration and everything it names. Nothing is written."""
 
 from collections.abc import Sequence
 
-from anarchobot.preflight.check import Check, Machine, Setup, asked
-from anarchobot.preflight.installation import EXTRAS, FIRST
+from anarchobot.preflight import installation
+from anarchobot.preflight.check import CheckResult, Context, Machine, run_checks
 from anarchobot.system.blas import load_fast_blas
 
 
@@ -13,29 +13,34 @@ def verify(
     *,
     calibrate: bool = True,
     machine: Machine | None = None,
-) -> list[Check]:
-    """The checks of a configuration for pretrain, sft, dpo or adapt-vocab, told by its sections. Nothing is written.
+) -> list[CheckResult]:
+    """Runs the checks for pretrain, sft, dpo or adapt-vocab, whichever the configuration's sections are for.
 
-    What depends on a check that failed is skipped. `calibrate`: a few training steps are measured, for the run's time.
+    Checks that depend on a failed one are skipped. `calibrate` measures a few training steps to predict the run's time.
     """
-    setup, lost = Setup(path, overrides, machine or Machine(), calibrate), set[str]()
-    checks = list(asked(FIRST, setup, lost))
-    if "packages" in lost:
-        return [*checks, Check("all others", "skip", "needs: packages")]
-    load_fast_blas()  # before MLX, which some of the next lines import
+    context, unavailable = Context(path, overrides, machine or Machine(), calibrate), set[str]()
+    results = list(run_checks((installation.python, installation.packages), context, unavailable))
+    if "packages" in unavailable:
+        return [*results, CheckResult("all others", "skip", "needs: packages")]
+    load_fast_blas()  # before the modules below import MLX
     from anarchobot.preflight import data, run, settings
 
-    of_run = (run.SAVE_DIR, run.DISK, settings.SCHEDULE, run.MEMORY, run.TIME)
-    tuning = (settings.TUNING_CONFIGURATION, EXTRAS, run.DEVICE, run.BLAS, data.ROWS, *of_run)
-    questions = {
+    run_folder = (run.save_dir, run.disk, settings.schedule, run.memory, run.run_time)
+    tuning = (
+        settings.tuning_configuration, installation.optional_packages, run.device, run.blas, data.conversations,
+        *run_folder,
+    )  # fmt: skip
+    checks = {
         "pretrain": (
-            settings.CONFIGURATION, settings.REQUIRED, EXTRAS, run.DEVICE, run.BLAS, data.TOKENIZER, data.DATASET,
-            data.SHARDS, data.MODEL_AND_DATA, run.SAVE_DIR, run.RESUMED_RUN, *of_run[1:],
+            settings.configuration, settings.required_fields, installation.optional_packages, run.device, run.blas,
+            data.tokenizer, data.dataset, data.shards, data.model_and_data, run.save_dir, run.resumed_run,
+            *run_folder[1:],
         ),
         "sft": tuning,
         "dpo": tuning,
         "adapt-vocab": (
-            settings.ADAPT_CONFIGURATION, EXTRAS, data.SOURCE_MODEL, data.CORPUS, run.RUN_ROOT, settings.PAPERS_RATE,
+            settings.adapt_configuration, installation.optional_packages, data.source_model, data.corpus, run.run_root,
+            settings.learning_rate,
         ),
     }  # fmt: skip
-    return checks + list(asked(questions[settings.kind_of(setup)], setup, lost))
+    return results + list(run_checks(checks[settings.command_for(context)], context, unavailable))

@@ -1,4 +1,4 @@
-"""`anarchobot plan`, and runs whose micro-batch memory decides."""
+"""`anarchobot plan`, and runs with micro_batch_size auto."""
 
 import json
 from pathlib import Path
@@ -29,14 +29,14 @@ def planned(path: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict
     return found
 
 
-def test_figures_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_counted_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = planned(write_config(tmp_path / "c.yaml", tmp_path, tmp_path / "run"), capsys, "--deadline", "2d")
     parameters = 384 * 32 + 4 * 32 * 32 + 3 * 32 * 128 + 3 * 32
     assert found["parameters"] == found["trained_parameters"] == parameters
     assert (found["steps"], found["tokens_per_step"], found["tokens"]) == (6, 4 * 32, 6 * 4 * 32)
     assert found["tokens_per_parameter"] == pytest.approx(768 / parameters)
     assert found["tokens_per_second"] == pytest.approx(768 / (48 * 3600))
-    # 6 for each weight that multiplies; 12 D for each of the 16.5 keys that a token sees on average.
+    # 6 per matrix weight; 12 D for each of the 16.5 keys that a token attends to on average.
     assert found["flops_per_token"] == 6 * (parameters - 3 * 32) + 12 * 32 * 16.5
     assert found["flops"] == 768 * found["flops_per_token"]
     assert found["checkpoint"]["model_bytes"] == 4 * parameters
@@ -47,9 +47,7 @@ def test_figures_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert again["float32", False] == found["memory"]["peak"]
 
 
-def test_epochs_are_counted_by_the_shards_and_unknown_without(
-    tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_epochs_need_shards(tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     epochs = {"train__total_steps": LEFT_OUT, "train__epochs": 2}
     found = planned(write_config(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", **epochs), capsys)
     windows = -(-(read_manifest(tiny_shards).tokens("train") - 1) // 32)
@@ -58,10 +56,10 @@ def test_epochs_are_counted_by_the_shards_and_unknown_without(
     assert (unknown := planned(without, capsys))["steps"] is None
     assert "no shards" in unknown["steps_unknown"]
     assert main(["plan", str(without)]) == 0
-    assert "not known" in capsys.readouterr().out
+    assert "unknown" in capsys.readouterr().out
 
 
-def test_the_table_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_config(tmp_path / "c.yaml", tmp_path, tmp_path / "run")
     assert main(["plan", str(path), "train.micro_batch_size=auto", "--deadline", "8"]) == 0
     said = capsys.readouterr().out
@@ -77,15 +75,15 @@ def test_hours() -> None:
             hours(text)
 
 
-def test_auto_trains_the_same_step_and_writes_numbers(tmp_path: Path, tiny_shards: Path) -> None:
-    """Resumed under another budget, from the same file, it is the run that would have been."""
+def test_auto_keeps_the_step_and_writes_the_chosen_numbers(tmp_path: Path, tiny_shards: Path) -> None:
+    """Resuming the same file with another memory budget continues the same run."""
     auto = {"train__micro_batch_size": "auto", "train__grad_accum_steps": 4, "train__cpu_threads": 1}
     small = estimate(loaded(tmp_path / "c.yaml", tiny_shards, tmp_path, **auto).config, micro_batch_size=1).peak / 1e9
     whole = {**auto, "train__memory_budget_gb": 1.0, "model__dropout": 0.0}
     pretrain(loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "whole", **whole), show="nothing")
     pretrain(loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", **whole, train__total_steps=3), show="nothing")
     written = load_config(tmp_path / "run" / "config.yaml").config.train
-    assert (written.micro_batch_size, written.grad_accum_steps, written.automatic) == (4, 1, False)
+    assert (written.micro_batch_size, written.grad_accum_steps, written.auto_micro_batch) == (4, 1, False)
     again = {**whole, "train__memory_budget_gb": small, "train__checkpoint_path": "auto"}
     pretrain(loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", **again), show="nothing")
     written = load_config(tmp_path / "run" / "config.yaml").config.train
@@ -95,7 +93,9 @@ def test_auto_trains_the_same_step_and_writes_numbers(tmp_path: Path, tiny_shard
     assert [end.state["data_position"] for end in ends] == [24, 24]
 
 
-def test_auto_in_tuning_counts_sequences_and_pairs(tmp_path: Path, base: Path, chats: Path, preferences: Path) -> None:
+def test_auto_counts_sequences_in_sft_and_pairs_in_dpo(
+    tmp_path: Path, base: Path, chats: Path, preferences: Path
+) -> None:
     auto = {"train__micro_batch_size": "auto", "train__grad_accum_steps": 6, "train__total_steps": 1}
     for task, data in ((sft, chats), (dpo, preferences)):
         run = tmp_path / task.__name__
@@ -105,7 +105,7 @@ def test_auto_in_tuning_counts_sequences_and_pairs(tmp_path: Path, base: Path, c
         assert checkpoint.find(run).state["data_position"] == 6
 
 
-def test_a_tuned_model_is_its_bases_and_pairs_are_two_sequences(
+def test_tuning_takes_the_pretrained_model_and_counts_pairs_as_two_sequences(
     tmp_path: Path, base: Path, preferences: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tuning(tmp_path, "dpo", base, preferences, preference__beta=0.2)
