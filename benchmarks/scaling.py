@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from anarchobot.tasks.launch import _free_ports
+from anarchobot.tasks.launch import free_ports
 from anarchobot.training import ranks
 
 HERE = Path(__file__).parent
@@ -50,7 +50,7 @@ def main() -> None:
 def started(size: int, micro_batches: int, steps: int, *more: str) -> dict[str, Any]:
     """What rank 0 of so many ranks measures, each on a core of its own."""
     hostfile = Path(tempfile.mkdtemp()) / "ring.json"
-    hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(size)]))
+    hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
     words = [sys.executable, __file__, "--micro-batches", str(micro_batches), "--steps", str(steps), *more]
     cores = sorted(os.sched_getaffinity(0))
     children = [

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from anarchobot.cli.parser import add_command, add_settings, overrides
+from anarchobot.cli.parser import add_command, add_group, add_settings, overrides
 from anarchobot.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,31 +16,30 @@ SEARCH_SETTINGS = PATH | ALPHA | {"-k": "knowledge_base.retrieval_k"}
 
 
 def add_commands(commands: Any) -> None:
-    kb = commands.add_parser("kb", help="a knowledge base: files of yours to look answers up in")
-    parts = kb.add_subparsers(metavar="add|search|list|remove|feedback", required=True, parser_class=type(kb))
+    kb = add_group(commands, "kb", "add|search|list|remove|feedback", "manage a knowledge base of your own files")
 
-    add = add_command(parts, "add", _add, "put files in, or put them in again when they have changed")
+    add = add_command(kb, "add", _add, "add files, or update files that have changed")
     add.add_argument("files", nargs="+", metavar="FILE", help="text, JSONL or Parquet files, folders or globs")
     add_settings(add, PATH | {"--text-field": "data.text_field"})
 
-    search = add_command(parts, "search", _search, "the passages that answer a question best")
-    search.add_argument("question", metavar="QUESTION")
+    search = add_command(kb, "search", _search, "find the passages that best match a question")
+    search.add_argument("question", metavar="QUESTION", help="text to search for")
     add_settings(search, SEARCH_SETTINGS)
 
-    add_settings(add_command(parts, "list", _list, "the documents in it"), PATH)
+    add_settings(add_command(kb, "list", _list, "list the documents"), PATH)
 
-    remove = add_command(parts, "remove", _remove, "take documents out")
-    remove.add_argument("names", nargs="+", metavar="NAME", help="as kb list shows it")
+    remove = add_command(kb, "remove", _remove, "remove documents")
+    remove.add_argument("names", nargs="+", metavar="NAME", help="document name as shown by kb list")
     add_settings(remove, PATH)
 
-    feedback = add_command(parts, "feedback", _feedback, "say that a passage helped with a question, or did not")
+    feedback = add_command(kb, "feedback", _feedback, "record whether passages helped with a question")
     feedback.add_argument("--question", required=True, metavar="QUESTION", help="the question that was asked")
     feedback.add_argument(
-        "--passage", required=True, nargs="+", type=int, metavar="ID", help="the passage's number in kb search"
+        "--passage", required=True, nargs="+", type=int, metavar="ID", help="passage IDs as shown by kb search"
     )
     vote = feedback.add_mutually_exclusive_group(required=True)
-    vote.add_argument("--good", action="store_true", help="it helped")
-    vote.add_argument("--bad", action="store_true", help="it did not")
+    vote.add_argument("--good", action="store_true", help="the passages helped (required, or --bad)")
+    vote.add_argument("--bad", action="store_true", help="the passages did not help (required, or --good)")
     add_settings(feedback, PATH | ALPHA)
 
 
@@ -50,34 +49,34 @@ def _open(args: argparse.Namespace, create: bool = False) -> "KnowledgeBase":
 
     settings = load_config(None, overrides(args)).config.knowledge_base
     if settings.path is None:
-        raise UserError(f"which knowledge base? Give --kb FILE (see {args.prog} --help)")
+        raise UserError(f"missing --kb FILE (see {args.prog} --help)")
     return KnowledgeBase(settings.path, settings, create)
 
 
 def _add(args: argparse.Namespace) -> None:
     from anarchobot.config.loading import load_config
     from anarchobot.data.sources import files
-    from anarchobot.knowledge.adding import add_files
+    from anarchobot.knowledge.knowledge_base import add_files
 
     data = load_config(None, overrides(args)).config.data
-    paths = files.find(args.files)  # a slip in a name is told before a base is made
-    is_silent = args.quiet or args.json
+    paths = files.find(args.files)  # first, so that a mistyped name does not create an empty knowledge base
+    silent = args.quiet or args.json
     with _open(args, create=True) as base:
-        done = add_files(base, paths, args.files, data, say=lambda line: None if is_silent else print(line))
-        passages = sum(held.passages for held in base.documents())
+        result = add_files(base, paths, args.files, data, say=lambda line: None if silent else print(line))
+        passages = sum(document.passages for document in base.documents())
     if args.json:
-        outcomes = {name: getattr(done, name) for name in ("added", "replaced", "equal", "failed")}
-        print(json.dumps(outcomes | {"texts": done.counts.as_manifest(), "passages": passages}))
+        outcomes = {name: getattr(result, name) for name in ("added", "replaced", "equal", "failed")}
+        print(json.dumps(outcomes | {"texts": result.counts.as_manifest(), "passages": passages}))
     elif not args.quiet:
         print(
-            f"files: {len(done.added)} added, {len(done.replaced)} replaced, {len(done.equal)} unchanged, "
-            f"{len(done.failed)} failed; the base has {passages:,} passages"
+            f"files: {len(result.added)} added, {len(result.replaced)} replaced, {len(result.equal)} unchanged, "
+            f"{len(result.failed)} failed; {passages:,} passages in total"
         )
-        for line in done.counts.details():
+        for line in result.counts.details():
             print(f"  {line}")
-    if done.failed:
-        more = f" ({len(done.failed) - 1} more files failed)" if len(done.failed) > 1 else ""
-        raise UserError(f"{done.failed[0]}{more}")
+    if result.failed:
+        more = f" ({len(result.failed) - 1} more files failed)" if len(result.failed) > 1 else ""
+        raise UserError(f"{result.failed[0]}{more}")
 
 
 def _search(args: argparse.Namespace) -> None:
@@ -87,23 +86,23 @@ def _search(args: argparse.Namespace) -> None:
         print(json.dumps({"question": args.question, "hits": [hit._asdict() for hit in hits]}))
         return
     for i, hit in enumerate(hits, start=1):
-        print(f"[{i}] {_shown(hit.source)}  passage {hit.passage_id}, score {hit.score:.3f}")
-        print(f"{_shown(hit.text.strip())}\n")
+        print(f"[{i}] {_escape(hit.source)}  passage {hit.passage_id}, score {hit.score:.3f}")
+        print(f"{_escape(hit.text.strip())}\n")
     if not hits and not args.quiet:
-        print("nothing found: no passage has a word of the question")
+        print("no passage contains a word of the question")
 
 
 def _list(args: argparse.Namespace) -> None:
     with _open(args) as base:
         documents = base.documents()
     if args.json:
-        print(json.dumps({"documents": [held._asdict() for held in documents]}))
+        print(json.dumps({"documents": [document._asdict() for document in documents]}))
         return
-    for held in documents:
-        votes = f", {held.votes:,} votes" if held.votes else ""
-        print(f"{_shown(held.name)}: {held.passages:,} passages{votes}")
+    for document in documents:
+        votes = f", {document.votes:,} votes" if document.votes else ""
+        print(f"{_escape(document.name)}: {document.passages:,} passages{votes}")
     if not args.quiet:
-        print(f"{len(documents):,} documents, {sum(held.passages for held in documents):,} passages")
+        print(f"{len(documents):,} documents, {sum(document.passages for document in documents):,} passages")
 
 
 def _remove(args: argparse.Namespace) -> None:
@@ -112,7 +111,7 @@ def _remove(args: argparse.Namespace) -> None:
         for name in args.names:
             removed[name] = base.remove(name)
             if not (args.json or args.quiet):
-                print(f"{_shown(name)}: {removed[name]:,} passages removed")
+                print(f"{_escape(name)}: {removed[name]:,} passages removed")
     if args.json:
         print(json.dumps({"removed": removed}))
 
@@ -125,9 +124,9 @@ def _feedback(args: argparse.Namespace) -> None:
         print(json.dumps({"relevance": relevances}))
     elif not args.quiet:
         for passage, relevance in relevances.items():
-            print(f"passage {passage}: relevance {relevance:+.3f} to this question (from -1 to 1)")
+            print(f"passage {passage}: relevance to this question {relevance:+.3f} (from -1 to 1)")
 
 
-def _shown(text: str) -> str:
-    """A text from a file, for a terminal: its escape codes are shown, not obeyed."""
+def _escape(text: str) -> str:
+    """Escapes control characters of text from a file, for printing to a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

@@ -1,4 +1,4 @@
-"""`anarchobot pretrain`."""
+"""`anarchobot pretrain`, `sft`, `dpo`, `launch` and `adapt-vocab`."""
 
 import argparse
 import json
@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anarchobot.cli.parser import add_command, add_config, add_settings, add_switch, overrides
+from anarchobot.cli.parser import add_command, add_config, add_settings, add_switch, overrides, parse, positive
+from anarchobot.config.errors import UserError
 
 if TYPE_CHECKING:
+    from anarchobot.config.loading import LoadedConfig
     from anarchobot.tasks.run import Show
 
-# The settings that everybody changes, under the names that everybody types.
+# Flags for the most common settings.
 SETTINGS = {
     "--lr": "train.lr",
     "--batch-size": "train.micro_batch_size",
@@ -24,39 +26,100 @@ SETTINGS = {
     "--save-every": "train.ckpt_interval",
     "--backend": "train.backend",
 }
+FINETUNING_SETTINGS = {"--model": "train.init_from", "--dataset": "data.dataset"} | SETTINGS
+LAUNCH_BACKENDS = ("ring", "mpi", "nccl", "jaccl")
 
 
 def add_commands(commands: Any) -> None:
-    parser = add_command(commands, "pretrain", _pretrain, "train a model from scratch on token shards")
-    add_config(parser)
-    add_settings(parser, SETTINGS)
-    add_switch(parser, "supervise", "train.supervise")
+    for name, run, summary, settings in (
+        ("pretrain", _pretrain, "train a model from scratch on token shards", SETTINGS),
+        ("sft", _sft, "fine-tune a model on conversations", FINETUNING_SETTINGS),
+        ("dpo", _dpo, "fine-tune a model on preference pairs", FINETUNING_SETTINGS),
+    ):
+        parser = add_command(commands, name, run, summary)
+        add_config(parser)
+        add_settings(parser, settings)
+        add_switch(parser, "--supervise", "train.supervise")
+
+    launch = add_command(
+        commands,
+        "launch",
+        _launch,
+        "train with several processes, on this machine or on several machines",
+        epilog="example: anarchobot launch --hosts 10.0.0.1,10.0.0.2 -- pretrain configs/small.yaml (docs/scaling.md)",
+    )
+    launch.add_argument(
+        "-n",
+        "--ranks",
+        type=positive,
+        metavar="N",
+        help="number of processes (default: 2; with --hosts: 1 per host)",
+    )
+    launch.add_argument("--hosts", metavar="A,B", help="addresses of hosts to reach by ssh (default: this machine)")
+    launch.add_argument(
+        "--hostfile", metavar="FILE", help="hosts file written by mlx.distributed_config (default: none)"
+    )
+    launch.add_argument(
+        "--backend", metavar="NAME", help=f"communication backend: {', '.join(LAUNCH_BACKENDS)} (default: ring)"
+    )
+    launch.add_argument(
+        "task", nargs="+", metavar="COMMAND", help="after --: pretrain or sft, with its CONFIG and settings"
+    )
+
+    adapt = add_command(commands, "adapt-vocab", _adapt_vocab, "move a model to a new vocabulary and train it")
+    add_config(adapt)
 
 
 def _pretrain(args: argparse.Namespace) -> int:
     from anarchobot.config.loading import load_config
-    from anarchobot.system.micro_batch import resolve_micro_batch
     from anarchobot.tasks import supervise
 
     loaded = load_config(args.config, overrides(args))
-    train = loaded.config.train
     if supervise.wanted(loaded.config):
-        command = [sys.executable, "-P", "-m", "anarchobot", *args.words]  # -P: nothing of the folder it stands in
-        train = resolve_micro_batch(loaded).loaded.config.train
-        return supervise.supervise(command, Path(train.save_dir), train.micro_batch_size, train.grad_accum_steps)
+        return _supervise(args, loaded)
     from anarchobot.tasks.pretrain import pretrain
 
-    return report(args, "pretrain", pretrain(loaded, show=shown(args)))
+    return _print_summary(args, "pretrain", pretrain(loaded, show=_show(args)))
 
 
-def shown(args: argparse.Namespace) -> "Show":
-    """What of a run is shown on stderr while it goes on."""
+def _sft(args: argparse.Namespace) -> int:
+    from anarchobot.tasks.sft import sft
+
+    return _finetune(args, "sft", sft)
+
+
+def _dpo(args: argparse.Namespace) -> int:
+    from anarchobot.tasks.dpo import dpo
+
+    return _finetune(args, "dpo", dpo)
+
+
+def _finetune(args: argparse.Namespace, name: str, task: Any) -> int:
+    from anarchobot.tasks import supervise
+    from anarchobot.tasks.finetuning import load_tuning_config
+
+    loaded = load_tuning_config(args.config, overrides(args))
+    if supervise.wanted(loaded.config, tuning=True):
+        return _supervise(args, loaded, pairs=name == "dpo")
+    return _print_summary(args, name, task(loaded, show=_show(args)))
+
+
+def _supervise(args: argparse.Namespace, loaded: "LoadedConfig", pairs: bool = False) -> int:
+    """Runs the same command in a supervised child process."""
+    from anarchobot.system.micro_batch import resolve_micro_batch
+    from anarchobot.tasks import supervise
+
+    command = [sys.executable, "-P", "-m", "anarchobot", *args.argv]  # -P: import nothing from the current folder
+    train = resolve_micro_batch(loaded, pairs=pairs).loaded.config.train
+    return supervise.supervise(command, Path(train.save_dir), train.micro_batch_size, train.grad_accum_steps)
+
+
+def _show(args: argparse.Namespace) -> "Show":
     return "nothing" if args.quiet else "json" if args.json else "progress"
 
 
-def report(args: argparse.Namespace, command: str, summary: dict[str, Any]) -> int:
-    """Prints what a run came to, and how it goes on if it was stopped; returns the exit code. Of several ranks, the
-    first speaks for all."""
+def _print_summary(args: argparse.Namespace, command: str, summary: dict[str, Any]) -> int:
+    """Prints a run's summary, and how to resume it if it was stopped; returns the exit code. Only rank 0 prints."""
     if "rank" in summary:
         return 0 if summary["finished"] else 130
     if args.json:
@@ -73,8 +136,64 @@ def report(args: argparse.Namespace, command: str, summary: dict[str, Any]) -> i
 
     again = command if detect_launcher() is None else f"launch ... -- {command}"
     print(
-        f"stopped at step {summary['steps']}; go on with: anarchobot {again} "
+        f"stopped at step {summary['steps']}; resume with: anarchobot {again} "
         f"{shlex.quote(summary['save_dir'] + '/config.yaml')} --resume-from auto",
         file=sys.stderr,
     )
     return 130
+
+
+def _launch(args: argparse.Namespace) -> int:
+    from anarchobot.tasks import launch
+
+    ranks, hosts, backend = args.ranks, args.hosts, args.backend
+    if backend is not None and backend not in LAUNCH_BACKENDS:
+        raise UserError(f"argument --backend: expected one of {', '.join(LAUNCH_BACKENDS)}, got '{backend}'")
+    if hosts is not None and args.hostfile is not None:
+        raise UserError("arguments --hosts and --hostfile: expected only one of them")
+    if args.hostfile is not None and ranks is not None:
+        raise UserError("argument --ranks: not allowed with --hostfile, which sets the number of processes")
+    argv = [*args.task, *(f"--{flag}" for flag in ("quiet", "json", "debug") if getattr(args, flag))]
+    is_remote = hosts is not None or args.hostfile is not None
+    if not is_remote and backend in (None, "ring"):
+        _check_task(args, argv)
+        return launch.launch_here(argv, ranks or 2)
+    if args.hostfile is not None:
+        options = ["--hostfile", args.hostfile]
+    else:
+        options = ["--hosts", hosts or launch.ALONE, "-n", str(ranks or (1 if is_remote else 2))]
+    return launch.launch_by_mlx(argv, [*options, *(["--backend", backend] if backend else [])])
+
+
+def _check_task(args: argparse.Namespace, argv: list[str]) -> None:
+    """Raises UserError for a wrong command line or config, which otherwise every rank would report."""
+    from anarchobot.config.loading import load_config
+    from anarchobot.tasks.finetuning import load_tuning_config
+    from anarchobot.tasks.launch import TASKS
+
+    if argv[0] in TASKS:
+        task = parse(args.parser, argv)
+        (load_config if argv[0] == "pretrain" else load_tuning_config)(task.config, overrides(task))
+
+
+def _adapt_vocab(args: argparse.Namespace) -> int:
+    from anarchobot.config.adapt_schema import AdaptConfig
+    from anarchobot.config.loading import load
+    from anarchobot.system.blas import load_fast_blas
+
+    loaded = load(args.config, overrides(args), AdaptConfig)
+    load_fast_blas()  # before MLX is imported
+    from anarchobot.tasks.adaptation.evaluation import table
+    from anarchobot.tasks.adaptation.pipeline import adapt_vocab
+
+    report = adapt_vocab(loaded, quiet=args.quiet or args.json)
+    if args.json:
+        print(json.dumps(report, ensure_ascii=False))
+    elif not args.quiet and report["evaluation"]:
+        print(table(report["evaluation"]))
+    if not report["finished"]:
+        print("stopped; resume with the same command", file=sys.stderr)
+        return 130
+    if not (args.quiet or args.json):
+        print(f"{report['result']}: adapted model")
+    return 0

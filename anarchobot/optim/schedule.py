@@ -7,17 +7,34 @@ from anarchobot.config.schema import TrainConfig
 MOMENTUM_START, MOMENTUM_WARMUP = 0.85, 300
 
 
-def total_steps(train: TrainConfig, seq_len: int, windows: int, ranks: int = 1) -> int:
-    """Optimizer steps of the run, from whichever of total_steps, epochs and token_budget is set, rounded up.
+def sequences_per_step(train: TrainConfig, ranks: int = 1) -> int:
+    return ranks * train.micro_batch_size * train.grad_accum_steps
 
-    `windows` are the training sequences in an epoch; each of the `ranks` takes as many of them as the config says.
+
+def total_steps(train: TrainConfig, seq_len: int, windows: int, ranks: int = 1) -> int:
+    """Returns the run's optimizer steps, from whichever of total_steps, epochs and token_budget is set, rounded up.
+
+    `windows` is the number of training sequences in an epoch.
     """
-    per_step = ranks * train.micro_batch_size * train.grad_accum_steps  # sequences
+    per_step = sequences_per_step(train, ranks)
     if train.epochs is not None:
         return max(1, math.ceil(train.epochs * windows / per_step))
     if train.token_budget is not None:
         return math.ceil(train.token_budget / (per_step * seq_len))
     return train.total_steps
+
+
+def describe_length(train: TrainConfig, steps: int, windows: int, unit: str, ranks: int = 1) -> str:
+    """Returns the length of a run for the user, such as `100 steps of 8 sequences = 1.50 epochs`."""
+    per_step = sequences_per_step(train, ranks)
+    return f"{steps:,} steps of {per_step} {unit} = {steps * per_step / windows:.2f} epochs"
+
+
+def split_micro_batch(micro_batch_size: int, grad_accum_steps: int) -> tuple[int, int]:
+    """Returns the next smaller micro-batch size (halved, if it is even) and the accumulation steps that keep the batch.
+    `micro_batch_size` is at least 2."""
+    parts = next(n for n in range(2, micro_batch_size + 1) if micro_batch_size % n == 0)
+    return micro_batch_size // parts, grad_accum_steps * parts
 
 
 def learning_rate(step: int, train: TrainConfig, steps: int) -> float:

@@ -1,5 +1,4 @@
-"""Checkpoints beside the training: one thread writes what the training thread hands it, and a failed write is said and
-tried again, never the end of a run."""
+"""Saves checkpoints in a background thread. A failed save is reported and retried; it never ends the run."""
 
 import time
 from collections import deque
@@ -13,42 +12,40 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import TrainConfig
 from anarchobot.runs import checkpoint
 from anarchobot.runs.checkpoint import Arrays
-from anarchobot.storage.durable import write_sealed
 
-RETRY_SECONDS = 60.0  # after a failed write, during a run
-LAST_TRIES, LAST_PAUSE = 10, 15.0  # at its end, when there is nothing else to do: tries, and seconds between them
+RETRY_SECONDS = 60.0  # after a failed save during the run
+FINAL_ATTEMPTS, FINAL_PAUSE = 10, 15.0  # at the end of the run: attempts, and seconds between them
 
 
 @dataclass(frozen=True)
 class SaveResult:
-    """A save that has ended. `written`: it is on the disk; `error`: what went wrong, and with `what`, which may be the
-    removal of older steps alone; `seconds`: how long it took."""
+    """`action` is what failed with `error`: a checkpoint may have been `written` and the removal of old ones failed."""
 
     step: int
     written: bool
     removed: list[int]
     seconds: float
     error: Exception | None = None
-    what: str = "saving"
+    action: str = "saving"
 
 
 class AsyncCheckpointer:
-    """A context; at its end all that was handed over has been written, or has failed.
+    """A context manager; on exit, all submitted saves have completed or failed.
 
-    `newest` is the newest step of this run that is on the disk. `on_saved` is called, in the caller's thread, for each
-    save that has ended.
+    `newest` is the newest step of this run on disk. `on_result` is called in the caller's thread for each completed
+    save.
     """
 
-    def __init__(self, run: Path, train: TrainConfig, newest: int, on_saved: Callable[[SaveResult], None]) -> None:
+    def __init__(self, run: Path, train: TrainConfig, newest: int, on_result: Callable[[SaveResult], None]) -> None:
         self.newest = newest
-        self._run, self._train, self._on_saved = run, train, on_saved
+        self._run, self._train, self._on_result = run, train, on_result
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._under_way: deque[Future[SaveResult]] = deque()
-        self._handed_over = newest
+        self._pending: deque[Future[SaveResult]] = deque()
+        self._submitted = newest
         self._last_time = time.monotonic()
         self._retry_at: float | None = None
-        self._best: dict[str, Any] | None = None  # a name that could not be written yet
-        self._name_at = 0.0
+        self._best: tuple[int, dict[str, Any]] | None = None  # a best.json that could not be written yet
+        self._retry_best_at = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -56,11 +53,11 @@ class AsyncCheckpointer:
     def __exit__(self, *exc: object) -> None:
         self._pool.shutdown()
 
-    def has(self, step: int) -> bool:
-        """Whether this step has been handed over; it may have failed since."""
-        return self._handed_over == step
+    def is_submitted(self, step: int) -> bool:
+        """Whether the last save is of this step; it may still be running."""
+        return self._submitted == step
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         minutes = self._train.ckpt_minutes
         now = time.monotonic()
         return (
@@ -70,95 +67,95 @@ class AsyncCheckpointer:
         )
 
     def save(self, step: int, arrays: Arrays, state: dict[str, Any]) -> None:
-        """Hands a step over; `arrays` must not change any more. Waits for the one before it: memory holds one."""
+        """Submits a step; `arrays` must not change afterwards. Waits for the previous save, to hold only one in memory."""
         self.wait()
-        self._handed_over, self._last_time, self._retry_at = step, time.monotonic(), None
-        self._under_way.append(self._pool.submit(self._write, step, arrays, state))
+        self._submitted, self._last_time, self._retry_at = step, time.monotonic(), None
+        self._pending.append(self._pool.submit(self._write, step, arrays, state))
 
-    def name_best(self, step: int, values: dict[str, Any]) -> bool:
-        """Names a step that was handed over the best, once it is on the disk; False when it is not there. If the name
-        can't be written, that is tried again later, and the step is not removed meanwhile."""
+    def mark_best(self, step: int, values: dict[str, Any]) -> bool:
+        """Writes best.json once the submitted `step` is on disk; returns False if its save failed. If best.json can't
+        be written, that is retried later, and the step is not removed until then."""
         self.wait()
         if self.newest != step:
             return False
-        self._best = {"step": step, "folder": checkpoint.folder_of(self._run, step).name, **values}
-        self._write_name()
+        self._best = (step, values)
+        self._write_best()
         return True
 
-    def finish_naming(self) -> None:
-        """At the end of a run: the last chance of a name that could not be written."""
+    def retry_best(self) -> None:
+        """Retries a failed write of best.json at the end of the run."""
         if self._best is not None:
-            self._write_name()
+            self._write_best()
 
-    def _write_name(self) -> None:
-        best = self._best
-        assert best is not None
+    def _write_best(self) -> None:
+        assert self._best is not None
+        step, values = self._best
         try:
-            write_sealed(self._run / "best.json", best)
+            checkpoint.write_best(self._run, step, values)
             self._best = None
         except OSError as error:
-            self._name_at = time.monotonic() + RETRY_SECONDS
-            self._on_saved(SaveResult(best["step"], False, [], 0.0, error, "naming the best step"))
+            self._retry_best_at = time.monotonic() + RETRY_SECONDS
+            self._on_result(SaveResult(step, False, [], 0.0, error, "writing best.json"))
 
     def poll(self) -> None:
-        """Takes note of saves that have ended."""
-        if self._best is not None and time.monotonic() >= self._name_at:
-            self._write_name()
-        while self._under_way and self._under_way[0].done():
-            saved = self._under_way.popleft().result()
-            if saved.written:
-                self.newest = saved.step
+        """Handles completed saves."""
+        if self._best is not None and time.monotonic() >= self._retry_best_at:
+            self._write_best()
+        while self._pending and self._pending[0].done():
+            result = self._pending.popleft().result()
+            if result.written:
+                self.newest = result.step
             else:
-                self._handed_over, self._retry_at = self.newest, time.monotonic() + RETRY_SECONDS
-            self._on_saved(saved)
+                self._submitted, self._retry_at = self.newest, time.monotonic() + RETRY_SECONDS
+            self._on_result(result)
 
     def wait(self) -> None:
-        """Until all that was handed over is on the disk or has failed."""
-        for future in self._under_way:
+        """Waits until all submitted saves have completed or failed."""
+        for future in self._pending:
             future.exception()
         self.poll()
 
     def finish(self, step: int, arrays: Callable[[], Arrays], state: dict[str, Any]) -> None:
-        """Sees to it that the run's last step is on the disk. Raises UserError when it can't be brought there."""
+        """Saves the run's last step unless it is on disk. Raises UserError after FINAL_ATTEMPTS failures."""
         self.wait()
-        for attempt in range(LAST_TRIES):
+        for attempt in range(FINAL_ATTEMPTS):
             if self.newest == step:
                 return
             if attempt:
-                time.sleep(LAST_PAUSE)
+                time.sleep(FINAL_PAUSE)
             self.save(step, arrays(), state)
             self.wait()
         raise UserError(
-            f"{self._run}: step {step} could not be saved in {LAST_TRIES} tries; the newest saved one is "
-            f"{self.newest}: make room, then go on from there (--resume-from auto)"
+            f"{self._run}: step {step} could not be saved in {FINAL_ATTEMPTS} attempts; newest checkpoint: step "
+            f"{self.newest}: free some disk space, then resume with --resume-from auto"
         )
 
     def _write(self, step: int, arrays: Arrays, state: dict[str, Any]) -> SaveResult:
         began = time.monotonic()
-        written, removed, problem, what = False, [], None, "saving"
+        written, removed, problem, action = False, [], None, "saving"
         try:
             checkpoint.save(self._run, step, arrays, state)
-            written, what = True, "tidying up behind the checkpoint"
+            written, action = True, "removing old checkpoints"
             best = self._best
-            # Only now, when the new one has been read back, may an older one go.
-            removed = checkpoint.rotate(self._run, self._train.ckpt_keep, None if best is None else best["step"])
-        except Exception as error:  # whatever it is, it must not end the run
+            # Old checkpoints are removed only now that the new one is verified.
+            removed = checkpoint.rotate(self._run, self._train.ckpt_keep, None if best is None else best[0])
+        except Exception as error:  # any error: a failed save must not end the run
             problem = error
-        return SaveResult(step, written, removed, time.monotonic() - began, problem, what)
+        return SaveResult(step, written, removed, time.monotonic() - began, problem, action)
 
 
 class NullCheckpointer(AsyncCheckpointer):
-    """Of a rank beside the first, which saves for all."""
+    """For ranks other than 0, which do not save."""
 
-    def has(self, step: int) -> bool:
+    def is_submitted(self, step: int) -> bool:
         return True
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         return False
 
     def save(self, step: int, arrays: Arrays, state: dict[str, Any]) -> None: ...
 
-    def name_best(self, step: int, values: dict[str, Any]) -> bool:
+    def mark_best(self, step: int, values: dict[str, Any]) -> bool:
         return True
 
     def finish(self, step: int, arrays: Callable[[], Arrays], state: dict[str, Any]) -> None: ...

@@ -1,7 +1,7 @@
-"""What a run writes down: metrics.jsonl, TensorBoard's event files and, at the end, a summary.
+"""A run's metrics: metrics.jsonl, TensorBoard event files and, at the end, a JSON summary.
 
-Every line is flushed as it is written, so that a killed run keeps all but perhaps the last. A line that can't be
-written (a full disk) is counted: it must not end the run.
+Every event is flushed as it is written, so that a killed run loses at most its last line. A failed write (a full disk)
+is counted and never ends the run.
 """
 
 import errno
@@ -16,58 +16,69 @@ from typing import Any, Self, TextIO
 
 from anarchobot.storage.durable import write_atomic
 
-CURVES = ("train", "eval")  # events whose values, all of them numbers, are TensorBoard's too
+METRICS, SUMMARY, ENVIRONMENT = "metrics.jsonl", "final_training_summary.json", "environment.json"
+SCALAR_EVENTS = ("train", "eval")  # all their values are numbers and go to TensorBoard as well
+
+Event = dict[str, Any]
+
+
+def parse_events(data: bytes) -> tuple[list[Event], int]:
+    """Parses lines of metrics.jsonl. Also returns the number of malformed lines, such as one truncated by a kill."""
+    events, malformed = [], 0
+    for line in data.splitlines():
+        try:
+            event = json.loads(line)
+            int(event["step"]), event["event"]
+        except (ValueError, KeyError, TypeError):
+            malformed += bool(line.strip())
+        else:
+            events.append(event)
+    return events, malformed
 
 
 class MetricsLog:
-    """Appends events to `folder`/metrics.jsonl and `folder`/tensorboard, and to `echo` if there is one; a context,
-    which closes both. `lost` counts the events that could not be written."""
+    """Appends events to `folder`/metrics.jsonl, to `folder`/tensorboard and to `echo`. A context manager.
+    `lost` is the number of events that could not be written."""
 
     def __init__(self, folder: Path, echo: TextIO | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.lost, self._echo = folder, 0, echo
-        path = folder / "metrics.jsonl"
-        torn = path.exists() and not path.read_bytes().endswith(b"\n")  # the run before was killed as it wrote
+        path = folder / METRICS
+        truncated = path.exists() and not path.read_bytes().endswith(b"\n")  # the previous run was killed while writing
         self._file = path.open("ab", buffering=0)
-        if torn:
+        if truncated:
             self._file.write(b"\n")
-        self._board = _EventFile(folder / "tensorboard")
+        self._tensorboard = _EventFile(folder / "tensorboard")
 
     def event(self, event: str, step: int, **values: Any) -> None:
-        """One JSON object: step, event, time (seconds since 1970) and the values."""
+        """Writes one JSON object: step, event, time (seconds since 1970) and the values."""
         line = json.dumps({"step": step, "event": event, "time": round(time.time(), 3), **values}) + "\n"
         try:
             _append(self._file, line.encode())
-            self._board.add(step, {f"{event}/{name}": x for name, x in values.items() if event in CURVES})
+            if event in SCALAR_EVENTS:
+                self._tensorboard.add_scalars(step, {f"{event}/{name}": x for name, x in values.items()})
             if event == "sample":
-                self._board.add_text(step, "sample", values["text"])
+                self._tensorboard.add_text(step, "sample", values["text"])
         except OSError:
             self.lost += 1
         if self._echo is not None:
-            with suppress(OSError):  # nobody reads this any more
+            with suppress(OSError):  # the reader has closed the pipe
                 self._echo.write(line)
                 self._echo.flush()
 
     def config(self, step: int, text: str) -> None:
-        """The settings, for TensorBoard, which shows them as Markdown."""
+        """Shows the configuration in TensorBoard, as Markdown."""
         with suppress(OSError):
-            self._board.add_text(step, "config", f"```yaml\n{text}```")
+            self._tensorboard.add_text(step, "config", f"```yaml\n{text}```")
 
     def steps_of(self, event: str) -> set[int]:
-        """The steps at which this kind of event was written down, in this run and those it goes on from."""
-        steps = set()
-        for text in (self.folder / "metrics.jsonl").read_bytes().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:  # torn by a kill
-                continue
-            if line.get("event") == event:
-                steps.add(line["step"])
-        return steps
+        """Returns the steps at which this kind of event was logged, including before a resume."""
+        events, _ = parse_events((self.folder / METRICS).read_bytes())
+        return {line["step"] for line in events if line["event"] == event}
 
     def summary(self, values: dict[str, Any]) -> None:
         try:
-            write_atomic(self.folder / "final_training_summary.json", json.dumps(values, indent=1) + "\n")
+            write_atomic(self.folder / SUMMARY, json.dumps(values, indent=1) + "\n")
         except OSError:
             self.lost += 1
 
@@ -76,11 +87,11 @@ class MetricsLog:
 
     def __exit__(self, *exc: object) -> None:
         self._file.close()
-        self._board.close()
+        self._tensorboard.close()
 
 
 class NullMetricsLog(MetricsLog):
-    """Of a rank beside the first, which writes for all."""
+    """For ranks other than 0, which do not log."""
 
     def __init__(self) -> None: ...
     def event(self, event: str, step: int, **values: Any) -> None: ...
@@ -92,7 +103,7 @@ class NullMetricsLog(MetricsLog):
 
 
 class _EventFile:
-    """TensorBoard's file, written where we stand: its own writer has a thread, which a full disk would end silently."""
+    """A TensorBoard event file, written synchronously: tensorboardX's writer thread dies silently on a full disk."""
 
     def __init__(self, folder: Path) -> None:
         from tensorboardX.proto.event_pb2 import Event
@@ -105,7 +116,7 @@ class _EventFile:
         self._file = (folder / f"events.out.tfevents.{time.time_ns()}.anarchobot").open("xb", buffering=0)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
-    def add(self, step: int, values: dict[str, float]) -> None:
+    def add_scalars(self, step: int, values: dict[str, float]) -> None:
         if values:
             points = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
             self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=points)))
@@ -114,7 +125,7 @@ class _EventFile:
         self._write(self._event(wall_time=time.time(), step=step, summary=self._text(tag, text)))
 
     def _write(self, event: Any) -> None:
-        """One record: length, its checksum, content, its checksum (as TFRecord files are)."""
+        """Writes one TFRecord: length, CRC of the length, data, CRC of the data."""
         data = event.SerializeToString()
         length = struct.pack("<Q", len(data))
         _append(self._file, length + self._checksum(length) + data + self._checksum(data))
@@ -127,7 +138,7 @@ class _EventFile:
 
 
 def _append(file: FileIO, data: bytes) -> None:
-    """All of `data` or, with an OSError, nothing: half a record would make what follows unreadable."""
+    """Writes all of `data` or raises OSError and writes nothing: a partial record would corrupt what follows."""
     end = file.seek(0, os.SEEK_END)
     try:
         if file.write(data) < len(data):

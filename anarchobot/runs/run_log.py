@@ -1,4 +1,4 @@
-"""What a run wrote of itself, read back: settings, curves, events, and whether it is still going."""
+"""Reads what a run wrote: its configuration, events, environment and summary, and whether it is still running."""
 
 import json
 from collections.abc import Iterator
@@ -8,34 +8,35 @@ from typing import Any, Literal
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.strict_yaml import parse
+from anarchobot.runs.metrics_log import ENVIRONMENT, METRICS, SUMMARY, Event, parse_events
 from anarchobot.storage.lock import holder
 
 Point = tuple[int, float]
 State = Literal["running", "finished", "stopped", "died"]
-DEPTH = 3  # folders below the one that is searched
+SEARCH_DEPTH = 3  # levels of subfolders that find_runs descends
 
 
 @dataclass(frozen=True)
 class RunLog:
-    """`events` are the lines of metrics.jsonl in their order, without those of steps that the run went back behind;
-    `torn` counts lines that a kill cut off. `state`: "died" is a run that neither goes on nor said that it ended."""
+    """`events` are the lines of metrics.jsonl in order, without steps that a resume made obsolete. `malformed` counts
+    truncated lines. `state` is "died" if the run is neither running nor logged its end."""
 
     folder: Path
     config: dict[str, dict[str, Any]]
-    events: list[dict[str, Any]]
+    events: list[Event]
     environment: dict[str, Any]
-    torn: int
+    malformed: int
     state: State
 
     @property
     def name(self) -> str:
         return self.folder.name
 
-    def of(self, event: str) -> list[dict[str, Any]]:
+    def of(self, event: str) -> list[Event]:
         return [line for line in self.events if line["event"] == event]
 
     def points(self, event: str, key: str) -> list[Point]:
-        """(step, value) of a curve, by step."""
+        """Returns a curve as (step, value) pairs in order of steps."""
         found = {line["step"]: line[key] for line in self.of(event) if isinstance(line.get(key), int | float)}
         return sorted(found.items())
 
@@ -44,7 +45,7 @@ class RunLog:
         return points[-1][1] if points else None
 
     def best(self, key: str) -> Point | None:
-        """The step and value of the least of a validation's figures."""
+        """Returns the step and value of the lowest validation result."""
         return min(self.points("eval", key), key=lambda point: point[1], default=None)
 
     @property
@@ -53,55 +54,66 @@ class RunLog:
 
 
 def read_run(path: str | Path) -> RunLog:
-    """Raises UserError when there is no run's log."""
+    """Raises UserError if there is no metrics.jsonl."""
     folder = Path(path)
-    config = _config(folder)
-    logs = _logs(folder, config)
+    config = _read_config(folder)
+    logs = logs_dir(folder, config.get("train", {}).get("log_path"))
     try:
-        text = (logs / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+        data = (logs / METRICS).read_bytes()
     except OSError as error:
-        raise UserError(f"{folder}: no run here (no {logs / 'metrics.jsonl'}): expected a run's folder") from error
-    events: list[dict[str, Any]] = []
-    torn, ended = 0, None
-    for text_line in text.splitlines():
-        try:
-            line = json.loads(text_line)
-            step, kind = int(line["step"]), line["event"]
-        except (ValueError, KeyError, TypeError):
-            torn += bool(text_line.strip())
-            continue
-        if kind == "resume":  # what came behind that step is made anew
-            events = [earlier for earlier in events if earlier["step"] <= step or earlier["event"] == "resume"]
-        ended = line.get("finished") if kind == "end" else None
+        raise UserError(f"{folder}: no run here (no {logs / METRICS}): expected a run folder") from error
+    lines, malformed = parse_events(data)
+    events: list[Event] = []
+    ended = None
+    for line in lines:
+        if line["event"] == "resume":  # later steps are trained again
+            events = [earlier for earlier in events if earlier["step"] <= line["step"] or earlier["event"] == "resume"]
+        ended = line.get("finished") if line["event"] == "end" else None
         events.append(line)
-    return RunLog(folder, config, events, _environment(logs), torn, _state(folder, ended))
+    # A run holds its folder's lock for as long as it lives.
+    state: State = "died" if ended is None else "finished" if ended else "stopped"
+    if holder(folder) is not None:
+        state = "running"
+    return RunLog(folder, config, events, _read_json(logs / ENVIRONMENT), malformed, state)
 
 
 def find_runs(path: str | Path) -> Iterator[RunLog]:
-    """Every run in a folder and below, by name. Raises UserError when the folder is none."""
+    """Finds all runs in a folder and its subfolders, sorted by name within a level. Raises UserError if there is no
+    such folder."""
     if not Path(path).is_dir():
-        raise UserError(f"{path}: no such folder: expected one with runs in it, such as runs/")
-    here = [Path(path)]
-    for _ in range(DEPTH + 1):
-        for folder in sorted(here):
+        raise UserError(f"{path}: no such folder: expected one that contains runs, such as runs/")
+    level = [Path(path)]
+    for _ in range(SEARCH_DEPTH + 1):
+        for folder in sorted(level):
             if (folder / "config.yaml").is_file():
                 try:
                     yield read_run(folder)
                 except UserError:
-                    continue  # a configuration alone
-        here = [child for folder in here for child in folder.iterdir() if child.is_dir() and not child.is_symlink()]
+                    continue  # a configuration without a run
+        level = [child for folder in level for child in folder.iterdir() if child.is_dir() and not child.is_symlink()]
 
 
-def metrics_path(folder: Path) -> Path:
-    """Where the run in `folder` writes its lines."""
-    return _logs(folder, _config(folder)) / "metrics.jsonl"
+def logs_dir(run: Path, log_path: str | None) -> Path:
+    """Returns the folder of a run's logs; `log_path` is its train.log_path."""
+    return Path(log_path or run / "logs")
 
 
-def _logs(folder: Path, config: dict[str, dict[str, Any]]) -> Path:
-    return Path(config.get("train", {}).get("log_path") or folder / "logs")
+def metrics_path(run: Path) -> Path:
+    return logs_dir(run, _read_config(run).get("train", {}).get("log_path")) / METRICS
 
 
-def _config(folder: Path) -> dict[str, dict[str, Any]]:
+def read_events(logs: Path) -> list[Event]:
+    """Returns all events in a logs folder, obsolete ones included; empty if there is no log."""
+    file = logs / METRICS
+    return parse_events(file.read_bytes())[0] if file.is_file() else []
+
+
+def read_summary(logs: Path) -> dict[str, Any]:
+    """Returns the run's summary; empty while it is running or if it was killed."""
+    return _read_json(logs / SUMMARY)
+
+
+def _read_config(folder: Path) -> dict[str, dict[str, Any]]:
     file = folder / "config.yaml"
     try:
         found = parse(file.read_bytes(), str(file)).values
@@ -110,16 +122,9 @@ def _config(folder: Path) -> dict[str, dict[str, Any]]:
     return {section: keys for section, keys in found.items() if isinstance(keys, dict)}
 
 
-def _environment(logs: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads((logs / "environment.json").read_text(encoding="utf-8"))
+        found = json.loads(file.read_bytes())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _state(folder: Path, ended: bool | None) -> State:
-    """A run holds its folder's lock as long as it lives."""
-    if holder(folder) is not None:
-        return "running"
-    return "died" if ended is None else "finished" if ended else "stopped"

@@ -1,6 +1,7 @@
-"""A config's text to shards: by one program, or in parts, by several on one machine or on many.
+"""Builds token shards from a config: in one process, or in parts by several processes on one or many machines.
 
-Parts are made apart (`make_part`) and then joined (`join_parts`) to the shards that one program would have written.
+Parts are written independently (`Corpus.write_part`) and joined (`Corpus.join`) into the same shards that one process
+would write.
 """
 
 import signal
@@ -15,25 +16,22 @@ from typing import Any
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, load_config
 from anarchobot.config.schema import Config
-from anarchobot.data.corpus_parts import Parts, part_folder, remove_parts, write_part
-from anarchobot.data.pretokenize import join, pretokenize, provenance
+from anarchobot.data.corpus_parts import join_parts, part_folder, remove_parts, write_part
+from anarchobot.data.pretokenize import Log, PretokenizeOptions, Progress, pretokenize, provenance
 from anarchobot.data.resume import check_provenance, source_provenance
 from anarchobot.data.shards import Manifest, read_manifest
 from anarchobot.data.sources import files, hub
 from anarchobot.data.sources.documents import Document, DocumentCounts, from_files, from_ranges, open_source
 from anarchobot.data.sources.file_ranges import split_files
-from anarchobot.tasks.launch import forward_signals
+from anarchobot.training.signals import forward_signals
 from anarchobot.tokenizers.fast_tokenizer import engine_name, select_engine
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
-
-Say = Callable[[str], None]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What the shards in `folder` are to be made of: `names` are files, folders, globs or a dataset; `counts` says what
-    became of the documents read so far."""
+    """The documents for the shards in `folder`. `names` are files, folders, globs or datasets; `counts` covers the
+    documents read so far; `source` is what the documents depend on."""
 
     config: Config
     folder: Path
@@ -44,24 +42,73 @@ class Corpus:
     source: dict[str, Any]
 
     @property
-    def made_of(self) -> dict[str, Any]:
-        data, seed = self.config.data, self.config.train.seed
-        return provenance(self.tokenizer, data.val_fraction, data.dedup, data.near_dedup, seed, self.source)
+    def options(self) -> PretokenizeOptions:
+        data = self.config.data
+        return PretokenizeOptions(
+            val_fraction=data.val_fraction,
+            num_workers=data.num_workers,
+            dedup=data.dedup,
+            near_dedup=data.near_dedup,
+            seed=self.config.train.seed,
+        )
+
+    def is_done(self) -> bool:
+        """Whether the shards are complete. Raises UserError when the folder holds shards of a different provenance."""
+        check_provenance(self.folder, provenance(self.tokenizer, self.options, self.source))
+        return (self.folder / "manifest.json").exists()
+
+    def pretokenize(self, *, restart: bool, progress: Progress, log: Log) -> Manifest:
+        return pretokenize(
+            self.documents,
+            self.tokenizer,
+            self.folder,
+            self.options,
+            counts=self.counts,
+            source=self.source,
+            restart=restart,
+            progress=progress,
+            log=log,
+        )
+
+    def write_part(self, part: int, parts: int) -> bool:
+        """Pretokenizes part k of n, counted from 0; returns False when it already exists."""
+        folder = part_folder(self.folder, part, parts)
+        return write_part(self.documents, self.tokenizer, folder, self.options, counts=self.counts, source=self.source)
+
+    def join(self, parts: int, *, restart: bool, progress: Progress, log: Log) -> Manifest:
+        """Joins all parts, unless the shards are already complete.
+
+        Raises UserError when a part is missing, damaged or of a different provenance.
+        """
+        if self.is_done() and not restart:
+            remove_parts(self.folder, parts)
+            return read_manifest(self.folder)
+        return join_parts(
+            self.folder,
+            parts,
+            self.tokenizer,
+            self.options,
+            counts=self.counts,
+            source=self.source,
+            restart=restart,
+            progress=progress,
+            log=log,
+        )
 
 
 def open_corpus(
-    loaded: LoadedConfig, inputs: list[str] | None, say: Say, warn: Say, part: tuple[int, int] | None = None
+    loaded: LoadedConfig, inputs: list[str] | None, log: Log, warn: Log, part: tuple[int, int] | None = None
 ) -> Corpus:
-    """`inputs` stand for data.dataset, where they are given; `part` k of n is read alone. Raises UserError when
-    something is not there, or does not fit."""
+    """Opens `inputs`, or data.dataset when there are none; with `part` (k, n), only part k of n.
+
+    Raises UserError when something is missing or inconsistent.
+    """
     config = loaded.config
     folder, path = config.data.shard_dir, config.train.tokenizer_path
     if not isinstance(folder, str):
-        raise UserError(
-            f"{loaded.where('data.shard_dir')}: several folders: give the one to write to with --output DIR"
-        )
+        raise UserError(f"{loaded.where('data.shard_dir')}: expected one folder to write to: set it with --output DIR")
     if path is None:
-        raise UserError("which tokenizer? Give --tokenizer FILE, or set train.tokenizer_path")
+        raise UserError("missing tokenizer: give --tokenizer FILE, or set train.tokenizer_path")
     tokenizer = load_tokenizer(path)
     if "model.vocab_size" in loaded.sources and tokenizer.vocab_size != config.model.vocab_size:
         raise UserError(
@@ -69,14 +116,18 @@ def open_corpus(
             f"{tokenizer.vocab_size} tokens: set model.vocab_size: {tokenizer.vocab_size}"
         )
     counts = DocumentCounts()
-    names, documents = read(config, inputs, counts, warn) if part is None else _read_part(config, inputs, counts, part)
-    tokenizer = select_engine(tokenizer, config.tokenizer.engine, config.tokenizer.on_mismatch, say)
+    names, documents = (
+        open_documents(config, inputs, counts, warn) if part is None else _open_part(config, inputs, counts, part)
+    )
+    tokenizer = select_engine(tokenizer, config.tokenizer.engine, config.tokenizer.on_mismatch, log)
     source = source_provenance(names, config.data) | {"tokenised with": engine_name(tokenizer)}
     return Corpus(config, Path(folder), tokenizer, names, documents, counts, source)
 
 
-def read(config: Config, inputs: list[str] | None, counts: DocumentCounts, warn: Say) -> tuple[list[str], Iterator[Document]]:
-    """The names of what is read, and its documents."""
+def open_documents(
+    config: Config, inputs: list[str] | None, counts: DocumentCounts, warn: Callable[[str], None]
+) -> tuple[list[str], Iterator[Document]]:
+    """Returns the names of the sources, and their documents."""
     if inputs:
         return inputs, from_files(inputs, config.data, counts)
     name, documents = open_source(config.data, config.train.seed, counts, warn=warn)
@@ -84,108 +135,47 @@ def read(config: Config, inputs: list[str] | None, counts: DocumentCounts, warn:
     return [name] if name == "builtin" or not isinstance(dataset, list) else dataset, documents
 
 
-def _read_part(
+def _open_part(
     config: Config, inputs: list[str] | None, counts: DocumentCounts, part: tuple[int, int]
 ) -> tuple[list[str], Iterator[Document]]:
     dataset = inputs or config.data.dataset or []
     names = [dataset] if isinstance(dataset, str) else dataset
     streams = [name for name in names if name == "builtin" or hub.is_hub_name(name)]
     if not names or streams or (config.data.weights and not inputs):
-        what = (
-            "data.weights mixes documents one by one" if names and not streams else f"{', '.join(streams) or 'nothing'}"
+        reason = (
+            "data.weights mixes single documents"
+            if names and not streams
+            else f"the dataset is {', '.join(streams) or 'not set'}"
         )
-        raise UserError(f"only files can be read in parts, and here is {what}: name files, or leave the parts out")
-    spans = split_files(files.find(names), part[1], config.data)[part[0]]
-    return names, from_ranges(spans, names, config.data, counts)
-
-
-def make_shards(corpus: Corpus, *, restart: bool, progress: Progress, say: Say) -> Manifest:
-    """Raises UserError and BlockingIOError as data/pretokenize.py says."""
-    data = corpus.config.data
-    return pretokenize(
-        corpus.documents,
-        corpus.tokenizer,
-        corpus.folder,
-        counts=corpus.counts,
-        val_fraction=data.val_fraction,
-        num_workers=data.num_workers,
-        dedup=data.dedup,
-        near_dedup=data.near_dedup,
-        seed=corpus.config.train.seed,
-        source=corpus.source,
-        restart=restart,
-        progress=progress,
-        say=say,
-    )
-
-
-def is_made(corpus: Corpus) -> bool:
-    """Whether the shards are there, whole. Raises UserError when they are, or were begun, of something else."""
-    check_provenance(corpus.folder, corpus.made_of)
-    return (corpus.folder / "manifest.json").exists()
-
-
-def make_part(corpus: Corpus, part: int, parts: int) -> bool:
-    """Tokenises part k of n, counted from 0; False when that was done before."""
-    data = corpus.config.data
-    return write_part(
-        corpus.documents,
-        corpus.tokenizer,
-        part_folder(corpus.folder, part, parts),
-        counts=corpus.counts,
-        made_of=corpus.made_of,
-        val_fraction=data.val_fraction,
-        dedup=data.dedup,
-        num_workers=data.num_workers,
-    )
-
-
-def join_parts(corpus: Corpus, parts: int, *, restart: bool, progress: Progress, say: Say) -> Manifest:
-    """What is joined already is left as it is. Raises UserError when a part is missing, damaged or made of something
-    else, and as `make_shards`."""
-    data = corpus.config.data
-    if is_made(corpus) and not restart:
-        remove_parts(corpus.folder, parts)
-        return read_manifest(corpus.folder)
-    return join(
-        Parts(corpus.folder, parts, corpus.made_of),
-        corpus.tokenizer,
-        corpus.folder,
-        counts=corpus.counts,
-        made_of=corpus.made_of,
-        dedup=data.dedup,
-        near_dedup=data.near_dedup,
-        seed=corpus.config.train.seed,
-        restart=restart,
-        progress=progress,
-        say=say,
-    )
+        raise UserError(f"only files can be read in parts, but {reason}: name files, or drop --part and --processes")
+    ranges = split_files(files.find(names), part[1], config.data)[part[0]]
+    return names, from_ranges(ranges, names, config.data, counts)
 
 
 @dataclass(frozen=True)
 class PartOfPretokenize:
-    """A step for the pipeline of datatrove's executors (LocalPipelineExecutor, SlurmPipelineExecutor,
-    RayPipelineExecutor): each of its tasks makes the part of its rank. Join them with `--join TASKS`. `settings` are
-    KEY=VALUE words."""
+    """A pipeline step for datatrove's executors (LocalPipelineExecutor, SlurmPipelineExecutor, RayPipelineExecutor):
+    each task writes the part of its rank. Join the parts with `--join TASKS`. `settings` are KEY=VALUE overrides."""
 
     config: str
     settings: tuple[str, ...] = ()
 
     def __call__(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:
         loaded = load_config(self.config, self.settings)
-        corpus = open_corpus(loaded, None, print, print, (rank, world_size))
-        make_part(corpus, rank, world_size)
+        open_corpus(loaded, None, print, print, (rank, world_size)).write_part(rank, world_size)
 
 
-def in_processes(command: Sequence[str], processes: int) -> int:
-    """Runs `command --part k/n` for all n parts at once; returns the first exit code that is not 0, for which the
-    others are ended: what they say of it is on stderr already."""
+def run_part_processes(command: Sequence[str], processes: int) -> int:
+    """Runs `command --part k/n` for all n parts at once and returns the first nonzero exit code.
+
+    If a process fails, the others are terminated; the failing one has already reported on stderr.
+    """
     running = [
         subprocess.Popen(
             [*command, "--part", f"{part}/{processes}"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            start_new_session=True,  # so that a Ctrl-C reaches each once, from here
+            start_new_session=True,  # a Ctrl-C reaches each process once, forwarded from here
         )
         for part in range(processes)
     ]
@@ -200,10 +190,12 @@ def in_processes(command: Sequence[str], processes: int) -> int:
         for process in running:
             process.wait()
     failed = [(part, process.returncode) for part, process in enumerate(running) if process.returncode]
-    # Those that were ended for another's sake come after it.
-    part, code = min(failed, key=lambda found: found[1] == -signal.SIGTERM, default=(0, 0))
+    # Prefer a process that failed by itself to one that was terminated here.
+    part, code = min(failed, key=lambda failure: failure[1] == -signal.SIGTERM, default=(0, 0))
     if code < 0:
-        told = f"part {part}/{processes} was ended by {signal.Signals(-code).name}: the same command goes on from there"
-        print(f"anarchobot: {told}", file=sys.stderr)
+        name = signal.Signals(-code).name
+        print(
+            f"anarchobot: part {part}/{processes} was killed by {name}: resume with the same command", file=sys.stderr
+        )
         return 1
     return code

@@ -1,139 +1,175 @@
-"""Going on with a run: from which step, and whether it is the same run."""
+"""Where a run starts: from scratch or from a checkpoint, which must belong to the same run."""
 
 import json
-import shutil
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
 from anarchobot.config.schema import Config
+from anarchobot.optim.schedule import sequences_per_step
 from anarchobot.runs import checkpoint
 from anarchobot.runs.progress import Progress
 from anarchobot.training.engine import Engine
 from anarchobot.training.loop import Run
+from anarchobot.training.ranks import ALONE, Ranks
 
-# What a run is bound to beside the model's shape: another value would make it another run.
+# Settings that a run can't change on resume, besides the model's shape.
 FIXED = (
     *("train.seed", "train.trainable", "train.optimizer", "train.normuon", "train.muon_split_heads"),
     *("data.seq_len", "data.pack", "data.document_mask", "data.shard_weights"),
     *("lora.r", "lora.alpha", "lora.target_modules", "lora.num_layers", "lora.dora", "lora.rslora", "lora.quantize"),
     *("preference.loss", "preference.beta", "preference.label_smoothing"),
 )
-# What Run.identity may hold: the setting that leads to it, and how to speak of it.
+# Keys of Run.identity: the setting each comes from, and its name in messages.
 IDENTITY = {
-    "shards": ("data.shard_dir", "shards than those now in"),
-    "conversations": ("data.dataset", "conversations than those now in"),
-    "base": ("train.init_from", "weights than those now in"),
+    "shards": ("data.shard_dir", "shards"),
+    "conversations": ("data.dataset", "conversations"),
+    "base": ("train.init_from", "weights"),
 }
-FREE_OF_MODEL = ("dropout", "max_seq_len", "bos_id")
-# What says how a run is started and where its things lie, and changes nothing of it.
-NOT_TOLD = ("train.checkpoint_path", "train.save_dir", "train.log_path", "train.supervise", "train.init_from")
-# What each rank's machine may have in its own way: where things lie, and its cores.
-OF_A_MACHINE = ("data.shard_dir", "data.dataset", "train.tokenizer_path", "train.cpu_threads")
+MUTABLE_MODEL_KEYS = ("dropout", "max_seq_len", "bos_id")
+# Settings of how a run is started and where its files are, which don't affect training.
+UNTRACKED = ("train.checkpoint_path", "train.save_dir", "train.log_path", "train.supervise", "train.init_from")
+# Settings that may differ between the machines of several ranks.
+PER_MACHINE = ("data.shard_dir", "data.dataset", "train.tokenizer_path", "train.cpu_threads")
 
 
-def checkpoint_to_resume(loaded: LoadedConfig, run_folder: Path) -> checkpoint.Checkpoint | None:
-    """None: the run begins anew. Raises UserError when there is none where one was named, or the folder holds another
-    run, or later steps than it."""
-    path = loaded.config.train.checkpoint_path
-    steps = checkpoint.saved_steps(run_folder)
+class Start(NamedTuple):
+    """`steps` are the checkpoints in the run folder when the program started; without a `checkpoint` the run is new."""
+
+    folder: Path
+    steps: list[int]
+    checkpoint: checkpoint.Checkpoint | None
+
+
+def find_start(loaded: LoadedConfig, ranks: Ranks = ALONE) -> Start:
+    """Finds the checkpoint to resume from; ranks other than 0 get theirs from rank 0. Raises UserError if a given
+    checkpoint does not exist, or the folder holds another run or later steps."""
+    folder = Path(loaded.config.train.save_dir)
+    if ranks.rank > 0:
+        return Start(folder, [], None)
+    steps = checkpoint.saved_steps(folder)
+    return Start(folder, steps, _find_checkpoint(loaded, folder, steps))
+
+
+def _find_checkpoint(loaded: LoadedConfig, folder: Path, steps: list[int]) -> checkpoint.Checkpoint | None:
+    path, where = loaded.config.train.checkpoint_path, loaded.where("train.save_dir")
     if path == "auto":
-        return checkpoint.find(run_folder) if steps else None
+        return checkpoint.find(folder) if steps else None
     if path is not None:
-        start = checkpoint.find(path)
-        if steps and start.folder.parent.resolve() != run_folder.resolve():
+        found = checkpoint.find(path)
+        if steps and found.folder.parent.resolve() != folder.resolve():
+            raise UserError(f"{where}: {folder} contains a different run than {path}: choose another folder")
+        if steps and max(steps) > found.step and not found.skipped:
             raise UserError(
-                f"{loaded.where('train.save_dir')}: {run_folder} holds another run than {path}: choose another folder"
+                f"{where}: {folder} contains later steps, up to {max(steps)}: to go back to step {found.step}, choose "
+                "another folder"
             )
-        if steps and max(steps) > start.step and not start.passed_over:
-            raise UserError(
-                f"{loaded.where('train.save_dir')}: {run_folder} holds later steps, up to {max(steps)}: to go back to "
-                f"step {start.step}, choose another folder"
-            )
-        return start
+        return found
     if steps:
         raise UserError(
-            f"{loaded.where('train.save_dir')}: {run_folder} already holds a run, at step {max(steps)}: go on with it "
-            "(--resume-from auto), or choose another folder"
+            f"{where}: {folder} already contains a run, at step {max(steps)}: resume it with --resume-from auto, or "
+            "choose another folder"
         )
     return None
 
 
-def check_same_run(start: checkpoint.Checkpoint, now: Config, identity: Mapping[str, Any]) -> None:
-    """Raises UserError when the checkpoint is of another run than one of this configuration and Run.identity."""
-    if "tokens" not in start.state or "norms" not in start.state:
+def check_same_run(found: checkpoint.Checkpoint, config: Config, identity: Mapping[str, Any]) -> None:
+    """Raises UserError if the checkpoint can't be resumed with this configuration and Run.identity."""
+    if "tokens" not in found.state or "norms" not in found.state:
         raise UserError(
-            f"{start.folder}: weights without a run, as `import` makes them: train them further in another folder, "
-            f"with train.init_from={start.folder.parent} train.save_dir=..."
+            f"{found.folder}: holds weights but no training state (as written by `import`): to train them further, "
+            f"start a new run with train.init_from={found.folder.parent} train.save_dir=..."
         )
-    for name, (key, here) in IDENTITY.items():
-        if name in identity and name not in start.state:
-            raise UserError(f"{start.folder}: a run of another command: begin a new run in another folder")
-        if start.state.get(name) != identity.get(name):
-            section, _, own = key.partition(".")
+    for name, (key, what) in IDENTITY.items():
+        if name in identity and name not in found.state:
+            raise UserError(f"{found.folder}: this run was started by another command: start a new run elsewhere")
+        if found.state.get(name) != identity.get(name):
+            section, _, field = key.partition(".")
             raise UserError(
-                f"{start.folder}: this run began with other {here} {getattr(getattr(now, section), own)}: point {key} "
-                "at its own, or begin a new run"
+                f"{found.folder}: this run was started with other {what} than those in "
+                f"{getattr(getattr(config, section), field)}: set {key} to the original {what}, or start a new run"
             )
-    shape = [f"model.{key}" for key in type(now.model).model_fields if key not in FREE_OF_MODEL]
-    for key, (old, new) in changes(start.config, now).items():
+    shape = [f"model.{key}" for key in type(config.model).model_fields if key not in MUTABLE_MODEL_KEYS]
+    for key, (old, new) in changed_settings(found.config, config).items():
         if key in (*shape, *FIXED):
-            raise UserError(f"{start.folder}: {key} was {old} and is now {new}: a run can't change it")
+            raise UserError(f"{found.folder}: {key} was {old} and is now {new}: it can't change within a run")
 
 
 def check_same_on_all_ranks(run: Run) -> None:
-    """Raises UserError on a rank whose settings or data are not rank 0's."""
+    """Raises UserError on a rank whose settings or data differ from rank 0's."""
     own = {"config": run.config.model_dump(mode="json"), "identity": run.identity, "windows": run.train.windows}
-    first = json.loads(run.ranks.broadcast(json.dumps(own).encode()))
-    for key, (there, here) in changes(Config.model_validate(first["config"]), run.config).items():
-        if key not in OF_A_MACHINE:
-            raise UserError(f"rank {run.ranks.rank}: {key} is {here}, and rank 0's is {there}: give all the same")
+    rank0 = json.loads(run.ranks.broadcast(json.dumps(own).encode()))
+    for key, (theirs, ours) in changed_settings(Config.model_validate(rank0["config"]), run.config).items():
+        if key not in PER_MACHINE:
+            raise UserError(
+                f"rank {run.ranks.rank}: {key} is {ours}, but rank 0 has {theirs}: use the same settings on all ranks"
+            )
     for name in ("identity", "windows"):
-        if first[name] != json.loads(json.dumps(own[name])):
+        if rank0[name] != json.loads(json.dumps(own[name])):
             folder = run.config.data.shard_dir if "shards" in run.identity else run.config.data.dataset
             raise UserError(
-                f"rank {run.ranks.rank}: not the data, or not the base model, that rank 0 has: copy them from its "
-                f"machine ({folder})"
+                f"rank {run.ranks.rank}: the data or the base model differ from rank 0's: copy them from its machine "
+                f"({folder})"
             )
 
 
-def resume(engine: Engine, config: Config, start: checkpoint.Checkpoint) -> Progress:
-    """Brings the engine to where the checkpoint was. Raises UserError when that can't be read."""
-    engine.load_state(checkpoint.load_arrays(start, config.model, optimizer=True))
-    return Progress.of(start.state)
-
-
-def changes(before: Config, now: Config) -> dict[str, tuple[object, object]]:
-    """The settings that differ: the value before and the value now, under the key's dotted name."""
-    old, new = before.model_dump(), now.model_dump()
+def changed_settings(old: Config, new: Config) -> dict[str, tuple[object, object]]:
+    """Returns the old and new value of each changed setting by its dotted key, except for untracked ones."""
+    before, after = old.model_dump(), new.model_dump()
     return {
-        f"{section}.{key}": (old[section].get(key), new[section].get(key))
-        for section in new
-        for key in {**old[section], **new[section]}
-        if old[section].get(key) != new[section].get(key) and f"{section}.{key}" not in NOT_TOLD
+        f"{section}.{key}": (before[section].get(key), after[section].get(key))
+        for section in after
+        for key in {**before[section], **after[section]}
+        if before[section].get(key) != after[section].get(key) and f"{section}.{key}" not in UNTRACKED
     }
 
 
-def tidy(run_folder: Path, start: checkpoint.Checkpoint | None) -> list[str]:
-    """Puts the folder in order behind a run that was killed or damaged; returns what is to be said about it."""
-    checkpoint.tidy(run_folder)
-    if start is None or start.folder.parent.resolve() != run_folder.resolve():
+def clean_up(folder: Path, found: checkpoint.Checkpoint | None) -> list[str]:
+    """Removes the leftovers of a killed run and quarantines damaged checkpoints; returns messages about the latter."""
+    checkpoint.clean_up(folder)
+    if found is None or found.folder.parent.resolve() != folder.resolve():
         return []
-    moved = {path.name for path in checkpoint.set_aside(run_folder, start.step)}
-    told = [f"warning: {problem}" for problem in start.passed_over]
-    return [*told, *(f"warning: set aside as {name}" for name in sorted(moved))]
+    moved = {path.name for path in checkpoint.quarantine(folder, found.step)}
+    return [
+        *(f"warning: {problem}" for problem in found.skipped),
+        *(f"warning: moved to {name}" for name in sorted(moved)),
+    ]
 
 
-def room_for(run_folder: Path, parameters: int, moments: int, keep: int) -> str | None:
-    """A warning when the disk is too full for the checkpoints that the run will keep, in bytes of float32."""
-    one = 4 * (parameters + moments)
-    free = shutil.disk_usage(run_folder).free
-    wanted = (keep + 2) * one  # the best one, and the one being written
-    if free >= wanted:
-        return None
-    return (
-        f"{run_folder}: {free / 1e9:.1f} GB free, and the checkpoints will take up to {wanted / 1e9:.1f} GB: make "
-        "room, or set train.ckpt_keep lower"
-    )
+def restore(engine: Engine, run: Run, found: checkpoint.Checkpoint) -> tuple[Run, Progress]:
+    """Loads a checkpoint into the engine; returns the run, with its length adapted to a changed batch size, and its
+    progress. Raises UserError if the checkpoint can't be read."""
+    engine.load_state(checkpoint.load_arrays(found, run.config.model, optimizer=True))
+    progress = Progress.from_state(found.state)
+    run = replace(run, steps=_total_steps(run, found, progress))
+    _restore_best(run, progress)
+    return run, progress
+
+
+def _total_steps(run: Run, found: checkpoint.Checkpoint, progress: Progress) -> int:
+    """If the batch size changed and the length is given in epochs or tokens, it applies to the remaining data."""
+    train = run.config.train
+    before = sequences_per_step(found.config.train, found.state.get("ranks", 1))
+    now = sequences_per_step(train, run.ranks.size)
+    if before == now or (train.epochs is None and train.token_budget is None):
+        return run.steps
+    if train.epochs is not None:
+        sequences = train.epochs * run.train.windows
+    else:
+        sequences = (train.token_budget or 0) / run.train.at(0, 1, 1).inputs.size
+    sequences += train.first_sequence
+    return progress.step + max(0, math.ceil((sequences - progress.position) / now))
+
+
+def _restore_best(run: Run, progress: Progress) -> None:
+    """Updates the best validation from best.json: a checkpoint predates the validation of its own step. Not needed if
+    that validation is repeated."""
+    repeated = progress.step % run.config.train.eval_interval == 0 or progress.step == run.steps
+    best = None if repeated else checkpoint.read_best(run.folder, progress.step)
+    if best is not None and (progress.best_val_loss is None or best["best_val_loss"] < progress.best_val_loss):
+        progress.best_val_loss, progress.best_val_bpb = best["best_val_loss"], best.get("best_val_bpb")
+        progress.stale = 0

@@ -1,9 +1,11 @@
-"""What a run survives, tried out: killed, interrupted, its files damaged, its disk failing. `anarchobot selftest`.
+"""`anarchobot selftest`: fault injection. Runs are killed, interrupted, damaged and given a failing disk.
 
-A tiny model trains on a page of the built-in text, once unbroken and then again and again with a fault; each broken run
-is resumed, and must end with the very bytes of the unbroken one.
+A tiny model trains on a page of the built-in text, first undisturbed and then again with each fault. Every disturbed
+run is resumed and must end with the same bytes as the undisturbed one.
 """
 
+import errno
+import os
 import random
 import shutil
 import signal
@@ -16,18 +18,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from anarchobot.config.errors import UserError
+from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.config.strict_yaml import dump
 from anarchobot.data.pretokenize import pretokenize
 from anarchobot.data.shards import verify
 from anarchobot.data.sources import builtin
-from anarchobot.data.sources.documents import DocumentCounts, Document
+from anarchobot.data.sources.documents import Document, DocumentCounts
+from anarchobot.model.parameters import init_parameters
 from anarchobot.runs import checkpoint
+from anarchobot.storage import durable
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
 
 STEPS = 20
-MOST_TRIES = 8  # to end a run before its end
+MAX_ATTEMPTS = 8  # to interrupt a run before it ends
 VOCAB = 384
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": {"vocab_size": VOCAB, "n_layers": 2, "d_model": 32, "n_heads": 2, "max_seq_len": 32, "dropout": 0.1},
@@ -38,11 +45,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "device": "cpu", "cpu_threads": 1, "precision": "float32", "supervise": False,
     },
 }  # fmt: skip
+COMPARED = ("step", "tokens", "data_position", "loss", "norms", "sha256", "best_val_loss")  # keys of state.json
+
+DISK_MODEL = ModelConfig(vocab_size=16, n_layers=1, d_model=8, n_heads=1)
+KILL = 9  # instead of an errno: exit as after kill -9
+MAX_OPERATIONS = 1000  # of a save; far more than there are
 
 
 @dataclass
-class Outcome:
-    """Of one kind of fault: how many were tried, what went wrong, one line each, and what else there is to say."""
+class FaultResult:
+    """The result of one kind of fault: `tried` cases, one line per failure, and an optional note."""
 
     fault: str
     tried: int
@@ -50,91 +62,104 @@ class Outcome:
     note: str = ""
 
 
-class Playground:
-    """A folder with shards, a configuration, and the run that nothing disturbed."""
+def run_selftest(folder: Path, kills: int, seed: int) -> Iterator[FaultResult]:
+    """Tests every kind of fault in an empty `folder`; `kills` runs are killed, a fifth as many are interrupted."""
+    harness = FaultHarness(folder, seed)
+    yield harness.kill_runs(kills)
+    yield harness.interrupt_runs(max(2, kills // 5))
+    yield harness.flip_bytes(200)
+    yield harness.truncate_files(50)
+    for name, error in (("a full disk", errno.ENOSPC), ("an I/O error", errno.EIO), ("kill -9", KILL)):
+        yield fail_each_operation(folder / "disk", name, error)
+
+
+class FaultHarness:
+    """A folder with shards, a configuration and the undisturbed reference run."""
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
-        self.folder, self._chance = folder, random.Random(seed)
+        self.folder, self._random = folder, random.Random(seed)
         texts = list(islice(builtin.topics(), 12))
         (folder / "shards").mkdir(parents=True)
         tokenizer = load_tokenizer(train_tokenizer(texts, folder / "shards" / "made", VOCAB)[0])
         documents = map(Document, texts)
         pretokenize(documents, tokenizer, folder / "shards", counts=DocumentCounts(), val_fraction=0.2, num_workers=1)
         began = time.monotonic()
-        self._whole = self._finish("whole")
-        self._lasted = time.monotonic() - began
+        self._reference = self._finish("reference")
+        self._duration = time.monotonic() - began
 
-    def kills(self, count: int) -> Outcome:
-        """kill -9 at a random moment."""
-        return self._broken("kill -9 at a random moment", count, [signal.SIGKILL], (-signal.SIGKILL,))
+    def kill_runs(self, count: int) -> FaultResult:
+        return self._end_runs("kill -9 at a random moment", count, [signal.SIGKILL], (-signal.SIGKILL,))
 
-    def signals(self, count: int) -> Outcome:
-        """Ctrl-C or SIGTERM: the program ends by itself, with exit code 130."""
-        kinds = [signal.SIGINT, signal.SIGTERM]
-        # Before its handlers stand, SIGTERM ends Python as it ends any program.
-        return self._broken("Ctrl-C, SIGTERM", count, kinds, (130, -signal.SIGTERM, -signal.SIGINT))
+    def interrupt_runs(self, count: int) -> FaultResult:
+        """Sends Ctrl-C or SIGTERM, after which the program exits with 130."""
+        signals = [signal.SIGINT, signal.SIGTERM]
+        # Before its handlers are installed, the signal ends it like any program.
+        return self._end_runs("Ctrl-C, SIGTERM", count, signals, (130, -signal.SIGTERM, -signal.SIGINT))
 
-    def _broken(self, fault: str, count: int, kinds: list[signal.Signals], expected: tuple[int, ...]) -> Outcome:
-        """The run is ended by one of `kinds` in its latter part, in which it trains and saves, and resumed."""
-        failures, ended, resumed, inside = [], 0, 0, 0
+    def _end_runs(
+        self, fault: str, count: int, signals: list[signal.Signals], exit_codes: tuple[int, ...]
+    ) -> FaultResult:
+        """Signals runs in the last 70% of their duration, in which they train and save, and resumes them."""
+        failures, ended, resumed, saving = [], 0, 0, 0
         for number in range(count):
             name = f"{fault.split()[0].strip(',')}{number}"
-            moment = self._lasted * self._chance.uniform(0.3, 1.0)
-            for _ in range(MOST_TRIES):  # the run may be quicker than the unbroken one was: then again, sooner
+            delay = self._duration * self._random.uniform(0.3, 1.0)
+            for _ in range(MAX_ATTEMPTS):  # a run that is faster than the reference is repeated with a shorter delay
                 process = self._start(name)
                 try:
-                    process.wait(moment)
+                    process.wait(delay)
                 except subprocess.TimeoutExpired:
-                    process.send_signal(kinds[number % len(kinds)])
-                _, err = process.communicate()
+                    process.send_signal(signals[number % len(signals)])
+                _, stderr = process.communicate()
                 if process.returncode != 0:
                     break
-                moment *= 0.8
+                delay *= 0.8
                 shutil.rmtree(self.folder / name)
             ended += process.returncode != 0
             resumed += process.returncode != 0 and bool(checkpoint.saved_steps(self.folder / name))
-            inside += any((self.folder / name).glob(".step_*"))
-            if process.returncode not in (0, *expected):
-                failures.append(f"{name}: exit code {process.returncode}: {_last_line(err)}")
+            saving += any((self.folder / name).glob(".step_*"))
+            if process.returncode not in (0, *exit_codes):
+                failures.append(f"{name}: exit code {process.returncode}: {_last_line(stderr)}")
             try:
-                if other := ", ".join(self.differences(name)):
-                    failures.append(f"{name}: ended after {moment:.3f} s and resumed, not the unbroken run: {other}")
+                if differences := ", ".join(self.differences(name)):
+                    failures.append(
+                        f"{name}: ended after {delay:.3f} s and resumed, differs from the reference run: {differences}"
+                    )
             except UserError as error:
                 failures.append(f"{name}: {error}")
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        note = f": {ended} before their end, {resumed} behind a checkpoint, {inside} inside a save"
-        return Outcome(fault, count, failures, note)
+        note = f": {ended} before the end, {resumed} after a checkpoint, {saving} during a save"
+        return FaultResult(fault, count, failures, note)
 
-    def flips(self, count: int) -> Outcome:
-        """One byte of a checkpoint's or a shard's file changed."""
+    def flip_bytes(self, count: int) -> FaultResult:
+        """Changes one byte of a file of a checkpoint or of the shards."""
 
-        def flipped(data: bytes, place: int) -> bytes:
-            return data[:place] + bytes([data[place] ^ self._chance.randrange(1, 256)]) + data[place + 1 :]
+        def flip(data: bytes, position: int) -> bytes:
+            return data[:position] + bytes([data[position] ^ self._random.randrange(1, 256)]) + data[position + 1 :]
 
-        return self._damaged("a byte flipped", count, flipped)
+        return self._damage_files("a byte flipped", count, flip)
 
-    def truncations(self, count: int) -> Outcome:
-        """A file of a checkpoint or of the shards cut off."""
-        return self._damaged("a file cut off", count, lambda data, place: data[:place])
+    def truncate_files(self, count: int) -> FaultResult:
+        return self._damage_files("a file truncated", count, lambda data, position: data[:position])
 
-    def _damaged(self, fault: str, count: int, change: Callable[[bytes, int], bytes]) -> Outcome:
-        run, shards = self.folder / "whole", self.folder / "shards"
+    def _damage_files(self, fault: str, count: int, damage: Callable[[bytes, int], bytes]) -> FaultResult:
+        run, shards = self.folder / "reference", self.folder / "shards"
         newest = checkpoint.find(run)
         files = [newest.folder / name for name in (*checkpoint.FILES, "state.json")]
         shard_files = sorted([*shards.glob("*.npy"), *shards.glob("*.offsets"), shards / "manifest.json"])
         failures = []
         for number in range(count):
             path = (files + shard_files)[number % len(files + shard_files)]
-            good = path.read_bytes()
-            place = self._chance.randrange(len(good))
-            path.write_bytes(change(good, place))
-            if not (_sees_older(run, newest.step, path) if path in files else _sees_shard(shards, path)):
-                failures.append(f"{path.name}: byte {place} of {len(good)}: not seen")
-            path.write_bytes(good)
-        return Outcome(fault, count, failures)
+            original = path.read_bytes()
+            position = self._random.randrange(len(original))
+            path.write_bytes(damage(original, position))
+            if not (_finds_older(run, newest.step, path) if path in files else _finds_damage(shards, path)):
+                failures.append(f"{path.name}: byte {position} of {len(original)}: not detected")
+            path.write_bytes(original)
+        return FaultResult(fault, count, failures)
 
     def command(self, name: str, *words: str) -> list[str]:
-        """That trains the run of this name; `words` are put behind it."""
+        """Returns the command that trains the run `name`, with further arguments."""
         config = self.folder / f"{name}.yaml"
         train = {**SETTINGS["train"], "save_dir": str(self.folder / name)}
         data = {**SETTINGS["data"], "shard_dir": str(self.folder / "shards")}
@@ -146,30 +171,28 @@ class Playground:
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     def differences(self, name: str) -> list[str]:
-        """Runs to the end, from where it was; names what is not as in the unbroken run. Raises UserError when it
-        doesn't get there."""
-        resumed = self._finish(name)
-        return [key for key, value in self._whole.items() if resumed[key] != value]
+        """Resumes a run to its end; returns the keys that differ from the reference run. Raises UserError if it does
+        not finish."""
+        result = self._finish(name)
+        return [key for key, value in self._reference.items() if result[key] != value]
 
     def _finish(self, name: str) -> dict[str, Any]:
-        """Runs to the end, from where it was; returns what must be the same however often it was broken."""
+        """Trains or resumes a run to its end; returns what must not depend on interruptions."""
         process = self._start(name, "--resume-from", "auto")
-        _, err = process.communicate()
+        _, stderr = process.communicate()
         if process.returncode != 0:
-            raise UserError(f"resuming ended with exit code {process.returncode}: {_last_line(err)}")
+            raise UserError(f"resuming failed with exit code {process.returncode}: {_last_line(stderr)}")
         state = checkpoint.find(self.folder / name).state
-        best = checkpoint.read_best(self.folder / name, STEPS)
-        kept = ("step", "tokens", "data_position", "loss", "norms", "sha256", "best_val_loss")
-        return {key: state[key] for key in kept} | {"best": best}
+        return {key: state[key] for key in COMPARED} | {"best": checkpoint.read_best(self.folder / name, STEPS)}
 
 
-def _sees_older(run: Path, step: int, path: Path) -> bool:
-    """The damage is seen by name, and the run's folder gives the step before."""
+def _finds_older(run: Path, step: int, path: Path) -> bool:
+    """Whether the damage to `path` is reported and the run folder yields an older step."""
     found = checkpoint.find(run)
     return found.step < step and any(str(path) in text for text in found.skipped)
 
 
-def _sees_shard(folder: Path, path: Path) -> bool:
+def _finds_damage(folder: Path, path: Path) -> bool:
     try:
         return any(problem and name == path.name for name, problem in verify(folder))
     except UserError as error:
@@ -180,13 +203,109 @@ def _last_line(text: str) -> str:
     return text.strip().splitlines()[-1] if text.strip() else "no message"
 
 
-def all_faults(folder: Path, kills: int, seed: int) -> Iterator[Outcome]:
-    """Every kind of fault, in `folder`, which is empty; `kills` runs are killed, a fifth as many interrupted."""
-    playground = Playground(folder, seed)
-    yield playground.kills(kills)
-    yield playground.signals(max(2, kills // 5))
-    yield playground.flips(200)
-    yield playground.truncations(50)
-    from anarchobot.tasks.selftest_disk import every_operation_fails
+# A failing disk: every operation of a save fails in turn.
 
-    yield from every_operation_fails(folder / "disk")
+
+def fail_each_operation(folder: Path, name: str, error: int) -> FaultResult:
+    """Saves steps 1 and 2, then step 3 with `keep` 2, whose first, second, third ... operation fails with `error`."""
+    # In a separate process, because it forks, which is unsafe in one that holds MLX's threads.
+    command = [sys.executable, "-c", f"from {__name__} import _failing_disk; _failing_disk()", str(folder), str(error)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines, fault = done.stdout.splitlines(), f"each operation of a save: {name}"
+    if done.returncode != 0 or not lines:
+        return FaultResult(fault, 0, [done.stderr.strip() or "no result"])
+    return FaultResult(fault, int(lines[0]), lines[1:])
+
+
+def _failing_disk() -> None:
+    """The separate process: prints the number of operations, then one line per failure."""
+    folder, error = Path(sys.argv[1]), int(sys.argv[2])
+    failures: list[str] = []
+    shutil.rmtree(folder.with_name("before"), ignore_errors=True)
+    for step in (1, 2):
+        save_test_step(folder.with_name("before"), step)
+    number = 1
+    while _fail_operation(folder, error, number, failures):
+        number += 1
+    print(number - 1, *failures, sep="\n")
+
+
+def _fail_operation(folder: Path, error: int, number: int, failures: list[str]) -> bool:
+    """Returns whether the save has an operation of this number; checks the folder after it failed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(folder.with_name("before"), folder)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            _inject_failure(error, number)
+            save_test_step(folder, 3)
+            checkpoint.rotate(folder, 2)
+            code = 0
+        except OSError:
+            code = 2
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        if code not in (0, 2, KILL):
+            raise UserError(f"exit code {code}")
+        found = checkpoint.find(folder)
+        if found.step not in (2, 3) or found.skipped:
+            raise UserError(f"step {found.step} is the newest, {found.skipped}")
+        check_test_step(found)
+        checkpoint.clean_up(folder)  # as the next run does
+        save_test_step(folder, 3)
+        checkpoint.rotate(folder, 2)
+        check_test_step(checkpoint.find(folder))
+        left = sorted(path.name for path in folder.iterdir())
+        if left != ["latest.json", "step_00000002", "step_00000003"]:
+            raise UserError(f"unexpected files: {left}")
+    except UserError as problem:
+        failures.append(f"operation {number}: {problem}")
+    return code != 0 and number < MAX_OPERATIONS
+
+
+def save_test_step(folder: Path, step: int) -> None:
+    """Saves a checkpoint whose arrays depend on `step`."""
+    params = init_parameters(DISK_MODEL, step)
+    arrays = {f"params/{name}": p for name, p in params.items()} | {"updates": np.array(step)}
+    arrays |= {f"optimizer/first/{name}": -p for name, p in params.items()}
+    checkpoint.save(folder, step, arrays, {"config": Config(model=DISK_MODEL).model_dump()})
+
+
+def check_test_step(found: checkpoint.Checkpoint) -> None:
+    """Raises UserError if the arrays are not those of `save_test_step`."""
+    arrays = checkpoint.load_arrays(found, DISK_MODEL, optimizer=True)
+    for name, p in init_parameters(DISK_MODEL, found.step).items():
+        if not (np.array_equal(arrays[f"params/{name}"], p) and np.array_equal(arrays[f"optimizer/first/{name}"], -p)):
+            raise UserError(f"step {found.step}: {name} differs from what was saved")
+
+
+def _inject_failure(error: int, number: int) -> None:
+    """Makes the `number`-th disk operation from now on fail; a failing write writes half of its data."""
+    left = number
+
+    def wrap(owner: Any, name: str) -> None:
+        real: Callable[..., Any] = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                if name == "write":
+                    real(args[0], args[1][: len(args[1]) // 2])
+                    args[0].flush()
+                if error == KILL:
+                    os._exit(KILL)
+                raise OSError(error, os.strerror(error))
+            return real(*args, **kwargs)
+
+        setattr(owner, name, call)
+
+    for owner, name in (
+        (durable.HashedFile, "write"), (durable, "fsync"), (durable, "fsync_dir"), (checkpoint, "fsync_dir"),
+        (Path, "open"), (Path, "mkdir"), (Path, "rename"), (Path, "replace"), (Path, "unlink"), (os, "rmdir"),
+        (os, "unlink"),
+    ):  # fmt: skip
+        wrap(owner, name)

@@ -1,4 +1,4 @@
-"""A run on the terminal: a live bar where there is one, plain lines where there is none (a pipe, a log file)."""
+"""Shows a run: a progress bar on a terminal, plain lines in a pipe or log file."""
 
 import sys
 import time
@@ -10,15 +10,14 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 
 class _Console(Console):
-    """rich ends the program when the reader of a pipe has gone. Here that must not end a run."""
+    """rich exits the program when a pipe is closed; here that must not end the run."""
 
     def on_broken_pipe(self) -> None:
-        raise OSError("nobody reads this any more")
+        raise OSError("output is closed")
 
 
 class TerminalDisplay:
-    """Step, loss, tokens and operations per second, time left and memory. Everything goes to stderr: stdout is for
-    results. A terminal that has gone is written to no more; the run's log has everything."""
+    """Prints to stderr; stdout is for results. Stops printing if the terminal is closed: the log has everything."""
 
     def __init__(self, steps: int, start: int, quiet: bool = False) -> None:
         self._steps, self._start, self._quiet = steps, start, quiet
@@ -45,15 +44,15 @@ class TerminalDisplay:
         per_step = (time.monotonic() - self._began) / max(1, step - self._start)
         text = (
             f"loss {values['loss']:.4f} (smooth {values['smooth_loss']:.4f}) | lr {values['lr']:.2e} | "
-            f"norm {values['grad_norm']:.2f} | {values['tokens_per_second']:,.0f} tok/s{_operations(values)} | "
+            f"norm {values['grad_norm']:.2f} | {values['tokens_per_second']:,.0f} tok/s{_tflops(values)} | "
             f"{duration(per_step * (self._steps - step))} left | {values['peak_memory_gb']:.2f} GB"
         )
         if not self._bar.disable:
             self._bar.update(self._task, completed=step, description=text)
         else:
-            self.note(f"step {step}/{self._steps} | {text}")
+            self.message(f"step {step}/{self._steps} | {text}")
 
-    def note(self, text: str) -> None:
+    def message(self, text: str) -> None:
         if not self._quiet:
             try:
                 self._console.print(text, markup=False)
@@ -61,7 +60,7 @@ class TerminalDisplay:
                 self._quiet = True
 
 
-def _operations(values: dict[str, Any]) -> str:
+def _tflops(values: dict[str, Any]) -> str:
     if "tflops" not in values:
         return ""
     share = f" ({values['peak_share']:.0%} of peak)" if "peak_share" in values else ""

@@ -1,8 +1,8 @@
-"""What keeps a bad batch, or numbers gone wrong, away from the weights.
+"""Keeps bad batches and diverged weights out of a run.
 
-An update is left out when its loss or gradient is not finite, or when the gradient's norm is a spike: beyond some
-standard deviations from the mean of the steps before it (as OLMo 2 does, arXiv 2501.00656, section 3). A spike goes
-into the statistics as well: a run whose norms have risen for good goes on after a few steps.
+An update is skipped if its loss or gradient is not finite, or if the gradient norm is a spike: more than spike_sigma
+standard deviations above the mean of the last spike_window steps (OLMo 2, arXiv 2501.00656, section 3). Spikes enter
+the statistics too, so a run whose norms have risen permanently continues after a few steps.
 """
 
 import math
@@ -12,36 +12,36 @@ from anarchobot.config.schema import GuardConfig
 
 
 class Guard:
-    """Holds the last norms, oldest first, in the list that it is given, which is part of a checkpoint. How many steps
-    in a row were not finite is in none: no checkpoint is made before one is finite again."""
+    """Appends to `norms`, the last gradient norms (oldest first), which are part of the checkpoint. The count of
+    consecutive non-finite steps is not: no checkpoint is saved until a step is finite again."""
 
     def __init__(self, settings: GuardConfig, norms: list[float]) -> None:
         self._settings, self._norms = settings, norms
-        self._bad_in_a_row = 0
+        self._bad_steps = 0  # consecutive
 
     @property
-    def limit(self) -> float:
-        """The largest norm that is no spike; infinite until half of the window is known."""
+    def norm_limit(self) -> float:
+        """The largest norm that is not a spike; infinite until half of the window is filled."""
         sigma, window = self._settings.spike_sigma, self._settings.spike_window
         if sigma is None or len(self._norms) < max(2, window // 2):
             return math.inf
         return statistics.fmean(self._norms) + sigma * statistics.stdev(self._norms)
 
-    def saw(self, norm: float, *, finite: bool, overflow: bool) -> None:
-        """Takes a step's norm in. An `overflow` is float16's loss scale finding its size: no fault of the numbers."""
+    def observe(self, norm: float, *, finite: bool, overflow: bool) -> None:
+        """Records a step's norm. An `overflow` only means that float16's loss scale was too large."""
         if finite:
             self._norms.append(norm)
             del self._norms[: -self._settings.spike_window]
         if not overflow:
-            self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
+            self._bad_steps = 0 if finite else self._bad_steps + 1
 
     @property
-    def doubts(self) -> bool:
-        """Whether the last step was not finite: the weights may be bad, and no checkpoint should be made of them."""
-        return self._bad_in_a_row > 0
+    def is_suspect(self) -> bool:
+        """Whether the last step was not finite: the weights may be bad and should not be saved."""
+        return self._bad_steps > 0
 
     @property
-    def gives_up(self) -> bool:
-        """Whether so many steps in a row were not finite that the weights themselves must be bad."""
-        most = self._settings.rollback_after
-        return most is not None and self._bad_in_a_row >= most
+    def should_roll_back(self) -> bool:
+        """Whether rollback_after consecutive steps were not finite."""
+        limit = self._settings.rollback_after
+        return limit is not None and self._bad_steps >= limit

@@ -1,5 +1,4 @@
-"""The training loop, written once for every engine: steps, schedule, validation, checkpoints, samples, stopping, and
-what is done when something goes wrong."""
+"""The training loop for all engines: steps, schedule, validation, checkpoints, samples, stopping and recovery."""
 
 import math
 import time
@@ -14,68 +13,75 @@ import numpy.typing as npt
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch, Prefetcher, ValBatches
-from anarchobot.optim.schedule import learning_rate, muon_momentum
+from anarchobot.optim.schedule import learning_rate, muon_momentum, split_micro_batch
 from anarchobot.runs import checkpoint
+from anarchobot.runs.async_checkpointer import AsyncCheckpointer, NullCheckpointer, SaveResult
 from anarchobot.runs.metrics_log import MetricsLog
-from anarchobot.runs.progress import RISES, Progress
-from anarchobot.runs.async_checkpointer import NullCheckpointer, SaveResult, AsyncCheckpointer
+from anarchobot.runs.progress import OVERFITTING_RISES, Progress
 from anarchobot.training.engine import Engine, StepResult
 from anarchobot.training.guard import Guard
 from anarchobot.training.ranks import ALONE, Ranks
 from anarchobot.training.signals import StopRequest
 
-MOST_SKIPPED = 30  # steps in a row that are not finite: float16's loss scale gets from its highest to 1 in fewer
-MOST_RETURNS = 3  # to the same checkpoint
+MAX_SKIPPED_STEPS = 30  # consecutive non-finite steps; float16's loss scale falls from its maximum to 1 in fewer
+MAX_ROLLBACKS = 3  # to the same checkpoint
+VAL_NAMES = {"val_loss": "validation loss", "val_bpb": "bits per byte"}
 
 
 class Display(Protocol):
-    """What shows a run to a person."""
+    """Shows a run to the user."""
 
     def train(self, step: int, values: dict[str, Any]) -> None: ...
-    def note(self, text: str) -> None: ...
+    def message(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of. `identity` goes into every checkpoint and must be the same on resume; `problem` says what
-    is found to be wrong with the shards, while they are checked beside the training; `judge` gives what a validation
-    shall say besides; `rates`, what so many tokens a second come to. Of several `ranks`, `train` gives each its own
-    part of a step, and rank 0 saves, logs and shows."""
+    """Everything the loop needs besides the engine.
+
+    identity:         goes into every checkpoint and must match on resume
+    train, val:       batches; with several `ranks`, `train` yields this rank's part of a step
+    bytes_per_token:  of the validation split, converts nats per token to bits per byte; None: the loss is not per token
+    sample:           generates a sample from the current weights
+    data_error:       returns the damage found by the background check of the shards
+    val_metrics:      returns additional validation metrics
+    throughput:       converts tokens per second to additional metrics
+    """
 
     config: Config
     steps: int
     identity: dict[str, Any]
     train: Prefetcher
     val: ValBatches
-    bytes_per_token: float | None  # of the validation split: nats per token into bits per byte; None: no such loss
+    bytes_per_token: float | None
     folder: Path
     sample: Callable[[], str] | None = None
-    problem: Callable[[], str | None] = lambda: None
-    judge: Callable[[], Mapping[str, float]] = dict
-    rates: Callable[[float], Mapping[str, float]] = lambda tokens_per_second: {}
+    data_error: Callable[[], str | None] = lambda: None
+    val_metrics: Callable[[], Mapping[str, float]] = dict
+    throughput: Callable[[float], Mapping[str, float]] = lambda tokens_per_second: {}
     ranks: Ranks = ALONE
 
 
 def run_training(engine: Engine, run: Run, progress: Progress, log: MetricsLog, display: Display) -> bool:
-    """Trains from `progress` to the last step; returns whether it got there (False: somebody asked it to stop).
+    """Trains from `progress` to the last step. Returns whether it finished; False if it was asked to stop.
 
-    A fresh run begins with a validation, so that the curve has a start. At each step that calls for several things the
-    checkpoint comes first, and is on the disk before the next begins: nothing that follows can cost it.
+    A new run starts with a validation. If a step calls for several actions, the checkpoint comes first and is on disk
+    before the next one starts, so that no later failure can lose it.
     """
-    # A run that goes on from another folder's step has nothing of its own yet.
+    # A run resumed from another folder's checkpoint has none of its own yet.
     newest = progress.step if progress.step in checkpoint.saved_steps(run.folder) else 0
-    training = _Training(engine, run, progress, log, display)
-    follows = run.ranks.rank > 0
-    kind = NullCheckpointer if follows else AsyncCheckpointer
+    loop = _TrainingLoop(engine, run, progress, log, display)
+    is_main = run.ranks.rank == 0
+    checkpointer = AsyncCheckpointer if is_main else NullCheckpointer
     with (
-        StopRequest(quiet=follows) as stop,
-        kind(run.folder, run.config.train, newest, training.saved) as saver,
+        StopRequest(quiet=not is_main) as stop,
+        checkpointer(run.folder, run.config.train, newest, loop.report_save) as saver,
         run.ranks,
     ):
-        return training.go(stop, saver)
+        return loop.run(stop, saver)
 
 
-class _Training:
+class _TrainingLoop:
     def __init__(self, engine: Engine, run: Run, progress: Progress, log: MetricsLog, display: Display) -> None:
         self._engine, self._run, self._progress, self._log, self._display = engine, run, progress, log, display
         self._train = run.config.train
@@ -84,54 +90,53 @@ class _Training:
         self._micro_batches, self._rows = self._train.grad_accum_steps, self._train.micro_batch_size
         self._eval_rows = self._rows
         self._began = time.monotonic() - progress.wall_seconds
-        self._line_seconds, self._line_tokens = 0.0, 0  # since the last line; without validation and saving
-        self._skipped = 0  # steps in a row
+        self._line_seconds, self._line_tokens = 0.0, 0  # since the last log line, without validation and saving
+        self._skipped = 0  # consecutive non-finite steps
 
-    def go(self, stop: StopRequest, saver: AsyncCheckpointer) -> bool:
-        """Whether all is done, the last validation too."""
+    def run(self, stop: StopRequest, saver: AsyncCheckpointer) -> bool:
+        """Returns whether everything is done, including the last validation."""
         self._stop, self._saver = stop, saver
-        progress, train, due = self._progress, self._train, False
-        # A checkpoint is older than its own step's validation: what it made known of the best is found out again.
-        again = progress.step in self._log.steps_of("eval")
-        validated = not self._validation_due() or self._validate(in_the_log=again)
-        while progress.step < self._run.steps and not self._ranks.any(stop.requested or self._patience_is_out()):
-            if problem := self._run.problem():
+        progress, train, save_due = self._progress, self._train, False
+        # A checkpoint predates the validation of its own step. On resume that validation is repeated to update the
+        # best step, but not logged twice.
+        already_logged = progress.step in self._log.steps_of("eval")
+        validated = not self._is_validation_due() or self._validate(already_logged=already_logged)
+        while progress.step < self._run.steps and not self._ranks.any(stop.requested or self._is_patience_exhausted()):
+            if error := self._run.data_error():
                 saver.wait()
-                raise UserError(f"{problem}; what was trained on it since step {saver.newest} is not saved")
+                raise UserError(f"{error}; training since step {saver.newest} used it and is not saved")
             self._step()
-            if self._guard.gives_up:
-                self._go_back()
+            if self._guard.should_roll_back:
+                self._roll_back()
                 continue
-            due = due or saver.due(progress.step) or progress.step == self._run.steps or stop.requested
-            if due and not self._guard.doubts:
+            save_due = save_due or saver.is_due(progress.step) or progress.step == self._run.steps or stop.requested
+            if save_due and not self._guard.is_suspect:
                 self._save()
-                due = False
-            validated = not self._validation_due() or self._validate()
+                save_due = False
+            validated = not self._is_validation_due() or self._validate()
             if train.sample_interval and progress.step % train.sample_interval == 0 and not stop.requested:
                 self._sample()
             saver.poll()
         done = progress.step >= self._run.steps
-        # In doubt, the steps behind the newest checkpoint are made again: bad weights must not push it out.
-        if progress.step > saver.newest and (done or not self._guard.doubts):
+        # Suspect weights are not saved: the steps since the newest checkpoint are trained again on resume.
+        if progress.step > saver.newest and (done or not self._guard.is_suspect):
             saver.finish(progress.step, self._engine.state, self._state())
-        saver.finish_naming()
-        return (done or self._patience_is_out()) and validated
-
-    def _patience_is_out(self) -> bool:
-        return self._train.patience is not None and self._progress.stale >= self._train.patience
+        saver.retry_best()
+        return (done or self._is_patience_exhausted()) and validated
 
     def _step(self) -> None:
         run, progress, train = self._run, self._progress, self._train
         step, began = progress.step + 1, time.monotonic()
-        lr, momentum, limit = learning_rate(step, train, run.steps), muon_momentum(step, train), self._guard.limit
+        lr, momentum = learning_rate(step, train, run.steps), muon_momentum(step, train)
+        norm_limit = self._guard.norm_limit
         while True:
             batch = run.train.at(progress.position, self._micro_batches, self._rows)
             try:
-                result = self._engine.train_step(batch, step, lr, momentum, limit)
+                result = self._engine.train_step(batch, step, lr, momentum, norm_limit)
                 break
             except MemoryError:
-                self._halve(step)
-        self._guard.saw(result.grad_norm, finite=result.finite, overflow=result.overflow)
+                self._shrink_micro_batch(step)
+        self._guard.observe(result.grad_norm, finite=result.finite, overflow=result.overflow)
         position, progress.step = progress.position, step
         tokens = self._ranks.size * batch.inputs.size
         progress.position += self._ranks.size * batch.inputs.shape[0] * batch.inputs.shape[1]
@@ -141,34 +146,52 @@ class _Training:
         self._line_tokens += tokens
         if result.applied:
             self._skipped = 0
-            progress.trained(result.loss)
+            progress.record_train_loss(result.loss)
             if step % train.log_interval == 0 or step == run.steps:
-                self._write_line(result, lr)
+                self._log_step(result, lr)
         else:
-            self._skip(result, position, limit)
+            self._log_skipped(result, position, norm_limit)
 
-    def _skip(self, result: StepResult, position: int, limit: float) -> None:
+    def _log_step(self, result: StepResult, lr: float) -> None:
+        tokens_per_second = round(self._line_tokens / max(1e-9, self._line_seconds), 1)
+        values = {
+            "loss": result.loss,
+            "smooth_loss": self._progress.smooth_loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "tokens": self._progress.tokens,
+            "tokens_per_second": tokens_per_second,
+            **self._run.throughput(tokens_per_second),
+            "peak_memory_gb": round(self._engine.peak_memory_gb(), 4),
+            **{name: round(gb, 4) for name, gb in self._engine.memory_gb().items()},
+            **result.extra,
+        }
+        self._log.event("train", self._progress.step, **values)
+        self._display.train(self._progress.step, values)
+        self._line_seconds, self._line_tokens = 0.0, 0
+
+    def _log_skipped(self, result: StepResult, position: int, norm_limit: float) -> None:
         step = self._progress.step
-        # The batch's id: its first window's number in the run, and how many there are.
+        # Identifies the batch: the run's windows are numbered from 0.
         batch = {"first_window": position, "windows": self._progress.position - position}
         values = {"loss": repr(result.loss), "grad_norm": repr(result.grad_norm), **batch}
         self._log.event("skip", step, reason="spike" if result.finite else "not finite", **values)
-        what = (
-            f"gradient norm {result.grad_norm:.4g} is a spike (above {limit:.4g})"
+        reason = (
+            f"gradient norm spike ({result.grad_norm:.4g}, limit {norm_limit:.4g})"
             if result.finite
             else "loss or gradient is not finite"
         )
-        self._display.note(f"step {step}: {what}: this update is left out")
+        self._display.message(f"step {step}: {reason}: update skipped")
         self._skipped = 0 if result.finite else self._skipped + 1
-        if self._skipped == MOST_SKIPPED:
-            self._all_saved()
+        if self._skipped == MAX_SKIPPED_STEPS:
+            self._wait_for_saves()
             raise UserError(
-                f"step {step}: {self._skipped} steps in a row had a loss or gradient that is not finite: lower "
-                f"train.lr, or go on from an earlier step (the newest saved one is {self._saver.newest})"
+                f"step {step}: loss or gradient not finite for {self._skipped} consecutive steps: lower train.lr, or "
+                f"resume from an earlier step (newest checkpoint: step {self._saver.newest})"
             )
 
-    def _go_back(self) -> None:
-        """To the newest checkpoint's weights, but not to its place in the data: past the batches that went wrong."""
+    def _roll_back(self) -> None:
+        """Restores the weights of the newest checkpoint but keeps the data position, to skip the bad batches."""
         if self._ranks.rank == 0:
             self._load_newest()
         self._ranks.broadcast_state(self._engine, self._progress)
@@ -178,160 +201,149 @@ class _Training:
     def _load_newest(self) -> None:
         progress, saver = self._progress, self._saver
         saver.wait()
-        lower = "lower train.lr, or look at the data there"
+        remedy = "lower train.lr, or check the data there"
         if saver.newest == 0:
-            raise UserError(
-                f"step {progress.step}: the numbers went wrong (not finite) before the first checkpoint: {lower}"
-            )
+            raise UserError(f"step {progress.step}: training diverged before the first checkpoint: {remedy}")
         found = checkpoint.find(self._run.folder)
         saver.newest = found.step
-        before = Progress.of(found.state)
-        before.returns = 1 + (progress.returns if progress.returned_to == found.step else 0)
-        before.returned_to = found.step
-        if before.returns > MOST_RETURNS:
+        restored = Progress.from_state(found.state)
+        restored.returns = 1 + (progress.returns if progress.returned_to == found.step else 0)
+        restored.returned_to = found.step
+        if restored.returns > MAX_ROLLBACKS:
             raise UserError(
-                f"step {progress.step}: the numbers went wrong (not finite) again, after {MOST_RETURNS} returns to "
-                f"step {found.step}: {lower}"
+                f"step {progress.step}: training diverged again after {MAX_ROLLBACKS} rollbacks to step {found.step}: "
+                f"{remedy}"
             )
         self._engine.load_state(checkpoint.load_arrays(found, self._run.config.model, optimizer=True))
-        text = (
-            f"step {progress.step}: too many steps in a row were not finite: back to step {found.step}, past that data"
-        )
-        self._display.note(text)
+        text = f"step {progress.step}: training diverged: rolled back to step {found.step}, skipping the data since"
+        self._display.message(text)
         self._log.event("resume", found.step, folder=str(found.folder), reason=text)
-        before.position, before.wall_seconds = progress.position, progress.wall_seconds
-        before.best_val_loss, before.best_val_bpb = progress.best_val_loss, progress.best_val_bpb
-        vars(progress).update(vars(before))
+        restored.position, restored.wall_seconds = progress.position, progress.wall_seconds
+        restored.best_val_loss, restored.best_val_bpb = progress.best_val_loss, progress.best_val_bpb
+        vars(progress).update(vars(restored))
 
-    def _halve(self, step: int) -> None:
-        """Smaller micro-batches and more of them: the batch stays what it was."""
+    def _shrink_micro_batch(self, step: int) -> None:
+        """After running out of memory. The batch stays the same."""
         if self._rows == 1:
-            if self._progress.step > self._saver.newest and not self._guard.doubts:
-                self._save()  # nothing has changed: these weights are good
-            self._all_saved()
+            if self._progress.step > self._saver.newest and not self._guard.is_suspect:
+                self._save()  # the failed step has not changed the weights
+            self._wait_for_saves()
             raise UserError(
-                f"step {step}: out of memory with one sequence at a time: set train.gradient_checkpointing: true, or "
-                "make the model or data.seq_len smaller"
+                f"step {step}: out of memory with train.micro_batch_size=1: set train.gradient_checkpointing: true, or "
+                "reduce the model or data.seq_len"
             )
-        parts = next(n for n in range(2, self._rows + 1) if self._rows % n == 0)
-        self._rows, self._micro_batches = self._rows // parts, self._micro_batches * parts
+        self._rows, self._micro_batches = split_micro_batch(self._rows, self._micro_batches)
         self._eval_rows = min(self._eval_rows, self._rows)
         text = (
-            f"step {step}: out of memory: going on with train.micro_batch_size={self._rows} "
-            f"train.grad_accum_steps={self._micro_batches}, which is the same batch"
+            f"step {step}: out of memory: continuing with train.micro_batch_size={self._rows} "
+            f"train.grad_accum_steps={self._micro_batches} (same batch)"
         )
-        self._display.note(text)
+        self._display.message(text)
         self._log.event("warning", step, text=text)
 
-    def _all_saved(self) -> None:
-        """Before an end that all ranks come to: none leaves before rank 0 has brought its last save to the disk."""
+    def _wait_for_saves(self) -> None:
+        """Before all ranks raise the same error: none may exit before rank 0 has finished its last save."""
         self._saver.wait()
         self._ranks.any(False)
 
-    def _write_line(self, result: StepResult, lr: float) -> None:
-        tokens_per_second = round(self._line_tokens / max(1e-9, self._line_seconds), 1)
-        values = {
-            "loss": result.loss,
-            "smooth_loss": self._progress.smooth_loss,
-            "lr": lr,
-            "grad_norm": result.grad_norm,
-            "tokens": self._progress.tokens,
-            "tokens_per_second": tokens_per_second,
-            **self._run.rates(tokens_per_second),
-            "peak_memory_gb": round(self._engine.peak_memory_gb(), 4),
-            **{name: round(gb, 4) for name, gb in self._engine.memory_gb().items()},
-            **result.extra,
-        }
-        self._log.event("train", self._progress.step, **values)
-        self._display.train(self._progress.step, values)
-        self._line_seconds, self._line_tokens = 0.0, 0
-
     def _state(self) -> dict[str, Any]:
-        own = self._progress.state(self._train.seed)
+        own = self._progress.to_state(self._train.seed)
         return {**self._run.identity, **own, "ranks": self._ranks.size, "config": self._run.config.model_dump()}
 
     def _save(self) -> None:
         self._saver.save(self._progress.step, self._engine.state(), self._state())
 
-    def saved(self, saved: SaveResult) -> None:
-        """Says what became of a save."""
-        if saved.written:
-            folder = checkpoint.step_folder(self._run.folder, saved.step).name
-            self._log.event("save", saved.step, folder=folder, removed=saved.removed, seconds=round(saved.seconds, 3))
-        if saved.error is not None:
+    def report_save(self, result: SaveResult) -> None:
+        if result.written:
+            name, seconds = checkpoint.step_folder(self._run.folder, result.step).name, round(result.seconds, 3)
+            self._log.event("save", result.step, folder=name, removed=result.removed, seconds=seconds)
+        if result.error is not None:
             text = (
-                f"step {saved.step}: {saved.what} failed "
-                f"({saved.error}): training goes on, the checkpoints before it stay, and it will be tried again"
+                f"step {result.step}: {result.action} failed ({result.error}): training continues, existing "
+                "checkpoints are kept, and it will be retried"
             )
-            self._display.note(f"warning: {text}")
-            self._log.event("warning", saved.step, text=text)
+            self._display.message(f"warning: {text}")
+            self._log.event("warning", result.step, text=text)
 
-    def _validation_due(self) -> bool:
+    def _is_patience_exhausted(self) -> bool:
+        return self._train.patience is not None and self._progress.stale >= self._train.patience
+
+    def _is_validation_due(self) -> bool:
         step = self._progress.step
         return len(self._run.val) > 0 and (step % self._train.eval_interval == 0 or step == self._run.steps)
 
-    def _validate(self, in_the_log: bool = False) -> bool:
-        """Validates, logs, and keeps the step when it is the best so far; False when a stop request ended it."""
+    def _validate(self, already_logged: bool = False) -> bool:
+        """Validates, logs the result and updates the best step. Returns False if a stop request interrupted it."""
         run, progress = self._run, self._progress
         self._saver.wait()
-        sums = np.zeros(2)
-        for i in range(0, len(run.val), self._ranks.size):
-            if self._ranks.any(self._stop.requested):
-                return False
-            own = i + self._ranks.rank
-            for part in self._ranks.all_gather_scalars(self._evaluated(run.val[own]) if own < len(run.val) else np.zeros(2)):
-                sums += part  # in their order, whatever the number of ranks
-        loss = float(sums[0] / sums[1])
+        loss = self._validation_loss()
+        if loss is None:
+            return False
         values = {"val_loss": loss}
         if run.bytes_per_token is not None:
             values["val_bpb"] = loss / math.log(2) / run.bytes_per_token
             values["perplexity"] = math.exp(min(loss, 700.0))
-        values |= run.judge()
-        best = progress.best_val_loss
-        if math.isfinite(loss) and (best is None or loss < best):
-            # First, while the state still says what it says in any run that comes here; see `go`.
-            if progress.step > 0 and not self._saver.has(progress.step) and not self._guard.doubts:
-                self._save()
-            found = {"best_val_loss": loss, "best_val_bpb": values.get("val_bpb")}
-            if progress.step == 0 or self._ranks.broadcast_scalar(self._saver.name_best(progress.step, found)):
-                progress.best_val_loss, progress.best_val_bpb = loss, values.get("val_bpb")
-            progress.stale = 0
-        else:
-            progress.stale += 1
-        if not in_the_log:
+        values |= run.val_metrics()
+        self._update_best(loss, values.get("val_bpb"))
+        if not already_logged:
             self._log.event("eval", progress.step, **values)
-        named = {"val_loss": "validation loss", "val_bpb": "bits per byte"}
-        said = (f"{named.get(name, name.removeprefix('val_').replace('_', ' '))} {x:.4f}" for name, x in values.items())
-        self._display.note(f"step {progress.step}: {', '.join(said)}")
-        if progress.validated(loss) and not in_the_log:
+        shown = (
+            f"{VAL_NAMES.get(name, name.removeprefix('val_').replace('_', ' '))} {x:.4f}" for name, x in values.items()
+        )
+        self._display.message(f"step {progress.step}: {', '.join(shown)}")
+        if progress.record_val_loss(loss) and not already_logged:
             self._warn(
-                f"validation loss has risen {RISES} times in a row while training loss fell: the "
-                "model learns its text by heart. More text or model.dropout helps; the best step is kept, and "
-                "train.patience would end such a run"
+                f"overfitting: validation loss rose {OVERFITTING_RISES} times in a row while training loss fell: use "
+                "more text or model.dropout; the best step is kept, and train.patience stops such a run"
             )
-        if self._patience_is_out():
-            self._display.note(
-                f"step {progress.step}: no better validation in {progress.stale} (train.patience): the run ends"
+        if self._is_patience_exhausted():
+            self._display.message(
+                f"step {progress.step}: stopping early: no improvement in {progress.stale} validations (train.patience)"
             )
         return True
 
-    def _evaluated(self, batch: Batch) -> npt.NDArray[np.float64]:
-        """Summed loss and count, by as few rows at a time as memory asks for."""
+    def _validation_loss(self) -> float | None:
+        """Returns the mean loss over the validation split, or None if a stop request interrupted it."""
+        sums = np.zeros(2)
+        for i in range(0, len(self._run.val), self._ranks.size):
+            if self._ranks.any(self._stop.requested):
+                return None
+            own = i + self._ranks.rank
+            result = self._evaluate(self._run.val[own]) if own < len(self._run.val) else np.zeros(2)
+            for part in self._ranks.all_gather_scalars(result):
+                sums += part  # in batch order: the sum does not depend on the number of ranks
+        return float(sums[0] / sums[1])
+
+    def _update_best(self, loss: float, bits_per_byte: float | None) -> None:
+        progress, best = self._progress, self._progress.best_val_loss
+        if not math.isfinite(loss) or (best is not None and loss >= best):
+            progress.stale += 1
+            return
+        # Saved before `progress` changes, so that the checkpoint is the same in a run that resumes here; see `run`.
+        if progress.step > 0 and not self._saver.is_submitted(progress.step) and not self._guard.is_suspect:
+            self._save()
+        values = {"best_val_loss": loss, "best_val_bpb": bits_per_byte}
+        if progress.step == 0 or self._ranks.broadcast_scalar(self._saver.mark_best(progress.step, values)):
+            progress.best_val_loss, progress.best_val_bpb = loss, bits_per_byte
+        progress.stale = 0
+
+    def _evaluate(self, batch: Batch) -> npt.NDArray[np.float64]:
+        """Returns summed loss and token count, using smaller micro-batches if memory runs out."""
         rows = batch.inputs.shape[1]
         while True:
-            at_once = min(rows, self._eval_rows)
+            size = min(rows, self._eval_rows)
             try:
-                parts = [self._engine.eval_step(batch.rows(i, i + at_once)) for i in range(0, rows, at_once)]
+                parts = [self._engine.eval_step(batch.rows(i, i + size)) for i in range(0, rows, size)]
                 sums: npt.NDArray[np.float64] = np.sum(parts, axis=0)
                 return sums
             except MemoryError:
-                if at_once == 1:
+                if size == 1:
                     raise
-                self._eval_rows = -(-at_once // 2)
-                self._warn(f"out of memory in validation: going on with {self._eval_rows} sequences at a time")
+                self._eval_rows = -(-size // 2)
+                self._warn(f"out of memory in validation: continuing with a micro-batch size of {self._eval_rows}")
 
     def _warn(self, text: str) -> None:
-        self._display.note(f"warning: step {self._progress.step}: {text}")
+        self._display.message(f"warning: step {self._progress.step}: {text}")
         self._log.event("warning", self._progress.step, text=text)
 
     def _sample(self) -> None:
@@ -340,8 +352,8 @@ class _Training:
         self._saver.wait()
         try:
             text = self._run.sample()
-        except UserError as error:  # such as a prompt that is too long: no reason to end a run
+        except UserError as error:  # such as a prompt that is too long
             self._warn(f"no sample: {error}")
             return
         self._log.event("sample", self._progress.step, text=text)
-        self._display.note(f"step {self._progress.step}: sample: {text}")
+        self._display.message(f"step {self._progress.step}: sample: {text}")

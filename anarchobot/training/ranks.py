@@ -1,7 +1,7 @@
-"""Several processes that train one model: each reads its own part of every step's sequences, all make the same update.
+"""Data-parallel training in several processes: each reads its part of every step's sequences, all make the same update.
 
-Gradients are summed in a few large buffers. All else that is exchanged is small and goes as bytes, so that every rank
-has it bit for bit. One process alone exchanges nothing, and loads nothing for it.
+Gradients are summed in a few large buffers. Everything else that is exchanged is small and sent as bytes, so that all
+ranks get identical bits. A single process exchanges nothing and imports nothing for it.
 """
 
 import json
@@ -24,108 +24,109 @@ if TYPE_CHECKING:
     from anarchobot.runs.progress import Progress
     from anarchobot.training.engine import Engine
 
-BUFFER_BYTES = 2**24  # a buffer of gradients: larger ones leave a processor's caches and take twice as long
-_NUMBERS = 30  # the most that `gather` takes
+BUFFER_BYTES = 2**24  # gradients per exchange: larger buffers leave the CPU caches and take twice as long
+_MAX_SCALARS = 30  # per call of all_gather_scalars
 
 
 class Ranks:
-    """This process, `rank` of `size`. A context around the training: when another rank is lost before its end, this
-    process ends too (training/heartbeat.py)."""
+    """The process group: this process is `rank` of `size`. A context manager around the training: if another rank is
+    lost before the end, this process ends as well (training/heartbeat.py)."""
 
-    def __init__(self, group: Any = None, watch: Heartbeat | None = None, name: str = "") -> None:
+    def __init__(self, group: Any = None, heartbeat: Heartbeat | None = None, backend: str = "") -> None:
         self.rank: int = 0 if group is None else group.rank()
         self.size: int = 1 if group is None else group.size()
-        self.name = name  # of the backend
-        self._group, self._watch = group, watch
+        self.backend = backend
+        self._group, self._heartbeat = group, heartbeat
 
     def __enter__(self) -> Self:
         return self
 
     def __str__(self) -> str:
-        """What is said of it behind the device."""
-        return "" if self.size == 1 else f", {self.size} ranks ({self.name})"
+        """A suffix for the device in messages, such as `, 2 ranks (ring)`; empty for a single process."""
+        return "" if self.size == 1 else f", {self.size} ranks ({self.backend})"
 
     def __exit__(self, kind: object, *exc: object) -> None:
-        if self._watch is not None:
-            self._watch.close(well=kind is None)
+        if self._heartbeat is not None:
+            self._heartbeat.close(success=kind is None)
 
     def all_reduce(self, grads: "Params") -> "Params":
-        """The sums over all ranks of float32 arrays, which all ranks have under the same names; uses `grads` up."""
+        """Sums float32 arrays with the same names over all ranks. Empties `grads` to save memory."""
         if self.size == 1:
             return grads
         import mlx.core as mx
 
-        whole: Params = {}
+        sums: Params = {}
         for names in _buffers({name: g.nbytes for name, g in sorted(grads.items())}):
             parts = [grads.pop(name) for name in names]
             flat = mx.concatenate([g.reshape(-1) for g in parts])
-            mx.eval(flat)  # before it is sent: a GPU that waits for the network is taken for dead
-            flat = self._exchanged(mx.distributed.all_sum(flat, group=self._group))
+            mx.eval(flat)  # before sending: a GPU command that waits for the network would time out
+            flat = self._exchange(mx.distributed.all_sum(flat, group=self._group))
             ends = np.cumsum([g.size for g in parts]).tolist()
             pieces = mx.split(flat, ends[:-1])
-            whole |= {name: x.reshape(g.shape) for name, x, g in zip(names, pieces, parts, strict=True)}
-        mx.eval(whole)
-        return whole
+            sums |= {name: x.reshape(g.shape) for name, x, g in zip(names, pieces, parts, strict=True)}
+        mx.eval(sums)
+        return sums
 
-    def all_gather(self, own: "Params", names: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]) -> "Params":
-        """Float32 arrays of which every rank has made its own: those of all. `names[r]` are rank r's, of these
-        `shapes`."""
+    def all_gather(
+        self, own: "Params", names: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]
+    ) -> "Params":
+        """Gathers float32 arrays of different names from all ranks: rank r contributes `names[r]`."""
         import mlx.core as mx
 
-        sizes = [[math.prod(shapes[name]) for name in of_rank] for of_rank in names]
-        longest, most = max(map(sum, sizes)), BUFFER_BYTES // (4 * self.size)
+        sizes = [[math.prod(shapes[name]) for name in rank_names] for rank_names in names]
+        longest, chunk = max(map(sum, sizes)), BUFFER_BYTES // (4 * self.size)
         mine = [own[name].reshape(-1) for name in names[self.rank]]
-        flat = mx.concatenate([*mine, mx.zeros(longest - sum(sizes[self.rank]))])  # all ranks send as much
+        flat = mx.concatenate([*mine, mx.zeros(longest - sum(sizes[self.rank]))])  # all ranks send the same length
         mx.eval(flat)
         received = [
-            self._exchanged(mx.distributed.all_gather(flat[i : i + most], group=self._group)).reshape(self.size, -1)
-            for i in range(0, longest, most)
+            self._exchange(mx.distributed.all_gather(flat[i : i + chunk], group=self._group)).reshape(self.size, -1)
+            for i in range(0, longest, chunk)
         ]
         rows = mx.concatenate(received, axis=1)  # [size, longest]
-        whole: Params = {}
-        for row, of_rank, lengths in zip(rows, names, sizes, strict=True):
+        gathered: Params = {}
+        for row, rank_names, lengths in zip(rows, names, sizes, strict=True):
             pieces = mx.split(row, np.cumsum(lengths).tolist())[:-1]
-            whole |= {name: x.reshape(shapes[name]) for name, x in zip(of_rank, pieces, strict=True)}
-        mx.eval(whole)
-        return whole
+            gathered |= {name: x.reshape(shapes[name]) for name, x in zip(rank_names, pieces, strict=True)}
+        mx.eval(gathered)
+        return gathered
 
-    def all_gather_scalars(self, numbers: Sequence[float] | npt.NDArray[np.float64] | None) -> npt.NDArray[np.float64]:
-        """What each rank gives, [size, n], on all alike. A rank that ran out of memory gives None, and all of them
-        raise MemoryError."""
+    def all_gather_scalars(self, values: Sequence[float] | npt.NDArray[np.float64] | None) -> npt.NDArray[np.float64]:
+        """Returns the values of all ranks, [size, n]. If a rank passes None (out of memory), all raise MemoryError."""
         if self.size == 1:
-            if numbers is None:
+            if values is None:
                 raise MemoryError
-            return np.array([numbers], np.float64)
+            return np.array([values], np.float64)
         import mlx.core as mx
 
-        count = -1 if numbers is None else len(numbers)
-        assert count <= _NUMBERS
-        row = np.array([count, *([] if numbers is None else numbers), *[0.0] * (_NUMBERS - max(0, count))], np.float64)
+        count = -1 if values is None else len(values)
+        assert count <= _MAX_SCALARS
+        padding = [0.0] * (_MAX_SCALARS - max(0, count))
+        row = np.array([count, *([] if values is None else values), *padding], np.float64)
         sent = mx.array(row.view(np.uint8))[None]
-        received = np.array(self._exchanged(mx.distributed.all_gather(sent, group=self._group)))
+        received = np.array(self._exchange(mx.distributed.all_gather(sent, group=self._group)))
         rows: npt.NDArray[np.float64] = received.view(np.float64)
         if (rows[:, 0] < 0).any():
             raise MemoryError("on another rank" if count >= 0 else "on this rank")
         return rows[:, 1 : 1 + count]
 
-    def all_reduce_scalars(self, numbers: Sequence[float] | npt.NDArray[np.float64] | None) -> npt.NDArray[np.float64]:
-        """The sums of what `gather` gives, added in the order of the ranks."""
-        rows = self.all_gather_scalars(numbers)
-        whole: npt.NDArray[np.float64] = rows[0].copy()
+    def all_reduce_scalars(self, values: Sequence[float] | npt.NDArray[np.float64] | None) -> npt.NDArray[np.float64]:
+        """Sums the rows of `all_gather_scalars` in the order of the ranks."""
+        rows = self.all_gather_scalars(values)
+        sums: npt.NDArray[np.float64] = rows[0].copy()
         for row in rows[1:]:
-            whole += row
-        return whole
+            sums += row
+        return sums
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
+        """Returns whether `flag` is true on any rank."""
         return flag if self.size == 1 else bool(self.all_gather_scalars([flag]).any())
 
-    def broadcast_scalar(self, number: float) -> float:
-        """Rank 0's: for what must be the same on machines that round differently."""
-        return number if self.size == 1 else float(self.all_gather_scalars([number])[0, 0])
+    def broadcast_scalar(self, value: float) -> float:
+        """Returns rank 0's value, for results that machines may round differently."""
+        return value if self.size == 1 else float(self.all_gather_scalars([value])[0, 0])
 
     def broadcast(self, data: bytes) -> bytes:
-        """Rank 0's bytes; what others give is not looked at."""
+        """Returns rank 0's bytes; the `data` of other ranks is ignored."""
         if self.size == 1:
             return data
         import mlx.core as mx
@@ -133,34 +134,34 @@ class Ranks:
         length = int(self.broadcast_scalar(len(data)))
         own = np.frombuffer(data, np.uint8) if self.rank == 0 else np.zeros(length, np.uint8)
         parts = [
-            np.array(self._exchanged(mx.distributed.all_sum(mx.array(own[i : i + BUFFER_BYTES]), group=self._group)))
+            np.array(self._exchange(mx.distributed.all_sum(mx.array(own[i : i + BUFFER_BYTES]), group=self._group)))
             for i in range(0, length, BUFFER_BYTES)
         ]
         return b"".join(part.tobytes() for part in parts)
 
     def broadcast_state(self, engine: "Engine", progress: "Progress") -> None:
-        """Brings every rank to where rank 0 stands: weights, optimizer, progress. Only rank 0 needs a checkpoint."""
+        """Copies rank 0's weights, optimizer state and progress to all ranks; only rank 0 needs a checkpoint."""
         if self.size == 1:
             return
         vars(progress).update(json.loads(self.broadcast(json.dumps(vars(progress)).encode())))
         state = engine.state()
         for name in sorted(state):
             array = np.asarray(state[name])
-            shared = self.broadcast(array.tobytes() if self.rank == 0 else b"")
+            data = self.broadcast(array.tobytes() if self.rank == 0 else b"")
             if self.rank > 0:
-                state[name] = np.frombuffer(shared, array.dtype).reshape(array.shape)
+                state[name] = np.frombuffer(data, array.dtype).reshape(array.shape)
         if self.rank > 0:
             engine.load_state(state)
 
-    def _exchanged(self, array: "mx.array") -> "mx.array":
-        """Raises SystemExit, once it is said which rank was lost, and RuntimeError when that can't be found out."""
+    def _exchange(self, array: "mx.array") -> "mx.array":
+        """Evaluates an exchange. If it fails, raises SystemExit once the lost rank is reported, else RuntimeError."""
         import mlx.core as mx
 
         try:
             mx.eval(array)
         except RuntimeError:
-            if self._watch is not None:
-                self._watch.explain()
+            if self._heartbeat is not None:
+                self._heartbeat.exit_when_reported()
             raise
         return array
 
@@ -169,12 +170,12 @@ ALONE = Ranks()
 
 
 def detect_launcher() -> tuple[str, str | None] | None:
-    """The backend by which this process was started as one of several (by mlx.launch or mpirun), and the address of
-    rank 0 where that is known; None: it is alone."""
+    """Returns the MLX backend for which mlx.launch or mpirun started this process as one of several ranks, and the
+    address of rank 0 if known; None for a single process."""
     env = os.environ
     if "MLX_RANK" in env:
         if hostfile := env.get("MLX_HOSTFILE"):
-            text = Path(hostfile).read_text(encoding="utf-8").strip()  # empty for one host
+            text = Path(hostfile).read_text(encoding="utf-8").strip()  # empty for a single host
             hosts = json.loads(text) if text else []
             return ("ring", hosts[0][0].rpartition(":")[0]) if len(hosts) > 1 else None
         if coordinator := env.get("MLX_JACCL_COORDINATOR"):
@@ -182,29 +183,29 @@ def detect_launcher() -> tuple[str, str | None] | None:
         if int(env.get("MLX_WORLD_SIZE", "1")) > 1:
             return "nccl", env.get("NCCL_HOST_IP")
     several = int(env.get("OMPI_COMM_WORLD_SIZE") or env.get("PMI_SIZE") or 1) > 1
-    return ("mpi", None) if several else None  # mpirun itself ends the others when one dies, and says which
+    return ("mpi", None) if several else None  # mpirun itself ends the other ranks and names the one that died
 
 
 def join_ranks() -> Ranks:
-    """Waits for all ranks and returns this one. Raises UserError when they can't be joined."""
-    started = detect_launcher()
-    if started is None:
+    """Joins the process group; waits for all ranks. Raises UserError if that fails."""
+    launcher = detect_launcher()
+    if launcher is None:
         return ALONE
     import mlx.core as mx
 
-    backend, host = started
+    backend, host = launcher
     try:
         group = mx.distributed.init(strict=True, backend=backend)
     except RuntimeError as error:
-        raise UserError(f"the {backend} backend can't join the ranks: {' '.join(str(error).split())}") from error
-    ranks = Ranks(group, name=backend)
+        raise UserError(f"{backend} backend: can't join the ranks: {' '.join(str(error).split())}") from error
+    ranks = Ranks(group, backend=backend)
     if host is not None and ranks.size > 1:
-        ranks._watch = connect(ranks.rank, ranks.size, host, ranks.broadcast)
+        ranks._heartbeat = connect(ranks.rank, ranks.size, host, ranks.broadcast)
     return ranks
 
 
 def _buffers(sizes: dict[str, int]) -> Iterator[list[str]]:
-    """Names whose arrays go into one buffer: as many as fit into BUFFER_BYTES, or one that is larger."""
+    """Groups names so that their arrays fill at most BUFFER_BYTES; a larger array gets a group of its own."""
     names: list[str] = []
     room = BUFFER_BYTES
     for name, size in sizes.items():

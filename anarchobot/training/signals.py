@@ -1,63 +1,65 @@
-"""Ctrl-C, SIGTERM and a closed terminal ask the run to end after the step at hand; a Ctrl-C after that, at once.
+"""Signals: Ctrl-C, SIGTERM and SIGHUP stop a run after the current step; a second Ctrl-C stops it immediately.
 
 Python runs its signal handlers between bytecodes, so not while MLX evaluates a graph, which may take a minute. A thread
-that reads the wake-up descriptor sees the signal at once: it answers, and ends the program if need be.
+that reads the wake-up descriptor responds immediately and, on a second Ctrl-C, ends the process.
 
-A hang-up that was ignored when the program began stays ignored: `nohup` means it. SIGTERM may come twice, from the
-system and from the process that supervises, and means the same: only a Ctrl-C is impatient.
+A SIGHUP that was ignored when the program started (`nohup`) stays ignored. SIGTERM may arrive twice, from the system
+and from a supervising parent, and means the same both times: only a second Ctrl-C stops immediately.
 """
 
 import os
 import signal
+import subprocess
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
 
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-PATIENCE = 0.5  # seconds that a second signal waits for Python's own way out
-SHOW_CURSOR = "\x1b[?25h"  # a live bar hides it
-PARENT = "ANARCHOBOT_PARENT"  # in the environment of a supervised run: the process that watches over it
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+GRACE_SECONDS = 0.5  # after a second Ctrl-C, for KeyboardInterrupt to end the process
+SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
+PARENT_ENV = "ANARCHOBOT_PARENT"  # environment variable: process id of the parent that supervises this run
 
 
 def can_handle(number: int) -> bool:
-    """Whether this signal may stop a run. (A shell ignores Ctrl-C, too, for what it starts in the background; there it
-    can only be meant for the run itself.)"""
+    """Returns False for a SIGHUP that was ignored at startup. (Shells ignore Ctrl-C for background jobs, but there a
+    SIGINT can only be meant for the run itself.)"""
     return number != getattr(signal, "SIGHUP", None) or signal.getsignal(number) is not signal.SIG_IGN
 
 
 class StopRequest:
-    """A context in which `requested` turns true at the first signal. Only the main thread may enter it."""
+    """A context manager whose `requested` becomes true at the first signal. For the main thread only."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        """`quiet`: another process says what a signal does."""
+        """`quiet`: print nothing, because another process does."""
         self._quiet = quiet
         self._signals = 0
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
         self._ended = threading.Event()
-        self._parent = int(os.environ.get(PARENT, 0))
+        self._parent = int(os.environ.get(PARENT_ENV, 0))
 
     @property
     def requested(self) -> bool:
-        """Also when the process that supervises this one is gone: nobody would hear of the run's end."""
+        """Also true if the supervising parent is gone."""
         return self._signals > 0 or (self._parent > 0 and os.getppid() != self._parent)
 
     def __enter__(self) -> Self:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        for number in _SIGNALS:
+        for number in SIGNALS:
             if can_handle(number):
-                self._before[number] = signal.signal(number, self._receive)
-        self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+                self._previous[number] = signal.signal(number, self._receive)
+        self._previous_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._ended.set()
-        signal.set_wakeup_fd(self._wakeup_before)
-        for number, handler in self._before.items():
+        signal.set_wakeup_fd(self._previous_wakeup)
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
         os.write(self._writer, b"\0")
         self._watcher.join()
@@ -70,19 +72,47 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def _watch(self) -> None:
-        seen = 0
+        count = 0
         while number := os.read(self._reader, 1)[0]:
-            if number not in self._before:
+            if number not in self._previous:
                 continue
-            seen += 1
-            if seen == 1:
-                self._say(f"\n{signal.Signals(number).name}: saving after this step; Ctrl-C to stop at once")
-            elif number == signal.SIGINT and not self._ended.wait(PATIENCE):
-                # Written checkpoints are whole at any moment, so there is nothing to wait for.
-                self._say(f"stopped{SHOW_CURSOR if sys.stderr.isatty() else ''}")
+            count += 1
+            if count == 1:
+                self._print(
+                    f"\n{signal.Signals(number).name}: saving after this step; press Ctrl-C to stop immediately"
+                )
+            elif number == signal.SIGINT and not self._ended.wait(GRACE_SECONDS):
+                # Checkpoints on disk are complete at any moment, so there is nothing to wait for.
+                self._print(f"stopped{SHOW_CURSOR if sys.stderr.isatty() else ''}")
                 os._exit(130)
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if not self._quiet:
-            with suppress(OSError):  # the terminal may have gone
+            with suppress(OSError):  # the terminal may be closed
                 print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def forward_signals(children: Sequence["subprocess.Popen[bytes]"]) -> Iterator[list[int]]:
+    """A context manager that forwards signals to child processes; yields the list of forwarded signals."""
+    forwarded: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        forwarded.append(number)
+        for child in children:
+            child.send_signal(number)
+
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, forward) for number in SIGNALS if can_handle(number)}
+    try:
+        yield forwarded
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def print_status(text: str) -> None:
+    """Prints one line on stderr in a single write, since several processes may print at once."""
+    with suppress(OSError):  # the terminal may be closed
+        print(f"anarchobot: {text}\n", end="", file=sys.stderr, flush=True)

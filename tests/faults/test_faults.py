@@ -1,6 +1,6 @@
-"""Runs broken in every way that we know of go on and end as unbroken ones; damage is seen. `make faults` does more.
+"""Fault injection: interrupted runs resume to the same result, and damage is detected. `make faults` does more.
 
-The harness is the product's own (`anarchobot selftest`); the first tests here show that it can fail.
+The harness is that of `anarchobot selftest`; the first test shows that it can fail.
 """
 
 import json
@@ -17,55 +17,53 @@ import pytest
 
 from anarchobot.cli.main import main
 from anarchobot.runs import checkpoint
-from anarchobot.tasks import selftest, selftest_disk
-from anarchobot.tasks.selftest import Playground
+from anarchobot.tasks import selftest
+from anarchobot.tasks.selftest import FaultHarness
 from tests.tiny import write_config
 
 
 @pytest.fixture(scope="module")
-def playground(tmp_path_factory: pytest.TempPathFactory) -> Playground:
-    return Playground(tmp_path_factory.mktemp("faults") / "play")
+def harness(tmp_path_factory: pytest.TempPathFactory) -> FaultHarness:
+    return FaultHarness(tmp_path_factory.mktemp("faults") / "play")
 
 
-def test_the_harness_tells_a_broken_program_from_a_whole_one(
-    playground: Playground, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_harness_detects_a_faulty_program(harness: FaultHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(playground, "_whole", playground._whole | {"loss": 1.0})
-        (failure,) = playground.kills(1).failures
-        assert failure.endswith("not the unbroken run: loss")
+        patch.setattr(harness, "_reference", harness._reference | {"loss": 1.0})
+        (failure,) = harness.kill_runs(1).failures
+        assert failure.endswith("differs from the reference run: loss")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_damage", lambda *args: "")  # digests are not looked at
+        patch.setattr(checkpoint, "_damage", lambda *args: "")  # digests are not checked
         patch.setattr(selftest, "verify", lambda folder: [])
-        outcome = playground.flips(8)
+        outcome = harness.flip_bytes(8)
         assert outcome.tried == 8
         assert any("model.npz: byte" in failure for failure in outcome.failures)
         assert any("train_00000.npy: byte" in failure for failure in outcome.failures)
 
 
-def test_killed_at_five_moments(playground: Playground) -> None:
-    outcome = playground.kills(5)
+def test_runs_killed_at_random_moments(harness: FaultHarness) -> None:
+    outcome = harness.kill_runs(5)
     assert (outcome.tried, outcome.failures) == (5, [])
 
 
-def test_interrupted(playground: Playground) -> None:
-    outcome = playground.signals(2)
+def test_interrupted_runs(harness: FaultHarness) -> None:
+    outcome = harness.interrupt_runs(2)
     assert (outcome.tried, outcome.failures) == (2, [])
 
 
-def test_damaged_files_are_seen(playground: Playground) -> None:
-    for outcome, tried in ((playground.flips(200), 200), (playground.truncations(50), 50)):
+def test_damaged_files_are_detected(harness: FaultHarness) -> None:
+    for outcome, tried in ((harness.flip_bytes(200), 200), (harness.truncate_files(50), 50)):
         assert (outcome.tried, outcome.failures) == (tried, [])
 
 
-def test_each_operation_of_a_save_may_be_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    outcome = selftest_disk.operation_fails(tmp_path / "disk", "kill -9", selftest_disk.KILLED)
+def test_kill_at_each_operation_of_a_save(tmp_path: Path) -> None:
+    outcome = selftest.fail_each_operation(tmp_path / "disk", "kill -9", selftest.KILL)
     assert outcome.failures == []
     assert outcome.tried > 100
 
 
 @pytest.mark.faults
-def test_killed_at_fifty_moments_and_a_failing_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_selftest_with_fifty_kills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The table of docs/reliability.md."""
     code = main(["selftest", "--faults", "--kills", "50"])
     with capsys.disabled():
@@ -73,10 +71,9 @@ def test_killed_at_fifty_moments_and_a_failing_disk(tmp_path: Path, capsys: pyte
     assert code == 0
 
 
-# A run in a process of its own, watched through its metrics.
+class RunProcess:
+    """A run in its own process, observed through its metrics."""
 
-
-class Running:
     def __init__(self, tmp_path: Path, shards: Path, **settings: Any) -> None:
         settings = {
             "train__total_steps": 10**6, "train__eval_interval": 10**6, "train__ckpt_interval": 2, **settings
@@ -93,7 +90,7 @@ class Running:
         return [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
 
     def wait_for(self, event: str, above: int = 0) -> dict[str, Any]:
-        for _ in range(2400):  # two minutes: slow machines are
+        for _ in range(2400):  # two minutes, for slow machines
             for line in self.lines():
                 if line["event"] == event and line["step"] > above:
                     return line
@@ -106,29 +103,29 @@ class Running:
         return self.process.communicate(timeout=120)[1]
 
 
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux alone can change a running process's limits")
-def test_a_full_disk_is_said_survived_and_tried_again(tmp_path: Path, tiny_shards: Path) -> None:
-    """No file may grow beyond 64 KiB for a while, as on a disk without room: a checkpoint has 110. The metrics, which
-    must tell of it, stay below for minutes."""
-    run = Running(tmp_path, tiny_shards, train__log_interval=10**6, train__ckpt_interval=10)
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux can change the limits of a running process")
+def test_full_disk_is_reported_and_the_save_retried(tmp_path: Path, tiny_shards: Path) -> None:
+    """For a while no file may exceed 64 KiB, as on a full disk; a checkpoint has 110 KiB. The metrics, which must
+    report it, stay below the limit for minutes."""
+    run = RunProcess(tmp_path, tiny_shards, train__log_interval=10**6, train__ckpt_interval=10)
     before = run.wait_for("save")["step"]
-    whole = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
     failed = run.wait_for("warning", above=before)
     assert "saving failed" in failed["text"]
     assert "File too large" in failed["text"]
     good = checkpoint.find(run.folder)
     assert before <= good.step < failed["step"]
-    assert good.passed_over == ()
-    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, whole)
+    assert good.skipped == ()
+    resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, unlimited)
     run.wait_for("save", above=failed["step"])
-    assert "go on with" in run.stop()
+    assert "resume with" in run.stop()
     assert run.process.returncode == 130
     assert checkpoint.find(run.folder).step > failed["step"]
 
 
-def test_two_runs_cannot_write_one_folder(tmp_path: Path, tiny_shards: Path) -> None:
-    run = Running(tmp_path, tiny_shards)
+def test_second_run_in_the_same_folder_is_refused(tmp_path: Path, tiny_shards: Path) -> None:
+    run = RunProcess(tmp_path, tiny_shards)
     run.wait_for("save")
     other = subprocess.run([*run.command, "--resume-from", "auto"], capture_output=True, text=True, check=False)
     assert other.returncode == 2
@@ -136,15 +133,15 @@ def test_two_runs_cannot_write_one_folder(tmp_path: Path, tiny_shards: Path) -> 
     assert f"process {run.process.pid} on" in line
     run.process.kill()
     run.process.communicate()
-    assert main([*run.command[3:], "--resume-from", "auto", "--quiet", "train.total_steps=1"]) == 0  # taken over
+    assert (
+        main([*run.command[3:], "--resume-from", "auto", "--quiet", "train.total_steps=1"]) == 0
+    )  # the lock died with its process
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_and_set_aside(
-    tmp_path: Path, tiny_shards: Path, capsys: Any
-) -> None:
+def test_damaged_newest_checkpoint_is_skipped_and_quarantined(tmp_path: Path, tiny_shards: Path, capsys: Any) -> None:
     config = str(write_config(tmp_path / "c.yaml", tiny_shards, tmp_path / "run"))
     assert main(["pretrain", config, "--quiet"]) == 0
-    whole = (tmp_path / "run" / "step_00000006" / "state.json").read_bytes()
+    original = (tmp_path / "run" / "step_00000006" / "state.json").read_bytes()
     model = tmp_path / "run" / "step_00000006" / "model.npz"
     data = bytearray(model.read_bytes())
     data[len(data) // 2] ^= 1
@@ -154,10 +151,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_set_aside(
     assert main(["pretrain", config, "--resume-from", "auto"]) == 0
     err = capsys.readouterr().err
     assert "warning: " in err
-    assert "step_00000006/model.npz: damaged (its sha256 is not what was written)" in err
-    assert "set aside as step_00000006.damaged" in err
+    assert "step_00000006/model.npz: damaged (SHA-256 mismatch)" in err
+    assert "moved to step_00000006.damaged" in err
     again = json.loads((tmp_path / "run" / "step_00000006" / "state.json").read_bytes())
-    assert again["sha256"] == json.loads(whole)["sha256"]
+    assert again["sha256"] == json.loads(original)["sha256"]
     assert (tmp_path / "run" / "step_00000006.damaged" / "model.npz").read_bytes() == bytes(data)
     for step in (3, 6):
         (tmp_path / "run" / f"step_{step:08d}" / "state.json").write_text("{}")
@@ -179,8 +176,8 @@ with StopRequest() as stop:
 """
 
 
-def test_a_signal_is_answered_in_the_middle_of_an_evaluation_and_a_second_one_ends_it() -> None:
-    """Python's own handlers wait for the graph, which takes a minute."""
+def test_signals_are_handled_during_a_long_evaluation() -> None:
+    """Python's own handlers wait until MLX has evaluated the graph, which takes a minute."""
     with subprocess.Popen(
         [sys.executable, "-c", SLOW], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -188,8 +185,8 @@ def test_a_signal_is_answered_in_the_middle_of_an_evaluation_and_a_second_one_en
         assert process.stdout.readline() == "evaluating\n"
         process.send_signal(signal.SIGTERM)
         assert process.stdout.readline() == "\n"
-        assert process.stdout.readline() == "SIGTERM: saving after this step; Ctrl-C to stop at once\n"
-        process.send_signal(signal.SIGTERM)  # the parent's or the system's second one
+        assert process.stdout.readline() == "SIGTERM: saving after this step; press Ctrl-C to stop immediately\n"
+        process.send_signal(signal.SIGTERM)  # a second one, from the parent or the system
         time.sleep(1.0)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
@@ -198,16 +195,16 @@ def test_a_signal_is_answered_in_the_middle_of_an_evaluation_and_a_second_one_en
 
 
 @pytest.mark.faults
-@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="mounting takes root")
-def test_a_small_disk_fills_up_and_is_emptied(tmp_path: Path, tiny_shards: Path) -> None:
-    """On a file system of 3 MB: filled to the last byte by something else, then given room again."""
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="mounting requires root")
+def test_disk_fills_up_and_is_emptied(tmp_path: Path, tiny_shards: Path) -> None:
+    """A 3 MB file system is filled to the last byte by another file, which is then removed."""
     small = tmp_path / "run"
     small.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)], check=False)
     if mounted.returncode != 0:
-        pytest.skip("mounting is not allowed here; the test with a limited file size has run")
+        pytest.skip("mounting is not allowed here; the test with a file size limit covers this in part")
     try:
-        run = Running(tmp_path, tiny_shards, train__ckpt_keep=1, train__log_interval=10**6)
+        run = RunProcess(tmp_path, tiny_shards, train__ckpt_keep=1, train__log_interval=10**6)
         run.wait_for("save")
         ballast = (small / "ballast").open("wb", buffering=0)
         try:
@@ -217,14 +214,14 @@ def test_a_small_disk_fills_up_and_is_emptied(tmp_path: Path, tiny_shards: Path)
             pass
         ballast.close()
         good = checkpoint.find(small)
-        time.sleep(3)  # steps and failed saves, of which nothing can be written down
+        time.sleep(3)  # steps and failed saves, whose events can't be written
         assert run.process.poll() is None
         assert checkpoint.find(small).step >= good.step
         (small / "ballast").unlink()
         run.wait_for("save", above=good.step + 10)
         err = run.stop()
         assert "No space left on device" in err
-        assert "could not be written" in err  # lines of the metrics, counted
+        assert "could not be written" in err  # the count of lost events
         assert run.process.returncode == 130
     finally:
         subprocess.run(["umount", str(small)], check=False)

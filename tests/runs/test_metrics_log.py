@@ -1,4 +1,4 @@
-"""What a run says of itself: lines that are read later, and a display."""
+"""metrics.jsonl, TensorBoard and the terminal display."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from anarchobot.runs.metrics_log import MetricsLog
 from tests.training.fake_engine import FakeEngine, train
 
 
-def test_a_torn_line_of_a_killed_run_does_not_swallow_the_next(tmp_path: Path) -> None:
+def test_truncated_last_line_does_not_corrupt_the_next(tmp_path: Path) -> None:
     for text in ('{"step": 1}\n{"step": 2, "ev', '{"step": 1}\n', ""):
         (tmp_path / "metrics.jsonl").write_text(text)
         with MetricsLog(tmp_path) as log:
@@ -23,27 +23,27 @@ def test_a_torn_line_of_a_killed_run_does_not_swallow_the_next(tmp_path: Path) -
         assert "".join(lines[:-1]) == text.replace("\n", "")
 
 
-def test_a_display_whose_reader_has_gone_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_terminal_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     from anarchobot.training.display import TerminalDisplay
 
     for number in (5, 32):  # EIO: a closed terminal; EPIPE: a pipe
 
-        class Gone(io.StringIO):
+        class Closed(io.StringIO):
             def write(self, text: str, number: int = number) -> int:
                 raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr(sys, "stderr", Gone())
+        monkeypatch.setattr(sys, "stderr", Closed())
         with TerminalDisplay(9, 0) as display:
-            display.note("hello")
-            named = ("loss", "smooth_loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_gb")
-            display.train(1, dict.fromkeys(named, 1))
+            display.message("hello")
+            names = ("loss", "smooth_loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_gb")
+            display.train(1, dict.fromkeys(names, 1))
 
 
-def test_tensorboard_has_samples_and_settings_as_text(tmp_path: Path) -> None:
+def test_tensorboard_shows_samples_and_config(tmp_path: Path) -> None:
     with MetricsLog(tmp_path) as log:
         log.config(0, "model:\n  d_model: 8\n")
         log.event("sample", 7, text="Once upon a time")
-    values = [(event.step, value) for event in board(tmp_path) for value in event.summary.value]
+    values = [(event.step, value) for event in tensorboard_events(tmp_path) for value in event.summary.value]
     assert [(step, value.tag.split("/")[0], value.tensor.string_val[0].decode()) for step, value in values] == [
         (0, "config", "```yaml\nmodel:\n  d_model: 8\n```"),
         (7, "sample", "Once upon a time"),
@@ -51,7 +51,7 @@ def test_tensorboard_has_samples_and_settings_as_text(tmp_path: Path) -> None:
     assert {value.metadata.plugin_data.plugin_name for _, value in values} == {"text"}
 
 
-def test_the_lines_are_echoed_as_they_are_written(tmp_path: Path) -> None:
+def test_events_are_echoed(tmp_path: Path) -> None:
     echo = io.StringIO()
     with MetricsLog(tmp_path, echo) as log:
         log.event("train", 1, loss=2.0)
@@ -59,8 +59,8 @@ def test_the_lines_are_echoed_as_they_are_written(tmp_path: Path) -> None:
     assert echo.getvalue() == (tmp_path / "metrics.jsonl").read_text()
 
 
-def board(logs: Path) -> list[Event]:
-    """Read with a reader of our own: length, checksum, event, checksum, as TFRecord files are."""
+def tensorboard_events(logs: Path) -> list[Event]:
+    """An independent TFRecord reader: length, checksum, event, checksum."""
     (file,) = (logs / "tensorboard").iterdir()
     raw, place, events = file.read_bytes(), 0, []
     while place < len(raw):
@@ -70,9 +70,9 @@ def board(logs: Path) -> list[Event]:
     return events
 
 
-def test_tensorboard_has_what_the_lines_have(tmp_path: Path) -> None:
+def test_tensorboard_matches_metrics_jsonl(tmp_path: Path) -> None:
     _, lines = train(tmp_path, FakeEngine(), 4, log_interval=2, eval_interval=4)
-    points = [(v.tag, event.step, v.simple_value) for event in board(tmp_path / "logs") for v in event.summary.value]
+    points = [(v.tag, event.step, v.simple_value) for event in tensorboard_events(tmp_path / "logs") for v in event.summary.value]
     for name in ("loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_gb"):
         wanted = [(line["step"], line[name]) for line in lines if line["event"] == "train"]
         assert [(step, v) for tag, step, v in points if tag == f"train/{name}"] == [

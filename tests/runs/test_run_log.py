@@ -1,4 +1,4 @@
-"""A run's log read back: what a kill cut off, what was made anew, which state it is in."""
+"""Reading a run: truncated lines, steps trained again after a resume, and the run's state."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def write(folder: Path, *lines: dict[str, Any] | str) -> Path:
     return folder
 
 
-def test_steps_that_were_made_anew_replace_the_old_ones(tmp_path: Path) -> None:
+def test_steps_trained_again_replace_the_old_ones(tmp_path: Path) -> None:
     run = read_run(write(
         tmp_path / "run",
         {"step": 1, "event": "train", "loss": 5.0}, {"step": 2, "event": "train", "loss": 4.0},
@@ -35,15 +35,15 @@ def test_steps_that_were_made_anew_replace_the_old_ones(tmp_path: Path) -> None:
         {"step": 3, "event": "train", "loss": 3.0}, {"step": 3, "event": "eval", "val_loss": 2.0},
     ))  # fmt: skip
     assert run.points("train", "loss") == [(1, 5.0), (2, 4.0), (3, 3.0)]
-    assert (run.best("val_loss"), run.torn, run.step, run.state) == ((3, 2.0), 1, 3, "died")
+    assert (run.best("val_loss"), run.malformed, run.step, run.state) == ((3, 2.0), 1, 3, "died")
 
 
-def test_a_real_run_is_read_whole_and_found_in_its_folder(tmp_path: Path, tiny_shards: Path) -> None:
+def test_read_and_find_real_runs(tmp_path: Path, tiny_shards: Path) -> None:
     runs = tmp_path / "runs"
     summary = pretrain(loaded(tmp_path / "c.yaml", tiny_shards, runs / "a" / "first"), show="nothing")
     write(runs / "second", {"step": 1, "event": "end", "finished": False})
     (runs / "configs").mkdir()
-    (runs / "configs" / "config.yaml").write_text("model: {}\n")  # no run
+    (runs / "configs" / "config.yaml").write_text("model: {}\n")  # a configuration without a run
     first, second = sorted(find_runs(runs), key=lambda run: run.name)
     assert (first.state, second.state) == ("finished", "stopped")
     assert first.last("train", "loss") == pytest.approx(summary["final_loss"])
@@ -58,7 +58,7 @@ def test_a_real_run_is_read_whole_and_found_in_its_folder(tmp_path: Path, tiny_s
         list(find_runs(runs / "none"))
 
 
-def test_a_run_that_is_going_on_and_one_that_was_killed(tmp_path: Path) -> None:
+def test_running_and_killed(tmp_path: Path) -> None:
     folder = write(tmp_path / "run", {"step": 1, "event": "train", "loss": 5.0})
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom anarchobot.storage.lock import FolderLock\n"

@@ -1,4 +1,4 @@
-"""Whole files, digests that see every change, and one writer to a folder."""
+"""Atomic files, digests that detect every change, and folder locks."""
 
 import errno
 import hashlib
@@ -15,27 +15,27 @@ from anarchobot.storage.durable import HashedFile, read_sealed, write_sealed, wr
 from anarchobot.storage.lock import FolderLock
 
 
-def test_every_changed_or_missing_byte_of_a_sealed_file_is_seen(tmp_path: Path) -> None:
+def test_every_changed_or_missing_byte_of_a_sealed_file_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     values = {"step": 3, "loss": 1.0 / 3, "name": "é", "list": [1, None, True], "tiny": 5e-324}
     write_sealed(path, values)
     assert read_sealed(path) == values
     good = path.read_bytes()
-    # The seal is what anybody can compute: sha256 of the same JSON without it.
+    # The seal is the SHA-256 of the same JSON without it.
     plain = json.dumps(values, indent=1) + "\n"
     assert json.loads(good)["content_sha256"] == hashlib.sha256(plain.encode()).hexdigest()
     for place in range(len(good)):
         for change in (1, 0x07, 0x80, good[place] ^ 0x20):
             if change:
                 path.write_bytes(good[:place] + bytes([good[place] ^ change]) + good[place + 1 :])
-                with pytest.raises(ValueError):  # JSON's own, or ours
+                with pytest.raises(ValueError):  # from json or from read_sealed
                     read_sealed(path)
         path.write_bytes(good[:place])
         with pytest.raises(ValueError):
             read_sealed(path)
 
 
-def test_a_hashed_files_digest_is_that_of_its_bytes(tmp_path: Path) -> None:
+def test_hashed_file(tmp_path: Path) -> None:
     with HashedFile(tmp_path / "f") as file:
         for part in (b"abc", b"", memoryview(b"defg")):
             file.write(part)
@@ -44,7 +44,7 @@ def test_a_hashed_files_digest_is_that_of_its_bytes(tmp_path: Path) -> None:
     assert digest == hashlib.sha256(b"abcdefg").hexdigest() == durable.sha256_file(tmp_path / "f")
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_atomic(tmp_path / "f", "old")
 
     def full(descriptor: int) -> None:
@@ -56,8 +56,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "f").read_text() == "old"
 
 
-def test_macs_flush_the_drive_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """F_FULLFSYNC where there is one; fsync where the file system knows none."""
+def test_fsync_on_macos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F_FULLFSYNC, or fsync if the file system does not support it."""
     import fcntl
 
     calls: list[object] = []
@@ -77,7 +77,7 @@ def test_macs_flush_the_drive_itself(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert calls == [51, 51, "fsync"]
 
 
-def test_a_folder_has_one_writer_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
+def test_folder_lock_is_exclusive_and_released_on_death(tmp_path: Path) -> None:
     holder = (
         "import sys, time; from pathlib import Path; from anarchobot.storage.lock import FolderLock\n"
         "with FolderLock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"

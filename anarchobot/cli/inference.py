@@ -1,0 +1,323 @@
+"""`anarchobot generate`, `chat` and `serve`."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anarchobot.cli.knowledge import SEARCH_SETTINGS
+from anarchobot.cli.parser import Parser, add_command, add_settings, non_negative, overrides, positive
+from anarchobot.config.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from anarchobot.config.schema import Config
+    from anarchobot.inference.chat import ChatSession
+
+SETTINGS = {
+    "--method": "generation.method",
+    "--temperature": "generation.temperature",
+    "--top-k": "generation.top_k",
+    "--top-p": "generation.top_p",
+    "--min-p": "generation.min_p",
+    "--repetition-penalty": "generation.repetition_penalty",
+    "--max-new-tokens": "generation.max_new_tokens",
+    "--seed": "generation.seed",
+}
+MODEL_DEFAULT = "default: the model's setting, else "
+CHAT_HELP = """\
+/reset        forget the conversation
+/system TEXT  set the system prompt; without TEXT, remove it
+/save FILE    append the conversation to a JSONL file for `anarchobot sft`
+/good, /bad   rate the knowledge base passages found for the last question
+/help         show this help
+Ctrl-C stops an answer, Ctrl-D ends the chat."""
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def add_commands(commands: Any) -> None:
+    generate = add_command(commands, "generate", _generate, "generate text with a trained model")
+    _add_model(generate)
+    add_settings(generate, {"--prompt": "generation.prompt", **SETTINGS}, MODEL_DEFAULT)
+    generate.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='file of prompts, one per line, or JSONL with rows {"prompt": ...} (default: --prompt only)',
+    )
+
+    chat = add_command(commands, "chat", _chat, "chat with a model in the terminal")
+    _add_model(chat)
+    add_settings(chat, SETTINGS | SEARCH_SETTINGS, MODEL_DEFAULT)
+
+    serve = add_command(commands, "serve", _serve, "serve a model over an OpenAI-compatible HTTP API, with a chat page")
+    _add_checkpoint(serve)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; the default serves this machine only")
+    serve.add_argument("--port", type=_port, default=8080, help="port to listen on; 0: any free port")
+    serve.add_argument("--max-tokens", type=positive, default=2048, metavar="N", help="maximum tokens per answer")
+    serve.add_argument("--queue", type=non_negative, default=64, metavar="N", help="maximum number of waiting requests")
+    serve.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="file with the API key that clients must send (default: ANARCHOBOT_API_KEY, or no key)",
+    )
+    serve.add_argument(
+        "--allow-host",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="additional host names to accept in the Host header (default: none)",
+    )
+    serve.add_argument(
+        "--allow-origin",
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="other sites whose pages may send requests (default: none)",
+    )
+    serve.add_argument("--model-name", metavar="NAME", help="model name in the API (default: name of its folder)")
+
+
+def _add_checkpoint(parser: Parser) -> None:
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="run folder, step_… folder, or Hugging Face model folder"
+    )
+
+
+def _add_model(parser: Parser) -> None:
+    _add_checkpoint(parser)
+    parser.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end before this text; may be repeated [generation.stop; default: the model's setting, else none]",
+    )
+
+
+def _port(word: str) -> int:
+    if (number := non_negative(word)) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got '{word}'")
+    return number
+
+
+def _settings(args: argparse.Namespace, trained: "Config") -> "Config":
+    """The sections used for inference: the model's own settings, overridden by flags."""
+    from anarchobot.config.loading import load_config
+
+    sections = {name: getattr(trained, name).model_dump() for name in ("generation", "knowledge_base")}
+    base = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    if args.stop is not None:
+        base["generation.stop"] = args.stop
+    return load_config(None, overrides(args, base)).config
+
+
+# --- generate
+
+
+def _generate(args: argparse.Namespace) -> None:
+    prompts = None if args.prompts is None else _read_prompts(args.prompts)
+    from anarchobot.system.blas import load_fast_blas
+
+    load_fast_blas()  # before MLX is imported
+    from anarchobot.inference.generation import generate, generate_each
+    from anarchobot.inference.model import load_model
+
+    model, trained = load_model(args.checkpoint)
+    settings = _settings(args, trained).generation
+    if prompts is not None:
+        for prompt, text in zip(prompts, generate_each(model, prompts, settings), strict=True):
+            _write(_json_row(prompt, text) if args.json else f"{prompt}{text}\n\n")
+        return
+    if args.json:
+        _write(_json_row(settings.prompt, generate(model, settings)))
+        return
+    pending = [settings.prompt]  # printed with the first piece, so that a prompt that is too long is not echoed
+
+    def write(text: str) -> None:
+        _write("".join([*pending, text]))
+        pending.clear()
+
+    generate(model, settings, on_text=write)
+    write("")
+    _write("\n")
+
+
+def _read_prompts(file: Path) -> list[str]:
+    """The prompts in a file, without empty lines."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8; expected text, or JSONL (.jsonl)") from error
+    numbered = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise UserError(f"{file}: no prompts; expected one per line")
+    if file.suffix != ".jsonl":
+        return [line for _, line in numbered]
+    return [_parse_prompt(line, f"{file}:{number}") for number, line in numbered]
+
+
+def _parse_prompt(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise UserError(f'{where}: expected {{"prompt": "..."}}')
+    return str(row["prompt"])
+
+
+def _json_row(prompt: str, text: str) -> str:
+    return json.dumps({"prompt": prompt, "text": text}) + "\n"
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+# --- chat
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from anarchobot.system.blas import load_fast_blas
+
+    load_fast_blas()  # before MLX is imported
+    from anarchobot.inference.chat import ChatSession
+    from anarchobot.inference.model import load_model
+    from anarchobot.knowledge.knowledge_base import KnowledgeBase
+
+    model, trained = load_model(args.checkpoint)
+    config = _settings(args, trained)
+    settings = config.knowledge_base
+    with ExitStack() as stack:
+        base = None if settings.path is None else stack.enter_context(KnowledgeBase(settings.path, settings))
+        session = ChatSession(model, config.generation, base)
+        for warning in session.warnings():
+            print(f"warning: {warning}", file=sys.stderr)
+        _chat_loop(session, args)
+
+
+def _chat_loop(session: "ChatSession", args: argparse.Namespace) -> None:
+    """Reads lines from a terminal or a pipe. An error is printed, and the conversation continues."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        with suppress(ImportError):
+            import readline  # noqa: F401  gives input() line editing and history
+        if not args.quiet:
+            print("type /help for a list of commands", file=sys.stderr)
+    while (line := _read_line(is_terminal)) is not None:
+        try:
+            if line.startswith("/"):
+                _run_chat_command(session, line, say=lambda text: None if args.quiet else print(text, file=sys.stderr))
+            elif line:
+                _answer(session, line, args)
+        except (UserError, OSError) as error:
+            message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            print(f"anarchobot: {message}", file=sys.stderr)
+        except KeyboardInterrupt:
+            with suppress(KeyboardInterrupt):
+                print(flush=True)
+    if is_terminal:
+        print()
+
+
+def _read_line(is_terminal: bool) -> str | None:
+    """The next line, or None at end of input."""
+    while True:
+        try:
+            return input("> " if is_terminal else "").strip()
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            if not is_terminal:
+                raise
+            with suppress(KeyboardInterrupt):  # ignore a second Ctrl-C here
+                print("\nCtrl-D ends the chat", file=sys.stderr)
+
+
+def _answer(session: "ChatSession", question: str, args: argparse.Namespace) -> None:
+    forgotten = session.forgotten
+    text = session.answer(question, on_text=(lambda text: None) if args.json else _write_visible)
+    sources = list(dict.fromkeys(hit.source for hit in session.hits))
+    if args.json:
+        _write(json.dumps({"question": question, "answer": text, "sources": sources}) + "\n")
+        return
+    _write("\n")
+    if not text and not args.quiet:
+        print("(empty answer)", file=sys.stderr)
+    if sources and not args.quiet:
+        _write_visible(f"(sources: {', '.join(sources)})\n")
+    if session.forgotten > forgotten and not args.quiet:
+        print(f"(dropped {session.forgotten} turns that no longer fit in the context window)", file=sys.stderr)
+
+
+def _run_chat_command(session: "ChatSession", line: str, say: Callable[[str], None]) -> None:
+    command, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if command == "/help":
+        print(CHAT_HELP, file=sys.stderr)
+    elif command == "/reset":
+        session.reset()
+        say("conversation reset")
+    elif command == "/system":
+        session.set_system(rest)
+        say("system prompt set" if rest else "system prompt removed")
+    elif command == "/save":
+        if not rest:
+            raise UserError("/save: missing FILE")
+        session.save(Path(rest))
+        say(f"saved to {rest}")
+    elif command in ("/good", "/bad"):
+        votes = session.vote(1.0 if command == "/good" else -1.0)
+        say(f"rated {votes} passage(s)")
+    else:
+        near = did_you_mean(command, re.findall(r"/\w+", CHAT_HELP))
+        raise UserError(f"unknown command '{command}'{near} (see /help)")
+
+
+def _write_visible(text: str) -> None:
+    """On a terminal, escapes control characters in generated text and file names."""
+    _write(_CONTROLS.sub(lambda found: repr(found[0])[1:-1], text) if sys.stdout.isatty() else text)
+
+
+# --- serve
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from anarchobot.system.blas import load_fast_blas
+
+    load_fast_blas()  # before MLX is imported
+    try:
+        from anarchobot.serving.app import Limits
+        from anarchobot.serving.auth import allowed_hosts, allowed_origins, read_api_key
+        from anarchobot.serving.server import ServerOptions, bind, serve
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
+            raise
+        raise UserError("serve requires starlette and uvicorn: pip install 'anarchobot[serve]'") from error
+    from anarchobot.inference.model import load_model
+
+    options = ServerOptions(
+        name=args.model_name or Path(args.checkpoint).resolve().name,
+        host=args.host,
+        port=args.port,
+        api_key=read_api_key(args.api_key_file),
+        hosts=allowed_hosts(args.host, args.allow_host),
+        origins=allowed_origins(args.allow_origin),
+        queue_size=args.queue,
+        limits=Limits(tokens=args.max_tokens),
+    )
+
+    def on_start(url: str) -> None:
+        if args.json:
+            print(json.dumps({"url": url, "model": options.name}), flush=True)
+        elif not args.quiet:
+            print(f"serving {options.name} at {url} (Ctrl-C to stop)", flush=True)
+
+    with bind(options) as bound:  # before loading the model, to fail early
+        model, trained = load_model(args.checkpoint)
+        serve(model, trained.generation, options, bound, on_start)

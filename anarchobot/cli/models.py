@@ -1,0 +1,158 @@
+"""`anarchobot evaluate`, `export`, `import` and `fuse`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from anarchobot.cli.parser import add_command, check_output, non_negative, positive
+from anarchobot.config.errors import UserError
+
+
+def add_commands(commands: Any) -> None:
+    evaluate = add_command(commands, "evaluate", _evaluate, "measure loss, bits per byte, ROUGE and benchmark scores")
+    model = evaluate.add_mutually_exclusive_group(required=True)
+    model.add_argument(
+        "--checkpoint", metavar="PATH", help="run folder, step_… folder, or Hugging Face model (required, or --compare)"
+    )
+    model.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="two models, or .json results of earlier evaluations (required, or --checkpoint)",
+    )
+    evaluate.add_argument("--shards", metavar="DIR", help="evaluate on the validation split of token shards (default: none)")
+    evaluate.add_argument(
+        "--text", nargs="+", default=[], metavar="FILE", help="evaluate on .txt, .jsonl or .parquet files (default: none)"
+    )
+    evaluate.add_argument(
+        "--rouge", metavar="FILE", help="generate answers to a file of conversations and score ROUGE (default: none)"
+    )
+    evaluate.add_argument(
+        "--tasks", metavar="NAMES", help="comma-separated lm-evaluation-harness tasks (default: none)"
+    )
+    evaluate.add_argument("--include", metavar="DIR", help="folder with custom task files (default: none)")
+    evaluate.add_argument(
+        "--num-fewshot", type=non_negative, metavar="N", help="few-shot examples per question (default: the task's)"
+    )
+    evaluate.add_argument(
+        "--limit", type=positive, metavar="N", help="maximum number of documents, answers or questions (default: all)"
+    )
+    evaluate.add_argument("--output", metavar="FILE", help="write the result as JSON (default: print only)")
+
+    export = add_command(commands, "export", _export, "export a model to transformers, mlx-lm or llama.cpp")
+    export.add_argument("--checkpoint", required=True, metavar="PATH", help="run folder or step_… folder")
+    export.add_argument(
+        "--to", required=True, metavar="hf|mlx|gguf", help="hf: transformers; mlx: mlx-lm; gguf: llama.cpp and Ollama"
+    )
+    export.add_argument("--output", required=True, metavar="DIR", help="new or empty folder to write")
+    export.add_argument(
+        "--dtype", metavar="float32|float16|bfloat16", default="float32", help="dtype of the exported weights"
+    )
+
+    importer = add_command(commands, "import", _import, "import a Hugging Face model to use or train it")
+    importer.add_argument("folder", metavar="DIR", help="folder with config.json, safetensors files and a tokenizer")
+    importer.add_argument("--output", required=True, metavar="PATH", help="new or empty run folder to write")
+
+    fuse = add_command(commands, "fuse", _fuse, "merge LoRA adapters into their base model")
+    fuse.add_argument("--model", required=True, metavar="PATH", help="run folder or Hugging Face model folder")
+    fuse.add_argument(
+        "--adapter",
+        required=True,
+        metavar="PATH",
+        help="run folder trained with lora.r (its best step), or adapter folder of mlx-lm or PEFT",
+    )
+    fuse.add_argument("--output", required=True, metavar="DIR", help="new or empty run folder to write")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    paths = [args.checkpoint] if args.compare is None else args.compare
+    has_data = bool(args.shards or args.text or args.rouge or args.tasks)
+    only_reports = all(_is_report(path) for path in paths)
+    if not has_data and not only_reports:
+        raise UserError("missing data to evaluate on: expected --shards, --text, --rouge or --tasks")
+    if has_data and only_reports:
+        raise UserError("argument --compare: --shards, --text, --rouge and --tasks are not allowed with .json results")
+    if args.output is not None:
+        check_output(Path(args.output))
+    from anarchobot.system.blas import load_fast_blas
+
+    load_fast_blas()  # before MLX is imported
+    from anarchobot.evaluation.evaluate import EvalRequest, evaluate, metrics_table
+    from anarchobot.storage.durable import write_atomic
+
+    names = [name for name in (args.tasks or "").split(",") if name]
+    request = EvalRequest(args.shards, args.text, args.rouge, names, args.num_fewshot, args.include, args.limit)
+    say = _say(args.quiet)
+    reports = [_read_report(path) if _is_report(path) else evaluate(path, request, say) for path in paths]
+    result = json.dumps(reports[0] if len(reports) == 1 else reports, indent=1)
+    print(result if args.json else metrics_table(reports), flush=True)
+    if args.output is not None:
+        write_atomic(Path(args.output), result + "\n")
+
+
+def _say(quiet: bool) -> Callable[[str], None]:
+    return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+
+
+def _is_report(path: str) -> bool:
+    """RUN/best.json and RUN/latest.json refer to checkpoints."""
+    return path.endswith(".json") and Path(path).name not in ("best.json", "latest.json")
+
+
+def _read_report(path: str) -> dict[str, Any]:
+    """Reads the result of `evaluate --output` for one model; raises UserError if it is not one."""
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(report["checkpoint"], str) and isinstance(report["results"], dict):
+            return dict(report)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; expected a result of anarchobot evaluate --output") from error
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path}: not a result of anarchobot evaluate --output for one model")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from anarchobot.exchange.dtypes import DTYPES
+    from anarchobot.exchange.exporting import export
+    from anarchobot.exchange.targets import TARGETS
+
+    for flag, value, choices in (("--to", args.to, TARGETS), ("--dtype", args.dtype, DTYPES)):
+        if value not in choices:
+            raise UserError(f"argument {flag}: expected one of {', '.join(choices)}, got '{value}'")
+    done = export(args.checkpoint, args.to, args.output, args.dtype)
+    size = sum(done["files"].values())
+    _print(args, done, f"{done['output']}: {done['parameters']:,} parameters, {done['dtype']}, {size / 1e6:,.1f} MB")
+
+
+def _import(args: argparse.Namespace) -> None:
+    from anarchobot.exchange.importing import import_model
+
+    done = import_model(args.folder, args.output)
+    _print(args, done, f"{done['output']}: {done['architecture']}, {done['parameters']:,} parameters")
+
+
+def _fuse(args: argparse.Namespace) -> None:
+    from anarchobot.exchange.fusing import fuse
+
+    done = fuse(args.model, args.adapter, args.output)
+    step = "" if done["step"] is None else f"; {args.adapter}: step {done['step']}"
+    _print(
+        args,
+        done,
+        f"{done['model']}{step}",
+        f"{done['output']}: {done['parameters']:,} parameters, adapters merged into {done['adapted']} matrices",
+    )
+
+
+def _print(args: argparse.Namespace, result: dict[str, Any], *lines: str) -> None:
+    if args.json:
+        print(json.dumps(result))
+        return
+    for warning in result["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    if not args.quiet:
+        print("\n".join(lines))
