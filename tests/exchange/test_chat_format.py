@@ -22,12 +22,12 @@ from anarchobot.tokenizers.chat_template import CHATML, PLAIN, load_template
 from anarchobot.tokenizers.conversation import Conversation
 from anarchobot.tokenizers.tokenizer import load_chat_tokenizer
 from tests.exchange.random_run import make_run, random_parameters
-from tests.tokenizers.templates import KINDS, NAMES, NO_SYSTEM, TEMPLATES, dicts, talk
+from tests.tokenizers.templates import KINDS, NAMES, NO_SYSTEM, TEMPLATES, dialogue, to_dicts
 
 TALKS = [
-    talk("How are you?", "Fine, thanks.", "And   now?\n"),
-    talk("  Grüße aus Köln:\n\n吾輩は猫である", "x = 'y'\t\t", "1 < 2 </s"),
-    talk("A\u2581b", system="Be kind.  "),
+    dialogue("How are you?", "Fine, thanks.", "And   now?\n"),
+    dialogue("  Grüße aus Köln:\n\n吾輩は猫である", "x = 'y'\t\t", "1 < 2 </s"),
+    dialogue("A\u2581b", system="Be kind.  "),
 ]
 
 
@@ -44,7 +44,7 @@ def chat_run(folder: Path, tokenizer: Path, choice: str, params: Any = None, **s
 
 
 def asked(tokenizer: Any, conversation: Conversation) -> list[int]:
-    ids = tokenizer.apply_chat_template(dicts(conversation), add_generation_prompt=True, return_dict=False)
+    ids = tokenizer.apply_chat_template(to_dicts(conversation), add_generation_prompt=True, return_dict=False)
     assert isinstance(ids, list)
     return ids
 
@@ -118,7 +118,7 @@ def test_generation_ends_where_the_answer_does(tmp_path: Path, bpe: Path) -> Non
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     assert theirs.generation_config.eos_token_id == ends
     asked_in = tokenizer.apply_chat_template(
-        dicts(TALKS[0]), add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        to_dicts(TALKS[0]), add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
     out = theirs.generate(**asked_in, max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert out[0].tolist() == [*prompt, *said[:last], end]

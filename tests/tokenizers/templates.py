@@ -1,9 +1,12 @@
-"""Chat templates as real models have them (without their parts for tools), and tokenizers with the tokens they name."""
+"""Chat templates of real models, without their tool sections, and tokenizers that have their special tokens."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -57,7 +60,7 @@ QWEN3 = """{%- if messages[0].role == 'system' %}
         {{- '<think>\\n\\n</think>\\n\\n' }}
     {%- endif %}
 {%- endif %}"""  # noqa: E501
-# As Qwen3.5: contents are trimmed, and the prompt begins a thought that earlier turns don't show.
+# As in Qwen3.5: contents are trimmed, and the prompt opens a reasoning block that earlier turns do not have.
 QWEN35 = QWEN3.replace("content = message.content ", "content = message.content | trim ").replace(
     "{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>assistant\\n<think>\\n' }}"
 )
@@ -86,7 +89,7 @@ PHI3 = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
-COHERE = (  # two marks end a turn, as in Command A
+COHERE = (  # two tokens end a turn, as in Command A
     "{% for message in messages %}"
     "{{ '<|start_header_id|>' + message['role'] + '\n' + message['content'] + '<|end|><|eot_id|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant\n' }}{% endif %}"
@@ -101,7 +104,7 @@ LLAMA2 = (
     "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-# The same with what the assistant writes marked, for transformers to say what that is.
+# The same templates with {% generation %} marks, from which transformers computes its own mask.
 QWEN2_MARKED = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
@@ -137,7 +140,7 @@ NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
 def bytelevel() -> tokenizers.Tokenizer:
-    """All bytes and a few merges; a GPT-2 one that does not trim its offsets."""
+    """Byte-level BPE as in GPT-2, without trimmed offsets."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -145,7 +148,7 @@ def bytelevel() -> tokenizers.Tokenizer:
 
 
 def metaspace(prepend_scheme: str) -> tokenizers.Tokenizer:
-    """Like Llama's and Mistral's: a space put before the text's first word ("first") or every stretch ("always")."""
+    """As in Llama and Mistral: a space is added before the text ("first") or before each of its parts ("always")."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("▁", prepend_scheme, True)
     tokenizer.decoder = tokenizers.decoders.Sequence(
@@ -163,9 +166,9 @@ def _trained(
     )
     model.train_from_iterator([*text.split("\n"), "\n\n a" * 99], trainer)
     whole = json.loads(model.to_str())
-    whole["added_tokens"] = []  # the bytes are pieces like others
+    whole["added_tokens"] = []  # bytes are ordinary pieces
     model = tokenizers.Tokenizer.from_str(json.dumps(whole))
-    model.add_tokens(["<think>", "</think>"])  # as in Qwen3: tokens, but no control tokens
+    model.add_tokens(["<think>", "</think>"])  # as in Qwen3: added tokens, but not control tokens
     model.add_special_tokens(CONTROLS)
     return model
 
@@ -173,8 +176,8 @@ def _trained(
 KINDS = {"bytelevel": bytelevel, "first": lambda: metaspace("first"), "always": lambda: metaspace("always")}
 
 
-class Both:
-    """One folder, read by us and by transformers."""
+class ChatFixture:
+    """A tokenizer folder with a chat template, loaded by anarchobot (`ours`) and by transformers (`theirs`)."""
 
     def __init__(self, folder: Path, model: tokenizers.Tokenizer, template: str) -> None:
         folder.mkdir()
@@ -191,21 +194,36 @@ class Both:
     def encoder(self, train_on: TrainOn = "assistant") -> ChatEncoder:
         return ChatEncoder(self.ours, self.template, train_on)
 
-    def encoded(self, conversation: Conversation, train_on: TrainOn = "assistant") -> Encoded:
+    def encode(self, conversation: Conversation, train_on: TrainOn = "assistant") -> Encoded:
         (encoded,) = self.encoder(train_on).encode([conversation])
         assert isinstance(encoded, Encoded), encoded
         return encoded
 
 
-def talk(*contents: str, system: str = "") -> Conversation:
+MakeChat = Callable[[str, str], ChatFixture]
+
+
+@pytest.fixture(scope="session")
+def make_chat(tmp_path_factory: pytest.TempPathFactory) -> MakeChat:
+    """Makes a fixture from the names of a tokenizer and a template, once for each combination."""
+    models = {kind: make() for kind, make in KINDS.items()}
+
+    @cache
+    def make_cached(kind: str, template: str) -> ChatFixture:
+        return ChatFixture(tmp_path_factory.mktemp("chat") / "model", models[kind], TEMPLATES[template])
+
+    return make_cached
+
+
+def dialogue(*contents: str, system: str = "") -> Conversation:
     turns = [Message(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
     return (Message("system", system), *turns) if system else tuple(turns)
 
 
-def dicts(conversation: Conversation) -> list[dict[str, str]]:
+def to_dicts(conversation: Conversation) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in conversation]
 
 
-def trained_text(both: Both, encoded: Encoded) -> str:
-    """What is trained, with its control tokens, by transformers."""
-    return str(both.theirs.decode(encoded.ids[encoded.trained].tolist(), skip_special_tokens=False))
+def loss_text(chat: ChatFixture, encoded: Encoded) -> str:
+    """The loss tokens, control tokens included, decoded by transformers."""
+    return str(chat.theirs.decode(encoded.ids[encoded.loss_mask].tolist(), skip_special_tokens=False))

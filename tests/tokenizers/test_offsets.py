@@ -1,4 +1,4 @@
-"""Which characters a token is of, against the bytes that its piece stands for."""
+"""Character offsets of tokens, against the bytes of their pieces."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from anarchobot.tokenizers.chat_encoder import ChatEncoder, Encoded
 from anarchobot.tokenizers.chat_template import load_template
 from anarchobot.tokenizers.conversation import Conversation
 from anarchobot.tokenizers.tokenizer import load_chat_tokenizer
-from tests.tokenizers.templates import talk
+from tests.tokenizers.templates import dialogue
 
 NAUGHTY = ["a▁b ▁", "e\u0301 吾輩は🙂\n\n x", "</s><|im_end|> <s>", "\t \r\n.", "  two  spaces "]
 TEXT = st.text(st.one_of(st.sampled_from("ab \n▁<|/s>é🙂"), st.characters(exclude_categories=["Cs"])), max_size=30)
@@ -26,19 +26,17 @@ def pieces_bytes(model: sentencepiece.SentencePieceProcessor, i: int) -> bytes:
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 @settings(max_examples=150, deadline=None)
 @given(text=st.one_of(TEXT, st.sampled_from(NAUGHTY)))
-def test_a_sentencepiece_token_is_of_the_characters_that_its_bytes_are_in(
-    trained: dict[str, Path], kind: str, text: str
-) -> None:
+def test_sentencepiece_offsets_match_the_bytes_of_the_pieces(trained: dict[str, Path], kind: str, text: str) -> None:
     tokenizer = load_chat_tokenizer(trained[kind])
     model = sentencepiece.SentencePieceProcessor(model_file=str(trained[kind]))
     ((ids, offsets),) = tokenizer.encode_with_offsets([text], [True])
     assert ids.tolist() == tokenizer.encode_batch([text])[0].tolist()
-    character = np.repeat(np.arange(len(text)), [len(c.encode()) for c in text])  # of each byte
+    character = np.repeat(np.arange(len(text)), [len(c.encode()) for c in text])  # per byte
     place = 0
     for i, (begin, end) in zip(ids.tolist(), offsets.tolist(), strict=True):
         size = len(pieces_bytes(model, i))
         inside = character[place : place + size]
-        # A byte that does not end its character has an empty range, at that character.
+        # A byte in the middle of a character has an empty range at that character.
         assert (begin, max(end, begin + 1)) == (inside[0], inside[-1] + 1)
         place += size
     assert place == len(text.encode())
@@ -47,24 +45,24 @@ def test_a_sentencepiece_token_is_of_the_characters_that_its_bytes_are_in(
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "gpt2"])
 @settings(max_examples=100, deadline=None)
 @given(contents=st.lists(TEXT.filter(str.strip), min_size=2, max_size=2))
-def test_masks_of_tokenizers_trained_here(trained: dict[str, Path], kind: str, contents: list[str]) -> None:
-    """ChatML on control tokens: exactly what decodes to the answer is trained, and its mark."""
+def test_masks_with_tokenizers_trained_here(trained: dict[str, Path], kind: str, contents: list[str]) -> None:
+    """ChatML: the loss tokens decode to exactly the answer and its end-of-turn token."""
     if any(0xFDD0 <= ord(c) <= 0xFDD2 for c in "".join(contents)):
         return
-    conversation: Conversation = talk(*contents)
+    conversation: Conversation = dialogue(*contents)
     tokenizer = load_chat_tokenizer(trained[kind])
     (encoded,) = ChatEncoder(tokenizer, load_template(tokenizer)).encode([conversation])
     assert isinstance(encoded, Encoded)
-    trained_ids = encoded.ids[encoded.trained].tolist()
+    trained_ids = encoded.ids[encoded.loss_mask].tolist()
     answer = tokenizer.decode(trained_ids[:-1])
     assert trained_ids[-1] == tokenizer.control_tokens["<|im_end|>"]
-    # A token may hold the line end before the answer as well.
+    # The first token may include the newline before the answer.
     assert answer.removeprefix("\n") == contents[1].removeprefix("\n") and answer.endswith(contents[1])
     assert tokenizer.decode(encoded.ids.tolist()) == f"user\n{contents[0]}\nassistant\n{contents[1]}\n"
 
 
-def test_white_space_that_a_library_leaves_out_of_its_offsets_belongs_to_the_token(shared_data: Path) -> None:
-    """GPT-2's own tokenizer.json trims offsets; here, one made so."""
+def test_trimmed_offsets_are_extended_to_the_whitespace(shared_data: Path) -> None:
+    """GPT-2's own tokenizer.json trims offsets."""
     import tokenizers
 
     tokenizer = load_chat_tokenizer(shared_data / "artifacts" / "tiny_bpe_tokenizer.json")
