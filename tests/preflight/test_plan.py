@@ -56,14 +56,14 @@ def test_epochs_need_shards(tmp_path: Path, tiny_shards: Path, capsys: pytest.Ca
     assert (unknown := planned(without, capsys))["steps"] is None
     assert "no shards" in unknown["steps_unknown"]
     assert main(["plan", str(without)]) == 0
-    assert "unknown" in capsys.readouterr().out
+    assert unknown["steps_unknown"] in capsys.readouterr().out
 
 
 def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_config(tmp_path / "c.yaml", tmp_path, tmp_path / "run")
     assert main(["plan", str(path), "train.micro_batch_size=auto", "--deadline", "8"]) == 0
     said = capsys.readouterr().out
-    for text in ("optimizer state", "gradient_checkpointing", "all 2 sequences", "Chinchilla", "to end in 8 h"):
+    for text in ("optimizer", "gradient_checkpointing", "2 sequences", "Chinchilla", "8 h"):
         assert text in said
     assert not (tmp_path / "run").exists()
 

@@ -85,7 +85,7 @@ def test_csv_matches_the_system_and_the_runs_log(long_run: subprocess.Popen[byte
     for _ in range(10):  # monitor or run may be stalled for two seconds: then retry
         table.unlink(missing_ok=True)
         done = monitor(*words)
-        stderr = process_memory(long_run.pid)
+        memory = process_memory(long_run.pid)
         assert (done.returncode, done.stdout) == (0, "")
         assert done.stderr.count(" alarm: the process uses ") == 1
         assert done.stderr.endswith(f"{run}: still running\n")
@@ -94,7 +94,7 @@ def test_csv_matches_the_system_and_the_runs_log(long_run: subprocess.Popen[byte
         steps = [int(row["step"]) for row in rows]
         if steps[-1] > steps[0]:
             break
-    assert stderr is not None and float(rows[-1]["process_gb"]) == pytest.approx(stderr / 1e9, rel=0.1)
+    assert memory is not None and float(rows[-1]["process_gb"]) == pytest.approx(memory / 1e9, rel=0.1)
     lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()[:-1]]
     by_step = {line["step"]: line for line in lines if line["event"] == "train"}
     assert steps == sorted(steps) and steps[-1] > steps[0]
