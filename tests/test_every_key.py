@@ -16,9 +16,9 @@ from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import leaf_keys, load_config
 from anarchobot.config.schema import ModelConfig
-from anarchobot.data.pretokenize import pretokenize
+from anarchobot.data.pretokenize import PretokenizeOptions, pretokenize
 from anarchobot.data.shards import read_manifest
-from anarchobot.data.sources.documents import DocumentCounts, Document
+from anarchobot.data.sources.documents import Document
 from anarchobot.model.llama.forward import hidden_states, logits
 from anarchobot.model.parameters import init_parameters, parameter_shapes
 from anarchobot.runs import checkpoint
@@ -116,10 +116,10 @@ ELSEWHERE = {
     "data.clean": "tests/data/sources/test_documents.py::test_text_files_are_cleaned_and_measured_too",
     "data.min_chars": "tests/data/sources/test_documents.py::test_each_reason_to_leave_a_document_out_is_counted",
     "data.max_chars": "tests/data/sources/test_documents.py::test_each_reason_to_leave_a_document_out_is_counted",
-    "data.dedup": "tests/data/test_pretokenize.py::test_duplicates_are_kept_where_that_is_wanted",
-    "data.near_dedup": "tests/data/test_pretokenize.py::test_near_duplicates_are_dropped_in_order_whatever_the_units",
-    "data.shard_weights": "tests/data/test_batches.py::test_a_mixture_keeps_its_weights_in_any_stretch",
-    "data.val_fraction": "tests/data/test_pretokenize.py::test_the_validation_split_has_its_share",
+    "data.dedup": "tests/data/test_pretokenize.py::test_dedup_can_be_disabled",
+    "data.near_dedup": "tests/data/test_pretokenize.py::test_near_dedup_does_not_depend_on_batches",
+    "data.shard_weights": "tests/data/test_batches.py::test_mixture_follows_its_weights",
+    "data.val_fraction": "tests/data/test_pretokenize.py::test_validation_split_is_stable",
     "data.shuffle_buffer": "tests/data/sources/test_hub.py::test_the_shuffle_buffer_shuffles_a_stream_by_the_seed",
     "data.streaming": "tests/data/sources/test_hub.py::test_without_streaming_the_order_is_kept",
     "data.cache_dir": "tests/data/sources/test_hub.py::test_without_streaming_the_order_is_kept",
@@ -159,12 +159,12 @@ ELSEWHERE = {
     "lora.rslora": "tests/model/test_lora.py::test_forward_and_gradients_are_pefts",
     "lora.adapter_format": "tests/tasks/test_sft.py::test_adapters_alone_are_trained_and_saved",
     "lora.quantize": "tests/training/test_engine_lora.py::test_adapters_take_much_less_memory",
-    "chat.format": "tests/data/conversations/test_formats.py::test_a_form_can_be_named",
+    "chat.format": "tests/data/conversations/test_formats.py::test_format_can_be_set",
     "chat.language": "tests/data/conversations/test_oasst.py::test_threads",
-    "chat.template": "tests/tokenizers/test_chat_template.py::test_a_tokenizer_trained_here_gets_chatml",
-    "chat.train_on": "tests/tokenizers/test_chat_encoder.py::test_the_mask_by_hand",
+    "chat.template": "tests/tokenizers/test_chat_template.py::test_tokenizers_trained_here_use_chatml",
+    "chat.train_on": "tests/tokenizers/test_chat_encoder.py::test_mask_computed_by_hand",
     "chat.pack": "tests/tasks/test_sft.py::test_packed_conversations_have_the_loss_of_each_alone",
-    "chat.too_long": "tests/data/conversations/test_tokenization.py::test_what_is_too_long_is_cut_behind_its_last",
+    "chat.too_long": "tests/data/conversations/test_tokenized.py::test_long_conversations_are_cut_or_dropped",
     "chat.rouge_samples": "tests/tasks/test_sft.py::test_a_model_learns_to_answer",
     "preference.loss": "tests/tasks/test_dpo.py::test_a_model_learns_what_is_preferred",
     "preference.beta": "tests/training/test_preference_engine.py::test_loss_and_gradients_are_pytorchs",
@@ -282,7 +282,7 @@ def test_key_data__document_mask(tmp_path: Path, tiny_shards: Path) -> None:
     """Of documents shorter than a sequence, most tokens see less with the mask: another loss of the same batch."""
     lines = [f"{i} little document, {i * i} words or so long" for i in range(200)]
     tokenizer = load_tokenizer(tiny_shards)
-    pretokenize(map(Document, lines), tokenizer, tmp_path / "shards", counts=DocumentCounts(), val_fraction=0.1, num_workers=1)
+    pretokenize(map(Document, lines), tokenizer, tmp_path / "shards", PretokenizeOptions(val_fraction=0.1))
     losses = [
         pretrain(
             loaded(

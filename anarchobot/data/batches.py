@@ -1,7 +1,7 @@
-"""Windows to batches. Shapes: A micro-batches, B sequences in each, L = seq_len tokens.
+"""Windows to batches. Shapes: A micro-batches, B sequences per micro-batch, L = seq_len tokens.
 
-The order is a function of the seed and of how many windows came before, so any step's batch can be had without the ones
-before it, and a run that was stopped goes on with the very next window.
+The order is a function of the seed and the position, so the batch of any step can be read without the ones before it,
+and a resumed run continues with exactly the next window.
 """
 
 import hashlib
@@ -16,75 +16,76 @@ import numpy.typing as npt
 
 from anarchobot.data.windows import ConcatWindows, Rows, Windows, gather
 
-ORDER_BLOCK = 4096  # places of the order that are worked out at a time: one at a time would cost more than the reading
-MIXTURE_PATTERN = 4096  # windows after which a mixture's pattern repeats: weights are kept to 1 in 4,096
+ORDER_BLOCK = 4096  # positions permuted at once; one at a time would cost more than reading
+MIXTURE_PATTERN = 4096  # windows after which a mixture repeats; weights are accurate to 1 in 4,096
+_ROUNDS = 6  # of the Feistel network
 
 
 @dataclass(frozen=True)
 class Batch:
-    """int32 [A, B, L]: `inputs`, the `targets` one place on (negative: not scored), and with a document mask the
-    `segments`: tokens see each other only within one number."""
+    """int32 [A, B, L]: `inputs`, `targets` (shifted by one; negative: not scored) and, with a document mask,
+    `segments`: tokens attend only to tokens with the same segment id."""
 
     inputs: npt.NDArray[np.int32]
     targets: npt.NDArray[np.int32]
     segments: npt.NDArray[np.int32] | None = None
 
     def rows(self, start: int, stop: int) -> Self:
-        """These sequences of every micro-batch."""
+        """Sequences [start, stop) of every micro-batch."""
         arrays = ((field.name, getattr(self, field.name)) for field in fields(self))
         return replace(self, **{name: x[:, start:stop] for name, x in arrays if x is not None})
 
 
 class TrainBatches:
-    """Several sets of windows in the order of a run: shuffled anew every epoch, mixed by weights when these are given.
+    """Batches from one or more sets of windows, reshuffled every epoch.
 
-    Without weights the sets are one: every window comes once an epoch. With them, set s gives its share of any stretch
-    of the run, and has epochs of its own. `windows` is the number of windows in all sets.
+    Without weights, the sets are concatenated: every window is seen once per epoch. With weights, each set contributes
+    its share of any stretch of the run and has its own epochs. `windows` is the total number of windows.
     """
 
     def __init__(self, sets: Sequence[Windows], seed: int, weights: Sequence[float] | None = None) -> None:
         self.windows = sum(s.count for s in sets)
         self._sets = sets if weights is not None or len(sets) == 1 else [ConcatWindows(sets)]
-        self._pattern = _pattern(weights or [1.0])
+        self._pattern = _mixture_pattern(weights or [1.0])
         self._seed = seed
         self._block = lru_cache(maxsize=2 * len(sets))(self._order_block)
 
     def at(self, position: int, micro_batches: int, micro_batch_size: int) -> Batch:
-        """The batch whose first window is number `position` of the run (not of the epoch)."""
-        places = np.arange(position, position + micro_batches * micro_batch_size)
+        """The batch that starts at window `position`, counted over the whole run, not the epoch."""
+        positions = np.arange(position, position + micro_batches * micro_batch_size)
         if len(self._sets) == 1:
-            return _batch(self._sets[0].rows(self._shuffled(places, 0)), micro_batches, micro_batch_size)
-        owners, places = self._mixed(places)
-        numbers = np.empty_like(places)
+            return _batch(self._sets[0].rows(self._shuffle(positions, 0)), micro_batches, micro_batch_size)
+        owners, positions = self._assign_sets(positions)
+        indices = np.empty_like(positions)
         for s in np.unique(owners).tolist():
-            numbers[owners == s] = self._shuffled(places[owners == s], s)
-        return _batch(gather(self._sets, owners, numbers), micro_batches, micro_batch_size)
+            indices[owners == s] = self._shuffle(positions[owners == s], s)
+        return _batch(gather(self._sets, owners, indices), micro_batches, micro_batch_size)
 
-    def _mixed(self, places: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """For places of the run: the set each window comes from, and its place in that set's own run."""
-        owned, before = self._pattern
-        rounds, within = places // len(owned), places % len(owned)
-        owners = owned[within]
-        return owners, rounds * before[owners, -1] + before[owners, within]
+    def _assign_sets(self, positions: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The set that each position draws from, and the position within that set's own sequence."""
+        pattern, before = self._pattern
+        repeats, offsets = positions // len(pattern), positions % len(pattern)
+        owners = pattern[offsets]
+        return owners, repeats * before[owners, -1] + before[owners, offsets]
 
-    def _shuffled(self, places: npt.NDArray[np.int64], s: int) -> npt.NDArray[np.int64]:
-        """The windows at increasing `places` of the run of set s."""
-        blocks = range(int(places[0]) // ORDER_BLOCK, int(places[-1]) // ORDER_BLOCK + 1)
+    def _shuffle(self, positions: npt.NDArray[np.int64], s: int) -> npt.NDArray[np.int64]:
+        """The window indices at increasing `positions` of set s."""
+        blocks = range(int(positions[0]) // ORDER_BLOCK, int(positions[-1]) // ORDER_BLOCK + 1)
         order = np.concatenate([self._block(block, s) for block in blocks])
-        return order[places - blocks[0] * ORDER_BLOCK]
+        return order[positions - blocks[0] * ORDER_BLOCK]
 
     def _order_block(self, block: int, s: int) -> npt.NDArray[np.int64]:
         size = self._sets[s].count
-        places = np.arange(block * ORDER_BLOCK, (block + 1) * ORDER_BLOCK)
-        windows, epochs = np.empty_like(places), places // size
+        positions = np.arange(block * ORDER_BLOCK, (block + 1) * ORDER_BLOCK)
+        windows, epochs = np.empty_like(positions), positions // size
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            chosen = epochs == epoch
-            windows[chosen] = permuted(places[chosen] % size, size, self._seed + s, epoch)
+            mask = epochs == epoch
+            windows[mask] = permute(positions[mask] % size, size, self._seed + s, epoch)
         return windows
 
 
 class ValBatches:
-    """The validation split from its start, in order; its last, short windows are filled up with unscored places."""
+    """The validation windows in order. The last batch is padded with unscored rows."""
 
     def __init__(self, windows: Windows, micro_batch_size: int, limit: int | None) -> None:
         self._windows, self._rows = windows, micro_batch_size
@@ -102,10 +103,10 @@ class ValBatches:
 
 
 class Prefetcher:
-    """Reads the batch after the one asked for in a thread (numpy only), while that one trains. The order is a function
-    of the position, so a batch fetched for nothing costs nothing but its time.
+    """Reads the next batch in a thread while the current one trains (numpy only).
 
-    Of several ranks that train together, each asks for the same steps and gets its own part of them, in their order.
+    If the next request is for a different position, the prefetched batch is dropped. In data-parallel training, every
+    rank requests the same step and gets its own slice of it.
     """
 
     def __init__(self, batches: TrainBatches, rank: int = 0, ranks: int = 1) -> None:
@@ -121,49 +122,47 @@ class Prefetcher:
         self._pool.shutdown(cancel_futures=True)
 
     def at(self, position: int, micro_batches: int, micro_batch_size: int) -> Batch:
-        own = micro_batches * micro_batch_size
-        wanted = (position + self._rank * own, micro_batches, micro_batch_size)
-        batch = self._next[1].result() if self._next and self._next[0] == wanted else self._batches.at(*wanted)
-        following = (wanted[0] + self._ranks * own, micro_batches, micro_batch_size)
+        size = micro_batches * micro_batch_size
+        request = (position + self._rank * size, micro_batches, micro_batch_size)
+        batch = self._next[1].result() if self._next and self._next[0] == request else self._batches.at(*request)
+        following = (request[0] + self._ranks * size, micro_batches, micro_batch_size)
         self._next = following, self._pool.submit(self._batches.at, *following)
         return batch
 
 
 def _batch(rows: Rows, micro_batches: int, micro_batch_size: int) -> Batch:
-    def shaped(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    def reshape(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         return np.ascontiguousarray(ids).reshape(micro_batches, micro_batch_size, -1)
 
-    segments = None if rows.segments is None else shaped(rows.segments)
-    return Batch(shaped(rows.inputs), shaped(rows.targets), segments)
+    segments = None if rows.segments is None else reshape(rows.segments)
+    return Batch(reshape(rows.inputs), reshape(rows.targets), segments)
 
 
-def _pattern(weights: Sequence[float]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Which set each of MIXTURE_PATTERN windows comes from, always the one that lags furthest behind its share; and how
-    many of each set come before each place: [P] and [sets, P + 1]."""
+def _mixture_pattern(weights: Sequence[float]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Returns the set of each of P = MIXTURE_PATTERN windows, [P], always the one furthest behind its share; and how
+    many windows of each set precede each position, [sets, P + 1]."""
     shares = np.array(weights) / sum(weights)
     before = np.zeros((len(shares), MIXTURE_PATTERN + 1), np.int64)
-    owned = np.empty(MIXTURE_PATTERN, np.int64)
+    pattern = np.empty(MIXTURE_PATTERN, np.int64)
     for i in range(MIXTURE_PATTERN):
-        owned[i] = np.argmax(shares * (i + 1) - before[:, i])
+        pattern[i] = np.argmax(shares * (i + 1) - before[:, i])
         before[:, i + 1] = before[:, i]
-        before[owned[i], i + 1] += 1
-    return owned, before
+        before[pattern[i], i + 1] += 1
+    return pattern, before
 
 
-_ROUNDS = 6
+def permute(positions: npt.NDArray[np.int64], size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Maps positions in [0, size) through a pseudorandom permutation; O(1) time and memory per position.
 
-
-def permuted(places: npt.NDArray[np.int64], size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Where the places 0 .. size-1 of `epoch` land in a shuffle of `size` things; O(1) memory, O(1) a place.
-
-    A balanced Feistel network (Luby and Rackoff, 1988) shuffles the next power of four; a result beyond `size` is fed
-    through again until it falls inside ("cycle walking", Black and Rogaway, 2002), which keeps it a permutation.
+    A balanced Feistel network (Luby and Rackoff, 1988) permutes the next power of four. A result outside `size` is fed
+    through again until it falls inside ("cycle walking", Black and Rogaway, 2002), which keeps it a permutation. The
+    result is the same on every machine and must never change: resumed runs depend on it.
     """
     half = max(1, (max(1, size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     keys = np.frombuffer(digest[: 4 * _ROUNDS], "<u4").astype(np.uint64)
-    result = places.astype(np.uint64)
+    result = positions.astype(np.uint64)
     outside = np.ones(len(result), bool)
     while outside.any():
         left, right = result[outside] >> np.uint64(half), result[outside] & np.uint64(mask)
@@ -175,7 +174,7 @@ def permuted(places: npt.NDArray[np.int64], size: int, seed: int, epoch: int) ->
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """splitmix64's finaliser (Steele, Lea and Flood, 2014): every bit of x reaches every bit of the result."""
+    """splitmix64's finalizer (Steele, Lea and Flood, 2014): every bit of x affects every bit of the result."""
     x = (x + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,8 +1,9 @@
-"""A corpus tokenised in parts, by as many programs as there are cores or machines, and joined to the shards that one
-program would have written, byte for byte.
+"""A corpus pretokenized in parts, on several cores or machines, and joined into the same shards, byte for byte, as a
+single process would write.
 
-Each part is a folder: the ids of its pieces, and what the shards need to know of each. Duplicates within a part are
-left out by it; those of another part, and near duplicates, when the parts are joined: both depend on the order of all.
+Each part is a folder with the token ids of its documents and what the shards need to know about each document. Exact
+duplicates within a part are dropped when it is written. Duplicates across parts, and near duplicates, depend on the
+order of the whole corpus and are dropped when the parts are joined.
 """
 
 import json
@@ -18,16 +19,33 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.document_batches import KEY, Encoded, Pieces, encoded, id_dtype, numbers_of, pieces
-from anarchobot.data.duplicates import Seen
-from anarchobot.data.resume import Provenance, difference
+from anarchobot.data.document_batches import (
+    KEY,
+    DocumentBatch,
+    TokenizedBatch,
+    batch_documents,
+    id_dtype,
+    key_words,
+    tokenize_batches,
+)
+from anarchobot.data.duplicates import KeySet
+from anarchobot.data.pretokenize import (
+    Log,
+    PretokenizeOptions,
+    Progress,
+    drop_near_duplicates,
+    provenance,
+    write_shards,
+)
+from anarchobot.data.resume import FinishedDocuments, Provenance, describe_changes
 from anarchobot.data.shard_writer import NpyStream
+from anarchobot.data.shards import Manifest
 from anarchobot.data.sources.documents import Document, DocumentCounts
 from anarchobot.storage.durable import sha256_file, write_atomic
 from anarchobot.storage.lock import FolderLock
 from anarchobot.tokenizers.tokenizer import Tokenizer
 
-UNIT_TOKENS = 2**18  # read at a time
+BATCH_TOKENS = 2**18  # per batch when reading back
 COLUMNS: dict[str, npt.DTypeLike] = {
     "lengths": np.int64,
     "sizes": np.int64,
@@ -38,7 +56,7 @@ COLUMNS: dict[str, npt.DTypeLike] = {
 
 
 def part_folder(shards: str | Path, part: int, parts: int) -> Path:
-    """Parts count from 0, as ranks do."""
+    """Parts are numbered from 0."""
     return Path(shards) / "parts" / f"{part:05d}-of-{parts:05d}"
 
 
@@ -46,114 +64,154 @@ def write_part(
     documents: Iterable[Document],
     tokenizer: Tokenizer,
     folder: Path,
+    options: PretokenizeOptions,
     *,
     counts: DocumentCounts,
-    made_of: Provenance,
-    val_fraction: float,
-    dedup: bool,
-    num_workers: int,
+    source: Provenance | None,
 ) -> bool:
-    """Writes the part that `documents` are; False when it is there already, made of the same."""
+    """Writes `documents` as one part; returns False when it already exists with the same provenance."""
+    made_from = provenance(tokenizer, options, source)
     with FolderLock(folder):
-        if _record(folder).get("made_of") == json.loads(json.dumps(dict(made_of))):
+        if _read_record(folder).get("made_of") == json.loads(json.dumps(made_from)):
             return False
-        (folder / "part.json").unlink(missing_ok=True)  # a half-written part must not pass for a whole one
+        (folder / "part.json").unlink(missing_ok=True)  # a half-written part must not look complete
         dtype = id_dtype(tokenizer)
-        kinds: dict[str, npt.DTypeLike] = {"ids": dtype, **COLUMNS}
-        files = {name: NpyStream(folder / f"{name}.npy", kind) for name, kind in kinds.items()}
+        dtypes: dict[str, npt.DTypeLike] = {"ids": dtype, **COLUMNS}
+        files = {name: NpyStream(folder / f"{name}.npy", dtype) for name, dtype in dtypes.items()}
         try:
-            for unit in encoded(pieces(documents, counts, dedup, val_fraction), tokenizer, dtype, num_workers):
-                files["ids"].append(unit.ids)
-                files["lengths"].append(unit.lengths)
+            batches = batch_documents(documents, counts, options.dedup, options.val_fraction)
+            for batch in tokenize_batches(batches, tokenizer, dtype, options.num_workers):
+                files["ids"].append(batch.ids)
+                files["lengths"].append(batch.lengths)
                 for name in ("sizes", "keys", "is_val", "is_tail"):
-                    files[name].append(np.ascontiguousarray(getattr(unit.pieces, name)))
+                    files[name].append(np.ascontiguousarray(getattr(batch.documents, name)))
             digests = {name: file.close() for name, file in files.items()}
         except BaseException:
             for file in files.values():
-                file.abandon()
+                file.abort()
             raise
-        record = {"made_of": dict(made_of), "counts": asdict(counts), "sha256": digests}
+        record = {"made_of": made_from, "counts": asdict(counts), "sha256": digests}
         write_atomic(folder / "part.json", json.dumps(record, indent=1) + "\n")
         return True
 
 
-class Parts:
-    """All parts of a corpus, in their order."""
+def join_parts(
+    folder: str | Path,
+    parts: int,
+    tokenizer: Tokenizer,
+    options: PretokenizeOptions,
+    *,
+    counts: DocumentCounts,
+    source: Provenance | None,
+    restart: bool,
+    progress: Progress,
+    log: Log,
+) -> Manifest:
+    """Writes the shards that `pretokenize` would write from the documents of all parts, then deletes the parts.
 
-    def __init__(self, shards: str | Path, parts: int, made_of: Provenance) -> None:
-        """Raises UserError when one is missing, damaged, or made of something else."""
-        self.count = parts
-        self._folders = [part_folder(shards, part, parts) for part in range(parts)]
-        missing = [part for part, folder in enumerate(self._folders) if not _record(folder)]
-        if missing:
-            raise UserError(
-                f"{shards}: {len(missing)} of {parts} parts are not there yet, the first is {missing[0]}/{parts}: make "
-                f"them with --part {missing[0]}/{parts} and so on"
-            )
-        self._records = [_record(folder) for folder in self._folders]
-        for folder, record in zip(self._folders, self._records, strict=True):
-            if told := difference(record["made_of"], made_of):
-                raise UserError(f"{folder}: this part was made otherwise: {told}: make it again with --part")
-            for name, sha256 in record["sha256"].items():
-                file = folder / f"{name}.npy"
-                if not file.is_file() or sha256_file(file) != sha256:
-                    raise UserError(f"{file}: damaged: remove {folder} and make that part again with --part")
+    Raises UserError when a part is missing, damaged or of a different provenance, and as `pretokenize` does.
+    """
+    folders = [part_folder(folder, part, parts) for part in range(parts)]
+    records = _check_parts(folder, folders, provenance(tokenizer, options, source))
+    _add_counts(counts, records)
 
-    def add_counts(self, counts: DocumentCounts) -> None:
-        for record in self._records:
-            of_part = DocumentCounts(**{**record["counts"], "reasons": Counter(record["counts"]["reasons"]), "used": []})
-            for name, value in vars(of_part).items():
-                before = getattr(counts, name)
-                setattr(counts, name, before or value if isinstance(value, str) else before + value)
+    def unwritten(finished: FinishedDocuments) -> Iterator[TokenizedBatch]:
+        batches = _read_parts(folders, counts, options.dedup)
+        if options.near_dedup is not None:
+            batches = drop_near_duplicates(batches, options.near_dedup, counts)
+        return (batch.select(finished.unwritten(batch.documents)) for batch in batches)
 
-    def units(self, counts: DocumentCounts, dedup: bool) -> Iterator[Encoded]:
-        """The tokenised pieces, without those of a document that an earlier part has: `counts` is told of them."""
-        seen = Seen()
-        for folder in self._folders:
-            for unit in _units(folder):
-                if not dedup:
-                    yield unit
-                    continue
-                heads = ~unit.pieces.is_tail
-                new_heads = np.array(seen.add(numbers_of(unit.pieces.keys[heads])[:, 1].tolist()), bool)
-                new = new_heads[np.cumsum(heads) - 1]  # a tail goes where its head went
-                lost = int(np.count_nonzero(~new_heads))
-                counts.duplicates += lost
-                counts.kept -= lost
-                if new.any():
-                    yield unit.only(new)
+    with FolderLock(Path(folder)):
+        manifest = write_shards(
+            unwritten,
+            tokenizer,
+            Path(folder),
+            options,
+            counts=counts,
+            source=source,
+            restart=restart,
+            progress=progress,
+            log=log,
+        )
+        remove_parts(folder, parts)
+    return manifest
 
 
 def remove_parts(shards: str | Path, parts: int) -> None:
-    """Once they are joined. May be stopped anywhere and done again."""
+    """May be interrupted anywhere and repeated."""
     for part in range(parts):
         shutil.rmtree(part_folder(shards, part, parts), ignore_errors=True)
-    with suppress(OSError):  # there are others, or none
+    with suppress(OSError):  # not empty, or missing
         (Path(shards) / "parts").rmdir()
 
 
-def _units(folder: Path) -> Iterator[Encoded]:
+def _check_parts(shards: str | Path, folders: list[Path], made_from: Provenance) -> list[dict[str, Any]]:
+    """Returns the record of each part. Raises UserError for a missing, damaged or differently built part."""
+    records, parts = [_read_record(folder) for folder in folders], len(folders)
+    missing = [part for part, record in enumerate(records) if not record]
+    if missing:
+        raise UserError(
+            f"{shards}: {len(missing)} of {parts} parts are missing, the first is {missing[0]}/{parts}: create it with "
+            f"--part {missing[0]}/{parts}"
+        )
+    for folder, record in zip(folders, records, strict=True):
+        if changes := describe_changes(record["made_of"], made_from):
+            raise UserError(f"{folder}: this part was built with different settings: {changes}: rebuild it with --part")
+        for name, sha256 in record["sha256"].items():
+            file = folder / f"{name}.npy"
+            if not file.is_file() or sha256_file(file) != sha256:
+                raise UserError(f"{file}: damaged: delete {folder} and rebuild that part with --part")
+    return records
+
+
+def _add_counts(counts: DocumentCounts, records: list[dict[str, Any]]) -> None:
+    for record in records:
+        part = DocumentCounts(**{**record["counts"], "reasons": Counter(record["counts"]["reasons"]), "used": []})
+        for name, value in vars(part).items():
+            before = getattr(counts, name)
+            setattr(counts, name, before or value if isinstance(value, str) else before + value)
+
+
+def _read_parts(folders: list[Path], counts: DocumentCounts, dedup: bool) -> Iterator[TokenizedBatch]:
+    """Yields the batches of all parts, without documents that an earlier part holds; updates `counts`."""
+    seen = KeySet()
+    for folder in folders:
+        for batch in _read_part(folder):
+            if not dedup:
+                yield batch
+                continue
+            heads = ~batch.documents.is_tail
+            new_heads = np.array(seen.add(key_words(batch.documents.keys[heads])[:, 1].tolist()), bool)
+            new = new_heads[np.cumsum(heads) - 1]  # a tail follows its head
+            dropped = int(np.count_nonzero(~new_heads))
+            counts.duplicates += dropped
+            counts.kept -= dropped
+            if new.any():
+                yield batch.select(new)
+
+
+def _read_part(folder: Path) -> Iterator[TokenizedBatch]:
     def column(name: str) -> npt.NDArray[Any]:
-        found: npt.NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="r")
-        return found
+        array: npt.NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="r")
+        return array
 
     columns = {name: np.asarray(column(name)) for name in COLUMNS}
     ids, ends = column("ids"), np.cumsum(columns["lengths"])
     first = start = 0
     while first < len(ends):
-        last = max(first + 1, int(np.searchsorted(ends, start + UNIT_TOKENS)))
-        while last < len(ends) and columns["is_tail"][last]:  # with its head
+        last = max(first + 1, int(np.searchsorted(ends, start + BATCH_TOKENS)))
+        while last < len(ends) and columns["is_tail"][last]:  # keep a tail with its head
             last += 1
         stop = int(ends[last - 1])
         lengths, sizes, keys, is_val, is_tail = (columns[name][first:last] for name in COLUMNS)
-        yield Encoded(Pieces([], sizes, keys, is_val, is_tail), ids[start:stop], lengths)
+        yield TokenizedBatch(DocumentBatch([], sizes, keys, is_val, is_tail), ids[start:stop], lengths)
         first, start = last, stop
 
 
-def _record(folder: Path) -> dict[str, Any]:
-    """What was written last; empty where the part is not whole."""
+def _read_record(folder: Path) -> dict[str, Any]:
+    """The content of part.json, which is written last; empty for an incomplete part."""
     try:
-        found = json.loads((folder / "part.json").read_text(encoding="utf-8"))
+        record = json.loads((folder / "part.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}

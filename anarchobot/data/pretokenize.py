@@ -1,195 +1,174 @@
-"""Documents in, shards out: duplicates dropped, a validation split held out, tokens written, all of it counted.
+"""Documents to shards: deduplicate, hold out a validation split, tokenize and write, counting every document.
 
-The same input gives the same bytes, however many threads tokenise and however often the run was stopped.
+The same input gives the same bytes, regardless of the number of threads and of interruptions.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.corpus_parts import Parts, remove_parts
-from anarchobot.data.document_batches import Encoded, encoded, id_dtype, pieces
+from anarchobot.data.document_batches import TokenizedBatch, batch_documents, id_dtype, tokenize_batches
 from anarchobot.data.duplicates import NearDuplicateIndex
-from anarchobot.data.resume import Passed, Provenance, load_progress, save_progress, shard_files
+from anarchobot.data.resume import FinishedDocuments, Provenance, load_progress, save_progress, shard_files
 from anarchobot.data.shard_writer import ShardWriter
 from anarchobot.data.shards import Manifest, Shard, write_manifest
 from anarchobot.data.sources.documents import Document, DocumentCounts
 from anarchobot.storage.lock import FolderLock
 from anarchobot.tokenizers.tokenizer import Tokenizer, copy_tokenizer, digest
 
-SHARD_TOKENS = 2**26  # 128 MiB of uint16
+Progress = Callable[[int, int], None]  # bytes and tokens since the last call
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PretokenizeOptions:
+    val_fraction: float
+    num_workers: int = 1  # threads; does not change the shards
+    dedup: bool = True
+    near_dedup: float | None = None  # the Jaccard similarity from which a document is dropped
+    seed: int = 0
+    shard_tokens: int = 2**26  # 128 MiB of uint16
+
+
+def provenance(tokenizer: Tokenizer, options: PretokenizeOptions, source: Provenance | None) -> dict[str, Any]:
+    """Everything the shards' bytes depend on, under readable names. `source`: what the documents depend on."""
+    return {
+        "tokenizer": f"{tokenizer.files[0].name}, sha256 {digest(tokenizer)}",
+        "data.val_fraction": options.val_fraction,
+        "data.dedup": options.dedup,
+        "data.near_dedup": options.near_dedup,
+        "train.seed": options.seed,
+        "tokens in a shard": options.shard_tokens,
+        **(source or {}),
+    }
 
 
 def pretokenize(
     documents: Iterable[Document],
     tokenizer: Tokenizer,
     folder: str | Path,
+    options: PretokenizeOptions,
     *,
-    counts: DocumentCounts,
-    val_fraction: float,
-    num_workers: int,
-    dedup: bool = True,
-    near_dedup: float | None = None,
-    seed: int = 0,
+    counts: DocumentCounts | None = None,
     source: Provenance | None = None,
     restart: bool = False,
-    shard_tokens: int = SHARD_TOKENS,
-    progress: Callable[[int, int], None] = lambda size, tokens: None,
-    say: Callable[[str], None] = lambda line: None,
+    progress: Progress = lambda size, tokens: None,
+    log: Log = lambda line: None,
 ) -> Manifest:
-    """Writes the shards of `documents` and their manifest into `folder`.
+    """Writes the shards of `documents` and their manifest into `folder`, resuming an earlier run there.
 
-    An earlier run in this folder, stopped or not, is gone on with: `documents` must be the same again, from the start;
-    what finished shards hold isn't tokenised again (but with `near_dedup` it is: the ids are compared). `source` says
-    what the documents depend on, so that a change is told before they are read. `restart` starts anew: then the shards
-    that are there are replaced, once all the new ones are written.
+    To resume, `documents` must be the same again from the start. Documents in finished shards are not tokenized again,
+    except with `near_dedup`, which compares token ids. `restart` starts over instead: existing shards are replaced once
+    all new ones are written. `counts` are those that `documents` updates.
 
-    `progress(bytes, tokens)` is called after every unit of text, `say(line)` when an earlier run is gone on with.
-    Raises UserError when no document is left, and when anything but the number of workers has changed since that run;
-    BlockingIOError while another process writes here.
+    Raises UserError when no document is left, or when anything but the number of workers has changed since the earlier
+    run; BlockingIOError while another process writes to the folder.
     """
-    made_of = provenance(tokenizer, val_fraction, dedup, near_dedup, seed, source, shard_tokens)
+    counts = counts if counts is not None else DocumentCounts()
     dtype = id_dtype(tokenizer)
 
-    def units(passed: Passed) -> Iterator[Encoded]:
-        found = pieces(documents, counts, dedup, val_fraction)
-        if near_dedup is None:
-            new = (unit.only(passed.new_of(unit)) for unit in found)
-            return encoded((unit for unit in new if len(unit)), tokenizer, dtype, num_workers)
-        far = _without_near_duplicates(encoded(found, tokenizer, dtype, num_workers), near_dedup, counts)
-        return (unit.only(passed.new_of(unit.pieces)) for unit in far)
+    def unwritten(finished: FinishedDocuments) -> Iterator[TokenizedBatch]:
+        batches = batch_documents(documents, counts, options.dedup, options.val_fraction)
+        if options.near_dedup is None:
+            new = (batch.select(finished.unwritten(batch)) for batch in batches)
+            return tokenize_batches((batch for batch in new if len(batch)), tokenizer, dtype, options.num_workers)
+        tokenized = tokenize_batches(batches, tokenizer, dtype, options.num_workers)
+        distinct = drop_near_duplicates(tokenized, options.near_dedup, counts)
+        return (batch.select(finished.unwritten(batch.documents)) for batch in distinct)
 
-    again = "" if near_dedup is None else "; all is tokenised again, for data.near_dedup compares ids"
+    note = "" if options.near_dedup is None else "; tokenizing everything again, because data.near_dedup compares ids"
     with FolderLock(Path(folder)):
-        return _write(
-            units, tokenizer, Path(folder), counts, seed, made_of, restart, shard_tokens, progress, say, again
+        return write_shards(
+            unwritten,
+            tokenizer,
+            Path(folder),
+            options,
+            counts=counts,
+            source=source,
+            restart=restart,
+            progress=progress,
+            log=lambda line: log(line + note),
         )
 
 
-def join(
-    parts: Parts,
+def write_shards(
+    unwritten: Callable[[FinishedDocuments], Iterable[TokenizedBatch]],
     tokenizer: Tokenizer,
-    folder: str | Path,
+    folder: Path,
+    options: PretokenizeOptions,
     *,
     counts: DocumentCounts,
-    made_of: Provenance,
-    dedup: bool = True,
-    near_dedup: float | None = None,
-    seed: int = 0,
-    restart: bool = False,
-    shard_tokens: int = SHARD_TOKENS,
-    progress: Callable[[int, int], None] = lambda size, tokens: None,
-    say: Callable[[str], None] = lambda line: None,
-) -> Manifest:
-    """What `pretokenize` would have written of the documents of all parts (data/parts.py), which are removed then.
-    Raises as it does."""
-    parts.add_counts(counts)
-
-    def units(passed: Passed) -> Iterator[Encoded]:
-        found = parts.units(counts, dedup)
-        far = found if near_dedup is None else _without_near_duplicates(found, near_dedup, counts)
-        return (unit.only(passed.new_of(unit.pieces)) for unit in far)
-
-    with FolderLock(Path(folder)):
-        written = _write(units, tokenizer, Path(folder), counts, seed, made_of, restart, shard_tokens, progress, say)
-        remove_parts(folder, parts.count)
-    return written
-
-
-def provenance(
-    tokenizer: Tokenizer,
-    val_fraction: float,
-    dedup: bool,
-    near_dedup: float | None,
-    seed: int,
     source: Provenance | None,
-    shard_tokens: int = SHARD_TOKENS,
-) -> dict[str, Any]:
-    """All that the shards' bytes depend on, under names for people."""
-    return {
-        "tokenizer": f"{tokenizer.files[0].name}, sha256 {digest(tokenizer)}",
-        "data.val_fraction": val_fraction,
-        "data.dedup": dedup,
-        "data.near_dedup": near_dedup,
-        "train.seed": seed,
-        "tokens in a shard": shard_tokens,
-        **(source or {}),
-    }
-
-
-def _write(
-    units_of: Callable[[Passed], Iterator[Encoded]],
-    tokenizer: Tokenizer,
-    out: Path,
-    counts: DocumentCounts,
-    seed: int,
-    made_of: Provenance,
     restart: bool,
-    shard_tokens: int,
-    progress: Callable[[int, int], None],
-    say: Callable[[str], None],
-    again: str = "",
+    progress: Progress,
+    log: Log,
 ) -> Manifest:
-    finished = load_progress(out, made_of, restart)
+    """Writes the batches that `unwritten` yields after the finished shards of an earlier run. Needs the FolderLock."""
+    made_from = provenance(tokenizer, options, source)
+    finished = load_progress(folder, made_from, restart)
     if finished:
-        say(f"{out}: going on with an earlier run, behind {len(finished)} shards{again}")
+        log(f"{folder}: resuming: {len(finished)} shards already done")
     dtype = id_dtype(tokenizer)
-    writer = ShardWriter(out, dtype, shard_tokens, finished)
-    passed = Passed(finished, progress)
+    writer = ShardWriter(folder, dtype, options.shard_tokens, finished)
+    finished_documents = FinishedDocuments(finished, progress)
     try:
-        for unit in units_of(passed):
-            if writer.add(unit):
-                save_progress(out, made_of, writer.finished)
-            progress(int(unit.pieces.sizes.sum()), len(unit.ids))
-        passed.check_end()
+        for batch in unwritten(finished_documents):
+            if writer.add(batch):
+                save_progress(folder, made_from, writer.finished)
+            progress(int(batch.documents.sizes.sum()), len(batch.ids))
+        finished_documents.check_exhausted()
         writer.close()
     except BaseException:
-        writer.abandon()
+        writer.abort()
         raise
     if not writer.finished:
-        raise UserError(f"{out}: no document is left to write ({counts.summary()})")
-    save_progress(out, made_of, writer.finished)
+        raise UserError(f"{folder}: no documents left to write ({counts.summary()})")
+    save_progress(folder, made_from, writer.finished)
     shards = [f.shard for f in writer.finished]
-    _put_in_place(out, shards)
+    _install(folder, shards)
     manifest = Manifest(
         tokenizer={
-            "name": tokenizer.files[0].name, "file": copy_tokenizer(tokenizer, out), "sha256": digest(tokenizer)
+            "name": tokenizer.files[0].name, "file": copy_tokenizer(tokenizer, folder), "sha256": digest(tokenizer)
         },
         vocab_size=tokenizer.vocab_size,
         dtype=dtype.name,
         eod_id=tokenizer.eod_id,
-        seed=seed,
+        seed=options.seed,
         counts=counts.as_manifest(),
         shards=shards,
     )  # fmt: skip
-    write_manifest(out, manifest)
+    write_manifest(folder, manifest)
     return manifest
 
 
-def _without_near_duplicates(units: Iterable[Encoded], threshold: float, counts: DocumentCounts) -> Iterator[Encoded]:
-    """The tail of a document, which is in the same unit, goes where its head went."""
-    near = NearDuplicateIndex(threshold)
-    for unit in units:
-        wanted: list[bool] = []
-        ends = np.cumsum(unit.lengths).tolist()
-        for is_tail, length, end in zip(unit.pieces.is_tail.tolist(), unit.lengths.tolist(), ends, strict=True):
-            wanted.append(wanted[-1] if is_tail else near.is_new(unit.ids[end - length : end - 1]))
-        lost = ~np.array(wanted, bool)
-        dropped = int(np.count_nonzero(lost & ~unit.pieces.is_tail))
+def drop_near_duplicates(
+    batches: Iterable[TokenizedBatch], threshold: float, counts: DocumentCounts
+) -> Iterator[TokenizedBatch]:
+    """The head of a split document decides for its tail, which is in the same batch."""
+    index = NearDuplicateIndex(threshold)
+    for batch in batches:
+        kept: list[bool] = []
+        is_tail = batch.documents.is_tail
+        ends = np.cumsum(batch.lengths).tolist()
+        for tail, length, end in zip(is_tail.tolist(), batch.lengths.tolist(), ends, strict=True):
+            kept.append(kept[-1] if tail else index.add_if_new(batch.ids[end - length : end - 1]))
+        mask = np.array(kept, bool)
+        dropped = int(np.count_nonzero(~mask & ~is_tail))
         counts.duplicates += dropped
         counts.kept -= dropped
-        yield unit.only(~lost)
+        yield batch.select(mask)
 
 
-def _put_in_place(out: Path, shards: Iterable[Shard]) -> None:
-    """May be stopped anywhere and done again."""
-    (out / "manifest.json").unlink(missing_ok=True)  # half-replaced shards must not pass for whole ones
+def _install(folder: Path, shards: Iterable[Shard]) -> None:
+    """Renames the new shards over the old ones. May be interrupted anywhere and repeated."""
+    (folder / "manifest.json").unlink(missing_ok=True)  # a half-replaced set of shards must not look complete
     names = {name for shard in shards for name in shard.files}
-    for path in shard_files(out):
+    for path in shard_files(folder):
         if path.name not in names:
             path.unlink()
-    for path in shard_files(out, ".tmp"):
+    for path in shard_files(folder, ".tmp"):
         path.replace(path.with_suffix(""))

@@ -1,8 +1,8 @@
-"""What shards were made of, so that a pretokenize run never mixes or replaces those of another.
+"""Resuming pretokenization, without ever mixing or replacing the shards of a different run.
 
-`progress.json`, beside the shards, says all that they depend on and lists the finished ones. A run that was stopped,
-even by kill -9, goes on behind the last of them: it reads the documents again from the start, which costs little and
-needs no state of what came before, but passes over those that finished shards hold.
+`progress.json`, beside the shards, records everything that their bytes depend on and lists the finished shards. A run
+that was interrupted, even by kill -9, resumes after the last finished shard. It reads the documents again from the
+start, which is cheap and needs no saved reader state, and skips those that finished shards already hold.
 """
 
 import hashlib
@@ -19,27 +19,27 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.document_batches import Mask, Pieces
-from anarchobot.data.shard_writer import Finished
+from anarchobot.data.document_batches import DocumentBatch, Mask
+from anarchobot.data.shard_writer import FinishedShard
 from anarchobot.data.shards import SPLITS, Shard, Split
 from anarchobot.data.sources import files, hub
 from anarchobot.storage.durable import sha256_file, write_atomic
 
-Provenance = Mapping[str, Any]  # what decides the shards' bytes: JSON values under names that a person understands
+Provenance = Mapping[str, Any]  # everything the shards' bytes depend on: JSON values under readable names
 
-TOLD = 3  # changes that an error names
+MAX_CHANGES = 3  # listed in an error
 
-# Settings that change no shard, and those that pretokenize is given by themselves.
-NOT_OF_DOCUMENTS = {
+# Settings that do not affect the documents, and those recorded separately.
+EXCLUDED_SETTINGS = {
     *("num_workers", "shard_dir", "shard_weights", "seq_len", "pack", "document_mask", "cache_dir", "fallback"),
     *("val_fraction", "dedup", "near_dedup"),
 }
 
 
 def source_provenance(names: list[str], data: DataConfig) -> dict[str, Any]:
-    """What the documents of these datasets depend on: settings, and the size and time of each file."""
+    """What the documents of these datasets depend on: settings, and the size and modification time of each file."""
     source: dict[str, Any] = {
-        f"data.{key}": value for key, value in data.model_dump().items() if key not in NOT_OF_DOCUMENTS
+        f"data.{key}": value for key, value in data.model_dump().items() if key not in EXCLUDED_SETTINGS
     }
     source["data.dataset"] = names
     for name in names:
@@ -50,127 +50,134 @@ def source_provenance(names: list[str], data: DataConfig) -> dict[str, Any]:
     return source
 
 
-def save_progress(folder: Path, made_of: Provenance, finished: Iterable[Finished]) -> None:
-    content = {"made_of": dict(made_of), "finished": [asdict(f) for f in finished]}
+def save_progress(folder: Path, provenance: Provenance, finished: Iterable[FinishedShard]) -> None:
+    content = {"made_of": dict(provenance), "finished": [asdict(f) for f in finished]}
     write_atomic(folder / "progress.json", json.dumps(content, indent=1) + "\n")
 
 
-def load_progress(folder: Path, made_of: Provenance, restart: bool) -> list[Finished]:
-    """The finished shards of an earlier run: none when there was no such run, or `restart` is set.
+def load_progress(folder: Path, provenance: Provenance, restart: bool) -> list[FinishedShard]:
+    """Returns the intact finished shards of an earlier run; none when there was no run or `restart` is set.
 
-    A shard that is gone or damaged by now is left out, with all of its split behind it. What else a stopped run left is
-    removed. Raises UserError, which names what changed, when there are shards and they were `made_of` anything else.
+    A missing or damaged shard is dropped, together with all later shards of its split. Other leftovers of an
+    interrupted run are deleted. Raises UserError, naming what changed, when the folder holds shards of a different
+    provenance.
     """
-    listed = [] if restart else _read(folder, made_of)
-    whole: list[Finished] = []
+    listed = [] if restart else _read(folder, provenance)
+    intact: list[FinishedShard] = []
     for split in SPLITS:
-        whole += takewhile(lambda f: _is_whole(folder, f.shard), (f for f in listed if f.shard.split == split))
-    kept = {f"{name}.tmp" for finished in whole for name in finished.shard.files}
+        intact += takewhile(lambda f: _is_intact(folder, f.shard), (f for f in listed if f.shard.split == split))
+    kept = {f"{name}.tmp" for finished in intact for name in finished.shard.files}
     for path in shard_files(folder, ".tmp"):
         if path.name not in kept:
             path.unlink()
-    save_progress(folder, made_of, whole)
-    return whole
+    save_progress(folder, provenance, intact)
+    return intact
 
 
 def shard_files(folder: Path, suffix: str = "") -> list[Path]:
-    kinds = [f"{split}_{'[0-9]' * 5}.{kind}{suffix}" for split in SPLITS for kind in ("npy", "offsets")]
-    return [path for kind in kinds for path in folder.glob(kind)]
+    patterns = [f"{split}_{'[0-9]' * 5}.{kind}{suffix}" for split in SPLITS for kind in ("npy", "offsets")]
+    return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
-def _read(folder: Path, made_of: Provenance) -> list[Finished]:
+def _read(folder: Path, provenance: Provenance) -> list[FinishedShard]:
     path, has_shards = folder / "progress.json", (folder / "manifest.json").exists()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        before = dict(content["made_of"])
-        finished = [Finished(Shard(**f["shard"]), f["keys_sha256"]) for f in content["finished"]]
+        recorded = dict(content["made_of"])
+        finished = [FinishedShard(Shard(**f["shard"]), f["keys_sha256"]) for f in content["finished"]]
     except FileNotFoundError:
         if has_shards:
             raise UserError(
-                f"{folder}: holds shards, and no progress.json that says what they were made of: choose another "
+                f"{folder}: holds shards but no progress.json that records how they were built: choose another "
                 "folder, or replace them with --restart"
             ) from None
         return []
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: damaged ({error}): start anew with --restart") from error
-    told = difference(before, made_of)
-    if not told:
+        raise UserError(f"{path}: damaged ({error}): start over with --restart") from error
+    changes = describe_changes(recorded, provenance)
+    if not changes:
         return finished
-    if not finished and not has_shards:
-        return []
-    what, do = "a run that was stopped here can't go on, for this has changed", "undo that, or start anew"
     if has_shards:
-        what, do = "holds shards that were made otherwise", "choose another folder, or replace them"
-    raise UserError(f"{folder}: {what}: {told}: {do} with --restart")
+        raise UserError(
+            f"{folder}: holds shards built with different settings: {changes}: choose another folder, or replace them "
+            "with --restart"
+        )
+    if finished:
+        raise UserError(
+            f"{folder}: can't resume the interrupted run: {changes}: revert this, or start over with --restart"
+        )
+    return []
 
 
-def check_provenance(folder: Path, made_of: Provenance) -> None:
-    """Raises UserError when there are shards in the folder, and they were made of anything else."""
-    _read(folder, made_of)
+def check_provenance(folder: Path, provenance: Provenance) -> None:
+    """Raises UserError when the folder holds shards of a different provenance."""
+    _read(folder, provenance)
 
 
-def difference(before: Provenance, made_of: Provenance) -> str:
-    """What has changed since, for people; empty when nothing has."""
-    now = json.loads(json.dumps(dict(made_of)))
+def describe_changes(before: Provenance, provenance: Provenance) -> str:
+    """Lists what changed, as "KEY changed from A to B, ..."; empty when nothing did."""
+    now = json.loads(json.dumps(dict(provenance)))
     changed = [key for key in {**before, **now} if before.get(key, "absent") != now.get(key, "absent")]
-    told = [f"{key} (was {before.get(key, 'absent')}, is {now.get(key, 'absent')})" for key in changed[:TOLD]]
-    return ", ".join(told) + (f" and {len(changed) - TOLD} more" if len(changed) > TOLD else "")
+    shown = [
+        f"{key} changed from {before.get(key, 'absent')} to {now.get(key, 'absent')}" for key in changed[:MAX_CHANGES]
+    ]
+    return ", ".join(shown) + (f" and {len(changed) - MAX_CHANGES} more" if len(changed) > MAX_CHANGES else "")
 
 
-def _is_whole(folder: Path, shard: Shard) -> bool:
-    """Beside its final name, or already there when the run was stopped while it put its shards in place."""
+def _is_intact(folder: Path, shard: Shard) -> bool:
+    """Checks NAME.tmp, or NAME if the run was interrupted while it renamed its shards."""
     for name, sha256 in zip(shard.files, (shard.sha256, shard.offsets_sha256), strict=True):
-        beside = folder / f"{name}.tmp"
-        path = beside if beside.exists() else folder / name
+        temporary = folder / f"{name}.tmp"
+        path = temporary if temporary.exists() else folder / name
         if not path.is_file() or sha256_file(path) != sha256:
             return False
     return True
 
 
-class Passed:
-    """The pieces that finished shards hold: of each split the first ones, as many as the shards say, and the same."""
+class FinishedDocuments:
+    """Skips the documents that finished shards hold: the first ones of each split, verified by their keys."""
 
-    def __init__(self, finished: Iterable[Finished], progress: Callable[[int, int], None]) -> None:
-        """`progress(bytes, tokens)` is called behind each shard."""
-        self._left: dict[Split, deque[Finished]] = {split: deque() for split in SPLITS}
+    def __init__(self, finished: Iterable[FinishedShard], progress: Callable[[int, int], None]) -> None:
+        """`progress(bytes, tokens)` is called after each skipped shard."""
+        self._remaining: dict[Split, deque[FinishedShard]] = {split: deque() for split in SPLITS}
         for f in finished:
-            self._left[f.shard.split].append(f)
-        self._pieces = dict.fromkeys(SPLITS, 0)
+            self._remaining[f.shard.split].append(f)
+        self._skipped = dict.fromkeys(SPLITS, 0)
         self._keys = {split: hashlib.sha256() for split in SPLITS}
         self._progress = progress
 
-    def new_of(self, unit: Pieces) -> Mask:
-        """Which of these pieces, the next of their splits, are in no finished shard. Raises UserError at the end of a
-        shard that was made of other text."""
-        new = np.ones(len(unit), bool)
-        for split, of_split in zip(SPLITS, (~unit.is_val, unit.is_val), strict=True):
-            places = np.flatnonzero(of_split)
-            new[places[: self._held(split, unit.keys[places])]] = False
-        return new
+    def unwritten(self, batch: DocumentBatch) -> Mask:
+        """The mask of documents in no finished shard. Batches must come in order. Raises UserError at the end of a
+        shard that was written from different documents."""
+        mask = np.ones(len(batch), bool)
+        for split, in_split in zip(SPLITS, (~batch.is_val, batch.is_val), strict=True):
+            indices = np.flatnonzero(in_split)
+            mask[indices[: self._skip(split, batch.keys[indices])]] = False
+        return mask
 
-    def _held(self, split: Split, keys: npt.NDArray[np.void]) -> int:
-        """How many of the next pieces of a split, which have these keys, are in finished shards."""
-        left, held = self._left[split], 0
-        while left and held < len(keys):
-            shard = left[0].shard
-            own = keys[held : held + shard.documents - self._pieces[split]]
-            self._keys[split].update(own.data)
-            self._pieces[split] += len(own)
-            held += len(own)
-            if self._pieces[split] == shard.documents:
-                if self._keys[split].hexdigest() != left[0].keys_sha256:
-                    raise _changed(shard)
-                left.popleft()
-                self._pieces[split], self._keys[split] = 0, hashlib.sha256()
+    def _skip(self, split: Split, keys: npt.NDArray[np.void]) -> int:
+        """How many of the split's next documents, with these keys, are in finished shards."""
+        remaining, count = self._remaining[split], 0
+        while remaining and count < len(keys):
+            shard = remaining[0].shard
+            in_shard = keys[count : count + shard.documents - self._skipped[split]]
+            self._keys[split].update(in_shard.data)
+            self._skipped[split] += len(in_shard)
+            count += len(in_shard)
+            if self._skipped[split] == shard.documents:
+                if self._keys[split].hexdigest() != remaining[0].keys_sha256:
+                    raise _different_documents(shard)
+                remaining.popleft()
+                self._skipped[split], self._keys[split] = 0, hashlib.sha256()
                 self._progress(shard.bytes, shard.tokens)
-        return held
+        return count
 
-    def check_end(self) -> None:
-        """Raises UserError when there were fewer pieces than the shards hold."""
-        for left in self._left.values():
-            if left:
-                raise _changed(left[0].shard)
+    def check_exhausted(self) -> None:
+        """Raises UserError when there were fewer documents than the finished shards hold."""
+        for remaining in self._remaining.values():
+            if remaining:
+                raise _different_documents(remaining[0].shard)
 
 
-def _changed(shard: Shard) -> UserError:
-    return UserError(f"{shard.file}: an earlier run made this shard of other documents: start anew with --restart")
+def _different_documents(shard: Shard) -> UserError:
+    return UserError(f"{shard.file}: an earlier run wrote this shard from other documents: start over with --restart")

@@ -1,4 +1,4 @@
-"""Token shards written as a stream, to NAME.tmp: what is in memory doesn't grow with the shard."""
+"""Writes token shards as a stream to NAME.tmp, in memory that does not grow with the shard."""
 
 import hashlib
 from collections.abc import Iterable
@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from anarchobot.data.document_batches import Encoded
+from anarchobot.data.document_batches import TokenizedBatch
 from anarchobot.data.shards import SPLITS, Shard, Split
 from anarchobot.storage.durable import fsync, sha256_file
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A shard that is whole on the disk, and the sha256 over the keys of its pieces: what text it was made of."""
+class FinishedShard:
+    """A shard that is complete on disk, and the sha256 over its documents' keys, which identifies its text."""
 
     shard: Shard
     keys_sha256: str
@@ -26,52 +26,52 @@ class Finished:
 class ShardWriter:
     """Writes `train_00000.npy.tmp`, `train_00000.offsets.tmp` and so on, and the same for val.
 
-    A shard ends with the document that brings it to `shard_tokens`: none is spread over two. `finished` are the shards
-    of an earlier run to go on behind.
+    A shard ends with the document that brings it to `shard_tokens`; no document spans two shards. `finished` are the
+    shards of an earlier run, after which writing resumes.
     """
 
     def __init__(
-        self, folder: Path, dtype: npt.DTypeLike, shard_tokens: int, finished: Iterable[Finished] = ()
+        self, folder: Path, dtype: npt.DTypeLike, shard_tokens: int, finished: Iterable[FinishedShard] = ()
     ) -> None:
-        listed = list(finished)
+        earlier = list(finished)
         self._splits = {
-            split: _SplitWriter(folder, split, dtype, shard_tokens, [f for f in listed if f.shard.split == split])
+            split: _SplitWriter(folder, split, dtype, shard_tokens, [f for f in earlier if f.shard.split == split])
             for split in SPLITS
         }
 
     @property
-    def finished(self) -> list[Finished]:
+    def finished(self) -> list[FinishedShard]:
         return [finished for writer in self._splits.values() for finished in writer.finished]
 
-    def add(self, unit: Encoded) -> bool:
-        """Whether a shard was finished by this."""
+    def add(self, batch: TokenizedBatch) -> bool:
+        """Returns whether this finished a shard."""
         before = len(self.finished)
-        is_val = unit.pieces.is_val
-        self._splits["train"].add(unit.only(~is_val))
+        is_val = batch.documents.is_val
+        self._splits["train"].add(batch.select(~is_val))
         if is_val.any():
-            self._splits["val"].add(unit.only(is_val))
+            self._splits["val"].add(batch.select(is_val))
         return len(self.finished) > before
 
     def close(self) -> None:
         for writer in self._splits.values():
             writer.close()
 
-    def abandon(self) -> None:
-        """Takes the shards under way back from the disk; the finished ones stay."""
+    def abort(self) -> None:
+        """Deletes the unfinished shards; the finished ones stay."""
         for writer in self._splits.values():
-            writer.abandon()
+            writer.abort()
 
 
 class _SplitWriter:
     def __init__(
-        self, folder: Path, split: Split, dtype: npt.DTypeLike, shard_tokens: int, finished: list[Finished]
+        self, folder: Path, split: Split, dtype: npt.DTypeLike, shard_tokens: int, finished: list[FinishedShard]
     ) -> None:
         self.finished = finished
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
-        self._files: list[NpyStream] = []  # of the shard under way: ids and offsets
+        self._files: list[NpyStream] = []  # ids and offsets of the current shard
 
-    def add(self, unit: Encoded) -> None:
-        ends = np.cumsum(unit.lengths)
+    def add(self, batch: TokenizedBatch) -> None:
+        ends = np.cumsum(batch.lengths)
         first = start = 0
         while first < len(ends):
             if not self._files:
@@ -79,12 +79,12 @@ class _SplitWriter:
             full = int(np.searchsorted(ends, start + self._shard_tokens - self._tokens))
             last = min(full + 1, len(ends))
             stop = int(ends[last - 1])
-            self._files[0].append(unit.ids[start:stop])
+            self._files[0].append(batch.ids[start:stop])
             self._files[1].append((ends[first:last] + (self._tokens - start)).astype(np.uint64))
             self._tokens += stop - start
             self._documents += last - first
-            self._bytes += int(unit.pieces.sizes[first:last].sum())
-            self._keys.update(unit.pieces.keys[first:last].data)
+            self._bytes += int(batch.documents.sizes[first:last].sum())
+            self._keys.update(batch.documents.keys[first:last].data)
             first, start = last, stop
             if self._tokens >= self._shard_tokens:
                 self.close()
@@ -96,11 +96,11 @@ class _SplitWriter:
         self._files = []
         file = f"{self._name}.npy"
         shard = Shard(file, self._split, self._tokens, self._documents, self._bytes, sha256, offsets_sha256)
-        self.finished.append(Finished(shard, self._keys.hexdigest()))
+        self.finished.append(FinishedShard(shard, self._keys.hexdigest()))
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         for file in self._files:
-            file.abandon()
+            file.abort()
 
     def _open(self) -> None:
         self._name = f"{self._split}_{len(self.finished):05d}"
@@ -112,8 +112,8 @@ class _SplitWriter:
 
 
 class NpyStream:
-    """A one-dimensional `.npy` file that grows. numpy leaves room in the header for the length, which is put in last;
-    the bytes are those of np.save."""
+    """A growing one-dimensional `.npy` file, byte-identical to np.save. numpy pads the header so that the length can
+    be filled in at the end."""
 
     def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
         self._path, self._dtype, self._length = path, np.dtype(dtype), 0
@@ -126,7 +126,7 @@ class NpyStream:
         self._length += len(values)
 
     def close(self) -> str:
-        """Brings the file to the disk; returns its sha256."""
+        """Flushes the file to disk and returns its sha256."""
         self._file.seek(0)
         self._write_header()
         self._file.flush()
@@ -134,8 +134,8 @@ class NpyStream:
         self._file.close()
         return sha256_file(self._path)
 
-    def abandon(self) -> None:
-        with suppress(OSError):  # a full disk, once more
+    def abort(self) -> None:
+        with suppress(OSError):  # closing may flush to a full disk again
             self._file.close()
         self._path.unlink(missing_ok=True)
 

@@ -1,10 +1,10 @@
-"""Token shards: flat `.npy` arrays, and the manifest that says what they are.
+"""Token shards: flat `.npy` arrays of token ids and the manifest that describes them.
 
-DIR/train_00000.npy ...      one-dimensional uint16 or uint32; every document is followed by the end-of-document id
-DIR/train_00000.offsets ...  .npy too, uint64 [documents + 1]: where each document begins, then the shard's length
-DIR/val_00000.npy ...        the documents held out
-DIR/manifest.json            written last: without it there are no shards
-DIR/tokenizer.model          the tokenizer that made them (or tokenizer.json, or vocab.json and merges.txt)
+DIR/train_00000.npy ...      one-dimensional uint16 or uint32; every document ends with the end-of-document id
+DIR/train_00000.offsets ...  also .npy, uint64 [documents + 1]: the start of each document, then the shard's length
+DIR/val_00000.npy ...        the validation split
+DIR/manifest.json            written last: without it, the folder holds no shards
+DIR/tokenizer.model          the tokenizer (or tokenizer.json, or vocab.json and merges.txt)
 """
 
 import hashlib
@@ -26,12 +26,12 @@ FORMAT_VERSION = 1
 DTYPES = ("uint16", "uint32")
 SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
 Split = Literal["train", "val"]
-Stretch = memoryview  # of ids, as wide as in the shards
+RawIds = memoryview  # token ids in the dtype of the shards
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of the manifest's list. `bytes` counts the raw UTF-8 text behind the tokens."""
+    """One entry of the manifest's list. `bytes` is the size of the raw UTF-8 text."""
 
     file: str
     split: Split
@@ -43,13 +43,13 @@ class Shard:
 
     @property
     def files(self) -> tuple[str, str]:
-        """The ids and the offsets."""
+        """The names of the id file and the offset file."""
         return self.file, self.file.removesuffix(".npy") + ".offsets"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`. `tokenizer` holds `name`, `file` and `sha256`; `counts` is documents.Counts."""
+    """The content of `manifest.json`. `tokenizer`: name, file, sha256. `counts`: `DocumentCounts.as_manifest`."""
 
     tokenizer: dict[str, str]
     vocab_size: int
@@ -60,14 +60,14 @@ class Manifest:
     shards: list[Shard]
     format_version: int = FORMAT_VERSION
 
-    def of(self, split: Split) -> list[Shard]:
+    def shards_in(self, split: Split) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
 
     def tokens(self, split: Split) -> int:
-        return sum(shard.tokens for shard in self.of(split))
+        return sum(shard.tokens for shard in self.shards_in(split))
 
     def digest(self) -> str:
-        """sha256 of the manifest's content: a run is bound to the shards it began with."""
+        """sha256 of the manifest. Resuming a run requires the same digest."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -79,11 +79,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Raises UserError when there are no shards here, or the manifest is none that this version reads."""
+    """Raises UserError when the folder holds no shards, or the manifest is damaged or of another format version."""
     path = Path(folder) / "manifest.json"
     try:
         values: dict[str, Any] = json.loads(path.read_bytes())
-        if SEAL in values:  # one made by another program may have none
+        if SEAL in values:  # absent when another program wrote the manifest
             values = read_sealed(path)
         if values.get("format_version") != FORMAT_VERSION:
             raise UserError(
@@ -100,79 +100,78 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 class TokenStream:
-    """The shards of one split as one long sequence of ids, memory-mapped: no copy of the corpus is made."""
+    """The shards of one split as one long sequence of token ids, memory-mapped and never copied as a whole."""
 
     def __init__(self, folder: str | Path, split: Split) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
-        self._listed = self.manifest.of(split)
-        self._shards = [_open(self.folder / s.file, self.manifest.dtype, s.tokens).data for s in self._listed]
+        self._entries = self.manifest.shards_in(split)
+        self._shards = [_open(self.folder / s.file, self.manifest.dtype, s.tokens).data for s in self._entries]
         self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
         self.tokens = int(self._starts[-1])
 
     def read(self, start: int, stop: int) -> npt.NDArray[np.int32]:
-        """Ids [start, stop) as int32, across shard borders. Raises UserError for an id beyond the vocabulary."""
-        return self.joined([self._read(start, stop)])
+        """Ids [start, stop) as int32, across shard boundaries. Raises UserError for an id outside the vocabulary."""
+        return self.concatenate([self._read(start, stop)])
 
     def rows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int32]:
-        """Ids [start, start + length) of each of `starts`: int32 [n, length]. Raises UserError as `read` does."""
-        return self.joined(self.stretches(starts, starts + length)).reshape(-1, length)
+        """Ids [start, start + length) for each start: int32 [n, length]. Raises UserError as `read` does."""
+        return self.concatenate(self.slices(starts, starts + length)).reshape(-1, length)
 
-    def stretches(self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> list[Stretch]:
-        """Ids [starts[i], stops[i]) as they lie in the shards, for `joined`. Before the stream's start is an end
-        of document."""
+    def slices(self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> list[RawIds]:
+        """Ids [starts[i], stops[i]) without conversion, for `concatenate`. Position -1 is an end-of-document id."""
         shards = np.maximum(np.searchsorted(self._starts, starts, side="right") - 1, 0)
         firsts = starts - self._starts[shards]
-        across = (stops > self._starts[shards + 1]) | (firsts < 0)
-        found: list[Stretch] = [
+        crosses = (stops > self._starts[shards + 1]) | (firsts < 0)
+        found: list[RawIds] = [
             self._shards[shard][first:last]
             for shard, first, last in zip(
                 shards.tolist(), firsts.tolist(), (firsts + (stops - starts)).tolist(), strict=True
             )
         ]
-        for i in np.flatnonzero(across).tolist():
+        for i in np.flatnonzero(crosses).tolist():
             found[i] = self._read(int(starts[i]), int(stops[i]))
         return found
 
-    def joined(self, stretches: Sequence[Stretch]) -> npt.NDArray[np.int32]:
-        """The ids of all of them, one behind the other. Raises UserError as `read` does."""
-        ids = np.frombuffer(b"".join(stretches), self.manifest.dtype)  # ten times as soon as numpy takes the slices
+    def concatenate(self, slices: Sequence[RawIds]) -> npt.NDArray[np.int32]:
+        """The ids of all slices in order. Raises UserError as `read` does."""
+        ids = np.frombuffer(b"".join(slices), self.manifest.dtype)  # ten times faster than np.concatenate
         largest = int(np.max(ids, initial=0))
         if largest >= self.manifest.vocab_size:
             raise UserError(
-                f"{self.folder}: token id {largest} is beyond the vocabulary of {self.manifest.vocab_size}: "
-                "the shards are damaged: see `anarchobot shards verify`"
+                f"{self.folder}: token id {largest} is outside the vocabulary of {self.manifest.vocab_size}: "
+                "the shards are damaged; check them with `anarchobot shards verify`"
             )
         return ids.astype(np.int32)
 
-    def _read(self, start: int, stop: int) -> Stretch:
+    def _read(self, start: int, stop: int) -> RawIds:
         before = np.full(max(0, -start), self.manifest.eod_id, self.manifest.dtype).data
-        parts = zip(self._shards, self._starts.tolist(), strict=False)
-        return memoryview(b"".join([before, *(s[max(0, start - first) : max(0, stop - first)] for s, first in parts)]))
+        shards = zip(self._shards, self._starts.tolist(), strict=False)
+        return memoryview(b"".join([before, *(s[max(0, start - first) : max(0, stop - first)] for s, first in shards)]))
 
     def document_starts(self) -> npt.NDArray[np.int64]:
-        """Where each document begins in the stream, then its length: int64 [documents + 1], increasing.
+        """The start of each document in the stream, then the stream's length: int64 [documents + 1], increasing.
 
         Raises UserError when the offsets are damaged.
         """
-        parts = [np.zeros(1, np.int64)]
-        for shard, start in zip(self._listed, self._starts.tolist(), strict=False):
-            parts.append(_offsets(self.folder, shard)[1:] + start)
-        return np.concatenate(parts)
+        starts = [np.zeros(1, np.int64)]
+        for shard, start in zip(self._entries, self._starts.tolist(), strict=False):
+            starts.append(_offsets(self.folder, shard)[1:] + start)
+        return np.concatenate(starts)
 
 
 def _open(path: Path, dtype: str, length: int) -> npt.NDArray[Any]:
     try:
         array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError as error:
-        raise UserError(f"{path}: the manifest lists this shard, but it is missing: pretokenize again") from error
-    except Exception as error:  # a damaged header is Python text that may fail in any way
+        raise UserError(f"{path}: listed in the manifest, but missing: pretokenize again") from error
+    except Exception as error:  # numpy evaluates the header as Python, so damage can raise anything
         raise UserError(f"{path}: damaged ({error}): pretokenize again") from error
     if array.shape != (length,) or array.dtype != dtype:
         raise UserError(
             f"{path}: holds {array.dtype} {array.shape}, the manifest says {dtype} ({length},): pretokenize again"
         )
-    return array.view(np.ndarray)  # slices of a plain array are cheaper than of a memmap
+    return array.view(np.ndarray)  # slicing a plain array is cheaper than slicing a memmap
 
 
 def _offsets(folder: Path, shard: Shard) -> npt.NDArray[np.int64]:
@@ -184,22 +183,22 @@ def _offsets(folder: Path, shard: Shard) -> npt.NDArray[np.int64]:
 
 
 def length_histogram(folder: str | Path) -> list[tuple[int, int]]:
-    """(n, documents of n to 2 n - 1 tokens) for n = 1, 2, 4 ... up to the longest; the end counts as a token."""
+    """(n, documents with n to 2 n - 1 tokens) for n = 1, 2, 4, ..., counting the end-of-document token."""
     streams = [TokenStream(folder, split) for split in SPLITS]
     lengths = np.concatenate([np.diff(stream.document_starts()) for stream in streams])
-    powers = np.frexp(lengths)[1] - 1  # exactly the logarithm, rounded down
+    powers = np.frexp(lengths)[1] - 1  # floor of log2, exactly
     return [(2**power, count) for power, count in enumerate(np.bincount(powers).tolist())]
 
 
 def first_documents(stream: TokenStream, documents: int, tokens: int) -> Iterator[npt.NDArray[np.int32]]:
-    """The first ids of the first documents, `tokens` of each at most, without the end of document."""
+    """The first `tokens` ids of each of the first documents, without the end-of-document id."""
     starts = stream.document_starts()[: documents + 1].tolist()
     for start, end in pairwise(starts):
         yield stream.read(start, min(end - 1, start + tokens))
 
 
 def verify(folder: str | Path) -> Iterator[tuple[str, str]]:
-    """Re-reads every file of every shard: yields (file, what is wrong, or nothing when it is good)."""
+    """Reads every file of every shard and yields (file, problem); the problem is empty for an intact file."""
     manifest = read_manifest(folder)
     for shard in manifest.shards:
         ids, offsets = (_problem(check, folder, shard, manifest) for check in (_check_ids, _check_offsets))
@@ -208,20 +207,11 @@ def verify(folder: str | Path) -> Iterator[tuple[str, str]]:
         yield from zip(shard.files, (ids, offsets), strict=True)
 
 
-def find_modified_file(folder: str | Path) -> str | None:
-    """The first file whose content is not what was written. Only digests are compared, so that a thread may do it
-    beside others: reading numpy's headers is Python's parser, which in Python 3.11 fails at times when two threads use
-    it at once (CPython's issue 106905). Raises OSError for one that can't be read."""
-    for shard in read_manifest(folder).shards:
-        for file, digest in zip(shard.files, (shard.sha256, shard.offsets_sha256), strict=True):
-            if sha256_file(Path(folder) / file) != digest:
-                return file
-    return None
-
-
-def _problem(check: Callable[[Path, Shard, Manifest], None], folder: str | Path, shard: Shard, told: Manifest) -> str:
+def _problem(
+    check: Callable[[Path, Shard, Manifest], None], folder: str | Path, shard: Shard, manifest: Manifest
+) -> str:
     try:
-        check(Path(folder), shard, told)
+        check(Path(folder), shard, manifest)
     except UserError as error:
         return str(error).partition(": ")[2]
     return ""
@@ -230,41 +220,49 @@ def _problem(check: Callable[[Path, Shard, Manifest], None], folder: str | Path,
 def _check_ids(folder: Path, shard: Shard, manifest: Manifest) -> None:
     path = folder / shard.file
     array = _open(path, manifest.dtype, shard.tokens)
-    _check_content(path, shard.sha256)
+    _check_sha256(path, shard.sha256)
     if int(np.max(array, initial=0)) >= manifest.vocab_size:
-        raise UserError(f"{path}: token id {array.max()} is beyond the vocabulary of {manifest.vocab_size}")
+        raise UserError(f"{path}: token id {array.max()} is outside the vocabulary of {manifest.vocab_size}")
 
 
 def _check_offsets(folder: Path, shard: Shard, manifest: Manifest) -> None:
     _offsets(folder, shard)
-    _check_content(folder / shard.files[1], shard.offsets_sha256)
+    _check_sha256(folder / shard.files[1], shard.offsets_sha256)
 
 
 def _check_ends(folder: Path, shard: Shard, manifest: Manifest) -> None:
     is_end = _open(folder / shard.file, manifest.dtype, shard.tokens) == manifest.eod_id
     if not is_end[_offsets(folder, shard)[1:] - 1].all() or np.count_nonzero(is_end) != shard.documents:
-        raise UserError(f"{folder / shard.files[1]}: not where the ends of documents are in {shard.file}")
+        raise UserError(f"{folder / shard.files[1]}: does not match the ends of documents in {shard.file}")
 
 
-def _check_content(path: Path, sha256: str) -> None:
+def _check_sha256(path: Path, sha256: str) -> None:
     if sha256_file(path) != sha256:
-        raise UserError(f"{path}: its content is not what was written (sha256 differs)")
+        raise UserError(f"{path}: content differs from the manifest (sha256)")
 
 
 class BackgroundVerifier:
-    """Begins at once; `problem` says what is wrong with the first damaged file, as soon as it is found."""
+    """Compares the sha256 of all shard files with the manifests in a daemon thread, while training runs.
+
+    `problem` describes the first damaged file once it is found.
+
+    Only digests are compared: numpy parses `.npy` headers with Python's parser, which in Python 3.11 can fail when two
+    threads use it at once (CPython issue 106905).
+    """
 
     def __init__(self, folders: Iterable[str | Path]) -> None:
         self.problem: str | None = None
         self._folders = list(folders)
-        # A daemon: the end of a run does not wait for it.
         threading.Thread(target=self._run, name="shard contents", daemon=True).start()
 
     def _run(self) -> None:
         try:
             for folder in self._folders:
-                if (file := find_modified_file(folder)) is not None:
-                    self.problem = f"{Path(folder) / file}: its content is not what was written: pretokenize again"
-                    return
+                for shard in read_manifest(folder).shards:
+                    for file, sha256 in zip(shard.files, (shard.sha256, shard.offsets_sha256), strict=True):
+                        path = Path(folder) / file
+                        if sha256_file(path) != sha256:
+                            self.problem = f"{path}: content differs from the manifest (sha256): pretokenize again"
+                            return
         except (UserError, OSError) as error:
             self.problem = str(error)

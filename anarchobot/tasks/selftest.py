@@ -23,10 +23,10 @@ import numpy as np
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.config.strict_yaml import dump
-from anarchobot.data.pretokenize import pretokenize
+from anarchobot.data.pretokenize import PretokenizeOptions, pretokenize
 from anarchobot.data.shards import verify
 from anarchobot.data.sources import builtin
-from anarchobot.data.sources.documents import Document, DocumentCounts
+from anarchobot.data.sources.documents import Document
 from anarchobot.model.parameters import init_parameters
 from anarchobot.runs import checkpoint
 from anarchobot.storage import durable
@@ -82,7 +82,7 @@ class FaultHarness:
         (folder / "shards").mkdir(parents=True)
         tokenizer = load_tokenizer(train_tokenizer(texts, folder / "shards" / "made", VOCAB)[0])
         documents = map(Document, texts)
-        pretokenize(documents, tokenizer, folder / "shards", counts=DocumentCounts(), val_fraction=0.2, num_workers=1)
+        pretokenize(documents, tokenizer, folder / "shards", PretokenizeOptions(val_fraction=0.2))
         began = time.monotonic()
         self._reference = self._finish("reference")
         self._duration = time.monotonic() - began

@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from anarchobot.cli.main import main
-from anarchobot.data import document_batches, pretokenize
+from anarchobot.data import document_batches
+from anarchobot.tasks import pretokenize
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
 
@@ -43,7 +45,7 @@ def test_the_summary_counts_every_document(corpus: Path, tokenizer: str, capsys:
     captured = capsys.readouterr()
     assert "documents: read 34, kept 32, duplicates 1, filtered 1, broken 0" in captured.out
     assert "filtered: blank 1" in captured.out
-    assert "\n  tokenising with " in captured.out and captured.err == ""
+    assert "\n  tokenizing with " in captured.out and captured.err == ""
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_settings_reach_the_shards(
     assert counts["kept"] in kept
 
 
-@pytest.mark.parametrize(("engine", "told"), [("reference", "tokenising with sentencepiece\n"), ("fast", "fastokens")])
+@pytest.mark.parametrize(("engine", "told"), [("reference", "tokenizing with sentencepiece\n"), ("fast", "fastokens")])
 def test_the_engine_is_the_one_asked_for(
     corpus: Path, tokenizer: str, capsys: Captured, engine: str, told: str
 ) -> None:
@@ -73,25 +75,23 @@ def test_one_folder_to_write_to(corpus: Path, tokenizer: str, capsys: Captured, 
     assert main(["pretokenize", str(tmp_path / "c.yaml"), "--tokenizer", tokenizer]) == 2
     where = f"{tmp_path / 'c.yaml'}:3"
     assert capsys.readouterr().err == (
-        f"anarchobot: {where}: data.shard_dir: several folders: give the one to write to with --output DIR\n"
+        f"anarchobot: {where}: data.shard_dir: expected one folder to write to: set it with --output DIR\n"
     )
 
 
 def stop_it(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
     """Stops the run when all but the last text is in shards of about 300 tokens."""
-    monkeypatch.setattr(document_batches, "UNIT_CHARS", 1)
-    monkeypatch.setattr(
-        pretokenize.pretokenize, "__kwdefaults__", pretokenize.pretokenize.__kwdefaults__ | {"shard_tokens": 300}
-    )
-    real = document_batches._encode
+    monkeypatch.setattr(document_batches, "BATCH_CHARS", 1)
+    monkeypatch.setattr(pretokenize, "PretokenizeOptions", partial(pretokenize.PretokenizeOptions, shard_tokens=300))
+    real = document_batches._tokenize
 
-    def stops(unit: document_batches.Pieces, *rest: object) -> document_batches.Encoded:
-        if unit.texts[0] == TEXTS[-1]:
+    def stops(batch: document_batches.DocumentBatch, *rest: object) -> document_batches.TokenizedBatch:
+        if batch.texts[0] == TEXTS[-1]:
             raise KeyboardInterrupt
-        return real(unit, *rest)  # type: ignore[arg-type]
+        return real(batch, *rest)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(document_batches, "_encode", stops)
+        patch.setattr(document_batches, "_tokenize", stops)
         assert main(command) == 130
 
 
@@ -104,13 +104,13 @@ def test_a_stopped_run_goes_on_or_is_refused(
     assert "progress.json" in before
     capsys.readouterr()
     assert main([*command, "data.min_chars=12"]) == 2
-    told = "a run that was stopped here can't go on, for this has changed: data.min_chars (was 1, is 12): undo that, or"
-    assert capsys.readouterr().err.endswith(f"anarchobot: {tmp_path / 'out'}: {told} start anew with --restart\n")
+    told = "can't resume the interrupted run: data.min_chars changed from 1 to 12: revert this, or start over with"
+    assert capsys.readouterr().err.endswith(f"anarchobot: {tmp_path / 'out'}: {told} --restart\n")
     with open(corpus, "a") as file:
         file.write('{"text": "one more"}\n')
     assert main(command) == 2
     err = capsys.readouterr().err
-    assert f"changed: {corpus} (was " in err and err.endswith("--restart\n")
+    assert f"{corpus} changed from " in err and err.endswith("--restart\n")
     assert contents(tmp_path / "out") == before
 
     assert main([*command, "--restart"]) == 0
@@ -119,9 +119,9 @@ def test_a_stopped_run_goes_on_or_is_refused(
     stop_it(monkeypatch, [*command, "--restart"])
     capsys.readouterr()
     assert main([*command, "tokenizer.engine=reference"]) == 2  # what stopped it may have been a wrong engine
-    assert "tokenised with (was fastokens" in capsys.readouterr().err
+    assert "tokenised with changed from fastokens" in capsys.readouterr().err
     assert main([*command, "--workers", "3", "data.seq_len=7"]) == 0
-    assert "going on with an earlier run, behind" in capsys.readouterr().out
+    assert "resuming: " in capsys.readouterr().out
     assert contents(tmp_path / "out") == whole
 
 

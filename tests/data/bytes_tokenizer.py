@@ -1,4 +1,4 @@
-"""A tokenizer that needs no training and whose ids can be told by hand."""
+"""A tokenizer that needs no training and whose ids can be computed by hand."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from anarchobot.tokenizers.tokenizer import Ids
 
 
 class Bytes:
-    """One id a byte, the highest of its vocabulary but one; the highest ends documents. `thin` keeps every n-th."""
+    """One id per byte, the 256 below the last one; the last id ends documents. `thin` keeps every n-th byte."""
 
     def __init__(self, folder: Path, vocab_size: int = 300, thin: int = 1) -> None:
         self.vocab_size, self.eod_id, self._thin = vocab_size, vocab_size - 1, thin

@@ -1,11 +1,14 @@
-"""Tokenizers of each kind that is trained here, on a little real text and some of many scripts; shards of given ids."""
+"""Small trained tokenizers of each kind, and shards of given ids."""
 
 import hashlib
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from anarchobot.data.pretokenize import PretokenizeOptions
 from anarchobot.data.shards import Manifest, Shard, write_manifest
 from anarchobot.data.sources import builtin
 from anarchobot.data.sources.documents import DocumentCounts
@@ -22,13 +25,13 @@ KINDS = {
 
 @pytest.fixture(scope="session")
 def corpus() -> list[str]:
-    """About 150 kB of the language reference, and a line of many scripts."""
+    """About 150 kB of the Python language reference, and a line in many scripts."""
     return [*builtin.topics()[:40], SCRIPTS * 20]
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> dict[str, Path]:
-    """The file to load, by kind: bpe, unigram, gpt2; 600 tokens each."""
+    """The tokenizer file by kind (bpe, unigram, gpt2), 600 tokens each."""
     folder = tmp_path_factory.mktemp("trained")
     return {kind: train_tokenizer(corpus, folder / kind, 600, *how)[0] for kind, how in KINDS.items()}
 
@@ -38,9 +41,17 @@ def tokenizer(request: pytest.FixtureRequest, trained: dict[str, Path]) -> Token
     return load_tokenizer(trained[request.param])
 
 
+def split_options(settings: dict[str, Any]) -> tuple[PretokenizeOptions, dict[str, Any]]:
+    """Splits keyword arguments into PretokenizeOptions and the others."""
+    names = {field.name for field in fields(PretokenizeOptions)}
+    options = PretokenizeOptions(**{key: value for key, value in settings.items() if key in names})
+    return options, {key: value for key, value in settings.items() if key not in names}
+
+
 def write_shards(folder: Path, vocab_size: int, dtype: str = "uint16", **splits: list[list[int]]) -> np.ndarray:
-    """Shards of given ids, of which 0 ends a document, written without the code under test but for the manifest;
-    returns the first split's ids."""
+    """Writes shards of given ids, where 0 ends a document, and returns the first split's ids.
+
+    Only the manifest is written by the code under test."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
     for split, parts in splits.items():

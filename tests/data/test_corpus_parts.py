@@ -1,4 +1,4 @@
-"""A corpus made in parts gives the shards of one program, byte for byte."""
+"""A corpus pretokenized in parts gives the shards of a single process, byte for byte."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ WORDS = ["the", "a", "of", "and", "bees", "dates", "apples", "wings", "water", "
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of all kinds: lines with equal and nearly equal rows far apart, broken ones, empty files, a long text."""
+    """Files of all kinds: rows with distant duplicates and near duplicates, broken rows, empty files, a long text."""
     folder, rng = tmp_path_factory.mktemp("corpus"), random.Random(1)
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 60))) for _ in range(400)]
     texts[300], texts[310] = texts[3], texts[5] + " indeed"
@@ -40,23 +40,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_spans_are_the_files_in_their_order(corpus: Path) -> None:
-    """For any number of parts the documents of all spans, one after another, are those of the files."""
+def test_ranges_cover_the_files_in_order(corpus: Path) -> None:
+    """For any number of parts, the documents of all ranges are those of the files."""
     paths = sorted(corpus.iterdir())
     for documents in ("file", "lines"):
         data, whole = DataConfig(documents=documents), DocumentCounts()
         wanted = list(from_files([str(corpus)], data, whole))
         for parts in (1, 2, 3, 7, 50, 1000):
-            spans, counts = split_files(paths, parts, data), DocumentCounts()
-            found = [d for part in spans for d in from_ranges(part, [str(corpus)], data, counts)]
-            assert found == wanted and len(spans) == parts
+            ranges, counts = split_files(paths, parts, data), DocumentCounts()
+            found = [d for part in ranges for d in from_ranges(part, [str(corpus)], data, counts)]
+            assert found == wanted and len(ranges) == parts
             assert counts.as_manifest() == whole.as_manifest() and counts.empty_files == whole.empty_files == 2
 
 
-def test_a_part_is_about_as_large_as_the_others(tmp_path: Path) -> None:
+def test_parts_have_similar_sizes(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "ten words"}\n' * 1000)
     sizes = [
-        sum((span.end or 22_000) - span.start for span in part)
+        sum((file_range.end or 22_000) - file_range.start for file_range in part)
         for part in split_files([tmp_path / "rows.jsonl"], 3, DataConfig())
     ]
     assert sizes == [7333, 7333, 7334]
@@ -64,7 +64,7 @@ def test_a_part_is_about_as_large_as_the_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [[], ["data.near_dedup=0.8"], ["data.dedup=false"], ["data.documents=lines"]])
-def test_joined_parts_are_the_shards_of_one_program(corpus: Path, tmp_path: Path, settings: list[str]) -> None:
+def test_joined_parts_equal_the_shards_of_one_process(corpus: Path, tmp_path: Path, settings: list[str]) -> None:
     def run(*words: str, folder: str = "parts") -> int:
         at = [
             "--input",
@@ -87,9 +87,7 @@ def test_joined_parts_are_the_shards_of_one_program(corpus: Path, tmp_path: Path
     assert json.loads(whole["manifest.json"])["counts"]["read"] > 400
 
 
-def test_processes_and_what_goes_wrong_in_parts(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_processes_and_errors_of_parts(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = str(corpus.parent / "made.model")
     shards = tmp_path / "shards"
     words = ["pretokenize", "--input", str(corpus), "--tokenizer", tokenizer, "--output", str(shards), "--quiet"]
@@ -101,10 +99,10 @@ def test_processes_and_what_goes_wrong_in_parts(
         return capsys.readouterr().err.strip()
 
     words[words.index("--output") + 1] = str(tmp_path / "others")
-    assert "2 of 2 parts are not there yet, the first is 0/2: make them with --part 0/2" in said("--join", "2")
+    assert "2 of 2 parts are missing, the first is 0/2: create it with --part 0/2" in said("--join", "2")
     assert main([*words, "--part", "0/2"]) == 0 and main([*words, "--part", "1/2"]) == 0
     told = said("--join", "2", "data.clean=true")
-    assert "this part was made otherwise: data.clean (was False, is True): make it again" in told
+    assert "this part was built with different settings: data.clean changed from False to True: rebuild it" in told
     ids = tmp_path / "others" / "parts" / "00001-of-00002" / "ids.npy"
     ids.write_bytes(ids.read_bytes()[:-2] + b"\0\0")
     assert f"{ids}: damaged" in said("--join", "2")
@@ -114,9 +112,7 @@ def test_processes_and_what_goes_wrong_in_parts(
     assert main([*mixed, "--part", "0/2"]) == 2 and "only files can be read in parts" in capsys.readouterr().err
 
 
-def test_a_part_that_is_there_is_not_made_again(
-    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_existing_part_is_not_rebuilt(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["pretokenize", "--input", str(corpus), "--tokenizer", str(corpus.parent / "made.model")]
     words += ["--output", str(tmp_path / "s"), "--part", "0/2", "--json"]
     made = []
@@ -136,7 +132,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(find_spec("datatrove") is None, reason="datatrove is not installed")
-def test_datatroves_executor_makes_the_same_shards(corpus: Path, tmp_path: Path) -> None:
+def test_datatrove_executor_gives_the_same_shards(corpus: Path, tmp_path: Path) -> None:
     text = "data: {{dataset: {}, shard_dir: {}}}\ntrain: {{tokenizer_path: {}}}\n"
     for name in ("my", "one"):
         settings = text.format(corpus, tmp_path / f"{name}-shards", corpus.parent / "made.model")
@@ -150,4 +146,4 @@ def test_datatroves_executor_makes_the_same_shards(corpus: Path, tmp_path: Path)
     assert main(["pretokenize", str(tmp_path / "my.yaml"), "--join", "5", "--quiet"]) == 0
     assert main(["pretokenize", str(tmp_path / "one.yaml"), "--quiet"]) == 0
     mine, one = (json.loads((tmp_path / f"{n}-shards" / "manifest.json").read_text()) for n in ("my", "one"))
-    assert mine == one  # the digests of all shards among it
+    assert mine == one  # including the digests of all shards

@@ -1,4 +1,4 @@
-"""Near duplicates against exact Jaccard similarity and against datasketch, on documents and versions of them."""
+"""Near duplicates against exact Jaccard similarity and datasketch; exact duplicates against a Python set."""
 
 import random
 import sys
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anarchobot.data.duplicates import BINS, BLOCK, SHINGLE, NearDuplicateIndex, Seen, signature
+from anarchobot.data.duplicates import BINS, BLOCK, SHINGLE, KeySet, NearDuplicateIndex, minhash
 
 Ids = npt.NDArray[np.int32]
 THRESHOLD = 0.8
@@ -26,7 +26,7 @@ def jaccard(a: frozenset[bytes], b: frozenset[bytes]) -> float:
 
 
 def changed(ids: Ids, share: float, rng: np.random.Generator) -> Ids:
-    """A version with about `share` of the tokens replaced by others, in a place for every 300 tokens."""
+    """A copy with about `share` of the tokens replaced, in one stretch per 300 tokens."""
     ids, places = ids.copy(), 1 + len(ids) // 300
     length = max(1, round(share * len(ids) / places))
     for place in rng.integers(0, max(1, len(ids) - length), places):
@@ -35,15 +35,15 @@ def changed(ids: Ids, share: float, rng: np.random.Generator) -> Ids:
 
 
 def corpus() -> list[Ids]:
-    """500 documents, lengths log-normal around 700 tokens, tokens Zipf's: 300 of their own, of which a fifth share a
-    licence that is up to half of them; 100 versions with changes as small as those of a manual, 100 with large ones.
-    Few pairs are right at the threshold, where any estimate is a coin toss."""
+    """500 documents with log-normal lengths around 700 tokens and Zipf-distributed tokens: 300 originals, a fifth of
+    which share a license text of up to half their length, 100 copies with small changes and 100 with large ones. Few
+    pairs are near the threshold, where any estimate is a coin toss."""
     rng = np.random.default_rng(7)
-    licence = rng.integers(0, 32000, 400).astype(np.int32)
+    license = rng.integers(0, 32000, 400).astype(np.int32)
     own = []
     for i in range(300):
         ids = (rng.zipf(1.2, int(rng.lognormal(np.log(700), 0.8)) + 1) % 32000).astype(np.int32)
-        own.append(np.concatenate([licence, ids[:400]]) if i % 5 == 0 else ids)
+        own.append(np.concatenate([license, ids[:400]]) if i % 5 == 0 else ids)
     small = [changed(own[i], share, rng) for i, share in enumerate(rng.uniform(0, 0.03, 100))]
     large = [changed(own[i], share, rng) for i, share in enumerate(rng.uniform(0.2, 0.6, 100), start=100)]
     documents = own + small + large
@@ -59,9 +59,9 @@ def repeats(is_new: list[bool]) -> set[int]:
     return {i for i, new in enumerate(is_new) if not new}
 
 
-def test_versions_are_found_and_nothing_else(documents: list[Ids]) -> None:
-    """Recall of at least 0.99 and precision of at least 0.98 against exact similarity; no less than datasketch has,
-    with the same shingles, bins and bands, but for one document."""
+def test_recall_and_precision_match_datasketch(documents: list[Ids]) -> None:
+    """Recall of at least 0.99 and precision of at least 0.98 against exact similarity, and at most one error more than
+    datasketch with the same shingles, bins and bands."""
     sets = [shingles(ids) for ids in documents]
     exact, holders = set(), defaultdict(list)
     theirs, lsh = set(), datasketch.MinHashLSH(params=(16, 8), num_perm=BINS)
@@ -79,7 +79,7 @@ def test_versions_are_found_and_nothing_else(documents: list[Ids]) -> None:
         else:
             lsh.insert(i, minhash)
     near = NearDuplicateIndex(THRESHOLD)
-    ours = repeats([near.is_new(ids) for ids in documents])
+    ours = repeats([near.add_if_new(ids) for ids in documents])
     assert len(exact) >= 90
     assert len(ours & exact) >= 0.99 * len(exact)
     assert len(ours & exact) >= 0.98 * len(ours)
@@ -87,9 +87,9 @@ def test_versions_are_found_and_nothing_else(documents: list[Ids]) -> None:
 
 
 @pytest.mark.parametrize("length", [12, 60, 300, 3000])
-def test_the_estimate_is_that_of_minhash(length: int) -> None:
-    """Over pairs of every similarity: not biased, and spread as the formula says, in short documents too, where most
-    bins are borrowed (their spread is that of as many draws as there are shingles)."""
+def test_estimate_is_unbiased(length: int) -> None:
+    """For pairs of every similarity, with the standard deviation of the formula. In short documents most bins are
+    borrowed, and the number of draws is the number of shingles."""
     rng = np.random.default_rng(length)
     errors = []
     for share in rng.uniform(0, 0.7, 400):
@@ -98,56 +98,56 @@ def test_the_estimate_is_that_of_minhash(length: int) -> None:
         true = jaccard(shingles(a), shingles(b))
         draws = min(BINS, length - SHINGLE + 1)
         spread = np.sqrt(max(true * (1 - true), 0.01) / draws)
-        errors.append(((signature(a) == signature(b)).mean() - true) / spread)
+        errors.append(((minhash(a) == minhash(b)).mean() - true) / spread)
     assert abs(np.mean(errors)) < 5 / np.sqrt(len(errors))
     assert np.std(errors) < 1.25
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.9])
-def test_the_bands_suit_the_threshold(threshold: float) -> None:
-    """Pairs a little more alike than the threshold are found, pairs much less alike are not, whatever it is."""
+def test_bands_suit_the_threshold(threshold: float) -> None:
+    """At any threshold, pairs slightly above it are found and pairs well below it are not."""
     rng = np.random.default_rng(1)
     found: dict[bool, list[bool]] = {True: [], False: []}
     for _ in range(150):
         base = rng.integers(0, 32000, 2000).astype(np.int32)
         for alike, wanted in ((True, min(threshold + 0.1, 0.99)), (False, threshold - 0.2)):
-            cut = round(len(base) * wanted)  # a part of the document: its similarity is its share
+            cut = round(len(base) * wanted)  # a prefix of the document: its similarity is its share
             near = NearDuplicateIndex(threshold)
-            assert near.is_new(base)
-            found[alike].append(not near.is_new(base[:cut]))
+            assert near.add_if_new(base)
+            found[alike].append(not near.add_if_new(base[:cut]))
     assert np.mean(found[True]) >= 0.95
     assert np.mean(found[False]) <= 0.01
 
 
 @given(st.lists(st.lists(st.integers(0, 2**32 - 2), max_size=40), max_size=30), st.floats(0.05, 1))
-def test_an_identical_document_is_never_new(made: list[list[int]], threshold: float) -> None:
+def test_identical_document_is_never_new(made: list[list[int]], threshold: float) -> None:
     near = NearDuplicateIndex(threshold)
     for ids in made:
-        near.is_new(np.array(ids, np.uint32))
-    assert not any(near.is_new(np.array(ids, np.uint32)) for ids in made)
+        near.add_if_new(np.array(ids, np.uint32))
+    assert not any(near.add_if_new(np.array(ids, np.uint32)) for ids in made)
 
 
-def test_every_document_is_found_again_after_the_tables_have_grown() -> None:
+def test_documents_are_found_after_the_table_grows() -> None:
     rng = np.random.default_rng(0)
     made = rng.integers(0, 32000, (5000, 50)).astype(np.int32)
     near = NearDuplicateIndex(THRESHOLD)
-    assert all(near.is_new(ids) for ids in made)
-    assert not any(near.is_new(ids) for ids in made)
+    assert all(near.add_if_new(ids) for ids in made)
+    assert not any(near.add_if_new(ids) for ids in made)
 
 
-def test_a_document_shorter_than_a_shingle_is_alike_only_to_itself() -> None:
+def test_document_shorter_than_a_shingle_matches_only_itself() -> None:
     near = NearDuplicateIndex(0.1)
     made = [[], [1], [1, 2], [2, 1], list(range(7)), list(range(8)), [0] * 7, [0] * 8]
-    assert all(near.is_new(np.array(ids, np.int32)) for ids in made)
-    assert not near.is_new(np.array([0] * 100, np.int32)), "one shingle, again and again"
+    assert all(near.add_if_new(np.array(ids, np.int32)) for ids in made)
+    assert not near.add_if_new(np.array([0] * 100, np.int32)), "the same shingle, repeated"
 
 
-def test_a_long_document_is_hashed_in_blocks_that_miss_no_shingle() -> None:
-    """The minima of a whole are the smaller ones of its parts that overlap by a shingle but one."""
+def test_blocks_of_a_long_document_miss_no_shingle() -> None:
+    """The minima of the whole are the smaller ones of two parts that overlap by SHINGLE - 1 tokens."""
     ids = np.random.default_rng(0).integers(0, 32000, 2 * BLOCK + 1000).astype(np.int32)
     for cut in (BLOCK - 3, BLOCK, BLOCK + 5):
-        parts = signature(ids[:cut]), signature(ids[cut - SHINGLE + 1 :])
-        assert np.array_equal(signature(ids), np.minimum(*parts))
+        parts = minhash(ids[:cut]), minhash(ids[cut - SHINGLE + 1 :])
+        assert np.array_equal(minhash(ids), np.minimum(*parts))
 
 
 def joined(left: int, right: int) -> int:
@@ -157,8 +157,8 @@ def joined(left: int, right: int) -> int:
 
 
 @pytest.mark.parametrize("length", [3, 8, 40, 2000])
-def test_signatures_never_change(length: int) -> None:
-    """They are what this says in whole numbers, on every machine and with every numpy: shards depend on them."""
+def test_signatures_are_stable(length: int) -> None:
+    """Shards depend on them, so they must equal this pure-integer version on every machine and with every numpy."""
     ids = np.random.default_rng(length).integers(0, 2**31, length).astype(np.int32)
     hashes = [*ids.tolist(), *[2**32 - 1] * (SHINGLE - length)]
     for width in (1, 2, 4):
@@ -169,12 +169,12 @@ def test_signatures_never_change(length: int) -> None:
     for number in sorted(set(range(BINS)) - set(bins)):
         order = sorted(range(BINS), key=lambda i: joined(BINS * number + i, BINS * number + i))
         bins[~number] = bins[next(i for i in order if i in bins)]
-    assert signature(ids).tolist() == [bins.get(i, bins.get(~i)) for i in range(BINS)]
+    assert minhash(ids).tolist() == [bins.get(i, bins.get(~i)) for i in range(BINS)]
 
 
-def test_it_knows_what_a_set_knows() -> None:
-    """Keys close together, at both ends of the tables, and of other tables with the same low bits."""
-    chance, seen, truth = random.Random(0), Seen(), set()
+def test_key_set_matches_a_python_set() -> None:
+    """Keys close together, at both ends of the tables, and in different tables with the same low bits."""
+    chance, seen, truth = random.Random(0), KeySet(), set()
     for _ in range(60_000):
         key = chance.choice(
             [
@@ -190,14 +190,14 @@ def test_it_knows_what_a_set_knows() -> None:
     assert not any(seen.add(truth))
 
 
-def test_zero_is_a_key_like_another() -> None:
-    """It is what an empty place holds."""
-    seen = Seen()
+def test_zero_is_a_valid_key() -> None:
+    """Zero also marks an empty slot."""
+    seen = KeySet()
     assert seen.add([0, 0]) == [True, False]
 
 
-def test_it_is_compact() -> None:
-    seen, chance = Seen(), random.Random(1)
+def test_key_set_is_compact() -> None:
+    seen, chance = KeySet(), random.Random(1)
     seen.add(chance.getrandbits(64) for _ in range(300_000))
     size = sum(sys.getsizeof(table._keys) for table in seen._tables)
     assert size < 17 * 300_000

@@ -1,4 +1,4 @@
-"""Shards give the text back; the same input gives the same bytes; a run that fails leaves what was there before."""
+"""Shards reproduce the text; the same input gives the same bytes; a failed run leaves existing shards intact."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from anarchobot.data.sources.documents import SPLIT_FILE_CHARS, Document, Docume
 from anarchobot.storage.lock import FolderLock
 from anarchobot.tokenizers.tokenizer import Tokenizer, digest, load_tokenizer
 from tests.data.bytes_tokenizer import Bytes
-from tests.data.conftest import SCRIPTS
+from tests.data.conftest import SCRIPTS, split_options
 
 
 @pytest.fixture
@@ -31,11 +31,12 @@ def write(
 ) -> Manifest:
     settings = {"val_fraction": 0.0, "num_workers": 1} | settings
     made = (document if isinstance(document, Document) else Document(document) for document in documents)
-    return pretokenize(made, tokenizer, folder, counts=counts or DocumentCounts(), **settings)
+    options, settings = split_options(settings)
+    return pretokenize(made, tokenizer, folder, options, counts=counts, **settings)
 
 
 def read(folder: Path, tokenizer: Tokenizer, split: str = "train") -> list[str]:
-    """The documents by plain numpy: the shards in the order of their names, cut behind every end of document."""
+    """Reads the documents with plain numpy: shards in the order of their names, split after every end of document."""
     texts = []
     for path in sorted(folder.glob(f"{split}_*.npy")):
         ids = np.load(path)
@@ -53,21 +54,21 @@ def held_out(text: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 < fraction
 
 
-# Text in, text out
+# Round trip
 
 
-def test_the_shards_give_the_documents_back(tokenizer: Tokenizer, corpus: list[str], tmp_path: Path) -> None:
+def test_shards_decode_to_the_documents(tokenizer: Tokenizer, corpus: list[str], tmp_path: Path) -> None:
     texts = [*corpus, SCRIPTS, "x", "</s>", "<|endoftext|>", " \n", "▁"]
     manifest = write(texts, tokenizer, tmp_path / "out", val_fraction=0.2)
     assert read(tmp_path / "out", tokenizer) == [text for text in texts if not held_out(text, 0.2)]
     assert read(tmp_path / "out", tokenizer, "val") == [text for text in texts if held_out(text, 0.2)]
-    assert {len(manifest.of("train")), len(manifest.of("val"))} == {1}
+    assert {len(manifest.shards_in("train")), len(manifest.shards_in("val"))} == {1}
 
 
 @pytest.mark.parametrize(
     ("vocab_size", "dtype"), [(300, "uint16"), (65536, "uint16"), (65537, "uint32"), (70000, "uint32")]
 )
-def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path: Path, vocab_size: int, dtype: str) -> None:
+def test_dtype_fits_the_vocabulary(tmp_path: Path, vocab_size: int, dtype: str) -> None:
     tokenizer = Bytes(tmp_path, vocab_size)
     manifest = write(["zwölf", "\xff\x00"], tokenizer, tmp_path / "out")
     assert manifest.dtype == str(np.load(tmp_path / "out" / "train_00000.npy").dtype) == dtype
@@ -75,9 +76,9 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path: Path, vocab_size: int
     assert TokenStream(tmp_path / "out", "train").read(0, 7)[-1] == vocab_size - 1
 
 
-def test_the_manifest_says_what_is_in_the_files(plain: Bytes, tmp_path: Path) -> None:
+def test_manifest_describes_the_files(plain: Bytes, tmp_path: Path) -> None:
     texts = [f"{'é' * i} {i}" for i in range(50)]
-    counts = DocumentCounts(read=53, filtered=1, broken=1)  # as the documents before have counted
+    counts = DocumentCounts(read=53, filtered=1, broken=1)  # as counted by the reader
     manifest = write([*texts, texts[7]], plain, tmp_path / "out", counts, val_fraction=0.3, seed=5, shard_tokens=500)
     assert manifest == read_manifest(tmp_path / "out")
     assert manifest.shards[0].files == ("train_00000.npy", "train_00000.offsets")
@@ -98,36 +99,34 @@ def test_the_manifest_says_what_is_in_the_files(plain: Bytes, tmp_path: Path) ->
         assert shard.offsets_sha256 == hashlib.sha256((tmp_path / "out" / shard.files[1]).read_bytes()).hexdigest()
         assert offsets.dtype == np.uint64 and offsets.tolist() == [0, *(np.flatnonzero(ids == 299) + 1).tolist()]
         assert shard.tokens == len(ids) and shard.documents == (ids == 299).sum()
-        assert shard.bytes == shard.tokens - shard.documents, "one id a byte"
+        assert shard.bytes == shard.tokens - shard.documents, "one id per byte"
     assert sum(shard.bytes for shard in manifest.shards) == sum(len(text.encode()) for text in texts)
     shards = {name for s in manifest.shards for name in s.files}
     assert set(contents(tmp_path / "out")) == shards | {"manifest.json", "progress.json", "tokenizer.model"}
 
 
-def test_duplicates_are_dropped_and_the_first_is_kept(plain: Bytes, tmp_path: Path) -> None:
+def test_dedup_keeps_the_first(plain: Bytes, tmp_path: Path) -> None:
     counts = DocumentCounts()
     write(["b", "a", "b", "c", "a", "b"], plain, tmp_path / "out", counts)
     assert read(tmp_path / "out", plain) == ["b", "a", "c"]
     assert (counts.kept, counts.duplicates) == (3, 3)
 
 
-def test_duplicates_are_kept_where_that_is_wanted(plain: Bytes, tmp_path: Path) -> None:
+def test_dedup_can_be_disabled(plain: Bytes, tmp_path: Path) -> None:
     counts = DocumentCounts()
     write(["b", "a", "b"], plain, tmp_path / "out", counts, dedup=False)
     assert read(tmp_path / "out", plain) == ["b", "a", "b"]
     assert (counts.kept, counts.duplicates) == (3, 0)
 
 
-def test_near_duplicates_are_dropped_in_order_whatever_the_units(
-    plain: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The head of a long file decides for its tail, also where a unit ends between them."""
+def test_near_dedup_does_not_depend_on_batches(plain: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head of a long file decides for its tail, even with batches of one document."""
     text = "".join(f"{i:05d} " for i in range(20_000))
     other = "".join(f"{i:05d}, " for i in range(50_000, 65_000))
     documents = [Document(text, True), Document("short"), Document(text + "more", True), Document(other, True)]
     made = []
-    for name, unit, workers in (("a", 1, 3), ("b", 10**9, 1)):
-        monkeypatch.setattr(document_batches, "UNIT_CHARS", unit)
+    for name, batch_chars, workers in (("a", 1, 3), ("b", 10**9, 1)):
+        monkeypatch.setattr(document_batches, "BATCH_CHARS", batch_chars)
         counts = DocumentCounts()
         settings = {"near_dedup": 0.8, "val_fraction": 0.1, "num_workers": workers}
         write(documents, plain, tmp_path / name, counts, **settings)
@@ -138,14 +137,14 @@ def test_near_duplicates_are_dropped_in_order_whatever_the_units(
     assert [heads[0] + tails[0], heads[-1] + tails[-1]] == [text, other] and len(heads + tails) == 5
 
 
-def test_an_id_beyond_the_vocabulary_is_never_written(plain: Bytes, tmp_path: Path) -> None:
-    """In 16 bits 65536 + 7 would become 7."""
+def test_id_outside_the_vocabulary_is_an_error(plain: Bytes, tmp_path: Path) -> None:
+    """In 16 bits, 65536 + 7 would become 7."""
     plain.encode_batch = lambda texts: [np.array([7, 65536 + 7], np.int32)]  # type: ignore[method-assign]
-    with pytest.raises(UserError, match="gave the id 65543, beyond its 300 tokens"):
+    with pytest.raises(UserError, match="produced token id 65543, outside its vocabulary of 300"):
         write(["x"], plain, tmp_path / "out")
 
 
-def test_no_document_is_spread_over_two_shards(plain: Bytes, tmp_path: Path) -> None:
+def test_no_document_spans_two_shards(plain: Bytes, tmp_path: Path) -> None:
     texts = [f"{i:09d}" for i in range(25)]  # ten tokens each
     manifest = write(texts, plain, tmp_path / "out", shard_tokens=35)
     assert [shard.tokens for shard in manifest.shards] == [40, 40, 40, 40, 40, 40, 10]
@@ -154,16 +153,14 @@ def test_no_document_is_spread_over_two_shards(plain: Bytes, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["bpe", "gpt2"])
-def test_the_tokenizer_beside_the_shards_is_the_one_that_made_them(
-    trained: dict[str, Path], tmp_path: Path, kind: str
-) -> None:
+def test_tokenizer_is_copied_beside_the_shards(trained: dict[str, Path], tmp_path: Path, kind: str) -> None:
     tokenizer = load_tokenizer(trained[kind])
     manifest = write(["some text"], tokenizer, tmp_path)
     assert digest(load_tokenizer(tmp_path / manifest.tokenizer["file"])) == digest(tokenizer)
     assert manifest.tokenizer["sha256"] == digest(tokenizer)
 
 
-def test_real_files_go_through_to_the_last_byte(shared_data: Path, trained: dict[str, Path], tmp_path: Path) -> None:
+def test_real_files_are_written_to_the_last_byte(shared_data: Path, trained: dict[str, Path], tmp_path: Path) -> None:
     tokenizer = load_tokenizer(trained["gpt2"])
     names = ["text/rust_book.jsonl", "messy/crlf_book.md", "text/botchan_en.txt"]
     counts = DocumentCounts()
@@ -174,25 +171,25 @@ def test_real_files_go_through_to_the_last_byte(shared_data: Path, trained: dict
     assert read(tmp_path / "out", tokenizer) == [*dict.fromkeys(rows), *plain]
 
 
-# The same bytes
+# Determinism
 
 
-def test_workers_units_and_a_second_run_change_no_byte(
+def test_bytes_do_not_depend_on_workers_or_batches(
     trained: dict[str, Path], corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = load_tokenizer(trained["unigram"])
     made = []
-    for name, workers, unit in (("a", 1, 2**20), ("a", 1, 2**20), ("b", 2, 5000), ("c", 5, 1)):
-        monkeypatch.setattr(document_batches, "UNIT_CHARS", unit)
+    for name, workers, batch_chars in (("a", 1, 2**20), ("a", 1, 2**20), ("b", 2, 5000), ("c", 5, 1)):
+        monkeypatch.setattr(document_batches, "BATCH_CHARS", batch_chars)
         write(corpus, tokenizer, tmp_path / name, num_workers=workers, val_fraction=0.3, shard_tokens=9000)
         made.append(contents(tmp_path / name))
     assert made[0] == made[1] == made[2] == made[3]
     assert len(made[0]) > 4
 
 
-def test_documents_are_taken_as_they_are_needed(plain: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else memory would grow with the corpus. Progress adds up to all bytes and all tokens."""
-    monkeypatch.setattr(document_batches, "UNIT_CHARS", 100)  # ten documents
+def test_documents_are_read_lazily(plain: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise memory would grow with the corpus. Progress adds up to all bytes and all tokens."""
+    monkeypatch.setattr(document_batches, "BATCH_CHARS", 100)  # ten documents
     taken, sizes, tokens, ahead = 0, 0, 0, []
 
     def documents() -> Iterator[str]:
@@ -213,7 +210,7 @@ def test_documents_are_taken_as_they_are_needed(plain: Bytes, tmp_path: Path, mo
 # Train and validation
 
 
-def test_the_validation_split_has_its_share_and_stays_when_documents_are_added(plain: Bytes, tmp_path: Path) -> None:
+def test_validation_split_is_stable_when_documents_are_added(plain: Bytes, tmp_path: Path) -> None:
     texts = [f"document {i}" for i in range(3000)]
     write(texts[1000:2000], plain, tmp_path / "some", val_fraction=0.1)
     write(texts, plain, tmp_path / "all", val_fraction=0.1)
@@ -222,13 +219,13 @@ def test_the_validation_split_has_its_share_and_stays_when_documents_are_added(p
     assert set(read(tmp_path / "some", plain)) == set(texts[1000:2000]) - few
     assert abs(len(many) - 300) < 5 * (3000 * 0.1 * 0.9) ** 0.5
     write(texts, plain, tmp_path / "more", val_fraction=0.2)
-    assert many < set(read(tmp_path / "more", plain, "val")), "a larger share holds the smaller one"
+    assert many < set(read(tmp_path / "more", plain, "val")), "a larger split contains the smaller one"
 
 
-def test_without_a_share_nothing_is_held_out(plain: Bytes, tmp_path: Path) -> None:
+def test_zero_val_fraction_holds_out_nothing(plain: Bytes, tmp_path: Path) -> None:
     texts = [Document("long\n" * SPLIT_FILE_CHARS, splittable=True), *(f"{i}" for i in range(200))]
     manifest = write(texts, plain, tmp_path / "out", val_fraction=0.0)
-    assert manifest.of("val") == [] and len(read(tmp_path / "out", plain)) == 201
+    assert manifest.shards_in("val") == [] and len(read(tmp_path / "out", plain)) == 201
 
 
 LINES = "".join(f"{i:07d}\n" for i in range(20_000))  # 160,000 characters
@@ -246,8 +243,8 @@ WORDS = LINES.replace("\n", " ")
         ("y" * 140_000 + "\n" + "x" * 19_999, "x" * 19_999),
     ],
 )
-def test_a_long_text_file_gives_its_tail(plain: Bytes, tmp_path: Path, text: str, tail: str) -> None:
-    """At a line's start, if one is near; a title line alone must not send all the rest to validation."""
+def test_long_text_file_contributes_its_tail(plain: Bytes, tmp_path: Path, text: str, tail: str) -> None:
+    """Split at a line start if one is nearby; a title line must not send everything after it to validation."""
     manifest = write([Document(text, splittable=True)], plain, tmp_path / "out", val_fraction=0.1)
     assert read(tmp_path / "out", plain) == [text.removesuffix(tail)]
     assert read(tmp_path / "out", plain, "val") == [tail]
@@ -256,29 +253,29 @@ def test_a_long_text_file_gives_its_tail(plain: Bytes, tmp_path: Path, text: str
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.5, 0.999999])
-def test_both_parts_of_a_cut_file_hold_text(plain: Bytes, tmp_path: Path, fraction: float) -> None:
+def test_both_parts_of_a_split_file_are_nonempty(plain: Bytes, tmp_path: Path, fraction: float) -> None:
     write([Document("x" * SPLIT_FILE_CHARS, splittable=True)], plain, tmp_path / "out", val_fraction=fraction)
     (head,), (tail,) = read(tmp_path / "out", plain), read(tmp_path / "out", plain, "val")
     assert head and tail and abs(len(tail) - SPLIT_FILE_CHARS * fraction) <= 1
 
 
-# Runs that fail, and what lay there before
+# Failed runs and existing shards
 
 
-def test_no_document_left_is_told_with_the_counts(plain: Bytes, tmp_path: Path) -> None:
+def test_no_documents_left_is_an_error_with_counts(plain: Bytes, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": 1}\nno\n')
     counts = DocumentCounts()
     with pytest.raises(UserError) as error:
         write(from_files([str(tmp_path / "a.jsonl")], DataConfig(), counts), plain, tmp_path / "out", counts)
     first = f"{tmp_path / 'a.jsonl'}:2: no text in 'text'"
     counted = "read 3, broken 2, filtered 1, duplicates 0; filtered: blank 1"
-    said = f"no document is left to write ({counted}; first broken: {first})"
+    said = f"no documents left to write ({counted}; first broken: {first})"
     assert str(error.value) == f"{tmp_path / 'out'}: {said}"
     assert set(contents(tmp_path / "out")) == {"progress.json"}
-    write(["a text"], plain, tmp_path / "out", val_fraction=0.5)  # nothing is lost by it
+    write(["a text"], plain, tmp_path / "out", val_fraction=0.5)  # the folder is still usable
 
 
-def test_an_interrupted_run_leaves_older_shards_whole(plain: Bytes, tmp_path: Path) -> None:
+def test_failed_run_leaves_old_shards_intact(plain: Bytes, tmp_path: Path) -> None:
     write(["old", "older"], plain, tmp_path / "out", shard_tokens=1)
     before = contents(tmp_path / "out")
     del before["progress.json"]
@@ -289,10 +286,10 @@ def test_an_interrupted_run_leaves_older_shards_whole(plain: Bytes, tmp_path: Pa
     assert {found for _, found in verify(tmp_path / "out")} == {""}
 
 
-def test_what_an_earlier_larger_run_left_is_removed_and_nothing_else(plain: Bytes, tmp_path: Path) -> None:
+def test_leftovers_of_a_larger_run_are_removed_and_nothing_else(plain: Bytes, tmp_path: Path) -> None:
     out = tmp_path / "out"
     write([f"{i}" for i in range(40)], plain, out, shard_tokens=1, val_fraction=0.5)
-    (out / "manifest.json").unlink()  # as when that run was killed
+    (out / "manifest.json").unlink()  # as if that run was killed
     (out / "train_00033.npy.tmp").write_text("half a shard")
     (out / "train_00033.offsets.tmp").write_text("half its offsets")
     (out / "train_notes.npy").write_text("mine")
@@ -306,11 +303,14 @@ def test_what_an_earlier_larger_run_left_is_removed_and_nothing_else(plain: Byte
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"seed": 3}, "holds shards that were made otherwise: train.seed (was 0, is 3)"),
-        ({"source": {"a.txt": "5 bytes"}}, "holds shards that were made otherwise: a.txt (was absent, is 5 bytes)"),
+        ({"seed": 3}, "holds shards built with different settings: train.seed changed from 0 to 3"),
+        (
+            {"source": {"a.txt": "5 bytes"}},
+            "holds shards built with different settings: a.txt changed from absent to 5 bytes",
+        ),
     ],
 )
-def test_finished_shards_of_something_else_are_replaced_by_restart_alone(
+def test_finished_shards_are_replaced_only_by_restart(
     plain: Bytes, tmp_path: Path, change: dict[str, Any], told: str
 ) -> None:
     out = tmp_path / "out"
@@ -319,25 +319,25 @@ def test_finished_shards_of_something_else_are_replaced_by_restart_alone(
     with pytest.raises(UserError) as error:
         write(["new"], plain, out, **change)
     assert str(error.value) == f"{out}: {told}: choose another folder, or replace them with --restart"
-    with pytest.raises(UserError, match=r"of other documents: start anew with --restart"):
+    with pytest.raises(UserError, match=r"from other documents: start over with --restart"):
         write(["new"], plain, out)
     assert contents(out) == before
     write(["new"], plain, out, **change, restart=True)
     assert read(out, plain) == ["new"]
-    (out / "progress.json").unlink()  # as an older version leaves a folder
-    with pytest.raises(UserError, match=r"out: holds shards, and no progress.json .*, or replace them with --restart"):
+    (out / "progress.json").unlink()  # as left by an older version
+    with pytest.raises(UserError, match=r"out: holds shards but no progress.json .*, or replace them with --restart"):
         write(["newer"], plain, out)
     assert read(out, plain) == ["new"]
 
 
-def test_the_same_run_again_tokenises_nothing(plain: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_run_tokenizes_nothing(plain: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, texts = tmp_path / "out", [f"{i}" for i in range(50)]
     first, before = write(texts, plain, out, shard_tokens=20, val_fraction=0.2), contents(out)
     monkeypatch.setattr(plain, "encode_batch", lambda texts: pytest.fail(f"asked for {texts}"))
     assert write(texts, plain, out, shard_tokens=20, val_fraction=0.2) == first and contents(out) == before
 
 
-def test_two_runs_into_one_folder_are_refused(plain: Bytes, tmp_path: Path) -> None:
+def test_concurrent_run_into_one_folder_is_refused(plain: Bytes, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with FolderLock(out), pytest.raises(BlockingIOError, match="is writing here: wait until it ends"):
         write(["a"], plain, out)

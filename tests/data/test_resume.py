@@ -1,5 +1,5 @@
-"""Runs that are stopped, in any way and at any moment, go on and end with the bytes of an unbroken run, in bounded
-memory; what lay in the folder before is whole until it is replaced."""
+"""Interrupted runs, stopped in any way at any moment, resume and end with the bytes of an uninterrupted run, in bounded
+memory. Existing shards stay intact until they are replaced."""
 
 import json
 import os
@@ -22,14 +22,15 @@ from anarchobot.data.shard_writer import NpyStream
 from anarchobot.data.shards import verify
 from anarchobot.data.sources.documents import Document, DocumentCounts
 from tests.data.bytes_tokenizer import Bytes
+from tests.data.conftest import split_options
 
 TEXTS = [f"document {i % 37} says {i * i} " * (1 + i % 5) for i in range(60)] + ["document 3 says 9 "] * 2
 LONG = "".join(f"line {i}\n" for i in range(9000))
 
 
 @pytest.fixture
-def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(document_batches, "UNIT_CHARS", 100)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document_batches, "BATCH_CHARS", 100)
 
 
 def run(out: Path, texts: list[str] = TEXTS, tokenizer: Bytes | None = None, **settings: Any) -> DocumentCounts:
@@ -37,7 +38,8 @@ def run(out: Path, texts: list[str] = TEXTS, tokenizer: Bytes | None = None, **s
     documents = [Document(LONG, splittable=True), *map(Document, texts)]
     counts = DocumentCounts()
     settings = {"val_fraction": 0.1, "num_workers": 1, "shard_tokens": 400} | settings
-    pretokenize(documents, tokenizer, out, counts=counts, **settings)
+    options, settings = split_options(settings)
+    pretokenize(documents, tokenizer, out, options, counts=counts, **settings)
     return counts
 
 
@@ -50,7 +52,7 @@ class Stopped(Exception):
 
 
 class StopsAt(Bytes):
-    """Fails when it meets a text; notes all that it was given."""
+    """Fails on a given text; records everything it was given."""
 
     def __init__(self, folder: Path, text: str = "") -> None:
         super().__init__(folder)
@@ -77,21 +79,21 @@ from pathlib import Path
 from anarchobot.data import document_batches
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources.documents import DocumentCounts, from_files
-from anarchobot.data.pretokenize import pretokenize
+from anarchobot.data.pretokenize import PretokenizeOptions, pretokenize
 from tests.data.bytes_tokenizer import Bytes
 
-document_batches.UNIT_CHARS = 1000
+document_batches.BATCH_CHARS = 1000
 folder, out, workers, near = sys.argv[1:]
 counts = DocumentCounts()
 documents = from_files([f"{folder}/corpus.jsonl", f"{folder}/long.txt"], DataConfig(), counts)
 print("ready", flush=True)
-pretokenize(documents, Bytes(Path(folder)), out, counts=counts, val_fraction=0.1, num_workers=int(workers),
-            near_dedup=float(near) or None, shard_tokens=4000)
+options = PretokenizeOptions(0.1, int(workers), near_dedup=float(near) or None, shard_tokens=4000)
+pretokenize(documents, Bytes(Path(folder)), out, options, counts=counts)
 """
 
 
 def drive(corpus: Path, out: Path, near: float, kill_after: float | None = None) -> float:
-    """Runs in a process of its own, killed after so many seconds; returns how long it lasted from when it began."""
+    """Runs in a subprocess, killed after `kill_after` seconds; returns its duration in seconds."""
     words = [sys.executable, "-c", DRIVER, str(corpus), str(out), str(random.choice([1, 2])), str(near)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
@@ -105,7 +107,7 @@ def drive(corpus: Path, out: Path, near: float, kill_after: float | None = None)
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.faults)])
-def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path: Path, kills: int) -> None:
+def test_killed_run_resumes_to_the_same_bytes(tmp_path: Path, kills: int) -> None:
     chance = random.Random()
     rows = ["".join(f"{i * i * j % 997} " for j in range(5 + i % 40)) + "." * (i % 3) for i in range(2500)]
     rows += [row + ".." for row in rows[::7]]  # near duplicates
@@ -133,9 +135,9 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(tmp_path: Path, kil
 
 
 @pytest.mark.parametrize("killed", [False, True])
-@pytest.mark.usefixtures("small_units")
-def test_every_write_and_rename_may_fail_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool) -> None:
-    """As on a full disk, or (killed) without any cleaning up behind it. A manifest that is there never lies."""
+@pytest.mark.usefixtures("small_batches")
+def test_any_write_or_rename_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool) -> None:
+    """As on a full disk, or (killed) without any cleanup. A manifest that exists is always valid."""
     monkeypatch.setattr(os, "fsync", lambda number: None)
     run(tmp_path / "whole", TEXTS[:20], shard_tokens=1000)
     whole = contents(tmp_path / "whole")
@@ -161,7 +163,7 @@ def test_every_write_and_rename_may_fail_once(tmp_path: Path, monkeypatch: pytes
     ):  # fmt: skip
         fails(owner, name)
     if killed:
-        monkeypatch.setattr(NpyStream, "abandon", lambda stream: stream._file.close())
+        monkeypatch.setattr(NpyStream, "abort", lambda stream: stream._file.close())
     for number in range(1, 10_000):
         out = tmp_path / f"{number}"
         left = 0
@@ -183,13 +185,13 @@ def test_every_write_and_rename_may_fail_once(tmp_path: Path, monkeypatch: pytes
     assert contents(out) == whole and number > 50
 
 
-# Gone on with, or refused
+# Resumed or refused
 
 
 @pytest.mark.parametrize("near", [None, 0.9])
-@pytest.mark.usefixtures("small_units")
-def test_a_run_goes_on_and_tokenises_only_what_is_not_in_a_shard(tmp_path: Path, near: float | None) -> None:
-    """But for near duplicates, of which the ids are compared. DocumentCounts and progress are those of the whole run."""
+@pytest.mark.usefixtures("small_batches")
+def test_resume_tokenizes_only_what_is_not_in_a_shard(tmp_path: Path, near: float | None) -> None:
+    """Except with near_dedup, which compares ids. Counts and progress equal those of an uninterrupted run."""
     done: list[tuple[int, int]] = []
     counts = run(tmp_path / "whole", near_dedup=near, progress=lambda *sizes: done.append(sizes))
     stop(tmp_path / "out", near_dedup=near)
@@ -197,17 +199,17 @@ def test_a_run_goes_on_and_tokenises_only_what_is_not_in_a_shard(tmp_path: Path,
     documents = sum(f["shard"]["documents"] for f in finished)
     assert documents > 20
     tokenizer, again, said = StopsAt(tmp_path, "nothing"), list[tuple[int, int]](), list[str]()
-    more = {"progress": lambda *sizes: again.append(sizes), "say": said.append, "num_workers": 3}
+    more = {"progress": lambda *sizes: again.append(sizes), "log": said.append, "num_workers": 3}
     assert run(tmp_path / "out", tokenizer=tokenizer, near_dedup=near, **more) == counts
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert len(tokenizer.given) == (len(TEXTS) + 1 - (documents if near is None else 0))
     assert np.sum(again, axis=0).tolist() == np.sum(done, axis=0).tolist()
-    assert len(said) == 1 and f"behind {len(finished)} shards" in said[0]
-    assert ("tokenised again" in said[0]) == (near is not None)
+    assert len(said) == 1 and f"resuming: {len(finished)} shards already done" in said[0]
+    assert ("tokenizing everything again" in said[0]) == (near is not None)
 
 
-@pytest.mark.usefixtures("small_units")
-def test_older_shards_are_whole_while_a_new_run_is_under_way(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("small_batches")
+def test_old_shards_stay_intact_during_a_new_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(out, ["old"])
     before = contents(out)
@@ -220,20 +222,20 @@ def test_older_shards_are_whole_while_a_new_run_is_under_way(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"val_fraction": 0.2}, "data.val_fraction (was 0.1, is 0.2): undo that, or start anew with --restart"),
-        ({"seed": 3}, "train.seed (was 0, is 3)"),
-        ({"dedup": False}, "data.dedup (was True, is False)"),
-        ({"source": {"a.txt": "6 bytes"}}, "a.txt (was 5 bytes, is 6 bytes)"),
-        ({"source": {}}, "a.txt (was 5 bytes, is absent)"),
-        ({"source": {"a.txt": "5 bytes", "b.txt": "1 byte"}}, "b.txt (was absent, is 1 byte)"),
+        ({"val_fraction": 0.2}, "val_fraction changed from 0.1 to 0.2: revert this, or start over with --restart"),
+        ({"seed": 3}, "train.seed changed from 0 to 3"),
+        ({"dedup": False}, "data.dedup changed from True to False"),
+        ({"source": {"a.txt": "6 bytes"}}, "a.txt changed from 5 bytes to 6 bytes"),
+        ({"source": {}}, "a.txt changed from 5 bytes to absent"),
+        ({"source": {"a.txt": "5 bytes", "b.txt": "1 byte"}}, "b.txt changed from absent to 1 byte"),
         (
             {"seed": 3, "dedup": False, "val_fraction": 0.2, "near_dedup": 0.8},
-            "near_dedup (was None, is 0.8) and 1 more",
+            "near_dedup changed from None to 0.8 and 1 more",
         ),
     ],
 )
-@pytest.mark.usefixtures("small_units")
-def test_a_changed_setting_is_refused_or_starts_anew(tmp_path: Path, changed: dict[str, Any], told: str) -> None:
+@pytest.mark.usefixtures("small_batches")
+def test_changed_setting_is_refused_or_restarts(tmp_path: Path, changed: dict[str, Any], told: str) -> None:
     out = tmp_path / "out"
     stop(out, source={"a.txt": "5 bytes"})
     before = contents(out)
@@ -241,18 +243,18 @@ def test_a_changed_setting_is_refused_or_starts_anew(tmp_path: Path, changed: di
     with pytest.raises(UserError) as error:
         run(out, **settings)
     assert str(error.value).startswith(f"{out}: ") and told in str(error.value) and "\n" not in str(error.value)
-    assert contents(out) == before, "refused, and nothing lost"
+    assert contents(out) == before, "refused without losing anything"
     run(out, **settings, restart=True)
     run(tmp_path / "whole", **settings)
     assert contents(out) == contents(tmp_path / "whole")
 
 
-@pytest.mark.usefixtures("small_units")
-def test_a_changed_tokenizer_is_refused(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("small_batches")
+def test_changed_tokenizer_is_refused(tmp_path: Path) -> None:
     stop(tmp_path / "out")
     tokenizer = Bytes(tmp_path)
     tokenizer.files[0].write_text("other bytes")
-    with pytest.raises(UserError, match=r"changed: tokenizer \(was bytes.model, sha256 .*--restart"):
+    with pytest.raises(UserError, match=r"tokenizer changed from bytes.model, sha256 .*--restart"):
         run(tmp_path / "out", tokenizer=tokenizer)
 
 
@@ -266,22 +268,18 @@ def test_a_changed_tokenizer_is_refused(tmp_path: Path) -> None:
         lambda texts: texts[:5],
     ],
 )
-@pytest.mark.usefixtures("small_units")
-def test_changed_text_is_refused_whatever_is_said_of_it(
-    tmp_path: Path, change: Callable[[list[str]], list[str]]
-) -> None:
-    """As when a file was rewritten with its old time and size, or a dataset changed."""
+@pytest.mark.usefixtures("small_batches")
+def test_changed_text_is_refused(tmp_path: Path, change: Callable[[list[str]], list[str]]) -> None:
+    """Even with the same provenance, as when a file was rewritten with its old size and time, or a dataset changed."""
     stop(tmp_path / "out")
-    with pytest.raises(UserError, match=r"an earlier run made this shard of other documents: .*--restart"):
+    with pytest.raises(UserError, match=r"an earlier run wrote this shard from other documents: .*--restart"):
         run(tmp_path / "out", change(TEXTS))
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x")])
 @pytest.mark.parametrize("kind", ["npy", "offsets"])
-@pytest.mark.usefixtures("small_units")
-def test_a_finished_shard_that_was_damaged_is_made_again(
-    tmp_path: Path, damage: Callable[[Path], object], kind: str
-) -> None:
+@pytest.mark.usefixtures("small_batches")
+def test_damaged_finished_shard_is_rewritten(tmp_path: Path, damage: Callable[[Path], object], kind: str) -> None:
     run(tmp_path / "whole")
     stop(tmp_path / "out")
     damage(tmp_path / "out" / f"train_00002.{kind}.tmp")
@@ -289,11 +287,11 @@ def test_a_finished_shard_that_was_damaged_is_made_again(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.usefixtures("small_units")
-def test_damaged_progress_is_told(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("small_batches")
+def test_damaged_progress_is_an_error(tmp_path: Path) -> None:
     stop(tmp_path / "out")
     (tmp_path / "out" / "progress.json").write_text("{")
-    with pytest.raises(UserError, match=r"progress.json: damaged \(.*\): start anew with --restart"):
+    with pytest.raises(UserError, match=r"progress.json: damaged \(.*\): start over with --restart"):
         run(tmp_path / "out")
     run(tmp_path / "out", restart=True)
 
@@ -304,7 +302,7 @@ MEASURED = """
 import json, resource, sys
 from pathlib import Path
 from anarchobot.data.sources.documents import DocumentCounts, Document
-from anarchobot.data.pretokenize import pretokenize
+from anarchobot.data.pretokenize import PretokenizeOptions, pretokenize
 from tests.data.bytes_tokenizer import Bytes
 
 folder, megabytes, workers = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -313,7 +311,7 @@ size = 2000
 number = megabytes * 10**6 // size
 peaks, done = [], 0
 
-def peak():  # in MB. Linux hands ru_maxrss on from the parent process, which may be large: not so VmHWM.
+def peak():  # in MB. On Linux ru_maxrss is inherited from the parent process, which may be large; VmHWM is not.
     status = Path("/proc/self/status")
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
@@ -326,8 +324,7 @@ def progress(size, tokens):
         peaks.append(peak())
 
 documents = (Document(f"{i:012d}" + text[i * 7919 % 998_000 :][: size - 12]) for i in range(number))
-pretokenize(documents, Bytes(folder, thin=16), folder / "out", counts=DocumentCounts(), val_fraction=0.01, num_workers=workers,
-            progress=progress)
+pretokenize(documents, Bytes(folder, thin=16), folder / "out", PretokenizeOptions(0.01, workers), progress=progress)
 print(json.dumps(peaks))
 """
 
@@ -337,7 +334,7 @@ print(json.dumps(peaks))
     [(300, 2, 40), *(pytest.param(10_000, workers, 110, marks=pytest.mark.faults) for workers in (1, 2))],
 )
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, megabytes: int, workers: int, growth: int) -> None:
-    """But by the 12 to 15 bytes a document that finding duplicates takes: 5 million documents in 10 GB."""
+    """Except by the 12 to 15 bytes per document of duplicate detection: 5 million documents in 10 GB."""
     words = [sys.executable, "-c", MEASURED, str(tmp_path), str(megabytes), str(workers)]
     done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
     peaks = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Ids are read as they were written, over shard borders too; each kind of damage is told in one line."""
+"""Ids are read as written, across shard boundaries; every kind of damage is reported in one line."""
 
 import hashlib
 import json
@@ -25,12 +25,12 @@ from anarchobot.data.shards import (
 from anarchobot.storage.durable import write_sealed
 from tests.data.conftest import write_shards
 
-PARTS = [[5, 6, 7, 0], [0], [1, 2, 0, 4, 5, 0, 7, 0]]  # 0 ends a document
+SHARDS = [[5, 6, 7, 0], [0], [1, 2, 0, 4, 5, 0, 7, 0]]  # 0 ends a document
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_shards(tmp_path / "shards", 10, train=PARTS, val=[[4, 0]])
+    write_shards(tmp_path / "shards", 10, train=SHARDS, val=[[4, 0]])
     return tmp_path / "shards"
 
 
@@ -45,8 +45,8 @@ def problem(do: Callable[[], object]) -> str:
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_any_stretch_is_read_over_shard_borders(tmp_path: Path, dtype: str) -> None:
-    ids = write_shards(tmp_path, 10, dtype, train=PARTS, val=[[4, 3]])
+def test_any_range_is_read_across_shards(tmp_path: Path, dtype: str) -> None:
+    ids = write_shards(tmp_path, 10, dtype, train=SHARDS, val=[[4, 3]])
     stream = TokenStream(tmp_path, "train")
     assert stream.tokens == len(ids) == 13
     for start in range(14):
@@ -61,22 +61,22 @@ def test_any_stretch_is_read_over_shard_borders(tmp_path: Path, dtype: str) -> N
     assert TokenStream(tmp_path, "val").read(0, 2).tolist() == [4, 3]
 
 
-def test_stretches_come_from_any_shard(tmp_path: Path) -> None:
-    """Over shard borders too; what is before the first id is an end of document."""
-    ids = write_shards(tmp_path, 10, train=PARTS)
+def test_slices_across_shards(tmp_path: Path) -> None:
+    """Position -1, before the first id, is an end of document."""
+    ids = write_shards(tmp_path, 10, train=SHARDS)
     stream = TokenStream(tmp_path, "train")
     pairs = [(a, b) for a in range(-1, 13) for b in range(max(a, 0), 14)]
-    stretches = stream.stretches(*(np.array(bounds) for bounds in zip(*pairs, strict=True)))
+    slices = stream.slices(*(np.array(bounds) for bounds in zip(*pairs, strict=True)))
     padded = [0, *ids.tolist()]
-    for (start, stop), stretch in zip(pairs, stretches, strict=True):
-        assert stream.joined([stretch]).tolist() == padded[start + 1 : stop + 1]
-    joined = stream.joined(stretches)
-    assert joined.dtype == np.int32
-    assert joined.tolist() == [i for start, stop in pairs for i in padded[start + 1 : stop + 1]]
+    for (start, stop), raw in zip(pairs, slices, strict=True):
+        assert stream.concatenate([raw]).tolist() == padded[start + 1 : stop + 1]
+    concatenated = stream.concatenate(slices)
+    assert concatenated.dtype == np.int32
+    assert concatenated.tolist() == [i for start, stop in pairs for i in padded[start + 1 : stop + 1]]
 
 
-def test_the_shards_are_mapped_and_not_read(tmp_path: Path) -> None:
-    """A copy would need the corpus's size in memory: an 8 GB file that has no blocks on the disk opens at once."""
+def test_shards_are_memory_mapped(tmp_path: Path) -> None:
+    """A sparse file of 8 GB opens instantly; reading it would need 8 GB of memory."""
     path = tmp_path / "train_00000.npy"
     np.lib.format.open_memmap(path, mode="w+", dtype="uint16", shape=(2**32,)).flush()
     shards = [Shard(path.name, "train", 2**32, 1, 1, "", "")]
@@ -84,20 +84,20 @@ def test_the_shards_are_mapped_and_not_read(tmp_path: Path) -> None:
     assert TokenStream(tmp_path, "train").read(2**32 - 3, 2**32).tolist() == [0, 0, 0]
 
 
-def test_a_split_without_shards_is_empty(tmp_path: Path) -> None:
-    write_shards(tmp_path, 10, train=PARTS)
+def test_split_without_shards_is_empty(tmp_path: Path) -> None:
+    write_shards(tmp_path, 10, train=SHARDS)
     stream = TokenStream(tmp_path, "val")
     assert stream.tokens == 0 and stream.read(0, 0).tolist() == [] and stream.document_starts().tolist() == [0]
 
 
-def test_documents_begin_behind_the_end_of_the_one_before(folder: Path) -> None:
-    """Positions of the whole stream: a shard's own offsets would send the second shard's documents into the first."""
+def test_document_starts_and_first_documents(folder: Path) -> None:
+    """Starts are positions in the whole stream, not in a shard."""
     starts = TokenStream(folder, "train").document_starts()
     assert starts.dtype == np.int64 and starts.tolist() == [0, 4, 5, 8, 11, 13]
     assert [ids.tolist() for ids in first_documents(TokenStream(folder, "train"), 3, 2)] == [[5, 6], [], [1, 2]]
 
 
-def test_the_histogram_counts_documents_by_powers_of_two(tmp_path: Path) -> None:
+def test_length_histogram_by_powers_of_two(tmp_path: Path) -> None:
     shards = [[[5] * (length - 1) for length in lengths] for lengths in ([1, 2, 3, 4], [7, 8, 31, 32], [33, 1024])]
     ids = [[token for document in documents for token in (*document, 0)] for documents in shards]
     write_shards(tmp_path, 10, train=ids[:2], val=ids[2:])
@@ -106,31 +106,31 @@ def test_the_histogram_counts_documents_by_powers_of_two(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("bad", [10, 65535, 2**31, 2**32 - 1])
-def test_an_id_beyond_the_vocabulary_is_never_given_out(tmp_path: Path, bad: int) -> None:
-    """2**31 and more would turn negative in the int32 that the model takes."""
+def test_id_outside_the_vocabulary_is_an_error(tmp_path: Path, bad: int) -> None:
+    """2**31 and above would become negative in the int32 that the model takes."""
     write_shards(tmp_path, 10, "uint32", train=[[1, 2, bad]])
     stream = TokenStream(tmp_path, "train")
     assert stream.read(0, 2).tolist() == [1, 2]
-    assert f"token id {bad} is beyond the vocabulary of 10" in problem(lambda: stream.read(1, 3))
-    assert f"token id {bad} is beyond the vocabulary of 10" in problem(lambda: stream.rows(np.array([0, 1]), 2))
-    assert f"token id {bad} is beyond the vocabulary of 10" in problem(
-        lambda: stream.joined(stream.stretches(np.array([2]), np.array([3])))
+    assert f"token id {bad} is outside the vocabulary of 10" in problem(lambda: stream.read(1, 3))
+    assert f"token id {bad} is outside the vocabulary of 10" in problem(lambda: stream.rows(np.array([0, 1]), 2))
+    assert f"token id {bad} is outside the vocabulary of 10" in problem(
+        lambda: stream.concatenate(stream.slices(np.array([2]), np.array([3])))
     )
-    assert dict(verify(tmp_path))["train_00000.npy"] == f"token id {bad} is beyond the vocabulary of 10"
+    assert dict(verify(tmp_path))["train_00000.npy"] == f"token id {bad} is outside the vocabulary of 10"
 
 
 # The manifest
 
 
-def test_the_manifest_comes_back_and_sums_its_shards(folder: Path) -> None:
+def test_manifest_round_trip(folder: Path) -> None:
     manifest = read_manifest(folder)
     write_manifest(folder, manifest)
     assert read_manifest(folder) == manifest
-    assert [s.file for s in manifest.of("train")] == ["train_00000.npy", "train_00001.npy", "train_00002.npy"]
+    assert [s.file for s in manifest.shards_in("train")] == ["train_00000.npy", "train_00001.npy", "train_00002.npy"]
     assert (manifest.tokens("train"), manifest.tokens("val")) == (13, 2)
 
 
-def test_the_manifest_is_json_with_the_documented_keys(folder: Path) -> None:
+def test_manifest_has_the_documented_keys(folder: Path) -> None:
     values = json.loads((folder / "manifest.json").read_text())
     keys = {"format_version", "tokenizer", "vocab_size", "dtype", "eod_id", "seed", "counts", "shards"}
     assert set(values) == {*keys, "content_sha256"}
@@ -139,13 +139,13 @@ def test_the_manifest_is_json_with_the_documented_keys(folder: Path) -> None:
     assert set(values["shards"][0]) == {"file", "split", "tokens", "documents", "bytes", "sha256", "offsets_sha256"}
 
 
-def test_the_digest_changes_with_any_shard(folder: Path) -> None:
+def test_manifest_digest_depends_on_the_shards(folder: Path) -> None:
     manifest = read_manifest(folder)
     other = Manifest({}, 10, "uint16", 0, 0, {}, manifest.shards[1:])
     assert manifest.digest() == read_manifest(folder).digest() != other.digest()
 
 
-def test_a_folder_without_shards_is_told_what_to_run(tmp_path: Path) -> None:
+def test_folder_without_shards_is_an_error(tmp_path: Path) -> None:
     said = "no token shards here (no manifest.json): run `anarchobot pretokenize`"
     (tmp_path / "file").write_text("x")
     for name in ("missing", "file", "."):
@@ -162,14 +162,14 @@ def test_a_folder_without_shards_is_told_what_to_run(tmp_path: Path) -> None:
         ({"unknown": 1}, "damaged (Manifest"),
     ],
 )
-def test_a_manifest_of_another_form_is_refused(folder: Path, change: dict[str, Any], said: str) -> None:
+def test_invalid_manifest_is_refused(folder: Path, change: dict[str, Any], said: str) -> None:
     path = folder / "manifest.json"
     write_sealed(path, json.loads(path.read_text()) | change)
     assert said in problem(lambda: read_manifest(folder))
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b'{"format_version": 1}'])
-def test_a_damaged_manifest_is_refused(folder: Path, raw: bytes) -> None:
+def test_damaged_manifest_is_refused(folder: Path, raw: bytes) -> None:
     (folder / "manifest.json").write_bytes(raw)
     said = problem(lambda: read_manifest(folder))
     assert said.startswith(f"{folder / 'manifest.json'}: ") and "pretokenize" in said
@@ -215,7 +215,7 @@ def objects(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (Path.unlink, "the manifest lists this shard, but it is missing"),
+        (Path.unlink, "listed in the manifest, but missing"),
         (truncate, "damaged"),
         (lambda path: path.write_bytes(b""), "damaged"),
         (lambda path: path.write_bytes(b"some text, and more of it"), "damaged"),
@@ -227,7 +227,7 @@ def objects(path: Path) -> None:
         (two_dimensions, "holds uint16 (1, 4), the manifest says uint16 (4,)"),
     ],
 )
-def test_a_damaged_shard_is_refused_and_named(folder: Path, damage: Callable[[Path], object], said: str) -> None:
+def test_damaged_shard_is_refused_and_named(folder: Path, damage: Callable[[Path], object], said: str) -> None:
     path = folder / "train_00000.npy"
     damage(path)
     message = problem(lambda: TokenStream(folder, "train"))
@@ -239,7 +239,7 @@ def test_a_damaged_shard_is_refused_and_named(folder: Path, damage: Callable[[Pa
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (Path.unlink, "the manifest lists this shard, but it is missing"),
+        (Path.unlink, "listed in the manifest, but missing"),
         (truncate, "damaged"),
         (other_dtype, "holds uint32 (5,), the manifest says uint64 (5,)"),
         (lambda path: save(path, np.array([0, 3, 6], np.uint64)), "holds uint64 (3,), the manifest says uint64 (5,)"),
@@ -262,16 +262,16 @@ def test_damaged_offsets_are_refused_and_named(tmp_path: Path, damage: Callable[
 # verify
 
 
-def test_verify_goes_over_every_file(folder: Path) -> None:
+def test_verify_checks_every_file(folder: Path) -> None:
     shards = ["train_00000", "train_00001", "train_00002", "val_00000"]
     assert list(verify(folder)) == [(f"{name}.{kind}", "") for name in shards for kind in ("npy", "offsets")]
 
 
 @pytest.mark.parametrize("kind", ["npy", "offsets"])
-def test_verify_notices_any_flipped_bit(tmp_path: Path, kind: str) -> None:
-    """In the header too, which is Python text: numpy meets a damaged one with errors of many kinds. The other file is
-    not blamed."""
-    write_shards(tmp_path, 65536, train=[PARTS[0]])
+def test_verify_detects_any_flipped_bit(tmp_path: Path, kind: str) -> None:
+    """Including the header, which numpy evaluates as Python, so damage raises many kinds of errors. The other file is
+    reported as intact."""
+    write_shards(tmp_path, 65536, train=[SHARDS[0]])
     path = tmp_path / f"train_00000.{kind}"
     good = path.read_bytes()
     assert len(good) == 128 + {"npy": 2 * 4, "offsets": 8 * 2}[kind]
@@ -282,22 +282,22 @@ def test_verify_notices_any_flipped_bit(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("ids", "starts"), [([1, 2, 0, 3, 0], [0, 2, 5]), ([1, 0, 2, 3, 0], [0, 5])])
-def test_verify_notices_offsets_that_are_not_the_ends(tmp_path: Path, ids: list[int], starts: list[int]) -> None:
-    """With digests that agree: as when what wrote them was wrong. A place that is no end; an end that is missing."""
+def test_verify_detects_offsets_that_are_not_document_ends(tmp_path: Path, ids: list[int], starts: list[int]) -> None:
+    """With matching digests, as from a faulty writer: an offset that is no document end, and a missing one."""
     write_shards(tmp_path, 10, train=[ids])
     save(tmp_path / "train_00000.offsets", np.array(starts, np.uint64))
     manifest = read_manifest(tmp_path)
     sha = hashlib.sha256((tmp_path / "train_00000.offsets").read_bytes()).hexdigest()
     shard = replace(manifest.shards[0], documents=len(starts) - 1, offsets_sha256=sha)
     write_manifest(tmp_path, replace(manifest, shards=[shard]))
-    said = "not where the ends of documents are in train_00000.npy"
+    said = "does not match the ends of documents in train_00000.npy"
     assert dict(verify(tmp_path)) == {"train_00000.npy": "", "train_00000.offsets": said}
 
 
-def test_verify_notices_two_shards_of_one_size_that_changed_places(tmp_path: Path) -> None:
+def test_verify_detects_swapped_shards(tmp_path: Path) -> None:
     write_shards(tmp_path, 10, train=[[1, 0], [3, 0]])
     shutil.move(tmp_path / "train_00000.npy", tmp_path / "kept.npy")
     shutil.move(tmp_path / "train_00001.npy", tmp_path / "train_00000.npy")
     shutil.move(tmp_path / "kept.npy", tmp_path / "train_00001.npy")
-    differs = "its content is not what was written (sha256 differs)"
+    differs = "content differs from the manifest (sha256)"
     assert [found for _, found in verify(tmp_path)] == [differs, "", differs, ""]

@@ -19,8 +19,8 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import Loaded, LoadedConfig
 from anarchobot.config.schema import Config, DataConfig, LoraConfig, ModelConfig, TokenizerConfig, TrainConfig
 from anarchobot.config.strict_yaml import dump
-from anarchobot.data.document_batches import pieces
-from anarchobot.data.pretokenize import pretokenize
+from anarchobot.data.document_batches import batch_documents
+from anarchobot.data.pretokenize import PretokenizeOptions, pretokenize
 from anarchobot.data.resume import source_provenance
 from anarchobot.data.sources.documents import DocumentCounts, Document, from_files, open_source
 from anarchobot.data.sources.files import find
@@ -134,7 +134,7 @@ class _Adaptation:
             for file, reading in data.items():
                 _, documents = open_source(reading, self.seed, DocumentCounts(), warn=self.stages.say)
                 notes[file.removesuffix(".jsonl")] = write_corpus(
-                    documents, folder / file, byte_budget=own.budget, deduplicate=own.deduplicate, seed=self.seed
+                    documents, folder / file, byte_budget=own.budget, deduplicate=own.dedup, seed=self.seed
                 )
             held_out = [{"text": text} for text in read_corpus(folder / DOMAIN, own.val_fraction, "val")]
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in held_out]
@@ -184,7 +184,7 @@ class _Adaptation:
         file = corpus.folder / (HELD_OUT if corpus.notes["held_out"] else DOMAIN)
         size, both = 0, {"source": self.source, "target": target}
         tokens = dict.fromkeys(both, 0)
-        for unit in pieces(from_files([str(file)], DataConfig(), DocumentCounts()), DocumentCounts(), False, 0.0):
+        for unit in batch_documents(from_files([str(file)], DataConfig(), DocumentCounts()), DocumentCounts(), False, 0.0):
             size += int(unit.sizes.sum())
             for name, tokenizer in both.items():
                 tokens[name] += sum(map(len, tokenizer.encode_batch(unit.texts)))
@@ -296,15 +296,15 @@ class _Adaptation:
         if not own.enabled:
             return self._result(initial, None).folder
         shards = self._shards(corpus, made)
-        seen = own.stage1_steps * own.batch_size * own.gradient_accumulation
+        seen = own.stage1_steps * own.micro_batch_size * own.grad_accum_steps
         last = initial
         if own.stage1_steps:
-            last = self._stage("stage1", last, shards, steps=own.stage1_steps, lr=own.lr_stage1, first=0)
+            last = self._stage("stage1", last, shards, steps=own.stage1_steps, lr=own.stage1_lr, first=0)
             models["stage 1"] = (str(last.folder), last.digest)
         if not own.stage2_steps:
             return self._result(last, None).folder
-        first = seen if own.train_start_idx_stage2 is None else own.train_start_idx_stage2
-        tuned = self._stage("stage2", last, shards, steps=own.stage2_steps, lr=own.lr_stage2, first=first)
+        first = seen if own.stage2_first_sequence is None else own.stage2_first_sequence
+        tuned = self._stage("stage2", last, shards, steps=own.stage2_steps, lr=own.stage2_lr, first=first)
         result = self._result(tuned, last if own.stage2_use_lora else None)
         models["stage 2"] = (str(result.folder), result.digest)
         return result.folder
@@ -314,10 +314,7 @@ class _Adaptation:
 
         def work(folder: Path) -> Made:
             texts = map(Document, read_corpus(corpus.folder / DOMAIN, 0.0, "train"))
-            manifest = pretokenize(
-                texts, self.target, folder, counts=DocumentCounts(), val_fraction=fraction, num_workers=own.workers,
-                dedup=False, seed=self.seed,
-            )  # fmt: skip
+            manifest = pretokenize(texts, self.target, folder, PretokenizeOptions(fraction, own.num_workers, dedup=False, seed=self.seed))
             written = [folder / "manifest.json", *(folder / name for shard in manifest.shards for name in shard.files)]
             return written, {"train_tokens": manifest.tokens("train"), "val_tokens": manifest.tokens("val")}
 
@@ -336,13 +333,13 @@ class _Adaptation:
         def config(folder: Path) -> Config:
             train = TrainConfig(
                 total_steps=steps, lr=lr, min_lr=0.0, warmup_steps=math.ceil(WARMUP * steps), seed=self.seed,
-                micro_batch_size=own.batch_size, grad_accum_steps=own.gradient_accumulation,
+                micro_batch_size=own.micro_batch_size, grad_accum_steps=own.grad_accum_steps,
                 optimizer=own.optimizer if second else "adamw", trainable="all" if second else "embeddings",
-                precision="bfloat16" if own.bf16 else "float32", cpu_threads=own.cpu_threads, first_sequence=first,
+                precision=own.precision, cpu_threads=own.cpu_threads, first_sequence=first,
                 eval_interval=max(1, steps // 5), ckpt_interval=max(1, min(500, steps // 5)), ckpt_keep=1,
                 save_dir=str(folder), init_from=str(start.folder), checkpoint_path="auto", supervise=False,
             )  # fmt: skip
-            data = DataConfig(shard_dir=str(shards.folder), seq_len=own.max_seq_length)
+            data = DataConfig(shard_dir=str(shards.folder), seq_len=own.seq_len)
             return Config(model=self._model, data=data, train=train, lora=lora if adapters else LoraConfig())
 
         def work(folder: Path) -> Made:
@@ -357,7 +354,7 @@ class _Adaptation:
         plain = config(Path(name)).model_dump(include={"train": True, "lora": True}, exclude_defaults=True)
         for key in ("cpu_threads", "init_from", "save_dir"):  # that change no weight
             plain["train"].pop(key, None)
-        settings = plain | {"seq_len": own.max_seq_length}
+        settings = plain | {"seq_len": own.seq_len}
         return self.stages.run(name, work, settings=settings, inputs={"start": start.digest, "shards": shards.digest})
 
     def _result(self, last: Done, base: Done | None) -> Done:
