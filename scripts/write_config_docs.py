@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from anarchobot.cli import corpus, generating, training
+from anarchobot.cli import data, inference, training
 from anarchobot.config.adapt_schema import AdaptConfig
 from anarchobot.config.loading import describe_type, leaf_keys
 from anarchobot.config.schema import Config
@@ -36,9 +36,9 @@ error.
 
 Both also support configurations of adapt-vocab, which they recognize by their sections.
 
-Numbers, `true`, `false` and `null` follow YAML 1.2: `3e-4` is a number; `yes` and `0123` are strings. `5e4` and `50_000`
-are accepted as integers. Aliases, tags and duplicate keys are errors. An error is one line with the file, line, key and
-expected value; the exit code is 2.
+Numbers, `true`, `false` and `null` follow YAML 1.2: `3e-4` is a number; `yes` and `0123` are strings. Integers can be
+written as `5e4` or `50_000`. Aliases, tags and duplicate keys are errors. An error is one line with the file, line, key
+and expected value; the exit code is 2.
 """
 
 ADAPT_VOCAB = """\
@@ -75,10 +75,10 @@ def _default(leaf: FieldInfo) -> str:
 
 def _flags() -> str:
     commands = {
-        "tokenizer train": corpus.TOKENIZER_SETTINGS,
-        "pretokenize": corpus.PRETOKENIZE_SETTINGS,
+        "tokenizer train": data.TOKENIZER_SETTINGS,
+        "pretokenize": data.PRETOKENIZE_SETTINGS,
         "pretrain": training.SETTINGS,
-        "generate": generating.SETTINGS,
+        "generate": inference.SETTINGS,
     }
     rows = [
         f"| `{flag}` | `{command}` | `{key}` |" for command, flags in commands.items() for flag, key in flags.items()

@@ -83,7 +83,7 @@ def _warn(text: str) -> None:
 def _train_tokenizer(args: argparse.Namespace) -> None:
     from anarchobot.config.loading import load_config
     from anarchobot.data.sources.documents import DocumentCounts
-    from anarchobot.tasks.pretokenize import read
+    from anarchobot.tasks.pretokenize import open_documents
     from anarchobot.tokenizers.training import limit_bytes, train_tokenizer
 
     config = load_config(args.config, overrides(args)).config
@@ -93,7 +93,7 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
     prefix = Path(output)  # train.tokenizer_path names the file itself
     prefix = prefix.with_name(prefix.name.removesuffix(".model").removesuffix("-vocab.json"))
     counts, bytes_read = DocumentCounts(), [0]
-    texts = (document.text for document in read(config, args.input, counts, _warn)[1])
+    texts = (document.text for document in open_documents(config, args.input, counts, _warn)[1])
     try:
         files = train_tokenizer(
             limit_bytes(texts, config.tokenizer.max_train_mb, bytes_read),
@@ -115,12 +115,12 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
 
 def _pretokenize(args: argparse.Namespace) -> int | None:
     from anarchobot.config.loading import load_config
-    from anarchobot.tasks.pretokenize import in_processes, is_made, join_parts, make_part, make_shards, open_corpus
+    from anarchobot.tasks.pretokenize import open_corpus, run_part_processes
 
     notes: list[str] = []
     silent = args.quiet or args.json
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         if line.startswith("WARNING") or (sys.stderr.isatty() and not silent):
             print(line, file=sys.stderr)
         else:
@@ -128,26 +128,26 @@ def _pretokenize(args: argparse.Namespace) -> int | None:
 
     if args.join and (args.processes or args.part):
         raise UserError("argument --join: not allowed with --processes (which joins its own parts) or --part")
-    corpus = open_corpus(load_config(args.config, overrides(args)), args.input, say, _warn, args.part)
+    corpus = open_corpus(load_config(args.config, overrides(args)), args.input, log, _warn, args.part)
     folder = str(corpus.folder)
     if args.part:
         part, parts = args.part
-        made = make_part(corpus, part, parts)
+        made = corpus.write_part(part, parts)
         if args.json:
             print(json.dumps({"part": part, "parts": parts, "made": made}))
         elif not args.quiet:
             print(f"{folder}: part {part}/{parts} {'finished' if made else 'already finished'}")
         return None
-    if args.processes and (args.restart or not is_made(corpus)):
-        say(f"tokenizing in {args.processes} processes")
+    if args.processes and (args.restart or not corpus.is_done()):
+        log(f"tokenizing in {args.processes} processes")
         command = [sys.executable, "-P", "-m", "anarchobot", *args.argv, "--workers", "1"]
-        if failed := in_processes(command, args.processes):
+        if failed := run_part_processes(command, args.processes):
             return failed
     with _byte_progress(silent, _size_of(corpus.names)) as progress:
         if parts := args.join or args.processes:
-            manifest = join_parts(corpus, parts, restart=args.restart, progress=progress, say=say)
+            manifest = corpus.join(parts, restart=args.restart, progress=progress, log=log)
         else:
-            manifest = make_shards(corpus, restart=args.restart, progress=progress, say=say)
+            manifest = corpus.pretokenize(restart=args.restart, progress=progress, log=log)
     if not manifest.shards_in("train"):
         _warn(f"{folder}: all documents are in the validation split; add more text or set data.val_fraction to 0")
     if args.json:

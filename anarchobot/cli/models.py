@@ -23,9 +23,15 @@ def add_commands(commands: Any) -> None:
         metavar=("A", "B"),
         help="two models, or .json results of earlier evaluations (required, or --checkpoint)",
     )
-    evaluate.add_argument("--shards", metavar="DIR", help="evaluate on the validation split of token shards (default: none)")
     evaluate.add_argument(
-        "--text", nargs="+", default=[], metavar="FILE", help="evaluate on .txt, .jsonl or .parquet files (default: none)"
+        "--shards", metavar="DIR", help="evaluate on the validation split of token shards (default: none)"
+    )
+    evaluate.add_argument(
+        "--text",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="evaluate on .txt, .jsonl or .parquet files (default: none)",
     )
     evaluate.add_argument(
         "--rouge", metavar="FILE", help="generate answers to a file of conversations and score ROUGE (default: none)"

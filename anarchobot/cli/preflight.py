@@ -1,89 +1,278 @@
-"""`anarchobot plan`."""
+"""Commands to run before training: `anarchobot config`, `verify`, `plan`, `bench` and `selftest`."""
 
 import argparse
 import json
 import re
+import sys
+import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from anarchobot.cli.parser import add_command, add_config, overrides
+from anarchobot.cli.parser import add_command, add_config, add_group, overrides, positive
 from anarchobot.config.errors import UserError
 
-PARTS = {
+CHECK_COUNTS = {"pass": "passed", "warn": "warned", "fail": "failed", "skip": "skipped"}
+MEMORY_PARTS = {
     "weights": "weights", "gradients": "gradients", "optimizer": "optimizer state", "activations": "activations",
-    "logits": "logits of a chunk", "update": "the update's own",
+    "logits": "logits of a chunk", "update": "update",
 }  # fmt: skip
 
 
 def add_commands(commands: Any) -> None:
-    parser = add_command(commands, "plan", _plan, "what a run will take: memory, tokens, operations, disk")
-    add_config(parser)
-    parser.add_argument(
-        "--deadline", metavar="TIME", help="hours, or such as 8h or 2d: how many tokens a second that asks for"
+    config = add_group(commands, "config", "show|schema", "show the effective configuration, or its JSON Schema")
+    show = add_command(config, "show", _config_show, "show the effective configuration and the source of each value")
+    add_config(show, optional=True)
+    schema = add_command(config, "schema", _config_schema, "print the JSON Schema of a configuration, for editors")
+    add_config(schema, optional=True)
+
+    verify = add_command(
+        commands,
+        "verify",
+        _verify,
+        "check machine, configuration, data and folders before a run",
+        epilog="Exit codes: 0 no check failed, 1 a check failed, 2 usage error.",
     )
+    add_config(verify)
+    verify.add_argument("--no-calibration", action="store_true", help="measure no steps; the run time is not estimated")
+
+    plan = add_command(commands, "plan", _plan, "estimate memory, tokens, FLOPs and disk space of a run")
+    add_config(plan)
+    plan.add_argument(
+        "--deadline",
+        metavar="TIME",
+        help="hours, or a time such as 8h or 2d: shows the tokens per second needed to finish (default: none)",
+    )
+
+    bench = add_command(commands, "bench", _bench, "measure the parts of a training step on random tokens")
+    add_config(bench)
+    bench.add_argument(
+        "--steps", type=positive, default=5, metavar="N", help="measurements of each part, of which to take the median"
+    )
+
+    selftest = add_command(
+        commands, "selftest", _selftest, "test on this machine that runs survive kills, corrupt files and disk errors"
+    )
+    selftest.add_argument(
+        "--faults", action="store_true", required=True, help="break and resume small runs; takes minutes (required)"
+    )
+    selftest.add_argument("--kills", type=positive, default=10, metavar="N", help="number of runs to kill")
+    selftest.add_argument("--seed", type=int, default=0, metavar="S", help="random seed for the faults")
+
+
+# --- config
+
+
+def _config_show(args: argparse.Namespace) -> None:
+    from anarchobot.config.loading import load, load_config
+    from anarchobot.config.strict_yaml import dump
+
+    loaded: Any
+    if _is_adapt_config(args):
+        from anarchobot.config.adapt_schema import AdaptConfig
+
+        loaded = load(args.config, overrides(args), AdaptConfig)
+    else:
+        loaded = load_config(args.config, overrides(args))
+    values = loaded.config.model_dump()
+    sources = {key: loaded.sources.get(key, "default") for key, value in _keys(values) if not isinstance(value, dict)}
+    if args.json:
+        print(json.dumps({"config": values, "sources": sources}, indent=1))
+        return
+    for key, value in _keys(values):
+        indent, name = "  " * key.count("."), key.rpartition(".")[2]
+        if isinstance(value, dict):
+            print(f"{indent}{name}:")
+        else:
+            line = indent + dump({name: value}, flow=True).strip()[1:-1]
+            print(f"{line:<42} # {sources[key]}")
+
+
+def _config_schema(args: argparse.Namespace) -> None:
+    from anarchobot.config.adapt_schema import AdaptConfig
+    from anarchobot.config.schema import Config
+
+    json.dump((AdaptConfig if _is_adapt_config(args) else Config).model_json_schema(), sys.stdout, indent=1)
+    print()
+
+
+def _is_adapt_config(args: argparse.Namespace) -> bool:
+    """Whether CONFIG and KEY=VALUE contain sections of adapt-vocab only."""
+    from anarchobot.config.adapt_schema import AdaptConfig
+    from anarchobot.config.loading import sections
+    from anarchobot.config.schema import Config
+
+    given = sections(args.config, args.settings)
+    return bool(given & AdaptConfig.model_fields.keys()) and not given & Config.model_fields.keys()
+
+
+def _keys(values: dict[str, Any], parents: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its value, each section before its keys."""
+    for name, value in values.items():
+        yield f"{parents}{name}", value
+        if isinstance(value, dict):
+            yield from _keys(value, f"{parents}{name}.")
+
+
+# --- verify
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from anarchobot.preflight.verify import verify
+
+    # args.settings rather than `overrides`, which imports packages that may be missing.
+    checks = verify(args.config, args.settings, calibrate=not args.no_calibration)
+    counts = {word: sum(check.status == status for check in checks) for status, word in CHECK_COUNTS.items()}
+    if args.json:
+        print(json.dumps({**counts, "checks": [asdict(check) for check in checks]}, indent=1))
+    else:
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            if args.quiet and check.status in ("pass", "skip"):
+                continue
+            print(f"{check.status}  {check.name.ljust(width)}  {check.found}")
+            if check.advice:
+                print(f"{'':{width + 6}}  -> {check.advice}")
+        print(", ".join(f"{number} {word}" for word, number in counts.items()))
+    return int(counts["failed"] > 0)
+
+
+# --- plan
 
 
 def _plan(args: argparse.Namespace) -> None:
-    deadline = None if args.deadline is None else hours(args.deadline)
+    deadline = None if args.deadline is None else parse_hours(args.deadline)
     from anarchobot.preflight.plan import load_plan, plan
 
-    found = plan(load_plan(args.config, overrides(args)), deadline)
-    print(json.dumps(found) if args.json else "\n".join(_lines(found)))
+    result = plan(load_plan(args.config, overrides(args)), deadline)
+    print(json.dumps(result) if args.json else "\n".join(_plan_lines(result)))
 
 
-def hours(text: str) -> float:
-    """`8`, `8h`, `2d`, `1.5d` in hours. Raises UserError for anything else."""
+def parse_hours(text: str) -> float:
+    """Parses `8`, `8h`, `2d` or `1.5d` to hours. Raises UserError for anything else."""
     match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)([hd]?)", text)
     value = float(match[1]) * (24 if match[2] == "d" else 1) if match else 0.0
     if value == 0:
-        raise UserError(f"argument --deadline: '{text}', expected hours above 0, such as 8, 8h or 2d")
+        raise UserError(f"argument --deadline: expected a time > 0, such as 8, 8h or 2d, got '{text}'")
     return value
 
 
-def _lines(found: dict[str, Any]) -> Iterator[str]:
-    memory, checkpoint, unit = found["memory"], found["checkpoint"], found["unit"]
-    rows, parts = found["micro_batch_size"], found["grad_accum_steps"]
-    trained = found["trained_parameters"]
-    of_them = "" if trained == found["parameters"] else f", {trained:,} of them or beside them trained"
-    yield f"{found['parameters']:,} parameters{of_them}"
-    yield f"a step: {rows * parts} {unit}, {rows} at a time, {found['tokens_per_step']:,} tokens"
+def _plan_lines(result: dict[str, Any]) -> Iterator[str]:
+    memory, checkpoint, unit = result["memory"], result["checkpoint"], result["unit"]
+    micro_batch, num_micro_batches = result["micro_batch_size"], result["grad_accum_steps"]
+    trained = result["trained_parameters"]
+    yield f"{result['parameters']:,} parameters" + ("" if trained == result["parameters"] else f", {trained:,} trained")
+    yield (
+        f"step: {micro_batch * num_micro_batches} {unit} in micro-batches of {micro_batch}, "
+        f"{result['tokens_per_step']:,} tokens"
+    )
     yield ""
-    yield f"memory by estimate, {found['precision']} on the {found['device']}"
-    for key, name in PARTS.items():
+    yield f"estimated memory, {result['precision']} on {result['device']}"
+    for key, name in MEMORY_PARTS.items():
         yield f"  {name:<19}{_size(memory[key]):>10}"
-    yield f"  {'at the peak':<19}{_size(memory['peak']):>10}   in the {memory['phase']} phase"
-    writing = _size(checkpoint["model_bytes"] + checkpoint["optimizer_bytes"])
-    yield f"  {'while saving, up to':<19}{writing:>10}   more"
+    yield f"  {'peak':<19}{_size(memory['peak']):>10}   in the {memory['phase']} phase"
+    saving = _size(checkpoint["model_bytes"] + checkpoint["optimizer_bytes"])
+    yield f"  {'while saving':<19}{saving:>10}   more at most"
     yield ""
     yield f"  {'precision':<12}{'peak':>10}{'gradient_checkpointing':>26}"
-    for plain, again in zip(found["peaks"][::2], found["peaks"][1::2], strict=True):
-        yield f"  {plain['precision']:<12}{_size(plain['peak']):>10}{_size(again['peak']):>26}"
+    for plain, checkpointed in zip(result["peaks"][::2], result["peaks"][1::2], strict=True):
+        yield f"  {plain['precision']:<12}{_size(plain['peak']):>10}{_size(checkpointed['peak']):>26}"
     yield ""
-    most = found["largest_micro_batch"]
-    whole = most == found["micro_batch_size"] * found["grad_accum_steps"]
-    fit = f"{f'all {most}' if whole else f'up to {most}'} {unit} of a step fit at a time" if most else "not one fits"
-    yield f"this machine has {_size(found['machine_bytes'])}; {fit} in {_size(found['budget_bytes'])}"
-    yield from _length(found)
+    largest = result["largest_micro_batch"]
+    budget, machine = _size(result["budget_bytes"]), _size(result["machine_bytes"])
+    whole = ", the whole step" if largest == micro_batch * num_micro_batches else ""
+    found = f"{largest} {unit}{whole}" if largest else "none fits"
+    yield f"largest micro-batch within {budget} of this machine's {machine}: {found}"
+    yield from _run_lines(result)
     yield (
-        f"a checkpoint: {_size(checkpoint['model_bytes'])} model, {_size(checkpoint['optimizer_bytes'])} optimizer; "
-        f"up to {checkpoint['most']} at a time take {_size(checkpoint['disk_bytes'])} of disk"
+        f"checkpoint: {_size(checkpoint['model_bytes'])} model, {_size(checkpoint['optimizer_bytes'])} optimizer; "
+        f"up to {checkpoint['most']} on disk, {_size(checkpoint['disk_bytes'])}"
     )
 
 
-def _length(found: dict[str, Any]) -> Iterator[str]:
+def _run_lines(result: dict[str, Any]) -> Iterator[str]:
     from anarchobot.preflight.plan import CHINCHILLA
 
-    yield f"operations: {found['flops_per_token'] / 1e6:,.1f} MFLOP a token"
-    if found["steps"] is None:
-        yield f"steps, tokens and time: not known: {found['steps_unknown']}"
+    yield f"compute: {result['flops_per_token'] / 1e6:,.1f} MFLOP per token"
+    if result["steps"] is None:
+        yield f"steps, tokens and time unknown: {result['steps_unknown']}"
         return
     yield (
-        f"the run: {found['steps']:,} steps, {found['tokens']:,} tokens, {found['flops']:.3g} FLOP; "
-        f"{found['tokens_per_parameter']:.1f} tokens a parameter (Chinchilla's: {CHINCHILLA})"
+        f"run: {result['steps']:,} steps, {result['tokens']:,} tokens, {result['flops']:.3g} FLOP, "
+        f"{result['tokens_per_parameter']:.1f} tokens per parameter (Chinchilla: {CHINCHILLA})"
     )
-    if found["tokens_per_second"] is not None:
-        yield f"to end in {found['deadline_hours']:g} h: {found['tokens_per_second']:,.0f} tokens a second"
+    if result["tokens_per_second"] is not None:
+        yield f"to finish in {result['deadline_hours']:g} h: {result['tokens_per_second']:,.0f} tokens/s"
 
 
 def _size(number: int) -> str:
     return f"{number / 1e9:,.2f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
+
+
+# --- bench
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from anarchobot.config.loading import load_config
+    from anarchobot.system.blas import no_blas_message
+    from anarchobot.tasks.bench import bench
+
+    result = bench(load_config(args.config, overrides(args)), args.steps)
+    if result["device"] == "cpu" and result["blas"] is None and not args.quiet:
+        print(f"warning: {no_blas_message()}", file=sys.stderr)
+    if args.json:
+        print(json.dumps(result))
+        return
+    for line in _bench_lines(result):
+        print(line)
+
+
+def _bench_lines(result: dict[str, Any]) -> Iterator[str]:
+    step, peak, on_cpu = result["step"], result["peak"], result["device"] == "cpu"
+    threads = f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}"
+    where = f"cpu, {threads}, {result['blas'] or 'no fast BLAS'}" if on_cpu else result["device"]
+    compiled = f"compiled ({step['traces']} traces)" if step["compiled"] else "not compiled"
+    yield f"{result['parameters']:,} parameters, {result['precision']} on {where}, {result['optimizer']}, {compiled}"
+    yield (
+        f"step of {result['tokens_per_step']:,} random tokens: {step['ms']:,.1f} ms (median of {result['steps']}), "
+        f"{step['tokens_per_second']:,.0f} tokens/s, peak memory {step['peak_memory_mb']:,.1f} MB"
+    )
+    yield (
+        f"model: {step['model_flops'] / 1e9:,.3f} GFLOP per step, {step['model_flops_per_token'] / 1e6:,.3f} MFLOP per "
+        f"token; recomputed: {step['recomputed_flops'] / 1e9:,.3f} GFLOP per step"
+    )
+    size = peak["product_size"]
+    yield (
+        f"throughput: {step['gflop_per_second']:,.1f} GFLOP/s, {step['share_of_peak']:.1%} of the "
+        f"{peak['gflop_per_second']:,.1f} of {size} x {size} matrix products" + (f" in {threads}" if on_cpu else "")
+    )
+    yield ""
+    yield f"{'part':<22}{'GFLOP':>10}{'ms':>12}{'GFLOP/s':>12}{'share':>9}"
+    for part in result["parts"]:
+        flops, rate = "-", "-"
+        if part["flops"]:
+            flops, rate = f"{part['flops'] / 1e9:,.3f}", f"{part['gflop_per_second']:,.1f}"
+        yield f"{part['name']:<22}{flops:>10}{part['ms']:>12,.2f}{rate:>12}{part['share']:>9.1%}"
+
+
+# --- selftest
+
+
+def _selftest(args: argparse.Namespace) -> int:
+    from anarchobot.tasks.selftest import run_selftest
+
+    results = []
+    with tempfile.TemporaryDirectory(prefix="anarchobot-selftest-") as folder:
+        for outcome in run_selftest(Path(folder) / "play", args.kills, args.seed):
+            results.append(outcome)
+            if args.json:
+                continue
+            if not args.quiet:
+                survived = outcome.tried - len(outcome.failures)
+                print(f"{outcome.fault:42} {survived} of {outcome.tried} survived{outcome.note}", flush=True)
+            for failure in outcome.failures:
+                print(f"  {failure}")
+    if args.json:
+        print(json.dumps([vars(outcome) for outcome in results]))
+    return 1 if any(outcome.failures for outcome in results) else 0

@@ -75,7 +75,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     from anarchobot.tasks import supervise
 
     loaded = load_config(args.config, overrides(args))
-    if supervise.wanted(loaded.config):
+    if supervise.should_supervise(loaded.config):
         return _supervise(args, loaded)
     from anarchobot.tasks.pretrain import pretrain
 
@@ -99,7 +99,7 @@ def _finetune(args: argparse.Namespace, name: str, task: Any) -> int:
     from anarchobot.tasks.finetuning import load_tuning_config
 
     loaded = load_tuning_config(args.config, overrides(args))
-    if supervise.wanted(loaded.config, tuning=True):
+    if supervise.should_supervise(loaded.config, tuning=True):
         return _supervise(args, loaded, pairs=name == "dpo")
     return _print_summary(args, name, task(loaded, show=_show(args)))
 
@@ -157,12 +157,12 @@ def _launch(args: argparse.Namespace) -> int:
     is_remote = hosts is not None or args.hostfile is not None
     if not is_remote and backend in (None, "ring"):
         _check_task(args, argv)
-        return launch.launch_here(argv, ranks or 2)
+        return launch.launch_local(argv, ranks or 2)
     if args.hostfile is not None:
         options = ["--hostfile", args.hostfile]
     else:
-        options = ["--hosts", hosts or launch.ALONE, "-n", str(ranks or (1 if is_remote else 2))]
-    return launch.launch_by_mlx(argv, [*options, *(["--backend", backend] if backend else [])])
+        options = ["--hosts", hosts or launch.LOCALHOST, "-n", str(ranks or (1 if is_remote else 2))]
+    return launch.launch_with_mlx(argv, [*options, *(["--backend", backend] if backend else [])])
 
 
 def _check_task(args: argparse.Namespace, argv: list[str]) -> None:

@@ -1,9 +1,14 @@
-"""The server's paths: OpenAI's /v1/models, /v1/completions and /v1/chat/completions, the page at /, and /health."""
+"""The HTTP application: OpenAI's /v1/models, /v1/completions and /v1/chat/completions; the chat page at /; /health."""
 
 import asyncio
+import base64
+import hashlib
+import re
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -15,19 +20,22 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from anarchobot.config.schema import GenerationConfig
-from anarchobot.serving.answers import Form, Kind
-from anarchobot.serving.body import gone, read_body
-from anarchobot.serving.gate import HostGate, KeyGate
-from anarchobot.serving.page import page
-from anarchobot.serving.prompts import Prompt, Prompts
-from anarchobot.serving.protocol import ChatRequest, CompletionRequest, parse
-from anarchobot.serving.refusals import ApiError, json_response
-from anarchobot.serving.worker import Answer, Worker
+from anarchobot.inference.chat import chat_encoder, chat_warnings
+from anarchobot.inference.generation import prompt_ids
+from anarchobot.inference.model import Model
+from anarchobot.serving.auth import ApiKeyMiddleware, HostMiddleware
+from anarchobot.serving.errors import ApiError, json_response
+from anarchobot.serving.responses import Kind, ResponseWriter
+from anarchobot.serving.schema import ChatRequest, CompletionRequest, parse_request
+from anarchobot.serving.worker import GenerationStream, Worker
+from anarchobot.tokenizers.conversation import InvalidRow, Message
+
+CHAT_PAGE = Path(__file__).with_name("page.html")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one request: tokens of its answer, bytes of its body, and seconds until that is there."""
+    """Per request: tokens generated, bytes of its body, seconds to receive the body."""
 
     tokens: int = 2048
     body_bytes: int = 2**20
@@ -35,16 +43,19 @@ class Limits:
 
 
 class Service:
-    """One model, known as `name`; `settings`: of what a request leaves out. `context`: the most tokens it sees."""
+    """Serves one model as `name`. `defaults`: settings for fields that a request leaves out."""
 
-    def __init__(
-        self, worker: Worker, prompts: Prompts, name: str, context: int, settings: GenerationConfig, limits: Limits
-    ) -> None:
-        self._worker, self._prompts, self._name, self._context = worker, prompts, name, context
-        self._settings, self._limits, self._since = settings, limits, int(time.time())
+    def __init__(self, model: Model, worker: Worker, name: str, defaults: GenerationConfig, limits: Limits) -> None:
+        """Raises UserError if the chat template cannot be used."""
+        self._worker, self._name, self._defaults, self._limits = worker, name, defaults, limits
+        self._prompts, self._context = PromptEncoder(model), model.shape.max_seq_len
+        self._created = int(time.time())
 
-    def app(self, hosts: Collection[str], origins: Collection[str], key: str | None) -> Starlette:
-        """`hosts`: the names it answers to; `origins`: other sites whose pages may ask; `key`: None: no key."""
+    def warnings(self) -> list[str]:
+        return self._prompts.warnings()
+
+    def app(self, hosts: Collection[str], origins: Collection[str], api_key: str | None) -> Starlette:
+        """`hosts`: accepted Host names; `origins`: other sites whose pages may send requests."""
         return Starlette(
             routes=[
                 Route("/", self._page),
@@ -55,107 +66,197 @@ class Service:
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
             ],
             middleware=[
-                Middleware(HostGate, hosts, origins),
+                Middleware(HostMiddleware, hosts, origins),
                 Middleware(CORSMiddleware, [*origins], allow_methods=["GET", "POST"], allow_headers=["*"]),
-                Middleware(KeyGate, key),
+                Middleware(ApiKeyMiddleware, api_key),
             ],
             exception_handlers={
-                ApiError: _refused,
-                ClientDisconnect: _nobody,
-                HTTPException: _no_such_path,
-                Exception: _fault,
+                ApiError: _api_error,
+                ClientDisconnect: _client_disconnected,
+                HTTPException: _http_error,
+                Exception: _internal_error,
             },
         )
 
     async def _page(self, request: Request) -> Response:
-        return page()
+        return chat_page()
 
     async def _health(self, request: Request) -> Response:
-        return json_response({"status": "ok", "under_way": self._worker.under_way})
+        return json_response({"status": "ok", "under_way": self._worker.active_requests})
 
     async def _models(self, request: Request) -> Response:
-        return json_response({"object": "list", "data": [self._described()]})
+        return json_response({"object": "list", "data": [self._model_info()]})
 
     async def _model(self, request: Request) -> Response:
         self._check_name(request.path_params["name"])
-        return json_response(self._described())
+        return json_response(self._model_info())
 
     async def _completions(self, request: Request) -> Response:
-        asked = parse(await self._body(request), CompletionRequest)
-        return await self._answered(request, asked, "text_completion")
+        parsed = parse_request(await self._body(request), CompletionRequest)
+        return await self._generate(request, parsed, "text_completion")
 
     async def _chat(self, request: Request) -> Response:
-        asked = parse(await self._body(request), ChatRequest)
-        return await self._answered(request, asked, "chat.completion")
+        parsed = parse_request(await self._body(request), ChatRequest)
+        return await self._generate(request, parsed, "chat.completion")
 
     async def _body(self, request: Request) -> bytes:
         return await read_body(request, self._limits.body_bytes, self._limits.body_seconds)
 
-    async def _answered(self, request: Request, asked: CompletionRequest | ChatRequest, kind: Kind) -> Response:
-        self._check_name(asked.model)
-        settings = asked.settings(self._settings, self._limits.tokens)
-        prompt = await asyncio.to_thread(self._prompt, asked)
-        form = Form(kind, self._name, len(prompt.ids))
-        answer = self._worker.ask(prompt.ids, settings, prompt.stop)
-        if asked.stream:
-            return _EventStream(form.stream(answer, asked.usage_wanted), answer)
-        whole = asyncio.ensure_future(form.whole(answer))
-        hung_up = asyncio.ensure_future(gone(request))
+    async def _generate(self, request: Request, parsed: CompletionRequest | ChatRequest, kind: Kind) -> Response:
+        self._check_name(parsed.model)
+        settings = parsed.settings(self._defaults, self._limits.tokens)
+        prompt = await asyncio.to_thread(self._encode, parsed)
+        writer = ResponseWriter(kind, self._name, len(prompt.ids))
+        generation = self._worker.submit(prompt.ids, settings, prompt.stop_ids)
+        if parsed.stream:
+            return _EventStream(writer.stream(generation, parsed.include_usage), generation)
+        response = asyncio.ensure_future(writer.complete(generation))
+        disconnected = asyncio.ensure_future(wait_for_disconnect(request))
         try:
-            await asyncio.wait({whole, hung_up}, return_when=asyncio.FIRST_COMPLETED)
-            if not whole.done():
+            await asyncio.wait({response, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+            if not response.done():
                 raise ClientDisconnect
-            return json_response(whole.result())
+            return json_response(response.result())
         finally:
-            whole.cancel()
-            hung_up.cancel()
-            answer.close()
+            response.cancel()
+            disconnected.cancel()
+            generation.close()
 
-    def _prompt(self, asked: CompletionRequest | ChatRequest) -> Prompt:
-        if isinstance(asked, ChatRequest):
-            return self._prompts.of_messages(asked.conversation())
-        return self._prompts.of_text(asked.prompt)
+    def _encode(self, parsed: CompletionRequest | ChatRequest) -> "EncodedPrompt":
+        if isinstance(parsed, ChatRequest):
+            return self._prompts.encode_chat(parsed.conversation())
+        return self._prompts.encode_text(parsed.prompt)
 
     def _check_name(self, name: str) -> None:
         if name != self._name:
-            told = f"model: there is none of that name: this server has '{self._name}'"
-            raise ApiError(404, told, "model", "model_not_found")
+            raise ApiError(404, f"model not found; available: '{self._name}'", "model", "model_not_found")
 
-    def _described(self) -> dict[str, object]:
-        described = {"id": self._name, "object": "model", "created": self._since, "owned_by": "anarchobot"}
-        return described | {"max_model_len": self._context}  # as vLLM names it
+    def _model_info(self) -> dict[str, object]:
+        info = {"id": self._name, "object": "model", "created": self._created, "owned_by": "anarchobot"}
+        return info | {"max_model_len": self._context}  # vLLM's name
+
+
+class EncodedPrompt(NamedTuple):
+    """Token ids, and the ids that end the generated text."""
+
+    ids: list[int]
+    stop_ids: frozenset[int]
+
+
+class PromptEncoder:
+    """Encodes prompts with a model's tokenizer and chat template. Thread-safe."""
+
+    def __init__(self, model: Model) -> None:
+        """Raises UserError if the chat template cannot be used."""
+        self._model, self._encoder = model, chat_encoder(model)
+        self._text_stop, self._chat_stop = frozenset({model.tokenizer.eod_id}), self._encoder.stop_ids()
+
+    def warnings(self) -> list[str]:
+        """Reasons why this model may answer badly in a chat."""
+        return chat_warnings(self._encoder)
+
+    def encode_text(self, text: str) -> EncodedPrompt:
+        """As in `generate`. Raises ApiError (400) if the prompt fills max_seq_len."""
+        return self._check_length(EncodedPrompt(prompt_ids(self._model, text), self._text_stop), "prompt")
+
+    def encode_chat(self, messages: Sequence[Message]) -> EncodedPrompt:
+        """As in `chat`, up to the start of the assistant's turn. Raises ApiError (400) if the template or the tokenizer
+        rejects the conversation, or if it fills max_seq_len."""
+        try:
+            ids = self._encoder.encode_prompt(tuple(messages)).tolist()
+        except InvalidRow as error:
+            raise ApiError(400, f"messages: {error}", "messages") from error
+        return self._check_length(EncodedPrompt(ids, self._chat_stop), "messages")
+
+    def _check_length(self, prompt: EncodedPrompt, param: str) -> EncodedPrompt:
+        length, limit = len(prompt.ids), self._model.shape.max_seq_len
+        if length >= limit:
+            message = f"{param}: {length} tokens do not fit (the model's max_seq_len is {limit}); shorten it"
+            raise ApiError(400, message, param, "context_length_exceeded")
+        return prompt
+
+
+async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
+    """Reads a request's body; never holds more than `max_bytes`.
+
+    Raises ApiError if it is larger (413) or not received within `seconds` (408), and ClientDisconnect.
+    """
+    declared = request.headers.get("content-length", "0")
+    if not declared.isascii() or not declared.isdigit():
+        raise ApiError(400, "Content-Length: expected a number of bytes")
+    too_large = ApiError(413, f"request body too large; the limit is {max_bytes} bytes")
+    if int(declared) > max_bytes:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(seconds):
+            async for chunk in request.stream():  # a chunked body declares no length
+                body += chunk
+                if len(body) > max_bytes:
+                    raise too_large
+    except TimeoutError as error:
+        raise ApiError(408, f"request body not received within {seconds:g} seconds") from error
+    return bytes(body)
+
+
+async def wait_for_disconnect(request: Request) -> None:
+    """Returns when the client disconnects; call it after reading the body."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def chat_page() -> Response:
+    """The chat page: a single file. Its content security policy allows only its own script and style."""
+    text = CHAT_PAGE.read_text(encoding="utf-8")
+    policy = (
+        f"default-src 'none'; script-src {_csp_hash(text, 'script')}; style-src {_csp_hash(text, 'style')}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {
+        "Content-Security-Policy": policy,
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Referrer-Policy": "no-referrer",
+        "X-Frame-Options": "DENY",
+        "Cache-Control": "no-cache",
+    }
+    return Response(text, headers=headers, media_type="text/html")
+
+
+def _csp_hash(text: str, tag: str) -> str:
+    """The CSP hash source for the content of the page's only `tag` element."""
+    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events; the answer is closed however this ends."""
+    """Server-sent events; closes the generation when the response ends for any reason."""
 
-    def __init__(self, events: AsyncIterator[bytes], answer: Answer) -> None:
+    def __init__(self, events: AsyncIterator[bytes], generation: GenerationStream) -> None:
         super().__init__(events, headers={"Cache-Control": "no-store"}, media_type="text/event-stream")
-        self._answer = answer
+        self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._answer.close()
+            self._generation.close()
 
 
-async def _refused(request: Request, error: Exception) -> Response:
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.response()
 
 
-async def _nobody(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it
+async def _client_disconnected(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # never sent
 
 
-async def _no_such_path(request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    headers = dict(error.headers or {})
-    return ApiError(
-        error.status_code, f"{request.method} {request.url.path}: {error.detail}", headers=headers
-    ).response()
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return ApiError(error.status_code, message, headers=dict(error.headers or {})).response()
 
 
-async def _fault(request: Request, error: Exception) -> Response:
-    return ApiError(500, "a fault of the server's: it is in its log").response()
+async def _internal_error(request: Request, error: Exception) -> Response:
+    return ApiError(500, "internal server error; see the server's log").response()

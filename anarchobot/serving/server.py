@@ -1,4 +1,4 @@
-"""The server from its start to its end."""
+"""Runs the HTTP server from binding its socket to graceful shutdown."""
 
 import asyncio
 import logging
@@ -15,67 +15,67 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference.model import Model
 from anarchobot.serving.app import Limits, Service
-from anarchobot.serving.gate import KEY_VARIABLE, allowed_hosts, is_loopback
-from anarchobot.serving.prompts import Prompts
+from anarchobot.serving.auth import KEY_VARIABLE, allowed_hosts, is_loopback
 from anarchobot.serving.worker import Worker
 
-CONNECTIONS = 1000
-GRACE = 5.0  # seconds: what is under way at Ctrl-C may go on for so long
+MAX_CONNECTIONS = 1000
+GRACE_SECONDS = 5.0  # time for active requests to finish after Ctrl-C
 
 
 @dataclass(frozen=True)
-class Options:
-    """`waiting`: requests beyond those being answered; `hosts` and `origins`: who may ask, as gate has them."""
+class ServerOptions:
+    """`queue_size`: requests that may wait for the batch; `hosts` and `origins`: see auth.HostMiddleware."""
 
     name: str
     host: str = "127.0.0.1"
     port: int = 8080
-    key: str | None = field(default=None, repr=False)
+    api_key: str | None = field(default=None, repr=False)
     hosts: frozenset[str] = allowed_hosts("127.0.0.1")
     origins: frozenset[str] = frozenset()
-    waiting: int = 64
+    queue_size: int = 64
     limits: Limits = field(default_factory=Limits)
 
 
-def listen(options: Options) -> socket.socket:
-    """The bound socket. Raises UserError when the address can't be had, and for one that other machines reach while
-    there is no key."""
+def bind(options: ServerOptions) -> socket.socket:
+    """The bound socket. Raises UserError if the address is unavailable, or public without an API key."""
     host, port = options.host, options.port
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
-        raise UserError(f"--host {host}: no address of this machine's: expected one, such as 127.0.0.1") from error
-    if options.key is None and not is_loopback(str(address[0])):
+        raise UserError(f"--host {host}: not an address of this machine; expected one such as 127.0.0.1") from error
+    if options.api_key is None and not is_loopback(str(address[0])):
         raise UserError(
-            f"--host {host}: other machines could use the server, and it has no key: put one into a file "
-            f"(--api-key-file) or into the environment's {KEY_VARIABLE}, or stay on 127.0.0.1"
+            f"--host {host}: an API key is required to serve other machines; set --api-key-file or {KEY_VARIABLE}, "
+            "or use 127.0.0.1"
         )
     try:
         return socket.create_server(address[:2], family=family, backlog=128)
     except OSError as error:
-        told = error.strerror or str(error)
-        raise UserError(f"{host}, port {port}: can't be served on: {told}: take another --port") from error
+        raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port") from error
 
 
 def serve(
-    model: Model, trained: GenerationConfig, options: Options, bound: socket.socket, on_start: Callable[[str], None]
+    model: Model,
+    defaults: GenerationConfig,
+    options: ServerOptions,
+    bound: socket.socket,
+    on_start: Callable[[str], None],
 ) -> None:
-    """Serves until it is stopped by SIGINT or SIGTERM, which it then passes on; `on_start` gets the address.
+    """Serves until SIGINT or SIGTERM, which it then re-raises. `on_start` is called with the URL.
 
-    Raises UserError when the chat template can't be used.
+    Raises UserError if the chat template cannot be used.
     """
-    with Worker(model, options.waiting) as worker:
-        server = HttpServer(make_app(model, trained, options, worker), worker)
+    with Worker(model, options.queue_size) as worker:
+        server = HttpServer(make_app(model, defaults, options, worker), worker)
         on_start(url(bound))
         server.run([bound])
 
 
-def make_app(model: Model, trained: GenerationConfig, options: Options, worker: Worker) -> ASGIApp:
-    prompts = Prompts(model)
-    for warning in prompts.warnings():
+def make_app(model: Model, defaults: GenerationConfig, options: ServerOptions, worker: Worker) -> ASGIApp:
+    service = Service(model, worker, options.name, defaults, options.limits)
+    for warning in service.warnings():
         print(f"warning: {warning}", file=sys.stderr)
-    service = Service(worker, prompts, options.name, model.shape.max_seq_len, trained, options.limits)
-    return service.app(options.hosts, options.origins, options.key)
+    return service.app(options.hosts, options.origins, options.api_key)
 
 
 def url(bound: socket.socket) -> str:
@@ -84,7 +84,7 @@ def url(bound: socket.socket) -> str:
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn, that tells those who still wait after GRACE that it is over, instead of cutting them off."""
+    """A uvicorn server that sends an error to requests still active after GRACE_SECONDS instead of cutting them off."""
 
     def __init__(self, app: ASGIApp, worker: Worker) -> None:
         super().__init__(
@@ -98,17 +98,17 @@ class HttpServer(uvicorn.Server):
                 server_header=False,
                 headers=[("X-Content-Type-Options", "nosniff")],
                 proxy_headers=False,
-                limit_concurrency=CONNECTIONS,
-                timeout_graceful_shutdown=int(GRACE) + 30,  # for those who are told to hear of it
+                limit_concurrency=MAX_CONNECTIONS,
+                timeout_graceful_shutdown=int(GRACE_SECONDS) + 30,  # time to deliver those errors
             )
         )
         self._worker = worker
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:  # a second Ctrl-C cuts off what is under way, which is no fault to tell of
+        if self.should_exit:  # a second Ctrl-C cancels active requests; that is not an error to log
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().call_later(GRACE, self._worker.abandon)
+        asyncio.get_running_loop().call_later(GRACE_SECONDS, self._worker.abort_all)
         await super().shutdown(sockets)

@@ -1,5 +1,5 @@
-"""The one thread that computes. It owns the batch and all arrays; requests reach it by a queue, and what it writes goes
-back to the event loop, piece by piece."""
+"""The model thread: it owns the batch and all arrays. Requests arrive through a queue; generated text is sent back to
+the event loop piece by piece."""
 
 import asyncio
 import threading
@@ -16,11 +16,11 @@ from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference.batching import ROWS
 from anarchobot.inference.generation import Piece, TextBatch
 from anarchobot.inference.model import Model
-from anarchobot.serving.refusals import ApiError
+from anarchobot.serving.errors import ApiError
 
-_OVER = None  # what an Answer is told last
+_DONE = None  # the last event of a request
 
-Told = Piece | ApiError | None
+Event = Piece | ApiError | None
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class _Job:
     context: list[int]
     settings: GenerationConfig
     stop: Collection[int]
-    tell: Callable[[Told], None]  # from this thread
+    send: Callable[[Event], None]  # called by the model thread
 
 
 @dataclass(frozen=True)
@@ -37,40 +37,40 @@ class _Cancel:
 
 
 @dataclass(frozen=True)
-class _Abandon:
-    """The end of all requests, with a refusal; `leave`: and of the thread."""
+class _AbortAll:
+    """Fails all requests; with `exit`, ends the thread too."""
 
-    leave: bool
+    exit: bool
 
 
-class Answer:
-    """The pieces of one request, in the event loop: iterate over them, and close it in any case."""
+class GenerationStream:
+    """The generated pieces of one request, for the event loop. Iterate over it; always close it."""
 
-    def __init__(self, inbox: asyncio.Queue[Told], cancel: Callable[[], None]) -> None:
-        self._inbox, self.close = inbox, cancel
+    def __init__(self, events: asyncio.Queue[Event], cancel: Callable[[], None]) -> None:
+        self._events, self.close = events, cancel
 
-    def __aiter__(self) -> "Answer":
+    def __aiter__(self) -> "GenerationStream":
         return self
 
     async def __anext__(self) -> Piece:
-        """Raises ApiError when there was a fault."""
-        told = await self._inbox.get()
-        if isinstance(told, ApiError):
-            raise told
-        if told is _OVER:
+        """Raises ApiError if generation fails."""
+        event = await self._events.get()
+        if isinstance(event, ApiError):
+            raise event
+        if event is _DONE:
             raise StopAsyncIteration
-        return told
+        return event
 
 
 class Worker:
-    """A context manager: inside, the thread runs. All methods are for one event loop's thread."""
+    """A context manager that runs the model thread. Call all methods from the thread of one event loop."""
 
-    def __init__(self, model: Model, waiting: int, rows: int = ROWS) -> None:
-        """`rows` requests are answered at a time, `waiting` more wait for their turn."""
+    def __init__(self, model: Model, queue_size: int, rows: int = ROWS) -> None:
+        """Generates for `rows` requests at once; `queue_size` more may wait."""
         self._model, self._rows = model, rows
-        self.most = rows + waiting
-        self.under_way = 0  # requests asked and not over; one that was closed counts until the thread let go of it
-        self._inbox: SimpleQueue[_Job | _Cancel | _Abandon] = SimpleQueue()
+        self.max_requests = rows + queue_size
+        self.active_requests = 0  # submitted and not finished; a closed one counts until the thread has released it
+        self._inbox: SimpleQueue[_Job | _Cancel | _AbortAll] = SimpleQueue()
         self._batch = TextBatch(model, rows)
         self._jobs: dict[int, _Job] = {}
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -82,37 +82,37 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._inbox.put(_Abandon(leave=True))
+        self._inbox.put(_AbortAll(exit=True))
         self._thread.join()
 
-    def ask(self, context: list[int], settings: GenerationConfig, stop: Collection[int]) -> Answer:
-        """As TextBatch.insert. Raises ApiError (429) when too many wait."""
-        if self.under_way >= self.most:
+    def submit(self, context: list[int], settings: GenerationConfig, stop: Collection[int]) -> GenerationStream:
+        """Arguments as for TextBatch.insert. Raises ApiError (429) if the queue is full."""
+        if self.active_requests >= self.max_requests:
             raise ApiError(
                 429,
-                f"{self.under_way} requests are being answered or wait, and the limit is {self.most}: try again later",
+                f"too many requests: {self.active_requests} active, the limit is {self.max_requests}; try again later",
                 code="rate_limit_exceeded",
                 headers={"Retry-After": "1"},
             )
-        self.under_way += 1
+        self.active_requests += 1
         loop = asyncio.get_running_loop()
-        inbox: asyncio.Queue[Told] = asyncio.Queue()
+        events: asyncio.Queue[Event] = asyncio.Queue()
 
-        def take(told: Told) -> None:
-            self.under_way -= told is _OVER
-            inbox.put_nowait(told)
+        def receive(event: Event) -> None:
+            self.active_requests -= event is _DONE
+            events.put_nowait(event)
 
-        def tell(told: Told) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(take, told)
+        def send(event: Event) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(receive, event)
 
-        job = _Job(context, settings, stop, tell)
+        job = _Job(context, settings, stop, send)
         self._inbox.put(job)
-        return Answer(inbox, lambda: self._inbox.put(_Cancel(job)))
+        return GenerationStream(events, lambda: self._inbox.put(_Cancel(job)))
 
-    def abandon(self) -> None:
-        """Ends what is under way, with a refusal."""
-        self._inbox.put(_Abandon(leave=False))
+    def abort_all(self) -> None:
+        """Fails all active requests."""
+        self._inbox.put(_AbortAll(exit=False))
 
     def _run(self) -> None:
         while True:
@@ -123,22 +123,22 @@ class Worker:
                     elif isinstance(message, _Cancel):
                         self._cancel(message.job)
                     else:
-                        self._drop_all(ApiError(503, "the server is stopping"))
-                        if message.leave:
-                            mx.clear_streams()  # else MLX ends the program with an error
+                        self._fail_all(ApiError(503, "the server is shutting down"))
+                        if message.exit:
+                            mx.clear_streams()  # otherwise MLX aborts the process at exit
                             return
                 for piece in self._batch.step():
                     job = self._jobs[piece.request]
-                    job.tell(piece)
+                    job.send(piece)
                     if piece.end is not None:
                         del self._jobs[piece.request]
-                        job.tell(_OVER)
+                        job.send(_DONE)
             except Exception:
                 traceback.print_exc()
-                self._drop_all(ApiError(500, "the model failed on this request, or on one that was answered beside it"))
+                self._fail_all(ApiError(500, "generation failed for this request or for another one in its batch"))
 
-    def _next(self) -> _Job | _Cancel | _Abandon | None:
-        """The next message; waits for one while there is nothing to compute, else None when there is none."""
+    def _next(self) -> _Job | _Cancel | _AbortAll | None:
+        """The next message, or None; waits for one if there is nothing to generate."""
         if not self._batch:
             return self._inbox.get()
         with suppress(Empty):
@@ -150,20 +150,20 @@ class Worker:
             self._jobs[self._batch.insert(job.context, job.settings, job.stop)] = job
         except Exception:
             traceback.print_exc()
-            job.tell(ApiError(500, "the model failed on this request"))
-            job.tell(_OVER)
+            job.send(ApiError(500, "generation failed for this request"))
+            job.send(_DONE)
 
     def _cancel(self, job: _Job) -> None:
         for request, other in list(self._jobs.items()):
             if other is job:
                 self._batch.remove(request)
                 del self._jobs[request]
-                job.tell(_OVER)
+                job.send(_DONE)
 
-    def _drop_all(self, error: ApiError) -> None:
-        """A step that failed leaves rows of which nobody knows how far they are: the batch begins anew."""
+    def _fail_all(self, error: ApiError) -> None:
+        """The rows are in an unknown state after a failed step, so the batch is recreated."""
         for job in self._jobs.values():
-            job.tell(error)
-            job.tell(_OVER)
+            job.send(error)
+            job.send(_DONE)
         self._jobs.clear()
         self._batch = TextBatch(self._model, self._rows)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from anarchobot.cli.main import main
-from anarchobot.cli.planning import hours
+from anarchobot.cli.preflight import parse_hours
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import load_config
 from anarchobot.data.shards import read_manifest
@@ -69,10 +69,10 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_hours() -> None:
-    assert [hours(text) for text in ("8", "8h", "2d", "1.5d")] == [8, 8, 48, 36]
+    assert [parse_hours(text) for text in ("8", "8h", "2d", "1.5d")] == [8, 8, 48, 36]
     for text in ("0", "", "8m", "-1", "two", "1e3", "nan"):
         with pytest.raises(UserError, match="expected hours"):
-            hours(text)
+            parse_hours(text)
 
 
 def test_auto_keeps_the_step_and_writes_the_chosen_numbers(tmp_path: Path, tiny_shards: Path) -> None:

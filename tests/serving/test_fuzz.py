@@ -1,4 +1,4 @@
-"""Bodies that nobody thought of: whatever comes, the answer is one of HTTP's and never a fault of the server's."""
+"""Random request bodies never cause an internal error."""
 
 import json
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from anarchobot.serving.protocol import _NEUTRAL, _PASSED_OVER, ChatRequest, CompletionRequest
-from tests.serving.conftest import Running
+from anarchobot.serving.schema import _IGNORED, _UNSUPPORTED, ChatRequest, CompletionRequest
+from tests.serving.conftest import RunningServer
 
-FIELDS = sorted({*_NEUTRAL, *_PASSED_OVER, *ChatRequest.model_fields, *CompletionRequest.model_fields, "nonsense"})
+FIELDS = sorted({*_UNSUPPORTED, *_IGNORED, *ChatRequest.model_fields, *CompletionRequest.model_fields, "nonsense"})
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -29,7 +29,7 @@ fuzzed = settings(
 )
 
 
-def check(server: Running, path: str, content: Any) -> int:
+def check(server: RunningServer, path: str, content: Any) -> int:
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
     status, _, answer = server.request("POST", path, body)
     assert status in (200, 400, 404, 429), (status, answer)
@@ -39,28 +39,28 @@ def check(server: Running, path: str, content: Any) -> int:
 
 @fuzzed
 @given(st.binary(max_size=200) | anything.map(lambda value: json.dumps(value).encode()))
-def test_any_bytes(server: Running, body: bytes) -> None:
+def test_any_bytes(server: RunningServer, body: bytes) -> None:
     assert check(server, "/v1/completions", body) == 400
 
 
 @fuzzed
 @given(texts, st.fixed_dictionaries({}, optional=plausible))
-def test_any_text_is_gone_on_from(server: Running, prompt: str, fields: dict[str, Any]) -> None:
+def test_any_text_is_completed(server: RunningServer, prompt: str, fields: dict[str, Any]) -> None:
     assert check(server, "/v1/completions", {"model": "tiny", "max_tokens": 3, "prompt": prompt} | fields) == 200
 
 
 @fuzzed
 @given(messages, st.fixed_dictionaries({}, optional=plausible))
-def test_any_conversation(server: Running, said: list[dict[str, str]], fields: dict[str, Any]) -> None:
-    check(server, "/v1/chat/completions", {"model": "tiny", "max_tokens": 3, "messages": said} | fields)
+def test_any_conversation(server: RunningServer, conversation: list[dict[str, str]], fields: dict[str, Any]) -> None:
+    check(server, "/v1/chat/completions", {"model": "tiny", "max_tokens": 3, "messages": conversation} | fields)
 
 
 @fuzzed
 @given(wild, st.sampled_from(["/v1/completions", "/v1/chat/completions"]))
-def test_any_value_in_any_field(server: Running, fields: dict[str, Any], path: str) -> None:
+def test_any_value_in_any_field(server: RunningServer, fields: dict[str, Any], path: str) -> None:
     plain = {"prompt": "Hi"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "Hi"}]}
     check(server, path, {"model": "tiny", "max_tokens": 2, **plain} | fields)
 
 
-def test_it_is_well_after_all_that(server: Running) -> None:
-    assert server.is_well()
+def test_the_server_is_still_healthy(server: RunningServer) -> None:
+    assert server.is_healthy()

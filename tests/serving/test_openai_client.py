@@ -1,4 +1,4 @@
-"""The official client talks to the server, and gets what `generate` and `chat` write."""
+"""The official OpenAI client gets the same text as `generate` and `chat`."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,27 +9,27 @@ from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference.chat import ChatSession
 from anarchobot.inference.generation import generate
 from anarchobot.inference.model import Model
-from tests.serving.conftest import KEY, TRAINED, Running
+from tests.serving.conftest import DEFAULTS, KEY, RunningServer
 
 openai = pytest.importorskip("openai")
 
 
-def client_of(server: Running, key: str = "none") -> Any:
+def client_of(server: RunningServer, key: str = "none") -> Any:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=60)
 
 
 @pytest.fixture(scope="module")
-def client(server: Running) -> Any:
+def client(server: RunningServer) -> Any:
     with client_of(server) as found:
         yield found
 
 
 def settings(**changes: Any) -> GenerationConfig:
-    return GenerationConfig(**TRAINED.model_dump() | changes)
+    return GenerationConfig(**DEFAULTS.model_dump() | changes)
 
 
-# What is asked for, and the settings that this means.
-ASKED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+# Request fields, and the settings they mean.
+REQUESTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"temperature": 0}, {"method": "greedy"}),
     ({"temperature": 0, "max_tokens": 30}, {"method": "greedy", "max_new_tokens": 30}),
     ({"seed": 7}, {"seed": 7}),
@@ -42,13 +42,13 @@ ASKED: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("asked", "meant"), ASKED, ids=[str(asked) for asked, _ in ASKED])
-def test_it_writes_what_generate_writes(model: Model, client: Any, asked: Any, meant: Any) -> None:
-    expected = generate(model, settings(prompt="The list of ", **meant))
-    answer = client.completions.create(model="tiny", prompt="The list of ", **asked)
+@pytest.mark.parametrize(("fields", "changes"), REQUESTS, ids=[str(fields) for fields, _ in REQUESTS])
+def test_completions_equal_generate(model: Model, client: Any, fields: Any, changes: Any) -> None:
+    expected = generate(model, settings(prompt="The list of ", **changes))
+    answer = client.completions.create(model="tiny", prompt="The list of ", **fields)
     assert answer.object == "text_completion" and answer.model == "tiny"
     assert answer.choices[0].text == expected
-    limit = meant.get("max_new_tokens", TRAINED.max_new_tokens)
+    limit = changes.get("max_new_tokens", DEFAULTS.max_new_tokens)
     used = answer.usage
     assert used.total_tokens == used.prompt_tokens + used.completion_tokens
     assert used.prompt_tokens == 1 + len(model.tokenizer.encode_batch(["The list of "])[0])
@@ -56,7 +56,7 @@ def test_it_writes_what_generate_writes(model: Model, client: Any, asked: Any, m
 
     chunks = list(
         client.completions.create(
-            model="tiny", prompt="The list of ", stream=True, stream_options={"include_usage": True}, **asked
+            model="tiny", prompt="The list of ", stream=True, stream_options={"include_usage": True}, **fields
         )
     )
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == expected
@@ -65,8 +65,8 @@ def test_it_writes_what_generate_writes(model: Model, client: Any, asked: Any, m
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_a_chat_says_what_chat_says(model: Model, client: Any) -> None:
-    """Question by question, with the history that the client keeps."""
+def test_chat_completions_equal_chat(model: Model, client: Any) -> None:
+    """Turn by turn, with the history kept by the client."""
     session = ChatSession(model, settings(seed=5))
     session.set_system("Be brief.")
     messages = [{"role": "system", "content": "Be brief."}]
@@ -83,24 +83,24 @@ def test_a_chat_says_what_chat_says(model: Model, client: Any) -> None:
         messages.append({"role": "assistant", "content": expected})
 
 
-def test_messages_come_back_as_the_client_holds_them(client: Any) -> None:
-    """An answer's message with all of its empty fields, a developer's words, and a content in parts."""
+def test_message_forms_that_clients_send(client: Any) -> None:
+    """An assistant message with all its empty fields, a developer message, and content in parts."""
     ask = client.chat.completions.create
     first = ask(model="tiny", messages=[{"role": "user", "content": "Hi"}], seed=1, max_completion_tokens=5)
     assert first.usage.completion_tokens <= 5
     parts = [{"type": "text", "text": "And "}, {"type": "text", "text": "now?"}]
-    kept = first.choices[0].message.model_dump()
+    reply = first.choices[0].message.model_dump()
     before, behind = {"role": "user", "content": "Hi"}, {"role": "user", "content": "And now?"}
-    one = ask(model="tiny", messages=[{"role": "developer", "content": "x"}, before, kept, behind], seed=2)
+    one = ask(model="tiny", messages=[{"role": "developer", "content": "x"}, before, reply, behind], seed=2)
     two = ask(
-        model="tiny", messages=[{"role": "system", "content": "x"}, before, kept, behind | {"content": parts}], seed=2
+        model="tiny", messages=[{"role": "system", "content": "x"}, before, reply, behind | {"content": parts}], seed=2
     )
     assert one.choices[0].message == two.choices[0].message
 
 
-def test_two_hundred_requests_by_sixteen_clients(model: Model, server: Running) -> None:
-    """None is lost and none mixed up: each has its own prompt and seed, and what it must get is known before."""
-    asked = [
+def test_two_hundred_requests_by_sixteen_clients(model: Model, server: RunningServer) -> None:
+    """No response is lost or mixed up: each has its own prompt and seed, and a known result."""
+    requests = [
         {"prompt": f"def number_{i}(", "seed": i, "temperature": (0, 0.7, 1.2)[i % 3], "max_tokens": 4 + i % 9}
         for i in range(200)
     ]
@@ -114,7 +114,7 @@ def test_two_hundred_requests_by_sixteen_clients(model: Model, server: Running) 
                 **({"temperature": a["temperature"]} if a["temperature"] else {"method": "greedy"}),
             ),
         )
-        for a in asked
+        for a in requests
     ]
     assert len(set(expected)) > 150
 
@@ -122,20 +122,20 @@ def test_two_hundred_requests_by_sixteen_clients(model: Model, server: Running) 
         found = {}
         with client_of(server) as client:
             for i in range(number, 200, 16):
-                ask: dict[str, Any] = {"model": "tiny", **asked[i]}
+                request: dict[str, Any] = {"model": "tiny", **requests[i]}
                 if i % 2:
-                    found[i] = "".join(c.choices[0].text for c in client.completions.create(stream=True, **ask))
+                    found[i] = "".join(c.choices[0].text for c in client.completions.create(stream=True, **request))
                 else:
-                    found[i] = client.completions.create(**ask).choices[0].text
+                    found[i] = client.completions.create(**request).choices[0].text
         return found
 
     with ThreadPoolExecutor(16) as pool:
         found = {i: text for part in pool.map(one_client, range(16)) for i, text in part.items()}
     assert [found[i] for i in range(200)] == expected
-    assert server.under_way() == 0
+    assert server.active_requests() == 0
 
 
-def test_models_and_a_name_that_is_none(client: Any) -> None:
+def test_models_and_unknown_names(client: Any) -> None:
     (only,) = client.models.list().data
     assert (only.id, only.object, only.max_model_len) == ("tiny", "model", 4096)
     assert client.models.retrieve("tiny") == only
@@ -149,24 +149,24 @@ def test_models_and_a_name_that_is_none(client: Any) -> None:
         assert raised.value.code == "model_not_found"
 
 
-def test_a_key_is_needed_where_there_is_one(locked: Running) -> None:
-    with client_of(locked, KEY) as knows, client_of(locked, KEY + "x") as does_not:
-        assert knows.completions.create(model="tiny", prompt="Hi", max_tokens=1).choices
+def test_the_api_key_is_checked(locked_server: RunningServer) -> None:
+    with client_of(locked_server, KEY) as authorized, client_of(locked_server, KEY + "x") as unauthorized:
+        assert authorized.completions.create(model="tiny", prompt="Hi", max_tokens=1).choices
         with pytest.raises(openai.AuthenticationError):
-            does_not.completions.create(model="tiny", prompt="Hi", max_tokens=1)
+            unauthorized.completions.create(model="tiny", prompt="Hi", max_tokens=1)
 
 
-def test_mistakes_are_told_as_openai_tells_them(client: Any) -> None:
-    def refused(**fields: Any) -> Any:
+def test_errors_match_openai(client: Any) -> None:
+    def error_of(**fields: Any) -> Any:
         with pytest.raises(openai.BadRequestError) as raised:
             client.completions.create(**{"model": "tiny", "prompt": "x"} | fields)
         return raised.value
 
-    error = refused(prompt="x y " * 4000)
+    error = error_of(prompt="x y " * 4000)
     assert error.code == "context_length_exceeded" and "4096" in error.message
-    assert "4000" in refused(max_tokens=4001).message
-    assert refused(n=2).param == "n"
-    assert refused(logprobs=1).code == "unsupported_parameter"
-    assert refused(extra_body={"temprature": 1}).code == "unknown_parameter"
-    assert refused(prompt=["a", "b"]).param == "prompt"
-    assert refused(stream_options={"include_usage": True}).param == "stream_options"
+    assert "4000" in error_of(max_tokens=4001).message
+    assert error_of(n=2).param == "n"
+    assert error_of(logprobs=1).code == "unsupported_parameter"
+    assert error_of(extra_body={"temprature": 1}).code == "unknown_parameter"
+    assert error_of(prompt=["a", "b"]).param == "prompt"
+    assert error_of(stream_options={"include_usage": True}).param == "stream_options"

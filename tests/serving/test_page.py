@@ -1,4 +1,4 @@
-"""The page to chat in, in a real browser: Chromium without a window, where there is one."""
+"""The chat page in a real browser (headless Chromium), if one is installed."""
 
 import base64
 import hashlib
@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from anarchobot.inference.model import Model
-from anarchobot.serving.app import Limits
-from anarchobot.serving.page import HTML
-from tests.serving.conftest import KEY, Running, running, wait_until
+from anarchobot.serving.app import CHAT_PAGE, Limits
+from tests.serving.conftest import KEY, RunningServer, run_server, wait_until
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 SLOW = 60_000  # milliseconds, for a busy machine
@@ -35,7 +34,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    """With `page.complaints`: what the browser wrote into its console, and what it asked other servers for."""
+    """`page.complaints` collects console messages and requests to other servers."""
     context = browser.new_context(viewport={"width": 700, "height": 600})
     context.set_default_timeout(SLOW)
     page = context.new_page()
@@ -51,24 +50,24 @@ def page(browser: Any) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def chatty(model: Model) -> Iterator[Running]:
-    with running(model, Limits(tokens=4000)) as server:
+def chatty(model: Model) -> Iterator[RunningServer]:
+    with run_server(model, Limits(tokens=4000)) as server:
         yield server
 
 
 def answers(page: Any) -> list[str]:
-    return [str(text) for text in page.locator(".assistant:not(.writing)").all_text_contents()]
+    return [str(text) for text in page.locator(".assistant:not(.streaming)").all_text_contents()]
 
 
 def wait_for_answers(page: Any, count: int) -> None:
-    wait_until(lambda: len(answers(page)) == count)  # the policy forbids Playwright's own way
+    wait_until(lambda: len(answers(page)) == count)  # the page's security policy blocks Playwright's wait_for_function
 
 
-def test_a_question_is_answered_as_it_is_written(page: Any, chatty: Running) -> None:
+def test_a_conversation(page: Any, chatty: RunningServer) -> None:
     page.goto(chatty.url)
     page.wait_for_selector("#ask:not([hidden])")
     assert page.title() == "tiny"
-    assert page.evaluate("document.activeElement.id") == "question"  # one can type at once
+    assert page.evaluate("document.activeElement.id") == "question"  # ready for typing
     page.keyboard.type("Hello")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("there")
@@ -82,13 +81,13 @@ def test_a_question_is_answered_as_it_is_written(page: Any, chatty: Running) -> 
     turns = page.evaluate("turns")
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2
     assert [turn["content"] for turn in turns[1::2]] == answers(page)
-    page.click("#anew")
+    page.click("#new-chat")
     assert page.locator("#talk > *").count() == 0 and page.evaluate("turns") == []
     assert page.complaints == []
 
 
-def test_what_anybody_says_is_text(page: Any, chatty: Running) -> None:
-    """Also what the model says: here its words are replaced on the way."""
+def test_messages_are_plain_text(page: Any, chatty: RunningServer) -> None:
+    """From the user and from the model, whose answer is replaced in transit here."""
     evil = "<img src=x onerror=\"document.title='gone'\"><script>document.title='gone'</script>"
     event = '{"choices": [{"delta": {"content": %s}, "finish_reason": "stop"}]}'
     stream = f"data: {event % json.dumps(evil)}\n\ndata: [DONE]\n\n"
@@ -103,7 +102,7 @@ def test_what_anybody_says_is_text(page: Any, chatty: Running) -> None:
 
 
 @pytest.mark.parametrize("how", ["Escape", "button"])
-def test_an_answer_can_be_stopped(page: Any, chatty: Running, how: str) -> None:
+def test_an_answer_can_be_stopped(page: Any, chatty: RunningServer, how: str) -> None:
     def longer(route: Any) -> None:
         route.continue_(post_data=route.request.post_data[:-1] + ', "max_tokens": 4000, "temperature": 0}')
 
@@ -112,52 +111,52 @@ def test_an_answer_can_be_stopped(page: Any, chatty: Running, how: str) -> None:
     page.wait_for_selector("#ask:not([hidden])")
     page.keyboard.type("Hello")
     page.keyboard.press("Enter")
-    wait_until(lambda: len(page.locator(".assistant.writing").text_content()) > 20)
+    wait_until(lambda: len(page.locator(".assistant.streaming").text_content()) > 20)
     assert page.locator("#send").is_hidden() and page.locator("#stop").is_visible()
     if how == "Escape":
         page.keyboard.press("Escape")
     else:
         page.click("#stop")
     wait_for_answers(page, 1)
-    wait_until(lambda: chatty.worker.under_way == 0)
+    wait_until(lambda: chatty.worker.active_requests == 0)
     assert len(answers(page)[0]) > 20
     assert page.evaluate("document.activeElement.id") == "question"
     assert page.locator(".note").count() == 0 and page.complaints == []
 
 
-def test_it_asks_for_the_key(page: Any, locked: Running) -> None:
-    page.goto(locked.url)
+def test_it_asks_for_the_api_key(page: Any, locked_server: RunningServer) -> None:
+    page.goto(locked_server.url)
     page.wait_for_selector("#unlock:not([hidden])")
     page.keyboard.type("not it")
     page.keyboard.press("Enter")
-    page.wait_for_selector("text=That is not the key.")
+    page.wait_for_selector("text=Invalid API key.")
     page.keyboard.type(KEY)
     page.keyboard.press("Enter")
     page.wait_for_selector("#ask:not([hidden])")
     page.keyboard.type("Hello")
     page.keyboard.press("Enter")
     wait_for_answers(page, 1)
-    assert all("401" in complaint for complaint in page.complaints)  # the browser's own line for each refusal
+    assert all("401" in complaint for complaint in page.complaints)  # logged by the browser itself
 
 
-def test_the_oldest_turns_make_room(page: Any, chatty: Running) -> None:
-    """When the conversation fills half of the model's 4096 tokens, and when one question is too long by itself."""
+def test_the_oldest_turns_are_dropped(page: Any, chatty: RunningServer) -> None:
+    """Once the conversation fills half of the 4096-token context window; a question too long by itself is an error."""
     page.goto(chatty.url)
     page.wait_for_selector("#ask:not([hidden])")
     for number in range(3):
         page.fill("#question", f"{number} " + "xy " * 700)
         page.keyboard.press("Enter")
         wait_for_answers(page, number + 1)
-    page.wait_for_selector("text=turns no longer fit")
+    page.wait_for_selector("text=turns that no longer fit")
     assert page.evaluate("turns[0].content").startswith(("1 ", "2 "))
     page.fill("#question", "xy " * 9000)
     page.keyboard.press("Enter")
     page.wait_for_selector("text=max_seq_len is 4096")
 
 
-def test_the_policy_lets_nothing_in_but_what_is_in_the_file(chatty: Running) -> None:
+def test_the_security_policy_allows_only_the_pages_own_code(chatty: RunningServer) -> None:
     status, headers, body = chatty.request("GET", "/")
-    assert status == 200 and body.decode() == HTML.read_text(encoding="utf-8")
+    assert status == 200 and body.decode() == CHAT_PAGE.read_text(encoding="utf-8")
     policy = dict(part.strip().split(" ", 1) for part in headers["content-security-policy"].split(";"))
     for tag in ("script", "style"):
         inside = re.search(rf"<{tag}>(.*)</{tag}>", body.decode(), re.DOTALL)

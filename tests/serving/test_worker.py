@@ -1,4 +1,4 @@
-"""The thread that computes: a fault is told to whom it concerns, and it goes on."""
+"""The model thread: errors reach the affected requests only, and it keeps running."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -9,32 +9,32 @@ import pytest
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference.generation import TextBatch, generate, prompt_ids
 from anarchobot.inference.model import Model
-from anarchobot.serving.refusals import ApiError
-from anarchobot.serving.worker import Answer, Worker
+from anarchobot.serving.errors import ApiError
+from anarchobot.serving.worker import GenerationStream, Worker
 
 GREEDY = GenerationConfig(method="greedy", max_new_tokens=8, prompt="Hello")
 LONG = GREEDY.model_copy(update={"max_new_tokens": 4000})
 
 
-def inside(model: Model, body: Callable[[Worker], Awaitable[None]]) -> None:
-    with Worker(model, waiting=20) as worker:
+def run(model: Model, body: Callable[[Worker], Awaitable[None]]) -> None:
+    with Worker(model, queue_size=20) as worker:
         asyncio.run(asyncio.wait_for(body(worker), 200))
 
 
-def ask(worker: Worker, model: Model, settings: GenerationConfig = GREEDY) -> Answer:
-    return worker.ask(prompt_ids(model, settings.prompt), settings, {model.tokenizer.eod_id})
+def submit(worker: Worker, model: Model, settings: GenerationConfig = GREEDY) -> GenerationStream:
+    return worker.submit(prompt_ids(model, settings.prompt), settings, {model.tokenizer.eod_id})
 
 
-async def text_of(answer: Answer) -> str:
+async def text_of(answer: GenerationStream) -> str:
     return "".join([piece.text async for piece in answer])
 
 
-async def until(holds: Callable[[], bool]) -> None:
+async def wait_until(holds: Callable[[], bool]) -> None:
     while not holds():
         await asyncio.sleep(0.01)
 
 
-def test_a_fault_at_the_start_is_that_requests_alone(
+def test_an_error_on_insert_fails_that_request_only(
     model: Model, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = generate(model, GREEDY)
@@ -48,17 +48,17 @@ def test_a_fault_at_the_start_is_that_requests_alone(
     monkeypatch.setattr(TextBatch, "insert", broken)
 
     async def body(worker: Worker) -> None:
-        asked = [ask(worker, model, GREEDY.model_copy(update={"seed": seed})) for seed in (12, 13, 14)]
-        found = await asyncio.gather(*map(text_of, asked), return_exceptions=True)
+        streams = [submit(worker, model, GREEDY.model_copy(update={"seed": seed})) for seed in (12, 13, 14)]
+        found = await asyncio.gather(*map(text_of, streams), return_exceptions=True)
         assert found[0] == found[2] == expected
         assert isinstance(found[1], ApiError) and found[1].status == 500
-        await until(lambda: worker.under_way == 0)
+        await wait_until(lambda: worker.active_requests == 0)
 
-    inside(model, body)
+    run(model, body)
     assert "no luck" in capsys.readouterr().err
 
 
-def test_a_fault_while_writing_ends_those_under_way_and_no_later_one(
+def test_an_error_in_a_step_fails_the_batch_but_no_later_request(
     model: Model, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = generate(model, GREEDY)
@@ -73,55 +73,55 @@ def test_a_fault_while_writing_ends_those_under_way_and_no_later_one(
     monkeypatch.setattr(TextBatch, "step", failing)
 
     async def body(worker: Worker) -> None:
-        both = [ask(worker, model, LONG), ask(worker, model, LONG)]
+        both = [submit(worker, model, LONG), submit(worker, model, LONG)]
         found = await asyncio.gather(*map(text_of, both), return_exceptions=True)
         assert [error.status for error in found if isinstance(error, ApiError)] == [500, 500]
-        assert await text_of(ask(worker, model)) == expected
-        await until(lambda: worker.under_way == 0)
+        assert await text_of(submit(worker, model)) == expected
+        await wait_until(lambda: worker.active_requests == 0)
 
-    inside(model, body)
+    run(model, body)
     assert "out of luck" in capsys.readouterr().err
 
 
-def test_closing_lets_go_at_once_and_closing_again_does_nothing(model: Model) -> None:
+def test_close_frees_the_slot_and_is_idempotent(model: Model) -> None:
     async def body(worker: Worker) -> None:
-        first, second = ask(worker, model, LONG), ask(worker, model, LONG)
+        first, second = submit(worker, model, LONG), submit(worker, model, LONG)
         await anext(aiter(first))
         first.close()
         first.close()
-        await until(lambda: worker.under_way == 1)
+        await wait_until(lambda: worker.active_requests == 1)
         await anext(aiter(second))
         second.close()
-        await until(lambda: worker.under_way == 0)
-        done = ask(worker, model)
+        await wait_until(lambda: worker.active_requests == 0)
+        done = submit(worker, model)
         assert await text_of(done) == generate(model, GREEDY)
         done.close()
-        await until(lambda: worker.under_way == 0)
+        await wait_until(lambda: worker.active_requests == 0)
 
-    inside(model, body)
+    run(model, body)
 
 
-def test_at_the_end_those_under_way_are_told(model: Model) -> None:
+def test_abort_all_fails_active_requests(model: Model) -> None:
     async def body(worker: Worker) -> None:
-        long = [ask(worker, model, LONG) for _ in range(17)]  # the last one waits
+        long = [submit(worker, model, LONG) for _ in range(17)]  # the last one is queued
         await anext(aiter(long[0]))
-        worker.abandon()
+        worker.abort_all()
         found = await asyncio.gather(*map(text_of, long), return_exceptions=True)
         assert [error.status for error in found if isinstance(error, ApiError)] == [503] * 17
-        await until(lambda: worker.under_way == 0)  # the refusal comes first, then the end
+        await wait_until(lambda: worker.active_requests == 0)  # after the error event
 
-    inside(model, body)
+    run(model, body)
 
 
-def test_more_than_may_wait_are_sent_away(model: Model) -> None:
+def test_requests_beyond_the_queue_are_rejected(model: Model) -> None:
     async def body(worker: Worker) -> None:
-        answers = [ask(worker, model, LONG) for _ in range(worker.most)]
+        answers = [submit(worker, model, LONG) for _ in range(worker.max_requests)]
         with pytest.raises(ApiError) as raised:
-            ask(worker, model)
+            submit(worker, model)
         assert raised.value.status == 429 and "36" in raised.value.message
         for answer in answers:
             answer.close()
-        await until(lambda: worker.under_way == 0)
-        assert await text_of(ask(worker, model)) == generate(model, GREEDY)
+        await wait_until(lambda: worker.active_requests == 0)
+        assert await text_of(submit(worker, model)) == generate(model, GREEDY)
 
-    inside(model, body)
+    run(model, body)

@@ -1,4 +1,4 @@
-"""What strangers send: each gets a proper HTTP error, and the server goes on."""
+"""Malformed, oversized, unauthorized and aborted requests get a proper HTTP error, and the server keeps running."""
 
 import json
 import socket
@@ -9,7 +9,7 @@ import pytest
 
 from anarchobot.inference.model import Model
 from anarchobot.serving.app import Limits
-from tests.serving.conftest import KEY, Running, running, wait_until
+from tests.serving.conftest import KEY, RunningServer, run_server, wait_until
 
 PATH = "/v1/completions"
 ASK = {"model": "tiny", "prompt": "Hi", "max_tokens": 2}
@@ -18,7 +18,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
 
 
 def status_of(connection: socket.socket) -> int:
-    """Of the response that comes, which is read to its end or to the connection's."""
+    """The status of the response."""
     answer = connection.recv(65536)
     connection.close()
     return int(answer.split()[1])
@@ -43,7 +43,7 @@ def status_of(connection: socket.socket) -> int:
     ],
     ids=lambda body: repr(body[:70]),
 )  # fmt: skip
-def test_a_bad_body_is_a_bad_request(server: Running, body: bytes) -> None:
+def test_a_bad_body_is_a_bad_request(server: RunningServer, body: bytes) -> None:
     status, answer = server.post(PATH, body)
     assert status == 400
     assert set(answer["error"]) == {"message", "type", "param", "code"}
@@ -60,19 +60,19 @@ def test_a_bad_body_is_a_bad_request(server: Running, body: bytes) -> None:
     ],
     ids=repr,
 )  # fmt: skip
-def test_bad_messages_are_a_bad_request(server: Running, messages: Any) -> None:
+def test_bad_messages_are_a_bad_request(server: RunningServer, messages: Any) -> None:
     status, answer = server.post("/v1/chat/completions", {"model": "tiny", "messages": messages})
     assert status == 400 and answer["error"]["param"].startswith("messages")
 
 
-def test_what_asks_for_nothing_is_taken(server: Running) -> None:
+def test_unsupported_fields_without_effect_are_accepted(server: RunningServer) -> None:
     fields = {"n": 1, "logprobs": None, "echo": False, "user": "me", "frequency_penalty": 0.0, "logit_bias": {}}
     status, answer = server.post(PATH, ASK | fields | {"stop": None, "seed": None, "stream": False})
     assert status == 200, answer
 
 
-def test_a_body_of_a_hundred_megabytes(server: Running) -> None:
-    """Whether its length is told or it comes in chunks, whether the client reads on or not."""
+def test_a_body_of_a_hundred_megabytes(server: RunningServer) -> None:
+    """With a declared length, in chunks, or waiting for 100-continue."""
     connection = server.raw(HEAD + b"Content-Length: 100000000\r\n\r\n")
     for _ in range(100):
         connection.sendall(b" " * 1_000_000)
@@ -81,9 +81,9 @@ def test_a_body_of_a_hundred_megabytes(server: Running) -> None:
     for _ in range(100):
         connection.sendall(b"F4240\r\n" + b" " * 1_000_000 + b"\r\n")
     assert status_of(connection) == 413
-    waits = server.raw(HEAD + b"Content-Length: 100000000\r\nExpect: 100-continue\r\n\r\n")
-    assert status_of(waits) == 413  # and no 100 before
-    assert server.is_well()
+    waiting = server.raw(HEAD + b"Content-Length: 100000000\r\nExpect: 100-continue\r\n\r\n")
+    assert status_of(waiting) == 413  # without a 100 before
+    assert server.is_healthy()
 
 
 @pytest.mark.parametrize(
@@ -102,19 +102,21 @@ def test_a_body_of_a_hundred_megabytes(server: Running) -> None:
     ],
     ids=lambda rest: repr(rest[:40]),
 )
-def test_broken_http_is_answered_at_once(server: Running, rest: bytes) -> None:
+def test_malformed_http_is_rejected_immediately(server: RunningServer, rest: bytes) -> None:
     assert status_of(server.raw(HEAD + rest)) in (400, 431, 501)
-    assert server.is_well()
+    assert server.is_healthy()
 
 
-def test_a_body_that_never_comes(server: Running, model: Model) -> None:
-    with running(model, Limits(body_seconds=1)) as impatient:  # by itself: a busy machine may take as long for any body
-        assert status_of(impatient.raw(HEAD + b"Content-Length: 10\r\n\r\n{}")) == 408
+def test_a_body_that_never_arrives(server: RunningServer, model: Model) -> None:
+    with run_server(
+        model, Limits(body_seconds=1)
+    ) as strict:  # its own server: on a busy machine other bodies may take as long
+        assert status_of(strict.raw(HEAD + b"Content-Length: 10\r\n\r\n{}")) == 408
     server.raw(HEAD + b"Content-Length: 10\r\n\r\n{}").close()
-    assert server.is_well()
+    assert server.is_healthy()
 
 
-def test_other_paths_and_methods(server: Running) -> None:
+def test_other_paths_and_methods(server: RunningServer) -> None:
     for method, path, expected in (
         ("GET", "/v1/completions", 405), ("GET", "/etc/passwd", 404), ("GET", "/../../etc/passwd", 404),
         ("POST", "/", 405), ("DELETE", "/v1/models/tiny", 405), ("GET", "/page.html", 404), ("OPTIONS", PATH, 405),
@@ -124,7 +126,7 @@ def test_other_paths_and_methods(server: Running) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_hangs_up_frees_its_place(server: Running, stream: bool) -> None:
+def test_a_disconnect_frees_the_slot(server: RunningServer, stream: bool) -> None:
     body = json.dumps(LONG | {"stream": stream}).encode()
     head = HEAD + b"Content-Length: %d\r\n\r\n" % len(body)
     connections = [server.raw(head + body) for _ in range(3)]
@@ -133,27 +135,27 @@ def test_a_client_that_hangs_up_frees_its_place(server: Running, stream: bool) -
             assert b"200 OK" in connection.recv(1000)
             while b"data:" not in connection.recv(1000):
                 pass
-    wait_until(lambda: server.under_way() == 3)
+    wait_until(lambda: server.active_requests() == 3)
     connections[0].close()
-    wait_until(lambda: server.under_way() == 2)
+    wait_until(lambda: server.active_requests() == 2)
     for connection in connections:
         connection.close()
-    wait_until(lambda: server.under_way() == 0)
+    wait_until(lambda: server.active_requests() == 0)
     assert server.worker._jobs == {} and len(server.worker._batch) == 0
-    assert server.is_well()
+    assert server.is_healthy()
 
 
-def test_beyond_the_queue_a_request_is_sent_away(model: Model) -> None:
-    with running(model, Limits(tokens=4000), rows=2, waiting=1) as server:
+def test_requests_beyond_the_queue_are_rejected(model: Model) -> None:
+    with run_server(model, Limits(tokens=4000), rows=2, queue_size=1) as server:
         body = json.dumps(LONG | {"stream": True}).encode()
         waiting = [server.raw(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body) for _ in range(3)]
-        wait_until(lambda: server.under_way() == 3)
+        wait_until(lambda: server.active_requests() == 3)
         status, headers, answer = server.request("POST", PATH, json.dumps(ASK).encode())
         assert status == 429 and headers["retry-after"] == "1"
         assert json.loads(answer)["error"]["type"] == "rate_limit_error"
         for connection in waiting:
             connection.close()
-        assert server.is_well()
+        assert server.is_healthy()
 
 
 @pytest.mark.parametrize(
@@ -164,50 +166,50 @@ def test_beyond_the_queue_a_request_is_sent_away(model: Model) -> None:
         ("127.0.0.1:80@evil", 403), ("", 403), ("0.0.0.0", 403), ("192.168.0.5", 403), ("localhost:x", 403),
     ],
 )  # fmt: skip
-def test_a_foreign_host_is_refused(locked: Running, host: str, expected: int) -> None:
+def test_a_foreign_host_is_rejected(locked_server: RunningServer, host: str, expected: int) -> None:
     for path in ("/", "/health", "/v1/models"):
-        status, _, _ = locked.request("GET", path, headers={"Host": host, "Authorization": f"Bearer {KEY}"})
+        status, _, _ = locked_server.request("GET", path, headers={"Host": host, "Authorization": f"Bearer {KEY}"})
         assert status == expected, path
 
 
-def test_two_hosts_or_none_are_refused(locked: Running) -> None:
-    assert status_of(locked.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil\r\n\r\n")) in (400, 403)
-    assert status_of(locked.raw(b"GET /health HTTP/1.1\r\n\r\n")) in (400, 403)
-    assert status_of(locked.raw(b"GET /health HTTP/1.0\r\n\r\n")) in (400, 403)
+def test_two_hosts_or_none_are_rejected(locked_server: RunningServer) -> None:
+    assert status_of(locked_server.raw(b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil\r\n\r\n")) in (400, 403)
+    assert status_of(locked_server.raw(b"GET /health HTTP/1.1\r\n\r\n")) in (400, 403)
+    assert status_of(locked_server.raw(b"GET /health HTTP/1.0\r\n\r\n")) in (400, 403)
 
 
-def test_a_foreign_origin_is_refused(locked: Running) -> None:
-    own = f"http://127.0.0.1:{locked.port}"
+def test_a_foreign_origin_is_rejected(locked_server: RunningServer) -> None:
+    own = f"http://127.0.0.1:{locked_server.port}"
     for origin, expected in (
         (own, 200), ("http://localhost:3000", 200), ("http://localhost:3001", 403), ("null", 403), ("", 403),
         ("http://evil.example", 403), (own + "0", 403), (own.replace("http", "https"), 403),
     ):  # fmt: skip
         headers = {"Origin": origin, "Authorization": f"Bearer {KEY}"}
-        status, told, _ = locked.request("POST", PATH, json.dumps(ASK).encode(), headers)
+        status, received, _ = locked_server.request("POST", PATH, json.dumps(ASK).encode(), headers)
         assert status == expected, origin
-        allowed = told.get("access-control-allow-origin")
+        allowed = received.get("access-control-allow-origin")
         assert allowed == (origin if origin == "http://localhost:3000" else None)
-    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
-    assert locked.request("OPTIONS", PATH, headers={"Origin": "http://localhost:3000", **asks})[0] == 200
-    assert locked.request("OPTIONS", PATH, headers={"Origin": "http://evil.example", **asks})[0] == 403
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    assert locked_server.request("OPTIONS", PATH, headers={"Origin": "http://localhost:3000", **preflight})[0] == 200
+    assert locked_server.request("OPTIONS", PATH, headers={"Origin": "http://evil.example", **preflight})[0] == 403
 
 
 @pytest.mark.parametrize(
     "given",
     [None, "", "Bearer", "Bearer ", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", KEY, f"Basic {KEY}", "Bearer \xff\xfe"],
 )
-def test_nobody_asks_without_the_key(locked: Running, given: str | None) -> None:
+def test_the_api_key_is_required(locked_server: RunningServer, given: str | None) -> None:
     headers = {} if given is None else {"Authorization": given}
     for method, path in (("GET", "/v1/models"), ("POST", PATH), ("POST", "/v1/chat/completions"), ("GET", "/v1/x")):
-        status, told, answer = locked.request(method, path, headers=headers)
-        assert status == 401 and told["www-authenticate"] == "Bearer"
+        status, received, answer = locked_server.request(method, path, headers=headers)
+        assert status == 401 and received["www-authenticate"] == "Bearer"
         assert json.loads(answer)["error"]["code"] == "invalid_api_key"
         assert KEY not in answer.decode()
-    assert locked.request("GET", "/", headers=headers)[0] == 200
+    assert locked_server.request("GET", "/", headers=headers)[0] == 200
 
 
-def test_many_strangers_at_once_do_not_disturb_one_who_asks(server: Running) -> None:
-    """Hang-ups, bad bodies and requests, all at a time; then all is as before."""
+def test_concurrent_bad_clients_do_not_disturb_good_ones(server: RunningServer) -> None:
+    """Disconnects, bad bodies and valid requests at the same time."""
     body = json.dumps(LONG | {"stream": True}).encode()
     before = server.post(PATH, ASK | {"seed": 1})[1]["choices"]
 
@@ -222,4 +224,4 @@ def test_many_strangers_at_once_do_not_disturb_one_who_asks(server: Running) -> 
 
     with ThreadPoolExecutor(8) as pool:
         assert all(found == before for found in pool.map(one, range(48)))
-    assert server.is_well()
+    assert server.is_healthy()

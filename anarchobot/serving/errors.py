@@ -1,4 +1,4 @@
-"""What a client is told when it gets no answer, in OpenAI's form."""
+"""Error responses in OpenAI's format."""
 
 import orjson
 from starlette.responses import Response
@@ -7,7 +7,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 
 class ApiError(Exception):
-    """A status with a message; `param` is the field of the request that it is about, `code` OpenAI's word for it."""
+    """An HTTP error; `param` is the request field it is about, `code` is OpenAI's error code."""
 
     def __init__(
         self,

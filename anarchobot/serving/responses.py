@@ -1,0 +1,92 @@
+"""Responses in OpenAI's format: complete, or as a stream of server-sent events."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import orjson
+
+from anarchobot.inference.generation import Piece
+from anarchobot.serving.errors import ApiError
+from anarchobot.serving.worker import GenerationStream
+
+Kind = Literal["text_completion", "chat.completion"]
+
+
+@dataclass(frozen=True)
+class ResponseWriter:
+    """Formats one response. `prompt_tokens`: number of tokens in the request's prompt."""
+
+    kind: Kind
+    model: str
+    prompt_tokens: int
+    created: int = field(default_factory=lambda: int(time.time()))
+    number: str = field(default_factory=lambda: secrets.token_hex(12))
+
+    async def complete(self, generation: GenerationStream) -> dict[str, Any]:
+        """The whole response. Raises ApiError if generation fails."""
+        texts, last = [], None
+        async for last in self._pieces(generation):
+            texts.append(last.text)
+        assert last is not None  # the last piece has the finish reason
+        text = "".join(texts)
+        content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
+        return self._head(self.kind) | {"choices": [_choice(content, last.end)], "usage": self._usage(last.tokens)}
+
+    async def stream(self, generation: GenerationStream, usage: bool) -> AsyncIterator[bytes]:
+        """Chunk by chunk; with `usage`, a last chunk has the token counts. The status is already sent when generation
+        fails, so the error is reported as OpenAI does: an event with `error`, without a [DONE] after it."""
+        head = self._head("chat.completion.chunk" if self._is_chat else self.kind)
+        no_usage = {"usage": None} if usage else {}
+
+        def chunk(text: str | None, end: str | None, **delta: str) -> bytes:
+            full_delta = delta if text is None else delta | {"content": text}
+            content = {"delta": full_delta} if self._is_chat else {"text": text or ""}
+            return _event(head | {"choices": [_choice(content, end)]} | no_usage)
+
+        tokens = 0
+        try:
+            if self._is_chat:
+                yield chunk("", None, role="assistant")
+            async for piece in self._pieces(generation):
+                tokens = piece.tokens
+                if piece.text:
+                    yield chunk(piece.text, None)
+                if piece.end is not None:
+                    yield chunk(None, piece.end)
+        except ApiError as error:
+            yield _event(error.body())
+            return
+        if usage:
+            yield _event(head | {"choices": [], "usage": self._usage(tokens)})
+        yield b"data: [DONE]\n\n"
+
+    @property
+    def _is_chat(self) -> bool:
+        return self.kind == "chat.completion"
+
+    async def _pieces(self, generation: GenerationStream) -> AsyncIterator[Piece]:
+        """Strips leading whitespace from chat answers, like `anarchobot chat`."""
+        started = not self._is_chat
+        async for piece in generation:
+            text = piece.text if started else piece.text.lstrip()
+            started = started or bool(text)
+            yield piece._replace(text=text)
+
+    def _head(self, name: str) -> dict[str, Any]:
+        prefix = "chatcmpl" if self._is_chat else "cmpl"
+        return {"id": f"{prefix}-{self.number}", "object": name, "created": self.created, "model": self.model}
+
+    def _usage(self, tokens: int) -> dict[str, int]:
+        total = self.prompt_tokens + tokens
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": tokens, "total_tokens": total}
+
+
+def _choice(content: dict[str, Any], end: str | None) -> dict[str, Any]:
+    return {"index": 0, **content, "logprobs": None, "finish_reason": end}
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(content) + b"\n\n"
