@@ -1,4 +1,4 @@
-"""Several ranks on this machine, for tests; each with an end to its time."""
+"""Starts several ranks on this machine, for tests."""
 
 import json
 import os
@@ -6,11 +6,11 @@ import socket
 from contextlib import ExitStack
 from pathlib import Path
 
-TIMEOUT = 200.0  # seconds, of a busy machine
+TIMEOUT = 200.0  # seconds, for a busy machine
 
 
-def environments(folder: Path, size: int) -> list[dict[str, str]]:
-    """What mlx.launch gives each rank of a ring on loopback."""
+def rank_environments(folder: Path, size: int) -> list[dict[str, str]]:
+    """Returns the environment that mlx.launch sets for each rank of a ring on loopback."""
     with ExitStack() as stack:
         servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(size)]
         ports = [server.getsockname()[1] for server in servers]

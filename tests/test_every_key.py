@@ -136,7 +136,7 @@ ELSEWHERE = {
     "model.bos_id": "tests/exchange/test_importing.py::test_the_small_public_llama_gives_its_logits",
     "train.init_from": "tests/exchange/test_importing.py::test_an_imported_model_trains_further",
     "train.ckpt_minutes": "tests/training/test_loop.py::test_a_checkpoint_is_written_after_some_minutes",
-    "train.supervise": "tests/tasks/test_supervise.py::test_supervision_is_for_long_runs_unless_told",
+    "train.supervise": "tests/tasks/test_supervise.py::test_long_runs_are_supervised_by_default",
     "guard.spike_sigma": "tests/training/test_guard.py::test_planted_spikes_are_found_and_no_others",
     "guard.spike_window": "tests/training/test_guard.py::test_the_limit_is_mean_plus_six_deviations_of_the_last_steps",
     "guard.rollback_after": "tests/training/test_loop.py::test_a_run_that_gets_past_the_bad_data_goes_on",

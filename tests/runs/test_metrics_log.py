@@ -72,7 +72,11 @@ def tensorboard_events(logs: Path) -> list[Event]:
 
 def test_tensorboard_matches_metrics_jsonl(tmp_path: Path) -> None:
     _, lines = train(tmp_path, FakeEngine(), 4, log_interval=2, eval_interval=4)
-    points = [(v.tag, event.step, v.simple_value) for event in tensorboard_events(tmp_path / "logs") for v in event.summary.value]
+    points = [
+        (v.tag, event.step, v.simple_value)
+        for event in tensorboard_events(tmp_path / "logs")
+        for v in event.summary.value
+    ]
     for name in ("loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_gb"):
         wanted = [(line["step"], line[name]) for line in lines if line["event"] == "train"]
         assert [(step, v) for tag, step, v in points if tag == f"train/{name}"] == [

@@ -1,4 +1,4 @@
-"""One run, two engines: either goes on with what the other saved, and needs nothing of the other."""
+"""MLX and PyTorch: each resumes the other's checkpoints, and neither needs the other installed."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ runpy.run_module("anarchobot", run_name="__main__")
 
 
 def without(names: tuple[str, ...], *words: str) -> subprocess.CompletedProcess[str]:
-    """The program, where these packages are not installed."""
+    """Runs the program as if these packages were not installed."""
     return subprocess.run(
         [sys.executable, "-c", WITHOUT.format(names=names), *words], capture_output=True, text=True, check=False
     )
@@ -38,10 +38,10 @@ def losses(run: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize(("first", "then"), [("mlx", "torch"), ("torch", "mlx")])
-def test_a_run_goes_on_with_the_other_engine(
+def test_resume_with_the_other_backend(
     tmp_path: Path, tiny_shards: Path, first: str, then: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three steps with one and three with the other, against six with one: the same losses, and the change is said."""
+    """Three steps with each, against six with one: same losses, and the change is reported."""
     pytest.importorskip("torch").set_num_threads(1)
     settings: dict[str, Any] = {"model__dropout": 0.0, "train__log_interval": 1, "train__lr_decay_steps": 6}
 
@@ -59,7 +59,7 @@ def test_a_run_goes_on_with_the_other_engine(
     assert [straight[step] for step in (1, 2, 3)] == [changed[step] for step in (1, 2, 3)]
 
 
-def test_pytorch_trains_and_samples_where_there_is_no_mlx(tmp_path: Path, tiny_shards: Path) -> None:
+def test_pytorch_trains_and_samples_without_mlx(tmp_path: Path, tiny_shards: Path) -> None:
     pytest.importorskip("torch")
     config = write_config(
         tmp_path / "config.yaml", tiny_shards, tmp_path / "run", train__sample_interval=3, generation__max_new_tokens=4
@@ -70,7 +70,7 @@ def test_pytorch_trains_and_samples_where_there_is_no_mlx(tmp_path: Path, tiny_s
     assert "best validation loss" in done.stdout
 
 
-def test_without_pytorch_one_line_says_what_to_install(tmp_path: Path, tiny_shards: Path) -> None:
+def test_missing_pytorch_error(tmp_path: Path, tiny_shards: Path) -> None:
     config = write_config(tmp_path / "config.yaml", tiny_shards, tmp_path / "run")
     done = without(("torch",), "pretrain", str(config), "--backend", "torch")
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""Runs of several ranks over loopback: the same curve as one process, and what ends them."""
+"""Runs of several ranks over loopback: same losses as a single process, and how they stop."""
 
 import json
 import os
@@ -19,42 +19,42 @@ from anarchobot.config.errors import UserError
 from anarchobot.runs import checkpoint
 from anarchobot.tasks import launch
 from anarchobot.tasks.pretrain import pretrain
-from tests.ranks import TIMEOUT, environments
+from tests.ranks import TIMEOUT, rank_environments
 from tests.tiny import loaded, write_config
 
-# Dropout (0.1) draws by micro-batch and worker: with as many workers, the same.
+# Dropout (0.1) is seeded by micro-batch and worker, so it is the same with one worker each.
 SETTINGS: dict[str, Any] = {"train__cpu_threads": 1, "train__schedule": "constant"}
 LONG = ("train.total_steps=1000000", "train.eval_interval=1000000", "train.ckpt_interval=5", "train.log_interval=1000")
 
 
 def losses(run: Path) -> list[tuple[int, str, float, float]]:
-    """Of steps and validations; with the norm of the gradient, or bits per byte."""
+    """Returns (step, event, loss, gradient norm or bits per byte) of steps and validations."""
     lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
-    named = {"train": ("loss", "grad_norm"), "eval": ("val_loss", "val_bpb")}
+    keys = {"train": ("loss", "grad_norm"), "eval": ("val_loss", "val_bpb")}
     return [
-        (e["step"], e["event"], *(e[name] for name in named[e["event"]])) for e in lines if e["event"] in named
+        (e["step"], e["event"], *(e[name] for name in keys[e["event"]])) for e in lines if e["event"] in keys
     ]  # fmt: skip
 
 
-def same_curve(a: Path, b: Path) -> None:
+def assert_same_losses(a: Path, b: Path) -> None:
     assert [e[:2] for e in losses(a)] == [e[:2] for e in losses(b)]
     np.testing.assert_allclose([e[2:] for e in losses(a)], [e[2:] for e in losses(b)], rtol=0, atol=1e-5)
 
 
-def launched(config: Path, *words: str, ranks: int = 2) -> "subprocess.CompletedProcess[str]":
+def run_ranks(config: Path, *words: str, ranks: int = 2) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "anarchobot", "launch", "-n", str(ranks), "--", "pretrain", str(config), *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
-def test_muon_is_the_same_when_each_rank_makes_a_part_of_it(tmp_path: Path, tiny_shards: Path) -> None:
-    """On three ranks, with AdamW's parameters besides."""
+def test_sharded_muon_equals_single_process(tmp_path: Path, tiny_shards: Path) -> None:
+    """On three ranks; AdamW's parameters are not sharded."""
     settings = SETTINGS | {"train__total_steps": 6, "train__eval_interval": 100, "train__log_interval": 1}
     config = loaded(tmp_path / "one.yaml", tiny_shards, tmp_path / "one", **settings, train__grad_accum_steps=3)
     pretrain(config, show="nothing")
     three = write_config(tmp_path / "r.yaml", tiny_shards, tmp_path / "three", **settings, train__grad_accum_steps=1)
-    done = launched(three, "train.share_muon=true", ranks=3)
+    done = run_ranks(three, "train.share_muon=true", ranks=3)
     assert done.returncode == 0, done.stderr
-    same_curve(tmp_path / "one", tmp_path / "three")
+    assert_same_losses(tmp_path / "one", tmp_path / "three")
     ends = [
         checkpoint.load_arrays(f, f.config.model, optimizer=True)
         for f in map(checkpoint.find, (tmp_path / "one", tmp_path / "three"))
@@ -63,16 +63,16 @@ def test_muon_is_the_same_when_each_rank_makes_a_part_of_it(tmp_path: Path, tiny
         np.testing.assert_allclose(array, ends[1][name], rtol=0, atol=1e-4, err_msg=name)
 
 
-def test_two_ranks_are_one_process_with_twice_the_accumulation(tmp_path: Path, tiny_shards: Path) -> None:
-    """Also when the number changes on the way: 2 steps by one, 2 by two, 2 by one again."""
+def test_two_ranks_equal_one_process_with_twice_the_accumulation(tmp_path: Path, tiny_shards: Path) -> None:
+    """Also if the number of ranks changes: 2 steps with one, 2 with two, 2 with one again."""
     pretrain(loaded(tmp_path / "one.yaml", tiny_shards, tmp_path / "one", **SETTINGS), show="nothing")
 
     two = write_config(tmp_path / "two.yaml", tiny_shards, tmp_path / "two", **SETTINGS, train__grad_accum_steps=1)
-    done = launched(two)
+    done = run_ranks(two)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{tmp_path / 'two'}: step 6, 768 tokens") and "2 ranks (ring)" in done.stderr
-    assert done.stderr.count("step 6/6") == 1  # rank 0 speaks for all
-    same_curve(tmp_path / "one", tmp_path / "two")
+    assert done.stderr.count("step 6/6") == 1  # only rank 0 prints
+    assert_same_losses(tmp_path / "one", tmp_path / "two")
     state = checkpoint.find(tmp_path / "two").state
     assert (state["ranks"], state["data_position"], state["tokens"]) == (2, 24, 768)
 
@@ -82,7 +82,7 @@ def test_two_ranks_are_one_process_with_twice_the_accumulation(tmp_path: Path, t
         settings = {**SETTINGS, **evals, **more, "train__total_steps": steps}
         config = loaded(tmp_path / "mixed.yaml", tiny_shards, mixed, **settings)
         if steps == 6:
-            done = launched(tmp_path / "two.yaml", f"train.save_dir={mixed}", "train.checkpoint_path=auto",
+            done = run_ranks(tmp_path / "two.yaml", f"train.save_dir={mixed}", "train.checkpoint_path=auto",
                             "train.total_steps=4", "train.eval_interval=100")  # fmt: skip
             assert done.returncode == 0 and "changed: ranks was 1, is now 2" in done.stderr, done.stderr
         pretrain(config, show="nothing")
@@ -97,7 +97,7 @@ def test_two_ranks_are_one_process_with_twice_the_accumulation(tmp_path: Path, t
 
 
 def started(config: Path, run: Path) -> "tuple[subprocess.Popen[str], dict[int, int]]":
-    """A long run of two ranks that has saved a step, and the processes' numbers by rank."""
+    """Starts a long run of two ranks and waits for a checkpoint; returns the process and the ranks' process ids."""
     words = ["launch", "-n", "2", "--", "pretrain", str(config), *LONG, "--quiet"]
     process = subprocess.Popen([sys.executable, "-m", "anarchobot", *words], stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + TIMEOUT
@@ -106,19 +106,19 @@ def started(config: Path, run: Path) -> "tuple[subprocess.Popen[str], dict[int, 
         time.sleep(0.05)
     table = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     children = sorted(int(pid) for pid, parent in map(str.split, table.splitlines()) if int(parent) == process.pid)
-    return process, dict(enumerate(children))  # started in their order
+    return process, dict(enumerate(children))  # started in order
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_rank_that_is_killed_ends_the_others_with_its_name(tmp_path: Path, tiny_shards: Path, lost: int) -> None:
+def test_killed_rank_is_reported_and_stops_the_others(tmp_path: Path, tiny_shards: Path, lost: int) -> None:
     config = write_config(tmp_path / "config.yaml", tiny_shards, tmp_path / "run", **SETTINGS)
     process, ranks = started(config, tmp_path / "run")
     os.kill(ranks[lost], signal.SIGKILL)
     began = time.monotonic()
-    _, told = process.communicate(timeout=TIMEOUT)
+    _, stderr = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 1 and time.monotonic() - began < 60
-    assert f"anarchobot: rank {lost} was ended by SIGKILL" in told
-    assert f"anarchobot: rank {lost} ended before the run did: rank {1 - lost} stops; go on from the last" in told
+    assert f"anarchobot: rank {lost} was killed by SIGKILL" in stderr
+    assert f"anarchobot: rank {lost} ended early: stopping rank {1 - lost}; resume from the last" in stderr
     for pid in ranks.values():
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
@@ -131,19 +131,19 @@ def test_a_rank_that_is_killed_ends_the_others_with_its_name(tmp_path: Path, tin
     assert (summary["finished"], summary["steps"]) == (True, step + 1)
 
 
-def test_ctrl_c_saves_once_and_ends_all(tmp_path: Path, tiny_shards: Path) -> None:
+def test_ctrl_c_saves_once_and_stops_all(tmp_path: Path, tiny_shards: Path) -> None:
     config = write_config(tmp_path / "config.yaml", tiny_shards, tmp_path / "run", **SETTINGS)
     process, _ = started(config, tmp_path / "run")
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=TIMEOUT)
+    _, stderr = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
-    assert told.count("SIGINT: saving after this step") == 1 and "ended before" not in told
-    (step,) = re.findall(r"stopped at step (\d+); go on with: anarchobot launch ... -- pretrain", told)
+    assert stderr.count("SIGINT: saving after this step") == 1 and "ended early" not in stderr
+    (step,) = re.findall(r"stopped at step (\d+); resume with: anarchobot launch ... -- pretrain", stderr)
     assert max(checkpoint.saved_steps(tmp_path / "run")) == int(step)
 
 
-# One rank runs out of memory in its second step.
-SHORT_OF_MEMORY = """
+# Rank 1 runs out of memory in its second step.
+OUT_OF_MEMORY = """
     import os, sys
     from anarchobot.cli.main import main
     from anarchobot.system.blas import load_fast_blas
@@ -160,13 +160,13 @@ SHORT_OF_MEMORY = """
 """
 
 
-def together(folder: Path, code: str, *words: list[str]) -> list[tuple[int, str]]:
-    """Exit code and stderr of each rank, of code of its own and words of its own."""
+def run_each(folder: Path, code: str, *words: list[str]) -> list[tuple[int, str]]:
+    """Runs `code` on each rank with its own arguments; returns exit codes and stderr."""
     children = [
         subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(code), *own], env=env, stderr=subprocess.PIPE, text=True
         )
-        for env, own in zip(environments(folder, len(words)), words, strict=True)
+        for env, own in zip(rank_environments(folder, len(words)), words, strict=True)
     ]
     try:
         told = [child.communicate(timeout=TIMEOUT)[1] for child in children]
@@ -176,59 +176,57 @@ def together(folder: Path, code: str, *words: list[str]) -> list[tuple[int, str]
     return [(child.returncode, text) for child, text in zip(children, told, strict=True)]
 
 
-def test_out_of_memory_on_one_rank_halves_on_all(tmp_path: Path, tiny_shards: Path) -> None:
+def test_out_of_memory_on_one_rank_shrinks_the_micro_batch_on_all(tmp_path: Path, tiny_shards: Path) -> None:
     settings = {**SETTINGS, "model__dropout": 0.0, "train__total_steps": 3}
     pretrain(loaded(tmp_path / "one.yaml", tiny_shards, tmp_path / "one", **settings), show="nothing")
     two = write_config(tmp_path / "two.yaml", tiny_shards, tmp_path / "two", **settings, train__grad_accum_steps=1)
     words = ["pretrain", str(two)]
-    (code, told), (other, _) = together(tmp_path, SHORT_OF_MEMORY, words, words)
-    assert (code, other) == (0, 0), told
-    assert "step 2: out of memory: going on with train.micro_batch_size=1 train.grad_accum_steps=2" in told
-    same_curve(tmp_path / "one", tmp_path / "two")
+    (code, stderr), (other, _) = run_each(tmp_path, OUT_OF_MEMORY, words, words)
+    assert (code, other) == (0, 0), stderr
+    assert "step 2: out of memory: continuing with train.micro_batch_size=1 train.grad_accum_steps=2" in stderr
+    assert_same_losses(tmp_path / "one", tmp_path / "two")
 
 
-def test_ranks_that_differ_are_refused_by_name(tmp_path: Path, tiny_shards: Path) -> None:
+def test_different_settings_on_ranks_are_refused(tmp_path: Path, tiny_shards: Path) -> None:
     config = write_config(tmp_path / "config.yaml", tiny_shards, tmp_path / "run", **SETTINGS)
     words = ["pretrain", str(config)]
     code = "import sys; from anarchobot.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    (first, told), (second, why) = together(tmp_path, code, words, [*words, "train.lr=0.5"])
-    assert second == 2 and "rank 1: train.lr is 0.5, and rank 0's is 0.01: give all the same" in why
-    assert first == 1 and "rank 1 ended before the run did" in told
+    (first, stderr), (second, reason) = run_each(tmp_path, code, words, [*words, "train.lr=0.5"])
+    assert second == 2 and "rank 1: train.lr is 0.5, but rank 0 has 0.01" in reason
+    assert first == 1 and "rank 1 ended early" in stderr
     assert not checkpoint.saved_steps(tmp_path / "run")
 
 
-def test_what_trains_in_one_process_is_refused(
-    tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_single_process_tasks_are_refused(tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLX_HOSTFILE", "MLX_RANK"):
-        monkeypatch.setenv(name, environments(tmp_path, 2)[1][name])
+        monkeypatch.setenv(name, rank_environments(tmp_path, 2)[1][name])
     with pytest.raises(UserError, match=r"train.backend: torch trains in one process: set train.backend: mlx"):
         pretrain(loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", train__backend="torch"), show="nothing")
     assert main(["dpo", str(tmp_path / "c.yaml"), "--model", "x"]) == 2
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["-n", "0", "--", "pretrain", "x"], "--ranks 0: expected 1 or more"),
         (["--backend", "tcp", "--", "pretrain", "x"], "--backend tcp: expected ring, mpi, nccl, jaccl"),
         (["--hosts", "a", "--hostfile", "f", "--", "pretrain", "x"], "--hosts, --hostfile: expected one of them"),
         (["--hostfile", "f", "-n", "2", "--", "pretrain", "x"], "--hostfile, --ranks: the file says how many"),
-        (["--", "generate", "x"], "launch: expected what to run behind --: pretrain or sft"),
+        (["--", "generate", "x"], "launch: expected a command after --: pretrain or sft"),
         (["--", "pretrain", "none.yaml"], "none.yaml: no such file"),
         (["--", "pretrain", "configs/quickstart.yaml", "--lr", "fast"], "train.lr"),
         (["--", "sft", "configs/quickstart.yaml"], "expected the model to tune"),
     ],
 )
-def test_mistakes_are_told(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", *words]) == 2
-    said = capsys.readouterr().err
-    assert told in said and said.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert message in stderr and stderr.count("\n") == 1
 
 
-def test_other_machines_are_left_to_mlx_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_machines_are_started_by_mlx_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(launch, "launch_by_mlx", lambda words, options: calls.append((words, options)) or 0)
+    monkeypatch.setattr(launch, "launch_with_mlx", lambda words, options: calls.append((words, options)) or 0)
     assert main(["launch", "--hosts", "10.0.0.1,10.0.0.2", "--", "pretrain", "c.yaml", "--resume-from", "auto"]) == 0
     assert main(["launch", "--hostfile", "f", "--backend", "jaccl", "--quiet", "--", "pretrain", "c.yaml"]) == 0
     assert main(["launch", "--backend", "mpi", "-n", "3", "--", "sft", "c.yaml"]) == 0

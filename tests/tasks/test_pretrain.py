@@ -1,4 +1,4 @@
-"""Pretraining from shards to summary: exact resume, what a run leaves behind, and what it refuses."""
+"""Pretraining from shards to summary: exact resume, the files of a run, and refused configurations."""
 
 import importlib
 import json
@@ -47,7 +47,7 @@ def arrays(run: Path) -> dict[str, np.ndarray]:
     return checkpoint.load_arrays(found, found.config.model, optimizer=True)
 
 
-def equal(a: Path, b: Path) -> None:
+def assert_same_state(a: Path, b: Path) -> None:
     first, second = arrays(a), arrays(b)
     assert set(first) == set(second)
     for name, value in first.items():
@@ -72,7 +72,7 @@ def engine_class(backend: str) -> Any:
     ],
     ids=["muon, dropout", "adamw, untied", "float16, recomputed", "across epochs"],
 )
-def test_stopped_and_resumed_equals_unbroken_bit_for_bit(
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(
     run_with: Any,
     tmp_path: Path,
     tiny_shards: Path,
@@ -80,16 +80,16 @@ def test_stopped_and_resumed_equals_unbroken_bit_for_bit(
     settings: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Weights, both optimizers, scalars and the logged losses of 2 + 4 steps are those of 6."""
+    """Weights, both optimizers, scalars and logged losses of 2 + 4 steps equal those of 6."""
     engine = engine_class(backend)
     settings = {**settings, "train__backend": backend}
     _, straight = run_with("straight", **settings)
-    whole_step = engine.train_step
+    train_step = engine.train_step
 
     def interrupted(self: Any, batch: Any, step: int, *rest: float) -> Any:
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return whole_step(self, batch, step, *rest)
+        return train_step(self, batch, step, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "train_step", interrupted)
@@ -97,7 +97,7 @@ def test_stopped_and_resumed_equals_unbroken_bit_for_bit(
     assert (summary["finished"], summary["steps"]) == (False, 2)
     summary, lines = run_with("broken", train__checkpoint_path="auto", **settings)
     assert (summary["finished"], summary["steps"]) == (True, 6)
-    equal(tmp_path / "straight", tmp_path / "broken")
+    assert_same_state(tmp_path / "straight", tmp_path / "broken")
 
     def losses(events: list[dict[str, Any]]) -> list[tuple[int, str, float]]:
         return [
@@ -105,12 +105,12 @@ def test_stopped_and_resumed_equals_unbroken_bit_for_bit(
         ]
 
     assert losses(lines) == losses(straight)
-    if "data__seq_len" in settings:  # the case that must cross an epoch
+    if "data__seq_len" in settings:  # this case must cross an epoch
         assert summary["tokens"] > read_manifest(tiny_shards).tokens("train")
     assert [e["step"] for e in lines if e["event"] == "resume"] == [2]
 
 
-def test_a_run_leaves_what_it_promises(run_with: Any, tmp_path: Path, tiny_shards: Path) -> None:
+def test_run_folder_and_summary(run_with: Any, tmp_path: Path, tiny_shards: Path) -> None:
     summary, lines = run_with("run", train__ckpt_keep=1)
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} >= {
@@ -127,7 +127,7 @@ def test_a_run_leaves_what_it_promises(run_with: Any, tmp_path: Path, tiny_shard
     assert summary["best_val_loss"] == min(line["val_loss"] for line in evals)
     assert [line["step"] for line in evals] == [0, 3, 6]
     assert evals[0]["val_loss"] == pytest.approx(math.log(VOCAB), rel=0.05)
-    (shard,) = read_manifest(tiny_shards).of("val")
+    (shard,) = read_manifest(tiny_shards).shards_in("val")
     ratio = shard.bytes / shard.tokens
     assert evals[0]["val_bpb"] == pytest.approx(evals[0]["val_loss"] / math.log(2) / ratio)
     state = json.loads((run / "step_00000006" / "state.json").read_text())
@@ -135,7 +135,7 @@ def test_a_run_leaves_what_it_promises(run_with: Any, tmp_path: Path, tiny_shard
     assert state["random_state"] == {"seed": 0, "step": 6}
 
 
-def test_the_loss_falls(run_with: Any) -> None:
+def test_loss_decreases(run_with: Any) -> None:
     _, lines = run_with(
         "run", train__total_steps=80, train__eval_interval=80, train__log_interval=40, train__ckpt_interval=80,
         train__warmup_steps=5, train__eval_batches=None, model__dropout=0.0,
@@ -144,10 +144,10 @@ def test_the_loss_falls(run_with: Any) -> None:
     assert last < first - 1.5
 
 
-def test_a_batch_whose_numbers_are_not_finite_leaves_no_trace_in_the_weights(
+def test_non_finite_batch_does_not_change_the_weights(
     run_with: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NaN is put into the gradient of step 3's batch: the weights are those of step 2, and the batch is named."""
+    """With NaN in the gradient of step 3, the weights stay those of step 2, and the batch is logged."""
     from anarchobot.training.mlx_engine import MLXEngine
 
     real = MLXEngine._share
@@ -175,7 +175,7 @@ def test_a_batch_whose_numbers_are_not_finite_leaves_no_trace_in_the_weights(
     assert (before["data_position"], after["data_position"]) == (8, 12)
 
 
-def test_a_finished_run_resumed_does_nothing_more(run_with: Any, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_does_nothing(run_with: Any, tmp_path: Path) -> None:
     run_with("run")
     before = (tmp_path / "run" / "step_00000006" / "state.json").stat().st_mtime_ns
     summary, _ = run_with("run", train__checkpoint_path="auto")
@@ -183,10 +183,10 @@ def test_a_finished_run_resumed_does_nothing_more(run_with: Any, tmp_path: Path)
     assert (tmp_path / "run" / "step_00000006" / "state.json").stat().st_mtime_ns == before
 
 
-def test_a_worse_model_after_a_resume_is_not_the_best(
+def test_worse_validation_after_resume_is_not_best(
     run_with: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step is saved before its own validation, so the checkpoint doesn't know how good it was."""
+    """A step is saved before its own validation, so the checkpoint does not contain its result."""
     from anarchobot.training.mlx_engine import MLXEngine
 
     losses = iter([5.0, 4.0, 3.0, 3.0, 3.5])  # at steps 0, 3, 6 and, resumed, at 6 again and 9
@@ -199,23 +199,23 @@ def test_a_worse_model_after_a_resume_is_not_the_best(
     assert (best["step"], best["best_val_loss"]) == (6, 3.0)
 
 
-@pytest.mark.parametrize("where", ["before", "behind"])
-def test_killed_as_the_best_step_is_named(
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_killed_while_writing_best_json(
     run_with: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """A validation that is logged is not made again: by then the step must have its name."""
+    """A logged validation is not repeated, so best.json must be written before that."""
     from anarchobot.runs.async_checkpointer import AsyncCheckpointer
 
     run_with("straight")
-    real = AsyncCheckpointer.name_best
+    real = AsyncCheckpointer.mark_best
 
     def killed(self: AsyncCheckpointer, step: int, values: dict[str, Any]) -> None:
-        if where == "behind":
+        if where == "after":
             real(self, step, values)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(AsyncCheckpointer, "name_best", killed)
+        patch.setattr(AsyncCheckpointer, "mark_best", killed)
         run_with("killed")
     run_with("killed", train__checkpoint_path="auto")
     for name in ("best.json", "step_00000006/state.json"):
@@ -224,8 +224,8 @@ def test_killed_as_the_best_step_is_named(
             assert straight.get(key) == resumed.get(key), (name, key)
 
 
-def test_the_length_in_epochs_is_kept_when_the_batch_changes(run_with: Any, tmp_path: Path) -> None:
-    """Twice the batch for the second half: three quarters of the steps, and all of the data."""
+def test_length_in_epochs_is_kept_if_the_batch_size_changes(run_with: Any, tmp_path: Path) -> None:
+    """Twice the batch size for the second half: three quarters of the steps, all of the data."""
     epochs = {"train__total_steps": LEFT_OUT, "train__epochs": 0.2, "train__eval_batches": 1, "model__dropout": 0.0}
     whole, _ = run_with("whole", **epochs)
     half = whole["steps"] // 2
@@ -236,18 +236,18 @@ def test_the_length_in_epochs_is_kept_when_the_batch_changes(run_with: Any, tmp_
     assert summary["tokens"] >= whole["tokens"]
 
 
-def test_auto_starts_afresh_where_nothing_is(run_with: Any) -> None:
+def test_auto_resume_without_a_checkpoint_starts_a_new_run(run_with: Any) -> None:
     assert run_with("new", train__checkpoint_path="auto")[0]["steps"] == 6
 
 
-def test_a_longer_run_may_go_on_from_a_shorter_ones_end(run_with: Any, tmp_path: Path) -> None:
+def test_finished_run_can_be_extended(run_with: Any, tmp_path: Path) -> None:
     run_with("run")
     summary, _ = run_with("run", train__total_steps=8, train__checkpoint_path=str(tmp_path / "run" / "step_00000006"))
     assert summary["steps"] == 8
 
 
-def test_samples_are_written_and_disturb_nothing(run_with: Any, tmp_path: Path) -> None:
-    """Sampling draws random numbers: dropout and everything after it must not change."""
+def test_samples_do_not_affect_training(run_with: Any, tmp_path: Path) -> None:
+    """Sampling draws random numbers, which must not change dropout."""
     run_with("without")
     _, lines = run_with(
         "with", train__sample_interval=2, generation__prompt="The", generation__max_new_tokens=5,
@@ -256,13 +256,11 @@ def test_samples_are_written_and_disturb_nothing(run_with: Any, tmp_path: Path) 
     samples = [line for line in lines if line["event"] == "sample"]
     assert [line["step"] for line in samples] == [2, 4, 6]
     assert all(line["text"] for line in samples)
-    equal(tmp_path / "without", tmp_path / "with")
+    assert_same_state(tmp_path / "without", tmp_path / "with")
 
 
-def test_several_shard_folders_train_as_one_or_by_their_weights(
-    tmp_path: Path, tiny_shards: Path, run_with: Any
-) -> None:
-    """The same folder twice is twice as many windows; with weights the order is another, and resume is still exact."""
+def test_several_shard_folders_with_and_without_weights(tmp_path: Path, tiny_shards: Path, run_with: Any) -> None:
+    """The same folder twice gives twice as many windows; weights change the order, and resume stays exact."""
     both = [str(tiny_shards), str(tiny_shards)]
     tokens = read_manifest(tiny_shards).tokens("train")
     summary, _ = run_with("one", train__total_steps=LEFT_OUT, train__epochs=0.01)
@@ -273,7 +271,7 @@ def test_several_shard_folders_train_as_one_or_by_their_weights(
     run_with("straight", **weighted)
     run_with("stopped", train__total_steps=3, train__lr_decay_steps=6, **weighted)
     run_with("stopped", train__lr_decay_steps=6, train__checkpoint_path="auto", **weighted)
-    equal(tmp_path / "straight", tmp_path / "stopped")
+    assert_same_state(tmp_path / "straight", tmp_path / "stopped")
     other = make_shards(tmp_path / "other", megabytes=0.05)
     refused(
         r"data.shard_dir: .*other and .*shards were made with different tokenizers",
@@ -287,9 +285,7 @@ def refused(match: str, path: Path, *args: Any, **overrides: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_does_not_belong_together_is_refused_before_anything_is_written(
-    tmp_path: Path, tiny_shards: Path, run_with: Any
-) -> None:
+def test_mismatches_are_refused_before_anything_is_written(tmp_path: Path, tiny_shards: Path, run_with: Any) -> None:
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     refused(r"nowhere: no token shards here .* run `anarchobot pretokenize`", config, tmp_path / "nowhere", run)
     refused(
@@ -301,19 +297,19 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_written(
     refused("no checkpoint here", config, tiny_shards, run, train__checkpoint_path=str(tmp_path / "none"))
     other = make_shards(tmp_path / "other", megabytes=0.05)
     refused(
-        r"train.tokenizer_path: .* is not the tokenizer that made the shards",
+        r"train.tokenizer_path: .* is not the tokenizer of the shards",
         config, tiny_shards, run, train__tokenizer_path=str(other / "tokenizer.model"),
     )  # fmt: skip
     assert not run.exists()
 
     run_with("run")
-    refused(r"run already holds a run, at step 6: go on with it \(--resume-from auto\)", config, tiny_shards, run)
+    refused(r"run already contains a run, at step 6: resume it with --resume-from auto", config, tiny_shards, run)
     again = {"train__checkpoint_path": "auto", "train__total_steps": 9}
-    refused("began with other shards", config, other, run, **again)
+    refused("started with other shards", config, other, run, **again)
     refused("train.seed was 0 and is now 1", config, tiny_shards, run, train__seed=1, **again)
     refused("data.seq_len was 32 and is now 16", config, tiny_shards, run, data__seq_len=16, **again)
     refused(
-        r"model.d_model was 32 and is now 64: a run can't change it",
+        r"model.d_model was 32 and is now 64: it can't change within a run",
         config,
         tiny_shards,
         run,
@@ -326,10 +322,12 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_written(
     refused(r"later steps, up to 6: to go back to step 3, choose another", config, tiny_shards, run,
             train__checkpoint_path=older)  # fmt: skip
     run_with("second")
-    refused("second holds another run than", config, tiny_shards, tmp_path / "second", train__checkpoint_path=older)
+    refused(
+        "second contains a different run than", config, tiny_shards, tmp_path / "second", train__checkpoint_path=older
+    )
     assert run_with("branch", train__checkpoint_path=older)[0]["steps"] == 6
-    equal(run, tmp_path / "branch")
-    # Step 3 was the best when the branch began: it lies in the branch's folder too, or best.json would name nothing.
+    assert_same_state(run, tmp_path / "branch")
+    # Step 3 was the best when the branch started, so it is saved in the branch's folder too, for best.json.
     assert 3 in [e["step"] for e in lines_of(tmp_path / "branch") if e["event"] == "save"]
     assert checkpoint.find(tmp_path / "branch" / "best.json").step in checkpoint.saved_steps(tmp_path / "branch")
     refused(
@@ -337,15 +335,17 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_written(
     )
 
 
-def test_a_swapped_tokenizer_beside_the_shards_is_refused(tmp_path: Path, tiny_shards: Path) -> None:
+def test_replaced_tokenizer_next_to_the_shards_is_refused(tmp_path: Path, tiny_shards: Path) -> None:
     shards = tmp_path / "shards"
     shutil.copytree(tiny_shards, shards)
     other = make_shards(tmp_path / "other", megabytes=0.05)
     shutil.copy(other / "tokenizer.model", shards / "tokenizer.model")
-    refused("not the tokenizer that made the shards beside it", tmp_path / "c.yaml", shards, tmp_path / "run")
+    refused(
+        "not the tokenizer that the shards next to it were made with", tmp_path / "c.yaml", shards, tmp_path / "run"
+    )
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path: Path, tiny_shards: Path) -> None:
+def test_ctrl_c_saves_prints_the_resume_command_and_exits_with_130(tmp_path: Path, tiny_shards: Path) -> None:
     config = write_config(
         tmp_path / "c.yaml", tiny_shards, tmp_path / "run", train__total_steps=10**6, train__eval_interval=10**6,
         train__ckpt_interval=10**6,
@@ -361,15 +361,14 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path: Path, tiny_
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     (step,) = checkpoint.saved_steps(tmp_path / "run")
-    again = f"anarchobot pretrain {tmp_path}/run/config.yaml --resume-from auto"
-    assert f"stopped at step {step}; go on with: {again}" in err
+    command_line = f"anarchobot pretrain {tmp_path}/run/config.yaml --resume-from auto"
+    assert f"stopped at step {step}; resume with: {command_line}" in err
     assert "Traceback" not in err
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]["total_steps"] == 10**6
 
 
-def test_a_longer_run_remembers_the_best_of_its_last_end(tmp_path: Path, tiny_shards: Path) -> None:
-    """Its last step was validated for being the last, which is not done again. A length that is passed already
-    changes nothing."""
+def test_extended_run_keeps_the_best_of_its_previous_end(tmp_path: Path, tiny_shards: Path) -> None:
+    """The last step was validated because it was the last, which is not repeated. A shorter length changes nothing."""
 
     def run(steps: int, **more: Any) -> dict[str, Any]:
         config = loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", train__total_steps=steps,

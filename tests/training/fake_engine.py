@@ -1,4 +1,4 @@
-"""An engine that only counts, and a run with it."""
+"""A fake engine for tests of the training loop."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ MODEL = {"vocab_size": 7, "n_layers": 1, "d_model": 2, "n_heads": 1}
 
 
 class FakeEngine:
-    """Loss 10 - step; the batch's first number is its position."""
+    """Its loss is 10 - step; the first token of a batch is its position."""
 
     def __init__(self, val_losses: list[float] | None = None, nan_at: int = 0, on_step: Any = None) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -60,10 +60,10 @@ class Windows:
         return Batch(ids, ids)
 
 
-class NoDisplay:
+class NullDisplay:
     def train(self, step: int, values: dict[str, Any]) -> None: ...
 
-    def note(self, text: str) -> None: ...
+    def message(self, text: str) -> None: ...
 
 
 def train(
@@ -74,15 +74,15 @@ def train(
     sample: Any = None,
     start: int = 0,
     guard: dict[str, Any] | None = None,
-    problem: Any = lambda: None,
+    data_error: Any = lambda: None,
     **settings: Any,
 ) -> tuple[bool, list[dict[str, Any]]]:
     settings = {"lr": 1.0, "min_lr": 1.0, "warmup_steps": 0, "micro_batch_size": 2, "grad_accum_steps": 3, **settings}
     config = Config.model_validate({"model": MODEL, "train": settings, "guard": guard or {}})
     val_batches = [Windows().at(0, 1, 2)] * val
-    run = Run(config, steps, {}, Windows(), val_batches, 2.0, tmp_path, sample, problem)  # type: ignore[arg-type]
+    run = Run(config, steps, {}, Windows(), val_batches, 2.0, tmp_path, sample, data_error)  # type: ignore[arg-type]
     progress = Progress(step=start, position=start * 6, tokens=start * 24)
     with MetricsLog(tmp_path / "logs") as log:
-        finished = run_training(engine, run, progress, log, NoDisplay())
+        finished = run_training(engine, run, progress, log, NullDisplay())
     lines = [json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]
     return finished, lines

@@ -1,4 +1,4 @@
-"""The loop with an engine that only counts: what happens at which step, in which order, and when something fails."""
+"""The training loop with a fake engine: the order of events, and how failures are handled."""
 
 import json
 import os
@@ -11,15 +11,14 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.data.batches import Batch
-from anarchobot.runs import checkpoint
-from anarchobot.runs import async_checkpointer
+from anarchobot.runs import async_checkpointer, checkpoint
 from anarchobot.runs.progress import Progress
 from anarchobot.training.engine import StepResult
-from anarchobot.training.loop import MOST_SKIPPED
+from anarchobot.training.loop import MAX_SKIPPED_STEPS
 from tests.training.fake_engine import FakeEngine, train
 
 
-def test_what_happens_when(tmp_path: Path) -> None:
+def test_schedule_of_events(tmp_path: Path) -> None:
     finished, lines = train(
         tmp_path, FakeEngine(), 10, sample=lambda: "text",
         log_interval=2, eval_interval=4, ckpt_interval=5, sample_interval=3,
@@ -29,26 +28,26 @@ def test_what_happens_when(tmp_path: Path) -> None:
         event: [line["step"] for line in lines if line["event"] == event]
         for event in ("train", "eval", "save", "sample")
     }
-    # Step 4's validation is no better than step 0's, so only 5 and 10 are saved; the last step does all it can.
+    # Step 4's validation does not improve on step 0's, so only 5 and 10 are saved.
     assert at == {"train": [2, 4, 6, 8, 10], "eval": [0, 4, 8, 10], "save": [5, 10], "sample": [3, 6, 9]}
 
 
-def test_steps_positions_and_rates_follow_each_other(tmp_path: Path) -> None:
+def test_steps_positions_and_learning_rates(tmp_path: Path) -> None:
     engine = FakeEngine()
     _, lines = train(tmp_path, engine, 3, log_interval=1, warmup_steps=4, schedule="constant")
     steps = [call for call in engine.calls if call[0] == "train"]
     assert [(s, position, lr) for _, s, position, lr, _ in steps] == [(1, 0, 0.25), (2, 6, 0.5), (3, 12, 0.75)]
     assert steps[2][4] == pytest.approx(0.85 + 0.1 * 3 / 300)
-    written = [line for line in lines if line["event"] == "train"]
-    assert [(line["loss"], line["lr"], line["tokens"]) for line in written] == [
+    logged = [line for line in lines if line["event"] == "train"]
+    assert [(line["loss"], line["lr"], line["tokens"]) for line in logged] == [
         (9.0, 0.25, 24),
         (8.0, 0.5, 48),
         (7.0, 0.75, 72),
     ]
 
 
-def test_the_checkpoint_comes_before_validation_and_sample(tmp_path: Path) -> None:
-    """Validation may run out of memory: hours of work must be on disk by then."""
+def test_checkpoint_is_saved_before_validation_and_sample(tmp_path: Path) -> None:
+    """Validation may run out of memory; the checkpoint must be on disk by then."""
     engine = FakeEngine()
 
     def sample() -> str:
@@ -59,7 +58,7 @@ def test_the_checkpoint_comes_before_validation_and_sample(tmp_path: Path) -> No
     assert [call[0] for call in engine.calls] == ["eval", "train", "train", "state", "eval", "sample"]
 
 
-def test_the_best_checkpoint_is_saved_named_and_kept(tmp_path: Path) -> None:
+def test_best_checkpoint_is_saved_and_kept(tmp_path: Path) -> None:
     engine = FakeEngine(val_losses=[5.0, 3.0, 1.0, 4.0, 2.0])  # at steps 0, 2, 4, 6, 8
     _, lines = train(tmp_path, engine, 8, eval_interval=2, ckpt_interval=7, ckpt_keep=1)
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 4
@@ -67,10 +66,10 @@ def test_the_best_checkpoint_is_saved_named_and_kept(tmp_path: Path) -> None:
     evals = {line["step"]: line for line in lines if line["event"] == "eval"}
     assert evals[4]["val_loss"] == 1.0
     assert evals[4]["perplexity"] == pytest.approx(2.718282, rel=1e-6)
-    assert evals[4]["val_bpb"] == pytest.approx(1.442695 / 2, rel=1e-6)  # 2 bytes a token
+    assert evals[4]["val_bpb"] == pytest.approx(1.442695 / 2, rel=1e-6)  # 2 bytes per token
 
 
-def test_a_step_that_is_not_finite_is_said_and_passed_over(tmp_path: Path) -> None:
+def test_non_finite_step_is_logged_and_skipped(tmp_path: Path) -> None:
     finished, lines = train(tmp_path, FakeEngine(nan_at=2), 3, log_interval=1)
     assert finished
     assert [(line["event"], line["step"]) for line in lines if line["event"] in ("train", "skip")] == [
@@ -81,35 +80,35 @@ def test_a_step_that_is_not_finite_is_said_and_passed_over(tmp_path: Path) -> No
 
 
 class Diverging(FakeEngine):
-    """Finite up to step 4; and again, where `mends` is set, on data beyond position `mends`."""
+    """Finite up to step 4, and again on data from position `recovers_at` on."""
 
-    def __init__(self, mends: int | None = None, overflow: bool = False) -> None:
+    def __init__(self, recovers_at: int | None = None, overflow: bool = False) -> None:
         super().__init__()
         self.loaded: list[Any] = []
-        self._mends, self._overflow = mends, overflow
+        self._recovers_at, self._overflow = recovers_at, overflow
 
     def train_step(self, batch: Batch, step: int, lr: float, momentum: float, norm_limit: float) -> StepResult:
         position = int(batch.inputs[0, 0, 0])
         self.calls.append(("train", step, position))
-        bad = step > 4 and (self._mends is None or position < self._mends)
+        bad = step > 4 and (self._recovers_at is None or position < self._recovers_at)
         return StepResult(float("inf") if bad else 1.0, 1.0, 1, applied=not bad, overflow=bad and self._overflow)
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.loaded.append(state)
 
 
-def test_a_run_that_diverged_goes_back_past_the_data_three_times_and_ends_with_a_line(tmp_path: Path) -> None:
+def test_diverged_run_rolls_back_three_times_then_fails(tmp_path: Path) -> None:
     engine = Diverging()
-    with pytest.raises(UserError, match=r"step 7: .* again, after 3 returns to step 4: lower train.lr, or look at"):
+    with pytest.raises(UserError, match=r"step 7: .* again after 3 rollbacks to step 4: lower train.lr"):
         train(tmp_path, engine, 1000, ckpt_interval=4, eval_interval=1000, guard={"rollback_after": 3})
-    # Steps 1 to 4, and 5 to 7 four times: each time from weights of step 4, and never the same data again.
+    # Steps 1 to 4, then 5 to 7 four times, each time from the weights of step 4 and with new data.
     assert [call[1] for call in engine.calls if call[0] == "train"] == [1, 2, 3, 4, *[5, 6, 7] * 4]
     assert [call[2] for call in engine.calls if call[0] == "train"] == [6 * i for i in range(16)]
     assert len(engine.loaded) == 3
 
 
-def test_a_run_that_gets_past_the_bad_data_goes_on(tmp_path: Path) -> None:
-    engine = Diverging(mends=50)
+def test_run_continues_after_the_bad_data(tmp_path: Path) -> None:
+    engine = Diverging(recovers_at=50)
     finished, lines = train(tmp_path, engine, 9, ckpt_interval=4, eval_interval=1000, guard={"rollback_after": 3})
     assert finished
     assert [(e["event"], e["step"]) for e in lines if e["event"] in ("skip", "resume")] == [
@@ -120,17 +119,17 @@ def test_a_run_that_gets_past_the_bad_data_goes_on(tmp_path: Path) -> None:
     assert (state["step"], state["data_position"], state["returns"], state["returned_to"]) == (9, 6 * 12, 1, 4)
 
 
-def test_without_a_checkpoint_or_without_going_back_it_ends_with_a_line(tmp_path: Path) -> None:
+def test_divergence_without_checkpoint_or_rollback_fails(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"step 9: .* before the first checkpoint: lower train.lr"):
         train(tmp_path / "a", Diverging(), 1000, ckpt_interval=100, eval_interval=1000)
     never = {"rollback_after": None}
-    with pytest.raises(UserError, match=rf"step {4 + MOST_SKIPPED}: .* not finite: lower train.lr, .* saved one is 4"):
+    with pytest.raises(UserError, match=rf"step {4 + MAX_SKIPPED_STEPS}: .* not finite .*: lower train.lr, .* step 4"):
         train(tmp_path / "b", Diverging(), 1000, ckpt_interval=4, eval_interval=1000, guard=never)
-    with pytest.raises(UserError, match=rf"step {4 + MOST_SKIPPED}: "):  # float16's scale halves: no reason to go back
+    with pytest.raises(UserError, match=rf"step {4 + MAX_SKIPPED_STEPS}: "):  # float16 halves its loss scale
         train(tmp_path / "c", Diverging(overflow=True), 1000, ckpt_interval=4, eval_interval=1000)
 
 
-def test_a_spike_is_left_out_with_its_batch_named(tmp_path: Path) -> None:
+def test_spike_is_skipped_and_its_batch_logged(tmp_path: Path) -> None:
     class Spiking(FakeEngine):
         def train_step(self, batch: Batch, step: int, lr: float, momentum: float, norm_limit: float) -> StepResult:
             norm = 100.0 if step == 90 else 1 + 0.1 * (step % 5)
@@ -143,9 +142,9 @@ def test_a_spike_is_left_out_with_its_batch_named(tmp_path: Path) -> None:
     assert (len(norms), norms[89]) == (100, 100.0)
 
 
-def test_out_of_memory_makes_the_micro_batches_smaller_and_keeps_the_batch(tmp_path: Path) -> None:
+def test_out_of_memory_shrinks_the_micro_batch_and_keeps_the_batch(tmp_path: Path) -> None:
     class Small(FakeEngine):
-        """Has room for two rows at a time, from step 3 on for one."""
+        """Fits two rows, from step 3 on one."""
 
         def train_step(self, batch: Batch, step: int, lr: float, momentum: float, norm_limit: float) -> StepResult:
             if batch.inputs.shape[1] > (2 if step < 3 else 1):
@@ -159,18 +158,18 @@ def test_out_of_memory_makes_the_micro_batches_smaller_and_keeps_the_batch(tmp_p
         (1, (6, 1), 0), (2, (6, 1), 6), (3, (6, 1), 12), (4, (6, 1), 18)
     ]  # fmt: skip
     texts = [line["text"] for line in lines if line["event"] == "warning"]
-    assert "train.micro_batch_size=3 train.grad_accum_steps=2, which is the same batch" in texts[0]
-    assert "train.micro_batch_size=1 train.grad_accum_steps=6, which is the same batch" in texts[1]
+    assert "train.micro_batch_size=3 train.grad_accum_steps=2 (same batch)" in texts[0]
+    assert "train.micro_batch_size=1 train.grad_accum_steps=6 (same batch)" in texts[1]
 
-    class None_(FakeEngine):
+    class TooSmall(FakeEngine):
         def train_step(self, *args: Any) -> StepResult:
             raise MemoryError
 
-    with pytest.raises(UserError, match=r"step 1: out of memory with one sequence at a time: set train.gradient_ch"):
-        train(tmp_path / "none", None_(), 4)
+    with pytest.raises(UserError, match=r"step 1: out of memory with train.micro_batch_size=1: set train.gradient_ch"):
+        train(tmp_path / "none", TooSmall(), 4)
 
 
-def test_a_failed_save_is_said_and_tried_again_and_costs_no_older_checkpoint(
+def test_failed_save_is_reported_retried_and_keeps_older_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At steps 4 and 6 the disk is full."""
@@ -186,62 +185,62 @@ def test_a_failed_save_is_said_and_tried_again_and_costs_no_older_checkpoint(
     finished, lines = train(tmp_path, FakeEngine(), 8, ckpt_interval=2, ckpt_keep=1, eval_interval=1000, val=0)
     assert finished
     assert tries == [2, 4, 6, 8]
-    told = [(line["step"], "No space left" in line["text"]) for line in lines if line["event"] == "warning"]
-    assert told == [(4, True), (6, True)]
+    warnings = [(line["step"], "No space left" in line["text"]) for line in lines if line["event"] == "warning"]
+    assert warnings == [(4, True), (6, True)]
     assert checkpoint.saved_steps(tmp_path) == [8]
-    # As soon as a minute has gone by, whatever the step.
+    # Retried after RETRY_SECONDS, at any step.
     tries.clear()
     monkeypatch.setattr(async_checkpointer, "RETRY_SECONDS", 0.0)
     train(tmp_path / "again", FakeEngine(), 8, ckpt_interval=4, eval_interval=1000, val=0)
     assert tries == [4, 5, 8]
-    # At the end it is tried until it works, or given up with a line.
-    monkeypatch.setattr(async_checkpointer, "LAST_PAUSE", 0.0)
-    with pytest.raises(UserError, match=r"step 6 could not be saved in 10 tries; the newest saved one is 5: make room"):
+    # At the end it is retried a limited number of times.
+    monkeypatch.setattr(async_checkpointer, "FINAL_PAUSE", 0.0)
+    with pytest.raises(UserError, match=r"step 6 could not be saved in 10 attempts; newest checkpoint: step 5: free"):
         train(tmp_path / "end", FakeEngine(), 6, ckpt_interval=5, eval_interval=1000, val=0)
 
 
-def test_a_checkpoint_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+def test_non_finite_weights_are_not_saved(tmp_path: Path) -> None:
     class Bad(FakeEngine):
         def state(self) -> dict[str, Any]:
             return {"params/w": np.array([1.0, np.nan], np.float32)}
 
     with pytest.raises(UserError, match="could not be saved"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(async_checkpointer, "LAST_PAUSE", 0.0)
+        patch.setattr(async_checkpointer, "FINAL_PAUSE", 0.0)
         train(tmp_path, Bad(), 2, val=0)
     assert checkpoint.saved_steps(tmp_path) == []
 
 
-def test_a_checkpoint_is_written_after_some_minutes_whatever_the_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A clock that goes half a minute further with each step."""
+def test_checkpoint_interval_in_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that advances half a minute per step."""
     engine = FakeEngine()
-    monkeypatch.setattr(async_checkpointer.time, "monotonic", lambda: 30.0 * sum(call[0] == "train" for call in engine.calls))
+    monkeypatch.setattr(
+        async_checkpointer.time, "monotonic", lambda: 30.0 * sum(call[0] == "train" for call in engine.calls)
+    )
     _, lines = train(tmp_path, engine, 10, ckpt_interval=1000, ckpt_minutes=2, eval_interval=1000, val=0)
     assert [line["step"] for line in lines if line["event"] == "save"] == [4, 8, 10]
 
 
-def test_damaged_shards_end_the_run_with_a_line(tmp_path: Path) -> None:
+def test_damaged_shards_stop_the_run(tmp_path: Path) -> None:
     found: list[str] = []
     engine = FakeEngine(on_step=lambda step: found.append("shards/x.npy: damaged") if step == 3 else None)
-    with pytest.raises(UserError, match=r"shards/x.npy: damaged; what was trained on it since step 2 is not saved"):
-        train(tmp_path, engine, 9, ckpt_interval=2, problem=lambda: found[0] if found else None)
+    with pytest.raises(UserError, match=r"shards/x.npy: damaged; training since step 2 .* is not saved"):
+        train(tmp_path, engine, 9, ckpt_interval=2, data_error=lambda: found[0] if found else None)
     assert checkpoint.saved_steps(tmp_path) == [2]
 
 
-def test_a_validation_that_was_made_is_not_logged_again_and_names_its_step_again(tmp_path: Path) -> None:
-    """The checkpoint is older than its step's validation, and may be all that a kill has left."""
+def test_repeated_validation_restores_best_json_but_is_not_logged_again(tmp_path: Path) -> None:
+    """A checkpoint predates the validation of its own step, and may be all that is left after a kill."""
     train(tmp_path, FakeEngine([9.0, 3.0]), 4, eval_interval=4)
     (tmp_path / "best.json").unlink()
     _, lines = train(tmp_path, FakeEngine([3.0, 4.0]), 6, start=4, eval_interval=4)
     assert [line["step"] for line in lines if line["event"] == "eval"] == [0, 4, 6]
-    assert checkpoint.named_step(tmp_path / "best.json") == 4
+    assert checkpoint.best_step(tmp_path) == 4
 
 
-def test_no_checkpoint_is_made_of_weights_in_doubt(tmp_path: Path) -> None:
-    """Steps 5 to 8 are not finite: what is due at 6 comes at 9, and a stop at 7 leaves step 4 the newest."""
+def test_suspect_weights_are_not_saved(tmp_path: Path) -> None:
+    """Steps 5 to 8 are not finite: the save due at 6 happens at 9, and after a stop at 7 step 4 is the newest."""
     bad = {"ckpt_interval": 2, "ckpt_keep": 9, "eval_interval": 1000, "guard": {"rollback_after": 6}}
-    train(tmp_path / "on", Diverging(mends=48), 10, **bad)
+    train(tmp_path / "on", Diverging(recovers_at=48), 10, **bad)
     assert sorted(checkpoint.saved_steps(tmp_path / "on")) == [2, 4, 9, 10]
 
     class Stopped(Diverging):
@@ -254,28 +253,28 @@ def test_no_checkpoint_is_made_of_weights_in_doubt(tmp_path: Path) -> None:
     assert (finished, max(checkpoint.saved_steps(tmp_path / "stopped"))) == (False, 4)
 
 
-def test_a_best_step_that_can_not_be_named_yet_is_kept_and_named_later(
+def test_failed_write_of_best_json_is_retried_and_its_step_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, tries = async_checkpointer.write_sealed, []
+    real, tries = checkpoint.write_best, []
 
-    def full(path: Path, values: Any) -> None:
-        tries.append(path.name)
+    def full(run: Path, step: int, values: Any) -> None:
+        tries.append(step)
         if len(tries) == 1:
             raise OSError(28, "No space left on device")
-        real(path, values)
+        real(run, step, values)
 
-    monkeypatch.setattr(async_checkpointer, "write_sealed", full)
+    monkeypatch.setattr(checkpoint, "write_best", full)
     settings = {"eval_interval": 2, "ckpt_interval": 2, "ckpt_keep": 1, "log_interval": 99}
     finished, lines = train(tmp_path, FakeEngine([9.0, 3.0, 4.0, 5.0, 6.0]), 8, **settings)
-    assert finished and checkpoint.named_step(tmp_path / "best.json") == 2
+    assert finished and checkpoint.best_step(tmp_path) == 2
     assert sorted(checkpoint.saved_steps(tmp_path)) == [2, 8]
-    told, by_heart = [line["text"] for line in lines if line["event"] == "warning"]
-    assert by_heart.startswith("validation loss has risen 3 times in a row while training loss fell")
-    assert told.startswith("step 2: naming the best step failed") and tries == ["best.json"] * 2
+    failed, overfitting = [line["text"] for line in lines if line["event"] == "warning"]
+    assert overfitting.startswith("overfitting: validation loss rose 3 times in a row")
+    assert failed.startswith("step 2: writing best.json failed") and tries == [2, 2]
 
 
-def test_a_validation_too_large_for_memory_goes_on_by_fewer_rows(tmp_path: Path) -> None:
+def test_out_of_memory_in_validation_shrinks_its_micro_batch(tmp_path: Path) -> None:
     class Small(FakeEngine):
         def eval_step(self, batch: Batch) -> tuple[float, int]:
             if batch.inputs.shape[1] > 1:
@@ -284,11 +283,11 @@ def test_a_validation_too_large_for_memory_goes_on_by_fewer_rows(tmp_path: Path)
 
     _, lines = train(tmp_path, Small(), 2, eval_interval=1)
     assert [line["val_loss"] for line in lines if line["event"] == "eval"] == [2.0] * 3
-    (told,) = [line["text"] for line in lines if line["event"] == "warning"]
-    assert told == "out of memory in validation: going on with 1 sequences at a time"
+    (text,) = [line["text"] for line in lines if line["event"] == "warning"]
+    assert text == "out of memory in validation: continuing with a micro-batch size of 1"
 
 
-def test_a_sample_that_fails_is_no_reason_to_end(tmp_path: Path) -> None:
+def test_failed_sample_does_not_stop_the_run(tmp_path: Path) -> None:
     def sample() -> str:
         raise UserError("the prompt is too long")
 
@@ -298,30 +297,30 @@ def test_a_sample_that_fails_is_no_reason_to_end(tmp_path: Path) -> None:
     ]
 
 
-def test_no_validation_split_means_no_validation(tmp_path: Path) -> None:
+def test_empty_validation_split(tmp_path: Path) -> None:
     _, lines = train(tmp_path, FakeEngine(), 4, val=0, eval_interval=2)
     assert not [line for line in lines if line["event"] == "eval"]
     assert not (tmp_path / "best.json").exists()
 
 
-def test_a_resumed_run_goes_on_at_its_position_without_a_first_validation(tmp_path: Path) -> None:
+def test_resumed_run_continues_at_its_position_without_initial_validation(tmp_path: Path) -> None:
     engine = FakeEngine()
     train(tmp_path, engine, 6, start=4)
     assert [call[:3] for call in engine.calls if call[0] != "state"][:2] == [("train", 5, 24), ("train", 6, 30)]
 
 
-def test_learning_by_heart_is_told_once_for_three_rises(tmp_path: Path) -> None:
-    """Training loss falls by 1 a step; validation is made at 0, 1, 2, ... and rises at all of those after the first."""
+def test_overfitting_warning_once_per_three_rises(tmp_path: Path) -> None:
+    """Training loss falls by 1 per step; validation loss, at steps 0, 1, 2, ..., always rises."""
     losses = [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
     _, lines = train(tmp_path, FakeEngine(losses), 7, eval_interval=1)
     assert [line["step"] for line in lines if line["event"] == "warning"] == [4, 7]  # rises at 2, 3, 4; at 5, 6, 7
 
 
-def test_the_smooth_loss_is_a_mean_that_counts_later_steps_more() -> None:
-    """Step k counts k times in the first 99; from there on a step counts 0.98 of the next one."""
+def test_smooth_loss_weights_later_steps_more() -> None:
+    """Step k has weight k up to 99; after that, each step has 0.98 of the weight of the next."""
     progress, losses = Progress(), np.random.default_rng(0).normal(5, 1, 250)
     for progress.step, loss in enumerate(losses.tolist(), start=1):
-        progress.trained(loss)
+        progress.record_train_loss(loss)
         if progress.step <= 99:
             so_far = losses[: progress.step]
             assert progress.smooth_loss == pytest.approx(np.average(so_far, weights=np.arange(1, len(so_far) + 1)))

@@ -1,4 +1,4 @@
-"""What signals do to a run."""
+"""How a run handles signals."""
 
 import os
 import signal
@@ -12,8 +12,8 @@ from anarchobot.training import signals
 from tests.training.fake_engine import FakeEngine, train
 
 
-def test_a_validation_that_a_signal_prevented_is_made_up_for(tmp_path: Path) -> None:
-    """Stopped at step 4, where a validation was due: the resumed run begins with it. At the last step it is made."""
+def test_skipped_validation_is_made_up_on_resume(tmp_path: Path) -> None:
+    """Stopped at step 4, where a validation was due: the resumed run starts with it. Likewise at the last step."""
     stopping = FakeEngine(on_step=lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 4 else None)
     _, lines = train(tmp_path, stopping, 8, eval_interval=4)
     assert [line["step"] for line in lines if line["event"] == "eval"] == [0]
@@ -26,7 +26,7 @@ def test_a_validation_that_a_signal_prevented_is_made_up_for(tmp_path: Path) -> 
     assert [line["step"] for line in lines if line["event"] == "eval"] == [0, 4, 8]
 
 
-def test_a_stop_request_ends_a_validation(tmp_path: Path) -> None:
+def test_stop_request_interrupts_validation(tmp_path: Path) -> None:
     class Stopped(FakeEngine):
         def eval_step(self, batch: Batch) -> tuple[float, int]:
             if len([call for call in self.calls if call[0] == "eval"]) == 7:
@@ -42,7 +42,7 @@ def test_a_stop_request_ends_a_validation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path: Path, number: int) -> None:
+def test_signal_stops_after_the_step_with_a_checkpoint(tmp_path: Path, number: int) -> None:
     before = signal.getsignal(number)
     engine = FakeEngine(on_step=lambda step: os.kill(os.getpid(), number) if step == 3 else None)
     finished, _ = train(tmp_path, engine, 9)
@@ -51,8 +51,8 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path: Path, 
     assert signal.getsignal(number) is before
 
 
-def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signals, "PATIENCE", 250.0)  # on a busy machine half a second is short: the suite would be ended
+def test_second_ctrl_c_stops_immediately(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "GRACE_SECONDS", 250.0)  # on a busy machine, half a second could end the test suite
 
     def twice(step: int) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -62,8 +62,8 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path, monkeypatch: pytest.Mon
         train(tmp_path, FakeEngine(on_step=twice), 9)
 
 
-def test_sigterm_twice_is_no_impatience(tmp_path: Path) -> None:
-    """The system sends it to every process, and a supervising parent passes its own on."""
+def test_second_sigterm_does_not_stop_immediately(tmp_path: Path) -> None:
+    """The system sends it to every process, and a supervising parent forwards its own."""
 
     def twice(step: int) -> None:
         if step == 3:
@@ -74,8 +74,8 @@ def test_sigterm_twice_is_no_impatience(tmp_path: Path) -> None:
     assert checkpoint.saved_steps(tmp_path) == [3]
 
 
-def test_what_was_ignored_stays_ignored(tmp_path: Path) -> None:
-    """As `nohup` asks for."""
+def test_ignored_sighup_stays_ignored(tmp_path: Path) -> None:
+    """As with `nohup`."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         engine = FakeEngine(on_step=lambda step: os.kill(os.getpid(), signal.SIGHUP))
