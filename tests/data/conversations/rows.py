@@ -1,16 +1,14 @@
-"""What tests of the readers share."""
+"""Helpers for tests of dataset reading."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from anarchobot.data.conversations.tally import Tally
-
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.conversations.reading import conversations, pairs
-from anarchobot.tokenizers.conversation import Conversation, Pair
+from anarchobot.data.conversations import reading
+from anarchobot.data.conversations.reading import RowCounts
+from anarchobot.tokenizers.conversation import Conversation, PreferencePair
 
-# A row of each form as its dataset has it, and what comes of it.
 QUESTION, ANSWER = "Why?", "Because."
 TWO = (("user", QUESTION), ("assistant", ANSWER))
 MESSAGES = [{"content": QUESTION, "role": "user"}, {"content": ANSWER, "role": "assistant"}]
@@ -21,20 +19,21 @@ def jsonl(path: Path, *rows: Any) -> Path:
     return path
 
 
-def read(*names: Path | str, form: str = "auto", language: str | None = None) -> tuple[list[Conversation], Tally]:
-    tally = Tally()
-    found = [c for _, c in conversations(DataConfig(dataset=[str(n) for n in names]), tally, form, language)]
-    check(tally, len(found))
-    return found, tally
+def read(*names: Path | str, format: str = "auto", language: str | None = None) -> tuple[list[Conversation], RowCounts]:
+    counts = RowCounts()
+    data = DataConfig(dataset=[str(n) for n in names])
+    found = [c for _, c in reading.read_conversations(data, counts, format, language)]
+    check(counts, len(found))
+    return found, counts
 
 
-def read_pairs(*names: Path | str) -> tuple[list[Pair], Tally]:
-    tally = Tally()
-    found = [pair for _, pair in pairs(DataConfig(dataset=[str(n) for n in names]), tally)]
-    check(tally, len(found))
-    return found, tally
+def read_pairs(*names: Path | str) -> tuple[list[PreferencePair], RowCounts]:
+    counts = RowCounts()
+    found = [pair for _, pair in reading.read_pairs(DataConfig(dataset=[str(n) for n in names]), counts)]
+    check(counts, len(found))
+    return found, counts
 
 
-def check(tally: Tally, kept: int) -> None:
-    assert tally.kept == kept and tally.read == kept + tally.left_out.total()
-    assert set(tally.first) == set(tally.left_out)
+def check(counts: RowCounts, kept: int) -> None:
+    assert counts.kept == kept and counts.read == kept + counts.skipped.total()
+    assert set(counts.first_skipped) == set(counts.skipped)

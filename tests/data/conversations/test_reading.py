@@ -1,0 +1,168 @@
+"""Dataset files to conversations and pairs: file types, the Hub, real files, and counts of invalid rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anarchobot.config.errors import UserError
+from anarchobot.tokenizers.conversation import Message
+from tests.data.conversations.rows import MESSAGES, QUESTION, TWO, jsonl, read, read_pairs
+
+
+def test_unusable_files_are_errors(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "data.jsonl", {"a": 1}, {"b": 2})
+    message = r"data.jsonl: no row has the fields of a conversation: expected messages, .* \(first skipped: .*jsonl:1: "
+    with pytest.raises(UserError, match=message):
+        read(path)
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match=r"a.txt: plain text has no turns: expected a .jsonl, .json or .parquet"):
+        read(tmp_path / "a.txt")
+    (tmp_path / "bad.json").write_text("[{]")
+    with pytest.raises(UserError, match=r"bad.json: not valid JSON: .*character 3"):
+        read(tmp_path / "bad.json")
+    for empty in ("empty.json", "empty.jsonl"):
+        (tmp_path / empty).write_text("[]" if empty == "empty.json" else "")
+        with pytest.raises(UserError, match="is empty"):
+            read(tmp_path / empty)
+
+
+def test_compressed_files_parquet_and_jsonl_named_json(tmp_path: Path) -> None:
+    import gzip
+
+    import pyarrow
+    from backports import zstd
+    from pyarrow.parquet import write_table
+
+    line = json.dumps({"messages": MESSAGES}).encode() + b"\n"
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line))
+    (tmp_path / "b.jsonl.zst").write_bytes(zstd.compress(line))
+    (tmp_path / "c.json").write_bytes(b"\xef\xbb\xbf" + line)
+    (tmp_path / "f.json.gz").write_bytes(gzip.compress(b" [\n" + line + b"]"))
+    (tmp_path / "g.json.zst").write_bytes(zstd.compress(b"[" + line + b"]"))
+    (tmp_path / "h.json.gz").write_bytes(gzip.compress(line))
+    rows = [{"prompt": QUESTION, "messages": MESSAGES}, {"prompt": "x", "messages": MESSAGES[:1]}]
+    write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    for name in ("a.jsonl.gz", "b.jsonl.zst", "c.json", "f.json.gz", "g.json.zst", "h.json.gz", "d.parquet"):
+        found, counts = read(tmp_path / name)
+        assert found == [TWO]
+    assert counts.first_skipped["does not end with the assistant"].startswith(f"{tmp_path / 'd.parquet'}: row 1: ")
+    (tmp_path / "i.json.gz").write_bytes(gzip.compress(b"[" + line * 9)[:-20])
+    with pytest.raises(UserError, match=r"i.json.gz: the file breaks off after [\d,]+ bytes"):
+        read(tmp_path / "i.json.gz")
+    (tmp_path / "e.parquet").write_bytes(b"PAR1nonsense")
+    with pytest.raises(UserError, match=r"e.parquet: a damaged Parquet file"):
+        read(tmp_path / "e.parquet")
+
+
+def test_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: dict[str, Any] = {}
+
+    def load(name: str, config: str | None, **settings: Any) -> Any:
+        asked.update(settings, name=name)
+        return datasets.Dataset.from_list([{"messages": MESSAGES}, {"messages": []}]).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found, counts = read("HuggingFaceH4/ultrachat_200k")
+    assert found == [TWO] and asked["name"] == "HuggingFaceH4/ultrachat_200k" and asked["split"] == "train"
+    assert counts.first_skipped["empty conversation"] == "HuggingFaceH4/ultrachat_200k: row 1: empty conversation"
+
+
+def test_unreachable_hub_dataset_does_not_fall_back_to_the_built_in_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def fails(*args: Any, **settings: Any) -> Any:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", fails)
+    with pytest.raises(UserError, match=r"\(no network\): check the name and the network$"):
+        read("somebody/chats")
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "skipped"),
+    [
+        ("instruct/alpaca_en.json", 749, {}),
+        ("instruct/alpaca_zh.json", 750, {}),
+        ("instruct/chat_messages.jsonl", 1147, {}),
+        ("instruct/dolly_subset.jsonl", 5120, {}),
+        ("instruct/gsm8k_train.jsonl", 7473, {}),
+        ("instruct/sharegpt_identity.json", 500, {}),
+        ("instruct/sharegpt_toolcall.json", 106, {"unknown role": 104}),
+        ("instruct/oasst_trees.jsonl", 70, {}),
+        ("instruct/wikisql/train.jsonl", 1000, {}),
+        ("preference/kto_messages_en.json", 210, {}),
+    ],
+)
+def test_real_conversations(shared_data: Path, name: str, kept: int, skipped: dict[str, int]) -> None:
+    found, counts = read(shared_data / name)
+    assert (len(found), counts.skipped) == (kept, skipped)
+
+
+def test_invalid_rows_of_a_messy_file(shared_data: Path) -> None:
+    """The manifest next to the file lists the invalid lines."""
+    path = shared_data / "messy" / "made_chat_A.jsonl"
+    manifest = json.loads((shared_data / "messy" / "made_chat_A.manifest.json").read_text())
+    invalid = {
+        entry["line"] for entry in manifest if "(valid)" not in entry["fault"] and "far over" not in entry["fault"]
+    }
+    found, counts = read(path)
+    lines = len(path.read_bytes().split(b"\n")) - 1
+    assert counts.read == lines and len(found) == lines - len(invalid)
+    assert counts.skipped == {
+        "empty conversation": 1, "roles out of order": 2, "does not end with the assistant": 2, "empty content": 1,
+        "unknown role": 1, "missing field": 1,
+    }  # fmt: skip
+    assert {int(detail.split(":")[1]) for detail in counts.first_skipped.values()} <= invalid
+
+
+def test_file_without_preferences_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"a.jsonl: no row has the fields of a preference pair: expected chosen and rejected"
+    ):
+        read_pairs(jsonl(tmp_path / "a.jsonl", {"text": "a"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "skipped"),
+    [
+        # The README says that 4 of the UltraFeedback pairs are equal.
+        ("ultrafeedback_1000.jsonl", 994, {"identical answers": 4, "empty content": 2}),
+        ("hh_harmless_part.jsonl", 1691, {"roles out of order": 5, "empty content": 4}),
+        ("dpo_sharegpt_en.json", 210, {}),
+    ],
+)
+def test_real_pairs(shared_data: Path, name: str, kept: int, skipped: dict[str, int]) -> None:
+    found, counts = read_pairs(shared_data / "preference" / name)
+    assert (len(found), counts.skipped) == (kept, skipped)
+
+
+def test_hh_transcripts_round_trip(shared_data: Path) -> None:
+    path = shared_data / "preference" / "hh_harmless_part.jsonl"
+    rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+    found, _ = read_pairs(path)
+    names = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
+
+    def without_whitespace(text: str) -> str:
+        return "".join(text.split())
+
+    written = {without_whitespace(row["chosen"]) for row in rows}
+    for pair in found:
+        turns = [*pair.prompt, Message("assistant", pair.chosen)]
+        assert without_whitespace("".join(names[role] + content for role, content in turns)) in written
+
+
+def test_invalid_pairs_of_a_messy_file(shared_data: Path) -> None:
+    """The manifest next to the file lists the invalid lines; long rows are still valid when read."""
+    messy = shared_data / "messy"
+    manifest = json.loads((messy / "made_preference.manifest.json").read_text())
+    invalid = {entry["line"] for entry in manifest if "too long" not in entry["fault"]}
+    found, counts = read_pairs(messy / "made_preference.jsonl")
+    assert counts.read == 12 and len(found) == 12 - len(invalid) == 5
+    assert counts.skipped == {
+        "empty content": 3, "identical answers": 2, "missing field": 1, "answers have different types": 1,
+    }  # fmt: skip
+    assert {int(detail.split(":")[1]) for detail in counts.first_skipped.values()} <= invalid
