@@ -1,6 +1,7 @@
-"""The house keeps its floors: a room imports only from floors below its own, and light doors stay light."""
+"""Import rules: a room imports only from floors below its own; no import cycles; `--help` imports little."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,9 +24,14 @@ FLOORS = {
 NUMPY_ONLY = ("config", "tokenizers", "data", "storage", "runs", "exchange", "knowledge", "vocab", "reporting")
 
 
-def imports(file: Path) -> Iterator[str]:
-    """Every module that a file imports, also inside functions."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+def imports(file: Path, type_checking: bool = True) -> Iterator[str]:
+    """Yields every module that a file imports, also inside functions and, by default, under TYPE_CHECKING."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    if not type_checking:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+                node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -40,12 +46,12 @@ def rooms() -> Iterator[tuple[str, Path]]:
             yield parts[0], file
 
 
-def test_every_room_has_a_floor_and_every_floor_its_rooms() -> None:
+def test_every_room_has_a_floor() -> None:
     assert {room for room, _ in rooms()} == set(FLOORS)
 
 
 @pytest.mark.parametrize(("room", "file"), list(rooms()), ids=lambda x: x if isinstance(x, str) else x.stem)
-def test_no_room_imports_from_its_own_floor_or_above(room: str, file: Path) -> None:
+def test_rooms_import_only_from_floors_below(room: str, file: Path) -> None:
     for module in imports(file):
         if module.startswith("anarchobot.") and (other := module.split(".")[1]) in FLOORS and other != room:
             assert FLOORS[other] < FLOORS[room], f"{file.name} of {room} imports {module}"
@@ -53,13 +59,23 @@ def test_no_room_imports_from_its_own_floor_or_above(room: str, file: Path) -> N
             assert module.split(".")[0] not in ("mlx", "torch"), f"{file.name} imports {module}"
 
 
-def test_no_file_is_named_after_nothing() -> None:
+def test_no_import_cycles_between_files() -> None:
+    """Imports inside functions count: they hide a cycle but do not remove it."""
+    files = {".".join(("anarchobot", *file.relative_to(PACKAGE).with_suffix("").parts)): file for _, file in rooms()}
+    graph = {name: set(imports(file, type_checking=False)) & set(files) for name, file in files.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_file_names_are_specific() -> None:
     for _, file in rooms():
         assert file.stem not in ("utils", "util", "helpers", "common", "misc", "base"), file
 
 
 @pytest.mark.parametrize("words", [["-c", "import anarchobot"], ["-m", "anarchobot", "--help"]], ids=["import", "help"])
-def test_help_loads_nothing_heavy(words: list[str]) -> None:
+def test_help_imports_no_heavy_packages(words: list[str]) -> None:
     done = subprocess.run([sys.executable, "-X", "importtime", *words], capture_output=True, text=True, check=True)
     loaded = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert not loaded & {"mlx", "mlx_lm", "torch", "transformers", "numpy", "pydantic"}
