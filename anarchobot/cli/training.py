@@ -183,14 +183,14 @@ def _adapt_vocab(args: argparse.Namespace) -> int:
 
     loaded = load(args.config, overrides(args), AdaptConfig)
     load_fast_blas()  # before MLX is imported
-    from anarchobot.tasks.adaptation.evaluation import table
+    from anarchobot.tasks.adaptation.evaluation import to_markdown
     from anarchobot.tasks.adaptation.pipeline import adapt_vocab
 
     report = adapt_vocab(loaded, quiet=args.quiet or args.json)
     if args.json:
         print(json.dumps(report, ensure_ascii=False))
     elif not args.quiet and report["evaluation"]:
-        print(table(report["evaluation"]))
+        print(to_markdown(report["evaluation"]))
     if not report["finished"]:
         print("stopped; resume with the same command", file=sys.stderr)
         return 130

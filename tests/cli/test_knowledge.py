@@ -1,4 +1,4 @@
-"""`anarchobot kb`: the way of a base from the command line, and its slips."""
+"""`anarchobot kb`: all subcommands, and their errors."""
 
 import json
 from pathlib import Path
@@ -23,12 +23,12 @@ def result(words: list[str], capsys: Captured) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_way_of_a_base(capsys: Captured) -> None:
+def test_all_subcommands(capsys: Captured) -> None:
     base = ["--kb", "kb.db"]
     done = result(["kb", "add", "fruit.md", *base], capsys)
     assert (done["added"], done["passages"], done["texts"]["kept"]) == (["fruit.md"], 1, 1)
     done = result(["kb", "add", *base, "--text-field", "body", "fruit.md", "rows.jsonl"], capsys)
-    assert done["replaced"] == ["fruit.md"]  # read for another field, which a text file has none of: its id stays
+    assert done["replaced"] == ["fruit.md"]  # --text-field changed; a text file ignores it, so its id stays
     done = result(["kb", "add", "fruit.md", "rows.jsonl", *base, "--text-field", "body"], capsys)
     assert (done["equal"], done["passages"]) == (["fruit.md", "rows.jsonl"], 3)
 
@@ -51,21 +51,20 @@ def test_the_way_of_a_base(capsys: Captured) -> None:
     assert [held["name"] for held in result(["kb", "list", *base], capsys)["documents"]] == ["rows.jsonl"]
 
 
-def test_what_people_see(capsys: Captured) -> None:
+def test_text_output(capsys: Captured) -> None:
     Path("escape.txt").write_text("Cherries \x1b[31mare\x07 red.")
     assert main(["kb", "add", "fruit.md", "escape.txt", "--kb", "kb.db"]) == 0
     assert capsys.readouterr().out == (
-        "fruit.md: added\nescape.txt: added\n"
-        "files: 2 added, 0 replaced, 0 unchanged, 0 failed; the base has 2 passages\n"
+        "fruit.md: added\nescape.txt: added\nfiles: 2 added, 0 replaced, 0 unchanged, 0 failed; 2 passages in total\n"
     )
     assert main(["kb", "search", "cherries", "--kb", "kb.db"]) == 0
     assert capsys.readouterr().out == ("[1] escape.txt  passage 2, score 1.000\nCherries \\x1b[31mare\\x07 red.\n\n")
     assert main(["kb", "search", "plums", "--kb", "kb.db"]) == 0
-    assert capsys.readouterr().out == "nothing found: no passage has a word of the question\n"
+    assert capsys.readouterr().out == "no passage contains a word of the question\n"
     assert main(["kb", "feedback", "--question", "cherries", "--passage", "1", "2", "--good", "--kb", "kb.db"]) == 0
     assert capsys.readouterr().out == (
-        "passage 1: relevance +0.100 to this question (from -1 to 1)\n"
-        "passage 2: relevance +0.100 to this question (from -1 to 1)\n"
+        "passage 1: relevance to this question +0.100 (from -1 to 1)\n"
+        "passage 2: relevance to this question +0.100 (from -1 to 1)\n"
     )
     assert main(["kb", "list", "--kb", "kb.db"]) == 0
     assert capsys.readouterr().out == (
@@ -75,7 +74,7 @@ def test_what_people_see(capsys: Captured) -> None:
     assert capsys.readouterr().out == "fruit.md: 1 passages removed\n"
 
 
-def test_one_bad_file_stops_no_other_and_is_told_at_the_end(capsys: Captured) -> None:
+def test_bad_files_are_reported_and_do_not_stop_the_others(capsys: Captured) -> None:
     Path("bad.txt").write_bytes(b"\xff\xfe")
     Path("worse.txt").write_bytes(b"a\0b")
     Path("empty.txt").touch()
@@ -85,22 +84,22 @@ def test_one_bad_file_stops_no_other_and_is_told_at_the_end(capsys: Captured) ->
     assert main(words) == 2
     captured = capsys.readouterr()
     assert "fruit.md: added\n" in captured.out
-    assert "empty files passed over: 1 (first: folder/../folder/empty.md)" in captured.out
+    assert "empty files skipped: 1 (first: folder/../folder/empty.md)" in captured.out
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("anarchobot: bad.txt: not UTF-8 text")
     assert captured.err.endswith("(2 more files failed)\n")
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
-        ("kb list", "which knowledge base? Give --kb FILE (see anarchobot kb list --help)"),
-        ("kb list --kb nothere.db", "nothere.db: no such knowledge base; `anarchobot kb add` makes one"),
-        ("kb list --kb fruit.md", "fruit.md: no knowledge base (not a SQLite file): name another file"),
+        ("kb list", "missing --kb FILE (see anarchobot kb list --help)"),
+        ("kb list --kb nothere.db", "nothere.db: no such knowledge base; create it with: anarchobot kb add"),
+        ("kb list --kb fruit.md", "fruit.md: not a knowledge base (not a SQLite file); choose another file"),
         ("kb add nothere.txt --kb kb.db", "nothere.txt: no such file or folder"),
         ("kb add rows.jsonl --kb k.db", "rows.jsonl:1: no field 'text' (it has body): set data.text_field"),
         ("kb search --kb fruit.md", "the following arguments are required: QUESTION (see anarchobot kb search --help)"),
-        ("kb serch q", "'serch' is no command of anarchobot kb; did you mean 'search'? (see anarchobot kb --help)"),
+        ("kb serch q", "unknown command 'serch'; did you mean 'search'? (see anarchobot kb --help)"),
         ("kb search q --kb k.db -k 0", "command line: knowledge_base.retrieval_k: expected an integer >= 1, got 0"),
         ("kb search q --kb k.db --feedback-alpha 2", "command line: knowledge_base.feedback_alpha: expected a number "
          ">= 0 and <= 1, got 2"),
@@ -110,7 +109,7 @@ def test_one_bad_file_stops_no_other_and_is_told_at_the_end(capsys: Captured) ->
          "feedback --help)"),
     ],
 )  # fmt: skip
-def test_a_slip_is_one_line(words: str, told: str, capsys: Captured) -> None:
+def test_an_error_is_one_line(words: str, message: str, capsys: Captured) -> None:
     assert main(words.split()) == 2
-    assert capsys.readouterr().err == f"anarchobot: {told}\n"
+    assert capsys.readouterr().err == f"anarchobot: {message}\n"
     assert not Path("kb.db").exists()

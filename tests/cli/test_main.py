@@ -1,4 +1,4 @@
-"""The program as a person meets it: exit codes, one line on stderr, and what it loads to say so."""
+"""The program: exit codes, one-line errors, `config`, and imports kept light for `--help`."""
 
 import json
 import os
@@ -23,29 +23,32 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ("", "the following arguments are required: COMMAND (see anarchobot --help)"),
-        ("pretrian c.yaml", "'pretrian' is no command of anarchobot; did you mean 'pretrain'? (see anarchobot --help)"),
+        ("pretrian c.yaml", "unknown command 'pretrian'; did you mean 'pretrain'? (see anarchobot --help)"),
         (
             "config shwo",
-            "'shwo' is no command of anarchobot config; did you mean 'show'? (see anarchobot config --help)",
+            "unknown command 'shwo'; did you mean 'show'? (see anarchobot config --help)",
         ),
-        ("config show --jsn", "unexpected '--jsn'; did you mean '--json'? (see anarchobot config show --help)"),
+        (
+            "config show --jsn",
+            "unrecognized argument '--jsn'; did you mean '--json'? (see anarchobot config show --help)",
+        ),
         ("config show train.lrr=3", "command line: train.lrr: unknown key; did you mean 'lr'?"),
         ("pretrain nothere.yaml", "nothere.yaml: no such file"),
-        ("pretokenize --input a.txt", "which tokenizer? Give --tokenizer FILE, or set train.tokenizer_path"),
-        ("tokenizer train", "where to? Give --output PREFIX, or set train.tokenizer_path"),
+        ("pretokenize --input a.txt", "missing tokenizer: give --tokenizer FILE, or set train.tokenizer_path"),
+        ("tokenizer train", "missing --output PREFIX (or set train.tokenizer_path)"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(
-    words: str, told: str, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_usage_error_is_one_line_and_exit_code_2(
+    words: str, message: str, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(words.split()) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == f"anarchobot: {told}\n"
+    assert captured.err == f"anarchobot: {message}\n"
 
 
 def test_debug_shows_the_traceback_and_ends_with_the_same_line(capsys: Captured) -> None:
@@ -56,25 +59,41 @@ def test_debug_shows_the_traceback_and_ends_with_the_same_line(capsys: Captured)
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "told"),
+    ("error", "code", "message"),
     [
         (
             ZeroDivisionError("of\ntwo lines"),
             1,
-            "unexpected ZeroDivisionError: of two lines (a fault of the program's; --debug shows where)",
+            "internal error: ZeroDivisionError: of two lines (--debug shows the traceback)",
         ),
         (KeyboardInterrupt(), 130, "stopped"),
     ],
 )
-def test_other_endings(
-    error: BaseException, code: int, told: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+def test_other_exit_codes(
+    error: BaseException, code: int, message: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object) -> None:
         raise error
 
     monkeypatch.setattr(training, "overrides", fail)
     assert main(["pretrain", "c.yaml"]) == code
-    assert capsys.readouterr().err == f"anarchobot: {told}\n"
+    assert capsys.readouterr().err == f"anarchobot: {message}\n"
+
+
+def test_an_output_that_cannot_be_written_is_one_line(
+    tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("text\n" * 20)
+    (tmp_path / "file").write_text("in the way")
+    words = ["--input", str(tmp_path / "a.txt"), "--tokenizer", str(tiny_shards / "tokenizer.model")]
+    assert main(["pretokenize", *words, "--output", str(tmp_path / "file" / "shards")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "file" in line and ("Not a directory" in line or "exists" in line)
+
+
+def test_invalid_utf8_arguments_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--checkpoint", "x", "--prompt", "caf\udce9"]) == 2
+    assert "not valid UTF-8" in capsys.readouterr().err
 
 
 def test_version(capsys: Captured) -> None:
@@ -111,8 +130,8 @@ def test_config_show_names_the_source_of_each_value_and_loads_again(capsys: Capt
     assert (shown.train.tokenizer_path, shown.data.dataset) == ("3e-4", ["a", "1"])
 
 
-def test_config_show_leaves_out_the_length_that_is_replaced(capsys: Captured, tmp_path: Path) -> None:
-    """Shown beside epochs, total_steps would be a lie, and the output no configuration."""
+def test_config_show_omits_the_replaced_run_length(capsys: Captured, tmp_path: Path) -> None:
+    """With both epochs and total_steps, the output would not be a valid configuration."""
     assert main(["config", "show", "train.epochs=2"]) == 0
     out = capsys.readouterr().out
     assert "total_steps" not in out
@@ -134,8 +153,8 @@ def test_config_schema_is_the_schema(capsys: Captured) -> None:
     jsonschema.Draft202012Validator.check_schema(schema)
 
 
-def test_config_knows_what_adapt_vocab_takes(capsys: Captured, tmp_path: Path) -> None:
-    """By the sections of the file, or of the words alone."""
+def test_config_recognizes_adapt_vocab(capsys: Captured, tmp_path: Path) -> None:
+    """By the sections in the file or in KEY=VALUE."""
     words = ["models.source_model=runs/a", "corpus.domain=b.txt", "embedding.fasttext.epochs=7"]
     assert main(["config", "show", str(CONFIGS / "adapt_stable.yaml"), *words]) == 0
     out = capsys.readouterr().out
@@ -160,7 +179,7 @@ def test_config_knows_what_adapt_vocab_takes(capsys: Captured, tmp_path: Path) -
     assert "corpus" in capsys.readouterr().err
 
 
-# --- in a process of its own -----------------------------------------------------------------------------------------
+# --- in a subprocess --------------------------------------------------------------------------------------------------
 
 
 def python(code: str) -> "subprocess.CompletedProcess[str]":
@@ -174,7 +193,7 @@ HEAVY = ("mlx", "mlx_lm", "torch", "transformers", "pydantic", "numpy", "yaml", 
     "code", ["import anarchobot", "import sys; from anarchobot.cli.main import main; sys.argv[1:] = ['--help']; {main}"]
 )
 def test_help_and_import_load_nothing_heavy(code: str) -> None:
-    """`--help` answers at once only as long as no room is imported at the top of a command's file."""
+    """`--help` is fast only if command modules import no other package at module level."""
     call = "\ntry: main()\nexcept SystemExit as end: assert end.code == 0"
     probe = f"\nimport sys; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     done = python(code.replace("{main}", call) + probe)
@@ -182,7 +201,7 @@ def test_help_and_import_load_nothing_heavy(code: str) -> None:
     assert ("usage: anarchobot" in done.stdout) == ("--help" in code)
 
 
-def test_the_config_rooms_load_no_mlx() -> None:
+def test_config_show_loads_no_mlx() -> None:
     done = python(
         "import sys, anarchobot.config.loading; from anarchobot.cli.main import main; main(['config', 'show'])\n"
         "print(sorted({'mlx', 'torch', 'numpy'} & set(sys.modules)))"
@@ -191,8 +210,8 @@ def test_the_config_rooms_load_no_mlx() -> None:
 
 
 @pytest.mark.parametrize("part", ["schema", "show"])
-def test_a_reader_that_leaves_is_no_fault(part: str) -> None:
-    """As in `anarchobot config show | head -1`: no traceback, and nothing of Python's own at exit."""
+def test_a_closed_pipe_is_not_an_error(part: str) -> None:
+    """As in `anarchobot config show | head -1`: no traceback, and no message by Python at exit."""
     read_end, write_end = os.pipe()
     os.close(read_end)
     with open(write_end, "w") as gone:
@@ -206,6 +225,4 @@ def test_a_reader_that_leaves_is_no_fault(part: str) -> None:
 def test_python_m_is_the_same_program() -> None:
     done = subprocess.run([sys.executable, "-m", "anarchobot", "pretrian"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr == (
-        "anarchobot: 'pretrian' is no command of anarchobot; did you mean 'pretrain'? (see anarchobot --help)\n"
-    )
+    assert done.stderr == ("anarchobot: unknown command 'pretrian'; did you mean 'pretrain'? (see anarchobot --help)\n")

@@ -1,4 +1,4 @@
-"""The words of the command line: which are known, where they may stand, and how a slip is told."""
+"""The command line: the frozen set of options, help with defaults, argument order, and error messages."""
 
 import argparse
 from typing import Any
@@ -12,7 +12,7 @@ from anarchobot.config.loading import leaf_keys, load_config
 
 EVERYWHERE = ["--debug", "--help", "--json", "--quiet"]
 
-# Scripts and notebooks rely on these words. A new one is added here on purpose; none is taken away without a migration.
+# Scripts and notebooks rely on these. Add new ones here deliberately; do not remove any without a migration.
 SURFACE = {
     "tokenizer train": ["CONFIG?", "KEY=VALUE", "--format", "--input", "--model-type", "--output", "--vocab-size"],
     "pretokenize": [
@@ -71,7 +71,7 @@ SURFACE = {
 
 
 def leaves(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """Every command that does something, by the words that call it."""
+    """Every command without subcommands, by its full name."""
     found: dict[str, argparse.ArgumentParser] = {}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -82,7 +82,8 @@ def leaves(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser
 
 def words_of(parser: argparse.ArgumentParser) -> list[str]:
     named = [f"{a.metavar}{'?' if a.nargs == '?' else ''}" for a in parser._actions if not a.option_strings]
-    return named + sorted(a.option_strings[-1] for a in parser._actions if a.option_strings)
+    flags = [a.option_strings for a in parser._actions if a.option_strings]
+    return named + sorted(flag for names in flags for flag in names if flag.startswith("--") or len(names) == 1)
 
 
 def test_the_option_surface_is_frozen() -> None:
@@ -94,10 +95,10 @@ def test_the_option_surface_is_frozen() -> None:
 
 
 @pytest.mark.parametrize("command", SURFACE)
-def test_help_says_of_each_setting_what_the_schema_says(
+def test_help_describes_settings_by_the_schema(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """argparse leaves out the help of a flag that has none of its own, and asks nobody for it."""
+    """argparse does not ask the formatter for the help of a flag whose own help is empty."""
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as leaving:
         parse(build_parser(), [*command.split(), "--help"])
@@ -106,9 +107,9 @@ def test_help_says_of_each_setting_what_the_schema_says(
     assert text.startswith(f"usage: anarchobot {command} ")
     settings = [a.dest.removeprefix("setting ") for a in leaves(build_parser())[command]._actions if " " in a.dest]
     assert len(settings) == {
-        "pretrain": 11,
-        "sft": 13,
-        "dpo": 13,
+        "pretrain": 10,
+        "sft": 12,
+        "dpo": 12,
         "generate": 9,
         "chat": 11,
         "pretokenize": 5,
@@ -120,11 +121,43 @@ def test_help_says_of_each_setting_what_the_schema_says(
         "kb feedback": 2,
     }.get(command, 0)
     for key in settings:
-        assert f"{key}: {leaf_keys()[key].description}; takes " in text
+        assert f"{leaf_keys()[key].description} [{key}: " in text
+
+
+@pytest.mark.parametrize("command", SURFACE)
+def test_help_shows_the_default_of_every_option(command: str) -> None:
+    """Or that it is required. Flags without a value are off by default, except for --FLAG/--no-FLAG pairs."""
+    parser = leaves(build_parser())[command]
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        is_switch = isinstance(action, argparse.BooleanOptionalAction)
+        if action.option_strings and (action.nargs != 0 or is_switch):
+            text = formatter._expand_help(action)
+            assert "default: " in text or "required" in text, f"{action.option_strings}: {text}"
+            if action.required:
+                assert "required" in text, f"{action.option_strings}: {text}"
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "expected"),
+    [
+        ("pretrain", "--lr", "default: 0.0003]"),
+        ("pretrain", "--supervise", "default: on for runs over 1 hour"),
+        ("generate", "--top-k", "default: the model's setting, else 50]"),
+        ("generate", "--checkpoint", "(required)"),
+        ("serve", "--port", "(default: 8080)"),
+        ("export", "--dtype", "(default: float32)"),
+        ("tokenizer train", "--output", "(default: train.tokenizer_path)"),
+    ],
+)
+def test_defaults_in_help(command: str, flag: str, expected: str) -> None:
+    parser = leaves(build_parser())[command]
+    (action,) = [action for action in parser._actions if flag in action.option_strings]
+    assert expected in parser._get_formatter()._expand_help(action)
 
 
 def small() -> Parser:
-    """A program of one command, which takes all that a command can take."""
+    """A program with a command that has every kind of argument, and one with an optional CONFIG."""
     parser = Parser(prog="p")
     commands = parser.add_subparsers(required=True, parser_class=Parser)
     run = add_command(commands, "run", lambda args: 0, "runs")
@@ -146,7 +179,7 @@ def small() -> Parser:
         "train.seed=1 c.yaml data.seq_len=2 --quiet --lr=3",
     ],
 )
-def test_config_and_overrides_may_stand_anywhere(words: str) -> None:
+def test_config_and_overrides_may_be_anywhere(words: str) -> None:
     args = parse(small(), ["run", *words.split()])
     assert args.config == "c.yaml"
     assert overrides(args) == ["train.seed=1", "data.seq_len=2", "train.lr=3"]
@@ -165,25 +198,25 @@ def test_config_and_overrides_may_stand_anywhere(words: str) -> None:
         ("lr=3", None, ["lr=3"]),
     ],
 )
-def test_config_may_be_left_out_where_it_is_optional(words: str, config: str | None, settings: list[str]) -> None:
+def test_config_may_be_omitted_if_optional(words: str, config: str | None, settings: list[str]) -> None:
     args = parse(small(), ["look", *words.split()])
     assert (args.config, args.settings) == (config, settings)
 
 
-def test_input_files_do_not_swallow_overrides() -> None:
+def test_input_does_not_consume_overrides() -> None:
     args = parse(small(), ["run", "c.yaml", "--input", "a.txt", "b.txt", "train.seed=1"])
     assert (args.input, args.settings) == (["a.txt", "b.txt"], ["train.seed=1"])
 
 
 @pytest.mark.parametrize("text", ["a: [b", "3", "null", "- x", "😀 \x7f\u2028", "a=b", "100 %", ""])
-def test_a_text_behind_a_flag_is_taken_as_typed(text: str) -> None:
+def test_string_flags_are_taken_literally(text: str) -> None:
     args = parse(small(), ["run", "c.yaml", "--prompt", text, "--resume-from", text])
     config = load_config(None, overrides(args)).config
     assert config.generation.prompt == text
     assert config.train.checkpoint_path == text
 
 
-def test_a_number_behind_a_flag_is_a_number_and_the_flag_wins() -> None:
+def test_number_flags_are_parsed_and_take_precedence() -> None:
     args = parse(small(), ["run", "c.yaml", "--lr", "3e-4", "train.lr=1"])
     assert load_config(None, overrides(args)).config.train.lr == 3e-4
     base: dict[str, Any] = {"train.lr": 0.5, "generation.prompt": "a: [b"}
@@ -191,32 +224,32 @@ def test_a_number_behind_a_flag_is_a_number_and_the_flag_wins() -> None:
     assert load_config(None, overrides(args, base)).config.train.lr == 3e-4
 
 
-MISTAKES = {
-    "rum": "'rum' is no command of p; did you mean 'run'? (see p --help)",
-    "zzz": "'zzz' is no command of p; expected one of run, look (see p --help)",
+ERRORS = {
+    "rum": "unknown command 'rum'; did you mean 'run'? (see p --help)",
+    "zzz": "unknown command 'zzz'; expected one of run, look (see p --help)",
     "run": "the following arguments are required: CONFIG (see p run --help)",
-    "run train.lr=1": "which CONFIG? Expected a YAML file, such as those in configs/ (see p run --help)",
-    "run c.yaml --lrr 3": "unexpected '--lrr'; did you mean '--lr'? (see p run --help)",
-    "run c.yaml --prompts=a_text": "unexpected '--prompts=a_text'; did you mean '--prompt'? (see p run --help)",
-    "run c.yaml --zzz": "unexpected '--zzz' (see p run --help)",
-    "run c.yaml --resume auto": "unexpected '--resume'; did you mean '--resume-from'? (see p run --help)",
+    "run train.lr=1": "missing CONFIG: expected a YAML file, such as those in configs/ (see p run --help)",
+    "run c.yaml --lrr 3": "unrecognized argument '--lrr'; did you mean '--lr'? (see p run --help)",
+    "run c.yaml --prompts=text": "unrecognized argument '--prompts=text'; did you mean '--prompt'? (see p run --help)",
+    "run c.yaml --zzz": "unrecognized argument '--zzz' (see p run --help)",
+    "run c.yaml --resume auto": "unrecognized argument '--resume'; did you mean '--resume-from'? (see p run --help)",
     "run c.yaml --lr": "argument --lr: expected one argument (see p run --help)",
     "run c.yaml --quiet=3": "argument --quiet: ignored explicit argument '3' (see p run --help)",
-    "run c.yaml d.yaml": "unexpected 'd.yaml' (see p run --help)",
-    "--debug run c.yaml": "unexpected '--debug': it belongs behind 'p run' (see p run --help)",
+    "run c.yaml d.yaml": "unrecognized argument 'd.yaml' (see p run --help)",
+    "--debug run c.yaml": "unrecognized argument '--debug'; place it after 'p run' (see p run --help)",
     "run c.yaml --input train.lr=1": "argument --input: expected FILE before KEY=VALUE (see p run --help)",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "told"), MISTAKES.items(), ids=MISTAKES)
-def test_a_slip_is_told_with_the_nearest_word(words: str, told: str) -> None:
+@pytest.mark.parametrize(("words", "message"), ERRORS.items(), ids=ERRORS)
+def test_errors_suggest_the_nearest_name(words: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         parse(small(), words.split())
-    assert str(error.value) == told
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize("words", ["shards info d train.lr=1", "generate --checkpoint c train.lr=1"])
-def test_overrides_are_refused_where_there_is_no_config(words: str) -> None:
-    """Taken and forgotten, they would seem to work."""
-    with pytest.raises(UserError, match=r"^unexpected 'train\.lr=1'"):
+def test_overrides_without_a_config_are_rejected(words: str) -> None:
+    """Ignored, they would seem to work."""
+    with pytest.raises(UserError, match=r"^unrecognized argument 'train\.lr=1'"):
         parse(build_parser(), words.split())

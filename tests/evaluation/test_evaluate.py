@@ -1,4 +1,4 @@
-"""Figures of a model against transformers, hand counts and the run's own log; what is wrong is said in one line."""
+"""Metrics against transformers, hand counts and the run's own log; errors are one line."""
 
 import json
 import math
@@ -18,15 +18,13 @@ from tests.exchange.random_run import ROOT, make_run
 from tests.tiny import loaded
 
 
-def evaluated(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+def run_evaluate(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
     assert main(["evaluate", *words, "--json", "--quiet"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
-def test_perplexity_is_transformers_and_bits_per_byte_a_hand_count(
-    tmp_path: Path, bpe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Two documents, one longer than the model's context; the run and its export give the same figures."""
+def test_text_metrics_match_transformers(tmp_path: Path, bpe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two documents, one longer than the context; the run and its export give the same metrics."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     run = make_run(tmp_path / "run", bpe, max_seq_len=128)
     export(run, "hf", tmp_path / "hf")
@@ -38,7 +36,7 @@ def test_perplexity_is_transformers_and_bits_per_byte_a_hand_count(
     tokenizer, nats, tokens = load_model(run)[0].tokenizer, 0.0, 0
     for one in texts:
         ids = [tokenizer.eod_id, *tokenizer.encode_batch([one])[0].tolist()]
-        for start in range(1, len(ids), 128):  # each token once, the last window as full as the others
+        for start in range(1, len(ids), 128):  # each token once; the last window is full
             stop = min(start + 128, len(ids))
             window = torch.tensor([ids[max(0, stop - 129) : stop]])
             with torch.no_grad():
@@ -48,37 +46,35 @@ def test_perplexity_is_transformers_and_bits_per_byte_a_hand_count(
             tokens += stop - start
     size = sum(len(one.encode()) for one in texts)
     for path in ("run", "hf"):
-        (figures,) = evaluated(
+        (metrics,) = run_evaluate(
             capsys, "--checkpoint", str(tmp_path / path), "--text", str(tmp_path / "texts.jsonl")
         )["results"].values()  # fmt: skip
-        assert (figures["tokens"], figures["bytes"], figures["documents"]) == (tokens, size, 2)
-        assert figures["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=5e-5)
-        assert figures["loss"] == pytest.approx(nats / tokens, rel=1e-5)
-        assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+        assert (metrics["tokens"], metrics["bytes"], metrics["documents"]) == (tokens, size, 2)
+        assert metrics["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=5e-5)
+        assert metrics["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+        assert metrics["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
 @pytest.mark.parametrize("mask", [False, True])
-def test_on_shards_it_is_what_training_logs(
+def test_shard_metrics_match_the_training_log(
     tmp_path: Path, tiny_shards: Path, mask: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = {"data__document_mask": mask, "data__pack": "documents" if mask else "stream", "train__eval_batches": None}
     summary = pretrain(loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", **words), show="nothing")
-    found = evaluated(capsys, "--checkpoint", str(tmp_path / "run"), "--shards", str(tiny_shards))
-    figures = found["results"][f"shards {tiny_shards}"]
+    found = run_evaluate(capsys, "--checkpoint", str(tmp_path / "run"), "--shards", str(tiny_shards))
+    metrics = found["results"][f"shards {tiny_shards}"]
     lines = (tmp_path / "run" / "logs" / "metrics.jsonl").read_text().splitlines()
     last = [line for line in map(json.loads, lines) if line["event"] == "eval"][-1]
     assert summary["steps"] == last["step"]
-    assert figures["loss"] == pytest.approx(last["val_loss"], rel=1e-5)
-    assert figures["bits_per_byte"] == pytest.approx(last["val_bpb"], rel=1e-5)
+    assert metrics["loss"] == pytest.approx(last["val_loss"], rel=1e-5)
+    assert metrics["bits_per_byte"] == pytest.approx(last["val_bpb"], rel=1e-5)
     manifest = read_manifest(tiny_shards)
-    assert figures["tokens"] == manifest.tokens("val") - 1  # nothing comes before the first
-    assert figures["bytes"] == pytest.approx(sum(shard.bytes for shard in manifest.shards_in("val")), rel=1e-3)
+    assert metrics["tokens"] == manifest.tokens("val") - 1  # the first has no context
+    assert metrics["bytes"] == pytest.approx(sum(shard.bytes for shard in manifest.shards_in("val")), rel=1e-3)
 
 
-def test_answers_are_scored_by_rouge_and_two_models_compared(
-    tmp_path: Path, bpe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Against what the model says: its own greedy answer as the reference scores 1, another text less."""
+def test_rouge_and_comparison_of_two_models(tmp_path: Path, bpe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model's own greedy answers as references score 1; another model scores less."""
     run = make_run(tmp_path / "run", bpe, max_seq_len=128)
     other = make_run(tmp_path / "other", bpe, max_seq_len=128, n_layers=1)
     model, config = load_model(run)
@@ -90,46 +86,45 @@ def test_answers_are_scored_by_rouge_and_two_models_compared(
     encoder = ChatEncoder(model.tokenizer, load_template(model.tokenizer, config.chat.template))
     rows = []
     for question in ("what is this", "who are you", "where is it", "when", "why not", "how so", "which one"):
-        prompt = encoder.prompt((Message("user", question),)).tolist()
+        prompt = encoder.encode_prompt((Message("user", question),)).tolist()
         settings = config.generation.model_copy(update={"method": "greedy"})
-        end = encoder.end_of_turn()
-        stop = {model.tokenizer.eod_id} | ({end} if end is not None else set())
+        stop = encoder.stop_ids()
         said = model.tokenizer.decode(list(stream_token_ids(model.params, model.shape, prompt, settings, stop))).strip()
         rows += [{"prompt": question, "completion": said}] if any(map(str.isalnum, said)) else []
     rows.append({"prompt": "x " * 300, "completion": "too long a question"})
-    rows.append({"prompt": "a character that is none: \ufdd0", "completion": "left out"})
+    rows.append({"prompt": "a reserved character: \ufdd0", "completion": "skipped"})
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ("--rouge", str(tmp_path / "answers.jsonl"), "--output")
     assert main(["evaluate", "--checkpoint", str(run), *words, str(tmp_path / "a.json"), "--quiet"]) == 0
-    (figures,) = json.loads((tmp_path / "a.json").read_text())["results"].values()
-    assert figures["rougeL"] == pytest.approx(1.0) and (figures["answers"], figures["too_long"]) == (len(rows) - 2, 1)
+    (metrics,) = json.loads((tmp_path / "a.json").read_text())["results"].values()
+    assert metrics["rougeL"] == pytest.approx(1.0) and (metrics["answers"], metrics["too_long"]) == (len(rows) - 2, 1)
     assert len(rows) > 4
     assert capsys.readouterr().err == ""
     assert main(["evaluate", "--compare", str(tmp_path / "a.json"), str(other), *words[:2]]) == 0
-    table, said = capsys.readouterr()
-    assert f"{len(rows) - 2} of {len(rows) - 2} answers" in said
+    table, log = capsys.readouterr()
+    assert f"{len(rows) - 2} of {len(rows) - 2} answers" in log
     (line,) = [line for line in table.splitlines() if "rougeL" in line]
     first, second, difference = (float(cell) for cell in line.split("|")[2:5])
     assert first == 1.0 and second < 1.0 and difference == pytest.approx(second - first, abs=1e-3)
 
 
-def test_what_is_wrong_is_one_line(tmp_path: Path, bpe: Path, tiny_shards: Path, capsys: Any) -> None:
+def test_errors_are_one_line(tmp_path: Path, bpe: Path, tiny_shards: Path, capsys: Any) -> None:
     run = str(make_run(tmp_path / "run", bpe))
     (tmp_path / "empty.jsonl").write_text('{"text": " "}\n')
     (tmp_path / "result.json").write_text("[1]")
     for words, message in (
         ([], "one of the arguments --checkpoint --compare is required"),
-        (["--checkpoint", run], "evaluate on what? Expected --shards, --text, --rouge or --tasks"),
+        (["--checkpoint", run], "expected --shards, --text, --rouge or --tasks"),
         (["--checkpoint", str(tmp_path / "none"), "--text", "README.md"], "no checkpoint here"),
         (["--checkpoint", run, "--text", "none.txt"], "none.txt: no such file"),
-        (["--checkpoint", run, "--text", str(tmp_path / "empty.jsonl")], "no document is left to evaluate on (read 1)"),
+        (["--checkpoint", run, "--text", str(tmp_path / "empty.jsonl")], "no documents to evaluate (1 read)"),
         (["--checkpoint", run, "--shards", str(tmp_path)], "no token shards here"),
-        (["--checkpoint", run, "--shards", str(tiny_shards)], "made with another tokenizer"),
-        (["--checkpoint", run, "--text", "README.md", "--limit", "0"], "argument --limit: expected a whole number"),
-        (["--compare", str(tmp_path / "result.json"), run, "--text", "README.md"], "not the result of an evaluation"),
-        (["--compare", "none.json", "none.json"], "none.json: no such file: expected what anarchobot evaluate"),
-        (["--compare", "a.json", "b.json", "--text", "README.md"], "leave out what to evaluate on"),
-        (["--checkpoint", run, "--text", "README.md", "--output", str(tmp_path)], "is a folder: expected a file"),
+        (["--checkpoint", run, "--shards", str(tiny_shards)], "not the model's tokenizer"),
+        (["--checkpoint", run, "--text", "README.md", "--limit", "0"], "argument --limit: expected an integer >= 1"),
+        (["--compare", str(tmp_path / "result.json"), run, "--text", "README.md"], "not a result of anarchobot evaluate"),
+        (["--compare", "none.json", "none.json"], "none.json: no such file; expected a result of anarchobot evaluate"),
+        (["--compare", "a.json", "b.json", "--text", "README.md"], "not allowed with .json results"),
+        (["--checkpoint", run, "--text", "README.md", "--output", str(tmp_path)], "is a folder; expected a file"),
         (["--checkpoint", run, "--text", "README.md", "--output", "none/a.json"], "none/a.json: no such folder"),
     ):
         assert main(["evaluate", *words]) == 2
@@ -137,8 +132,8 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, bpe: Path, tiny_shards: Path,
         assert message in error and error.count("\n") == 1, error
 
 
-def test_an_unknown_task_is_named(tmp_path: Path, bpe: Path, capsys: Any) -> None:
+def test_unknown_task(tmp_path: Path, bpe: Path, capsys: Any) -> None:
     pytest.importorskip("lm_eval")
     run = str(make_run(tmp_path / "run", bpe))
     assert main(["evaluate", "--checkpoint", run, "--tasks", "helloswag"]) == 2
-    assert "--tasks helloswag: no such task" in capsys.readouterr().err
+    assert "--tasks helloswag: unknown task" in capsys.readouterr().err

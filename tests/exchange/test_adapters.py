@@ -1,4 +1,4 @@
-"""Adapters in mlx-lm's form and PEFT's: both read what is written here as what it is, and what they write is read."""
+"""LoRA adapters: mlx-lm and PEFT read ours with equal logits, and we read theirs."""
 
 import json
 import shutil
@@ -13,9 +13,18 @@ from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import LoraConfig, ModelConfig
 from anarchobot.exchange import safetensors_file
-from anarchobot.exchange.adapters import FILES, FORMS, Adapter, Form, Packing, of_run, read_adapter, write_adapter
+from anarchobot.exchange.adapters import (
+    FILES,
+    FORMATS,
+    Adapter,
+    AdapterFormat,
+    BaseQuantization,
+    make_adapter,
+    read_adapter,
+    write_adapter,
+)
 from anarchobot.exchange.exporting import export
-from anarchobot.exchange.fusing import _repacked, fuse, fused
+from anarchobot.exchange.fusing import _quantize_dequantize, fuse, merge_adapter
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.inference.model import load_model
 from anarchobot.model.frozen import adapter_constants, frozen_weights
@@ -40,18 +49,18 @@ def shape_of(run: Path) -> ModelConfig:
 
 
 def adapter_for(model: ModelConfig, precision: Any = "float32", **more: Any) -> Adapter:
-    """Large enough to change the logits by about as much as they are."""
+    """Random adapters that change the logits by about their own magnitude."""
     lora = LoraConfig(**{"r": 4, "alpha": 8.0, "dropout": 0.1, **more})
     rng = np.random.default_rng(1)
     weights = {
         name: (0.15 * rng.standard_normal(shape) + (len(shape) == 1)).astype(np.float32)
         for name, shape in adapter_shapes(model, lora).items()
     }
-    return of_run(weights, model, lora, precision)
+    return make_adapter(weights, model, lora, precision)
 
 
 def adapted_logits(run: Path, adapter: Adapter, ids: list[int], bits: int | None = None) -> np.ndarray:
-    """By our forward pass, the adapters beside the weights."""
+    """Logits of our forward pass with unmerged adapters."""
     params, model = random_parameters(shape_of(run)), shape_of(run)
     frozen = frozen_weights(params, model, mx.float32, bits)
     everything = {**frozen, **adapter_constants(frozen, adapter.scales, adapter.dora)}
@@ -64,19 +73,19 @@ def run(tmp_path: Path, bpe: Path) -> Path:
     return make_run(tmp_path / "run", bpe)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_written_is_read_again(run: Path, tmp_path: Path, form: Form, case: str) -> None:
+def test_round_trip(run: Path, tmp_path: Path, form: AdapterFormat, case: str) -> None:
     written = adapter_for(shape_of(run), **CASES[case])
     write_adapter(tmp_path / "adapter", written, shape_of(run), form)
     read = read_adapter(tmp_path / "adapter", shape_of(run))
-    assert read.scales == pytest.approx(written.scales) and read.dropout == 0.1 and read.packing is None
+    assert read.scales == pytest.approx(written.scales) and read.dropout == 0.1 and read.quantization is None
     assert set(read.weights) == set(written.weights)
     assert all(np.array_equal(array, read.weights[name]) for name, array in written.weights.items())
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_mlx_lm_computes_our_logits_with_them(run: Path, tmp_path: Path, case: str) -> None:
+def test_mlx_lm_computes_our_logits(run: Path, tmp_path: Path, case: str) -> None:
     from mlx_lm import load
 
     adapter = adapter_for(shape_of(run), **CASES[case])
@@ -92,7 +101,7 @@ def test_mlx_lm_computes_our_logits_with_them(run: Path, tmp_path: Path, case: s
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("case", CASES)
-def test_peft_computes_our_logits_with_them_and_writes_them_as_we_do(run: Path, tmp_path: Path, case: str) -> None:
+def test_peft_computes_our_logits_and_its_own_file_is_equal(run: Path, tmp_path: Path, case: str) -> None:
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     adapter = adapter_for(shape_of(run), **CASES[case])
@@ -112,7 +121,7 @@ def test_peft_computes_our_logits_with_them_and_writes_them_as_we_do(run: Path, 
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_pefts_own_ranks_and_alphas_are_read(run: Path, tmp_path: Path) -> None:
+def test_peft_rank_and_alpha_patterns(run: Path, tmp_path: Path) -> None:
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     export(run, "hf", tmp_path / "model")
@@ -132,12 +141,12 @@ def test_pefts_own_ranks_and_alphas_are_read(run: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         theirs = model(torch.tensor([ids])).logits[0].numpy()
     np.testing.assert_allclose(adapted_logits(run, adapter, ids), theirs, atol=2e-4)
-    with pytest.raises(UserError, match="several ranks or scales"):
+    with pytest.raises(UserError, match=r"different ranks or scales .*: use anarchobot fuse"):
         write_adapter(tmp_path / "again", adapter, shape_of(run), "mlx")
 
 
-def test_what_mlx_lm_trains_is_read(run: Path, tmp_path: Path) -> None:
-    """Its own layers, its own file, its own settings, in half precision."""
+def test_adapters_trained_by_mlx_lm(run: Path, tmp_path: Path) -> None:
+    """Made with mlx-lm's own layers and saved in float16."""
     from mlx.utils import tree_flatten
     from mlx_lm import load
     from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -166,8 +175,8 @@ def test_what_mlx_lm_trains_is_read(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("form", FORMS)
-def test_the_fused_model_computes_what_base_and_adapters_do(run: Path, tmp_path: Path, form: Form, case: str) -> None:
+@pytest.mark.parametrize("form", FORMATS)
+def test_fused_logits_equal_unmerged_logits(run: Path, tmp_path: Path, form: AdapterFormat, case: str) -> None:
     adapter = adapter_for(shape_of(run), **CASES[case])
     write_adapter(tmp_path / "adapter", adapter, shape_of(run), form)
     done = fuse(run, tmp_path / "adapter", tmp_path / "fused")
@@ -181,13 +190,13 @@ def test_the_fused_model_computes_what_base_and_adapters_do(run: Path, tmp_path:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dora", [False, True])
-def test_adapters_of_a_packed_model_are_fused_with_its_unpacked_weights(
+def test_fusing_with_a_quantized_base_uses_its_dequantized_weights(
     tmp_path: Path, bpe: Path, bits: int, dora: bool
 ) -> None:
     run = make_run(tmp_path / "run", bpe, d_model=64)
     adapter = adapter_for(shape_of(run), quantize=bits, dora=dora)
     write_adapter(tmp_path / "adapter", adapter, shape_of(run), "mlx")
-    assert read_adapter(tmp_path / "adapter", shape_of(run)).packing == Packing(bits, "float32")
+    assert read_adapter(tmp_path / "adapter", shape_of(run)).quantization == BaseQuantization(bits, "float32")
     fuse(run, tmp_path / "adapter", tmp_path / "fused")
     ids = real_ids(run, 200)
     wanted = adapted_logits(run, adapter, ids, bits)
@@ -196,21 +205,21 @@ def test_adapters_of_a_packed_model_are_fused_with_its_unpacked_weights(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_what_packing_leaves_is_what_mlx_leaves(bits: int) -> None:
+def test_quantize_dequantize_equals_mlx(bits: int) -> None:
     rng = np.random.default_rng(0)
     normal = rng.standard_normal((16, 128)).astype(np.float32)
     for weight in (normal, np.abs(normal) + 1, -np.abs(normal), np.zeros_like(normal), np.full_like(normal, -0.3)):
         packed = mx.quantize(mx.array(weight), group_size=64, bits=bits)
         theirs = mx.dequantize(*packed, group_size=64, bits=bits)
-        np.testing.assert_array_equal(_repacked(weight, Packing(bits, "float32")), theirs)
+        np.testing.assert_array_equal(_quantize_dequantize(weight, BaseQuantization(bits, "float32")), theirs)
         w, *parts = packed
         narrow = (part.astype(mx.bfloat16).astype(mx.float32) for part in parts)
         theirs = mx.dequantize(w, *narrow, group_size=64, bits=bits)
-        np.testing.assert_allclose(_repacked(weight, Packing(bits, "bfloat16")), theirs, atol=1e-6)
+        np.testing.assert_allclose(_quantize_dequantize(weight, BaseQuantization(bits, "bfloat16")), theirs, atol=1e-6)
 
 
-def test_a_run_of_ours_and_a_hugging_face_folder_are_fused(run: Path, tmp_path: Path, capsys: Any) -> None:
-    """By the command, from a checkpoint that holds adapters alone; which can't be used as a model by itself."""
+def test_fuse_command_with_a_run_and_a_hugging_face_folder(run: Path, tmp_path: Path, capsys: Any) -> None:
+    """The adapters come from a checkpoint, which can't be loaded as a model by itself."""
     config = checkpoint.find(run).config
     lora = LoraConfig(r=4, alpha=8.0, dora=True)
     adapter = adapter_for(config.model, **lora.model_dump())
@@ -218,7 +227,7 @@ def test_a_run_of_ours_and_a_hugging_face_folder_are_fused(run: Path, tmp_path: 
     arrays = {f"params/{name}": array for name, array in adapter.weights.items()}
     others = {name: array * 0 for name, array in arrays.items()}
     checkpoint.save(tmp_path / "tuned", 9, others, {"tokens": 1, "config": tuned.model_dump()})
-    write_sealed(tmp_path / "tuned" / "best.json", {"step": 7})  # what the newest is, and is not taken
+    write_sealed(tmp_path / "tuned" / "best.json", {"step": 7})  # the newest step, 9, is not the best
     checkpoint.save(tmp_path / "tuned", 7, arrays, {"tokens": 1, "config": tuned.model_dump()})
     export(run, "hf", tmp_path / "hf")
     for base in (run, tmp_path / "hf"):
@@ -231,28 +240,30 @@ def test_a_run_of_ours_and_a_hugging_face_folder_are_fused(run: Path, tmp_path: 
             str(tmp_path / f"{base.name}2"),
         ]
         assert main(["fuse", *words]) == 0
-        said = capsys.readouterr().out
-        assert f"{tmp_path / 'tuned'}: step 7\n" in said and said.endswith("parameters, adapters in 14 matrices\n")
-        assert said.startswith(str(run / "step_00000040" if base == run else base))
+        printed = capsys.readouterr().out
+        assert f"{tmp_path / 'tuned'}: step 7\n" in printed and printed.endswith(
+            "parameters, adapters merged into 14 matrices\n"
+        )
+        assert printed.startswith(str(run / "step_00000040" if base == run else base))
         ids = real_ids(run, 100)
         z = our_logits(tmp_path / f"{base.name}2", ids)
         np.testing.assert_allclose(z, adapted_logits(run, adapter, ids), atol=1e-4)
     assert main(["fuse", *words]) == 2
-    assert "holds something already" in capsys.readouterr().err
+    assert "not empty" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"adapters \(lora.r: 4\), not a whole model: fuse them"):
         load_model(tmp_path / "tuned")
     assert main(["fuse", "--model", str(run), "--adapter", str(run), "--output", str(tmp_path / "x")]) == 2
     assert "a whole model, not adapters" in capsys.readouterr().err
 
 
-def test_the_chat_template_comes_from_the_adapters_else_from_the_model(run: Path, tmp_path: Path, capsys: Any) -> None:
+def test_chat_template_of_the_adapters_takes_precedence_over_the_models(run: Path, tmp_path: Path, capsys: Any) -> None:
     write_adapter(tmp_path / "tuned" / "adapters", adapter_for(shape_of(run)), shape_of(run), "mlx")
     words = ["fuse", "--model", str(run), "--adapter", str(tmp_path / "tuned" / "adapters"), "--json", "--output"]
     found = []
     for said in (None, run, tmp_path / "tuned", tmp_path / "tuned"):
         if said is not None:
             (said / "chat_template.jinja").write_text(said.name)
-        if len(found) == 3:  # it becomes a run of ours: what lies beside anybody's folder is not of the adapters
+        if len(found) == 3:  # make it a run; a template next to any other folder is unrelated to the adapters
             (tmp_path / "tuned" / "step_00000001").mkdir()
             (tmp_path / "tuned" / "step_00000001" / "state.json").touch()
         assert main([*words, str(tmp_path / f"out{len(found)}")]) == 0
@@ -262,12 +273,12 @@ def test_the_chat_template_comes_from_the_adapters_else_from_the_model(run: Path
     assert found == [None, "run", "run", "tuned"]
 
 
-def test_adapters_know_the_model_that_they_were_trained_on(run: Path, tmp_path: Path, bpe: Path) -> None:
-    """Another one of the same shape is refused, in a run and in mlx-lm's form; without a digest nothing is."""
+def test_adapters_of_another_model_are_rejected_by_digest(run: Path, tmp_path: Path, bpe: Path) -> None:
+    """Even with equal shapes, from a run and in mlx-lm's format. Adapters without a digest are accepted."""
     shape = shape_of(run)
     other = make_run(tmp_path / "other", bpe, random_parameters(shape, 1))
     lora = LoraConfig(r=4)
-    adapter = of_run(adapter_for(shape, alpha=16.0).weights, shape, lora, "float32")
+    adapter = make_adapter(adapter_for(shape, alpha=16.0).weights, shape, lora, "float32")
     state = {"config": checkpoint.find(run).config.model_copy(update={"lora": lora}).model_dump()}
     arrays = {f"params/{name}": array for name, array in adapter.weights.items()}
     checkpoint.save(tmp_path / "tuned", 7, arrays, {"base": load_pretrained(str(run)).digest, **state})
@@ -276,21 +287,21 @@ def test_adapters_know_the_model_that_they_were_trained_on(run: Path, tmp_path: 
     write_adapter(tmp_path / "mlx", read, shape, "mlx")
     write_adapter(tmp_path / "unknown", adapter, shape, "mlx")
     for i, name in enumerate(("tuned", "mlx")):
-        with pytest.raises(UserError, match=f"{name}: these adapters were trained on another model than") as error:
+        with pytest.raises(UserError, match=f"{name}: these adapters were not trained on the model in") as error:
             fuse(other, tmp_path / name, tmp_path / "out")
         assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
         fuse(run, tmp_path / name, tmp_path / f"out{i}")
     fuse(other, tmp_path / "unknown", tmp_path / "out")
 
 
-def test_fused_is_the_sum_in_float64() -> None:
+def test_merge_equals_float64() -> None:
     rng = np.random.default_rng(0)
     w, a, b = (rng.standard_normal(s).astype(np.float32) for s in ((6, 5), (5, 4), (4, 6)))
-    (merged,) = fused({"x.weight": w}, Adapter({"x.lora_a": a, "x.lora_b": b}, {"x": 0.5})).values()
+    (merged,) = merge_adapter({"x.weight": w}, Adapter({"x.lora_a": a, "x.lora_b": b}, {"x": 0.5})).values()
     np.testing.assert_allclose(merged, w + 0.5 * (a.astype(np.float64) @ b).T, atol=1e-6)
 
 
-def broken(folder: Path, form: Form, what: str) -> None:
+def damage(folder: Path, form: AdapterFormat, what: str) -> None:
     file, config = folder / FILES[form], folder / "adapter_config.json"
     values = json.loads(config.read_text())
     tensors = {name: tensor.load() for name, tensor in safetensors_file.read(file).items()}
@@ -324,33 +335,31 @@ def broken(folder: Path, form: Form, what: str) -> None:
     ("form", "what", "message"),
     [
         *[
-            (form, "other model", "no matrix of the model's blocks: these adapters are for another model")
-            for form in FORMS
+            (form, "other model", "the model has no matrix .*layers.7.*: these adapters are for another model")
+            for form in FORMATS
         ],
-        *[(form, "other width", "these adapters are for another model") for form in FORMS],
-        *[(form, "half", "has no lora_a: the file is not whole") for form in FORMS],
-        *[(form, "nan", "not finite") for form in FORMS],
-        *[(form, "head", "lm_head: no matrix of the model's blocks") for form in FORMS],
-        *[(form, "none", "holds no adapters") for form in FORMS],
-        *[(form, "no config", "adapter_config.json: can't be read as JSON") for form in FORMS],
-        ("mlx", "full", "fine_tune_type is 'full': expected lora or dora"),
-        ("peft", "full", "peft_type is 'PROMPT_TUNING': expected LORA"),
-        ("peft", "pissa", "init_lora_weights is 'pissa_niter_4', which changed the model as well"),
+        *[(form, "other width", "these adapters are for another model") for form in FORMATS],
+        *[(form, "half", "has no lora_a: the file is incomplete") for form in FORMATS],
+        *[(form, "nan", "not finite") for form in FORMATS],
+        *[(form, "head", "the model has no matrix lm_head") for form in FORMATS],
+        *[(form, "none", "no adapters in this file") for form in FORMATS],
+        *[(form, "no config", "adapter_config.json: can't be read as JSON") for form in FORMATS],
+        ("mlx", "full", "unsupported fine_tune_type 'full': expected lora or dora"),
+        ("peft", "full", "unsupported peft_type 'PROMPT_TUNING': expected LORA"),
+        ("peft", "pissa", "init_lora_weights 'pissa_niter_4' also changes the base weights"),
         ("mlx", "no scale", "scale: expected a number, got None"),
         ("peft", "no scale", "lora_alpha: expected a number, got None"),
     ],
 )
-def test_what_is_no_adapter_of_this_model_is_refused_in_a_line(
-    run: Path, tmp_path: Path, form: Form, what: str, message: str
-) -> None:
+def test_invalid_adapters_are_rejected(run: Path, tmp_path: Path, form: AdapterFormat, what: str, message: str) -> None:
     write_adapter(tmp_path / "adapter", adapter_for(shape_of(run)), shape_of(run), form)
-    broken(tmp_path / "adapter", form, what)
+    damage(tmp_path / "adapter", form, what)
     with pytest.raises(UserError, match=message.replace("(", r"\(")) as error:
         fuse(run, tmp_path / "adapter", tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_a_folder_without_adapters_and_a_pickle_are_refused(run: Path, tmp_path: Path) -> None:
+def test_missing_adapters_and_pickles_are_rejected(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no adapters: expected adapters.safetensors or adapter_model.safetensors"):
         read_adapter(tmp_path / "empty", shape_of(run))

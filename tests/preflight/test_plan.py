@@ -71,7 +71,7 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_hours() -> None:
     assert [parse_hours(text) for text in ("8", "8h", "2d", "1.5d")] == [8, 8, 48, 36]
     for text in ("0", "", "8m", "-1", "two", "1e3", "nan"):
-        with pytest.raises(UserError, match="expected hours"):
+        with pytest.raises(UserError, match="argument --deadline: expected a time > 0"):
             parse_hours(text)
 
 

@@ -93,7 +93,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["report", str(tmp_path / "none")], "no run here"),
         (["report", run, "--output", str(tmp_path / "none" / "x.html")], "no such folder"),
         (["runs", str(tmp_path / "none")], "no such folder"),
-        (["runs", str(tmp_path / "empty")], "no runs here"),
+        (["runs", str(tmp_path / "empty")], "no runs found"),
     ):
         assert main(words) == 2
         error = capsys.readouterr().err

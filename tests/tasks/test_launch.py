@@ -208,10 +208,10 @@ def test_single_process_tasks_are_refused(tmp_path: Path, tiny_shards: Path, mon
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["-n", "0", "--", "pretrain", "x"], "--ranks 0: expected 1 or more"),
-        (["--backend", "tcp", "--", "pretrain", "x"], "--backend tcp: expected ring, mpi, nccl, jaccl"),
-        (["--hosts", "a", "--hostfile", "f", "--", "pretrain", "x"], "--hosts, --hostfile: expected one of them"),
-        (["--hostfile", "f", "-n", "2", "--", "pretrain", "x"], "--hostfile, --ranks: the file says how many"),
+        (["-n", "0", "--", "pretrain", "x"], "argument -n/--ranks: expected an integer >= 1, got '0'"),
+        (["--backend", "tcp", "--", "pretrain", "x"], "argument --backend: expected one of ring, mpi, nccl, jaccl, got 'tcp'"),
+        (["--hosts", "a", "--hostfile", "f", "--", "pretrain", "x"], "--hosts and --hostfile: expected only one"),
+        (["--hostfile", "f", "-n", "2", "--", "pretrain", "x"], "--ranks: not allowed with --hostfile"),
         (["--", "generate", "x"], "launch: expected a command after --: pretrain or sft"),
         (["--", "pretrain", "none.yaml"], "none.yaml: no such file"),
         (["--", "pretrain", "configs/quickstart.yaml", "--lr", "fast"], "train.lr"),

@@ -1,4 +1,4 @@
-"""`pretokenize` and `shards` as a person meets them: settings that arrive, what is printed, runs that were stopped."""
+"""`anarchobot tokenizer train`, `pretokenize` and `shards`: settings, output, interrupted runs."""
 
 import json
 from collections.abc import Sequence
@@ -62,15 +62,17 @@ def test_settings_reach_the_shards(
     assert counts["kept"] in kept
 
 
-@pytest.mark.parametrize(("engine", "told"), [("reference", "tokenizing with sentencepiece\n"), ("fast", "fastokens")])
-def test_the_engine_is_the_one_asked_for(
-    corpus: Path, tokenizer: str, capsys: Captured, engine: str, told: str
+@pytest.mark.parametrize(
+    ("engine", "message"), [("reference", "tokenizing with sentencepiece\n"), ("fast", "fastokens")]
+)
+def test_the_tokenizer_engine_is_selectable(
+    corpus: Path, tokenizer: str, capsys: Captured, engine: str, message: str
 ) -> None:
     assert main([*words(corpus, tokenizer), f"tokenizer.engine={engine}"]) == 0
-    assert told in capsys.readouterr().out
+    assert message in capsys.readouterr().out
 
 
-def test_one_folder_to_write_to(corpus: Path, tokenizer: str, capsys: Captured, tmp_path: Path) -> None:
+def test_several_output_folders_are_an_error(corpus: Path, tokenizer: str, capsys: Captured, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(f"data:\n  dataset: {corpus}\n  shard_dir: [a, b]\n")
     assert main(["pretokenize", str(tmp_path / "c.yaml"), "--tokenizer", tokenizer]) == 2
     where = f"{tmp_path / 'c.yaml'}:3"
@@ -79,8 +81,8 @@ def test_one_folder_to_write_to(corpus: Path, tokenizer: str, capsys: Captured, 
     )
 
 
-def stop_it(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
-    """Stops the run when all but the last text is in shards of about 300 tokens."""
+def interrupt(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    """Interrupts the run when all but the last text are in shards of about 300 tokens."""
     monkeypatch.setattr(document_batches, "BATCH_CHARS", 1)
     monkeypatch.setattr(pretokenize, "PretokenizeOptions", partial(pretokenize.PretokenizeOptions, shard_tokens=300))
     real = document_batches._tokenize
@@ -95,11 +97,11 @@ def stop_it(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
         assert main(command) == 130
 
 
-def test_a_stopped_run_goes_on_or_is_refused(
+def test_an_interrupted_run_is_resumed_or_rejected(
     corpus: Path, tokenizer: str, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = words(corpus, tokenizer)
-    stop_it(monkeypatch, command)
+    interrupt(monkeypatch, command)
     before = contents(tmp_path / "out")
     assert "progress.json" in before
     capsys.readouterr()
@@ -116,9 +118,9 @@ def test_a_stopped_run_goes_on_or_is_refused(
     assert main([*command, "--restart"]) == 0
     assert "kept 33" in capsys.readouterr().out
     whole = contents(tmp_path / "out")
-    stop_it(monkeypatch, [*command, "--restart"])
+    interrupt(monkeypatch, [*command, "--restart"])
     capsys.readouterr()
-    assert main([*command, "tokenizer.engine=reference"]) == 2  # what stopped it may have been a wrong engine
+    assert main([*command, "tokenizer.engine=reference"]) == 2  # the cause of the interruption may have been the engine
     assert "tokenised with changed from fastokens" in capsys.readouterr().err
     assert main([*command, "--workers", "3", "data.seq_len=7"]) == 0
     assert "resuming: " in capsys.readouterr().out
@@ -147,7 +149,7 @@ def test_shards_info(corpus: Path, tokenizer: str, capsys: Captured, tmp_path: P
 def test_long_documents_are_shown_by_their_first_200_characters(
     tokenizer: str, capsys: Captured, tmp_path: Path
 ) -> None:
-    """Of characters that take four tokens each, and one whose bytes would be cut."""
+    """Characters of four tokens each; the limit must not split one."""
     (tmp_path / "corpus.jsonl").write_text(json.dumps({"text": "🙂" * 300}) + "\n")
     main(words(tmp_path / "corpus.jsonl", tokenizer, "--quiet"))
     main(["shards", "info", str(tmp_path / "out")])
@@ -157,16 +159,16 @@ def test_long_documents_are_shown_by_their_first_200_characters(
 def test_shards_verify_names_the_damaged_file(corpus: Path, tokenizer: str, capsys: Captured, tmp_path: Path) -> None:
     main(words(corpus, tokenizer, "--quiet"))
     assert main(["shards", "verify", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out == "train_00000.npy: good\ntrain_00000.offsets: good\n"
+    assert capsys.readouterr().out == "train_00000.npy: ok\ntrain_00000.offsets: ok\n"
     path = tmp_path / "out" / "train_00000.offsets"
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     assert main(["shards", "verify", "--json", str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()
     assert json.loads(captured.out)["checked"] == 2 and list(json.loads(captured.out)["damaged"]) == [path.name]
-    assert captured.err == f"anarchobot: {tmp_path / 'out'}: 1 of 2 files are damaged: pretokenize again\n"
+    assert captured.err == f"anarchobot: {tmp_path / 'out'}: 1 of 2 files are corrupt; run pretokenize again\n"
 
 
-def test_what_no_tokenizer_learns_from_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_training_text_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.jsonl").write_bytes(b"\xff\xfe\n[1\n")
     words = ["tokenizer", "train", "--vocab-size", "300", "--output", str(tmp_path / "tok"), "--input"]
     assert main([*words, str(tmp_path / "bad.jsonl")]) == 2
