@@ -1,4 +1,4 @@
-"""Two ranks on this machine, one core each, beside one process: a step's time, and what is exchanged how fast.
+"""Compares two ranks on this machine, one core each, with one process: step time and exchange throughput.
 
 .venv/bin/python benchmarks/scaling.py
 """
@@ -22,33 +22,33 @@ HERE = Path(__file__).parent
 MODEL = {"vocab_size": 8192, "n_layers": 6, "d_model": 256, "n_heads": 8, "dropout": 0.0}  # 8.4 million parameters
 LENGTH, ROWS = 256, 4
 BUFFERS = (2**20, 2**22, 2**24, 2**26)
-EXCHANGED = 2**27  # bytes, to see the speed
+EXCHANGED = 2**27  # bytes, for measuring throughput
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "scaling.json")
-    parser.add_argument("--micro-batches", type=int)  # of a rank: what this program starts
+    parser.add_argument("--micro-batches", type=int)  # per rank; given to the child processes
     parser.add_argument("--share-muon", action="store_true")
     arguments = parser.parse_args()
     if arguments.micro_batches is not None:
-        return rank(arguments.micro_batches, arguments.steps, arguments.share_muon)
+        return run_rank(arguments.micro_batches, arguments.steps, arguments.share_muon)
     result: dict[str, Any] = {"model": MODEL, "tokens_of_a_micro_batch": LENGTH * ROWS}
-    for whole in (2, 8):  # micro-batches of a step, of all ranks
-        one, two = started(1, whole, arguments.steps), started(2, whole // 2, arguments.steps)
-        shared = started(2, whole // 2, arguments.steps, "--share-muon")
+    for whole in (2, 8):  # micro-batches per step over all ranks
+        one, two = start_ranks(1, whole, arguments.steps), start_ranks(2, whole // 2, arguments.steps)
+        shared = start_ranks(2, whole // 2, arguments.steps, "--share-muon")
         result[f"{whole} micro-batches"] = {"one process": one, "two ranks": two, "two ranks, Muon shared": shared}
-        print(f"{whole} micro-batches a step: {one['step_seconds']} s, by two ranks {two['step_seconds']} s, of which "
-              f"{two['exchange_seconds']} s to exchange {two['bytes']:,} bytes; with Muon shared "
-              f"{shared['step_seconds']} s: the update {shared['update_seconds']} instead of {two['update_seconds']} s"
+        print(f"{whole} micro-batches per step: {one['step_seconds']} s, with two ranks {two['step_seconds']} s, of which "
+              f"{two['exchange_seconds']} s to exchange {two['bytes']:,} bytes; with sharded Muon "
+              f"{shared['step_seconds']} s: update {shared['update_seconds']} instead of {two['update_seconds']} s"
         )  # fmt: skip
-    print("GB of gradients a second, by MB of a buffer:", two["gb_per_second"])
+    print("gradient throughput in GB/s by buffer size in MB:", two["gb_per_second"])
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def started(size: int, micro_batches: int, steps: int, *more: str) -> dict[str, Any]:
-    """What rank 0 of so many ranks measures, each on a core of its own."""
+def start_ranks(size: int, micro_batches: int, steps: int, *more: str) -> dict[str, Any]:
+    """Starts several ranks, each on its own core; returns rank 0's measurements."""
     hostfile = Path(tempfile.mkdtemp()) / "ring.json"
     hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
     words = [sys.executable, __file__, "--micro-batches", str(micro_batches), "--steps", str(steps), *more]
@@ -61,13 +61,13 @@ def started(size: int, micro_batches: int, steps: int, *more: str) -> dict[str, 
         )
         for i in range(size)
     ]
-    told = [child.communicate(timeout=1800)[0] for child in children]
+    outputs = [child.communicate(timeout=1800)[0] for child in children]
     hostfile.unlink()
-    found: dict[str, Any] = json.loads(told[0])
+    found: dict[str, Any] = json.loads(outputs[0])
     return found
 
 
-def rank(micro_batches: int, steps: int, share: bool) -> None:
+def run_rank(micro_batches: int, steps: int, share: bool) -> None:
     from anarchobot.system.blas import load_fast_blas
 
     load_fast_blas()
@@ -83,22 +83,22 @@ def rank(micro_batches: int, steps: int, share: bool) -> None:
     engine = MLXEngine(config, ranks=own)
     ids = np.random.default_rng(own.rank).integers(0, 8192, (micro_batches, ROWS, LENGTH)).astype(np.int32)
     times, exchanges, updates, size = [], [], [], [0]
-    whole_sum, first = own.all_reduce, own.broadcast_scalar
+    all_reduce, broadcast_scalar = own.all_reduce, own.broadcast_scalar
 
-    def timed(grads: Any) -> Any:
-        own.any(False)  # waits for the slower rank, which is no exchange's fault
+    def timed_all_reduce(grads: Any) -> Any:
+        own.any(False)  # synchronizes, so that waiting for the slower rank is not counted
         began = time.perf_counter()
         size[0] = sum(g.nbytes for g in grads.values())
-        whole = whole_sum(grads)
+        whole = all_reduce(grads)
         exchanges.append(time.perf_counter() - began)
         return whole
 
-    def norm_known(norm: float) -> float:
-        known = first(norm)
-        updates.append(time.perf_counter())  # the update begins; it ends with the step
+    def start_of_update(norm: float) -> float:
+        known = broadcast_scalar(norm)
+        updates.append(time.perf_counter())  # start of the update, which ends with the step
         return known
 
-    own.all_reduce, own.broadcast_scalar = timed, norm_known  # type: ignore[method-assign]
+    own.all_reduce, own.broadcast_scalar = timed_all_reduce, start_of_update  # type: ignore[method-assign]
     for step in range(1, steps + 2):
         began = time.perf_counter()
         engine.train_step(Batch(ids, ids), step, 1e-3, 0.9)
@@ -114,7 +114,7 @@ def rank(micro_batches: int, steps: int, share: bool) -> None:
                 grads = {str(i): mx.ones(buffer // 4) for i in range(count)}
                 mx.eval(grads)
                 began = time.perf_counter()
-                whole_sum(grads)
+                all_reduce(grads)
                 tries.append(time.perf_counter() - began)
             speeds[f"{buffer / 2**20:g}"] = round(EXCHANGED / min(tries[1:]) / 1e9, 2)
     with own:
