@@ -13,7 +13,7 @@ from pathlib import Path
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources import parquet, rows, text_files
 from anarchobot.data.sources.documents import DocumentCounts
-from anarchobot.data.sources.file_ranges import FileRange
+from anarchobot.data.sources.files import FileRange
 
 SourceTexts = Iterator[tuple[str, str | ValueError]]
 

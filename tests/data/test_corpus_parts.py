@@ -14,7 +14,7 @@ import pytest
 from anarchobot.cli.main import main
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources.documents import DocumentCounts, from_files, from_ranges
-from anarchobot.data.sources.file_ranges import FileRange, split_files
+from anarchobot.data.sources.files import FileRange, split_files
 from anarchobot.tokenizers.training import train_tokenizer
 
 WORDS = ["the", "a", "of", "and", "bees", "dates", "apples", "wings", "water", "stone", "river", "night"]

@@ -16,7 +16,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.conversations import formats, oasst
 from anarchobot.data.sources import compressed, files, hub, parquet, rows
-from anarchobot.data.sources.file_ranges import FileRange
+from anarchobot.data.sources.files import FileRange
 from anarchobot.data.sources.rows import Row
 from anarchobot.tokenizers.conversation import Conversation, InvalidRow, PreferencePair
 

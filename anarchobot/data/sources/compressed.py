@@ -1,4 +1,4 @@
-"""Files of bytes, plain or packed with gzip or Zstandard, as a stream; one that breaks off is read up to the break."""
+"""Streams plain, gzip and Zstandard files. A truncated or damaged file is read up to the damage."""
 
 import gzip
 import io
@@ -7,20 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anarchobot.data.sources.files import FileRange
+
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-BLOCK = 2**16  # bytes unpacked at a time
+BLOCK = 2**16  # bytes decompressed at once
 
 
 class DecompressedFile(io.RawIOBase):
-    """The unpacked bytes of a file. `broken` says why they end too early, or is empty.
+    """The decompressed bytes of a file. `damage` says why they end too early, or is empty.
 
-    Of a file that is cut off, every byte that can be unpacked comes; of one that is damaged, all but the last block's.
+    A truncated file yields every byte that can be decompressed; a damaged one, everything before the damaged block.
     """
 
     def __init__(self, path: Path) -> None:
-        self.broken = ""
+        self.damage = ""
         self._errors: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error)
         if path.suffix == ".gz":
             self._file: io.BufferedIOBase = gzip.GzipFile(path)
@@ -40,44 +42,44 @@ class DecompressedFile(io.RawIOBase):
         try:
             block = self._file.read1(len(view))
         except self._errors as error:
-            self.broken = str(error)
+            self.damage = str(error)
             return 0
         view[: len(block)] = block
         return len(block)
 
     def close(self) -> None:
-        if hasattr(self, "_file") and not self.closed:  # without it where the file could not be opened
+        if hasattr(self, "_file") and not self.closed:  # missing when the file could not be opened
             self._file.close()
         super().close()
 
 
 def read_all(path: Path) -> bytes:
-    """All bytes of a file. Raises ValueError, with the place, where it breaks off; OSError when it can't be read."""
+    """Raises ValueError when the file is truncated or damaged; OSError when it can't be read."""
     with DecompressedFile(path) as file:
         raw = file.readall()
-        if file.broken:
-            raise ValueError(f"the file breaks off after {len(raw):,} bytes: {file.broken}")
+        if file.damage:
+            raise ValueError(f"truncated or damaged after {len(raw):,} bytes: {file.damage}")
     return raw
 
 
-def read_lines(path: Path, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | ValueError]]:
-    """(number from 1, line with its end), streamed; lines end at byte 0x0A only. Of a plain file, those alone that
-    begin in its bytes [start, end).
+def read_lines(file_range: FileRange) -> Iterator[tuple[int, bytes | ValueError]]:
+    """Yields (line number from 1, line with its end); lines end at byte 0x0A only. Only plain files can be split.
 
-    Where the file breaks off, a ValueError takes the place of the line that the break has cut, and is the last.
+    Where the file is truncated or damaged, the last item is a ValueError in place of the incomplete line.
     """
-    number = 0
+    path, start, end = file_range
     if start or end is not None:
         yield from _lines_between(path, start, end)
         return
-    with DecompressedFile(path) as unpacked, io.BufferedReader(unpacked, BLOCK) as file:
+    number = 0
+    with DecompressedFile(path) as raw, io.BufferedReader(raw, BLOCK) as file:
         for number, line in enumerate(file, start=1):
-            if unpacked.broken and not line.endswith(b"\n"):
+            if raw.damage and not line.endswith(b"\n"):
                 number -= 1
                 break
             yield number, line
-        if unpacked.broken:
-            yield number + 1, ValueError(f"the file breaks off here: {unpacked.broken}")
+        if raw.damage:
+            yield number + 1, ValueError(f"truncated or damaged here: {raw.damage}")
 
 
 def _lines_between(path: Path, start: int, end: int | None) -> Iterator[tuple[int, bytes]]:
@@ -85,7 +87,7 @@ def _lines_between(path: Path, start: int, end: int | None) -> Iterator[tuple[in
     with path.open("rb") as file:
         if start:
             file.seek(start - 1)
-            file.readline()  # the rest of a line that begins before, or the end of the one before
+            file.readline()  # the rest of a line that begins earlier, or just the end of the previous one
         at = file.tell()
         while (end is None or at < end) and (line := file.readline()):
             number += 1

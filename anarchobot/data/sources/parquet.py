@@ -1,4 +1,4 @@
-"""Parquet files to rows, a batch at a time. pyarrow comes with the extra `hub`."""
+"""Reads Parquet files in batches of rows. pyarrow comes with the extra `hub`."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,21 +13,21 @@ BATCH_ROWS = 128
 
 
 def read_text_rows(path: Path, data: DataConfig) -> Iterator[tuple[str, Row | ValueError]]:
-    """The text and score columns of each row; the rest as for `read_rows`. Raises UserError when one is missing."""
+    """`read_rows` with the text and score columns only. Raises UserError when one is missing."""
 
-    def wanted(names: list[str]) -> list[str]:
+    def select(names: list[str]) -> list[str]:
         check_fields(names, str(path), data)
         return list(dict.fromkeys(filter(None, (data.text_field, data.score_field))))
 
-    return read_rows(path, wanted)
+    return read_rows(path, select)
 
 
-def read_rows(path: Path, wanted: Callable[[list[str]], list[str]] = list) -> Iterator[tuple[str, Row | ValueError]]:
-    """(place, row) of each row, counted from 0; a ValueError in place of one whose text is no UTF-8. `wanted` chooses
-    from the columns' names (default: all).
+def read_rows(path: Path, select: Callable[[list[str]], list[str]] = list) -> Iterator[tuple[str, Row | ValueError]]:
+    """Yields (location, row), counting rows from 0, with the columns that `select` picks from all column names. A row
+    with text that isn't UTF-8 is replaced by a ValueError.
 
-    Memory: these columns of one row group, packed, and BATCH_ROWS rows unpacked. Raises EmptyFile, and UserError when
-    the file is damaged; OSError when it can't be read.
+    Memory: the selected columns of one row group, compressed, and BATCH_ROWS decompressed rows. Raises EmptyFile;
+    UserError when the file is damaged; OSError when it can't be read.
     """
     import pyarrow as arrow
     from pyarrow.parquet import ParquetFile
@@ -35,16 +35,16 @@ def read_rows(path: Path, wanted: Callable[[list[str]], list[str]] = list) -> It
     number = 0
     try:
         with path.open("rb") as raw, ParquetFile(raw) as file:
-            columns = wanted(file.schema_arrow.names)
+            columns = select(file.schema_arrow.names)
             for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
                 for values in zip(*(batch.column(name) for name in columns), strict=True):
                     yield f"{path}: row {number}", _row(columns, values)
                     number += 1
     except (arrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # Arrow's own have none
+        if isinstance(error, OSError) and error.errno is not None:  # Arrow's own OSErrors have no errno
             raise
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: a damaged Parquet file, or none (row {number}: {reason}): fetch it again") from error
+        raise UserError(f"{path}: damaged or not a Parquet file (row {number}: {reason}): download it again") from error
     if not number:
         raise EmptyFile(f"{path}: the file is empty")
 

@@ -1,4 +1,4 @@
-"""Text files to documents: the whole file, its paragraphs or its lines; the last two streamed line by line."""
+"""Text files to documents: whole files, paragraphs or lines; the last two are streamed line by line."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,22 +6,21 @@ from pathlib import Path
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources import compressed
-from anarchobot.data.sources.file_ranges import FileRange
-from anarchobot.data.sources.files import EmptyFile
+from anarchobot.data.sources.files import EmptyFile, FileRange
 from anarchobot.data.sources.rows import BOM
 
 
-def read_texts(span: FileRange, data: DataConfig) -> Iterator[tuple[str, str | ValueError]]:
-    """(place, text) of each document of a UTF-8 file, without its byte order mark and otherwise unchanged.
+def read_texts(file_range: FileRange, data: DataConfig) -> Iterator[tuple[str, str | ValueError]]:
+    """Yields (location, text) for each document of a UTF-8 file, unchanged except for the byte order mark.
 
-    Lines and paragraphs come without the line end behind them; blank lines (ASCII white space) are no documents. In
-    place of a broken document stands the ValueError that says why. Raises EmptyFile, and UserError when the file,
-    judged by its first document, is no UTF-8 text at all; OSError when it can't be read.
+    Lines and paragraphs come without their final line end; blank lines (ASCII whitespace) separate or are skipped. A
+    broken document is replaced by a ValueError that says why. Raises EmptyFile, and UserError when the first document
+    shows that the file is not UTF-8 text; OSError when it can't be read.
     """
-    path = span.path
-    first = span.start == 0
-    empty = span == FileRange(path)
-    for place, raw in _units(span, data):
+    path = file_range.path
+    first = file_range.start == 0
+    empty = file_range == FileRange(path)
+    for location, raw in _raw_documents(file_range, data):
         empty = False
         text: str | ValueError
         try:
@@ -31,18 +30,18 @@ def read_texts(span: FileRange, data: DataConfig) -> Iterator[tuple[str, str | V
                 raise UserError(f"{path}: {error}") from error
             text = error
         first = False
-        yield place, text
+        yield location, text
     if empty:
         raise EmptyFile(f"{path}: the file is empty")
 
 
-def _units(span: FileRange, data: DataConfig) -> Iterator[tuple[str, bytes | ValueError]]:
+def _raw_documents(file_range: FileRange, data: DataConfig) -> Iterator[tuple[str, bytes | ValueError]]:
     if data.documents == "file":
-        return _file(span.path)
-    return _lines(span) if data.documents == "lines" else _paragraphs(span.path)
+        return _whole_file(file_range.path)
+    return _lines(file_range) if data.documents == "lines" else _paragraphs(file_range.path)
 
 
-def _file(path: Path) -> Iterator[tuple[str, bytes | ValueError]]:
+def _whole_file(path: Path) -> Iterator[tuple[str, bytes | ValueError]]:
     try:
         raw: bytes | ValueError = compressed.read_all(path)
     except ValueError as error:
@@ -51,53 +50,53 @@ def _file(path: Path) -> Iterator[tuple[str, bytes | ValueError]]:
         yield str(path), raw
 
 
-def _lines(span: FileRange) -> Iterator[tuple[str, bytes | ValueError]]:
-    name = span.name
-    for number, line in compressed.read_lines(*span):
+def _lines(file_range: FileRange) -> Iterator[tuple[str, bytes | ValueError]]:
+    name = file_range.name
+    for number, line in compressed.read_lines(file_range):
         if isinstance(line, ValueError):
             yield f"{name}:{number}", line
         elif not _is_blank(line):
-            yield f"{name}:{number}", _without_end(line)
+            yield f"{name}:{number}", _strip_line_end(line)
 
 
 def _paragraphs(path: Path) -> Iterator[tuple[str, bytes | ValueError]]:
-    gathered: list[bytes] = []
+    lines: list[bytes] = []
     start = 0
-    for number, line in compressed.read_lines(path):
-        if isinstance(line, ValueError):  # the paragraph that it has cut is lost with it
+    for number, line in compressed.read_lines(FileRange(path)):
+        if isinstance(line, ValueError):  # the incomplete paragraph is dropped with it
             yield f"{path}:{number}", line
             return
         if _is_blank(line):
-            if gathered:
-                yield f"{path}:{start}", _without_end(b"".join(gathered))
-                gathered = []
+            if lines:
+                yield f"{path}:{start}", _strip_line_end(b"".join(lines))
+                lines = []
         else:
-            start = start if gathered else number
-            gathered.append(line)
-    if gathered:
-        yield f"{path}:{start}", _without_end(b"".join(gathered))
+            start = start if lines else number
+            lines.append(line)
+    if lines:
+        yield f"{path}:{start}", _strip_line_end(b"".join(lines))
 
 
 def _is_blank(line: bytes) -> bool:
     return not line.removeprefix(BOM).strip()
 
 
-def _without_end(raw: bytes) -> bytes:
+def _strip_line_end(raw: bytes) -> bytes:
     return raw.removesuffix(b"\n").removesuffix(b"\r")
 
 
 def _decode(raw: bytes, data: DataConfig) -> str:
-    """Raises ValueError when it is no UTF-8, or holds a NUL, which text has only where something else was meant."""
+    """Raises ValueError for text that isn't UTF-8 or contains NUL, which indicates another encoding or binary data."""
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin1"  # latin1: only an example
+        encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin1"  # latin1 is only an example
         raise ValueError(
-            f"not UTF-8 text (byte {error.start + 1}): convert it first, as with iconv -f {encoding} -t utf-8"
+            f"not UTF-8 text (byte {error.start + 1}): convert it first, for example with iconv -f {encoding} -t utf-8"
         ) from error
     if "\0" in text and not data.clean:
         raise ValueError(
-            f"not text: it holds a NUL character (at character {text.index(chr(0)) + 1}); data.clean: true takes such "
-            "characters out"
+            f"not text: contains a NUL character (at character {text.index(chr(0)) + 1}): set data.clean: true to "
+            "remove control characters"
         )
     return text

@@ -1,4 +1,4 @@
-"""What tests of the readers share: texts and counts as they come out of files, and files to put in."""
+"""Shared by the tests of the readers: read texts and counts from files, and write files."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ TEXT = DataConfig()
 
 
 def read(*names: Path | str, data: DataConfig = TEXT) -> tuple[list[str], DocumentCounts]:
-    """The texts that are left and their counts; each text is kept once, and counted as pretokenize does."""
+    """Returns the distinct texts and the counts, with duplicates counted as pretokenize does."""
     counts = DocumentCounts()
     texts: dict[str, None] = {}
     for document in from_files(map(str, names), data, counts):
@@ -33,7 +33,7 @@ def problem(*names: Path | str, data: DataConfig = TEXT) -> str:
 
 
 def jsonl(path: Path, *lines: object) -> Path:
-    """Strings and bytes are written as they are, anything else as JSON."""
+    """Writes strings and bytes as they are, anything else as JSON."""
     raw = (x if isinstance(x, bytes) else (x if isinstance(x, str) else json.dumps(x)).encode() for x in lines)
     path.write_bytes(b"".join(line + b"\n" for line in raw))
     return path

@@ -1,4 +1,4 @@
-"""The text that needs no download is there, is enough to learn from, and is the same each time."""
+"""The built-in text exists, is large enough and deterministic."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 from anarchobot.data.sources import builtin
 
 
-def test_the_text_is_a_few_megabytes_of_topics_and_source_in_a_fixed_order() -> None:
+def test_texts_are_megabytes_in_a_fixed_order() -> None:
     texts = list(builtin.texts())
     assert sum(len(text.encode()) for text in texts) > 5e6
     assert texts == list(builtin.texts())
@@ -15,14 +15,14 @@ def test_the_text_is_a_few_megabytes_of_topics_and_source_in_a_fixed_order() -> 
     assert Path(sys.modules["json"].__file__ or "").read_text(encoding="utf-8") in texts
 
 
-def test_the_topics_are_the_language_reference() -> None:
+def test_topics_are_the_language_reference() -> None:
     from pydoc_data.topics import topics
 
     assert len(builtin.topics()) == len(topics) > 50
     assert any(text == topics["with"] and '"with" statement' in text for text in builtin.topics())
 
 
-def test_source_files_are_the_library_without_its_tests_and_other_peoples_packages() -> None:
+def test_source_files_exclude_tests_and_site_packages() -> None:
     files = builtin.source_files()
     assert files == sorted(files)
     assert {"argparse.py", "pickle.py"} <= {path.name for path in files}

@@ -1,4 +1,4 @@
-"""Sources become documents in their order, mixed by weights, measured by quality, and every one of them counted."""
+"""Documents come in order, mixed by weights, cleaned and filtered, and every one is counted."""
 
 import unicodedata
 from collections.abc import Iterator
@@ -16,35 +16,35 @@ from anarchobot.data.sources.documents import (
     SPLIT_FILE_CHARS,
     Document,
     DocumentCounts,
-    clean,
+    clean_text,
+    filter_reason,
     from_files,
-    mix,
+    mix_by_weight,
     open_source,
-    why_left_out,
 )
 from tests.data.sources.reading import TEXT, jsonl, read
 
 
-def test_a_file_of_white_space_is_counted_as_filtered(tmp_path: Path) -> None:
+def test_blank_file_is_filtered(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" \n\t\n")
     texts, counts = read(tmp_path / "a.txt")
     assert texts == [] and counts.filtered == 1
 
 
-def test_only_a_long_text_file_may_be_cut(tmp_path: Path) -> None:
+def test_only_long_text_files_are_splittable(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x" * SPLIT_FILE_CHARS)
     (tmp_path / "b.txt").write_text("x" * (SPLIT_FILE_CHARS - 1))
     jsonl(tmp_path / "c.jsonl", {"text": "x" * SPLIT_FILE_CHARS})
     assert [d.splittable for d in from_files([str(tmp_path)], TEXT, DocumentCounts())] == [True, False, False]
 
 
-def test_a_paragraph_is_never_cut(tmp_path: Path) -> None:
+def test_paragraphs_are_not_splittable(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x" * SPLIT_FILE_CHARS)
     data = DataConfig(documents="paragraphs")
     assert [d.splittable for d in from_files([str(tmp_path)], data, DocumentCounts())] == [False]
 
 
-def test_the_configured_dataset_can_be_a_list_of_files(tmp_path: Path) -> None:
+def test_dataset_can_be_a_list_of_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.txt").write_text("two")
     names = [str(tmp_path / "b.txt"), str(tmp_path / "a.txt")]
@@ -54,12 +54,12 @@ def test_the_configured_dataset_can_be_a_list_of_files(tmp_path: Path) -> None:
     assert (name, list(documents)) == (names[0], [Document("two")])
 
 
-def test_no_dataset_is_told() -> None:
+def test_missing_dataset_is_an_error() -> None:
     with pytest.raises(UserError, match=r"data\.dataset is not set"):
         open_source(DataConfig(), 0, DocumentCounts())
 
 
-def test_a_missing_file_falls_back_only_where_the_config_allows_it(tmp_path: Path) -> None:
+def test_fallback_must_be_enabled(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing.txt")
     with pytest.raises(UserError, match="no such file"):
         open_source(DataConfig(dataset=missing), 0, DocumentCounts())
@@ -71,7 +71,7 @@ def test_a_missing_file_falls_back_only_where_the_config_allows_it(tmp_path: Pat
     assert counts.read == 2
 
 
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+def test_unreadable_file_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     documents = from_files([str(tmp_path / "a.txt")], TEXT, DocumentCounts())
     (tmp_path / "a.txt").unlink()
@@ -79,20 +79,20 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         list(documents)
 
 
-def test_a_row_of_a_dataset_that_is_no_unicode_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unpaired_surrogate_is_a_broken_row(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"text": "good"}, {"text": "half a pair \ud800"}, {"text": "größe"}]
     monkeypatch.setattr(hub, "rows", lambda name, data, seed: iter(rows))
     counts = DocumentCounts()
     _, documents = open_source(DataConfig(dataset="some/set"), 0, counts)
     assert [document.text for document in documents] == ["good", "größe"]
-    assert counts.first_broken == "some/set: row 1: half of a surrogate pair in 'text'"
+    assert counts.first_broken == "some/set: row 1: unpaired surrogate in 'text'"
 
 
-# Quality
+# Cleaning and filtering
 
 
-def test_each_reason_to_leave_a_document_out_is_counted(tmp_path: Path) -> None:
-    """By hand; lengths count characters, after the clean-up, and the ends of both ranges are kept."""
+def test_each_filter_reason_is_counted(tmp_path: Path) -> None:
+    """By hand. Lengths are in characters, after cleaning; both bounds are inclusive."""
     rows = [
         ("four", 1),
         ("\0 \r\n", 1),
@@ -114,14 +114,14 @@ def test_each_reason_to_leave_a_document_out_is_counted(tmp_path: Path) -> None:
     ]
 
 
-def test_text_files_are_cleaned_and_measured_too(tmp_path: Path) -> None:
+def test_text_files_are_cleaned_and_filtered(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one\0 \r\n\r\ntwo words\r\n")
     assert read(tmp_path / "a.txt", data=DataConfig(clean=True))[0] == ["one\n\ntwo words\n"]
     lines = DataConfig(clean=True, documents="lines", max_chars=3)
     assert read(tmp_path / "a.txt", data=lines)[0] == ["one"]
 
 
-def test_the_built_in_text_is_measured_too() -> None:
+def test_builtin_text_is_filtered() -> None:
     counts = DocumentCounts()
     _, documents = open_source(DataConfig(dataset="builtin", max_chars=2000), 0, counts)
     assert all(len(document.text) <= 2000 for document in islice(documents, 30))
@@ -131,7 +131,7 @@ def test_the_built_in_text_is_measured_too() -> None:
 # Mixtures
 
 
-def test_a_mixture_follows_its_weights_and_ends_with_the_first_source(tmp_path: Path) -> None:
+def test_mixture_follows_its_weights(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", *({"text": f"{i:010d}"} for i in range(100)))
     jsonl(tmp_path / "b.jsonl", *({"text": "ß" * 5 + f"{i:010d}"} for i in range(100)))  # 20 bytes
     names = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
@@ -144,21 +144,21 @@ def test_a_mixture_follows_its_weights_and_ends_with_the_first_source(tmp_path: 
     given = {10: 0, 20: 0}
     for text in texts:
         given[len(text.encode())] += len(text.encode())
-        assert abs(given[20] - 3 * given[10]) <= 80, "a document of either is 20 bytes, in fourths"
+        assert abs(given[20] - 3 * given[10]) <= 80, "at most one document, 20 bytes, in quarters"
     assert given == {10: 670, 20: 2000}, "b has run out"
     assert [(used.name, used.documents, used.bytes) for used in counts.used] == [
         (names[0], 67, 670),
         (names[1], 100, 2000),
     ]
-    assert counts.read == 167, "no document is drawn that isn't used"
+    assert counts.read == 167, "no document is read without being used"
     assert counts.details() == [
-        f"used of {names[0]}: 67 documents, 0.00 MB (25.1%)",
-        f"used of {names[1]}: 100 documents, 0.00 MB (74.9%)",
+        f"from {names[0]}: 67 documents, 0.00 MB (25.1%)",
+        f"from {names[1]}: 100 documents, 0.00 MB (74.9%)",
     ]
 
 
-def test_a_mixture_counts_only_what_it_read_of_each_source(tmp_path: Path) -> None:
-    """The rows that no turn came to are not read: by hand, a gives 1 and 3 around a broken and a blank one."""
+def test_mixture_counts_only_what_it_read(tmp_path: Path) -> None:
+    """By hand: file a yields a1, a3 and a4, and its last row is never read."""
     jsonl(tmp_path / "a.jsonl", {"text": "a1"}, "{", {"text": " "}, {"text": "a3"}, {"text": "a4"}, {"text": "a5"})
     jsonl(tmp_path / "b.jsonl", {"text": "b1"}, {"text": "b2"})
     counts = DocumentCounts()
@@ -167,9 +167,7 @@ def test_a_mixture_counts_only_what_it_read_of_each_source(tmp_path: Path) -> No
     assert (counts.read, counts.filtered, counts.broken) == (7, 1, 1)
 
 
-def test_hub_names_files_and_the_built_in_text_stand_in_one_list(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_names_files_and_builtin_can_be_listed_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "rows", lambda name, data, seed: iter([{"text": f"{name} {i}"} for i in range(2)]))
     (tmp_path / "a.txt").write_text("a file")
     names = ["some/set", str(tmp_path / "a.txt"), "other/set", "builtin"]
@@ -183,8 +181,8 @@ def test_hub_names_files_and_the_built_in_text_stand_in_one_list(
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 100), st.lists(st.integers(1, 50), max_size=80)), min_size=1, max_size=4))
-def test_bytes_follow_the_weights_until_the_first_source_runs_out(sources: list[tuple[float, list[int]]]) -> None:
-    """Sizes stand for items. No source is more than one item ahead of its share; of two, none is behind by more."""
+def test_mix_by_weight_follows_the_weights(sources: list[tuple[float, list[int]]]) -> None:
+    """Items are their own sizes. No source is ahead of its share by more than one item."""
     weights, items = [weight for weight, _ in sources], [sizes for _, sizes in sources]
     drawn = [0] * len(sources)
 
@@ -194,7 +192,7 @@ def test_bytes_follow_the_weights_until_the_first_source_runs_out(sources: list[
             yield size
 
     sums, seen = [0] * len(sources), [0] * len(sources)
-    for i, size, item in mix([draw(i) for i in range(len(sources))], weights, lambda size: size):
+    for i, size, item in mix_by_weight([draw(i) for i in range(len(sources))], weights, lambda size: size):
         assert size == item == items[i][seen[i]], "each source keeps its order"
         seen[i] += 1
         sums[i] += size
@@ -204,8 +202,8 @@ def test_bytes_follow_the_weights_until_the_first_source_runs_out(sources: list[
     assert any(drawn[i] == len(items[i]) for i in range(len(sources)))
 
 
-def test_it_ends_when_the_next_turn_finds_nothing() -> None:
-    given_out = [item for _, _, item in mix([iter(["a", "b"]), iter(["c"])], [1, 1], len)]
+def test_mix_by_weight_ends_with_the_first_exhausted_source() -> None:
+    given_out = [item for _, _, item in mix_by_weight([iter(["a", "b"]), iter(["c"])], [1, 1], len)]
     assert given_out == ["a", "c", "b"]
 
 
@@ -224,29 +222,29 @@ def test_it_ends_when_the_next_turn_finds_nothing() -> None:
         ("a \n \n", "a\n\n"),
     ],
 )
-def test_what_is_cleaned(text: str, cleaned: str) -> None:
-    assert clean(text) == cleaned
+def test_clean_text(text: str, cleaned: str) -> None:
+    assert clean_text(text) == cleaned
 
 
 @given(st.text(alphabet=st.one_of(st.sampled_from("\r\n\t \x0b\x0c\x1c\x85\xa0\u2028ab\0"), st.characters())))
-def test_any_text_is_cleaned_as_unicodes_own_tables_say(text: str) -> None:
-    """Line ends first, then character by character, by category; a second pass changes nothing."""
+def test_clean_text_matches_the_unicode_tables(text: str) -> None:
+    """Line ends first, then characters by category; a second pass changes nothing."""
     text_of_lines = text.replace("\r\n", "\n")
     for end in "\r\x0b\x0c\x85":
         text_of_lines = text_of_lines.replace(end, "\n")
     kept = "".join(c for c in text_of_lines if c in "\n\t" or unicodedata.category(c) != "Cc")
-    assert clean(text) == "\n".join(line.rstrip() for line in kept.split("\n"))
-    assert clean(clean(text)) == clean(text)
+    assert clean_text(text) == "\n".join(line.rstrip() for line in kept.split("\n"))
+    assert clean_text(clean_text(text)) == clean_text(text)
 
 
-def test_long_white_space_is_cleaned_in_linear_time() -> None:
+def test_long_whitespace_is_cleaned_in_linear_time() -> None:
     """A backtracking pattern would take hours."""
-    assert clean((" " * 1_000_000 + "x") * 3) == (" " * 1_000_000 + "x") * 3
+    assert clean_text((" " * 1_000_000 + "x") * 3) == (" " * 1_000_000 + "x") * 3
 
 
-def test_naughty_strings_lose_only_controls_and_white_space(shared_data: Path) -> None:
+def test_naughty_strings_lose_only_controls_and_whitespace(shared_data: Path) -> None:
     text = (shared_data / "messy" / "blns.txt").read_bytes().decode()
-    lost = set(text) - set(clean(text))
+    lost = set(text) - set(clean_text(text))
     assert lost and all(unicodedata.category(c) == "Cc" or c.isspace() for c in lost)
 
 
@@ -254,5 +252,5 @@ def test_naughty_strings_lose_only_controls_and_white_space(shared_data: Path) -
     ("text", "why"),
     [("", "blank"), (" \u3000\n", "blank"), ("abc", "too short"), ("abcd", ""), ("äöü🙂ß", ""), ("sechs!", "too long")],
 )
-def test_why_a_text_is_left_out(text: str, why: str) -> None:
-    assert why_left_out(text, DataConfig(min_chars=4, max_chars=5)) == why
+def test_filter_reason(text: str, why: str) -> None:
+    assert filter_reason(text, DataConfig(min_chars=4, max_chars=5)) == why

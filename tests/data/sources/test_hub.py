@@ -1,4 +1,4 @@
-"""Hugging Face datasets, with the real package on a local folder in the hub's layout; the network is not used."""
+"""Hugging Face datasets, with the real package on a local folder in the Hub's layout, offline."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A dataset with a train split of ROWS rows and a test split of 3."""
+    """A dataset with ROWS train rows and 3 test rows."""
     path = tmp_path / "set"
     path.mkdir()
     for split, size in (("train", ROWS), ("test", 3)):
@@ -46,7 +46,7 @@ def in_order(split: str = "train", size: int = ROWS) -> list[str]:
     return [f"{split} {i}" for i in range(size)]
 
 
-def test_the_shuffle_buffer_shuffles_a_stream_by_the_seed(folder: Path) -> None:
+def test_shuffle_buffer(folder: Path) -> None:
     assert texts(folder, shuffle_buffer=0) == in_order()
     shuffled = texts(folder, shuffle_buffer=10)
     assert shuffled != in_order() and sorted(shuffled) == sorted(in_order())
@@ -55,24 +55,24 @@ def test_the_shuffle_buffer_shuffles_a_stream_by_the_seed(folder: Path) -> None:
     assert shuffled[0] in in_order()[:10], "a row can't come before it is in the buffer"
 
 
-def test_without_streaming_the_order_is_kept_and_the_copy_lies_in_cache_dir(folder: Path) -> None:
+def test_without_streaming_the_order_is_kept_and_cache_dir_used(folder: Path) -> None:
     assert texts(folder, streaming=True) and not list((folder.parent / "cache").rglob("*.arrow"))
     assert texts(folder, streaming=False) == in_order()
     assert list((folder.parent / "cache").rglob("*.arrow"))
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_the_split_and_the_configuration_are_the_ones_named(folder: Path, streaming: bool) -> None:
+def test_split_and_configuration(folder: Path, streaming: bool) -> None:
     settings: dict[str, Any] = {"streaming": streaming, "shuffle_buffer": 0}
     assert texts(folder, split="test", **settings) == in_order("test", 3)
     assert texts(folder, config="default", **settings) == in_order()
-    with pytest.raises(UserError, match=r"can't be read \(.*valid"):
+    with pytest.raises(UserError, match=r"can't be read as a Hugging Face dataset \(.*valid"):
         texts(folder, split="valid", **settings)
-    with pytest.raises(UserError, match=r"can't be read \(.*'english' not found"):
+    with pytest.raises(UserError, match=r"can't be read as a Hugging Face dataset \(.*'english' not found"):
         texts(folder, config="english", **settings)
 
 
-def test_an_empty_split_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_split_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: datasets.Dataset.from_list([]))
@@ -80,16 +80,16 @@ def test_an_empty_split_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         texts(folder, streaming=False)
 
 
-def test_a_name_that_cannot_be_reached_is_one_line_or_the_fallback() -> None:
+def test_unreachable_dataset_is_a_one_line_error_or_the_fallback() -> None:
     data = DataConfig(dataset="no-such-people/no-such-set")
     with pytest.raises(UserError) as error:
         open_source(data, 0, DocumentCounts())
-    assert "'no-such-people/no-such-set' is no file here" in str(error.value) and "\n" not in str(error.value)
+    assert "'no-such-people/no-such-set' is not a local file" in str(error.value) and "\n" not in str(error.value)
     name, documents = open_source(data.model_copy(update={"fallback": "builtin"}), 0, DocumentCounts())
     assert name == "builtin" and next(documents).text
 
 
-def test_a_network_that_breaks_off_later_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_failure_during_streaming_is_a_one_line_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     def breaks_off() -> Iterator[dict[str, str]]:
@@ -99,11 +99,11 @@ def test_a_network_that_breaks_off_later_is_one_line(folder: Path, monkeypatch: 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: breaks_off())
     rows = hub.rows("some/set", DataConfig(shuffle_buffer=0), 0)
     assert next(rows) == {"content": "one"}
-    with pytest.raises(UserError, match=r"can't be read \(the line is dead\)"):
+    with pytest.raises(UserError, match=r"can't be read as a Hugging Face dataset \(the line is dead\)"):
         next(rows)
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install datasets"):
         open_source(DataConfig(dataset="some/set"), 0, DocumentCounts())
@@ -121,8 +121,8 @@ def test_rows_become_documents_by_field_and_score(folder: Path, monkeypatch: pyt
         next(open_source(DataConfig(dataset="some/set"), 0, DocumentCounts())[1])
 
 
-def test_the_datasets_named_in_a_shipped_configs_comments_are_good_settings() -> None:
-    """Uncommented, each is read as it stands: a wrong key there would be found only by the person who tries it."""
+def test_datasets_in_shipped_config_comments_are_valid() -> None:
+    """A wrong key in a comment would otherwise be found only by the user who uncomments it."""
     lines = (Path(__file__).parents[3] / "configs" / "small.yaml").read_text().splitlines()
     comments = "\n".join(line.strip().removeprefix("#").strip() for line in lines if line.startswith("  #"))
     settings = [DataConfig(**yaml.safe_load(block)) for block in comments.split("\n\n")[1:] if block]
@@ -135,7 +135,7 @@ def test_the_datasets_named_in_a_shipped_configs_comments_are_good_settings() ->
     }
 
 
-def test_a_name_is_told_from_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus").mkdir()
     names = {"allenai/c4", "wikitext", "HuggingFaceFW/fineweb-edu", "openbmb/Ultra-FineWeb"}

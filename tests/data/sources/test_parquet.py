@@ -1,4 +1,4 @@
-"""Parquet, written by pyarrow: the two columns named, in order; damage is one line."""
+"""Parquet files written by pyarrow: the requested columns, in order; damage is a one-line error."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ def write(path: Path, columns: dict[str, Any], **settings: Any) -> Path:
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
-def test_rows_come_in_order_over_row_groups_and_batches(tmp_path: Path, kind: pa.DataType) -> None:
+def test_rows_are_in_order_across_row_groups(tmp_path: Path, kind: pa.DataType) -> None:
     texts = [f"größe {i}\n" for i in range(1000)]
     path = write(tmp_path / "a.parquet", {"other": [[i] for i in range(1000)], "text": pa.array(texts).cast(kind)},
                  row_group_size=300)  # fmt: skip
@@ -35,7 +35,7 @@ def test_scores_and_broken_rows_are_counted(tmp_path: Path) -> None:
     assert counts.first_broken == f"{tmp_path / 'a.parquet'}: row 2: no number in 'score'"
 
 
-def test_a_text_that_is_no_utf8_is_one_broken_row(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_a_broken_row(tmp_path: Path) -> None:
     raw = pa.array([b"good", b"caf\xe9", b"good too"])
     path = write(tmp_path / "a.parquet", {"text": pa.Array.from_buffers(pa.string(), 3, raw.buffers())})
     texts, counts = read(path)
@@ -43,30 +43,32 @@ def test_a_text_that_is_no_utf8_is_one_broken_row(tmp_path: Path) -> None:
     assert counts.first_broken == f"{path}: row 1: not UTF-8 (byte 4 of the text)"
 
 
-def test_only_the_columns_that_are_asked_for_are_read(tmp_path: Path) -> None:
+def test_only_requested_columns_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", {"content": ["a"], "score": [1], "other": [2]})
     assert list(parquet.read_text_rows(path, SCORED)) == [(f"{path}: row 0", {"content": "a", "score": 1})]
-    assert list(parquet.read_text_rows(path, DataConfig(text_field="content"))) == [(f"{path}: row 0", {"content": "a"})]
+    assert list(parquet.read_text_rows(path, DataConfig(text_field="content"))) == [
+        (f"{path}: row 0", {"content": "a"})
+    ]
 
 
-def test_a_missing_column_is_a_wrong_name(tmp_path: Path) -> None:
+def test_missing_column_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", {"content": ["a"], "n": [1]})
     assert problem(path) == f"{path}: no field 'text' (it has content, n): set data.text_field"
     assert "no field 'score' (it has content, n): set data.score_field" in problem(path, data=SCORED)
     assert problem(write(path, {"text": pa.array([], pa.string())})) == f"{path}: the file is empty"
 
 
-def test_damage_is_one_line(tmp_path: Path) -> None:
+def test_damage_is_a_one_line_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", {"text": [f"{i} some text" for i in range(5000)]}, row_group_size=1000)
     whole = path.read_bytes()
     in_the_middle = whole[: len(whole) // 2] + b"\0" * 2000 + whole[len(whole) // 2 + 2000 :]
     for damaged in (b"", b"PAR1", b"text" * 100, whole[:-1], whole[: len(whole) // 2], in_the_middle):
         path.write_bytes(damaged)
-        assert problem(path).startswith(f"{path}: a damaged Parquet file, or none (row ")
+        assert problem(path).startswith(f"{path}: damaged or not a Parquet file (row ")
 
 
-def test_memory_is_that_of_a_row_group(tmp_path: Path) -> None:
-    """12 MB of text in groups of 0.6 MB; Arrow's own count of its memory, from before the reading."""
+def test_memory_is_one_row_group(tmp_path: Path) -> None:
+    """12 MB of text in groups of 0.6 MB, by Arrow's own memory counter."""
     texts = [f"{i:06d}" * 200 for i in range(10_000)]
     path = write(tmp_path / "a.parquet", {"text": texts}, row_group_size=500, compression="none", use_dictionary=False)
     before = peak = pa.total_allocated_bytes()

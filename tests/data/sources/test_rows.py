@@ -1,4 +1,4 @@
-"""Rows of JSONL and their fields: what is good comes through unchanged, each fault is counted and named."""
+"""JSONL rows and their fields: valid text is unchanged, every fault is counted and located."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from anarchobot.config.schema import DataConfig
 from tests.data.sources.reading import jsonl, problem, read
 
 
-def test_lines_end_at_byte_0a_alone(tmp_path: Path) -> None:
+def test_lines_end_only_at_byte_0a(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes('{"text": "a\u2028b\u2029c\u0085d"}\r\n\n{"text":\r"e"}\n{"text": "f"}'.encode())
     assert read(path)[0] == ["a\u2028b\u2029c\u0085d", "e", "f"]
 
 
-def test_broken_lines_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
+def test_broken_lines_are_counted_and_the_first_is_reported(tmp_path: Path) -> None:
     path = jsonl(
         tmp_path / "a.jsonl",
         {"text": "good"},
@@ -48,12 +48,12 @@ def test_broken_lines_are_counted_and_the_first_is_named(tmp_path: Path) -> None
         (b'{"text": "\\udead"}', "not valid JSON: invalid high surrogate in string (character 11)"),
     ],
 )
-def test_what_is_wrong_with_a_line_is_said(tmp_path: Path, line: bytes, said: str) -> None:
+def test_reason_of_a_broken_line(tmp_path: Path, line: bytes, said: str) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"text": "good"}, line)
     assert read(path)[1].first_broken == f"{path}:2: {said}"
 
 
-def test_a_missing_field_in_the_first_row_is_a_wrong_name(tmp_path: Path) -> None:
+def test_missing_field_in_the_first_row_is_an_error(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", "broken", {"title": "t", "content": "c"})
     assert problem(path) == f"{path}:2: no field 'text' (it has content, title): set data.text_field"
     assert read(path, data=DataConfig(text_field="content"))[0] == ["c"]
@@ -71,7 +71,7 @@ def test_documents_below_the_score_are_filtered(tmp_path: Path) -> None:
     assert len(read(path)[0]) == len(scores), "without score_field every row is kept"
 
 
-def test_an_empty_jsonl_file_is_refused(tmp_path: Path) -> None:
+def test_empty_jsonl_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\n \r\n")
     assert problem(tmp_path / "a.jsonl").endswith("the file is empty")
 
@@ -79,28 +79,28 @@ def test_an_empty_jsonl_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "expected"),
     [
-        # By hand from the manifest of faults. 93 lines, of which line 20 is empty. Broken: 12, 26, 36, 54, 57, 66, 93.
-        # 47 is white space. 77 repeats 76, and the rows made of one question again (41, 45, 46) repeat its first.
+        # By hand, from the list of faults: 93 lines, line 20 is empty. Broken: 12, 26, 36, 54, 57, 66, 93.
+        # 47 is whitespace. 77 repeats 76, and 41, 45 and 46 repeat an earlier question.
         ("question", {"read": 92, "kept": 81, "duplicates": 3, "filtered": 1, "broken": 7}),
-        # The same seven are broken, 41 lacks the field, 45 has null, 46 is empty, 77 repeats 76.
+        # The same seven are broken; 41 lacks the field, 45 has null, 46 is empty, 77 repeats 76.
         ("answer", {"read": 92, "kept": 81, "duplicates": 1, "filtered": 1, "broken": 9}),
     ],
 )
-def test_every_fault_of_the_broken_file_is_counted(shared_data: Path, field: str, expected: dict[str, int]) -> None:
+def test_every_fault_of_a_broken_file_is_counted(shared_data: Path, field: str, expected: dict[str, int]) -> None:
     path = shared_data / "messy" / "made_broken_A.jsonl"
     texts, counts = read(path, data=DataConfig(text_field=field))
     assert counts.as_manifest() == expected
     assert counts.first_broken.startswith(f"{path}:12: not valid JSON")
-    assert field == "answer" or max(map(len, texts)) > 1_000_000, "the long row is there"
+    assert field == "answer" or max(map(len, texts)) > 1_000_000, "the long row is kept"
 
 
-def test_json_is_taken_and_refused_as_the_standard_says(shared_data: Path, tmp_path: Path) -> None:
-    """Each case stands as a value in a row (those over several lines are no JSONL). y_: taken, n_: not, i_: either."""
+def test_json_conformance(shared_data: Path, tmp_path: Path) -> None:
+    """Each case is a value in a row (multi-line cases are not JSONL). y_: accepted, n_: rejected, i_: either."""
     path = tmp_path / "a.jsonl"
     for case in sorted((shared_data / "messy" / "json_cases").iterdir()):
         if b"\n" in case.read_bytes():
             continue
         jsonl(path, {"text": "first"}, b'{"text": "second", "case": ' + case.read_bytes() + b"}")
-        taken = read(path)[0] == ["first", "second"]
-        if not case.name.startswith("i_") and case.name != "n_number_NaN.json":  # Python writes NaN, so it is read
-            assert taken == case.name.startswith("y_"), case.name
+        accepted = read(path)[0] == ["first", "second"]
+        if not case.name.startswith("i_") and case.name != "n_number_NaN.json":  # Python writes NaN, so it is accepted
+            assert accepted == case.name.startswith("y_"), case.name

@@ -1,4 +1,4 @@
-"""Text files: whole, by paragraphs, by lines; what is no UTF-8 text is refused or counted."""
+"""Text files as whole files, paragraphs or lines; text that is not UTF-8 is refused or counted."""
 
 import re
 import tracemalloc
@@ -8,7 +8,7 @@ import pytest
 
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources import text_files
-from anarchobot.data.sources.file_ranges import FileRange
+from anarchobot.data.sources.files import FileRange
 from tests.data.sources.reading import problem, read
 
 PARAGRAPHS = DataConfig(documents="paragraphs")
@@ -24,7 +24,7 @@ LINES = DataConfig(documents="lines")
         (" größe\u2028\u0085\t".encode(), " größe\u2028\u0085\t"),
     ],
 )
-def test_a_text_file_is_one_document_without_its_bom_and_else_unchanged(tmp_path: Path, raw: bytes, text: str) -> None:
+def test_file_is_one_document_without_its_bom(tmp_path: Path, raw: bytes, text: str) -> None:
     (tmp_path / "a.txt").write_bytes(raw)
     assert read(tmp_path / "a.txt")[0] == [text]
 
@@ -34,28 +34,28 @@ def test_a_text_file_is_one_document_without_its_bom_and_else_unchanged(tmp_path
     [
         (b"", "the file is empty"),
         (b"\xef\xbb\xbf", "the file is empty"),
-        (b"caf\xe9", "not UTF-8 text (byte 4): convert it first, as with iconv -f latin1"),
+        (b"caf\xe9", "not UTF-8 text (byte 4): convert it first, for example with iconv -f latin1"),
         ("text".encode("utf-16"), "iconv -f utf-16"),
         (b"ab\0c", "NUL character (at character 3)"),
         ("text".encode("utf-16-be"), "NUL character (at character 1)"),
     ],
 )
-def test_what_is_no_text_is_refused_with_the_file_and_the_place(tmp_path: Path, raw: bytes, said: str) -> None:
+def test_files_that_are_not_text_are_refused(tmp_path: Path, raw: bytes, said: str) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(raw)
     message = problem(path)
     assert message.startswith(f"{path}: ") and said in message
 
 
-def test_paragraphs_are_what_blank_lines_part(tmp_path: Path) -> None:
+def test_paragraphs_are_separated_by_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeff\n\none\ntwo \n\n \t\r\nthree\r\n  four\r\n\r\n\u3000\n\x0c\nfive\u2028six".encode())
     texts, counts = read(path, data=PARAGRAPHS)
     assert texts == ["one\ntwo ", "three\r\n  four", "five\u2028six"]
-    assert counts.reasons == {"blank": 1}, "a line of other white space is a document, and left out"
+    assert counts.reasons == {"blank": 1}, "a line of non-ASCII whitespace is a document, but filtered"
 
 
-def test_lines_are_documents_without_their_ends(tmp_path: Path) -> None:
+def test_lines_are_documents_without_line_ends(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\n\n two \n \t\nthree\rfour\n\xc2\x85\nfive")
     texts, counts = read(path, data=LINES)
@@ -64,18 +64,18 @@ def test_lines_are_documents_without_their_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [PARAGRAPHS, LINES])
-def test_one_bad_line_costs_one_document_unless_it_is_the_first(tmp_path: Path, data: DataConfig) -> None:
+def test_bad_line_is_one_broken_document_unless_it_is_the_first(tmp_path: Path, data: DataConfig) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"good\n\ncaf\xe9\n\nnul\0\n\ngood too\n")
     texts, counts = read(path, data=data)
     assert (texts, counts.broken) == (["good", "good too"], 2)
     assert counts.first_broken.startswith(f"{path}:3: not UTF-8 text (byte 4)")
     path.write_bytes("all of it\n\nin UTF-16\n".encode("utf-16"))
-    assert "as with iconv -f utf-16" in problem(path, data=data)
+    assert "with iconv -f utf-16" in problem(path, data=data)
 
 
 @pytest.mark.parametrize("data", [PARAGRAPHS, LINES])
-def test_a_file_without_a_document_is_refused(tmp_path: Path, data: DataConfig) -> None:
+def test_file_without_documents_is_an_error(tmp_path: Path, data: DataConfig) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf\n \n")
     assert problem(tmp_path / "a.txt", data=data).endswith("the file is empty")
 
@@ -92,7 +92,7 @@ def test_lines_and_paragraphs_are_streamed(tmp_path: Path, data: DataConfig) -> 
     assert peak < 500_000
 
 
-def test_real_books_fall_into_their_paragraphs_and_lines(shared_data: Path) -> None:
+def test_paragraphs_and_lines_of_a_real_book(shared_data: Path) -> None:
     path = shared_data / "text" / "books" / "pride_and_prejudice.txt"
     book = path.read_text(encoding="utf-8")
     counts = read(path, data=PARAGRAPHS)[1]
