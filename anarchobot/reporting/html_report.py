@@ -13,7 +13,7 @@ from anarchobot.runs.run_log import RunLog
 MAX_SAMPLES = 6  # the last ones of each run
 MAX_EVENTS = 200  # per run; earlier ones are only counted
 NOTABLE_EVENTS = ("skip", "resume", "warning", "end")
-PALETTE = ("#2563eb", "#d9480f", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285", "#8a6d00", "#5f3dc4")  # repeats
+PALETTE = ("#2563eb", "#d9480f", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285", "#8a6d00", "#5f3dc4")  # cycled
 
 
 def render_report(runs: Sequence[RunLog]) -> str:
