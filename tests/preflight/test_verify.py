@@ -64,9 +64,7 @@ class Broken:
         tokenizer = load_tokenizer(self.tokenizer)
         self.set(data__shard_dir=str(self.folder / "few"))
         documents = map(Document, texts)
-        pretokenize(
-            documents, tokenizer, self.folder / "few", PretokenizeOptions(val_fraction)
-        )
+        pretokenize(documents, tokenizer, self.folder / "few", PretokenizeOptions(val_fraction))
 
     def train(self, **values: Any) -> None:
         """Finishes a run in the folder."""
