@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from anarchobot.inference.model import Model
-from anarchobot.model.llama.forward import hidden_states, logits
+from anarchobot.model.architecture import forward_pass
 
 BATCH_TOKENS = 8192  # per forward pass
 HEAD_POSITIONS = 1024  # positions whose logits are in memory at once
@@ -73,14 +73,15 @@ def _score_rows(
     for b, row in enumerate(rows):
         inputs[b, : len(row) - 1] = row[:-1]
     dtype = model.params["model.norm.weight"].dtype
-    hidden = hidden_states(model.params, mx.array(inputs), model.shape, dtype=dtype)  # [B, L, D]
+    forward = forward_pass(model.shape)
+    hidden = forward.hidden_states(model.params, mx.array(inputs), model.shape, dtype=dtype)  # [B, L, D]
     ends = [b * length + len(row) - 1 for b, row in enumerate(rows)]
     positions = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
     targets = np.concatenate([row[len(row) - count :] for row, count in zip(rows, counts, strict=True)])
     scored = hidden.reshape(-1, hidden.shape[-1])[mx.array(positions)]  # [N, D]: logits only where needed
     log_probs, greedy = [], []
     for start in range(0, len(targets), HEAD_POSITIONS):
-        z = logits(scored[start : start + HEAD_POSITIONS], model.params, model.shape)  # [n, V]
+        z = forward.logits(scored[start : start + HEAD_POSITIONS], model.params, model.shape)  # [n, V]
         target = mx.array(targets[start : start + HEAD_POSITIONS])
         target_logits = mx.take_along_axis(z, target[:, None], axis=-1)[:, 0]
         log_prob, is_argmax = target_logits - mx.logsumexp(z, axis=-1), mx.argmax(z, axis=-1) == target

@@ -1,4 +1,4 @@
-"""Weights that are not trained, in as little memory as may be: packed, or in the products' own dtype."""
+"""Frozen weights in as little memory as possible: quantized, or in the dtype of the matrix products."""
 
 from collections.abc import Mapping
 
@@ -8,36 +8,36 @@ import numpy.typing as npt
 
 from anarchobot.config.schema import LoraConfig, ModelConfig
 from anarchobot.model.gradient_accumulator import Params
-from anarchobot.model.linear import Packed, matrix
-from anarchobot.model.lora import GROUP, adapted_matrices, adapter_scale, init_factors, is_packed
+from anarchobot.model.linear import Quantized, matrix
+from anarchobot.model.lora import GROUP, adapted_matrices, adapter_scale, init_factors, is_quantized
 from anarchobot.model.parameters import parameter_shapes
 
 
 def init_adapters(
     weights: Mapping[str, npt.NDArray[np.float32]], model: ModelConfig, lora: LoraConfig, seed: int, dtype: mx.Dtype
 ) -> tuple[Params, Params]:
-    """New adapters, float32, and the frozen rest of the dict: the weights, and the adapters' constants."""
+    """New adapters, float32, and the frozen rest of the dict: the base weights and the adapters' constants."""
     frozen = frozen_weights(weights, model, dtype, lora.quantize)
     frozen |= adapter_constants(frozen, dict.fromkeys(adapted_matrices(model, lora), adapter_scale(lora)), lora.dora)
     adapters = {name: mx.array(value) for name, value in init_factors(model, lora, seed).items()}
     if lora.dora:
         adapters |= {
             f"{name}.m": mx.array(frozen[f"{name}.row_norms"]) for name in adapted_matrices(model, lora)
-        }  # which are as long as they were
+        }  # unchanged row norms
     return adapters, frozen
 
 
 def frozen_weights(
     weights: Mapping[str, npt.NDArray[np.float32]], model: ModelConfig, dtype: mx.Dtype, bits: int | None = None
 ) -> Params:
-    """The model's parameters from float32 ones, which are asked for one by one: norms stay float32, matrices become
-    `dtype` or, with `bits` (4 or 8), are packed with scales in `dtype`, embedding and head too (lora.is_packed)."""
+    """The model's parameters from float32 ones, which are read one by one: norms stay float32, matrices become `dtype`
+    or, with `bits` (4 or 8), are quantized with scales in `dtype`, including embedding and head (lora.is_quantized)."""
     frozen: Params = {}
     for name, shape in parameter_shapes(model).items():
         weight = mx.array(weights[name])
         if len(shape) == 1:
             frozen[name] = weight
-        elif bits is None or not is_packed(shape):
+        elif bits is None or not is_quantized(shape):
             frozen[name] = weight.astype(dtype)
         else:
             packed, scales, biases = mx.quantize(weight, group_size=GROUP, bits=bits)
@@ -45,20 +45,20 @@ def frozen_weights(
             frozen |= {
                 f"{name}.weight": packed, f"{name}.scales": scales.astype(dtype), f"{name}.biases": biases.astype(dtype)
             }  # fmt: skip
-        mx.eval(frozen)  # now: what it was made from goes before the next one comes
+        mx.eval(frozen)  # frees the float32 weight before the next one is read
     return frozen
 
 
 def adapter_constants(base: Params, scales: Mapping[str, float], dora: bool) -> Params:
-    """What adapters of the matrices in `scales` bring into the dict beside themselves (model/linear.py): their scales
-    and, with DoRA, the lengths of the base's rows, float32."""
+    """The constants of the adapters of the matrices in `scales` (model/linear.py): their scales and, with DoRA, the row
+    norms of the base weights, float32."""
     constants: Params = {}
     for name, scale in scales.items():
         constants[f"{name}.lora_scale"] = mx.array(scale, mx.float32)
         if dora:
             w = matrix(base, name)
-            numbers = w.numbers() if isinstance(w, Packed) else w
-            constants[f"{name}.row_norms"] = mx.linalg.norm(numbers.astype(mx.float32), axis=1)
+            plain = w.dequantize() if isinstance(w, Quantized) else w
+            constants[f"{name}.row_norms"] = mx.linalg.norm(plain.astype(mx.float32), axis=1)
             mx.eval(constants[f"{name}.row_norms"])
     mx.eval(constants)
     return constants

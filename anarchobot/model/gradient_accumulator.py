@@ -1,26 +1,24 @@
-"""Sums of gradients by parameter name, and which parameters have any."""
+"""Sums of gradients by parameter name, and which parameters have one."""
 
 from collections.abc import Container
 
 import mlx.core as mx
 
-from anarchobot.numerics.products import add_product
-
 Params = dict[str, mx.array]
 
 
-class Gradients:
-    """Sums of gradients by parameter name, float32. `at` gives a view for a block's own names.
+class GradientAccumulator:
+    """Sums of gradients by parameter name, float32. `at` gives a view for the names inside a block.
 
-    `trained` are the parameters that get one (None: all); what is asked of another is not computed. Adding returns the
-    sums, for what must wait for them.
+    Only the parameters in `trained` have a gradient (None: all); what is added for another is not computed. Adding
+    returns the new sums, so that later work can wait for them.
     """
 
     def __init__(self, sums: Params, prefix: str = "", trained: Container[str] | None = None) -> None:
         self.sums, self._prefix, self._trained = sums, prefix, trained
 
-    def at(self, prefix: str) -> "Gradients":
-        return Gradients(self.sums, prefix, self._trained)
+    def at(self, prefix: str) -> "GradientAccumulator":
+        return GradientAccumulator(self.sums, prefix, self._trained)
 
     def trains(self, name: str) -> bool:
         return self._trained is None or self._prefix + name in self._trained
@@ -40,3 +38,12 @@ class Gradients:
         name = self._prefix + name
         self.sums[name] = add_product(self.sums.pop(name, None), left.T, right)
         return [self.sums[name]]
+
+
+def add_product(total: mx.array | None, a: mx.array, b: mx.array) -> mx.array:
+    """total + a b in float32; without a total, a b alone. A float32 product adds in place."""
+    if total is None:
+        return (a @ b).astype(mx.float32)
+    if a.dtype == mx.float32:
+        return mx.addmm(total, a, b)
+    return total + (a @ b).astype(mx.float32)

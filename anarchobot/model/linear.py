@@ -1,18 +1,18 @@
-"""A matrix of a block as a layer, forward and backward: its weight in numbers or packed, with adapters or without.
+"""A linear layer, forward and backward: its weight plain or quantized, with or without adapters.
 
-A matrix NAME is what the flat dict holds under its names (mlx-lm's, which its adapter files have too):
+The flat parameter dict describes layer NAME by these entries (mlx-lm's names, also in its adapter files):
 
-    NAME.weight [out, in]                         or, packed by `mx.quantize`,
-    NAME.weight uint32, NAME.scales, NAME.biases  in GROUP columns each
+    NAME.weight [out, in]                         or, quantized by `mx.quantize`,
+    NAME.weight uint32, NAME.scales, NAME.biases  in groups of GROUP columns
     NAME.bias [out]                               in some models
     NAME.lora_a [in, r], NAME.lora_b [r, out]     LoRA (Hu et al., 2022), with the constant NAME.lora_scale
     NAME.m [out]                                  DoRA (Liu et al., 2024), with the constant NAME.row_norms
 
     u = x W^T + s (dropout(x) A) B
-    y = u + bias,  or with DoRA  y = u m / c + bias,  where c, the rows' lengths of W + s (A B)^T, has no gradient
+    y = u + bias,  or with DoRA  y = u m / c + bias,  where c, the row norms of W + s (A B)^T, has no gradient
 
-so that the same functions of the same dict train adapters, validate and write text with them; without their names, it
-is the base alone. Products are in x's dtype, gradients are summed in float32.
+The same functions serve training, validation and generation; without the adapter's entries, the layer is the base
+model's. Products are in x's dtype, gradients are summed in float32.
 
 Shapes: N tokens; r rank.
 """
@@ -21,17 +21,17 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from anarchobot.config.validation import MODULES
-from anarchobot.model.gradient_accumulator import Gradients, Params
+from anarchobot.config.validation import PROJECTIONS
+from anarchobot.model.gradient_accumulator import GradientAccumulator, Params
 from anarchobot.model.lora import GROUP
 from anarchobot.numerics.elementary import on_cpu
 
-_FEW_ROWS = 8  # fewer are multiplied with packed numbers faster than these are unpacked on a CPU
+_FEW_ROWS = 8  # with fewer rows, a CPU multiplies by quantized weights faster than it dequantizes them
 
 
-class Packed(NamedTuple):
-    """A matrix [out, in] as `mx.quantize` packs it: GROUP columns in whole numbers of a few bits, times a scale, plus a
-    bias."""
+class Quantized(NamedTuple):
+    """A matrix [out, in] from `mx.quantize`: integers of a few bits, with a scale and a bias for every GROUP
+    columns."""
 
     weight: mx.array  # uint32 [out, in bits / 32]
     scales: mx.array  # [out, in / GROUP]
@@ -41,54 +41,54 @@ class Packed(NamedTuple):
     def bits(self) -> int:
         return self.weight.shape[1] * 32 // (self.scales.shape[1] * GROUP)
 
-    def numbers(self) -> mx.array:
+    def dequantize(self) -> mx.array:
         """[out, in], in the scales' dtype."""
         return mx.dequantize(*self, group_size=GROUP, bits=self.bits)
 
 
-Matrix = mx.array | Packed
+Matrix = mx.array | Quantized
 
 
 class InputDropout(NamedTuple):
-    """What is dropped of the inputs of a half block's adapters, and of nothing else."""
+    """Dropout of the inputs of the adapters in half a block, and of nothing else."""
 
     rate: float
     key: mx.array
 
     def __call__(self, name: str, x: mx.array) -> mx.array:
-        """`x` [N, in] with a share set to zero and the rest made larger; of a matrix always the same places."""
-        key = mx.random.split(self.key, len(MODULES))[MODULES.index(name.rpartition(".")[2])]
+        """`x` [N, in] after dropout; a layer always drops the same elements."""
+        key = mx.random.split(self.key, len(PROJECTIONS))[PROJECTIONS.index(name.rpartition(".")[2])]
         keep = mx.random.bernoulli(1 - self.rate, x.shape, key=key)
         return mx.where(keep, x * (1 / (1 - self.rate)), 0)
 
 
 def matrix(p: Params, name: str) -> Matrix:
     weight = p[f"{name}.weight"]
-    return Packed(weight, p[f"{name}.scales"], p[f"{name}.biases"]) if f"{name}.scales" in p else weight
+    return Quantized(weight, p[f"{name}.scales"], p[f"{name}.biases"]) if f"{name}.scales" in p else weight
 
 
-def times_transposed(x: mx.array, w: Matrix) -> mx.array:
+def matmul_t(x: mx.array, w: Matrix) -> mx.array:
     """x W^T, in x's dtype."""
-    if isinstance(w, Packed):
-        if not _unpacks(x):
+    if isinstance(w, Quantized):
+        if not _dequantizes(x):
             return mx.quantized_matmul(x, *w, transpose=True, group_size=GROUP, bits=w.bits)
-        w = w.numbers()
+        w = w.dequantize()
     return x @ w.astype(x.dtype).T
 
 
-def times(dy: mx.array, w: Matrix) -> mx.array:
-    """dy W, in dy's dtype: the gradient of x in x W^T."""
-    if isinstance(w, Packed):
-        if not _unpacks(dy):
+def matmul(dy: mx.array, w: Matrix) -> mx.array:
+    """dy W, in dy's dtype: the gradient of x in y = x W^T."""
+    if isinstance(w, Quantized):
+        if not _dequantizes(dy):
             return mx.quantized_matmul(dy, *w, transpose=False, group_size=GROUP, bits=w.bits)
-        w = w.numbers()
+        w = w.dequantize()
     return dy @ w.astype(dy.dtype)
 
 
 def rows(w: Matrix, ids: mx.array) -> mx.array:
     """The rows `ids` [N] of W: [N, in]."""
-    if isinstance(w, Packed):
-        return Packed(*(part[ids] for part in w)).numbers()
+    if isinstance(w, Quantized):
+        return Quantized(*(part[ids] for part in w)).dequantize()
     return w[ids]
 
 
@@ -105,14 +105,14 @@ def linear_gradients(
     name: str,
     dy: mx.array,
     x: mx.array,
-    grads: Gradients,
+    grads: GradientAccumulator,
     drop: InputDropout | None = None,
     y: mx.array | None = None,
 ) -> tuple[list[mx.array], mx.array | None]:
-    """Adds to `grads` what is trained of the matrix, from the gradient `dy` [N, out] of its output and its input `x`;
-    with the output `y`, where it was kept, DoRA need not compute it again.
+    """Adds the gradients of the layer's trained parameters to `grads`, given its input `x` and the gradient `dy`
+    [N, out] of its output; with the saved output `y`, DoRA need not compute it again.
 
-    Returns the sums, to be waited for, and the gradient dz [N, r] of x A, which `linear_backward` needs as well.
+    Returns the new sums, to be waited for, and the gradient dz [N, r] of x A, which `linear_backward` needs as well.
 
         dz = du (s B)^T;  dA = dropout(x)^T dz;  dB = s (dropout(x) A)^T du;  dW = du^T x
         du = dy,  or with DoRA  du = dy m / c;  dm = the sum over tokens of dy u / c = dy (y - bias) / m
@@ -141,24 +141,24 @@ def linear_gradients(
 def linear_backward(
     p: Params, name: str, dy: mx.array, dz: mx.array | None, drop: InputDropout | None = None
 ) -> mx.array:
-    """The gradient [N, in] of the input, from that of the output and `linear_gradients`' dz."""
+    """The gradient [N, in] of the input, given that of the output and dz from `linear_gradients`."""
     du = dy if f"{name}.m" not in p else dy * _magnitude(p, name, dy.dtype)
-    dx = times(du, matrix(p, name))
+    dx = matmul(du, matrix(p, name))
     if dz is None:
         return dx
     a, _ = _factors(p, name, dy.dtype)
     return mx.addmm(dx, dz, a.T) if drop is None else dx + drop(name, dz @ a.T)
 
 
-def _unpacks(x: mx.array) -> bool:
-    """Whether packed numbers are unpacked for x's product. MLX's CPU backend multiplies with packed ones forty times
-    slower than with a BLAS; a GPU does not."""
+def _dequantizes(x: mx.array) -> bool:
+    """Whether to dequantize the weights for a product with x. MLX's CPU backend multiplies by quantized weights forty
+    times slower than a BLAS does by plain ones; a GPU does not."""
     return on_cpu() and x.shape[0] >= _FEW_ROWS
 
 
 def _unscaled(p: Params, name: str, x: mx.array, drop: InputDropout | None) -> mx.array:
-    """u: the output but for DoRA's magnitudes."""
-    y = times_transposed(x, matrix(p, name))
+    """u: the output before DoRA's magnitudes."""
+    y = matmul_t(x, matrix(p, name))
     if f"{name}.lora_a" not in p:
         return y
     a, b = _factors(p, name, x.dtype)
@@ -177,10 +177,10 @@ def _dropped(name: str, x: mx.array, drop: InputDropout | None) -> mx.array:
 def _magnitude_gradient(
     p: Params, name: str, dy: mx.array, x: mx.array, drop: InputDropout | None, y: mx.array | None
 ) -> mx.array:
-    """dm [out], float32. A row whose m is zero is one of zeros, and stays so."""
+    """dm [out], float32. A row with m = 0 is all zeros and stays so."""
     if y is None:
         u = _unscaled(p, name, x, drop)
-        return mx.sum((dy * u).astype(mx.float32), axis=0) / _lengths(p, name, x.dtype)
+        return mx.sum((dy * u).astype(mx.float32), axis=0) / _row_norms(p, name, x.dtype)
     m = p[f"{name}.m"]
     if f"{name}.bias" in p:
         y = y - p[f"{name}.bias"].astype(y.dtype)
@@ -189,15 +189,16 @@ def _magnitude_gradient(
 
 def _magnitude(p: Params, name: str, dtype: mx.Dtype) -> mx.array:
     """m / c [out]."""
-    return (p[f"{name}.m"] / _lengths(p, name, dtype)).astype(dtype)
+    return (p[f"{name}.m"] / _row_norms(p, name, dtype)).astype(dtype)
 
 
-def _lengths(p: Params, name: str, dtype: mx.Dtype) -> mx.array:
-    """c [out], float32: the lengths of the rows of W + s (A B)^T, which itself is not made. For row i and B's column b,
+def _row_norms(p: Params, name: str, dtype: mx.Dtype) -> mx.array:
+    """c [out], float32: the row norms of W + s (A B)^T, without forming that matrix. For row i and column b of B,
 
     |w_i + s A b|^2 = |w_i|^2 + 2 s (A^T w_i) b + s^2 b^T (A^T A) b
     """
     a, b = p[f"{name}.lora_a"], p[f"{name}.lora_b"] * p[f"{name}.lora_scale"]
-    across = times_transposed(a.T.astype(dtype), matrix(p, name)).astype(mx.float32)  # [r, out]
+    across = matmul_t(a.T.astype(dtype), matrix(p, name)).astype(mx.float32)  # [r, out]
     squares = mx.square(p[f"{name}.row_norms"]) + mx.sum(b * (2 * across + (a.T @ a) @ b), axis=0)
-    return mx.sqrt(mx.maximum(squares, 1e-24))  # a row of zeros has a length too
+    # Constant in the backward pass, as in the paper. Not zero, even for a row of zeros.
+    return mx.stop_gradient(mx.sqrt(mx.maximum(squares, 1e-24)))

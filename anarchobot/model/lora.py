@@ -1,5 +1,5 @@
-"""Which matrices have adapters, their shapes and first values, and which are packed. No MLX here: checkpoints and
-files read this."""
+"""Which matrices have adapters, their shapes and initial values, and which are quantized. No MLX here: checkpoints and
+file conversion read this."""
 
 import hashlib
 import math
@@ -11,7 +11,7 @@ from anarchobot.config.schema import LoraConfig, ModelConfig
 from anarchobot.model.parameters import parameter_shapes
 
 Shapes = dict[str, tuple[int, ...]]
-GROUP = 64  # columns of a frozen matrix that share a scale and a bias when it is packed: mlx-lm's own
+GROUP = 64  # columns of a quantized matrix that share a scale and a bias: mlx-lm's default
 
 
 def adapted_matrices(model: ModelConfig, lora: LoraConfig) -> list[str]:
@@ -27,7 +27,7 @@ def adapted_matrices(model: ModelConfig, lora: LoraConfig) -> list[str]:
 
 
 def adapter_shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
-    """lora_a [in, r], lora_b [r, out] and, with DoRA, m [out] of each: what is trained, and what a checkpoint holds."""
+    """lora_a [in, r], lora_b [r, out] and, with DoRA, m [out] of each matrix: what is trained and saved."""
     assert lora.r is not None
     whole = parameter_shapes(model)
     shapes: Shapes = {}
@@ -40,7 +40,7 @@ def adapter_shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
 
 
 def trained_shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
-    """What a run trains: the adapters, or without lora.r all parameters."""
+    """What a run trains: the adapters or, without lora.r, all parameters."""
     return parameter_shapes(model) if lora.r is None else adapter_shapes(model, lora)
 
 
@@ -48,9 +48,9 @@ def trained_count(model: ModelConfig, lora: LoraConfig) -> int:
     return sum(math.prod(shape) for shape in trained_shapes(model, lora).values())
 
 
-def is_packed(shape: tuple[int, ...]) -> bool:
-    """Whether lora.quantize packs a parameter of this shape; as in mlx-lm, not a matrix whose width GROUP does not
-    divide."""
+def is_quantized(shape: tuple[int, ...]) -> bool:
+    """Whether lora.quantize applies to a parameter of this shape: as in mlx-lm, only to matrices whose width is a
+    multiple of GROUP."""
     return len(shape) == 2 and shape[1] % GROUP == 0
 
 
@@ -61,9 +61,9 @@ def adapter_scale(lora: LoraConfig) -> float:
 
 
 def init_factors(model: ModelConfig, lora: LoraConfig, seed: int) -> dict[str, npt.NDArray[np.float32]]:
-    """First values of lora_a and lora_b: uniform within 1 / sqrt(in), as mlx-lm and PEFT have it, and zero: adapters
-    begin as nothing. As in model/parameters.py, a function of the seed and the name alone. (m begins as the base's own
-    row lengths: model/frozen.py.)"""
+    """Initial values: lora_a uniform within 1 / sqrt(in), as in mlx-lm and PEFT, and lora_b zero, so that an adapter
+    starts without effect. As in model/parameters.py, a function of seed and name alone. (m starts as the row norms of
+    the base weights: model/frozen.py.)"""
     values = {}
     for name, shape in adapter_shapes(model, lora).items():
         if name.endswith(".lora_a"):

@@ -1,8 +1,8 @@
-"""Head and cross-entropy in one, by chunks of tokens: the logits of a whole batch never exist at once.
+"""The output head and cross-entropy together, in chunks of tokens: the logits of a whole batch never exist at once.
 
-8,192 tokens of a 32,000-word vocabulary are 1 GiB of float32 logits, and as much again for their gradient. Here each
-chunk's logits give its loss and, at once, its share of both gradients, and are gone (as Cut Cross-Entropy, Wijmans et
-al., 2024, without its filtering). MLX is lazy, so each chunk is made to wait for the one before it.
+The logits of 8,192 tokens and a vocabulary of 32,000 are 1 GiB in float32, and so is their gradient. Here the logits of
+a chunk yield its loss and its part of both gradients at once, and are freed (as in Cut Cross-Entropy, Wijmans et al.,
+2024, without its filtering). MLX is lazy, so each chunk waits for the one before it.
 
 Shapes: N tokens, D d_model, V vocabulary, C chunk.
 """
@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import mlx.core as mx
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.model.linear import Matrix, times, times_transposed
+from anarchobot.model.gradient_accumulator import add_product
+from anarchobot.model.linear import Matrix, matmul, matmul_t
 from anarchobot.numerics.elementary import exp, row_sums, tanh
-from anarchobot.numerics.products import add_product
-from anarchobot.numerics.sequencing import Wait, tied
+from anarchobot.numerics.sequencing import Sequencing, depend
 
 CHUNK = 256  # tokens
 
@@ -31,7 +31,7 @@ def loss_sum(hidden: mx.array, weight: Matrix, targets: mx.array, model: ModelCo
 def token_losses(
     hidden: mx.array, weight: Matrix, targets: mx.array, model: ModelConfig, chunk: int = CHUNK
 ) -> mx.array:
-    """Each token's cross-entropy [N], float32; 0 at negative targets. The rest as for `loss_sum`."""
+    """The cross-entropy of each token [N], float32; 0 at negative targets. Arguments as for `loss_sum`."""
     losses: list[mx.array] = []
     for h, t, _ in _chunks(hidden, targets, mx.array(1.0), chunk):
         (h,) = mx.depends([h], losses[-1:])
@@ -47,14 +47,14 @@ def loss_and_gradients(
     scale: mx.array,
     weight_gradient: mx.array | None = None,
     chunk: int = CHUNK,
-    wait: Wait = tied,
+    wait: Sequencing = depend,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The losses times `scale` (a scalar, or each token's own [N]), summed, and the gradients of that: for `hidden`
-    [N, D] in hidden's dtype, for `weight` [V, D] in float32, the latter added to `weight_gradient` where given.
+    """The sum of the losses times `scale` (a scalar, or one per token [N]), and its gradients: of `hidden` [N, D] in
+    hidden's dtype, and of `weight` [V, D] in float32, the latter added to `weight_gradient` where given.
 
     For a token with softmax p and one-hot target y, dL/dz = p - y (times 1 - (z/cap)^2 under a softcap), so
-    dL/dh = dL/dz W and dL/dW = dL/dz^T h. The scale comes in at dL/dz, in float32, before anything is rounded to
-    hidden's dtype: with float16 a small p would be lost otherwise.
+    dL/dh = dL/dz W and dL/dW = dL/dz^T h. The scale is applied to dL/dz in float32, before anything is rounded to
+    hidden's dtype: otherwise a small p would be lost in float16.
     """
     total = mx.array(0.0)
     hidden_gradients: list[mx.array] = []
@@ -62,7 +62,7 @@ def loss_and_gradients(
         done = [total, *hidden_gradients[-1:], *([] if weight_gradient is None else [weight_gradient])]
         (h,) = wait([h], done)
         loss, dz = _chunk_backward(h, weight, t, model, s, wait)
-        hidden_gradients.append(times(dz, weight))
+        hidden_gradients.append(matmul(dz, weight))
         weight_gradient = add_product(weight_gradient, dz.T, h)
         total = total + loss
         del dz
@@ -77,24 +77,24 @@ def loss_and_hidden_gradient(
     model: ModelConfig,
     scale: mx.array,
     chunk: int = CHUNK,
-    wait: Wait = tied,
+    wait: Sequencing = depend,
 ) -> tuple[mx.array, mx.array]:
-    """As `loss_and_gradients`, for a head that is not trained and may be packed."""
+    """As `loss_and_gradients`, for a head that is not trained and may be quantized."""
     total = mx.array(0.0)
     hidden_gradients: list[mx.array] = []
     for h, t, s in _chunks(hidden, targets, scale, chunk):
         (h,) = wait([h], [total, *hidden_gradients[-1:]])
         loss, dz = _chunk_backward(h, weight, t, model, s, wait)
-        hidden_gradients.append(times(dz, weight))
+        hidden_gradients.append(matmul(dz, weight))
         total = total + loss
         del dz
     return total, mx.concatenate(hidden_gradients)
 
 
 def _chunk_backward(
-    h: mx.array, weight: Matrix, t: mx.array, model: ModelConfig, scale: mx.array, wait: Wait
+    h: mx.array, weight: Matrix, t: mx.array, model: ModelConfig, scale: mx.array, wait: Sequencing
 ) -> tuple[mx.array, mx.array]:
-    """The sum of the chunk's losses times `scale` (a scalar, or [C, 1]), and that of dL/dz [C, V] in h's dtype."""
+    """The sum of the chunk's losses times `scale` (a scalar, or [C, 1]), and its gradient dL/dz [C, V] in h's dtype."""
     losses, z, exps, sums = _chunk_loss(h, weight, t, model)
     loss = mx.sum(scale * losses)
     exps, sums = wait([exps, sums], [loss])
@@ -111,7 +111,7 @@ def _chunk_backward(
 def _chunks(
     hidden: mx.array, targets: mx.array, scale: mx.array, chunk: int
 ) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
-    """Chunks of hidden states and targets; with each the scalar scale, or its tokens' own [C, 1]."""
+    """Chunks of hidden states and targets, each with the scalar scale or that of its tokens [C, 1]."""
     for i in range(0, hidden.shape[0], chunk):
         yield hidden[i : i + chunk], targets[i : i + chunk], scale if scale.ndim == 0 else scale[i : i + chunk, None]
 
@@ -119,13 +119,13 @@ def _chunks(
 def _chunk_loss(
     h: mx.array, weight: Matrix, t: mx.array, model: ModelConfig
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """The tokens' losses [C, 1]; their logits z [C, V]; e^(z - highest) [C, V] and its sums [C, 1]; all float32."""
-    z = times_transposed(h, weight).astype(mx.float32)
+    """The losses [C, 1], the logits z [C, V], e^(z - max) [C, V] and its row sums [C, 1]; all float32."""
+    z = matmul_t(h, weight).astype(mx.float32)
     if model.logit_softcap is not None:
         z = model.logit_softcap * tanh(z * (1 / model.logit_softcap))
-    highest = mx.max(z, axis=1, keepdims=True)
-    exps = exp(z - highest)
+    peak = mx.max(z, axis=1, keepdims=True)
+    exps = exp(z - peak)
     sums = row_sums(exps)
     picked = mx.take_along_axis(z, mx.maximum(t, 0)[:, None], axis=1)
-    losses = highest + mx.log(sums) - picked  # [C, 1]
+    losses = peak + mx.log(sums) - picked  # [C, 1]
     return losses * (t >= 0).astype(mx.float32)[:, None], z, exps, sums

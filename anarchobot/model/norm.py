@@ -7,14 +7,14 @@ from anarchobot.numerics.elementary import on_cpu, row_sums
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, in x's dtype; sums in float32."""
-    weight = weight.astype(x.dtype)  # a float32 weight would promote all that follows
+    weight = weight.astype(x.dtype)  # a float32 weight would promote everything after it
     if on_cpu() and x.dtype == mx.float32:
         return x * _inverse_rms(x, eps) * weight
     return mx.fast.rms_norm(x, weight, eps)
 
 
 def rms_norm_backward(x: mx.array, weight: mx.array, eps: float, dy: mx.array) -> tuple[mx.array, mx.array]:
-    """From the gradient `dy` of rms_norm(x, weight) [N, D]: those of x [N, D] and of the weight [D] (float32)."""
+    """The gradients of x [N, D] and of the weight [D] (float32), given `dy` [N, D], that of rms_norm(x, weight)."""
     if on_cpu() and x.dtype == mx.float32:
         inverse = _inverse_rms(x, eps)
         normed = x * inverse

@@ -1,43 +1,22 @@
-"""The parameters' names and shapes, and their first values. No MLX here: both engines, the parameter counts in the
-shipped configs and the checkpoint's checks read this list."""
+"""Parameter names, shapes, counts and initial values of any architecture. No MLX here."""
 
 import hashlib
 import math
+from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.schema import ModelConfig
+from anarchobot.model.architecture import QueryBlocks, Shape, architecture
 
-INIT_STD = 0.02
+T = TypeVar("T")
 
 
-def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face Llama's names (Qwen3's for the norms of qk_norm, Qwen2's for attention_bias), matrices as (out, in),
-    in the forward's order."""
-    d, head, hidden = model.d_model, model.head_size, model.mlp_size
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab_size, d)}
-    for i in range(model.n_layers):
-        block: dict[str, tuple[int, ...]] = {
-            "input_layernorm.weight": (d,),
-            "self_attn.q_proj.weight": (model.n_heads * head, d),
-            "self_attn.k_proj.weight": (model.kv_heads * head, d),
-            "self_attn.v_proj.weight": (model.kv_heads * head, d),
-            "self_attn.o_proj.weight": (d, model.n_heads * head),
-            "post_attention_layernorm.weight": (d,),
-            "mlp.gate_proj.weight": (hidden, d),
-            "mlp.up_proj.weight": (hidden, d),
-            "mlp.down_proj.weight": (d, hidden),
-        }
-        if model.attention_bias:
-            block |= {f"self_attn.{x}_proj.bias": block[f"self_attn.{x}_proj.weight"][:1] for x in "qkv"}
-        if model.qk_norm:
-            block |= {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
-    shapes["model.norm.weight"] = (d,)
-    if not model.tie_embeddings:
-        shapes["lm_head.weight"] = (model.vocab_size, d)
-    return shapes
+def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Names and shapes, matrices as (out, in), in the order of the forward pass."""
+    return architecture(model.architecture).parameter_shapes(model)
 
 
 def parameter_count(model: ModelConfig) -> int:
@@ -45,21 +24,35 @@ def parameter_count(model: ModelConfig) -> int:
 
 
 def init_parameters(model: ModelConfig, seed: int) -> dict[str, npt.NDArray[np.float32]]:
-    """First values: norms one, biases zero, matrices normal with deviation 0.02, and 0.02 / sqrt(2 n_layers) for the
-    two that write to the residual stream (GPT-2, Radford et al., 2019, section 2.3), or zero with zero_init_proj.
+    """Initial values: norms one, biases zero, matrices normal with the architecture's standard deviation.
 
-    Each matrix draws from a generator of its own, keyed by seed and name: the values do not depend on the engine, nor
-    on which other parameters there are.
+    Each matrix has its own generator, keyed by seed and name: the values do not depend on the backend or on which other
+    parameters exist.
     """
-    residual_std = 0.0 if model.zero_init_proj else INIT_STD / math.sqrt(2 * model.n_layers)
+    std = architecture(model.architecture).init_std
     values: dict[str, npt.NDArray[np.float32]] = {}
     for name, shape in parameter_shapes(model).items():
         if len(shape) == 1:
             values[name] = np.full(shape, 0 if name.endswith(".bias") else 1, np.float32)
         else:
             key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "big")
-            std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else INIT_STD
-            values[name] = np.random.Generator(np.random.Philox(key=key)).standard_normal(
-                shape, np.float32
-            ) * np.float32(std)
+            generator = np.random.Generator(np.random.Philox(key=key))
+            values[name] = generator.standard_normal(shape, np.float32) * np.float32(std(name, model))
     return values
+
+
+def model_flops(model: ModelConfig, rows: int, blocks: QueryBlocks) -> int:
+    """FLOPs that loss and gradients of `rows` sequences need, without what is computed twice."""
+    arch = architecture(model.architecture)
+    parts = arch.step_flops(model, rows, blocks)
+    return sum(parts.values()) - parts["blocks forward again"] - arch.recomputed_flops(model, rows, blocks, False)
+
+
+def by_block(params: Mapping[str, T], model: ModelConfig) -> list[dict[str, T]]:
+    """The parameters of each block, by their names inside the block: "self_attn.q_proj.weight"."""
+    blocks: list[dict[str, T]] = [{} for _ in range(model.n_layers)]
+    for name, p in params.items():
+        if name.startswith("model.layers."):
+            number, _, inner = name.removeprefix("model.layers.").partition(".")
+            blocks[int(number)][inner] = p
+    return blocks

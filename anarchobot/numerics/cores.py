@@ -1,17 +1,15 @@
-"""How many cores there are, how many threads share a micro-batch on them, and what a core takes at a time. No MLX
-here."""
+"""CPU cores, and the threads that share a micro-batch on them. No MLX here."""
 
 import os
 
-CPU_MLP_ROWS = 512  # tokens whose MLP stays in a core's caches
+CPU_MLP_ROWS = 512  # tokens per chunk of an MLP: its activations fit a core's caches
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def workers_for(rows: int, wanted: int | None) -> int:
-    """How many threads share `rows` rows: as many as there are cores, or `wanted`, as far as they divide the rows."""
-    most = wanted or available_cores()
-    return max(n for n in range(1, most + 1) if rows % n == 0)
+def workers_for(rows: int, max_threads: int | None) -> int:
+    """The number of threads for `rows` rows: the largest divisor of `rows` up to `max_threads` (default: all cores)."""
+    return max(n for n in range(1, (max_threads or available_cores()) + 1) if rows % n == 0)

@@ -1,12 +1,15 @@
-"""exp, tanh, sigmoid and sums of rows, in the form that is fast on the device at hand.
+"""exp, tanh, sigmoid and row sums, in the form that is fast on the current device.
 
-MLX's CPU backend calls the C library's functions element by element: 15 to 30 ns each, so that half of a training step
-on a CPU would go into exponentials. What compilers make vector code of is sums, products, quotients and integer shifts;
-written with these, exp takes 1.4 ns (3 without a C++ compiler for `mx.compile`). On a GPU MLX's own are best.
+MLX's CPU backend calls the C library's functions element by element, at 15 to 30 ns each: half of a training step on a
+CPU would go into exponentials. Compilers vectorize sums, products, quotients and integer shifts; written with these,
+exp takes 1.4 ns (3 without a C++ compiler for `mx.compile`). On a GPU, MLX's own functions are best.
 
-Only for what needs no gradient of MLX's making: the model's backward pass is written out.
+MLX cannot differentiate these forms; inside `differentiable()`, MLX's own functions are used instead.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +17,7 @@ import mlx.core as mx
 # 2^f for |f| <= 1/2 as a polynomial (least maximal relative error, 2e-9 before rounding), lowest power first.
 _EXP2 = (1.0, 0.69314715, 0.24022651, 0.055504057, 0.0096181331, 0.0013400432, 0.00015470551)
 _LOG2_E, _LN2_HIGH, _LN2_LOW = 1.4426950408889634, 0.693359375, -2.12194440e-4
-_ROUND = 12582912.0  # 1.5 * 2^23: a float32 added to this is rounded to a whole number, which its last bits then hold
+_ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds a float32 to an integer, held in the last bits of the sum
 _LOWEST = -87.0  # e^-87 is 1.6e-38, the last normal float32
 
 # tanh x = x P(x^2) / Q(x^2) for |x| <= 7.9, beyond which it is 1 in float32 (the rational of Eigen's fast tanh).
@@ -28,36 +31,50 @@ _TANH_END = 7.90531110763549805
 
 def exp(x: mx.array) -> mx.array:
     """e^x for float32 x up to 88; below -87 it is 1.6e-38 on a CPU, not less."""
-    return _exp(x) if _by_hand(x) else mx.exp(x)
+    return _exp(x) if _vectorized(x) else mx.exp(x)
 
 
 def tanh(x: mx.array) -> mx.array:
     """The hyperbolic tangent, to 3e-7."""
-    return _tanh(x) if _by_hand(x) else mx.tanh(x)
+    return _tanh(x) if _vectorized(x) else mx.tanh(x)
 
 
 def sigmoid(x: mx.array) -> mx.array:
-    """1 / (1 + e^-x), to 2e-7 (not relatively: a far tail is lost on a CPU)."""
-    return 0.5 + 0.5 * _tanh(0.5 * x) if _by_hand(x) else mx.sigmoid(x)
+    """1 / (1 + e^-x), to 2e-7 absolutely (on a CPU the far tail is lost)."""
+    return 0.5 + 0.5 * _tanh(0.5 * x) if _vectorized(x) else mx.sigmoid(x)
 
 
 def row_sums(x: mx.array) -> mx.array:
-    """Sums over the last axis, which stays as one: [..., n] -> [..., 1]."""
+    """Sums over the last axis: [..., n] -> [..., 1]."""
     # On a CPU a product with ones is three times as fast as MLX's sum.
-    return x @ mx.ones((x.shape[-1], 1), x.dtype) if _by_hand(x) else mx.sum(x, axis=-1, keepdims=True)
+    return x @ mx.ones((x.shape[-1], 1), x.dtype) if _vectorized(x) else mx.sum(x, axis=-1, keepdims=True)
 
 
 def on_cpu() -> bool:
-    """Whether MLX computes on the CPU now."""
+    """Whether MLX's default device is the CPU."""
     return mx.default_device().type == mx.DeviceType.cpu
 
 
-def _by_hand(x: mx.array) -> bool:
-    return x.dtype == mx.float32 and on_cpu()
+_mode = threading.local()  # each worker thread has its own
 
 
-# MLX fuses at most eleven operations in a row into one pass, and what it cuts off there becomes slow: hence the parts.
-# Maxima stand outside: inside, they keep the compiler from making vector code.
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Inside, the functions above can be differentiated by MLX."""
+    before = getattr(_mode, "differentiable", False)
+    _mode.differentiable = True
+    try:
+        yield
+    finally:
+        _mode.differentiable = before
+
+
+def _vectorized(x: mx.array) -> bool:
+    return x.dtype == mx.float32 and on_cpu() and not getattr(_mode, "differentiable", False)
+
+
+# MLX fuses at most eleven operations in a row into one pass, and cutting there is slow: hence several small functions.
+# Maxima are outside: inside, they keep the compiler from vectorizing.
 
 
 def _exp(x: mx.array) -> mx.array:
@@ -99,7 +116,7 @@ def _over_q(x: mx.array, square: mx.array) -> mx.array:
 
 
 def _polynomial(x: mx.array, coefficients: tuple[float, ...]) -> mx.array:
-    """By pairs, then pairs of pairs (Estrin's scheme): few operations in a row."""
+    """Estrin's scheme: pairs, then pairs of pairs; few operations in a row."""
     terms: list[Any] = list(coefficients)
     while len(terms) > 1:
         terms = [terms[i] + terms[i + 1] * x if i + 1 < len(terms) else terms[i] for i in range(0, len(terms), 2)]

@@ -1,29 +1,29 @@
-"""What makes one part of a computation wait for another.
+"""How one part of a computation is made to run after another.
 
-MLX is lazy and starts whatever it can, breadth first: several layers' gradients and recomputed parts would be in memory
-at once. Each part of the backward pass is therefore made to wait until the one before it is done.
+MLX is lazy and starts whatever it can, breadth first: the gradients and recomputed activations of several layers would
+be in memory at once. So each part of the backward pass waits until the part before it is done.
 """
 
 from collections.abc import Callable
 
 import mlx.core as mx
 
-Wait = Callable[[list[mx.array], list[mx.array]], list[mx.array]]
-"""(arrays, done) -> the arrays, not to be used before `done` is computed."""
+Sequencing = Callable[[list[mx.array], list[mx.array]], list[mx.array]]
+"""(arrays, done) -> the arrays, which must not be used before `done` is computed."""
 
 
-def tied(arrays: list[mx.array], done: list[mx.array]) -> list[mx.array]:
-    """In the graph itself: what a compiled step needs."""
+def depend(arrays: list[mx.array], done: list[mx.array]) -> list[mx.array]:
+    """By dependencies in the graph, as a compiled step needs."""
     return mx.depends(arrays, done) if done else arrays
 
 
-def evaluated(arrays: list[mx.array], done: list[mx.array]) -> list[mx.array]:
-    """By computing `done` now. MLX's CPU backend runs up to a hundred operations ahead of memory that is being freed;
-    evaluating keeps it short, and costs nothing there."""
+def eval_now(arrays: list[mx.array], done: list[mx.array]) -> list[mx.array]:
+    """By computing `done` now. MLX's CPU backend allocates up to a hundred operations ahead of the memory that it
+    frees; evaluating keeps that short and costs nothing there."""
     mx.eval(done)
     return arrays
 
 
-def free(arrays: list[mx.array], done: list[mx.array]) -> list[mx.array]:
-    """Not at all: in MLX's own order."""
+def unordered(arrays: list[mx.array], done: list[mx.array]) -> list[mx.array]:
+    """Not at all: MLX's own order. For comparisons."""
     return arrays

@@ -1,12 +1,13 @@
-"""One update of all parameters, each by its optimizer (optim/param_groups.py says which)."""
+"""One update of all parameters, each by its optimizer (optim/param_groups.py)."""
 
 import mlx.core as mx
 
 from anarchobot.config.schema import TrainConfig
-from anarchobot.numerics.sequencing import Wait, tied
+from anarchobot.numerics.profiling import NO_PROFILE, Profile
+from anarchobot.numerics.sequencing import Sequencing, depend
 from anarchobot.optim.adamw import adamw
 from anarchobot.optim.muon import muon
-from anarchobot.optim.param_groups import adamw_lr_ratio, state_shapes, update_shares
+from anarchobot.optim.param_groups import adamw_lr_ratio, state_shapes
 
 Arrays = dict[str, mx.array]
 State = dict[str, Arrays]  # "muon.momentum", "muon.second", "adamw.first", "adamw.second": arrays by parameter name
@@ -27,27 +28,25 @@ def update(
     count: mx.array,
     train: TrainConfig,
     head_size: int,
-    wait: Wait = tied,
+    wait: Sequencing = depend,
     directions: Arrays | None = None,
+    profile: Profile = NO_PROFILE,
 ) -> tuple[Arrays, State]:
-    """One step of Muon and AdamW; `lr`, `momentum` and `count` are float32 scalars (as Python numbers they would be
-    compiled in and never change). The state says which parameter is whose; `head_size` is for Muon, and so are
-    `directions`, if they are made already. All dicts are used up, so that what is new can take the memory of what was.
-    Returns the new (params, state)."""
+    """One step of Muon and AdamW. `lr`, `momentum` and `count` are float32 scalars (Python numbers would be compiled in
+    as constants). The state tells which optimizer has a parameter; `head_size` and the optional precomputed
+    `directions` are for Muon. All dicts are consumed, so that new arrays can reuse the memory of the old ones. Returns
+    the new (params, state)."""
     names = list(params)
     matrices = {name: params.pop(name) for name in state["muon.momentum"]}
     matrices, buffers, seconds = muon(
         matrices, grads, state["muon.momentum"], state["muon.second"], lr, momentum, train, head_size, wait, directions
     )
+    profile.end("update by Muon", *matrices.values())
     lr = lr * adamw_lr_ratio(train)
     rest, first, second = adamw(params, grads, state["adamw.first"], state["adamw.second"], lr, count, train, wait)
+    profile.end("update by AdamW", *rest.values())
     new = matrices | rest
     return (
         {name: new[name] for name in names},
         {"muon.momentum": buffers, "muon.second": seconds, "adamw.first": first, "adamw.second": second},
     )
-
-
-def shares(params: Arrays, state: State, count: int) -> list[list[str]]:
-    """The parameters' names in `count` shares that take about as long to update, each with its part of Muon's."""
-    return update_shares({name: p.shape for name, p in params.items()}, state["muon.momentum"], count)

@@ -1,8 +1,9 @@
-"""Which parameter goes to which optimizer, at what rate, and what is remembered of it. No array library here: both
-engines read this, so that a checkpoint of one is a checkpoint of the other."""
+"""Which parameter goes to which optimizer, with which constants, and what state it has. No array library here: both
+backends read this file, so that a checkpoint of one is a checkpoint of the other."""
 
 import math
 from collections.abc import Container, Iterable, Mapping
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy.typing as npt
@@ -10,30 +11,44 @@ import numpy.typing as npt
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import TrainConfig
 
-TRAINED = "optimizer/trained/"  # in a checkpoint: the parameters behind a running average
-MOST_AT_ONCE = 2**21  # elements in a stack of matrices: what it takes besides is many times as much
+ADAMW_BETA1, ADAMW_BETA2, ADAMW_EPS = 0.9, 0.95, 1e-8
+NORMUON_BETA2, NORMUON_EPS = 0.95, 1e-8
+# Polar Express (Amsel et al., 2025): five (a, b, c) of X <- a X + b (X X^T) X + c (X X^T)^2 X, for singular values from
+# 1e-3 up. The input is divided by its Frobenius norm times NORM_MARGIN, plus NORM_EPS.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+NORM_MARGIN, NORM_EPS = 1.02, 1e-6
+STRIPS, MIN_SIZE_FOR_STRIPS = 4, 512  # on a CPU, symmetric products of this size or more are computed in strips
+MAX_STACK_ELEMENTS = 2**21  # of a stack of matrices that Muon orthogonalizes together; temporaries are many times that
+RAW_PARAMS = "optimizer/trained/"  # checkpoint prefix of the trained weights when params/ holds their running average
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 Shape = tuple[int, ...]
 
 
-def route(name: str, ndim: int, optimizer: Literal["muon_adamw", "adamw"]) -> Literal["muon", "adamw"]:
-    """Muon takes the matrices inside the blocks. Being a matrix is not enough: embeddings and the head are AdamW's, and
-    so are adapters: what Muon makes even is the update of a whole matrix, not of the two factors of a change to it."""
+def optimizer_of(name: str, ndim: int, optimizer: Literal["muon_adamw", "adamw"]) -> Literal["muon", "adamw"]:
+    """Muon takes the matrices inside the blocks. Embeddings and the head are matrices too, but belong to AdamW: their
+    rows are tokens, not directions. So do adapters: Muon equalizes the update of a whole matrix, not of the two factors
+    of a change to it."""
     in_block = ".layers." in name and name.endswith(".weight") and ndim == 2
     return "muon" if optimizer == "muon_adamw" and in_block else "adamw"
 
 
 def trained(names: Iterable[str], trainable: Literal["all", "embeddings"]) -> list[str]:
-    """Those of a model's parameters that train.trainable trains."""
+    """The parameter names that train.trainable selects."""
     return [name for name in names if trainable == "all" or name in EMBEDDINGS]
 
 
-def describe_routes(shapes: Mapping[str, Shape], optimizer: Literal["muon_adamw", "adamw"]) -> list[str]:
-    """One line for each optimizer: which parameters it has, blocks taken together. `shapes` by name."""
+def describe_groups(shapes: Mapping[str, Shape], optimizer: Literal["muon_adamw", "adamw"]) -> list[str]:
+    """One line for each optimizer with its parameters, merged over the blocks."""
     kinds: dict[str, dict[str, int]] = {"muon": {}, "adamw": {}}
     for name, shape in shapes.items():
         short = name.removeprefix("model.").removesuffix(".weight").rpartition(".")[2]
-        kind = kinds[route(name, len(shape), optimizer)]
+        kind = kinds[optimizer_of(name, len(shape), optimizer)]
         kind[short] = kind.get(short, 0) + math.prod(shape)
     return [
         f"{title}: {', '.join(kinds[kind])} ({sum(kinds[kind].values()):,} parameters)"
@@ -43,12 +58,12 @@ def describe_routes(shapes: Mapping[str, Shape], optimizer: Literal["muon_adamw"
 
 
 def state_shapes(shapes: Mapping[str, Shape], train: TrainConfig) -> dict[str, dict[str, Shape]]:
-    """The optimizers' state: by kind and parameter name, the shape of each moment (all float32, zero at the start).
+    """The optimizer state: for each kind of moment, its shape by parameter name (all float32, zero at the start).
     NorMuon's second moment has one number for each row of a matrix."""
     state: dict[str, dict[str, Shape]] = {"muon.momentum": {}, "muon.second": {}, "adamw.first": {}, "adamw.second": {}}
     for name in trained(shapes, train.trainable):
         shape = shapes[name]
-        if route(name, len(shape), train.optimizer) == "muon":
+        if optimizer_of(name, len(shape), train.optimizer) == "muon":
             state["muon.momentum"][name] = shape
             if train.normuon:
                 state["muon.second"][name] = shape[:1]
@@ -57,53 +72,102 @@ def state_shapes(shapes: Mapping[str, Shape], train: TrainConfig) -> dict[str, d
     return state
 
 
-def update_shares(shapes: Mapping[str, Shape], by_muon: Container[str], count: int) -> list[list[str]]:
-    """The parameters' names in `count` shares that take about as long to update, each with its part of Muon's."""
+def check_state(state: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, Shape], train: TrainConfig) -> None:
+    """Raises UserError when an engine's `state` does not belong to parameters of these `shapes` under `train`."""
+    own = {f"params/{name}": shape for name, shape in shapes.items()}
+    for kind, by_name in state_shapes(shapes, train).items():
+        own |= {f"optimizer/{kind}/{name}": shape for name, shape in by_name.items()}
+    names = (name for name in state if name.startswith(("params/", "optimizer/")) and not name.startswith(RAW_PARAMS))
+    found = {name: state[name].shape for name in names}
+    for name in [*own, *found]:
+        if found.get(name) != own.get(name):
+            there, here = (f"{list(of[name])}" if name in of else "missing" for of in (found, own))
+            raise UserError(
+                f"checkpoint: {name}: the checkpoint has {there}, this run needs {here}: the optimizer or the adapters "
+                "differ; set train.optimizer, train.normuon and lora as in the original run"
+            )
 
-    def work(name: str) -> float:
-        """Roughly the multiplications of an update."""
+
+def balanced_shares(shapes: Mapping[str, Shape], by_muon: Container[str], count: int) -> list[list[str]]:
+    """Splits the parameter names into `count` shares whose updates take about the same time."""
+
+    def cost(name: str) -> float:
+        """Approximate multiplications of an update."""
         return math.prod(shapes[name]) * (10 + 20 * min(shapes[name]) if name in by_muon else 10)
 
     loads = [0.0] * count
     names: list[list[str]] = [[] for _ in range(count)]
-    for name in sorted(shapes, key=lambda name: -work(name)):
+    for name in sorted(shapes, key=lambda name: -cost(name)):
         i = loads.index(min(loads))
         names[i].append(name)
-        loads[i] += work(name)
+        loads[i] += cost(name)
     return names
 
 
-def muon_stacks(shapes: Mapping[str, Shape], split_heads: bool, most: int = MOST_AT_ONCE) -> list[list[str]]:
-    """Names of matrices that come apart into pieces of one shape, which Muon takes together: no more than `most`
-    elements, but at least one matrix."""
+def muon_stacks(shapes: Mapping[str, Shape], split_heads: bool) -> list[list[str]]:
+    """Groups the names of matrices of one shape, which Muon orthogonalizes in one batch: at most MAX_STACK_ELEMENTS,
+    but at least one matrix. With `split_heads`, attention projections, which are split per head, stay apart."""
     groups: dict[tuple[Shape, str], list[list[str]]] = {}
     for name, shape in shapes.items():
         cut = "" if not split_heads or "self_attn" not in name else "columns" if "o_proj" in name else "rows"
         group = groups.setdefault((shape, cut), [[]])
-        if group[-1] and (len(group[-1]) + 1) * math.prod(shape) > most:
+        if group[-1] and (len(group[-1]) + 1) * math.prod(shape) > MAX_STACK_ELEMENTS:
             group.append([])
         group[-1].append(name)
     return [names for group in groups.values() for names in group]
 
 
-def check_state(state: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, Shape], train: TrainConfig) -> None:
-    """Raises UserError when an engine's `state` is not of parameters of these `shapes`, trained as `train` says."""
-    own = {f"params/{name}": shape for name, shape in shapes.items()}
-    for kind, by_name in state_shapes(shapes, train).items():
-        own |= {f"optimizer/{kind}/{name}": shape for name, shape in by_name.items()}
-    kept = (name for name in state if name.startswith(("params/", "optimizer/")) and not name.startswith(TRAINED))
-    found = {name: state[name].shape for name in kept}
-    for name in [*own, *found]:
-        if found.get(name) != own.get(name):
-            there, here = (f"{list(of[name])}" if name in of else "missing" for of in (found, own))
-            raise UserError(
-                f"checkpoint: {name} is {there}, and would be {here} in this run: another optimizer, or other "
-                "adapters: set train.optimizer, train.normuon and lora as they were"
-            )
+def split_heads(name: str, stack: Any, head_size: int | None) -> Any:
+    """[n, rows, cols] -> [m, ...]: with a `head_size`, each head's part of an attention projection (rows of q, k and v,
+    columns of o); otherwise the matrices as they are. `stack` is an MLX array or a torch tensor."""
+    if head_size is None or "self_attn" not in name:
+        return stack
+    n, rows, cols = stack.shape
+    if "o_proj" in name:
+        return stack.reshape(n, rows, -1, head_size).swapaxes(1, 2).reshape(-1, rows, head_size)
+    return stack.reshape(-1, head_size, cols)
+
+
+def merge_heads(name: str, parts: Any, shape: tuple[int, ...]) -> Any:
+    """The inverse of `split_heads`: [m, ...] -> `shape`."""
+    n, rows, cols = shape
+    if "o_proj" in name and parts.shape[2] < cols:
+        return parts.reshape(n, -1, rows, parts.shape[2]).swapaxes(1, 2).reshape(shape)
+    return parts.reshape(shape)
+
+
+def muon_scale(shape: tuple[int, ...], kind: Literal["adamw", "keller"] = "adamw") -> float:
+    """The factor of an orthogonalized update of a matrix [rows, cols].
+
+    adamw: 0.2 sqrt(max(rows, cols)) gives its elements the size of AdamW's, so that one learning rate and one weight
+    decay serve both (Liu et al., "Muon is scalable for LLM training", 2025, equation 4). keller: sqrt(max(1, rows /
+    cols)), Muon's own (Jordan et al., 2024), for learning rates of about 0.02.
+    """
+    rows, cols = shape
+    return 0.2 * math.sqrt(max(shape)) if kind == "adamw" else math.sqrt(max(1.0, rows / cols))
 
 
 def adamw_lr_ratio(train: TrainConfig) -> float:
-    """AdamW's learning rate as a multiple of the schedule's, which is Muon's: with train.adamw_lr it has its own."""
+    """AdamW's learning rate divided by the schedule's, which is Muon's: 1 unless train.adamw_lr is set."""
     if train.optimizer == "adamw" or train.adamw_lr is None:
         return 1.0
     return train.adamw_lr / train.lr
+
+
+def muon_flops(shapes: Mapping[str, Shape], train: TrainConfig, head_size: int, on_cpu: bool) -> int:
+    """FLOPs of Muon's matrix products in one update. For each matrix, or each head's part of an attention projection
+    with train.muon_split_heads, of small side s and large side k (optim/polar_express.py): X X^T, 17 products of [s, s]
+    and the last one with X, 4 s^2 k + 34 s^3; of symmetric products in strips, only what is computed."""
+    total = 0
+    for name, (*sides,) in shapes.items():
+        if optimizer_of(name, len(sides), train.optimizer) != "muon":
+            continue
+        parts = 1
+        if train.muon_split_heads and "self_attn" in name:
+            axis = 1 if "o_proj" in name else 0
+            parts, sides[axis] = sides[axis] // head_size, head_size
+        s, k = sorted(sides)
+        strips = STRIPS if on_cpu and s >= MIN_SIZE_FOR_STRIPS else 1
+        pairs = sum((end - start) * end for start, end in pairwise(s * i // strips for i in range(strips + 1)))
+        total += parts * (2 * pairs * (k + 17 * s) + 2 * s * s * k)
+    return total

@@ -1,15 +1,15 @@
-"""A step with decoupled weight decay (Loshchilov and Hutter, 2019), by default cautious."""
+"""A parameter update with decoupled weight decay (Loshchilov and Hutter, 2019), cautious by default."""
 
 import mlx.core as mx
 
 from anarchobot.config.schema import TrainConfig
 
 
-def moved(w: mx.array, u: mx.array, lr: mx.array, train: TrainConfig) -> mx.array:
-    """W - lr (u + weight_decay W); vectors, norms and biases, do not decay.
+def apply_update(w: mx.array, u: mx.array, lr: mx.array, train: TrainConfig) -> mx.array:
+    """W - lr (u + weight_decay W). Vectors (norms and biases) do not decay.
 
-    With train.cautious_weight_decay, weights decay only where u and W have the same sign, so that decay never works
-    against the update (Chen et al., "Cautious weight decay", 2025).
+    With train.cautious_weight_decay, a weight decays only where u and W have the same sign, so that the decay never
+    opposes the update (Chen et al., "Cautious weight decay", 2025).
     """
     if train.weight_decay == 0 or w.ndim == 1:
         return _plain(w, u, lr)

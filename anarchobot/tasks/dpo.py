@@ -71,7 +71,7 @@ def dpo(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
         bytes_per_token=None,
         folder=start.folder,
         sample=lambda: generate_reply(opened, encoder, (Message("user", config.generation.prompt),), config),
-        val_metrics=engine.judged,
+        val_metrics=engine.eval_measures,
     )
 
     def set_ref_log_probs(folder: Path) -> None:

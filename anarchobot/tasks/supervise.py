@@ -13,7 +13,7 @@ from pathlib import Path
 
 from anarchobot.config.schema import Config
 from anarchobot.data.shards import read_manifest
-from anarchobot.model.llama.flops import model_step
+from anarchobot.model.parameters import model_flops
 from anarchobot.optim.schedule import split_micro_batch, total_steps
 from anarchobot.runs.checkpoint import saved_steps
 from anarchobot.training.ranks import detect_launcher
@@ -39,7 +39,7 @@ def estimate_seconds(config: Config, *, tuning: bool = False) -> float:
     """Estimates the run's duration from its FLOPs and an assumed speed. Raises UserError if there are no shards."""
     train, seq_len = config.train, config.data.seq_len
     windows = (_tokens_in_files(config) if tuning else _tokens_in_shards(config)) // seq_len
-    step = train.grad_accum_steps * model_step(config.model, train.micro_batch_size, [(0, seq_len)])
+    step = train.grad_accum_steps * model_flops(config.model, train.micro_batch_size, [(0, seq_len)])
     on_gpu = train.device != "cpu" and sys.platform == "darwin"
     return total_steps(train, seq_len, windows) * step / (GPU_RATE if on_gpu else CPU_RATE)
 

@@ -1,8 +1,8 @@
-"""The second engine: the MLX wing once more in PyTorch, file for file, for MPS, CUDA and CPUs.
+"""The PyTorch backend, for MPS, CUDA and CPUs.
 
-Nothing else in the package imports torch, and nothing here imports MLX. What both wings need to agree on they read from
-the same places: names, shapes and first values (model/parameters.py), routes and moments (optim/param_groups.py), loss
-scale and schedule. So a checkpoint of one is a checkpoint of the other.
+Nothing else in the package imports torch, and nothing here imports MLX. Both backends share the training step
+(training/engine.py), parameter names, shapes and initial values (model/parameters.py), and the optimizers' groups and
+constants (optim/param_groups.py), so that a checkpoint of one is a checkpoint of the other.
 """
 
 import importlib.util
@@ -10,4 +10,4 @@ import importlib.util
 from anarchobot.config.errors import UserError
 
 if importlib.util.find_spec("torch") is None:
-    raise UserError("train.backend: torch, but PyTorch is not installed: pip install 'anarchobot[torch]'")
+    raise UserError("train.backend: torch: PyTorch is not installed; install it with: pip install 'anarchobot[torch]'")

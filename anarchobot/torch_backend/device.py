@@ -1,4 +1,4 @@
-"""The device: which one, how much of its memory is used, and how it says that there is no more."""
+"""The PyTorch device, its memory use, and how it reports that it is out of memory."""
 
 import resource
 import sys
@@ -12,9 +12,9 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "invalid buffer size
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` takes MPS (Apple Silicon), else CUDA, else the CPU; `gpu` one of the first two.
+    """`auto` is MPS (Apple silicon), else CUDA, else the CPU; `gpu` is one of the first two.
 
-    Raises UserError when a GPU is asked for and there is none.
+    Raises UserError if a GPU is requested and there is none.
     """
     if device != "cpu":
         if torch.backends.mps.is_available():
@@ -22,18 +22,18 @@ def choose_device(device: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
     if device == "gpu":
-        raise UserError("train.device: gpu, but PyTorch sees none here: set train.device: auto")
+        raise UserError("train.device: gpu, but PyTorch finds no GPU: set train.device to auto")
     return torch.device("cpu")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether this is how a device says so: CUDA by a class of its own, the others in words."""
+    """CUDA raises a class of its own, other devices a RuntimeError with a message."""
     words = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or any(phrase in words for phrase in _OUT_OF_MEMORY)
 
 
 def release_memory(device: torch.device) -> None:
-    """Gives back what PyTorch keeps of memory that is free."""
+    """Returns PyTorch's cached memory to the system."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -41,8 +41,8 @@ def release_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory used since the process began, in bytes: tensors on CUDA; what the driver holds for the process,
-    which only grows, on MPS; the whole process on a CPU."""
+    """The most memory used since the process started, in bytes: tensors on CUDA; on MPS what the driver holds for the
+    process, which only grows; the whole process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if device.type == "mps":
@@ -52,7 +52,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def memory_used(device: torch.device) -> tuple[int, int] | None:
-    """Bytes of tensors, and bytes that are free and kept; None on a CPU."""
+    """Bytes of tensors, and bytes cached; None on a CPU."""
     if device.type == "cuda":
         active = int(torch.cuda.memory_allocated(device))
         return active, int(torch.cuda.memory_reserved(device)) - active

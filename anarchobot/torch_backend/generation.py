@@ -12,9 +12,8 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig, ModelConfig
 from anarchobot.tokenizers.decoding import TextStream
 from anarchobot.tokenizers.tokenizer import Tokenizer
-from anarchobot.torch_backend.block import Params
 from anarchobot.torch_backend.loss import logits
-from anarchobot.torch_backend.transformer import head_name, hidden_states
+from anarchobot.torch_backend.model import Params, head_name, hidden_states
 
 PENALTY_WINDOW = 20  # tokens that repetition_penalty looks back
 

@@ -1,5 +1,5 @@
-"""Head and cross-entropy in one, by chunks of tokens, each chunk's loss with its gradients: the logits of a whole batch
-never exist at once, and none are kept.
+"""The output head and cross-entropy together, in chunks of tokens with their own gradients: the logits of a whole batch
+never exist at once, and none are saved. The blocks are differentiated by autograd.
 
 Shapes: N tokens, D d_model, V vocabulary, C chunk.
 """
@@ -10,6 +10,38 @@ import torch
 from torch import Tensor
 
 from anarchobot.config.schema import ModelConfig
+from anarchobot.torch_backend.model import Params, Technique, head_name, hidden_states
+
+
+def add_gradients(
+    params: Params,
+    tokens: Tensor,
+    targets: Tensor,
+    model: ModelConfig,
+    *,
+    scale: float,
+    dtype: torch.dtype = torch.float32,
+    segments: Tensor | None = None,
+    dropout_key: str | None = None,
+    technique: Technique,
+) -> Tensor:
+    """The summed cross-entropy of `tokens` and `targets` [B, L] (negative targets add nothing), a float32 scalar;
+    `scale` times its gradients are added to the parameters' `grad`, float32.
+
+    Matrix products are in `dtype`. `segments` [B, L] number the documents of a row: a token sees only its own.
+    `dropout_key` turns dropout on; the same key drops the same elements.
+    """
+    hidden = hidden_states(
+        params, tokens, model, dtype=dtype, segments=segments, dropout_key=dropout_key, technique=technique
+    )
+    head = params[head_name(model)]
+    if head.grad is None:
+        head.grad = torch.zeros_like(head)
+    total, dhidden = loss_and_gradients(
+        hidden.flatten(0, 1), head, targets.flatten(), model, scale, head.grad, technique.loss_chunk
+    )
+    torch.autograd.backward([hidden], [dhidden.view_as(hidden)])
+    return total
 
 
 def loss_sum(hidden: Tensor, weight: Tensor, targets: Tensor, model: ModelConfig, chunk: int) -> Tensor:
@@ -33,22 +65,22 @@ def loss_and_gradients(
     weight_gradient: Tensor,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """`loss_sum`, and `scale` times its gradient for `hidden` [N, D], in hidden's dtype; that for `weight` [V, D] is
-    added to `weight_gradient` (float32), in place.
+    """`loss_sum`, and `scale` times its gradient with respect to `hidden` [N, D], in hidden's dtype; that of `weight`
+    [V, D] is added to `weight_gradient` (float32), in place.
 
     For a token with softmax p and one-hot target y, dL/dz = p - y (times 1 - (z/cap)^2 under a softcap), so
-    dL/dh = dL/dz W and dL/dW = dL/dz^T h. The scale comes in at dL/dz, in float32, before anything is rounded to
-    hidden's dtype: with float16 a small p would be lost otherwise.
+    dL/dh = dL/dz W and dL/dW = dL/dz^T h. The scale is applied to dL/dz in float32, before anything is rounded to
+    hidden's dtype: otherwise a small p would be lost in float16.
     """
     hidden, weight = hidden.detach(), weight.detach().to(hidden.dtype)
     total = torch.zeros((), device=hidden.device)
     hidden_gradients: list[Tensor] = []
     for h, t in _chunks(hidden, targets, chunk):
         z = logits(h, weight, model)  # [C, V] float32
-        loss, log_sums = _chunk_loss(z, t)
+        loss, logsumexp = _chunk_loss(z, t)
         total += loss
         weights = scale * (t >= 0).float()[:, None]  # [C, 1]; a negative target's row is zero
-        dz = torch.exp(z - log_sums) * weights
+        dz = torch.exp(z - logsumexp) * weights
         dz.scatter_add_(1, t.clamp(min=0)[:, None], -weights)
         if model.logit_softcap is not None:
             dz *= 1 - (z / model.logit_softcap) ** 2
@@ -73,7 +105,7 @@ def _chunks(hidden: Tensor, targets: Tensor, chunk: int) -> Iterator[tuple[Tenso
 
 
 def _chunk_loss(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits [C, V] and targets [C]: the summed loss, and each row's log of its sum of exponentials [C, 1]."""
-    log_sums = torch.logsumexp(z, dim=1, keepdim=True)
-    losses = log_sums - z.gather(1, t.clamp(min=0)[:, None])
-    return (losses * (t >= 0)[:, None]).sum(), log_sums
+    """The summed loss of logits [C, V] and targets [C], and the logsumexp of each row [C, 1]."""
+    logsumexp = torch.logsumexp(z, dim=1, keepdim=True)
+    losses = logsumexp - z.gather(1, t.clamp(min=0)[:, None])
+    return (losses * (t >= 0)[:, None]).sum(), logsumexp

@@ -1,4 +1,4 @@
-"""What MLX computes on, and how it says that memory was not enough."""
+"""MLX's device, and how it reports that it is out of memory."""
 
 import re
 
@@ -6,19 +6,19 @@ import mlx.core as mx
 
 from anarchobot.config.errors import UserError
 
-CPU_CACHE_BYTES = 2**30  # of freed memory that MLX keeps; its own 32 MB on a CPU make a step a quarter slower
+CPU_CACHE_BYTES = 2**30  # MLX's cache of freed memory; its default on a CPU, 32 MB, makes a step a quarter slower
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 _OUT_OF_MEMORY = re.compile(r"\[malloc|out of memory|unable to allocate", re.IGNORECASE)
 
 
 def choose_device(device: str) -> mx.Device:
-    """Sets and returns MLX's default device: `auto` takes Metal or CUDA when there is one.
+    """Sets and returns MLX's default device: `auto` is Metal or CUDA if available.
 
-    Raises UserError when a GPU is asked for and there is none.
+    Raises UserError if a GPU is requested and there is none.
     """
     gpu = mx.is_available(mx.gpu)
     if device == "gpu" and not gpu:
-        raise UserError("train.device: gpu, but MLX sees none here: set train.device: auto")
+        raise UserError("train.device: gpu, but MLX finds no GPU: set train.device to auto")
     chosen = mx.Device(mx.gpu if gpu and device != "cpu" else mx.cpu)
     mx.set_default_device(chosen)
     if chosen == mx.Device(mx.cpu):
@@ -27,7 +27,7 @@ def choose_device(device: str) -> mx.Device:
 
 
 def as_memory_error(error: RuntimeError) -> Exception:
-    """MemoryError, if that is what MLX's error is; what can be freed for another try is freed then."""
+    """MemoryError if MLX is out of memory (its cache is then freed for another try), otherwise the error itself."""
     if not _OUT_OF_MEMORY.search(str(error)):
         return error
     mx.clear_cache()

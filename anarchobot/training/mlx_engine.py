@@ -1,10 +1,10 @@
-"""The MLX step: loss and gradients of each micro-batch, summed; one global norm; one update of Muon and AdamW.
+"""The MLX backend of the training step (training/engine.py).
 
-Shapes: A micro-batches, B sequences in each, L tokens in a sequence.
+On a CPU, threads share the rows of a micro-batch and the parameters of an update (training/workers.py); on a GPU both
+are compiled. Shapes: A micro-batches, B sequences in each, L tokens in a sequence.
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -15,307 +15,98 @@ import numpy.typing as npt
 
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
+from anarchobot.model.architecture import forward_pass
 from anarchobot.model.frozen import init_adapters
 from anarchobot.model.gradient_accumulator import Params
-from anarchobot.model.llama.forward import head_matrix, hidden_states
-from anarchobot.model.llama.gradients import Objective, Technique, loss_and_gradients
+from anarchobot.model.gradients import Objective, Technique, loss_and_gradients
 from anarchobot.model.loss import loss_sum
 from anarchobot.model.parameters import init_parameters, parameter_shapes
-from anarchobot.numerics import sequencing as order
+from anarchobot.numerics import sequencing
 from anarchobot.numerics.cores import CPU_MLP_ROWS, workers_for
-from anarchobot.optim import muon_adamw as hybrid
+from anarchobot.optim import muon_adamw
 from anarchobot.optim.muon import muon_directions
-from anarchobot.optim.param_groups import TRAINED, check_state, trained
+from anarchobot.optim.param_groups import balanced_shares, trained
 from anarchobot.training.device import DTYPES, as_memory_error, choose_device
-from anarchobot.training.engine import StepResult
-from anarchobot.training.loss_scale import LossScale
+from anarchobot.training.engine import BaseEngine
 from anarchobot.training.ranks import ALONE, Ranks
-from anarchobot.training.reduction import global_norm, summed
 from anarchobot.training.shared_muon import SharedMuon
 from anarchobot.training.workers import Workers
 
 Measures = npt.NDArray[np.float64]  # the loss, and what else an objective measures
+Rows = tuple[mx.array | None, ...]  # a worker's part of a micro-batch
 T = TypeVar("T")
 
 
-class MLXEngine:
-    """Holds parameters and optimizer state, and takes training and evaluation steps (training/loop.py's Engine).
-
-    `params` are what is trained: all weights, those that train.trainable names or, under lora.r, adapters; `frozen` are
-    the others, under lora.r in as few bytes as the config allows. Only what is trained has gradients and optimizer
-    state; a model is saved whole, adapters by themselves.
-    """
+class MLXEngine(BaseEngine[mx.array]):
+    """With lora.r, `frozen` is stored in as few bytes as the configuration allows."""
 
     def __init__(
         self, config: Config, weights: Mapping[str, npt.NDArray[np.float32]] | None = None, ranks: Ranks = ALONE
     ) -> None:
-        """`weights`: the model's first ones by name, each asked for once (None: new ones, by train.seed)."""
-        self._config, self._ranks = config, ranks
-        train = config.train
+        """`weights`: the model's initial ones by name, each read once (None: new ones from train.seed)."""
+        model, train = config.model, config.train
         self.device = choose_device(train.device)
         on_gpu = self.device == mx.Device(mx.gpu)
-        self.precision = train.precision or ("bfloat16" if on_gpu else "float32")
+        super().__init__(config, train.precision or ("bfloat16" if on_gpu else "float32"), ranks)
         self.dtype = DTYPES[self.precision]
-        self._scale = LossScale() if self.precision == "float16" else None
-        self._updates = 0  # updates applied: AdamW's bias correction counts these
-        model = config.model
+        self.forward = forward_pass(model)
         weights = init_parameters(model, train.seed) if weights is None else weights
-        self.frozen: Params = {}
         if config.lora.r is None:
             self.frozen = {name: mx.array(weights[name]) for name in parameter_shapes(model)}
-            self.params: Params = {name: self.frozen.pop(name) for name in trained(self.frozen, train.trainable)}
+            self.params = {name: self.frozen.pop(name) for name in trained(self.frozen, train.trainable)}
         else:
             self.params, self.frozen = init_adapters(weights, model, config.lora, train.seed, self.dtype)
         del weights
-        self._state = hybrid.init_state(self.params, train)
-        self._average = dict(self.params) if train.ema_decay else None
-        mx.eval(self.params, self.frozen, self._state)  # what is still to be computed can't go to another thread
+        self.moments = muon_adamw.init_state(self.params, train)
+        self.average = dict(self.params) if train.ema_decay else None
+        self._after_load()
 
         self.compiled = on_gpu if train.compile is None else train.compile
         wrap: Callable[[Any], Any] = mx.compile if self.compiled else lambda function: function
-        self.traces = 0  # of the functions below: each means a compilation, where there is one
-        self._micro_step = wrap(self._loss_and_gradients)
-        self._update = wrap(self._clip_and_update)
-        self._loss = wrap(self._evaluate)
+        self.traces = 0  # of the functions below; each is a compilation, if they are compiled
+        self._micro_step, self._update = wrap(self._loss_and_gradients), wrap(self._clip_and_update)
+        self._loss, self._directions = wrap(self._evaluate), wrap(self._scaled_directions)
         self.workers = Workers(1 if on_gpu or self.compiled else workers_for(train.micro_batch_size, train.cpu_threads))
-        self._update_shares = hybrid.shares(self.params, self._state, self.workers.count)
-        self._directions = wrap(self._make_directions)
-        by_muon = self._state["muon.momentum"]
+        shapes, by_muon = {name: p.shape for name, p in self.params.items()}, self.moments["muon.momentum"]
+        self._update_shares = balanced_shares(shapes, by_muon, self.workers.count)
         self._shared = SharedMuon(ranks, self.params, by_muon, self.workers.count, train.share_muon)
         self.technique = Technique(
             recompute=train.gradient_checkpointing,
-            wait=order.tied if on_gpu or self.compiled else order.evaluated,
+            wait=sequencing.depend if on_gpu or self.compiled else sequencing.eval_now,
             attention_block=train.attention_block,
             mlp_rows=None if on_gpu else CPU_MLP_ROWS,
             loss_chunk=-(-train.loss_chunk // self.workers.count),
         )
 
-    def train_step(
-        self, batch: Batch, step: int, lr: float, momentum: float, norm_limit: float = math.inf
-    ) -> StepResult:
-        """One optimizer step over the A micro-batches of `batch`; `step` decides what dropout drops.
+    # ---- Gradients ----
 
-        The gradient is that of the mean loss over all scored tokens of the batch, however they fall into micro-batches;
-        of several ranks, each takes its own batch, and the mean is over all of them.
-        A step whose gradient is not finite, or longer than `norm_limit`, changes nothing but the loss scale. Raises
-        MemoryError when there is not enough for the gradients; nothing has changed then.
-        """
-        places = self._places(batch)
-        loss_scale = self._scale.scale if self._scale else 1.0
-        factor = loss_scale / places  # keeps float16's sums in range, whatever the micro-batch
+    def _accumulate_gradients(self, batch: Batch, step: int, scale: float) -> tuple[list[float], Params]:
         try:
-            shares = self.workers.each(lambda worker: self._share(batch, step, factor, worker))
-            measures: Measures = sum((measures for measures, _ in shares), np.zeros(1))  # some had no rows
-            grads = summed([grads for _, grads in shares if grads])
+            parts = self.workers.each(lambda worker: self._worker_gradients(batch, step, scale, worker))
+            grads = _sum_parts([grads for _, grads in parts if grads])
         except RuntimeError as error:
-            told = as_memory_error(error)
-            if isinstance(told, MemoryError):
+            raised = as_memory_error(error)
+            if isinstance(raised, MemoryError):
                 with suppress(MemoryError):
-                    self._ranks.all_gather_scalars(None)  # all ranks raise it
-            raise told from None  # whose traceback would keep what is to be freed
-        del shares
-        scored = int(np.count_nonzero(batch.targets >= 0))
-        *sums, count, tokens = self._ranks.all_reduce_scalars([*measures, self._count(batch), scored]).tolist()
-        count = max(1, count)
-        unscale = places / (loss_scale * count)
-        grads = self._shared.timed("exchange", lambda: self._ranks.all_reduce(grads))
-        norm = self._ranks.broadcast_scalar(float(global_norm(grads)) * unscale)
-        loss, *others = (np.array(sums) / (factor * count)).tolist()
-        finite = math.isfinite(norm) and math.isfinite(loss)
-        applied = finite and norm <= norm_limit
-        overflow = not finite and loss_scale > 1
-        result = StepResult(loss, norm, int(tokens), applied, overflow, self._named(others))
-        if self._scale:
-            self._scale.after(finite)
-        if applied:
-            self._updates += 1
-            scalars = (mx.array(lr), mx.array(momentum), mx.array(float(self._updates)))
-            clip = mx.array(unscale * self._clip_factor(norm))
-            directions = self._shared.directions(lambda part: self._directions_of(part, grads, clip, scalars[1]))
-            self._shared.timed("update", lambda: self._apply(grads, directions, clip, *scalars))
-            if self._average is not None:
-                self._average = self._averaged(self._average)
-        return result
+                    self._ranks.all_gather_scalars(None)  # makes all ranks raise it
+            raise raised from None  # the traceback would keep arrays alive
+        measures: Measures = sum((measures for measures, _ in parts), np.zeros(1))  # some workers had no rows
+        return (measures / scale).tolist(), grads
 
-    @property
-    def weights(self) -> Params:
-        """What is validated and used: the frozen weights, and the trained ones or their running average."""
-        return {**self.frozen, **self._kept}
-
-    @property
-    def _kept(self) -> Params:
-        return self.params if self._average is None else self._average
-
-    @property
-    def _saved(self) -> Params:
-        return self.weights if self._config.lora.r is None else self._kept
-
-    def _directions_of(
-        self, parts: Sequence[Sequence[str]], grads: Params, clip: mx.array, momentum: mx.array
-    ) -> Params:
-        """Muon's directions of the matrices of these names, each worker its part."""
-
-        def directions(worker: int) -> Params:
-            own, buffers = ({name: a[name] for name in parts[worker]} for a in (grads, self._state["muon.momentum"]))
-            made: Params = self._directions(own, buffers, clip, momentum)
-            mx.eval(made)
-            return made
-
-        return {name: u for made in self.workers.each(directions) for name, u in made.items()}
-
-    def _apply(self, grads: Params, directions: Params, *scalars: mx.array) -> None:
-        """Updates parameters and optimizer state, each worker its share of them; uses `grads` and `directions` up."""
-        names = list(self.params)
-        parts = [
-            (
-                {name: self.params.pop(name) for name in share},
-                {name: grads.pop(name) for name in share},
-                {kind: {n: a.pop(n) for n in share if n in a} for kind, a in self._state.items()},
-                {name: directions.pop(name) for name in share if name in directions},
-            )
-            for share in self._update_shares
-        ]
-
-        def update(worker: int) -> tuple[Params, hybrid.State]:
-            # The old arrays have no other holder when the new ones are evaluated: their memory is used again.
-            part, parts[worker] = parts[worker], ({}, {}, {}, {})
-            new: tuple[Params, hybrid.State] = self._update(*part, *scalars)
-            del part
-            mx.eval(new)
-            return new
-
-        done = self.workers.each(update)
-        params = {name: p for new, _ in done for name, p in new.items()}
-        self.params = {name: params[name] for name in names}
-        self._state = {kind: {n: a for _, state in done for n, a in state[kind].items()} for kind in self._state}
-
-    # What another objective than the tokens' cross-entropy has otherwise (training/preference_engine.py).
-
-    def _places(self, batch: Batch) -> int:
-        """What float16's sums of a micro-batch are divided by: tokens, scored or not."""
-        return int(batch.inputs[0].size)
-
-    def _count(self, batch: Batch) -> int:
-        """What the loss and the gradient of a step are the mean over."""
-        return int(np.count_nonzero(batch.targets >= 0))
-
-    def _named(self, others: list[float]) -> dict[str, float]:
-        """What is measured beside the loss."""
-        return {}
-
-    def _reading(self, targets: mx.array, besides: mx.array | None) -> tuple[mx.array | None, Objective | None]:
-        """From the third of `_rows`: segments, and the objective (None: cross-entropy)."""
-        return besides, None
-
-    def _share(self, batch: Batch, step: int, factor: float, worker: int) -> tuple[Measures, Params]:
-        """One worker's rows of every micro-batch: the sums of their scaled losses, with what else is measured, and of
-        the gradients."""
+    def _worker_gradients(self, batch: Batch, step: int, scale: float, worker: int) -> tuple[Measures, Params]:
+        """The scaled measures and gradients of a worker's rows, summed over all micro-batches."""
         sums: Params = {}
         total = mx.array(0.0)
-        first = self._ranks.rank * len(batch.inputs)  # as if all ranks' micro-batches were one process's
+        first = self._ranks.rank * len(batch.inputs)  # numbers the micro-batches as in a single process
         for i in range(len(batch.inputs)):
             rows = self._rows(batch, i, worker)
-            if not _any(rows):  # a micro-batch that was halved may have fewer rows than there are workers
+            if not _any(rows):  # a halved micro-batch may have fewer rows than there are workers
                 break
             key = _dropout_key(self._config.train.seed, step, first + i, worker)
-            loss, sums = self._micro_step(self.params, self.frozen, *rows, key, mx.array(factor), sums)
+            loss, sums = self._micro_step(self.params, self.frozen, *rows, key, mx.array(scale), sums)
             total = total + loss
-            mx.eval(sums, total)  # now: else MLX would keep every micro-batch's activations for one large graph
+            mx.eval(sums, total)  # otherwise MLX would hold the activations of all micro-batches in one graph
         return np.atleast_1d(np.array(total, np.float64)), sums
-
-    def _rows(self, batch: Batch, i: int, worker: int) -> tuple[mx.array | None, ...]:
-        """A worker's rows of micro-batch `i`: inputs, targets and segments, [B / workers, L]."""
-
-        def part(x: npt.NDArray[np.int32]) -> mx.array:
-            return mx.array(np.array_split(x[i], self.workers.count)[worker])
-
-        return part(batch.inputs), part(batch.targets), None if batch.segments is None else part(batch.segments)
-
-    def eval_step(self, batch: Batch) -> tuple[float, int]:
-        """Summed loss in nats over the scored tokens of the batch, and their number; no dropout."""
-        measures, count = self._evaluated(batch)
-        return float(measures[0]), count
-
-    def _evaluated(self, batch: Batch) -> tuple[Measures, int]:
-        weights = self.weights
-
-        def share(worker: int) -> Measures:
-            total: Measures = np.zeros(1)
-            for i in range(len(batch.inputs)):
-                rows = self._rows(batch, i, worker)
-                if _any(rows):  # the last batch of a validation may have fewer rows than there are workers
-                    total = total + np.atleast_1d(np.array(self._loss(weights, *rows), np.float64))
-            return total
-
-        whole: Measures = sum(self._each(share), np.zeros(1))
-        return whole, self._count(batch)
-
-    def _each(self, share: Callable[[int], T]) -> list[T]:
-        """What each worker's share gives. Raises MemoryError when there is not enough."""
-        try:
-            return self.workers.each(share)
-        except RuntimeError as error:
-            raise as_memory_error(error) from None  # whose traceback would keep what is to be freed
-
-    def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything a checkpoint needs, as named numpy arrays: `params/...`, `optimizer/...`, and scalars; under
-        train.ema_decay, `params/...` are the averages and `optimizer/trained/...` what is trained on.
-
-        There is no random state: dropout and data order are functions of the seed and the step.
-        """
-        arrays = {f"params/{name}": p for name, p in self._saved.items()}
-        if self._average is not None:
-            arrays |= {f"{TRAINED}{name}": p for name, p in self.params.items()}
-        arrays |= {
-            f"optimizer/{kind}/{name}": a for kind, by_name in self._state.items() for name, a in by_name.items()
-        }
-        # No copies: MLX changes no array, and an update does not use the memory of one that somebody still holds.
-        numpy = {name: np.asarray(a) for name, a in arrays.items()}
-        numpy["updates"] = np.array(self._updates)
-        if self._scale:
-            numpy |= {"loss_scale": np.array(self._scale.scale), "loss_scale_streak": np.array(self._scale.streak)}
-        return numpy
-
-    def load_state(self, state: dict[str, npt.NDArray[Any]]) -> None:
-        """Takes what `state` gave. Raises UserError when other parameters were trained, or by another optimizer."""
-        check_state(state, {name: p.shape for name, p in self._saved.items()}, self._config.train)
-        if self._config.lora.r is None:
-            self.frozen = {name: mx.array(state[f"params/{name}"]) for name in self.frozen}
-        if self._average is not None:
-            self._average = {name: mx.array(state[f"params/{name}"]) for name in self.params}
-        # A run that goes on without averaging, or begins it, goes on from the weights that were saved for use.
-        averaged = self._average is not None and any(name.startswith(TRAINED) for name in state)
-        prefix = TRAINED if averaged else "params/"
-        self.params = {name: mx.array(state[f"{prefix}{name}"]) for name in self.params}
-        self._state = {
-            kind: {name: mx.array(state[f"optimizer/{kind}/{name}"]) for name in by_name}
-            for kind, by_name in self._state.items()
-        }
-        mx.eval(self.params, self._state)
-        self._updates = int(state["updates"])
-        if self._scale and "loss_scale" in state:
-            self._scale = LossScale(float(state["loss_scale"]), int(state["loss_scale_streak"]))
-
-    def peak_memory_gb(self) -> float:
-        """MLX's own peak since the process began, in 10^9 bytes; its cache is not counted."""
-        return float(mx.get_peak_memory()) / 1e9
-
-    def memory_gb(self) -> dict[str, float]:
-        """Of MLX's arrays, and freed but kept for the next ones; in 10^9 bytes."""
-        return {"active_memory_gb": mx.get_active_memory() / 1e9, "cache_memory_gb": mx.get_cache_memory() / 1e9}
-
-    def _averaged(self, average: Params) -> Params:
-        """One step of the running average, which forgets faster at the start of a run."""
-        assert self._config.train.ema_decay is not None
-        decay = min(self._config.train.ema_decay, (1 + self._updates) / (10 + self._updates))
-        for name, p in self.params.items():
-            average[name] = decay * average[name] + (1 - decay) * p
-        mx.eval(average)
-        return average
-
-    def _clip_factor(self, norm: float) -> float:
-        limit = self._config.train.max_grad_norm
-        return 1.0 if limit is None or norm <= limit else limit / norm
 
     def _loss_and_gradients(
         self,
@@ -323,14 +114,15 @@ class MLXEngine:
         frozen: Params,
         inputs: mx.array,
         targets: mx.array,
-        besides: mx.array | None,
+        extra: mx.array | None,
         key: mx.array,
         scale: mx.array,
         sums: Params,
     ) -> tuple[mx.array, Params]:
         self.traces += 1
-        segments, objective = self._reading(targets, besides)
-        return loss_and_gradients(
+        self.technique.profile.start()
+        segments, objective = self._segments_and_objective(targets, extra)
+        return loss_and_gradients(self._config.model, self.technique)(
             params,
             inputs,
             targets,
@@ -346,38 +138,175 @@ class MLXEngine:
             objective=objective,
         )
 
-    def _evaluate(self, params: Params, inputs: mx.array, targets: mx.array, segments: mx.array | None) -> mx.array:
-        self.traces += 1
-        model = self._config.model
-        hidden = hidden_states(params, inputs, model, dtype=self.dtype, segments=segments, wait=self.technique.wait)
-        return loss_sum(hidden.reshape(-1, model.d_model), head_matrix(params, model), targets.reshape(-1), model)
+    def _rows(self, batch: Batch, i: int, worker: int) -> Rows:
+        """A worker's rows of micro-batch `i`: inputs, targets and segments, [B / workers, L]."""
+
+        def part(x: npt.NDArray[np.int32]) -> mx.array:
+            return mx.array(np.array_split(x[i], self.workers.count)[worker])
+
+        return part(batch.inputs), part(batch.targets), None if batch.segments is None else part(batch.segments)
+
+    def _segments_and_objective(
+        self, targets: mx.array, extra: mx.array | None
+    ) -> tuple[mx.array | None, Objective | None]:
+        """From the third array of `_rows`: segments, and the objective (None: cross-entropy)."""
+        return extra, None
+
+    def _all_reduce(self, grads: Params) -> Params:
+        return self._shared.timed("exchange", lambda: self._ranks.all_reduce(grads))
+
+    def _global_norm(self, grads: Params) -> float:
+        squares: list[mx.array] = []
+        for g in grads.values():  # one after the other, so that the memory of the squares is reused
+            squares.append(mx.sum(mx.square(g)))
+            mx.eval(squares[-1])
+        return float(mx.sqrt(mx.sum(mx.stack(squares))))
+
+    # ---- Update ----
+
+    def _apply_update(self, grads: Params, factor: float, lr: float, momentum: float) -> None:
+        scalars = tuple(map(mx.array, (factor, lr, momentum, float(self._updates))))
+        directions = self._shared.directions(lambda parts: self._directions_of(parts, grads, scalars[0], scalars[2]))
+        self._shared.timed("update", lambda: self._update_all(grads, directions, *scalars))
+
+    def _update_all(self, grads: Params, directions: Params, *scalars: mx.array) -> None:
+        """Updates parameters and moments, each worker its share; consumes `grads` and `directions`."""
+        names = list(self.params)
+        parts = [
+            (
+                {name: self.params.pop(name) for name in share},
+                {name: grads.pop(name) for name in share},
+                {kind: {n: a.pop(n) for n in share if n in a} for kind, a in self.moments.items()},
+                {name: directions.pop(name) for name in share if name in directions},
+            )
+            for share in self._update_shares
+        ]
+
+        def update(worker: int) -> tuple[Params, muon_adamw.State]:
+            # Nothing else refers to the old arrays when the new ones are evaluated, so that their memory is reused.
+            part, parts[worker] = parts[worker], ({}, {}, {}, {})
+            new: tuple[Params, muon_adamw.State] = self._update(*part, *scalars)
+            del part
+            mx.eval(new)
+            return new
+
+        done = self.workers.each(update)
+        params = {name: p for new, _ in done for name, p in new.items()}
+        self.params = {name: params[name] for name in names}
+        self.moments = {kind: {n: a for _, state in done for n, a in state[kind].items()} for kind in self.moments}
 
     def _clip_and_update(
         self,
         params: Params,
         grads: Params,
-        state: hybrid.State,
+        moments: muon_adamw.State,
         directions: Params,
         factor: mx.array,
         lr: mx.array,
         momentum: mx.array,
         count: mx.array,
-    ) -> tuple[Params, hybrid.State]:
+    ) -> tuple[Params, muon_adamw.State]:
         self.traces += 1
+        self.technique.profile.start()
         grads = {name: grads.pop(name) * factor for name in list(grads)}
         head_size, train = self._config.model.head_size, self._config.train
-        wait = self.technique.wait
-        return hybrid.update(params, grads, state, lr, momentum, count, train, head_size, wait, directions)
-
-    def _make_directions(self, grads: Params, buffers: Params, factor: mx.array, momentum: mx.array) -> Params:
-        self.traces += 1
-        grads = {name: g * factor for name, g in grads.items()}
-        return muon_directions(
-            grads, buffers, momentum, self._config.train, self._config.model.head_size, self.technique.wait
+        wait, profile = self.technique.wait, self.technique.profile
+        return muon_adamw.update(
+            params, grads, moments, lr, momentum, count, train, head_size, wait, directions, profile
         )
 
+    def _directions_of(
+        self, parts: Sequence[Sequence[str]], grads: Params, factor: mx.array, momentum: mx.array
+    ) -> Params:
+        """Muon's directions of the named matrices, `parts` by worker."""
 
-def _any(rows: tuple[mx.array | None, ...]) -> bool:
+        def directions(worker: int) -> Params:
+            own, buffers = ({name: a[name] for name in parts[worker]} for a in (grads, self.moments["muon.momentum"]))
+            result: Params = self._directions(own, buffers, factor, momentum)
+            mx.eval(result)
+            return result
+
+        return {name: u for part in self.workers.each(directions) for name, u in part.items()}
+
+    def _scaled_directions(self, grads: Params, buffers: Params, factor: mx.array, momentum: mx.array) -> Params:
+        self.traces += 1
+        grads = {name: g * factor for name, g in grads.items()}
+        head_size, train = self._config.model.head_size, self._config.train
+        return muon_directions(grads, buffers, momentum, train, head_size, self.technique.wait)
+
+    def _update_average(self, decay: float) -> None:
+        assert self.average is not None
+        for name, p in self.params.items():
+            self.average[name] = decay * self.average[name] + (1 - decay) * p
+        mx.eval(self.average)
+
+    # ---- Evaluation ----
+
+    def eval_step(self, batch: Batch) -> tuple[float, int]:
+        """Summed loss in nats over the scored tokens of the batch, and their number; no dropout. Raises MemoryError."""
+        return float(self._measure(batch)[0]), self._count(batch)
+
+    def _measure(self, batch: Batch) -> Measures:
+        """The summed loss, and what else the objective measures."""
+        weights = self.weights
+
+        def part(worker: int) -> Measures:
+            total: Measures = np.zeros(1)
+            for i in range(len(batch.inputs)):
+                rows = self._rows(batch, i, worker)
+                if _any(rows):  # the last batch of a validation may have fewer rows than there are workers
+                    total = total + np.atleast_1d(np.array(self._loss(weights, *rows), np.float64))
+            return total
+
+        whole: Measures = sum(self._on_workers(part), np.zeros(1))
+        return whole
+
+    def _on_workers(self, work: Callable[[int], T]) -> list[T]:
+        """The result of each worker. Raises MemoryError."""
+        try:
+            return self.workers.each(work)
+        except RuntimeError as error:
+            raise as_memory_error(error) from None  # the traceback would keep arrays alive
+
+    def _evaluate(self, params: Params, inputs: mx.array, targets: mx.array, segments: mx.array | None) -> mx.array:
+        self.traces += 1
+        model, forward, wait = self._config.model, self.forward, self.technique.wait
+        hidden = forward.hidden_states(params, inputs, model, dtype=self.dtype, segments=segments, wait=wait)
+        head = forward.head_matrix(params, model)
+        return loss_sum(hidden.reshape(-1, model.d_model), head, targets.reshape(-1), model)
+
+    # ---- Arrays and memory ----
+
+    def _to_numpy(self, array: mx.array) -> npt.NDArray[Any]:
+        # No copy: MLX changes no array, and an update does not reuse the memory of an array that is still in use.
+        return np.asarray(array)
+
+    def _from_numpy(self, array: npt.NDArray[Any]) -> mx.array:
+        return mx.array(array)
+
+    def _after_load(self) -> None:
+        mx.eval(self.params, self.frozen, self.moments)  # an unevaluated array cannot go to another thread
+
+    def peak_memory_gb(self) -> float:
+        """MLX's own peak since the process started, in 10^9 bytes, without its cache."""
+        return float(mx.get_peak_memory()) / 1e9
+
+    def memory_gb(self) -> dict[str, float]:
+        """MLX's arrays, and memory cached for new ones, in 10^9 bytes."""
+        return {"active_memory_gb": mx.get_active_memory() / 1e9, "cache_memory_gb": mx.get_cache_memory() / 1e9}
+
+
+def _sum_parts(parts: list[Params]) -> Params:
+    """The sums of several workers' gradients, which are consumed: one parameter after the other, to reuse memory."""
+    first, *others = parts
+    for other in others:
+        for name in first:
+            first[name] = first[name] + other.pop(name)
+            mx.eval(first[name])
+    return first
+
+
+def _any(rows: Rows) -> bool:
     return rows[0] is not None and rows[0].size > 0
 
 

@@ -11,28 +11,27 @@ from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
 from anarchobot.data.conversations.preference_pairs import PairBatch
 from anarchobot.model.gradient_accumulator import Params
-from anarchobot.model.llama.forward import head_matrix, hidden_states
-from anarchobot.model.llama.gradients import Objective
+from anarchobot.model.gradients import Objective
 from anarchobot.model.loss import token_losses
 from anarchobot.model.preference import Preferences, losses_and_slopes, rewards
-from anarchobot.training.mlx_engine import Measures, MLXEngine
+from anarchobot.training.mlx_engine import Measures, MLXEngine, Rows
 
-NAMES = ("reward_margin", "reward_accuracy", "chosen_log_prob", "rejected_log_prob")
+MEASURES = ("reward_margin", "reward_accuracy", "chosen_log_prob", "rejected_log_prob")
 
 
 class PreferenceEngine(MLXEngine):
-    """Learns from PairBatches. Its loss is the mean over pairs; beside it are measured, as means, how much more reward
-    the chosen answer has than the rejected one, how often it has more, and both log-probabilities."""
+    """Trains on PairBatches. The loss is the mean over pairs; MEASURES are means too: how much more reward the chosen
+    answer has than the rejected one, how often it has more, and both log-probabilities."""
 
     def __init__(self, config: Config, weights: Mapping[str, npt.NDArray[np.float32]] | None = None) -> None:
         super().__init__(config, weights)
-        self._judged: list[tuple[int, Measures, int]] = []  # of each batch its first pair, measures, and pairs
+        self._evaluated: list[tuple[int, Measures, int]] = []  # of each batch: its first pair, measures, and pairs
 
     def log_probs(self, batch: PairBatch) -> npt.NDArray[np.float32]:
-        """Of the answers, under the weights as they are and without dropout: [A, B, 2]. Raises MemoryError when the
-        batch was too much."""
+        """Log-probabilities of the answers under the current weights, without dropout: [A, B, 2]. Raises
+        MemoryError."""
 
-        def share(worker: int) -> list[npt.NDArray[np.float32]]:
+        def part(worker: int) -> list[npt.NDArray[np.float32]]:
             weights, parts = self.weights, []
             for i in range(len(batch.inputs)):
                 inputs, targets, _ = self._rows(batch, i, worker)
@@ -41,44 +40,44 @@ class PreferenceEngine(MLXEngine):
                 parts.append(np.array(found, np.float32).reshape(-1, 2))
             return parts
 
-        parts = self._each(share)
+        parts = self._on_workers(part)
         return np.stack([np.concatenate([part[i] for part in parts]) for i in range(len(batch.inputs))])
 
-    def judged(self) -> dict[str, float]:
-        """What `eval_step` measured beside the loss since the last call."""
-        judged, self._judged = self._judged, []
-        sums: Measures = sum((measures for _, measures, _ in judged), np.zeros(1 + len(NAMES)))
-        *sums_of_all, count = self._ranks.all_reduce_scalars([*sums, sum(count for _, _, count in judged)]).tolist()
-        means = [x / max(1, count) for x in sums_of_all]
-        return {f"val_{name}": mean for name, mean in zip(NAMES, means[1:], strict=True)}
+    def eval_measures(self) -> dict[str, float]:
+        """What `eval_step` has measured beside the loss since the last call."""
+        evaluated, self._evaluated = self._evaluated, []
+        sums: Measures = sum((measures for _, measures, _ in evaluated), np.zeros(1 + len(MEASURES)))
+        *totals, count = self._ranks.all_reduce_scalars([*sums, sum(count for _, _, count in evaluated)]).tolist()
+        means = [x / max(1, count) for x in totals]
+        return {f"val_{name}": mean for name, mean in zip(MEASURES, means[1:], strict=True)}
 
     def eval_step(self, batch: Batch) -> tuple[float, int]:
         """Summed loss of the batch's pairs, and their number; no dropout.
 
-        Pairs come in their order. One that comes again, in a smaller batch after memory ran out or in a validation
-        begun anew, is judged anew, and so are those behind it.
+        Pairs arrive in order. When a pair arrives again, in a smaller batch after running out of memory or in a new
+        validation, its measures and those of all later pairs are replaced.
         """
         assert isinstance(batch, PairBatch)
-        measures, count = self._evaluated(batch)
+        measures, count = self._measure(batch), self._count(batch)
         first = int(batch.indices.flat[0])
         if count:
-            self._judged = [one for one in self._judged if one[0] < first]
-            self._judged.append((first, measures, count))
+            self._evaluated = [one for one in self._evaluated if one[0] < first]
+            self._evaluated.append((first, measures, count))
         return float(measures[0]), count
 
-    def _places(self, batch: Batch) -> int:
+    def _loss_denominator(self, batch: Batch) -> int:
         return int(batch.inputs.shape[1])
 
     def _count(self, batch: Batch) -> int:
         assert isinstance(batch, PairBatch)
         return int(np.count_nonzero(batch.indices >= 0))
 
-    def _named(self, others: list[float]) -> dict[str, float]:
-        return dict(zip(NAMES, others, strict=True))
+    def _named_measures(self, others: list[float]) -> dict[str, float]:
+        return dict(zip(MEASURES, others, strict=True))
 
-    def _rows(self, batch: Batch, i: int, worker: int) -> tuple[mx.array | None, ...]:
-        """A worker's pairs of micro-batch `i`: inputs and targets [2 b, L], chosen and rejected in turn, and what the
-        reference gave them [b, 2]."""
+    def _rows(self, batch: Batch, i: int, worker: int) -> Rows:
+        """A worker's pairs of micro-batch `i`: inputs and targets [2 b, L], chosen and rejected alternating, and the
+        log-probabilities of the reference model [b, 2]."""
         assert isinstance(batch, PairBatch)
 
         def part(x: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
@@ -88,28 +87,28 @@ class PreferenceEngine(MLXEngine):
         inputs, targets = (mx.array(part(x).reshape(-1, length)) for x in (batch.inputs, batch.targets))
         return inputs, targets, mx.array(part(batch.ref_log_probs))
 
-    def _reading(self, targets: mx.array, besides: mx.array | None) -> tuple[mx.array | None, Objective | None]:
-        return None, self._objective(targets, besides)
+    def _segments_and_objective(
+        self, targets: mx.array, extra: mx.array | None
+    ) -> tuple[mx.array | None, Objective | None]:
+        return None, self._objective(targets, extra)
 
     def _evaluate(self, params: Params, inputs: mx.array, targets: mx.array, reference: mx.array | None) -> mx.array:
         self.traces += 1
         return self._objective(targets, reference)(self._log_probs(params, inputs, targets))[0]
 
     def _log_probs(self, params: Params, inputs: mx.array, targets: mx.array) -> mx.array:
-        """Of the rows' targets: [2 b]."""
-        model = self._config.model
-        hidden = hidden_states(params, inputs, model, dtype=self.dtype, wait=self.technique.wait)
-        losses = token_losses(
-            hidden.reshape(-1, model.d_model), head_matrix(params, model), targets.reshape(-1), model,
-            self.technique.loss_chunk,
-        )  # fmt: skip
+        """Log-probabilities of the rows' targets: [2 b]."""
+        model, forward = self._config.model, self.forward
+        hidden = forward.hidden_states(params, inputs, model, dtype=self.dtype, wait=self.technique.wait)
+        hidden, head = hidden.reshape(-1, model.d_model), forward.head_matrix(params, model)
+        losses = token_losses(hidden, head, targets.reshape(-1), model, self.technique.loss_chunk)
         return -losses.reshape(inputs.shape).sum(axis=1)
 
     def _objective(self, targets: mx.array, reference: mx.array | None) -> Objective:
         settings = self._config.preference
         assert reference is not None
         lengths = mx.sum(targets >= 0, axis=1).reshape(-1, 2).astype(mx.float32)
-        real = lengths[:, 0] > 0  # [b]: a batch may be filled up with pairs that are none
+        real = lengths[:, 0] > 0  # [b]: a batch may be padded with empty pairs
 
         def objective(log_probs: mx.array) -> tuple[mx.array, mx.array]:
             pairs = Preferences(log_probs.reshape(-1, 2), mx.maximum(lengths, 1), reference)

@@ -1,7 +1,7 @@
-"""Threads that share a micro-batch's rows on a CPU, each with an MLX stream of its own.
+"""Threads that share the rows of a micro-batch on a CPU, each with its own MLX stream.
 
-MLX's CPU backend does one operation at a time on each stream. Two threads, each with half of the rows, keep two cores
-busy; a BLAS with two threads under MLX is six times slower than one with one.
+MLX's CPU backend runs one operation at a time on each stream. Two threads with half of the rows each keep two cores
+busy; a BLAS with two threads under MLX is six times slower than one with a single thread.
 """
 
 import threading
@@ -19,7 +19,7 @@ _Call = tuple[Callable[[], Any], "Future[Any]"]
 
 
 class Workers:
-    """`count` threads; one alone is the caller's own. They end with the object, or with the program."""
+    """`count` threads, or the caller's own if it is one. They end with this object or with the process."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -30,10 +30,8 @@ class Workers:
         weakref.finalize(self, _end, self._calls, threads)
 
     def each(self, work: Callable[[int], T]) -> list[T]:
-        """work(0), work(1), ... in the threads, in this order in the result. All arrays must come back evaluated.
-
-        The first exception is raised when all threads are done.
-        """
+        """[work(0), work(1), ...], each in its thread. Returned arrays must be evaluated. The first exception is raised
+        when all threads are done."""
         if not self._calls:
             return [work(0)]
         results: list[Future[T]] = [Future() for _ in self._calls]
@@ -52,8 +50,8 @@ def _serve(calls: SimpleQueue[_Call | None]) -> None:
             result.set_result(work())
         except BaseException as error:
             result.set_exception(error)
-        del call, work, result  # they hold arrays
-    mx.clear_streams()  # else MLX ends the program with an error
+        del call, work, result  # they refer to arrays
+    mx.clear_streams()  # otherwise MLX ends the process with an error
 
 
 def _end(calls: list[SimpleQueue[_Call | None]], threads: list[threading.Thread]) -> None:

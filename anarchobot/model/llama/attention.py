@@ -1,52 +1,55 @@
-"""Causal attention in O(L) memory, exact, with its own gradient: query blocks one after the other (FlashAttention's
-recomputation; Dao et al., 2022, algorithm 4).
+"""Causal attention: exact, in O(L) memory and with a hand-written gradient (`BlockedAttention`); by MLX's fused kernel
+(`FusedAttention`), which MLX can differentiate; and with a KV cache for generation (`CachedAttention`).
 
-A block of queries sees all keys up to its own end, so its softmax needs no second pass, and scores above the diagonal
-are not computed at all. Kept for the backward pass are the inputs, the outputs and each row's log of its sum of
-exponentials; the probabilities are computed again. In training, MLX's own attention would keep all of them.
+BlockedAttention takes one block of queries after the other (FlashAttention's recomputation; Dao et al., 2022, algorithm
+4). A block sees all keys up to its own end, so its softmax needs no second pass, and scores above the diagonal are not
+computed at all. The backward pass needs the inputs, the outputs and the logsumexp of each row, and computes the
+probabilities again. MLX's own attention saves all of them in training.
 
 Shapes: B batch, L sequence, K key/value heads, G query heads for each of them, E head width; N = B L.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.model.llama.query_blocks import query_blocks
+from anarchobot.model.architecture import query_blocks
 from anarchobot.numerics.elementary import exp, on_cpu, row_sums
-from anarchobot.numerics.sequencing import Wait, tied
+from anarchobot.numerics.sequencing import Sequencing, depend
 
+Mask = mx.array | str | None
 _MASKED = -1e9  # added to a score, in float32
 
 
 class HeadNorms(NamedTuple):
-    """The weights [E] of qk_norm."""
+    """The weights [E] of the norms of qk_norm."""
 
     q: mx.array
     k: mx.array
 
 
-class Attended(NamedTuple):
-    """Outputs [N, K G E], and each row's logsumexp [B, K, G, L] in float32."""
+class AttentionOutput(NamedTuple):
+    """Outputs [N, K G E], and the logsumexp of each row [B, K, G, L] in float32 (only BlockedAttention's is used)."""
 
     out: mx.array
-    log_sums: mx.array
+    logsumexp: mx.array
 
 
-class Attends(Protocol):
-    """What mixes tokens: training's Attention, or one with a cache."""
+class AttentionFn(Protocol):
+    """Any of the three below."""
 
-    def forward(self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None) -> Attended: ...
+    def forward(self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None) -> AttentionOutput: ...
 
 
 @dataclass(frozen=True)
-class Attention:
-    """Attention over B rows of L tokens; `segments` [B, L] number the documents of a row: a token sees its own.
+class BlockedAttention:
+    """Attention over B rows of L tokens. `segments` [B, L] number the documents of a row: a token sees only its own.
 
-    `block` is the number of queries at a time; None: by the memory that their scores take. A block of queries
-    waits for the one before it.
+    `block` is the number of queries per block; None: chosen by the memory of their scores. A block waits for the one
+    before it.
     """
 
     model: ModelConfig
@@ -54,13 +57,13 @@ class Attention:
     length: int
     segments: mx.array | None = None
     block: int | None = None
-    wait: Wait = tied
+    wait: Sequencing = depend
 
-    def forward(self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None) -> Attended:
-        """For projections q [N, K G E] and k, v [N, K E], before norm and rotation."""
+    def forward(self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None) -> AttentionOutput:
+        """`q` [N, K G E] and `k`, `v` [N, K E] are the projections, before norm and rotation."""
         queries, keys, values = self._prepared(q, k, v, norms)
         outs: list[mx.array] = []
-        log_sums: list[mx.array] = []
+        logsumexp: list[mx.array] = []
         for start, end in self.query_blocks():
             (rows,) = self.wait([self._rows(queries, start, end)], outs[-1:])  # [B, K, G l, E]
             scores = self._scores(rows, keys, start, end)
@@ -69,35 +72,36 @@ class Attention:
             sums = row_sums(weights)  # [B, K, G l, 1]
             out = (weights.astype(q.dtype) @ values[:, :, :end]) * (1 / sums).astype(q.dtype)
             outs.append(self._unfold(out, start, end).transpose(0, 3, 1, 2, 4))  # [B, l, K, G, E]
-            log_sums.append(self._unfold(highest + mx.log(sums), start, end)[..., 0])
+            logsumexp.append(self._unfold(highest + mx.log(sums), start, end)[..., 0])
         out = mx.concatenate(outs, axis=1).reshape(self.batch * self.length, -1)
-        return Attended(out, mx.concatenate(log_sums, axis=-1))
+        return AttentionOutput(out, mx.concatenate(logsumexp, axis=-1))
 
     def backward(
-        self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None, attended: Attended, dout: mx.array
+        self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None, attended: AttentionOutput, dout: mx.array
     ) -> tuple[mx.array, mx.array, mx.array, HeadNorms | None]:
-        """From `dout`, the gradient of the output: those of q, k, v and of the norms' weights.
+        """The gradients of q, k, v and of the norms' weights, given `dout`, that of the output.
 
-        With p the weights and o the output of a row: dv = p^T do; ds = p (do v^T - do . o); dq = ds k; dk = ds^T q.
+        With p the probabilities and o the output of a row: dv = p^T do; ds = p (do v^T - do . o); dq = ds k; dk = ds^T
+        q.
         """
         dq, dk, dv = self._blocks_backward(q, k, v, norms, attended, dout)
-        dq, dk, dv = self.wait([dq, dk, dv], [dq, dk, dv])  # what only the blocks needed is gone
-        dq, dq_norm = self._turn_backward(q, None if norms is None else norms.q, dq)
+        dq, dk, dv = self.wait([dq, dk, dv], [dq, dk, dv])  # frees what only the blocks needed
+        dq, dq_norm = self._rope_backward(q, None if norms is None else norms.q, dq)
         (dk,) = self.wait([dk], [dq])
-        dk, dk_norm = self._turn_backward(k, None if norms is None else norms.k, dk)
+        dk, dk_norm = self._rope_backward(k, None if norms is None else norms.k, dk)
         dv = dv.swapaxes(1, 2).reshape(v.shape)
         return dq, dk, dv, None if dq_norm is None or dk_norm is None else HeadNorms(dq_norm, dk_norm)
 
     def _blocks_backward(
-        self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None, attended: Attended, dout: mx.array
+        self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None, attended: AttentionOutput, dout: mx.array
     ) -> tuple[mx.array, mx.array, mx.array]:
         """The gradients of rotated queries [B, H, L, E] and keys, and of values [B, K, L, E]."""
         queries, keys, values = self._prepared(q, k, v, norms)
         rows_out, douts = self._heads(attended.out), self._heads(dout)  # [B, K, G, L, E]
-        deltas, log_sums = row_sums((rows_out * douts).astype(mx.float32)), attended.log_sums[..., None]
+        deltas, logsumexp = row_sums((rows_out * douts).astype(mx.float32)), attended.logsumexp[..., None]
 
         def of_block(start: int, end: int, rows: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-            weights = exp(self._scores(rows, keys, start, end) - self._rows(log_sums, start, end))  # [B, K, G l, end]
+            weights = exp(self._scores(rows, keys, start, end) - self._rows(logsumexp, start, end))  # [B, K, G l, end]
             drows = self._rows(douts, start, end)
             new_dv = weights.astype(q.dtype).swapaxes(2, 3) @ drows
             dweights = (drows @ values[:, :, :end].swapaxes(2, 3)).astype(mx.float32)
@@ -105,18 +109,18 @@ class Attention:
             return self._unfold(dscores @ keys[:, :, :end], start, end), dscores.swapaxes(2, 3) @ rows, new_dv
 
         dqs: list[mx.array] = []
-        # The last block's keys are all keys; each block before it sees fewer. What a block alone sees is done with it.
+        # The last block sees all keys, each block before it fewer. The keys that no earlier block sees are final.
         dk_tails: list[mx.array] = []
         dv_tails: list[mx.array] = []
         dk = dv = None
         for start, end in reversed(self.query_blocks()):
             (rows,) = self.wait([self._rows(queries, start, end)], [*dk_tails[-1:], *dv_tails[-1:], *dqs[-1:]])
-            dq, new_dk, new_dv = of_block(start, end, rows)  # what it needs besides goes with it
+            dq, new_dk, new_dv = of_block(start, end, rows)  # frees its temporaries
             dqs.append(dq)
             dk = new_dk if dk is None else dk[:, :, :end] + new_dk
             dv = new_dv if dv is None else dv[:, :, :end] + new_dv
             del new_dk, new_dv
-            # Copies: a slice would keep the whole array in memory.
+            # Copies, since a slice would keep the whole array in memory.
             dk_tails.append(mx.contiguous(dk[:, :, start:]))
             dv_tails.append(mx.contiguous(dv[:, :, start:]))
         dq = mx.concatenate(dqs[::-1], axis=3) * self.model.head_size**-0.5  # [B, K, G, L, E]
@@ -127,20 +131,20 @@ class Attention:
         self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Rotated queries [B, K, G, L, E], scaled by 1 / sqrt(E), keys and values [B, K, L, E]."""
-        queries = self._turned(q, None if norms is None else norms.q) * self.model.head_size**-0.5
-        keys = self._turned(k, None if norms is None else norms.k)
+        queries = self._normed_and_rotated(q, None if norms is None else norms.q) * self.model.head_size**-0.5
+        keys = self._normed_and_rotated(k, None if norms is None else norms.k)
         values = v.reshape(self.batch, self.length, -1, self.model.head_size).swapaxes(1, 2)
         queries = queries.reshape(self.batch, self.model.kv_heads, -1, self.length, self.model.head_size)
         return queries, keys, mx.contiguous(values)
 
-    def _turned(self, x: mx.array, norm: mx.array | None) -> mx.array:
-        return turned(x.reshape(self.batch, self.length, -1, self.model.head_size), norm, self.model)
+    def _normed_and_rotated(self, x: mx.array, norm: mx.array | None) -> mx.array:
+        return apply_rope(x.reshape(self.batch, self.length, -1, self.model.head_size), norm, self.model)
 
-    def _turn_backward(self, x: mx.array, norm: mx.array | None, dy: mx.array) -> tuple[mx.array, mx.array | None]:
+    def _rope_backward(self, x: mx.array, norm: mx.array | None, dy: mx.array) -> tuple[mx.array, mx.array | None]:
         if norm is None:
-            _, (dx,) = mx.vjp(lambda x: self._turned(x, None), [x], [dy])
+            _, (dx,) = mx.vjp(lambda x: self._normed_and_rotated(x, None), [x], [dy])
             return dx, None
-        _, (dx, dnorm) = mx.vjp(self._turned, [x, norm], [dy])
+        _, (dx, dnorm) = mx.vjp(self._normed_and_rotated, [x, norm], [dy])
         return dx, dnorm
 
     def _heads(self, x: mx.array) -> mx.array:
@@ -153,31 +157,87 @@ class Attention:
         return query_blocks(self.batch, self.model.n_heads, self.length, self.block, on_cpu=on_cpu())
 
     def _rows(self, x: mx.array, start: int, end: int) -> mx.array:
-        """Queries start..end of [B, K, G, L, ...], a key head's query heads under one another: [B, K, G l, ...]."""
+        """Queries start..end of [B, K, G, L, ...], with the query heads of a key head stacked: [B, K, G l, ...]."""
         return x[:, :, :, start:end].reshape(self.batch, self.model.kv_heads, -1, x.shape[-1])
 
     def _unfold(self, x: mx.array, start: int, end: int) -> mx.array:
         return x.reshape(self.batch, self.model.kv_heads, -1, end - start, x.shape[-1])
 
     def _scores(self, rows: mx.array, keys: mx.array, start: int, end: int) -> mx.array:
-        """[B, K, G l, end] in float32, with what a query must not see made very small."""
+        """[B, K, G l, end] in float32, masked: very small where a query must not see a key."""
         scores = (rows @ keys[:, :, :end].swapaxes(2, 3)).astype(mx.float32)
-        seen = mx.arange(start, end)[:, None] >= mx.arange(end)[None, :]  # [l, end]
+        visible = mx.arange(start, end)[:, None] >= mx.arange(end)[None, :]  # [l, end]
         if self.segments is not None:
             same = self.segments[:, start:end, None] == self.segments[:, None, :end]
-            seen = (seen & same)[:, None, None]  # [B, 1, 1, l, end]
-        bias = (1 - seen.astype(mx.float32)) * _MASKED
+            visible = (visible & same)[:, None, None]  # [B, 1, 1, l, end]
+        bias = (1 - visible.astype(mx.float32)) * _MASKED
         return (self._unfold(scores, start, end) + bias).reshape(scores.shape)
 
 
-def turned(x: mx.array, norm: mx.array | None, model: ModelConfig, offset: int | mx.array = 0) -> mx.array:
-    """Heads [B, L, H, E] normed (qk_norm) and rotated by their positions from `offset` on, one or each row's [B]:
-    [B, H, L, E].
+def apply_rope(x: mx.array, norm: mx.array | None, model: ModelConfig, offset: int | mx.array = 0) -> mx.array:
+    """Normalizes (qk_norm) and rotates heads [B, L, H, E] to [B, H, L, E]; `offset` is the position of the first token,
+    for all rows or for each [B].
 
-    The rotation pairs the halves of a head, as Hugging Face's Llama does; traditional=True would pair neighbours.
+    The rotation pairs the halves of a head, as Hugging Face's Llama does; traditional=True would pair neighbors.
     """
     if norm is not None:
         x = mx.fast.rms_norm(x, norm.astype(x.dtype), model.norm_eps)
     return mx.fast.rope(
         x.swapaxes(1, 2), model.head_size, traditional=False, base=model.rope_theta, scale=1.0, offset=offset
     )
+
+
+class FusedAttention:
+    """Attention by MLX's fused kernel, which MLX can differentiate; it then keeps all probabilities."""
+
+    def __init__(self, model: ModelConfig, batch: int, length: int, segments: mx.array | None = None) -> None:
+        self._model, self._batch, self._length = model, batch, length
+        self._mask: Mask = "causal"
+        if segments is not None:
+            same = segments[:, :, None] == segments[:, None, :]
+            self._mask = (same & mx.tri(length, dtype=mx.bool_))[:, None]  # [B, 1, L, L]
+
+    def forward(self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None) -> AttentionOutput:
+        """`q` [N, K G E] and `k`, `v` [N, K E] are the projections, before norm and rotation."""
+        model = self._model
+        q, k, v = (x.reshape(self._batch, self._length, -1, model.head_size) for x in (q, k, v))
+        queries, keys = apply_rope(q, norms and norms.q, model), apply_rope(k, norms and norms.k, model)
+        return _fused(queries, keys, v.swapaxes(1, 2), model, self._mask)
+
+
+class Cache(Protocol):
+    """The keys and values of a layer's earlier tokens: mlx-lm's KVCache or, for rows of different lengths,
+    BatchKVCache. `offset` is the next token's position, or one for each row [B]."""
+
+    @property
+    def offset(self) -> int | mx.array: ...
+
+    def make_mask(self, N: int, *, return_array: bool, window_size: int | None) -> Mask:
+        """What N new tokens see: "causal", a boolean array [..., N, S], or None for everything."""
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]: ...
+
+
+class CachedAttention:
+    """Attention to the tokens in a cache and to the new ones, by MLX's fused kernel: for generation."""
+
+    def __init__(self, model: ModelConfig, batch: int, length: int, cache: Cache, mask: Mask) -> None:
+        self._model, self._batch, self._length, self._cache, self._mask = model, batch, length, cache, mask
+
+    def forward(self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None) -> AttentionOutput:
+        """`q` [N, K G E] and `k`, `v` [N, K E] are the projections, before norm and rotation."""
+        model, offset = self._model, self._cache.offset
+        q, k, v = (x.reshape(self._batch, self._length, -1, model.head_size) for x in (q, k, v))
+        queries = apply_rope(q, norms and norms.q, model, offset)  # [B, H, L, E]
+        keys, values = self._cache.update_and_fetch(apply_rope(k, norms and norms.k, model, offset), v.swapaxes(1, 2))
+        return _fused(queries, keys, values, model, self._mask)
+
+
+def caches_mask(caches: Sequence[Cache], length: int) -> Mask:
+    """What `length` new tokens see."""
+    return caches[0].make_mask(length, return_array=False, window_size=None)
+
+
+def _fused(q: mx.array, k: mx.array, v: mx.array, model: ModelConfig, mask: Mask) -> AttentionOutput:
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=model.head_size**-0.5, mask=mask)  # [B, H, L, E]
+    return AttentionOutput(out.swapaxes(1, 2).reshape(-1, q.shape[1] * q.shape[3]), mx.array(0.0))

@@ -1,8 +1,8 @@
-"""The two halves of a transformer block, forward and backward: attention, and a gated MLP, each after a norm and added
+"""The two halves of a transformer block, forward and backward: attention and a gated MLP, each after a norm and added
 to its input.
 
-The gradients are written out, so that the forward pass keeps only what is dear to compute again, the outputs of matrix
-products, and the backward pass frees everything as soon as it is used (model/order.py).
+The gradients are hand-written, so that the forward pass saves only what is expensive to compute again, the outputs of
+matrix products, and the backward pass frees everything as soon as it is used (numerics/sequencing.py).
 
 Shapes: N tokens of all rows, D d_model, F mlp width.
 """
@@ -12,75 +12,84 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.model.gradient_accumulator import Gradients, Params
+from anarchobot.model.gradient_accumulator import GradientAccumulator, Params
 from anarchobot.model.linear import InputDropout, linear, linear_backward, linear_gradients
-from anarchobot.model.llama.attention import Attended, Attends, Attention, HeadNorms
+from anarchobot.model.llama.attention import AttentionFn, AttentionOutput, BlockedAttention, HeadNorms
 from anarchobot.model.norm import rms_norm, rms_norm_backward
 from anarchobot.numerics.elementary import sigmoid, tanh
-from anarchobot.numerics.sequencing import Wait
+from anarchobot.numerics.sequencing import Sequencing
 
 
-class KeptAttention(NamedTuple):
-    """What the backward pass needs of an attention half: [N, ...]; `mixed`: v is half the first block's."""
+class SavedAttention(NamedTuple):
+    """What the backward pass of an attention half needs: [N, ...]. `mixed`: v is averaged with the first block's."""
 
     x: mx.array
     q: mx.array
     k: mx.array
     v: mx.array
-    attended: Attended
+    attention: AttentionOutput
     mixed: bool
 
 
-class KeptMLP(NamedTuple):
-    """What the backward pass needs of an MLP half: x [N, D], and gate and up by chunks of rows, [rows, F] each."""
+class SavedMLP(NamedTuple):
+    """What the backward pass of an MLP half needs: x [N, D], and gate and up in chunks of rows, [rows, F] each."""
 
     x: mx.array
     chunks: list[tuple[mx.array, mx.array]]
+
+
+class DropoutKeys(NamedTuple):
+    """Random keys of a block's dropout: after attention, after the MLP, and on the inputs of their adapters."""
+
+    attention: mx.array | None = None
+    mlp: mx.array | None = None
+    attention_inputs: InputDropout | None = None
+    mlp_inputs: InputDropout | None = None
 
 
 def attention_forward(
     p: Params,
     x: mx.array,
     model: ModelConfig,
-    attention: Attends,
+    attention: AttentionFn,
     key: mx.array | None = None,
     first_v: mx.array | None = None,
     drop: InputDropout | None = None,
-) -> tuple[mx.array, KeptAttention]:
-    """x + attention(norm(x)) for `x` [N, D]; `p` are the block's parameters by their names inside it; `key` turns
-    dropout on, `drop` that of adapters' inputs. With `first_v`, the first block's values, the block's own are averaged
-    with them (value residual; Zhou et al., 2024)."""
+) -> tuple[mx.array, SavedAttention]:
+    """x + attention(norm(x)) for `x` [N, D]. `p` are the block's parameters by their names inside it; `key` turns
+    dropout on, `drop` that of the adapters' inputs. With `first_v`, the first block's values, the block's own are
+    averaged with them (value residual; Zhou et al., 2024)."""
     normed = rms_norm(x, p["input_layernorm.weight"], model.norm_eps)
     q, k, v = (linear(p, f"self_attn.{name}_proj", normed, drop) for name in "qkv")
     if first_v is not None:
         v = 0.5 * (v + first_v)
-    attended = attention.forward(q, k, v, _head_norms(p))
-    out = x + _dropout(linear(p, "self_attn.o_proj", attended.out, drop), model, key)
-    return out, KeptAttention(x, q, k, v, attended, first_v is not None)
+    mixed_tokens = attention.forward(q, k, v, _head_norms(p))
+    out = x + _dropout(linear(p, "self_attn.o_proj", mixed_tokens.out, drop), model, key)
+    return out, SavedAttention(x, q, k, v, mixed_tokens, first_v is not None)
 
 
 def attention_backward(
     p: Params,
-    kept: KeptAttention,
+    saved: SavedAttention,
     dy: mx.array,
-    attention: Attention,
+    attention: BlockedAttention,
     key: mx.array | None,
-    grads: Gradients,
+    grads: GradientAccumulator,
     dfirst_v: mx.array | None = None,
     drop: InputDropout | None = None,
 ) -> tuple[mx.array, mx.array | None]:
-    """From the gradient `dy` [N, D] of the half's output: that of its input; the parameters' are added to `grads`.
+    """The gradient of the input, given `dy` [N, D], that of the output; the parameters' gradients are added to `grads`.
 
-    `dfirst_v` is what later blocks pass on for the first block's values; returned with this block's share, which the
-    first block itself uses up."""
+    `dfirst_v` is the gradient of the first block's values from the later blocks; it is returned with this block's part
+    added, and used in the first block itself."""
     model, wait = attention.model, attention.wait
-    x, q, k, v, attended, mixed = kept
+    x, q, k, v, output, mixed = saved
     d = _dropout(dy, model, key)
-    done, dz = linear_gradients(p, "self_attn.o_proj", d, attended.out, grads, drop)
+    done, dz = linear_gradients(p, "self_attn.o_proj", d, output.out, grads, drop)
     (d,) = wait([d], done)
     dout = linear_backward(p, "self_attn.o_proj", d, dz, drop)
     q, k, v = wait([q, k, v], [dout])
-    dq, dk, dv, dnorms = attention.backward(q, k, v, _head_norms(p), attended, dout)
+    dq, dk, dv, dnorms = attention.backward(q, k, v, _head_norms(p), output, dout)
     if mixed:
         dv = 0.5 * dv
         dfirst_v = dv if dfirst_v is None else dfirst_v + dv
@@ -113,40 +122,40 @@ def mlp_forward(
     key: mx.array | None = None,
     rows: int | None = None,
     drop: InputDropout | None = None,
-) -> tuple[mx.array, KeptMLP]:
-    """x + down(act(gate(norm(x))) * up(norm(x))) for `x` [N, D], `rows` tokens at a time (None: all)."""
+) -> tuple[mx.array, SavedMLP]:
+    """x + down(act(gate(norm(x))) * up(norm(x))) for `x` [N, D], in chunks of `rows` tokens (None: all)."""
     normed = _chunks(rms_norm(x, p["post_attention_layernorm.weight"], model.norm_eps), rows)
-    drops = _drops(drop, len(normed))
+    drops = _split_dropout(drop, len(normed))
     chunks = [
         (linear(p, "mlp.gate_proj", n, own), linear(p, "mlp.up_proj", n, own))
         for n, own in zip(normed, drops, strict=True)
     ]
-    out = _joined(
+    out = _concatenate(
         [
             linear(p, "mlp.down_proj", _gated(gate, up, model), own)
             for (gate, up), own in zip(chunks, drops, strict=True)
         ]
     )
-    return x + _dropout(out, model, key), KeptMLP(x, chunks)
+    return x + _dropout(out, model, key), SavedMLP(x, chunks)
 
 
 def mlp_backward(
     p: Params,
-    kept: KeptMLP,
+    saved: SavedMLP,
     dy: mx.array,
     model: ModelConfig,
-    wait: Wait,
+    wait: Sequencing,
     key: mx.array | None,
-    grads: Gradients,
+    grads: GradientAccumulator,
     drop: InputDropout | None = None,
 ) -> mx.array:
-    """As attention_backward, by the chunks of the forward pass, which are used up."""
-    x, chunks = kept
+    """As `attention_backward`, in the chunks of the forward pass, which are consumed."""
+    x, chunks = saved
     rows = chunks[0][0].shape[0]
     dnormed: list[mx.array] = []
-    ds, xs, drops = _chunks(_dropout(dy, model, key), rows), _chunks(x, rows), _drops(drop, len(chunks))
+    ds, xs, drops = _chunks(_dropout(dy, model, key), rows), _chunks(x, rows), _split_dropout(drop, len(chunks))
     for d, x_chunk, own in zip(ds, xs, drops, strict=True):
-        gate, up = chunks.pop(0)  # nothing else holds them: their memory is free as soon as they are used
+        gate, up = chunks.pop(0)  # nothing else refers to them: they are freed as soon as they are used
         gate, up, d = wait([gate, up, d], dnormed[-1:])
         done, dz = linear_gradients(p, "mlp.down_proj", d, _gated(gate, up, model), grads, own)
         (d,) = wait([d], done)
@@ -159,12 +168,12 @@ def mlp_backward(
         dnormed.append(
             linear_backward(p, "mlp.gate_proj", dgate, z_gate, own) + linear_backward(p, "mlp.up_proj", dup, z_up, own)
         )
-    dx, dweight = rms_norm_backward(x, p["post_attention_layernorm.weight"], model.norm_eps, _joined(dnormed))
+    dx, dweight = rms_norm_backward(x, p["post_attention_layernorm.weight"], model.norm_eps, _concatenate(dnormed))
     (dx,) = wait([dy + dx], grads.add("post_attention_layernorm.weight", dweight))
     return dx
 
 
-def _drops(drop: InputDropout | None, count: int) -> list[InputDropout | None]:
+def _split_dropout(drop: InputDropout | None, count: int) -> list[InputDropout | None]:
     """One for each of `count` chunks."""
     if drop is None:
         return [None] * count
@@ -176,7 +185,7 @@ def _chunks(x: mx.array, rows: int | None) -> list[mx.array]:
     return [x] if rows is None else [x[i : i + rows] for i in range(0, x.shape[0], rows)]
 
 
-def _joined(chunks: list[mx.array]) -> mx.array:
+def _concatenate(chunks: list[mx.array]) -> mx.array:
     return chunks[0] if len(chunks) == 1 else mx.concatenate(chunks)
 
 
@@ -194,13 +203,13 @@ def _gated(gate: mx.array, up: mx.array, model: ModelConfig) -> mx.array:
 
 
 def _gated_backward(gate: mx.array, up: mx.array, d: mx.array, model: ModelConfig) -> tuple[mx.array, mx.array]:
-    """From the gradient `d` of act(gate) * up: those of gate and up."""
+    """The gradients of gate and up, given `d`, that of act(gate) * up."""
     if model.ffn_activation == "silu":
         return _silu_backward(gate, sigmoid(gate), up, d)
     return _gelu_backward(gate, tanh(_gelu_inner(gate)), up, d)
 
 
-# Compiled one by one, also where the whole step is not: one pass over memory each. Python scalars keep the dtype.
+# Compiled separately, even where the whole step is not: one pass over memory each. Python scalars keep the dtype.
 
 
 @mx.compile
@@ -210,7 +219,7 @@ def _product(gate: mx.array, share: mx.array, up: mx.array) -> mx.array:
 
 @mx.compile
 def _silu_backward(gate: mx.array, s: mx.array, up: mx.array, d: mx.array) -> tuple[mx.array, mx.array]:
-    """SiLU is g s(g), its slope s (1 + g (1 - s))."""
+    """SiLU is g s(g), and its derivative s (1 + g (1 - s))."""
     return d * up * (s * (1 + gate * (1 - s))), d * gate * s
 
 
@@ -221,7 +230,7 @@ def _gelu_inner(gate: mx.array) -> mx.array:
 
 @mx.compile
 def _gelu_backward(gate: mx.array, t: mx.array, up: mx.array, d: mx.array) -> tuple[mx.array, mx.array]:
-    """GELU is g (1 + t) / 2 with t = tanh(c (g + a g^3)); the slope of t is (1 - t^2) c (1 + 3 a g^2)."""
+    """GELU is g (1 + t) / 2 with t = tanh(c (g + a g^3)); the derivative of t is (1 - t^2) c (1 + 3 a g^2)."""
     slope = 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * (0.7978845608028654 * (1 + 0.134145 * gate * gate))
     return d * up * slope, d * (0.5 * gate * (1 + t))
 

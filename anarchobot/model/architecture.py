@@ -1,0 +1,154 @@
+"""Where an architecture is defined, and what the rest of the package needs of it.
+
+An architecture NAME (model.architecture in the configuration) is a folder model/NAME/ with these modules:
+
+    architecture.py  `Architecture` below, without MLX: parameters, Hugging Face's config.json both ways, counts
+    forward.py       `ForwardPass` below, in MLX: the forward pass, which MLX can differentiate
+    gradients.py     optional, MLX: hand-written gradients that take less memory and time (model/step.py)
+
+To add one, write its folder and add NAME, with the settings that only it has, to ModelConfig (config/schema.py).
+Everything else (loss, optimizers, loop, checkpoints, planning, export) works from these.
+
+Shapes: B batch, L sequence, N = B L tokens, D d_model, V vocabulary.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, get_args
+
+from anarchobot.config.schema import ModelConfig
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from anarchobot.model.gradient_accumulator import Params
+    from anarchobot.model.linear import Matrix
+    from anarchobot.numerics.sequencing import Sequencing
+
+Shape = tuple[int, ...]
+QueryBlocks = Sequence[tuple[int, int]]  # [start, end) of each block of queries, which sees the keys [0, end)
+# Bytes of float32 attention scores in a block of queries: what fits a CPU's caches; what keeps a GPU busy.
+CPU_BLOCK_BYTES, GPU_BLOCK_BYTES = 4 << 20, 64 << 20
+
+
+class ActivationSizes(NamedTuple):
+    """Bytes of a thread's activations in one block: `x` [N, D], `q` [N, all query heads], `kv` [N, all key heads],
+    `mlp` [N, MLP width]. `saved` is what a block keeps for its backward pass."""
+
+    x: int
+    q: int
+    kv: int
+    mlp: int
+    saved: int
+
+
+class Architecture(Protocol):
+    """The part of an architecture that needs no MLX, as module-level functions."""
+
+    HF_MODEL_TYPES: Sequence[str]
+    """The values of `model_type` in a Hugging Face config.json that are this architecture."""
+
+    def parameter_shapes(self, model: ModelConfig) -> dict[str, Shape]:
+        """Hugging Face's names and shapes, matrices as (out, in), in the order of the forward pass. The parameters of
+        block i are named model.layers.I.*"""
+
+    def init_std(self, name: str, model: ModelConfig) -> float:
+        """The standard deviation of a matrix's initial values."""
+
+    def from_hf(self, values: dict[str, Any], file: str) -> dict[str, Any]:
+        """ModelConfig fields from a config.json. Raises UserError, naming `file`, for what is not supported."""
+
+    def to_hf(self, model: ModelConfig) -> dict[str, Any]:
+        """config.json for a model that `export_limits` allows, without token ids and dtype."""
+
+    def export_limits(self, model: ModelConfig, target: str) -> Iterator[str]:
+        """The settings that a format ("hf", "mlx", "gguf") cannot represent: "model.KEY: why, and what to do"."""
+
+    def step_flops(self, model: ModelConfig, rows: int, blocks: QueryBlocks) -> Mapping[str, int]:
+        """FLOPs of the matrix products of a training step on `rows` sequences, by part of the step (the names that
+        `bench` prints). A product of [m, k] and [k, n] is 2 m n k."""
+
+    def recomputed_flops(self, model: ModelConfig, rows: int, blocks: QueryBlocks, checkpointing: bool) -> int:
+        """FLOPs that the backward pass spends on computing activations again."""
+
+    def activation_sizes(self, model: ModelConfig, tokens: int, itemsize: int) -> ActivationSizes:
+        """Of `tokens` tokens, in products of `itemsize` bytes a number."""
+
+
+class Context(NamedTuple):
+    """What all blocks of one forward pass share."""
+
+    batch: int
+    length: int
+    segments: "mx.array | None" = None  # [B, L]: numbers the documents of a row; a token sees only its own
+    dropout_key: "mx.array | None" = None
+    adapter_dropout: float = 0.0
+
+
+class ForwardPass(Protocol):
+    """The MLX part of an architecture, as module-level functions of a flat dict of parameters.
+
+    Between the blocks goes a list of arrays, the stream: the hidden states [N, D] first, then whatever an architecture
+    passes on besides. `layer` must be differentiable by MLX with respect to its parameters and the stream.
+    """
+
+    def embed(self, params: "Params", tokens: "mx.array", model: ModelConfig, dtype: "mx.Dtype") -> "mx.array":
+        """Hidden states [N, D] in `dtype` of tokens [B, L]."""
+
+    def layer(
+        self, p: "Params", stream: "list[mx.array]", i: int, model: ModelConfig, context: Context
+    ) -> "list[mx.array]":
+        """Block `i` with its parameters `p`, by their names inside the block."""
+
+    def final_norm(self, params: "Params", x: "mx.array", model: ModelConfig) -> "mx.array":
+        """What the head reads, [N, D]."""
+
+    def head_name(self, model: ModelConfig) -> str:
+        """The name of the output head's weight [V, D]."""
+
+    def hidden_states(
+        self,
+        params: "Params",
+        tokens: "mx.array",
+        model: ModelConfig,
+        *,
+        dtype: "mx.Dtype",
+        segments: "mx.array | None" = None,
+        caches: "Sequence[Any] | None" = None,
+        wait: "Sequencing" = ...,
+    ) -> "mx.array":
+        """What the head reads, [B, L, D], without dropout: for evaluation and generation. `caches`, one a layer, hold
+        the keys and values of the tokens before (mlx-lm's KVCache or BatchKVCache)."""
+
+    def head_matrix(self, params: "Params", model: ModelConfig) -> "Matrix":
+        """The output head [V, D]."""
+
+    def logits(self, hidden: "mx.array", params: "Params", model: ModelConfig) -> "mx.array":
+        """float32 logits [..., V] of hidden states [..., D]."""
+
+
+def names() -> tuple[str, ...]:
+    return get_args(ModelConfig.model_fields["architecture"].annotation)
+
+
+def architecture(name: str) -> Architecture:
+    return cast(Architecture, import_module(f"anarchobot.model.{name}.architecture"))
+
+
+def forward_pass(model: ModelConfig) -> ForwardPass:
+    """Loads MLX."""
+    return cast(ForwardPass, import_module(f"anarchobot.model.{model.architecture}.forward"))
+
+
+def has_hand_written_gradients(model: ModelConfig) -> bool:
+    return find_spec(f"anarchobot.model.{model.architecture}.gradients") is not None
+
+
+def query_blocks(rows: int, heads: int, length: int, block_size: int | None, *, on_cpu: bool) -> list[tuple[int, int]]:
+    """The blocks of queries in which attention takes `rows` sequences of `length`. `block_size` is the number of
+    queries in a block; None: chosen by the memory of their scores."""
+    if block_size is None:
+        bytes_per_query = 4 * rows * heads * length
+        block_size = max(32, (CPU_BLOCK_BYTES if on_cpu else GPU_BLOCK_BYTES) // bytes_per_query // 32 * 32)
+    return [(start, min(start + block_size, length)) for start in range(0, length, block_size)]

@@ -1,0 +1,166 @@
+"""Loss and gradients by MLX's automatic differentiation, for any architecture.
+
+The head and the loss are still computed in chunks, with their own gradients (model/loss.py), so that the logits of a
+whole batch never exist. The blocks are differentiated
+
+- together, in MLX's own order, which saves all activations; or
+- with gradient checkpointing, one after the other from the last to the lowest trained one: each is recomputed from its
+  input when its gradient is due, its gradients are added to the sums, and both are freed before the next begins.
+
+Shapes: B rows, L tokens, N = B L, D d_model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+
+from anarchobot.config.schema import ModelConfig
+from anarchobot.model.architecture import Context, ForwardPass, forward_pass
+from anarchobot.model.gradient_accumulator import GradientAccumulator, Params
+from anarchobot.model.gradients import DEFAULT, Objective, Technique, head_loss, lowest_trained_block
+from anarchobot.model.parameters import by_block
+
+
+def loss_and_gradients(
+    params: Params,
+    tokens: mx.array,
+    targets: mx.array,
+    model: ModelConfig,
+    *,
+    scale: mx.array,
+    frozen: Params | None = None,
+    sums: Params | None = None,
+    dtype: mx.Dtype = mx.float32,
+    segments: mx.array | None = None,
+    dropout_key: mx.array | None = None,
+    adapter_dropout: float = 0.0,
+    technique: Technique = DEFAULT,
+    objective: Objective | None = None,
+) -> tuple[mx.array, Params]:
+    """See model/gradients.py."""
+    forward = forward_pass(model)
+    grads = GradientAccumulator({} if sums is None else sums, trained=params)
+
+    def head(weights: Params, hidden: mx.array) -> tuple[mx.array, mx.array, list[mx.array]]:
+        matrix, name = forward.head_matrix(weights, model), forward.head_name(model)
+        return head_loss(hidden, matrix, name, targets, model, scale, grads, technique, objective)
+
+    rows, length = tokens.shape
+    context = Context(rows, length, segments, dropout_key, adapter_dropout)
+    own = _Pass(forward, params, {**(frozen or {}), **params}, model, context, grads, head)
+    embed = partial(forward.embed, tokens=tokens, model=model, dtype=dtype)
+    total = _checkpointed(own, embed, technique) if technique.recompute else _whole(own, embed)
+    return total, {name: grads.sums[name] for name in params}
+
+
+@dataclass(frozen=True)
+class _Pass:
+    forward: ForwardPass
+    params: Params  # trained
+    weights: Params  # all
+    model: ModelConfig
+    context: Context
+    grads: GradientAccumulator
+    head: Callable[[Params, mx.array], tuple[mx.array, mx.array, list[mx.array]]]  # adds its weight's gradient to grads
+
+    def final_norm(self, trained: Params, x: mx.array) -> list[mx.array]:
+        return [self.forward.final_norm({**self.weights, **trained}, x, self.model)]
+
+    def trained_by(self, function: Callable[[Params], object]) -> Params:
+        """The trained parameters that a function of the parameters uses."""
+        recorder = _Recorder(self.weights)
+        function(recorder)
+        return {name: p for name, p in self.params.items() if name in recorder.used}
+
+
+def _whole(own: _Pass, embed: Callable[[Params], mx.array]) -> mx.array:
+    forward, model = own.forward, own.model
+
+    def stream(weights: Params) -> mx.array:
+        stream = [embed(weights)]
+        for i, p in enumerate(by_block(weights, model)):
+            stream = forward.layer(p, stream, i, model, own.context)
+        return forward.final_norm(weights, stream[0], model)
+
+    def surrogate(trained: Params) -> tuple[mx.array, mx.array]:
+        """A scalar with the gradient of the loss: the hidden states times their gradient, taken as a constant. Its
+        value is never computed."""
+        hidden = stream({**own.weights, **trained})
+        total, dhidden, _ = own.head(own.weights, mx.stop_gradient(hidden))
+        return mx.sum(hidden * mx.stop_gradient(dhidden)), total
+
+    outside = own.trained_by(lambda weights: forward.final_norm(weights, embed(weights), model))
+    in_blocks = {name: p for name, p in own.params.items() if name.startswith("model.layers.")}
+    (_, total), gradients = mx.value_and_grad(surrogate)(outside | in_blocks)
+    for name, gradient in gradients.items():
+        own.grads.add(name, gradient)
+    return total
+
+
+def _checkpointed(own: _Pass, embed: Callable[[Params], mx.array], technique: Technique) -> mx.array:
+    forward, model, wait = own.forward, own.model, technique.wait
+    blocks, lowest = by_block(own.weights, model), lowest_trained_block(own.params, model)
+
+    stream = [embed(own.weights)]
+    inputs: list[list[mx.array]] = []
+    for i, p in enumerate(blocks):
+        if i >= lowest:
+            inputs.append(stream)
+        stream = forward.layer(p, stream, i, model, own.context)
+        stream = wait(stream, stream)
+
+    total, dhidden, done = own.head(own.weights, *own.final_norm({}, stream[0]))
+    (x,) = wait([stream[0]], done)
+    norms = own.trained_by(partial(forward.final_norm, x=x, model=model))
+    dstream = _backward(own.final_norm, norms, [x], [dhidden], own.grads, technique)
+    dstream += [mx.zeros_like(a) for a in stream[1:]]
+    stream = [x]
+    del x, dhidden, done
+
+    for i in reversed(range(lowest, model.n_layers)):
+        trained = {name: p for name, p in blocks[i].items() if f"model.layers.{i}.{name}" in own.params}
+
+        def block(trained: Params, *stream: mx.array, i: int = i) -> list[mx.array]:
+            return forward.layer({**blocks[i], **trained}, list(stream), i, model, own.context)
+
+        stream = wait(inputs.pop(), dstream)
+        dstream = _backward(block, trained, stream, dstream, own.grads.at(f"model.layers.{i}."), technique)
+        del stream
+    if lowest == 0 and (embeddings := own.trained_by(embed)):
+        _backward(lambda p: [embed({**own.weights, **p})], embeddings, [], dstream, own.grads, technique)
+    return total
+
+
+def _backward(
+    function: Callable[..., list[mx.array]],
+    trained: Params,
+    inputs: list[mx.array],
+    cotangents: list[mx.array],
+    grads: GradientAccumulator,
+    technique: Technique,
+) -> list[mx.array]:
+    """The gradients of `inputs` of function(trained, *inputs), given those of its outputs; the parameters' are added to
+    `grads`, and done before the result may be used."""
+    names = list(trained)
+
+    def flat(*arrays: mx.array) -> list[mx.array]:
+        return function(dict(zip(names, arrays, strict=False)), *arrays[len(names) :])
+
+    _, gradients = mx.vjp(flat, [*trained.values(), *inputs], cotangents)
+    done = [g for name, gradient in zip(names, gradients, strict=False) for g in grads.add(name, gradient)]
+    dinputs = gradients[len(names) :]
+    return technique.wait(dinputs, [*done, *dinputs])
+
+
+class _Recorder(dict[str, mx.array]):
+    """A dict that remembers which keys were read."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params)
+        self.used: set[str] = set()
+
+    def __getitem__(self, name: str) -> mx.array:
+        self.used.add(name)
+        return super().__getitem__(name)

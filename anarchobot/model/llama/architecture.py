@@ -1,0 +1,224 @@
+"""The Llama family: RoPE, RMSNorm, gated MLP, grouped-query attention. Llama, Mistral, Qwen2 (biases on queries, keys
+and values) and Qwen3 (normalized queries and keys). No MLX here: both backends, planning and file conversion read this.
+
+Shapes: B rows of L tokens, N = B L, D d_model, H query heads, K key/value heads, E head width, F MLP width,
+V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.schema import ModelConfig
+from anarchobot.model.architecture import ActivationSizes, QueryBlocks, Shape
+
+HF_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+INIT_STD = 0.02
+_TANH_GELU = ("gelu_pytorch_tanh", "gelu_new")
+
+
+# ---- Parameters ----
+
+
+def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Hugging Face Llama's names (Qwen3's for the norms of qk_norm, Qwen2's for attention_bias)."""
+    d, head, hidden = model.d_model, model.head_size, model.mlp_size
+    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (model.vocab_size, d)}
+    for i in range(model.n_layers):
+        block: dict[str, Shape] = {
+            "input_layernorm.weight": (d,),
+            "self_attn.q_proj.weight": (model.n_heads * head, d),
+            "self_attn.k_proj.weight": (model.kv_heads * head, d),
+            "self_attn.v_proj.weight": (model.kv_heads * head, d),
+            "self_attn.o_proj.weight": (d, model.n_heads * head),
+            "post_attention_layernorm.weight": (d,),
+            "mlp.gate_proj.weight": (hidden, d),
+            "mlp.up_proj.weight": (hidden, d),
+            "mlp.down_proj.weight": (d, hidden),
+        }
+        if model.attention_bias:
+            block |= {f"self_attn.{x}_proj.bias": block[f"self_attn.{x}_proj.weight"][:1] for x in "qkv"}
+        if model.qk_norm:
+            block |= {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
+    shapes["model.norm.weight"] = (d,)
+    if not model.tie_embeddings:
+        shapes["lm_head.weight"] = (model.vocab_size, d)
+    return shapes
+
+
+def init_std(name: str, model: ModelConfig) -> float:
+    """0.02, and 0.02 / sqrt(2 n_layers) for the two matrices that write to the residual stream (GPT-2, Radford et al.,
+    2019, section 2.3), or zero with zero_init_proj."""
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return 0.0 if model.zero_init_proj else INIT_STD / math.sqrt(2 * model.n_layers)
+    return INIT_STD
+
+
+# ---- Hugging Face's config.json ----
+
+
+def to_hf(model: ModelConfig) -> dict[str, Any]:
+    kind = hf_name(model)
+    return {
+        "architectures": [f"{kind}ForCausalLM"],
+        "model_type": kind.lower(),
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.mlp_size,
+        "num_hidden_layers": model.n_layers,
+        "num_attention_heads": model.n_heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_size,
+        "hidden_act": "silu" if model.ffn_activation == "silu" else _TANH_GELU[0],
+        "max_position_embeddings": model.max_seq_len,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "tie_word_embeddings": model.tie_embeddings,
+        "attention_bias": model.attention_bias,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+    }
+
+
+def hf_name(model: ModelConfig) -> str:
+    """The member of the family that has these settings."""
+    return "Qwen3" if model.qk_norm else "Qwen2" if model.attention_bias else "Llama"
+
+
+def from_hf(values: dict[str, Any], file: str) -> dict[str, Any]:
+    """ModelConfig fields, without attention_bias, which only the weights tell. Raises UserError for what is not
+    supported: sliding windows, scaled rotary embeddings, experts, quantized weights, other activations."""
+    _check_supported(values, file)
+    d_model, n_heads = _number(values, "hidden_size", file), _number(values, "num_attention_heads", file)
+    head_dim = values.get("head_dim")
+    return {
+        "vocab_size": _number(values, "vocab_size", file),
+        "n_layers": _number(values, "num_hidden_layers", file),
+        "d_model": d_model,
+        "n_heads": n_heads,
+        "n_kv_heads": None if values.get("num_key_value_heads") in (None, n_heads) else values["num_key_value_heads"],
+        "head_dim": None if head_dim is None or head_dim * n_heads == d_model else head_dim,
+        "mlp_multiple": _number(values, "intermediate_size", file) / d_model,
+        "ffn_activation": _activation(values, file),
+        "dropout": 0.0,
+        "max_seq_len": _number(values, "max_position_embeddings", file),
+        "rope_theta": float(_rope(values, file).get("rope_theta", 10000.0)),
+        "norm_eps": _number(values, "rms_norm_eps", file),
+        "tie_embeddings": values.get("tie_word_embeddings", False),
+        "qk_norm": values["model_type"] == "qwen3",
+    }
+
+
+def _check_supported(values: dict[str, Any], file: str) -> None:
+    kind, longest = values["model_type"], values.get("max_position_embeddings", 0)
+    # 4096 is transformers' default.
+    window = values.get("sliding_window", 4096) if values.get("use_sliding_window", kind == "mistral") else None
+    if window is not None and window < longest:
+        raise UserError(
+            f"{file}: sliding_window: {window}: sliding-window attention is not supported; to use the model up to that "
+            f"length, set max_position_embeddings to {window} and sliding_window to null in this file"
+        )
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if values.get(key):
+            raise UserError(f"{file}: {key}: {values[key]}: mixture-of-experts models are not supported")
+    other = set(values.get("layer_types") or ()) - {"full_attention", None if window is None else "sliding_attention"}
+    if other:
+        raise UserError(f"{file}: layer_types: {sorted(map(str, other))[0]}: only full_attention is supported")
+    if values.get("quantization_config") or values.get("quantization"):
+        raise UserError(
+            f"{file}: quantized weights are not supported: use the model in float32, float16 or bfloat16 instead"
+        )
+
+
+def _rope(values: dict[str, Any], file: str) -> dict[str, Any]:
+    """The rotary settings: rope_theta is at the top level in older files, in rope_parameters in those of
+    transformers 5."""
+    rope = {"rope_theta": values["rope_theta"]} if values.get("rope_theta") is not None else {}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(more := values.get(key) or {}, dict):
+            raise UserError(f"{file}: {key}: expected a mapping, got {type(more).__name__}")
+        rope |= _same_for_all_layers(more, key, file)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"{file}: scaled rotary embeddings ({kind}) are not supported: expected rope_type default")
+    if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UserError(f"{file}: partial_rotary_factor: partial rotary embeddings are not supported: expected 1.0")
+    return rope
+
+
+def _same_for_all_layers(rope: dict[str, Any], key: str, file: str) -> dict[str, Any]:
+    """Some files have settings for each kind of layer: {"full_attention": {"rope_theta": ...}, ...}."""
+    kinds = {kind: more for kind, more in rope.items() if isinstance(more, dict)}
+    if not kinds:
+        return rope
+    first = next(iter(kinds.values()))
+    if len(kinds) < len(rope) or any(more != first for more in kinds.values()):
+        raise UserError(
+            f"{file}: {key} differs between kinds of layers ({', '.join(rope)}): expected the same for all layers"
+        )
+    return first
+
+
+def _activation(values: dict[str, Any], file: str) -> str:
+    activation = values.get("hidden_act", "silu")
+    if activation in ("silu", "swish"):
+        return "silu"
+    if activation in _TANH_GELU:
+        return "gelu"
+    raise UserError(f"{file}: hidden_act: {activation!r}: expected silu, or tanh GELU ({_TANH_GELU[0]})")
+
+
+def _number(values: dict[str, Any], key: str, file: str) -> Any:
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise UserError(f"{file}: {key}: expected a number above 0, got {value!r}")
+    return value
+
+
+# ---- Counts ----
+# Only matrix products are counted, and only the part of them that is computed. Norms, activations, softmax and the
+# products with ones by which a CPU sums rows are not. `blocks` are the query blocks of a sequence: each sees the keys
+# [0, end), so a little of what lies above the diagonal is computed and counted.
+
+
+def step_flops(model: ModelConfig, rows: int, blocks: QueryBlocks) -> dict[str, int]:
+    tokens, layers = rows * blocks[-1][1], model.n_layers
+    projections = 2 * tokens * _attention_weights(model)
+    scores = _queries_by_keys(model, rows, blocks)
+    mlp = 6 * tokens * model.d_model * model.mlp_size  # gate, up and down
+    return {
+        "embedding": 0,  # a lookup
+        "attention forward": layers * (projections + 2 * scores),
+        "MLP forward": layers * mlp,
+        "head and loss": 6 * tokens * model.d_model * model.vocab_size,  # logits, and gradients of hidden and weight
+        # Checkpointing recomputes all of a block's forward pass but down_proj.
+        "blocks forward again": layers * (projections + 2 * scores + mlp // 3 * 2),
+        "MLP backward": layers * 2 * mlp,
+        # Of the five products of queries and keys, four are gradients and one computes the scores again.
+        "attention backward": layers * (2 * projections + 5 * scores),
+    }
+
+
+def recomputed_flops(model: ModelConfig, rows: int, blocks: QueryBlocks, checkpointing: bool) -> int:
+    """The scores of attention, always, and with checkpointing the blocks."""
+    again = step_flops(model, rows, blocks)["blocks forward again"] if checkpointing else 0
+    return model.n_layers * _queries_by_keys(model, rows, blocks) + again
+
+
+def activation_sizes(model: ModelConfig, tokens: int, itemsize: int) -> ActivationSizes:
+    """Saved are the inputs of both halves, q, k, v, the output of attention and its logsumexp (float32), gate and
+    up."""
+    x, mlp = itemsize * tokens * model.d_model, itemsize * tokens * model.mlp_size
+    q, kv = (itemsize * tokens * heads * model.head_size for heads in (model.n_heads, model.kv_heads))
+    return ActivationSizes(x, q, kv, mlp, saved=2 * (x + q + kv + mlp) + 4 * tokens * model.n_heads)
+
+
+def _attention_weights(model: ModelConfig) -> int:
+    return model.d_model * model.head_size * (2 * model.n_heads + 2 * model.kv_heads)
+
+
+def _queries_by_keys(model: ModelConfig, rows: int, blocks: Sequence[tuple[int, int]]) -> int:
+    """One product of all queries with the keys that their block sees: 2 B H E sum((end - start) end)."""
+    return 2 * rows * model.n_heads * model.head_size * sum((end - start) * end for start, end in blocks)

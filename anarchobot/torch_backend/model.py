@@ -1,0 +1,241 @@
+"""The Llama family in PyTorch: a function of a flat dict of tensors under Hugging Face's names.
+
+Master weights are float32; matrix products are in autocast's dtype, and so are the hidden states between the blocks.
+
+Shapes: B batch, L sequence, D d_model, H query heads, K key/value heads, E head width.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from anarchobot.config.schema import ModelConfig
+from anarchobot.model.architecture import GPU_BLOCK_BYTES
+from anarchobot.model.parameters import by_block
+
+Params = dict[str, Tensor]
+KeepMasks = tuple[Tensor, Tensor]  # bool [B, L, D]: which elements of each half's output dropout keeps
+
+
+class AttentionContext(NamedTuple):
+    """What the blocks of a pass share: cos and sin of the positions' angles [L, E / 2], float32; with several documents
+    in a row, which keys a query may see, bool [B, 1, L, L] (None: causal); and the queries per block (None: all)."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None = None
+    block_size: int | None = None
+
+
+class BlockForward(Protocol):
+    """`block_forward`, or its compiled form."""
+
+    def __call__(
+        self,
+        p: Params,
+        x: Tensor,
+        model: ModelConfig,
+        context: AttentionContext,
+        keep: KeepMasks | None,
+        first_v: Tensor | None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def block_forward(
+    p: Params,
+    x: Tensor,
+    model: ModelConfig,
+    context: AttentionContext,
+    keep: KeepMasks | None,
+    first_v: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """A block's output for `x` [B, L, D], and its values [B, K, L, E]. `p` are its parameters by their names inside it.
+    A pure function of its tensors, so that it can be recomputed, and compiled once for all blocks.
+
+    With `first_v`, the first block's values, its own are averaged with them (value residual; Zhou et al., 2024).
+    """
+    normed = rms_norm(x, p["input_layernorm.weight"], model.norm_eps)
+    q, k, v = (_heads(linear(p, f"self_attn.{name}_proj", normed), model) for name in "qkv")
+    if first_v is not None:
+        v = 0.5 * (v + first_v)
+    if model.qk_norm:
+        q = rms_norm(q, p["self_attn.q_norm.weight"], model.norm_eps)
+        k = rms_norm(k, p["self_attn.k_norm.weight"], model.norm_eps)
+    out = (
+        attention(apply_rope(q, context), apply_rope(k, context), v, context).transpose(1, 2).flatten(2)
+    )  # [B, L, H E]
+    x = x + _dropout(linear(p, "self_attn.o_proj", out), model, keep and keep[0])
+    normed = rms_norm(x, p["post_attention_layernorm.weight"], model.norm_eps)
+    gate, up = linear(p, "mlp.gate_proj", normed), linear(p, "mlp.up_proj", normed)
+    gated = F.silu(gate) if model.ffn_activation == "silu" else F.gelu(gate, approximate="tanh")
+    return x + _dropout(linear(p, "mlp.down_proj", gated * up), model, keep and keep[1]), v
+
+
+@dataclass(frozen=True)
+class Technique:
+    """How a pass is computed; the results are the same but for rounding.
+
+    `recompute`: save only each block's input and run its forward pass again (gradient checkpointing; Chen et al.,
+    2016). `attention_block`: queries per block; None: by device. `loss_chunk`: tokens per chunk of the head. `block`:
+    the block's forward pass, compiled or not.
+    """
+
+    recompute: bool = False
+    attention_block: int | None = None
+    loss_chunk: int = 256
+    block: BlockForward = block_forward
+
+
+def hidden_states(
+    params: Params,
+    tokens: Tensor,
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    segments: Tensor | None = None,
+    dropout_key: str | None = None,
+    technique: Technique = Technique(),
+) -> Tensor:
+    """What the head reads: [B, L, D] in `dtype` after the last norm, for integer `tokens` [B, L].
+
+    `segments` [B, L] number the documents of a row: a token sees only its own. `dropout_key` turns dropout on; the same
+    key drops the same elements.
+    """
+    context = attention_context(tokens, model, segments, technique.attention_block)
+    first_v: Tensor | None = None
+
+    def run(p: Params, x: Tensor, i: int, first_v: Tensor | None) -> tuple[Tensor, Tensor]:
+        # The masks are drawn here from a key, so that a recomputed block drops the same elements; the state of a
+        # generator, which `checkpoint` could restore, is not readable on every device.
+        keep = None if dropout_key is None else _keep_masks(x, model, f"{dropout_key}/{i}")
+        return technique.block(p, x, model, context, keep, first_v)
+
+    with torch.autocast(tokens.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        x = F.embedding(tokens, params["model.embed_tokens.weight"])
+        x = (x if model.embedding_scale is None else x * model.embedding_scale).to(dtype)
+        for i, p in enumerate(by_block(params, model)):
+            if technique.recompute and torch.is_grad_enabled():
+                x, v = checkpoint(run, p, x, i, first_v, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, v = run(p, x, i, first_v)
+            first_v = v if model.value_residual and i == 0 else first_v
+        return rms_norm(x, params["model.norm.weight"], model.norm_eps)
+
+
+def head_name(model: ModelConfig) -> str:
+    """The name of the output head's weight [V, D]: the token embedding if they are tied."""
+    return "model.embed_tokens.weight" if model.tie_embeddings else "lm_head.weight"
+
+
+def linear(p: Params, name: str, x: Tensor) -> Tensor:
+    """x W^T, plus the bias if there is one, in autocast's dtype."""
+    return F.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in x's dtype; sums in float32."""
+    with torch.autocast(x.device.type, enabled=False):  # which would save a float32 copy of x for the backward pass
+        return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
+
+
+def attention_context(
+    tokens: Tensor, model: ModelConfig, segments: Tensor | None = None, block_size: int | None = None
+) -> AttentionContext:
+    """For tokens [B, L]; `segments` [B, L] number the documents of a row: a token sees only its own."""
+    rows, length = tokens.shape
+    cos, sin = _angles(length, model.head_size, model.rope_theta, tokens.device)
+    if block_size is None and tokens.device.type == "mps":
+        block_size = block_size_by_memory(rows, length, model)
+    if segments is None:
+        return AttentionContext(cos, sin, None, block_size)
+    same = segments[:, None, :, None] == segments[:, None, None, :]  # [B, 1, L, L]
+    return AttentionContext(cos, sin, same & _causal(0, length, tokens.device), block_size)
+
+
+def block_size_by_memory(rows: int, length: int, model: ModelConfig) -> int:
+    """Queries whose float32 scores take GPU_BLOCK_BYTES. Where PyTorch has no fused kernel with a gradient (MPS),
+    attention in one piece would save all scores of every layer, 4 B H L^2 bytes."""
+    return max(32, GPU_BLOCK_BYTES // (4 * rows * model.n_heads * length) // 32 * 32)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+    """Causal attention of queries [B, H, L, E] to keys and values [B, K, L, E]: [B, H, L, E].
+
+    In blocks of queries if the context says so: each sees the keys up to its own end, and its scores are recomputed in
+    the backward pass.
+    """
+    groups, length = q.shape[1] // k.shape[1], q.shape[2]
+    # Not enable_gqa: devices without a kernel for it would fall back to one that saves all scores.
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if context.block_size is None or context.block_size >= length:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=context.mask is None)
+    outs: list[Tensor] = []
+    for start in range(0, length, context.block_size):
+        end = min(start + context.block_size, length)
+        mask = _causal(start, end, q.device) if context.mask is None else context.mask[:, :, start:end, :end]
+        block = (q[:, :, start:end], k[:, :, :end], v[:, :, :end], mask)
+        outs.append(checkpoint(F.scaled_dot_product_attention, *block, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(outs, dim=2)
+
+
+def apply_rope(x: Tensor, context: AttentionContext) -> Tensor:
+    """Rotates heads [B, H, L, E] by their positions; the halves of a head are pairs, as in Hugging Face's Llama."""
+    a, b = x.float().chunk(2, dim=-1)
+    rotated = torch.cat([a * context.cos - b * context.sin, b * context.cos + a * context.sin], dim=-1)
+    return rotated.to(x.dtype)
+
+
+def try_compile(block: BlockForward, try_out: Callable[[BlockForward], object]) -> tuple[BlockForward, str | None]:
+    """The compiled block, once `try_out` has run it as the training step will; if that fails, the block itself and a
+    line that says why. A compiler may be missing (Triton, C++), or not support an operation on this device.
+
+    One block is compiled, not the whole model: all blocks share it, and it takes seconds instead of minutes.
+    """
+    try:
+        compiled = cast(BlockForward, torch.compile(cast(Callable[..., Any], block), dynamic=False))
+        try_out(compiled)
+    except Exception as error:  # compiler errors have no common class
+        reason, *_ = [line for line in str(error).splitlines() if line.strip()] or [""]
+        why = f"{type(error).__name__}: {reason.strip()}"
+        return block, f"train.compile: PyTorch cannot compile on this machine; the step runs uncompiled ({why})"
+    return compiled, None
+
+
+def _causal(start: int, end: int, device: torch.device) -> Tensor:
+    """bool [end - start, end]: which keys the queries start..end may see."""
+    return torch.arange(start, end, device=device)[:, None] >= torch.arange(end, device=device)
+
+
+@lru_cache(maxsize=8)
+def _angles(length: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    # In float64, which MPS lacks: hence not on the device.
+    angles = np.arange(length)[:, None] * theta ** (-np.arange(0, width, 2) / width)
+    cos, sin = (torch.tensor(f(angles).astype(np.float32), device=device) for f in (np.cos, np.sin))
+    return cos, sin
+
+
+def _heads(x: Tensor, model: ModelConfig) -> Tensor:
+    """[B, L, H E] -> [B, H, L, E]."""
+    return x.reshape(*x.shape[:2], -1, model.head_size).transpose(1, 2)
+
+
+def _dropout(x: Tensor, model: ModelConfig, keep: Tensor | None) -> Tensor:
+    return x if keep is None else torch.where(keep, x * (1 / (1 - model.dropout)), 0)
+
+
+def _keep_masks(x: Tensor, model: ModelConfig, key: str) -> KeepMasks | None:
+    """A function of the key alone."""
+    if model.dropout == 0:
+        return None
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little")
+    generator = torch.Generator(x.device).manual_seed(seed)
+    first, second = (torch.rand(x.shape, generator=generator, device=x.device) >= model.dropout for _ in range(2))
+    return first, second

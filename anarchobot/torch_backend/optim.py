@@ -1,0 +1,129 @@
+"""Muon and AdamW in PyTorch, in place: optim/muon.py and optim/adamw.py, with the same constants and groups."""
+
+import torch
+from torch import Tensor
+
+from anarchobot.config.schema import TrainConfig
+from anarchobot.optim.param_groups import (
+    ADAMW_BETA1,
+    ADAMW_BETA2,
+    ADAMW_EPS,
+    NORM_EPS,
+    NORM_MARGIN,
+    NORMUON_BETA2,
+    NORMUON_EPS,
+    POLAR_EXPRESS,
+    adamw_lr_ratio,
+    merge_heads,
+    muon_scale,
+    muon_stacks,
+    split_heads,
+    state_shapes,
+)
+
+Tensors = dict[str, Tensor]
+State = dict[str, Tensors]  # by kind of moment and parameter name
+
+
+def init_state(params: Tensors, train: TrainConfig) -> State:
+    """Zeros for every moment, float32, on the parameters' device."""
+    shapes = state_shapes({name: tuple(p.shape) for name, p in params.items()}, train)
+    return {
+        kind: {name: torch.zeros(shape, device=params[name].device) for name, shape in of.items()}
+        for kind, of in shapes.items()
+    }
+
+
+def update(
+    params: Tensors,
+    grads: Tensors,
+    state: State,
+    lr: float,
+    momentum: float,
+    count: int,
+    train: TrainConfig,
+    head_size: int,
+) -> None:
+    """One step of Muon and AdamW in float32. The state tells which optimizer has a parameter; `count` is 1 for the
+    first step; `head_size` is for Muon."""
+    with torch.no_grad():
+        muon(params, grads, state["muon.momentum"], state["muon.second"], lr, momentum, train, head_size)
+        adamw(params, grads, state["adamw.first"], state["adamw.second"], lr * adamw_lr_ratio(train), count, train)
+
+
+def adamw(
+    params: Tensors, grads: Tensors, first: Tensors, second: Tensors, lr: float, count: int, train: TrainConfig
+) -> None:
+    """One update of the parameters in `first` and `second`, with bias correction (formula: optim/adamw.py)."""
+    correction1, correction2 = 1 - ADAMW_BETA1**count, 1 - ADAMW_BETA2**count
+    for name, m in first.items():
+        g, v = grads[name], second[name]
+        m.mul_(ADAMW_BETA1).add_(g, alpha=1 - ADAMW_BETA1)
+        v.mul_(ADAMW_BETA2).addcmul_(g, g, value=1 - ADAMW_BETA2)
+        u = (m / correction1).div_((v / correction2).sqrt_().add_(ADAMW_EPS))
+        apply_update(params[name], u, lr, train)
+
+
+def muon(
+    params: Tensors,
+    grads: Tensors,
+    buffers: Tensors,
+    seconds: Tensors,
+    lr: float,
+    momentum: float,
+    train: TrainConfig,
+    head_size: int,
+) -> None:
+    """One update of the matrices in `buffers` (formula: optim/muon.py)."""
+    split = head_size if train.muon_split_heads else None
+    shapes = {name: tuple(m.shape) for name, m in buffers.items()}
+    for names in muon_stacks(shapes, train.muon_split_heads):  # [n, rows, cols] each
+        for name in names:
+            buffers[name].mul_(momentum).add_(grads[name], alpha=1 - momentum)
+        lookahead = torch.stack([momentum * buffers[name] + (1 - momentum) * grads[name] for name in names])
+        u = merge_heads(names[0], orthogonalize(split_heads(names[0], lookahead, split)), tuple(lookahead.shape))
+        if train.normuon:
+            u = _normalize_rows(u, [seconds[name] for name in names])
+        u = u * muon_scale(shapes[names[0]], train.muon_scale)
+        for name, own in zip(names, u, strict=True):
+            apply_update(params[name], own, lr, train)
+
+
+def orthogonalize(g: Tensor) -> Tensor:
+    """Polar Express of a stack [n, rows, cols], all steps on the small side (optim/polar_express.py)."""
+    tall = g.shape[1] > g.shape[2]
+    x = g.mT if tall else g
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) * NORM_MARGIN + NORM_EPS)
+    gram = x @ x.mT
+    whole: Tensor | None = None
+    for i, (a, b, c) in enumerate(POLAR_EXPRESS):
+        inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # M = a + inner
+        if whole is None:
+            whole = inner + a * torch.eye(gram.shape[-1], device=g.device)
+        else:
+            whole = torch.baddbmm(whole, whole, inner, beta=a)
+        if i + 1 < len(POLAR_EXPRESS):
+            half = torch.baddbmm(gram, gram, inner, beta=a)  # A M
+            gram = torch.baddbmm(half, half, inner, beta=a)  # M A M: all of these commute
+    assert whole is not None
+    x = torch.bmm(whole, x)
+    return x.mT if tall else x
+
+
+def apply_update(w: Tensor, u: Tensor, lr: float, train: TrainConfig) -> None:
+    """W <- W - lr (u + weight_decay W), consuming `u` (optim/weight_decay.py)."""
+    if train.weight_decay != 0 and w.ndim > 1:
+        decayed = w * (u * w > 0) if train.cautious_weight_decay else w
+        u.add_(decayed, alpha=train.weight_decay)
+    w.sub_(u, alpha=lr)
+
+
+def _normalize_rows(u: Tensor, seconds: list[Tensor]) -> Tensor:
+    """Divides the rows of u [n, rows, cols] by the root of their running mean square, a [rows] of `seconds` for each
+    matrix, which is updated; rescales each matrix to its previous norm."""
+    squares = u.square().sum(dim=2)  # [n, rows]
+    for second, own in zip(seconds, squares, strict=True):
+        second.mul_(NORMUON_BETA2).add_(own, alpha=(1 - NORMUON_BETA2) / u.shape[2])
+    scale = 1 / (torch.stack(seconds).sqrt() + NORMUON_EPS)
+    before, after = (x.sum(dim=1, keepdim=True).sqrt() for x in (squares, squares * scale * scale))
+    return u * (scale * before / (after + NORMUON_EPS))[..., None]
