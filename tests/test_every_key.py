@@ -127,7 +127,7 @@ ELSEWHERE = {
     "data.shard_dir": "tests/test_docs.py::test_the_commands_of_a_page_run_as_they_stand",
     "tokenizer.model_type": "tests/tokenizers/test_training.py::test_the_vocabulary_has_the_size_asked_for",
     "train.share_muon": "tests/tasks/test_launch.py::test_muon_is_the_same_when_each_rank_makes_a_part_of_it",
-    "train.memory_budget_gb": "tests/system/test_fitting.py::test_the_largest_that_fits_is_taken_and_the_step_stays",
+    "train.memory_budget_gb": "tests/system/test_micro_batch.py::test_largest_fitting_micro_batch_keeps_the_step",
     "tokenizer.engine": "tests/tokenizers/test_fast_tokenizer.py::test_the_reference_when_asked_for",
     "tokenizer.on_mismatch": "tests/tokenizers/test_fast_tokenizer.py::test_a_wrong_id_late_is_caught_by_the_sample",
     "tokenizer.max_train_mb": "tests/tokenizers/test_training.py::test_the_limit_holds_to_the_byte",
