@@ -13,7 +13,7 @@ import numpy as np
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
 from anarchobot.exchange.pretrained import PretrainedModel
-from anarchobot.model.llama.flops import model_step
+from anarchobot.model.parameters import model_flops
 from anarchobot.tasks.engines import open_engine
 
 BUDGET_SECONDS = 8.0
@@ -32,7 +32,7 @@ def step_seconds(config: Config, base: PretrainedModel | None, rows: int, flops:
     exceeds the budget, returns the upper bound A (m + u). Raises UserError like the engine, and MemoryError.
     """
     train, micro_batches, length = config.train, config.train.grad_accum_steps, config.data.seq_len
-    predicted = model_step(config.model, rows, [(0, length)]) / flops
+    predicted = model_flops(config.model, rows, [(0, length)]) / flops
     if predicted > MAX_MICRO_BATCH_SECONDS:
         return micro_batches * predicted, "estimate"
     engine = open_engine(config, base.weights if base is not None else None).engine

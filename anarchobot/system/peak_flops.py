@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.model.llama.flops import model_step
+from anarchobot.model.parameters import model_flops
 
 APPLE_FLOPS_PER_CYCLE = 256  # per core
 APPLE_GHZ = {
@@ -52,4 +52,4 @@ def training_flops_per_token(model: ModelConfig, seq_len: int) -> float:
 
     Recomputation (gradient checkpointing) and the optimizer are not counted: MFU counts useful work only.
     """
-    return model_step(model, 1, [(i, i + 1) for i in range(seq_len)]) / seq_len
+    return model_flops(model, 1, [(i, i + 1) for i in range(seq_len)]) / seq_len
