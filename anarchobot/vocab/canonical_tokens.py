@@ -1,8 +1,8 @@
-"""Tokens brought to one form, so that vocabularies of different libraries overlap.
+"""Library-independent form of tokens, so that tokens of different tokenizer libraries can be matched.
 
-A form is the bytes that the token stands for, a space in front being the mark of a word's start: SentencePiece's
-`▁cell`, `<0xC3>` and byte-level BPE's `Ġcell`, `Ã` become b" cell" and b"\\xc3". A control token stands for no text:
-its form is its role, or its own text where it has no common role.
+The canonical form of a token is the bytes that it stands for, where a leading space marks the start of a word:
+SentencePiece's `▁cell` and `<0xC3>`, and byte-level BPE's `Ġcell` and `Ã`, become b" cell" and b"\\xc3". A control
+token has no text; its form is its role, or its own name if it has no common role.
 """
 
 import json
@@ -15,96 +15,100 @@ _ROLES = {
     **dict.fromkeys(("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"), "begin"),
     **dict.fromkeys(("<unk>", "[UNK]", "<|unk|>"), "unknown"),
     **dict.fromkeys(("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>"), "pad"),
-    **dict.fromkeys(("<|im_start|>", "<start_of_turn>", "<|start_header_id|>"), "turn begins"),
-    **dict.fromkeys(("<|im_end|>", "<end_of_turn>", "<|eot_id|>"), "turn ends"),
+    **dict.fromkeys(("<|im_start|>", "<start_of_turn>", "<|start_header_id|>"), "start of turn"),
+    **dict.fromkeys(("<|im_end|>", "<end_of_turn>", "<|eot_id|>"), "end of turn"),
 }
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>$")
 
 
-class Form(NamedTuple):
-    """`kind` tells a byte of a broken character from a whole one of the same bytes; a `hole` is an id of no token."""
+class CanonicalToken(NamedTuple):
+    """`kind` distinguishes a byte of a partial character from a whole character; `unused` is an id without a token."""
 
     raw: bytes
-    kind: Literal["text", "byte", "special", "hole"]
+    kind: Literal["text", "byte", "special", "unused"]
 
 
-def forms(tokenizer: Tokenizer) -> list[Form]:
-    """The form of every id."""
+BEGIN = CanonicalToken(b"begin", "special")
+
+
+def canonical_tokens(tokenizer: Tokenizer) -> list[CanonicalToken]:
+    """Returns the canonical form of every id."""
     if isinstance(tokenizer, SentencePieceTokenizer):
-        found = _of_sentencepiece(tokenizer)
+        tokens = _from_sentencepiece(tokenizer)
     else:
         assert isinstance(tokenizer, HFTokenizer)
-        found = _of_tokenizers(tokenizer)
-    found[tokenizer.eod_id] = Form(b"end of document", "special")
-    return found
+        tokens = _from_hf(tokenizer)
+    tokens[tokenizer.eod_id] = CanonicalToken(b"end of document", "special")
+    return tokens
 
 
-def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> list[Form]:
-    model = tokenizer._model
+class TokenIndex:
+    """Finds tokens of a vocabulary by canonical form: the first match of the same kind, else the first match."""
+
+    def __init__(self, vocabulary: list[CanonicalToken]) -> None:
+        self._exact: dict[CanonicalToken, int] = {}
+        self._by_bytes: dict[bytes, int] = {}
+        for i, token in enumerate(vocabulary):
+            if token.kind != "unused":
+                self._exact.setdefault(token, i)
+            if token.kind in ("text", "byte"):
+                self._by_bytes.setdefault(token.raw, i)
+
+    def find(self, token: CanonicalToken) -> int | None:
+        if token in self._exact or token.kind in ("special", "unused"):
+            return self._exact.get(token)
+        return self._by_bytes.get(token.raw)
+
+
+def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> list[CanonicalToken]:
+    model = tokenizer.processor
     return [
         _special(model.id_to_piece(i))
         if model.is_control(i) or model.is_unknown(i)
-        else _marked(model.id_to_piece(i), is_byte=model.is_byte(i))
+        else _from_piece(model.id_to_piece(i), is_byte=model.is_byte(i))
         for i in range(tokenizer.vocab_size)
     ]
 
 
-def _of_tokenizers(tokenizer: HFTokenizer) -> list[Form]:
-    model = tokenizer._model
-    whole = json.loads(model.to_str())
-    is_byte_level = "ByteLevel" in json.dumps([whole["pre_tokenizer"], whole["decoder"]])
-    added, controls = model.get_added_tokens_decoder(), set(tokenizer.control_tokens.values())
-    found = [Form(b"", "hole")] * tokenizer.vocab_size
-    for token, i in model.get_vocab(with_added_tokens=True).items():
+def _from_hf(tokenizer: HFTokenizer) -> list[CanonicalToken]:
+    backend, spec = tokenizer.backend, tokenizer.spec()
+    is_byte_level = "ByteLevel" in json.dumps([spec["pre_tokenizer"], spec["decoder"]])
+    added, controls = backend.get_added_tokens_decoder(), set(tokenizer.control_tokens.values())
+    tokens = [CanonicalToken(b"", "unused")] * tokenizer.vocab_size
+    for token, i in backend.get_vocab(with_added_tokens=True).items():
         if i in controls or token in _ROLES:
-            found[i] = _special(token)
+            tokens[i] = _special(token)
         elif i in added:
-            found[i] = Form(token.encode(), "text")
+            tokens[i] = CanonicalToken(token.encode(), "text")
+        elif is_byte_level:
+            tokens[i] = _from_byte_level(token)
         else:
-            found[i] = _of_bytes(token) if is_byte_level else _marked(token, is_byte=bool(_BYTE.match(token)))
-    return found
+            tokens[i] = _from_piece(token, is_byte=bool(_BYTE.match(token)))
+    return tokens
 
 
-def _special(token: str) -> Form:
-    return Form(_ROLES.get(token, token).encode(), "special")
+def _special(token: str) -> CanonicalToken:
+    return CanonicalToken(_ROLES.get(token, token).encode(), "special")
 
 
-def _marked(piece: str, *, is_byte: bool) -> Form:
+def _from_piece(piece: str, *, is_byte: bool) -> CanonicalToken:
     if is_byte and (match := _BYTE.match(piece)):
-        return Form(bytes([int(match[1], 16)]), "byte")
-    return Form(piece.replace("▁", " ").encode(), "text")
+        return CanonicalToken(bytes([int(match[1], 16)]), "byte")
+    return CanonicalToken(piece.replace("▁", " ").encode(), "text")
 
 
-def _byte_characters() -> dict[str, int]:
-    """GPT-2's characters for the 256 bytes: those that can be seen are themselves, the others follow from U+0100 on."""
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in seen]
-    return {chr(b): b for b in seen} | {chr(256 + n): b for n, b in enumerate(others)}
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's characters for the 256 bytes: printable bytes are themselves, the others start at U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-_BYTES = _byte_characters()
+_BYTES = _byte_level_alphabet()
 
 
-def _of_bytes(token: str) -> Form:
+def _from_byte_level(token: str) -> CanonicalToken:
     if not all(character in _BYTES for character in token):
-        return Form(token.encode(), "text")
+        return CanonicalToken(token.encode(), "text")
     raw = bytes(_BYTES[character] for character in token)
-    return Form(raw, "byte" if len(raw) == 1 and raw[0] >= 0x80 else "text")
-
-
-class Matching:
-    """Finds tokens of a vocabulary by their form; of several, the first with the same kind, else the first."""
-
-    def __init__(self, vocabulary: list[Form]) -> None:
-        self._exact: dict[Form, int] = {}
-        self._loose: dict[bytes, int] = {}
-        for i, form in enumerate(vocabulary):
-            if form.kind != "hole":
-                self._exact.setdefault(form, i)
-            if form.kind in ("text", "byte"):
-                self._loose.setdefault(form.raw, i)
-
-    def find(self, form: Form) -> int | None:
-        if form in self._exact or form.kind in ("special", "hole"):
-            return self._exact.get(form)
-        return self._loose.get(form.raw)
+    return CanonicalToken(raw, "byte" if len(raw) == 1 and raw[0] >= 0x80 else "text")

@@ -1,7 +1,8 @@
-"""The words of a field: frequent in its texts, rare in general ones.
+"""Mines domain terms: words that are frequent in domain text and rare in general text.
 
-tfidf(w) = tf(w) log((1 + n) / (1 + df(w))), where tf counts w in the field's texts, and df the n general documents that
-hold it (Spaerck Jones, 1972, with the usual smoothing).
+    tfidf(w) = tf(w) log((1 + n) / (1 + df(w)))
+
+tf counts w in the domain text, df counts the general documents that contain w, of n (Spaerck Jones, 1972, smoothed).
 """
 
 import math
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-_WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")  # letters of any script, and hyphens between them
+_WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")  # letters of any script, with hyphens between them
 
 
 class Term(NamedTuple):
@@ -20,7 +21,7 @@ class Term(NamedTuple):
 
 
 def words(text: str) -> list[str]:
-    """As they stand, capitals and all: what a tokenizer is to learn is what is written."""
+    """Returns the words of a text with their case, since that is what a tokenizer sees."""
     return _WORD.findall(text)
 
 
@@ -33,24 +34,24 @@ def mine_terms(
     use_tfidf: bool,
     is_known: Callable[[str], bool] = lambda word: False,
 ) -> list[Term]:
-    """The `top_k` best words of at least two letters that are not known, best first, ties by the alphabet. Without
-    `use_tfidf`, or without general documents, they are ranked by frequency alone."""
+    """Returns the `top_k` best words of at least two letters that are not known, best first, ties in alphabetical
+    order. Without `use_tfidf`, or without general documents, words are ranked by frequency."""
     frequency = Counter(word for text in domain for word in words(text) if len(word) > 1)
-    holding: Counter[str] = Counter()
+    document_frequency: Counter[str] = Counter()
     documents = 0
     if use_tfidf:
         for text in general:
-            holding.update(set(words(text)))
+            document_frequency.update(set(words(text)))
             documents += 1
     terms = [
-        Term(word, count, count * (math.log((1 + documents) / (1 + holding[word])) if documents else 1.0))
+        Term(word, count, count * (math.log((1 + documents) / (1 + document_frequency[word])) if documents else 1.0))
         for word, count in frequency.items()
         if count >= min_frequency
     ]
-    found: list[Term] = []
+    best: list[Term] = []
     for term in sorted(terms, key=lambda term: (-term.score, term.text)):
-        if len(found) == top_k:
+        if len(best) == top_k:
             break
         if not is_known(term.text):
-            found.append(term)
-    return found
+            best.append(term)
+    return best

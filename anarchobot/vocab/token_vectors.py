@@ -1,7 +1,6 @@
-"""A vector for each token id, learned from texts as a tokenizer cuts them: tokens are near that stand among the same.
+"""Trains a vector for each token id of a tokenized text, so that tokens in similar contexts have similar vectors.
 
-CBOW with negative samples (Mikolov et al., 2013), by gensim; fastText's is the same without its pieces of words, for an
-id has none.
+CBOW with negative sampling (Mikolov et al., 2013), by gensim. FastText is used without subwords, since ids have none.
 """
 
 import importlib
@@ -19,14 +18,14 @@ import numpy.typing as npt
 from anarchobot.config.errors import UserError
 from anarchobot.tokenizers.tokenizer import Ids, Tokenizer
 
-SENTENCE_TOKENS = 1000  # gensim passes over what is behind 10,000
-UNIT_LINES = 4096
+MAX_SENTENCE_TOKENS = 1000  # gensim ignores everything after 10,000
+LINES_PER_BATCH = 4096
 
 Vectors = npt.NDArray[np.float32]
 
 
-class Learning(NamedTuple):
-    """How vectors are learned; `threads` None: one a core. With one thread they are a function of text and seed."""
+class VectorSettings(NamedTuple):
+    """Training settings. `threads` None: one per core. The vectors are reproducible only with one thread."""
 
     backend: Literal["fasttext", "word2vec"] = "fasttext"
     dim: int = 100
@@ -39,23 +38,23 @@ class Learning(NamedTuple):
 
 
 def token_sentences(texts: Iterable[str], tokenizer: Tokenizer, min_line_length: int) -> Iterator[Ids]:
-    """The ids of each line of at least so many characters; long ones in parts of SENTENCE_TOKENS."""
+    """Yields the ids of each line with at least `min_line_length` characters, split after MAX_SENTENCE_TOKENS."""
     lines: list[str] = []
     for text in texts:
         lines += [line for line in text.split("\n") if len(line) >= min_line_length]
-        if len(lines) >= UNIT_LINES:
-            yield from _cut(lines, tokenizer)
+        if len(lines) >= LINES_PER_BATCH:
+            yield from _tokenize(lines, tokenizer)
             lines = []
-    yield from _cut(lines, tokenizer)
+    yield from _tokenize(lines, tokenizer)
 
 
-def _cut(lines: list[str], tokenizer: Tokenizer) -> Iterator[Ids]:
+def _tokenize(lines: list[str], tokenizer: Tokenizer) -> Iterator[Ids]:
     for ids in tokenizer.encode_batch(lines):
-        yield from (ids[at : at + SENTENCE_TOKENS] for at in range(0, len(ids), SENTENCE_TOKENS))
+        yield from (ids[at : at + MAX_SENTENCE_TOKENS] for at in range(0, len(ids), MAX_SENTENCE_TOKENS))
 
 
 class _Sentences:
-    """Sentences of ids as gensim wants them, lists of words, again and again; kept in a file, four bytes an id."""
+    """Restartable iterable of sentences in gensim's form, lists of strings. Stored in a file, 4 bytes per id."""
 
     def __init__(self, sentences: Iterable[Ids], vocab_size: int, file: IO[bytes]) -> None:
         self._file, self._lengths = file, array("i")
@@ -73,40 +72,41 @@ class _Sentences:
             yield [names[i] for i in np.frombuffer(self._file.read(4 * length), np.int32).tolist()]
 
 
-def learn_vectors(
-    sentences: Iterable[Ids], vocab_size: int, learning: Learning, seed: int, scratch: Path
+def train_vectors(
+    sentences: Iterable[Ids], vocab_size: int, settings: VectorSettings, seed: int, scratch: Path
 ) -> tuple[Vectors, npt.NDArray[np.int64]]:
-    """Vectors [V, dim], zeros for ids that come fewer than `mincount` times, and how often each id comes [V].
-    The ids are in a file in `scratch` meanwhile.
+    """Returns vectors [V, dim], zero for ids with fewer than `mincount` occurrences, and the counts [V] of the ids.
 
-    Raises UserError when gensim is not installed, or no id comes often enough.
+    The ids are kept in a temporary file in `scratch`. Raises UserError if gensim is not installed or no id is frequent
+    enough.
     """
     try:
         models: Any = importlib.import_module("gensim.models")
     except ImportError as error:
-        raise UserError("token vectors need gensim: pip install 'anarchobot[vocab]'") from error
+        raise UserError("token vectors require gensim: pip install 'anarchobot[vocab]'") from error
     logging.getLogger("gensim").setLevel(logging.ERROR)
     with TemporaryFile(dir=scratch) as file:
         corpus = _Sentences(sentences, vocab_size, file)
-        return _learnt(models, corpus, learning, seed), corpus.counts
+        return _train(models, corpus, settings, seed), corpus.counts
 
 
-def _learnt(models: Any, corpus: _Sentences, learning: Learning, seed: int) -> Vectors:
+def _train(models: Any, corpus: _Sentences, settings: VectorSettings, seed: int) -> Vectors:
     counts = corpus.counts
-    if counts.max(initial=0) < learning.mincount:
+    if counts.max(initial=0) < settings.mincount:
         raise UserError(
-            f"embedding: no token comes {learning.mincount} times in the text: give more, or lower mincount"
+            f"embedding: no token occurs {settings.mincount} times in the text: use more text, or lower "
+            "embedding.fasttext.mincount"
         )
-    settings: dict[str, Any] = {
-        "vector_size": learning.dim, "window": learning.window, "negative": learning.negative, "sg": 0,
-        "epochs": learning.epochs, "min_count": learning.mincount, "alpha": learning.lr, "sample": 1e-4,
-        "workers": learning.threads or os.cpu_count() or 1, "seed": seed, "sentences": corpus,
+    arguments: dict[str, Any] = {
+        "vector_size": settings.dim, "window": settings.window, "negative": settings.negative, "sg": 0,
+        "epochs": settings.epochs, "min_count": settings.mincount, "alpha": settings.lr, "sample": 1e-4,
+        "workers": settings.threads or os.cpu_count() or 1, "seed": seed, "sentences": corpus,
     }  # fmt: skip
-    if learning.backend == "fasttext":
-        found = models.FastText(**settings, min_n=1, max_n=0, bucket=1).wv  # no pieces of an id's digits
+    if settings.backend == "fasttext":
+        trained = models.FastText(**arguments, min_n=1, max_n=0, bucket=1).wv  # no subwords
     else:
-        found = models.Word2Vec(**settings).wv
-    vectors = np.zeros((len(counts), learning.dim), np.float32)
-    ids = np.array([int(name) for name in found.index_to_key])
-    vectors[ids] = found.vectors
+        trained = models.Word2Vec(**arguments).wv
+    vectors = np.zeros((len(counts), settings.dim), np.float32)
+    ids = np.array([int(name) for name in trained.index_to_key])
+    vectors[ids] = trained.vectors
     return vectors

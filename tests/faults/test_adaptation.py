@@ -1,4 +1,4 @@
-"""adapt-vocab killed for good, `kill -9`, in the middle of every stage: it goes on and ends with the same files."""
+"""adapt-vocab killed with `kill -9` in every stage is resumed and produces the same files."""
 
 import random
 import subprocess
@@ -15,7 +15,7 @@ pytest.importorskip("gensim")
 @pytest.mark.faults
 @pytest.mark.parametrize("target", ["trained", "extended"])
 def test_kill_9_in_every_stage(target: str, tmp_path: Path) -> None:
-    """Each is killed twice, the second time as it goes on. With adapters in stage 2, and with all weights."""
+    """Each stage is killed twice, the second time while resuming. With and without LoRA in stage 2."""
     world = make_world(tmp_path)
     change = {
         "tokenization": {"target": target},
@@ -23,15 +23,15 @@ def test_kill_9_in_every_stage(target: str, tmp_path: Path) -> None:
         "vocab_adaptation": {"stage2_use_lora": target == "trained", "stage1_steps": 30, "stage2_steps": 30},
         "embedding": {"fasttext": {"epochs": 3, "thread": 1, "dim": 8}},
     }
-    unbroken, root = tmp_path / "unbroken", tmp_path / "root"
-    subprocess.run(command(write_config(world, unbroken, **change)), check=True)
+    uninterrupted, root = tmp_path / "uninterrupted", tmp_path / "root"
+    subprocess.run(command(write_config(world, uninterrupted, **change)), check=True)
     config = write_config(world, root, **change)
     stages = [*STAGES[:1], *(["terms"] if target == "extended" else []), *STAGES[1:]]
-    chance = random.Random(0)
+    rng = random.Random(0)
     for stage in stages:
-        lasts = read_sealed(unbroken / "records" / f"{stage}.json")["seconds"]
+        seconds = read_sealed(uninterrupted / "records" / f"{stage}.json")["seconds"]
         for _ in range(2):
-            kill_in(stage, config, root, lasts, chance)
+            kill_in(stage, config, root, seconds, rng)
     subprocess.run(command(config), check=True)
-    assert results(root) == results(unbroken)
-    assert sorted(p.name for p in root.iterdir()) == sorted(p.name for p in unbroken.iterdir())
+    assert results(root) == results(uninterrupted)
+    assert sorted(p.name for p in root.iterdir()) == sorted(p.name for p in uninterrupted.iterdir())

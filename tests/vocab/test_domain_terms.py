@@ -1,4 +1,4 @@
-"""TF-IDF by hand."""
+"""TF-IDF computed by hand."""
 
 import math
 
@@ -23,7 +23,7 @@ def test_the_scores_by_hand() -> None:
     assert all(math.isclose(score, wanted) for (_, _, score), wanted in zip(found, scores, strict=True))
 
 
-def test_what_the_settings_say() -> None:
+def test_settings() -> None:
     assert [name for name, *_ in mined(top_k=2)] == ["kinase", "ligand"]
     assert [name for name, *_ in mined(min_frequency=3)] == ["kinase", "the"]
     assert [name for name, *_ in mined(use_tfidf=False)][:2] == ["the", "kinase"]

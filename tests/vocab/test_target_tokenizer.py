@@ -1,4 +1,4 @@
-"""A tokenizer with terms added: they are one token, all else stays."""
+"""A tokenizer extended with terms: each is one token, everything else is unchanged."""
 
 from pathlib import Path
 from typing import Literal
@@ -9,7 +9,7 @@ import pytest
 from anarchobot.data.sources import builtin
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
-from anarchobot.vocab.canonical_tokens import forms
+from anarchobot.vocab.canonical_tokens import canonical_tokens
 from anarchobot.vocab.target_tokenizer import extend, is_one_token
 
 TERMS = ["carcinoma", "kinase", "endoplasmic", "carcinomatous"]
@@ -25,24 +25,23 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return load_tokenizer(train_tokenizer(list(builtin.topics())[:8], folder / "a", 600, algorithm, form)[0])
 
 
-def test_terms_become_one_token_and_little_else_changes(source: Tokenizer, tmp_path: Path) -> None:
-    single = TERMS
-    assert not any(is_one_token(source, term) for term in single)
-    target = extend(source, single, tmp_path)
-    assert all(is_one_token(target, term) for term in single)
-    assert forms(target)[: source.vocab_size] == forms(source)
+def test_terms_become_single_tokens_and_little_else_changes(source: Tokenizer, tmp_path: Path) -> None:
+    assert not any(is_one_token(source, term) for term in TERMS)
+    target = extend(source, TERMS, tmp_path)
+    assert all(is_one_token(target, term) for term in TERMS)
+    assert canonical_tokens(target)[: source.vocab_size] == canonical_tokens(source)
     assert target.eod_id == source.eod_id
     plain = list(builtin.topics())[9]
     before, after = (tokenizer.encode_batch([plain])[0] for tokenizer in (source, target))
-    assert 0 <= len(before) - len(after) < 5  # no term stands in it, and little of what begins as one
+    assert 0 <= len(before) - len(after) < 5  # contains no terms, and few words that start like one
     assert np.count_nonzero(after >= source.vocab_size) < 5
     assert target.decode(after.tolist()) == plain
-    text = f"A {single[0]} of the {single[1]}s.\n" + plain
+    text = f"A {TERMS[0]} of the {TERMS[1]}s.\n" + plain
     assert target.decode(target.encode_batch([text])[0].tolist()) == text
     assert len(target.encode_batch([text])[0]) < len(source.encode_batch([text])[0])
 
 
-def test_no_terms_give_the_same_tokenizer(source: Tokenizer, tmp_path: Path) -> None:
+def test_without_terms_the_tokenizer_is_unchanged(source: Tokenizer, tmp_path: Path) -> None:
     target = extend(source, [], tmp_path)
     assert target.vocab_size == source.vocab_size
-    assert forms(target) == forms(source)
+    assert canonical_tokens(target) == canonical_tokens(source)

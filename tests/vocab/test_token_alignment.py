@@ -1,4 +1,4 @@
-"""The plan of a new vocabulary, and the rows that come of it."""
+"""The alignment plan of a new vocabulary, and the embedding rows built from it."""
 
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,27 @@ import pytest
 from anarchobot.data.sources import builtin
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
-from anarchobot.vocab import token_alignment as alignment
-from anarchobot.vocab.canonical_tokens import Form
-from anarchobot.vocab.embedding_init import new_rows, rebuilt, zero_rows
-from anarchobot.vocab.token_alignment import ALIGNED, MEAN, PIECES, RANDOM, ROUTES, SHARED, SPECIAL, Plan, Side, align
+from anarchobot.vocab import token_alignment
+from anarchobot.vocab.canonical_tokens import CanonicalToken, canonical_tokens
+from anarchobot.vocab.embedding_init import count_zero_rows, initialize_embeddings, initialize_rows
+from anarchobot.vocab.token_alignment import (
+    ALIGNED,
+    MEAN,
+    PIECES,
+    RANDOM,
+    ROUTES,
+    SHARED,
+    SPECIAL,
+    AlignmentPlan,
+    Vocabulary,
+    align,
+)
 
 SIZE, DIM = 2000, 32
 
 
 class Named:
-    """A vocabulary whose token of word n is called `t{n}`, at whatever id: all that alignment asks of a tokenizer."""
+    """A tokenizer with tokens of the given names, with the methods that alignment uses."""
 
     eod_id = 0
     files = ()
@@ -27,26 +38,24 @@ class Named:
         self.names, self.vocab_size = names, len(names)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """A text of several names with commas between, each of which this vocabulary has."""
+        """Texts are comma-separated token names."""
         return [np.array([self.names.index(name) for name in text.split(",")], np.int32) for text in texts]
 
 
 @pytest.fixture(autouse=True)
-def named_forms(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = alignment.forms
-
-    def forms(tokenizer: Any) -> list[Form]:
+def named_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokens(tokenizer: Any) -> list[CanonicalToken]:
         if not isinstance(tokenizer, Named):
-            return real(tokenizer)
+            return canonical_tokens(tokenizer)
         kinds = ["special" if name.startswith("<") else "text" for name in tokenizer.names]
-        return [Form(name.encode(), kind) for name, kind in zip(tokenizer.names, kinds, strict=True)]  # type: ignore[arg-type]
+        return [CanonicalToken(name.encode(), kind) for name, kind in zip(tokenizer.names, kinds, strict=True)]  # type: ignore[arg-type]
 
-    monkeypatch.setattr(alignment, "forms", forms)
+    monkeypatch.setattr(token_alignment, "canonical_tokens", tokens)
 
 
-def side(names: list[str], vectors: np.ndarray, counts: np.ndarray | None = None) -> Side:
+def vocabulary(names: list[str], vectors: np.ndarray, counts: np.ndarray | None = None) -> Vocabulary:
     every = np.full(len(names), 10)
-    return Side(Named(names), vectors.astype(np.float32), every if counts is None else counts)  # type: ignore[arg-type]
+    return Vocabulary(Named(names), vectors.astype(np.float32), every if counts is None else counts)  # type: ignore[arg-type]
 
 
 def settings(**change: Any) -> dict[str, Any]:
@@ -55,18 +64,18 @@ def settings(**change: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def permuted() -> tuple[Side, Side, np.ndarray]:
-    """A vocabulary, and itself permuted, turned and made noisy; three quarters of its tokens under other names."""
+def permuted() -> tuple[Vocabulary, Vocabulary, np.ndarray]:
+    """A vocabulary, and a permuted, rotated, noisy copy of it; three quarters of its tokens are renamed."""
     rng = np.random.default_rng(1)
     source = rng.standard_normal((SIZE, DIM))
     order = rng.permutation(SIZE)
-    turned = source[order] @ np.linalg.qr(rng.standard_normal((DIM, DIM)))[0]
+    rotated = source[order] @ np.linalg.qr(rng.standard_normal((DIM, DIM)))[0]
     names = [f"t{i}" for i in range(SIZE)]
     renamed = [names[i] if i % 4 == 0 else f"new{i}" for i in order]
-    return side(names, source), side(renamed, turned + 0.05 * rng.standard_normal((SIZE, DIM))), order
+    return vocabulary(names, source), vocabulary(renamed, rotated + 0.05 * rng.standard_normal((SIZE, DIM))), order
 
 
-def test_a_known_permutation_is_recovered(permuted: tuple[Side, Side, np.ndarray]) -> None:
+def test_a_known_permutation_is_recovered(permuted: tuple[Vocabulary, Vocabulary, np.ndarray]) -> None:
     source, target, order = permuted
     plan, report = align(source, target, **settings())
     renamed = order % 4 != 0
@@ -82,109 +91,115 @@ def test_a_known_permutation_is_recovered(permuted: tuple[Side, Side, np.ndarray
     assert report["advice"] == []
 
 
-def test_held_out_precision_tells_vectors_that_mean_nothing(permuted: tuple[Side, Side, np.ndarray]) -> None:
+def test_held_out_precision_detects_meaningless_vectors(permuted: tuple[Vocabulary, Vocabulary, np.ndarray]) -> None:
     source, target, _ = permuted
     noise = np.random.default_rng(2).standard_normal((SIZE, DIM)).astype(np.float32)
-    _, report = align(source, Side(target.tokenizer, noise, target.counts), **settings())
+    _, report = align(source, Vocabulary(target.tokenizer, noise, target.counts), **settings())
     assert report["precision_at_1"] < 0.1
-    assert report["advice"][0].startswith("alignment: of held-out tokens 0% find themselves, fewer than 60%")
+    assert report["advice"][0].startswith("alignment: precision at 1 on held-out tokens is 0% (expected 60%)")
 
 
-def test_pivots_are_as_many_as_are_asked_for_and_the_most_frequent(permuted: tuple[Side, Side, np.ndarray]) -> None:
-    """Frequent tokens have true vectors here, all others noise: with too many pivots nothing is found."""
+def test_pivots_are_the_most_frequent_shared_tokens(permuted: tuple[Vocabulary, Vocabulary, np.ndarray]) -> None:
+    """Only frequent tokens have meaningful vectors here, so too many pivots spoil the alignment."""
     source, target, order = permuted
     counts = np.where(order % 40 == 0, 1000, 10)
     vectors = np.where((order % 4 == 0) & (order % 40 != 0), 1, 0)[:, None] * np.random.default_rng(3).standard_normal(
         (SIZE, DIM)
     )
     vectors = np.where(vectors.any(axis=1, keepdims=True), 3 * vectors, target.vectors).astype(np.float32)
-    spoilt = Side(target.tokenizer, vectors, counts)
-    source = Side(source.tokenizer, source.vectors, np.full(SIZE, 1000))
+    spoiled = Vocabulary(target.tokenizer, vectors, counts)
+    source = Vocabulary(source.tokenizer, source.vectors, np.full(SIZE, 1000))
     renamed = order % 4 != 0
-    few, told = align(source, spoilt, **settings(pivot_count=40))
-    many, _ = align(source, spoilt, **settings(pivot_count=2000))
-    assert told["pivots"] == 40
+    few, report = align(source, spoiled, **settings(pivot_count=40))
+    many, _ = align(source, spoiled, **settings(pivot_count=2000))
+    assert report["pivots"] == 40
     assert (few.ids[:, 0] == order)[renamed].mean() > 0.9
     assert (many.ids[:, 0] == order)[renamed].mean() < 0.5
 
 
-def test_below_the_threshold_a_token_is_the_mean_of_its_pieces() -> None:
+def test_tokens_below_the_threshold_are_the_mean_of_their_pieces() -> None:
     rng = np.random.default_rng(4)
     source = rng.standard_normal((100, DIM))
     names = [f"t{i}" for i in range(100)]
     far = np.vstack([source, rng.standard_normal((1, DIM))])
     for threshold, route in ((0.9, PIECES), (-1.0, ALIGNED)):
         plan, report = align(
-            side(names, source), side([*names, "t3,t5"], far), **settings(similarity_threshold=threshold, top_k=3)
+            vocabulary(names, source),
+            vocabulary([*names, "t3,t5"], far),
+            **settings(similarity_threshold=threshold, top_k=3),
         )
         assert plan.routes[100] == route
         assert report["routes"] == {"shared": 100, ROUTES[route]: 1}
-    plan, report = align(side(names, source), side([*names, "t3,t5"], far), **settings(similarity_threshold=0.9))
+    plan, report = align(
+        vocabulary(names, source), vocabulary([*names, "t3,t5"], far), **settings(similarity_threshold=0.9)
+    )
     assert plan.ids[100].tolist() == [3, 5]
     assert plan.weights[100].tolist() == [0.5, 0.5]
     assert report["coverage"] == round(100 / 101, 4)
     assert report["advice"] == []
     others = [f"t{i},t3" for i in range(6)]
     far = np.vstack([source, rng.standard_normal((6, DIM))])
-    _, poor = align(side(names, source), side([*names, *others], far), **settings(similarity_threshold=0.9))
+    _, poor = align(vocabulary(names, source), vocabulary([*names, *others], far), **settings(similarity_threshold=0.9))
     assert poor["advice"] == [
-        "alignment: 94.3% of the tokens have a match, fewer than 95%: lower alignment.similarity_threshold, or give "
-        "more text"
+        "alignment: only 94.3% of the target tokens have a match (expected 95%): lower "
+        "alignment.similarity_threshold, or use more text"
     ]
     assert report["examples"] == [{"token": "t3,t5", "route": "pieces", "from": {"t3": 0.5, "t5": 0.5}}]
 
 
-def test_weights_are_those_of_the_top_k(permuted: tuple[Side, Side, np.ndarray]) -> None:
+def test_weights_of_the_top_k(permuted: tuple[Vocabulary, Vocabulary, np.ndarray]) -> None:
     source, target, order = permuted
     plan, _ = align(source, target, **settings(top_k=4))
     row = int(np.flatnonzero(order % 4 == 1)[0])
     assert plan.ids[row, 0] == order[row]
     assert np.isclose(plan.weights[row].sum(), 1)
-    assert plan.weights[row, 0] > 0.9  # softmax of cosines over 0.1: the others are far off
+    assert plan.weights[row, 0] > 0.9  # softmax with temperature 0.1: the others are far away
     assert len(set(plan.ids[row].tolist())) == 4
 
 
-def test_a_role_that_the_source_lacks_is_its_end_of_document() -> None:
+def test_a_missing_role_falls_back_to_end_of_document() -> None:
     vectors = np.random.default_rng(5).standard_normal((50, DIM))
     names = ["<end>", *(f"t{i}" for i in range(49))]
-    plan, _ = align(side(names, vectors), side(["<pad>", *names[1:]], vectors), **settings())
+    plan, _ = align(vocabulary(names, vectors), vocabulary(["<pad>", *names[1:]], vectors), **settings())
     assert (plan.routes[0], plan.ids[0, 0], plan.weights[0, 0]) == (SPECIAL, 0, 1.0)
 
 
 @pytest.mark.parametrize(("method", "route"), [("mean", MEAN), ("random", RANDOM), ("pieces", PIECES)])
-def test_the_baselines_copy_what_is_shared(method: str, route: int) -> None:
+def test_the_baselines_copy_shared_tokens(method: str, route: int) -> None:
     names, vectors = [f"t{i}" for i in range(20)], np.zeros((20, 1))
-    plan, report = align(side(names, vectors), side([*names[:10], "t1,t2"], vectors[:11]), **settings(method=method))
+    plan, report = align(
+        vocabulary(names, vectors), vocabulary([*names[:10], "t1,t2"], vectors[:11]), **settings(method=method)
+    )
     assert plan.routes.tolist() == [SHARED] * 10 + [route]
     assert "precision_at_1" not in report
 
 
 def test_rows_by_hand() -> None:
     old = np.array([[3, 4], [0, 2], [1, 0], [-1, 0]], np.float32)
-    plan = Plan(
+    plan = AlignmentPlan(
         np.array([SHARED, ALIGNED, MEAN, RANDOM], np.int8),
         np.array([[1, 0], [0, 1], [0, 0], [0, 0]]),
         np.array([[1, 0], [0.5, 0.5], [0, 0], [0, 0]], np.float32),
     )
-    new = new_rows(old, plan, 0)
+    new = initialize_rows(old, plan, 0)
     assert new[0].tolist() == [0, 2]
-    assert np.allclose(new[1], np.array([1.5, 3]) / np.hypot(1.5, 3) * 3.5)  # as long as 5 and 2 in the mean
+    assert np.allclose(new[1], np.array([1.5, 3]) / np.hypot(1.5, 3) * 3.5)  # the mean of the norms 5 and 2
     assert np.allclose(new[2], np.array([0.75, 1.5]) / np.hypot(0.75, 1.5) * 2.25)
     assert np.isclose(np.linalg.norm(new[3]), 2.25)
-    assert np.array_equal(new, new_rows(old, plan, 0))
-    assert not np.array_equal(new[3], new_rows(old, plan, 1)[3])
-    assert zero_rows(new) == 0
-    whole = {"model.embed_tokens.weight": old, "lm_head.weight": -old, "model.norm.weight": np.ones(2, np.float32)}
-    made = rebuilt(whole, plan, 0)
+    assert np.array_equal(new, initialize_rows(old, plan, 0))
+    assert not np.array_equal(new[3], initialize_rows(old, plan, 1)[3])
+    assert count_zero_rows(new) == 0
+    params = {"model.embed_tokens.weight": old, "lm_head.weight": -old, "model.norm.weight": np.ones(2, np.float32)}
+    made = initialize_embeddings(params, plan, 0)
     assert np.array_equal(made["lm_head.weight"][:3], -new[:3])
-    assert made["model.norm.weight"] is whole["model.norm.weight"]
+    assert made["model.norm.weight"] is params["model.norm.weight"]
 
 
 def test_the_same_tokenizer_gives_the_same_rows(tmp_path: Path) -> None:
-    """A real one, with bytes, control tokens and letters that are both."""
+    """A real tokenizer, with byte tokens, control tokens, and letters that are both text and byte."""
     tokenizer = load_tokenizer(train_tokenizer(list(builtin.topics())[:4], tmp_path / "a", 400)[0])
-    own = Side(tokenizer, np.zeros((400, 1), np.float32), np.zeros(400, np.int64))
+    own = Vocabulary(tokenizer, np.zeros((400, 1), np.float32), np.zeros(400, np.int64))
     plan, report = align(own, own, **settings(method="pieces"))
     old = np.random.default_rng(6).standard_normal((400, 8)).astype(np.float32)
-    assert np.array_equal(new_rows(old, plan, 0), old)
+    assert np.array_equal(initialize_rows(old, plan, 0), old)
     assert report["coverage"] == 1.0

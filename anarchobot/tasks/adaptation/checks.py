@@ -1,4 +1,4 @@
-"""What adapt-vocab refuses before anything is written, and what it warns of."""
+"""Checks of an adaptation before anything is written."""
 
 from pathlib import Path
 
@@ -11,72 +11,77 @@ from anarchobot.data.sources.documents import DocumentCounts, from_files
 from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
 from anarchobot.tasks.adaptation.evaluation import read_questions
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from anarchobot.vocab.canonical_tokens import forms
+from anarchobot.vocab.canonical_tokens import canonical_tokens
 
-PAPERS_LR, PAPERS_TOKENS = 6.4e-4, 2.1e6  # TokAlign's stage 1: its rate belongs to its tokens a step
-SAME = 0.95  # of a tokenizer's ids, to be the model's own in another library's file
+PAPER_LR, PAPER_STEP_TOKENS = 6.4e-4, 2.1e6  # TokAlign's stage 1
+MIN_SAME_TOKENS = 0.95  # fraction of equal ids for a file to count as the model's tokenizer
 
 
 def check(loaded: Loaded[AdaptConfig], base: PretrainedModel) -> None:
-    """Raises UserError when model, tokenizers, files and settings do not belong together."""
-    models, length = loaded.config.models, loaded.config.vocab_adaptation.max_seq_length
-    for key in ("source_tokenizer", "target_tokenizer"):
-        path = getattr(models, key)
-        tokenizer = load_tokenizer(path) if path is not None else base.tokenizer
-        if key == "source_tokenizer" and tokenizer.vocab_size != base.tokenizer.vocab_size:
-            raise UserError(
-                f"{loaded.where('models.source_tokenizer')}: {path} has {tokenizer.vocab_size:,} tokens, and the "
-                f"model in {base.folder} was trained with {base.tokenizer.vocab_size:,}: leave it out, or name its own"
-            )
-        if key == "source_tokenizer" and path is not None and _same_tokens(tokenizer, base.tokenizer) < SAME:
-            raise UserError(
-                f"{loaded.where('models.source_tokenizer')}: {path} has other tokens than the model in {base.folder} "
-                "was trained with: leave it out, or name its own"
-            )
-    if length > base.model.max_seq_len:
+    """Raises UserError if model, tokenizers, files and settings do not match."""
+    config = loaded.config
+    _check_tokenizers(loaded, base)
+    if config.vocab_adaptation.seq_len > base.model.max_seq_len:
         raise UserError(
-            f"{loaded.where('vocab_adaptation.max_seq_length')}: {length}, and the model sees at most "
-            f"{base.model.max_seq_len} tokens: set it to that, or below"
+            f"{loaded.where('vocab_adaptation.seq_len')}: {config.vocab_adaptation.seq_len} is above the model's "
+            f"max_seq_len ({base.model.max_seq_len}): lower it"
         )
-    _check_adapters(loaded, base)
+    if config.vocab_adaptation.enabled and config.vocab_adaptation.stage2_use_lora:
+        lora = LoraConfig(r=config.vocab_adaptation.lora_r, target_modules=config.vocab_adaptation.lora_target_modules)
+        for keys, problem in conflicts(Config(model=base.model, lora=lora), []):
+            if keys == ("lora.target_modules",):
+                raise UserError(f"{loaded.where('vocab_adaptation.lora_target_modules')}: {problem}")
+    if config.evaluation.enabled:
+        _check_evaluation(loaded)
+
+
+def _check_tokenizers(loaded: Loaded[AdaptConfig], base: PretrainedModel) -> None:
+    models = loaded.config.models
+    if (path := models.source_tokenizer) is not None:
+        tokenizer, where = load_tokenizer(path), loaded.where("models.source_tokenizer")
+        if tokenizer.vocab_size != base.tokenizer.vocab_size:
+            raise UserError(
+                f"{where}: {path} has {tokenizer.vocab_size:,} tokens, but the model in {base.folder} was trained with "
+                f"{base.tokenizer.vocab_size:,}: remove it, or set the model's own tokenizer"
+            )
+        if _same_tokens(tokenizer, base.tokenizer) < MIN_SAME_TOKENS:
+            raise UserError(
+                f"{where}: {path} has different tokens from the tokenizer of the model in {base.folder}: remove it, or "
+                "set the model's own tokenizer"
+            )
+    if models.target_tokenizer is not None:
+        load_tokenizer(models.target_tokenizer)
+
+
+def _same_tokens(one: Tokenizer, other: Tokenizer) -> float:
+    """Returns the fraction of ids with the same token. Libraries differ in which control tokens they recognize."""
+    pairs = list(zip(canonical_tokens(one), canonical_tokens(other), strict=True))
+    return sum(a.raw == b.raw for a, b in pairs) / len(pairs)
+
+
+def _check_evaluation(loaded: Loaded[AdaptConfig]) -> None:
     evaluation = loaded.config.evaluation
-    if evaluation.enabled:
-        for name in evaluation.datasets or []:
-            if next(from_files([name], DataConfig(), DocumentCounts()), None) is None:
-                raise UserError(f"{loaded.where('evaluation.datasets')}: {name}: holds no document")
-        if evaluation.qa is not None:
-            read_questions(Path(evaluation.qa))
-        if evaluation.baseline_model is not None:
-            load_pretrained(evaluation.baseline_model)
-    if evaluation.enabled and evaluation.datasets is None and loaded.config.corpus.val_fraction == 0:
+    for name in evaluation.datasets or []:
+        if next(from_files([name], DataConfig(), DocumentCounts()), None) is None:
+            raise UserError(f"{loaded.where('evaluation.datasets')}: {name}: no documents")
+    if evaluation.qa is not None:
+        read_questions(Path(evaluation.qa))
+    if evaluation.baseline_model is not None:
+        load_pretrained(evaluation.baseline_model)
+    if evaluation.datasets is None and loaded.config.corpus.val_fraction == 0:
         raise UserError(
-            f"{loaded.where('corpus.val_fraction')}: nothing is held out to evaluate on: raise it, name "
+            f"{loaded.where('corpus.val_fraction')}: no documents are held out for evaluation: raise it, set "
             "evaluation.datasets, or set evaluation.enabled: false"
         )
 
 
-def _same_tokens(one: Tokenizer, other: Tokenizer) -> float:
-    """Share of the ids that are the same token. Not all need be: control tokens are told apart by each library."""
-    pairs = list(zip(forms(one), forms(other), strict=True))
-    return sum(a.raw == b.raw for a, b in pairs) / len(pairs)
-
-
-def _check_adapters(loaded: Loaded[AdaptConfig], base: PretrainedModel) -> None:
-    training = loaded.config.vocab_adaptation
-    if training.enabled and training.stage2_use_lora:
-        lora = LoraConfig(r=training.lora_r, target_modules=training.lora_target_modules)
-        for keys, problem in conflicts(Config(model=base.model, lora=lora), []):
-            if keys == ("lora.target_modules",):
-                raise UserError(f"{loaded.where('vocab_adaptation.lora_target_modules')}: {problem}")
-
-
 def warnings(settings: AdaptConfig) -> list[str]:
-    """What is allowed, and most likely no good."""
+    """Describes settings that are valid but unlikely to work well."""
     training = settings.vocab_adaptation
-    tokens = training.batch_size * training.gradient_accumulation * training.max_seq_length
-    if training.enabled and training.lr_stage1 >= PAPERS_LR and tokens < PAPERS_TOKENS / 4:
+    tokens = training.micro_batch_size * training.grad_accum_steps * training.seq_len
+    if training.enabled and training.stage1_lr >= PAPER_LR and tokens < PAPER_STEP_TOKENS / 4:
         return [
-            f"vocab_adaptation.lr_stage1: {training.lr_stage1:g}, and the paper's {PAPERS_LR:g} belongs to "
-            f"{PAPERS_TOKENS / 1e6:g} million tokens a step, where here are {tokens:,}"
+            f"vocab_adaptation.stage1_lr: {training.stage1_lr:g} is high with {tokens:,} tokens per step; the paper "
+            f"uses {PAPER_LR:g} with {PAPER_STEP_TOKENS / 1e6:g} million tokens per step"
         ]
     return []

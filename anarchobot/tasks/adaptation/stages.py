@@ -1,8 +1,10 @@
-"""Stages of a long task, each in a folder of its own: skipped while its record holds, tried again, gone on with.
+"""Cached, resumable pipeline stages. Each stage has a folder, and a record of what its results were made from.
 
-ROOT/NAME/                 what the stage makes
-ROOT/records/NAME.begun    settings and inputs' digests of what is, or was, being made
-ROOT/records/NAME.json     the same, with the digests of what was made, results in numbers and seconds
+    ROOT/NAME/                 results of the stage
+    ROOT/records/NAME.begun    settings and digests of the inputs; written when the stage starts
+    ROOT/records/NAME.json     the same, plus digests of the results, figures and seconds; written when it is done
+
+A stage is skipped while its record matches its settings, inputs and results. An interrupted stage is resumed.
 """
 
 import hashlib
@@ -18,16 +20,20 @@ from anarchobot.config.errors import UserError
 from anarchobot.storage.durable import read_sealed, sha256_file, write_sealed
 
 RECORDS = "records"
+FORMER_SETTINGS = {"deduplicate": "dedup"}  # settings in records of earlier versions, and their current names
+MAX_CHANGES = 3  # changed settings that a message lists
 Values = dict[str, Any]
+Output = tuple[Sequence[Path], Values]  # result files, figures
+Work = Callable[[Path], Output]
 
 
-class Stopped(Exception):
-    """A stage was stopped by a person, and can be gone on with."""
+class StageInterrupted(Exception):
+    """The user stopped a stage, which can be resumed."""
 
 
 @dataclass(frozen=True)
-class Done:
-    """A stage's folder, and what its record says: `notes` are its results in numbers, `outputs` its files' digests."""
+class StageResult:
+    """The folder of a finished stage and its record. `notes` are its figures."""
 
     folder: Path
     record: Values
@@ -38,91 +44,87 @@ class Done:
 
     @property
     def digest(self) -> str:
-        """Tells the stage's results from any other."""
+        """Identifies the contents of the result files."""
         return hashlib.sha256(json.dumps(self.record["outputs"], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
-class Stages:
-    """`retries`: how often a stage that failed is tried again, after `backoff` seconds; a UserError is nobody's bad
-    luck and is not. `say` gets lines for a person."""
+class StageRunner:
+    """Runs stages in `root`. A stage that fails with anything but a UserError is retried `retries` times, `backoff`
+    seconds apart. `log` receives messages."""
 
     root: Path
     retries: int
     backoff: float
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     sleep: Callable[[float], None] = time.sleep
 
-    def begun_with(self, name: str) -> Values:
-        """The inputs of a stage that was begun, and perhaps done; none where it wasn't."""
+    def recorded_inputs(self, name: str) -> Values:
+        """Returns the inputs of a stage that was started before; empty if it was not."""
         return dict((_read(self.root / RECORDS / f"{name}.begun") or {}).get("inputs", {}))
 
-    def run(
-        self,
-        name: str,
-        work: Callable[[Path], tuple[Sequence[Path], Values]],
-        *,
-        settings: Values,
-        inputs: Mapping[str, str],
-    ) -> Done:
-        """`work(folder)` returns its files and its notes. It finds its folder as a stopped try left it, or new where
-        settings or inputs have changed; when its record still holds, it isn't called."""
+    def run(self, name: str, work: Work, *, settings: Values, inputs: Mapping[str, str]) -> StageResult:
+        """Returns the recorded result of a stage if its record is valid, else calls `work(folder)`.
+
+        `inputs` are digests. `work` returns its result files and figures. It gets its folder as an interrupted run left
+        it, or empty if settings or inputs have changed.
+        """
         folder = self.root / name
-        begun, done = (self.root / RECORDS / f"{name}.{kind}" for kind in ("begun", "json"))
-        key = json.loads(json.dumps({"settings": settings, "inputs": dict(inputs)}))
-        if (found := _recorded(folder, done, key)) is not None:
-            self.say(f"{name}: done before ({found['seconds']:.1f} s)")
-            return Done(folder, found)
-        self._make_room(name, folder, begun, key)
-        for needed in (folder, begun.parent):
-            needed.mkdir(parents=True, exist_ok=True)
+        begun, done = (self.root / RECORDS / f"{name}.{suffix}" for suffix in ("begun", "json"))
+        provenance = json.loads(json.dumps({"settings": settings, "inputs": dict(inputs)}))
+        if (record := _valid_record(folder, done, provenance)) is not None:
+            self.log(f"{name}: already done ({record['seconds']:.1f} s)")
+            return StageResult(folder, record)
+        self._prepare_folder(name, folder, begun, provenance)
         done.unlink(missing_ok=True)
-        write_sealed(begun, key)
+        write_sealed(begun, provenance)
         started = time.monotonic()
-        files, notes = self._tried(name, folder, work)
+        files, notes = self._run_with_retries(name, folder, work)
         record = {
-            **key,
+            **provenance,
             "outputs": {str(file.relative_to(folder)): sha256_file(file) for file in files},
             "notes": notes,
             "seconds": round(time.monotonic() - started, 3),
         }
         write_sealed(done, record)
-        self.say(f"{name}: {record['seconds']:.1f} s" + "".join(f", {k} {v}" for k, v in notes.items() if _short(v)))
-        return Done(folder, record)
+        figures = [f", {key} {value}" for key, value in notes.items() if isinstance(value, int | float | str)]
+        self.log(f"{name}: {record['seconds']:.1f} s{''.join(figures)}")
+        return StageResult(folder, record)
 
-    def _make_room(self, name: str, folder: Path, begun: Path, key: Values) -> None:
-        """Removes what a try with other settings or inputs has left. Raises UserError for a folder of another's."""
+    def _prepare_folder(self, name: str, folder: Path, begun: Path, provenance: Values) -> None:
+        """Creates the folder without results of other settings or inputs. Raises UserError for a foreign folder."""
         if not begun.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder}: is there, and no stage has made it: choose another folder for the stages")
+            raise UserError(f"{folder}: already exists and is not a stage folder: set another pipeline.run_root")
         before = _read(begun)
-        if before is not None and before != key:
-            self.say(f"{name}: anew, for {' and '.join(_changes(before, key))}")
-        if before != key:
+        if before != provenance:
+            if before is not None:
+                self.log(f"{name}: rebuilding: {', '.join(_changes(before, provenance))}")
             shutil.rmtree(folder, ignore_errors=True)
-        for left in self.root.glob(f".{name}.*.tmp"):  # of a folder that is made beside its name
-            shutil.rmtree(left)
+        for leftover in self.root.glob(f".{name}.*.tmp"):  # from an interrupted new_folder
+            shutil.rmtree(leftover)
+        folder.mkdir(parents=True, exist_ok=True)
+        begun.parent.mkdir(parents=True, exist_ok=True)
 
-    def _tried(
-        self, name: str, folder: Path, work: Callable[[Path], tuple[Sequence[Path], Values]]
-    ) -> tuple[Sequence[Path], Values]:
-        for again in range(self.retries + 1):
+    def _run_with_retries(self, name: str, folder: Path, work: Work) -> Output:
+        attempts = self.retries + 1
+        for attempt in range(1, attempts + 1):
             try:
                 return work(folder)
-            except (UserError, Stopped):
+            except (UserError, StageInterrupted):
                 raise
             except Exception as error:
-                if again == self.retries:
+                if attempt == attempts:
                     raise
-                told = " ".join(f"{type(error).__name__}: {error}".split())
-                self.say(f"{name}: {told}: again in {self.backoff:g} s (try {again + 2} of {self.retries + 1})")
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                self.log(f"{name}: {reason}: retrying in {self.backoff:g} s (attempt {attempt + 1} of {attempts})")
                 self.sleep(self.backoff)
         raise AssertionError("unreachable")
 
 
-def _recorded(folder: Path, done: Path, key: Values) -> Values | None:
-    """The record, if it is of these settings and inputs and the files are as it says."""
+def _valid_record(folder: Path, done: Path, provenance: Values) -> Values | None:
+    """Returns the record if it matches the settings, the inputs and the result files."""
     record = _read(done)
-    if record is None or {name: record.get(name) for name in key} != key:
+    if record is None or {name: record.get(name) for name in provenance} != provenance:
         return None
     for name, sha256 in record["outputs"].items():
         file = folder / name
@@ -132,29 +134,30 @@ def _recorded(folder: Path, done: Path, key: Values) -> Values | None:
 
 
 def _changes(old: Values, new: Values) -> list[str]:
-    """What has changed, in words: settings by name, with what they were and are."""
-    before, now = (_flat(key.get("settings", {})) for key in (old, new))
-    told = [
-        f"{name} was {json.dumps(before.get(name))}, is now {json.dumps(now.get(name))}"
+    """Describes changed settings, or else changed inputs."""
+    before, now = (_flatten(provenance.get("settings", {})) for provenance in (old, new))
+    changes = [
+        f"{name} changed from {json.dumps(before.get(name))} to {json.dumps(now.get(name))}"
         for name in {**before, **now}
         if before.get(name) != now.get(name)
     ]
-    return told[:3] or ["what it is made from has changed"]
+    return changes[:MAX_CHANGES] or ["inputs changed"]
 
 
-def _flat(settings: Values) -> Values:
+def _flatten(settings: Values) -> Values:
     flat: Values = {}
     for name, value in settings.items():
-        flat |= {f"{name}.{key}": v for key, v in _flat(value).items()} if isinstance(value, dict) else {name: value}
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in _flatten(value).items()}
+        else:
+            flat[name] = value
     return flat
 
 
 def _read(file: Path) -> Values | None:
     try:
-        return read_sealed(file)
+        record = read_sealed(file)
     except (OSError, ValueError):
         return None
-
-
-def _short(value: object) -> bool:
-    return isinstance(value, int | float | str)
+    settings = {FORMER_SETTINGS.get(name, name): value for name, value in record.get("settings", {}).items()}
+    return {**record, "settings": settings}

@@ -1,4 +1,4 @@
-"""A model moved to another vocabulary: the whole way, killed at each stage, and what is refused."""
+"""adapt-vocab end to end: the complete run, kills in each stage, resuming and rejected settings."""
 
 import json
 import random
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from anarchobot.cli.main import main
 from anarchobot.config.adapt_schema import AdaptConfig
@@ -17,11 +18,11 @@ from anarchobot.data.sources import builtin
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.runs import checkpoint
-from anarchobot.storage.durable import read_sealed
-from anarchobot.tasks.adaptation import checks as adapt_checks
-from anarchobot.tasks.adaptation import evaluation as adapt_evaluation
-from anarchobot.tasks.adaptation import pipeline as adapt_vocab
-from anarchobot.tasks.adaptation.evaluation import read_questions, table
+from anarchobot.storage.durable import read_sealed, write_sealed
+from anarchobot.tasks.adaptation import evaluation, initialization, pipeline, training
+from anarchobot.tasks.adaptation.checks import warnings
+from anarchobot.tasks.adaptation.evaluation import answer_questions, read_questions, to_markdown
+from anarchobot.tasks.adaptation.pipeline import adapt_vocab
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
 from anarchobot.training.mlx_engine import MLXEngine
@@ -42,9 +43,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def adapt(world: Path, root: Path, **change: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    told: list[str] = []
+    log: list[str] = []
     loaded = load(write_config(world, root, **change), [], AdaptConfig)
-    return adapt_vocab.adapt_vocab(loaded, quiet=True, say=told.append), told
+    return adapt_vocab(loaded, quiet=True, log=log.append), log
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +60,12 @@ def weights(folder: Path) -> dict[str, Any]:
         return dict(arrays)
 
 
-def test_the_whole_way(done: tuple[Path, dict[str, Any]], world: Path) -> None:
+def test_a_complete_run(done: tuple[Path, dict[str, Any]], world: Path) -> None:
     root, report = done
     assert report["finished"]
     assert Path(report["result"]) == root / "result"
     assert list(report["evaluation"]) == ["before", "initial", "stage 1", "stage 2"]
-    assert all(0 < found["bits_per_byte"] < 20 for found in report["evaluation"].values())
+    assert all(0 < metrics["bits_per_byte"] < 20 for metrics in report["evaluation"].values())
     assert report["alignment"]["zero_initialised"] == 0
     assert sum(report["alignment"]["routes"].values()) == 420
     assert json.loads((root / "report.json").read_text()) == report
@@ -79,7 +80,7 @@ def test_the_whole_way(done: tuple[Path, dict[str, Any]], world: Path) -> None:
         assert report["tokenizer"][f"tokens_per_byte_{name}"] == round(tokens, 4)
 
 
-def test_the_result_is_an_ordinary_model(
+def test_the_result_is_an_ordinary_run_folder(
     done: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = str(done[0] / "result")
@@ -92,7 +93,7 @@ def test_the_result_is_an_ordinary_model(
     capsys.readouterr()
 
 
-def test_stage_1_trains_embedding_and_head_and_stage_2_the_rest(done: tuple[Path, dict[str, Any]]) -> None:
+def test_stage_1_trains_embedding_and_head_and_stage_2_adapters(done: tuple[Path, dict[str, Any]]) -> None:
     initial, first, result = (weights(done[0] / name) for name in ("initial", "stage1", "result"))
     for name, before in initial.items():
         assert np.array_equal(before, first[name]) == (name not in TRAINED), name
@@ -100,7 +101,7 @@ def test_stage_1_trains_embedding_and_head_and_stage_2_the_rest(done: tuple[Path
         assert np.array_equal(first[name], result[name]) != adapted, name
 
 
-def test_stage_2_goes_on_in_the_data_where_stage_1_ended(
+def test_stage_2_continues_in_the_data_after_stage_1(
     done: tuple[Path, dict[str, Any]], world: Path, tmp_path: Path
 ) -> None:
     positions = [checkpoint.find(done[0] / name).state["data_position"] for name in ("stage1", "stage2")]
@@ -110,38 +111,59 @@ def test_stage_2_goes_on_in_the_data_where_stage_1_ended(
     assert checkpoint.find(tmp_path / "r" / "stage2").state["data_position"] == 108
 
 
-def test_done_again_it_does_nothing_and_tells_the_same(done: tuple[Path, dict[str, Any]], world: Path) -> None:
-    report, told = adapt(world, done[0])
+def test_a_second_run_skips_all_stages(done: tuple[Path, dict[str, Any]], world: Path) -> None:
+    report, log = adapt(world, done[0])
     assert report == done[1]
-    warned = [line for line in told if "done before" not in line]
-    assert warned == [told[0], f"warning: {report['alignment']['advice'][0]}"]
-    assert "of held-out tokens 0% find themselves, fewer than 60%" in warned[1]
-    assert len(told) == 15
+    warned = [line for line in log if "already done" not in line]
+    assert warned == [log[0], f"warning: {report['alignment']['advice'][0]}"]
+    assert "precision at 1 on held-out tokens is 0% (expected 60%)" in warned[1]
+    assert len(log) == 15
 
 
-def test_a_folder_that_holds_another_models_adaptation_is_left_alone(world: Path, tmp_path: Path) -> None:
+def test_the_adaptation_of_another_model_is_not_overwritten(world: Path, tmp_path: Path) -> None:
     adapt(world, tmp_path / "r", **QUICK)
     make_run(tmp_path / "other", world / "own.model", tie_embeddings=False, n_layers=1, d_model=48, max_seq_len=64)
     with pytest.raises(
-        UserError, match=r"r.yaml:\d+: pipeline.run_root: .* holds the adaptation of another model than"
+        UserError, match=r"r.yaml:\d+: pipeline.run_root: .* contains the adaptation of another model than"
     ):
         adapt(world, tmp_path / "r", models={"source_model": str(tmp_path / "other")}, **QUICK)
     assert (tmp_path / "r" / "initial" / "config.yaml").is_file()
 
 
-def test_a_changed_setting_makes_its_stage_anew_and_what_follows(world: Path, tmp_path: Path) -> None:
+def test_a_changed_setting_rebuilds_its_stage_and_later_ones(world: Path, tmp_path: Path) -> None:
     adapt(world, tmp_path / "r", **QUICK)
-    _, told = adapt(world, tmp_path / "r", **(QUICK | {"alignment": {"method": "random"}}))
-    assert [line.partition(": ")[::2] for line in told if "anew" in line] == [
-        ("alignment", 'anew, for method was "mean", is now "random"'),
-        ("initial", "anew, for what it is made from has changed"),
-        ("result", "anew, for what it is made from has changed"),
+    _, log = adapt(world, tmp_path / "r", **(QUICK | {"alignment": {"method": "random"}}))
+    assert [line.partition(": ")[::2] for line in log if "rebuilding" in line] == [
+        ("alignment", 'rebuilding: method changed from "mean" to "random"'),
+        ("initial", "rebuilding: inputs changed"),
+        ("result", "rebuilding: inputs changed"),
     ]
-    assert next(line for line in told if "done before" in line).startswith("corpus")
+    assert next(line for line in log if "already done" in line).startswith("corpus")
 
 
-def test_a_key_that_a_later_version_brings_trains_nothing_anew(done: tuple[Path, dict[str, Any]]) -> None:
-    """What a stage of training is known by are the settings that differ from their defaults."""
+def test_a_run_begun_with_former_keys_is_resumed(world: Path, tmp_path: Path) -> None:
+    """Neither former keys in the configuration nor records of earlier versions cause a stage to run again."""
+    config = yaml.safe_load(write_config(world, tmp_path / "r", **QUICK).read_text())
+    for old, alias in AdaptConfig.aliases.items():
+        (section, leaf), new = old.split("."), alias.key.partition(".")[2]
+        if new in config[section]:
+            value = config[section].pop(new)
+            config[section][leaf] = value == "bfloat16" if alias.values else value
+    assert {"batch_size", "max_seq_length", "bf16"} < config["vocab_adaptation"].keys()
+    former = tmp_path / "former.yaml"
+    former.write_text(yaml.safe_dump(config))
+    adapt_vocab(load(former, [], AdaptConfig), quiet=True)
+    for file in (tmp_path / "r" / "records").glob("corpus.*"):  # as earlier versions wrote them
+        record = read_sealed(file)
+        record["settings"]["deduplicate"] = record["settings"].pop("dedup")
+        write_sealed(file, record)
+    _, log = adapt(world, tmp_path / "r", **QUICK)
+    assert [line for line in log if "already done" not in line and "warning" not in line] == []
+    assert len(log) >= 5
+
+
+def test_records_of_training_stages_have_only_non_default_settings(done: tuple[Path, dict[str, Any]]) -> None:
+    """So a key that a later version adds does not invalidate them."""
     settings = read_sealed(done[0] / "records" / "stage2.json")["settings"]
     assert settings["lora"] == {"r": 4, "dropout": 0.1}
     assert settings["train"]["lr"] == 1e-3
@@ -161,32 +183,32 @@ def test_identical_tokenizers_give_identical_logits(world: Path, tmp_path: Path)
     assert report["evaluation"]["before"] == report["evaluation"]["initial"]
 
 
-def test_a_source_extended_by_terms_keeps_all_its_rows(world: Path, tmp_path: Path) -> None:
+def test_an_extended_tokenizer_keeps_all_source_rows(world: Path, tmp_path: Path) -> None:
     report, _ = adapt(world, tmp_path / "r", tokenization={"target": "extended"}, term_mining={"top_k": 20},
                       vocab_adaptation={"stage2_use_lora": False, "stage1_steps": 0, "stage2_steps": 3})  # fmt: skip
     old, new = weights(world / "model"), weights(tmp_path / "r" / "initial")
     assert len(json.loads((tmp_path / "r" / "terms" / "terms.json").read_text())["words"]) == 20
     for name in TRAINED:
         assert np.array_equal(new[name][:400], old[name])
-        assert len(new[name]) > 420  # terms, and what leads to them
+        assert len(new[name]) > 420  # terms and intermediate merges
     assert report["tokenizer"]["tokens_per_byte_target"] < report["tokenizer"]["tokens_per_byte_source"]
     final = weights(tmp_path / "r" / "result")
     assert all(not np.array_equal(final[name], array) for name, array in new.items())
 
 
 class Killed(BaseException):
-    """What nothing catches, as kill -9."""
+    """Caught by nothing, like kill -9."""
 
 
-def test_killed_at_each_stage_it_goes_on(
+def test_a_run_killed_in_each_stage_is_resumed(
     world: Path, done: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each stage in its turn is killed in the middle, behind those that were killed before it."""
+    """Kills each stage in turn, after the ones before it were killed and resumed."""
     root = tmp_path / "r"
     places = [
-        (adapt_vocab, "write_corpus"), (adapt_vocab, "train_tokenizer"), (adapt_vocab, "learn_vectors"),
-        (adapt_vocab, "align"), (checkpoint, "save"), (adapt_vocab, "pretokenize"), (MLXEngine, "train_step"),
-        (MLXEngine, "train_step"), (adapt_vocab, "fuse"), (adapt_vocab, "figures"),
+        (initialization, "write_corpus"), (initialization, "train_tokenizer"), (initialization, "train_vectors"),
+        (initialization, "align"), (checkpoint, "save"), (training, "pretokenize"), (MLXEngine, "train_step"),
+        (MLXEngine, "train_step"), (training, "fuse"), (pipeline, "evaluate_model"),
     ]  # fmt: skip
     for number, (where, name) in enumerate(places):
         real, calls = getattr(where, name), [0]
@@ -206,59 +228,59 @@ def test_killed_at_each_stage_it_goes_on(
                 adapt(world, root)
         finished = {path.stem for path in (root / "records").glob("*.json")}
         assert finished == set(STAGES[:number])
-    report, told = adapt(world, root)
-    assert sum("done before" in line for line in told) == len(STAGES) - 4
+    report, log = adapt(world, root)
+    assert sum("already done" in line for line in log) == len(STAGES) - 4
     for name, array in weights(done[0] / "result").items():
         assert np.array_equal(array, weights(root / "result")[name]), name
     assert report["evaluation"] == done[1]["evaluation"]
 
 
-def test_kill_9_in_the_middle_of_a_stage(world: Path, done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    """The program itself, killed while it learns vectors, and then while it trains; tests/faults has every stage."""
-    config, chance = write_config(world, tmp_path / "r"), random.Random(0)
+def test_kill_9_during_a_stage(world: Path, done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Kills the process while it trains vectors and then the model. tests/faults covers every stage."""
+    config, rng = write_config(world, tmp_path / "r"), random.Random(0)
     for stage in ("vectors", "stage1"):
-        lasts = read_sealed(done[0] / "records" / f"{stage}.json")["seconds"]
-        kill_in(stage, config, tmp_path / "r", lasts, chance)
+        seconds = read_sealed(done[0] / "records" / f"{stage}.json")["seconds"]
+        kill_in(stage, config, tmp_path / "r", seconds, rng)
     subprocess.run(command(config), check=True)
     assert results(tmp_path / "r") == results(done[0])
 
 
-def test_a_stage_that_fails_twice_and_then_works(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, failures = adapt_vocab.align, [OSError("away"), MemoryError("full")]
+def test_a_failing_stage_is_retried(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, failures = initialization.align, [OSError("away"), MemoryError("full")]
 
     def failing(*args: Any, **kw: Any) -> Any:
         if failures:
             raise failures.pop()
         return real(*args, **kw)
 
-    monkeypatch.setattr(adapt_vocab, "align", failing)
+    monkeypatch.setattr(initialization, "align", failing)
     change = dict(QUICK)
     with pytest.raises(MemoryError):
         adapt(world, tmp_path / "r", **change)
     failures.append(OSError("away again"))
     change["pipeline"] = {"max_retries": 2}
-    report, told = adapt(world, tmp_path / "r", **change)
+    report, log = adapt(world, tmp_path / "r", **change)
     assert report["finished"]
-    assert sum("again in 0 s" in line for line in told) == 2
+    assert sum("retrying in 0 s" in line for line in log) == 2
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"alignment": {"pivot_counts": 3}}, "alignment.pivot_counts: unknown key; did you mean 'pivot_count'?"),
-        ({"models": {"source_tokenizer": 320}}, "has 320 tokens, and the model in"),
-        ({"models": {"source_tokenizer": 400}}, "has other tokens than the model in"),
-        ({"vocab_adaptation": {"lora_target_modules": ["k_porj"]}}, "no matrix is called k_porj; did you mean 'k_proj"),
+        ({"models": {"source_tokenizer": 320}}, "has 320 tokens, but the model in"),
+        ({"models": {"source_tokenizer": 400}}, "has different tokens from the tokenizer of the model in"),
+        ({"vocab_adaptation": {"lora_target_modules": ["k_porj"]}}, "unknown matrix 'k_porj'; did you mean 'k_proj"),
         ({"evaluation": {"datasets": ["nowhere.txt"]}}, "nowhere.txt: no such file"),
         ({"evaluation": {"baseline_model": "nowhere"}}, "nowhere: no checkpoint here"),
         ({"corpus": {"val_fraction": 1e-6}}, "corpus.val_fraction: none of 140 documents is held out"),
         ({"models": {"target_tokenizer": "nowhere.model"}}, "no such tokenizer file"),
-        ({"vocab_adaptation": {"seq_len": 65}}, "65, and the model sees at most 64 tokens"),
+        ({"vocab_adaptation": {"seq_len": 65}}, "vocab_adaptation.seq_len: 65 is above the model's max_seq_len (64)"),
         ({"corpus": {"domain": "nowhere.txt"}}, "nowhere.txt"),
-        ({"evaluation": {"qa": "nowhere.jsonl"}}, "evaluation.qa: nowhere.jsonl: can't be read"),
+        ({"evaluation": {"qa": "nowhere.jsonl"}}, "evaluation.qa: nowhere.jsonl: cannot read"),
     ],
 )
-def test_what_does_not_fit_is_told_in_one_line(
+def test_invalid_settings_are_one_line_errors(
     change: dict[str, Any], message: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if size := change.get("models", {}).get("source_tokenizer"):
@@ -271,35 +293,36 @@ def test_what_does_not_fit_is_told_in_one_line(
     assert message in error
 
 
-def test_the_papers_rate_with_a_small_step_is_warned_of(world: Path, tmp_path: Path) -> None:
+def test_warning_for_the_papers_learning_rate_with_small_steps(world: Path, tmp_path: Path) -> None:
     change = {"vocab_adaptation": {"stage1_lr": 6.4e-4}}
     settings = load(write_config(world, tmp_path / "r", **change), [], AdaptConfig).config
-    (warning,) = adapt_checks.warnings(settings)
-    assert "0.00064 belongs to 2.1 million tokens a step, where here are 64" in warning
+    (warning,) = warnings(settings)
+    assert "stage1_lr: 0.00064 is high with 64 tokens per step" in warning
+    assert "2.1 million" in warning
     large = settings.vocab_adaptation.model_copy(update={"grad_accum_steps": -(-525000 // 64)})
-    assert adapt_checks.warnings(settings.model_copy(update={"vocab_adaptation": large})) == []
+    assert warnings(settings.model_copy(update={"vocab_adaptation": large})) == []
 
 
-def test_questions_are_answered_by_likelihood(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that always finds the same answer likeliest is right as often as that is the answer."""
-    from anarchobot.evaluation.likelihood import Likelihood
+def test_answers_are_chosen_by_likelihood(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that always prefers the same answer is right as often as that answer is."""
+    from anarchobot.evaluation.loglikelihood import LogLikelihood
     from anarchobot.inference.model import load_model
 
     monkeypatch.setattr(
-        adapt_evaluation,
-        "likelihoods",
-        lambda model, requests: [Likelihood(-float(i % 3 != 1), True) for i, _ in enumerate(requests)],
+        evaluation,
+        "loglikelihoods",
+        lambda model, requests: [LogLikelihood(-float(i % 3 != 1), True) for i, _ in enumerate(requests)],
     )
-    found = adapt_evaluation.question_answering(load_model(world / "model")[0], str(world / "qa.jsonl"), None)
+    found = answer_questions(load_model(world / "model")[0], str(world / "qa.jsonl"), None)
     assert found == {"qa_accuracy": 0.3333, "qa_commonest": 0.3333, "questions": 3}
 
 
-def test_a_row_that_is_no_question_is_told_with_its_line(tmp_path: Path) -> None:
+def test_an_invalid_question_is_reported_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "qa.jsonl").write_text('{"question": "a", "abstract": "b", "answer": "yes"}\n{"question": "a"}\n')
     with pytest.raises(Exception, match=r"qa.jsonl:2: expected a JSON object with question, abstract and answer"):
         read_questions(tmp_path / "qa.jsonl")
 
 
-def test_the_table_by_hand() -> None:
+def test_the_markdown_table() -> None:
     results = {"before": {"bits_per_byte": 2.0, "qa_accuracy": 0.5}, "after": {"bits_per_byte": 1.23456}}
-    assert table(results).splitlines()[2:] == ["| before | 2.0000 | 0.5000 |", "| after | 1.2346 | - |"]
+    assert to_markdown(results).splitlines()[2:] == ["| before | 2.0000 | 0.5000 |", "| after | 1.2346 | - |"]

@@ -1,0 +1,235 @@
+"""Stages of adapt-vocab from the text to a model with the new vocabulary, before training.
+
+corpus -> [terms] -> tokenizer -> [vectors] -> alignment -> initial
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anarchobot.config.adapt_schema import AdaptConfig
+from anarchobot.config.schema import Config, DataConfig, ModelConfig, TokenizerConfig, TrainConfig
+from anarchobot.config.strict_yaml import dump
+from anarchobot.data.document_batches import batch_documents
+from anarchobot.data.resume import source_provenance
+from anarchobot.data.sources.documents import DocumentCounts, from_files, open_source
+from anarchobot.exchange.pretrained import PretrainedModel
+from anarchobot.runs import checkpoint
+from anarchobot.storage.durable import write_atomic
+from anarchobot.tasks.adaptation.stages import Output, StageResult, StageRunner, Values
+from anarchobot.tokenizers.tokenizer import Tokenizer, copy_tokenizer, digest, load_tokenizer
+from anarchobot.tokenizers.training import limit_bytes, train_tokenizer
+from anarchobot.vocab.canonical_tokens import BEGIN, canonical_tokens
+from anarchobot.vocab.domain_corpus import read_corpus, write_corpus
+from anarchobot.vocab.domain_terms import mine_terms
+from anarchobot.vocab.embedding_init import EMBEDDING, count_zero_rows, initialize_embeddings
+from anarchobot.vocab.target_tokenizer import extend, is_one_token
+from anarchobot.vocab.token_alignment import BASELINES, AlignmentPlan, Vocabulary, align
+from anarchobot.vocab.token_vectors import VectorSettings, token_sentences, train_vectors
+from anarchobot.vocab.vector_alignment import Floats
+
+DOMAIN, GENERAL, HELD_OUT = "domain.jsonl", "general.jsonl", "held_out.jsonl"
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What all stages share: the configuration, the model to adapt and its tokenizer."""
+
+    settings: AdaptConfig
+    base: PretrainedModel
+    source: Tokenizer
+    stages: StageRunner
+    quiet: bool
+
+    @property
+    def seed(self) -> int:
+        return self.settings.vocab_adaptation.seed
+
+    def domain_texts(self, corpus: StageResult) -> Iterator[str]:
+        return read_corpus(corpus.folder / DOMAIN, self.settings.corpus.val_fraction, "train")
+
+    def general_texts(self, corpus: StageResult) -> Iterator[str]:
+        file = corpus.folder / GENERAL
+        return read_corpus(file, 0.0, "train") if file.is_file() else iter(())
+
+
+def build_corpus(run: Adaptation) -> StageResult:
+    """Writes the domain text, the general text and the held-out domain documents."""
+    own, cache = run.settings.corpus, run.settings.tokenization.cache_dir
+    datasets = {DOMAIN: own.domain} | ({GENERAL: own.general} if own.general is not None else {})
+    sources = {
+        file: DataConfig(dataset=names, text_field=own.text_field, documents=own.documents, cache_dir=cache)
+        for file, names in datasets.items()
+    }
+    inputs: dict[str, str] = {}
+    for file, data in sources.items():
+        names = [data.dataset] if isinstance(data.dataset, str) else list(data.dataset or [])
+        inputs |= {f"{file}: {key}": str(value) for key, value in source_provenance(names, data).items()}
+
+    def work(folder: Path) -> Output:
+        notes: Values = {}
+        for file, data in sources.items():
+            _, documents = open_source(data, run.seed, DocumentCounts(), warn=run.stages.log)
+            notes[file.removesuffix(".jsonl")] = write_corpus(
+                documents, folder / file, byte_budget=own.budget, deduplicate=own.dedup, seed=run.seed
+            )
+        held_out = [{"text": text} for text in read_corpus(folder / DOMAIN, own.val_fraction, "val")]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in held_out]
+        (folder / HELD_OUT).write_text("".join(lines), encoding="utf-8")
+        notes["held_out"] = len(held_out)
+        return [folder / file for file in (*sources, HELD_OUT)], notes
+
+    return run.stages.run("corpus", work, settings=own.model_dump() | {"seed": run.seed}, inputs=inputs)
+
+
+def build_tokenizer(run: Adaptation, corpus: StageResult) -> StageResult:
+    """Copies, trains or extends the target tokenizer, and compares its tokens per byte with the source's."""
+    given, own = run.settings.models.target_tokenizer, run.settings.tokenization
+    inputs = {"corpus": corpus.digest, "source": digest(run.source)}
+    vocab_size = own.vocab_size or run.base.model.vocab_size
+    settings: Values = {"target": own.target, "vocab_size": vocab_size}
+    terms: list[str] = []
+    if given is not None:
+        settings, inputs = {}, {"given": digest(load_tokenizer(given)), **inputs}
+    elif own.target == "extended":
+        mined = _mine_terms(run, corpus)
+        terms = json.loads((mined.folder / "terms.json").read_text(encoding="utf-8"))["words"]
+        settings, inputs = {"target": own.target}, inputs | {"terms": mined.digest}
+
+    def work(folder: Path) -> Output:
+        if given is not None:
+            copy_tokenizer(load_tokenizer(given), folder)
+        elif own.target == "extended":
+            extend(run.source, terms, folder)
+        else:  # the corpus is shuffled, so its beginning is a sample
+            sample = limit_bytes(run.domain_texts(corpus), TokenizerConfig().max_train_mb, [0])
+            train_tokenizer(sample, folder / "tokenizer", vocab_size)
+        target = load_tokenizer(folder)
+        return list(target.files), _tokens_per_byte(run, corpus, target) | {"vocab_size": target.vocab_size}
+
+    return run.stages.run("tokenizer", work, settings=settings, inputs=inputs)
+
+
+def _mine_terms(run: Adaptation, corpus: StageResult) -> StageResult:
+    own = run.settings.term_mining
+
+    def work(folder: Path) -> Output:
+        terms = mine_terms(
+            run.domain_texts(corpus),
+            run.general_texts(corpus),
+            **own.model_dump(),
+            is_known=lambda word: is_one_token(run.source, word),
+        )
+        values = {"words": [t.text for t in terms], "terms": [t._asdict() for t in terms]}
+        _write_json(folder / "terms.json", values)
+        return [folder / "terms.json"], {"terms": len(terms), "best": ", ".join(t.text for t in terms[:5])}
+
+    inputs = {"corpus": corpus.digest, "source": digest(run.source)}
+    return run.stages.run("terms", work, settings=own.model_dump(), inputs=inputs)
+
+
+def _tokens_per_byte(run: Adaptation, corpus: StageResult, target: Tokenizer) -> Values:
+    """Measures both tokenizers on the held-out text, or on all domain text if none is held out."""
+    file = corpus.folder / (HELD_OUT if corpus.notes["held_out"] else DOMAIN)
+    documents = from_files([str(file)], DataConfig(), DocumentCounts())
+    tokenizers, size = {"source": run.source, "target": target}, 0
+    tokens = dict.fromkeys(tokenizers, 0)
+    for batch in batch_documents(documents, DocumentCounts(), False, 0.0):
+        size += int(batch.sizes.sum())
+        for name, tokenizer in tokenizers.items():
+            tokens[name] += sum(map(len, tokenizer.encode_batch(batch.texts)))
+    return {f"tokens_per_byte_{name}": round(count / size, 4) for name, count in tokens.items()}
+
+
+def align_tokens(run: Adaptation, corpus: StageResult, tokenizer: StageResult, target: Tokenizer) -> StageResult:
+    """Chooses the source tokens of each target token: plan.npz and report.json."""
+    own = run.settings.alignment
+    inputs = {"tokenizer": tokenizer.digest, "source": digest(run.source)}
+    vectors = None if own.method in BASELINES else _train_vectors(run, corpus, tokenizer, target)
+    if vectors is not None:
+        inputs["vectors"] = vectors.digest
+
+    def vocabulary(name: str, tokenizer: Tokenizer) -> Vocabulary:
+        if vectors is None:
+            size = tokenizer.vocab_size
+            return Vocabulary(tokenizer, np.zeros((size, 1), np.float32), np.zeros(size, np.int64))
+        with np.load(vectors.folder / "vectors.npz", allow_pickle=False) as arrays:
+            return Vocabulary(tokenizer, arrays[name], arrays[f"{name}_counts"])
+
+    def work(folder: Path) -> Output:
+        plan, report = align(
+            vocabulary("source", run.source), vocabulary("target", target), **own.model_dump(), seed=run.seed
+        )
+        np.savez(folder / "plan.npz", allow_pickle=False, **vars(plan))
+        _write_json(folder / "report.json", report)
+        notes = {key: value for key, value in report.items() if key not in ("examples", "routes")}
+        return [folder / "plan.npz", folder / "report.json"], notes
+
+    return run.stages.run("alignment", work, settings=own.model_dump() | {"seed": run.seed}, inputs=inputs)
+
+
+def _train_vectors(run: Adaptation, corpus: StageResult, tokenizer: StageResult, target: Tokenizer) -> StageResult:
+    own, min_line_length = run.settings.embedding.fasttext, run.settings.tokenization.min_line_length
+    vector_settings = VectorSettings(
+        run.settings.embedding.backend, own.dim, own.window, own.negative, own.epochs, own.mincount, own.lr, own.thread
+    )
+
+    def work(folder: Path) -> Output:
+        arrays: dict[str, Any] = {}
+        for name, own_tokenizer in (("source", run.source), ("target", target)):
+            texts = chain(run.domain_texts(corpus), run.general_texts(corpus))
+            sentences = token_sentences(texts, own_tokenizer, min_line_length)
+            arrays[name], arrays[f"{name}_counts"] = train_vectors(
+                sentences, own_tokenizer.vocab_size, vector_settings, run.seed, folder
+            )
+        np.savez(folder / "vectors.npz", allow_pickle=False, **arrays)
+        tokens = {f"{name}_tokens": int(arrays[f"{name}_counts"].sum()) for name in ("source", "target")}
+        return [folder / "vectors.npz"], tokens
+
+    settings = run.settings.embedding.model_dump() | {"min_line_length": min_line_length, "seed": run.seed}
+    inputs = {"corpus": corpus.digest, "tokenizer": tokenizer.digest, "source": digest(run.source)}
+    return run.stages.run("vectors", work, settings=settings, inputs=inputs)
+
+
+def initialize_model(run: Adaptation, alignment: StageResult, tokenizer: StageResult, target: Tokenizer) -> StageResult:
+    """Writes the model with new embedding and output head rows and otherwise unchanged weights."""
+
+    def work(folder: Path) -> Output:
+        with np.load(alignment.folder / "plan.npz", allow_pickle=False) as arrays:
+            plan = AlignmentPlan(**{name: arrays[name] for name in arrays.files})
+        params = initialize_embeddings(run.base.weights, plan, run.seed)
+        step = write_model(folder, params, run.base, target)
+        return [step / "model.npz", step / "state.json"], {"zero_initialised": count_zero_rows(params[EMBEDDING])}
+
+    inputs = {"alignment": alignment.digest, "tokenizer": tokenizer.digest, "model": run.base.digest}
+    return run.stages.run("initial", work, settings={"seed": run.seed}, inputs=inputs)
+
+
+def adapted_config(base: PretrainedModel, target: Tokenizer) -> ModelConfig:
+    """The model's configuration with the vocabulary size and begin token of the target tokenizer."""
+    bos_id = None
+    if base.model.bos_id is not None:
+        begin_ids = (i for i, token in enumerate(canonical_tokens(target)) if token == BEGIN)
+        bos_id = next(begin_ids, target.eod_id)
+    return base.model.model_copy(update={"vocab_size": target.vocab_size, "bos_id": bos_id})
+
+
+def write_model(folder: Path, params: Mapping[str, Floats], base: PretrainedModel, target: Tokenizer) -> Path:
+    """Writes a run folder with a checkpoint at step 0; returns the checkpoint folder."""
+    model = adapted_config(base, target)
+    data = DataConfig(seq_len=min(base.config.data.seq_len, model.max_seq_len))
+    train = TrainConfig(save_dir=str(folder), tokenizer_path=str(folder / copy_tokenizer(target, folder)))
+    config = Config(model=model, data=data, train=train)
+    write_atomic(folder / "config.yaml", dump(config.model_dump()))
+    state = {"tokens": 0, "adapted": str(base.folder), "config": config.model_dump()}
+    arrays = {f"{checkpoint.PARAMS}{key}": array for key, array in params.items()}
+    return checkpoint.save(folder, 0, arrays, state)
+
+
+def _write_json(file: Path, values: Values) -> None:
+    write_atomic(file, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
