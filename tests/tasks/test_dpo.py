@@ -1,4 +1,4 @@
-"""Preference tuning from a base and pairs to a run: learnt, resumed exactly, its reference computed once."""
+"""Preference tuning end to end: it learns, resumes exactly and computes reference log-probabilities once."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,14 @@ import pytest
 
 from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
+from anarchobot.data.conversations.preference_pairs import PairBatch, PairDataset
+from anarchobot.data.conversations.tokenized import TokenTable
 from anarchobot.storage.lock import FolderLock
-from anarchobot.tasks.dpo import dpo
+from anarchobot.tasks import dpo as dpo_task
+from anarchobot.tasks.dpo import compute_ref_log_probs, dpo
+from anarchobot.tokenizers.chat_encoder import Encoded
 from anarchobot.training.preference_engine import PreferenceEngine
-from tests.tasks.test_pretrain import equal
+from tests.tasks.test_pretrain import assert_same_state
 from tests.tasks.tuning import base as base
 from tests.tasks.tuning import events, tuning
 from tests.tasks.tuning import preferences as preferences
@@ -21,9 +25,7 @@ from tests.tiny import LEFT_OUT
 @pytest.mark.parametrize(
     "settings", [{}, {"lora__r": 4}, {"preference__loss": "ipo"}, {"preference__loss": "orpo"}], ids=str
 )
-def test_a_model_learns_what_is_preferred(
-    tmp_path: Path, base: Path, preferences: Path, settings: dict[str, Any]
-) -> None:
+def test_model_learns_preferences(tmp_path: Path, base: Path, preferences: Path, settings: dict[str, Any]) -> None:
     summary = dpo(tuning(tmp_path, "run", base, preferences, train__total_steps=30, **settings), show="nothing")
     first, *_, last = events(tmp_path / "run", "eval")
     if "preference__loss" not in settings:
@@ -37,7 +39,7 @@ def test_a_model_learns_what_is_preferred(
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora__r": 4, "lora__dropout": 0.1}], ids=["all weights", "adapters"])
-def test_stopped_and_resumed_is_the_unbroken_run_and_the_reference_is_computed_once(
+def test_resumed_run_equals_uninterrupted_run_and_reuses_ref_log_probs(
     tmp_path: Path, base: Path, preferences: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dpo(tuning(tmp_path, "whole", base, preferences, **settings), show="nothing")
@@ -53,20 +55,20 @@ def test_stopped_and_resumed_is_the_unbroken_run_and_the_reference_is_computed_o
         (tmp_path / "whole" / "reference.json").write_text("{}")
         with pytest.raises(AssertionError, match="computed again"):
             dpo(tuning(tmp_path, "whole", base, preferences, **settings, train__checkpoint_path="auto"), show="nothing")
-    equal(tmp_path / "whole", tmp_path / "broken")
+    assert_same_state(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_a_reference_lost_is_made_anew_from_the_base(tmp_path: Path, base: Path, preferences: Path) -> None:
-    """Not from the weights that are trained by then."""
+def test_lost_ref_log_probs_are_recomputed_from_the_base(tmp_path: Path, base: Path, preferences: Path) -> None:
+    """Not from the weights trained so far."""
     for name in ("whole", "broken"):
         dpo(tuning(tmp_path, name, base, preferences, train__total_steps=3), show="nothing")
     (tmp_path / "broken" / "reference.json").unlink()
     for name in ("whole", "broken"):
         dpo(tuning(tmp_path, name, base, preferences, train__checkpoint_path="auto"), show="nothing")
-    equal(tmp_path / "whole", tmp_path / "broken")
+    assert_same_state(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_another_run_is_refused_before_anything_is_computed_or_written(
+def test_changed_settings_are_rejected_before_anything_is_computed_or_written(
     tmp_path: Path, base: Path, preferences: Path
 ) -> None:
     dpo(tuning(tmp_path, "run", base, preferences, train__total_steps=3), show="nothing")
@@ -84,17 +86,17 @@ def test_another_run_is_refused_before_anything_is_computed_or_written(
         assert not (tmp_path / name / "reference.json").exists()
 
 
-def test_a_budget_of_tokens_counts_both_answers(tmp_path: Path, base: Path, preferences: Path) -> None:
-    """Four pairs a step, two sequences of 48 in each: 384 tokens."""
+def test_token_budget_counts_both_answers(tmp_path: Path, base: Path, preferences: Path) -> None:
+    """Four pairs per step, each with two sequences of 48: 384 tokens."""
     budget = {"train__total_steps": LEFT_OUT, "train__token_budget": 1000}
     summary = dpo(tuning(tmp_path, "run", base, preferences, **budget), show="nothing")
     assert (summary["steps"], summary["tokens"]) == (3, 3 * 384)
 
 
-def test_a_run_goes_on_with_fewer_pairs_than_workers(
+def test_run_continues_with_fewer_pairs_than_workers(
     tmp_path: Path, base: Path, preferences: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Memory runs out for two pairs at once: one at a time, of which one worker has none, is the same run."""
+    """After running out of memory with two pairs, batches of one leave one worker idle but give the same run."""
     dpo(tuning(tmp_path, "whole", base, preferences, train__cpu_threads=1), show="nothing")
     step = PreferenceEngine.train_step
 
@@ -106,34 +108,115 @@ def test_a_run_goes_on_with_fewer_pairs_than_workers(
 
     monkeypatch.setattr(PreferenceEngine, "train_step", small)
     dpo(tuning(tmp_path, "halved", base, preferences, train__cpu_threads=2))
-    assert "going on with train.micro_batch_size=1" in capsys.readouterr().err
+    assert "train.micro_batch_size=1" in capsys.readouterr().err
     whole, halved = ([e["loss"] for e in events(tmp_path / name, "train")] for name in ("whole", "halved"))
     assert halved == pytest.approx(whole, rel=1e-3)
 
 
-def test_equal_answers_are_counted_and_wrong_settings_refused(
+def test_identical_answers_are_counted_and_unused_settings_rejected(
     tmp_path: Path, base: Path, preferences: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dpo(tuning(tmp_path, "run", base, preferences))
     said = capsys.readouterr().err
-    assert "60 rows read, 58 kept" in said and "pairs.jsonl:59" in said and "left out: 2" in said
+    assert "60 rows read, 58 kept" in said and "pairs.jsonl:59" in said and "skipped 2" in said
     for overrides, match in (
         ({"train__backend": "torch"}, "torch has no preference tuning"),
-        ({"chat__train_on": "all"}, "chat.train_on: is about conversations"),
-        ({"chat__pack": False}, "chat.pack: is about conversations, not pairs of answers: leave it out"),
-        ({"chat__format": "alpaca"}, "chat.format: is about conversations"),
-        ({"chat__rouge_samples": 2}, "chat.rouge_samples: is about conversations"),
-        ({"data__text_field": "content"}, "data.text_field: is about conversations"),
-        ({"data__fallback": "builtin"}, "data.fallback: is about documents"),
-        ({"train__trainable": "embeddings"}, r"train.trainable: is for training on documents \(pretrain\): leave it"),
-        ({"train__first_sequence": 8}, "train.first_sequence: is for training on documents"),
-        ({"preference__loss": "ipo", "preference__label_smoothing": 0.1}, "label_smoothing: is for preference.loss: s"),
+        ({"chat__train_on": "all"}, "chat.train_on: applies only to sft"),
+        ({"chat__pack": False}, "chat.pack: applies only to sft: remove it"),
+        ({"chat__format": "alpaca"}, "chat.format: applies only to sft"),
+        ({"chat__rouge_samples": 2}, "chat.rouge_samples: applies only to sft"),
+        ({"data__text_field": "content"}, "data.text_field: applies only to sft"),
+        ({"data__fallback": "builtin"}, "data.fallback: applies to documents"),
+        ({"train__trainable": "embeddings"}, "train.trainable: applies only to pretrain: remove it"),
+        ({"train__first_sequence": 8}, "train.first_sequence: applies only to pretrain"),
+        (
+            {"preference__loss": "ipo", "preference__label_smoothing": 0.1},
+            "label_smoothing: applies only to preference.loss: s",
+        ),
         (
             {"preference__loss": "orpo", "preference__label_smoothing": 0.1},
-            "label_smoothing: is for preference.loss: s",
+            "label_smoothing: applies only to preference.loss: s",
         ),
     ):
         with pytest.raises(UserError, match=match):
             dpo(tuning(tmp_path, "other", base, preferences, **overrides), show="nothing")
     assert main(["dpo", str(tmp_path / "run.yaml"), "--dataset", str(tmp_path / "none.jsonl"), "train.save_dir=x"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# Reference log-probabilities
+
+
+def numbered_pairs(count: int, first: int) -> PairDataset:
+    """The answers of pair n are the tokens n + first, 1 and n + first, 2."""
+    sides = (
+        TokenTable.from_encoded(
+            (Encoded(np.array([n + first, side]), np.array([False, True])) for n in range(count)), 99
+        )
+        for side in (1, 2)
+    )
+    return PairDataset(*sides, seq_len=1, pad_id=0)
+
+
+class FakeEngine:
+    """log_prob = -10 * input - target. Raises MemoryError above `max_pairs` pairs, KeyboardInterrupt after `calls`."""
+
+    def __init__(self, max_pairs: int = 99, calls: int = 99) -> None:
+        self.max_pairs, self.calls, self.batch_sizes = max_pairs, calls, list[int]()
+
+    def log_probs(self, batch: PairBatch) -> Any:
+        self.batch_sizes.append(batch.inputs.shape[1])
+        if batch.inputs.shape[1] > self.max_pairs:
+            raise MemoryError
+        if len(self.batch_sizes) > self.calls:
+            raise KeyboardInterrupt
+        return (-10 * batch.inputs - batch.targets)[..., 0].astype(np.float32)
+
+
+SPLITS = (numbered_pairs(7, 10), numbered_pairs(4, 50))
+EXPECTED = [np.array([[-10 * (n + first) - 1, -10 * (n + first) - 2] for n in range(count)], np.float32)
+          for count, first in ((7, 10), (4, 50))]  # fmt: skip
+
+
+def check_log_probs(
+    engine: FakeEngine, folder: Path, batch_size: int = 2, key: str = "m", log: list[str] | None = None
+) -> None:
+    lines = log if log is not None else []
+    values = compute_ref_log_probs(engine, SPLITS, folder, key, batch_size, lines.append)  # type: ignore[arg-type]
+    for actual, expected in zip(values, EXPECTED, strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_ref_log_probs_are_computed_once_and_cached(tmp_path: Path) -> None:
+    engine, log = FakeEngine(), list[str]()
+    check_log_probs(engine, tmp_path, log=log)
+    assert engine.batch_sizes == [2] * 6 and log == ["computing reference log-probabilities of 11 pairs"]
+    check_log_probs(FakeEngine(calls=0), tmp_path, log=log)
+    assert len(log) == 1
+    with pytest.raises(KeyboardInterrupt):
+        check_log_probs(FakeEngine(calls=0), tmp_path, key="another")
+    (tmp_path / "reference.json").write_text("{}")
+    check_log_probs(engine, tmp_path)
+
+
+def test_ref_log_probs_survive_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dpo_task, "SAVE_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        check_log_probs(FakeEngine(calls=5), tmp_path)
+    rest, log = FakeEngine(), list[str]()
+    check_log_probs(rest, tmp_path, log=log)
+    assert len(rest.batch_sizes) == 1
+    assert log == ["computing reference log-probabilities of 2 pairs", "11 of 11 pairs"]
+
+
+def test_ref_log_probs_out_of_memory_lowers_the_batch_size_then_fails_in_one_line(tmp_path: Path) -> None:
+    engine, log = FakeEngine(max_pairs=2), list[str]()
+    check_log_probs(engine, tmp_path, batch_size=5, log=log)
+    assert engine.batch_sizes == [5, 3, 2, 2, 2, 2, 2, 2]
+    assert log[1:] == [
+        "out of memory: continuing with batches of 3 pairs",
+        "out of memory: continuing with batches of 2 pairs",
+    ]
+    with pytest.raises(UserError, match=r"out of memory .* of one pair") as error:
+        check_log_probs(FakeEngine(max_pairs=0), tmp_path, key="another")
+    assert "\n" not in str(error.value)

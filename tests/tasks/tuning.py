@@ -1,4 +1,4 @@
-"""What the tests of sft and dpo share: a base model, conversations and pairs, so small that a run takes a second."""
+"""Shared by the tests of sft and dpo: a base model, conversations and pairs, small enough for runs of a second."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from anarchobot.tasks.finetuning import load_tuning_config
 from anarchobot.tasks.pretrain import pretrain
 from tests.tiny import LEFT_OUT, loaded
 
-COLOURS = ("red", "blue", "green", "black", "white")
+COLORS = ("red", "blue", "green", "black", "white")
 
 
 @pytest.fixture(scope="session")
@@ -25,13 +25,13 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty conversations: one is asked for a colour, and says it."""
+    """Sixty conversations in which the assistant repeats a color."""
     path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
     draw = random.Random(0)
     rows = []
     for i in range(60):
-        colour = draw.choice(COLOURS)
-        turns = [("user", f"Say {colour} {i}"), ("assistant", f"{colour} {colour}")] * draw.choice((1, 2))
+        color = draw.choice(COLORS)
+        turns = [("user", f"Say {color} {i}"), ("assistant", f"{color} {color}")] * draw.choice((1, 2))
         rows.append({"messages": [{"role": role, "content": content} for role, content in turns]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -39,11 +39,11 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty pairs, of which two are equal: politeness is preferred."""
+    """Sixty pairs that prefer politeness; two have identical answers."""
     path = tmp_path_factory.mktemp("preferences") / "pairs.jsonl"
     draw = random.Random(0)
     rows = [
-        {"prompt": f"Say {(c := draw.choice(COLOURS))} {i}", "chosen": f"{c} please", "rejected": f"no {c}"}
+        {"prompt": f"Say {(c := draw.choice(COLORS))} {i}", "chosen": f"{c} please", "rejected": f"no {c}"}
         for i in range(58)
     ]
     rows += [{"prompt": "Hello", "chosen": "same", "rejected": "same"}] * 2
@@ -52,7 +52,7 @@ def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tuning(folder: Path, name: str, base: Path, dataset: Path, **overrides: Any) -> LoadedConfig:
-    """A config for sft or dpo into folder/name; `overrides` as for tests/tiny.py."""
+    """A config for sft or dpo with save_dir folder/name; `overrides` as in tests/tiny.py."""
     config: dict[str, dict[str, Any]] = {
         "data": {"dataset": str(dataset), "seq_len": 48, "val_fraction": 0.2},
         "train": {
