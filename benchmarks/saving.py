@@ -26,7 +26,7 @@ def main() -> None:
     load_fast_blas()
     from anarchobot.config.schema import Config
     from anarchobot.data.batches import Batch
-    from anarchobot.runs.async_checkpointer import SaveResult, AsyncCheckpointer
+    from anarchobot.runs.async_checkpointer import AsyncCheckpointer, SaveResult
     from anarchobot.training.mlx_engine import MLXEngine
 
     model = {"vocab_size": 16384, "n_layers": 11, "d_model": 768, "n_heads": 12, "dropout": 0.0}

@@ -39,7 +39,7 @@ def main() -> None:
         one, two = start_ranks(1, whole, arguments.steps), start_ranks(2, whole // 2, arguments.steps)
         shared = start_ranks(2, whole // 2, arguments.steps, "--share-muon")
         result[f"{whole} micro-batches"] = {"one process": one, "two ranks": two, "two ranks, Muon shared": shared}
-        print(f"{whole} micro-batches per step: {one['step_seconds']} s, with two ranks {two['step_seconds']} s, of which "
+        print(f"{whole} micro-batches per step: {one['step_seconds']} s, two ranks {two['step_seconds']} s, of which "
               f"{two['exchange_seconds']} s to exchange {two['bytes']:,} bytes; with sharded Muon "
               f"{shared['step_seconds']} s: update {shared['update_seconds']} instead of {two['update_seconds']} s"
         )  # fmt: skip

@@ -74,7 +74,6 @@ def test_missing_pytorch_error(tmp_path: Path, tiny_shards: Path) -> None:
     config = write_config(tmp_path / "config.yaml", tiny_shards, tmp_path / "run")
     done = without(("torch",), "pretrain", str(config), "--backend", "torch")
     assert done.returncode == 2
-    assert done.stderr.splitlines() == [
-        "anarchobot: train.backend: torch, but PyTorch is not installed: pip install 'anarchobot[torch]'"
-    ]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("anarchobot: train.backend: torch") and "pip install 'anarchobot[torch]'" in line
     assert not (tmp_path / "run").exists()

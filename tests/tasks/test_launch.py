@@ -149,13 +149,13 @@ OUT_OF_MEMORY = """
     from anarchobot.system.blas import load_fast_blas
     load_fast_blas()
     from anarchobot.training.mlx_engine import MLXEngine
-    share, tries = MLXEngine._share, []
+    real, tries = MLXEngine._worker_gradients, []
     def failing(self, batch, step, *rest):
         tries.append(step)
         if os.environ["MLX_RANK"] == "1" and tries == [1, 2]:
             raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
-        return share(self, batch, step, *rest)
-    MLXEngine._share = failing
+        return real(self, batch, step, *rest)
+    MLXEngine._worker_gradients = failing
     sys.exit(main(sys.argv[1:]))
 """
 
@@ -209,13 +209,16 @@ def test_single_process_tasks_are_refused(tmp_path: Path, tiny_shards: Path, mon
     ("words", "message"),
     [
         (["-n", "0", "--", "pretrain", "x"], "argument -n/--ranks: expected an integer >= 1, got '0'"),
-        (["--backend", "tcp", "--", "pretrain", "x"], "argument --backend: expected one of ring, mpi, nccl, jaccl, got 'tcp'"),
+        (
+            ["--backend", "tcp", "--", "pretrain", "x"],
+            "argument --backend: expected one of ring, mpi, nccl, jaccl, got 'tcp'",
+        ),
         (["--hosts", "a", "--hostfile", "f", "--", "pretrain", "x"], "--hosts and --hostfile: expected only one"),
         (["--hostfile", "f", "-n", "2", "--", "pretrain", "x"], "--ranks: not allowed with --hostfile"),
         (["--", "generate", "x"], "launch: expected a command after --: pretrain or sft"),
         (["--", "pretrain", "none.yaml"], "none.yaml: no such file"),
         (["--", "pretrain", "configs/quickstart.yaml", "--lr", "fast"], "train.lr"),
-        (["--", "sft", "configs/quickstart.yaml"], "expected the model to tune"),
+        (["--", "sft", "configs/quickstart.yaml"], "expected the model to fine-tune"),
     ],
 )
 def test_usage_errors(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,17 +150,17 @@ def test_non_finite_batch_does_not_change_the_weights(
     """With NaN in the gradient of step 3, the weights stay those of step 2, and the batch is logged."""
     from anarchobot.training.mlx_engine import MLXEngine
 
-    real = MLXEngine._share
+    real = MLXEngine._worker_gradients
 
-    def poisoned(self: MLXEngine, batch: Any, step: int, factor: float, worker: int) -> Any:
-        total, sums = real(self, batch, step, factor, worker)
+    def poisoned(self: MLXEngine, batch: Any, step: int, scale: float, worker: int) -> Any:
+        total, sums = real(self, batch, step, scale, worker)
         if step == 3:
             name = "model.layers.0.mlp.up_proj.weight"
             sums[name] = sums[name] * float("nan")
             mx.eval(sums)
         return total, sums
 
-    monkeypatch.setattr(MLXEngine, "_share", poisoned)
+    monkeypatch.setattr(MLXEngine, "_worker_gradients", poisoned)
     _, lines = run_with("run", train__ckpt_interval=1, train__eval_interval=10)
     (skip,) = [line for line in lines if line["event"] == "skip"]
     assert (skip["step"], skip["reason"], skip["first_window"], skip["windows"]) == (3, "not finite", 8, 4)
@@ -292,7 +292,7 @@ def test_mismatches_are_refused_before_anything_is_written(tmp_path: Path, tiny_
         r"config.yaml:\d+: model.vocab_size: 400, but the shards .* 384 tokens: set model.vocab_size: 384",
         config, tiny_shards, run, model__vocab_size=400,
     )  # fmt: skip
-    refused("less than one sequence of data.seq_len", config, tiny_shards, run, data__seq_len=10**6,
+    refused("fewer than one sequence of data.seq_len", config, tiny_shards, run, data__seq_len=10**6,
             model__max_seq_len=10**6)  # fmt: skip
     refused("no checkpoint here", config, tiny_shards, run, train__checkpoint_path=str(tmp_path / "none"))
     other = make_shards(tmp_path / "other", megabytes=0.05)

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from anarchobot.model.llama.flops import model_step
 
 from anarchobot.cli.main import main
 from anarchobot.config.loading import load_config
 from anarchobot.config.schema import Config
+from anarchobot.model.parameters import model_flops
 from anarchobot.runs import checkpoint
 from anarchobot.tasks import supervise
 from anarchobot.training.signals import PARENT_ENV
@@ -93,7 +93,7 @@ def test_long_runs_are_supervised_by_default(
     long = load_config(tmp_path / "c.yaml", ["train.total_steps=20000000"]).config
     assert not supervise.should_supervise(short)
     assert supervise.should_supervise(long)
-    per_step = 2 * model_step(short.model, 2, [(0, 32)])
+    per_step = 2 * model_flops(short.model, 2, [(0, 32)])
     assert supervise.estimate_seconds(long) == pytest.approx(2e7 * per_step / supervise.CPU_RATE)
 
     def with_supervise(config: Config, value: bool) -> Config:
@@ -113,7 +113,7 @@ def test_duration_of_a_tuning_run_is_estimated_from_its_files(tmp_path: Path, ti
     words = ["train.epochs=2", "train.micro_batch_size=2", "train.grad_accum_steps=1"]
     path = write_config(tmp_path / "c.yaml", tiny_shards, tmp_path / "run")
     local = load_config(path, [*words, f"data.dataset={tmp_path}/chats"]).config
-    step = model_step(local.model, 2, [(0, 32)])
+    step = model_flops(local.model, 2, [(0, 32)])
     assert supervise.estimate_seconds(local, tuning=True) == pytest.approx(300 * step / supervise.CPU_RATE)
     assert not supervise.should_supervise(local, tuning=True)
     remote = load_config(path, [*words, "data.dataset=somebody/chats"]).config
