@@ -1,18 +1,23 @@
-"""One GGUF file of a model and its tokenizer, for llama.cpp and what is built on it.
+"""Exports a model and its tokenizer as one GGUF file, for llama.cpp and the programs built on it.
+
+Tokenizers that llama.cpp implements: SentencePiece BPE, and byte-level BPE with a pre-tokenizer that it knows by name.
 
 Keys and tensor names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import ModelConfig
-from anarchobot.exchange.gguf_vocabulary import SpecialTokens, Vocabulary
-from anarchobot.exchange.targets import architecture
-from anarchobot.exchange.dtypes import Dtype, Float32, narrowed
+from anarchobot.exchange.chat_format import ChatFormat
+from anarchobot.exchange.dtypes import Dtype, Float32, to_dtype
+from anarchobot.exchange.targets import architecture_name
+from anarchobot.exchange.tokenizer_json import CONTROL
+from anarchobot.tokenizers.sentencepiece_to_json import NORMAL, UNUSED, USER_DEFINED
+from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, read_sentencepiece_proto
 
 FILE_NAME = "model.gguf"
 _IN_BLOCK = {
@@ -29,10 +34,39 @@ _IN_BLOCK = {
     "mlp.down_proj": "ffn_down",
 }
 _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+# Pre-tokenizer patterns of Llama 3 and Qwen 2 in tokenizer.json, and llama.cpp's names for them.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_PRE_TOKENIZERS = {rf"{_WORDS}\p{{N}}{{1,3}}{_REST}": "llama-bpe", rf"{_WORDS}\p{{N}}{_REST}": "qwen2"}
+
+
+class Vocabulary(NamedTuple):
+    """`model` and `pre` are llama.cpp's names of the algorithm and the pre-tokenizer. `tokens`, `types` and `scores`
+    have an entry per token; byte-level BPE has no scores."""
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    scores: list[float]
+    merges: list[str]
+    unknown_id: int | None
+    space_prefix: bool
+
+
+class SpecialTokens(NamedTuple):
+    """`add_bos`: whether llama.cpp prepends `bos`. `eot`: the end-of-turn token, if answers end with another token than
+    `eos`."""
+
+    bos: int
+    add_bos: bool
+    eos: int
+    eot: int | None = None
+    template: str | None = None
 
 
 def gguf_package() -> Any:
-    """The package that writes the format. Raises UserError when it is not installed."""
+    """Imports the optional gguf package. Raises UserError if it is not installed."""
     try:
         import gguf
     except ModuleNotFoundError:
@@ -49,11 +83,13 @@ def write(
     tokens: SpecialTokens,
     dtype: Dtype,
 ) -> None:
-    """Matrices as `dtype`, norms and biases as float32, which llama.cpp wants. Raises UserError when a value is out of
-    range."""
+    """Writes matrices as `dtype`, norms and biases as float32, as llama.cpp requires.
+
+    Raises UserError if a value overflows `dtype`.
+    """
     gguf = gguf_package()
-    kind = architecture(model).lower()
-    writer = gguf.GGUFWriter(path, kind)
+    architecture = architecture_name(model).lower()
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(name)
     file_types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
     writer.add_file_type(gguf.LlamaFileType[file_types[dtype]])
@@ -72,10 +108,10 @@ def write(
     writer.add_layer_norm_rms_eps(model.norm_eps)
     _add_vocabulary(writer, vocabulary, tokens)
     for our_name, array in params.items():
-        if kind == "llama" and our_name.endswith((".q_proj.weight", ".k_proj.weight")):
-            array = interleaved(array, model.head_size)
-        stored = narrowed(our_name, array, dtype) if array.ndim == 2 else array
-        if stored.dtype == np.uint16:  # bfloat16, which the package takes as bytes
+        if architecture == "llama" and our_name.endswith((".q_proj.weight", ".k_proj.weight")):
+            array = interleave(array, model.head_size)
+        stored = to_dtype(our_name, array, dtype) if array.ndim == 2 else array
+        if stored.dtype == np.uint16:  # bfloat16, which the package expects as bytes
             bits = np.ascontiguousarray(stored).view(np.uint8)
             writer.add_tensor(tensor_name(our_name), bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
         else:
@@ -95,9 +131,11 @@ def tensor_name(name: str) -> str:
     return f"blk.{number}.{_IN_BLOCK[inner]}.{part}"
 
 
-def interleaved(projection: Float32, head_size: int) -> Float32:
-    """The rows of a query or key projection [H E, D] in the order that llama.cpp's llama rotates: neighbours in pairs,
-    (0, E/2, 1, E/2 + 1, ...) of each head, where ours pairs the halves. Its qwen2 and qwen3 pair the halves too."""
+def interleave(projection: Float32, head_size: int) -> Float32:
+    """Reorders the rows of a query or key projection [H E, D] to (0, E/2, 1, E/2 + 1, ...) within each head.
+
+    llama.cpp's llama applies RoPE to adjacent pairs; our model, like its qwen2 and qwen3, to the two halves of a head.
+    """
     halves = projection.reshape(-1, 2, head_size // 2, projection.shape[1])  # [H, 2, E/2, D]
     return halves.swapaxes(1, 2).reshape(projection.shape)
 
@@ -122,3 +160,97 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, tokens: SpecialTokens) 
         writer.add_eot_token_id(tokens.eot)
     if tokens.template is not None:
         writer.add_chat_template(tokens.template)
+
+
+def special_tokens(tokenizer: Tokenizer, bos_id: int, chat: ChatFormat | None) -> SpecialTokens:
+    """`bos_id` is the token that starts a text.
+
+    llama.cpp prepends BOS to texts and to rendered conversations alike, unless a conversation already starts with it.
+    So with a chat template, BOS is added only if the template starts with it. Templates that refer to bos_token and
+    eos_token get these two tokens.
+    """
+    if chat is None:
+        return SpecialTokens(bos_id, True, tokenizer.eod_id)
+    assert isinstance(tokenizer, SentencePieceTokenizer | HFTokenizer)
+    named = chat.special_tokens.get("eos_token") if chat.mentions("eos_token") else None
+    eos = tokenizer.eod_id if named is None else tokenizer.control_tokens[named]
+    other_stops = [token for token in reversed(chat.stop_ids) if token != eos]
+    bos = bos_id if chat.bos_id is None else chat.bos_id
+    eot = other_stops[0] if other_stops else None
+    return SpecialTokens(bos, chat.bos_id is not None, eos, eot, chat.template.source)
+
+
+def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    """Raises UserError for a tokenizer that llama.cpp does not implement."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return _sentencepiece(tokenizer)
+    assert isinstance(tokenizer, HFTokenizer)
+    return _byte_level(tokenizer)
+
+
+def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
+    path = tokenizer.files[0]
+    proto = read_sentencepiece_proto(path)
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    if trainer.model_type != trainer.BPE or not trainer.byte_fallback:
+        raise _unsupported(path, "of SentencePiece models, llama.cpp supports only BPE with byte fallback")
+    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
+        raise _unsupported(path, "it has a normalizer, which llama.cpp's BPE does not support")
+    return Vocabulary(
+        model="llama",
+        pre="default",
+        tokens=[piece.piece for piece in proto.pieces],
+        types=[piece.type for piece in proto.pieces],
+        scores=[piece.score for piece in proto.pieces],
+        merges=[],
+        unknown_id=trainer.unk_id,
+        space_prefix=normalizer.add_dummy_prefix,
+    )
+
+
+def _byte_level(tokenizer: HFTokenizer) -> Vocabulary:
+    path, spec = tokenizer.files[0], tokenizer.spec()
+    model = spec["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        raise _unsupported(path, "llama.cpp supports only byte-level BPE from a tokenizer.json")
+    normalizer = spec["normalizer"]
+    if normalizer is not None and normalizer["type"] != "NFC":
+        raise _unsupported(path, f"llama.cpp has no {normalizer['type']} normalizer")
+    tokens = [f"[PAD{i}]" for i in range(tokenizer.vocab_size)]
+    types = [UNUSED] * tokenizer.vocab_size
+    for token, i in model["vocab"].items():
+        tokens[i], types[i] = token, NORMAL
+    for added in spec["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    return Vocabulary(
+        model="gpt2",
+        pre=_pre_tokenizer(path, spec["pre_tokenizer"]),
+        tokens=tokens,
+        types=types,
+        scores=[],
+        merges=[" ".join(pair) for pair in model["merges"]],
+        unknown_id=None,
+        space_prefix=False,
+    )
+
+
+def _pre_tokenizer(path: Path, spec: dict[str, Any] | None) -> str:
+    """Returns llama.cpp's name of a pre-tokenizer.
+
+    GPT-2's pattern is part of the ByteLevel step; the other patterns are a Split before it.
+    """
+    steps = spec["pretokenizers"] if spec and spec["type"] == "Sequence" else [spec or {"type": "none"}]
+    *before, last = steps
+    if last["type"] == "ByteLevel" and not last["add_prefix_space"]:
+        if not before and last["use_regex"]:
+            return "gpt-2"
+        if len(before) == 1 and not last["use_regex"] and before[0]["type"] == "Split":
+            pattern = before[0]["pattern"].get("Regex")
+            if pattern in _PRE_TOKENIZERS and before[0]["behavior"] == "Isolated":
+                return _PRE_TOKENIZERS[pattern]
+    raise _unsupported(path, "its pre-tokenizer is not GPT-2's, Llama 3's or Qwen 2's")
+
+
+def _unsupported(path: Path, reason: str) -> UserError:
+    return UserError(f"{path}: this tokenizer can't be exported to GGUF: {reason}: export to hf or mlx")

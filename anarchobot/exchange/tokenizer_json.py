@@ -1,11 +1,11 @@
-"""Any of our tokenizers as the files that transformers and mlx-lm read: tokenizer.json and tokenizer_config.json.
+"""Exports any tokenizer as the files that transformers and mlx-lm read: tokenizer.json and tokenizer_config.json.
 
-A text's own spaces stand in the vocabulary as spaces, not as SentencePiece's U+2581: so a U+2581 of the text is what it
-is to our tokenizers, three bytes, and nothing has to be replaced. Ordinary text never becomes a control token, whatever
-it says (`split_special_tokens`); and a token is put before a text, as the model has always seen one there.
+In the exported vocabulary a space is a space, not SentencePiece's U+2581. A U+2581 in the text is therefore encoded as
+its three UTF-8 bytes, as by our tokenizers. Control tokens in text are encoded as text (`split_special_tokens`), and
+the tokenizer prepends the token that texts started with in training.
 
-A chat template is written as text and tokenised again by those programs, so with one, and as everywhere, a control
-token's name is that token, whoever wrote it. What a template renders gets nothing put before it.
+With a chat template, these libraries render a conversation to text before tokenizing it, so a control token's name
+anywhere in the conversation becomes that token. Nothing is prepended to a rendered conversation.
 """
 
 import json
@@ -14,47 +14,51 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.config.errors import UserError
-from anarchobot.exchange.chat_format import Chat
+from anarchobot.exchange.chat_format import ChatFormat
 from anarchobot.tokenizers.chat_template import FILE
 from anarchobot.tokenizers.fast_tokenizer import adversarial_texts
 from anarchobot.tokenizers.sentencepiece_to_json import BYTE, NORMAL, NotConvertible, spm_to_json
-from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer
+from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, read_sentencepiece_proto
 
-UNKNOWN, CONTROL = 2, 3  # a piece's types, beside those of spm_to_json
-TIES = (
-    "a unigram tokenizer in tokenizer.json: of ways to cut a text that are equally likely, transformers and mlx-lm may "
-    "take another than SentencePiece; the exact one is tokenizer.model"
+UNKNOWN, CONTROL = 2, 3  # SentencePiece piece types, in addition to those in sentencepiece_to_json
+UNIGRAM_WARNING = (
+    "unigram tokenizer in tokenizer.json: where several segmentations of a text are equally likely, transformers and "
+    "mlx-lm may choose a different one than SentencePiece; tokenizer.model is exact"
 )
 
 
-def tokenizer_files(tokenizer: Tokenizer, max_seq_len: int, bos_id: int, chat: Chat | None = None) -> dict[str, bytes]:
-    """File names and contents: tokenizer.json, tokenizer_config.json, and tokenizer.model and chat_template.jinja where
-    there is one. `bos_id` is what a text begins with.
+def tokenizer_files(
+    tokenizer: Tokenizer, max_seq_len: int, bos_id: int, chat: ChatFormat | None = None
+) -> dict[str, bytes]:
+    """Returns the contents of tokenizer.json and tokenizer_config.json, and of tokenizer.model and chat_template.jinja
+    if the tokenizer has them, by file name. `bos_id` is the token that starts a text.
 
-    A tokenizer.json is passed on, but for that. Raises UserError for a SentencePiece model that has no equal.
+    An existing tokenizer.json is kept, except for its post-processor and added tokens. Raises UserError for a
+    SentencePiece model with no equivalent tokenizer.json.
     """
     import tokenizers
 
     files = {}
     if isinstance(tokenizer, SentencePieceTokenizer):
         path = tokenizer.files[0]
-        spec = proto(path)
+        proto = read_sentencepiece_proto(path)
         try:
-            whole = _bpe(path, spec) if spec.trainer_spec.model_type == spec.trainer_spec.BPE else _unigram(spec)
+            is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
+            spec = _bpe(path, proto) if is_bpe else _unigram(proto)
         except NotConvertible as reason:
-            raise UserError(f"{path}: this tokenizer can't be written as tokenizer.json: {reason}") from None
+            raise UserError(f"{path}: can't be converted to tokenizer.json: {reason}") from None
         files["tokenizer.model"] = path.read_bytes()
     else:
         assert isinstance(tokenizer, HFTokenizer)
-        passed_on = len(tokenizer.files) == 1  # else GPT-2's two files
-        used = described(tokenizer)
-        # The file's own, but with ends of document and the marks of chats as the control tokens that they are here.
-        own = json.loads(tokenizer.files[0].read_bytes()) if passed_on else used
-        whole = {**own, "added_tokens": used["added_tokens"]}
-    names = tokenizers.Tokenizer.from_str(json.dumps(whole))
-    bos, eos = (str(names.id_to_token(i)) for i in (bos_id, tokenizer.eod_id))
-    files["tokenizer.json"] = _dumped({**whole, "post_processor": _begins_with(bos, bos_id)})
-    settings = {
+        effective = tokenizer.spec()
+        is_gpt2 = len(tokenizer.files) > 1  # vocab.json and merges.txt
+        original = effective if is_gpt2 else json.loads(tokenizer.files[0].read_bytes())
+        # End-of-document and chat tokens must be control tokens, even if the original file has them as text.
+        spec = {**original, "added_tokens": effective["added_tokens"]}
+    parsed = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    bos, eos = (str(parsed.id_to_token(i)) for i in (bos_id, tokenizer.eod_id))
+    files["tokenizer.json"] = _to_bytes({**spec, "post_processor": _prepend_token(bos, bos_id)})
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
         "eos_token": eos,
@@ -65,93 +69,80 @@ def tokenizer_files(tokenizer: Tokenizer, max_seq_len: int, bos_id: int, chat: C
     }
     if chat is not None:
         files[FILE] = chat.template.source.encode()
-        settings |= chat.tokens
-        if "bos_token" not in chat.tokens and chat.speaks_of("bos_token"):
-            del settings["bos_token"]  # to the template it was none
-        if settings.get("bos_token") != bos:
-            del settings["add_bos_token"]  # tokenizer.json says what a text begins with
-    files["tokenizer_config.json"] = _dumped(settings)
+        config |= chat.special_tokens
+        if "bos_token" not in chat.special_tokens and chat.mentions("bos_token"):
+            del config["bos_token"]  # the template was used without one in training
+        if config.get("bos_token") != bos:
+            del config["add_bos_token"]  # the post-processor in tokenizer.json prepends another token
+    files["tokenizer_config.json"] = _to_bytes(config)
     return files
 
 
-def differences(tokenizer: Tokenizer, written: bytes) -> str | None:
-    """A line for people if a tokenizer.json gives other ids than `tokenizer` on texts made to break tokenizers."""
+def find_mismatch(tokenizer: Tokenizer, tokenizer_json: bytes) -> str | None:
+    """Returns a warning if a tokenizer.json gives other ids than `tokenizer` on adversarial texts."""
     import tokenizers
 
-    json_tokenizer = tokenizers.Tokenizer.from_str(written.decode())
-    json_tokenizer.encode_special_tokens = True
-    json_tokenizer.no_truncation()
-    json_tokenizer.no_padding()
+    exported = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
+    exported.encode_special_tokens = True
+    exported.no_truncation()
+    exported.no_padding()
     texts = adversarial_texts()
-    encoded = json_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    theirs = exported.encode_batch_fast(texts, add_special_tokens=False)
     ours = tokenizer.encode_batch(texts)
-    wrong = [text for text, e, ids in zip(texts, encoded, ours, strict=True) if e.ids != ids.tolist()]
+    wrong = [text for text, a, b in zip(texts, theirs, ours, strict=True) if a.ids != b.tolist()]
     if not wrong:
         return None
     return (
-        f"tokenizer.json gives other ids than {tokenizer.files[0].name} on {len(wrong)} of {len(texts)} texts made to "
-        f"break tokenizers, such as {wrong[0][:40]!a}"
+        f"tokenizer.json gives other ids than {tokenizer.files[0].name} on {len(wrong)} of {len(texts)} adversarial "
+        f"texts, for example {wrong[0][:40]!a}"
     )
 
 
-def proto(path: Path) -> Any:
-    """What a SentencePiece file holds."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    return sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
-
-
-def described(tokenizer: HFTokenizer) -> dict[str, Any]:
-    """The tokenizer as it is used here, in tokenizer.json's form."""
-    whole: dict[str, Any] = json.loads(tokenizer._model.to_str())
-    return whole
-
-
-def _bpe(path: Path, spec: Any) -> dict[str, Any]:
-    """spm_to_json's model with the pieces' own names, control tokens, and the way back to text."""
+def _bpe(path: Path, proto: Any) -> dict[str, Any]:
+    """Adds the pieces' own names, control tokens and a decoder to the model of `spm_to_json`."""
     text, tied_spaces = spm_to_json(path)
-    whole: dict[str, Any] = json.loads(text)
-    model = whole["model"]
+    spec: dict[str, Any] = json.loads(text)
+    model = spec["model"]
     merges = [merge.split(" ") for merge in model["merges"]]
     if tied_spaces:
-        # Runs of spaces with one score: SentencePiece merges the leftmost, so the run that is growing goes first.
+        # SentencePiece merges the leftmost of equal scores, so among runs of spaces the longest left part comes first.
         runs = [pair for pair in merges if not "".join(pair).strip("▁")]
         first = merges.index(runs[0])
         merges[first : first + len(runs)] = sorted(runs, key=lambda pair: (-len(pair[0]), len(pair[1])))
-    model["merges"] = [[_spaced(part) for part in pair] for pair in merges]
-    model["vocab"] = {_spaced(piece.piece): i for i, piece in enumerate(spec.pieces)}
-    if len(model["vocab"]) < len(spec.pieces):
-        raise NotConvertible("it has pieces that differ in the kind of space alone")
-    model["unk_token"] = spec.pieces[spec.trainer_spec.unk_id].piece
-    dummy = spec.normalizer_spec.add_dummy_prefix
+    model["merges"] = [[_with_spaces(part) for part in pair] for pair in merges]
+    model["vocab"] = {_with_spaces(piece.piece): i for i, piece in enumerate(proto.pieces)}
+    if len(model["vocab"]) < len(proto.pieces):
+        raise NotConvertible("it has pieces that differ only in the kind of space")
+    model["unk_token"] = proto.pieces[proto.trainer_spec.unk_id].piece
+    dummy = proto.normalizer_spec.add_dummy_prefix
     spaces = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "Prepend", "prepend": " "}]
-    whole["normalizer"] = {"type": "Sequence", "normalizers": spaces} if dummy else None
-    return {**whole, "added_tokens": _controls(spec), "decoder": _decoder(dummy)}
+    spec["normalizer"] = {"type": "Sequence", "normalizers": spaces} if dummy else None
+    return {**spec, "added_tokens": _control_tokens(proto), "decoder": _decoder(dummy)}
 
 
-def _unigram(spec: Any) -> dict[str, Any]:
-    """As `tokenizer train` makes them: no normaliser, no prefix, bytes for what the vocabulary lacks."""
-    trainer, normalizer = spec.trainer_spec, spec.normalizer_spec
+def _unigram(proto: Any) -> dict[str, Any]:
+    """Converts unigram models such as `tokenizer train` makes: no normalizer, no dummy prefix, byte fallback."""
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type != trainer.UNIGRAM:
         raise NotConvertible("it is neither a BPE nor a unigram model")
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces or normalizer.add_dummy_prefix:
-        raise NotConvertible("it has a normaliser")
+        raise NotConvertible("it has a normalizer")
     if not trainer.byte_fallback:
-        raise NotConvertible("it has no bytes for what its vocabulary lacks")
-    worst = min(piece.score for piece in spec.pieces if piece.type == NORMAL)
-    scores = [piece.score if piece.type == NORMAL else worst - 1000 for piece in spec.pieces]
-    names = [piece.piece for piece in spec.pieces if piece.type in (UNKNOWN, CONTROL, BYTE)]
-    # This library's model would find "<s>" and "<0x41>" in a text; it is cut behind their first character.
-    inside = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names)
+        raise NotConvertible("it has no byte fallback")
+    worst = min(piece.score for piece in proto.pieces if piece.type == NORMAL)
+    scores = [piece.score if piece.type == NORMAL else worst - 1000 for piece in proto.pieces]
+    names = [piece.piece for piece in proto.pieces if piece.type in (UNKNOWN, CONTROL, BYTE)]
+    # The library would match "<s>" and "<0x41>" in text; splitting after their first character prevents that.
+    pattern = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": _controls(spec),
+        "added_tokens": _control_tokens(proto),
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Split",
-            "pattern": {"Regex": inside},
+            "pattern": {"Regex": pattern},
             "behavior": "MergedWithPrevious",
             "invert": False,
         },
@@ -160,16 +151,16 @@ def _unigram(spec: Any) -> dict[str, Any]:
             "type": "Unigram",
             "unk_id": trainer.unk_id,
             "byte_fallback": True,
-            "vocab": [[_spaced(piece.piece), score] for piece, score in zip(spec.pieces, scores, strict=True)],
+            "vocab": [[_with_spaces(piece.piece), score] for piece, score in zip(proto.pieces, scores, strict=True)],
         },
     }
 
 
-def _controls(spec: Any) -> list[dict[str, Any]]:
+def _control_tokens(proto: Any) -> list[dict[str, Any]]:
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return [
         {"id": i, "content": piece.piece, **plain, "special": True}
-        for i, piece in enumerate(spec.pieces)
+        for i, piece in enumerate(proto.pieces)
         if piece.type in (UNKNOWN, CONTROL)
     ]
 
@@ -181,8 +172,8 @@ def _decoder(dummy_prefix: bool) -> dict[str, Any]:
     return {"type": "Sequence", "decoders": steps}
 
 
-def _begins_with(name: str, token: int) -> dict[str, Any]:
-    """Puts the token before a text, unless special tokens are not wanted."""
+def _prepend_token(name: str, token: int) -> dict[str, Any]:
+    """A post-processor that prepends a token, unless add_special_tokens is False."""
     first = {"SpecialToken": {"id": name, "type_id": 0}}
     single = [first, {"Sequence": {"id": "A", "type_id": 0}}]
     return {
@@ -193,9 +184,9 @@ def _begins_with(name: str, token: int) -> dict[str, Any]:
     }
 
 
-def _spaced(piece: str) -> str:
+def _with_spaces(piece: str) -> str:
     return piece.replace("▁", " ")
 
 
-def _dumped(value: dict[str, Any]) -> bytes:
+def _to_bytes(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()

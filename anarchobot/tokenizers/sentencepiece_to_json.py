@@ -1,4 +1,4 @@
-"""A SentencePiece BPE model as the `tokenizer.json` that Hugging Face's and other fast libraries read."""
+"""Converts a SentencePiece BPE model to the `tokenizer.json` that Hugging Face's and other fast libraries read."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,30 +6,31 @@ from typing import Any
 
 import orjson
 
-NORMAL, USER_DEFINED, UNUSED, BYTE = 1, 4, 5, 6  # a piece's types, as SentencePiece's files have them
+from anarchobot.tokenizers.tokenizer import read_sentencepiece_proto
+
+NORMAL, USER_DEFINED, UNUSED, BYTE = 1, 4, 5, 6  # piece types in SentencePiece's files
 
 
 class NotConvertible(Exception):
-    """Says, as the end of a sentence, why a model has no exact equal."""
+    """Its message completes the sentence "can't be converted: ..."."""
 
 
 def spm_to_json(path: Path) -> tuple[str, int]:
-    """The JSON text, and how many spaces in a row it can't be trusted with (0: any number is right): see `_scores`.
+    """Returns the JSON text, and the number of consecutive spaces from which its ids may differ (0: never); see
+    `_scores`.
 
-    Control and unknown pieces aren't among the added tokens, so that "<s>" in a text stays text, as it does in
-    SentencePiece; only "<0x41>" would become its byte. Raises NotConvertible for what isn't plain BPE.
+    Control and unknown pieces are not added tokens, so "<s>" in a text stays text, as in SentencePiece; only "<0x41>"
+    would become its byte. Raises NotConvertible for anything but plain BPE.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    spec: Any = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
-    trainer, normalizer = spec.trainer_spec, spec.normalizer_spec
+    proto = read_sentencepiece_proto(path)
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type != trainer.BPE:
         raise NotConvertible("it is not a BPE model")
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces or not normalizer.escape_whitespaces:
-        raise NotConvertible("it has a normaliser")
+        raise NotConvertible("it has a normalizer")
     if trainer.treat_whitespace_as_suffix:
-        raise NotConvertible("it puts spaces behind words")
-    pieces = [(piece.piece, piece.type, piece.score) for piece in spec.pieces]
+        raise NotConvertible("it treats whitespace as a suffix")
+    pieces = [(piece.piece, piece.type, piece.score) for piece in proto.pieces]
     scores, tied_spaces = _scores(pieces, normalizer.add_dummy_prefix)
     merges = [
         (-score, cut, left, right)
@@ -38,8 +39,8 @@ def spm_to_json(path: Path) -> tuple[str, int]:
         if (left := piece[:cut]) in scores and (right := piece[cut:]) in scores
     ]
     merges.sort()
-    # fastokens finds a piece with a character that isn't in the vocabulary, as "<s>" may be, without any merge. What
-    # text can't become is called by a name that text can't have, as its spaces are replaced.
+    # fastokens matches a piece with a character outside the vocabulary, as "<s>" may have, without any merge. Pieces
+    # that text can't produce are therefore renamed to contain a space, which never occurs after normalization.
     reachable = {left + right for _, _, left, right in merges}
     names = {
         piece if kind == BYTE or len(piece) == 1 or piece in reachable else f"piece {i}": i
@@ -58,9 +59,9 @@ def spm_to_json(path: Path) -> tuple[str, int]:
         "byte_fallback": trainer.byte_fallback,
         "ignore_merges": False,
         "vocab": names,
-        "merges": [f"{left} {right}" for _, _, left, right in merges],  # read twice as soon as lists of two
+        "merges": [f"{left} {right}" for _, _, left, right in merges],  # parsed twice as fast as lists of two
     }
-    whole: dict[str, Any] = {
+    spec: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -71,26 +72,26 @@ def spm_to_json(path: Path) -> tuple[str, int]:
         "decoder": None,
         "model": model,
     }
-    return orjson.dumps(whole).decode(), tied_spaces
+    return orjson.dumps(spec).decode(), tied_spaces
 
 
 def _scores(pieces: list[tuple[str, int, float]], dummy_prefix: bool) -> tuple[dict[str, float], int]:
-    """Scores of the pieces that merges make, and the length from which runs of spaces go wrong. `pieces` are texts,
-    types and scores.
+    """Returns the scores of the pieces that merges produce, and the length from which runs of spaces may be encoded
+    differently. `pieces`: (text, type, score).
 
-    SentencePiece merges the best score first, and of equals the leftmost; a list of merges knows no equals. Llama 2 and
-    Mistral give one score to all their runs of spaces: a run that is a piece comes out as this piece either way, one
-    that is no piece may not.
+    SentencePiece applies the merge with the best score first, and the leftmost among equals; a list of merges has no
+    equals. Llama 2 and Mistral give all their runs of spaces the same score: a run that is itself a piece is encoded as
+    that piece either way, but a run that is not a piece may differ.
     """
     if any(kind in (USER_DEFINED, UNUSED) for _, kind, _ in pieces):
-        raise NotConvertible("it has pieces of the user's own, or unused ones")
-    # A space of the text never meets one in a piece, being U+2581 by then; and a merge is written with a space inside.
+        raise NotConvertible("it has user-defined or unused pieces")
+    # Spaces in a text become U+2581, so they never match a space in a piece; and merges are written with a space.
     scores = {piece: score for piece, kind, score in pieces if kind == NORMAL and " " not in piece}
-    times = Counter(score for piece, score in scores.items() if len(piece) > 1)
-    tied = [piece for piece, score in scores.items() if len(piece) > 1 and times[score] > 1]
+    occurrences = Counter(score for piece, score in scores.items() if len(piece) > 1)
+    tied = [piece for piece, score in scores.items() if len(piece) > 1 and occurrences[score] > 1]
     if any(piece.strip("▁") for piece in tied):
         raise NotConvertible("several of its pieces have the same score")
     if not tied:
         return scores, 0
     shortest = next(n for n in range(2, len(scores) + 3) if "▁" * n not in scores)
-    return scores, shortest - dummy_prefix  # which stands before the first of a text
+    return scores, shortest - dummy_prefix  # the prefix extends a run at the start of a text

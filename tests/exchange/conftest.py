@@ -1,4 +1,4 @@
-"""The tokenizers of every kind that a model here can have, made once."""
+"""Tokenizers of every supported kind, trained once per session."""
 
 import random
 from pathlib import Path
@@ -12,25 +12,24 @@ KINDS = ("bpe", "unigram", "gpt2", "json")
 
 @pytest.fixture(scope="session")
 def tokenizers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """KIND/…: SentencePiece BPE and unigram, GPT-2's two files, and a tokenizer.json."""
-    from anarchobot.exchange.tokenizer_json import described
+    """A folder per kind: SentencePiece BPE and unigram, GPT-2's two files, and a tokenizer.json."""
     from anarchobot.tokenizers.tokenizer import load_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizers")
-    texts = [made_up_words(5000)]
+    texts = [random_words(5000)]
     texts.append("Grüße aus Köln: naïve Kunst, 吾輩は猫である。 Київ, Москва.\n    x = 'y'\n" * 30)
     train_tokenizer(texts, folder / "bpe" / "tokenizer", 500)
     train_tokenizer(texts, folder / "unigram" / "tokenizer", 500, "unigram")
     train_tokenizer(texts, folder / "gpt2" / "tiny", 500, file_format="gpt2")
     gpt2 = load_tokenizer(folder / "gpt2" / "tiny-vocab.json")
     (folder / "json").mkdir()
-    (folder / "json" / "tokenizer.json").write_bytes(str(gpt2._model.to_str(pretty=True)).encode())  # type: ignore[attr-defined]
-    assert described(gpt2)["model"]["type"] == "BPE"  # type: ignore[arg-type]
+    (folder / "json" / "tokenizer.json").write_bytes(str(gpt2.backend.to_str(pretty=True)).encode())  # type: ignore[attr-defined]
+    assert gpt2.spec()["model"]["type"] == "BPE"  # type: ignore[attr-defined]
     return folder
 
 
-def made_up_words(count: int) -> str:
-    """The same for ever, unlike any page of ours, so that what the tests' random models say stays what it is."""
+def random_words(count: int) -> str:
+    """Text that never changes, unlike our documentation, so that the outputs of random models stay the same."""
     draw = random.Random(0)
     syllables = [a + b + c for a in ("", *"bdfgklmnprstvw", "th", "st") for b in "aeiou" for c in ("", *"nrst")]
     words = ["".join(draw.choices(syllables, k=draw.choice((1, 1, 2, 2, 3)))) for _ in range(1000)]

@@ -1,4 +1,4 @@
-"""Text that streams: whole characters, and nothing of a stop string."""
+"""Streamed text: complete characters, and no part of a stop string."""
 
 import random
 from pathlib import Path
@@ -12,26 +12,26 @@ from anarchobot.tokenizers.tokenizer import load_tokenizer
 @pytest.mark.parametrize(
     "text", ["plain words here", "naïve café — “quoted”", "日本語と🙂 emoji 👩‍👩‍👧", "a\n\n  b\t▁c"]
 )
-def test_characters_of_several_tokens_come_out_whole(tiny_shards: Path, text: str) -> None:
+def test_characters_of_several_tokens_are_complete(tiny_shards: Path, text: str) -> None:
     tokenizer = load_tokenizer(tiny_shards)
     decoder = StreamDecoder(tokenizer, [])
-    pieces = [decoder.add(int(i)) for i in tokenizer.encode_batch([text])[0]]
-    assert "".join(pieces) + decoder.finish() == text
-    assert not any("\ufffd" in piece for piece in pieces)
+    chunks = [decoder.add(int(i)) for i in tokenizer.encode_batch([text])[0]]
+    assert "".join(chunks) + decoder.finish() == text
+    assert not any("\ufffd" in chunk for chunk in chunks)
 
 
-def test_a_first_space_is_kept_by_tokenizers_that_put_one_before_any_text(shared_data: Path) -> None:
-    """Mistral's decodes "▁world" alone as "world": what stands before must be decoded with it."""
+def test_first_space_is_kept_with_a_dummy_prefix(shared_data: Path) -> None:
+    """Mistral's tokenizer decodes "▁world" alone as "world", so it must be decoded with the preceding tokens."""
     tokenizer = load_tokenizer(shared_data / "artifacts" / "mistral_v1_tokenizer.model")
     prompt, whole = (tokenizer.encode_batch([text])[0].tolist() for text in ("hello", "hello world again"))
     decoder = StreamDecoder(tokenizer, prompt)
-    pieces = [decoder.add(i) for i in whole[len(prompt) :]]
+    chunks = [decoder.add(i) for i in whole[len(prompt) :]]
     assert whole[: len(prompt)] == prompt
-    assert "".join(pieces) + decoder.finish() == " world again"
+    assert "".join(chunks) + decoder.finish() == " world again"
 
 
-def test_broken_bytes_do_not_hold_the_rest_back(tiny_shards: Path) -> None:
-    """A lone continuation byte never becomes a character: it is shown as U+FFFD and the text goes on."""
+def test_invalid_bytes_do_not_block_the_stream(tiny_shards: Path) -> None:
+    """A lone lead byte never becomes a character: it is decoded as U+FFFD, and the stream continues."""
     tokenizer = load_tokenizer(tiny_shards)
     broken = tokenizer.encode_batch(["é"])[0].tolist()[:1]
     decoder = StreamDecoder(tokenizer, [])
@@ -44,34 +44,34 @@ def test_broken_bytes_do_not_hold_the_rest_back(tiny_shards: Path) -> None:
     [
         (["END"], "all of it", "all of it"),
         (["END"], "some END and more END", "some "),
-        (["END"], "an EN", "an EN"),  # held back, and let go at the end
+        (["END"], "an EN", "an EN"),  # held back until the end
         (["END"], "ENEND", "EN"),
-        (["aab"], "aaaab", "aa"),  # what was held back is a part of it
-        (["b", "abc"], "xabc", "xa"),  # the one that is whole first
-        (["bc", "abc"], "xabc", "x"),  # of two that are, the longer
+        (["aab"], "aaaab", "aa"),  # the held-back text is part of it
+        (["b", "abc"], "xabc", "xa"),  # the first to be complete
+        (["bc", "abc"], "xabc", "x"),  # the longer of two that end together
         (["\n\n"], "one\ntwo\n\nthree", "one\ntwo"),
         ([], "anything", "anything"),
     ],
 )
-def test_text_ends_before_a_stop_string_wherever_it_is_cut(stop: list[str], text: str, shown: str) -> None:
-    draw = random.Random(0)
+def test_text_ends_before_a_stop_string_for_any_chunks(stop: list[str], text: str, shown: str) -> None:
+    rng = random.Random(0)
     for _ in range(50):
-        cuts = sorted(draw.choices(range(len(text) + 1), k=draw.randrange(6)))
-        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(6)))
+        chunks = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         stopping = StopStringFilter(stop)
-        out = [stopping.add(piece) for piece in pieces]
+        out = [stopping.add(chunk) for chunk in chunks]
         assert "".join(out) + stopping.finish() == shown
         assert stopping.found == (shown != text)
 
 
-def test_what_can_become_no_stop_string_is_not_held_back() -> None:
+def test_text_that_cannot_become_a_stop_string_is_released() -> None:
     stopping = StopStringFilter(["###", "\n\n"])
-    assert [stopping.add(piece) for piece in ("word", " #", "1", "#", "#", "x\n", "y")] == [
+    assert [stopping.add(chunk) for chunk in ("word", " #", "1", "#", "#", "x\n", "y")] == [
         "word", " ", "#1", "", "", "##x", "\ny",
     ]  # fmt: skip
 
 
-def test_a_stop_string_of_several_tokens_is_found_in_a_stream(tiny_shards: Path) -> None:
+def test_stop_string_of_several_tokens(tiny_shards: Path) -> None:
     tokenizer = load_tokenizer(tiny_shards)
     ids = tokenizer.encode_batch(["The naïve café — closed.\n\nQuestion: more"])[0].tolist()
     stream = TextStream(tokenizer, [], ["é —", "\n\nQ"])

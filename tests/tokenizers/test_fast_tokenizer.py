@@ -1,4 +1,4 @@
-"""The fast engine gives the reference's ids; one that doesn't is caught at once and never believed again."""
+"""The fast engine gives the reference's ids; a mismatch is detected and stops the run or falls back for good."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from anarchobot.tokenizers.fast_tokenizer import VerifiedTokenizer, adversarial_
 from anarchobot.tokenizers.tokenizer import Ids, Tokenizer, load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
 
-FAST = ("bpe", "gpt2")  # of conftest's kinds, those that have a fast engine
+FAST = ("bpe", "gpt2")  # the kinds in conftest with a fast engine
 
 
 def fast(tokenizer: Tokenizer) -> VerifiedTokenizer:
@@ -28,7 +28,7 @@ def fast(tokenizer: Tokenizer) -> VerifiedTokenizer:
     return found
 
 
-def same(engine: Tokenizer, reference: Tokenizer, texts: list[str]) -> None:
+def check_equal(engine: Tokenizer, reference: Tokenizer, texts: list[str]) -> None:
     for text, ours, true in zip(texts, engine.encode_batch(texts), reference.encode_batch(texts), strict=True):
         assert ours.dtype == np.int32 and ours.ndim == 1
         assert np.array_equal(ours, true), repr(text[:60])
@@ -38,10 +38,10 @@ def same(engine: Tokenizer, reference: Tokenizer, texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("kind", FAST)
-def test_ids_are_the_references(trained: dict[str, Path], corpus: list[str], kind: str) -> None:
+def test_ids_equal_the_reference(trained: dict[str, Path], corpus: list[str], kind: str) -> None:
     reference = load_tokenizer(trained[kind])
     engine = fast(reference)
-    same(engine, reference, [*corpus, "".join(corpus), *adversarial_texts()])
+    check_equal(engine, reference, [*corpus, "".join(corpus), *adversarial_texts()])
     assert engine.encode_batch([]) == []
     assert (engine.vocab_size, engine.eod_id, engine.files) == (
         reference.vocab_size,
@@ -52,8 +52,8 @@ def test_ids_are_the_references(trained: dict[str, Path], corpus: list[str], kin
 
 
 @pytest.mark.parametrize("prefix", [False, True])
-def test_sentencepiece_with_its_usual_space_in_front(tmp_path: Path, corpus: list[str], prefix: bool) -> None:
-    """Llama's and Mistral's form; and without byte fallback, so that "unknown" is an id that text has."""
+def test_sentencepiece_with_dummy_prefix(tmp_path: Path, corpus: list[str], prefix: bool) -> None:
+    """As in Llama and Mistral; and without byte fallback, so that text can have the "unknown" id."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([line for text in corpus for line in text.split("\n")]),
         model_prefix=str(tmp_path / "made"),
@@ -66,28 +66,28 @@ def test_sentencepiece_with_its_usual_space_in_front(tmp_path: Path, corpus: lis
         minloglevel=2,
     )
     reference = load_tokenizer(tmp_path / "made.model")
-    same(fast(reference), reference, [*corpus, "日本 日", " ", " a", "▁", "▁a ▁ b", *adversarial_texts()])
+    check_equal(fast(reference), reference, [*corpus, "日本 日", " ", " a", "▁", "▁a ▁ b", *adversarial_texts()])
 
 
 @pytest.mark.parametrize("limit", [300_000, pytest.param(None, marks=pytest.mark.faults)], ids=["beginnings", "whole"])
 @pytest.mark.parametrize(
     "name", ["gpt2_vocab.json", "mistral_v1_tokenizer.model", "stories260K/hf/tokenizer.model", "trained here"]
 )
-def test_ids_are_the_references_on_all_shared_text(
+def test_ids_equal_the_reference_on_all_shared_text(
     shared_data: Path, tmp_path: Path, name: str, limit: int | None
 ) -> None:
     texts = shared_texts(shared_data, limit)
-    if name == "trained here":  # so large that words are whole tokens
+    if name == "trained here":  # large enough that words are single tokens
         english = [file.read_text(encoding="utf-8") for file in sorted((shared_data / "text").glob("*.txt"))]
         path = train_tokenizer(english, tmp_path / "made", 16000)[0]
     else:
         path = shared_data / "artifacts" / name
     reference = load_tokenizer(path)
-    same(fast(reference), reference, texts)
+    check_equal(fast(reference), reference, texts)
 
 
 def shared_texts(shared_data: Path, limit: int | None) -> list[str]:
-    """Every language, every kind of text and the naughty strings; of each file the first `limit` bytes."""
+    """The first `limit` bytes of every file in every language, and the naughty strings."""
     files = sorted([*shared_data.glob("text/*.*"), *shared_data.glob("multilingual/*"), *shared_data.glob("*/*.jsonl")])
     texts = [file.read_bytes()[:limit].decode(errors="ignore") for file in files]
     texts += json.loads((shared_data / "messy" / "blns.json").read_text(encoding="utf-8"))
@@ -97,23 +97,23 @@ def shared_texts(shared_data: Path, limit: int | None) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", FAST)
-def test_a_control_token_in_a_text_stays_text(trained: dict[str, Path], kind: str) -> None:
+def test_control_token_in_text_stays_text(trained: dict[str, Path], kind: str) -> None:
     engine = fast(load_tokenizer(trained[kind]))
     for text in ("</s>", "<s>a</s>", "<unk>", "<|endoftext|>", "x<|im_end|>\n", "<0x0A>"):
         ids = engine.encode_batch([text])[0].tolist()
         assert len(ids) > 2 and engine.eod_id not in ids and engine.decode(ids) == text
 
 
-def test_nor_where_its_characters_are_not_in_the_vocabulary(tmp_path: Path, corpus: list[str]) -> None:
-    """The engine looks for pieces like "<s>" as they stand when "<" is none of its characters."""
+def test_control_token_outside_the_alphabet_stays_text(tmp_path: Path, corpus: list[str]) -> None:
+    """The engine matches pieces like "<s>" as a whole when "<" is not in its vocabulary."""
     plain = [re.sub("[<>|/_]", "", text) for text in corpus]
     reference = load_tokenizer(train_tokenizer(plain, tmp_path / "plain", 600)[0])
     assert len(reference.encode_batch(["<"])[0]) == 1, "as a byte"
     texts = ["<s>", "a</s>", "<unk>", "<|im_start|>", "x<|im_end|>\n", "<0x0A>", " <0x41>"]
-    same(fast(reference), reference, texts)
+    check_equal(fast(reference), reference, texts)
 
 
-def test_the_mark_that_sentencepiece_has_for_a_space_stays_itself(trained: dict[str, Path]) -> None:
+def test_sentencepiece_space_mark_is_preserved(trained: dict[str, Path]) -> None:
     engine = fast(load_tokenizer(trained["bpe"]))
     for text in ("▁", "▁ ▁", "a▁b c"):
         mark, space = engine.encode_batch([text, text.replace("▁", " ")])
@@ -121,7 +121,7 @@ def test_the_mark_that_sentencepiece_has_for_a_space_stays_itself(trained: dict[
 
 
 @pytest.mark.parametrize("kind", FAST)
-def test_threads_and_batches_change_no_id(trained: dict[str, Path], corpus: list[str], kind: str) -> None:
+def test_ids_do_not_depend_on_threads_or_batches(trained: dict[str, Path], corpus: list[str], kind: str) -> None:
     reference = load_tokenizer(trained[kind])
     engine, batches = fast(reference), [corpus[i::16] for i in range(16)] * 4
     with ThreadPoolExecutor(4) as pool:
@@ -129,11 +129,11 @@ def test_threads_and_batches_change_no_id(trained: dict[str, Path], corpus: list
             assert [i.tolist() for i in ids] == [i.tolist() for i in reference.encode_batch(batch)]
 
 
-# Wrong ids
+# Mismatches
 
 
 class Broken:
-    """The reference in the engine's form, with `wrong(document number, text, ids)` in between."""
+    """The reference behind the engine's interface, with ids modified by `wrong(document number, text, ids)`."""
 
     def __init__(self, reference: Tokenizer, wrong: Callable[[int, str, Ids], Ids]) -> None:
         self.reference, self.wrong, self.number = reference, wrong, 0
@@ -154,12 +154,12 @@ def one_wrong_at(number: int) -> Callable[[int, str, Ids], Ids]:
     return wrong
 
 
-def one_left_out(i: int, text: str, ids: Ids) -> Ids:
+def drop_last(i: int, text: str, ids: Ids) -> Ids:
     return ids[:-1] if "wrong" in text else ids
 
 
 def documents(batches: int, long: str = "") -> list[list[str]]:
-    """Of 100 documents each; with `long` text they are past the start's comparison soon."""
+    """Batches of 100 documents; with `long` text, the comparison at the start ends early."""
     return [[f"Document {100 * b + i}: right. {long}" for i in range(100)] for b in range(batches)]
 
 
@@ -168,7 +168,7 @@ def reference(trained: dict[str, Path]) -> Tokenizer:
     return load_tokenizer(trained["bpe"])
 
 
-def test_a_wrong_id_near_the_start_stops_and_says_which(reference: Tokenizer) -> None:
+def test_mismatch_near_the_start_is_reported(reference: Tokenizer) -> None:
     engine = VerifiedTokenizer(reference, Broken(reference, one_wrong_at(250)))
     first, second, third = documents(3)
     engine.encode_batch(first)
@@ -191,26 +191,24 @@ def test_every_document_of_the_first_megabyte_is_compared(reference: Tokenizer, 
             engine.encode_batch(batch)
 
 
-def test_a_wrong_id_late_is_caught_by_the_sample_and_the_reference_takes_over(reference: Tokenizer) -> None:
-    """From document 5,000 on every id is wrong; each document is past the start's megabyte by then."""
+def test_late_mismatch_is_sampled_and_falls_back(reference: Tokenizer) -> None:
+    """Every id is wrong from document 5,000 on, beyond the first megabyte."""
     late = Broken(reference, lambda i, text, ids: ids + 1 if i >= 5000 else ids)
     said: list[str] = []
-    engine = VerifiedTokenizer(reference, late, on_mismatch="fallback", say=said.append)
+    engine = VerifiedTokenizer(reference, late, on_mismatch="fallback", log=said.append)
     wrong = 0
     for batch in documents(70, "x" * 300):
         for ours, true in zip(engine.encode_batch(batch), reference.encode_batch(batch), strict=True):
             wrong += not np.array_equal(ours, true)
-    assert wrong < 1000 and engine.given_up
-    assert len(said) == 1 and said[0].startswith("WARNING: fastokens differs") and "going on with" in said[0]
+    assert wrong < 1000 and engine.fell_back
+    assert len(said) == 1 and said[0].startswith("WARNING: fastokens differs") and "from here on" in said[0]
     with pytest.raises(UserError, match="on_mismatch: fallback"):
         engine = VerifiedTokenizer(reference, Broken(reference, late.wrong))
         for batch in documents(70, "x" * 300):
             engine.encode_batch(batch)
 
 
-def test_one_of_a_thousand_documents_is_compared_and_long_ones_more_often(
-    reference: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sampling_rate(reference: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = VerifiedTokenizer(reference, Broken(reference, lambda i, text, ids: ids))
     engine.encode_batch(["x" * 2**20])
     compared: list[int] = []
@@ -225,21 +223,25 @@ def test_one_of_a_thousand_documents_is_compared_and_long_ones_more_often(
     assert compared == [2**14] * 2
 
 
-def test_the_batch_at_hand_is_never_wrong_after_a_fallback(reference: Tokenizer) -> None:
+def test_current_batch_is_correct_after_a_fallback(reference: Tokenizer) -> None:
     said: list[str] = []
-    engine = VerifiedTokenizer(reference, Broken(reference, one_left_out), on_mismatch="fallback", say=said.append)
-    same(engine, reference, ["all is well"])
+    engine = VerifiedTokenizer(reference, Broken(reference, drop_last), on_mismatch="fallback", log=said.append)
+    check_equal(engine, reference, ["all is well"])
     assert not said
-    same(engine, reference, ["well", "wrong", "well"])
-    same(engine, reference, ["wrong"])
+    check_equal(engine, reference, ["well", "wrong", "well"])
+    check_equal(engine, reference, ["wrong"])
     assert len(said) == 1 and "no id instead of" in said[0]
 
 
-def test_a_text_can_be_given_to_the_reference_alone(reference: Tokenizer) -> None:
-    same(VerifiedTokenizer(reference, Broken(reference, one_left_out), avoid=("wrong",)), reference, ["a wrong one", "well", ""])
+def test_avoided_strings_are_encoded_by_the_reference(reference: Tokenizer) -> None:
+    check_equal(
+        VerifiedTokenizer(reference, Broken(reference, drop_last), avoid=("wrong",)),
+        reference,
+        ["a wrong one", "well", ""],
+    )
 
 
-def test_a_difference_on_the_adversarial_texts_is_seen_before_any_document(
+def test_mismatch_on_adversarial_texts_is_detected_at_once(
     reference: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from anarchobot.tokenizers import fast_tokenizer as engine
@@ -249,23 +251,23 @@ def test_a_difference_on_the_adversarial_texts_is_seen_before_any_document(
     with pytest.raises(UserError, match="'<s>'"):
         select_engine(reference, "auto", "stop", print)
     said: list[str] = []
-    same(select_engine(reference, "auto", "fallback", said.append), reference, ["<s>"])
+    check_equal(select_engine(reference, "auto", "fallback", said.append), reference, ["<s>"])
     assert len(said) == 1
 
 
-# No engine
+# Without a fast engine
 
 
-def test_a_unigram_model_is_left_to_its_own_library(trained: dict[str, Path]) -> None:
+def test_unigram_model_uses_the_reference(trained: dict[str, Path]) -> None:
     reference = load_tokenizer(trained["unigram"])
     said: list[str] = []
     assert select_engine(reference, "auto", "stop", said.append) is reference
-    assert said == ["tokenising with sentencepiece (fastokens can't take this tokenizer: it is not a BPE model)"]
+    assert said == ["tokenizing with sentencepiece (fastokens does not support this tokenizer: it is not a BPE model)"]
     with pytest.raises(UserError, match=r"unigram\.model: .*it is not a BPE model: set it to auto"):
         select_engine(reference, "fast", "stop", said.append)
 
 
-def test_a_tokenizer_json_without_all_bytes_is_left_to_its_own_library(tmp_path: Path) -> None:
+def test_tokenizer_json_without_all_bytes_uses_the_reference(tmp_path: Path) -> None:
     """`tokenizers` drops such bytes, fastokens raises in the middle of a corpus."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<eos>": 1}, []))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -276,7 +278,7 @@ def test_a_tokenizer_json_without_all_bytes_is_left_to_its_own_library(tmp_path:
     assert "has no token" in said[0]
 
 
-def test_a_missing_package(reference: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package(reference: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastokens", None)
     said: list[str] = []
     assert select_engine(reference, "auto", "stop", said.append) is reference
@@ -285,13 +287,13 @@ def test_a_missing_package(reference: Tokenizer, monkeypatch: pytest.MonkeyPatch
         select_engine(reference, "fast", "stop", said.append)
 
 
-def test_the_reference_when_asked_for(reference: Tokenizer) -> None:
+def test_reference_engine(reference: Tokenizer) -> None:
     said: list[Any] = []
     assert select_engine(reference, "reference", "stop", said.append) is reference
-    assert said == ["tokenising with sentencepiece"]
+    assert said == ["tokenizing with sentencepiece"]
 
 
-def test_it_is_said_what_tokenises(reference: Tokenizer) -> None:
+def test_engine_is_logged(reference: Tokenizer) -> None:
     said: list[str] = []
     select_engine(reference, "auto", "stop", said.append)
-    assert len(said) == 1 and re.fullmatch(r"tokenising with fastokens [\d.]+, checked against sentencepiece", said[0])
+    assert len(said) == 1 and re.fullmatch(r"tokenizing with fastokens [\d.]+, verified against sentencepiece", said[0])

@@ -1,4 +1,4 @@
-"""Ids are those of other implementations; text comes back as it was; no text becomes a control token."""
+"""Ids match other implementations, decoding is lossless, and no text becomes a control token."""
 
 import hashlib
 import json
@@ -44,12 +44,12 @@ NAUGHTY = [
     "<s></s><unk><pad> </s> <0x41><0x0A> <|endoftext|><|endoftext|>",
     "<|im_start|>user\nhi<|im_end|>",
 ]
-# All of Unicode, and much of what the tokenizers treat in their own way.
+# All of Unicode, with many characters that tokenizers treat specially.
 ANY_TEXT = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("▁ \n\t<>/s|im_")), max_size=60)
 
 
 def control_ids(tokenizer: Tokenizer) -> set[int]:
-    """By the libraries themselves, not by our code."""
+    """As reported by the libraries, not by the code under test."""
     path = tokenizer.files[0]
     if path.suffix == ".model":
         model: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -58,7 +58,7 @@ def control_ids(tokenizer: Tokenizer) -> set[int]:
     return {ids[name] for name in ("<|endoftext|>", *CHAT_TOKENS)}
 
 
-def comes_back(tokenizer: Tokenizer, texts: list[str]) -> None:
+def check_round_trip(tokenizer: Tokenizer, texts: list[str]) -> None:
     controls = control_ids(tokenizer)
     assert len(controls) >= 3 and tokenizer.eod_id in controls
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
@@ -67,29 +67,29 @@ def comes_back(tokenizer: Tokenizer, texts: list[str]) -> None:
         assert ids.dtype == np.int32 and ids.ndim == 1 and ids.max(initial=0) < tokenizer.vocab_size
 
 
-# Text to ids and back
+# Round trip
 
 
 @settings(max_examples=300, deadline=None)
 @given(text=ANY_TEXT)
-def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
-    comes_back(tokenizer, [text])
+def test_round_trip_of_any_text(tokenizer: Tokenizer, text: str) -> None:
+    check_round_trip(tokenizer, [text])
 
 
-def test_naughty_text_comes_back(tokenizer: Tokenizer) -> None:
-    comes_back(tokenizer, NAUGHTY)
+def test_round_trip_of_naughty_text(tokenizer: Tokenizer) -> None:
+    check_round_trip(tokenizer, NAUGHTY)
 
 
-def test_shared_naughty_text_comes_back(tokenizer: Tokenizer, shared_data: Path) -> None:
+def test_round_trip_of_shared_naughty_text(tokenizer: Tokenizer, shared_data: Path) -> None:
     messy = shared_data / "messy"
-    comes_back(tokenizer, json.loads((messy / "blns.json").read_text(encoding="utf-8")))
-    comes_back(tokenizer, [(messy / "utf8_bmp_all_one_line.txt").read_bytes().decode()])
-    comes_back(
+    check_round_trip(tokenizer, json.loads((messy / "blns.json").read_text(encoding="utf-8")))
+    check_round_trip(tokenizer, [(messy / "utf8_bmp_all_one_line.txt").read_bytes().decode()])
+    check_round_trip(
         tokenizer, (shared_data / "multilingual" / "jpn_wagahai.txt").read_text(encoding="utf-8").split("\n")[:99]
     )
 
 
-def test_ids_do_not_depend_on_the_batch_or_the_thread(tokenizer: Tokenizer, corpus: list[str]) -> None:
+def test_ids_do_not_depend_on_batch_or_thread(tokenizer: Tokenizer, corpus: list[str]) -> None:
     alone = [tokenizer.encode_batch([text])[0].tolist() for text in corpus]
     assert [ids.tolist() for ids in tokenizer.encode_batch(corpus)] == alone
     with ThreadPoolExecutor(4) as pool:
@@ -98,7 +98,7 @@ def test_ids_do_not_depend_on_the_batch_or_the_thread(tokenizer: Tokenizer, corp
     assert tokenizer.encode_batch([]) == []
 
 
-def test_decode_leaves_control_tokens_out_and_marks_broken_utf8(tokenizer: Tokenizer) -> None:
+def test_decode_omits_control_tokens_and_marks_invalid_utf8(tokenizer: Tokenizer) -> None:
     one, two, far = (ids.tolist() for ids in tokenizer.encode_batch(["one", " two", "\U0010ffff"]))
     controls = sorted(control_ids(tokenizer) - {0} | {tokenizer.eod_id})  # 0 is SentencePiece's "unknown"
     assert tokenizer.decode([*controls, *one, *controls, *two, *controls]) == "one two"
@@ -107,7 +107,7 @@ def test_decode_leaves_control_tokens_out_and_marks_broken_utf8(tokenizer: Token
     assert set(tokenizer.decode([*far[:3], *one]).removesuffix("one")) == {"\ufffd"}
 
 
-# Other people's tokenizers
+# Published tokenizers
 
 
 @pytest.mark.parametrize(
@@ -122,14 +122,14 @@ def test_decode_leaves_control_tokens_out_and_marks_broken_utf8(tokenizer: Token
         ("tiny_bpe_tokenizer.json", 2003),
     ],
 )
-def test_ids_are_those_of_the_tokenizers_own_library(shared_data: Path, name: str, size: int) -> None:
+def test_ids_match_reference_vectors(shared_data: Path, name: str, size: int) -> None:
     folder = shared_data / "artifacts"
     tokenizer = load_tokenizer(folder / ("gpt2_vocab.json" if name == "gpt2" else name))
     assert tokenizer.vocab_size == size
     rows = json.loads((folder / "token_id_vectors.json").read_text(encoding="utf-8"))["vectors"][name]
     assert len(rows) > 100
     for row, ids in zip(rows, tokenizer.encode_batch([row["text"] for row in rows]), strict=True):
-        if tokenizer.eod_id in row["ids"]:  # the vectors take added tokens in text for control tokens; we never do
+        if tokenizer.eod_id in row["ids"]:  # the vectors treat control tokens in text as such; we never do
             assert row["text"] in END_OF_DOCUMENT and tokenizer.eod_id not in ids
             assert tokenizer.decode(ids.tolist()) == row["text"]
         else:
@@ -137,7 +137,7 @@ def test_ids_are_those_of_the_tokenizers_own_library(shared_data: Path, name: st
 
 
 class ReferenceGPT2:
-    """GPT-2's byte-level BPE as its paper and its first program have it, merge by merge."""
+    """GPT-2's byte-level BPE as in its paper and original code, merge by merge."""
 
     SPLIT = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
@@ -167,16 +167,14 @@ class ReferenceGPT2:
         return [self.ids[part] for part in parts]
 
 
-def test_a_gpt2_pair_trained_here_is_read_as_the_reference_reads_it(
-    trained: dict[str, Path], corpus: list[str]
-) -> None:
+def test_trained_gpt2_matches_the_reference(trained: dict[str, Path], corpus: list[str]) -> None:
     tokenizer = load_tokenizer(trained["gpt2"])
     reference = ReferenceGPT2(*tokenizer.files)
     texts = [text for text in NAUGHTY + corpus[::8] if not set(text) & {"\0"}]
     assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [reference.encode(text) for text in texts]
 
 
-def test_the_real_gpt2_is_read_as_the_reference_reads_it(shared_data: Path) -> None:
+def test_original_gpt2_matches_the_reference(shared_data: Path) -> None:
     tokenizer = load_tokenizer(shared_data / "artifacts" / "gpt2_vocab.json")
     reference = ReferenceGPT2(*tokenizer.files)
     texts = json.loads((shared_data / "messy" / "blns.json").read_text(encoding="utf-8"))
@@ -193,8 +191,8 @@ def write_json(path: Path, model: Any, *added: tokenizers.AddedToken, special: t
     return path
 
 
-def test_a_unigram_tokenizer_json_cannot_be_made_to_end_a_document(tmp_path: Path) -> None:
-    """The library's unigram model finds "</s>" in its own vocabulary, also when special tokens are switched off."""
+def test_unigram_tokenizer_json_does_not_produce_control_tokens(tmp_path: Path) -> None:
+    """The library's unigram model finds "</s>" in its vocabulary even with special tokens disabled."""
     letters = [("a", -1.0), *((c, -3.0) for c in "</s>")]
     model = tokenizers.models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *letters], 0)
     path = write_json(tmp_path / "tokenizer.json", model, special=("<unk>", "</s>"))
@@ -203,7 +201,7 @@ def test_a_unigram_tokenizer_json_cannot_be_made_to_end_a_document(tmp_path: Pat
     assert tokenizer.eod_id == 1 and [i.tolist() for i in ids] == [[2, 3, 4, 5, 6, 3, 4, 5, 6, 2], [0, 2]]
 
 
-def test_an_end_token_that_is_not_marked_special_is_still_a_control_token(tmp_path: Path) -> None:
+def test_end_token_not_marked_special_is_a_control_token(tmp_path: Path) -> None:
     vocab = {c: i for i, c in enumerate([*"a<|endoftx>", "<|"])}
     added = tokenizers.AddedToken("<|endoftext|>", special=False)
     tokenizer = load_tokenizer(
@@ -215,14 +213,14 @@ def test_an_end_token_that_is_not_marked_special_is_still_a_control_token(tmp_pa
     assert tokenizer.decode([0, tokenizer.eod_id]) == "a"
 
 
-def test_the_vocabulary_reaches_to_the_largest_id(tmp_path: Path) -> None:
-    """A count would be too small where ids have holes, and the shards would seem damaged."""
+def test_vocab_size_covers_the_largest_id(tmp_path: Path) -> None:
+    """With gaps between ids, the number of tokens would be too small."""
     model = tokenizers.models.WordLevel({"a": 0, "<eos>": 9}, unk_token="a")
     tokenizer = load_tokenizer(write_json(tmp_path / "tokenizer.json", model))
     assert (tokenizer.vocab_size, tokenizer.eod_id) == (10, 9)
 
 
-def test_truncation_and_padding_written_in_the_file_are_not_used(tmp_path: Path) -> None:
+def test_truncation_and_padding_in_the_file_are_ignored(tmp_path: Path) -> None:
     made = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<eos>": 1}, []))
     made.enable_truncation(2)
     made.enable_padding(length=8)
@@ -233,7 +231,7 @@ def test_truncation_and_padding_written_in_the_file_are_not_used(tmp_path: Path)
 # Files
 
 
-def test_the_digest_is_over_all_files(trained: dict[str, Path]) -> None:
+def test_digest_covers_all_files(trained: dict[str, Path]) -> None:
     model, pair = load_tokenizer(trained["bpe"]), load_tokenizer(trained["gpt2"])
     assert digest(model) == hashlib.sha256(trained["bpe"].read_bytes()).hexdigest()
     merges = trained["gpt2"].with_name("gpt2-merges.txt")
@@ -241,25 +239,25 @@ def test_the_digest_is_over_all_files(trained: dict[str, Path]) -> None:
     assert digest(pair) == hashlib.sha256(trained["gpt2"].read_bytes() + merges.read_bytes()).hexdigest()
 
 
-def test_a_copy_is_found_in_its_folder_and_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_copy_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
     name = copy_tokenizer(tokenizer, tmp_path)
     copy = load_tokenizer(tmp_path)
     assert copy.files[0] == tmp_path / name and digest(copy) == digest(tokenizer)
-    assert copy_tokenizer(copy, tmp_path) == name, "over itself"
+    assert copy_tokenizer(copy, tmp_path) == name, "onto itself"
     assert digest(load_tokenizer(tmp_path)) == digest(tokenizer)
 
 
-def test_the_one_tokenizer_of_a_folder_is_found(trained: dict[str, Path], tmp_path: Path) -> None:
+def test_only_tokenizer_in_a_folder_is_found(trained: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "my.model").write_bytes(trained["bpe"].read_bytes())
     assert load_tokenizer(tmp_path).files == (tmp_path / "my.model",)
     (tmp_path / "your.model").write_bytes(trained["unigram"].read_bytes())
-    with pytest.raises(UserError, match=r"several tokenizers: name one of my\.model, your\.model"):
+    with pytest.raises(UserError, match=r"several tokenizers here: specify one of my\.model, your\.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(trained["unigram"].read_bytes())
     assert load_tokenizer(tmp_path).files == (tmp_path / "tokenizer.model",)
 
 
-def test_a_pair_with_a_prefix_is_found_in_its_folder(trained: dict[str, Path], tmp_path: Path) -> None:
+def test_gpt2_files_with_a_prefix_are_found_in_a_folder(trained: dict[str, Path], tmp_path: Path) -> None:
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / f"my-{name}").write_bytes(trained["gpt2"].with_name(f"gpt2-{name}").read_bytes())
     assert load_tokenizer(tmp_path).files == (tmp_path / "my-vocab.json", tmp_path / "my-merges.txt")
@@ -271,21 +269,25 @@ WITHOUT_END = '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "m
 @pytest.mark.parametrize(
     ("files", "load", "said"),
     [
-        ({}, "my.model", "my.model: no such tokenizer file: make one with `anarchobot tokenizer train`"),
+        ({}, "my.model", "my.model: no such tokenizer file: create one with `anarchobot tokenizer train`"),
         ({"a.txt": "x"}, "", "no tokenizer in this folder"),
         ({"my.txt": "x"}, "my.txt", "expected a tokenizer: a .model, tokenizer.json or vocab.json file"),
         ({"my.model": ""}, "my.model", "my.model: the file is empty"),
         ({"my.model": "some text\n"}, "my.model", "my.model: not a SentencePiece model"),
-        ({"config.json": '{"a": 1}'}, "config.json", "config.json: not a tokenizer this program can read"),
-        ({"tokenizer.json": "[1,"}, "", "tokenizer.json: not a tokenizer this program can read"),
-        ({"tokenizer.json": WITHOUT_END}, "", "none of <|endoftext|>, <|end_of_text|>, </s>"),
+        ({"config.json": '{"a": 1}'}, "config.json", "config.json: not a supported tokenizer"),
+        ({"tokenizer.json": "[1,"}, "", "tokenizer.json: not a supported tokenizer"),
+        (
+            {"tokenizer.json": WITHOUT_END},
+            "",
+            "no end-of-document token: expected one of <|endoftext|>, <|end_of_text|>, </s>",
+        ),
         ({"vocab.json": "{}"}, "", "merges.txt: no such file: vocab.json needs its merges beside it"),
-        ({"vocab.json": "no", "merges.txt": ""}, "", "vocab.json: not a tokenizer this program can read"),
-        ({"vocab.json": '{"a": 0, "b": 1}', "merges.txt": "a b\n"}, "", "vocab.json lacks its merge 'a b'"),
-        ({"vocab.json": '{"a": 0}', "merges.txt": ""}, "", "none of <|endoftext|>"),
+        ({"vocab.json": "no", "merges.txt": ""}, "", "vocab.json: not a supported tokenizer"),
+        ({"vocab.json": '{"a": 0, "b": 1}', "merges.txt": "a b\n"}, "", "vocab.json lacks the merge 'a b'"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": ""}, "", "no end-of-document token"),
     ],
 )
-def test_what_is_no_tokenizer_is_told_in_one_line(tmp_path: Path, files: dict[str, str], load: str, said: str) -> None:
+def test_invalid_tokenizer_is_a_one_line_error(tmp_path: Path, files: dict[str, str], load: str, said: str) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError) as error:
@@ -293,7 +295,7 @@ def test_what_is_no_tokenizer_is_told_in_one_line(tmp_path: Path, files: dict[st
     assert str(error.value).startswith(str(tmp_path)) and said in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_sentencepiece_model_without_an_end_piece_is_refused(tmp_path: Path) -> None:
+def test_sentencepiece_model_without_end_of_sentence_is_refused(tmp_path: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["some text"] * 9),
         model_prefix=str(tmp_path / "my"),
@@ -302,5 +304,5 @@ def test_a_sentencepiece_model_without_an_end_piece_is_refused(tmp_path: Path) -
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    with pytest.raises(UserError, match=r"my\.model: this tokenizer has no end-of-sentence piece"):
+    with pytest.raises(UserError, match=r"my\.model: this tokenizer has no end-of-sentence token"):
         load_tokenizer(tmp_path / "my.model")

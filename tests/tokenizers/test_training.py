@@ -1,4 +1,4 @@
-"""What is learned uses all of the text and is the same each time; what can't be made is told with the number to set."""
+"""Training uses all of the text and is deterministic; an impossible vocabulary size is an error with a possible one."""
 
 import json
 import os
@@ -19,7 +19,7 @@ every_kind = pytest.mark.parametrize("how", KINDS.values(), ids=list(KINDS))
 
 
 @every_kind
-def test_the_vocabulary_has_the_size_asked_for_and_the_chat_tokens(tmp_path: Path, corpus: list[str], how: Any) -> None:
+def test_vocabulary_has_the_requested_size_and_chat_tokens(tmp_path: Path, corpus: list[str], how: Any) -> None:
     files = train_tokenizer(corpus, tmp_path / "new" / "my.v1", 500, *how)
     assert all(file.parent == tmp_path / "new" for file in files)
     tokenizer = load_tokenizer(files[0])
@@ -37,7 +37,7 @@ def test_the_vocabulary_has_the_size_asked_for_and_the_chat_tokens(tmp_path: Pat
 
 
 @every_kind
-def test_the_same_text_gives_the_same_bytes_on_any_number_of_cores(
+def test_training_is_deterministic_on_any_number_of_cores(
     tmp_path: Path, corpus: list[str], how: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = set()
@@ -54,8 +54,8 @@ def tokens_of_the_word(tmp_path: Path, texts: list[str], word: str, how: Any) ->
 
 
 @every_kind
-def test_a_line_of_100_kb_is_learned_to_its_end(tmp_path: Path, corpus: list[str], how: Any) -> None:
-    """SentencePiece skips lines over its limit: the word at the end, of four-byte letters, would then be 16 bytes."""
+def test_long_line_is_used_to_its_end(tmp_path: Path, corpus: list[str], how: Any) -> None:
+    """SentencePiece skips lines over its limit; the word at the end would then be encoded as 16 bytes."""
     line = " ".join(corpus).replace("\n", " ")[:70_000] + " 𐌰𐌱𐌲𐌳" * 4000
     assert tokens_of_the_word(tmp_path, [line], " 𐌰𐌱𐌲𐌳", how) <= 2
 
@@ -67,36 +67,34 @@ def test_indentation_becomes_one_token(tmp_path: Path, corpus: list[str], how: A
 
 
 @every_kind
-def test_a_line_with_the_mark_that_sentencepiece_reserves_is_learned(
-    tmp_path: Path, corpus: list[str], how: Any
-) -> None:
+def test_line_with_sentencepieces_reserved_character_is_used(tmp_path: Path, corpus: list[str], how: Any) -> None:
     lines = [f"▅ δζθξ{word} ▅\n" for word in " ".join(corpus).split()[:3000]]
     assert tokens_of_the_word(tmp_path, ["".join(lines)], " δζθξ", how) <= 2
 
 
 @every_kind
 @pytest.mark.parametrize("texts", [[], [""], ["\n \n", "\t"]])
-def test_no_text_is_told(tmp_path: Path, how: Any, texts: list[str]) -> None:
-    with pytest.raises(UserError, match=r"^no text to learn a tokenizer from$"):
+def test_no_text_is_an_error(tmp_path: Path, how: Any, texts: list[str]) -> None:
+    with pytest.raises(UserError, match=r"^no text to train a tokenizer on$"):
         train_tokenizer(texts, tmp_path / "my", 500, *how)
     assert not list(tmp_path.iterdir())
 
 
 @every_kind
-def test_too_little_text_is_told_with_the_most_that_it_gives(tmp_path: Path, corpus: list[str], how: Any) -> None:
+def test_too_little_text_is_an_error_with_the_largest_size(tmp_path: Path, corpus: list[str], how: Any) -> None:
     texts = corpus[:1]
     with pytest.raises(
-        UserError, match=r"^no tokenizer of 30000 tokens can be made from this text: it gives at most"
+        UserError, match=r"^can't train a tokenizer of 30000 tokens on this text: it yields at most"
     ) as e:
         train_tokenizer(texts, tmp_path / "my", 30_000, *how)
     most = int(re.findall(r"\d+", str(e.value))[1])
     assert load_tokenizer(train_tokenizer(texts, tmp_path / "my", most, *how)[0]).vocab_size == most
-    with pytest.raises(UserError, match="it gives at most"):
+    with pytest.raises(UserError, match="it yields at most"):
         train_tokenizer(texts, tmp_path / "my", most + 1, *how)
 
 
 @every_kind
-def test_a_vocabulary_too_small_is_told_with_the_least_that_does(tmp_path: Path, corpus: list[str], how: Any) -> None:
+def test_too_small_vocabulary_is_an_error_with_the_smallest_size(tmp_path: Path, corpus: list[str], how: Any) -> None:
     with pytest.raises(UserError, match=r"bytes, characters and control tokens alone need \d+: set a larger") as error:
         train_tokenizer(corpus, tmp_path / "my", 100, *how)
     least = int(re.findall(r"\d+", str(error.value))[1])
@@ -105,15 +103,15 @@ def test_a_vocabulary_too_small_is_told_with_the_least_that_does(tmp_path: Path,
         train_tokenizer(corpus, tmp_path / "my", least - 1, *how)
 
 
-def test_gpt2_files_hold_no_unigram_model(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"tokenizer\.format: gpt2 files hold a BPE model"):
+def test_gpt2_format_supports_only_bpe(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tokenizer\.format: gpt2 supports only BPE"):
         train_tokenizer(["text"], tmp_path / "my", 300, "unigram", "gpt2")
 
 
 @every_kind
 @pytest.mark.parametrize("failure", [UserError("a.jsonl:1: no field 'text'"), KeyboardInterrupt()])
-def test_what_stops_the_documents_comes_through(tmp_path: Path, how: Any, failure: BaseException) -> None:
-    """SentencePiece makes a RuntimeError of it, which would be told as too little text."""
+def test_exception_while_reading_propagates(tmp_path: Path, how: Any, failure: BaseException) -> None:
+    """SentencePiece turns it into a RuntimeError, which would be reported as too little text."""
 
     def texts() -> Iterator[str]:
         yield "some text"
@@ -128,7 +126,7 @@ def test_what_stops_the_documents_comes_through(tmp_path: Path, how: Any, failur
 # max_train_mb
 
 
-def test_the_limit_holds_to_the_byte_and_reads_no_further() -> None:
+def test_limit_bytes_is_exact_and_reads_no_further() -> None:
     def texts() -> Iterator[str]:
         yield "x" * 600
         yield "é" * 600
@@ -137,10 +135,10 @@ def test_the_limit_holds_to_the_byte_and_reads_no_further() -> None:
     taken = [0]
     assert list(limit_bytes(texts(), 0.001, taken)) == ["x" * 600, "é" * 200]
     assert taken == [1000]
-    assert "".join(limit_bytes(["aé"], 2e-6, [0])) == "a", "half of a character is no text"
+    assert "".join(limit_bytes(["aé"], 2e-6, [0])) == "a", "half of a character is dropped"
 
 
-def test_below_the_limit_all_is_given_out() -> None:
+def test_limit_bytes_below_the_limit() -> None:
     taken = [0]
     assert list(limit_bytes(iter(["one", "zwölf"]), 200.0, taken)) == ["one", "zwölf"]
     assert taken == [9]
