@@ -121,7 +121,10 @@ def test_errors_are_one_line(tmp_path: Path, bpe: Path, tiny_shards: Path, capsy
         (["--checkpoint", run, "--shards", str(tmp_path)], "no token shards here"),
         (["--checkpoint", run, "--shards", str(tiny_shards)], "not the model's tokenizer"),
         (["--checkpoint", run, "--text", "README.md", "--limit", "0"], "argument --limit: expected an integer >= 1"),
-        (["--compare", str(tmp_path / "result.json"), run, "--text", "README.md"], "not a result of anarchobot evaluate"),
+        (
+            ["--compare", str(tmp_path / "result.json"), run, "--text", "README.md"],
+            "not a result of anarchobot evaluate",
+        ),
         (["--compare", "none.json", "none.json"], "none.json: no such file; expected a result of anarchobot evaluate"),
         (["--compare", "a.json", "b.json", "--text", "README.md"], "not allowed with .json results"),
         (["--checkpoint", run, "--text", "README.md", "--output", str(tmp_path)], "is a folder; expected a file"),

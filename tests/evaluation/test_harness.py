@@ -1,4 +1,4 @@
-"""Our model in lm-evaluation-harness against the harness's own Hugging Face model of the same weights."""
+"""Scores in lm-evaluation-harness match those of its Hugging Face model with the same weights."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def words(text: str, n: int) -> list[str]:
 
 @pytest.fixture
 def tasks(tmp_path: Path, bpe: Path) -> Path:
-    """Three local tasks on 40 documents each, of this file's own text."""
+    """Three local tasks of 40 documents each, made from the text of this file."""
     some = words(Path(__file__).read_text(encoding="utf-8").replace("'", "") * 3, 6)
     rows = [
         {
@@ -52,8 +52,8 @@ def tasks(tmp_path: Path, bpe: Path) -> Path:
     return tmp_path / "tasks"
 
 
-@pytest.mark.filterwarnings("default")  # the harness's own
-def test_a_local_task_gives_the_score_of_the_harness_s_own_model(
+@pytest.mark.filterwarnings("default")  # of lm_eval
+def test_local_tasks_match_the_hugging_face_model(
     tmp_path: Path, bpe: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -73,7 +73,7 @@ def test_a_local_task_gives_the_score_of_the_harness_s_own_model(
         return {key.removesuffix(",none"): value for key, value in found["results"][name].items()}
 
     for name in ("our_choice", "our_rolling", "our_written"):
-        wanted = theirs(name, add_bos_token=name != "our_rolling")  # there it would score the token that begins a text
+        wanted = theirs(name, add_bos_token=name != "our_rolling")  # it would score the prefix token
         for key in set(ours[f"task {name}"]) - {"samples"}:
             if "stderr" not in key:
                 assert ours[f"task {name}"][key] == pytest.approx(wanted[key], rel=1e-4), (name, key)

@@ -1,4 +1,4 @@
-"""Log-probabilities of continuations against a float64 transformer written a second time."""
+"""Log-likelihoods against an independent float64 transformer, and windows against lm-evaluation-harness."""
 
 import numpy as np
 import pytest
@@ -9,13 +9,14 @@ from anarchobot.evaluation import loglikelihood
 from anarchobot.evaluation.loglikelihood import loglikelihoods, rolling_windows
 from anarchobot.inference.model import Model
 from tests.inference.conftest import SHAPE
+from tests.inference.conftest import model as model
 from tests.model.llama.reference import logits
 
 LONGEST = SHAPE.max_seq_len
 
 
-def test_likelihoods_of_every_length_in_every_company(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of different lengths in one batch, more positions than the head takes at a time, contexts that are cut."""
+def test_loglikelihoods_of_mixed_lengths(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Different lengths in one batch, more positions than one pass of the head, truncated contexts."""
     monkeypatch.setattr(loglikelihood, "BATCH_TOKENS", 200)
     monkeypatch.setattr(loglikelihood, "HEAD_POSITIONS", 7)
     params = {name: np.array(p, np.float64) for name, p in model.params.items()}
@@ -33,7 +34,7 @@ def test_likelihoods_of_every_length_in_every_company(model: Model, monkeypatch:
         top = z.max(axis=1, keepdims=True)
         log_p = z - top - np.log(np.exp(z - top).sum(axis=1, keepdims=True))
         wanted.append(float(log_p[np.arange(len(continuation)), continuation].sum()))
-    # The likeliest continuation of a context, by the float64 model: greedy, and no other is.
+    # Only the argmax of the float64 model is greedy.
     best = int(np.argmax(logits(params, np.array(requests[1][0]), SHAPE)[-1]))
     requests += [(requests[1][0], [best]), (requests[1][0], [(best + 1) % SHAPE.vocab_size])]
     done: list[int] = []
@@ -43,14 +44,14 @@ def test_likelihoods_of_every_length_in_every_company(model: Model, monkeypatch:
     assert done[-1] == len(requests) and done == sorted(done)
 
 
-def test_a_continuation_that_can_not_fit_is_refused(model: Model) -> None:
-    with pytest.raises(ValueError, match="a continuation of 49 tokens, and max_seq_len is 48"):
+def test_continuation_longer_than_the_context_is_an_error(model: Model) -> None:
+    with pytest.raises(ValueError, match=r"continuation of 49 tokens exceeds max_seq_len \(48\)"):
         loglikelihoods(model, [([1], [2] * 49)])
     assert loglikelihoods(model, []) == []
 
 
 @given(st.integers(0, 50), st.integers(1, 12))
-def test_each_token_of_a_long_text_is_scored_once_with_all_the_context_there_is(n: int, longest: int) -> None:
+def test_windows_score_each_token_once_with_maximal_context(n: int, longest: int) -> None:
     whole = [0, *range(1, n + 1)]
     scored: list[int] = []
     for context, continuation in rolling_windows(whole[1:], 0, longest):
@@ -60,9 +61,11 @@ def test_each_token_of_a_long_text_is_scored_once_with_all_the_context_there_is(
     assert scored == whole[1:]
 
 
-def test_windows_are_the_harness_s_own() -> None:
+def test_windows_match_the_harness() -> None:
     utils = pytest.importorskip("lm_eval.utils")
     for n in (1, 9, 10, 11, 20, 29, 57):
         ids = list(range(100, 100 + n))
         theirs = utils.get_rolling_token_windows(ids, prefix_token=0, max_seq_len=10, context_len=1)
-        assert [(list(a), list(b)) for a, b in rolling_windows(ids, 0, 10)] == [utils.make_disjoint_window(w) for w in theirs]
+        assert [(list(a), list(b)) for a, b in rolling_windows(ids, 0, 10)] == [
+            utils.make_disjoint_window(w) for w in theirs
+        ]

@@ -1,4 +1,4 @@
-"""ROUGE is the package's own on English, and counted by hand on what the package can't read."""
+"""ROUGE matches the package on English, and hand counts on scripts that the package ignores."""
 
 import json
 from itertools import pairwise
@@ -30,7 +30,7 @@ def f1(matches: float, wanted: int, given: int) -> float:
         ("សួស្តី", list("សួស្តី")),
         ("မင်္ဂလာ", list("မင်္ဂလာ")),
         ("안녕하세요 세계", ["안녕하세요", "세계"]),
-        ("नमस्ते दुनिया", ["नमस्ते", "दुनिया"]),  # its vowel signs are marks, and part of the word
+        ("नमस्ते दुनिया", ["नमस्ते", "दुनिया"]),  # vowel signs are marks, part of the word
         ("cafe\u0301 CAFÉ", ["café", "café"]),
         ("مرحبا ١٢٣", ["مرحبا", "١٢٣"]),
         (" …!?\n", []),
@@ -41,11 +41,11 @@ def test_words_of_every_script(text: str, wanted: list[str]) -> None:
 
 
 @given(st.text(st.characters(max_codepoint=127)))
-def test_english_words_are_the_package_s_own(text: str) -> None:
+def test_english_words_match_the_package(text: str) -> None:
     assert words(text) == tokenize(text, None)
 
 
-def test_english_scores_are_the_package_s_own(shared_data: Path) -> None:
+def test_english_scores_match_the_package(shared_data: Path) -> None:
     rows = json.loads((shared_data / "instruct" / "alpaca_en.json").read_text(encoding="utf-8"))[:40]
     texts = [row["output"] for row in rows if row["output"].isascii()]
     scorer = RougeScorer(list(KINDS))
@@ -54,26 +54,26 @@ def test_english_scores_are_the_package_s_own(shared_data: Path) -> None:
         assert rouge([(reference, text)]) == pytest.approx({kind: own[kind].fmeasure for kind in KINDS})
 
 
-def test_counted_by_hand() -> None:
-    # Words кот сидит на окне / на окне сидит кот: all four shared; of the pairs, на окне; in order, на окне.
+def test_hand_counts() -> None:
+    # кот сидит на окне / на окне сидит кот: four shared words, one shared bigram, common subsequence of two.
     assert rouge([("Кот сидит на окне.", "На окне сидит кот!")]) == pytest.approx(
         {"rouge1": 1.0, "rouge2": f1(1, 3, 3), "rougeL": f1(2, 4, 4)}
     )
-    # 我 爱 北 京 / 我 爱 上 海 城: two of four and five; one of three and four; two in order.
+    # 我 爱 北 京 / 我 爱 上 海 城: two shared words of four and five, one bigram of three and four, subsequence of two.
     assert rouge([("我爱北京", "我爱上海城")]) == pytest.approx(
         {"rouge1": f1(2, 4, 5), "rouge2": f1(1, 3, 4), "rougeL": f1(2, 4, 5)}
     )
 
 
-def test_identical_texts_of_any_script_score_one_and_the_mean_is_over_pairs() -> None:
+def test_identical_texts_score_one_and_scores_are_averaged() -> None:
     same = ["Привет, мир", "你好世界", "नमस्ते दुनिया", "hello there"]
     assert rouge((text, text) for text in same) == pytest.approx(dict.fromkeys(KINDS, 1.0))
-    assert RougeScorer(["rouge1"]).score(same[1], same[1])["rouge1"].fmeasure == 0, "the package's own words"
+    assert RougeScorer(["rouge1"]).score(same[1], same[1])["rouge1"].fmeasure == 0, "with the package's own words"
     assert rouge([("a b", "a b"), ("a b", "c d")]) == pytest.approx(dict.fromkeys(KINDS, 0.5))
     assert rouge([]) == rouge([("", "")]) == rouge([("a", "")]) == dict.fromkeys(KINDS, 0.0)
 
 
-def test_without_the_package_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(UserError, match="pip install rouge-score"):
         rouge([("a", "a")])
