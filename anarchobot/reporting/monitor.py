@@ -100,7 +100,7 @@ class Monitor:
 
     @property
     def state(self) -> str:
-        """One of "running"; for a run "finished", "stopped" or "died" (no end was logged); for other processes "ended"."""
+        """One of "running"; "finished", "stopped" or "died" (no end was logged) for a run; "ended" for a process."""
         if self.pid is None or process_memory(self.pid) is not None:
             return "running"
         if self._log is None:
