@@ -169,11 +169,11 @@ def run_each(folder: Path, code: str, *words: list[str]) -> list[tuple[int, str]
         for env, own in zip(rank_environments(folder, len(words)), words, strict=True)
     ]
     try:
-        told = [child.communicate(timeout=TIMEOUT)[1] for child in children]
+        stderr = [child.communicate(timeout=TIMEOUT)[1] for child in children]
     finally:
         for child in children:
             child.kill()
-    return [(child.returncode, text) for child, text in zip(children, told, strict=True)]
+    return [(child.returncode, text) for child, text in zip(children, stderr, strict=True)]
 
 
 def test_out_of_memory_on_one_rank_shrinks_the_micro_batch_on_all(tmp_path: Path, tiny_shards: Path) -> None:

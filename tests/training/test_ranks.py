@@ -59,11 +59,11 @@ def test_collectives(tmp_path: Path, size: int) -> None:
         for env in rank_environments(tmp_path, size)
     ]
     try:
-        told = [child.communicate(timeout=TIMEOUT)[1] for child in children]
+        stderr = [child.communicate(timeout=TIMEOUT)[1] for child in children]
     finally:
         for child in children:
             child.kill()
-    assert [child.returncode for child in children] == [0] * size, told
+    assert [child.returncode for child in children] == [0] * size, stderr
 
 
 def test_single_process_collectives_are_identities() -> None:
