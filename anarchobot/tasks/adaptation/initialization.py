@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from anarchobot.config.adapt_schema import AdaptConfig
-from anarchobot.config.schema import Config, DataConfig, ModelConfig, TokenizerConfig, TrainConfig
-from anarchobot.config.strict_yaml import dump
+from anarchobot.config.schema import Config, DataConfig, ModelConfig, TokenizerConfig
 from anarchobot.data.document_batches import batch_documents
 from anarchobot.data.resume import source_provenance
 from anarchobot.data.sources.documents import DocumentCounts, from_files, open_source
 from anarchobot.exchange.pretrained import PretrainedModel
 from anarchobot.runs import checkpoint
+from anarchobot.runs.write_model import write_model
 from anarchobot.storage.durable import write_atomic
 from anarchobot.tasks.adaptation.stages import Output, StageResult, StageRunner, Values
 from anarchobot.tokenizers.tokenizer import Tokenizer, copy_tokenizer, digest, load_tokenizer
@@ -203,7 +203,7 @@ def initialize_model(run: Adaptation, alignment: StageResult, tokenizer: StageRe
         with np.load(alignment.folder / "plan.npz", allow_pickle=False) as arrays:
             plan = AlignmentPlan(**{name: arrays[name] for name in arrays.files})
         params = initialize_embeddings(run.base.weights, plan, run.seed)
-        step = write_model(folder, params, run.base, target)
+        step = write_adapted_model(folder, params, run.base, target)
         return [step / "model.npz", step / "state.json"], {"zero_initialised": count_zero_rows(params[EMBEDDING])}
 
     inputs = {"alignment": alignment.digest, "tokenizer": tokenizer.digest, "model": run.base.digest}
@@ -219,16 +219,12 @@ def adapted_config(base: PretrainedModel, target: Tokenizer) -> ModelConfig:
     return base.model.model_copy(update={"vocab_size": target.vocab_size, "bos_id": bos_id})
 
 
-def write_model(folder: Path, params: Mapping[str, Floats], base: PretrainedModel, target: Tokenizer) -> Path:
+def write_adapted_model(folder: Path, weights: Mapping[str, Floats], base: PretrainedModel, target: Tokenizer) -> Path:
     """Writes a run folder with a checkpoint at step 0; returns the checkpoint folder."""
     model = adapted_config(base, target)
     data = DataConfig(seq_len=min(base.config.data.seq_len, model.max_seq_len))
-    train = TrainConfig(save_dir=str(folder), tokenizer_path=str(folder / copy_tokenizer(target, folder)))
-    config = Config(model=model, data=data, train=train)
-    write_atomic(folder / "config.yaml", dump(config.model_dump()))
-    state = {"tokens": 0, "adapted": str(base.folder), "config": config.model_dump()}
-    arrays = {f"{checkpoint.PARAMS}{key}": array for key, array in params.items()}
-    return checkpoint.save(folder, 0, arrays, state)
+    write_model(folder, Config(model=model, data=data), target, weights, {"adapted": str(base.folder)})
+    return checkpoint.step_folder(folder, 0)
 
 
 def _write_json(file: Path, values: Values) -> None:

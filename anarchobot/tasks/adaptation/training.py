@@ -11,7 +11,7 @@ from anarchobot.data.sources.documents import Document, DocumentCounts
 from anarchobot.exchange.fusing import fuse
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.runs import checkpoint
-from anarchobot.tasks.adaptation.initialization import DOMAIN, Adaptation, adapted_config, write_model
+from anarchobot.tasks.adaptation.initialization import DOMAIN, Adaptation, adapted_config, write_adapted_model
 from anarchobot.tasks.adaptation.stages import Output, StageInterrupted, StageResult
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tokenizers.tokenizer import Tokenizer
@@ -65,33 +65,6 @@ def _tokenize(run: Adaptation, corpus: StageResult, tokenizer: StageResult, targ
 def _train_stage(
     run: Adaptation, name: str, target: Tokenizer, start: StageResult, shards: StageResult, *, first_sequence: int
 ) -> StageResult:
-    def work(folder: Path) -> Output:
-        config = _training_config(run, name, target, start, shards, folder, first_sequence)
-        summary = pretrain(LoadedConfig(config, {}), show="nothing" if run.quiet else "progress")
-        if not summary["finished"]:
-            raise StageInterrupted
-        step = checkpoint.step_folder(folder, summary["steps"])
-        notes = {key: summary[key] for key in ("steps", "tokens", "final_loss", "best_val_bpb")}
-        return [step / "model.npz", step / "state.json"], notes
-
-    # Only non-default settings, so that a key added in a later version does not invalidate the record.
-    config = _training_config(run, name, target, start, shards, Path(name), first_sequence)
-    settings = config.model_dump(include={"train": True, "lora": True}, exclude_defaults=True)
-    for key in IRRELEVANT_SETTINGS:
-        settings["train"].pop(key, None)
-    settings["seq_len"] = config.data.seq_len
-    return run.stages.run(name, work, settings=settings, inputs={"start": start.digest, "shards": shards.digest})
-
-
-def _training_config(
-    run: Adaptation,
-    name: str,
-    target: Tokenizer,
-    start: StageResult,
-    shards: StageResult,
-    folder: Path,
-    first_sequence: int,
-) -> Config:
     own = run.settings.vocab_adaptation
     is_stage1 = name == "stage1"
     steps, lr = (own.stage1_steps, own.stage1_lr) if is_stage1 else (own.stage2_steps, own.stage2_lr)
@@ -101,7 +74,7 @@ def _training_config(
         optimizer="adamw" if is_stage1 else own.optimizer, trainable="embeddings" if is_stage1 else "all",
         precision=own.precision, cpu_threads=own.cpu_threads, first_sequence=first_sequence,
         eval_interval=max(1, steps // 5), ckpt_interval=max(1, min(500, steps // 5)), ckpt_keep=1,
-        save_dir=str(folder), init_from=str(start.folder), checkpoint_path="auto", supervise=False,
+        save_dir=str(run.stages.root / name), init_from=str(start.folder), checkpoint_path="auto", supervise=False,
     )  # fmt: skip
     lora = LoraConfig()
     if own.stage2_use_lora and not is_stage1:
@@ -109,7 +82,22 @@ def _training_config(
             r=own.lora_r, alpha=own.lora_alpha, dropout=own.lora_dropout, target_modules=own.lora_target_modules
         )
     data = DataConfig(shard_dir=str(shards.folder), seq_len=own.seq_len)
-    return Config(model=adapted_config(run.base, target), data=data, train=train, lora=lora)
+    config = Config(model=adapted_config(run.base, target), data=data, train=train, lora=lora)
+
+    def work(folder: Path) -> Output:
+        summary = pretrain(LoadedConfig(config, {}), show="nothing" if run.quiet else "progress")
+        if not summary["finished"]:
+            raise StageInterrupted
+        step = checkpoint.step_folder(folder, summary["steps"])
+        notes = {key: summary[key] for key in ("steps", "tokens", "final_loss", "best_val_bpb")}
+        return [step / "model.npz", step / "state.json"], notes
+
+    # Only non-default settings, so that a key added in a later version does not invalidate the record.
+    settings = config.model_dump(include={"train": True, "lora": True}, exclude_defaults=True)
+    for key in IRRELEVANT_SETTINGS:
+        settings["train"].pop(key, None)
+    settings["seq_len"] = own.seq_len
+    return run.stages.run(name, work, settings=settings, inputs={"start": start.digest, "shards": shards.digest})
 
 
 def _write_result(run: Adaptation, target: Tokenizer, model: StageResult, adapters: StageResult | None) -> StageResult:
@@ -124,7 +112,7 @@ def _write_result(run: Adaptation, target: Tokenizer, model: StageResult, adapte
             fuse(newest(model), newest(adapters), folder)
             step = checkpoint.step_folder(folder, 0)
         else:
-            step = write_model(folder, dict(load_pretrained(str(newest(model))).weights), run.base, target)
+            step = write_adapted_model(folder, dict(load_pretrained(str(newest(model))).weights), run.base, target)
         return [step / "model.npz", step / "state.json"], {}
 
     inputs = {"last": model.digest} if adapters is None else {"last": adapters.digest, "base": model.digest}
