@@ -1,8 +1,8 @@
-"""How fast text becomes tokens: engines and the whole way from file to shards, side by side. `make bench-data`.
+"""Tokenization speed: the engines, and the whole pipeline from file to shards. `make bench-data`.
 
-Every measurement is a fresh process (empty caches); rounds go through all of them in turn, so that a busy minute on a
-shared machine hits all alike; figures are medians over rounds, ratios are taken within a round. CPU time is that of the
-process with all its threads.
+Every measurement runs in a fresh process (empty caches). Rounds alternate between all measurements, so that load on a
+shared machine affects all of them alike. Figures are medians over rounds, ratios are taken within a round. CPU time is
+that of the process with all its threads.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
 
 HERE = Path(__file__).parent
-UNIT = 200  # documents a call
-LONG, TIMES_LONGER = "long", 16  # measurements of the fast ones on more text, in which their start counts less
+BATCH = 200  # documents per call
+LONG, TIMES_LONGER = "long", 16  # measures the fast engine on more text, where startup counts less
 
 PROSE = ("text/*.txt", "text/books/*.txt")
 DATATROVE = """
@@ -53,36 +53,36 @@ print(sum(os.times()[:4]) - cpu, time.perf_counter() - wall)
 """
 
 
-# The text
+# Text
 
 
 def write_corpus(data: Path, path: Path, megabytes: float) -> str:
-    """JSONL of documents of about 5 kB; returns what it is, for the reader of the table.
+    """Writes JSONL with documents of about 5 kB; returns a description.
 
-    The prose is repeated until there is enough. In every repeat the documents are cut elsewhere and in one word of 25 a
-    number never used before, so that a cache of words finds no more than in text that goes on.
+    The prose is repeated as often as needed. In every repetition, documents are cut at other positions and one word in
+    25 gets a new number appended, so that a cache of words helps no more than in new text.
     """
-    pieces = [file.read_text(encoding="utf-8") for glob in PROSE for file in sorted(data.glob(glob))]
+    texts = [file.read_text(encoding="utf-8") for glob in PROSE for file in sorted(data.glob(glob))]
     for file in sorted(data.glob("text/*.jsonl")):
-        pieces += [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").split("\n") if line]
-    prose = "\n\n".join(pieces)
-    dice, numbers, repeats = random.Random(0), iter(range(10**5, 10**9)), 0
+        texts += [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").split("\n") if line]
+    prose = "\n\n".join(texts)
+    rng, numbers, repeats = random.Random(0), iter(range(10**5, 10**9)), 0
     left = megabytes * 1e6
     with path.open("w", encoding="utf-8") as file:
         while left > 0:
-            turned = prose[repeats * 1237 :] + prose[: repeats * 1237]
+            text = prose[repeats * 1237 :] + prose[: repeats * 1237]
             if repeats:
-                turned = re.sub(r"\w\b", lambda m: m[0] if dice.random() > 0.04 else m[0] + str(next(numbers)), turned)
+                text = re.sub(r"\w\b", lambda m: m[0] if rng.random() > 0.04 else m[0] + str(next(numbers)), text)
             repeats += 1
-            for start in range(0, len(turned), 5000):
-                text = turned[start : start + 5000]
-                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-                left -= len(text.encode())
+            for start in range(0, len(text), 5000):
+                document = text[start : start + 5000]
+                file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+                left -= len(document.encode())
                 if left <= 0:
                     break
     return (
-        f"{megabytes:.0f} MB: {len(prose.encode()) / 1e6:.1f} MB of English prose and manuals, {repeats} times, each "
-        "time cut elsewhere and with a new number behind one word in 25"
+        f"{megabytes:.0f} MB: {len(prose.encode()) / 1e6:.1f} MB of English prose and manuals, repeated {repeats} "
+        "times with different cuts and a new number appended to one word in 25"
     )
 
 
@@ -91,12 +91,12 @@ def read_corpus(path: Path) -> list[str]:
         return [json.loads(line)["text"] for line in file]
 
 
-# One measurement, in a process of its own
+# One measurement, in its own process
 
 
 def measure(name: str, corpus: Path, models: Path, out: Path) -> dict[str, Any]:
-    """Seconds (`timed`), tokens, and sha256 of all ids with the end of each document."""
-    os.environ["RAYON_NUM_THREADS"] = "1"  # one thread for tokenizers, as for the others
+    """Returns `timed`'s seconds, the number of tokens, and the sha256 of all ids including ends of documents."""
+    os.environ["RAYON_NUM_THREADS"] = "1"  # one thread, as for the other libraries
     kind, _, engine = name.partition(" ")
     model = models / ("gpt2-vocab.json" if "byte-level" in name else "bpe.model")
     if name.endswith(LONG):
@@ -109,9 +109,9 @@ def measure(name: str, corpus: Path, models: Path, out: Path) -> dict[str, Any]:
     encode: Callable[[list[str]], Iterable[Any]] = tokenizer.encode_batch
     if kind == "fast":
         encode = select_engine(tokenizer, "fast", "stop", lambda line: None).encode_batch
-    elif kind == "fastokens":  # itself, without comparison
-        checked: Any = select_engine(tokenizer, "fast", "stop", lambda line: None)
-        encode = checked._encode
+    elif kind == "fastokens":  # the engine alone, without verification
+        verified: Any = select_engine(tokenizer, "fast", "stop", lambda line: None)
+        encode = verified._encode
     elif kind == "sentencepiece":
         import sentencepiece
 
@@ -137,21 +137,21 @@ def measure(name: str, corpus: Path, models: Path, out: Path) -> dict[str, Any]:
             tokens += len(one) + 1
         return sha.hexdigest(), tokens
 
-    return timed(lambda: [ids.extend(encode(texts[i : i + UNIT])) for i in range(0, len(texts), UNIT)], digest)
+    return timed(lambda: [ids.extend(encode(texts[i : i + BATCH])) for i in range(0, len(texts), BATCH)], digest)
 
 
 def timed(work: Callable[[], Any], digest: Callable[[], tuple[str, int]]) -> dict[str, Any]:
-    """CPU seconds of all threads and of the main one, and wall seconds."""
+    """Measures CPU seconds of all threads, CPU seconds of the main thread, and wall seconds."""
     clocks = {"cpu_s": time.process_time, "main_s": time.thread_time, "wall_s": time.perf_counter}
-    began = {name: clock() for name, clock in clocks.items()}
+    start = {name: clock() for name, clock in clocks.items()}
     work()
-    seconds = {name: clock() - began[name] for name, clock in clocks.items()}
+    seconds = {name: clock() - start[name] for name, clock in clocks.items()}
     sha, tokens = digest()
     return {**seconds, "tokens": tokens, "sha256": sha}
 
 
 def pipeline(corpus: Path, model: Path, out: Path, engine: Any, workers: int) -> None:
-    """All that `anarchobot pretokenize` does, the engine's start and its comparisons too."""
+    """Everything `anarchobot pretokenize` does, including engine startup and verification."""
     tokenizer = select_engine(load_tokenizer(model), engine, "stop", lambda line: None)
     counts = DocumentCounts()
     documents = from_files([str(corpus)], DataConfig(), counts)
@@ -174,26 +174,26 @@ def measure_datatrove(python: str, corpus: Path, models: Path, out: Path) -> dic
     tokenizer = load_tokenizer(models / "bpe.model")
     model = models / "bpe.json"
     model.write_text(spm_to_json(models / "bpe.model")[0].replace(f'"piece {tokenizer.eod_id}"', '"</s>"'))
-    ran = subprocess.run(
+    completed = subprocess.run(
         [python, "-c", DATATROVE, str(corpus), str(model), str(out)],
         check=True,
         capture_output=True,
         text=True,
         env={**os.environ, "RAYON_NUM_THREADS": "1"},
     )
-    cpu, wall = map(float, ran.stdout.split()[-2:])
+    cpu, wall = map(float, completed.stdout.split()[-2:])
     sha, tokens = shards_digest(out, "*.ds")()
     return {"cpu_s": cpu, "wall_s": wall, "tokens": tokens, "sha256": sha}
 
 
-# All of them
+# All measurements
 
-# name, what it says in the table
+# name: label in the table
 MEASURED = {
     "sentencepiece": "sentencepiece alone, numpy ids",
     "reference": "ours, reference",
     "fastokens": "fastokens alone",
-    "fast": "ours, fast: fastokens, compared",
+    "fast": "ours, fast: fastokens, verified",
     "tokenizers": "tokenizers, `encode_batch_fast`",
     "pipeline reference 1": "file to shards, reference, 1 worker",
     "pipeline reference 2": "file to shards, reference, 2 workers",
@@ -208,7 +208,7 @@ MEASURED = {
 }
 
 
-OF_RATIOS = {"fastokens", "pipeline fast 1", *(name for name in MEASURED if name.endswith(LONG))}
+RATIO_NAMES = {"fastokens", "pipeline fast 1", *(name for name in MEASURED if name.endswith(LONG))}
 
 
 def main() -> None:
@@ -217,8 +217,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=data, help="folder with text/*.txt (default: %(default)s)")
     parser.add_argument("--megabytes", type=float, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--datatrove", help="a Python that has datatrove and tokenizers; left out: not measured")
-    parser.add_argument("--only", nargs="+", choices=MEASURED, default=list(MEASURED), help="left out: all")
+    parser.add_argument("--datatrove", help="a Python with datatrove and tokenizers (default: skip datatrove)")
+    parser.add_argument("--only", nargs="+", choices=MEASURED, default=list(MEASURED), help="default: all")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "data.json")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -227,7 +227,7 @@ def main() -> None:
         print(json.dumps(measure(name, *map(Path, paths))))
         return
     if not any(args.data.glob(PROSE[0])):
-        parser.error(f"no {PROSE[0]} in {args.data}: name a folder with --data")
+        parser.error(f"no {PROSE[0]} in {args.data}: set the folder with --data")
     with tempfile.TemporaryDirectory() as folder:
         report = run(args, Path(folder))
     args.output.parent.mkdir(exist_ok=True)
@@ -251,14 +251,14 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 continue
             with tempfile.TemporaryDirectory(dir=folder) as out:
                 if name == "datatrove":
-                    got = measure_datatrove(args.datatrove, corpus, folder, Path(out))
+                    result = measure_datatrove(args.datatrove, corpus, folder, Path(out))
                 else:
                     command = [sys.executable, __file__, "--one", name, str(corpus), str(folder), out]
-                    got = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-            print(f"round {number + 1}: {name}: {got['cpu_s']:.2f} s CPU, {got['wall_s']:.2f} s", file=sys.stderr)
-            rounds[-1][name] = got
+                    result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+            print(f"round {number + 1}: {name}: {result['cpu_s']:.2f} s CPU, {result['wall_s']:.2f} s", file=sys.stderr)
+            rounds[-1][name] = result
     if not args.datatrove:
-        print("datatrove: not measured: give --datatrove PYTHON, of an environment that has it", file=sys.stderr)
+        print("datatrove: not measured: set --datatrove to the Python of an environment that has it", file=sys.stderr)
     return {
         "text": text,
         "megabytes": args.megabytes,
@@ -281,35 +281,38 @@ def table(report: dict[str, Any]) -> str:
         "| | MB/s of CPU time | MB/s | times sentencepiece (CPU time) | ids |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for name, says in MEASURED.items():
+    for name, label in MEASURED.items():
         if name not in rounds[0]:
             continue
-        like = "reference byte-level" if "byte-level" in name else "fastokens long" if LONG in name else "sentencepiece"
-        equal = all(r[name]["sha256"] == r[like]["sha256"] for r in rounds)
+        baseline = (
+            "reference byte-level" if "byte-level" in name else "fastokens long" if LONG in name else "sentencepiece"
+        )
+        equal = all(r[name]["sha256"] == r[baseline]["sha256"] for r in rounds)
         cpu, wall = (median(name, lambda one, _, key=key: one[key]) for key in ("cpu_s", "wall_s"))
         times = TIMES_LONGER if LONG in name else 1
         size = times * report["megabytes"]
         ratio = times * median(name, lambda one, plain: plain["cpu_s"] / one["cpu_s"])
         ids = "equal" if equal else "DIFFER"
-        lines.append(f"| {says} | {size / cpu:.1f} | {size / wall:.1f} | {ratio:.2f} | {ids} |")
-    return "\n".join([*lines, "", *(ratios(rounds) if set(rounds[0]) >= OF_RATIOS else [])])
+        lines.append(f"| {label} | {size / cpu:.1f} | {size / wall:.1f} | {ratio:.2f} | {ids} |")
+    return "\n".join([*lines, "", *(ratios(rounds) if set(rounds[0]) >= RATIO_NAMES else [])])
 
 
 def ratios(rounds: list[dict[str, Any]]) -> list[str]:
-    """Of the fast engine, each within a round: what the rest costs, and what a second worker brings."""
-    own, one, two = (f"{name} {LONG}" for name in ("fastokens", "pipeline fast 1", "pipeline fast 2"))
+    """The overhead around the fast engine and the gain from a second worker, each within a round."""
+    engine, one, two = (f"{name} {LONG}" for name in ("fastokens", "pipeline fast 1", "pipeline fast 2"))
 
     def median(of: Callable[[dict[str, Any]], float]) -> str:
         return f"{statistics.median(map(of, rounds)):.2f}"
 
-    def further(r: dict[str, Any], name: str) -> float:
+    def increment(r: dict[str, Any], name: str) -> float:
         return float(r[name]["cpu_s"] - r[name.removesuffix(f" {LONG}")]["cpu_s"])
 
     return [
-        f"Of the engine's own speed (CPU time): {median(lambda r: r[own]['cpu_s'] / r[one]['cpu_s'])} on the longer "
-        f"text, {median(lambda r: further(r, own) / further(r, one))} on what it has more than the shorter.",
-        f"Two workers to one on the longer text (wall time): {median(lambda r: r[one]['wall_s'] / r[two]['wall_s'])}; "
-        f"the main thread's share of their CPU time: {median(lambda r: r[two]['main_s'] / r[two]['cpu_s'])}.",
+        f"Fraction of the engine's own speed (CPU time): {median(lambda r: r[engine]['cpu_s'] / r[one]['cpu_s'])} on "
+        f"the longer text, {median(lambda r: increment(r, engine) / increment(r, one))} on its additional part.",
+        f"Speedup from a second worker on the longer text (wall time): "
+        f"{median(lambda r: r[one]['wall_s'] / r[two]['wall_s'])}; the main thread's share of the CPU time: "
+        f"{median(lambda r: r[two]['main_s'] / r[two]['cpu_s'])}.",
     ]
 
 
