@@ -123,19 +123,19 @@ def _generate(args: argparse.Namespace) -> None:
     from anarchobot.system.blas import load_fast_blas
 
     load_fast_blas()  # before MLX is imported
-    from anarchobot.inference.generation import generate, generate_each
+    from anarchobot.inference.generation import generate, generate_batch
     from anarchobot.inference.model import load_model
 
     model, trained = load_model(args.checkpoint)
     settings = _settings(args, trained).generation
     if prompts is not None:
-        for prompt, text in zip(prompts, generate_each(model, prompts, settings), strict=True):
+        for prompt, text in zip(prompts, generate_batch(model, prompts, settings), strict=True):
             _write(_json_row(prompt, text) if args.json else f"{prompt}{text}\n\n")
         return
     if args.json:
         _write(_json_row(settings.prompt, generate(model, settings)))
         return
-    pending = [settings.prompt]  # printed with the first piece, so that a prompt that is too long is not echoed
+    pending = [settings.prompt]  # printed with the first chunk, so that a prompt that is too long is not echoed
 
     def write(text: str) -> None:
         _write("".join([*pending, text]))
@@ -240,7 +240,7 @@ def _read_line(is_terminal: bool) -> str | None:
 
 
 def _answer(session: "ChatSession", question: str, args: argparse.Namespace) -> None:
-    forgotten = session.forgotten
+    dropped = session.dropped_turns
     text = session.answer(question, on_text=(lambda text: None) if args.json else _write_visible)
     sources = list(dict.fromkeys(hit.source for hit in session.hits))
     if args.json:
@@ -251,8 +251,8 @@ def _answer(session: "ChatSession", question: str, args: argparse.Namespace) -> 
         print("(empty answer)", file=sys.stderr)
     if sources and not args.quiet:
         _write_visible(f"(sources: {', '.join(sources)})\n")
-    if session.forgotten > forgotten and not args.quiet:
-        print(f"(dropped {session.forgotten} turns that no longer fit in the context window)", file=sys.stderr)
+    if session.dropped_turns > dropped and not args.quiet:
+        print(f"(dropped {session.dropped_turns} turns that no longer fit in the context window)", file=sys.stderr)
 
 
 def _run_chat_command(session: "ChatSession", line: str, say: Callable[[str], None]) -> None:
@@ -272,8 +272,8 @@ def _run_chat_command(session: "ChatSession", line: str, say: Callable[[str], No
         session.save(Path(rest))
         say(f"saved to {rest}")
     elif command in ("/good", "/bad"):
-        votes = session.vote(1.0 if command == "/good" else -1.0)
-        say(f"rated {votes} passage(s)")
+        count = session.rate(1.0 if command == "/good" else -1.0)
+        say(f"rated {count} passage(s)")
     else:
         near = did_you_mean(command, re.findall(r"/\w+", CHAT_HELP))
         raise UserError(f"unknown command '{command}'{near} (see /help)")

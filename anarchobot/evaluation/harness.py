@@ -27,11 +27,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
 
     @property
     def prefix_token_id(self) -> int:
-        return self._model.begin
+        return self._model.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         ids: list[int] = self._model.tokenizer.encode_batch([string])[0].tolist()
-        return ids if add_special_tokens is False else [self._model.begin, *ids]
+        return ids if add_special_tokens is False else [self._model.bos_id, *ids]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -46,7 +46,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         texts = (self.tok_encode(request.args[0], add_special_tokens=False) for request in requests)
         limit = self._model.shape.max_seq_len
-        windows = (list(rolling_windows(ids, self._model.begin, limit)) for ids in texts)
+        windows = (list(rolling_windows(ids, self._model.bos_id, limit)) for ids in texts)
         return [log_prob for log_prob, _ in self._sum_windows(windows)]
 
     def _sum_windows(self, requests: Iterable[list[tuple[Ids, Ids]]]) -> list[tuple[float, bool]]:
@@ -62,11 +62,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         limit = self._model.shape.max_seq_len
         for context, task_settings in (request.args for request in requests):
             settings = _generation_config(task_settings, limit)
-            ids = [self._model.begin, *self.tok_encode(context, add_special_tokens=False)]
+            ids = [self._model.bos_id, *self.tok_encode(context, add_special_tokens=False)]
             texts[batch.insert(ids[-(limit - settings.max_new_tokens) :], settings, {self.eot_token_id})] = []
         while batch:
-            for piece in batch.step():
-                texts[piece.request].append(piece.text)
+            for chunk in batch.step():
+                texts[chunk.request].append(chunk.text)
         return ["".join(parts) for parts in texts.values()]
 
 

@@ -1,4 +1,4 @@
-"""How a tuned model talks, for other programs: its chat template, and the tokens that begin and end what is said."""
+"""The chat format that is exported with a model: its template, special tokens and stop tokens."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,59 +10,61 @@ from anarchobot.tokenizers.conversation import InvalidRow, Message
 from anarchobot.tokenizers.tokenizer import ChatTokenizer, HFTokenizer, SentencePieceTokenizer, Tokenizer
 
 
-class Chat(NamedTuple):
-    """`tokens`: those that the template may name, by bos_token, eos_token and so on; `begins`: the token that it puts
-    before a conversation itself, as its bos_token; `ends`: where generation stops, the end of a document, then the end
-    of a turn if that is another one."""
+class ChatFormat(NamedTuple):
+    """`special_tokens` maps bos_token, eos_token and so on to their text. `bos_id` is the BOS token if the template
+    itself starts a conversation with it. `stop_ids` end generation: the end of document and, if it is a different
+    token, the end of turn."""
 
     template: ChatTemplate
-    tokens: dict[str, str]
-    begins: int | None
-    ends: list[int]
+    special_tokens: dict[str, str]
+    bos_id: int | None
+    stop_ids: list[int]
 
-    def speaks_of(self, name: str) -> bool:
-        """Whether the template asks for this token (`bos_token` or another)."""
+    def mentions(self, name: str) -> bool:
+        """Whether the template refers to a special token by its key, such as "bos_token"."""
         return name in self.template.source
 
 
-def open_chat(tokenizer: Tokenizer) -> Chat | None:
-    """The chat template beside a run's tokenizer; None where there is none: that model goes on from a text.
+def load_chat_format(tokenizer: Tokenizer) -> ChatFormat | None:
+    """Loads the chat template next to a run's tokenizer; None if there is none.
 
-    Raises UserError for a template that can't be used.
+    Raises UserError for an unusable template.
     """
     if not (tokenizer.files[0].parent / FILE).is_file():
         return None
     assert isinstance(tokenizer, SentencePieceTokenizer | HFTokenizer)
-    return _probed(tokenizer, load_template(tokenizer))
+    return _chat_format(tokenizer, load_template(tokenizer))
 
 
-def save_foreign_template(tokenizer: Tokenizer, folder: Path) -> list[str]:
-    """Copies the chat template that came with a foreign tokenizer, if one did, into `folder`; returns what is to be
-    said of one that is left out."""
+def copy_chat_template(tokenizer: Tokenizer, folder: Path) -> list[str]:
+    """Copies the chat template of a Hugging Face tokenizer, if it has one, to `folder`.
+
+    Returns warnings: an unusable template is not copied.
+    """
     assert isinstance(tokenizer, SentencePieceTokenizer | HFTokenizer)
     try:
         template = load_template(tokenizer)
-        if template.where in ("chatml", "plain"):  # it has none of its own
+        if template.where in ("chatml", "plain"):  # a default, because the tokenizer has none
             return []
-        _probed(tokenizer, template)
-    except UserError as problem:
-        return [f"the chat template is left out: {problem}"]
+        _chat_format(tokenizer, template)
+    except UserError as error:
+        return [f"skipping the chat template: {error}"]
     template.save(folder)
     return []
 
 
-def _probed(tokenizer: ChatTokenizer, template: ChatTemplate) -> Chat:
-    """Raises UserError for a template that refuses the plainest conversation."""
+def _chat_format(tokenizer: ChatTokenizer, template: ChatTemplate) -> ChatFormat:
+    """Raises UserError if the template rejects a single user message."""
     encoder = ChatEncoder(tokenizer, template)
-    end = encoder.end_of_turn_id()
+    end_of_turn = encoder.end_of_turn_id()
     try:
         first = int(encoder.encode_prompt((Message("user", "Hi"),))[0])
-    except InvalidRow as misfit:
-        raise UserError(f"{template.where}: unusable chat template: {misfit}") from misfit
-    # transformers would add a token that there is none of, with an id that the model has no row for.
-    tokens = {key: text for key, text in template.tokens.items() if text in tokenizer.control_tokens}
-    begins = first if tokenizer.control_tokens.get(tokens.get("bos_token", "")) == first else None
-    ends = [tokenizer.eod_id]
-    if end is not None and end != tokenizer.eod_id:
-        ends.append(end)
-    return Chat(template, tokens, begins, ends)
+    except InvalidRow as error:
+        raise UserError(f"{template.where}: unusable chat template: {error}") from error
+    # transformers would add a token that the tokenizer lacks, with an id beyond the embedding.
+    special_tokens = {key: text for key, text in template.tokens.items() if text in tokenizer.control_tokens}
+    bos_id = first if tokenizer.control_tokens.get(special_tokens.get("bos_token", "")) == first else None
+    stop_ids = [tokenizer.eod_id]
+    if end_of_turn is not None and end_of_turn != tokenizer.eod_id:
+        stop_ids.append(end_of_turn)
+    return ChatFormat(template, special_tokens, bos_id, stop_ids)

@@ -1,4 +1,7 @@
-"""float32 weights in fewer bits, and back. numpy has no bfloat16: it is the upper half of a float32, kept as uint16."""
+"""Converts float32 weights to float16 and bfloat16.
+
+NumPy has no bfloat16, so it is stored as uint16: the upper half of a float32.
+"""
 
 from typing import Any, Literal
 
@@ -12,10 +15,10 @@ DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
 Float32 = npt.NDArray[np.float32]
 
 
-def narrowed(name: str, array: Float32, dtype: Dtype) -> npt.NDArray[Any]:
-    """`array` rounded to the nearest of `dtype`, ties to even: float32, float16, or bfloat16's bits as uint16.
+def to_dtype(name: str, array: Float32, dtype: Dtype) -> npt.NDArray[Any]:
+    """Rounds to the nearest value of `dtype`, ties to even; bfloat16 is returned as uint16 bits.
 
-    Raises UserError when a value is out of its range; `name` is the parameter's.
+    Raises UserError if a value of the parameter `name` overflows float16.
     """
     if dtype == "float32":
         return array
@@ -23,13 +26,12 @@ def narrowed(name: str, array: Float32, dtype: Dtype) -> npt.NDArray[Any]:
         with np.errstate(over="ignore"):
             half = array.astype(np.float16)
         if not np.isfinite(half).all():
-            most = float(np.abs(array).max())
-            raise UserError(f"{name}: holds {most:g}, and float16 ends at 65504: export it as bfloat16 or float32")
+            largest = float(np.abs(array).max())
+            raise UserError(f"{name}: value {largest:g} exceeds float16's maximum, 65504: use bfloat16 or float32")
         return half
     bits = np.ascontiguousarray(array).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def widened(bits: npt.NDArray[np.uint16]) -> Float32:
-    """bfloat16's bits as the float32 of the same value."""
+def from_bfloat16(bits: npt.NDArray[np.uint16]) -> Float32:
     return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -1,4 +1,4 @@
-"""A checkpoint as other programs take models: a Hugging Face folder, an mlx-lm folder, or a GGUF file."""
+"""Exports a checkpoint for other programs: as a Hugging Face folder, an mlx-lm folder or a GGUF file."""
 
 import json
 from pathlib import Path
@@ -6,55 +6,55 @@ from typing import Any
 
 from anarchobot.config.errors import UserError
 from anarchobot.exchange import gguf_file, safetensors_file
-from anarchobot.exchange.chat_format import open_chat
-from anarchobot.exchange.gguf_vocabulary import special_tokens, vocabulary
-from anarchobot.exchange.hf_config import to_hf
-from anarchobot.exchange.targets import Target, carried, limits
-from anarchobot.exchange.model_card import model_card
+from anarchobot.exchange.chat_format import load_chat_format
 from anarchobot.exchange.dtypes import Dtype
-from anarchobot.storage.new_folder import NewFolder
-from anarchobot.exchange.tokenizer_json import TIES, differences, tokenizer_files
+from anarchobot.exchange.hf_config import to_hf
+from anarchobot.exchange.model_card import model_card
+from anarchobot.exchange.targets import Target, fold_embedding_scale, unsupported_settings
+from anarchobot.exchange.tokenizer_json import UNIGRAM_WARNING, find_mismatch, tokenizer_files
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
+from anarchobot.storage.new_folder import new_folder
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 
 def export(path: str | Path, target: Target, output: str | Path, dtype: Dtype = "float32") -> dict[str, Any]:
-    """Writes the folder `output` from the checkpoint at `path`; returns what was written, and warnings.
+    """Writes the checkpoint at `path` to the new or empty folder `output`; returns a summary with warnings.
 
-    Raises UserError, before anything is written, when there is no checkpoint, `target` can't carry the model or its
-    tokenizer, or `output` holds something already.
+    Raises UserError, before anything is written, if there is no checkpoint, `target` does not support the model or its
+    tokenizer, or `output` is not empty.
     """
     found = checkpoint.find(path, files=(checkpoint.MODEL_FILE,))
     model = found.config.model
-    for problem in limits(model, target):
+    for problem in unsupported_settings(model, target):
         raise UserError(f"{found.folder}: can't be exported to {target}: {problem}")
     tokenizer = load_tokenizer(found.folder.parent)
-    chat, eod_id = open_chat(tokenizer), tokenizer.eod_id
-    bos_id = eod_id if model.bos_id is None else model.bos_id  # a text begins where another one ends, as in the shards
-    notes: list[str] = []
+    chat, eod_id = load_chat_format(tokenizer), tokenizer.eod_id
+    bos_id = eod_id if model.bos_id is None else model.bos_id  # in the shards, each text follows an end of document
+    warnings: list[str] = []
     if target == "gguf":
         gguf_file.gguf_package()
-        words = vocabulary(tokenizer)
+        vocabulary = gguf_file.vocabulary(tokenizer)
         files = {}
     else:
         files = tokenizer_files(tokenizer, model.max_seq_len, bos_id, chat)
-        notes += _notes(tokenizer, files["tokenizer.json"])
+        warnings += _tokenizer_warnings(tokenizer, files["tokenizer.json"])
     arrays = checkpoint.load_arrays(found, model, optimizer=False)
     prefix = checkpoint.PARAMS
-    params = carried({n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}, model)
+    params = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    params = fold_embedding_scale(params, model)
     name = found.folder.resolve().parent.name
-    with NewFolder(Path(output)) as folder:
+    with new_folder(Path(output)) as folder:
         if target == "gguf":
-            gguf_path = folder / gguf_file.FILE_NAME
-            gguf_file.write(gguf_path, name, params, model, words, special_tokens(tokenizer, bos_id, chat), dtype)
+            tokens = gguf_file.special_tokens(tokenizer, bos_id, chat)
+            gguf_file.write(folder / gguf_file.FILE_NAME, name, params, model, vocabulary, tokens, dtype)
         else:
             metadata = {"format": "mlx" if target == "mlx" else "pt"}
             safetensors_file.write(folder / "model.safetensors", params, dtype, metadata)
-            ends = chat.ends if chat is not None and len(chat.ends) > 1 else eod_id
-            files["config.json"] = _dumped(to_hf(model, bos_id, ends, dtype))
-            files["generation_config.json"] = _dumped({"bos_token_id": bos_id, "eos_token_id": ends})
-        files["README.md"] = model_card(name, found, target, dtype, tokenizer, chat, notes).encode()
+            stop_ids = chat.stop_ids if chat is not None and len(chat.stop_ids) > 1 else eod_id
+            files["config.json"] = _to_bytes(to_hf(model, bos_id, stop_ids, dtype))
+            files["generation_config.json"] = _to_bytes({"bos_token_id": bos_id, "eos_token_id": stop_ids})
+        files["README.md"] = model_card(name, found, target, dtype, tokenizer, chat, warnings).encode()
         for file_name, content in files.items():
             (folder / file_name).write_bytes(content)
         sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
@@ -65,16 +65,15 @@ def export(path: str | Path, target: Target, output: str | Path, dtype: Dtype = 
         "step": found.step,
         "parameters": parameter_count(model),
         "files": sizes,
-        "warnings": [*found.skipped, *notes],
+        "warnings": [*found.skipped, *warnings],
     }
 
 
-def _notes(tokenizer: Tokenizer, written: bytes) -> list[str]:
-    """What is to be said of a tokenizer.json."""
-    notes = [TIES] if json.loads(written)["model"]["type"] == "Unigram" else []
-    differs = differences(tokenizer, written)
-    return [*notes, differs] if differs else notes
+def _tokenizer_warnings(tokenizer: Tokenizer, tokenizer_json: bytes) -> list[str]:
+    warnings = [UNIGRAM_WARNING] if json.loads(tokenizer_json)["model"]["type"] == "Unigram" else []
+    mismatch = find_mismatch(tokenizer, tokenizer_json)
+    return [*warnings, mismatch] if mismatch else warnings
 
 
-def _dumped(value: dict[str, Any]) -> bytes:
+def _to_bytes(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()

@@ -1,5 +1,5 @@
-"""A model's shape as Hugging Face's config.json has it, both ways: Llama, Qwen2 with biases on queries, keys and
-values, or Qwen3 with normed queries and keys."""
+"""Converts the model section to and from Hugging Face's config.json: Llama, Qwen2 (biases on queries, keys and values)
+or Qwen3 (normalized queries and keys)."""
 
 from typing import Any
 
@@ -7,20 +7,20 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import config_from_dict
 from anarchobot.config.schema import ModelConfig
 from anarchobot.config.validation import conflicts
-from anarchobot.exchange.targets import architecture
 from anarchobot.exchange.dtypes import Dtype
+from anarchobot.exchange.targets import architecture_name
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 _TANH_GELU = ("gelu_pytorch_tanh", "gelu_new")
 
 
-def to_hf(model: ModelConfig, bos_id: int, ends: int | list[int], dtype: Dtype) -> dict[str, Any]:
-    """config.json of a model that exchange/limits.py has nothing against; `bos_id` is what a text begins with, at any
-    of `ends` generation stops."""
-    kind = architecture(model)
+def to_hf(model: ModelConfig, bos_id: int, stop_ids: int | list[int], dtype: Dtype) -> dict[str, Any]:
+    """Returns config.json for a model that `unsupported_settings` (targets.py) accepts. `bos_id` starts a text; any of
+    `stop_ids` ends generation."""
+    name = architecture_name(model)
     return {
-        "architectures": [f"{kind}ForCausalLM"],
-        "model_type": kind.lower(),
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": name.lower(),
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,
         "intermediate_size": model.mlp_size,
@@ -37,33 +37,34 @@ def to_hf(model: ModelConfig, bos_id: int, ends: int | list[int], dtype: Dtype) 
         "mlp_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": bos_id,
-        "eos_token_id": ends,
+        "eos_token_id": stop_ids,
         "torch_dtype": dtype,
     }
 
 
 def from_hf(values: dict[str, Any], name: str) -> ModelConfig:
-    """The shape that a config.json tells, but for biases, which the weights tell; `name` is the file's, for errors.
+    """Returns the model section for a config.json; attention_bias is left to the caller, because it depends on the
+    weights. `name` is the file's name for error messages.
 
-    Raises UserError for what a model of ours can't be: another architecture, a sliding window, scaled rotary positions,
-    experts, another activation.
+    Raises UserError for unsupported features: other architectures, sliding windows, scaled RoPE, mixtures of experts,
+    other activations.
     """
-    _refuse(values, name)
-    d_model, n_heads = _number(values, "hidden_size", name), _number(values, "num_attention_heads", name)
+    _check_supported(values, name)
+    d_model, n_heads = _positive(values, "hidden_size", name), _positive(values, "num_attention_heads", name)
     head_dim = values.get("head_dim")
     model = {
-        "vocab_size": _number(values, "vocab_size", name),
-        "n_layers": _number(values, "num_hidden_layers", name),
+        "vocab_size": _positive(values, "vocab_size", name),
+        "n_layers": _positive(values, "num_hidden_layers", name),
         "d_model": d_model,
         "n_heads": n_heads,
         "n_kv_heads": None if values.get("num_key_value_heads") in (None, n_heads) else values["num_key_value_heads"],
         "head_dim": None if head_dim is None or head_dim * n_heads == d_model else head_dim,
-        "mlp_multiple": _number(values, "intermediate_size", name) / d_model,
+        "mlp_multiple": _positive(values, "intermediate_size", name) / d_model,
         "ffn_activation": _activation(values, name),
         "dropout": 0.0,
-        "max_seq_len": _number(values, "max_position_embeddings", name),
+        "max_seq_len": _positive(values, "max_position_embeddings", name),
         "rope_theta": float(_rope(values, name).get("rope_theta", 10000.0)),
-        "norm_eps": _number(values, "rms_norm_eps", name),
+        "norm_eps": _positive(values, "rms_norm_eps", name),
         "tie_embeddings": values.get("tie_word_embeddings", False),
         "qk_norm": values["model_type"] == "qwen3",
     }
@@ -73,54 +74,52 @@ def from_hf(values: dict[str, Any], name: str) -> ModelConfig:
     return config.model
 
 
-def _refuse(values: dict[str, Any], name: str) -> None:
+def _check_supported(values: dict[str, Any], name: str) -> None:
     kind = values.get("model_type")
     if kind not in ARCHITECTURES:
-        said = f"model_type is {kind!r}" if kind else "there is no model_type"
-        raise UserError(f"{name}: {said}: expected one of {', '.join(ARCHITECTURES)}")
+        problem = f"unsupported model_type {kind!r}" if kind else "missing model_type"
+        raise UserError(f"{name}: {problem}: expected one of {', '.join(ARCHITECTURES)}")
     longest = values.get("max_position_embeddings", 0)
-    # 4096 is what transformers takes where it is left out.
+    # 4096 is the default in transformers.
     window = values.get("sliding_window", 4096) if values.get("use_sliding_window", kind == "mistral") else None
     if window is not None and window < longest:
         raise UserError(
-            f"{name}: sliding_window is {window}: a model here sees all that came before: it can be carried up to that "
-            f"length only (set max_position_embeddings to {window} in this file, and sliding_window to null)"
+            f"{name}: sliding_window: {window}: sliding windows are not supported: to use the model up to that length, "
+            f"set max_position_embeddings to {window} and sliding_window to null in this file"
         )
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
         if values.get(key):
-            raise UserError(f"{name}: {key} is {values[key]}: a mixture of experts can't be carried")
+            raise UserError(f"{name}: {key}: {values[key]}: mixtures of experts are not supported")
     other = set(values.get("layer_types") or ()) - {"full_attention", None if window is None else "sliding_attention"}
     if other:
-        raise UserError(f"{name}: layer_types has {sorted(map(str, other))[0]}: only full_attention can be carried")
+        raise UserError(f"{name}: layer_types: {sorted(map(str, other))[0]}: only full_attention is supported")
     if values.get("quantization_config") or values.get("quantization"):
-        raise UserError(f"{name}: the weights are quantised: take the model in float32, float16 or bfloat16")
+        raise UserError(f"{name}: quantized weights are not supported: use the model in float32, float16 or bfloat16")
 
 
 def _rope(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """rope_theta as older files have it, at the top, or as transformers 5 writes it, in rope_parameters."""
+    """Merges rope_theta at the top level (older files) with rope_scaling and rope_parameters (transformers 5)."""
     rope = {"rope_theta": values["rope_theta"]} if values.get("rope_theta") is not None else {}
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(more := values.get(key) or {}, dict):
-            raise UserError(f"{name}: {key}: expected names and values")
-        rope |= _of_all_layers(more, key, name)
+            raise UserError(f"{name}: {key}: expected a JSON object")
+        rope |= _common_to_layers(more, key, name)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise UserError(f"{name}: rotary positions are scaled ({kind}): only the plain ones can be carried")
+        raise UserError(f"{name}: {kind} RoPE scaling is not supported")
     if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError(f"{name}: partial_rotary_factor: only whole heads can be rotated")
+        raise UserError(f"{name}: partial_rotary_factor: must be 1")
     return rope
 
 
-def _of_all_layers(rope: dict[str, Any], key: str, name: str) -> dict[str, Any]:
-    """Some files say it for each kind of layer: {"full_attention": {"rope_theta": ...}, ...}."""
+def _common_to_layers(rope: dict[str, Any], key: str, name: str) -> dict[str, Any]:
+    """Unwraps parameters given per layer type, such as {"full_attention": {"rope_theta": ...}, ...}."""
     kinds = {kind: more for kind, more in rope.items() if isinstance(more, dict)}
     if not kinds:
         return rope
     first = next(iter(kinds.values()))
     if len(kinds) < len(rope) or any(more != first for more in kinds.values()):
-        raise UserError(
-            f"{name}: {key} differs by the kind of layer ({', '.join(rope)}): all layers here have the same"
-        )
+        raise UserError(f"{name}: {key} differs between layer types ({', '.join(rope)}): this is not supported")
     return first
 
 
@@ -130,10 +129,10 @@ def _activation(values: dict[str, Any], name: str) -> str:
         return "silu"
     if activation in _TANH_GELU:
         return "gelu"
-    raise UserError(f"{name}: hidden_act is {activation!r}: expected silu, or gelu in its tanh form ({_TANH_GELU[0]})")
+    raise UserError(f"{name}: unsupported hidden_act {activation!r}: expected silu or {_TANH_GELU[0]}")
 
 
-def _number(values: dict[str, Any], key: str, name: str) -> Any:
+def _positive(values: dict[str, Any], key: str, name: str) -> Any:
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise UserError(f"{name}: {key}: expected a number above 0, got {value!r}")

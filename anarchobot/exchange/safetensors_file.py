@@ -1,6 +1,6 @@
-"""safetensors files, read and written: eight bytes of length, a JSON header, the tensors one behind the other.
+"""Reads and writes safetensors files: an 8-byte header length, a JSON header, then the tensors' bytes.
 
-The format is so small that its own package would save nothing, and that one has no bfloat16 for numpy.
+The safetensors package has no bfloat16 for NumPy, so this reads and writes the format directly.
 https://github.com/huggingface/safetensors#format
 """
 
@@ -14,33 +14,32 @@ from typing import Any
 import numpy as np
 
 from anarchobot.config.errors import UserError
-from anarchobot.exchange.dtypes import Dtype, Float32, narrowed, widened
+from anarchobot.exchange.dtypes import Dtype, Float32, from_bfloat16, to_dtype
 
 _CODES: dict[Dtype, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_STORED: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-_WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
-MOST_HEADER = 100_000_000  # bytes: the format's own limit
+_NUMPY_TYPES: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 def write(path: Path, tensors: Mapping[str, Float32], dtype: Dtype, metadata: Mapping[str, str]) -> None:
-    """Writes all `tensors` as `dtype`. Raises UserError when a value is out of its range."""
+    """Writes all `tensors` as `dtype`. Raises UserError if a value overflows it."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    start = 0
+    code, start = _CODES[dtype], 0
     for name, array in tensors.items():
-        end = start + array.size * _WIDTH[dtype]
-        header[name] = {"dtype": _CODES[dtype], "shape": list(array.shape), "data_offsets": [start, end]}
+        end = start + array.size * np.dtype(_NUMPY_TYPES[code]).itemsize
+        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data begins at a multiple of eight
+    text += b" " * (-len(text) % 8)  # aligns the data to 8 bytes
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, array in tensors.items():
-            file.write(np.ascontiguousarray(narrowed(name, array, dtype)).data)
+            file.write(np.ascontiguousarray(to_dtype(name, array, dtype)).data)
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor in a file: its type's code, its shape, and where its bytes begin."""
+class StoredTensor:
+    """A tensor in a file. `code` is its dtype as safetensors names it; `offset` counts bytes from the file's start."""
 
     path: Path
     code: str
@@ -48,46 +47,45 @@ class Stored:
     offset: int
 
     def load(self) -> Float32:
-        """The tensor in float32. Raises UserError for a type that is none of float32, float16 and bfloat16."""
-        array = np.fromfile(self.path, _STORED[self.code], math.prod(self.shape), offset=self.offset)
-        wide: Float32 = widened(array) if self.code == "BF16" else array.astype(np.float32, copy=False)
+        array = np.fromfile(self.path, _NUMPY_TYPES[self.code], math.prod(self.shape), offset=self.offset)
+        wide: Float32 = from_bfloat16(array) if self.code == "BF16" else array.astype(np.float32, copy=False)
         return wide.reshape(self.shape)
 
 
-def read(path: Path) -> dict[str, Stored]:
-    """The tensors of a file by name; none is loaded yet.
+def read(path: Path) -> dict[str, StoredTensor]:
+    """Returns a file's tensors by name, without loading them.
 
-    Raises UserError when it is no safetensors file, ends early, or holds another type of numbers.
+    Raises UserError if the file is not a safetensors file, is truncated, or has another dtype than float32, float16 and
+    bfloat16.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 2 <= length <= MOST_HEADER:
+        if size < 8 or not 2 <= length <= MAX_HEADER_BYTES:
             raise UserError(f"{path}: not a safetensors file")
         text = file.read(length)
     if len(text) < length:
-        raise UserError(f"{path}: ends early, in its header: copy it again")
+        raise UserError(f"{path}: truncated in the header: copy it again")
     try:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
-        found = {name: _stored(path, 8 + length, **entry) for name, entry in entries.items()}
+        tensors = {name: _parse_entry(path, 8 + length, **entry) for name, entry in entries.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a safetensors file ({' '.join(str(error).split())[:100]})") from error
-    for name, tensor in found.items():
-        if tensor.code not in _STORED:
-            raise UserError(f"{path}: {name} is {tensor.code}: expected one of {', '.join(_STORED)}")
-        end = tensor.offset + math.prod(tensor.shape) * np.dtype(_STORED[tensor.code]).itemsize
+    for name, tensor in tensors.items():
+        if tensor.code not in _NUMPY_TYPES:
+            raise UserError(f"{path}: {name}: dtype {tensor.code}, expected one of {', '.join(_NUMPY_TYPES)}")
+        end = tensor.offset + math.prod(tensor.shape) * np.dtype(_NUMPY_TYPES[tensor.code]).itemsize
         if end > size:
-            raise UserError(f"{path}: ends early: {size:,} bytes, and {name} goes to byte {end:,}: copy it again")
-    return found
+            raise UserError(f"{path}: truncated: {size:,} bytes, but {name} ends at byte {end:,}: copy it again")
+    return tensors
 
 
-def _stored(path: Path, data: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> Stored:
-    """A header's entry, `data` being where the tensors begin. Raises ValueError or TypeError for what is none."""
+def _parse_entry(path: Path, data_start: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> StoredTensor:
+    """Parses a tensor's header entry. Raises ValueError or TypeError if it is malformed."""
     start, end = data_offsets
-    whole = [*shape, start, end]
-    if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in whole):
-        raise ValueError("its header has other than sizes and offsets")
-    if dtype in _STORED and end - start != math.prod(shape) * np.dtype(_STORED[dtype]).itemsize:
-        raise ValueError("its header's sizes and offsets don't agree")
-    return Stored(path, dtype, tuple(shape), data + start)
+    if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in [*shape, start, end]):
+        raise ValueError("malformed header entry")
+    if dtype in _NUMPY_TYPES and end - start != math.prod(shape) * np.dtype(_NUMPY_TYPES[dtype]).itemsize:
+        raise ValueError("shape and data_offsets in the header disagree")
+    return StoredTensor(path, dtype, tuple(shape), data_start + start)

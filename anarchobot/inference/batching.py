@@ -6,12 +6,12 @@ rows end at the same position (mlx-lm's BatchKVCache). A single row needs no pad
 
 Each step computes its tokens while those of the previous step are read, so one unused token is computed per request.
 
-Why not mlx-lm's BatchGenerator (0.32.2)? With our sampler it gives the same tokens, but it prefills prompts either
-together, padded to the longest, or one per step, and neither matches this module. With 15 prompts of 16 tokens and one
-of 900 (configs/small.yaml's shape, two CPU cores, prefill_batch_size 16) it had 0.44 times the throughput and 1.26 times
-the peak memory. With prefill_batch_size 1 it had 0.68 times the throughput on 16 prompts of 16 to 31 tokens. Where the
-prompts had similar lengths, or there was only one, the two were within 7%. It also calls a sampler per row if seeds
-differ, and normalizes and evaluates all log-probabilities at each step.
+Why not mlx-lm's BatchGenerator (0.32.2)? With our sampler it gives the same tokens, and with a single request, or 16
+prompts of similar lengths, about the same speed. But it prefills prompts either together, padded to the longest, or one
+per step, and neither suits mixed traffic. Measured with the shape of configs/small.yaml on two CPU cores: 15 prompts of
+16 tokens and one of 900 took 2.3 times as long and 1.26 times the memory with prefill_batch_size 16, and 16 prompts of
+16 to 31 tokens took 1.5 times as long with prefill_batch_size 1. It also calls one sampler per row if seeds differ, and
+evaluates all log-probabilities at every step.
 
 Shapes: B rows, L sequence, V vocabulary.
 """

@@ -1,5 +1,4 @@
-"""A conversation with a model: what was said, as much of it as fits into the context window, and what a knowledge base
-has on the question."""
+"""A chat session: the conversation so far, cut to the context window, with passages from a knowledge base."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -7,7 +6,7 @@ from pathlib import Path
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig
-from anarchobot.inference.generation import SEEDS, TextBatch
+from anarchobot.inference.generation import NUM_SEEDS, TextBatch
 from anarchobot.inference.model import Model
 from anarchobot.knowledge.knowledge_base import Hit, KnowledgeBase, prompt_with_passages
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
@@ -17,100 +16,106 @@ from anarchobot.tokenizers.tokenizer import load_chat_tokenizer
 
 
 def chat_encoder(model: Model, template: str = "auto") -> ChatEncoder:
-    """The model's tokenizer with a chat template: "auto" is that beside the tokenizer, or else a plain one. Raises
-    UserError when it can't be used."""
+    """Combines the model's tokenizer with a chat template: "auto" is the one next to the tokenizer, or else a default.
+
+    Raises UserError for an unusable template.
+    """
     tokenizer = load_chat_tokenizer(model.tokenizer.files[0])
     return ChatEncoder(tokenizer, load_template(tokenizer, template))
 
 
 def chat_warnings(encoder: ChatEncoder) -> list[str]:
-    """What keeps a model from answering well, a line each."""
-    where = encoder.template.where
-    untaught = f"no chat template comes with this model: it was not taught to answer ({where} is used)"
-    return [untaught] * (where in ("chatml", "plain")) + encoder.warnings()
+    """Returns reasons why answers may be poor."""
+    template = encoder.template.where
+    if template in ("chatml", "plain"):
+        untrained = f"this model has no chat template and was not trained to answer: using the {template} template"
+        return [untrained, *encoder.warnings()]
+    return encoder.warnings()
 
 
 class ChatSession:
-    """`turns`: the user's and the assistant's, by turns; `hits`: what was found for the last question and went before
-    it; `forgotten`: how many of the turns no longer fit. Passages are not kept in the turns."""
+    """`turns` alternate between user and assistant, without passages. `hits` are the passages of the last question.
+    The first `dropped_turns` turns no longer fit into the context window."""
 
-    def __init__(self, model: Model, settings: GenerationConfig, base: KnowledgeBase | None = None) -> None:
-        """The template is that beside the model's tokenizer, or else a plain one. Raises UserError when it can't be
-        used."""
-        self._model, self._settings, self._base = model, settings, base
+    def __init__(self, model: Model, settings: GenerationConfig, knowledge_base: KnowledgeBase | None = None) -> None:
+        """Raises UserError for an unusable chat template."""
+        self._model, self._settings, self._knowledge_base = model, settings, knowledge_base
         self._encoder = chat_encoder(model)
         self._stop = self._encoder.stop_ids()
         self._system: list[Message] = []
         self._question, self._answers = "", 0
         self.turns: list[Message] = []
         self.hits: list[Hit] = []
-        self.forgotten = 0
+        self.dropped_turns = 0
 
     def warnings(self) -> list[str]:
-        """What keeps this model from answering well, a line each."""
+        """Returns reasons why answers may be poor."""
         return chat_warnings(self._encoder)
 
     def answer(self, question: str, on_text: Callable[[str], None] = lambda text: None) -> str:
-        """The model's answer; `on_text` gets it piece by piece. When this is interrupted, what was said until then is
-        the answer. Raises UserError for a question that is too long, or that the template or a tokenizer refuses."""
-        hits = [] if self._base is None else self._base.search(question)
-        context, self.hits = self._context(question, hits)
-        batch = TextBatch(self._model, rows=1)
-        seed = (self._settings.seed + self._answers) % SEEDS  # the same question gets another answer
+        """Returns the model's answer; `on_text` receives it in pieces. If interrupted, the text so far is the answer.
+
+        Raises UserError if the question is too long or rejected by the chat template or the tokenizer.
+        """
+        hits = [] if self._knowledge_base is None else self._knowledge_base.search(question)
+        context, self.hits = self._fit_context(question, hits)
+        batch = TextBatch(self._model, max_rows=1)
+        seed = (self._settings.seed + self._answers) % NUM_SEEDS  # a repeated question gets a different answer
         batch.insert(context, self._settings.model_copy(update={"seed": seed}), self._stop)
         self._question, self._answers = question, self._answers + 1
-        said = ""
+        answer = ""
         try:
             while batch:
-                for piece in batch.step():
-                    text = piece.text if said else piece.text.lstrip()
-                    said += text
+                for chunk in batch.step():
+                    text = chunk.text if answer else chunk.text.lstrip()
+                    answer += text
                     if text:
                         on_text(text)
         finally:
-            if said:
-                self.turns += [Message("user", question), Message("assistant", said.rstrip())]
-        return said.rstrip()
+            if answer:
+                self.turns += [Message("user", question), Message("assistant", answer.rstrip())]
+        return answer.rstrip()
 
     def set_system(self, text: str) -> None:
-        """What the model is told before everything else; "": nothing. Raises UserError when the template has no place
-        for it."""
+        """Sets the system message; an empty text removes it. Raises UserError if the template rejects it."""
         system = [Message("system", text)] if text else []
-        self._prompt([*system, Message("user", "Hi")])
+        self._encode([*system, Message("user", "Hi")])
         self._system = system
 
     def reset(self) -> None:
-        """Forgets the conversation, but for what /system set."""
-        self.turns, self.hits, self.forgotten = [], [], 0
+        """Clears the conversation, except for the system message."""
+        self.turns, self.hits, self.dropped_turns = [], [], 0
 
-    def vote(self, reward: float) -> int:
-        """Tells the knowledge base that what it found for the last question helped (1.0) or not (-1.0); returns how
-        many passages that were. Raises UserError when there were none."""
-        if self._base is None:
-            raise UserError("there is no knowledge base that could learn from it: start with --kb FILE")
+    def rate(self, reward: float) -> int:
+        """Records in the knowledge base whether its passages helped with the last question (1.0) or not (-1.0).
+
+        Returns the number of passages. Raises UserError if there were none.
+        """
+        if self._knowledge_base is None:
+            raise UserError("there is no knowledge base to rate: start with --kb FILE")
         if not self.hits:
-            raise UserError("nothing was found in the knowledge base for the last question")
-        self._base.feedback(self._question, [hit.passage_id for hit in self.hits], reward)
+            raise UserError("no passages were found for the last question")
+        self._knowledge_base.feedback(self._question, [hit.passage_id for hit in self.hits], reward)
         return len(self.hits)
 
     def save(self, path: Path) -> None:
-        """Adds the conversation to a JSONL file, as a row that `sft` reads. Raises UserError when nothing was said."""
+        """Appends the conversation to a JSONL file as a row for `sft`. Raises UserError if there is none."""
         if not self.turns:
-            raise UserError("nothing was said yet")
+            raise UserError("there is no conversation to save yet")
         messages = [message._asdict() for message in (*self._system, *self.turns)]
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
-    def _context(self, question: str, hits: Sequence[Hit]) -> tuple[list[int], list[Hit]]:
-        """The prompt's ids, and the passages in it. To leave room for an answer, the oldest turns are left out first,
-        then the passages from the last."""
-        longest = self._model.shape.max_seq_len
-        room = min(self._settings.max_new_tokens, longest // 2)
-        turns, hits = self.turns[self.forgotten :], list(hits)
+    def _fit_context(self, question: str, hits: Sequence[Hit]) -> tuple[list[int], list[Hit]]:
+        """Returns the prompt's ids and the passages in it. To leave room for an answer, the oldest turns are dropped
+        first, then the lowest-ranked passages."""
+        max_seq_len = self._model.shape.max_seq_len
+        room = min(self._settings.max_new_tokens, max_seq_len // 2)
+        turns, hits = self.turns[self.dropped_turns :], list(hits)
         while True:
-            asked = Message("user", prompt_with_passages(question, hits))
-            ids = self._prompt([*self._system, *turns, asked])
-            if len(ids) <= longest - room or (not turns and not hits and len(ids) < longest):
+            user = Message("user", prompt_with_passages(question, hits))
+            ids = self._encode([*self._system, *turns, user])
+            if len(ids) <= max_seq_len - room or (not turns and not hits and len(ids) < max_seq_len):
                 break
             if turns:
                 turns = turns[2:]
@@ -118,17 +123,17 @@ class ChatSession:
                 hits.pop()
             else:
                 raise UserError(
-                    f"the question is {len(ids)} tokens long in its template and the model's max_seq_len is {longest}: "
-                    "shorten it"
+                    f"the question has {len(ids)} tokens in the chat template, but the model's max_seq_len is "
+                    f"{max_seq_len}: shorten it"
                 )
-        self.forgotten = len(self.turns) - len(turns)
+        self.dropped_turns = len(self.turns) - len(turns)
         return ids, hits
 
-    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
         try:
             for message in messages:
-                check_encodable(message.content, "what was said")
+                check_encodable(message.content, "message")
             ids: list[int] = self._encoder.encode_prompt(tuple(messages)).tolist()
-        except InvalidRow as misfit:
-            raise UserError(str(misfit)) from misfit
+        except InvalidRow as error:
+            raise UserError(str(error)) from error
         return ids

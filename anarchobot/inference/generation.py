@@ -1,33 +1,35 @@
-"""Text from a model: prompts in, tokens drawn one by one with a KV cache, text out as it comes."""
+"""Text generation: prompts are encoded, tokens are sampled with a KV cache, and text is streamed."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig, ModelConfig
-from anarchobot.inference.batching import ROWS, Batch, End
+from anarchobot.inference import batching
+from anarchobot.inference.batching import Batch, FinishReason
 from anarchobot.inference.model import Model
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.tokenizers.decoding import TextStream
 
-SEEDS = 2**32
+NUM_SEEDS = 2**32
 
 
-class Piece(NamedTuple):
-    """Some text of a request, of `tokens` tokens so far; with `end`, it is over: at a token or a text that stops it
-    ("stop"), or at a limit ("length")."""
+class TextChunk(NamedTuple):
+    """New text of a request. `tokens` counts all tokens generated so far. `finish_reason` is set in the last chunk: a
+    stop token or string ("stop") or a limit ("length")."""
 
     request: int
     text: str
     tokens: int
-    end: End | None
+    finish_reason: FinishReason | None
 
 
 class TextBatch:
-    """A Batch whose requests give text, and end at settings.stop too."""
+    """A `Batch` whose requests produce text and also end at a string in settings.stop."""
 
-    def __init__(self, model: Model, rows: int = ROWS) -> None:
-        self._tokenizer, self._batch = model.tokenizer, Batch(model.params, model.shape, rows)
+    def __init__(self, model: Model, max_rows: int | None = None) -> None:
+        self._tokenizer = model.tokenizer
+        self._batch = Batch(model.params, model.shape, max_rows or batching.MAX_ROWS)
         self._streams: dict[int, TextStream] = {}
         self._counts: dict[int, int] = {}
 
@@ -35,7 +37,7 @@ class TextBatch:
         return len(self._batch)
 
     def insert(self, context: list[int], settings: GenerationConfig, stop: Collection[int]) -> int:
-        """As Batch.insert; `context` also says what the text goes on from."""
+        """Adds a request like `Batch.insert`."""
         request = self._batch.insert(context, settings, stop)
         self._streams[request] = TextStream(self._tokenizer, context, settings.stop)
         self._counts[request] = 0
@@ -46,68 +48,68 @@ class TextBatch:
         self._streams.pop(request, None)
         self._counts.pop(request, None)
 
-    def step(self) -> list[Piece]:
-        """The texts that are certain after one more token each; one that has nothing to say yet is left out."""
-        pieces = []
-        for request, token, end in self._batch.step():
+    def step(self) -> list[TextChunk]:
+        """Generates one token per request and returns the text that is final; requests without new text are omitted."""
+        chunks = []
+        for request, token, finish_reason in self._batch.step():
             stream, text = self._streams[request], ""
             if token is not None:
                 self._counts[request] += 1
                 text = stream.add(token)
-            if end is not None:
+            if finish_reason is not None:
                 text += stream.finish()
             if stream.stopped:
-                end = "stop"
-            if text or end:
-                pieces.append(Piece(request, text, self._counts[request], end))
-            if end is not None:
+                finish_reason = "stop"
+            if text or finish_reason:
+                chunks.append(TextChunk(request, text, self._counts[request], finish_reason))
+            if finish_reason is not None:
                 self.remove(request)
-        return pieces
+        return chunks
 
 
 def generate(model: Model, settings: GenerationConfig, on_text: Callable[[str], None] = lambda text: None) -> str:
-    """The prompt's continuation as text; `on_text` gets it piece by piece, as soon as it is certain.
+    """Returns the continuation of settings.prompt; `on_text` receives it in pieces as it is generated.
 
-    Ends at max_new_tokens, at an end of document, before the first of the stop strings, or when max_seq_len is reached.
-    The same settings give the same text. Raises UserError for a prompt that leaves no room in max_seq_len.
+    Generation ends at max_new_tokens, at an end of document, before the first stop string, or at max_seq_len. Equal
+    settings give equal text. Raises UserError if the prompt leaves no room within max_seq_len.
     """
     batch = TextBatch(model)
     batch.insert(prompt_ids(model, settings.prompt), settings, {model.tokenizer.eod_id})
     parts = []
     while batch:
-        for piece in batch.step():
-            if piece.text:
-                on_text(piece.text)
-                parts.append(piece.text)
+        for chunk in batch.step():
+            if chunk.text:
+                on_text(chunk.text)
+                parts.append(chunk.text)
     return "".join(parts)
 
 
-def generate_each(model: Model, prompts: Sequence[str], settings: GenerationConfig) -> Iterator[str]:
-    """The continuation of each of `prompts`, in their order, written ROWS at a time. The first is drawn with
-    settings.seed, the next with one more, and so on: each has the text that it has alone with its seed.
+def generate_batch(model: Model, prompts: Sequence[str], settings: GenerationConfig) -> Iterator[str]:
+    """Yields the continuation of each prompt, in order; prompts are batched.
 
-    Raises UserError, before anything is written, for a prompt that leaves no room in max_seq_len.
+    Prompt number i uses the seed settings.seed + i and gets the same text as alone. Raises UserError, before generating
+    anything, if a prompt leaves no room within max_seq_len.
     """
     batch = TextBatch(model)
     texts: dict[int, list[str]] = {}
-    for number, prompt in enumerate(prompts):
-        own = settings.model_copy(update={"prompt": prompt, "seed": (settings.seed + number) % SEEDS})
+    for i, prompt in enumerate(prompts):
+        own = settings.model_copy(update={"prompt": prompt, "seed": (settings.seed + i) % NUM_SEEDS})
         try:
             texts[batch.insert(prompt_ids(model, prompt), own, {model.tokenizer.eod_id})] = []
         except UserError as error:
-            raise UserError(f"prompt {number + 1}: {error}") from error
-    over = set()
+            raise UserError(f"prompt {i + 1}: {error}") from error
+    finished = set()
     for request in list(texts):
-        while request not in over:
-            for piece in batch.step():
-                texts[piece.request].append(piece.text)
-                if piece.end is not None:
-                    over.add(piece.request)
+        while request not in finished:
+            for chunk in batch.step():
+                texts[chunk.request].append(chunk.text)
+                if chunk.finish_reason is not None:
+                    finished.add(chunk.request)
         yield "".join(texts.pop(request))
 
 
 def generate_ids(model: Model, settings: GenerationConfig) -> Iterator[int]:
-    """The drawn token ids, without the end of document that may stop them. Raises UserError as `generate`."""
+    """Yields token ids, without the end of document. Raises UserError like `generate`."""
     return stream_token_ids(
         model.params, model.shape, prompt_ids(model, settings.prompt), settings, {model.tokenizer.eod_id}
     )
@@ -116,18 +118,18 @@ def generate_ids(model: Model, settings: GenerationConfig) -> Iterator[int]:
 def stream_token_ids(
     params: Params, shape: ModelConfig, context: list[int], settings: GenerationConfig, stop: Collection[int]
 ) -> Iterator[int]:
-    """Token ids drawn one after the other behind those of `context`, without the one of `stop` that may end them.
+    """Yields token ids that continue `context`, without the token in `stop` that ends them.
 
-    Raises UserError for a context that leaves no room in max_seq_len.
+    Raises UserError if the context leaves no room within max_seq_len.
     """
     batch = Batch(params, shape)
     batch.insert(context, settings, stop)
     while batch:
-        for drawn in batch.step():
-            if drawn.token is not None:
-                yield drawn.token
+        for output in batch.step():
+            if output.token is not None:
+                yield output.token
 
 
 def prompt_ids(model: Model, prompt: str) -> list[int]:
-    """The ids that a text goes on from."""
-    return [model.begin, *model.tokenizer.encode_batch([prompt])[0].tolist()]
+    """Encodes a prompt, after the token that starts a text."""
+    return [model.bos_id, *model.tokenizer.encode_batch([prompt])[0].tolist()]

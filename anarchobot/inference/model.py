@@ -1,4 +1,4 @@
-"""A model that is ready for use."""
+"""A model that is loaded for inference."""
 
 import sys
 from dataclasses import dataclass
@@ -15,30 +15,29 @@ from anarchobot.tokenizers.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Model:
-    """Parameters, their shape and the tokenizer they were trained with: all that generation needs. It computes in the
-    dtype that its parameters have."""
+    """Parameters, their shape, and the tokenizer they were trained with. Computes in the dtype of the parameters."""
 
     params: Params
     shape: ModelConfig
     tokenizer: Tokenizer
 
     @property
-    def begin(self) -> int:
-        """The token that a text begins with: an end of document, as in the shards, or model.bos_id."""
+    def bos_id(self) -> int:
+        """The token that starts a text: model.bos_id, or the end-of-document token, as in the shards."""
         return self.tokenizer.eod_id if self.shape.bos_id is None else self.shape.bos_id
 
 
 def load_model(path: str | Path) -> tuple[Model, Config]:
-    """The model at `path` and the config it was trained with: a run folder, a step folder or a file in it, or a
-    Hugging Face (or MLX) model's folder. Warnings go to stderr.
+    """Loads a model and its training configuration from a run folder, a step folder or a file in it, or a Hugging Face
+    or MLX model folder. Prints warnings to stderr.
 
-    float32 on a CPU; on a GPU train.precision, or bfloat16. Raises UserError when there is no model, it is damaged or
-    adapters alone, or its tokenizer is gone.
+    The dtype is float32 on a CPU; on a GPU it is train.precision, or bfloat16. Raises UserError if there is no model,
+    it is damaged or has only adapters, or its tokenizer is missing.
     """
-    base = load_pretrained(str(path))
-    for text in base.warnings:
-        print(f"warning: {text}", file=sys.stderr)
-    dtype = mx.float32 if on_cpu() else getattr(mx, base.config.train.precision or "bfloat16")
-    params = {name: mx.array(array).astype(dtype) for name, array in base.weights.items()}
+    pretrained = load_pretrained(str(path))
+    for warning in pretrained.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    dtype = mx.float32 if on_cpu() else getattr(mx, pretrained.config.train.precision or "bfloat16")
+    params = {name: mx.array(array).astype(dtype) for name, array in pretrained.weights.items()}
     mx.eval(params)
-    return Model(params, base.model, base.tokenizer), base.config
+    return Model(params, pretrained.model, pretrained.tokenizer), pretrained.config

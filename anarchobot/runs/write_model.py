@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.schema import Config
-from anarchobot.config.yaml_tree import dump
+from anarchobot.config.strict_yaml import dump
 from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import write_atomic
 from anarchobot.tokenizers.tokenizer import Tokenizer, copy_tokenizer

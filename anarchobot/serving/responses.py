@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import orjson
 
-from anarchobot.inference.generation import Piece
+from anarchobot.inference.generation import TextChunk
 from anarchobot.serving.errors import ApiError
 from anarchobot.serving.worker import GenerationStream
 
@@ -28,12 +28,13 @@ class ResponseWriter:
     async def complete(self, generation: GenerationStream) -> dict[str, Any]:
         """The whole response. Raises ApiError if generation fails."""
         texts, last = [], None
-        async for last in self._pieces(generation):
+        async for last in self._chunks(generation):
             texts.append(last.text)
-        assert last is not None  # the last piece has the finish reason
+        assert last is not None  # the last chunk has the finish reason
         text = "".join(texts)
         content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-        return self._head(self.kind) | {"choices": [_choice(content, last.end)], "usage": self._usage(last.tokens)}
+        choices = [_choice(content, last.finish_reason)]
+        return self._head(self.kind) | {"choices": choices, "usage": self._usage(last.tokens)}
 
     async def stream(self, generation: GenerationStream, usage: bool) -> AsyncIterator[bytes]:
         """Chunk by chunk; with `usage`, a last chunk has the token counts. The status is already sent when generation
@@ -41,21 +42,21 @@ class ResponseWriter:
         head = self._head("chat.completion.chunk" if self._is_chat else self.kind)
         no_usage = {"usage": None} if usage else {}
 
-        def chunk(text: str | None, end: str | None, **delta: str) -> bytes:
+        def event(text: str | None, finish_reason: str | None, **delta: str) -> bytes:
             full_delta = delta if text is None else delta | {"content": text}
             content = {"delta": full_delta} if self._is_chat else {"text": text or ""}
-            return _event(head | {"choices": [_choice(content, end)]} | no_usage)
+            return _event(head | {"choices": [_choice(content, finish_reason)]} | no_usage)
 
         tokens = 0
         try:
             if self._is_chat:
-                yield chunk("", None, role="assistant")
-            async for piece in self._pieces(generation):
-                tokens = piece.tokens
-                if piece.text:
-                    yield chunk(piece.text, None)
-                if piece.end is not None:
-                    yield chunk(None, piece.end)
+                yield event("", None, role="assistant")
+            async for chunk in self._chunks(generation):
+                tokens = chunk.tokens
+                if chunk.text:
+                    yield event(chunk.text, None)
+                if chunk.finish_reason is not None:
+                    yield event(None, chunk.finish_reason)
         except ApiError as error:
             yield _event(error.body())
             return
@@ -67,13 +68,13 @@ class ResponseWriter:
     def _is_chat(self) -> bool:
         return self.kind == "chat.completion"
 
-    async def _pieces(self, generation: GenerationStream) -> AsyncIterator[Piece]:
+    async def _chunks(self, generation: GenerationStream) -> AsyncIterator[TextChunk]:
         """Strips leading whitespace from chat answers, like `anarchobot chat`."""
         started = not self._is_chat
-        async for piece in generation:
-            text = piece.text if started else piece.text.lstrip()
+        async for chunk in generation:
+            text = chunk.text if started else chunk.text.lstrip()
             started = started or bool(text)
-            yield piece._replace(text=text)
+            yield chunk._replace(text=text)
 
     def _head(self, name: str) -> dict[str, Any]:
         prefix = "chatcmpl" if self._is_chat else "cmpl"
@@ -84,8 +85,8 @@ class ResponseWriter:
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": tokens, "total_tokens": total}
 
 
-def _choice(content: dict[str, Any], end: str | None) -> dict[str, Any]:
-    return {"index": 0, **content, "logprobs": None, "finish_reason": end}
+def _choice(content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+    return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
 
 
 def _event(content: dict[str, Any]) -> bytes:

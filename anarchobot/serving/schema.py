@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from anarchobot.config.errors import did_you_mean
 from anarchobot.config.schema import GenerationConfig
-from anarchobot.inference.generation import SEEDS
+from anarchobot.inference.generation import NUM_SEEDS
 from anarchobot.serving.errors import ApiError
 from anarchobot.tokenizers.conversation import Message
 
@@ -107,7 +107,7 @@ class _Request(_StrictModel):
         tokens = self.requested_tokens()
         if tokens is not None and tokens > max_tokens:
             raise ApiError(400, f"max_tokens: {tokens} exceeds the server's limit of {max_tokens}", "max_tokens")
-        seed = secrets.randbelow(SEEDS) if self.seed is None else self.seed % SEEDS
+        seed = secrets.randbelow(NUM_SEEDS) if self.seed is None else self.seed % NUM_SEEDS
         limit = min(defaults.max_new_tokens, max_tokens) if tokens is None else tokens
         update: dict[str, Any] = {"seed": seed, "max_new_tokens": limit, **self._sampling(defaults.method)}
         if self.stop:

@@ -1,5 +1,5 @@
 """The model thread: it owns the batch and all arrays. Requests arrive through a queue; generated text is sent back to
-the event loop piece by piece."""
+the event loop chunk by chunk."""
 
 import asyncio
 import threading
@@ -13,14 +13,14 @@ from types import TracebackType
 import mlx.core as mx
 
 from anarchobot.config.schema import GenerationConfig
-from anarchobot.inference.batching import ROWS
-from anarchobot.inference.generation import Piece, TextBatch
+from anarchobot.inference.batching import MAX_ROWS
+from anarchobot.inference.generation import TextBatch, TextChunk
 from anarchobot.inference.model import Model
 from anarchobot.serving.errors import ApiError
 
 _DONE = None  # the last event of a request
 
-Event = Piece | ApiError | None
+Event = TextChunk | ApiError | None
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class _AbortAll:
 
 
 class GenerationStream:
-    """The generated pieces of one request, for the event loop. Iterate over it; always close it."""
+    """The generated text of one request, for the event loop. Iterate over it; always close it."""
 
     def __init__(self, events: asyncio.Queue[Event], cancel: Callable[[], None]) -> None:
         self._events, self.close = events, cancel
@@ -52,7 +52,7 @@ class GenerationStream:
     def __aiter__(self) -> "GenerationStream":
         return self
 
-    async def __anext__(self) -> Piece:
+    async def __anext__(self) -> TextChunk:
         """Raises ApiError if generation fails."""
         event = await self._events.get()
         if isinstance(event, ApiError):
@@ -65,7 +65,7 @@ class GenerationStream:
 class Worker:
     """A context manager that runs the model thread. Call all methods from the thread of one event loop."""
 
-    def __init__(self, model: Model, queue_size: int, rows: int = ROWS) -> None:
+    def __init__(self, model: Model, queue_size: int, rows: int = MAX_ROWS) -> None:
         """Generates for `rows` requests at once; `queue_size` more may wait."""
         self._model, self._rows = model, rows
         self.max_requests = rows + queue_size
@@ -127,11 +127,11 @@ class Worker:
                         if message.exit:
                             mx.clear_streams()  # otherwise MLX aborts the process at exit
                             return
-                for piece in self._batch.step():
-                    job = self._jobs[piece.request]
-                    job.send(piece)
-                    if piece.end is not None:
-                        del self._jobs[piece.request]
+                for chunk in self._batch.step():
+                    job = self._jobs[chunk.request]
+                    job.send(chunk)
+                    if chunk.finish_reason is not None:
+                        del self._jobs[chunk.request]
                         job.send(_DONE)
             except Exception:
                 traceback.print_exc()

@@ -1,39 +1,35 @@
-"""A folder that is whole or not there: filled beside its name and renamed at the end."""
+"""Atomic creation of a folder: it is filled under a temporary name and renamed when complete."""
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from anarchobot.config.errors import UserError
 from anarchobot.storage.durable import fsync, fsync_dir
 
 
-class NewFolder:
-    """A context whose value is a folder to fill; it gets its name when all went well, and goes away when not.
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `path` on success and is removed on an error.
 
-    Raises UserError at the start when `path` holds something already.
+    Raises UserError if `path` is a file or a folder that is not empty.
     """
-
-    def __init__(self, path: Path) -> None:
-        if path.is_dir() and any(path.iterdir()):
-            raise UserError(f"{path}: holds something already: choose another folder, or remove it")
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path}: is a file already: choose a folder")
-        self._path = path = path.resolve()
-        self._beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Path:
-        self._beside.mkdir(parents=True)
-        return self._beside
-
-    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        try:
-            if kind is None:
-                for file in self._beside.rglob("*"):
-                    if file.is_file():
-                        with file.open("rb") as written:
-                            fsync(written.fileno())
-                self._beside.rename(self._path)  # takes the place of an empty folder
-                fsync_dir(self._path.parent)
-        finally:
-            shutil.rmtree(self._beside, ignore_errors=True)
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"{path}: already exists and is not empty: choose another folder, or remove it")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is a file: choose another folder")
+    path = path.resolve()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as written:
+                    fsync(written.fileno())
+        temporary.rename(path)  # replaces an empty folder
+        fsync_dir(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A run's folder without a run: random weights, far enough from even that greedy choices are clear."""
+"""Run folders with random weights, large enough that greedy decoding has no near ties."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def random_parameters(model: ModelConfig, seed: int = 0) -> dict[str, npt.NDArra
 
 
 def make_run(folder: Path, tokenizer: Path, params: dict[str, Any] | None = None, **shape: Any) -> Path:
-    """A run folder with step 40 of a model of this shape, with the tokenizer's size and that tokenizer beside it."""
+    """Writes a run folder with a checkpoint of step 40; the vocabulary size is the tokenizer's."""
     loaded = load_tokenizer(tokenizer)
     small = {"n_layers": 2, "d_model": 48, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 1024, "mlp_multiple": 2.5}
     model = ModelConfig(**{"vocab_size": loaded.vocab_size, **small, **shape})
@@ -42,7 +42,7 @@ def make_run(folder: Path, tokenizer: Path, params: dict[str, Any] | None = None
 
 
 def our_logits(run: Path, ids: list[int]) -> npt.NDArray[np.float32]:
-    """[L, V] of one sequence, by our own forward pass."""
+    """Returns [L, V] for one sequence, computed by our forward pass."""
     found = checkpoint.find(run)
     arrays = checkpoint.load_arrays(found, found.config.model, optimizer=False)
     params = {n.removeprefix("params/"): mx.array(a) for n, a in arrays.items() if n.startswith("params/")}
@@ -51,7 +51,7 @@ def our_logits(run: Path, ids: list[int]) -> npt.NDArray[np.float32]:
 
 
 def real_ids(run: Path, count: int = 1000) -> list[int]:
-    """Ids of real text, with the end of document that a text begins with."""
+    """Ids of real text after an end-of-document token."""
     tokenizer = load_tokenizer(run)
     text = (ROOT / "README.md").read_text(encoding="utf-8") * 3
     return [tokenizer.eod_id, *tokenizer.encode_batch([text])[0].tolist()][:count]

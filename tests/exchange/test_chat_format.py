@@ -1,4 +1,4 @@
-"""Chat templates in exports and imports: transformers and mlx-lm ask in our ids, and stop where an answer ends."""
+"""Chat templates in exports and imports: transformers and mlx-lm encode prompts to our ids and stop where we do."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ from anarchobot.tokenizers.tokenizer import load_chat_tokenizer
 from tests.exchange.random_run import make_run, random_parameters
 from tests.tokenizers.templates import KINDS, NAMES, NO_SYSTEM, TEMPLATES, dialogue, to_dicts
 
-TALKS = [
+CONVERSATIONS = [
     dialogue("How are you?", "Fine, thanks.", "And   now?\n"),
     dialogue("  Grüße aus Köln:\n\n吾輩は猫である", "x = 'y'\t\t", "1 < 2 </s"),
     dialogue("A\u2581b", system="Be kind.  "),
@@ -37,33 +37,33 @@ def encoder(folder: Path, choice: str = "auto") -> ChatEncoder:
 
 
 def chat_run(folder: Path, tokenizer: Path, choice: str, params: Any = None, **shape: Any) -> ChatEncoder:
-    """A run that was tuned with a template."""
+    """A run with a chat template."""
     made = encoder(make_run(folder, tokenizer, params, **{"n_layers": 1, **shape}), choice)
     made.template.save(folder)
     return made
 
 
-def asked(tokenizer: Any, conversation: Conversation) -> list[int]:
+def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
     ids = tokenizer.apply_chat_template(to_dicts(conversation), add_generation_prompt=True, return_dict=False)
     assert isinstance(ids, list)
     return ids
 
 
 @pytest.mark.parametrize("choice", ["chatml", "plain"])
-def test_autotokenizer_asks_in_our_ids(tmp_path: Path, tokenizer_path: Path, choice: str) -> None:
+def test_autotokenizer_encodes_prompts_to_our_ids(tmp_path: Path, tokenizer_path: Path, choice: str) -> None:
     ours = chat_run(tmp_path / "run", tokenizer_path, choice)
     assert export(tmp_path / "run", "hf", tmp_path / "hf")["files"]["chat_template.jinja"] > 0
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs.chat_template == (CHATML if choice == "chatml" else PLAIN)
     assert len(theirs) == ours.tokenizer.vocab_size
-    for conversation in TALKS:
-        assert asked(theirs, conversation) == ours.encode_prompt(conversation).tolist(), conversation
-    # A text that is no chat still begins as in training.
+    for conversation in CONVERSATIONS:
+        assert prompt_ids(theirs, conversation) == ours.encode_prompt(conversation).tolist(), conversation
+    # Plain text still starts as in training.
     eod = ours.tokenizer.eod_id
     assert theirs("word")["input_ids"] == [eod, *ours.tokenizer.encode_batch(["word"])[0].tolist()]
     mlx_tokenizer = mlx_load(str(tmp_path / "hf"))[1]
     assert mlx_tokenizer.has_chat_template
-    assert asked(mlx_tokenizer, TALKS[0]) == ours.encode_prompt(TALKS[0]).tolist()
+    assert prompt_ids(mlx_tokenizer, CONVERSATIONS[0]) == ours.encode_prompt(CONVERSATIONS[0]).tolist()
 
 
 @pytest.mark.parametrize(
@@ -73,22 +73,21 @@ def test_autotokenizer_asks_in_our_ids(tmp_path: Path, tokenizer_path: Path, cho
         *((kind, name) for kind in ("first", "always") for name in ("llama3", "mistral")),
     ],
 )
-def test_public_templates_come_in_and_go_out(tmp_path: Path, kind: str, template: str) -> None:
-    """From a folder as the public models have it, through a run, to one that transformers reads."""
+def test_public_templates_survive_import_and_export(tmp_path: Path, kind: str, template: str) -> None:
     source = TEMPLATES[template]
-    folder = foreign(tmp_path / "public", kind, {**NAMES, "chat_template": source, "pad_token": "<none>"})
+    folder = hf_folder(tmp_path / "public", kind, {**NAMES, "chat_template": source, "pad_token": "<none>"})
     assert import_model(folder, tmp_path / "run")["warnings"] == []
     ours = encoder(tmp_path / "run")
     assert ours.template.source == source
     export(tmp_path / "run", "hf", tmp_path / "hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert len(theirs) == ours.tokenizer.vocab_size  # <none> is no token of it
-    for conversation in TALKS[: 2 if template in NO_SYSTEM else 3]:
-        assert asked(theirs, conversation) == ours.encode_prompt(conversation).tolist()
+    assert len(theirs) == ours.tokenizer.vocab_size  # <none> is not one of its tokens
+    for conversation in CONVERSATIONS[: 2 if template in NO_SYSTEM else 3]:
+        assert prompt_ids(theirs, conversation) == ours.encode_prompt(conversation).tolist()
 
 
-def foreign(folder: Path, kind: str, config: dict[str, Any], **shape: Any) -> Path:
-    """A Hugging Face folder with one of the tokenizers, and this tokenizer_config.json."""
+def hf_folder(folder: Path, kind: str, config: dict[str, Any], **shape: Any) -> Path:
+    """A Hugging Face folder with a tokenizer of this kind and this tokenizer_config.json."""
     model = KINDS[kind]()
     (made := folder.parent / "made").mkdir()
     model.save(str(made / "tokenizer.json"))
@@ -98,11 +97,11 @@ def foreign(folder: Path, kind: str, config: dict[str, Any], **shape: Any) -> Pa
     return folder
 
 
-def test_generation_ends_where_the_answer_does(tmp_path: Path, bpe: Path) -> None:
-    """Greedy answers in all three; a later token becomes the end of the turn, by a swap of two rows of the head."""
+def test_all_three_programs_stop_at_the_end_of_turn(tmp_path: Path, bpe: Path) -> None:
+    """Swapping two rows of the output head turns a later token of a greedy answer into the end of turn."""
     ours = chat_run(tmp_path / "plain", bpe, "chatml", tie_embeddings=False)
     model, _ = load_model(tmp_path / "plain")
-    prompt, end = ours.encode_prompt(TALKS[0]).tolist(), ours.end_of_turn_id()
+    prompt, end = ours.encode_prompt(CONVERSATIONS[0]).tolist(), ours.end_of_turn_id()
     assert end is not None and end == ours.tokenizer.control_tokens["<|im_end|>"] != ours.tokenizer.eod_id
     greedy = GenerationConfig(method="greedy", max_new_tokens=12)
     said = list(stream_token_ids(model.params, model.shape, prompt, greedy, set()))
@@ -117,10 +116,10 @@ def test_generation_ends_where_the_answer_does(tmp_path: Path, bpe: Path) -> Non
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     assert theirs.generation_config.eos_token_id == ends
-    asked_in = tokenizer.apply_chat_template(
-        to_dicts(TALKS[0]), add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    inputs = tokenizer.apply_chat_template(
+        to_dicts(CONVERSATIONS[0]), add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
-    out = theirs.generate(**asked_in, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    out = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert out[0].tolist() == [*prompt, *said[:last], end]
     mlx_model, mlx_tokenizer = mlx_load(str(tmp_path / "hf"))[:2]
     assert mlx_tokenizer.eos_token_ids == set(ends)
@@ -140,8 +139,8 @@ def gguf_keys(run: Path, output: Path) -> dict[str, Any]:
     return {key: None if value is None else value.contents() for key, value in found.items()}
 
 
-def test_gguf_tells_of_it(tmp_path: Path, bpe: Path) -> None:
-    """Of ours: the ends, and no token before a chat, as in training; without a template it is as it was."""
+def test_gguf_chat_template_and_special_tokens(tmp_path: Path, bpe: Path) -> None:
+    """With our templates, nothing is prepended, as in training."""
     ours = chat_run(tmp_path / "chatml", bpe, "chatml").tokenizer
     chat_run(tmp_path / "plain", bpe, "plain")
     make_run(tmp_path / "none", bpe, n_layers=1)
@@ -155,7 +154,7 @@ def test_gguf_tells_of_it(tmp_path: Path, bpe: Path) -> None:
 
 @pytest.mark.parametrize(
     ("template", "named"),
-    [  # bos, whether it stands before a chat, eos, eot: read off the templates
+    [  # bos, add_bos, eos and eot, read off the templates
         ("llama3", ("<s>", True, "<|endoftext|>", "<|eot_id|>")),
         ("mistral", ("<s>", True, "</s>", "<|endoftext|>")),
         ("qwen2", ("<|endoftext|>", False, "<|endoftext|>", "<|im_end|>")),
@@ -163,7 +162,7 @@ def test_gguf_tells_of_it(tmp_path: Path, bpe: Path) -> None:
     ],
 )
 def test_gguf_of_public_templates(tmp_path: Path, template: str, named: tuple[str, bool, str, str]) -> None:
-    folder = foreign(tmp_path / "public", "bytelevel", {**NAMES, "chat_template": TEMPLATES[template]})
+    folder = hf_folder(tmp_path / "public", "bytelevel", {**NAMES, "chat_template": TEMPLATES[template]})
     import_model(folder, tmp_path / "run")
     controls = load_chat_tokenizer(tmp_path / "run").control_tokens
     found = gguf_keys(tmp_path / "run", tmp_path / "gguf")
@@ -172,10 +171,10 @@ def test_gguf_of_public_templates(tmp_path: Path, template: str, named: tuple[st
     assert found == {**wanted, "template": TEMPLATES[template]}
 
 
-def test_a_template_that_cannot_be_used_is_left_out_and_that_is_said(tmp_path: Path) -> None:
-    folder = foreign(tmp_path / "public", "bytelevel", {"chat_template": "{% for"})
+def test_unusable_template_is_skipped_with_a_warning(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "public", "bytelevel", {"chat_template": "{% for"})
     (warning,) = import_model(folder, tmp_path / "run")["warnings"]
-    assert warning.startswith("the chat template is left out: ") and "invalid chat template" in warning
+    assert warning.startswith("skipping the chat template: ") and "invalid chat template" in warning
     assert not (tmp_path / "run" / "chat_template.jinja").exists()
     assert "chat_template.jinja" not in export(tmp_path / "run", "hf", tmp_path / "hf")["files"]
     (tmp_path / "run" / "chat_template.jinja").write_text("{{ nothing.of.it }}")
@@ -183,7 +182,7 @@ def test_a_template_that_cannot_be_used_is_left_out_and_that_is_said(tmp_path: P
         export(tmp_path / "run", "hf", tmp_path / "no")
 
 
-def test_a_folder_without_one_gets_none(tmp_path: Path) -> None:
-    folder = foreign(tmp_path / "public", "bytelevel", NAMES)
+def test_no_template_is_added_to_a_tokenizer_without_one(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "public", "bytelevel", NAMES)
     assert import_model(folder, tmp_path / "run")["warnings"] == []
     assert not (tmp_path / "run" / "chat_template.jinja").exists()

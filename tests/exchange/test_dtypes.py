@@ -1,11 +1,11 @@
-"""Fewer bits: PyTorch's conversions are the truth."""
+"""Conversions to float16 and bfloat16, compared with PyTorch."""
 
 import numpy as np
 import pytest
 import torch
 
 from anarchobot.config.errors import UserError
-from anarchobot.exchange.dtypes import narrowed, widened
+from anarchobot.exchange.dtypes import from_bfloat16, to_dtype
 
 
 def values() -> np.ndarray:
@@ -16,22 +16,22 @@ def values() -> np.ndarray:
     return both[np.isfinite(both)].astype(np.float32)
 
 
-def test_bfloat16_is_pytorchs_bit_for_bit_and_comes_back() -> None:
+def test_bfloat16_equals_pytorch_bit_for_bit() -> None:
     x = values()
-    ours = narrowed("w", x, "bfloat16")
+    ours = to_dtype("w", x, "bfloat16")
     theirs = torch.from_numpy(x).bfloat16()
     np.testing.assert_array_equal(ours, theirs.view(torch.int16).numpy().view(np.uint16))
-    np.testing.assert_array_equal(widened(ours).view(np.uint32), theirs.float().numpy().view(np.uint32))
+    np.testing.assert_array_equal(from_bfloat16(ours).view(np.uint32), theirs.float().numpy().view(np.uint32))
 
 
-def test_float16_is_pytorchs_and_refuses_what_is_beyond_it() -> None:
+def test_float16_equals_pytorch_and_overflow_is_an_error() -> None:
     x = values()
     x = x[np.abs(x) < 65519]
-    np.testing.assert_array_equal(narrowed("w", x, "float16"), torch.from_numpy(x).half().numpy())
-    with pytest.raises(UserError, match=r"^model.norm.weight: holds 70000, and float16 ends at 65504: export it as bf"):
-        narrowed("model.norm.weight", np.float32([1, -70000]), "float16")
+    np.testing.assert_array_equal(to_dtype("w", x, "float16"), torch.from_numpy(x).half().numpy())
+    with pytest.raises(UserError, match=r"^model.norm.weight: value 70000 exceeds float16's maximum, 65504: use bf"):
+        to_dtype("model.norm.weight", np.float32([1, -70000]), "float16")
 
 
-def test_float32_is_the_array_itself() -> None:
+def test_float32_is_not_copied() -> None:
     x = values()
-    assert narrowed("w", x, "float32") is x
+    assert to_dtype("w", x, "float32") is x

@@ -1,4 +1,4 @@
-"""Exports in the programs that they are for: transformers and mlx-lm compute what we compute."""
+"""Exports: transformers and mlx-lm compute our logits."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def transformers_logits(folder: Path, ids: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_transformers_and_mlx_lm_give_our_logits_on_1000_tokens(tmp_path: Path, bpe: Path, name: str) -> None:
+def test_transformers_and_mlx_lm_compute_our_logits_on_1000_tokens(tmp_path: Path, bpe: Path, name: str) -> None:
     run = make_run(tmp_path / "run", bpe, **SHAPES[name])
     ids = real_ids(run)
     assert len(ids) == 1000
@@ -58,18 +58,18 @@ def test_transformers_and_mlx_lm_give_our_logits_on_1000_tokens(tmp_path: Path, 
     np.testing.assert_allclose(np.array(theirs(mx.array([ids])))[0], ours, atol=1e-4, rtol=0)
 
 
-def test_a_gelu_gate_is_carried_to_transformers_alone(tmp_path: Path, bpe: Path) -> None:
+def test_gelu_can_only_be_exported_to_hf(tmp_path: Path, bpe: Path) -> None:
     run = make_run(tmp_path / "run", bpe, ffn_activation="gelu")
     ids = real_ids(run, 300)
     export(run, "hf", tmp_path / "hf")
     np.testing.assert_allclose(transformers_logits(tmp_path / "hf", ids), our_logits(run, ids), atol=1e-4, rtol=0)
     for target in ("mlx", "gguf"):
-        with pytest.raises(UserError, match=r"model.ffn_activation: gelu: .* knows only silu: export it to hf"):
+        with pytest.raises(UserError, match=r"model.ffn_activation: gelu: .* supports only silu: export to hf"):
             export(run, target, tmp_path / "no")  # type: ignore[arg-type]
 
 
-def test_greedy_is_the_same_token_for_token(tmp_path: Path, tokenizer_path: Path) -> None:
-    """Each program with its own loop, cache and tokenizer, from the same text."""
+def test_greedy_decoding_gives_equal_tokens(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Each program uses its own loop, cache and tokenizer."""
     name = "qwen3" if tokenizer_path.parent.name in ("gpt2", "unigram") else "llama"
     run = make_run(tmp_path / "run", tokenizer_path, **{**SHAPES[name], "tie_embeddings": False})
     export(run, "hf", tmp_path / "hf")
@@ -87,7 +87,7 @@ def test_greedy_is_the_same_token_for_token(tmp_path: Path, tokenizer_path: Path
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_the_bytes(tmp_path: Path, bpe: Path, dtype: Any) -> None:
+def test_half_precision_weights_are_rounded_and_half_the_size(tmp_path: Path, bpe: Path, dtype: Any) -> None:
     run = make_run(tmp_path / "run", bpe)
     whole = export(run, "hf", tmp_path / "whole")["files"]["model.safetensors"]
     assert 1.9 < whole / export(run, "hf", tmp_path / "half", dtype)["files"]["model.safetensors"] < 2
@@ -100,47 +100,47 @@ def test_half_the_bytes(tmp_path: Path, bpe: Path, dtype: Any) -> None:
 
 @pytest.mark.parametrize("target", ["hf", "mlx", "gguf"])
 @pytest.mark.parametrize(
-    ("shape", "told"),
+    ("shape", "problem"),
     [
-        ({"logit_softcap": 30.0}, "model.logit_softcap: 30: Llama has no cap"),
-        ({"value_residual": True, "qk_norm": True}, "model.value_residual: Qwen3's blocks don't see"),
-        ({"attention_bias": True, "qk_norm": True}, "model.attention_bias: Qwen2 has biases and Qwen3 has model.qk_n"),
-        ({"embedding_scale": 8.0}, "model.embedding_scale: 8: with model.tie_embeddings it can't go into"),
+        ({"logit_softcap": 30.0}, "model.logit_softcap: 30: Llama has no logit softcap"),
+        ({"value_residual": True, "qk_norm": True}, "model.value_residual: Qwen3 has no value residuals"),
+        ({"attention_bias": True, "qk_norm": True}, "model.attention_bias: no supported architecture has both"),
+        ({"embedding_scale": 8.0}, "model.embedding_scale: 8: Llama has no such scale, and with model.tie_embeddings"),
     ],
     ids=str,
 )
-def test_what_cannot_be_carried_is_refused_by_name(
-    tmp_path: Path, bpe: Path, target: Any, shape: dict[str, Any], told: str
+def test_unsupported_settings_are_rejected_by_name(
+    tmp_path: Path, bpe: Path, target: Any, shape: dict[str, Any], problem: str
 ) -> None:
     run = make_run(tmp_path / "run", bpe, n_layers=1, **shape)
-    with pytest.raises(UserError, match=rf"can't be exported to {target}: {told}"):
+    with pytest.raises(UserError, match=rf"can't be exported to {target}: {problem}"):
         export(run, target, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
-def test_heads_that_do_not_divide_the_width(tmp_path: Path, bpe: Path) -> None:
-    """transformers checks it; Qwen3's config doesn't, and GGUF says the heads' width outright."""
+def test_n_heads_that_does_not_divide_d_model(tmp_path: Path, bpe: Path) -> None:
+    """transformers rejects it for Llama but not for Qwen3; GGUF stores the head size explicitly."""
     run = make_run(tmp_path / "run", bpe, n_heads=5, n_kv_heads=5, head_dim=16)
-    with pytest.raises(UserError, match=r"model.n_heads: 5: .*: export it to gguf"):
+    with pytest.raises(UserError, match=r"model.n_heads: 5: .*: export to gguf"):
         export(run, "hf", tmp_path / "out")
     export(run, "gguf", tmp_path / "out")
 
 
 @pytest.mark.parametrize("shape", [{"head_dim": 16}, {"n_heads": 5, "n_kv_heads": 5, "head_dim": 16}], ids=str)
-def test_heads_of_their_own_width_with_biases(tmp_path: Path, bpe: Path, shape: dict[str, Any]) -> None:
-    """Only transformers' Qwen2 takes them."""
+def test_head_dim_with_attention_bias(tmp_path: Path, bpe: Path, shape: dict[str, Any]) -> None:
+    """Only Qwen2 in transformers supports it."""
     run = make_run(tmp_path / "run", bpe, attention_bias=True, **shape)
     ids = real_ids(run, 100)
     export(run, "hf", tmp_path / "hf")
     np.testing.assert_allclose(transformers_logits(tmp_path / "hf", ids), our_logits(run, ids), atol=1e-4, rtol=0)
     for target in ("mlx", "gguf"):
-        with pytest.raises(UserError, match=r"model.head_dim: 16: .*'s Qwen2 .* has heads of d_model / n_heads: exp"):
+        with pytest.raises(UserError, match=r"model.head_dim: 16: Qwen2 .* requires d_model / n_heads: export to hf"):
             export(run, target, tmp_path / "no")  # type: ignore[arg-type]
 
 
-def test_float16_out_of_range_leaves_nothing(tmp_path: Path, bpe: Path) -> None:
+def test_float16_overflow_leaves_no_files(tmp_path: Path, bpe: Path) -> None:
     run = make_run(tmp_path / "run", bpe, tie_embeddings=False, embedding_scale=1e6)
-    with pytest.raises(UserError, match=r"model.embed_tokens.weight: holds \S+, and float16 ends at 65504"):
+    with pytest.raises(UserError, match=r"model.embed_tokens.weight: value \S+ exceeds float16's maximum"):
         export(run, "hf", tmp_path / "out", "float16")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
@@ -149,20 +149,20 @@ def test_nothing_is_overwritten(tmp_path: Path, bpe: Path) -> None:
     run = make_run(tmp_path / "run", bpe, n_layers=1)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("mine")
-    with pytest.raises(UserError, match=r"full: holds something already: choose another folder, or remove it"):
+    with pytest.raises(UserError, match=r"full: already exists and is not empty: choose another folder, or remove it"):
         export(run, "hf", tmp_path / "full")
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["notes"]
     (tmp_path / "empty").mkdir()
     export(run, "hf", tmp_path / "empty")
-    with pytest.raises(UserError, match=r"holds something already"):
+    with pytest.raises(UserError, match=r"already exists and is not empty"):
         export(run, "mlx", tmp_path / "empty")
-    with pytest.raises(UserError, match=r"notes: is a file already"):
+    with pytest.raises(UserError, match=r"notes: is a file: choose"):
         export(run, "hf", tmp_path / "full" / "notes")
     with pytest.raises(UserError, match=r"nothere: no checkpoint here"):
         export(tmp_path / "nothere", "hf", tmp_path / "out")
 
 
-def test_what_lies_in_the_folder(tmp_path: Path, bpe: Path) -> None:
+def test_exported_files(tmp_path: Path, bpe: Path) -> None:
     run = make_run(tmp_path / "run", bpe)
     done = export(run / "step_00000040", "mlx", tmp_path / "deep" / "down" / "mlx")
     folder = tmp_path / "deep" / "down" / "mlx"

@@ -1,4 +1,4 @@
-"""GGUF: read back by its own package, the tensors are the checkpoint's and the vocabulary the tokenizer's."""
+"""GGUF files, read back by the gguf package and compared with the checkpoint and the tokenizer."""
 
 import json
 import sys
@@ -13,11 +13,11 @@ import sentencepiece
 from anarchobot.config.errors import UserError
 from anarchobot.exchange import gguf_file
 from anarchobot.exchange.exporting import export
-from anarchobot.exchange.gguf_vocabulary import vocabulary
+from anarchobot.exchange.gguf_file import vocabulary
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from tests.exchange.random_run import make_run
 
-# Written by hand from llama.cpp's names, not taken from the module.
+# Written by hand from llama.cpp's documentation, independently of the module.
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -46,7 +46,7 @@ def field(reader: gguf.GGUFReader, name: str) -> Any:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-def test_the_tensors_are_the_checkpoints(tmp_path: Path, bpe: Path, dtype: Any, kind: str) -> None:
+def test_tensors_equal_the_checkpoint(tmp_path: Path, bpe: Path, dtype: Any, kind: str) -> None:
     shape = {"qk_norm": kind == "qwen3", "attention_bias": kind == "qwen2", "tie_embeddings": False}
     run = make_run(tmp_path / "run", bpe, **shape)
     reader = read(run, tmp_path / "gguf", dtype)
@@ -72,7 +72,7 @@ def test_the_tensors_are_the_checkpoints(tmp_path: Path, bpe: Path, dtype: Any, 
             torch = pytest.importorskip("torch")
             wanted = torch.from_numpy(wanted).to(getattr(torch, dtype)).float().numpy()
         if kind == "llama" and ours.endswith(("q_proj.weight", "k_proj.weight")):
-            # llama.cpp turns rows 2i and 2i + 1 of a head together, we turn i and i + E/2.
+            # llama.cpp rotates rows 2i and 2i + 1 of a head together, our model i and i + E/2.
             head = 12
             for row in range(len(data)):
                 inside = row % head
@@ -81,7 +81,7 @@ def test_the_tensors_are_the_checkpoints(tmp_path: Path, bpe: Path, dtype: Any, 
             np.testing.assert_array_equal(data, wanted, err_msg=ours)
 
 
-def test_the_keys_say_the_shape(tmp_path: Path, bpe: Path) -> None:
+def test_keys_describe_the_shape(tmp_path: Path, bpe: Path) -> None:
     shape = {"n_kv_heads": 2, "head_dim": 20, "rope_theta": 50000.0, "norm_eps": 1e-6, "mlp_multiple": 2.5}
     reader = read(make_run(tmp_path / "a run", bpe, **shape), tmp_path / "gguf")
     assert field(reader, "general.architecture") == "llama" and field(reader, "general.name") == "a run"
@@ -94,7 +94,7 @@ def test_the_keys_say_the_shape(tmp_path: Path, bpe: Path) -> None:
     assert field(reader, "llama.attention.layer_norm_rms_epsilon") == pytest.approx(1e-6)
 
 
-def test_sentencepiece_goes_in_whole(tmp_path: Path, bpe: Path) -> None:
+def test_sentencepiece_vocabulary(tmp_path: Path, bpe: Path) -> None:
     reader = read(make_run(tmp_path / "run", bpe, n_layers=1), tmp_path / "gguf")
     truth = sentencepiece.SentencePieceProcessor(model_file=str(bpe))
     ids = range(truth.vocab_size())
@@ -105,14 +105,14 @@ def test_sentencepiece_goes_in_whole(tmp_path: Path, bpe: Path) -> None:
     )
     kinds = [6 if truth.is_byte(i) else 3 if truth.is_control(i) else 2 if truth.is_unknown(i) else 1 for i in ids]
     assert field(reader, "tokenizer.ggml.token_type") == kinds
-    ids_told = {key: field(reader, f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "unknown")}
-    assert ids_told == {"bos": truth.eos_id(), "eos": truth.eos_id(), "unknown": truth.unk_id()}
-    told = [field(reader, f"tokenizer.ggml.{key}") for key in ("add_bos_token", "add_eos_token", "add_space_prefix")]
-    assert told == [True, False, False]
+    special_ids = {key: field(reader, f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "unknown")}
+    assert special_ids == {"bos": truth.eos_id(), "eos": truth.eos_id(), "unknown": truth.unk_id()}
+    flags = [field(reader, f"tokenizer.ggml.{key}") for key in ("add_bos_token", "add_eos_token", "add_space_prefix")]
+    assert flags == [True, False, False]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "json"])
-def test_byte_level_bpe_goes_in_whole(tmp_path: Path, tokenizers_folder: Path, kind: str) -> None:
+def test_byte_level_bpe_vocabulary(tmp_path: Path, tokenizers_folder: Path, kind: str) -> None:
     folder = tokenizers_folder / kind
     (path,) = (p for p in folder.iterdir() if p.name.endswith(("vocab.json", "tokenizer.json")))
     reader = read(make_run(tmp_path / "run", path, n_layers=1), tmp_path / "gguf")
@@ -125,8 +125,8 @@ def test_byte_level_bpe_goes_in_whole(tmp_path: Path, tokenizers_folder: Path, k
     assert field(reader, "tokenizer.ggml.eos_token_id") == vocab["<|endoftext|>"]
 
 
-def test_other_ways_to_cut_words(tmp_path: Path, tokenizers_folder: Path) -> None:
-    """Llama 3's and Qwen 2's have names in llama.cpp; any other is refused, and so are holes in the ids filled."""
+def test_pre_tokenizers(tmp_path: Path, tokenizers_folder: Path) -> None:
+    """llama.cpp has names for Llama 3's and Qwen 2's; others are rejected. Unused ids get placeholders."""
     whole = json.loads((tokenizers_folder / "json" / "tokenizer.json").read_text())
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     rest = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -147,23 +147,23 @@ def test_other_ways_to_cut_words(tmp_path: Path, tokenizers_folder: Path) -> Non
     added = found.tokens.index("<|later|>")
     assert found.types[added] == 4 and len(found.tokens) == len(found.types) == added + 1
     with pytest.raises(
-        UserError, match=r"tokenizer.json: this tokenizer can't go into a GGUF file: llama.cpp knows its"
+        UserError, match=r"tokenizer.json: this tokenizer can't be exported to GGUF: its pre-tokenizer is not"
     ):
         of(words + "+" + rest)
-    with pytest.raises(UserError, match=r"llama.cpp has no normaliser Lowercase: export to hf or mlx"):
+    with pytest.raises(UserError, match=r"llama.cpp has no Lowercase normalizer: export to hf or mlx"):
         of(words + rest, {"type": "Lowercase"})
 
 
-def test_unigram_is_refused_by_name(tmp_path: Path, tokenizers_folder: Path) -> None:
+def test_unigram_is_rejected(tmp_path: Path, tokenizers_folder: Path) -> None:
     run = make_run(tmp_path / "run", tokenizers_folder / "unigram" / "tokenizer.model", n_layers=1)
     with pytest.raises(
-        UserError, match=r"can't go into a GGUF file: llama.cpp has SentencePiece with bytes .* BPE only"
+        UserError, match=r"can't be exported to GGUF: .* only BPE with byte fallback: export to hf or mlx"
     ):
         export(run, "gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_without_the_package_it_is_one_line(tmp_path: Path, bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_a_one_line_error(tmp_path: Path, bpe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run", bpe, n_layers=1)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=r"^export --to gguf needs the gguf package: pip install gguf$"):
@@ -171,19 +171,19 @@ def test_without_the_package_it_is_one_line(tmp_path: Path, bpe: Path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
-def test_interleaved_rows_rotate_as_ours_do() -> None:
-    """The scores of rotated queries and keys, neighbours in pairs, are those of halves in pairs."""
+def test_interleaved_rows_give_the_same_attention_scores() -> None:
+    """RoPE on adjacent pairs of interleaved rows equals RoPE on the halves of the original rows."""
     rng = np.random.default_rng(0)
     E, D, t, s = 12, 7, 5, 3
     q, k, x, y = (rng.standard_normal(shape).astype(np.float32) for shape in ((2 * E, D), (2 * E, D), (D,), (D,)))
 
-    def turned(v: Any, position: int, neighbours: bool) -> Any:
-        z = v[0::2] + 1j * v[1::2] if neighbours else v[: E // 2] + 1j * v[E // 2 :]
+    def rotated(v: Any, position: int, adjacent: bool) -> Any:
+        z = v[0::2] + 1j * v[1::2] if adjacent else v[: E // 2] + 1j * v[E // 2 :]
         return z * np.exp(1j * position * 10000.0 ** (-np.arange(E // 2) * 2 / E))
 
     for head in range(2):
         rows = slice(head * E, head * E + E)
-        halves = turned((q @ x)[rows], t, False) @ turned((k @ y)[rows], s, False).conj()
-        iq, ik = gguf_file.interleaved(q, E), gguf_file.interleaved(k, E)
-        pairs = turned((iq @ x)[rows], t, True) @ turned((ik @ y)[rows], s, True).conj()
+        halves = rotated((q @ x)[rows], t, False) @ rotated((k @ y)[rows], s, False).conj()
+        iq, ik = gguf_file.interleave(q, E), gguf_file.interleave(k, E)
+        pairs = rotated((iq @ x)[rows], t, True) @ rotated((ik @ y)[rows], s, True).conj()
         assert pairs.real == pytest.approx(halves.real, rel=1e-5)

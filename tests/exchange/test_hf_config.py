@@ -1,4 +1,4 @@
-"""config.json, both ways: what transformers makes of ours, what we make of transformers'."""
+"""config.json: transformers reads ours, and we read transformers'."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ LLAMA = {
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_transformers_reads_what_we_mean(tmp_path: Path, shape: dict[str, Any]) -> None:
+def test_transformers_reads_our_config(tmp_path: Path, shape: dict[str, Any]) -> None:
     model = ModelConfig(**shape, dropout=0.0)
     (tmp_path / "config.json").write_text(json.dumps(to_hf(model, 5, 7, "bfloat16")))
     config = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -40,7 +40,7 @@ def test_transformers_reads_what_we_mean(tmp_path: Path, shape: dict[str, Any]) 
     assert config.rope_parameters["rope_type"] == "default"
     assert (config.bos_token_id, config.eos_token_id, str(config.dtype)) == (5, 7, "torch.bfloat16")
     assert config.intermediate_size == model.mlp_size and config.head_dim == model.head_size
-    # What transformers saves, version 5 with its rope_parameters, comes back as the same shape.
+    # The config that transformers 5 saves, with rope_parameters, gives the same shape.
     config.save_pretrained(tmp_path / "again")
     saved = json.loads((tmp_path / "again" / "config.json").read_text())
     assert "rope_parameters" in saved
@@ -52,7 +52,7 @@ def test_transformers_reads_what_we_mean(tmp_path: Path, shape: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
-def test_the_four_families(kind: str) -> None:
+def test_the_four_model_types(kind: str) -> None:
     window = {"sliding_window": None} if kind == "Mistral" else {}
     sizes = {key: value for key, value in LLAMA.items() if key != "model_type"}
     config = getattr(transformers, f"{kind}Config")(**sizes, num_key_value_heads=2, head_dim=16, **window)
@@ -61,46 +61,55 @@ def test_the_four_families(kind: str) -> None:
     assert model.qk_norm == (kind == "Qwen3") and model.rope_theta == 10000 and not model.tie_embeddings
 
 
-def test_older_files_say_theta_at_the_top_or_nothing() -> None:
+def test_rope_theta_of_old_and_new_files() -> None:
     assert from_hf({**LLAMA, "rope_theta": 1e6, "rope_scaling": None}, "c").rope_theta == 1e6
     assert from_hf(LLAMA, "c").rope_theta == 10000
     assert from_hf({**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "c").rope_theta == 5e5
 
 
-def test_positions_told_by_the_kind_of_layer_are_read_where_they_are_the_same() -> None:
-    """As transformers 5 has them for models with several kinds of layers."""
+def test_rope_parameters_per_layer_type_must_agree() -> None:
+    """transformers 5 writes them for models with several layer types."""
     rope = {"rope_type": "default", "rope_theta": 5e5}
-    told = {"full_attention": rope, "sliding_attention": dict(rope)}
-    assert from_hf({**LLAMA, "rope_parameters": told}, "c").rope_theta == 5e5
+    per_layer_type = {"full_attention": rope, "sliding_attention": dict(rope)}
+    assert from_hf({**LLAMA, "rope_parameters": per_layer_type}, "c").rope_theta == 5e5
     assert from_hf({**LLAMA, "rope_parameters": {"full_attention": rope}}, "c").rope_theta == 5e5
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "problem"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2': expected one of llama, mistral, qwen2, qwen3"),
-        ({"model_type": None}, "there is no model_type"),
-        ({"model_type": "qwen3_moe"}, "model_type is 'qwen3_moe'"),
-        ({"num_local_experts": 8}, "num_local_experts is 8: a mixture of experts can't be carried"),
-        ({"model_type": "mistral", "sliding_window": 256}, "sliding_window is 256: a model here sees all"),
-        ({"model_type": "mistral", "max_position_embeddings": 5000}, "sliding_window is 4096"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 128}, "sliding_window is 128"),
-        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types has linear_attention: only full_att"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rotary positions are scaled .llama3.: only"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary positions are scaled .linear."),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rotary positions are scaled .yarn."),
+        ({"model_type": "gpt2"}, "unsupported model_type 'gpt2': expected one of llama, mistral, qwen2, qwen3"),
+        ({"model_type": None}, "missing model_type: expected one of"),
+        ({"model_type": "qwen3_moe"}, "unsupported model_type 'qwen3_moe'"),
+        ({"num_local_experts": 8}, "num_local_experts: 8: mixtures of experts are not supported"),
+        (
+            {"model_type": "mistral", "sliding_window": 256},
+            "sliding_window: 256: sliding windows are not",
+        ),
+        ({"model_type": "mistral", "max_position_embeddings": 5000}, "sliding_window: 4096"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 128}, "sliding_window: 128"),
+        (
+            {"layer_types": ["full_attention", "linear_attention"]},
+            "layer_types: linear_attention: only full",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3 RoPE scaling is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear RoPE scaling"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn RoPE scaling"),
         (
             {"rope_parameters": {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 1e4}}},
-            r"rope_parameters differs by the kind of layer \(full_attention, sliding_attention\)",
+            r"rope_parameters differs between layer types \(full_attention, sliding_attention\)",
         ),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}, "rope_theta": 1e4}}, "differs by the kind of lay"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 5e5}, "rope_theta": 1e4}},
+            "differs between layer types",
+        ),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "yarn", "rope_theta": 5e5}}},
-            "rotary positions are scaled .yarn.",
+            "yarn RoPE scaling",
         ),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: only whole heads"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu': expected silu, or gelu in its tanh form"),
-        ({"quantization_config": {"bits": 4}}, "the weights are quantised"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: must be 1"),
+        ({"hidden_act": "gelu"}, "unsupported hidden_act 'gelu': expected silu or gelu_pytorch_tanh"),
+        ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
         ({"hidden_size": None}, "hidden_size: expected a number above 0, got None"),
         ({"hidden_size": -64}, "hidden_size: expected a number above 0, got -64"),
         ({"num_hidden_layers": 1.5}, "model.n_layers: expected an integer >= 1, got 1.5"),
@@ -110,11 +119,11 @@ def test_positions_told_by_the_kind_of_layer_are_read_where_they_are_the_same() 
     ],
     ids=str,
 )
-def test_what_cannot_be_carried_is_refused_by_name(change: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=f"^DIR/config.json: .*{told}"):
+def test_unsupported_features_are_rejected_by_name(change: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError, match=f"^DIR/config.json: .*{problem}"):
         from_hf({**LLAMA, **change}, "DIR/config.json")
 
 
-def test_a_window_that_never_bites_is_none() -> None:
+def test_a_window_as_long_as_the_context_is_accepted() -> None:
     assert from_hf({**LLAMA, "model_type": "mistral", "sliding_window": 512}, "c").max_seq_len == 512
     assert from_hf({**LLAMA, "model_type": "qwen2", "use_sliding_window": False, "sliding_window": 8}, "c")

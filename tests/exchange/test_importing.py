@@ -1,4 +1,4 @@
-"""Imports: a public model computes and writes here what it does elsewhere; what can't be carried is refused by name."""
+"""Imports: logits and text equal those of transformers, and unsupported or damaged folders are rejected by name."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import load_config
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.exchange.exporting import export
-from anarchobot.exchange.importing import INDEX, import_model, open_foreign
+from anarchobot.exchange.importing import INDEX, import_model, load_hf_folder
 from anarchobot.inference.generation import generate
 from anarchobot.inference.model import load_model
 from anarchobot.tokenizers.tokenizer import load_tokenizer
@@ -28,7 +28,7 @@ VOCAB = 500
 
 
 def hf_folder(folder: Path, tokenizer: Path, kind: str = "Llama", **more: Any) -> Path:
-    """A random model as transformers itself saves it, with a tokenizer beside it."""
+    """A random model saved by transformers, with a tokenizer."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 120, "num_hidden_layers": 2,
@@ -43,7 +43,7 @@ def hf_folder(folder: Path, tokenizer: Path, kind: str = "Llama", **more: Any) -
 
 
 def fill_biases(folder: Path) -> None:
-    """transformers begins with zeros."""
+    """Replaces the zeros that transformers initializes biases with."""
     tensors = torch_files.load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
         if name.endswith(".bias") and "o_proj" not in name:
@@ -58,7 +58,7 @@ def their_logits(folder: Path, ids: list[int]) -> np.ndarray:
         return model(torch.tensor([ids])).logits[0].numpy()  # type: ignore[no-any-return]
 
 
-def test_the_small_public_llama_gives_its_logits_and_its_published_text(shared_data: Path, tmp_path: Path) -> None:
+def test_stories260k_gives_its_logits_and_published_text(shared_data: Path, tmp_path: Path) -> None:
     folder = shared_data / STORIES / "hf"
     done = import_model(folder, tmp_path / "run")
     assert done["parameters"] == 260032 and done["warnings"] == []
@@ -68,25 +68,25 @@ def test_the_small_public_llama_gives_its_logits_and_its_published_text(shared_d
     ids = [1, *tokenizer.encode_batch([text])[0].tolist()][:512]
     ours, theirs = our_logits(tmp_path / "run", ids), their_logits(folder, ids)
     np.testing.assert_allclose(ours[:256], theirs[:256], atol=1e-4, rtol=0)
-    # Of logits up to 30, float32 leaves either program 1e-4 away from float64 by the end.
+    # With logits up to 30, both programs are about 1e-4 away from float64 by the end.
     np.testing.assert_allclose(ours, theirs, atol=3e-4, rtol=0)
-    # The published text begins with the token that its training texts began with, 1.
+    # The published text starts with BOS (1), as the training texts did.
     greedy = stories["greedy_from_bos_ids"]
     z = our_logits(tmp_path / "run", greedy[:-1])
     assert z.argmax(axis=1).tolist() == greedy[1:]
     published = (shared_data / STORIES / "stories260K.md").read_text()
-    said = tokenizer.decode(greedy[1:])
-    assert said == stories["greedy_text"] and said[:500] in published
-    # And `generate` begins with it too.
+    decoded = tokenizer.decode(greedy[1:])
+    assert decoded == stories["greedy_text"] and decoded[:500] in published
+    # `generate` starts with it too.
     model, config = load_model(tmp_path / "run")
     assert config.model.bos_id == 1
     text = generate(model, GenerationConfig(method="greedy", max_new_tokens=len(greedy) - 1))
-    assert text == said
+    assert text == decoded
 
 
-def test_an_imported_model_trains_further_from_where_it_was(shared_data: Path, tmp_path: Path) -> None:
-    """A new run's first loss is the public model's, and far below that of a model which has learnt nothing; its folder
-    need not even be imported."""
+def test_training_starts_from_the_imported_weights(shared_data: Path, tmp_path: Path) -> None:
+    """The first validation loss is the public model's, whether or not it was imported first, and far below that of an
+    untrained model."""
     import_model(shared_data / STORIES / "hf", tmp_path / "llama")
     text = shared_data / "text" / "tinystories_train_part.txt"
     words = ["--quiet", "train.max_grad_norm=1", "--no-supervise", "train.total_steps=2", "data.seq_len=128"]
@@ -106,29 +106,29 @@ def test_an_imported_model_trains_further_from_where_it_was(shared_data: Path, t
     assert first["new"] == pytest.approx(np.log(512), rel=0.05)
 
 
-def test_it_says_how_to_train_further_and_refuses_another_shape(tmp_path: Path, bpe: Path, capsys: Any) -> None:
+def test_resuming_an_import_and_changing_its_shape_are_errors(tmp_path: Path, bpe: Path, capsys: Any) -> None:
     import_model(hf_folder(tmp_path / "hf", bpe), tmp_path / "run")
     shards = make_shards(tmp_path / "shards", vocab_size=VOCAB)
     words = [f"data.shard_dir={shards}", "train.tokenizer_path=null", "--no-supervise"]
     config = ["pretrain", str(tmp_path / "run" / "config.yaml"), *words]
     assert main([*config, "--resume-from", "auto"]) == 2
-    assert "train them further in another folder, with train.init_from=" in capsys.readouterr().err
+    assert "a new run with train.init_from=" in capsys.readouterr().err
     other = ["train.init_from=" + str(tmp_path / "run"), f"train.save_dir={tmp_path}/new", "model.rope_theta=5.0"]
     assert main([*config, *other]) == 2
-    assert "model.rope_theta: 5.0, and" in capsys.readouterr().err
+    assert "model.rope_theta: 5.0, but" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("kind", "more"),
     [
         ("Llama", {"tie_word_embeddings": True, "rope_theta": 5e5}),
-        ("Mistral", {"sliding_window": None}),  # in several files
+        ("Mistral", {"sliding_window": None}),  # saved in several files
         ("Qwen2", {"head_dim": 12}),
         ("Qwen3", {"rms_norm_eps": 1e-5}),
-        ("Llama", {"attention_bias": True}),  # a bias on the output as well, which is zero
+        ("Llama", {"attention_bias": True}),  # also has an output bias, which is zero
     ],
 )
-def test_transformers_own_folders_give_their_logits(tmp_path: Path, bpe: Path, kind: str, more: dict[str, Any]) -> None:
+def test_folders_saved_by_transformers(tmp_path: Path, bpe: Path, kind: str, more: dict[str, Any]) -> None:
     folder = hf_folder(tmp_path / "hf", bpe, kind, **more)
     assert (folder / INDEX).exists() == (kind == "Mistral")
     biased = any(".bias" in name for f in folder.glob("*.safetensors") for name in torch_files.load_file(f))
@@ -142,8 +142,8 @@ def test_transformers_own_folders_give_their_logits(tmp_path: Path, bpe: Path, k
     np.testing.assert_allclose(ours, their_logits(folder, ids), atol=1e-4, rtol=0)
 
 
-def test_qwen2_comes_in_is_trained_and_goes_out(tmp_path: Path, bpe: Path) -> None:
-    """Its gradients are transformers'; after training, transformers computes what we do, and mlx-lm too."""
+def test_qwen2_is_imported_trained_and_exported(tmp_path: Path, bpe: Path) -> None:
+    """Gradients equal transformers'; after training, transformers and mlx-lm compute our logits."""
     import mlx.core as mx
     from mlx_lm import load as mlx_load
 
@@ -152,7 +152,7 @@ def test_qwen2_comes_in_is_trained_and_goes_out(tmp_path: Path, bpe: Path) -> No
     folder = hf_folder(tmp_path / "hf", bpe, "Qwen2", head_dim=12, tie_word_embeddings=True)
     fill_biases(folder)
     import_model(folder, tmp_path / "run")
-    found = open_foreign(folder)
+    found = load_hf_folder(folder)
     assert found.model.attention_bias and load_config(tmp_path / "run" / "config.yaml").config.model == found.model
     ids = np.array([real_ids(tmp_path / "run", 200)])
     params = {name: mx.array(array) for name, array in found.weights.items()}
@@ -183,7 +183,7 @@ def test_qwen2_comes_in_is_trained_and_goes_out(tmp_path: Path, bpe: Path) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_read_exactly(tmp_path: Path, bpe: Path, dtype: torch.dtype) -> None:
+def test_half_precision_weights_are_read_exactly(tmp_path: Path, bpe: Path, dtype: torch.dtype) -> None:
     folder = hf_folder(tmp_path / "hf", bpe)
     half = {name: tensor.to(dtype) for name, tensor in torch_files.load_file(folder / "model.safetensors").items()}
     torch_files.save_file(half, folder / "model.safetensors", {"format": "pt"})
@@ -194,7 +194,7 @@ def test_half_precision_is_read_exactly(tmp_path: Path, bpe: Path, dtype: torch.
         np.testing.assert_array_equal(found[name], tensor.float().numpy())
 
 
-def test_generate_works_at_once_and_the_config_is_one_to_train_with(tmp_path: Path, bpe: Path) -> None:
+def test_imported_run_generates_and_its_config_is_valid(tmp_path: Path, bpe: Path) -> None:
     folder = hf_folder(tmp_path / "hf", bpe)
     import_model(folder, tmp_path / "run")
     model, config = load_model(tmp_path / "run")
@@ -214,7 +214,7 @@ def test_generate_works_at_once_and_the_config_is_one_to_train_with(tmp_path: Pa
     ],
     ids=str,
 )
-def test_there_and_back_is_the_same_model(tmp_path: Path, tokenizer_path: Path, shape: dict[str, Any]) -> None:
+def test_export_and_import_round_trip(tmp_path: Path, tokenizer_path: Path, shape: dict[str, Any]) -> None:
     run = make_run(tmp_path / "run", tokenizer_path, **shape)
     export(run, "hf", tmp_path / "hf")
     import_model(tmp_path / "hf", tmp_path / "back")
@@ -228,16 +228,16 @@ def test_there_and_back_is_the_same_model(tmp_path: Path, tokenizer_path: Path, 
     assert old == new
 
 
-def test_rows_behind_the_last_token_are_left_out_and_that_is_said(tmp_path: Path, bpe: Path) -> None:
+def test_extra_embedding_rows_are_dropped_with_a_warning(tmp_path: Path, bpe: Path) -> None:
     folder = hf_folder(tmp_path / "hf", bpe, vocab_size=512)
     (warning,) = import_model(folder, tmp_path / "run")["warnings"]
-    assert warning.startswith("the model has rows for 512 tokens and its tokenizer has 500: the rows behind")
+    assert warning.startswith("dropping embedding rows without a token: the model has 512 rows")
     ids = real_ids(tmp_path / "run", 100)
     np.testing.assert_allclose(our_logits(tmp_path / "run", ids), their_logits(folder, ids)[:, :VOCAB], atol=1e-4)
 
 
-def test_of_two_tokenizers_the_one_that_fits(tmp_path: Path, bpe: Path, tokenizers_folder: Path) -> None:
-    """A folder may have a tokenizer.model and, with tokens added later, a tokenizer.json."""
+def test_of_two_tokenizers_the_one_that_fits_is_used(tmp_path: Path, bpe: Path, tokenizers_folder: Path) -> None:
+    """A folder can have a tokenizer.model and a tokenizer.json with added tokens."""
     folder = hf_folder(tmp_path / "hf", tokenizers_folder / "json" / "tokenizer.json", vocab_size=VOCAB)
     (folder / "tokenizer.model").write_bytes(b"ranks, not SentencePiece")
     assert import_model(folder, tmp_path / "a")["tokenizer"] == "tokenizer.json"
@@ -245,8 +245,7 @@ def test_of_two_tokenizers_the_one_that_fits(tmp_path: Path, bpe: Path, tokenize
     assert import_model(folder, tmp_path / "b")["tokenizer"] == "tokenizer.model"
 
 
-def damaged(folder: Path, what: str) -> Path:
-    """The folder, changed in one way."""
+def damage(folder: Path, what: str) -> Path:
     weights = folder / "model.safetensors"
     tensors = torch_files.load_file(weights)
     if what == "config":
@@ -287,44 +286,49 @@ def damaged(folder: Path, what: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("what", "told"),
+    ("what", "problem"),
     [
-        ("config", r"hf/config.json: no such file: expected a Hugging Face model's folder"),
+        ("config", r"hf/config.json: no such file: expected a Hugging Face model folder"),
         ("no json", r"hf/config.json: can't be read as JSON"),
         ("a list", r"hf/config.json: expected a JSON object"),
-        ("odd types", r"hf/config.json: not a model's config"),
-        ("truncated", r"hf/model.safetensors: ends early: .* copy it again"),
+        ("odd types", r"hf/config.json: not a model config"),
+        ("truncated", r"hf/model.safetensors: truncated: .* copy it again"),
         ("no weights", r"hf: no weights: expected model.safetensors, or model.safetensors.index.json and its files"),
         ("pickle", r"hf/pytorch_model.bin: a pickle, which can run code: convert the model to safetensors"),
-        ("missing", r"hf: model.layers.1.mlp.up_proj.weight is in none of its safetensors files"),
-        ("bias", r"model.layers.0.self_attn.o_proj.bias is not zero: a model here has biases on queries, keys and val"),
-        ("some biases", r"model.layers.0.self_attn.k_proj.bias is in none of its safetensors files"),
-        ("unknown", r"model.layers.0.self_attn.sinks: a model here has no such parameter"),
-        ("shape", r"model.norm.weight is \[49\], and config.json asks for \[48\]"),
-        ("nan", r"model.norm.weight holds a value that is not finite"),
+        ("missing", r"hf: model.layers.1.mlp.up_proj.weight is missing from the safetensors files"),
+        (
+            "bias",
+            r"model.layers.0.self_attn.o_proj.bias is not zero: biases are supported only on queries, k",
+        ),
+        ("some biases", r"model.layers.0.self_attn.k_proj.bias is missing from the safetensors files"),
+        ("unknown", r"model.layers.0.self_attn.sinks: unsupported parameter"),
+        ("shape", r"model.norm.weight has shape \[49\], but config.json requires \[48\]"),
+        ("nan", r"model.norm.weight contains a value that is not finite"),
         ("no tokenizer", r"hf: no tokenizer: expected one of tokenizer.model, tokenizer.json, vocab.json"),
-        ("shard", r"model-00001-of-00002.safetensors: missing, and model.safetensors.index.json names it"),
-        ("path", r"model.safetensors.index.json: expected weight_map: the file of each tensor, by name"),
+        ("shard", r"model-00001-of-00002.safetensors: missing, but listed in model.safetensors.index.json"),
+        ("path", r"model.safetensors.index.json: expected weight_map, a mapping from tensor names to file names"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_nothing_is_written(tmp_path: Path, bpe: Path, what: str, told: str) -> None:
-    folder = damaged(hf_folder(tmp_path / "hf", bpe), what)
-    with pytest.raises(UserError, match=told):
+def test_damaged_folders_are_rejected_and_nothing_is_written(
+    tmp_path: Path, bpe: Path, what: str, problem: str
+) -> None:
+    folder = damage(hf_folder(tmp_path / "hf", bpe), what)
+    with pytest.raises(UserError, match=problem):
         import_model(folder, tmp_path / "run")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
 
 @pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 3_000_000), ("num_hidden_layers", 1)])
-def test_blocks_are_counted_before_anything_is_made_of_them(tmp_path: Path, bpe: Path, key: str, value: int) -> None:
+def test_blocks_are_counted_before_their_names_are_built(tmp_path: Path, bpe: Path, key: str, value: int) -> None:
     folder = hf_folder(tmp_path / "hf", bpe)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, key: value, "layer_types": None}))
-    with pytest.raises(UserError, match=rf"hf: .* hold 2 blocks .* and config.json says num_hidden_layers: {value}$"):
+    with pytest.raises(UserError, match=rf"hf: .* have 2 blocks .* but config.json says num_hidden_layers: {value}$"):
         import_model(folder, tmp_path / "run")
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size"])
-def test_numbers_beyond_all_bounds_are_one_line(tmp_path: Path, bpe: Path, key: str) -> None:
+def test_absurd_sizes_are_rejected(tmp_path: Path, bpe: Path, key: str) -> None:
     folder = hf_folder(tmp_path / "hf", bpe)
     config = json.loads((folder / "config.json").read_text())
     for value in (10**400, 10**12):
@@ -333,11 +337,11 @@ def test_numbers_beyond_all_bounds_are_one_line(tmp_path: Path, bpe: Path, key: 
             import_model(folder, tmp_path / "run")
 
 
-def test_wrong_folders(tmp_path: Path, bpe: Path) -> None:
+def test_invalid_folders(tmp_path: Path, bpe: Path) -> None:
     with pytest.raises(UserError, match=r"nothere: no such folder: expected config.json, safetensors files and"):
         import_model(tmp_path / "nothere", tmp_path / "run")
     folder = hf_folder(tmp_path / "hf", bpe, vocab_size=400)
-    with pytest.raises(UserError, match=r"tokenizer.model: 500 tokens, and the model has rows for 400"):
+    with pytest.raises(UserError, match=r"tokenizer.model: 500 tokens, but the model has 400 rows"):
         import_model(folder, tmp_path / "run")
-    with pytest.raises(UserError, match=r"hf: holds something already"):
+    with pytest.raises(UserError, match=r"hf: already exists and is not empty"):
         import_model(hf_folder(tmp_path / "other", bpe), folder)

@@ -1,4 +1,4 @@
-"""A model there and its tokenizer belong together, or are refused before anything is read behind the last row."""
+"""Loading whole models: the tokenizer must fit the embedding, and the digest identifies the weights."""
 
 import shutil
 from pathlib import Path
@@ -12,19 +12,19 @@ from tests.exchange.random_run import make_run
 
 
 @pytest.mark.parametrize("more", [-1, 1])
-def test_a_tokenizer_of_another_size_is_refused(
+def test_tokenizer_of_another_size_is_rejected(
     tmp_path: Path, bpe: Path, more: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = make_run(tmp_path / "right", bpe)
     wrong = make_run(tmp_path / "wrong", bpe, vocab_size=load_pretrained(str(right)).tokenizer.vocab_size + more)
-    match = rf"wrong/tokenizer.model: 500 tokens, and the model in .*step_00000040 has rows for {500 + more}: put the"
+    match = rf"wrong/tokenizer.model: 500 tokens, but the model in .*step_00000040 has {500 + more} rows: put the"
     with pytest.raises(UserError, match=match):
         load_pretrained(str(wrong))
     assert main(["generate", "--checkpoint", str(wrong), "--prompt", "a"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_run_is_known_by_its_weights_wherever_it_lies(tmp_path: Path, bpe: Path) -> None:
+def test_digest_depends_on_the_weights_and_not_on_the_path(tmp_path: Path, bpe: Path) -> None:
     run = make_run(tmp_path / "run", bpe)
     shutil.copytree(run, tmp_path / "copy")
     assert load_pretrained(str(run)).digest == load_pretrained(str(tmp_path / "copy" / "step_00000040")).digest

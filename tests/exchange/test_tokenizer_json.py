@@ -1,4 +1,4 @@
-"""tokenizer.json: transformers' AutoTokenizer from the written folder gives the ids of our own tokenizer."""
+"""tokenizer.json: AutoTokenizer of transformers gives our tokenizer's ids."""
 
 import json
 from pathlib import Path
@@ -9,17 +9,17 @@ from transformers import AutoTokenizer
 
 from anarchobot.config.errors import UserError
 from anarchobot.exchange.exporting import export
-from anarchobot.exchange.tokenizer_json import differences, tokenizer_files
+from anarchobot.exchange.tokenizer_json import find_mismatch, tokenizer_files
 from anarchobot.tokenizers.fast_tokenizer import adversarial_texts
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from tests.conftest import shared_data_folder
 from tests.exchange.random_run import ROOT, STORIES, make_run
 
-FEW = 60  # of the multilingual lines, one in so many
+SAMPLE = 60  # use every 60th multilingual line
 
 
 def lines(one_in: int) -> list[str]:
-    """The naughty strings, and lines of the multilingual files; without them, of a page of ours."""
+    """The Big List of Naughty Strings and multilingual lines; without the shared data, the README."""
     data = shared_data_folder()
     files = [data / "messy" / "blns.txt", *sorted((data / "multilingual").iterdir())] if data else [ROOT / "README.md"]
     first, *others = (file.read_bytes().decode().split("\n") for file in files)
@@ -36,28 +36,28 @@ def differing(ours: Tokenizer, theirs: object, texts: list[str]) -> list[str]:
     return [text for text, a, b in zip(texts, ours.encode_batch(texts), ids, strict=True) if a.tolist() != b]
 
 
-@pytest.mark.parametrize("one_in", [FEW, pytest.param(1, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("one_in", [SAMPLE, pytest.param(1, marks=pytest.mark.faults)])
 @pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
 def test_autotokenizer_gives_our_ids(tmp_path: Path, tokenizer_path: Path, qk_norm: bool, one_in: int) -> None:
     run = make_run(tmp_path / "run", tokenizer_path, n_layers=1, qk_norm=qk_norm)
-    told = export(run, "hf", tmp_path / "hf")["warnings"]
+    warnings = export(run, "hf", tmp_path / "hf")["warnings"]
     ours, theirs = load_tokenizer(run), hugging_face(tmp_path / "hf")
     texts = [*lines(one_in), *adversarial_texts()]
     wrong = differing(ours, theirs, texts)
-    if tokenizer_path.parent.name == "unigram":  # ways of cutting that are equally likely, and nothing else
-        assert len(wrong) < len(texts) / 20 and "equally likely" in told[0]
+    if tokenizer_path.parent.name == "unigram":  # only equally likely segmentations may differ
+        assert len(wrong) < len(texts) / 20 and "equally likely" in warnings[0]
         scores = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path)).get_score
         for text, ids in zip(wrong, theirs(wrong, add_special_tokens=False)["input_ids"], strict=True):  # type: ignore[operator]
             ours_sum, theirs_sum = (sum(map(scores, map(int, x))) for x in (ours.encode_batch([text])[0], ids))
             assert theirs_sum == pytest.approx(ours_sum, rel=1e-5), text
     else:
-        assert wrong == [] and told == []
+        assert wrong == [] and warnings == []
     sample = [text for text in texts[::50] if text not in wrong]
     for ids in ours.encode_batch(sample):
         assert theirs.decode(ids.tolist(), skip_special_tokens=True) == ours.decode(ids.tolist())  # type: ignore[attr-defined]
 
 
-def test_a_text_begins_with_the_end_of_document_and_names_it(tmp_path: Path, tokenizer_path: Path) -> None:
+def test_end_of_document_is_prepended_as_bos(tmp_path: Path, tokenizer_path: Path) -> None:
     run = make_run(tmp_path / "run", tokenizer_path, n_layers=1)
     export(run, "hf", tmp_path / "hf")
     ours, theirs = load_tokenizer(run), hugging_face(tmp_path / "hf")
@@ -68,7 +68,7 @@ def test_a_text_begins_with_the_end_of_document_and_names_it(tmp_path: Path, tok
     assert "<|im_end|>" in theirs.all_special_tokens or theirs.convert_tokens_to_ids("<|im_end|>") is not None  # type: ignore[attr-defined]
 
 
-def test_a_tokenizer_json_is_passed_on_but_for_what_a_text_begins_with(tokenizers_folder: Path) -> None:
+def test_tokenizer_json_is_kept_except_for_its_post_processor(tokenizers_folder: Path) -> None:
     path = tokenizers_folder / "json" / "tokenizer.json"
     written = json.loads(tokenizer_files(load_tokenizer(path), 64, 0)["tokenizer.json"])
     wanted = json.loads(path.read_bytes())
@@ -79,30 +79,28 @@ def test_a_tokenizer_json_is_passed_on_but_for_what_a_text_begins_with(tokenizer
 @pytest.mark.parametrize(
     "name", ["mistral_v1_tokenizer.model", str(STORIES.relative_to("artifacts") / "hf/tokenizer.model")]
 )
-def test_llamas_own_tokenizers_come_out_exact(shared_data: Path, tmp_path: Path, name: str) -> None:
-    """With a dummy prefix, and Mistral's with runs of spaces that have one score."""
+def test_public_sentencepiece_tokenizers_give_equal_ids(shared_data: Path, tmp_path: Path, name: str) -> None:
+    """They have a dummy prefix; Mistral's also has runs of spaces with equal scores."""
     tokenizer = load_tokenizer(shared_data / "artifacts" / name)
     for file, content in tokenizer_files(tokenizer, 512, 2).items():
         (tmp_path / file).write_bytes(content)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     texts = [
-        *lines(FEW),
+        *lines(SAMPLE),
         *adversarial_texts(),
         (shared_data / "messy" / "utf8_bmp_all_one_line.txt").read_bytes().decode(),
     ]
     assert differing(tokenizer, hugging_face(tmp_path), texts) == []
 
 
-def test_the_check_finds_another_tokenizer(tokenizers_folder: Path, bpe: Path) -> None:
+def test_find_mismatch_detects_another_tokenizer(tokenizers_folder: Path, bpe: Path) -> None:
     written = tokenizer_files(load_tokenizer(tokenizers_folder / "gpt2" / "tiny-vocab.json"), 64, 0)["tokenizer.json"]
-    told = differences(load_tokenizer(bpe), written)
-    assert told is not None and "other ids than tokenizer.model on" in told
-    assert differences(load_tokenizer(tokenizers_folder / "gpt2" / "tiny-vocab.json"), written) is None
+    warning = find_mismatch(load_tokenizer(bpe), written)
+    assert warning is not None and "other ids than tokenizer.model on" in warning
+    assert find_mismatch(load_tokenizer(tokenizers_folder / "gpt2" / "tiny-vocab.json"), written) is None
 
 
-def test_a_normaliser_is_refused_by_name(shared_data: Path) -> None:
+def test_models_with_a_normalizer_are_rejected(shared_data: Path) -> None:
     for name in ("t5_spiece.model", "torchtune_m.model"):
-        with pytest.raises(
-            UserError, match=rf"{name}: this tokenizer can't be written as tokenizer.json: it has a norm"
-        ):
+        with pytest.raises(UserError, match=rf"{name}: can't be converted to tokenizer.json: it has a norm"):
             tokenizer_files(load_tokenizer(shared_data / "artifacts" / name), 64, 1)

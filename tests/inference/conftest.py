@@ -1,4 +1,4 @@
-"""The model that is asked."""
+"""A small random model."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def model(tiny_shards: Path) -> Model:
 
 
 def strong_parameters(shape: ModelConfig) -> dict[str, mx.array]:
-    """Far from even, so that greedy choices are clear."""
+    """Large random weights, so that greedy decoding has no near ties."""
     rng = np.random.default_rng(0)
     return {
         n: mx.array(p + rng.standard_normal(p.shape) * 0.3, mx.float32) for n, p in init_parameters(shape, 0).items()

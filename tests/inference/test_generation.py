@@ -1,4 +1,4 @@
-"""Generation: the cache, the ends, several prompts, and the text that streams out."""
+"""Generation: the KV cache, where it ends, several prompts, and streaming."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import pytest
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference import batching
-from anarchobot.inference.generation import TextBatch, generate, generate_each, generate_ids
+from anarchobot.inference.generation import TextBatch, generate, generate_batch, generate_ids
 from anarchobot.inference.model import Model, load_model
 from anarchobot.model.llama.forward import hidden_states, logits
 from tests.inference.conftest import SHAPE
@@ -20,11 +20,11 @@ PROMPTS = ["The value", "", "if x is not", "é", "The", "a list of all the words
 
 
 @pytest.mark.parametrize("chunk", [512, 3, 1])
-def test_greedy_equals_recomputing_everything_for_each_token(
+def test_greedy_equals_recomputing_the_whole_sequence(
     model: Model, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cache, the prompt in chunks and the single-token steps against the whole sequence forward."""
-    monkeypatch.setattr(batching, "PROMPT_TOKENS", chunk)
+    """Chunked prefill and single-token steps with a cache against a forward pass over the whole sequence."""
+    monkeypatch.setattr(batching, "PREFILL_TOKENS", chunk)
     got = list(generate_ids(model, GenerationConfig(prompt="The value", method="greedy", max_new_tokens=20)))
     ids = [model.tokenizer.eod_id, *model.tokenizer.encode_batch(["The value"])[0].tolist()]
     for token in got:
@@ -35,7 +35,7 @@ def test_greedy_equals_recomputing_everything_for_each_token(
     assert len(got) == 20
 
 
-def test_it_ends_at_the_limit_at_max_seq_len_and_at_end_of_document(model: Model) -> None:
+def test_ends_at_max_new_tokens_max_seq_len_and_end_of_document(model: Model) -> None:
     count = len(list(generate_ids(model, GenerationConfig(prompt="", method="greedy", max_new_tokens=7))))
     assert count == 7
     count = len(list(generate_ids(model, GenerationConfig(prompt="", method="greedy", max_new_tokens=500))))
@@ -47,11 +47,11 @@ def test_it_ends_at_the_limit_at_max_seq_len_and_at_end_of_document(model: Model
     ending["model.norm.weight"] = mx.ones(32)
     ended = Model(ending, SHAPE, model.tokenizer)
     assert list(generate_ids(ended, GenerationConfig(prompt="", method="greedy"))) == []
-    with pytest.raises(UserError, match=r"the prompt is \d+ tokens long and the model's max_seq_len is 48"):
+    with pytest.raises(UserError, match=r"the prompt has \d+ tokens, but the model's max_seq_len is 48"):
         list(generate_ids(model, GenerationConfig(prompt="word " * 60)))
 
 
-def test_the_seed_decides_and_nothing_else_is_disturbed(model: Model) -> None:
+def test_the_seed_decides_and_mlx_random_state_is_untouched(model: Model) -> None:
     def text(seed: int) -> str:
         return generate(model, GenerationConfig(prompt="The", method="random", seed=seed, max_new_tokens=20))
 
@@ -62,21 +62,21 @@ def test_the_seed_decides_and_nothing_else_is_disturbed(model: Model) -> None:
     assert mx.random.uniform(shape=(4,)).tolist() == expected
 
 
-def test_repetition_penalty_lowers_what_was_said(model: Model) -> None:
-    """So strong a penalty makes greedy decoding say nothing twice within its window."""
+def test_repetition_penalty(model: Model) -> None:
+    """With a huge penalty, greedy decoding repeats no token within the window."""
     plain = list(generate_ids(model, GenerationConfig(method="greedy", max_new_tokens=20)))
-    penalised = list(generate_ids(model, GenerationConfig(method="greedy", max_new_tokens=20, repetition_penalty=1e6)))
-    assert len(set(penalised)) == len(penalised) > len(set(plain))
+    penalized = list(generate_ids(model, GenerationConfig(method="greedy", max_new_tokens=20, repetition_penalty=1e6)))
+    assert len(set(penalized)) == len(penalized) > len(set(plain))
 
 
-def test_what_streams_is_what_is_returned(model: Model) -> None:
+def test_streamed_text_equals_the_returned_text(model: Model) -> None:
     pieces: list[str] = []
     text = generate(model, GenerationConfig(prompt="é", method="random", temperature=5.0), on_text=pieces.append)
     assert "".join(pieces) == text and len(pieces) > 5
 
 
-def test_a_text_ends_before_the_first_stop_string(model: Model) -> None:
-    """Every stretch of three characters of a text as its stop string, in turn."""
+def test_ends_before_the_first_stop_string(model: Model) -> None:
+    """Tries every third substring of three characters of a text as its stop string."""
     settings = GenerationConfig(prompt="The", method="greedy", max_new_tokens=20)
     whole = generate(model, settings)
     for start in range(0, len(whole) - 2, 3):
@@ -86,40 +86,40 @@ def test_a_text_ends_before_the_first_stop_string(model: Model) -> None:
         assert text == "".join(pieces) == whole[: whole.index(stop)]
 
 
-def test_a_stop_string_ends_the_request_and_its_tokens_are_counted(model: Model) -> None:
+def test_a_stop_string_finishes_the_request_and_tokens_are_counted(model: Model) -> None:
     settings = GenerationConfig(prompt="The", method="greedy", max_new_tokens=20)
     ids = list(generate_ids(model, settings))
     fifth = model.tokenizer.decode(ids[:5])
     batch = TextBatch(model)
-    context = [model.begin, *model.tokenizer.encode_batch(["The"])[0].tolist()]
+    context = [model.bos_id, *model.tokenizer.encode_batch(["The"])[0].tolist()]
     batch.insert(context, settings.model_copy(update={"stop": [fifth[-2:]]}), ())
     pieces = []
     while batch:
         pieces += batch.step()
-    assert pieces[-1].end == "stop" and pieces[-1].tokens <= 5
+    assert pieces[-1].finish_reason == "stop" and pieces[-1].tokens <= 5
     batch.insert(context, settings, ())
     while batch:
         pieces += batch.step()
-    assert (pieces[-1].end, pieces[-1].tokens) == ("length", 20)
+    assert (pieces[-1].finish_reason, pieces[-1].tokens) == ("length", 20)
 
 
 @pytest.mark.parametrize("settings", [{"method": "greedy"}, {"method": "random"}, {"method": "min_p"}], ids=str)
-@pytest.mark.parametrize("rows", [2, 16])
-def test_each_prompt_of_many_has_the_text_that_it_has_alone(
-    model: Model, settings: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("max_rows", [2, 16])
+def test_batched_prompts_get_the_same_text_as_alone(
+    model: Model, settings: dict[str, Any], max_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batching, "ROWS", rows)
+    monkeypatch.setattr(batching, "MAX_ROWS", max_rows)
     chosen = GenerationConfig(**settings, max_new_tokens=20, repetition_penalty=1.2, seed=2**32 - 3)
-    texts = list(generate_each(model, PROMPTS, chosen))
+    texts = list(generate_batch(model, PROMPTS, chosen))
     for number, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
         seed = (chosen.seed + number) % 2**32
         assert text == generate(model, chosen.model_copy(update={"prompt": prompt, "seed": seed}))
     assert len(set(texts)) == len(texts)
-    with pytest.raises(UserError, match=r"prompt 2: the prompt is \d+ tokens long"):
-        list(generate_each(model, ["The", "word " * 60], chosen))
+    with pytest.raises(UserError, match=r"prompt 2: the prompt has \d+ tokens"):
+        list(generate_batch(model, ["The", "word " * 60], chosen))
 
 
-def test_load_model_takes_run_and_step_folders(tmp_path: Path, tiny_shards: Path) -> None:
+def test_load_model_accepts_run_and_step_folders(tmp_path: Path, tiny_shards: Path) -> None:
     from anarchobot.tasks.pretrain import pretrain
     from tests.tiny import loaded
 
@@ -135,7 +135,7 @@ def test_load_model_takes_run_and_step_folders(tmp_path: Path, tiny_shards: Path
 
 
 @pytest.mark.parametrize("target", ["hf", "mlx"])
-def test_load_model_takes_what_export_writes(tmp_path: Path, tiny_shards: Path, target: Any) -> None:
+def test_load_model_accepts_exported_folders(tmp_path: Path, tiny_shards: Path, target: Any) -> None:
     from anarchobot.exchange.exporting import export
     from tests.exchange.random_run import make_run
 
@@ -147,14 +147,14 @@ def test_load_model_takes_what_export_writes(tmp_path: Path, tiny_shards: Path, 
     assert config.generation == GenerationConfig()
 
 
-def test_adapters_alone_are_refused(tmp_path: Path) -> None:
+def test_adapters_alone_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"not a whole model: fuse them with their model first \(anarchobot fuse\)"):
         load_model(tmp_path)
 
 
 def test_prompts_from_a_file(tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command: lines and JSONL, each row as `generate` writes it alone; a row that is none is named."""
+    """Lines and JSONL give the same text as single prompts; an invalid row is reported by its line number."""
     import json
 
     from anarchobot.cli.main import main
