@@ -21,7 +21,11 @@ def test_export_and_import_round_trip(run: Path, tmp_path: Path, capsys: Capture
     words = ["export", "--checkpoint", str(run), "--to", "hf", "--output", str(tmp_path / "hf")]
     assert main([*words, "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr()
-    assert out.out.startswith(f"{tmp_path / 'hf'}: ") and out.out.endswith(" MB\n") and " parameters, bfloat16, " in out.out
+    assert (
+        out.out.startswith(f"{tmp_path / 'hf'}: ")
+        and out.out.endswith(" MB\n")
+        and " parameters, bfloat16, " in out.out
+    )
     assert out.err == "" and out.out.count("\n") == 1
     assert main(["import", str(tmp_path / "hf"), "--output", str(tmp_path / "back"), "--json"]) == 0
     done: dict[str, Any] = json.loads(capsys.readouterr().out)

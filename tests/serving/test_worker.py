@@ -26,7 +26,7 @@ def submit(worker: Worker, model: Model, settings: GenerationConfig = GREEDY) ->
 
 
 async def text_of(answer: GenerationStream) -> str:
-    return "".join([piece.text async for piece in answer])
+    return "".join([chunk.text async for chunk in answer])
 
 
 async def wait_until(holds: Callable[[], bool]) -> None:
