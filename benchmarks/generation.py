@@ -1,8 +1,8 @@
-"""Writing text: our generation beside `mlx_lm.stream_generate`, on the same exported model, in one process.
+"""Generation speed, compared with `mlx_lm.stream_generate` on the same exported model in one process.
 
-The model has the shape of configs/small.yaml, 2,048 tokens and random weights, which cost what trained ones cost. Both
-write the same greedy text, which is checked. They take turns; a ratio is of two turns beside each other, so that what
-else the machine does falls on both, and all figures are medians. Several prompts at once are ours alone.
+The model has the shape of configs/small.yaml, a vocabulary of 2,048 tokens and random weights, which cost the same as
+trained ones. Both programs must generate the same greedy tokens. They alternate, and each ratio compares adjacent runs,
+so that other load affects both; all figures are medians. Batched prompts are measured without a comparison.
 
     .venv/bin/python benchmarks/generation.py
 """
@@ -18,35 +18,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
-PROMPTS, TOKENS, ROWS = (32, 512), 64, (4, 16)
+PROMPT_LENGTHS, TOKENS, BATCH_SIZES = (32, 512), 64, (4, 16)
 
 
-class Turn(NamedTuple):
-    """`first`: seconds to the first token; `rate`: tokens a second behind it."""
+class Run(NamedTuple):
+    """`first` is the time to the first token in seconds, `rate` the tokens per second after it."""
 
     first: float
     rate: float
     tokens: list[int]
 
 
-def timed(tokens: Iterable[int]) -> Turn:
-    times, written = [time.perf_counter()], []
+def measure(tokens: Iterable[int]) -> Run:
+    times, generated = [time.perf_counter()], []
     for token in tokens:
         times.append(time.perf_counter())
-        written.append(token)
-    return Turn(times[1] - times[0], (len(written) - 1) / (times[-1] - times[1]), written)
+        generated.append(token)
+    return Run(times[1] - times[0], (len(generated) - 1) / (times[-1] - times[1]), generated)
 
 
 def export_model(folder: Path) -> Path:
-    """A random model as `export --to mlx` writes it."""
+    """Exports a random model with `--to mlx`."""
     import numpy as np
 
     from anarchobot.config.loading import load_config
     from anarchobot.data.sources import builtin
     from anarchobot.exchange.exporting import export
     from anarchobot.model.parameters import init_parameters
-    from anarchobot.runs import checkpoint
-    from anarchobot.tokenizers.tokenizer import copy_tokenizer, load_tokenizer
+    from anarchobot.runs.write_model import write_model
+    from anarchobot.tokenizers.tokenizer import load_tokenizer
     from anarchobot.tokenizers.training import train_tokenizer
 
     config = load_config(HERE.parent / "configs" / "small.yaml").config
@@ -60,24 +60,23 @@ def export_model(folder: Path) -> Path:
     config = config.model_copy(update={"model": shape})
     run = folder / "run"
     run.mkdir()
-    copy_tokenizer(tokenizer, run)
     rng = np.random.default_rng(0)
-    arrays = {
-        f"params/{name}": (array + 0.05 * rng.standard_normal(array.shape)).astype(np.float32)
+    weights = {
+        name: (array + 0.05 * rng.standard_normal(array.shape)).astype(np.float32)
         for name, array in init_parameters(shape, 0).items()
     }
-    checkpoint.save(run, 0, arrays, {"tokens": 0, "config": config.model_dump()})
+    write_model(run, config, tokenizer, weights, {})
     export(run, "mlx", folder / "mlx")
     return folder / "mlx"
 
 
-def compared(length: int, ours: list[Turn], theirs: list[Turn]) -> dict[str, Any]:
-    """Figures of one length of prompts; the first round warmed up."""
+def compare(length: int, ours: list[Run], theirs: list[Run]) -> dict[str, Any]:
+    """Summarizes the runs with one prompt length, without the first, which is a warm-up."""
     pairs = list(zip(ours[1:], theirs[1:], strict=True))
     figures: dict[str, Any] = {"prompt": length}
-    for name, turns in (("ours", ours[1:]), ("mlx_lm", theirs[1:])):
-        figures[f"{name}_tokens_per_second"] = round(statistics.median(t.rate for t in turns), 2)
-        figures[f"{name}_prompt_tokens_per_second"] = round(length / statistics.median(t.first for t in turns), 1)
+    for name, runs in (("ours", ours[1:]), ("mlx_lm", theirs[1:])):
+        figures[f"{name}_tokens_per_second"] = round(statistics.median(r.rate for r in runs), 2)
+        figures[f"{name}_prompt_tokens_per_second"] = round(length / statistics.median(r.first for r in runs), 1)
     figures["tokens_ratio"] = round(statistics.median(a.rate / b.rate for a, b in pairs), 3)
     figures["prompt_ratio"] = round(statistics.median(b.first / a.first for a, b in pairs), 3)
     return figures
@@ -85,7 +84,8 @@ def compared(length: int, ours: list[Turn], theirs: list[Turn]) -> dict[str, Any
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        "| prompt | ours, tokens/s | mlx-lm | ratio | ours, prompt tokens/s | mlx-lm | ratio |",
+        "| prompt tokens | AnarchoBot, tokens/s | mlx-lm, tokens/s | ratio "
+        "| AnarchoBot, prompt tokens/s | mlx-lm, prompt tokens/s | ratio |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in result["one_prompt"]:
@@ -94,7 +94,7 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['tokens_ratio']:.2f} | {row['ours_prompt_tokens_per_second']:.0f} "
             f"| {row['mlx_lm_prompt_tokens_per_second']:.0f} | {row['prompt_ratio']:.2f} |"
         )
-    lines += ["", "| prompts at once | tokens/s of all |", "| ---: | ---: |"]
+    lines += ["", "| batch size | total tokens/s |", "| ---: | ---: |"]
     lines += [f"| {row['rows']} | {row['tokens_per_second']:.1f} |" for row in result["batches"]]
     return "\n".join(lines)
 
@@ -120,47 +120,47 @@ def main() -> None:
         exported = export_model(Path(folder))
         model, _ = load_model(exported)
         their_model, their_tokenizer = mlx_lm.load(str(exported))[:2]
-        mx.eval(their_model.parameters())  # read before the folder is gone
+        mx.eval(their_model.parameters())  # loads the weights before the folder is removed
     their_tokenizer._eos_token_ids = set()
     greedy = GenerationConfig(method="greedy", max_new_tokens=TOKENS)
 
-    def ours(prompt: list[int]) -> Turn:
+    def ours(prompt: list[int]) -> Run:
         stream = TextStream(model.tokenizer, prompt)
 
         def tokens() -> Iterator[int]:
             for token in stream_token_ids(model.params, model.shape, prompt, greedy, ()):
-                stream.add(token)  # to text, as stream_generate
+                stream.add(token)  # decodes to text, as stream_generate does
                 yield token
 
-        return timed(tokens())
+        return measure(tokens())
 
-    def theirs(prompt: list[int]) -> Turn:
+    def theirs(prompt: list[int]) -> Run:
         stream = mlx_lm.stream_generate(their_model, their_tokenizer, prompt, max_tokens=TOKENS)
-        return timed(response.token for response in stream)
+        return measure(response.token for response in stream)
 
-    def together(rows: int) -> float:
-        """Tokens a second of all, behind the prompts."""
+    def batch_rate(rows: int) -> float:
+        """Returns the total tokens per second, without prefill."""
         batch = Batch(model.params, model.shape, rows)
         for i in range(rows):
             batch.insert([(i + j) % 1000 + 100 for j in range(8 + i)], greedy, ())
         batch.step()
-        began, count = time.perf_counter(), 0
+        start, count = time.perf_counter(), 0
         while batch:
             count += len(batch.step())
-        return count / (time.perf_counter() - began)
+        return count / (time.perf_counter() - start)
 
     one_prompt = []
-    for length in PROMPTS:
+    for length in PROMPT_LENGTHS:
         prompt = [7 * i % 1000 + 100 for i in range(length)]
-        turns: tuple[list[Turn], list[Turn]] = ([], [])
-        for number in range(arguments.rounds + 1):
-            for who in (0, 1) if number % 2 else (1, 0):
-                turns[who].append((ours, theirs)[who](prompt))
-            assert turns[0][-1].tokens == turns[1][-1].tokens, "the two wrote other tokens"
-        one_prompt.append(compared(length, *turns))
+        runs: tuple[list[Run], list[Run]] = ([], [])
+        for i in range(arguments.rounds + 1):
+            for program in (0, 1) if i % 2 else (1, 0):
+                runs[program].append((ours, theirs)[program](prompt))
+            assert runs[0][-1].tokens == runs[1][-1].tokens, "the two programs generated different tokens"
+        one_prompt.append(compare(length, *runs))
     batches = [
-        {"rows": rows, "tokens_per_second": round(statistics.median(together(rows) for _ in range(3)), 1)}
-        for rows in ROWS
+        {"rows": rows, "tokens_per_second": round(statistics.median(batch_rate(rows) for _ in range(3)), 1)}
+        for rows in BATCH_SIZES
     ]
     result = {
         "device": str(mx.default_device()),
