@@ -27,7 +27,7 @@ _MULTIPLIERS = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)  # 
 # KeySet
 TABLES = 256  # tables grow independently, so growing never doubles the memory
 MAX_LOAD = 2 / 3
-SPARE_SLOTS = 256  # slots behind the last one, for keys displaced from theirs
+SPARE_SLOTS = 256  # slots after the last one, for displaced keys
 
 
 class KeySet:
@@ -49,7 +49,7 @@ class _Table:
     """Open addressing with linear probing; zero marks an empty slot.
 
     The home slot increases with the key. To grow, sort the keys and put each one in its home slot or, where that is
-    taken, right behind the previous key.
+    taken, right after the previous key.
     """
 
     def __init__(self) -> None:

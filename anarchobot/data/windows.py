@@ -134,12 +134,12 @@ class PackedWindows:
         used = np.bincount(rows, lengths, len(indices)).astype(np.int64)
         short = np.flatnonzero(used < self._seq_len)
         if len(short):
-            behind = np.searchsorted(rows, short, side="right")
-            lengths = np.insert(lengths, behind, self._seq_len - used[short])  # the padding is its own document
-            for place, row in zip(reversed(behind.tolist()), reversed(short.tolist()), strict=True):
+            at = np.searchsorted(rows, short, side="right")
+            lengths = np.insert(lengths, at, self._seq_len - used[short])  # the padding is its own document
+            for index, row in zip(reversed(at.tolist()), reversed(short.tolist()), strict=True):
                 padding = self._padding[used[row] :]
-                targets.insert(place, padding)
-                inputs.insert(place, padding)
+                targets.insert(index, padding)
+                inputs.insert(index, padding)
         shape = len(indices), self._seq_len
         scored = self._stream.concatenate(targets).reshape(shape)
         for row in short.tolist():

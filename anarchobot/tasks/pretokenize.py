@@ -22,10 +22,10 @@ from anarchobot.data.resume import check_provenance, source_provenance
 from anarchobot.data.shards import Manifest, read_manifest
 from anarchobot.data.sources import files, hub
 from anarchobot.data.sources.documents import Document, DocumentCounts, from_files, from_ranges, open_source
-from anarchobot.data.sources.file_ranges import split_files
-from anarchobot.training.signals import forward_signals
+from anarchobot.data.sources.files import split_files
 from anarchobot.tokenizers.fast_tokenizer import engine_name, select_engine
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from anarchobot.training.signals import forward_signals
 
 
 @dataclass(frozen=True)

@@ -94,19 +94,19 @@ def test_processes_and_errors_of_parts(corpus: Path, tmp_path: Path, capsys: pyt
     done = subprocess.run([sys.executable, "-m", "anarchobot", *words, "--processes", "2"], timeout=240)
     assert done.returncode == 0 and (shards / "manifest.json").exists() and not (shards / "parts").exists()
 
-    def said(*more: str) -> str:
+    def error_of(*more: str) -> str:
         assert main([*words, *more]) == 2
         return capsys.readouterr().err.strip()
 
     words[words.index("--output") + 1] = str(tmp_path / "others")
-    assert "2 of 2 parts are missing, the first is 0/2: create it with --part 0/2" in said("--join", "2")
+    assert "2 of 2 parts are missing, the first is 0/2: create it with --part 0/2" in error_of("--join", "2")
     assert main([*words, "--part", "0/2"]) == 0 and main([*words, "--part", "1/2"]) == 0
-    told = said("--join", "2", "data.clean=true")
-    assert "this part was built with different settings: data.clean changed from False to True: rebuild it" in told
+    message = error_of("--join", "2", "data.clean=true")
+    assert "this part was built with different settings: data.clean changed from False to True: rebuild it" in message
     ids = tmp_path / "others" / "parts" / "00001-of-00002" / "ids.npy"
     ids.write_bytes(ids.read_bytes()[:-2] + b"\0\0")
-    assert f"{ids}: damaged" in said("--join", "2")
-    assert "expected K/N" in said("--part", "2/2")
+    assert f"{ids}: damaged" in error_of("--join", "2")
+    assert "expected K/N" in error_of("--part", "2/2")
     (tmp_path / "mixed.yaml").write_text("data: {dataset: [a.txt, b.txt], weights: [1, 2]}")
     mixed = ["pretokenize", str(tmp_path / "mixed.yaml"), "--tokenizer", tokenizer, "--output", str(tmp_path / "m")]
     assert main([*mixed, "--part", "0/2"]) == 2 and "only files can be read in parts" in capsys.readouterr().err

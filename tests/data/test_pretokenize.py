@@ -301,7 +301,7 @@ def test_leftovers_of_a_larger_run_are_removed_and_nothing_else(plain: Bytes, tm
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "changes"),
     [
         ({"seed": 3}, "holds shards built with different settings: train.seed changed from 0 to 3"),
         (
@@ -311,14 +311,14 @@ def test_leftovers_of_a_larger_run_are_removed_and_nothing_else(plain: Bytes, tm
     ],
 )
 def test_finished_shards_are_replaced_only_by_restart(
-    plain: Bytes, tmp_path: Path, change: dict[str, Any], told: str
+    plain: Bytes, tmp_path: Path, change: dict[str, Any], changes: str
 ) -> None:
     out = tmp_path / "out"
     write(["old"], plain, out)
     before = contents(out)
     with pytest.raises(UserError) as error:
         write(["new"], plain, out, **change)
-    assert str(error.value) == f"{out}: {told}: choose another folder, or replace them with --restart"
+    assert str(error.value) == f"{out}: {changes}: choose another folder, or replace them with --restart"
     with pytest.raises(UserError, match=r"from other documents: start over with --restart"):
         write(["new"], plain, out)
     assert contents(out) == before

@@ -198,14 +198,14 @@ def test_resume_tokenizes_only_what_is_not_in_a_shard(tmp_path: Path, near: floa
     finished = json.loads((tmp_path / "out" / "progress.json").read_text())["finished"]
     documents = sum(f["shard"]["documents"] for f in finished)
     assert documents > 20
-    tokenizer, again, said = StopsAt(tmp_path, "nothing"), list[tuple[int, int]](), list[str]()
-    more = {"progress": lambda *sizes: again.append(sizes), "log": said.append, "num_workers": 3}
+    tokenizer, again, messages = StopsAt(tmp_path, "nothing"), list[tuple[int, int]](), list[str]()
+    more = {"progress": lambda *sizes: again.append(sizes), "log": messages.append, "num_workers": 3}
     assert run(tmp_path / "out", tokenizer=tokenizer, near_dedup=near, **more) == counts
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert len(tokenizer.given) == (len(TEXTS) + 1 - (documents if near is None else 0))
     assert np.sum(again, axis=0).tolist() == np.sum(done, axis=0).tolist()
-    assert len(said) == 1 and f"resuming: {len(finished)} shards already done" in said[0]
-    assert ("tokenizing everything again" in said[0]) == (near is not None)
+    assert len(messages) == 1 and f"resuming: {len(finished)} shards already done" in messages[0]
+    assert ("tokenizing everything again" in messages[0]) == (near is not None)
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -220,7 +220,7 @@ def test_old_shards_stay_intact_during_a_new_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "expected"),
     [
         ({"val_fraction": 0.2}, "val_fraction changed from 0.1 to 0.2: revert this, or start over with --restart"),
         ({"seed": 3}, "train.seed changed from 0 to 3"),
@@ -235,14 +235,14 @@ def test_old_shards_stay_intact_during_a_new_run(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.usefixtures("small_batches")
-def test_changed_setting_is_refused_or_restarts(tmp_path: Path, changed: dict[str, Any], told: str) -> None:
+def test_changed_setting_is_refused_or_restarts(tmp_path: Path, changed: dict[str, Any], expected: str) -> None:
     out = tmp_path / "out"
     stop(out, source={"a.txt": "5 bytes"})
     before = contents(out)
     settings = {"source": {"a.txt": "5 bytes"}} | changed
     with pytest.raises(UserError) as error:
         run(out, **settings)
-    assert str(error.value).startswith(f"{out}: ") and told in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{out}: ") and expected in str(error.value) and "\n" not in str(error.value)
     assert contents(out) == before, "refused without losing anything"
     run(out, **settings, restart=True)
     run(tmp_path / "whole", **settings)

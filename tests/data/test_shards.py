@@ -146,14 +146,14 @@ def test_manifest_digest_depends_on_the_shards(folder: Path) -> None:
 
 
 def test_folder_without_shards_is_an_error(tmp_path: Path) -> None:
-    said = "no token shards here (no manifest.json): run `anarchobot pretokenize`"
+    expected = "no token shards here (no manifest.json): run `anarchobot pretokenize`"
     (tmp_path / "file").write_text("x")
     for name in ("missing", "file", "."):
-        assert said in problem(lambda name=name: TokenStream(tmp_path / name, "train"))
+        assert expected in problem(lambda name=name: TokenStream(tmp_path / name, "train"))
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         ({"format_version": 2}, "format 2, expected 1: pretokenize again"),
         ({"dtype": "float32"}, "damaged (dtype float32)"),
@@ -162,17 +162,17 @@ def test_folder_without_shards_is_an_error(tmp_path: Path) -> None:
         ({"unknown": 1}, "damaged (Manifest"),
     ],
 )
-def test_invalid_manifest_is_refused(folder: Path, change: dict[str, Any], said: str) -> None:
+def test_invalid_manifest_is_refused(folder: Path, change: dict[str, Any], expected: str) -> None:
     path = folder / "manifest.json"
     write_sealed(path, json.loads(path.read_text()) | change)
-    assert said in problem(lambda: read_manifest(folder))
+    assert expected in problem(lambda: read_manifest(folder))
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"\xff\xfe", b'{"format_version": 1}'])
 def test_damaged_manifest_is_refused(folder: Path, raw: bytes) -> None:
     (folder / "manifest.json").write_bytes(raw)
-    said = problem(lambda: read_manifest(folder))
-    assert said.startswith(f"{folder / 'manifest.json'}: ") and "pretokenize" in said
+    message = problem(lambda: read_manifest(folder))
+    assert message.startswith(f"{folder / 'manifest.json'}: ") and "pretokenize" in message
 
 
 # Damaged shards
@@ -213,7 +213,7 @@ def objects(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "expected"),
     [
         (Path.unlink, "listed in the manifest, but missing"),
         (truncate, "damaged"),
@@ -227,17 +227,19 @@ def objects(path: Path) -> None:
         (two_dimensions, "holds uint16 (1, 4), the manifest says uint16 (4,)"),
     ],
 )
-def test_damaged_shard_is_refused_and_named(folder: Path, damage: Callable[[Path], object], said: str) -> None:
+def test_damaged_shard_is_refused_and_named(
+    folder: Path, damage: Callable[[Path], object], expected: str
+) -> None:
     path = folder / "train_00000.npy"
     damage(path)
     message = problem(lambda: TokenStream(folder, "train"))
-    assert message.startswith(f"{path}: ") and said in message and "pretokenize again" in message
+    assert message.startswith(f"{path}: ") and expected in message and "pretokenize again" in message
     found = dict(verify(folder))
-    assert said in found.pop("train_00000.npy") and set(found.values()) == {""}
+    assert expected in found.pop("train_00000.npy") and set(found.values()) == {""}
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "expected"),
     [
         (Path.unlink, "listed in the manifest, but missing"),
         (truncate, "damaged"),
@@ -249,14 +251,16 @@ def test_damaged_shard_is_refused_and_named(folder: Path, damage: Callable[[Path
         (lambda path: save(path, np.array([0, 2**63, 1, 7, 8], np.uint64)), "damaged (not increasing from 0 to 8)"),
     ],
 )
-def test_damaged_offsets_are_refused_and_named(tmp_path: Path, damage: Callable[[Path], object], said: str) -> None:
+def test_damaged_offsets_are_refused_and_named(
+    tmp_path: Path, damage: Callable[[Path], object], expected: str
+) -> None:
     write_shards(tmp_path, 10, train=[[1, 0, 2, 0, 3, 0, 4, 0]])
     path = tmp_path / "train_00000.offsets"
     damage(path)
     message = problem(lambda: TokenStream(tmp_path, "train").document_starts())
-    assert message.startswith(f"{path}: ") and said in message and "pretokenize again" in message
+    assert message.startswith(f"{path}: ") and expected in message and "pretokenize again" in message
     found = dict(verify(tmp_path))
-    assert said in found["train_00000.offsets"] and found["train_00000.npy"] == ""
+    assert expected in found["train_00000.offsets"] and found["train_00000.npy"] == ""
 
 
 # verify
@@ -290,8 +294,8 @@ def test_verify_detects_offsets_that_are_not_document_ends(tmp_path: Path, ids: 
     sha = hashlib.sha256((tmp_path / "train_00000.offsets").read_bytes()).hexdigest()
     shard = replace(manifest.shards[0], documents=len(starts) - 1, offsets_sha256=sha)
     write_manifest(tmp_path, replace(manifest, shards=[shard]))
-    said = "does not match the ends of documents in train_00000.npy"
-    assert dict(verify(tmp_path)) == {"train_00000.npy": "", "train_00000.offsets": said}
+    expected = "does not match the ends of documents in train_00000.npy"
+    assert dict(verify(tmp_path)) == {"train_00000.npy": "", "train_00000.offsets": expected}
 
 
 def test_verify_detects_swapped_shards(tmp_path: Path) -> None:

@@ -194,14 +194,14 @@ def test_every_document_of_the_first_megabyte_is_compared(reference: Tokenizer, 
 def test_late_mismatch_is_sampled_and_falls_back(reference: Tokenizer) -> None:
     """Every id is wrong from document 5,000 on, beyond the first megabyte."""
     late = Broken(reference, lambda i, text, ids: ids + 1 if i >= 5000 else ids)
-    said: list[str] = []
-    engine = VerifiedTokenizer(reference, late, on_mismatch="fallback", log=said.append)
+    messages: list[str] = []
+    engine = VerifiedTokenizer(reference, late, on_mismatch="fallback", log=messages.append)
     wrong = 0
     for batch in documents(70, "x" * 300):
         for ours, true in zip(engine.encode_batch(batch), reference.encode_batch(batch), strict=True):
             wrong += not np.array_equal(ours, true)
     assert wrong < 1000 and engine.fell_back
-    assert len(said) == 1 and said[0].startswith("WARNING: fastokens differs") and "from here on" in said[0]
+    assert len(messages) == 1 and messages[0].startswith("WARNING: fastokens differs") and "from here on" in messages[0]
     with pytest.raises(UserError, match="on_mismatch: fallback"):
         engine = VerifiedTokenizer(reference, Broken(reference, late.wrong))
         for batch in documents(70, "x" * 300):
@@ -224,13 +224,13 @@ def test_sampling_rate(reference: Tokenizer, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_current_batch_is_correct_after_a_fallback(reference: Tokenizer) -> None:
-    said: list[str] = []
-    engine = VerifiedTokenizer(reference, Broken(reference, drop_last), on_mismatch="fallback", log=said.append)
+    messages: list[str] = []
+    engine = VerifiedTokenizer(reference, Broken(reference, drop_last), on_mismatch="fallback", log=messages.append)
     check_equal(engine, reference, ["all is well"])
-    assert not said
+    assert not messages
     check_equal(engine, reference, ["well", "wrong", "well"])
     check_equal(engine, reference, ["wrong"])
-    assert len(said) == 1 and "no id instead of" in said[0]
+    assert len(messages) == 1 and "no id instead of" in messages[0]
 
 
 def test_avoided_strings_are_encoded_by_the_reference(reference: Tokenizer) -> None:
@@ -250,9 +250,9 @@ def test_mismatch_on_adversarial_texts_is_detected_at_once(
     monkeypatch.setattr(engine, "_fast_encoder", lambda tokenizer: (broken, ()))
     with pytest.raises(UserError, match="'<s>'"):
         select_engine(reference, "auto", "stop", print)
-    said: list[str] = []
-    check_equal(select_engine(reference, "auto", "fallback", said.append), reference, ["<s>"])
-    assert len(said) == 1
+    messages: list[str] = []
+    check_equal(select_engine(reference, "auto", "fallback", messages.append), reference, ["<s>"])
+    assert len(messages) == 1
 
 
 # Without a fast engine
@@ -260,11 +260,13 @@ def test_mismatch_on_adversarial_texts_is_detected_at_once(
 
 def test_unigram_model_uses_the_reference(trained: dict[str, Path]) -> None:
     reference = load_tokenizer(trained["unigram"])
-    said: list[str] = []
-    assert select_engine(reference, "auto", "stop", said.append) is reference
-    assert said == ["tokenizing with sentencepiece (fastokens does not support this tokenizer: it is not a BPE model)"]
+    messages: list[str] = []
+    assert select_engine(reference, "auto", "stop", messages.append) is reference
+    assert messages == [
+        "tokenizing with sentencepiece (fastokens does not support this tokenizer: it is not a BPE model)"
+    ]
     with pytest.raises(UserError, match=r"unigram\.model: .*it is not a BPE model: set it to auto"):
-        select_engine(reference, "fast", "stop", said.append)
+        select_engine(reference, "fast", "stop", messages.append)
 
 
 def test_tokenizer_json_without_all_bytes_uses_the_reference(tmp_path: Path) -> None:
@@ -273,27 +275,29 @@ def test_tokenizer_json_without_all_bytes_uses_the_reference(tmp_path: Path) -> 
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.save(str(tmp_path / "tokenizer.json"))
     reference = load_tokenizer(tmp_path)
-    said: list[str] = []
-    assert select_engine(reference, "auto", "stop", said.append) is reference
-    assert "has no token" in said[0]
+    messages: list[str] = []
+    assert select_engine(reference, "auto", "stop", messages.append) is reference
+    assert "has no token" in messages[0]
 
 
 def test_missing_package(reference: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastokens", None)
-    said: list[str] = []
-    assert select_engine(reference, "auto", "stop", said.append) is reference
-    assert len(said) == 1 and "pip install fastokens==" in said[0]
+    messages: list[str] = []
+    assert select_engine(reference, "auto", "stop", messages.append) is reference
+    assert len(messages) == 1 and "pip install fastokens==" in messages[0]
     with pytest.raises(UserError, match=r"pip install fastokens==[\d.]+, or"):
-        select_engine(reference, "fast", "stop", said.append)
+        select_engine(reference, "fast", "stop", messages.append)
 
 
 def test_reference_engine(reference: Tokenizer) -> None:
-    said: list[Any] = []
-    assert select_engine(reference, "reference", "stop", said.append) is reference
-    assert said == ["tokenizing with sentencepiece"]
+    messages: list[Any] = []
+    assert select_engine(reference, "reference", "stop", messages.append) is reference
+    assert messages == ["tokenizing with sentencepiece"]
 
 
 def test_engine_is_logged(reference: Tokenizer) -> None:
-    said: list[str] = []
-    select_engine(reference, "auto", "stop", said.append)
-    assert len(said) == 1 and re.fullmatch(r"tokenizing with fastokens [\d.]+, verified against sentencepiece", said[0])
+    messages: list[str] = []
+    select_engine(reference, "auto", "stop", messages.append)
+    assert len(messages) == 1 and re.fullmatch(
+        r"tokenizing with fastokens [\d.]+, verified against sentencepiece", messages[0]
+    )

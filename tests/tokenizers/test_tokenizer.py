@@ -267,7 +267,7 @@ WITHOUT_END = '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "m
 
 
 @pytest.mark.parametrize(
-    ("files", "load", "said"),
+    ("files", "load", "expected"),
     [
         ({}, "my.model", "my.model: no such tokenizer file: create one with `anarchobot tokenizer train`"),
         ({"a.txt": "x"}, "", "no tokenizer in this folder"),
@@ -287,12 +287,12 @@ WITHOUT_END = '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "m
         ({"vocab.json": '{"a": 0}', "merges.txt": ""}, "", "no end-of-document token"),
     ],
 )
-def test_invalid_tokenizer_is_a_one_line_error(tmp_path: Path, files: dict[str, str], load: str, said: str) -> None:
+def test_invalid_tokenizer_is_a_one_line_error(tmp_path: Path, files: dict[str, str], load: str, expected: str) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError) as error:
         load_tokenizer(tmp_path / load)
-    assert str(error.value).startswith(str(tmp_path)) and said in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith(str(tmp_path)) and expected in str(error.value) and "\n" not in str(error.value)
 
 
 def test_sentencepiece_model_without_end_of_sentence_is_refused(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_broken_lines_are_counted_and_the_first_is_reported(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "reason"),
     [
         (b'{"text": "\xff"}', "not UTF-8 (byte 11 of the line)"),
         (b"[1]", "not a JSON object"),
@@ -48,9 +48,9 @@ def test_broken_lines_are_counted_and_the_first_is_reported(tmp_path: Path) -> N
         (b'{"text": "\\udead"}', "not valid JSON: invalid high surrogate in string (character 11)"),
     ],
 )
-def test_reason_of_a_broken_line(tmp_path: Path, line: bytes, said: str) -> None:
+def test_reason_of_a_broken_line(tmp_path: Path, line: bytes, reason: str) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"text": "good"}, line)
-    assert read(path)[1].first_broken == f"{path}:2: {said}"
+    assert read(path)[1].first_broken == f"{path}:2: {reason}"
 
 
 def test_missing_field_in_the_first_row_is_an_error(tmp_path: Path) -> None:

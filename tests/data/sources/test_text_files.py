@@ -30,7 +30,7 @@ def test_file_is_one_document_without_its_bom(tmp_path: Path, raw: bytes, text: 
 
 
 @pytest.mark.parametrize(
-    ("raw", "said"),
+    ("raw", "expected"),
     [
         (b"", "the file is empty"),
         (b"\xef\xbb\xbf", "the file is empty"),
@@ -40,11 +40,11 @@ def test_file_is_one_document_without_its_bom(tmp_path: Path, raw: bytes, text: 
         ("text".encode("utf-16-be"), "NUL character (at character 1)"),
     ],
 )
-def test_files_that_are_not_text_are_refused(tmp_path: Path, raw: bytes, said: str) -> None:
+def test_files_that_are_not_text_are_refused(tmp_path: Path, raw: bytes, expected: str) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(raw)
     message = problem(path)
-    assert message.startswith(f"{path}: ") and said in message
+    assert message.startswith(f"{path}: ") and expected in message
 
 
 def test_paragraphs_are_separated_by_blank_lines(tmp_path: Path) -> None:
