@@ -1,6 +1,6 @@
-"""Every key of the schema does what it says: one test a key here, or a test named here that shows it elsewhere.
+"""Every key of the schema has an effect: a test here, or a reference to a test elsewhere.
 
-A key that reached nobody would be the worst kind of setting; the first test fails when one has no test.
+The first test fails if a key has no test, so a setting that nothing reads cannot go unnoticed.
 """
 
 import json
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 SHAPE = {"vocab_size": 40, "n_layers": 2, "d_model": 16, "n_heads": 4, "dropout": 0.0}
 
-# Keys that change the parameters' shapes: value, then a parameter and the shape that it gets.
+# Keys that change parameter shapes: a value, then a parameter and its expected shape.
 SHAPED: dict[str, tuple[Any, str, tuple[int, ...] | None]] = {
     "vocab_size": (50, "model.embed_tokens.weight", (50, 16)),
     "n_layers": (3, "model.layers.2.mlp.up_proj.weight", (64, 16)),
@@ -43,13 +43,13 @@ SHAPED: dict[str, tuple[Any, str, tuple[int, ...] | None]] = {
     "attention_bias": (True, "model.layers.0.self_attn.k_proj.bias", (16,)),
 }
 
-# Keys that leave the shapes and change what the same parameters compute.
+# Keys that change the output for the same parameters.
 COMPUTED: dict[str, Any] = {
     "n_heads": 2, "ffn_activation": "gelu", "rope_theta": 100.0, "norm_eps": 0.5, "logit_softcap": 0.1,
     "embedding_scale": 7.0, "value_residual": True,
 }  # fmt: skip
 
-# Keys whose effect is shown by a run of six steps: what to set, and what must then be so (see `observe`).
+# Keys whose effect shows in a run of six steps: settings, and a condition on the default and changed runs (see `observe`).
 TRAINED: dict[str, tuple[dict[str, Any], Any]] = {
     "data.seq_len": ({"data__seq_len": 16}, lambda a, b: b["tokens"] == a["tokens"] / 2),
     "data.pack": ({"data__pack": "documents"}, lambda a, b: a["loss"] != b["loss"]),
@@ -126,7 +126,7 @@ ELSEWHERE = {
     "data.fallback": "tests/data/sources/test_documents.py::test_fallback_must_be_enabled",
     "data.shard_dir": "tests/test_docs.py::test_the_commands_of_a_page_run_as_they_stand",
     "tokenizer.model_type": "tests/tokenizers/test_training.py::test_vocabulary_has_the_requested_size",
-    "train.share_muon": "tests/tasks/test_launch.py::test_muon_is_the_same_when_each_rank_makes_a_part_of_it",
+    "train.share_muon": "tests/tasks/test_launch.py::test_sharded_muon_equals_single_process",
     "train.memory_budget_gb": "tests/system/test_micro_batch.py::test_largest_fitting_micro_batch_keeps_the_step",
     "tokenizer.engine": "tests/tokenizers/test_fast_tokenizer.py::test_reference_engine",
     "tokenizer.on_mismatch": "tests/tokenizers/test_fast_tokenizer.py::test_late_mismatch_is_sampled",
@@ -192,7 +192,7 @@ def test_every_key_has_its_test() -> None:
     assert shown == set(leaf_keys())
     for key, place in ELSEWHERE.items():
         file, test = place.split("::")
-        assert f"def {test}" in (ROOT / file).read_text(), f"{key}: {place} is gone"
+        assert f"def {test}" in (ROOT / file).read_text(), f"{key}: {place} not found"
 
 
 @pytest.mark.parametrize("key", SHAPED)
@@ -203,7 +203,7 @@ def test_shape_keys(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", COMPUTED)
-def test_keys_that_change_what_is_computed(key: str) -> None:
+def test_keys_that_change_the_output(key: str) -> None:
     params = {n: mx.array(10 * p) for n, p in init_parameters(ModelConfig(**SHAPE), 0).items()}  # type: ignore[arg-type]
 
     def outputs(**change: Any) -> np.ndarray:
@@ -215,7 +215,7 @@ def test_keys_that_change_what_is_computed(key: str) -> None:
 
 @pytest.fixture(scope="module")
 def observe(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Any:
-    """What a run of six steps with some settings does, as far as one can see from outside."""
+    """Trains for six steps with some settings and returns everything observable from outside."""
 
     def run(**settings: Any) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("run")
@@ -247,15 +247,15 @@ def observe(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def usual(observe: Any) -> dict[str, Any]:
+def default_run(observe: Any) -> dict[str, Any]:
     return observe()
 
 
 @pytest.mark.parametrize("key", TRAINED)
-def test_keys_that_a_run_shows(key: str, observe: Any, usual: dict[str, Any]) -> None:
-    settings, so = TRAINED[key]
-    assert not so(usual, usual), "the test could not fail"
-    assert so(usual, observe(**settings))
+def test_keys_that_change_a_run(key: str, observe: Any, default_run: dict[str, Any]) -> None:
+    settings, condition = TRAINED[key]
+    assert not condition(default_run, default_run), "the test could not fail"
+    assert condition(default_run, observe(**settings))
 
 
 def test_key_model__architecture(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_key_train__log_path(tmp_path: Path, tiny_shards: Path) -> None:
 
 
 def test_key_data__document_mask(tmp_path: Path, tiny_shards: Path) -> None:
-    """Of documents shorter than a sequence, most tokens see less with the mask: another loss of the same batch."""
+    """With documents shorter than a sequence, the mask hides most tokens and changes the loss of the same batch."""
     lines = [f"{i} little document, {i * i} words or so long" for i in range(200)]
     tokenizer = load_tokenizer(tiny_shards)
     pretokenize(map(Document, lines), tokenizer, tmp_path / "shards", PretokenizeOptions(val_fraction=0.1))
@@ -297,7 +297,7 @@ def test_key_data__document_mask(tmp_path: Path, tiny_shards: Path) -> None:
 
 
 def test_key_data__num_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many threads tokenise; test_pretokenize shows that the shards don't depend on it."""
+    """The number of tokenizer threads. test_pretokenize checks that the shards do not depend on it."""
     from anarchobot.data import document_batches
 
     pools: list[int] = []
@@ -310,14 +310,14 @@ def test_key_data__num_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(document_batches, "ThreadPoolExecutor", Pool)
     make_shards(tmp_path / "shards")
     (tmp_path / "a.txt").write_text("some text\n" * 9)
-    words = ["--input", str(tmp_path / "a.txt"), "--tokenizer", str(tmp_path / "shards" / "made.model")]
-    assert main(["pretokenize", *words, "--output", str(tmp_path / "out"), "data.num_workers=5"]) == 0
+    args = ["--input", str(tmp_path / "a.txt"), "--tokenizer", str(tmp_path / "shards" / "made.model")]
+    assert main(["pretokenize", *args, "--output", str(tmp_path / "out"), "data.num_workers=5"]) == 0
     assert pools[-1] == 5
 
 
 def test_key_tokenizer__format(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text((ROOT / "README.md").read_text())
-    words = ["tokenizer", "train", "--input", str(tmp_path / "a.txt"), "--vocab-size", "500"]
-    assert main([*words, "--output", str(tmp_path / "s")]) == 0
-    assert main([*words, "--output", str(tmp_path / "g"), "--format", "gpt2"]) == 0
+    args = ["tokenizer", "train", "--input", str(tmp_path / "a.txt"), "--vocab-size", "500"]
+    assert main([*args, "--output", str(tmp_path / "s")]) == 0
+    assert main([*args, "--output", str(tmp_path / "g"), "--format", "gpt2"]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "s.model", "s.vocab", "g-vocab.json", "g-merges.txt"}

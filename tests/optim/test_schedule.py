@@ -3,7 +3,7 @@
 import pytest
 
 from anarchobot.config.schema import TrainConfig
-from anarchobot.optim.schedule import learning_rate, muon_momentum, total_steps
+from anarchobot.optim.schedule import describe_length, learning_rate, muon_momentum, split_micro_batch, total_steps
 
 
 def config(**changes: object) -> TrainConfig:
@@ -43,3 +43,12 @@ def test_the_three_lengths_of_a_run() -> None:
     assert total_steps(config(epochs=2.5, **batch), 64, 100) == 21
     assert total_steps(config(token_budget=768, **batch), 64, 100) == 1
     assert total_steps(config(token_budget=769, **batch), 64, 100) == 2
+
+
+def test_split_micro_batch_keeps_the_batch() -> None:
+    assert [split_micro_batch(rows, 2) for rows in (2, 3, 8, 9)] == [(1, 4), (1, 6), (4, 4), (3, 6)]
+
+
+def test_describe_length() -> None:
+    train = config(micro_batch_size=3, grad_accum_steps=4)
+    assert describe_length(train, 1000, 48_000, "pairs", ranks=2) == "1,000 steps of 24 pairs = 0.50 epochs"
