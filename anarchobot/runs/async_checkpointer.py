@@ -67,7 +67,7 @@ class AsyncCheckpointer:
         )
 
     def save(self, step: int, arrays: Arrays, state: dict[str, Any]) -> None:
-        """Submits a step; `arrays` must not change afterwards. Waits for the previous save, to hold only one in memory."""
+        """Submits a step; `arrays` must not change afterwards. Waits for the previous save, to limit memory."""
         self.wait()
         self._submitted, self._last_time, self._retry_at = step, time.monotonic(), None
         self._pending.append(self._pool.submit(self._write, step, arrays, state))
