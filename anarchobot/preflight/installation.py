@@ -41,9 +41,9 @@ def _training_extras(context: Context) -> list[str]:
 
 
 def _adapt_extras(context: Context) -> list[str]:
-    from anarchobot.tasks.adaptation.pipeline import UNALIGNED
+    from anarchobot.vocab.token_alignment import BASELINES
 
-    return [] if context.adapt.config.alignment.method in UNALIGNED else ["vocab"]
+    return [] if context.adapt.config.alignment.method in BASELINES else ["vocab"]
 
 
 def _installed(context: Context, extras: Collection[str] | None) -> Outcome:
