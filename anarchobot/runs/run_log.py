@@ -32,10 +32,13 @@ class RunLog:
     def name(self) -> str:
         return self.folder.name
 
+    def events_of(self, event: str) -> list[Event]:
+        return [line for line in self.events if line["event"] == event]
+
     def points(self, event: str, key: str) -> list[Point]:
         """Returns a curve as (step, value) pairs in order of steps."""
-        lines = (line for line in self.events if line["event"] == event)
-        return sorted({line["step"]: line[key] for line in lines if isinstance(line.get(key), int | float)}.items())
+        found = {line["step"]: line[key] for line in self.events_of(event) if isinstance(line.get(key), int | float)}
+        return sorted(found.items())
 
     def last(self, event: str, key: str) -> float | None:
         points = self.points(event, key)
