@@ -23,10 +23,10 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import LoraConfig, ModelConfig
 from anarchobot.exchange import safetensors_file
 from anarchobot.exchange.dtypes import Dtype, Float32
+from anarchobot.exchange.new_folder import new_folder
 from anarchobot.model.lora import adapted_matrices, adapter_scale
 from anarchobot.model.parameters import parameter_shapes
 from anarchobot.runs import checkpoint
-from anarchobot.storage.new_folder import new_folder
 
 AdapterFormat = Literal["mlx", "peft"]
 FORMATS: tuple[AdapterFormat, ...] = ("mlx", "peft")

@@ -10,11 +10,11 @@ from anarchobot.exchange.chat_format import load_chat_format
 from anarchobot.exchange.dtypes import Dtype
 from anarchobot.exchange.hf_config import to_hf
 from anarchobot.exchange.model_card import model_card
+from anarchobot.exchange.new_folder import new_folder
 from anarchobot.exchange.targets import Target, fold_embedding_scale, unsupported_settings
 from anarchobot.exchange.tokenizer_json import UNIGRAM_WARNING, find_mismatch, tokenizer_files
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
-from anarchobot.storage.new_folder import new_folder
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -11,12 +11,12 @@ from anarchobot.config.schema import LoraConfig
 from anarchobot.exchange.adapters import Adapter, BaseQuantization, read_adapter
 from anarchobot.exchange.chat_format import copy_chat_template
 from anarchobot.exchange.dtypes import Float32, from_bfloat16, to_dtype
+from anarchobot.exchange.new_folder import new_folder
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.model.lora import GROUP, is_quantized
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
 from anarchobot.runs.write_model import write_model
-from anarchobot.storage.new_folder import new_folder
 from anarchobot.tokenizers import chat_template
 
 

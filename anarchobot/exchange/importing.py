@@ -13,10 +13,10 @@ from anarchobot.exchange import safetensors_file
 from anarchobot.exchange.chat_format import copy_chat_template
 from anarchobot.exchange.dtypes import Float32
 from anarchobot.exchange.hf_config import from_hf
+from anarchobot.exchange.new_folder import new_folder
 from anarchobot.exchange.safetensors_file import StoredTensor
 from anarchobot.model.parameters import parameter_count, parameter_shapes
 from anarchobot.runs.write_model import write_model
-from anarchobot.storage.new_folder import new_folder
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 INDEX = "model.safetensors.index.json"

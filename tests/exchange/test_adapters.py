@@ -199,9 +199,9 @@ def test_fusing_with_a_quantized_base_uses_its_dequantized_weights(
     assert read_adapter(tmp_path / "adapter", shape_of(run)).quantization == BaseQuantization(bits, "float32")
     fuse(run, tmp_path / "adapter", tmp_path / "fused")
     ids = real_ids(run, 200)
-    wanted = adapted_logits(run, adapter, ids, bits)
-    np.testing.assert_allclose(our_logits(tmp_path / "fused", ids), wanted, atol=1e-4)
-    assert np.abs(adapted_logits(run, adapter, ids) - wanted).max() > (0.1 if bits == 4 else 1e-3)
+    expected = adapted_logits(run, adapter, ids, bits)
+    np.testing.assert_allclose(our_logits(tmp_path / "fused", ids), expected, atol=1e-4)
+    assert np.abs(adapted_logits(run, adapter, ids) - expected).max() > (0.1 if bits == 4 else 1e-3)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -260,9 +260,9 @@ def test_chat_template_of_the_adapters_takes_precedence_over_the_models(run: Pat
     write_adapter(tmp_path / "tuned" / "adapters", adapter_for(shape_of(run)), shape_of(run), "mlx")
     words = ["fuse", "--model", str(run), "--adapter", str(tmp_path / "tuned" / "adapters"), "--json", "--output"]
     found = []
-    for said in (None, run, tmp_path / "tuned", tmp_path / "tuned"):
-        if said is not None:
-            (said / "chat_template.jinja").write_text(said.name)
+    for template_folder in (None, run, tmp_path / "tuned", tmp_path / "tuned"):
+        if template_folder is not None:
+            (template_folder / "chat_template.jinja").write_text(template_folder.name)
         if len(found) == 3:  # make it a run; a template next to any other folder is unrelated to the adapters
             (tmp_path / "tuned" / "step_00000001").mkdir()
             (tmp_path / "tuned" / "step_00000001" / "state.json").touch()

@@ -38,9 +38,9 @@ def encoder(folder: Path, choice: str = "auto") -> ChatEncoder:
 
 def chat_run(folder: Path, tokenizer: Path, choice: str, params: Any = None, **shape: Any) -> ChatEncoder:
     """A run with a chat template."""
-    made = encoder(make_run(folder, tokenizer, params, **{"n_layers": 1, **shape}), choice)
-    made.template.save(folder)
-    return made
+    chat_encoder = encoder(make_run(folder, tokenizer, params, **{"n_layers": 1, **shape}), choice)
+    chat_encoder.template.save(folder)
+    return chat_encoder
 
 
 def prompt_ids(tokenizer: Any, conversation: Conversation) -> list[int]:
@@ -89,9 +89,9 @@ def test_public_templates_survive_import_and_export(tmp_path: Path, kind: str, t
 def hf_folder(folder: Path, kind: str, config: dict[str, Any], **shape: Any) -> Path:
     """A Hugging Face folder with a tokenizer of this kind and this tokenizer_config.json."""
     model = KINDS[kind]()
-    (made := folder.parent / "made").mkdir()
-    model.save(str(made / "tokenizer.json"))
-    export(make_run(made / "run", made / "tokenizer.json", n_layers=1, **shape), "hf", folder)
+    (source := folder.parent / "source").mkdir()
+    model.save(str(source / "tokenizer.json"))
+    export(make_run(source / "run", source / "tokenizer.json", n_layers=1, **shape), "hf", folder)
     model.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
@@ -104,11 +104,11 @@ def test_all_three_programs_stop_at_the_end_of_turn(tmp_path: Path, bpe: Path) -
     prompt, end = ours.encode_prompt(CONVERSATIONS[0]).tolist(), ours.end_of_turn_id()
     assert end is not None and end == ours.tokenizer.control_tokens["<|im_end|>"] != ours.tokenizer.eod_id
     greedy = GenerationConfig(method="greedy", max_new_tokens=12)
-    said = list(stream_token_ids(model.params, model.shape, prompt, greedy, set()))
-    last = max(i for i, token in enumerate(said) if token not in said[:i])
-    assert last > 1 and end not in said
+    greedy_ids = list(stream_token_ids(model.params, model.shape, prompt, greedy, set()))
+    last = max(i for i, token in enumerate(greedy_ids) if token not in greedy_ids[:i])
+    assert last > 1 and end not in greedy_ids
     params = random_parameters(model.shape)
-    params["lm_head.weight"][[said[last], end]] = params["lm_head.weight"][[end, said[last]]]
+    params["lm_head.weight"][[greedy_ids[last], end]] = params["lm_head.weight"][[end, greedy_ids[last]]]
     chat_run(tmp_path / "run", bpe, "chatml", params, tie_embeddings=False)
     export(tmp_path / "run", "hf", tmp_path / "hf")
     ends = [ours.tokenizer.eod_id, end]
@@ -120,11 +120,11 @@ def test_all_three_programs_stop_at_the_end_of_turn(tmp_path: Path, bpe: Path) -
         to_dicts(CONVERSATIONS[0]), add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
     out = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    assert out[0].tolist() == [*prompt, *said[:last], end]
+    assert out[0].tolist() == [*prompt, *greedy_ids[:last], end]
     mlx_model, mlx_tokenizer = mlx_load(str(tmp_path / "hf"))[:2]
     assert mlx_tokenizer.eos_token_ids == set(ends)
     answers = list(stream_generate(mlx_model, mlx_tokenizer, mx.array(prompt), max_tokens=12))
-    assert [answer.token for answer in answers] == [*said[:last], end] and answers[-1].finish_reason == "stop"
+    assert [answer.token for answer in answers] == [*greedy_ids[:last], end] and answers[-1].finish_reason == "stop"
 
 
 def gguf_keys(run: Path, output: Path) -> dict[str, Any]:
@@ -167,8 +167,8 @@ def test_gguf_of_public_templates(tmp_path: Path, template: str, named: tuple[st
     controls = load_chat_tokenizer(tmp_path / "run").control_tokens
     found = gguf_keys(tmp_path / "run", tmp_path / "gguf")
     bos, add_bos, eos, eot = named
-    wanted = {"bos": controls[bos], "add_bos": add_bos, "eos": controls[eos], "eot": controls[eot]}
-    assert found == {**wanted, "template": TEMPLATES[template]}
+    expected = {"bos": controls[bos], "add_bos": add_bos, "eos": controls[eos], "eot": controls[eot]}
+    assert found == {**expected, "template": TEMPLATES[template]}
 
 
 def test_unusable_template_is_skipped_with_a_warning(tmp_path: Path) -> None:

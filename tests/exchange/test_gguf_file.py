@@ -61,36 +61,36 @@ def test_tensors_equal_the_checkpoint(tmp_path: Path, bpe: Path, dtype: Any, kin
     names |= {ours.replace(".1.", ".0."): theirs.replace(".1.", ".0.") for ours, theirs in names.items()}
     assert set(names) == set(params.files) and set(names.values()) == set(found)
     for ours, theirs in names.items():
-        wanted, tensor = params[ours], found[theirs]
+        expected, tensor = params[ours], found[theirs]
         if tensor.tensor_type == gguf.GGMLQuantizationType.BF16:
             data = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         else:
             data = np.asarray(tensor.data, np.float32)
-        if wanted.ndim == 1:
+        if expected.ndim == 1:
             assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
         else:
             torch = pytest.importorskip("torch")
-            wanted = torch.from_numpy(wanted).to(getattr(torch, dtype)).float().numpy()
+            expected = torch.from_numpy(expected).to(getattr(torch, dtype)).float().numpy()
         if kind == "llama" and ours.endswith(("q_proj.weight", "k_proj.weight")):
             # llama.cpp rotates rows 2i and 2i + 1 of a head together, our model i and i + E/2.
             head = 12
             for row in range(len(data)):
-                inside = row % head
-                assert np.array_equal(data[row], wanted[row - inside + inside // 2 + (head // 2) * (inside % 2)]), ours
+                i = row % head
+                assert np.array_equal(data[row], expected[row - i + i // 2 + (head // 2) * (i % 2)]), ours
         else:
-            np.testing.assert_array_equal(data, wanted, err_msg=ours)
+            np.testing.assert_array_equal(data, expected, err_msg=ours)
 
 
 def test_keys_describe_the_shape(tmp_path: Path, bpe: Path) -> None:
     shape = {"n_kv_heads": 2, "head_dim": 20, "rope_theta": 50000.0, "norm_eps": 1e-6, "mlp_multiple": 2.5}
     reader = read(make_run(tmp_path / "a run", bpe, **shape), tmp_path / "gguf")
     assert field(reader, "general.architecture") == "llama" and field(reader, "general.name") == "a run"
-    wanted = {
+    expected = {
         "context_length": 1024, "embedding_length": 48, "block_count": 2, "feed_forward_length": 120,
         "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 20,
         "attention.value_length": 20, "rope.dimension_count": 20, "rope.freq_base": 50000.0, "vocab_size": 500,
     }  # fmt: skip
-    assert {key: field(reader, f"llama.{key}") for key in wanted} == wanted
+    assert {key: field(reader, f"llama.{key}") for key in expected} == expected
     assert field(reader, "llama.attention.layer_norm_rms_epsilon") == pytest.approx(1e-6)
 
 

@@ -93,11 +93,11 @@ def test_training_starts_from_the_imported_weights(shared_data: Path, tmp_path: 
     words += ["train.eval_batches=20", "model.dropout=0", f"data.shard_dir={tmp_path}/shards", "train.lr=1e-4"]
     config = str(tmp_path / "llama" / "config.yaml")
     tokenizer = str(tmp_path / "llama" / "tokenizer.model")
-    made = ["--tokenizer", tokenizer, "--output", str(tmp_path / "shards"), "--val-fraction", "0.1"]
-    assert main(["pretokenize", "--input", str(text), *made, "--quiet", "data.documents=lines"]) == 0
+    options = ["--tokenizer", tokenizer, "--output", str(tmp_path / "shards"), "--val-fraction", "0.1"]
+    assert main(["pretokenize", "--input", str(text), *options, "--quiet", "data.documents=lines"]) == 0
     first = {}
-    begin = {"further": f"{tmp_path}/llama", "direct": str(shared_data / STORIES / "hf"), "new": "null"}
-    for name, where in begin.items():
+    init_from = {"further": f"{tmp_path}/llama", "direct": str(shared_data / STORIES / "hf"), "new": "null"}
+    for name, where in init_from.items():
         more = [f"train.init_from={where}"]
         assert main(["pretrain", config, *words, *more, "--checkpoint-dir", str(tmp_path / name)]) == 0
         lines = (tmp_path / name / "logs" / "metrics.jsonl").read_text().splitlines()
@@ -165,8 +165,8 @@ def test_qwen2_is_imported_trained_and_exported(tmp_path: Path, bpe: Path) -> No
     assert float(loss) == pytest.approx(out.loss.item(), rel=1e-5)
     gradients = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
     assert set(gradients) == set(ours) and sum(name.endswith(".bias") for name in ours) == 6
-    for name, wanted in gradients.items():
-        np.testing.assert_allclose(np.array(ours[name]), wanted, atol=1e-4 * np.abs(wanted).max(), err_msg=name)
+    for name, expected in gradients.items():
+        np.testing.assert_allclose(np.array(ours[name]), expected, atol=1e-4 * np.abs(expected).max(), err_msg=name)
     shards = make_shards(tmp_path / "shards", vocab_size=VOCAB)
     words = [f"data.shard_dir={shards}", "train.tokenizer_path=null", "train.total_steps=3", "data.seq_len=64"]
     words += [f"train.init_from={tmp_path}/run", f"train.save_dir={tmp_path}/new", "train.warmup_steps=0"]

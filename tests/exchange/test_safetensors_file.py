@@ -33,8 +33,8 @@ def test_the_package_reads_our_files(tmp_path: Path, dtype: Dtype) -> None:
     found = torch_files.load_file(tmp_path / "m")
     assert set(found) == set(tensors())
     for name, array in tensors().items():
-        wanted = torch.from_numpy(array.copy()).to(getattr(torch, dtype))
-        assert found[name].dtype == wanted.dtype and torch.equal(found[name], wanted)
+        expected = torch.from_numpy(array.copy()).to(getattr(torch, dtype))
+        assert found[name].dtype == expected.dtype and torch.equal(found[name], expected)
     with safe_open(tmp_path / "m", "pt") as file:
         assert file.metadata() == {"format": "pt"}
 

@@ -71,9 +71,9 @@ def test_end_of_document_is_prepended_as_bos(tmp_path: Path, tokenizer_path: Pat
 def test_tokenizer_json_is_kept_except_for_its_post_processor(tokenizers_folder: Path) -> None:
     path = tokenizers_folder / "json" / "tokenizer.json"
     written = json.loads(tokenizer_files(load_tokenizer(path), 64, 0)["tokenizer.json"])
-    wanted = json.loads(path.read_bytes())
-    assert written.pop("post_processor")["type"] == "TemplateProcessing" and wanted.pop("post_processor") is None
-    assert written == wanted
+    expected = json.loads(path.read_bytes())
+    assert written.pop("post_processor")["type"] == "TemplateProcessing" and expected.pop("post_processor") is None
+    assert written == expected
 
 
 @pytest.mark.parametrize(

@@ -55,26 +55,26 @@ def test_requests_join_and_leave(model: Model, seed: int) -> None:
     rng = random.Random(seed)
     batch = Batch(model.params, SHAPE, max_rows=3)
     waiting = contexts(12)
-    asked: dict[int, tuple[list[int], GenerationConfig, set[int]]] = {}
+    requests: dict[int, tuple[list[int], GenerationConfig, set[int]]] = {}
     removed: set[int] = set()
     outputs: list[StepOutput] = []
     while waiting or batch:
         if waiting and rng.random() < 0.4:
-            how: dict[str, Any] = {"method": rng.choice(["greedy", "top_k", "nucleus", "min_p", "random"])}
+            method: dict[str, Any] = {"method": rng.choice(["greedy", "top_k", "nucleus", "min_p", "random"])}
             chosen = GenerationConfig(
-                **how, seed=rng.randrange(9), max_new_tokens=rng.randrange(1, 12),
+                **method, seed=rng.randrange(9), max_new_tokens=rng.randrange(1, 12),
                 repetition_penalty=rng.choice([1.0, 1.5]),
             )  # fmt: skip
             context, stop = waiting.pop(), set(rng.choices(range(VOCAB), k=40))
-            asked[batch.insert(context, chosen, stop)] = context, chosen, stop
-        if asked and rng.random() < 0.1:
-            removed.add(request := rng.choice(list(asked)))
+            requests[batch.insert(context, chosen, stop)] = context, chosen, stop
+        if requests and rng.random() < 0.1:
+            removed.add(request := rng.choice(list(requests)))
             batch.remove(request)
             before = len(outputs)
             outputs += batch.step()
             assert not tokens_of(outputs[before:], request)
         outputs += batch.step()
-    for request, (context, chosen, stop) in asked.items():
+    for request, (context, chosen, stop) in requests.items():
         alone = list(stream_token_ids(model.params, SHAPE, context, chosen, stop))
         got = tokens_of(outputs, request)
         assert got == alone[: len(got)]

@@ -68,11 +68,11 @@ def test_filters_equal_numpy(settings: dict[str, Any]) -> None:
     chosen, rng = GenerationConfig(**settings), np.random.default_rng(0)
     logits = rng.standard_normal((20, 1000)) * np.linspace(0.1, 4, 20)[:, None]
     got = np.array(mx.softmax(filter_logits(mx.array(logits, mx.float32), chosen), axis=-1))
-    wanted = np.array([probabilities(chosen, row) for row in logits.astype(np.float32).astype(np.float64)])
+    expected = np.array([probabilities(chosen, row) for row in logits.astype(np.float32).astype(np.float64)])
     # A token at the threshold may fall on either side due to float32 rounding.
-    edges = ((got > 0) != (wanted > 0)).sum(axis=1)
+    edges = ((got > 0) != (expected > 0)).sum(axis=1)
     assert edges.max() <= 1 and edges.sum() <= 2
-    np.testing.assert_allclose(got[edges == 0], wanted[edges == 0], rtol=2e-4, atol=1e-9)
+    np.testing.assert_allclose(got[edges == 0], expected[edges == 0], rtol=2e-4, atol=1e-9)
 
 
 def test_consecutive_draws_are_independent() -> None:
