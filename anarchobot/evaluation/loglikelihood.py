@@ -36,7 +36,7 @@ def loglikelihoods(
     if (longest := max((len(continuation) for _, continuation in requests), default=0)) > limit:
         raise ValueError(f"continuation of {longest} tokens exceeds max_seq_len ({limit})")
     rows = [np.array([*context, *continuation], np.int32)[-(limit + 1) :] for context, continuation in requests]
-    found: list[LogLikelihood] = [LogLikelihood(0.0, True)] * len(rows)
+    scores: list[LogLikelihood] = [LogLikelihood(0.0, True)] * len(rows)
     pending = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # longest first, similar lengths together
     while pending:
         length = _padded(len(rows[pending[0]]) - 1)
@@ -44,9 +44,9 @@ def loglikelihoods(
         batch, pending = pending[:batch_size], pending[batch_size:]
         counts = [len(requests[i][1]) for i in batch]
         for i, score in zip(batch, _score_rows(model, [rows[i] for i in batch], counts, length), strict=True):
-            found[i] = score
+            scores[i] = score
         progress(len(rows) - len(pending))
-    return found
+    return scores
 
 
 def rolling_windows(ids: Ids, prefix: int, max_seq_len: int) -> Iterator[tuple[Ids, Ids]]:

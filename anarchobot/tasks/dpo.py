@@ -128,7 +128,7 @@ def compute_ref_log_probs(
     for i, split in enumerate(splits):
         while (first := len(values[i])) < split.count:
             try:
-                found = engine.log_probs(split.batch(np.arange(first, first + batch_size)[None]))[
+                log_probs = engine.log_probs(split.batch(np.arange(first, first + batch_size)[None]))[
                     0
                 ]  # the last is padded
             except MemoryError as error:
@@ -140,7 +140,7 @@ def compute_ref_log_probs(
                 batch_size = -(-batch_size // 2)
                 log(f"out of memory: continuing with batches of {batch_size} pairs")
                 continue
-            values[i] = np.concatenate([values[i], found])[: split.count]
+            values[i] = np.concatenate([values[i], log_probs])[: split.count]
             if time.monotonic() - saved >= SAVE_SECONDS:
                 _write_log_probs(file, key, values)
                 log(f"{sum(map(len, values)):,} of {total:,} pairs")

@@ -56,15 +56,15 @@ class AnswerSpans:
         """None if the template does not print each content exactly once and in order."""
         placeholders = tuple(Message(role, f"\ue000{i}\ue001") for i, role in enumerate(roles))
         text = self._render(placeholders)
-        found = {int(match[1]): match for match in _PLACEHOLDER.finditer(text)}
+        matches = {int(match[1]): match for match in _PLACEHOLDER.finditer(text)}
         if [int(slot) for slot in _PLACEHOLDER.findall(text)] != list(range(len(roles))):
             return None
         spans = []
         for i, role in enumerate(roles):
             if role == "assistant":
-                next_content = found[i + 1].start() if i + 1 in found else len(text)
-                start = self._start(text, placeholders[:i], found[i].start())
-                spans.append((start, self._end(text, placeholders[: i + 1], found[i].end(), next_content)))
+                next_content = matches[i + 1].start() if i + 1 in matches else len(text)
+                start = self._start(text, placeholders[:i], matches[i].start())
+                spans.append((start, self._end(text, placeholders[: i + 1], matches[i].end(), next_content)))
         return _Skeleton(text, spans)
 
     def _start(self, text: str, before: Conversation, content: int) -> int:

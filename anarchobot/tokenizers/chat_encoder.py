@@ -90,16 +90,18 @@ class ChatEncoder:
 
     def warnings(self) -> list[str]:
         """Problems of this combination of tokenizer and template, one line each."""
-        found = []
+        problems = []
         if self.end_of_turn_id() is None:
-            found.append(f"{self.template.where}: no control token ends an answer, so generation cannot detect its end")
+            problems.append(
+                f"{self.template.where}: no control token ends an answer, so generation cannot detect its end"
+            )
         probe, prompt = self._probe().ids, self.encode_prompt(_PROBE[:1], TRAINING_DAY)
         if not np.array_equal(probe[: len(prompt)], prompt):
-            found.append(
+            problems.append(
                 f"{self.template.where}: the tokenizer merges the end of the prompt with the answer, so prompts are "
                 "tokenized differently in training and in generation"
             )
-        return found
+        return problems
 
     def _probe(self) -> Encoded:
         """Raises UserError if the template rejects the simplest conversation."""
@@ -142,11 +144,11 @@ class ChatEncoder:
 
     def _tokenize(self, segments: list[_Segment]) -> list[Encoded]:
         texts = [s for s in segments if s.control is None]
-        found = iter(self.tokenizer.encode_with_offsets([s.text for s in texts], [s.after_control for s in texts]))
+        encoded = iter(self.tokenizer.encode_with_offsets([s.text for s in texts], [s.after_control for s in texts]))
         return [
             Encoded(np.array([s.control], np.int32), s.loss_mask)
             if s.control is not None
-            else _token_mask(s, *next(found))
+            else _token_mask(s, *next(encoded))
             for s in segments
         ]
 

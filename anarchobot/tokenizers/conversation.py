@@ -77,20 +77,15 @@ def check_turns(messages: Iterable[Message]) -> Conversation:
     return conversation
 
 
-def conversation_hash(conversation: Conversation) -> int:
-    """64 bits of sha256 over the roles and contents."""
+def is_held_out(conversation: Conversation, val_fraction: float) -> bool:
+    """Whether it belongs to the validation split. Decided by 64 bits of its own hash, so that adding data moves nothing
+    between splits."""
     sha = hashlib.sha256()
     for role, content in conversation:
         raw = content.encode()
         sha.update(f"{role} {len(raw)}\n".encode())
         sha.update(raw)
-    return int.from_bytes(sha.digest()[:8], "big")
-
-
-def is_held_out(conversation: Conversation, val_fraction: float) -> bool:
-    """Whether it belongs to the validation split. Decided by its hash, so that adding data moves nothing between
-    splits."""
-    return conversation_hash(conversation) < val_fraction * 2**64
+    return int.from_bytes(sha.digest()[:8], "big") < val_fraction * 2**64
 
 
 def make_pair(chosen: Conversation, rejected: Conversation) -> PreferencePair:

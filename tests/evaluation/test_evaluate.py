@@ -89,8 +89,10 @@ def test_rouge_and_comparison_of_two_models(tmp_path: Path, bpe: Path, capsys: p
         prompt = encoder.encode_prompt((Message("user", question),)).tolist()
         settings = config.generation.model_copy(update={"method": "greedy"})
         stop = encoder.stop_ids()
-        said = model.tokenizer.decode(list(stream_token_ids(model.params, model.shape, prompt, settings, stop))).strip()
-        rows += [{"prompt": question, "completion": said}] if any(map(str.isalnum, said)) else []
+        answer = model.tokenizer.decode(
+            list(stream_token_ids(model.params, model.shape, prompt, settings, stop))
+        ).strip()
+        rows += [{"prompt": question, "completion": answer}] if any(map(str.isalnum, answer)) else []
     rows.append({"prompt": "x " * 300, "completion": "too long a question"})
     rows.append({"prompt": "a reserved character: \ufdd0", "completion": "skipped"})
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

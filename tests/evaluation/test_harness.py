@@ -73,8 +73,8 @@ def test_local_tasks_match_the_hugging_face_model(
         return {key.removesuffix(",none"): value for key, value in found["results"][name].items()}
 
     for name in ("our_choice", "our_rolling", "our_written"):
-        wanted = theirs(name, add_bos_token=name != "our_rolling")  # it would score the prefix token
+        expected = theirs(name, add_bos_token=name != "our_rolling")  # it would score the prefix token
         for key in set(ours[f"task {name}"]) - {"samples"}:
             if "stderr" not in key:
-                assert ours[f"task {name}"][key] == pytest.approx(wanted[key], rel=1e-4), (name, key)
+                assert ours[f"task {name}"][key] == pytest.approx(expected[key], rel=1e-4), (name, key)
     assert 0 < ours["task our_choice"]["acc"] < 1

@@ -27,19 +27,19 @@ def test_loglikelihoods_of_mixed_lengths(model: Model, monkeypatch: pytest.Monke
 
     sizes = ((1, 1), (5, 3), (30, 18), (1, LONGEST), (40, 20), (200, 2), (9, 1), (2, 30))
     requests = [(ids(a), ids(b)) for a, b in sizes]
-    wanted = []
+    expected = []
     for context, continuation in requests:
         row = np.array([*context, *continuation])[-(LONGEST + 1) :]
         z = logits(params, row[:-1], SHAPE)[-len(continuation) :]
         top = z.max(axis=1, keepdims=True)
         log_p = z - top - np.log(np.exp(z - top).sum(axis=1, keepdims=True))
-        wanted.append(float(log_p[np.arange(len(continuation)), continuation].sum()))
+        expected.append(float(log_p[np.arange(len(continuation)), continuation].sum()))
     # Only the argmax of the float64 model is greedy.
     best = int(np.argmax(logits(params, np.array(requests[1][0]), SHAPE)[-1]))
     requests += [(requests[1][0], [best]), (requests[1][0], [(best + 1) % SHAPE.vocab_size])]
     done: list[int] = []
     found = loglikelihoods(model, requests, done.append)
-    np.testing.assert_allclose([one.log_prob for one in found[:-2]], wanted, rtol=1e-5)
+    np.testing.assert_allclose([one.log_prob for one in found[:-2]], expected, rtol=1e-5)
     assert [one.is_greedy for one in found[-2:]] == [True, False]
     assert done[-1] == len(requests) and done == sorted(done)
 

@@ -14,12 +14,12 @@ from anarchobot.config.errors import UserError
 from anarchobot.evaluation.rouge import KINDS, rouge, words
 
 
-def f1(matches: float, wanted: int, given: int) -> float:
-    return 2 * (matches / wanted) * (matches / given) / (matches / wanted + matches / given) if matches else 0.0
+def f1(matches: float, expected: int, given: int) -> float:
+    return 2 * (matches / expected) * (matches / given) / (matches / expected + matches / given) if matches else 0.0
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted"),
+    ("text", "expected"),
     [
         ("Don't stop_now, x2!", ["don", "t", "stop", "now", "x2"]),
         ("Київ — це МІСТО", ["київ", "це", "місто"]),
@@ -36,8 +36,8 @@ def f1(matches: float, wanted: int, given: int) -> float:
         (" …!?\n", []),
     ],
 )
-def test_words_of_every_script(text: str, wanted: list[str]) -> None:
-    assert words(text) == wanted
+def test_words_of_every_script(text: str, expected: list[str]) -> None:
+    assert words(text) == expected
 
 
 @given(st.text(st.characters(max_codepoint=127)))

@@ -117,8 +117,8 @@ def test_identical_answers_are_counted_and_unused_settings_rejected(
     tmp_path: Path, base: Path, preferences: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dpo(tuning(tmp_path, "run", base, preferences))
-    said = capsys.readouterr().err
-    assert "60 rows read, 58 kept" in said and "pairs.jsonl:59" in said and "skipped 2" in said
+    output = capsys.readouterr().err
+    assert "60 rows read, 58 kept" in output and "pairs.jsonl:59" in output and "skipped 2" in output
     for overrides, match in (
         ({"train__backend": "torch"}, "torch has no preference tuning"),
         ({"chat__train_on": "all"}, "chat.train_on: applies only to sft"),

@@ -118,8 +118,8 @@ def test_warning_if_no_step_improved_on_the_base(
     for name, more, end in (("adapters", {"lora__r": 4}, "; adapters are from step 6\n"), ("whole", {}, "\n")):
         summary = sft(tuning(tmp_path, name, base, chats, **more))
         assert summary["best_step"] is None and summary["best_val_loss"] == pytest.approx(5.4862)
-        said = capsys.readouterr().err
-        assert said.endswith(f"warning: no step improved on the initial validation loss (5.4862){end}")
+        output = capsys.readouterr().err
+        assert output.endswith(f"warning: no step improved on the initial validation loss (5.4862){end}")
 
 
 def test_adapters_are_from_the_best_step_also_when_fusing_a_run(
@@ -135,9 +135,9 @@ def test_adapters_are_from_the_best_step_also_when_fusing_a_run(
     for i, adapter in enumerate(("run", "run/adapters", f"run/step_{best:08d}", "run/step_00000006")):
         words = ["--model", str(base), "--adapter", str(tmp_path / adapter), "--output", str(tmp_path / f"fused{i}")]
         assert main(["fuse", *words]) == 0
-        said = capsys.readouterr().out
-        assert ("step" in said.partition("; ")[2]) == (adapter != "run/adapters")
-        assert i or f"{base}/step_00000006; {tmp_path / 'run'}: step {best}\n" in said
+        output = capsys.readouterr().out
+        assert ("step" in output.partition("; ")[2]) == (adapter != "run/adapters")
+        assert i or f"{base}/step_00000006; {tmp_path / 'run'}: step {best}\n" in output
     ours, theirs, named, newest = (
         checkpoint.find(tmp_path / f"fused{i}").state["sha256"]["model.npz"] for i in range(4)
     )
@@ -146,8 +146,8 @@ def test_adapters_are_from_the_best_step_also_when_fusing_a_run(
     older = str(base / "step_00000003")
     words = ["--model", older, "--adapter", summary["adapters"], "--output", str(tmp_path / "wrong")]
     assert main(["fuse", *words]) == 2
-    said = capsys.readouterr().err
-    assert f"the model in {older}" in said and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert f"the model in {older}" in output and output.count("\n") == 1
 
 
 def test_run_stopped_in_its_first_validation_has_no_adapters(
@@ -177,10 +177,10 @@ def test_notes_when_rouge_is_unavailable(
     rows = [{"messages": [{"role": r, "content": f"{c} {i}"} for r, c in turns]} for i in range(10)]
     long.write_text(chats.read_text() + "".join(json.dumps(row) + "\n" for row in rows))
     sft(tuning(tmp_path, "long", base, long, chat__rouge_samples=50, data__val_fraction=0.5, train__total_steps=1))
-    told = re.search(
+    note = re.search(
         r"ROUGE on (\d+) answers; (\d+) skipped: prompt longer than max_seq_len \(64\)", capsys.readouterr().err
     )
-    assert told and int(told[1]) > 10 and 0 < int(told[2]) <= 10
+    assert note and int(note[1]) > 10 and 0 < int(note[2]) <= 10
     days = []
     prompt = ChatEncoder.encode_prompt
     monkeypatch.setattr(ChatEncoder, "encode_prompt", lambda *args: days.append(args[2:]) or prompt(*args))
@@ -271,9 +271,9 @@ def test_invalid_rows_are_counted_and_the_first_is_located(
     path = tmp_path / "mixed.jsonl"
     path.write_text(chats.read_text() + "".join(json.dumps(row) + "\n" for row in bad) + "not json\n")
     sft(tuning(tmp_path, "run", base, path))
-    said = capsys.readouterr().err
-    assert "65 rows read, 60 kept" in said
-    assert all(f"mixed.jsonl:{line}" in said for line in (61, 62, 64, 65))
+    output = capsys.readouterr().err
+    assert "65 rows read, 60 kept" in output
+    assert all(f"mixed.jsonl:{line}" in output for line in (61, 62, 64, 65))
 
 
 def test_command(tmp_path: Path, base: Path, chats: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,20 +49,20 @@ def test_rendering_matches_transformers(name: str) -> None:
         if conversation[0].role == "system" and name in NO_SYSTEM:
             continue
         for prompt in (False, True):
-            (wanted,), _ = theirs.render_jinja_template(
+            (expected,), _ = theirs.render_jinja_template(
                 [to_dicts(conversation)], chat_template=source, add_generation_prompt=prompt, **names
             )
-            assert template.render(conversation, prompt) == wanted
+            assert template.render(conversation, prompt) == expected
 
 
 def test_real_template_file_matches_transformers(shared_data: Path) -> None:
     file = shared_data / "artifacts" / "chat_template_mistral_v1.jinja"
     template = load_template(load_chat_tokenizer(shared_data / "artifacts" / "mistral_v1_tokenizer.model"), str(file))
     for conversation in TALKS:
-        (wanted,), _ = theirs.render_jinja_template(
+        (expected,), _ = theirs.render_jinja_template(
             [to_dicts(conversation)], chat_template=file.read_text(), bos_token="", eos_token="</s>"
         )
-        assert template.render(conversation) == wanted
+        assert template.render(conversation) == expected
     with pytest.raises(InvalidRow, match=r"rejected by .* template \((.*Only user and assistant|Unexpected role)"):
         template.render((*TALKS[0], Message("nobody", "hm")))
 

@@ -67,7 +67,7 @@ def test_trimmed_offsets_are_extended_to_the_whitespace(shared_data: Path) -> No
 
     tokenizer = load_chat_tokenizer(shared_data / "artifacts" / "tiny_bpe_tokenizer.json")
     texts = ["Hello  big\n\n world ", " x"]
-    wanted = [o.tolist() for _, o in tokenizer.encode_with_offsets(texts, [False, False])]
+    expected = [o.tolist() for _, o in tokenizer.encode_with_offsets(texts, [False, False])]
     tokenizer.backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)  # type: ignore[attr-defined]
-    assert [o.tolist() for _, o in tokenizer.encode_with_offsets(texts, [False, False])] == wanted
-    assert wanted[0][0][0] == 0 and wanted[0][-1][1] == len(texts[0])
+    assert [o.tolist() for _, o in tokenizer.encode_with_offsets(texts, [False, False])] == expected
+    assert expected[0][0][0] == 0 and expected[0][-1][1] == len(texts[0])

@@ -136,21 +136,19 @@ def parse_pair(row: Row) -> PreferencePair:
     row's `prompt`, `question` or `conversations` unless the lists repeat it. Two strings without a prompt are
     HH-RLHF transcripts.
     """
-    answers = [get_field(row, name) for name in ("chosen", "rejected")]
-    types = {type(answer) for answer in answers}
+    answers = {name: get_field(row, name) for name in ("chosen", "rejected")}
+    types = {type(answer) for answer in answers.values()}
     if len(types) > 1 or not types <= {str, dict, list}:
-        raise InvalidRow("answers have different types", " and ".join(type(answer).__name__ for answer in answers))
+        raise InvalidRow(
+            "answers have different types", " and ".join(type(answer).__name__ for answer in answers.values())
+        )
     prompt_fields = [name for name in ("prompt", "question", "conversations") if row.get(name) is not None]
     if types == {str} and not prompt_fields:
-        chosen, rejected = (
-            _parse_transcript(answer, name) for answer, name in zip(answers, ("chosen", "rejected"), strict=True)
-        )
+        sides = [_parse_transcript(answer, name) for name, answer in answers.items()]
     else:
         prompt = _parse_prompt(row[prompt_fields[0]], prompt_fields[0], row.get("system")) if prompt_fields else []
-        chosen, rejected = (
-            _parse_dialogue(prompt, answer, name) for answer, name in zip(answers, ("chosen", "rejected"), strict=True)
-        )
-    return make_pair(chosen, rejected)
+        sides = [_parse_dialogue(prompt, answer, name) for name, answer in answers.items()]
+    return make_pair(*sides)
 
 
 def _parse_prompt(value: Any, name: str, system: Any) -> list[Message]:

@@ -101,7 +101,7 @@ def _indices(batch: Batch) -> npt.NDArray[np.int64]:
 
 
 def tokenize_pairs(
-    found: Iterable[tuple[str, PreferencePair]],
+    pairs: Iterable[tuple[str, PreferencePair]],
     encoder: ChatEncoder,
     counts: RowCounts,
     *,
@@ -109,7 +109,7 @@ def tokenize_pairs(
     too_long: TooLong = "cut",
     val_fraction: float = 0.0,
 ) -> tuple[PairDataset, PairDataset]:
-    """The train and validation pairs of `found`, from `read_pairs`; `encoder` has train_on "answer".
+    """Tokenizes (place, pair) items from `read_pairs` into both splits; `encoder` has train_on "answer".
 
     All pairs with the same first question are in the same split. "cut" drops the oldest exchanges of a long prompt but
     never shortens an answer, because the loss compares summed log-probabilities; pairs that are still too long are
@@ -117,7 +117,7 @@ def tokenize_pairs(
     """
     assert encoder.train_on == "answer"
     splits: tuple[list[tuple[Encoded, Encoded]], ...] = ([], [])
-    for batch in batches(found):
+    for batch in batches(pairs):
         encoded = encoder.encode([dialogue for _, pair in batch for dialogue in _dialogues(pair)])
         for (place, pair), chosen, rejected in zip(batch, encoded[::2], encoded[1::2], strict=True):
             try:

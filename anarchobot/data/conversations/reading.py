@@ -78,14 +78,14 @@ def read_conversations(
     unreadable, or no row of a file has known fields.
     """
 
-    def of_file(name: str, found: ParsedRows) -> Iterator[tuple[str, Conversation | InvalidRow]]:
+    def of_file(name: str, parsed: ParsedRows) -> Iterator[tuple[str, Conversation | InvalidRow]]:
         detected = format if format != "auto" else None
-        for place, row in found:
+        for place, row in parsed:
             detected = detected or _detect_format(row, data.text_field)
             if detected is None:
                 yield place, InvalidRow("unknown fields", f"the row has {', '.join(sorted(row)) or 'no fields'}")
             elif detected == "oasst":
-                yield from _count_trees(oasst.threads(chain([(place, row)], found), language), counts)
+                yield from _count_trees(oasst.threads(chain([(place, row)], parsed), language), counts)
             else:
                 yield place, _parse(detected, row, data.text_field)
         if detected is None:
@@ -100,11 +100,11 @@ def read_pairs(
 ) -> Iterator[tuple[str, PreferencePair]]:
     """(place, pair) of each valid row of `data.dataset`; arguments and errors as for `read_conversations`."""
 
-    def of_file(name: str, found: ParsedRows) -> Iterator[tuple[str, PreferencePair | InvalidRow]]:
+    def of_file(name: str, parsed: ParsedRows) -> Iterator[tuple[str, PreferencePair | InvalidRow]]:
         any_matched = False
-        for place, row in found:
+        for place, row in parsed:
             if not any_matched and oasst.is_oasst_row(row):
-                yield from _count_trees(oasst.ranked_pairs(chain([(place, row)], found), language), counts)
+                yield from _count_trees(oasst.ranked_pairs(chain([(place, row)], parsed), language), counts)
                 return
             any_matched = any_matched or formats.is_preference_row(row)
             try:

@@ -107,7 +107,7 @@ class TokenizedSplits:
 
 
 def tokenize_conversations(
-    found: Iterable[tuple[str, Conversation]],
+    conversations: Iterable[tuple[str, Conversation]],
     encoder: ChatEncoder,
     counts: RowCounts,
     *,
@@ -116,13 +116,13 @@ def tokenize_conversations(
     val_fraction: float = 0.0,
     samples: int = 0,
 ) -> TokenizedSplits:
-    """Tokenizes everything in `found`, from `read_conversations`. Skips what the template rejects and what does not
-    fit, and counts it in `counts`. Raises UserError if no training conversation is left."""
+    """Tokenizes the (place, conversation) items of `read_conversations`. Those that the template rejects or that do not
+    fit are skipped and counted in `counts`. Raises UserError if no training conversation is left."""
     train: list[Encoded] = []
     val: list[Encoded] = []
     sampled: list[Conversation] = []
     vocab_size = encoder.tokenizer.vocab_size
-    for batch in batches(found):
+    for batch in batches(conversations):
         for (place, conversation), encoded in zip(batch, encoder.encode([c for _, c in batch]), strict=True):
             try:
                 if isinstance(encoded, InvalidRow):
@@ -151,8 +151,8 @@ def check_not_empty(train: int, held_out: int, counts: RowCounts) -> None:
         raise UserError(f"data.dataset: no training data left: {'; '.join(details)}")
 
 
-def batches(found: Iterable[T]) -> Iterator[list[T]]:
-    iterator = iter(found)
+def batches(items: Iterable[T]) -> Iterator[list[T]]:
+    iterator = iter(items)
     while batch := list(islice(iterator, BATCH)):
         yield batch
 

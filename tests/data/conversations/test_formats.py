@@ -65,12 +65,12 @@ FORMATS: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats_are_detected_from_field_names(tmp_path: Path, name: str) -> None:
-    row, wanted = FORMATS[name]
+    row, expected = FORMATS[name]
     rows = row if isinstance(row, list) else [row]
     found, counts = read(jsonl(tmp_path / "data.jsonl", *rows))
-    assert found == [wanted] and not counts.skipped
+    assert found == [expected] and not counts.skipped
     (tmp_path / "data.json").write_text(json.dumps(rows))
-    assert read(tmp_path / "data.json")[0] == [wanted]
+    assert read(tmp_path / "data.json")[0] == [expected]
 
 
 INVALID = {  # reason: row and detail
@@ -192,9 +192,9 @@ PAIR_FORMATS: dict[str, tuple[dict[str, Any], Any]] = {
 
 @pytest.mark.parametrize("name", PAIR_FORMATS)
 def test_preference_formats(tmp_path: Path, name: str) -> None:
-    row, wanted = PAIR_FORMATS[name]
+    row, expected = PAIR_FORMATS[name]
     found, _ = read_pairs(jsonl(tmp_path / "pairs.jsonl", row))
-    assert found == [wanted] and isinstance(found[0].prompt[0], Message)
+    assert found == [expected] and isinstance(found[0].prompt[0], Message)
 
 
 INVALID_PAIRS: dict[str, tuple[dict[str, Any], str]] = {

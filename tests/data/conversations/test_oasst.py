@@ -82,13 +82,13 @@ RANKED = {
 @pytest.mark.parametrize("as_rows", [False, True], ids=["trees", "rows"])
 @pytest.mark.parametrize("name", RANKED)
 def test_pairs_by_rank(tmp_path: Path, name: str, as_rows: bool) -> None:
-    root, wanted = RANKED[name]
+    root, expected = RANKED[name]
     path = jsonl(tmp_path / "oasst.jsonl", *(flat(root) if as_rows else [tree(root)]))
     counts = RowCounts()
     found = [pair for _, pair in read_pairs(DataConfig(dataset=str(path)), counts, "en")]
-    said = [f"{' '.join(m.content for m in p.prompt)}: {p.chosen} > {p.rejected}" for p in found]
-    assert [*said, *counts.skipped] == wanted
-    assert counts.read == len(wanted)
+    described = [f"{' '.join(m.content for m in p.prompt)}: {p.chosen} > {p.rejected}" for p in found]
+    assert [*described, *counts.skipped] == expected
+    assert counts.read == len(expected)
 
 
 def test_number_of_pairs_in_real_trees(shared_data: Path) -> None:
@@ -108,16 +108,16 @@ def test_number_of_pairs_in_real_trees(shared_data: Path) -> None:
 @pytest.mark.parametrize("as_rows", [False, True], ids=["trees", "rows"])
 @pytest.mark.parametrize("name", TREES)
 def test_threads(tmp_path: Path, name: str, as_rows: bool) -> None:
-    root, wanted = TREES[name]
+    root, expected = TREES[name]
     rows = flat(root) if as_rows else [tree(root)]
     random.Random(0).shuffle(rows)
     found, counts = read(jsonl(tmp_path / "oasst.jsonl", *rows), language="en")
-    if " " in wanted and wanted[0] == "p":
+    if " " in expected and expected[0] == "p":
         roles = {"p": "user", "a": "assistant"}
-        assert found == [tuple((roles[text[0]], text) for text in wanted.split())]
+        assert found == [tuple((roles[text[0]], text) for text in expected.split())]
         assert counts.read == 1
     else:
-        assert found == [] and counts.skipped == {wanted: 1}
+        assert found == [] and counts.skipped == {expected: 1}
 
 
 def test_messages_outside_any_tree_are_counted(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_trees_and_rows_are_counted_separately(tmp_path: Path) -> None:
 def test_real_trees_match_a_plain_walk(shared_data: Path, tmp_path: Path) -> None:
     path = shared_data / "instruct" / "oasst_trees.jsonl"
     trees = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
-    wanted = []
+    expected = []
     for one in trees:
         here, thread = one["prompt"], []
         while here:
@@ -202,8 +202,8 @@ def test_real_trees_match_a_plain_walk(shared_data: Path, tmp_path: Path) -> Non
             if here["role"] == "assistant":
                 options = [reply for reply in options if reply["replies"]] or options
             here = min(options, key=lambda r: 99 if r.get("rank") is None else r["rank"], default=None)
-        wanted.append([m["text"] for m in thread if m is not thread[-1] or m["role"] == "assistant"])
+        expected.append([m["text"] for m in thread if m is not thread[-1] or m["role"] == "assistant"])
     found, _ = read(path)
-    assert [[text for _, text in thread] for thread in found] == wanted
+    assert [[text for _, text in thread] for thread in found] == expected
     as_rows = jsonl(tmp_path / "rows.jsonl", *(row for one in trees for row in flat(one["prompt"])))
     assert read(as_rows)[0] == found

@@ -22,7 +22,7 @@ from anarchobot.data.conversations.tokenized import (
 from anarchobot.data.windows import IGNORE
 from anarchobot.tokenizers.chat_encoder import Encoded
 from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message
-from tests.tokenizers.templates import ChatFixture, MakeChat, dialogue
+from tests.tokenizers.templates import MakeChat, dialogue
 from tests.tokenizers.templates import make_chat as make_chat
 
 PAD = 0
@@ -50,14 +50,14 @@ def encoded(trained: str) -> Encoded:
     ],
 )
 def test_long_conversations_are_cut_or_dropped(trained: str, limit: int, cut: str | None, drop: str | None) -> None:
-    for too_long, wanted in (("cut", cut), ("drop", drop)):
-        if wanted is None:
+    for too_long, expected in (("cut", cut), ("drop", drop)):
+        if expected is None:
             with pytest.raises(InvalidRow):
                 fit_to_length(encoded(trained), limit, too_long)  # type: ignore[arg-type]
         else:
             kept = fit_to_length(encoded(trained), limit, too_long)  # type: ignore[arg-type]
-            assert kept.ids.tolist() == list(range(1, len(wanted) + 1))
-            assert "".join("-x"[int(t)] for t in kept.loss_mask) == wanted
+            assert kept.ids.tolist() == list(range(1, len(expected) + 1))
+            assert "".join("-x"[int(t)] for t in kept.loss_mask) == expected
 
 
 # Layout
@@ -76,34 +76,34 @@ def make_table(masks: list[str], vocab_size: int = 70_000) -> TokenTable:
 
 @given(MASKS, st.booleans(), st.integers(10, 24))
 def test_every_loss_token_is_a_target_exactly_once(masks: list[str], pack: bool, seq_len: int) -> None:
-    made = make_table(masks)
-    windows = ConversationWindows(made, seq_len, pack, PAD)
+    tokenized = make_table(masks)
+    windows = ConversationWindows(tokenized, seq_len, pack, PAD)
     rows = windows.rows(np.arange(windows.count))
     assert rows.inputs.shape == rows.targets.shape == (windows.count, seq_len)
     scored = rows.targets != IGNORE
-    firsts = set((made.offsets[:-1] + 1).tolist())
-    flags = made.loss_mask.tolist()
-    wanted = [i + 1 for i, trained in enumerate(flags) if trained and i + 1 not in firsts]
-    assert sorted(rows.targets[scored].tolist()) == wanted and made.loss_tokens == len(wanted)
+    firsts = set((tokenized.offsets[:-1] + 1).tolist())
+    flags = tokenized.loss_mask.tolist()
+    expected = [i + 1 for i, trained in enumerate(flags) if trained and i + 1 not in firsts]
+    assert sorted(rows.targets[scored].tolist()) == expected and tokenized.loss_tokens == len(expected)
     assert (rows.inputs[scored] == rows.targets[scored] - 1).all()
     # Every token but the last of a conversation is an input once; conversations are contiguous and have one segment.
-    owners = np.searchsorted(made.offsets[1:], rows.inputs - 1, side="right")
+    owners = np.searchsorted(tokenized.offsets[1:], rows.inputs - 1, side="right")
     assert Counter(rows.inputs[rows.inputs != PAD].tolist()) == {
-        i: 1 for i in range(1, len(flags) + 1) if i not in set(made.offsets[1:].tolist())
+        i: 1 for i in range(1, len(flags) + 1) if i not in set(tokenized.offsets[1:].tolist())
     }
     for row in range(windows.count):
-        held = rows.inputs[row] != PAD
-        length = int(held.sum())
-        assert held[:length].all(), "padding at the end only"
+        filled = rows.inputs[row] != PAD
+        length = int(filled.sum())
+        assert filled[:length].all(), "padding at the end only"
         assert (rows.targets[row, length:] == IGNORE).all()
         if pack:
             assert rows.segments is not None
             same = rows.segments[row][:, None] == rows.segments[row][None, :]
-            wanted_same = owners[row][:, None] == owners[row][None, :]
-            both_held = held[:, None] & held[None, :]
-            assert (same == np.where(both_held, wanted_same, ~held[:, None] & ~held[None, :])).all()
+            expected_same = owners[row][:, None] == owners[row][None, :]
+            both_filled = filled[:, None] & filled[None, :]
+            assert (same == np.where(both_filled, expected_same, ~filled[:, None] & ~filled[None, :])).all()
         else:
-            assert rows.segments is None and len(set(owners[row][held].tolist())) == 1
+            assert rows.segments is None and len(set(owners[row][filled].tolist())) == 1
     assert windows.fill == pytest.approx((rows.inputs != PAD).mean())
     if not pack:
         assert windows.count == len(masks)
@@ -161,12 +161,6 @@ def many(n: int) -> list[tuple[str, Conversation]]:
     return [(f"file:{i}", dialogue(f"question {i}", f"answer {i}")) for i in range(n)]
 
 
-def run(chat: ChatFixture, found: list[tuple[str, Conversation]], **settings: object) -> tuple[object, RowCounts]:
-    counts = RowCounts(read=len(found), kept=len(found))
-    made = tokenize_conversations(found, chat.encoder(), counts, **{"seq_len": 64, **settings})  # type: ignore[arg-type]
-    return made, counts
-
-
 def test_adding_data_moves_nothing_between_splits(make_chat: MakeChat) -> None:
     chat = make_chat("bytelevel", "qwen2")
 
@@ -178,9 +172,9 @@ def test_adding_data_moves_nothing_between_splits(make_chat: MakeChat) -> None:
     few, more = held_out(300), held_out(600)
     assert 35 < len(few) < 90 and few < more
     counts = RowCounts(read=300, kept=300)
-    made = tokenize_conversations(many(300), chat.encoder(), counts, seq_len=99, val_fraction=0.2, samples=5)
-    assert made.train.count + made.val.count == 300 and made.val.count == len(few)
-    assert len(made.samples) == 5 and all(sample in [c for _, c in many(300)] for sample in made.samples)
+    tokenized = tokenize_conversations(many(300), chat.encoder(), counts, seq_len=99, val_fraction=0.2, samples=5)
+    assert tokenized.train.count + tokenized.val.count == 300 and tokenized.val.count == len(few)
+    assert len(tokenized.samples) == 5 and all(sample in [c for _, c in many(300)] for sample in tokenized.samples)
     assert tokenize_conversations(many(9), chat.encoder(), RowCounts(9, 9), seq_len=99).val.count == 0
 
 
@@ -194,17 +188,17 @@ def test_skipped_and_truncated_rows_are_counted(make_chat: MakeChat) -> None:
         ("f:5", dialogue("Hi", "Ho", "Hi " * 100, "Ho")),
     ]
     counts = RowCounts(read=5, kept=5)
-    made = tokenize_conversations(found, chat.encoder(), counts, seq_len=40)
-    assert made.train.count == counts.kept == 3 and counts.truncated == 2
+    tokenized = tokenize_conversations(found, chat.encoder(), counts, seq_len=40)
+    assert tokenized.train.count == counts.kept == 3 and counts.truncated == 2
     assert counts.skipped == {"rejected by the chat template": 1, "no answer within the length limit": 1}
     assert counts.first_skipped["no answer within the length limit"].startswith(
         "f:4: no answer within the length limit (41 tokens)"
     )
     whole = sum(int(chat.encode(found[i][1]).loss_mask.sum()) for i in (0, 2, 4))
-    share = f"{1 - made.train.loss_mask.sum() / whole:.1%}"
+    share = f"{1 - tokenized.train.loss_mask.sum() / whole:.1%}"
     assert share not in ("0.0%", "100.0%")
     assert counts.summary()[0] == (f"5 rows read, 3 kept, 2 truncated ({share} of loss tokens dropped)")
-    assert (np.diff(made.train.offsets) <= 41).all()
+    assert (np.diff(tokenized.train.offsets) <= 41).all()
     counts = RowCounts(read=5, kept=5)
     assert tokenize_conversations(found, chat.encoder(), counts, seq_len=40, too_long="drop").train.count == 1
     assert counts.skipped["too long"] == 3
@@ -220,8 +214,8 @@ def test_digest_covers_ids_masks_and_settings(make_chat: MakeChat) -> None:
     def digest(
         found: list[tuple[str, Conversation]], train_on: str = "assistant", seq_len: int = 64, pack: bool = True
     ) -> str:
-        made = tokenize_conversations(found, chat.encoder(train_on), RowCounts(9, 9), seq_len=seq_len).train  # type: ignore[arg-type]
-        return ConversationWindows(made, seq_len, pack, 0).digest()
+        tokenized = tokenize_conversations(found, chat.encoder(train_on), RowCounts(9, 9), seq_len=seq_len).train  # type: ignore[arg-type]
+        return ConversationWindows(tokenized, seq_len, pack, 0).digest()
 
     same = digest(many(9))
     assert same == digest(many(9))
@@ -234,16 +228,20 @@ def test_digest_covers_ids_masks_and_settings(make_chat: MakeChat) -> None:
 
 def test_bytes_per_loss_token(make_chat: MakeChat) -> None:
     chat = make_chat("bytelevel", "qwen2")
-    made = tokenize_conversations([("", dialogue("Hi", "猫猫"))], chat.encoder(), RowCounts(1, 1), seq_len=64).train
+    tokenized = tokenize_conversations(
+        [("", dialogue("Hi", "猫猫"))], chat.encoder(), RowCounts(1, 1), seq_len=64
+    ).train
     targets = int(chat.encode(dialogue("Hi", "猫猫")).loss_mask.sum())
-    assert made.loss_tokens == targets and made.bytes_per_loss_token(chat.ours) == 6 / targets
+    assert tokenized.loss_tokens == targets and tokenized.bytes_per_loss_token(chat.ours) == 6 / targets
 
 
 def test_documents_have_end_of_document_tokens(make_chat: MakeChat) -> None:
     chat = make_chat("bytelevel", "qwen2")
-    made = tokenize_conversations([("", (Message("text", "abc"),))], chat.encoder(), RowCounts(1, 1), seq_len=64).train
-    assert made.ids.tolist() == [chat.ours.eod_id, *chat.ours.encode_batch(["abc"])[0].tolist(), chat.ours.eod_id]
-    assert made.loss_tokens == len(made.ids) - 1
+    tokenized = tokenize_conversations(
+        [("", (Message("text", "abc"),))], chat.encoder(), RowCounts(1, 1), seq_len=64
+    ).train
+    assert tokenized.ids.tolist() == [chat.ours.eod_id, *chat.ours.encode_batch(["abc"])[0].tolist(), chat.ours.eod_id]
+    assert tokenized.loss_tokens == len(tokenized.ids) - 1
 
 
 def test_real_conversations_end_to_end(make_chat: MakeChat, shared_data: Path) -> None:
@@ -258,12 +256,12 @@ def test_real_conversations_end_to_end(make_chat: MakeChat, shared_data: Path) -
     ):
         data = DataConfig(dataset=str(shared_data / "instruct" / name))
         found = list(islice(read_conversations(data, RowCounts()), 25))
-        made = tokenize_conversations(found, chat.encoder(), RowCounts(25, 25), seq_len=100_000).train
+        tokenized = tokenize_conversations(found, chat.encoder(), RowCounts(25, 25), seq_len=100_000).train
         for i, (_, conversation) in enumerate(found):
             messages = [{"role": role, "content": content} for role, content in conversation]
-            wanted = marked.theirs.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
-            begin, end = made.offsets[i], made.offsets[i + 1]
+            expected = marked.theirs.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+            begin, end = tokenized.offsets[i], tokenized.offsets[i + 1]
             length = int(end - begin)
-            assert made.ids[begin:end].tolist() == wanted["input_ids"][:length]
-            assert made.loss_mask[begin:end].tolist() == [m == 1 for m in wanted["assistant_masks"][:length]]
-            assert not any(wanted["assistant_masks"][length:])
+            assert tokenized.ids[begin:end].tolist() == expected["input_ids"][:length]
+            assert tokenized.loss_mask[begin:end].tolist() == [m == 1 for m in expected["assistant_masks"][:length]]
+            assert not any(expected["assistant_masks"][length:])
