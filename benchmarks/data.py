@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.pretokenize import PretokenizeOptions, pretokenize
+from anarchobot.data.pretokenize import Pretokenizer
 from anarchobot.data.sources.documents import DocumentCounts, from_files
 from anarchobot.tokenizers.fast_tokenizer import select_engine
 from anarchobot.tokenizers.sentencepiece_to_json import spm_to_json
@@ -155,7 +155,7 @@ def pipeline(corpus: Path, model: Path, out: Path, engine: Any, workers: int) ->
     tokenizer = select_engine(load_tokenizer(model), engine, "stop", lambda line: None)
     counts = DocumentCounts()
     documents = from_files([str(corpus)], DataConfig(), counts)
-    pretokenize(documents, tokenizer, out, PretokenizeOptions(val_fraction=0.0, num_workers=workers), counts=counts)
+    Pretokenizer(tokenizer, out, val_fraction=0.0, num_workers=workers, counts=counts).run(documents)
 
 
 def shards_digest(out: Path, glob: str = "train_" + "[0-9]" * 5 + ".npy") -> Callable[[], tuple[str, int]]:

@@ -16,7 +16,7 @@ from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import leaf_keys, load_config
 from anarchobot.config.schema import ModelConfig
-from anarchobot.data.pretokenize import PretokenizeOptions, pretokenize
+from anarchobot.data.pretokenize import Pretokenizer
 from anarchobot.data.shards import read_manifest
 from anarchobot.data.sources.documents import Document
 from anarchobot.model.llama.forward import hidden_states, logits
@@ -282,7 +282,7 @@ def test_key_data__document_mask(tmp_path: Path, tiny_shards: Path) -> None:
     """With documents shorter than a sequence, the mask hides most tokens and changes the loss of the same batch."""
     lines = [f"{i} little document, {i * i} words or so long" for i in range(200)]
     tokenizer = load_tokenizer(tiny_shards)
-    pretokenize(map(Document, lines), tokenizer, tmp_path / "shards", PretokenizeOptions(val_fraction=0.1))
+    Pretokenizer(tokenizer, tmp_path / "shards", val_fraction=0.1).run(map(Document, lines))
     losses = [
         pretrain(
             loaded(

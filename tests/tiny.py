@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from anarchobot.config.loading import LoadedConfig, load_config
-from anarchobot.data.pretokenize import PretokenizeOptions, pretokenize
+from anarchobot.data.pretokenize import Pretokenizer
 from anarchobot.data.sources import builtin
 from anarchobot.data.sources.documents import Document
 from anarchobot.tokenizers.tokenizer import load_tokenizer
@@ -25,7 +25,7 @@ def make_shards(folder: Path, megabytes: float = 0.06, vocab_size: int = VOCAB) 
             size += len(text)
     folder.mkdir(parents=True)
     tokenizer = load_tokenizer(train_tokenizer(texts, folder / "made", vocab_size)[0])
-    pretokenize(map(Document, texts), tokenizer, folder, PretokenizeOptions(val_fraction=0.2))
+    Pretokenizer(tokenizer, folder, val_fraction=0.2).run(map(Document, texts))
     return folder
 
 

@@ -129,7 +129,7 @@ def _pretokenize(args: argparse.Namespace) -> int | None:
     if args.join and (args.processes or args.part):
         raise UserError("argument --join: not allowed with --processes (which joins its own parts) or --part")
     corpus = open_corpus(load_config(args.config, overrides(args)), args.input, log, _warn, args.part)
-    folder = str(corpus.folder)
+    folder = str(corpus.job.folder)
     if args.part:
         part, parts = args.part
         made = corpus.write_part(part, parts)
@@ -154,7 +154,7 @@ def _pretokenize(args: argparse.Namespace) -> int | None:
         print(manifest.to_json(), end="")
     elif not args.quiet:
         _print_manifest(folder, manifest)
-        for line in (*notes, *corpus.counts.details()):
+        for line in (*notes, *corpus.job.counts.details()):
             print(f"  {line}")
     return None
 

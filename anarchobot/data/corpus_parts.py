@@ -19,31 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.document_batches import (
-    KEY,
-    DocumentBatch,
-    TokenizedBatch,
-    batch_documents,
-    id_dtype,
-    key_words,
-    tokenize_batches,
-)
+from anarchobot.data.document_batches import KEY, DocumentBatch, TokenizedBatch, batch_documents, id_dtype, key_words
 from anarchobot.data.duplicates import KeySet
-from anarchobot.data.pretokenize import (
-    Log,
-    PretokenizeOptions,
-    Progress,
-    drop_near_duplicates,
-    provenance,
-    write_shards,
-)
-from anarchobot.data.resume import FinishedDocuments, Provenance, describe_changes
+from anarchobot.data.pretokenize import Pretokenizer
+from anarchobot.data.resume import FinishedDocuments, describe_changes
 from anarchobot.data.shard_writer import NpyStream
 from anarchobot.data.shards import Manifest
 from anarchobot.data.sources.documents import Document, DocumentCounts
 from anarchobot.storage.durable import sha256_file, write_atomic
 from anarchobot.storage.lock import FolderLock
-from anarchobot.tokenizers.tokenizer import Tokenizer
 
 BATCH_TOKENS = 2**18  # per batch when reading back
 COLUMNS: dict[str, npt.DTypeLike] = {
@@ -55,32 +39,22 @@ COLUMNS: dict[str, npt.DTypeLike] = {
 }
 
 
-def part_folder(shards: str | Path, part: int, parts: int) -> Path:
+def part_folder(shards: Path, part: int, parts: int) -> Path:
     """Parts are numbered from 0."""
-    return Path(shards) / "parts" / f"{part:05d}-of-{parts:05d}"
+    return shards / "parts" / f"{part:05d}-of-{parts:05d}"
 
 
-def write_part(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    folder: Path,
-    options: PretokenizeOptions,
-    *,
-    counts: DocumentCounts,
-    source: Provenance | None,
-) -> bool:
-    """Writes `documents` as one part; returns False when it already exists with the same provenance."""
-    made_from = provenance(tokenizer, options, source)
+def write_part(job: Pretokenizer, documents: Iterable[Document], part: int, parts: int) -> bool:
+    """Writes `documents` as part k of n; returns False when it already exists with the same provenance."""
+    folder, provenance = part_folder(job.folder, part, parts), job.provenance
     with FolderLock(folder):
-        if _read_record(folder).get("made_of") == json.loads(json.dumps(made_from)):
+        if _read_record(folder).get("made_of") == json.loads(json.dumps(provenance)):
             return False
         (folder / "part.json").unlink(missing_ok=True)  # a half-written part must not look complete
-        dtype = id_dtype(tokenizer)
-        dtypes: dict[str, npt.DTypeLike] = {"ids": dtype, **COLUMNS}
+        dtypes: dict[str, npt.DTypeLike] = {"ids": id_dtype(job.tokenizer), **COLUMNS}
         files = {name: NpyStream(folder / f"{name}.npy", dtype) for name, dtype in dtypes.items()}
         try:
-            batches = batch_documents(documents, counts, options.dedup, options.val_fraction)
-            for batch in tokenize_batches(batches, tokenizer, dtype, options.num_workers):
+            for batch in job.tokenize(batch_documents(documents, job.counts, job.dedup, job.val_fraction)):
                 files["ids"].append(batch.ids)
                 files["lengths"].append(batch.lengths)
                 for name in ("sizes", "keys", "is_val", "is_tail"):
@@ -90,72 +64,49 @@ def write_part(
             for file in files.values():
                 file.abort()
             raise
-        record = {"made_of": made_from, "counts": asdict(counts), "sha256": digests}
+        record = {"made_of": provenance, "counts": asdict(job.counts), "sha256": digests}
         write_atomic(folder / "part.json", json.dumps(record, indent=1) + "\n")
         return True
 
 
-def join_parts(
-    folder: str | Path,
-    parts: int,
-    tokenizer: Tokenizer,
-    options: PretokenizeOptions,
-    *,
-    counts: DocumentCounts,
-    source: Provenance | None,
-    restart: bool,
-    progress: Progress,
-    log: Log,
-) -> Manifest:
-    """Writes the shards that `pretokenize` would write from the documents of all parts, then deletes the parts.
+def join_parts(job: Pretokenizer, parts: int) -> Manifest:
+    """Writes the shards that `job.run` would write from the documents of all parts, then deletes the parts.
 
-    Raises UserError when a part is missing, damaged or of a different provenance, and as `pretokenize` does.
+    Raises UserError when a part is missing, damaged or of a different provenance, and as `job.run` does.
     """
-    folders = [part_folder(folder, part, parts) for part in range(parts)]
-    records = _check_parts(folder, folders, provenance(tokenizer, options, source))
-    _add_counts(counts, records)
+    folders = [part_folder(job.folder, part, parts) for part in range(parts)]
+    _add_counts(job.counts, _check_parts(job, folders))
 
     def unwritten(finished: FinishedDocuments) -> Iterator[TokenizedBatch]:
-        batches = _read_parts(folders, counts, options.dedup)
-        if options.near_dedup is not None:
-            batches = drop_near_duplicates(batches, options.near_dedup, counts)
+        batches = job.drop_near_duplicates(_read_parts(folders, job.counts, job.dedup))
         return (batch.select(finished.unwritten(batch.documents)) for batch in batches)
 
-    with FolderLock(Path(folder)):
-        manifest = write_shards(
-            unwritten,
-            tokenizer,
-            Path(folder),
-            options,
-            counts=counts,
-            source=source,
-            restart=restart,
-            progress=progress,
-            log=log,
-        )
-        remove_parts(folder, parts)
+    with FolderLock(job.folder):
+        manifest = job.write(unwritten)
+        remove_parts(job.folder, parts)
     return manifest
 
 
-def remove_parts(shards: str | Path, parts: int) -> None:
+def remove_parts(shards: Path, parts: int) -> None:
     """May be interrupted anywhere and repeated."""
     for part in range(parts):
         shutil.rmtree(part_folder(shards, part, parts), ignore_errors=True)
     with suppress(OSError):  # not empty, or missing
-        (Path(shards) / "parts").rmdir()
+        (shards / "parts").rmdir()
 
 
-def _check_parts(shards: str | Path, folders: list[Path], made_from: Provenance) -> list[dict[str, Any]]:
+def _check_parts(job: Pretokenizer, folders: list[Path]) -> list[dict[str, Any]]:
     """Returns the record of each part. Raises UserError for a missing, damaged or differently built part."""
     records, parts = [_read_record(folder) for folder in folders], len(folders)
     missing = [part for part, record in enumerate(records) if not record]
     if missing:
         raise UserError(
-            f"{shards}: {len(missing)} of {parts} parts are missing, the first is {missing[0]}/{parts}: create it with "
-            f"--part {missing[0]}/{parts}"
+            f"{job.folder}: {len(missing)} of {parts} parts are missing, the first is {missing[0]}/{parts}: create it "
+            f"with --part {missing[0]}/{parts}"
         )
+    provenance = job.provenance
     for folder, record in zip(folders, records, strict=True):
-        if changes := describe_changes(record["made_of"], made_from):
+        if changes := describe_changes(record["made_of"], provenance):
             raise UserError(f"{folder}: this part was built with different settings: {changes}: rebuild it with --part")
         for name, sha256 in record["sha256"].items():
             file = folder / f"{name}.npy"

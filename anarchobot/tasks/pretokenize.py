@@ -9,71 +9,46 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, load_config
 from anarchobot.config.schema import Config
-from anarchobot.data.corpus_parts import join_parts, part_folder, remove_parts, write_part
-from anarchobot.data.pretokenize import Log, PretokenizeOptions, Progress, pretokenize, provenance
+from anarchobot.data.corpus_parts import join_parts, remove_parts, write_part
+from anarchobot.data.pretokenize import Pretokenizer
 from anarchobot.data.resume import check_provenance, source_provenance
 from anarchobot.data.shards import Manifest, read_manifest
 from anarchobot.data.sources import files, hub
 from anarchobot.data.sources.documents import Document, DocumentCounts, from_files, from_ranges, open_source
 from anarchobot.data.sources.files import split_files
 from anarchobot.tokenizers.fast_tokenizer import engine_name, select_engine
-from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.training.signals import forward_signals
+
+Log = Callable[[str], None]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents for the shards in `folder`. `names` are files, folders, globs or datasets; `counts` covers the
-    documents read so far; `source` is what the documents depend on."""
+    """`names` are files, folders, globs or datasets."""
 
-    config: Config
-    folder: Path
-    tokenizer: Tokenizer
     names: list[str]
     documents: Iterator[Document]
-    counts: DocumentCounts
-    source: dict[str, Any]
-
-    @property
-    def options(self) -> PretokenizeOptions:
-        data = self.config.data
-        return PretokenizeOptions(
-            val_fraction=data.val_fraction,
-            num_workers=data.num_workers,
-            dedup=data.dedup,
-            near_dedup=data.near_dedup,
-            seed=self.config.train.seed,
-        )
+    job: Pretokenizer
 
     def is_done(self) -> bool:
         """Whether the shards are complete. Raises UserError when the folder holds shards of a different provenance."""
-        check_provenance(self.folder, provenance(self.tokenizer, self.options, self.source))
-        return (self.folder / "manifest.json").exists()
+        check_provenance(self.job.folder, self.job.provenance)
+        return (self.job.folder / "manifest.json").exists()
 
     def pretokenize(self, *, restart: bool, progress: Progress, log: Log) -> Manifest:
-        return pretokenize(
-            self.documents,
-            self.tokenizer,
-            self.folder,
-            self.options,
-            counts=self.counts,
-            source=self.source,
-            restart=restart,
-            progress=progress,
-            log=log,
-        )
+        return replace(self.job, restart=restart, progress=progress, log=log).run(self.documents)
 
     def write_part(self, part: int, parts: int) -> bool:
         """Pretokenizes part k of n, counted from 0; returns False when it already exists."""
-        folder = part_folder(self.folder, part, parts)
-        return write_part(self.documents, self.tokenizer, folder, self.options, counts=self.counts, source=self.source)
+        return write_part(self.job, self.documents, part, parts)
 
     def join(self, parts: int, *, restart: bool, progress: Progress, log: Log) -> Manifest:
         """Joins all parts, unless the shards are already complete.
@@ -81,19 +56,9 @@ class Corpus:
         Raises UserError when a part is missing, damaged or of a different provenance.
         """
         if self.is_done() and not restart:
-            remove_parts(self.folder, parts)
-            return read_manifest(self.folder)
-        return join_parts(
-            self.folder,
-            parts,
-            self.tokenizer,
-            self.options,
-            counts=self.counts,
-            source=self.source,
-            restart=restart,
-            progress=progress,
-            log=log,
-        )
+            remove_parts(self.job.folder, parts)
+            return read_manifest(self.job.folder)
+        return join_parts(replace(self.job, restart=restart, progress=progress, log=log), parts)
 
 
 def open_corpus(
@@ -121,11 +86,22 @@ def open_corpus(
     )
     tokenizer = select_engine(tokenizer, config.tokenizer.engine, config.tokenizer.on_mismatch, log)
     source = source_provenance(names, config.data) | {"tokenised with": engine_name(tokenizer)}
-    return Corpus(config, Path(folder), tokenizer, names, documents, counts, source)
+    job = Pretokenizer(
+        tokenizer,
+        Path(folder),
+        val_fraction=config.data.val_fraction,
+        num_workers=config.data.num_workers,
+        dedup=config.data.dedup,
+        near_dedup=config.data.near_dedup,
+        seed=config.train.seed,
+        counts=counts,
+        source=source,
+    )
+    return Corpus(names, documents, job)
 
 
 def open_documents(
-    config: Config, inputs: list[str] | None, counts: DocumentCounts, warn: Callable[[str], None]
+    config: Config, inputs: list[str] | None, counts: DocumentCounts, warn: Log
 ) -> tuple[list[str], Iterator[Document]]:
     """Returns the names of the sources, and their documents."""
     if inputs:

@@ -23,7 +23,7 @@ import numpy as np
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.config.strict_yaml import dump
-from anarchobot.data.pretokenize import PretokenizeOptions, pretokenize
+from anarchobot.data.pretokenize import Pretokenizer
 from anarchobot.data.shards import verify
 from anarchobot.data.sources import builtin
 from anarchobot.data.sources.documents import Document
@@ -82,7 +82,7 @@ class FaultHarness:
         (folder / "shards").mkdir(parents=True)
         tokenizer = load_tokenizer(train_tokenizer(texts, folder / "shards" / "made", VOCAB)[0])
         documents = map(Document, texts)
-        pretokenize(documents, tokenizer, folder / "shards", PretokenizeOptions(val_fraction=0.2))
+        Pretokenizer(tokenizer, folder / "shards", val_fraction=0.2).run(documents)
         began = time.monotonic()
         self._reference = self._finish("reference")
         self._duration = time.monotonic() - began

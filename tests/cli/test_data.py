@@ -84,7 +84,7 @@ def test_several_output_folders_are_an_error(corpus: Path, tokenizer: str, capsy
 def interrupt(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
     """Interrupts the run when all but the last text are in shards of about 300 tokens."""
     monkeypatch.setattr(document_batches, "BATCH_CHARS", 1)
-    monkeypatch.setattr(pretokenize, "PretokenizeOptions", partial(pretokenize.PretokenizeOptions, shard_tokens=300))
+    monkeypatch.setattr(pretokenize, "Pretokenizer", partial(pretokenize.Pretokenizer, shard_tokens=300))
     real = document_batches._tokenize
 
     def stops(batch: document_batches.DocumentBatch, *rest: object) -> document_batches.TokenizedBatch:

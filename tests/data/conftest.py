@@ -1,14 +1,11 @@
 """Small trained tokenizers of each kind, and shards of given ids."""
 
 import hashlib
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from anarchobot.data.pretokenize import PretokenizeOptions
 from anarchobot.data.shards import Manifest, Shard, write_manifest
 from anarchobot.data.sources import builtin
 from anarchobot.data.sources.documents import DocumentCounts
@@ -39,13 +36,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> dict
 @pytest.fixture(scope="session", params=sorted(KINDS))
 def tokenizer(request: pytest.FixtureRequest, trained: dict[str, Path]) -> Tokenizer:
     return load_tokenizer(trained[request.param])
-
-
-def split_options(settings: dict[str, Any]) -> tuple[PretokenizeOptions, dict[str, Any]]:
-    """Splits keyword arguments into PretokenizeOptions and the others."""
-    names = {field.name for field in fields(PretokenizeOptions)}
-    options = PretokenizeOptions(**{key: value for key, value in settings.items() if key in names})
-    return options, {key: value for key, value in settings.items() if key not in names}
 
 
 def write_shards(folder: Path, vocab_size: int, dtype: str = "uint16", **splits: list[list[int]]) -> np.ndarray:

@@ -12,13 +12,13 @@ import pytest
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data import document_batches
-from anarchobot.data.pretokenize import pretokenize
+from anarchobot.data.pretokenize import Pretokenizer
 from anarchobot.data.shards import Manifest, TokenStream, read_manifest, verify
 from anarchobot.data.sources.documents import SPLIT_FILE_CHARS, Document, DocumentCounts, from_files
 from anarchobot.storage.lock import FolderLock
 from anarchobot.tokenizers.tokenizer import Tokenizer, digest, load_tokenizer
 from tests.data.bytes_tokenizer import Bytes
-from tests.data.conftest import SCRIPTS, split_options
+from tests.data.conftest import SCRIPTS
 
 
 @pytest.fixture
@@ -29,10 +29,9 @@ def plain(tmp_path: Path) -> Bytes:
 def write(
     documents: Any, tokenizer: Tokenizer, folder: Path, counts: DocumentCounts | None = None, **settings: Any
 ) -> Manifest:
-    settings = {"val_fraction": 0.0, "num_workers": 1} | settings
+    settings = {"val_fraction": 0.0} | settings
     made = (document if isinstance(document, Document) else Document(document) for document in documents)
-    options, settings = split_options(settings)
-    return pretokenize(made, tokenizer, folder, options, counts=counts, **settings)
+    return Pretokenizer(tokenizer, folder, counts=counts or DocumentCounts(), **settings).run(made)
 
 
 def read(folder: Path, tokenizer: Tokenizer, split: str = "train") -> list[str]:

@@ -17,12 +17,11 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.data import document_batches
-from anarchobot.data.pretokenize import pretokenize
+from anarchobot.data.pretokenize import Pretokenizer
 from anarchobot.data.shard_writer import NpyStream
 from anarchobot.data.shards import verify
 from anarchobot.data.sources.documents import Document, DocumentCounts
 from tests.data.bytes_tokenizer import Bytes
-from tests.data.conftest import split_options
 
 TEXTS = [f"document {i % 37} says {i * i} " * (1 + i % 5) for i in range(60)] + ["document 3 says 9 "] * 2
 LONG = "".join(f"line {i}\n" for i in range(9000))
@@ -37,9 +36,8 @@ def run(out: Path, texts: list[str] = TEXTS, tokenizer: Bytes | None = None, **s
     tokenizer = tokenizer or Bytes(out.parent)
     documents = [Document(LONG, splittable=True), *map(Document, texts)]
     counts = DocumentCounts()
-    settings = {"val_fraction": 0.1, "num_workers": 1, "shard_tokens": 400} | settings
-    options, settings = split_options(settings)
-    pretokenize(documents, tokenizer, out, options, counts=counts, **settings)
+    settings = {"val_fraction": 0.1, "shard_tokens": 400} | settings
+    Pretokenizer(tokenizer, out, counts=counts, **settings).run(documents)
     return counts
 
 
@@ -79,7 +77,7 @@ from pathlib import Path
 from anarchobot.data import document_batches
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources.documents import DocumentCounts, from_files
-from anarchobot.data.pretokenize import PretokenizeOptions, pretokenize
+from anarchobot.data.pretokenize import Pretokenizer
 from tests.data.bytes_tokenizer import Bytes
 
 document_batches.BATCH_CHARS = 1000
@@ -87,8 +85,8 @@ folder, out, workers, near = sys.argv[1:]
 counts = DocumentCounts()
 documents = from_files([f"{folder}/corpus.jsonl", f"{folder}/long.txt"], DataConfig(), counts)
 print("ready", flush=True)
-options = PretokenizeOptions(0.1, int(workers), near_dedup=float(near) or None, shard_tokens=4000)
-pretokenize(documents, Bytes(Path(folder)), out, options, counts=counts)
+Pretokenizer(Bytes(Path(folder)), Path(out), val_fraction=0.1, num_workers=int(workers), near_dedup=float(near) or None,
+             shard_tokens=4000, counts=counts).run(documents)
 """
 
 
@@ -302,7 +300,7 @@ MEASURED = """
 import json, resource, sys
 from pathlib import Path
 from anarchobot.data.sources.documents import DocumentCounts, Document
-from anarchobot.data.pretokenize import PretokenizeOptions, pretokenize
+from anarchobot.data.pretokenize import Pretokenizer
 from tests.data.bytes_tokenizer import Bytes
 
 folder, megabytes, workers = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -324,7 +322,8 @@ def progress(size, tokens):
         peaks.append(peak())
 
 documents = (Document(f"{i:012d}" + text[i * 7919 % 998_000 :][: size - 12]) for i in range(number))
-pretokenize(documents, Bytes(folder, thin=16), folder / "out", PretokenizeOptions(0.01, workers), progress=progress)
+tokenizer = Bytes(folder, thin=16)
+Pretokenizer(tokenizer, folder / "out", val_fraction=0.01, num_workers=workers, progress=progress).run(documents)
 print(json.dumps(peaks))
 """
 

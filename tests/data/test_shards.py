@@ -227,9 +227,7 @@ def objects(path: Path) -> None:
         (two_dimensions, "holds uint16 (1, 4), the manifest says uint16 (4,)"),
     ],
 )
-def test_damaged_shard_is_refused_and_named(
-    folder: Path, damage: Callable[[Path], object], expected: str
-) -> None:
+def test_damaged_shard_is_refused_and_named(folder: Path, damage: Callable[[Path], object], expected: str) -> None:
     path = folder / "train_00000.npy"
     damage(path)
     message = problem(lambda: TokenStream(folder, "train"))
@@ -251,9 +249,7 @@ def test_damaged_shard_is_refused_and_named(
         (lambda path: save(path, np.array([0, 2**63, 1, 7, 8], np.uint64)), "damaged (not increasing from 0 to 8)"),
     ],
 )
-def test_damaged_offsets_are_refused_and_named(
-    tmp_path: Path, damage: Callable[[Path], object], expected: str
-) -> None:
+def test_damaged_offsets_are_refused_and_named(tmp_path: Path, damage: Callable[[Path], object], expected: str) -> None:
     write_shards(tmp_path, 10, train=[[1, 0, 2, 0, 3, 0, 4, 0]])
     path = tmp_path / "train_00000.offsets"
     damage(path)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from anarchobot.cli.main import main
-from anarchobot.data.pretokenize import PretokenizeOptions, pretokenize
+from anarchobot.data.pretokenize import Pretokenizer
 from anarchobot.data.sources.documents import Document
 from anarchobot.preflight.check import CheckResult, Machine
 from anarchobot.preflight.verify import verify
@@ -64,7 +64,7 @@ class Broken:
         tokenizer = load_tokenizer(self.tokenizer)
         self.set(data__shard_dir=str(self.folder / "few"))
         documents = map(Document, texts)
-        pretokenize(documents, tokenizer, self.folder / "few", PretokenizeOptions(val_fraction))
+        Pretokenizer(tokenizer, self.folder / "few", val_fraction).run(documents)
 
     def train(self, **values: Any) -> None:
         """Finishes a run in the folder."""

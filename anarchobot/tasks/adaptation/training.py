@@ -6,8 +6,8 @@ from pathlib import Path
 
 from anarchobot.config.loading import LoadedConfig
 from anarchobot.config.schema import Config, DataConfig, LoraConfig, TrainConfig
-from anarchobot.data.pretokenize import PretokenizeOptions, pretokenize
-from anarchobot.data.sources.documents import Document, DocumentCounts
+from anarchobot.data.pretokenize import Pretokenizer
+from anarchobot.data.sources.documents import Document
 from anarchobot.exchange.fusing import fuse
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.runs import checkpoint
@@ -49,11 +49,11 @@ def train(
 
 def _tokenize(run: Adaptation, corpus: StageResult, tokenizer: StageResult, target: Tokenizer) -> StageResult:
     fraction = run.settings.corpus.val_fraction
-    options = PretokenizeOptions(fraction, run.settings.tokenization.num_workers, dedup=False, seed=run.seed)
+    num_workers = run.settings.tokenization.num_workers
 
     def work(folder: Path) -> Output:
         documents = map(Document, read_corpus(corpus.folder / DOMAIN, 0.0, "train"))
-        manifest = pretokenize(documents, target, folder, options, counts=DocumentCounts())
+        manifest = Pretokenizer(target, folder, fraction, num_workers, dedup=False, seed=run.seed).run(documents)
         files = [folder / "manifest.json", *(folder / name for shard in manifest.shards for name in shard.files)]
         return files, {"train_tokens": manifest.tokens("train"), "val_tokens": manifest.tokens("val")}
 
