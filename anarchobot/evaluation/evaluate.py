@@ -86,11 +86,9 @@ def evaluate_shards(model: Model, config: Config, folder: str, log: Log) -> Metr
         tokens += int(np.count_nonzero(batch.targets >= 0))
         if (i + 1) % LOG_BATCHES == 0 or i + 1 == len(val):
             log(f"{tokens:,} tokens, {(i + 1) / len(val):.0%}")
-    total_bytes, total_tokens = (
-        sum(shard.bytes for shard in stream.manifest.shards_in("val")),
-        stream.manifest.tokens("val"),
-    )
-    return _loss_metrics(nats, tokens, total_bytes * tokens / total_tokens)  # the very first token is not scored
+    total_bytes = sum(shard.bytes for shard in stream.manifest.shards_in("val"))
+    # The very first token is not scored.
+    return _loss_metrics(nats, tokens, total_bytes * tokens / stream.manifest.tokens("val"))
 
 
 def evaluate_texts(model: Model, names: Sequence[str], limit: int | None, log: Log) -> Metrics:

@@ -100,14 +100,14 @@ def finetune(
     that is locked. Raises UserError as `execute_run` does.
     """
 
-    def write_beside(folder: Path) -> None:
+    def prepare_folder(folder: Path) -> None:
         copy_tokenizer(base.tokenizer, folder)  # for `generate`, `export` and other programs
         encoder.template.save(folder)
         before_training(folder)
 
     config, trained = run.config, trained_count(run.config.model, run.config.lora)
     warnings = [f"warning: {text}" for text in (*base.warnings, *encoder.warnings())]
-    opening = [
+    description = [
         f"{base.folder}: {parameter_count(config.model):,} parameters, {opened.place}{run.ranks}",
         _trained_parameters(config, trained),
         *notes,
@@ -115,7 +115,13 @@ def finetune(
         *warnings,
     ]
     summary = execute_run(
-        run, start, opened, before_training=write_beside, description=opening, trained_parameters=trained, show=show
+        run,
+        start,
+        opened,
+        before_training=prepare_folder,
+        description=description,
+        trained_parameters=trained,
+        show=show,
     )
     if run.ranks.rank > 0:
         return summary
