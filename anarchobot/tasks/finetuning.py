@@ -38,8 +38,7 @@ _DOCUMENT_KEYS = {
     },
     **{f"train.{key}": "applies only to pretrain" for key in ("trainable", "first_sequence")},
 }
-_SIGMOID_ONLY = {"preference.label_smoothing": "applies only to preference.loss: sigmoid"}
-# Settings that a command, or a preference loss, would silently ignore, and why.
+# Settings that a command would silently ignore, and why.
 UNUSED_KEYS = {
     "sft": {**_DOCUMENT_KEYS, **{f"preference.{key}": "applies only to dpo" for key in PreferenceConfig.model_fields}},
     "dpo": {
@@ -47,9 +46,6 @@ UNUSED_KEYS = {
         **{f"chat.{key}": "applies only to sft" for key in ("train_on", "format", "rouge_samples", "pack")},
         "data.text_field": "applies only to sft",
     },
-    "sigmoid": {},
-    "ipo": _SIGMOID_ONLY,
-    "orpo": _SIGMOID_ONLY,
 }
 
 
@@ -61,7 +57,9 @@ def load_tuning_config(path: str | None, overrides: Sequence[str | tuple[str, An
 def check_settings(loaded: LoadedConfig, command: Literal["sft", "dpo"]) -> None:
     """Raises UserError for settings that the command ignores, a missing dataset and a missing package."""
     config, fields = loaded.config, leaf_keys()
-    unused = UNUSED_KEYS[command] | (UNUSED_KEYS[config.preference.loss] if command == "dpo" else {})
+    unused = dict(UNUSED_KEYS[command])
+    if command == "dpo" and config.preference.loss != "sigmoid":
+        unused["preference.label_smoothing"] = "applies only to preference.loss: sigmoid"
     for key, reason in unused.items():
         if attrgetter(key)(config) != fields[key].default:
             raise UserError(f"{loaded.where(key)}: {reason}: remove it")

@@ -58,12 +58,8 @@ def parse_messages(items: Any, name: str, system: Any = None) -> list[Message]:
     return messages
 
 
-def _from_messages(row: Row) -> Conversation:
-    return check_turns(parse_messages(get_field(row, "messages"), "messages", row.get("system")))
-
-
-def _from_sharegpt(row: Row) -> Conversation:
-    return check_turns(parse_messages(get_field(row, "conversations"), "conversations", row.get("system")))
+def _from_list(row: Row, name: str) -> Conversation:
+    return check_turns(parse_messages(get_field(row, name), name, row.get("system")))
 
 
 def _from_alpaca(row: Row) -> Conversation:
@@ -106,8 +102,8 @@ def from_text(row: Row, text_field: str) -> Conversation:
 
 # Tried in this order: UltraChat's rows have a prompt as well as messages.
 FORMATS = {
-    "messages": Format(lambda row: "messages" in row, _from_messages),
-    "sharegpt": Format(lambda row: "conversations" in row, _from_sharegpt),
+    "messages": Format(lambda row: "messages" in row, lambda row: _from_list(row, "messages")),
+    "sharegpt": Format(lambda row: "conversations" in row, lambda row: _from_list(row, "conversations")),
     "alpaca": Format(lambda row: "instruction" in row and ("output" in row or "response" in row), _from_alpaca),
     "prompt_completion": Format(
         lambda row: ("prompt" in row and "completion" in row) or ("question" in row and "answer" in row),

@@ -61,8 +61,8 @@ class RowCounts:
         if self.trees:
             pairs = f"{self.tree_rows:,} pairs from " if self.tree_rows != self.trees else ""
             sources.append(f"{pairs}{self.trees:,} trees")
-        lost = self.truncated_loss_tokens / self.loss_tokens if self.truncated_loss_tokens else 0.0
-        dropped = f" ({lost:.1%} of loss tokens dropped)" if self.truncated_loss_tokens else ""
+        lost = self.truncated_loss_tokens
+        dropped = f" ({lost / self.loss_tokens:.1%} of loss tokens dropped)" if lost else ""
         truncated = f", {self.truncated:,} truncated{dropped}" if self.truncated else ""
         reasons = [f"skipped {n:,}: {self.first_skipped[reason]}" for reason, n in self.skipped.most_common()]
         return [f"{' and '.join(sources)} read, {self.kept:,} kept{truncated}", *reasons]
