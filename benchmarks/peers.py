@@ -49,7 +49,7 @@ def ours(shape: Shape) -> dict[str, Any]:
     from anarchobot.config.schema import Config
     from anarchobot.data.batches import Batch
     from anarchobot.numerics import elementary
-    from anarchobot.numerics import sequencing as order
+    from anarchobot.numerics import sequencing
     from anarchobot.training.mlx_engine import MLXEngine
 
     options = dict(shape.get("options", {}))
@@ -71,7 +71,7 @@ def ours(shape: Shape) -> dict[str, Any]:
         elementary._by_hand = lambda x: False
     engine = MLXEngine(Config.model_validate(config))
     if free_order:
-        object.__setattr__(engine.technique, "wait", order.free)
+        object.__setattr__(engine.technique, "wait", sequencing.unordered)
     if small_cache:
         mx.set_cache_limit(32 << 20)
     ids = tokens(shape)

@@ -19,8 +19,9 @@ import mlx.core as mx
 from anarchobot.config.schema import ModelConfig
 from anarchobot.model.architecture import Context, ForwardPass, forward_pass
 from anarchobot.model.gradient_accumulator import GradientAccumulator, Params
-from anarchobot.model.gradients import DEFAULT, Objective, Technique, head_loss, lowest_trained_block
-from anarchobot.model.parameters import by_block
+from anarchobot.model.loss import head_loss
+from anarchobot.model.parameters import by_block, lowest_trained_block
+from anarchobot.model.technique import DEFAULT, Objective, Technique
 
 
 def loss_and_gradients(

@@ -12,15 +12,52 @@ from collections.abc import Iterator
 import mlx.core as mx
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.model.gradient_accumulator import add_product
+from anarchobot.model.gradient_accumulator import GradientAccumulator, add_product
 from anarchobot.model.linear import Matrix, matmul, matmul_t
+from anarchobot.model.technique import LOSS_CHUNK, Objective, Technique
 from anarchobot.numerics.elementary import exp, row_sums, tanh
 from anarchobot.numerics.sequencing import Sequencing, depend
 
-CHUNK = 256  # tokens
+
+def head_loss(
+    hidden: mx.array,
+    head: Matrix,
+    head_name: str,
+    targets: mx.array,
+    model: ModelConfig,
+    scale: mx.array,
+    grads: GradientAccumulator,
+    technique: Technique,
+    objective: Objective | None,
+) -> tuple[mx.array, mx.array, list[mx.array]]:
+    """Loss and gradient of the output head, which is added to `grads` if the head is trained.
+
+    From `hidden` [N, D] and `targets` [B, L]: `scale` times the summed loss (or the objective's measures), the gradient
+    of `hidden`, and the arrays that later work must wait for.
+    """
+    wait, chunk, measures = technique.wait, technique.loss_chunk, None
+    rows, length = targets.shape
+    targets = targets.reshape(-1)
+    if objective is not None:
+        losses = token_losses(hidden, head, targets, model, chunk)
+        measures, slopes = objective(-losses.reshape(rows, length).sum(axis=1))
+        (hidden,) = wait([hidden], [slopes])
+        measures, scale = scale * measures, mx.repeat(-scale * slopes, length)  # [N]
+    if grads.trains(head_name):
+        assert isinstance(head, mx.array)
+        total, dhidden, grads.sums[head_name] = loss_and_gradients(
+            hidden, head, targets, model, scale, grads.sums.pop(head_name, None), chunk, wait
+        )
+        done = [dhidden, grads.sums[head_name]]
+    else:
+        total, dhidden = loss_and_hidden_gradient(hidden, head, targets, model, scale, chunk, wait)
+        done = [total, dhidden]
+    return total if measures is None else measures, dhidden, done
 
 
-def loss_sum(hidden: mx.array, weight: Matrix, targets: mx.array, model: ModelConfig, chunk: int = CHUNK) -> mx.array:
+def loss_sum(
+    hidden: mx.array, weight: Matrix, targets: mx.array, model: ModelConfig, chunk: int = LOSS_CHUNK
+) -> mx.array:
     """Summed cross-entropy in nats (float32 scalar), without gradients: for evaluation.
 
     `hidden` [N, D], `weight` [V, D], `targets` [N] of int32; negative targets add nothing.
@@ -29,7 +66,7 @@ def loss_sum(hidden: mx.array, weight: Matrix, targets: mx.array, model: ModelCo
 
 
 def token_losses(
-    hidden: mx.array, weight: Matrix, targets: mx.array, model: ModelConfig, chunk: int = CHUNK
+    hidden: mx.array, weight: Matrix, targets: mx.array, model: ModelConfig, chunk: int = LOSS_CHUNK
 ) -> mx.array:
     """The cross-entropy of each token [N], float32; 0 at negative targets. Arguments as for `loss_sum`."""
     losses: list[mx.array] = []
@@ -46,7 +83,7 @@ def loss_and_gradients(
     model: ModelConfig,
     scale: mx.array,
     weight_gradient: mx.array | None = None,
-    chunk: int = CHUNK,
+    chunk: int = LOSS_CHUNK,
     wait: Sequencing = depend,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The sum of the losses times `scale` (a scalar, or one per token [N]), and its gradients: of `hidden` [N, D] in
@@ -76,7 +113,7 @@ def loss_and_hidden_gradient(
     targets: mx.array,
     model: ModelConfig,
     scale: mx.array,
-    chunk: int = CHUNK,
+    chunk: int = LOSS_CHUNK,
     wait: Sequencing = depend,
 ) -> tuple[mx.array, mx.array]:
     """As `loss_and_gradients`, for a head that is not trained and may be quantized."""

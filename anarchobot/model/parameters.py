@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -56,3 +56,10 @@ def by_block(params: Mapping[str, T], model: ModelConfig) -> list[dict[str, T]]:
             number, _, inner = name.removeprefix("model.layers.").partition(".")
             blocks[int(number)][inner] = p
     return blocks
+
+
+def lowest_trained_block(trained: Collection[str], model: ModelConfig) -> int:
+    """The first block that the backward pass must reach; n_layers when it need not reach any."""
+    blocks = [int(name.split(".")[2]) for name in trained if name.startswith("model.layers.")]
+    below = any(not name.startswith(("model.layers.", "model.norm.", "lm_head.")) for name in trained)
+    return 0 if below else min(blocks, default=model.n_layers)

@@ -14,7 +14,7 @@ Sequencing = Callable[[list[mx.array], list[mx.array]], list[mx.array]]
 
 def depend(arrays: list[mx.array], done: list[mx.array]) -> list[mx.array]:
     """By dependencies in the graph, as a compiled step needs."""
-    return mx.depends(arrays, done) if done else arrays
+    return mx.depends(arrays, done) if arrays and done else arrays
 
 
 def eval_now(arrays: list[mx.array], done: list[mx.array]) -> list[mx.array]:

@@ -18,9 +18,10 @@ from anarchobot.data.batches import Batch
 from anarchobot.model.architecture import forward_pass
 from anarchobot.model.frozen import init_adapters
 from anarchobot.model.gradient_accumulator import Params
-from anarchobot.model.gradients import Objective, Technique, loss_and_gradients
+from anarchobot.model.gradients import loss_and_gradients
 from anarchobot.model.loss import loss_sum
 from anarchobot.model.parameters import init_parameters, parameter_shapes
+from anarchobot.model.technique import Objective, Technique
 from anarchobot.numerics import sequencing
 from anarchobot.numerics.cores import CPU_MLP_ROWS, workers_for
 from anarchobot.optim import muon_adamw

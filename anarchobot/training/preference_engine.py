@@ -11,9 +11,9 @@ from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
 from anarchobot.data.conversations.preference_pairs import PairBatch
 from anarchobot.model.gradient_accumulator import Params
-from anarchobot.model.gradients import Objective
 from anarchobot.model.loss import token_losses
 from anarchobot.model.preference import Preferences, losses_and_slopes, rewards
+from anarchobot.model.technique import Objective
 from anarchobot.training.mlx_engine import Measures, MLXEngine, Rows
 
 MEASURES = ("reward_margin", "reward_accuracy", "chosen_log_prob", "rejected_log_prob")

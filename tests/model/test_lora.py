@@ -11,12 +11,13 @@ import pytest
 from anarchobot.config.schema import LoraConfig, ModelConfig
 from anarchobot.model import linear as linear_file
 from anarchobot.model.frozen import adapter_constants, frozen_weights, init_adapters
-from anarchobot.model.gradient_accumulator import Gradients, Params
+from anarchobot.model.gradient_accumulator import GradientAccumulator, Params
 from anarchobot.model.linear import InputDropout, linear, linear_backward, linear_gradients
 from anarchobot.model.llama.forward import hidden_states, logits
-from anarchobot.model.llama.gradients import Technique, loss_and_gradients
+from anarchobot.model.llama.gradients import loss_and_gradients
 from anarchobot.model.lora import adapted_matrices, adapter_scale, adapter_shapes, init_factors, trained_count
-from anarchobot.numerics import sequencing as order
+from anarchobot.model.technique import Technique
+from anarchobot.numerics import sequencing
 from tests.model.llama import reference
 from tests.model.llama.test_forward import as_mlx, parameters, random_tokens, tiny
 
@@ -126,9 +127,9 @@ def test_loss_and_gradients_equal_finite_differences_of_the_changed_plain_model(
 @pytest.mark.parametrize(
     "technique",
     [
-        Technique(attention_block=5, loss_chunk=7, mlp_rows=9, wait=order.evaluated),
-        Technique(recompute=True, wait=order.evaluated, mlp_rows=28),
-        Technique(attention_block=4, wait=order.free, recompute=True),
+        Technique(attention_block=5, loss_chunk=7, mlp_rows=9, wait=sequencing.eval_now),
+        Technique(recompute=True, wait=sequencing.eval_now, mlp_rows=28),
+        Technique(attention_block=4, wait=sequencing.unordered, recompute=True),
     ],
     ids=["chunks", "recomputed", "recomputed in free order"],
 )
@@ -208,7 +209,7 @@ def test_a_matrix_with_dropout_has_the_gradients_of_mlxs_own_differentiation(dor
     x, dy = (mx.array(rng.standard_normal(s).astype(np.float32)) for s in ((30, 16), (30, 24)))
     drop = InputDropout(rate, mx.random.key(5)) if rate else None
     sums: Params = {}
-    done, dz = linear_gradients(p, name, dy, x, Gradients(sums), drop)
+    done, dz = linear_gradients(p, name, dy, x, GradientAccumulator(sums), drop)
     dx = linear_backward(p, name, dy, dz, drop)
     assert len(done) == len(sizes)
 
@@ -259,7 +260,7 @@ def test_packed_weights_train_adapters_as_the_same_weights_unpacked(
     bits: int, dora: bool, unpacks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a CPU does it, and by MLX's own products with packed numbers, as a GPU does it."""
-    monkeypatch.setattr(linear_file, "_unpacks", lambda x: unpacks)
+    monkeypatch.setattr(linear_file, "_dequantizes", lambda x: unpacks)
     shape, settings = (
         tiny(d_model=64, n_heads=2, tie_embeddings=False, mlp_multiple=2.5),
         lora(dora=dora, quantize=bits),
@@ -334,5 +335,7 @@ def test_nothing_is_computed_for_what_is_frozen(monkeypatch: pytest.MonkeyPatch)
     everything = {**frozen, **trained}
     inside = {n.removeprefix("model.layers.3."): p for n, p in everything.items() if ".3." in n}
     dy, x = mx.ones((4, 16)), mx.ones((4, 16))
-    done, dz = linear_gradients(inside, "self_attn.q_proj", dy, x, Gradients(sums, "model.layers.3.", trained))
+    done, dz = linear_gradients(
+        inside, "self_attn.q_proj", dy, x, GradientAccumulator(sums, "model.layers.3.", trained)
+    )
     assert done == [] and dz is None and sums == {}

@@ -4,9 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from anarchobot.model.gradient_accumulator import add_product
 from anarchobot.numerics import elementary
-from anarchobot.numerics.products import add_product
-from anarchobot.numerics.sequencing import evaluated, free, tied
+from anarchobot.numerics.sequencing import depend, eval_now, unordered
 
 X = np.concatenate([np.linspace(-87, 88, 200_003), np.linspace(-3, 3, 100_003), [0.0]]).astype(np.float32)
 EXACT = X.astype(np.float64)
@@ -62,7 +62,7 @@ def test_products_are_added_in_float32(dtype: mx.Dtype) -> None:
 
 def test_every_way_to_wait_leaves_the_arrays_as_they_are() -> None:
     a, b = mx.arange(4), mx.ones((2, 2))
-    for wait in (tied, evaluated, free):
+    for wait in (depend, eval_now, unordered):
         x, y = wait([a, b], [a + 1])
         assert mx.array_equal(x, a) and mx.array_equal(y, b)
         assert wait([a], [])[0].tolist() == a.tolist()

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from anarchobot.config.schema import TrainConfig
-from anarchobot.numerics.sequencing import Wait, evaluated, tied
-from anarchobot.optim.adamw import BETA1, BETA2, EPSILON, adamw
+from anarchobot.numerics.sequencing import Sequencing, depend, eval_now
+from anarchobot.optim.adamw import adamw
+from anarchobot.optim.param_groups import ADAMW_BETA1 as BETA1
+from anarchobot.optim.param_groups import ADAMW_BETA2 as BETA2
+from anarchobot.optim.param_groups import ADAMW_EPS as EPSILON
 
 
-@pytest.mark.parametrize("wait", [tied, evaluated], ids=["tied", "evaluated"])
-def test_ten_steps_equal_the_librarys(wait: Wait) -> None:
+@pytest.mark.parametrize("wait", [depend, eval_now], ids=["depend", "eval_now"])
+def test_ten_steps_equal_the_librarys(wait: Sequencing) -> None:
     train = TrainConfig(weight_decay=0.1, cautious_weight_decay=False)
     rng = np.random.default_rng(0)
     w = {"w": mx.array(rng.standard_normal((5, 7)), mx.float32)}
@@ -29,7 +32,7 @@ def test_the_first_step_is_lr_long_and_vectors_are_not_decayed() -> None:
     params = {"matrix": mx.full((2, 2), 10.0), "norm": mx.full((2,), 10.0)}
     grads = {name: mx.full(p.shape, -3.0) for name, p in params.items()}
     train = TrainConfig(weight_decay=0.5, cautious_weight_decay=False)
-    new, _, _ = adamw(params, grads, zeros(params), zeros(params), mx.array(0.01), mx.array(1.0), train, tied)
+    new, _, _ = adamw(params, grads, zeros(params), zeros(params), mx.array(0.01), mx.array(1.0), train, depend)
     assert np.array(new["norm"]) == pytest.approx(10.01, rel=1e-6)
     assert np.array(new["matrix"]) == pytest.approx(10.01 - 0.01 * 0.5 * 10, rel=1e-6)
 
@@ -37,7 +40,7 @@ def test_the_first_step_is_lr_long_and_vectors_are_not_decayed() -> None:
 def test_cautious_decay_acts_only_where_the_update_shrinks_the_weight() -> None:
     """By hand: of two positive weights, the one with a positive gradient goes down anyway and decays; the other not."""
     w, g = {"w": mx.array([[10.0, 10.0]])}, {"w": mx.array([[3.0, -3.0]])}
-    new, _, _ = adamw(w, g, zeros(w), zeros(w), mx.array(0.01), mx.array(1.0), TrainConfig(weight_decay=0.5), tied)
+    new, _, _ = adamw(w, g, zeros(w), zeros(w), mx.array(0.01), mx.array(1.0), TrainConfig(weight_decay=0.5), depend)
     assert np.array(new["w"])[0] == pytest.approx([10 - 0.01 - 0.01 * 0.5 * 10, 10 + 0.01], rel=1e-6)
 
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from anarchobot.config.schema import TrainConfig
-from anarchobot.numerics.sequencing import evaluated, tied
-from anarchobot.optim.muon import muon, muon_directions, update_scale
+from anarchobot.numerics.sequencing import depend, eval_now
+from anarchobot.optim.muon import muon, muon_directions
+from anarchobot.optim.param_groups import muon_scale
 from anarchobot.optim.polar_express import orthogonalize
 from tests.optim.test_polar_express import iterate, svd_matrix
 
@@ -26,7 +27,7 @@ def by_heads(name: str, g: np.ndarray) -> np.ndarray:
     return np.concatenate([iterate(g[i : i + HEAD]) for i in range(0, g.shape[0], HEAD)], axis=0)
 
 
-@pytest.mark.parametrize("wait", [tied, evaluated], ids=["tied", "evaluated"])
+@pytest.mark.parametrize("wait", [depend, eval_now], ids=["depend", "eval_now"])
 @pytest.mark.parametrize("split", [True, False])
 @pytest.mark.parametrize("normuon", [True, False])
 @pytest.mark.parametrize("cautious", [True, False])
@@ -79,7 +80,7 @@ def test_three_steps_equal_the_formula_in_float64(cautious: bool, normuon: bool,
 def one_step(w: mx.array, g: mx.array, **settings: object) -> mx.array:
     train = TrainConfig(**settings)  # type: ignore[arg-type]
     zero, rows = mx.zeros(w.shape), {"w": mx.zeros(w.shape[:1])}
-    new, _, _ = muon({"w": w}, {"w": g}, {"w": zero}, rows, mx.array(0.1), mx.array(0.9), train, HEAD, tied)
+    new, _, _ = muon({"w": w}, {"w": g}, {"w": zero}, rows, mx.array(0.1), mx.array(0.9), train, HEAD, depend)
     return new["w"]
 
 
@@ -97,10 +98,10 @@ def test_many_matrices_go_in_groups_with_the_same_result(monkeypatch: pytest.Mon
     def step() -> dict[str, mx.array]:
         p, g = ({n: mx.array(a) for n, a in arrays.items()} for _ in range(2))
         buffers, rows = {n: mx.zeros(a.shape) for n, a in arrays.items()}, {n: mx.zeros((12,)) for n in arrays}
-        return muon(p, g, buffers, rows, mx.array(0.1), mx.array(0.9), TrainConfig(), HEAD, tied)[0]
+        return muon(p, g, buffers, rows, mx.array(0.1), mx.array(0.9), TrainConfig(), HEAD, depend)[0]
 
     together = step()
-    monkeypatch.setattr("anarchobot.optim.muon.MOST_AT_ONCE", 2 * 12 * 20)
+    monkeypatch.setattr("anarchobot.optim.param_groups.MAX_STACK_ELEMENTS", 2 * 12 * 20)
     for name, w in step().items():
         np.testing.assert_allclose(np.array(w), np.array(together[name]), atol=1e-5)
 
@@ -117,12 +118,12 @@ def test_directions_made_before_give_the_same_update(split: bool) -> None:
 
     w, g, m = arrays(1), arrays(1), arrays(0.1)
     seconds, mu = {n: mx.ones(s[:1]) for n, s in shapes.items()}, mx.array(0.9)
-    whole = muon(dict(w), dict(g), dict(m), dict(seconds), mx.array(0.1), mu, train, HEAD, tied)
+    whole = muon(dict(w), dict(g), dict(m), dict(seconds), mx.array(0.1), mu, train, HEAD, depend)
     made: dict[str, mx.array] = {}
     for names in (["layers.1.self_attn.o_proj"], ["layers.0.self_attn.o_proj", "up"]):
         own, buffers = ({name: a[name] for name in names} for a in (g, m))
-        made |= muon_directions(own, buffers, mu, train, HEAD, tied)
-    again = muon(dict(w), dict(g), dict(m), dict(seconds), mx.array(0.1), mu, train, HEAD, tied, made)
+        made |= muon_directions(own, buffers, mu, train, HEAD, depend)
+    again = muon(dict(w), dict(g), dict(m), dict(seconds), mx.array(0.1), mu, train, HEAD, depend, made)
     for a, b in zip(whole, again, strict=True):
         for name in a:
             np.testing.assert_allclose(np.array(a[name]), np.array(b[name]), atol=1e-6, err_msg=name)
@@ -132,5 +133,5 @@ def test_directions_made_before_give_the_same_update(split: bool) -> None:
 def test_the_update_has_adamws_size_or_kellers(shape: tuple[int, int]) -> None:
     g = np.random.default_rng(0).standard_normal(shape)
     u = np.array(orthogonalize(mx.array(g, mx.float32)[None])[0])
-    assert np.sqrt(((u * update_scale(shape)) ** 2).mean()) == pytest.approx(0.2, rel=0.1)
-    assert update_scale(shape, "keller") == {(64, 64): 1.0, (64, 256): 1.0, (256, 64): 2.0}[shape]
+    assert np.sqrt(((u * muon_scale(shape)) ** 2).mean()) == pytest.approx(0.2, rel=0.1)
+    assert muon_scale(shape, "keller") == {(64, 64): 1.0, (64, 256): 1.0, (256, 64): 2.0}[shape]

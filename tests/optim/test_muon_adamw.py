@@ -6,8 +6,7 @@ import pytest
 
 from anarchobot.config.schema import ModelConfig, TrainConfig
 from anarchobot.model.parameters import parameter_shapes
-from anarchobot.optim import muon_adamw as hybrid
-from anarchobot.optim import param_groups as routes
+from anarchobot.optim import muon_adamw, param_groups
 
 MODEL = ModelConfig(
     vocab_size=32, n_layers=1, d_model=8, n_heads=2, tie_embeddings=False, qk_norm=True, attention_bias=True
@@ -23,19 +22,21 @@ MUON = {
 
 def test_only_the_blocks_matrices_go_to_muon() -> None:
     shapes = parameter_shapes(MODEL)
-    assert {name for name, s in shapes.items() if routes.route(name, len(s), "muon_adamw") == "muon"} == MUON
-    assert {name for name, s in shapes.items() if routes.route(name, len(s), "adamw") == "muon"} == set()
+    assert {
+        name for name, s in shapes.items() if param_groups.optimizer_of(name, len(s), "muon_adamw") == "muon"
+    } == MUON
+    assert {name for name, s in shapes.items() if param_groups.optimizer_of(name, len(s), "adamw") == "muon"} == set()
 
 
 def test_routes_are_said_in_a_line_for_each_optimizer() -> None:
     shapes = parameter_shapes(MODEL)
     matrices, d = 4 * 8 * 8 + 3 * 8 * 32, 8
-    assert routes.describe_routes(shapes, "muon_adamw") == [
+    assert param_groups.describe_groups(shapes, "muon_adamw") == [
         f"Muon: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj ({matrices:,} parameters)",
         f"AdamW: embed_tokens, input_layernorm, post_attention_layernorm, bias, q_norm, k_norm, norm, lm_head "
         f"({2 * 32 * d + 3 * d + 3 * d + 2 * 4:,} parameters)",
     ]
-    assert [line.split(":")[0] for line in routes.describe_routes(shapes, "adamw")] == ["AdamW"]
+    assert [line.split(":")[0] for line in param_groups.describe_groups(shapes, "adamw")] == ["AdamW"]
 
 
 def test_one_update_moves_every_parameter_and_keeps_names_and_order() -> None:
@@ -43,12 +44,12 @@ def test_one_update_moves_every_parameter_and_keeps_names_and_order() -> None:
     for optimizer in ("muon_adamw", "adamw"):
         params = {name: mx.ones(s) for name, s in parameter_shapes(MODEL).items()}
         train = TrainConfig(optimizer=optimizer)  # type: ignore[arg-type]
-        state = hybrid.init_state(params, train)
+        state = muon_adamw.init_state(params, train)
         grads = {
             name: mx.array(np.random.default_rng(0).standard_normal(p.shape), mx.float32) for name, p in params.items()
         }
         before, kinds = dict(params), {kind: set(a) for kind, a in state.items()}
-        new, after = hybrid.update(
+        new, after = muon_adamw.update(
             params, grads, state, mx.array(0.01), mx.array(0.9), mx.array(1.0), train, MODEL.head_size
         )
         assert list(new) == list(before)
@@ -64,8 +65,8 @@ def test_adamw_lr_is_for_what_muon_leaves() -> None:
         train = TrainConfig(weight_decay=0.0, lr=0.1, **settings)  # type: ignore[arg-type]
         grads = {name: mx.random.normal(p.shape, key=mx.random.key(0)) for name, p in params.items()}
         scalars = mx.array(0.05), mx.array(0.9), mx.array(1.0)  # half of the peak
-        state = hybrid.init_state(params, train)
-        new, _ = hybrid.update(params, grads, state, *scalars, train, MODEL.head_size)
+        state = muon_adamw.init_state(params, train)
+        new, _ = muon_adamw.update(params, grads, state, *scalars, train, MODEL.head_size)
         return {name: float(mx.abs(p - 1).mean()) for name, p in new.items()}
 
     usual, faster = moved(), moved(adamw_lr=0.4)
@@ -80,8 +81,8 @@ def test_biases_do_not_decay() -> None:
     params = {name: mx.ones(s) for name, s in parameter_shapes(MODEL).items()}
     train = TrainConfig(weight_decay=0.5, cautious_weight_decay=False)
     grads = {name: mx.zeros(p.shape) for name, p in params.items()}
-    state = hybrid.init_state(params, train)
-    new, _ = hybrid.update(params, grads, state, *map(mx.array, (0.1, 0.9, 1.0)), train, MODEL.head_size)
+    state = muon_adamw.init_state(params, train)
+    new, _ = muon_adamw.update(params, grads, state, *map(mx.array, (0.1, 0.9, 1.0)), train, MODEL.head_size)
     assert all(mx.array_equal(p, mx.ones(p.shape)) for name, p in new.items() if name.endswith(".bias"))
     assert float(new["lm_head.weight"][0, 0]) == pytest.approx(0.95)
 
@@ -90,8 +91,8 @@ def test_biases_do_not_decay() -> None:
 def test_shares_hold_every_parameter_once_and_about_the_same_work(count: int) -> None:
     model = ModelConfig(vocab_size=64, n_layers=6, d_model=32, n_heads=4)
     params = {name: mx.zeros(s) for name, s in parameter_shapes(model).items()}
-    state = hybrid.init_state(params, TrainConfig())
-    shares = hybrid.shares(params, state, count)
+    state = muon_adamw.init_state(params, TrainConfig())
+    shares = param_groups.balanced_shares({n: p.shape for n, p in params.items()}, state["muon.momentum"], count)
     assert sorted(name for share in shares for name in share) == sorted(params)
     sizes = [sum(params[name].size for name in share if name in state["muon.momentum"]) for share in shares]
     assert max(sizes) < 1.3 * min(sizes)

@@ -4,7 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from anarchobot.optim.polar_express import POLAR_EXPRESS, gram_matrix, orthogonalize, symmetric_product
+from anarchobot.optim.param_groups import POLAR_EXPRESS
+from anarchobot.optim.polar_express import gram_matrix, orthogonalize, symmetric_product
 
 SHAPES = [(32, 32), (24, 96), (96, 24), (1, 16), (16, 1)]
 

@@ -62,7 +62,7 @@ def test_the_peak_is_within_a_tenth_of_mlxs() -> None:
 def test_weights_and_state_are_those_of_the_engine() -> None:
     for own in (config(), config(lora={"r": 8, "quantize": 4, "dora": True}), config(trainable="embeddings")):
         found, engine = estimate(own), MLXEngine(own)
-        state = sum(a.nbytes for of in engine._state.values() for a in of.values())
+        state = sum(a.nbytes for of in engine.moments.values() for a in of.values())
         weights = sum(a.nbytes for a in (*engine.params.values(), *engine.frozen.values()))
         scales = sum(a.nbytes for name, a in engine.frozen.items() if name.endswith("lora_scale"))
         assert (found.optimizer, found.weights) == (state, weights - scales)
@@ -86,7 +86,7 @@ def test_a_checkpoint_has_the_size_that_was_counted(tmp_path: Any) -> None:
     for own in (config(), config(ema_decay=0.9, optimizer="adamw"), config(lora={"r": 8})):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         checkpoint.save(folder, 1, MLXEngine(own).state(), {"config": own.model_dump()})
-        saved = checkpoint.folder_of(folder, 1)
+        saved = checkpoint.step_folder(folder, 1)
         for name, counted in zip(("model.npz", "optimizer.npz"), checkpoint_bytes(own), strict=True):
             assert 0 <= (saved / name).stat().st_size - counted < 1000 * 200  # names and heads of some arrays
 

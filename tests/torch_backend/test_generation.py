@@ -94,7 +94,7 @@ def test_it_ends_at_the_limit_at_max_seq_len_and_at_end_of_document(weights: dic
 
 def _hidden(params: dict[str, Any]) -> Any:
     """What the head reads after an end of document, whose embedding's size RMSNorm takes out again."""
-    from anarchobot.torch_backend.transformer import hidden_states
+    from anarchobot.torch_backend.model import hidden_states
 
     for _ in range(5):
         z = hidden_states(params, torch.zeros(1, 1, dtype=torch.int64), SHAPE)[0, 0]

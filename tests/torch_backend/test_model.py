@@ -9,7 +9,7 @@ import pytest
 from anarchobot.config.schema import ModelConfig
 from anarchobot.data.batches import Batch
 from anarchobot.model.llama.gradients import loss_and_gradients
-from anarchobot.model.parameters import init_parameters
+from anarchobot.model.parameters import by_block, init_parameters
 from tests.model.llama import reference
 from tests.torch_backend.settings import SHAPES, VOCAB, batch, config
 
@@ -17,10 +17,14 @@ torch = pytest.importorskip("torch")
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from anarchobot.torch_backend.attention import queries_by_memory, sight  # noqa: E402
-from anarchobot.torch_backend.block import block_forward  # noqa: E402
-from anarchobot.torch_backend.gradients import add_gradients  # noqa: E402
-from anarchobot.torch_backend.transformer import Technique, blocks, hidden_states  # noqa: E402
+from anarchobot.torch_backend.loss import add_gradients  # noqa: E402
+from anarchobot.torch_backend.model import (  # noqa: E402
+    Technique,
+    attention_context,
+    block_forward,
+    block_size_by_memory,
+    hidden_states,
+)
 
 Arrays = dict[str, np.ndarray]
 
@@ -120,9 +124,9 @@ def test_every_half_of_every_block_has_a_mask_of_its_own() -> None:
     model = config({"dropout": 0.25, "n_layers": 3}).model
     masks: list[Any] = []
 
-    def noted(p: Any, x: Any, model: Any, view: Any, keep: Any, first_v: Any) -> Any:
+    def noted(p: Any, x: Any, model: Any, context: Any, keep: Any, first_v: Any) -> Any:
         masks.extend(keep)
-        return block_forward(p, x, model, view, keep, first_v)
+        return block_forward(p, x, model, context, keep, first_v)
 
     params = {n: torch.tensor(p) for n, p in weights(model).items()}
     hidden_states(params, torch.zeros(2, 8).long(), model, dropout_key="1", technique=Technique(block=noted))
@@ -154,11 +158,13 @@ def test_gradient_checkpointing_keeps_the_blocks_inputs_alone() -> None:
 
 def test_what_dropout_keeps_is_scaled_up() -> None:
     model = config({"dropout": 0.25, "n_layers": 1}).model
-    p = blocks({n: torch.tensor(a) for n, a in weights(model).items()}, model)[0]
+    p = by_block({n: torch.tensor(a) for n, a in weights(model).items()}, model)[0]
     p["self_attn.o_proj.weight"].zero_()  # the MLP's half alone writes
     x, everything = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0)), torch.ones(2, 8, 32).bool()
-    view = sight(torch.zeros(2, 8), model)
-    (plain, _), (kept, _) = (block_forward(p, x, model, view, keep, None) for keep in (None, (everything, everything)))
+    context = attention_context(torch.zeros(2, 8), model)
+    (plain, _), (kept, _) = (
+        block_forward(p, x, model, context, keep, None) for keep in (None, (everything, everything))
+    )
     torch.testing.assert_close(0.75 * (kept - x), plain - x, atol=1e-6, rtol=1e-5)
 
 
@@ -218,5 +224,5 @@ def test_neither_all_logits_nor_all_scores_ever_exist() -> None:
 def test_blocks_of_queries_by_the_memory_of_their_scores() -> None:
     """64 MiB of float32 scores: 8 rows and 12 heads with 1,024 keys are 170 queries, rounded to 160; never under 32."""
     model = ModelConfig(d_model=768, n_heads=12)
-    assert queries_by_memory(8, 1024, model) == 160
-    assert queries_by_memory(64, 4096, model) == 32
+    assert block_size_by_memory(8, 1024, model) == 160
+    assert block_size_by_memory(64, 4096, model) == 32

@@ -4,32 +4,20 @@ import numpy as np
 import pytest
 
 from anarchobot.config.schema import TrainConfig
-from anarchobot.optim import adamw as mlx_adamw
-from anarchobot.optim import muon as mlx_muon
-from anarchobot.optim import polar_express as mlx_orthogonal
+from anarchobot.optim import param_groups
 from tests.optim.test_muon import HEAD, SHAPES, by_heads
 from tests.optim.test_polar_express import iterate, svd_matrix
 
 torch = pytest.importorskip("torch")
 
-from anarchobot.torch_backend import adamw, muon, orthogonal  # noqa: E402
-
-
-def test_the_constants_are_those_of_the_mlx_wing() -> None:
-    """They stand twice, because a file that imports MLX can't be read without it."""
-    assert orthogonal.POLAR_EXPRESS == mlx_orthogonal.POLAR_EXPRESS
-    assert (muon.BETA2, muon.EPSILON) == (mlx_muon.BETA2, mlx_muon.EPSILON)
-    assert (adamw.BETA1, adamw.BETA2, adamw.EPSILON) == (mlx_adamw.BETA1, mlx_adamw.BETA2, mlx_adamw.EPSILON)
-    for shape in ((64, 64), (64, 256), (256, 64)):
-        for kind in ("adamw", "keller"):
-            assert muon.update_scale(shape, kind) == mlx_muon.update_scale(shape, kind)
+from anarchobot.torch_backend import optim  # noqa: E402
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (24, 96), (96, 24), (1, 16), (16, 1)])
 def test_orthogonalised_is_near_the_polar_factor(shape: tuple[int, int]) -> None:
     g, nearest = svd_matrix(*shape)
     zero = np.zeros(shape)
-    got, other, still = orthogonal.orthogonalize(torch.tensor(np.stack([g, 1000 * g, zero]), dtype=torch.float32))
+    got, other, still = optim.orthogonalize(torch.tensor(np.stack([g, 1000 * g, zero]), dtype=torch.float32))
     u = got.double().numpy()
     values = np.linalg.svd(u, compute_uv=False)
     assert values.min() > 0.85 and values.max() < 1.15  # the published band of five steps
@@ -42,7 +30,7 @@ def test_orthogonalised_is_near_the_polar_factor(shape: tuple[int, int]) -> None
 @pytest.mark.parametrize("smallest", [1e-2, 1e-4, 1e-6])
 def test_badly_conditioned_matrices_do_as_well_as_in_float64(smallest: float) -> None:
     g, _ = svd_matrix(48, 128, smallest=smallest)
-    got = orthogonal.orthogonalize(torch.tensor(g[None], dtype=torch.float32))[0].double().numpy()
+    got = optim.orthogonalize(torch.tensor(g[None], dtype=torch.float32))[0].double().numpy()
     exact = iterate(g)
     assert np.linalg.norm(got - exact) < 0.005 * np.linalg.norm(exact)
 
@@ -55,7 +43,7 @@ def test_three_steps_of_muon_equal_the_formula_in_float64(
     cautious: bool, normuon: bool, split: bool, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All kinds of matrices at once; Nesterov, momentum changing from step to step, decoupled decay."""
-    monkeypatch.setattr(muon, "MOST_AT_ONCE", most)
+    monkeypatch.setattr(param_groups, "MAX_STACK_ELEMENTS", most)
     train = TrainConfig(
         normuon=normuon, muon_split_heads=split, cautious_weight_decay=cautious, weight_decay=0.3, lr=0.1
     )
@@ -80,7 +68,7 @@ def test_three_steps_of_muon_equal_the_formula_in_float64(
             u = u * 0.2 * np.sqrt(max(w.shape))
             truth[name] = w - lr * (u + (0.3 * w * (u * w > 0) if cautious else 0.3 * w))
         tensors = {name: torch.tensor(g, dtype=torch.float32) for name, g in grads.items()}
-        muon.muon(params, tensors, buffers, seconds, lr, mu, train, HEAD)
+        optim.muon(params, tensors, buffers, seconds, lr, mu, train, HEAD)
     for name, p in truth.items():
         np.testing.assert_allclose(params[name].numpy(), p, atol=1e-4, err_msg=name)
         np.testing.assert_allclose(buffers[name].numpy(), momenta[name], atol=1e-6)
@@ -102,6 +90,6 @@ def test_five_steps_of_adamw_equal_pytorchs_own() -> None:
         for name, g in grads.items():
             theirs[name].grad = g.double()
         optimizer.step()
-        adamw.adamw(params, grads, first, second, 0.02, count, train)
+        optim.adamw(params, grads, first, second, 0.02, count, train)
     for name, p in params.items():
         torch.testing.assert_close(p.double(), theirs[name].detach(), atol=1e-6, rtol=1e-6)

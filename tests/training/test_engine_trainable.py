@@ -58,7 +58,7 @@ def test_the_state_is_a_whole_model_and_moments_of_what_is_trained() -> None:
 
 def test_a_checkpoint_of_the_whole_training_is_refused_and_torch_says_so() -> None:
     whole = MLXEngine(config(tied=True, trainable="all"))
-    with pytest.raises(UserError, match="another optimizer"):
+    with pytest.raises(UserError, match="set train.optimizer"):
         MLXEngine(config(tied=True)).load_state(whole.state())
     pytest.importorskip("torch")
     with pytest.raises(UserError, match=r"set train.trainable: all, or train.backend: mlx"):

@@ -47,7 +47,7 @@ def test_loss_and_gradients_are_pytorchs(loss: str) -> None:
     """One AdamW step's moments are a tenth of the gradient: so the gradient can be read."""
     torch = pytest.importorskip("torch")
     from anarchobot.torch_backend.loss import logits
-    from anarchobot.torch_backend.transformer import head_name, hidden_states
+    from anarchobot.torch_backend.model import head_name, hidden_states
 
     chosen, batch = config(loss), pairs()
     weights = init_parameters(chosen.model, 3)
@@ -88,10 +88,10 @@ def test_what_is_measured_is_counted_by_pairs_and_those_that_are_none_do_not_cou
     margins = 0.3 * ((found - batch.ref_log_probs[0, :3])[:, 0] - (found - batch.ref_log_probs[0, :3])[:, 1])
     total, count = engine.eval_step(batch)
     assert count == 3 and math.isfinite(total)
-    judged = engine.judged()
+    judged = engine.eval_measures()
     assert judged["val_reward_margin"] == pytest.approx(float(margins.mean()), rel=1e-4)
     assert judged["val_reward_accuracy"] == pytest.approx(float((margins > 0).mean()))
-    assert engine.judged()["val_reward_margin"] == 0.0
+    assert engine.eval_measures()["val_reward_margin"] == 0.0
     assert all(math.isfinite(PreferenceEngine(config(loss)).eval_step(batch)[0]) for loss in ("ipo", "orpo"))
 
 
@@ -121,10 +121,10 @@ def test_a_validation_batch_that_is_tried_again_counts_once() -> None:
     batch, engine = pairs(1, 7, none=1), PreferenceEngine(config())
     for stop in (1, 2, 3, 4, 5, 6, 7):
         engine.eval_step(batch.rows(stop - 1, stop))
-    wanted = engine.judged()
+    wanted = engine.eval_measures()
     for start in (0, 3, 0, 2, 4, 6):
         engine.eval_step(batch.rows(start, min(7, start + (3 if start == 3 else 2))))
-    assert engine.judged() == pytest.approx(wanted, rel=1e-5)
+    assert engine.eval_measures() == pytest.approx(wanted, rel=1e-5)
 
 
 def test_out_of_memory_is_told_as_such_for_log_probabilities_too(monkeypatch: pytest.MonkeyPatch) -> None:

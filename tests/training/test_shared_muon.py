@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from anarchobot.training import shared_muon
-from anarchobot.training.shared_muon import LOOKED_AT, SharedMuon
+from anarchobot.training.shared_muon import TIMED_UPDATES, SharedMuon
 
 PARAMS = {f"layers.{i}.w": mx.zeros((4 + i, 8)) for i in range(7)} | {"embed": mx.zeros((90, 8))}
 BY_MUON = [name for name in PARAMS if name != "embed"]
@@ -21,10 +21,10 @@ class Pretended:
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
-    def first(self, number: float) -> float:
+    def broadcast_scalar(self, number: float) -> float:
         return number
 
-    def each(self, own: dict[str, Any], names: Any, shapes: Any) -> dict[str, Any]:
+    def all_gather(self, own: dict[str, Any], names: Any, shapes: Any) -> dict[str, Any]:
         self.own, self.names, self.shapes = own, names, shapes
         return own
 
@@ -57,7 +57,7 @@ def test_it_is_done_when_it_saves_more_than_it_sends(
         clock[0] += seconds
 
     shared = SharedMuon(Pretended(0), PARAMS, BY_MUON, 1, None)  # type: ignore[arg-type]
-    for step in range(LOOKED_AT):
+    for step in range(TIMED_UPDATES):
         assert made(shared) == {} and shared.on is None
         shared.timed("exchange", lambda step=step: lasting(exchange + step))  # type: ignore[misc]
         shared.timed("update", lambda step=step: lasting(9.0 if step == 0 else 0.9))  # type: ignore[misc]

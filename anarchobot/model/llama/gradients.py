@@ -11,13 +11,14 @@ import mlx.core as mx
 
 from anarchobot.config.schema import ModelConfig
 from anarchobot.model.gradient_accumulator import GradientAccumulator, Params
-from anarchobot.model.gradients import DEFAULT, Objective, Technique, head_loss, lowest_trained_block
 from anarchobot.model.llama import block
 from anarchobot.model.llama.attention import BlockedAttention
 from anarchobot.model.llama.block import DropoutKeys, SavedAttention, SavedMLP
 from anarchobot.model.llama.forward import dropout_keys, embed, head_matrix, head_name
+from anarchobot.model.loss import head_loss
 from anarchobot.model.norm import rms_norm, rms_norm_backward
-from anarchobot.model.parameters import by_block
+from anarchobot.model.parameters import by_block, lowest_trained_block
+from anarchobot.model.technique import DEFAULT, Objective, Technique
 
 Saved = tuple[SavedAttention, SavedMLP]
 

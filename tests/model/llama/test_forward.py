@@ -12,10 +12,11 @@ import pytest
 
 from anarchobot.config.schema import ModelConfig
 from anarchobot.model.llama.forward import head_name, hidden_states, logits
-from anarchobot.model.llama.gradients import Technique, loss_and_gradients
+from anarchobot.model.llama.gradients import loss_and_gradients
 from anarchobot.model.loss import loss_sum
 from anarchobot.model.parameters import init_parameters, parameter_shapes
-from anarchobot.numerics import sequencing as order
+from anarchobot.model.technique import Technique
+from anarchobot.numerics import sequencing
 from tests.model.llama import reference
 
 SHAPES = {
@@ -99,9 +100,9 @@ def test_recomputed_blocks_give_the_same_gradients_bit_for_bit_with_dropout_on()
     "technique",
     [
         Technique(attention_block=5, loss_chunk=7, mlp_rows=9),
-        Technique(attention_block=1, wait=order.evaluated),
-        Technique(recompute=True, wait=order.evaluated, mlp_rows=28),
-        Technique(attention_block=4, wait=order.free, recompute=True),
+        Technique(attention_block=1, wait=sequencing.eval_now),
+        Technique(recompute=True, wait=sequencing.eval_now, mlp_rows=28),
+        Technique(attention_block=4, wait=sequencing.unordered, recompute=True),
     ],
     ids=["chunks", "single queries", "recomputed", "recomputed in free order"],
 )

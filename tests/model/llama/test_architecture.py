@@ -8,11 +8,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from anarchobot.config.schema import Config, ModelConfig
+from anarchobot.config.schema import Config, ModelConfig, TrainConfig
 from anarchobot.data.batches import Batch
-from anarchobot.model.llama import flops
+from anarchobot.model.architecture import architecture
+from anarchobot.model.parameters import model_flops, parameter_shapes
+from anarchobot.optim.param_groups import muon_flops
 from anarchobot.training.mlx_engine import MLXEngine
 
+LLAMA = architecture("llama")
 Product = tuple[int, int, int]  # m, n, k of [m, k] times [k, n]
 
 
@@ -37,26 +40,28 @@ def backward(products: list[Product]) -> list[Product]:
 
 
 def test_the_parts_are_their_products() -> None:
-    assert flops.attention_forward(MODEL, ROWS, BLOCKS) == operations(PROJECTIONS + SCORES + VALUES)
-    of_queries_and_keys = operations(SCORES + backward(SCORES) + backward(VALUES))
-    assert flops.attention_backward(MODEL, ROWS, BLOCKS) == operations(backward(PROJECTIONS)) + of_queries_and_keys
-    assert flops.mlp_forward(MODEL, 14) == operations(MLP)
-    assert flops.mlp_backward(MODEL, 14) == operations(backward(MLP))
     head = [(14, 100, 12)]
-    assert flops.head(MODEL, 14) == operations(head + backward(head))
+    queries_and_keys = operations(SCORES + backward(SCORES) + backward(VALUES))
     again = operations(PROJECTIONS + SCORES + VALUES + MLP[:2])
-    assert flops.block_again(MODEL, ROWS, BLOCKS) == again
-
+    assert LLAMA.step_flops(MODEL, ROWS, BLOCKS) == {
+        "embedding": 0,
+        "attention forward": 3 * operations(PROJECTIONS + SCORES + VALUES),
+        "MLP forward": 3 * operations(MLP),
+        "head and loss": operations(head + backward(head)),
+        "blocks forward again": 3 * again,
+        "MLP backward": 3 * operations(backward(MLP)),
+        "attention backward": 3 * (operations(backward(PROJECTIONS)) + queries_and_keys),
+    }
     forward = 3 * (PROJECTIONS + SCORES + VALUES + MLP) + head
-    assert flops.model_step(MODEL, ROWS, BLOCKS) == operations(forward + backward(forward))
-    assert flops.recomputed(MODEL, ROWS, BLOCKS, False) == 3 * operations(SCORES)
-    assert flops.recomputed(MODEL, ROWS, BLOCKS, True) == 3 * (operations(SCORES) + again)
+    assert model_flops(MODEL, ROWS, BLOCKS) == operations(forward + backward(forward))
+    assert LLAMA.recomputed_flops(MODEL, ROWS, BLOCKS, False) == 3 * operations(SCORES)
+    assert LLAMA.recomputed_flops(MODEL, ROWS, BLOCKS, True) == 3 * (operations(SCORES) + again)
 
 
 def test_a_token_asks_for_six_operations_a_weight_and_its_attention() -> None:
     """One row as a single block: every query sees all keys, though half of the scores are masked."""
     matrices = 3 * (12 * 24 + 2 * 12 * 8 + 24 * 12 + 3 * 12 * 30) + 100 * 12
-    assert flops.model_step(MODEL, 1, [(0, 7)]) == 7 * (6 * matrices + 3 * 6 * 2 * 24 * 7)
+    assert model_flops(MODEL, 1, [(0, 7)]) == 7 * (6 * matrices + 3 * 6 * 2 * 24 * 7)
 
 
 @contextmanager
@@ -111,10 +116,10 @@ def test_a_step_makes_the_products_that_are_counted(
 
     size, again = config.train.attention_block or 10**6, config.train.gradient_checkpointing
     blocks = [(start, min(start + size, 40)) for start in range(0, 40, size)]
-    expected = flops.model_step(config.model, 2 * micro_batches, blocks)
-    expected += flops.recomputed(config.model, 2 * micro_batches, blocks, again)
+    expected = model_flops(config.model, 2 * micro_batches, blocks)
+    expected += LLAMA.recomputed_flops(config.model, 2 * micro_batches, blocks, again)
     if config.train.optimizer == "muon_adamw":
-        expected += flops.muon(config.model, config.train.muon_split_heads, on_cpu=True)
+        expected += muon_flops(parameter_shapes(config.model), config.train, config.model.head_size, on_cpu=True)
     if again:  # a recomputed block's down_proj is written down, but nobody asks for its value
         expected += 2 * 2 * 80 * config.model.mlp_size * 32
     assert counted[0] == expected
@@ -123,6 +128,7 @@ def test_a_step_makes_the_products_that_are_counted(
 def test_strips_are_for_a_cpu() -> None:
     model = ModelConfig(vocab_size=8, n_layers=1, d_model=512, n_heads=1, mlp_multiple=2.0)
     whole = 4 * (4 * 512**3 + 34 * 512**3) + 3 * (4 * 512**2 * 1024 + 34 * 512**3)
-    assert flops.muon(model, False, on_cpu=False) == whole
+    shapes, train = parameter_shapes(model), TrainConfig(muon_split_heads=False)
+    assert muon_flops(shapes, train, model.head_size, on_cpu=False) == whole
     spared = 4 * (2 + 34) * 512**3 + 3 * (2 * 512**2 * 1024 + 34 * 512**3)  # by 3/8 in symmetric products
-    assert flops.muon(model, False, on_cpu=True) == whole - spared * 3 // 8
+    assert muon_flops(shapes, train, model.head_size, on_cpu=True) == whole - spared * 3 // 8
