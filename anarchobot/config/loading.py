@@ -42,8 +42,7 @@ class Loaded(Generic[Schema]):
         return f"{source}: {self.aliases.get(key, key)}" if source else f"{key} (default)"
 
 
-class LoadedConfig(Loaded[Config]):
-    """The configuration shared by all commands except `adapt-vocab`, loaded."""
+LoadedConfig = Loaded[Config]
 
 
 @dataclass
