@@ -34,7 +34,7 @@ def export(path: str | Path, target: Target, output: str | Path, dtype: Dtype = 
     warnings: list[str] = []
     if target == "gguf":
         gguf_file.gguf_package()
-        vocabulary = gguf_file.vocabulary(tokenizer)
+        fields = gguf_file.tokenizer_fields(tokenizer, bos_id, chat)
         files = {}
     else:
         files = tokenizer_files(tokenizer, model.max_seq_len, bos_id, chat)
@@ -46,8 +46,7 @@ def export(path: str | Path, target: Target, output: str | Path, dtype: Dtype = 
     name = found.folder.resolve().parent.name
     with new_folder(Path(output)) as folder:
         if target == "gguf":
-            tokens = gguf_file.special_tokens(tokenizer, bos_id, chat)
-            gguf_file.write(folder / gguf_file.FILE_NAME, name, params, model, vocabulary, tokens, dtype)
+            gguf_file.write(folder / gguf_file.FILE_NAME, name, params, model, fields, dtype)
         else:
             metadata = {"format": "mlx" if target == "mlx" else "pt"}
             safetensors_file.write(folder / "model.safetensors", params, dtype, metadata)

@@ -6,7 +6,7 @@ Keys and tensor names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from anarchobot.tokenizers.sentencepiece_to_json import NORMAL, UNUSED, USER_DEF
 from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, read_sentencepiece_proto
 
 FILE_NAME = "model.gguf"
+Fields = dict[str, Any]  # by the name of a GGUFWriter.add_… method
 _IN_BLOCK = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -40,31 +41,6 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _PRE_TOKENIZERS = {rf"{_WORDS}\p{{N}}{{1,3}}{_REST}": "llama-bpe", rf"{_WORDS}\p{{N}}{_REST}": "qwen2"}
 
 
-class Vocabulary(NamedTuple):
-    """`model` and `pre` are llama.cpp's names of the algorithm and the pre-tokenizer. `tokens`, `types` and `scores`
-    have an entry per token; byte-level BPE has no scores."""
-
-    model: str
-    pre: str
-    tokens: list[str]
-    types: list[int]
-    scores: list[float]
-    merges: list[str]
-    unknown_id: int | None
-    space_prefix: bool
-
-
-class SpecialTokens(NamedTuple):
-    """`add_bos`: whether llama.cpp prepends `bos`. `eot`: the end-of-turn token, if answers end with another token than
-    `eos`."""
-
-    bos: int
-    add_bos: bool
-    eos: int
-    eot: int | None = None
-    template: str | None = None
-
-
 def gguf_package() -> Any:
     """Imports the optional gguf package. Raises UserError if it is not installed."""
     try:
@@ -75,38 +51,36 @@ def gguf_package() -> Any:
 
 
 def write(
-    path: Path,
-    name: str,
-    params: dict[str, Float32],
-    model: ModelConfig,
-    vocabulary: Vocabulary,
-    tokens: SpecialTokens,
-    dtype: Dtype,
+    path: Path, name: str, params: dict[str, Float32], model: ModelConfig, tokenizer: Fields, dtype: Dtype
 ) -> None:
     """Writes matrices as `dtype`, norms and biases as float32, as llama.cpp requires.
 
-    Raises UserError if a value overflows `dtype`.
+    `tokenizer` is the result of `tokenizer_fields`. Raises UserError if a value overflows `dtype`.
     """
     gguf = gguf_package()
     architecture = architecture_name(model).lower()
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name(name)
     file_types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
-    writer.add_file_type(gguf.LlamaFileType[file_types[dtype]])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(model.vocab_size)
-    writer.add_context_length(model.max_seq_len)
-    writer.add_embedding_length(model.d_model)
-    writer.add_block_count(model.n_layers)
-    writer.add_feed_forward_length(model.mlp_size)
-    writer.add_head_count(model.n_heads)
-    writer.add_head_count_kv(model.kv_heads)
-    writer.add_key_length(model.head_size)
-    writer.add_value_length(model.head_size)
-    writer.add_rope_dimension_count(model.head_size)
-    writer.add_rope_freq_base(model.rope_theta)
-    writer.add_layer_norm_rms_eps(model.norm_eps)
-    _add_vocabulary(writer, vocabulary, tokens)
+    fields = {
+        "name": name,
+        "file_type": gguf.LlamaFileType[file_types[dtype]],
+        "quantization_version": gguf.GGML_QUANT_VERSION,
+        "vocab_size": model.vocab_size,
+        "context_length": model.max_seq_len,
+        "embedding_length": model.d_model,
+        "block_count": model.n_layers,
+        "feed_forward_length": model.mlp_size,
+        "head_count": model.n_heads,
+        "head_count_kv": model.kv_heads,
+        "key_length": model.head_size,
+        "value_length": model.head_size,
+        "rope_dimension_count": model.head_size,
+        "rope_freq_base": model.rope_theta,
+        "layer_norm_rms_eps": model.norm_eps,
+        **tokenizer,
+    }
+    for key, value in fields.items():
+        getattr(writer, f"add_{key}")(value)
     for our_name, array in params.items():
         if architecture == "llama" and our_name.endswith((".q_proj.weight", ".k_proj.weight")):
             array = interleave(array, model.head_size)
@@ -140,55 +114,40 @@ def interleave(projection: Float32, head_size: int) -> Float32:
     return halves.swapaxes(1, 2).reshape(projection.shape)
 
 
-def _add_vocabulary(writer: Any, vocabulary: Vocabulary, tokens: SpecialTokens) -> None:
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.types)
-    if vocabulary.scores:
-        writer.add_token_scores(vocabulary.scores)
-    if vocabulary.merges:
-        writer.add_token_merges(vocabulary.merges)
-    if vocabulary.unknown_id is not None:
-        writer.add_unk_token_id(vocabulary.unknown_id)
-    writer.add_bos_token_id(tokens.bos)
-    writer.add_eos_token_id(tokens.eos)
-    writer.add_add_bos_token(tokens.add_bos)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(vocabulary.space_prefix)
-    if tokens.eot is not None:
-        writer.add_eot_token_id(tokens.eot)
-    if tokens.template is not None:
-        writer.add_chat_template(tokens.template)
-
-
-def special_tokens(tokenizer: Tokenizer, bos_id: int, chat: ChatFormat | None) -> SpecialTokens:
-    """`bos_id` is the token that starts a text.
+def tokenizer_fields(tokenizer: Tokenizer, bos_id: int, chat: ChatFormat | None) -> Fields:
+    """Returns the vocabulary and special tokens; `bos_id` is the token that starts a text.
 
     llama.cpp prepends BOS to texts and to rendered conversations alike, unless a conversation already starts with it.
     So with a chat template, BOS is added only if the template starts with it. Templates that refer to bos_token and
-    eos_token get these two tokens.
+    eos_token get these two tokens. Raises UserError for a tokenizer that llama.cpp does not implement.
     """
-    if chat is None:
-        return SpecialTokens(bos_id, True, tokenizer.eod_id)
     assert isinstance(tokenizer, SentencePieceTokenizer | HFTokenizer)
-    named = chat.special_tokens.get("eos_token") if chat.mentions("eos_token") else None
-    eos = tokenizer.eod_id if named is None else tokenizer.control_tokens[named]
-    other_stops = [token for token in reversed(chat.stop_ids) if token != eos]
-    bos = bos_id if chat.bos_id is None else chat.bos_id
-    eot = other_stops[0] if other_stops else None
-    return SpecialTokens(bos, chat.bos_id is not None, eos, eot, chat.template.source)
-
-
-def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    """Raises UserError for a tokenizer that llama.cpp does not implement."""
     if isinstance(tokenizer, SentencePieceTokenizer):
-        return _sentencepiece(tokenizer)
-    assert isinstance(tokenizer, HFTokenizer)
-    return _byte_level(tokenizer)
+        fields, space_prefix = _sentencepiece(tokenizer)
+    else:
+        fields, space_prefix = _byte_level(tokenizer), False
+    eos_id, add_bos, end_of_turn = tokenizer.eod_id, True, None
+    if chat is not None:
+        if chat.mentions("eos_token") and "eos_token" in chat.special_tokens:
+            eos_id = tokenizer.control_tokens[chat.special_tokens["eos_token"]]
+        end_of_turn = next((token for token in reversed(chat.stop_ids) if token != eos_id), None)
+        bos_id, add_bos = (bos_id, False) if chat.bos_id is None else (chat.bos_id, True)
+    fields |= {
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "add_bos_token": add_bos,
+        "add_eos_token": False,
+        "add_space_prefix": space_prefix,
+    }
+    if end_of_turn is not None:
+        fields["eot_token_id"] = end_of_turn
+    if chat is not None:
+        fields["chat_template"] = chat.template.source
+    return fields
 
 
-def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
+def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Fields, bool]:
+    """Also returns whether the tokenizer adds a space before a text."""
     path = tokenizer.files[0]
     proto = read_sentencepiece_proto(path)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
@@ -196,19 +155,18 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
         raise _unsupported(path, "of SentencePiece models, llama.cpp supports only BPE with byte fallback")
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
         raise _unsupported(path, "it has a normalizer, which llama.cpp's BPE does not support")
-    return Vocabulary(
-        model="llama",
-        pre="default",
-        tokens=[piece.piece for piece in proto.pieces],
-        types=[piece.type for piece in proto.pieces],
-        scores=[piece.score for piece in proto.pieces],
-        merges=[],
-        unknown_id=trainer.unk_id,
-        space_prefix=normalizer.add_dummy_prefix,
-    )
+    fields = {
+        "tokenizer_model": "llama",
+        "tokenizer_pre": "default",
+        "token_list": [piece.piece for piece in proto.pieces],
+        "token_types": [piece.type for piece in proto.pieces],
+        "token_scores": [piece.score for piece in proto.pieces],
+        "unk_token_id": trainer.unk_id,
+    }
+    return fields, normalizer.add_dummy_prefix
 
 
-def _byte_level(tokenizer: HFTokenizer) -> Vocabulary:
+def _byte_level(tokenizer: HFTokenizer) -> Fields:
     path, spec = tokenizer.files[0], tokenizer.spec()
     model = spec["model"]
     if model["type"] != "BPE" or model.get("byte_fallback"):
@@ -223,16 +181,13 @@ def _byte_level(tokenizer: HFTokenizer) -> Vocabulary:
     for added in spec["added_tokens"]:
         tokens[added["id"]] = added["content"]
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    return Vocabulary(
-        model="gpt2",
-        pre=_pre_tokenizer(path, spec["pre_tokenizer"]),
-        tokens=tokens,
-        types=types,
-        scores=[],
-        merges=[" ".join(pair) for pair in model["merges"]],
-        unknown_id=None,
-        space_prefix=False,
-    )
+    return {
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": _pre_tokenizer(path, spec["pre_tokenizer"]),
+        "token_list": tokens,
+        "token_types": types,
+        **({"token_merges": [" ".join(pair) for pair in model["merges"]]} if model["merges"] else {}),
+    }
 
 
 def _pre_tokenizer(path: Path, spec: dict[str, Any] | None) -> str:

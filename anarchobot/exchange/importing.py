@@ -1,7 +1,7 @@
 """Reads Hugging Face model folders (Llama, Mistral, Qwen2, Qwen3) and imports them as run folders."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +55,9 @@ def load_hf_folder(folder: Path) -> HFModel:
             f"dropping embedding rows without a token: the model has {model.vocab_size:,} rows, its tokenizer "
             f"{tokenizer.vocab_size:,} tokens"
         )
-    weights = _HFWeights(folder, stored, model, tokenizer.vocab_size)
+    _check_tensors(folder, stored, model)
+    rows = tokenizer.vocab_size
+    weights = LazyWeights(parameter_shapes(model), lambda name: _load_finite(stored[name], name, rows))
     bos = values.get("bos_token_id")
     has_bos = isinstance(bos, int) and 0 <= bos < tokenizer.vocab_size and bos != tokenizer.eod_id
     model = model.model_copy(update={"vocab_size": tokenizer.vocab_size, "bos_id": bos if has_bos else None})
@@ -139,51 +141,57 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-class _HFWeights(Mapping[str, Float32]):
-    """Parameters by name, with the first `rows` rows of the embedding and the output head; each is loaded on access."""
+class LazyWeights(Mapping[str, Float32]):
+    """Parameters by name; each is loaded when it is accessed."""
 
-    def __init__(self, folder: Path, stored: dict[str, StoredTensor], model: ModelConfig, rows: int) -> None:
-        """Raises UserError if a tensor is missing, has the wrong shape, or is unknown and not a bias of zeros."""
-        blocks = len({name.split(".")[2] for name in stored if name.startswith("model.layers.")})
-        if blocks != model.n_layers:  # checked first: the names of 200 million blocks would fill the memory
-            raise UserError(
-                f"{folder}: the safetensors files have {blocks} blocks (model.layers.…), but config.json says "
-                f"num_hidden_layers: {model.n_layers}"
-            )
-        shapes = parameter_shapes(model)
-        for name, shape in shapes.items():
-            if name not in stored:
-                raise UserError(f"{folder}: {name} is missing from the safetensors files: config.json requires it")
-            if stored[name].shape != shape:
-                raise UserError(
-                    f"{stored[name].path}: {name} has shape {list(stored[name].shape)}, but config.json requires "
-                    f"{list(shape)}"
-                )
-        for name, tensor in stored.items():
-            # A tied head is the embedding, whatever the file contains; old files include the rotary frequencies.
-            if name in shapes or name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
-                continue
-            if not name.endswith(".bias"):
-                raise UserError(f"{tensor.path}: {name}: unsupported parameter")
-            if tensor.load().any():
-                raise UserError(
-                    f"{tensor.path}: {name} is not zero: biases are supported only on queries, keys and values"
-                )
-        self._stored, self._rows = {name: stored[name] for name in shapes}, rows
+    def __init__(self, names: Iterable[str], load: Callable[[str], Float32]) -> None:
+        self._names, self._load = dict.fromkeys(names), load
 
     def __getitem__(self, name: str) -> Float32:
-        """Raises UserError if a value is not finite."""
-        tensor = self._stored[name]
-        array = tensor.load()
-        if not np.isfinite(array).all():
-            raise UserError(f"{tensor.path}: {name} contains a value that is not finite")
-        return array[: self._rows] if name in _VOCABULARY_MATRICES else array
+        if name not in self._names:
+            raise KeyError(name)
+        return self._load(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._stored)
+        return len(self._names)
+
+
+def _check_tensors(folder: Path, stored: dict[str, StoredTensor], model: ModelConfig) -> None:
+    """Raises UserError if a tensor is missing, has the wrong shape, or is unknown and not a bias of zeros."""
+    blocks = len({name.split(".")[2] for name in stored if name.startswith("model.layers.")})
+    if blocks != model.n_layers:  # checked first: the names of 200 million blocks would fill the memory
+        raise UserError(
+            f"{folder}: the safetensors files have {blocks} blocks (model.layers.…), but config.json says "
+            f"num_hidden_layers: {model.n_layers}"
+        )
+    shapes = parameter_shapes(model)
+    for name, shape in shapes.items():
+        if name not in stored:
+            raise UserError(f"{folder}: {name} is missing from the safetensors files: config.json requires it")
+        if stored[name].shape != shape:
+            raise UserError(
+                f"{stored[name].path}: {name} has shape {list(stored[name].shape)}, but config.json requires "
+                f"{list(shape)}"
+            )
+    for name, tensor in stored.items():
+        # A tied head is the embedding, whatever the file contains; old files include the rotary frequencies.
+        if name in shapes or name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
+            continue
+        if not name.endswith(".bias"):
+            raise UserError(f"{tensor.path}: {name}: unsupported parameter")
+        if tensor.load().any():
+            raise UserError(f"{tensor.path}: {name} is not zero: biases are supported only on queries, keys and values")
+
+
+def _load_finite(tensor: StoredTensor, name: str, rows: int) -> Float32:
+    """Loads a parameter; the embedding and the output head are cut to `rows` rows."""
+    array = tensor.load()
+    if not np.isfinite(array).all():
+        raise UserError(f"{tensor.path}: {name} contains a value that is not finite")
+    return array[:rows] if name in _VOCABULARY_MATRICES else array
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Loads a whole model to use or train further: one of our runs, or a Hugging Face model folder."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.exchange.adapters import CONFIG as ADAPTER_CONFIG
-from anarchobot.exchange.importing import default_data, load_hf_folder
+from anarchobot.exchange.importing import LazyWeights, default_data, load_hf_folder
 from anarchobot.model.parameters import parameter_shapes
 from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import sha256_file
@@ -61,11 +61,12 @@ def load_pretrained(path: str) -> PretrainedModel:
             f"{tokenizer.files[0]}: {tokenizer.vocab_size:,} tokens, but the model in {run.folder} has "
             f"{run.config.model.vocab_size:,} rows: put the tokenizer that it was trained with into the run folder"
         )
+    model_file = run.folder / checkpoint.MODEL_FILE
     return PretrainedModel(
         run.folder,
         run.config,
         tokenizer,
-        _CheckpointWeights(run),
+        LazyWeights(parameter_shapes(run.config.model), lambda name: _load_parameter(model_file, name)),
         lambda: str(run.state["sha256"][checkpoint.MODEL_FILE]),
         list(run.skipped),
     )
@@ -81,19 +82,7 @@ def _digest(files: list[Path]) -> str:
     return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
 
 
-class _CheckpointWeights(Mapping[str, npt.NDArray[np.float32]]):
-    """A verified checkpoint's parameters by name."""
-
-    def __init__(self, found: checkpoint.Checkpoint) -> None:
-        self._file, self._shapes = found.folder / checkpoint.MODEL_FILE, parameter_shapes(found.config.model)
-
-    def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
-        with np.load(self._file, allow_pickle=False) as npz:
-            array: npt.NDArray[np.float32] = npz[name]
-        return array
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
+def _load_parameter(file: Path, name: str) -> npt.NDArray[np.float32]:
+    with np.load(file, allow_pickle=False) as npz:
+        array: npt.NDArray[np.float32] = npz[name]
+    return array

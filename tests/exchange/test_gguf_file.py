@@ -13,7 +13,7 @@ import sentencepiece
 from anarchobot.config.errors import UserError
 from anarchobot.exchange import gguf_file
 from anarchobot.exchange.exporting import export
-from anarchobot.exchange.gguf_file import vocabulary
+from anarchobot.exchange.gguf_file import tokenizer_fields
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from tests.exchange.random_run import make_run
 
@@ -139,13 +139,13 @@ def test_pre_tokenizers(tmp_path: Path, tokenizers_folder: Path) -> None:
         tokens = [*whole["added_tokens"], extra]
         changed = {**whole, "pre_tokenizer": before, "normalizer": normalizer, "added_tokens": tokens}
         (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
-        return vocabulary(load_tokenizer(tmp_path / "tokenizer.json"))
+        return tokenizer_fields(load_tokenizer(tmp_path / "tokenizer.json"), 0, None)
 
-    assert of(words + "{1,3}" + rest).pre == "llama-bpe"
+    assert of(words + "{1,3}" + rest)["tokenizer_pre"] == "llama-bpe"
     found = of(words + rest, {"type": "NFC"})
-    assert found.pre == "qwen2"
-    added = found.tokens.index("<|later|>")
-    assert found.types[added] == 4 and len(found.tokens) == len(found.types) == added + 1
+    assert found["tokenizer_pre"] == "qwen2"
+    added = found["token_list"].index("<|later|>")
+    assert found["token_types"][added] == 4 and len(found["token_list"]) == len(found["token_types"]) == added + 1
     with pytest.raises(
         UserError, match=r"tokenizer.json: this tokenizer can't be exported to GGUF: its pre-tokenizer is not"
     ):
