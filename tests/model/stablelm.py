@@ -1,0 +1,74 @@
+"""StableLM as a second architecture, written as a contributor would: LayerNorm with biases, partial rotary embeddings.
+
+One file holds both parts (model/architecture.py): `Architecture` without the counts, and `ForwardPass`.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+
+from anarchobot.config.schema import ModelConfig
+from anarchobot.model.architecture import Context
+from anarchobot.model.gradient_accumulator import Params
+from anarchobot.model.linear import linear, matrix, rows
+from anarchobot.model.parameters import by_block
+
+ROTARY = 0.25  # of a head
+
+
+def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    d, mlp = model.d_model, model.mlp_size
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab_size, d)}
+    for i in range(model.n_layers):
+        block = {f"self_attn.{x}_proj.weight": (d, d) for x in "qkvo"}
+        block |= {"mlp.gate_proj.weight": (mlp, d), "mlp.up_proj.weight": (mlp, d), "mlp.down_proj.weight": (d, mlp)}
+        norms = [f"{norm}.{x}" for norm in ("input_layernorm", "post_attention_layernorm") for x in ("weight", "bias")]
+        shapes |= {f"model.layers.{i}.{name}": s for name, s in {**block, **dict.fromkeys(norms, (d,))}.items()}
+    return shapes | {"model.norm.weight": (d,), "model.norm.bias": (d,), "lm_head.weight": (model.vocab_size, d)}
+
+
+def init_std(name: str, model: ModelConfig) -> float:
+    return 0.02
+
+
+def embed(params: Params, tokens: mx.array, model: ModelConfig, dtype: mx.Dtype) -> mx.array:
+    return rows(matrix(params, "model.embed_tokens"), tokens.reshape(-1)).astype(dtype)
+
+
+def layer(p: Params, stream: list[mx.array], i: int, model: ModelConfig, context: Context) -> list[mx.array]:
+    (x,) = stream
+    normed = _norm(p, "input_layernorm", x, model)
+    q, k, v = (linear(p, f"self_attn.{name}_proj", normed) for name in "qkv")
+    q, k, v = (a.reshape(context.batch, context.length, model.n_heads, -1).swapaxes(1, 2) for a in (q, k, v))
+    q, k = (mx.fast.rope(a, int(ROTARY * model.head_size), traditional=False, base=1e4, scale=1.0, offset=0)
+            for a in (q, k))  # fmt: skip
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=model.head_size**-0.5, mask="causal")
+    x = x + linear(p, "self_attn.o_proj", out.swapaxes(1, 2).reshape(x.shape))
+    normed = _norm(p, "post_attention_layernorm", x, model)
+    gate = linear(p, "mlp.gate_proj", normed)
+    return [x + linear(p, "mlp.down_proj", gate * mx.sigmoid(gate) * linear(p, "mlp.up_proj", normed))]
+
+
+def final_norm(params: Params, x: mx.array, model: ModelConfig) -> mx.array:
+    return _norm(params, "model.norm", x, model)
+
+
+def head_name(model: ModelConfig) -> str:
+    return "lm_head.weight"
+
+
+def head_matrix(params: Params, model: ModelConfig) -> mx.array:
+    return params["lm_head.weight"]
+
+
+def hidden_states(params: Params, tokens: mx.array, model: ModelConfig, *, dtype: mx.Dtype, **how: Any) -> mx.array:
+    B, L = tokens.shape
+    stream = [embed(params, tokens, model, dtype)]
+    for i, p in enumerate(by_block(params, model)):
+        stream = layer(p, stream, i, model, Context(B, L))
+    return final_norm(params, stream[0], model).reshape(B, L, -1)
+
+
+def _norm(p: Params, name: str, x: mx.array, model: ModelConfig) -> mx.array:
+    weight, bias = (p[f"{name}.{part}"].astype(x.dtype) for part in ("weight", "bias"))
+    return mx.fast.layer_norm(x, weight, bias, model.norm_eps)
