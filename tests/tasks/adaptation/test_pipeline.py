@@ -207,7 +207,7 @@ def test_a_run_killed_in_each_stage_is_resumed(
     root = tmp_path / "r"
     places = [
         (initialization, "write_corpus"), (initialization, "train_tokenizer"), (initialization, "train_vectors"),
-        (initialization, "align"), (checkpoint, "save"), (training, "pretokenize"), (MLXEngine, "train_step"),
+        (initialization, "align"), (checkpoint, "save"), (training.Pretokenizer, "run"), (MLXEngine, "train_step"),
         (MLXEngine, "train_step"), (training, "fuse"), (pipeline, "evaluate_model"),
     ]  # fmt: skip
     for number, (where, name) in enumerate(places):
