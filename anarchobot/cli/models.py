@@ -124,9 +124,9 @@ def _read_report(path: str) -> dict[str, Any]:
 def _export(args: argparse.Namespace) -> None:
     from anarchobot.exchange.dtypes import DTYPES
     from anarchobot.exchange.exporting import export
-    from anarchobot.exchange.targets import TARGETS
+    from anarchobot.model.architecture import EXPORT_LIBRARIES
 
-    for flag, value, choices in (("--to", args.to, TARGETS), ("--dtype", args.dtype, DTYPES)):
+    for flag, value, choices in (("--to", args.to, tuple(EXPORT_LIBRARIES)), ("--dtype", args.dtype, DTYPES)):
         if value not in choices:
             raise UserError(f"argument {flag}: expected one of {', '.join(choices)}, got '{value}'")
     done = export(args.checkpoint, args.to, args.output, args.dtype)

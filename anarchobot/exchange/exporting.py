@@ -11,14 +11,14 @@ from anarchobot.exchange.dtypes import Dtype
 from anarchobot.exchange.hf_config import to_hf
 from anarchobot.exchange.model_card import model_card
 from anarchobot.exchange.new_folder import new_folder
-from anarchobot.exchange.targets import Target, fold_embedding_scale, unsupported_settings
 from anarchobot.exchange.tokenizer_json import UNIGRAM_WARNING, find_mismatch, tokenizer_files
+from anarchobot.model.architecture import ExportTarget, architecture
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 
-def export(path: str | Path, target: Target, output: str | Path, dtype: Dtype = "float32") -> dict[str, Any]:
+def export(path: str | Path, target: ExportTarget, output: str | Path, dtype: Dtype = "float32") -> dict[str, Any]:
     """Writes the checkpoint at `path` to the new or empty folder `output`; returns a summary with warnings.
 
     Raises UserError, before anything is written, if there is no checkpoint, `target` does not support the model or its
@@ -26,7 +26,8 @@ def export(path: str | Path, target: Target, output: str | Path, dtype: Dtype = 
     """
     found = checkpoint.find(path, files=(checkpoint.MODEL_FILE,))
     model = found.config.model
-    for problem in unsupported_settings(model, target):
+    arch = architecture(model.architecture)
+    for problem in arch.export_limits(model, target):
         raise UserError(f"{found.folder}: can't be exported to {target}: {problem}")
     tokenizer = load_tokenizer(found.folder.parent)
     chat, eod_id = load_chat_format(tokenizer), tokenizer.eod_id
@@ -42,7 +43,7 @@ def export(path: str | Path, target: Target, output: str | Path, dtype: Dtype = 
     arrays = checkpoint.load_arrays(found, model, optimizer=False)
     prefix = checkpoint.PARAMS
     params = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-    params = fold_embedding_scale(params, model)
+    params = arch.export_parameters(params, model)
     name = found.folder.resolve().parent.name
     with new_folder(Path(output)) as folder:
         if target == "gguf":

@@ -14,8 +14,8 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import ModelConfig
 from anarchobot.exchange.chat_format import ChatFormat
 from anarchobot.exchange.dtypes import Dtype, Float32, to_dtype
-from anarchobot.exchange.targets import architecture_name
 from anarchobot.exchange.tokenizer_json import CONTROL
+from anarchobot.model.architecture import architecture
 from anarchobot.tokenizers.sentencepiece_to_json import NORMAL, UNUSED, USER_DEFINED
 from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, read_sentencepiece_proto
 
@@ -58,8 +58,8 @@ def write(
     `tokenizer` is the result of `tokenizer_fields`. Raises UserError if a value overflows `dtype`.
     """
     gguf = gguf_package()
-    architecture = architecture_name(model).lower()
-    writer = gguf.GGUFWriter(path, architecture)
+    model_type = architecture(model.architecture).to_hf(model)["model_type"]
+    writer = gguf.GGUFWriter(path, model_type)
     file_types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
     fields = {
         "name": name,
@@ -82,7 +82,7 @@ def write(
     for key, value in fields.items():
         getattr(writer, f"add_{key}")(value)
     for our_name, array in params.items():
-        if architecture == "llama" and our_name.endswith((".q_proj.weight", ".k_proj.weight")):
+        if model_type == "llama" and our_name.endswith((".q_proj.weight", ".k_proj.weight")):
             array = interleave(array, model.head_size)
         stored = to_dtype(our_name, array, dtype) if array.ndim == 2 else array
         if stored.dtype == np.uint16:  # bfloat16, which the package expects as bytes

@@ -15,6 +15,7 @@ from anarchobot.exchange.dtypes import Float32
 from anarchobot.exchange.hf_config import from_hf
 from anarchobot.exchange.new_folder import new_folder
 from anarchobot.exchange.safetensors_file import StoredTensor
+from anarchobot.model.architecture import architecture
 from anarchobot.model.parameters import parameter_count, parameter_shapes
 from anarchobot.runs.write_model import write_model
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -47,8 +48,7 @@ def load_hf_folder(folder: Path) -> HFModel:
         raise UserError(f"{folder / 'config.json'}: not a model config ({error})") from error
     tokenizer = _load_tokenizer(folder, model.vocab_size)
     stored = _stored_tensors(folder)
-    has_biases = any(name.endswith(".self_attn.q_proj.bias") for name in stored)
-    model = model.model_copy(update={"attention_bias": has_biases})
+    model = model.model_copy(update=architecture(model.architecture).from_tensors(stored))
     warnings = []
     if tokenizer.vocab_size != model.vocab_size:
         warnings.append(

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from anarchobot.config.strict_yaml import dump
 from anarchobot.exchange.chat_format import ChatFormat
 from anarchobot.exchange.dtypes import Dtype
-from anarchobot.exchange.targets import LIBRARIES, Target
+from anarchobot.model.architecture import EXPORT_LIBRARIES, ExportTarget
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs.checkpoint import Checkpoint, read_best
 from anarchobot.runs.run_log import logs_dir, read_events, read_summary
@@ -34,7 +34,7 @@ class Curve(NamedTuple):
 def model_card(
     name: str,
     found: Checkpoint,
-    target: Target,
+    target: ExportTarget,
     dtype: Dtype,
     tokenizer: Tokenizer,
     chat: ChatFormat | None,
@@ -59,7 +59,7 @@ def model_card(
     )
     return environment.get_template("model_card.md.jinja").render(
         name=name,
-        library=LIBRARIES[target],
+        library=EXPORT_LIBRARIES[target],
         target=target,
         dtype=dtype,
         parameters=f"{parameter_count(config.model):,}",

@@ -12,10 +12,13 @@ Everything else (loss, optimizers, loop, checkpoints, planning, export) works fr
 Shapes: B batch, L sequence, N = B L tokens, D d_model, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast, get_args
+
+import numpy as np
+import numpy.typing as npt
 
 from anarchobot.config.schema import ModelConfig
 
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
     from anarchobot.numerics.sequencing import Sequencing
 
 Shape = tuple[int, ...]
+Float32 = npt.NDArray[np.float32]
+ExportTarget = Literal["hf", "mlx", "gguf"]
+EXPORT_LIBRARIES: dict[ExportTarget, str] = {"hf": "transformers", "mlx": "mlx-lm", "gguf": "llama.cpp"}
 QueryBlocks = Sequence[tuple[int, int]]  # [start, end) of each block of queries, which sees the keys [0, end)
 # Bytes of float32 attention scores in a block of queries: what fits a CPU's caches; what keeps a GPU busy.
 CPU_BLOCK_BYTES, GPU_BLOCK_BYTES = 4 << 20, 64 << 20
@@ -59,11 +65,17 @@ class Architecture(Protocol):
     def from_hf(self, values: dict[str, Any], file: str) -> dict[str, Any]:
         """ModelConfig fields from a config.json. Raises UserError, naming `file`, for what is not supported."""
 
+    def from_tensors(self, names: Collection[str]) -> dict[str, Any]:
+        """ModelConfig fields that only the names of the weights tell."""
+
     def to_hf(self, model: ModelConfig) -> dict[str, Any]:
         """config.json for a model that `export_limits` allows, without token ids and dtype."""
 
-    def export_limits(self, model: ModelConfig, target: str) -> Iterator[str]:
-        """The settings that a format ("hf", "mlx", "gguf") cannot represent: "model.KEY: why, and what to do"."""
+    def export_limits(self, model: ModelConfig, target: ExportTarget) -> Iterator[str]:
+        """The settings that a format cannot represent, as "model.KEY: reason: remedy"."""
+
+    def export_parameters(self, params: dict[str, Float32], model: ModelConfig) -> dict[str, Float32]:
+        """The parameters as other libraries expect them."""
 
     def step_flops(self, model: ModelConfig, rows: int, blocks: QueryBlocks) -> Mapping[str, int]:
         """FLOPs of the matrix products of a training step on `rows` sequences, by part of the step (the names that
@@ -128,7 +140,7 @@ class ForwardPass(Protocol):
         """float32 logits [..., V] of hidden states [..., D]."""
 
 
-def names() -> tuple[str, ...]:
+def architecture_names() -> tuple[str, ...]:
     return get_args(ModelConfig.model_fields["architecture"].annotation)
 
 

@@ -11,7 +11,7 @@ Shapes: B rows, L tokens, N = B L, D d_model.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import mlx.core as mx
@@ -22,6 +22,7 @@ from anarchobot.model.gradient_accumulator import GradientAccumulator, Params
 from anarchobot.model.loss import head_loss
 from anarchobot.model.parameters import by_block, lowest_trained_block
 from anarchobot.model.technique import DEFAULT, Objective, Technique
+from anarchobot.numerics.sequencing import depend
 
 
 def loss_and_gradients(
@@ -49,6 +50,9 @@ def loss_and_gradients(
         return head_loss(hidden, matrix, name, targets, model, scale, grads, technique, objective)
 
     rows, length = tokens.shape
+    if not technique.recompute:
+        # Evaluating inside the function that MLX differentiates would keep all of its intermediate arrays.
+        technique = replace(technique, wait=depend)
     context = Context(rows, length, segments, dropout_key, adapter_dropout)
     own = _Pass(forward, params, {**(frozen or {}), **params}, model, context, grads, head)
     embed = partial(forward.embed, tokens=tokens, model=model, dtype=dtype)

@@ -6,12 +6,19 @@ V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import ModelConfig
-from anarchobot.model.architecture import ActivationSizes, QueryBlocks, Shape
+from anarchobot.model.architecture import (
+    EXPORT_LIBRARIES,
+    ActivationSizes,
+    ExportTarget,
+    Float32,
+    QueryBlocks,
+    Shape,
+)
 
 HF_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 INIT_STD = 0.02
@@ -60,7 +67,7 @@ def init_std(name: str, model: ModelConfig) -> float:
 
 
 def to_hf(model: ModelConfig) -> dict[str, Any]:
-    kind = hf_name(model)
+    kind = _hf_name(model)
     return {
         "architectures": [f"{kind}ForCausalLM"],
         "model_type": kind.lower(),
@@ -82,82 +89,118 @@ def to_hf(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def hf_name(model: ModelConfig) -> str:
+def _hf_name(model: ModelConfig) -> str:
     """The member of the family that has these settings."""
     return "Qwen3" if model.qk_norm else "Qwen2" if model.attention_bias else "Llama"
 
 
 def from_hf(values: dict[str, Any], file: str) -> dict[str, Any]:
-    """ModelConfig fields, without attention_bias, which only the weights tell. Raises UserError for what is not
-    supported: sliding windows, scaled rotary embeddings, experts, quantized weights, other activations."""
+    """Raises UserError for sliding windows, scaled RoPE, mixtures of experts, quantized weights, other activations."""
     _check_supported(values, file)
-    d_model, n_heads = _number(values, "hidden_size", file), _number(values, "num_attention_heads", file)
+    d_model, n_heads = _positive(values, "hidden_size", file), _positive(values, "num_attention_heads", file)
     head_dim = values.get("head_dim")
     return {
-        "vocab_size": _number(values, "vocab_size", file),
-        "n_layers": _number(values, "num_hidden_layers", file),
+        "vocab_size": _positive(values, "vocab_size", file),
+        "n_layers": _positive(values, "num_hidden_layers", file),
         "d_model": d_model,
         "n_heads": n_heads,
         "n_kv_heads": None if values.get("num_key_value_heads") in (None, n_heads) else values["num_key_value_heads"],
         "head_dim": None if head_dim is None or head_dim * n_heads == d_model else head_dim,
-        "mlp_multiple": _number(values, "intermediate_size", file) / d_model,
+        "mlp_multiple": _positive(values, "intermediate_size", file) / d_model,
         "ffn_activation": _activation(values, file),
         "dropout": 0.0,
-        "max_seq_len": _number(values, "max_position_embeddings", file),
+        "max_seq_len": _positive(values, "max_position_embeddings", file),
         "rope_theta": float(_rope(values, file).get("rope_theta", 10000.0)),
-        "norm_eps": _number(values, "rms_norm_eps", file),
+        "norm_eps": _positive(values, "rms_norm_eps", file),
         "tie_embeddings": values.get("tie_word_embeddings", False),
         "qk_norm": values["model_type"] == "qwen3",
     }
 
 
+def from_tensors(names: Collection[str]) -> dict[str, Any]:
+    return {"attention_bias": any(name.endswith(".self_attn.q_proj.bias") for name in names)}
+
+
+def export_limits(model: ModelConfig, target: ExportTarget) -> Iterator[str]:
+    name, library = _hf_name(model), EXPORT_LIBRARIES[target]
+    if model.logit_softcap is not None:
+        yield f"model.logit_softcap: {model.logit_softcap:g}: {name} has no logit softcap: train the model without it"
+    if model.value_residual:
+        yield f"model.value_residual: {name} has no value residuals: train the model without them"
+    if model.embedding_scale is not None and model.tie_embeddings:
+        yield (
+            f"model.embedding_scale: {model.embedding_scale:g}: {name} has no such scale, and with "
+            "model.tie_embeddings it can't be folded into the embedding: train the model without one of them"
+        )
+    if model.ffn_activation != "silu" and target != "hf":
+        yield f"model.ffn_activation: gelu: {name} in {library} supports only silu: export to hf"
+    if model.d_model % model.n_heads and name == "Llama" and target != "gguf":
+        yield (
+            f"model.n_heads: {model.n_heads}: transformers requires a Llama's d_model ({model.d_model}) to be a "
+            "multiple of n_heads: export to gguf"
+        )
+    if model.attention_bias and model.qk_norm:
+        yield (
+            "model.attention_bias: no supported architecture has both biases (Qwen2) and model.qk_norm (Qwen3): train "
+            "the model without one of them"
+        )
+    elif model.attention_bias and model.n_heads * model.head_size != model.d_model and target != "hf":
+        yield (
+            f"model.head_dim: {model.head_size}: Qwen2 (model.attention_bias) in {library} requires d_model / n_heads: "
+            "export to hf"
+        )
+
+
+def export_parameters(params: dict[str, Float32], model: ModelConfig) -> dict[str, Float32]:
+    """Llama has no embedding_scale: it is multiplied into the embedding."""
+    if model.embedding_scale is None:
+        return params
+    name = "model.embed_tokens.weight"
+    return {**params, name: params[name] * model.embedding_scale}
+
+
 def _check_supported(values: dict[str, Any], file: str) -> None:
     kind, longest = values["model_type"], values.get("max_position_embeddings", 0)
-    # 4096 is transformers' default.
+    # 4096 is the default in transformers.
     window = values.get("sliding_window", 4096) if values.get("use_sliding_window", kind == "mistral") else None
     if window is not None and window < longest:
         raise UserError(
-            f"{file}: sliding_window: {window}: sliding-window attention is not supported; to use the model up to that "
-            f"length, set max_position_embeddings to {window} and sliding_window to null in this file"
+            f"{file}: sliding_window: {window}: sliding windows are not supported: to use the model up to that length, "
+            f"set max_position_embeddings to {window} and sliding_window to null in this file"
         )
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
         if values.get(key):
-            raise UserError(f"{file}: {key}: {values[key]}: mixture-of-experts models are not supported")
+            raise UserError(f"{file}: {key}: {values[key]}: mixtures of experts are not supported")
     other = set(values.get("layer_types") or ()) - {"full_attention", None if window is None else "sliding_attention"}
     if other:
         raise UserError(f"{file}: layer_types: {sorted(map(str, other))[0]}: only full_attention is supported")
     if values.get("quantization_config") or values.get("quantization"):
-        raise UserError(
-            f"{file}: quantized weights are not supported: use the model in float32, float16 or bfloat16 instead"
-        )
+        raise UserError(f"{file}: quantized weights are not supported: use the model in float32, float16 or bfloat16")
 
 
 def _rope(values: dict[str, Any], file: str) -> dict[str, Any]:
-    """The rotary settings: rope_theta is at the top level in older files, in rope_parameters in those of
-    transformers 5."""
+    """Merges rope_theta at the top level (older files) with rope_scaling and rope_parameters (transformers 5)."""
     rope = {"rope_theta": values["rope_theta"]} if values.get("rope_theta") is not None else {}
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(more := values.get(key) or {}, dict):
-            raise UserError(f"{file}: {key}: expected a mapping, got {type(more).__name__}")
-        rope |= _same_for_all_layers(more, key, file)
+            raise UserError(f"{file}: {key}: expected a JSON object")
+        rope |= _common_to_layers(more, key, file)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise UserError(f"{file}: scaled rotary embeddings ({kind}) are not supported: expected rope_type default")
+        raise UserError(f"{file}: {kind} RoPE scaling is not supported")
     if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError(f"{file}: partial_rotary_factor: partial rotary embeddings are not supported: expected 1.0")
+        raise UserError(f"{file}: partial_rotary_factor: must be 1")
     return rope
 
 
-def _same_for_all_layers(rope: dict[str, Any], key: str, file: str) -> dict[str, Any]:
-    """Some files have settings for each kind of layer: {"full_attention": {"rope_theta": ...}, ...}."""
+def _common_to_layers(rope: dict[str, Any], key: str, file: str) -> dict[str, Any]:
+    """Unwraps parameters given per layer type, such as {"full_attention": {"rope_theta": ...}, ...}."""
     kinds = {kind: more for kind, more in rope.items() if isinstance(more, dict)}
     if not kinds:
         return rope
     first = next(iter(kinds.values()))
     if len(kinds) < len(rope) or any(more != first for more in kinds.values()):
-        raise UserError(
-            f"{file}: {key} differs between kinds of layers ({', '.join(rope)}): expected the same for all layers"
-        )
+        raise UserError(f"{file}: {key} differs between layer types ({', '.join(rope)}): this is not supported")
     return first
 
 
@@ -167,10 +210,10 @@ def _activation(values: dict[str, Any], file: str) -> str:
         return "silu"
     if activation in _TANH_GELU:
         return "gelu"
-    raise UserError(f"{file}: hidden_act: {activation!r}: expected silu, or tanh GELU ({_TANH_GELU[0]})")
+    raise UserError(f"{file}: unsupported hidden_act {activation!r}: expected silu or {_TANH_GELU[0]}")
 
 
-def _number(values: dict[str, Any], key: str, file: str) -> Any:
+def _positive(values: dict[str, Any], key: str, file: str) -> Any:
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise UserError(f"{file}: {key}: expected a number above 0, got {value!r}")
