@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,12 @@ def ours(shape: Shape) -> dict[str, Any]:
 
     from anarchobot.config.schema import Config
     from anarchobot.data.batches import Batch
-    from anarchobot.numerics import elementary
-    from anarchobot.numerics import sequencing
+    from anarchobot.numerics import elementary, sequencing
     from anarchobot.training.mlx_engine import MLXEngine
 
     options = dict(shape.get("options", {}))
     free_order, library_exp = options.pop("free_order", False), options.pop("library_exp", False)
-    small_cache = options.pop("small_cache", False)
+    small_cache, autodiff = options.pop("small_cache", False), options.pop("autodiff", False)
     config = {
         "model": {
             "vocab_size": shape["vocab"], "n_layers": shape["layers"], "d_model": shape["width"],
@@ -68,10 +68,11 @@ def ours(shape: Shape) -> dict[str, Any]:
         },
     }  # fmt: skip
     if library_exp:  # what the techniques of numerics/elementary.py are worth
-        elementary._by_hand = lambda x: False
+        elementary._vectorized = lambda x: False
     engine = MLXEngine(Config.model_validate(config))
     if free_order:
-        object.__setattr__(engine.technique, "wait", sequencing.unordered)
+        engine.technique = replace(engine.technique, wait=sequencing.unordered)
+    engine.technique = replace(engine.technique, autodiff=autodiff)
     if small_cache:
         mx.set_cache_limit(32 << 20)
     ids = tokens(shape)

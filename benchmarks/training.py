@@ -5,6 +5,7 @@ minute on a shared machine hits all alike; figures are medians over rounds of ea
 taken within a round. On a CPU, MLX has OpenBLAS on one thread; `--cores 1` binds every program to one core.
 
     .venv/bin/python benchmarks/training.py small --rounds 3
+    .venv/bin/python benchmarks/training.py gradients
     .venv/bin/python benchmarks/training.py techniques
     .venv/bin/python benchmarks/training.py 137M            # half an hour on a CPU
 """
@@ -38,6 +39,18 @@ SUITES: dict[str, tuple[dict[str, Any], int, list[Row]]] = {
             ("mlx-lm's trainer, checkpointed", "mlx-lm", {}, {"grad_checkpoint": True}),
             ("PyTorch, eager", "torch", {}, {}),
             ("PyTorch, compiled", "torch", {}, {"compile": True}),
+        ],
+    ),
+    "gradients": (
+        SMALL,
+        5,
+        [
+            ("hand-written", "ours", {}, {}),
+            ("automatic differentiation", "ours", {}, {"autodiff": True}),
+            ("mlx-lm's trainer", "mlx-lm", {}, {}),
+            ("hand-written, checkpointed", "ours", {}, CHECKPOINTED),
+            ("automatic differentiation, checkpointed", "ours", {}, {**CHECKPOINTED, "autodiff": True}),
+            ("mlx-lm's trainer, checkpointed", "mlx-lm", {}, {"grad_checkpoint": True}),
         ],
     ),
     "techniques": (

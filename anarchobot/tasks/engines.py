@@ -9,11 +9,11 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, GenerationConfig
-from anarchobot.system.blas import no_blas_message, load_fast_blas
+from anarchobot.system.blas import load_fast_blas, no_blas_message
 from anarchobot.system.peak_flops import apple_gpu_cores, peak_tflops
 from anarchobot.tokenizers.tokenizer import Tokenizer
 from anarchobot.training.engine import Engine
-from anarchobot.training.ranks import ALONE, Ranks, join_ranks, detect_launcher
+from anarchobot.training.ranks import ALONE, Ranks, detect_launcher, join_ranks
 
 if TYPE_CHECKING:
     from anarchobot.training.mlx_engine import MLXEngine
