@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from anarchobot.model.gradient_accumulator import Params
     from anarchobot.model.linear import Matrix
+    from anarchobot.model.technique import MicroBatch
     from anarchobot.numerics.sequencing import Sequencing
 
 Shape = tuple[int, ...]
@@ -88,16 +89,6 @@ class Architecture(Protocol):
         """Of `tokens` tokens, in products of `itemsize` bytes a number."""
 
 
-class Context(NamedTuple):
-    """What all blocks of one forward pass share."""
-
-    batch: int
-    length: int
-    segments: "mx.array | None" = None  # [B, L]: numbers the documents of a row; a token sees only its own
-    dropout_key: "mx.array | None" = None
-    adapter_dropout: float = 0.0
-
-
 class ForwardPass(Protocol):
     """The MLX part of an architecture, as module-level functions of a flat dict of parameters.
 
@@ -109,9 +100,9 @@ class ForwardPass(Protocol):
         """Hidden states [N, D] in `dtype` of tokens [B, L]."""
 
     def layer(
-        self, p: "Params", stream: "list[mx.array]", i: int, model: ModelConfig, context: Context
+        self, p: "Params", stream: "list[mx.array]", i: int, model: ModelConfig, batch: "MicroBatch"
     ) -> "list[mx.array]":
-        """Block `i` with its parameters `p`, by their names inside the block."""
+        """Block `i` with its parameters `p`, by their names inside the block; `batch` has segments and dropout keys."""
 
     def final_norm(self, params: "Params", x: "mx.array", model: ModelConfig) -> "mx.array":
         """What the head reads, [N, D]."""

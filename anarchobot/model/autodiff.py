@@ -17,29 +17,23 @@ from functools import partial
 import mlx.core as mx
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.model.architecture import Context, ForwardPass, forward_pass
+from anarchobot.model.architecture import ForwardPass, forward_pass
 from anarchobot.model.gradient_accumulator import GradientAccumulator, Params
 from anarchobot.model.loss import head_loss
 from anarchobot.model.parameters import by_block, lowest_trained_block
-from anarchobot.model.technique import DEFAULT, Objective, Technique
+from anarchobot.model.technique import DEFAULT, MicroBatch, Technique
 from anarchobot.numerics.sequencing import depend
 
 
 def loss_and_gradients(
     params: Params,
-    tokens: mx.array,
-    targets: mx.array,
+    batch: MicroBatch,
     model: ModelConfig,
     *,
-    scale: mx.array,
     frozen: Params | None = None,
     sums: Params | None = None,
     dtype: mx.Dtype = mx.float32,
-    segments: mx.array | None = None,
-    dropout_key: mx.array | None = None,
-    adapter_dropout: float = 0.0,
     technique: Technique = DEFAULT,
-    objective: Objective | None = None,
 ) -> tuple[mx.array, Params]:
     """See model/gradients.py."""
     forward = forward_pass(model)
@@ -47,15 +41,13 @@ def loss_and_gradients(
 
     def head(weights: Params, hidden: mx.array) -> tuple[mx.array, mx.array, list[mx.array]]:
         matrix, name = forward.head_matrix(weights, model), forward.head_name(model)
-        return head_loss(hidden, matrix, name, targets, model, scale, grads, technique, objective)
+        return head_loss(hidden, matrix, name, batch, model, grads, technique)
 
-    rows, length = tokens.shape
     if not technique.recompute:
         # Evaluating inside the function that MLX differentiates would keep all of its intermediate arrays.
         technique = replace(technique, wait=depend)
-    context = Context(rows, length, segments, dropout_key, adapter_dropout)
-    own = _Pass(forward, params, {**(frozen or {}), **params}, model, context, grads, head)
-    embed = partial(forward.embed, tokens=tokens, model=model, dtype=dtype)
+    own = _Pass(forward, params, {**(frozen or {}), **params}, model, batch, grads, head)
+    embed = partial(forward.embed, tokens=batch.tokens, model=model, dtype=dtype)
     total = _checkpointed(own, embed, technique) if technique.recompute else _whole(own, embed)
     return total, {name: grads.sums[name] for name in params}
 
@@ -66,7 +58,7 @@ class _Pass:
     params: Params  # trained
     weights: Params  # all
     model: ModelConfig
-    context: Context
+    batch: MicroBatch
     grads: GradientAccumulator
     head: Callable[[Params, mx.array], tuple[mx.array, mx.array, list[mx.array]]]  # adds its weight's gradient to grads
 
@@ -86,7 +78,7 @@ def _whole(own: _Pass, embed: Callable[[Params], mx.array]) -> mx.array:
     def stream(weights: Params) -> mx.array:
         stream = [embed(weights)]
         for i, p in enumerate(by_block(weights, model)):
-            stream = forward.layer(p, stream, i, model, own.context)
+            stream = forward.layer(p, stream, i, model, own.batch)
         return forward.final_norm(weights, stream[0], model)
 
     def surrogate(trained: Params) -> tuple[mx.array, mx.array]:
@@ -113,7 +105,7 @@ def _checkpointed(own: _Pass, embed: Callable[[Params], mx.array], technique: Te
     for i, p in enumerate(blocks):
         if i >= lowest:
             inputs.append(stream)
-        stream = forward.layer(p, stream, i, model, own.context)
+        stream = forward.layer(p, stream, i, model, own.batch)
         stream = wait(stream, stream)
 
     total, dhidden, done = own.head(own.weights, *own.final_norm({}, stream[0]))
@@ -128,7 +120,7 @@ def _checkpointed(own: _Pass, embed: Callable[[Params], mx.array], technique: Te
         trained = {name: p for name, p in blocks[i].items() if f"model.layers.{i}.{name}" in own.params}
 
         def block(trained: Params, *stream: mx.array, i: int = i) -> list[mx.array]:
-            return forward.layer({**blocks[i], **trained}, list(stream), i, model, own.context)
+            return forward.layer({**blocks[i], **trained}, list(stream), i, model, own.batch)
 
         stream = wait(inputs.pop(), dstream)
         dstream = _backward(block, trained, stream, dstream, own.grads.at(f"model.layers.{i}."), technique)

@@ -85,7 +85,7 @@ def matmul(dy: mx.array, w: Matrix) -> mx.array:
     return dy @ w.astype(dy.dtype)
 
 
-def rows(w: Matrix, ids: mx.array) -> mx.array:
+def embedding_rows(w: Matrix, ids: mx.array) -> mx.array:
     """The rows `ids` [N] of W: [N, in]."""
     if isinstance(w, Quantized):
         return Quantized(*(part[ids] for part in w)).dequantize()

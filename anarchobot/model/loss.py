@@ -14,7 +14,7 @@ import mlx.core as mx
 from anarchobot.config.schema import ModelConfig
 from anarchobot.model.gradient_accumulator import GradientAccumulator, add_product
 from anarchobot.model.linear import Matrix, matmul, matmul_t
-from anarchobot.model.technique import LOSS_CHUNK, Objective, Technique
+from anarchobot.model.technique import LOSS_CHUNK, MicroBatch, Technique
 from anarchobot.numerics.elementary import exp, row_sums, tanh
 from anarchobot.numerics.sequencing import Sequencing, depend
 
@@ -23,24 +23,22 @@ def head_loss(
     hidden: mx.array,
     head: Matrix,
     head_name: str,
-    targets: mx.array,
+    batch: MicroBatch,
     model: ModelConfig,
-    scale: mx.array,
     grads: GradientAccumulator,
     technique: Technique,
-    objective: Objective | None,
 ) -> tuple[mx.array, mx.array, list[mx.array]]:
     """Loss and gradient of the output head, which is added to `grads` if the head is trained.
 
-    From `hidden` [N, D] and `targets` [B, L]: `scale` times the summed loss (or the objective's measures), the gradient
+    From `hidden` [N, D]: the scaled loss of the batch (or the vector of its objective's measures), the gradient
     of `hidden`, and the arrays that later work must wait for.
     """
     wait, chunk, measures = technique.wait, technique.loss_chunk, None
-    rows, length = targets.shape
-    targets = targets.reshape(-1)
-    if objective is not None:
+    rows, length = batch.targets.shape
+    targets, scale = batch.targets.reshape(-1), batch.scale
+    if batch.objective is not None:
         losses = token_losses(hidden, head, targets, model, chunk)
-        measures, slopes = objective(-losses.reshape(rows, length).sum(axis=1))
+        measures, slopes = batch.objective(-losses.reshape(rows, length).sum(axis=1))
         (hidden,) = wait([hidden], [slopes])
         measures, scale = scale * measures, mx.repeat(-scale * slopes, length)  # [N]
     if grads.trains(head_name):

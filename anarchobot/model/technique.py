@@ -1,7 +1,8 @@
-"""How gradients are computed, and of what. Shapes: B rows."""
+"""What gradients are computed of, and how. Shapes: B rows, L tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -12,6 +13,24 @@ LOSS_CHUNK = 256  # tokens
 Objective = Callable[[mx.array], tuple[mx.array, mx.array]]
 """From the log-probabilities of the rows' targets [B]: a vector of the summed loss and whatever else is measured, and
 the gradient [B] of the loss."""
+
+
+class MicroBatch(NamedTuple):
+    """Rows to learn from: int32 `tokens` and `targets` [B, L]; negative targets add nothing. Their loss is summed and
+    multiplied by `scale`, a scalar.
+
+    `segments` [B, L] number the documents of a row: a token sees only its own. `dropout_key` turns dropout on,
+    including `adapter_dropout` of the adapters' inputs; the same key drops the same elements. With an `objective`, the
+    loss is a function of each row's log-probability instead of the tokens' cross-entropy.
+    """
+
+    tokens: mx.array
+    targets: mx.array
+    scale: mx.array
+    segments: mx.array | None = None
+    dropout_key: mx.array | None = None
+    adapter_dropout: float = 0.0
+    objective: Objective | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The engine that the config names, MLX's or PyTorch's, and what a run wants of it besides training."""
+"""Opens the engine that the config selects, MLX or PyTorch, with what a run needs of it besides training."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -24,86 +24,83 @@ Weights = Mapping[str, npt.NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class OpenEngine:
-    """`place` says precision and device for people; `sample` is a text of the weights as they are, by the config's
-    generation section; `draw` gives the ids behind those of a context, up to one of those that stop it; `warnings` say
-    what is slow here, or not to be had; `peak_tflops` is what the GPU could do at most, where that is known."""
+    """`device` names precision and device for the user. `sample` generates text by the config's generation section from
+    the current weights; `generate_ids` continues a context up to one of the stop ids. `peak_tflops` is the GPU's peak,
+    if known."""
 
     engine: Engine
     precision: str
-    place: str
+    device: str
     sample: Callable[[Tokenizer], str]
-    draw: Callable[[list[int], GenerationConfig, Collection[int]], list[int]]
+    generate_ids: Callable[[list[int], GenerationConfig, Collection[int]], list[int]]
     warnings: list[str] = field(default_factory=list)
     peak_tflops: float | None = None
 
 
 def open_ranks(config: Config) -> Ranks:
-    """This process among those that mlx.launch or mpirun started for one run. Raises UserError for an engine that
-    trains in one process, and when the ranks can't be joined."""
+    """This process among those that mlx.launch or mpirun started for the run. Raises UserError for PyTorch, which
+    trains in a single process, and if the ranks cannot be joined."""
     if detect_launcher() is None:
         return ALONE
     if config.train.backend == "torch":
-        raise UserError("train.backend: torch trains in one process: set train.backend: mlx, or start it by itself")
+        raise UserError("train.backend: torch trains in a single process: set train.backend to mlx, or run it alone")
     load_fast_blas()  # before MLX
     return join_ranks()
 
 
 def open_engine(config: Config, weights: Weights | None = None, ranks: Ranks = ALONE) -> OpenEngine:
-    """`weights`: the model's first ones (None: new ones). Only what the chosen engine is made of is imported. Raises
-    UserError when its device or package is missing."""
-    return _torch(config, weights) if config.train.backend == "torch" else _mlx(config, weights, ranks)
+    """`weights`: the model's initial ones (None: new ones). Imports only the selected backend. Raises UserError if its
+    device or package is missing."""
+    if config.train.backend == "torch":
+        return _open_torch(config, weights)
+    blas = load_fast_blas()  # before MLX, which the next line imports
+    from anarchobot.training.mlx_engine import MLXEngine
+
+    return _open_mlx(MLXEngine(config, weights, ranks), config, blas)
 
 
 def open_preference_engine(config: Config, weights: Weights) -> "tuple[OpenEngine, PreferenceEngine]":
-    """The engine for pairs of answers, which is MLX's alone. Raises UserError for another."""
+    """The engine for preference pairs, in MLX only. Raises UserError for PyTorch."""
     if config.train.backend == "torch":
-        raise UserError("train.backend: torch has no preference tuning: set train.backend: mlx")
+        raise UserError("train.backend: torch has no preference tuning: set train.backend to mlx")
     blas = load_fast_blas()  # before MLX, which the next line imports
     from anarchobot.training.preference_engine import PreferenceEngine
 
     engine = PreferenceEngine(config, weights)
-    return _opened(engine, config, blas is None), engine
+    return _open_mlx(engine, config, blas), engine
 
 
-def _mlx(config: Config, weights: Weights | None, ranks: Ranks) -> OpenEngine:
-    blas = load_fast_blas()  # before MLX, which the next line imports
-    from anarchobot.training.mlx_engine import MLXEngine
-
-    return _opened(MLXEngine(config, weights, ranks), config, blas is None)
-
-
-def _opened(engine: "MLXEngine", config: Config, slow_products: bool) -> OpenEngine:
+def _open_mlx(engine: "MLXEngine", config: Config, blas: str | None) -> OpenEngine:
     import mlx.core as mx
 
     from anarchobot.inference.generation import generate, stream_token_ids
     from anarchobot.inference.model import Model
 
     on_gpu = engine.device.type == mx.DeviceType.gpu
-    slow = slow_products and not on_gpu
     return OpenEngine(
         engine,
         engine.precision,
         f"{engine.precision} on {engine.device}",
         lambda tokenizer: generate(Model(engine.weights, config.model, tokenizer), config.generation),
         lambda context, settings, stop: list(stream_token_ids(engine.weights, config.model, context, settings, stop)),
-        [no_blas_message()] if slow else [],
+        [no_blas_message()] if blas is None and not on_gpu else [],
         peak_tflops(str(mx.device_info()["device_name"]), apple_gpu_cores(), engine.precision) if on_gpu else None,
     )
 
 
-def _torch(config: Config, weights: Weights | None) -> OpenEngine:
+def _open_torch(config: Config, weights: Weights | None) -> OpenEngine:
     from anarchobot.torch_backend.engine import TorchEngine
     from anarchobot.torch_backend.generation import generate, stream_token_ids
 
     if config.lora.r is not None:
-        raise UserError("train.backend: torch trains whole weights: leave lora.r out, or set train.backend: mlx")
+        raise UserError("train.backend: torch has no LoRA: remove lora.r, or set train.backend to mlx")
     if config.train.trainable != "all":
         raise UserError("train.backend: torch trains all weights: set train.trainable: all, or train.backend: mlx")
     engine = TorchEngine(config, weights)
     return OpenEngine(
         engine,
         engine.precision,
-        f"{engine.precision} on {engine.device.type}, by PyTorch",
+        f"{engine.precision} on {engine.device.type} (PyTorch)",
         lambda tokenizer: generate(engine.weights, config.model, tokenizer, config.generation),
         lambda context, settings, stop: list(stream_token_ids(engine.weights, config.model, context, settings, stop)),
         engine.notes,

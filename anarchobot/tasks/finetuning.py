@@ -106,7 +106,7 @@ def finetune(
     config, trained = run.config, trained_count(run.config.model, run.config.lora)
     warnings = [f"warning: {text}" for text in (*base.warnings, *encoder.warnings())]
     description = [
-        f"{base.folder}: {parameter_count(config.model):,} parameters, {opened.place}{run.ranks}",
+        f"{base.folder}: {parameter_count(config.model):,} parameters, {opened.device}{run.ranks}",
         _trained_parameters(config, trained),
         *notes,
         describe_length(config.train, run.steps, run.train.windows, unit, run.ranks.size),
@@ -133,7 +133,9 @@ def finetune(
 
 def generate_reply(opened: OpenEngine, encoder: ChatEncoder, conversation: Conversation, config: Config) -> str:
     """The model's next turn. The template's date is TRAINING_DAY, so that a resumed run generates the same text."""
-    ids = opened.draw(encoder.encode_prompt(conversation, TRAINING_DAY).tolist(), config.generation, encoder.stop_ids())
+    ids = opened.generate_ids(
+        encoder.encode_prompt(conversation, TRAINING_DAY).tolist(), config.generation, encoder.stop_ids()
+    )
     text = StopStringFilter(config.generation.stop)
     return (text.add(encoder.tokenizer.decode(ids)) + text.finish()).strip()
 

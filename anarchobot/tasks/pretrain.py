@@ -67,7 +67,7 @@ def pretrain(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]
         start,
         opened,
         before_training=lambda folder: copy_tokenizer(tokenizer, folder),
-        description=[*fit_messages, *_describe(run, streams, opened.place, base)],
+        description=[*fit_messages, *_describe(run, streams, opened.device, base)],
         trained_parameters=trained_count(config.model, config.lora),
         show=show,
     )
@@ -112,13 +112,13 @@ def initial_weights(loaded: LoadedConfig, base: PretrainedModel) -> Weights:
     return base.weights
 
 
-def _describe(run: Run, streams: list[TokenStream], place: str, base: PretrainedModel | None) -> list[str]:
+def _describe(run: Run, streams: list[TokenStream], device: str, base: PretrainedModel | None) -> list[str]:
     config, train = run.config, run.config.train
     shapes = trained_shapes(config.model, config.lora)
     tokens, folders = sum(s.tokens for s in streams), ", ".join(str(s.folder) for s in streams)
     length = describe_length(train, run.steps, run.train.windows, f"x {config.data.seq_len} tokens", run.ranks.size)
     lines = [
-        f"{parameter_count(config.model):,} parameters, {place}{run.ranks}",
+        f"{parameter_count(config.model):,} parameters, {device}{run.ranks}",
         *describe_groups({name: shapes[name] for name in trained(shapes, train.trainable)}, train.optimizer),
         f"{tokens:,} training tokens in {folders}; {length}",
     ]

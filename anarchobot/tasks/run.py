@@ -109,7 +109,7 @@ def execute_run(
             log.config(progress.step, settings)
             if found is not None:
                 _log_resume(run, found, progress, log, display)
-            environment = {**environment_info(opened.place), "made of": list(description)}
+            environment = {**environment_info(opened.device), "made of": list(description)}
             write_atomic(log.folder / ENVIRONMENT, json.dumps(environment, indent=1) + "\n")
             for text in (*opened.warnings, *_warnings(run, trained_parameters)):
                 display.message(f"warning: {text}")

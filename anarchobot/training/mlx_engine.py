@@ -21,7 +21,7 @@ from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.gradients import loss_and_gradients
 from anarchobot.model.loss import loss_sum
 from anarchobot.model.parameters import init_parameters, parameter_shapes
-from anarchobot.model.technique import Objective, Technique
+from anarchobot.model.technique import MicroBatch, Objective, Technique
 from anarchobot.numerics import sequencing
 from anarchobot.numerics.cores import CPU_MLP_ROWS, workers_for
 from anarchobot.optim import muon_adamw
@@ -123,21 +123,10 @@ class MLXEngine(BaseEngine[mx.array]):
         self.traces += 1
         self.technique.profile.start()
         segments, objective = self._segments_and_objective(targets, extra)
-        return loss_and_gradients(self._config.model, self.technique)(
-            params,
-            inputs,
-            targets,
-            self._config.model,
-            scale=scale,
-            frozen=frozen,
-            sums=sums,
-            dtype=self.dtype,
-            segments=segments,
-            dropout_key=key,
-            adapter_dropout=self._config.lora.dropout,
-            technique=self.technique,
-            objective=objective,
-        )
+        batch = MicroBatch(inputs, targets, scale, segments, key, self._config.lora.dropout, objective)
+        model, technique = self._config.model, self.technique
+        compute = loss_and_gradients(model, technique)
+        return compute(params, batch, model, frozen=frozen, sums=sums, dtype=self.dtype, technique=technique)
 
     def _rows(self, batch: Batch, i: int, worker: int) -> Rows:
         """A worker's rows of micro-batch `i`: inputs, targets and segments, [B / workers, L]."""

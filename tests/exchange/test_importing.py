@@ -148,6 +148,7 @@ def test_qwen2_is_imported_trained_and_exported(tmp_path: Path, bpe: Path) -> No
     from mlx_lm import load as mlx_load
 
     from anarchobot.model.llama.gradients import loss_and_gradients
+    from anarchobot.model.technique import MicroBatch
 
     folder = hf_folder(tmp_path / "hf", bpe, "Qwen2", head_dim=12, tie_word_embeddings=True)
     fill_biases(folder)
@@ -156,9 +157,8 @@ def test_qwen2_is_imported_trained_and_exported(tmp_path: Path, bpe: Path) -> No
     assert found.model.attention_bias and load_config(tmp_path / "run" / "config.yaml").config.model == found.model
     ids = np.array([real_ids(tmp_path / "run", 200)])
     params = {name: mx.array(array) for name, array in found.weights.items()}
-    scale = mx.array(1 / 199)
-    inputs, targets = mx.array(ids[:, :-1]), mx.array(ids[:, 1:])
-    loss, ours = loss_and_gradients(params, inputs, targets, found.model, scale=scale)
+    batch = MicroBatch(mx.array(ids[:, :-1]), mx.array(ids[:, 1:]), mx.array(1 / 199))
+    loss, ours = loss_and_gradients(params, batch, found.model)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     out = theirs(torch.tensor(ids), labels=torch.tensor(ids))
     out.loss.backward()

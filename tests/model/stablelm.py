@@ -1,6 +1,6 @@
-"""StableLM as a second architecture, written as a contributor would: LayerNorm with biases, partial rotary embeddings.
+"""StableLM, an example of a second architecture: LayerNorm with biases, partial rotary embeddings.
 
-One file holds both parts (model/architecture.py): `Architecture` without the counts, and `ForwardPass`.
+This file implements both protocols of model/architecture.py: `Architecture`, except the counts, and `ForwardPass`.
 """
 
 from typing import Any
@@ -8,12 +8,12 @@ from typing import Any
 import mlx.core as mx
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.model.architecture import Context
 from anarchobot.model.gradient_accumulator import Params
-from anarchobot.model.linear import linear, matrix, rows
+from anarchobot.model.linear import embedding_rows, linear, matrix
 from anarchobot.model.parameters import by_block
+from anarchobot.model.technique import MicroBatch
 
-ROTARY = 0.25  # of a head
+ROTARY = 0.25  # fraction of a head
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -32,14 +32,14 @@ def init_std(name: str, model: ModelConfig) -> float:
 
 
 def embed(params: Params, tokens: mx.array, model: ModelConfig, dtype: mx.Dtype) -> mx.array:
-    return rows(matrix(params, "model.embed_tokens"), tokens.reshape(-1)).astype(dtype)
+    return embedding_rows(matrix(params, "model.embed_tokens"), tokens.reshape(-1)).astype(dtype)
 
 
-def layer(p: Params, stream: list[mx.array], i: int, model: ModelConfig, context: Context) -> list[mx.array]:
+def layer(p: Params, stream: list[mx.array], i: int, model: ModelConfig, batch: MicroBatch) -> list[mx.array]:
     (x,) = stream
     normed = _norm(p, "input_layernorm", x, model)
     q, k, v = (linear(p, f"self_attn.{name}_proj", normed) for name in "qkv")
-    q, k, v = (a.reshape(context.batch, context.length, model.n_heads, -1).swapaxes(1, 2) for a in (q, k, v))
+    q, k, v = (a.reshape(*batch.tokens.shape, model.n_heads, -1).swapaxes(1, 2) for a in (q, k, v))
     q, k = (mx.fast.rope(a, int(ROTARY * model.head_size), traditional=False, base=1e4, scale=1.0, offset=0)
             for a in (q, k))  # fmt: skip
     out = mx.fast.scaled_dot_product_attention(q, k, v, scale=model.head_size**-0.5, mask="causal")
@@ -62,11 +62,11 @@ def head_matrix(params: Params, model: ModelConfig) -> mx.array:
 
 
 def hidden_states(params: Params, tokens: mx.array, model: ModelConfig, *, dtype: mx.Dtype, **how: Any) -> mx.array:
-    B, L = tokens.shape
+    batch = MicroBatch(tokens, tokens, mx.array(1.0))
     stream = [embed(params, tokens, model, dtype)]
     for i, p in enumerate(by_block(params, model)):
-        stream = layer(p, stream, i, model, Context(B, L))
-    return final_norm(params, stream[0], model).reshape(B, L, -1)
+        stream = layer(p, stream, i, model, batch)
+    return final_norm(params, stream[0], model).reshape(*tokens.shape, -1)
 
 
 def _norm(p: Params, name: str, x: mx.array, model: ModelConfig) -> mx.array:

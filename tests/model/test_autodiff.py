@@ -1,4 +1,4 @@
-"""Automatic differentiation held to the hand-written gradients, on every member of the Llama family."""
+"""Automatic differentiation against the hand-written gradients, for every member of the Llama family."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from anarchobot.model import autodiff
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.gradients import loss_and_gradients
 from anarchobot.model.llama import gradients as hand_written
-from anarchobot.model.technique import Technique
+from anarchobot.model.technique import MicroBatch, Technique
 from anarchobot.numerics import sequencing
 from tests.model.llama.test_forward import SHAPES, as_mlx, parameters, random_tokens, tiny
 from tests.model.test_lora import CASES, adapted, adapters_of, lora
@@ -22,27 +22,29 @@ TECHNIQUES = {
 }
 
 
-def assert_same(model: Any, trained: Params, tokens: Any, technique: Technique, **how: Any) -> None:
-    """The loss to 1e-6 and every gradient to 1e-5 of its norm, added to sums that exist already."""
-    inputs, targets, scale = mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]), mx.array(1 / tokens[:, 1:].size)
+def assert_same(
+    model: Any, trained: Params, tokens: Any, technique: Technique, frozen: Params | None = None, **how: Any
+) -> None:
+    """Compares the loss to 1e-6 and every gradient, added to existing sums, to 1e-5 of its norm."""
+    batch = MicroBatch(mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]), mx.array(1 / tokens[:, 1:].size), **how)
     results = []
     for function in (hand_written.loss_and_gradients, autodiff.loss_and_gradients):
         sums = {name: mx.full(p.shape, 0.25) for name, p in trained.items()}
         own = technique if function is autodiff.loss_and_gradients else Technique(loss_chunk=7)
-        loss, grads = function(trained, inputs, targets, model, scale=scale, sums=sums, technique=own, **how)
+        loss, grads = function(trained, batch, model, frozen=frozen, sums=sums, technique=own)
         results.append((np.array(loss, np.float64), {n: np.array(g, np.float64) - 0.25 for n, g in grads.items()}))
     (loss, wanted), (other, got) = results
     np.testing.assert_allclose(other, loss, rtol=1e-6)
     assert list(got) == list(wanted) == list(trained)
     for name, g in wanted.items():
-        # Sums near 0.25 are rounded to 1.5e-8 for each element.
+        # Each element of a sum near 0.25 is rounded to 1.5e-8.
         assert np.linalg.norm(got[name] - g) < 1e-5 * np.linalg.norm(g) + 3e-8 * np.sqrt(g.size), name
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_all_weights(name: str, technique: str) -> None:
-    """With dropout, and two documents in a row."""
+    """With dropout, and with several documents per row."""
     model = tiny(**{**SHAPES[name], "dropout": 0.2})
     tokens = random_tokens(model, 3, 15)
     segments = mx.array(np.arange(14)[None] // 6 + np.zeros((3, 1), np.int64))
@@ -61,7 +63,7 @@ def test_adapters(case: str, technique: str) -> None:
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_embedding_and_head_alone(tied: bool, technique: str) -> None:
+def test_embedding_and_head_only(tied: bool, technique: str) -> None:
     model = tiny(tie_embeddings=tied)
     weights = as_mlx(parameters(model))
     trained = {name: p for name, p in weights.items() if "embed" in name or "head" in name}
@@ -70,7 +72,7 @@ def test_embedding_and_head_alone(tied: bool, technique: str) -> None:
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
-def test_an_objective_of_the_rows_log_probabilities(technique: str) -> None:
+def test_objective_on_row_log_probabilities(technique: str) -> None:
     model = tiny()
 
     def objective(log_probs: mx.array) -> tuple[mx.array, mx.array]:
@@ -79,14 +81,14 @@ def test_an_objective_of_the_rows_log_probabilities(technique: str) -> None:
     assert_same(model, as_mlx(parameters(model)), random_tokens(model), TECHNIQUES[technique], objective=objective)
 
 
-def test_the_hand_written_gradients_are_used_where_they_exist() -> None:
+def test_hand_written_gradients_are_preferred() -> None:
     model = tiny()
     assert loss_and_gradients(model, Technique()) is hand_written.loss_and_gradients
     assert loss_and_gradients(model, Technique(autodiff=True)) is autodiff.loss_and_gradients
 
 
-def test_checkpointing_saves_only_the_inputs_of_the_blocks() -> None:
-    """Eight blocks: their activations together are most of the memory."""
+def test_checkpointing_saves_only_block_inputs() -> None:
+    """With eight blocks, activations are most of the memory."""
     model = tiny(n_layers=8, d_model=64, n_heads=4, mlp_multiple=4.0)
     params, tokens = as_mlx(parameters(model)), random_tokens(model, 8, 129)
     mx.eval(params)
@@ -95,8 +97,8 @@ def test_checkpointing_saves_only_the_inputs_of_the_blocks() -> None:
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        inputs, targets = mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:])
-        mx.eval(autodiff.loss_and_gradients(params, inputs, targets, model, scale=mx.array(1.0), technique=technique))
+        batch = MicroBatch(mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]), mx.array(1.0))
+        mx.eval(autodiff.loss_and_gradients(params, batch, model, technique=technique))
         return int(mx.get_peak_memory()) - before
 
     assert peak(TECHNIQUES["checkpointed"]) < 0.5 * peak(TECHNIQUES["whole"])

@@ -1,4 +1,4 @@
-"""Adapters against the plain float64 model with its weights changed, and against PEFT; what is frozen costs nothing."""
+"""LoRA and DoRA against the float64 reference with merged weights and against PEFT; frozen weights cost no work."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ from anarchobot.model.linear import InputDropout, linear, linear_backward, linea
 from anarchobot.model.llama.forward import hidden_states, logits
 from anarchobot.model.llama.gradients import loss_and_gradients
 from anarchobot.model.lora import adapted_matrices, adapter_scale, adapter_shapes, init_factors, trained_count
-from anarchobot.model.technique import Technique
+from anarchobot.model.technique import MicroBatch, Technique
 from anarchobot.numerics import sequencing
 from tests.model.llama import reference
 from tests.model.llama.test_forward import as_mlx, parameters, random_tokens, tiny
@@ -49,7 +49,7 @@ def lora(**more: Any) -> LoraConfig:
 
 
 def adapters_of(model: ModelConfig, settings: LoraConfig, seed: int = 3) -> dict[str, Array]:
-    """Far from their first values, so that every term counts; m near the lengths of rows here, which are about 1."""
+    """Far from the initial values, so that every term contributes; m is near the row norms, which are about 1."""
     rng = np.random.default_rng(seed)
     return {
         name: (0.3 * rng.standard_normal(s) + (1.2 if len(s) == 1 else 0)).astype(np.float32)
@@ -60,30 +60,30 @@ def adapters_of(model: ModelConfig, settings: LoraConfig, seed: int = 3) -> dict
 def adapted(
     params: dict[str, Array], adapters: dict[str, Array], model: ModelConfig, settings: LoraConfig
 ) -> tuple[Params, Params]:
-    """What is trained, and the frozen rest of the dict."""
+    """Returns the trained parameters and the frozen ones."""
     frozen = frozen_weights(params, model, mx.float32, settings.quantize)
     scales = dict.fromkeys(adapted_matrices(model, settings), adapter_scale(settings))
     return as_mlx(adapters), frozen | adapter_constants(frozen, scales, settings.dora)
 
 
-def lengths(params: dict[str, Any], adapters: dict[str, Any], settings: LoraConfig) -> dict[str, Any]:
-    """The lengths of the rows of W + s (A B)^T, by matrix, float64."""
+def row_norms(params: dict[str, Any], adapters: dict[str, Any], settings: LoraConfig) -> dict[str, Any]:
+    """The row norms of W + s (A B)^T of each matrix, in float64."""
     return {
-        n: np.linalg.norm(_changed(params, adapters, n, settings), axis=1)
+        n: np.linalg.norm(_merged_matrix(params, adapters, n, settings), axis=1)
         for n in (name.removesuffix(".lora_a") for name in adapters if name.endswith("a"))
     }
 
 
-def _changed(params: dict[str, Any], adapters: dict[str, Any], name: str, settings: LoraConfig) -> Any:
+def _merged_matrix(params: dict[str, Any], adapters: dict[str, Any], name: str, settings: LoraConfig) -> Any:
     s = settings.alpha / (math.sqrt(settings.r or 0) if settings.rslora else settings.r or 0)
     return params[f"{name}.weight"] + s * (adapters[f"{name}.lora_a"] @ adapters[f"{name}.lora_b"]).T
 
 
 def merged(params: dict[str, Any], adapters: dict[str, Any], settings: LoraConfig, c: dict[str, Any]) -> dict[str, Any]:
-    """The weights that the adapters make of the model's, by DoRA with rows' lengths `c`."""
+    """Merges the adapters into the weights; DoRA divides by the row norms `c`."""
     new = dict(params)
     for n in c:
-        weight = _changed(params, adapters, n, settings)
+        weight = _merged_matrix(params, adapters, n, settings)
         new[f"{n}.weight"] = weight * (adapters[f"{n}.m"] / c[n])[:, None] if settings.dora else weight
     return new
 
@@ -96,29 +96,33 @@ def gradients_of(
     trained: Params, frozen: Params, tokens: npt.NDArray[np.int32], model: ModelConfig, **how: Any
 ) -> tuple[float, Params]:
     inputs, targets = mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:])
-    scale = mx.array(1 / targets.size)
-    loss, grads = loss_and_gradients(trained, inputs, targets, model, scale=scale, frozen=frozen, **how)
+    extra = {key: how.pop(key) for key in MicroBatch._fields if key in how}
+    batch = MicroBatch(inputs, targets, mx.array(1 / targets.size), **extra)
+    loss, grads = loss_and_gradients(trained, batch, model, frozen=frozen, **how)
     return float(loss), grads
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_loss_and_gradients_equal_finite_differences_of_the_changed_plain_model(case: str) -> None:
-    """Each adapter is moved along a random direction; DoRA's lengths of rows are held, as its paper has it."""
+def test_loss_and_gradients_match_the_merged_reference(case: str) -> None:
+    """Moves each adapter in a random direction; DoRA's row norms are held constant, as in its paper."""
     shape, settings = tiny(**CASES[case][0]), lora(**CASES[case][1])
     params, adapters, tokens = parameters(shape), adapters_of(shape, settings), random_tokens(shape)
     loss, gradients = gradients_of(*adapted(params, adapters, shape, settings), tokens, shape)
     base, exact = float64(params), float64(adapters)
-    c = lengths(base, exact, settings)
+    c = row_norms(base, exact, settings)
 
-    def truth(changed: dict[str, Any]) -> float:
-        return reference.mean_loss(merged(base, changed, settings, c), tokens, shape)
+    def reference_loss(perturbed: dict[str, Any]) -> float:
+        return reference.mean_loss(merged(base, perturbed, settings, c), tokens, shape)
 
-    assert loss == pytest.approx(truth(exact), rel=1e-5)
+    assert loss == pytest.approx(reference_loss(exact), rel=1e-5)
     assert set(gradients) == set(exact)
     rng, h = np.random.default_rng(2), 1e-6
     for key, value in exact.items():
         direction = rng.standard_normal(value.shape)
-        slope = (truth({**exact, key: value + h * direction}) - truth({**exact, key: value - h * direction})) / (2 * h)
+        slope = (
+            reference_loss({**exact, key: value + h * direction})
+            - reference_loss({**exact, key: value - h * direction})
+        ) / (2 * h)
         gradient = np.array(gradients[key], np.float64)
         assert abs(slope - np.vdot(gradient, direction)) < 1e-4 * np.linalg.norm(gradient), key
 
@@ -133,7 +137,7 @@ def test_loss_and_gradients_equal_finite_differences_of_the_changed_plain_model(
     ],
     ids=["chunks", "recomputed", "recomputed in free order"],
 )
-def test_every_technique_gives_the_same_gradients(technique: Technique, case: str) -> None:
+def test_techniques_do_not_change_the_gradients(technique: Technique, case: str) -> None:
     shape, settings = tiny(**CASES[case][0]), lora(**CASES[case][1])
     adapters, tokens = adapters_of(shape, settings), random_tokens(shape, 2, 14)
     trained, frozen = adapted(parameters(shape), adapters, shape, settings)
@@ -145,25 +149,25 @@ def test_every_technique_gives_the_same_gradients(technique: Technique, case: st
         assert float(mx.linalg.norm(added[n] - 0.25 - g)) < 1e-5 * float(mx.linalg.norm(g)) + 1e-5, n
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # raised inside PEFT
 @pytest.mark.parametrize("more", [{}, {"rslora": True, "r": 8}, {"dora": True}], ids=str)
-def test_forward_and_gradients_are_pefts(more: dict[str, Any], tmp_path: Any) -> None:
-    """PEFT's adapters on transformers' Llama of the same weights, by PyTorch's autograd."""
+def test_forward_and_gradients_match_peft(more: dict[str, Any], tmp_path: Any) -> None:
+    """PEFT's adapters on transformers' Llama with the same weights, differentiated by PyTorch."""
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     shape, settings = tiny(n_kv_heads=2, d_model=32, vocab_size=64), lora(**more)
     params, adapters, tokens = parameters(shape), adapters_of(shape, settings), random_tokens(shape, 2, 13)
-    theirs = transformers.LlamaForCausalLM(
+    llama = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=64, hidden_size=32, intermediate_size=shape.mlp_size, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=True,
             rope_parameters={"rope_theta": 1e4, "rope_type": "default"},
         )
     )  # fmt: skip
-    theirs.load_state_dict({n: torch.tensor(p) for n, p in params.items()}, strict=False)
+    llama.load_state_dict({n: torch.tensor(p) for n, p in params.items()}, strict=False)
     named = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    wrapped = peft.get_peft_model(
-        theirs,
+    wrapped = peft.get_llama(
+        llama,
         peft.LoraConfig(
             r=settings.r, lora_alpha=settings.alpha, use_rslora=settings.rslora, use_dora=settings.dora,
             target_modules=named,
@@ -199,8 +203,8 @@ def test_forward_and_gradients_are_pefts(more: dict[str, Any], tmp_path: Any) ->
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.4])
-def test_a_matrix_with_dropout_has_the_gradients_of_mlxs_own_differentiation(dora: bool, rate: float) -> None:
-    """DoRA's lengths of rows, c, are a number there."""
+def test_gradients_of_one_matrix_match_mlx_autodiff(dora: bool, rate: float) -> None:
+    """DoRA's row norms, c, are constants there."""
     rng = np.random.default_rng(0)
     name = "mlp.up_proj"
     sizes = {"weight": (24, 16), "lora_a": (16, 4), "lora_b": (4, 24), **({"m": (24,)} if dora else {})}
@@ -215,21 +219,21 @@ def test_a_matrix_with_dropout_has_the_gradients_of_mlxs_own_differentiation(dor
 
     c = mx.linalg.norm(p[f"{name}.weight"] + 0.7 * (p[f"{name}.lora_a"] @ p[f"{name}.lora_b"]).T, axis=1)
 
-    def forward(x: mx.array, *changed: mx.array) -> mx.array:
-        q = dict(zip(sizes, changed, strict=True))
+    def forward(x: mx.array, *values: mx.array) -> mx.array:
+        q = dict(zip(sizes, values, strict=True))
         inner = x if drop is None else drop(name, x)
         u = x @ q["weight"].T + 0.7 * (inner @ q["lora_a"]) @ q["lora_b"]
         return u * (q["m"] / c) if dora else u
 
     inputs = [x, *(p[f"{name}.{part}"] for part in sizes)]
-    (y,), truth = mx.vjp(forward, inputs, [dy])
+    (y,), gradients = mx.vjp(forward, inputs, [dy])
     np.testing.assert_allclose(linear(p, name, x, drop), y, atol=2e-5)
-    for got, wanted in zip([dx, *(sums[f"{name}.{part}"] for part in sizes)], truth, strict=True):
+    for got, wanted in zip([dx, *(sums[f"{name}.{part}"] for part in sizes)], gradients, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_dropout_is_of_the_adapters_inputs_alone_and_a_function_of_the_key() -> None:
-    """With B zero it changes nothing; else the same key gives the same loss, and keeps the share it says."""
+def test_dropout_applies_only_to_adapter_inputs_and_depends_on_the_key() -> None:
+    """With B = 0 it has no effect; otherwise equal keys give equal losses, and the kept fraction is 1 - dropout."""
     shape, settings = tiny(), lora(dropout=0.3)
     params, tokens = parameters(shape), random_tokens(shape)
     new = {name: np.array(p) for name, p in init_adapters(params, shape, settings, 0, mx.float32)[0].items()}
@@ -256,10 +260,10 @@ def test_dropout_is_of_the_adapters_inputs_alone_and_a_function_of_the_key() -> 
 @pytest.mark.parametrize("unpacks", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dora", [False, True])
-def test_packed_weights_train_adapters_as_the_same_weights_unpacked(
+def test_quantized_base_trains_like_its_dequantized_weights(
     bits: int, dora: bool, unpacks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a CPU does it, and by MLX's own products with packed numbers, as a GPU does it."""
+    """Dequantizing first, as on a CPU, and with MLX's quantized matmul, as on a GPU."""
     monkeypatch.setattr(linear_file, "_dequantizes", lambda x: unpacks)
     shape, settings = (
         tiny(d_model=64, n_heads=2, tie_embeddings=False, mlp_multiple=2.5),
@@ -268,7 +272,7 @@ def test_packed_weights_train_adapters_as_the_same_weights_unpacked(
     params, adapters, tokens = parameters(shape), adapters_of(shape, settings), random_tokens(shape)
     trained, packed = adapted(params, adapters, shape, settings)
     assert packed["lm_head.weight"].dtype == packed["model.embed_tokens.weight"].dtype == mx.uint32
-    assert packed["model.layers.0.mlp.down_proj.weight"].dtype == mx.float32  # 160 columns: no whole groups
+    assert packed["model.layers.0.mlp.down_proj.weight"].dtype == mx.float32  # 160 columns are not a multiple of 64
     unpacked = {}
     for name, p in params.items():
         unpacked[name] = p
@@ -277,16 +281,16 @@ def test_packed_weights_train_adapters_as_the_same_weights_unpacked(
             unpacked[name] = np.array(mx.dequantize(*q, group_size=64, bits=bits))
             assert 0 < np.abs(unpacked[name] - p).max() < (0.2 if bits == 4 else 0.02)
     other, plain = adapted(unpacked, adapters, shape, lora(dora=dora))
-    (a, ours), (b, truth) = (gradients_of(t, f, tokens, shape) for t, f in ((trained, packed), (other, plain)))
+    (a, ours), (b, expected) = (gradients_of(t, f, tokens, shape) for t, f in ((trained, packed), (other, plain)))
     assert a == pytest.approx(b, rel=1e-5)
     for n in ours:
-        assert float(mx.linalg.norm(ours[n] - truth[n])) < 1e-4 * float(mx.linalg.norm(truth[n])), n
+        assert float(mx.linalg.norm(ours[n] - expected[n])) < 1e-4 * float(mx.linalg.norm(expected[n])), n
     ids = mx.array(tokens)
     z, wanted = (logits(hidden_states(p, ids, shape), p, shape) for p in ({**packed, **trained}, {**plain, **other}))
     np.testing.assert_allclose(z, wanted, atol=1e-4)
 
 
-def test_a_new_adapter_is_nothing_and_starts_within_its_bound_whatever_else_there_is() -> None:
+def test_new_adapters_are_a_no_op_with_bounded_independent_values() -> None:
     shape, settings = tiny(), lora(dora=True)
     params = parameters(shape)
     trained, frozen = init_adapters(params, shape, settings, 7, mx.float32)
@@ -307,7 +311,7 @@ def test_a_new_adapter_is_nothing_and_starts_within_its_bound_whatever_else_ther
     assert all(np.array_equal(value, trained[name]) for name, value in fewer.items()) and len(fewer) == 2
 
 
-def test_the_matrices_and_the_count_by_hand() -> None:
+def test_adapted_matrices_and_parameter_count() -> None:
     shape = ModelConfig(vocab_size=100, n_layers=3, d_model=32, n_heads=4, n_kv_heads=2, mlp_multiple=2)
     assert adapted_matrices(shape, lora(target_modules=["down_proj", "q_proj"], num_layers=2)) == [
         f"model.layers.{i}.{name}" for i in (1, 2) for name in ("self_attn.q_proj", "mlp.down_proj")
@@ -317,8 +321,8 @@ def test_the_matrices_and_the_count_by_hand() -> None:
     assert trained_count(shape, lora(dora=True)) == trained_count(shape, lora()) + 3 * (2 * 32 + 2 * 16 + 2 * 64 + 32)
 
 
-def test_nothing_is_computed_for_what_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of the backward pass, counted: none for a frozen weight, none below the lowest adapter."""
+def test_frozen_weights_cost_no_backward_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts the backward passes: none for frozen weights, none below the lowest adapter."""
     from anarchobot.model.llama import block
 
     shape, tokens = tiny(n_layers=4), random_tokens(tiny())

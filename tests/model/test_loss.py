@@ -1,4 +1,4 @@
-"""The chunked loss against numpy in float64, and what it saves."""
+"""The chunked loss against numpy in float64, and its memory."""
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +20,7 @@ def random_case(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def truth(h: np.ndarray, w: np.ndarray, t: np.ndarray, cap: float | None) -> tuple[float, np.ndarray, np.ndarray]:
-    """Summed loss and its gradients for h and w, by the chain rule, one token at a time."""
+    """Returns the summed loss and its gradients with respect to h and w, by the chain rule, token by token."""
     h, w = h.astype(np.float64), w.astype(np.float64)
     total, dh, dw = 0.0, np.zeros_like(h), np.zeros_like(w)
     for i, target in enumerate(t):
@@ -41,7 +41,7 @@ def truth(h: np.ndarray, w: np.ndarray, t: np.ndarray, cap: float | None) -> tup
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 23])
 @pytest.mark.parametrize("model", [MODEL, CAPPED], ids=["plain", "softcap"])
-def test_loss_and_gradients_equal_the_chain_rule_whatever_the_chunks(n: int, model: ModelConfig) -> None:
+def test_loss_and_gradients_equal_the_chain_rule_for_any_chunks(n: int, model: ModelConfig) -> None:
     h, w, t = random_case(n)
     total, dh, dw = truth(h, w, t, model.logit_softcap)
     hidden, weight, targets = mx.array(h), mx.array(w), mx.array(t)
@@ -53,7 +53,7 @@ def test_loss_and_gradients_equal_the_chain_rule_whatever_the_chunks(n: int, mod
     np.testing.assert_allclose(np.array(gw), scale * dw, rtol=1e-4, atol=1e-6)
 
 
-def test_gradients_are_added_to_what_is_there() -> None:
+def test_gradients_are_added_to_existing_sums() -> None:
     h, w, t = random_case(9)
     _, _, dw = truth(h, w, t, None)
     _, _, gw = loss.loss_and_gradients(
@@ -63,7 +63,7 @@ def test_gradients_are_added_to_what_is_there() -> None:
 
 
 def test_small_probabilities_survive_float16() -> None:
-    """Scaled only after rounding to float16, 1e-7 would have become zero: the scale must come first."""
+    """1e-7 rounds to zero in float16, so the loss scale must be applied before rounding."""
     model = ModelConfig(vocab_size=4, d_model=2, n_heads=1)
     weight = mx.array([[16.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
     hidden = mx.array([[1.0, 0.0]]).astype(mx.float16)
@@ -72,8 +72,8 @@ def test_small_probabilities_survive_float16() -> None:
     np.testing.assert_allclose(np.array(gradient)[1, 0], p * 2**14, rtol=0.01)
 
 
-def test_logits_of_the_whole_batch_never_exist_at_once() -> None:
-    """4,096 tokens of a 4,096-word vocabulary: 67 MB of float32 logits and as much of their gradient if they did."""
+def test_full_logits_are_never_materialized() -> None:
+    """For 4,096 tokens and a vocabulary of 4,096, they would take 67 MB in float32, and so would their gradient."""
     model = ModelConfig(vocab_size=4096, d_model=32, n_heads=1)
     hidden, weight = mx.random.normal((4096, 32)), mx.random.normal((4096, 32))
     targets = mx.zeros((4096,), mx.int32)
@@ -81,5 +81,5 @@ def test_logits_of_the_whole_batch_never_exist_at_once() -> None:
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     mx.eval(loss.loss_and_gradients(hidden, weight, targets, model, mx.array(1.0), wait=eval_now))
-    one_chunk = 256 * 4096 * 4  # bytes; a chunk's softmax, one-hot and so on are about eight of these
+    one_chunk = 256 * 4096 * 4  # bytes; a chunk's softmax, one-hot targets and so on take about eight of these
     assert mx.get_peak_memory() - before < 10 * one_chunk < 0.35 * (2 * 4096 * 4096 * 4)

@@ -1,4 +1,4 @@
-"""Names, counts and first values of the parameters."""
+"""Names, counts and initial values of the parameters."""
 
 import math
 from pathlib import Path
@@ -14,12 +14,12 @@ from anarchobot.model.parameters import init_parameters, parameter_count, parame
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("[!a]*.yaml"))  # adapt_*.yaml have no model section
 
 
-def test_count_equals_the_hand_count_of_the_default_model() -> None:
-    """12 blocks of 4 x 768 x 768 and 3 x 768 x 3072 and two norms, the embedding, the last norm."""
+def test_parameter_count_of_the_default_model() -> None:
+    """12 blocks of four 768 x 768 and three 768 x 3,072 matrices and two norms; the embedding; the final norm."""
     assert parameter_count(ModelConfig()) == 12 * (4 * 768**2 + 3 * 768 * 3072 + 2 * 768) + 32000 * 768 + 768
 
 
-def test_every_setting_of_the_shape_is_in_the_count() -> None:
+def test_parameter_count_reflects_every_shape_setting() -> None:
     model = ModelConfig(
         vocab_size=100, n_layers=1, d_model=12, n_heads=6, n_kv_heads=2, head_dim=4, mlp_multiple=2.5, qk_norm=True,
         tie_embeddings=False,
@@ -28,9 +28,8 @@ def test_every_setting_of_the_shape_is_in_the_count() -> None:
     assert parameter_count(model) == 2 * 100 * 12 + attention + 3 * 12 * 30 + 2 * 12 + 12
 
 
-def test_biases_by_hand() -> None:
-    """Qwen2.5-0.5B's published shape: 494,032,768 parameters, of which 24 (896 + 2 x 128) are biases; at the start they
-    are zero."""
+def test_bias_count_and_initial_values() -> None:
+    """Qwen2.5-0.5B has 494,032,768 parameters, of which 24 x (896 + 2 x 128) are biases. Biases start at zero."""
     model = ModelConfig(
         vocab_size=151936, n_layers=24, d_model=896, n_heads=14, n_kv_heads=2, mlp_multiple=4864 / 896,
         attention_bias=True,
@@ -46,14 +45,14 @@ def test_biases_by_hand() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_a_shipped_config_says_its_exact_parameter_count(path: Path) -> None:
+def test_shipped_configs_state_their_parameter_count(path: Path) -> None:
     count = parameter_count(load_config(path).config.model)
     head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     assert f"{count:,} parameters" in head
     assert yaml.safe_load(path.read_text())["train"]["save_dir"] == f"runs/{path.stem}"
 
 
-def test_first_values_have_their_deviation_and_depend_on_seed_and_name_alone() -> None:
+def test_initial_values_have_the_right_deviation_and_depend_only_on_seed_and_name() -> None:
     model = ModelConfig(vocab_size=512, n_layers=3, d_model=128, n_heads=4)
     first = init_parameters(model, 0)
     assert {n: p.shape for n, p in first.items()} == parameter_shapes(model)
@@ -72,7 +71,7 @@ def test_first_values_have_their_deviation_and_depend_on_seed_and_name_alone() -
     assert np.abs(first[name] - init_parameters(model, 1)[name]).max() > 0.01
 
 
-def test_zero_init_proj_starts_the_two_residual_projections_at_zero() -> None:
+def test_zero_init_proj_zeroes_the_residual_projections() -> None:
     params = init_parameters(ModelConfig(n_layers=1, d_model=16, n_heads=2, vocab_size=32, zero_init_proj=True), 0)
     zero = {name for name, p in params.items() if not p.any()}
     assert zero == {"model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.weight"}

@@ -1,4 +1,4 @@
-"""Losses of pairs of answers: against float64, by hand, and against trl's trainer on the same log-probabilities."""
+"""Preference losses against float64 formulas, hand-computed values and trl's trainer on the same log-probabilities."""
 
 import math
 from types import SimpleNamespace
@@ -24,23 +24,23 @@ def pairs(log_probs: Any = LOG_PROBS, reference: Any = REFERENCE) -> Preferences
 
 
 def in_float64(log_probs: np.ndarray, kind: str, beta: float, smoothing: float) -> np.ndarray:
-    """The papers' formulas as they stand, in probabilities where they have them."""
+    """The formulas of the papers, in probabilities where the papers use them."""
     if kind == "orpo":
         p = np.exp(log_probs / LENGTHS)
         odds = p / (1 - p)
         ratio = odds[:, 0] / odds[:, 1]
         return -np.log(p[:, 0]) - beta * np.log(ratio / (1 + ratio))
-    gained = log_probs - REFERENCE
+    log_ratios = log_probs - REFERENCE
     if kind == "ipo":
-        mean = gained / LENGTHS
+        mean = log_ratios / LENGTHS
         return (mean[:, 0] - mean[:, 1] - 0.5 / beta) ** 2
-    h = beta * (gained[:, 0] - gained[:, 1])
+    h = beta * (log_ratios[:, 0] - log_ratios[:, 1])
     better, worse = 1 / (1 + np.exp(-h)), 1 / (1 + np.exp(h))
     return -(1 - smoothing) * np.log(better) - smoothing * np.log(worse)
 
 
 @pytest.mark.parametrize(("kind", "beta", "smoothing"), CASES)
-def test_losses_and_slopes_are_those_of_the_formulas(kind: Kind, beta: float, smoothing: float) -> None:
+def test_losses_and_slopes_match_the_formulas(kind: Kind, beta: float, smoothing: float) -> None:
     losses, slopes = losses_and_slopes(pairs(), kind, beta, smoothing)
     np.testing.assert_allclose(np.array(losses), in_float64(LOG_PROBS, kind, beta, smoothing), rtol=1e-5)
     for i in range(2):  # central differences
@@ -50,14 +50,14 @@ def test_losses_and_slopes_are_those_of_the_formulas(kind: Kind, beta: float, sm
         np.testing.assert_allclose(np.array(slopes)[:, i], (above - below) / 2e-5, rtol=1e-4, atol=1e-6)
 
 
-def test_before_the_first_update_dpos_loss_is_log_2_and_its_slope_half_beta() -> None:
+def test_initial_dpo_loss_is_log_2_and_its_slope_half_beta() -> None:
     losses, slopes = losses_and_slopes(pairs(reference=LOG_PROBS), "sigmoid", 0.1)
     assert np.array(losses).tolist() == pytest.approx([math.log(2)] * 4)
     np.testing.assert_allclose(np.array(slopes), [[-0.05, 0.05]] * 4, rtol=1e-6)
     assert np.array(rewards(pairs(reference=LOG_PROBS), "sigmoid", 0.1)).tolist() == [[0.0, 0.0]] * 4
 
 
-def test_rewards_are_what_was_gained() -> None:
+def test_rewards() -> None:
     np.testing.assert_allclose(np.array(rewards(pairs(), "sigmoid", 0.1))[0], [0.2, -0.1], rtol=1e-5)
     np.testing.assert_allclose(np.array(rewards(pairs(), "orpo", 0.1))[0], [-0.2, -31 / 120], rtol=1e-5)
 
@@ -68,27 +68,27 @@ def test_far_apart_log_probabilities_stay_finite() -> None:
         assert np.isfinite(np.array(preference_losses(far, kind, 0.5))).all()
 
 
-@pytest.mark.parametrize("sure", [-1e-3, -1e-5, -1e-7, -1e-8, 0.0])
-def test_orpos_odds_of_what_is_almost_certain_are_those_of_float64(sure: float) -> None:
-    """log o(x) = x - log(-expm1(x)), and its slope 1 / (1 - exp(x)) = -1 / expm1(x); at 0 they are without end."""
+@pytest.mark.parametrize("near_zero", [-1e-3, -1e-5, -1e-7, -1e-8, 0.0])
+def test_orpo_odds_near_probability_1(near_zero: float) -> None:
+    """log o(x) = x - log(-expm1(x)), with slope 1 / (1 - exp(x)) = -1 / expm1(x); both are infinite at 0."""
     beta = 0.1
-    for log_probs in ([sure, -2.0], [-2.0, sure]):
+    for log_probs in ([near_zero, -2.0], [-2.0, near_zero]):
         given = Preferences(*(mx.array([x], mx.float32) for x in (log_probs, [1, 1], [0, 0])))
         losses, slopes = losses_and_slopes(given, "orpo", beta)
         assert np.isfinite(np.array(slopes)).all() and math.isfinite(losses.item())
-        if not sure:
+        if not near_zero:
             continue
         chosen, rejected = np.array(log_probs, np.float32).astype(np.float64)
         h = (chosen - math.log(-math.expm1(chosen))) - (rejected - math.log(-math.expm1(rejected)))
-        falls = beta / (1 + math.exp(h))  # of -beta log s(h), by -h
+        slope = beta / (1 + math.exp(h))  # derivative of -beta log sigmoid(h) with respect to -h
         assert losses.item() == pytest.approx(-chosen + beta * math.log1p(math.exp(-h)), rel=1e-5)
-        wanted = [-1 + falls / math.expm1(chosen), -falls / math.expm1(rejected)]
+        wanted = [-1 + slope / math.expm1(chosen), -slope / math.expm1(rejected)]
         np.testing.assert_allclose(np.array(slopes)[0], wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
-def test_the_loss_is_trls(kind: Kind) -> None:
-    """trl's own code, on a model that gives these log-probabilities."""
+def test_loss_matches_trl(kind: Kind) -> None:
+    """Runs trl's code on a fake model that returns these log-probabilities."""
     torch, trl = pytest.importorskip("torch"), pytest.importorskip("trl")
     width = int(LENGTHS.max()) + 1
     mask = np.concatenate([np.arange(width) > width - 1 - LENGTHS[:, i, None] for i in range(2)]).astype(np.int64)

@@ -1,5 +1,5 @@
-"""An architecture without hand-written gradients trains with the same engine: it has transformers' gradients, and a run is
-resumed exactly."""
+"""An architecture without hand-written gradients trains with the same engine: its gradients match transformers', and
+runs resume exactly."""
 
 import sys
 from collections.abc import Iterator
@@ -43,19 +43,19 @@ def batch(seed: int) -> Batch:
     return Batch(ids[..., :-1].copy(), ids[..., 1:].copy())
 
 
-def theirs(model: ModelConfig) -> Any:
+def transformers_model(model: ModelConfig) -> Any:
     settings = transformers.StableLmConfig(
         vocab_size=61, hidden_size=64, intermediate_size=model.mlp_size, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, layer_norm_eps=model.norm_eps, use_qkv_bias=False, attention_dropout=0.0,
         rope_parameters={"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": stablelm.ROTARY},
     )  # fmt: skip
-    other = transformers.StableLmForCausalLM(settings).double()
-    other.load_state_dict({name: torch.tensor(p) for name, p in weights(model).items()})
-    return other
+    expected = transformers.StableLmForCausalLM(settings).double()
+    expected.load_state_dict({name: torch.tensor(p) for name, p in weights(model).items()})
+    return expected
 
 
 def weights(model: ModelConfig) -> dict[str, np.ndarray]:
-    """Larger than the initial ones, and no norm or bias at its first value."""
+    """Larger than the initial weights, with norms and biases away from their initial values."""
     rng = np.random.default_rng(0)
     return {
         name: p * np.float32(5) if p.ndim == 2 else p + 0.2 * rng.standard_normal(p.shape).astype(np.float32)
@@ -64,17 +64,17 @@ def weights(model: ModelConfig) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("how", [{}, {"gradient_checkpointing": True}], ids=["whole", "checkpointed"])
-def test_loss_and_gradients_are_those_of_transformers(how: dict[str, Any]) -> None:
+def test_loss_and_gradients_match_transformers(how: dict[str, Any]) -> None:
     settings = config(optimizer="adamw", cpu_threads=1, **how)
     assert not has_hand_written_gradients(settings.model)
-    other, rows, engine = theirs(settings.model), batch(1), MLXEngine(settings, weights(settings.model))
+    expected, rows, engine = transformers_model(settings.model), batch(1), MLXEngine(settings, weights(settings.model))
     _, gradients = engine._accumulate_gradients(rows, 1, 1 / 48)
     inputs, targets = (torch.tensor(x.reshape(4, 12)).long() for x in (rows.inputs, rows.targets))
-    loss = torch.nn.functional.cross_entropy(other(inputs).logits.flatten(0, 1), targets.flatten())
+    loss = torch.nn.functional.cross_entropy(expected(inputs).logits.flatten(0, 1), targets.flatten())
     loss.backward()
     assert engine.train_step(rows, 1, 0.01, 0.9).loss == pytest.approx(loss.item(), rel=1e-6)
-    assert set(gradients) == set(parameter_shapes(settings.model)) == {name for name, _ in other.named_parameters()}
-    for name, p in other.named_parameters():
+    assert set(gradients) == set(parameter_shapes(settings.model)) == {name for name, _ in expected.named_parameters()}
+    for name, p in expected.named_parameters():
         wanted = p.grad.numpy()
         assert np.linalg.norm(np.array(gradients[name]) - wanted) < 1e-5 * np.linalg.norm(wanted), name
 
@@ -84,7 +84,7 @@ def test_loss_and_gradients_are_those_of_transformers(how: dict[str, Any]) -> No
     [{}, {"gradient_checkpointing": True, "ema_decay": 0.9}, {"compile": True, "precision": "bfloat16"}],
     ids=["threads", "checkpointed", "compiled bfloat16"],
 )
-def test_it_learns_and_is_resumed_bit_for_bit(how: dict[str, Any]) -> None:
+def test_training_learns_and_resumes_bit_for_bit(how: dict[str, Any]) -> None:
     straight, resumed = MLXEngine(config(**how)), MLXEngine(config(**how))
     losses = [straight.train_step(batch(0), step, 0.01, 0.9).loss for step in range(1, 41)]
     assert losses[0] == pytest.approx(np.log(61), rel=0.05)

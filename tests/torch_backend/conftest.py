@@ -1,4 +1,4 @@
-"""One thread for PyTorch, as MLX has one: the two take turns."""
+"""Runs PyTorch on one thread, like MLX in these tests."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Configurations, batches and curves that the tests of the torch wing share: so small that both engines are quick."""
+"""Configurations, batches and loss curves for the PyTorch backend tests, small enough for both engines to be fast."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from anarchobot.data.batches import Batch
 from anarchobot.training.engine import Engine
 
 VOCAB = 61
-SHAPES: dict[str, dict[str, Any]] = {  # every option of a model, each at least once
+SHAPES: dict[str, dict[str, Any]] = {  # every model option at least once
     "plain": {},
     "gelu, untied": {"ffn_activation": "gelu", "tie_embeddings": False},
     "grouped heads, qk_norm": {"n_kv_heads": 2, "qk_norm": True, "head_dim": 6},
@@ -28,8 +28,8 @@ def config(model: dict[str, Any] | None = None, **train: Any) -> Config:
 
 
 def batch(micro_batches: int, rows: int, length: int = 16, seed: int = 0, documents: bool = False) -> Batch:
-    """Counting in steps of one to three, which can be learnt. With `documents`, two in a row, behind a mask, and some
-    targets that are not scored."""
+    """Sequences that count in steps of one to three, which can be learned. With `documents`, two masked documents per
+    row and some ignored targets."""
     rng = np.random.default_rng(seed)
     start, pace = (rng.integers(low, high, (micro_batches, rows, 1)) for low, high in ((0, VOCAB), (1, 4)))
     ids = ((start + pace * np.arange(length + 1)) % VOCAB).astype(np.int32)
@@ -42,6 +42,6 @@ def batch(micro_batches: int, rows: int, length: int = 16, seed: int = 0, docume
 
 
 def train(engine: Engine, steps: range, lr: float = 0.01, **shape: Any) -> list[float]:
-    """The losses of `steps`, two micro-batches of two rows each, made from the step's number."""
+    """Returns the losses of `steps`: two micro-batches of two rows each, generated from the step number."""
     made = {"micro_batches": 2, "rows": 2, **shape}
     return [engine.train_step(batch(seed=s, **made), s, lr, 0.9, math.inf).loss for s in steps]

@@ -1,4 +1,4 @@
-"""The torch step: what it computes, what it leaves alone, and that it is the same however it is done."""
+"""The PyTorch training step: results, precision, failures, state and compilation."""
 
 import math
 from typing import Any
@@ -16,9 +16,9 @@ torch = pytest.importorskip("torch")
 
 from anarchobot.torch_backend import engine, loss, model  # noqa: E402
 from anarchobot.torch_backend.engine import TorchEngine  # noqa: E402
-from tests.torch_backend.test_model import Seen  # noqa: E402
+from tests.torch_backend.test_model import TensorRecorder  # noqa: E402
 
-FREE = math.inf  # a norm limit that limits nothing
+NO_LIMIT = math.inf  # as a norm limit
 State = dict[str, np.ndarray]
 
 
@@ -36,39 +36,39 @@ def test_learns_to_count(optimizer: str) -> None:
     assert np.mean(losses[-10:]) < 1.5
 
 
-def test_a_batch_in_pieces_is_the_batch_whole() -> None:
-    """Also with unscored targets unevenly spread, where a mean of means would weigh tokens differently."""
+def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
+    """Also with unevenly spread ignored targets, where a mean of means would weight tokens differently."""
     whole = batch(1, 4, documents=True)
     whole.targets[0, 1, 3:] = -1
-    pieces = Batch(*(x.reshape(4, 1, 16) for x in (whole.inputs, whole.targets, whole.segments)))
+    parts = Batch(*(x.reshape(4, 1, 16) for x in (whole.inputs, whole.targets, whole.segments)))
     one, four = TorchEngine(config()), TorchEngine(config())
-    a, b = one.train_step(whole, 1, 0.01, 0.9, FREE), four.train_step(pieces, 1, 0.01, 0.9, FREE)
+    a, b = one.train_step(whole, 1, 0.01, 0.9, NO_LIMIT), four.train_step(parts, 1, 0.01, 0.9, NO_LIMIT)
     assert a.tokens == b.tokens == 64 - 3 - 13
     assert (a.loss, a.grad_norm) == pytest.approx((b.loss, b.grad_norm), rel=1e-5)
     for name, p in one.state().items():
         np.testing.assert_allclose(p, four.state()[name], atol=5e-5, err_msg=name)
 
 
-def test_loss_is_the_mean_before_the_update_and_eval_agrees() -> None:
+def test_loss_is_the_mean_before_the_update_and_equals_the_eval_loss() -> None:
     trained, rows = TorchEngine(config()), batch(2, 3)
     total, tokens = trained.eval_step(rows)
     assert tokens == 96
-    assert trained.train_step(rows, 1, 0.01, 0.9, FREE).loss == pytest.approx(total / tokens, rel=1e-5)
+    assert trained.train_step(rows, 1, 0.01, 0.9, NO_LIMIT).loss == pytest.approx(total / tokens, rel=1e-5)
 
 
-def test_two_masked_documents_in_a_row_train_as_two_rows() -> None:
+def test_document_mask_trains_like_separate_rows() -> None:
     rows = batch(1, 2, 8)
     segments = np.repeat([[[0, 1]]], 8, axis=2).astype(np.int32)
     joined = Batch(rows.inputs.reshape(1, 1, 16), rows.targets.reshape(1, 1, 16), segments)
     a, b = TorchEngine(config()), TorchEngine(config())
-    first, second = a.train_step(rows, 1, 0.01, 0.9, FREE), b.train_step(joined, 1, 0.01, 0.9, FREE)
+    first, second = a.train_step(rows, 1, 0.01, 0.9, NO_LIMIT), b.train_step(joined, 1, 0.01, 0.9, NO_LIMIT)
     assert (first.loss, first.grad_norm) == pytest.approx((second.loss, second.grad_norm), rel=1e-5)
 
 
 def test_gradients_are_clipped_to_the_global_norm() -> None:
-    """Seen in the second moment, which is g squared; what is reported is the norm before clipping."""
+    """Read from the second moment, g squared. The norm before clipping is reported."""
     made = [TorchEngine(config(optimizer="adamw", max_grad_norm=limit)) for limit in (0.01, None)]
-    norms = [one.train_step(batch(1, 2), 1, 0.0, 0.9, FREE).grad_norm for one in made]
+    norms = [one.train_step(batch(1, 2), 1, 0.0, 0.9, NO_LIMIT).grad_norm for one in made]
     assert norms[0] == norms[1] > 0.01
 
     def norm_from_moments(one: TorchEngine) -> float:
@@ -87,8 +87,8 @@ def test_gradients_are_clipped_to_the_global_norm() -> None:
     ],
     ids=str,
 )
-def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(settings: dict[str, Any]) -> None:
-    """With dropout and accumulation; a sample's own random numbers in between change nothing."""
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(settings: dict[str, Any]) -> None:
+    """With dropout and accumulation; random numbers drawn in between, as for a sample, have no effect."""
     chosen = config({"dropout": 0.3}, **settings)
     straight, resumed = TorchEngine(chosen), TorchEngine(chosen)
     losses = train(straight, range(1, 4))
@@ -115,7 +115,7 @@ def test_state_is_not_changed_by_later_steps() -> None:
     [{}, {"optimizer": "adamw"}, {"normuon": False}, {"ema_decay": 0.9}, {"precision": "float16"}],
     ids=str,
 )
-def test_names_shapes_types_and_first_values_are_the_mlx_engines(settings: dict[str, Any]) -> None:
+def test_initial_state_equals_that_of_the_mlx_engine(settings: dict[str, Any]) -> None:
     chosen = config({"qk_norm": True, "tie_embeddings": False}, **settings)
     ours, theirs = TorchEngine(chosen).state(), MLXEngine(chosen).state()
     assert list(ours) == list(theirs)
@@ -123,17 +123,22 @@ def test_names_shapes_types_and_first_values_are_the_mlx_engines(settings: dict[
     assert_same(ours, theirs)
 
 
-def test_another_optimizers_or_models_state_is_refused_and_nothing_is_loaded() -> None:
+def test_state_of_another_optimizer_or_model_is_rejected_and_not_loaded() -> None:
     trained = TorchEngine(config())
     before = trained.state()
-    with pytest.raises(UserError, match=r"optimizer/muon.momentum/.* the checkpoint has missing, this run needs \[.*set train.optimizer"):
+    with pytest.raises(
+        UserError,
+        match=r"optimizer/muon.momentum/.* the checkpoint has missing, this run needs \[.*set train.optimizer",
+    ):
         trained.load_state(TorchEngine(config(optimizer="adamw")).state())
-    with pytest.raises(UserError, match=r"params/model.embed_tokens.weight: the checkpoint has \[.*, 16\], this run needs"):
+    with pytest.raises(
+        UserError, match=r"params/model.embed_tokens.weight: the checkpoint has \[.*, 16\], this run needs"
+    ):
         trained.load_state(TorchEngine(config({"d_model": 16})).state())
     assert_same(trained.state(), before)
 
 
-def test_a_step_that_is_not_finite_changes_nothing_but_the_loss_scale() -> None:
+def test_non_finite_step_changes_only_the_loss_scale() -> None:
     for precision, scale in (("float16", 2.0**16), ("float16", 1.0), ("float32", 1.0)):
         trained = TorchEngine(config(precision=precision))
         train(trained, range(1, 3))
@@ -142,26 +147,26 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_loss_scale() -> None:
         if precision == "float16":
             broken["loss_scale"] = np.array(scale)
         trained.load_state(broken)
-        result = trained.train_step(batch(1, 2), 3, 0.01, 0.9, FREE)
+        result = trained.train_step(batch(1, 2), 3, 0.01, 0.9, NO_LIMIT)
         assert not result.finite and not result.applied
-        assert result.overflow == (scale > 1)  # at a scale of one, the scale is not to blame
+        assert result.overflow == (scale > 1)  # a scale of 1 cannot be the cause
         after = trained.state()
         assert_same(after, broken, but=("loss_scale", "loss_scale_streak"))
         if precision == "float16":
             assert after["loss_scale"] == max(1.0, scale / 2) and after["loss_scale_streak"] == 0
 
 
-def test_a_loss_scale_too_large_costs_steps_until_it_fits() -> None:
+def test_excessive_loss_scale_is_halved_until_steps_succeed() -> None:
     trained = TorchEngine(config(precision="float16"))
     trained._loss_scale = LossScale(2.0**24)
-    results = [trained.train_step(batch(1, 2, seed=s), s, 0.01, 0.9, FREE) for s in range(1, 12)]
+    results = [trained.train_step(batch(1, 2, seed=s), s, 0.01, 0.9, NO_LIMIT) for s in range(1, 12)]
     skipped = [r.overflow for r in results]
     assert skipped[0] and skipped == sorted(skipped, reverse=True) and results[-1].applied
     assert trained.state()["loss_scale"] == 2.0 ** (24 - sum(skipped))
     assert trained.state()["updates"] == 11 - sum(skipped)
 
 
-def test_a_norm_above_the_limit_changes_nothing() -> None:
+def test_norm_above_the_limit_changes_nothing() -> None:
     trained = TorchEngine(config(ema_decay=0.5))
     train(trained, range(1, 3))
     before = trained.state()
@@ -176,12 +181,12 @@ def test_a_norm_above_the_limit_changes_nothing() -> None:
     "words", ["DefaultCPUAllocator", "MPS backend out of memory (9 GB)", "CUDA", "Invalid buffer size: 9 GB"]
 )
 def test_out_of_memory_in_the_second_micro_batch_changes_nothing(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the allocator's own error, and by what MPS and CUDA raise. The next, smaller step is as if nothing was."""
+    """With the CPU allocator's own error and those of MPS and CUDA. The following steps are unaffected."""
     trained, other = TorchEngine(config()), TorchEngine(config())
     before = trained.state()
     plain, calls = loss.add_gradients, []
 
-    def too_much(*args: Any, **how: Any) -> Any:
+    def allocate_too_much(*args: Any, **how: Any) -> Any:
         calls.append(1)
         if len(calls) < 2:
             return plain(*args, **how)
@@ -191,27 +196,27 @@ def test_out_of_memory_in_the_second_micro_batch_changes_nothing(words: str, mon
             return torch.empty(2**55)
         raise RuntimeError(words)
 
-    monkeypatch.setattr(engine, "add_gradients", too_much)
+    monkeypatch.setattr(engine, "add_gradients", allocate_too_much)
     with pytest.raises(MemoryError, match=words.partition(" (")[0]) as caught:
-        trained.train_step(batch(2, 2), 1, 0.01, 0.9, FREE)
-    assert caught.value.__context__ is None  # whose traceback would hold the activations
+        trained.train_step(batch(2, 2), 1, 0.01, 0.9, NO_LIMIT)
+    assert caught.value.__context__ is None  # its traceback would keep the activations alive
     assert all(p.grad is None for p in trained.params.values())
     assert_same(trained.state(), before)
     monkeypatch.setattr(engine, "add_gradients", plain)
     assert train(trained, range(1, 3)) == train(other, range(1, 3))
 
 
-def test_another_runtime_error_is_no_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_runtime_errors_are_not_memory_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **how: Any) -> Any:
         raise RuntimeError("sizes do not match")
 
     monkeypatch.setattr(engine, "add_gradients", broken)
     with pytest.raises(RuntimeError, match="sizes"):
-        TorchEngine(config()).train_step(batch(1, 1), 1, 0.01, 0.9, FREE)
+        TorchEngine(config()).train_step(batch(1, 1), 1, 0.01, 0.9, NO_LIMIT)
 
 
-def test_the_running_average_is_what_is_validated_and_used() -> None:
-    """Against the average kept by hand."""
+def test_ema_weights_are_evaluated_and_used() -> None:
+    """Against an average computed by hand."""
     averaging, plain = TorchEngine(config(ema_decay=0.5)), TorchEngine(config())
     average = {n: p.detach().numpy().copy() for n, p in plain.params.items()}
     for step in range(1, 5):
@@ -221,7 +226,7 @@ def test_the_running_average_is_what_is_validated_and_used() -> None:
         average = {n: decay * a + (1 - decay) * plain.params[n].detach().numpy() for n, a in average.items()}
     for name, p in averaging.weights.items():
         np.testing.assert_allclose(p.numpy(), average[name], atol=1e-6)
-    usual = TorchEngine(config())  # without averaging, the saved weights are gone on from
+    usual = TorchEngine(config())  # without EMA, training continues from the saved weights
     usual.load_state(averaging.state())
     assert usual.eval_step(batch(1, 2)) == averaging.eval_step(batch(1, 2)) != plain.eval_step(batch(1, 2))
 
@@ -236,7 +241,7 @@ def test_dropout_depends_on_step_micro_batch_and_seed_and_is_off_in_evaluation()
         trained = TorchEngine(config({"dropout": 0.5}, seed=seed))
         trained.load_state(first)
         assert trained.eval_step(rows) == trained.eval_step(rows)
-        return trained.train_step(rows, step, 0.01, 0.9, FREE).loss
+        return trained.train_step(rows, step, 0.01, 0.9, NO_LIMIT).loss
 
     alone = Batch(same_rows.inputs[:1], same_rows.targets[:1])
     assert loss(alone, 1) == loss(alone, 1)
@@ -244,10 +249,10 @@ def test_dropout_depends_on_step_micro_batch_and_seed_and_is_off_in_evaluation()
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_trains_as_float32_does(precision: str) -> None:
-    """Master weights and moments stay float32, whatever the products are in; and nothing is float64 anywhere."""
+def test_half_precision_trains_like_float32(precision: str) -> None:
+    """Master weights and moments stay float32 at any precision, and nothing is float64."""
     half, full = TorchEngine(config(precision=precision)), TorchEngine(config())
-    with Seen() as seen:
+    with TensorRecorder() as seen:
         losses = train(half, range(1, 4), lr=0.003)
         half.eval_step(batch(1, 2))
         half.load_state(half.state())
@@ -259,16 +264,16 @@ def test_half_precision_trains_as_float32_does(precision: str) -> None:
     assert half.dtype in seen.dtypes and torch.float64 not in seen.dtypes
 
 
-def test_the_update_is_float32_throughout() -> None:
+def test_update_is_float32() -> None:
     trained = TorchEngine(config(precision="float16", ema_decay=0.9))
     _, grads = trained._accumulate_gradients(batch(1, 2), 1, 1.0)
-    with Seen() as seen:
+    with TensorRecorder() as seen:
         trained._apply_update(grads, 1.0, 0.01, 0.9)
         trained._update_average(0.9)
     assert seen.dtypes - {torch.bool} == {torch.float32}
 
 
-def test_without_a_compiler_the_step_runs_as_it_is_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_compiler_falls_back_to_eager_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(function: Any, **how: Any) -> Any:
         def call(*args: Any) -> Any:
             raise RuntimeError("\n  No C++ compiler found\nTraceback")
@@ -283,11 +288,11 @@ def test_without_a_compiler_the_step_runs_as_it_is_and_says_so(monkeypatch: pyte
     assert train(trained, range(1, 3)) == train(plain, range(1, 3))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler's own doing
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # raised inside the compiler
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.faults)])
-def test_a_compiled_step_is_the_step(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of it traced: forward and backward, with dropout, checkpointing and blocks of queries, and without a break.
-    By default in PyTorch's own operations; in machine code where there is a minute for it."""
+def test_compiled_step_equals_the_eager_step(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward passes with dropout, checkpointing and query blocks compile without a graph break. The
+    default suite runs the traced graph in eager mode; the long one generates code."""
     whole = torch.compile
     monkeypatch.setattr(model.torch, "compile", lambda f, **how: whole(f, **how, backend=backend, fullgraph=True))
     how = {"gradient_checkpointing": True, "attention_block": 8}
@@ -299,24 +304,22 @@ def test_a_compiled_step_is_the_step(backend: str, monkeypatch: pytest.MonkeyPat
     assert trained.eval_step(batch(1, 2)) == pytest.approx(plain.eval_step(batch(1, 2)), rel=1e-5)
 
 
-@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="a GPU is here")
-def test_a_gpu_that_is_not_there_is_refused() -> None:
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="this machine has a GPU")
+def test_missing_gpu_is_an_error() -> None:
     with pytest.raises(UserError, match=r"train.device: gpu, but PyTorch finds no GPU"):
         TorchEngine(config(device="gpu"))
     assert TorchEngine(config(device="auto")).device.type == "cpu"
 
 
 @pytest.mark.parametrize(("mps", "cuda", "chosen"), [(True, True, "mps"), (False, True, "cuda"), (False, False, "cpu")])
-def test_mps_comes_before_cuda_and_cuda_before_the_cpu(
-    mps: bool, cuda: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_device_order_is_mps_cuda_cpu(mps: bool, cuda: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     assert engine.choose_device("auto").type == chosen
     assert engine.choose_device("cpu").type == "cpu"
 
 
-def test_peak_memory_is_the_process_on_a_cpu() -> None:
+def test_peak_memory_on_a_cpu_is_that_of_the_process() -> None:
     trained = TorchEngine(config())
     before = trained.peak_memory_gb()
     block = torch.ones(int((before + 0.1) * 1e9 / 4))
@@ -324,7 +327,7 @@ def test_peak_memory_is_the_process_on_a_cpu() -> None:
     del block
 
 
-def test_memory_in_use_is_told_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_in_use_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = TorchEngine(config())
     assert trained.memory_gb() == {}
     monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 2 * 10**9)

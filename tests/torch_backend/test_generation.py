@@ -1,4 +1,4 @@
-"""Samples: the distribution that is drawn from, the ends, and that they are those of the MLX wing."""
+"""Generation: the sampled distribution, stopping, and equality with the MLX backend."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def tokenizer(tiny_shards: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def arrays() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)  # far from even, so that greedy choices are clear
+    rng = np.random.default_rng(0)  # far from uniform, so that greedy choices are unambiguous
     return {
         n: (p + rng.standard_normal(p.shape) * 0.3).astype(np.float32) for n, p in init_parameters(SHAPE, 0).items()
     }
@@ -47,11 +47,11 @@ def test_draws_follow_the_exact_probabilities(settings: dict[str, Any]) -> None:
     assert counts[p == 0].sum() == 0
     expected = n * p[p > 0]
     chi_square = ((counts[p > 0] - expected) ** 2 / expected).sum()
-    assert chi_square < 25  # five degrees of freedom: chance of more is 1 in 7,000
+    assert chi_square < 25  # five degrees of freedom: exceeded with probability 1 in 7,000
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_greedy_text_is_that_of_the_mlx_wing(
+def test_greedy_text_equals_the_mlx_backend(
     penalty: float, arrays: dict[str, np.ndarray], weights: dict[str, Any], tokenizer: Tokenizer
 ) -> None:
     settings = GenerationConfig(prompt="The value", method="greedy", max_new_tokens=30, repetition_penalty=penalty)
@@ -63,7 +63,7 @@ def test_greedy_text_is_that_of_the_mlx_wing(
     assert cut == mlx_generation.generate(model, stopping) == text[: text.index(text[9:12])]
 
 
-def test_the_penalty_is_mlx_lms() -> None:
+def test_repetition_penalty_matches_mlx_lm() -> None:
     from mlx_lm.sample_utils import make_repetition_penalty
 
     rng = np.random.default_rng(0)
@@ -72,28 +72,28 @@ def test_the_penalty_is_mlx_lms() -> None:
     np.testing.assert_allclose(penalised(z, ids, 1.7), np.array(wanted)[0], rtol=1e-6)
 
 
-def test_it_ends_at_the_limit_at_max_seq_len_and_at_end_of_document(weights: dict[str, Any]) -> None:
+def test_generation_ends_at_max_new_tokens_max_seq_len_or_end_of_document(weights: dict[str, Any]) -> None:
     greedy = {"method": "greedy", "prompt": ""}
     ids = list(generate_ids(weights, SHAPE, 0, [5, 6], GenerationConfig(**greedy, max_new_tokens=7)))
     assert len(ids) == 7
     full = list(generate_ids(weights, SHAPE, 0, [5, 6], GenerationConfig(**greedy, max_new_tokens=500)))
     assert len(full) == SHAPE.max_seq_len - 3 and full[:7] == ids
-    begun = SHAPE.model_copy(update={"bos_id": 7})
+    with_bos = SHAPE.model_copy(update={"bos_id": 7})
     settings = GenerationConfig(**greedy, max_new_tokens=7)
-    other = list(generate_ids(weights, begun, 0, [5, 6], settings))
+    other = list(generate_ids(weights, with_bos, 0, [5, 6], settings))
     assert other == list(generate_ids(weights, SHAPE, 7, [5, 6], settings)) != ids
-    ending = {n: p.detach().clone() for n, p in weights.items()}
-    ending["model.embed_tokens.weight"].zero_()
-    ending["model.embed_tokens.weight"][:] = 0.001
-    ending["model.norm.weight"].fill_(1.0)
-    ending["model.embed_tokens.weight"][0] = 100.0 * torch.sign(_hidden(ending))
-    assert list(generate_ids(ending, SHAPE, 0, [], GenerationConfig(**greedy))) == []
+    ends_at_once = {n: p.detach().clone() for n, p in weights.items()}
+    ends_at_once["model.embed_tokens.weight"].zero_()
+    ends_at_once["model.embed_tokens.weight"][:] = 0.001
+    ends_at_once["model.norm.weight"].fill_(1.0)
+    ends_at_once["model.embed_tokens.weight"][0] = 100.0 * torch.sign(_hidden_after_end_of_document(ends_at_once))
+    assert list(generate_ids(ends_at_once, SHAPE, 0, [], GenerationConfig(**greedy))) == []
     with pytest.raises(UserError, match=r"the prompt is 61 tokens long and the model's max_seq_len is 48"):
         list(generate_ids(weights, SHAPE, 0, [1] * 60, GenerationConfig()))
 
 
-def _hidden(params: dict[str, Any]) -> Any:
-    """What the head reads after an end of document, whose embedding's size RMSNorm takes out again."""
+def _hidden_after_end_of_document(params: dict[str, Any]) -> Any:
+    """The hidden state after an end-of-document token, whose embedding RMSNorm rescales."""
     from anarchobot.torch_backend.model import hidden_states
 
     for _ in range(5):
@@ -113,10 +113,10 @@ def test_the_seed_decides_and_training_is_not_disturbed(weights: dict[str, Any],
     assert all(p.grad is None for p in weights.values())
 
 
-def test_a_first_space_is_kept_by_tokenizers_that_put_one_before_any_text(shared_data: Path) -> None:
-    """Mistral's decodes "▁world" alone as "world"."""
+def test_leading_space_is_kept_by_tokenizers_that_prepend_one(shared_data: Path) -> None:
+    """Mistral's tokenizer decodes a single "▁world" as "world"."""
 
-    class Said:
+    class PrefixTokenizer:
         eod_id = 2
 
         def __init__(self, tokenizer: Tokenizer) -> None:
@@ -129,4 +129,4 @@ def test_a_first_space_is_kept_by_tokenizers_that_put_one_before_any_text(shared
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "generate_ids", lambda *args: whole[len(prompt) :])
         settings = GenerationConfig(prompt="hello")
-        assert generate({}, SHAPE, Said(tokenizer), settings) == " world again"  # type: ignore[arg-type]
+        assert generate({}, SHAPE, PrefixTokenizer(tokenizer), settings) == " world again"  # type: ignore[arg-type]

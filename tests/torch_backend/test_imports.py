@@ -1,10 +1,10 @@
-"""torch stays in its room. That the room needs no MLX, and what is said without torch: tests/tasks/test_backends.py."""
+"""Only torch_backend/ imports torch. Running without MLX or without torch: tests/tasks/test_backends.py."""
 
 import ast
 from pathlib import Path
 
 
-def test_nothing_else_imports_torch() -> None:
+def test_only_torch_backend_imports_torch() -> None:
     package = Path(__file__).parents[2] / "anarchobot"
     for file in package.rglob("*.py"):
         if file.parent.name != "torch_backend":

@@ -13,8 +13,8 @@ N, D, V = 23, 8, 31
 
 @pytest.mark.parametrize("chunk", [5, 23, 256])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_loss_and_gradients_are_autograds_in_float64(softcap: float | None, chunk: int) -> None:
-    """With targets that are not scored; the weight's gradient is added to what is there."""
+def test_loss_and_gradients_match_autograd_in_float64(softcap: float | None, chunk: int) -> None:
+    """With ignored targets, and the weight's gradient added to an existing one."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(shape, generator=generator) for shape in ((N, D), (V, D)))
     targets = torch.randint(0, V, (N,), generator=generator)
@@ -36,16 +36,16 @@ def test_loss_and_gradients_are_autograds_in_float64(softcap: float | None, chun
     torch.testing.assert_close(gradient.double() - 1, w.grad, atol=2e-6, rtol=1e-5)
 
 
-def test_a_float16_gradient_below_its_range_survives_by_the_scale() -> None:
-    """Softmax's p of a million words is 1e-6: in float16 it would be lost, scaled by 2^16 it is not."""
+def test_loss_scale_preserves_small_float16_gradients() -> None:
+    """Small probabilities underflow in float16 unless they are scaled first, here by 2^16."""
     model = ModelConfig(vocab_size=4096, d_model=8, n_heads=2)
     hidden = torch.full((1, 8), 0.25, dtype=torch.float16)
     weight = torch.zeros(4096, 8)
-    weight[0] = 5.5  # a logit of 11: the others' p are 1 / 64,000 or less
+    weight[0] = 5.5  # a logit of 11: the other probabilities are at most 1 / 64,000
     targets = torch.tensor([0])
     scaled, plain = torch.zeros(4096, 8), torch.zeros(4096, 8)
     loss_and_gradients(hidden, weight, targets, model, 2.0**16, scaled, 256)
     loss_and_gradients(hidden, weight, targets, model, 1.0, plain, 256)
-    exact = 0.25 / (torch.exp(torch.tensor(11.0, dtype=torch.float64)) + 4095)  # p h, of a word that is not the target
+    exact = 0.25 / (torch.exp(torch.tensor(11.0, dtype=torch.float64)) + 4095)  # p h, for a token other than the target
     assert float(scaled[7, 0]) / 2**16 == pytest.approx(float(exact), rel=2e-3)
     assert abs(float(plain[7, 0]) / float(exact) - 1) > abs(float(scaled[7, 0]) / 2**16 / float(exact) - 1)

@@ -1,4 +1,4 @@
-"""Loss and gradients: against float64, against the MLX wing, and the same however they are computed."""
+"""Loss and gradients against float64, against the MLX backend, and with every technique."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from anarchobot.config.schema import ModelConfig
 from anarchobot.data.batches import Batch
 from anarchobot.model.llama.gradients import loss_and_gradients
 from anarchobot.model.parameters import by_block, init_parameters
+from anarchobot.model.technique import MicroBatch
 from tests.model.llama import reference
 from tests.torch_backend.settings import SHAPES, VOCAB, batch, config
 
@@ -30,7 +31,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def weights(model: ModelConfig) -> Arrays:
-    """First values with noise upon them: norms that are not one, projections that are not zero."""
+    """Initial values plus noise, so that norms are not one and projections are not zero."""
     rng = np.random.default_rng(1)
     return {
         n: (v + 0.1 * rng.standard_normal(v.shape)).astype(np.float32) for n, v in init_parameters(model, 0).items()
@@ -50,14 +51,14 @@ def by_torch(params: Arrays, rows: Batch, model: ModelConfig, scale: float = 1.0
 
 
 def assert_close(got: Arrays, wanted: Arrays, relative: float) -> None:
-    """Each gradient to `relative` of its own norm."""
+    """Compares each gradient to `relative` times its norm."""
     assert set(got) == set(wanted)
     for name, g in wanted.items():
         assert np.linalg.norm(got[name] - g) <= relative * np.linalg.norm(g), name
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_loss_is_that_of_the_model_in_float64(shape: str) -> None:
+def test_loss_equals_the_float64_reference(shape: str) -> None:
     model = config(SHAPES[shape]).model
     params, rows = weights(model), batch(1, 2)
     tokens = np.concatenate([rows.inputs[0], rows.targets[0][:, -1:]], axis=1)
@@ -67,15 +68,13 @@ def test_the_loss_is_that_of_the_model_in_float64(shape: str) -> None:
 
 @pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loss_and_gradients_are_those_of_the_mlx_wing(shape: str, documents: bool) -> None:
+def test_loss_and_gradients_match_the_mlx_backend(shape: str, documents: bool) -> None:
     model = config(SHAPES[shape]).model
     params, rows = weights(model), batch(1, 3, documents=documents)
     loss, grads = by_torch(params, rows, model, scale=0.5)
     segments = None if rows.segments is None else mx.array(rows.segments[0])
-    wanted, by_mlx = loss_and_gradients(
-        {n: mx.array(p) for n, p in params.items()}, mx.array(rows.inputs[0]), mx.array(rows.targets[0]), model,
-        scale=mx.array(0.5), segments=segments,
-    )  # fmt: skip
+    ours = MicroBatch(mx.array(rows.inputs[0]), mx.array(rows.targets[0]), mx.array(0.5), segments)
+    wanted, by_mlx = loss_and_gradients({n: mx.array(p) for n, p in params.items()}, ours, model)
     assert 0.5 * loss == pytest.approx(float(wanted), rel=1e-5)
     assert_close(grads, {n: np.array(g) for n, g in by_mlx.items()}, 1e-4)
 
@@ -86,8 +85,8 @@ def test_loss_and_gradients_are_those_of_the_mlx_wing(shape: str, documents: boo
     [{"recompute": True}, {"attention_block": 5}, {"recompute": True, "attention_block": 7}, {"loss_chunk": 7}],
     ids=str,
 )
-def test_the_other_ways_to_do_it_give_the_same_gradients(how: dict[str, Any], documents: bool) -> None:
-    """Dropout as well: a block that is computed again drops the same places."""
+def test_techniques_do_not_change_the_gradients(how: dict[str, Any], documents: bool) -> None:
+    """Also with dropout: a recomputed block drops the same elements."""
     model = config({"dropout": 0.3, "value_residual": True}).model
     params, rows = weights(model), batch(1, 3, documents=documents)
     loss, grads = by_torch(params, rows, model, dropout_key="1")
@@ -98,8 +97,8 @@ def test_the_other_ways_to_do_it_give_the_same_gradients(how: dict[str, Any], do
         assert all(np.array_equal(g, others[name]) for name, g in grads.items())
 
 
-def test_dropout_drops_its_share_and_is_a_function_of_its_key() -> None:
-    """In a block that gives all places of a token the same number, which is large, those left small were dropped."""
+def test_dropout_rate_and_key() -> None:
+    """The block adds the same large number to all elements of a token, so elements that stay small were dropped."""
     model = config({"dropout": 0.25, "n_layers": 1}).model
     params = {n: torch.tensor(p) for n, p in weights(model).items()}
     params["model.embed_tokens.weight"].copy_(1e-4 * torch.arange(32))
@@ -116,30 +115,30 @@ def test_dropout_drops_its_share_and_is_a_function_of_its_key() -> None:
     assert not torch.equal(dropped[0], dropped[1])
     assert torch.equal(hidden("1"), hidden("1"))
     assert not torch.equal(hidden("1"), hidden("2"))
-    # Not bit for bit: a matrix product may round rows differently by their place among the threads.
+    # Not bit for bit: a matrix product may round rows differently depending on the thread that computes them.
     assert torch.allclose(hidden(None)[0], hidden(None)[1], atol=1e-5)
 
 
-def test_every_half_of_every_block_has_a_mask_of_its_own() -> None:
+def test_attention_and_mlp_of_each_block_have_their_own_dropout_mask() -> None:
     model = config({"dropout": 0.25, "n_layers": 3}).model
     masks: list[Any] = []
 
-    def noted(p: Any, x: Any, model: Any, context: Any, keep: Any, first_v: Any) -> Any:
+    def record(p: Any, x: Any, model: Any, context: Any, keep: Any, first_v: Any) -> Any:
         masks.extend(keep)
         return block_forward(p, x, model, context, keep, first_v)
 
     params = {n: torch.tensor(p) for n, p in weights(model).items()}
-    hidden_states(params, torch.zeros(2, 8).long(), model, dropout_key="1", technique=Technique(block=noted))
+    hidden_states(params, torch.zeros(2, 8).long(), model, dropout_key="1", technique=Technique(block=record))
     assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 6
 
 
-def test_gradient_checkpointing_keeps_the_blocks_inputs_alone() -> None:
-    """By what autograd saves: of each of six blocks [3, 16, 32] float32, and what belongs to the model's end."""
+def test_gradient_checkpointing_saves_only_block_inputs() -> None:
+    """Autograd saves one [3, 16, 32] float32 array for each of six blocks, and what the end of the model needs."""
     model = config({"n_layers": 6}).model
     params = {n: torch.tensor(p).requires_grad_() for n, p in weights(model).items()}
     own = {p.untyped_storage().data_ptr() for p in params.values()}
 
-    def kept_bytes(recompute: bool) -> int:
+    def saved_bytes(recompute: bool) -> int:
         sizes: dict[int, int] = {}
 
         def note(x: Any) -> Any:
@@ -153,13 +152,13 @@ def test_gradient_checkpointing_keeps_the_blocks_inputs_alone() -> None:
         return sum(sizes.values())
 
     one = 3 * 16 * 32 * 4
-    assert kept_bytes(True) < 9 * one < 40 * one < kept_bytes(False)
+    assert saved_bytes(True) < 9 * one < 40 * one < saved_bytes(False)
 
 
-def test_what_dropout_keeps_is_scaled_up() -> None:
+def test_dropout_scales_kept_elements() -> None:
     model = config({"dropout": 0.25, "n_layers": 1}).model
     p = by_block({n: torch.tensor(a) for n, a in weights(model).items()}, model)[0]
-    p["self_attn.o_proj.weight"].zero_()  # the MLP's half alone writes
+    p["self_attn.o_proj.weight"].zero_()  # only the MLP contributes
     x, everything = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0)), torch.ones(2, 8, 32).bool()
     context = attention_context(torch.zeros(2, 8), model)
     (plain, _), (kept, _) = (
@@ -169,7 +168,7 @@ def test_what_dropout_keeps_is_scaled_up() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_has_the_gradients_direction(dtype: Any) -> None:
+def test_half_precision_gradients_are_close_to_float32(dtype: Any) -> None:
     model = config().model
     params, rows = weights(model), batch(1, 3, documents=True)
     loss, grads = by_torch(params, rows, model)
@@ -180,22 +179,22 @@ def test_half_precision_has_the_gradients_direction(dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_attention_gets_one_dtype_without_autocasts_help(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device whose autocast leaves attention out would stop at a float32 query beside a half-precision value."""
-    kernel, met = torch.nn.functional.scaled_dot_product_attention, []
+def test_attention_inputs_have_one_dtype_without_autocast(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where autocast does not cover attention, a float32 query and a half-precision value would be an error."""
+    kernel, dtypes = torch.nn.functional.scaled_dot_product_attention, []
 
-    def noted(q: Any, k: Any, v: Any, **how: Any) -> Any:
-        met.append({q.dtype, k.dtype, v.dtype})
+    def record(q: Any, k: Any, v: Any, **how: Any) -> Any:
+        dtypes.append({q.dtype, k.dtype, v.dtype})
         return kernel(q, k, v, **how)
 
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
     model = config(SHAPES[shape]).model
     by_torch(weights(model), batch(1, 2), model, dtype=torch.bfloat16)
-    assert met == [{torch.bfloat16}] * model.n_layers
+    assert dtypes == [{torch.bfloat16}] * model.n_layers
 
 
-class Seen(TorchDispatchMode):
-    """Every tensor that an operation gives: its shape and dtype."""
+class TensorRecorder(TorchDispatchMode):
+    """Records the shape and dtype of every operation's output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,18 +210,18 @@ class Seen(TorchDispatchMode):
         return out
 
 
-def test_neither_all_logits_nor_all_scores_ever_exist() -> None:
-    """Eight rows of 20 tokens: no tensor of 160 x 61, or of 20 x 20 scores for each head."""
+def test_full_logits_and_scores_are_never_materialized() -> None:
+    """With eight rows of 20 tokens, no tensor holds 160 x 61 logits or 20 x 20 scores per head."""
     model = config({"d_model": 24, "mlp_multiple": 2.0}).model
-    with Seen() as seen:
+    with TensorRecorder() as seen:
         by_torch(weights(model), batch(1, 8, 20), model, loss_chunk=32, attention_block=4)
     assert (32, VOCAB) in seen.shapes
     assert not {s for s in seen.shapes if s[-1:] == (VOCAB,) and np.prod(s) > 32 * VOCAB}
     assert not {s for s in seen.shapes if s[-2:] == (20, 20)}
 
 
-def test_blocks_of_queries_by_the_memory_of_their_scores() -> None:
-    """64 MiB of float32 scores: 8 rows and 12 heads with 1,024 keys are 170 queries, rounded to 160; never under 32."""
+def test_query_block_size_by_memory_of_scores() -> None:
+    """64 MiB of float32 scores: for 8 rows, 12 heads and 1,024 keys, 170 queries, rounded to 160; at least 32."""
     model = ModelConfig(d_model=768, n_heads=12)
     assert block_size_by_memory(8, 1024, model) == 160
     assert block_size_by_memory(64, 4096, model) == 32

@@ -1,4 +1,4 @@
-"""Muon and AdamW: against a singular value decomposition, formulas in float64, and PyTorch's own AdamW."""
+"""Muon and AdamW against a singular value decomposition, float64 formulas and PyTorch's AdamW."""
 
 import numpy as np
 import pytest
@@ -14,13 +14,13 @@ from anarchobot.torch_backend import optim  # noqa: E402
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (24, 96), (96, 24), (1, 16), (16, 1)])
-def test_orthogonalised_is_near_the_polar_factor(shape: tuple[int, int]) -> None:
+def test_orthogonalize_is_close_to_the_polar_factor(shape: tuple[int, int]) -> None:
     g, nearest = svd_matrix(*shape)
     zero = np.zeros(shape)
     got, other, still = optim.orthogonalize(torch.tensor(np.stack([g, 1000 * g, zero]), dtype=torch.float32))
     u = got.double().numpy()
     values = np.linalg.svd(u, compute_uv=False)
-    assert values.min() > 0.85 and values.max() < 1.15  # the published band of five steps
+    assert values.min() > 0.85 and values.max() < 1.15  # published bounds for five steps
     assert np.vdot(u, nearest) / (np.linalg.norm(u) * np.linalg.norm(nearest)) > 0.99
     np.testing.assert_allclose(u, iterate(g), atol=5e-5)
     np.testing.assert_allclose(other.numpy(), iterate(1000 * g), atol=5e-5)
@@ -28,7 +28,7 @@ def test_orthogonalised_is_near_the_polar_factor(shape: tuple[int, int]) -> None
 
 
 @pytest.mark.parametrize("smallest", [1e-2, 1e-4, 1e-6])
-def test_badly_conditioned_matrices_do_as_well_as_in_float64(smallest: float) -> None:
+def test_ill_conditioned_matrices_match_float64(smallest: float) -> None:
     g, _ = svd_matrix(48, 128, smallest=smallest)
     got = optim.orthogonalize(torch.tensor(g[None], dtype=torch.float32))[0].double().numpy()
     exact = iterate(g)
@@ -42,7 +42,7 @@ def test_badly_conditioned_matrices_do_as_well_as_in_float64(smallest: float) ->
 def test_three_steps_of_muon_equal_the_formula_in_float64(
     cautious: bool, normuon: bool, split: bool, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All kinds of matrices at once; Nesterov, momentum changing from step to step, decoupled decay."""
+    """All kinds of matrices at once, with Nesterov momentum that changes between steps and decoupled decay."""
     monkeypatch.setattr(param_groups, "MAX_STACK_ELEMENTS", most)
     train = TrainConfig(
         normuon=normuon, muon_split_heads=split, cautious_weight_decay=cautious, weight_decay=0.3, lr=0.1
@@ -76,8 +76,8 @@ def test_three_steps_of_muon_equal_the_formula_in_float64(
             np.testing.assert_allclose(seconds[name].numpy(), squares[name], rtol=1e-3)
 
 
-def test_five_steps_of_adamw_equal_pytorchs_own() -> None:
-    """A matrix decays, a vector does not."""
+def test_five_steps_of_adamw_match_pytorch() -> None:
+    """Matrices decay, vectors do not."""
     train = TrainConfig(weight_decay=0.1, cautious_weight_decay=False)
     generator = torch.Generator().manual_seed(0)
     params = {name: torch.randn(shape, generator=generator) for name, shape in (("w", (6, 5)), ("norm", (5,)))}

@@ -1,4 +1,4 @@
-"""The two engines side by side: the same curves, and either goes on from what the other saved."""
+"""The two engines produce the same loss curves, and each resumes from checkpoints of the other."""
 
 from typing import Any
 
@@ -24,8 +24,8 @@ GELU = {
 
 @pytest.mark.parametrize("optimizer", ["muon_adamw", "adamw"])
 @pytest.mark.parametrize("model", [SILU, GELU], ids=["silu, tied", "gelu, untied, grouped heads, qk_norm"])
-def test_two_hundred_steps_are_one_curve(model: dict[str, Any], optimizer: str) -> None:
-    """At a higher rate Muon is chaotic: a last bit changed in the first weights then moves the curve as far."""
+def test_two_hundred_steps_have_the_same_losses(model: dict[str, Any], optimizer: str) -> None:
+    """At higher learning rates Muon is chaotic: rounding of the initial weights changes the curve as much."""
     chosen = config(model, optimizer=optimizer)
     by_mlx, by_torch = (train(e(chosen), range(1, 201), lr=0.002, micro_batches=1) for e in (MLXEngine, TorchEngine))
     assert by_mlx[-1] < 0.5 * by_mlx[0]
@@ -37,9 +37,9 @@ def test_two_hundred_steps_are_one_curve(model: dict[str, Any], optimizer: str) 
     [({}, 1e-4), ({"optimizer": "adamw", "ema_decay": 0.9}, 1e-4), ({"precision": "float16"}, 0.02)],
     ids=str,
 )
-def test_each_goes_on_from_the_others_checkpoint(settings: dict[str, Any], close: float) -> None:
-    """Ten steps with one, ten with the other: against twenty with one alone. Counters as well: a bias correction that
-    began anew would show."""
+def test_each_engine_resumes_checkpoints_of_the_other(settings: dict[str, Any], close: float) -> None:
+    """Ten steps with each engine equal twenty steps with one. Counters are compared too: a restarted bias correction
+    would be an error."""
     chosen = config(GELU, **settings)
     for before, after in ((MLXEngine, TorchEngine), (TorchEngine, MLXEngine)):
         straight, resumed = before(chosen), after(chosen)
@@ -51,8 +51,8 @@ def test_each_goes_on_from_the_others_checkpoint(settings: dict[str, Any], close
         assert scalars[0] == scalars[1] and scalars[0]["updates"] == 20
 
 
-def test_settings_of_the_update_mean_the_same() -> None:
-    """Every one of them, away from its default, all at once and in both engines."""
+def test_update_settings_have_the_same_effect() -> None:
+    """All settings of the update at non-default values, in both engines."""
     chosen = config(
         SILU, lr=0.003, adamw_lr=0.006, normuon=False, muon_split_heads=False, muon_scale="keller", weight_decay=0.3,
         cautious_weight_decay=False, max_grad_norm=0.5, ema_decay=0.5,

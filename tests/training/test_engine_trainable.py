@@ -1,4 +1,4 @@
-"""train.trainable: embeddings: what is trained, what stays, and what a checkpoint holds."""
+"""`train.trainable: embeddings`: which parameters are trained, and what a checkpoint holds."""
 
 from typing import Any
 
@@ -23,8 +23,8 @@ def config(tied: bool, **train: Any) -> Config:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_step_is_that_of_the_whole_model_where_it_trains_and_nothing_elsewhere(tied: bool) -> None:
-    """Without clipping, a parameter's first step knows nothing of the others."""
+def test_trained_parameters_get_the_full_update_and_others_none(tied: bool) -> None:
+    """Without clipping, a parameter's first step does not depend on other parameters."""
     part, whole = (MLXEngine(config(tied, trainable=which)) for which in ("embeddings", "all"))
     before = init_parameters(part._config.model, 0)
     for engine in (part, whole):
@@ -39,7 +39,7 @@ def test_a_step_is_that_of_the_whole_model_where_it_trains_and_nothing_elsewhere
             assert not np.array_equal(theirs, before[name])
 
 
-def test_the_state_is_a_whole_model_and_moments_of_what_is_trained() -> None:
+def test_state_holds_all_weights_and_the_moments_of_trained_ones() -> None:
     settings = config(tied=False)
     engine = MLXEngine(settings)
     engine.train_step(random_batch(1, 2), 1, 0.01, 0.9)
@@ -56,9 +56,9 @@ def test_the_state_is_a_whole_model_and_moments_of_what_is_trained() -> None:
     assert all(mx.array_equal(engine.weights[name], again.weights[name]) for name in engine.weights)
 
 
-def test_a_checkpoint_of_the_whole_training_is_refused_and_torch_says_so() -> None:
+def test_checkpoints_of_full_training_and_the_torch_backend_are_rejected() -> None:
     whole = MLXEngine(config(tied=True, trainable="all"))
-    with pytest.raises(UserError, match="set train.optimizer"):
+    with pytest.raises(UserError, match=r"set train\.optimizer"):
         MLXEngine(config(tied=True)).load_state(whole.state())
     pytest.importorskip("torch")
     with pytest.raises(UserError, match=r"set train.trainable: all, or train.backend: mlx"):

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.model.architecture import Context
 from anarchobot.model.gradient_accumulator import Params
-from anarchobot.model.linear import InputDropout, Matrix, matmul_t, matrix, rows
+from anarchobot.model.linear import InputDropout, Matrix, embedding_rows, matmul_t, matrix
 from anarchobot.model.llama import block
 from anarchobot.model.llama.attention import BlockedAttention, Cache, CachedAttention, FusedAttention, caches_mask
 from anarchobot.model.norm import rms_norm
 from anarchobot.model.parameters import by_block
+from anarchobot.model.technique import MicroBatch
 from anarchobot.numerics import elementary
 from anarchobot.numerics.sequencing import Sequencing, depend
 
@@ -55,16 +55,17 @@ def hidden_states(
 
 def embed(params: Params, tokens: mx.array, model: ModelConfig, dtype: mx.Dtype) -> mx.array:
     """The token embeddings [N, D] in `dtype`, times model.embedding_scale."""
-    x = rows(matrix(params, "model.embed_tokens"), tokens.reshape(-1))
+    x = embedding_rows(matrix(params, "model.embed_tokens"), tokens.reshape(-1))
     return (x if model.embedding_scale is None else x * model.embedding_scale).astype(dtype)
 
 
-def layer(p: Params, stream: list[mx.array], i: int, model: ModelConfig, context: Context) -> list[mx.array]:
+def layer(p: Params, stream: list[mx.array], i: int, model: ModelConfig, batch: MicroBatch) -> list[mx.array]:
     """Block `i`, differentiable by MLX. The stream is the hidden states [N, D] and, with model.value_residual, the
     first block's values."""
     x, *first_v = stream
-    drop = dropout_keys(context.dropout_key, model, context.adapter_dropout)[i]
-    attention = FusedAttention(model, context.batch, context.length, context.segments)
+    drop = dropout_keys(batch.dropout_key, model, batch.adapter_dropout)[i]
+    rows, length = batch.tokens.shape
+    attention = FusedAttention(model, rows, length, batch.segments)
     with elementary.differentiable():
         x, saved = block.attention_forward(
             p, x, model, attention, drop.attention, first_v[0] if first_v else None, drop.attention_inputs

@@ -18,37 +18,31 @@ from anarchobot.model.llama.forward import dropout_keys, embed, head_matrix, hea
 from anarchobot.model.loss import head_loss
 from anarchobot.model.norm import rms_norm, rms_norm_backward
 from anarchobot.model.parameters import by_block, lowest_trained_block
-from anarchobot.model.technique import DEFAULT, Objective, Technique
+from anarchobot.model.technique import DEFAULT, MicroBatch, Technique
 
 Saved = tuple[SavedAttention, SavedMLP]
 
 
 def loss_and_gradients(
     params: Params,
-    tokens: mx.array,
-    targets: mx.array,
+    batch: MicroBatch,
     model: ModelConfig,
     *,
-    scale: mx.array,
     frozen: Params | None = None,
     sums: Params | None = None,
     dtype: mx.Dtype = mx.float32,
-    segments: mx.array | None = None,
-    dropout_key: mx.array | None = None,
-    adapter_dropout: float = 0.0,
     technique: Technique = DEFAULT,
-    objective: Objective | None = None,
 ) -> tuple[mx.array, Params]:
     """See model/gradients.py."""
     wait, profile = technique.wait, technique.profile
-    rows, length = tokens.shape
-    attention = BlockedAttention(model, rows, length, segments, technique.attention_block, wait)
-    drops = dropout_keys(dropout_key, model, adapter_dropout)
+    rows, length = batch.tokens.shape
+    attention = BlockedAttention(model, rows, length, batch.segments, technique.attention_block, wait)
+    drops = dropout_keys(batch.dropout_key, model, batch.adapter_dropout)
     weights = params if frozen is None else {**frozen, **params}
     blocks, lowest = by_block(weights, model), lowest_trained_block(params, model)
     grads = GradientAccumulator({} if sums is None else sums, trained=params)
 
-    x = embed(weights, tokens, model, dtype)  # [N, D]
+    x = embed(weights, batch.tokens, model, dtype)  # [N, D]
     profile.end("embedding", x)
     first_v = None
     saved: list[Saved | mx.array] = []  # of each block: what its halves save or, with recompute, its input alone
@@ -65,7 +59,7 @@ def loss_and_gradients(
     norm = weights["model.norm.weight"]
     hidden = rms_norm(x, norm, model.norm_eps)
     total, dhidden, done = head_loss(
-        hidden, head_matrix(weights, model), head_name(model), targets, model, scale, grads, technique, objective
+        hidden, head_matrix(weights, model), head_name(model), batch, model, grads, technique
     )
     (x,) = wait([x], done)
     dx, dnorm = rms_norm_backward(x, norm, model.norm_eps, dhidden)
@@ -97,7 +91,7 @@ def loss_and_gradients(
         profile.end("attention backward", dx)
 
     if "model.embed_tokens.weight" in params:
-        _embed_backward(tokens, dx, model, grads)
+        _embed_backward(batch.tokens, dx, model, grads)
         profile.end("embedding", grads.sums["model.embed_tokens.weight"])
     return total, {name: grads.sums[name] for name in params}
 

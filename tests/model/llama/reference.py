@@ -1,6 +1,6 @@
-"""The transformer and its loss written a second time, plainly, in numpy's float64: the truth for the tests beside it.
+"""A second, simple implementation of the transformer and its loss in numpy float64: the reference for tests.
 
-Nothing here comes from the package but the settings: loops over heads and positions, no kernels, no chunks.
+It shares only the configuration with the package. It loops over heads and positions, without kernels or chunks.
 """
 
 import numpy as np
@@ -23,7 +23,7 @@ def mean_loss(params: dict[str, Array], tokens: npt.NDArray[np.int32], model: Mo
 
 
 def logits(params: dict[str, Array], row: npt.NDArray[np.int32], model: ModelConfig) -> Array:
-    """[L, V] of one sequence of ids [L]."""
+    """Logits [L, V] of one sequence of ids [L]."""
     x = params["model.embed_tokens.weight"][row] * (model.embedding_scale or 1.0)
     first_v = None
     for i in range(model.n_layers):
@@ -75,7 +75,7 @@ def heads(x: Array, n: int) -> Array:
 
 
 def rotate(x: Array, theta: float) -> Array:
-    """RoPE on the halves of a head: (a, b) -> (a cos - b sin, b cos + a sin), as Hugging Face's Llama."""
+    """RoPE on the halves of a head: (a, b) -> (a cos - b sin, b cos + a sin), as in Hugging Face's Llama."""
     width = x.shape[-1]
     angles = np.arange(x.shape[1])[:, None] * theta ** (-np.arange(0, width, 2) / width)
     a, b = x[..., : width // 2], x[..., width // 2 :]

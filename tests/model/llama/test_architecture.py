@@ -1,4 +1,4 @@
-"""The counts against products written out by hand, and against the products that a step really makes."""
+"""FLOP counts against products listed by hand, and against the products that a training step executes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ def operations(products: list[Product]) -> int:
     return sum(2 * m * n * k for m, n, k in products)
 
 
-# Two rows of 7 tokens; 3 queries at a time, so that blocks see 3, 6 and 7 keys; 6 query heads on 2 key heads of 4.
+# Two rows of 7 tokens in blocks of 3 queries, which see 3, 6 and 7 keys; 6 query heads share 2 key heads of size 4.
 MODEL = ModelConfig(
     vocab_size=100, n_layers=3, d_model=12, n_heads=6, n_kv_heads=2, head_dim=4, mlp_multiple=2.5, tie_embeddings=False
 )
@@ -35,11 +35,11 @@ MLP: list[Product] = [(14, 30, 12), (14, 30, 12), (14, 12, 30)]  # gate, up, dow
 
 
 def backward(products: list[Product]) -> list[Product]:
-    """dx = dy W and dW = dy^T x of each y = x W^T."""
+    """dx = dy W and dW = dy^T x for each y = x W^T."""
     return [(m, k, n) for m, n, k in products] + [(n, k, m) for m, n, k in products]
 
 
-def test_the_parts_are_their_products() -> None:
+def test_step_flops_by_part() -> None:
     head = [(14, 100, 12)]
     queries_and_keys = operations(SCORES + backward(SCORES) + backward(VALUES))
     again = operations(PROJECTIONS + SCORES + VALUES + MLP[:2])
@@ -58,15 +58,15 @@ def test_the_parts_are_their_products() -> None:
     assert LLAMA.recomputed_flops(MODEL, ROWS, BLOCKS, True) == 3 * (operations(SCORES) + again)
 
 
-def test_a_token_asks_for_six_operations_a_weight_and_its_attention() -> None:
-    """One row as a single block: every query sees all keys, though half of the scores are masked."""
+def test_model_flops_are_six_per_weight_and_token_plus_attention() -> None:
+    """One row in a single block: scores are computed for all keys, although half of them are masked."""
     matrices = 3 * (12 * 24 + 2 * 12 * 8 + 24 * 12 + 3 * 12 * 30) + 100 * 12
     assert model_flops(MODEL, 1, [(0, 7)]) == 7 * (6 * matrices + 3 * 6 * 2 * 24 * 7)
 
 
 @contextmanager
 def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The operations of all of MLX's products, but for sums of rows: a product with one column."""
+    """Counts the FLOPs of all MLX matrix products except row sums, which are products with one column."""
     counted = [0]
     product, sum_of_product = mx.array.__matmul__, mx.addmm
 
@@ -98,11 +98,11 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         ({"n_kv_heads": 1, "n_heads": 2, "head_dim": 4}, {"muon_split_heads": False}),
         ({"ffn_activation": "gelu", "logit_softcap": 10.0}, {"optimizer": "adamw"}),
         ({}, {"gradient_checkpointing": True, "attention_block": 16}),
-        ({"d_model": 512, "n_layers": 1, "mlp_multiple": 1.5}, {}),  # Muon's products in strips
+        ({"d_model": 512, "n_layers": 1, "mlp_multiple": 1.5}, {}),  # wide enough for Muon's products in strips
     ],
     ids=["plain", "blocks", "whole heads", "one key head", "adamw", "recomputed", "strips"],
 )
-def test_a_step_makes_the_products_that_are_counted(
+def test_executed_flops_equal_the_count(
     model: dict[str, Any], train: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = {"vocab_size": 61, "n_layers": 2, "d_model": 32, "n_heads": 4, **model}
@@ -120,15 +120,15 @@ def test_a_step_makes_the_products_that_are_counted(
     expected += LLAMA.recomputed_flops(config.model, 2 * micro_batches, blocks, again)
     if config.train.optimizer == "muon_adamw":
         expected += muon_flops(parameter_shapes(config.model), config.train, config.model.head_size, on_cpu=True)
-    if again:  # a recomputed block's down_proj is written down, but nobody asks for its value
+    if again:  # a recomputed block's down_proj is in the graph but is never evaluated
         expected += 2 * 2 * 80 * config.model.mlp_size * 32
     assert counted[0] == expected
 
 
-def test_strips_are_for_a_cpu() -> None:
+def test_muon_uses_strips_only_on_a_cpu() -> None:
     model = ModelConfig(vocab_size=8, n_layers=1, d_model=512, n_heads=1, mlp_multiple=2.0)
     whole = 4 * (4 * 512**3 + 34 * 512**3) + 3 * (4 * 512**2 * 1024 + 34 * 512**3)
     shapes, train = parameter_shapes(model), TrainConfig(muon_split_heads=False)
     assert muon_flops(shapes, train, model.head_size, on_cpu=False) == whole
-    spared = 4 * (2 + 34) * 512**3 + 3 * (2 * 512**2 * 1024 + 34 * 512**3)  # by 3/8 in symmetric products
+    spared = 4 * (2 + 34) * 512**3 + 3 * (2 * 512**2 * 1024 + 34 * 512**3)  # strips save 3/8 of symmetric products
     assert muon_flops(shapes, train, model.head_size, on_cpu=True) == whole - spared * 3 // 8

@@ -1,4 +1,4 @@
-"""The model against a plain float64 one: its loss, its gradients by finite differences, its cache, its dropout."""
+"""The loss against a float64 reference, gradients against finite differences; masks, KV cache, dropout, precision."""
 
 import json
 from itertools import pairwise
@@ -15,7 +15,7 @@ from anarchobot.model.llama.forward import head_name, hidden_states, logits
 from anarchobot.model.llama.gradients import loss_and_gradients
 from anarchobot.model.loss import loss_sum
 from anarchobot.model.parameters import init_parameters, parameter_shapes
-from anarchobot.model.technique import Technique
+from anarchobot.model.technique import MicroBatch, Technique
 from anarchobot.numerics import sequencing
 from tests.model.llama import reference
 
@@ -36,7 +36,7 @@ def tiny(**changes: object) -> ModelConfig:
 
 
 def parameters(model: ModelConfig, seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:
-    """Larger than at the start of training, so that every term of the gradient counts."""
+    """Larger than the initial values, so that every term of the gradient contributes."""
     rng = np.random.default_rng(seed)
     return {
         name: (1 + 0.3 * rng.standard_normal(s) if len(s) == 1 else 0.3 * rng.standard_normal(s)).astype(np.float32)
@@ -57,12 +57,14 @@ def mean_loss(
 ) -> tuple[float, dict[str, mx.array]]:
     """The mean loss of predicting each next token, and its gradients."""
     inputs, targets = mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:])
-    loss, grads = loss_and_gradients(params, inputs, targets, model, scale=mx.array(1 / targets.size), **how)
+    extra = {key: how.pop(key) for key in MicroBatch._fields if key in how}
+    batch = MicroBatch(inputs, targets, mx.array(1 / targets.size), **extra)
+    loss, grads = loss_and_gradients(params, batch, model, **how)
     return float(loss), grads
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_loss_equals_the_plain_float64_model(name: str) -> None:
+def test_loss_equals_the_float64_reference(name: str) -> None:
     model = tiny(**SHAPES[name])
     params, tokens = parameters(model), random_tokens(model)
     truth = reference.mean_loss({n: p.astype(np.float64) for n, p in params.items()}, tokens, model)
@@ -70,8 +72,8 @@ def test_loss_equals_the_plain_float64_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_gradients_equal_finite_differences_of_the_plain_model(name: str) -> None:
-    """Each parameter is moved along a random direction: the plain model's loss must change as the gradient says."""
+def test_gradients_equal_finite_differences_of_the_reference(name: str) -> None:
+    """Moves each parameter in a random direction: the reference loss must change as the gradient predicts."""
     model = tiny(**SHAPES[name])
     params, tokens = parameters(model), random_tokens(model)
     _, gradients = mean_loss(as_mlx(params), tokens, model)
@@ -83,11 +85,11 @@ def test_gradients_equal_finite_differences_of_the_plain_model(name: str) -> Non
         ahead = reference.mean_loss({**exact, key: value + h * direction}, tokens, model)
         behind = reference.mean_loss({**exact, key: value - h * direction}, tokens, model)
         gradient = np.array(gradients[key], np.float64)
-        # A standard normal direction makes the true value about as large as the gradient's norm.
+        # With a standard normal direction, the true value is about as large as the gradient's norm.
         assert abs((ahead - behind) / (2 * h) - np.vdot(gradient, direction)) < 1e-4 * np.linalg.norm(gradient), key
 
 
-def test_recomputed_blocks_give_the_same_gradients_bit_for_bit_with_dropout_on() -> None:
+def test_gradient_checkpointing_is_bit_exact_with_dropout() -> None:
     model = tiny(dropout=0.3)
     params, tokens, key = as_mlx(parameters(model)), random_tokens(model), mx.random.key(7)
     _, kept = mean_loss(params, tokens, model, dropout_key=key)
@@ -106,8 +108,8 @@ def test_recomputed_blocks_give_the_same_gradients_bit_for_bit_with_dropout_on()
     ],
     ids=["chunks", "single queries", "recomputed", "recomputed in free order"],
 )
-def test_every_technique_gives_the_same_gradients(technique: Technique, name: str) -> None:
-    """Blocks that do not divide the length, and gradients added to sums that are there already."""
+def test_techniques_do_not_change_the_gradients(technique: Technique, name: str) -> None:
+    """With block sizes that do not divide the length, and gradients added to existing sums."""
     model = tiny(**SHAPES[name])
     params, tokens = as_mlx(parameters(model)), random_tokens(model, 2, 14)
     loss, plain = mean_loss(params, tokens, model, technique=Technique(attention_block=100, loss_chunk=100))
@@ -124,8 +126,8 @@ def p_size(p: mx.array) -> float:
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 33])
-def test_gradients_of_masked_documents_are_those_of_each_alone(length: int) -> None:
-    """Also for a row of one token."""
+def test_document_mask_gives_the_gradients_of_separate_documents(length: int) -> None:
+    """Also in a row of one token."""
     model = tiny(n_kv_heads=2)
     params, tokens = as_mlx(parameters(model)), random_tokens(model, 1, length + 1)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -135,7 +137,7 @@ def test_gradients_of_masked_documents_are_those_of_each_alone(length: int) -> N
 
     def gradients(a: int, b: int, segments: mx.array | None) -> tuple[float, dict[str, mx.array]]:
         x, y = mx.array(inputs[:, a:b]), mx.array(targets[:, a:b])
-        loss, grads = loss_and_gradients(params, x, y, model, scale=mx.array(1.0), segments=segments, technique=how)
+        loss, grads = loss_and_gradients(params, MicroBatch(x, y, mx.array(1.0), segments), model, technique=how)
         return float(loss), grads
 
     whole, grads = gradients(0, length, mx.array(numbers))
@@ -146,7 +148,7 @@ def test_gradients_of_masked_documents_are_those_of_each_alone(length: int) -> N
         np.testing.assert_allclose(np.array(g), alone, atol=2e-5 * max(1.0, float(np.abs(alone).max())), err_msg=name)
 
 
-def test_a_token_sees_none_after_it() -> None:
+def test_attention_is_causal() -> None:
     model = tiny()
     params, tokens = as_mlx(parameters(model)), random_tokens(model)
     changed = tokens.copy()
@@ -156,8 +158,8 @@ def test_a_token_sees_none_after_it() -> None:
     assert np.abs(before[:, 8:] - after[:, 8:]).max() > 1e-3
 
 
-def test_masked_documents_are_as_if_each_were_alone() -> None:
-    """RoPE turns by distance, so a document gives the same wherever it stands in a row, if it sees only itself."""
+def test_document_mask_gives_the_outputs_of_separate_documents() -> None:
+    """RoPE depends only on distances, so the position of a document in its row does not matter."""
     model = tiny(n_kv_heads=2, qk_norm=True)
     params, tokens = as_mlx(parameters(model)), random_tokens(model, 1, 12)
     segments = mx.array([[0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 3, 3]])
@@ -169,22 +171,22 @@ def test_masked_documents_are_as_if_each_were_alone() -> None:
     assert np.abs(unmasked[:, 3:] - row[:, 3:]).max() > 0.01
 
 
-def test_cached_pieces_give_what_the_whole_gives() -> None:
-    """Prompt in two pieces, then single tokens: catches a wrong RoPE offset or a wrong mask."""
+def test_kv_cache_equals_the_full_forward_pass() -> None:
+    """A prompt in two parts, then single tokens: catches a wrong RoPE offset or a wrong mask."""
     from mlx_lm.models.cache import KVCache
 
     model = tiny(n_kv_heads=2, qk_norm=True)
     params, tokens = as_mlx(parameters(model)), random_tokens(model)
     whole = np.array(hidden_states(params, mx.array(tokens), model))
     caches = [KVCache() for _ in range(model.n_layers)]
-    pieces = [
+    parts = [
         hidden_states(params, mx.array(tokens[:, a:b]), model, caches=caches)
         for a, b in ((0, 5), (5, 9), (9, 10), (10, 11), (11, 12))
     ]
-    np.testing.assert_allclose(np.concatenate([np.array(p) for p in pieces], axis=1), whole, atol=2e-5)
+    np.testing.assert_allclose(np.concatenate([np.array(p) for p in parts], axis=1), whole, atol=2e-5)
 
 
-def test_dropout_follows_its_key_keeps_the_mean_and_drops_its_share() -> None:
+def test_dropout_rate_scale_and_key() -> None:
     model = tiny(dropout=0.25, n_layers=1, d_model=64, n_heads=1)
     params = as_mlx(init_parameters(model, 0))
     from anarchobot.model.llama.block import _dropout
@@ -201,7 +203,7 @@ def test_dropout_follows_its_key_keeps_the_mean_and_drops_its_share() -> None:
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_half_precision_stays_half_and_gradients_are_float32(dtype: mx.Dtype) -> None:
-    """One float32 array in the way would promote all that follows, silently."""
+    """A single float32 array would silently promote everything after it."""
     model = tiny(dropout=0.2, qk_norm=True)
     params, tokens = as_mlx(parameters(model)), random_tokens(model)
     hidden = hidden_states(params, mx.array(tokens), model, dtype=dtype)
@@ -215,25 +217,25 @@ def test_half_precision_stays_half_and_gradients_are_float32(dtype: mx.Dtype) ->
 
 
 @pytest.mark.parametrize("vocab_size", [256, 8192])
-def test_a_fresh_model_guesses_evenly(vocab_size: int) -> None:
+def test_initial_loss_is_the_log_of_the_vocabulary_size(vocab_size: int) -> None:
     model = tiny(vocab_size=vocab_size, d_model=64, n_layers=4)
     params = as_mlx(init_parameters(model, 0))
     assert mean_loss(params, random_tokens(model, 8, 64), model)[0] == pytest.approx(np.log(vocab_size), rel=0.05)
 
 
-def test_stories260k_gives_its_published_text(shared_data: Path) -> None:
-    """A real Llama with grouped heads, trained elsewhere: its loss and greedy text, as its own program gives them."""
+def test_stories260k_matches_its_published_text(shared_data: Path) -> None:
+    """A published Llama with grouped-query attention: the losses and greedy text of its own program."""
     folder = shared_data / "artifacts" / "stories260K"
-    said = json.loads((folder / "hf" / "config.json").read_text())
+    hf_config = json.loads((folder / "hf" / "config.json").read_text())
     model = ModelConfig(
-        vocab_size=said["vocab_size"],
-        n_layers=said["num_hidden_layers"],
-        d_model=said["hidden_size"],
-        n_heads=said["num_attention_heads"],
-        n_kv_heads=said["num_key_value_heads"],
-        mlp_multiple=said["intermediate_size"] / said["hidden_size"],
-        norm_eps=said["rms_norm_eps"],
-        rope_theta=float(said.get("rope_theta", 10000.0)),
+        vocab_size=hf_config["vocab_size"],
+        n_layers=hf_config["num_hidden_layers"],
+        d_model=hf_config["hidden_size"],
+        n_heads=hf_config["num_attention_heads"],
+        n_kv_heads=hf_config["num_key_value_heads"],
+        mlp_multiple=hf_config["intermediate_size"] / hf_config["hidden_size"],
+        norm_eps=hf_config["rms_norm_eps"],
+        rope_theta=float(hf_config.get("rope_theta", 10000.0)),
         dropout=0.0,
     )
     weights = mx.load(str(folder / "hf" / "model.safetensors"))
