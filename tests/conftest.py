@@ -1,4 +1,4 @@
-"""What all tests share. MLX is imported after a fast BLAS, where there is one: it only makes the suite quicker."""
+"""Shared fixtures. A fast BLAS, if there is one, is loaded before MLX is imported; it only makes tests faster."""
 
 import os
 import signal
@@ -12,11 +12,11 @@ from tests.tiny import make_shards
 
 load_fast_blas()
 
-# A suite in the background of a shell ignores Ctrl-C, and so would the programs that it starts and interrupts.
+# Background jobs of a shell ignore Ctrl-C, and so would the programs that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The same examples each time, and as long as they need: Hypothesis allows one 0.2 s, for which a busy machine may stand
-# still. A test's own settings come on top.
+# The same examples every time, without Hypothesis's deadline of 0.2 s, which fails on a busy machine. Tests can
+# override these settings.
 settings.register_profile(
     "suite", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -24,7 +24,7 @@ settings.load_profile("suite")
 
 
 def shared_data_folder() -> Path | None:
-    """Real text for tests: ANARCHOBOT_TEST_DATA, else ../shared/data; None where there is none."""
+    """The folder of real texts: ANARCHOBOT_TEST_DATA, by default ../shared/data; None if it does not exist."""
     folder = Path(os.environ.get("ANARCHOBOT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
     return folder if folder.is_dir() else None
 
@@ -33,11 +33,11 @@ def shared_data_folder() -> Path | None:
 def shared_data() -> Path:
     folder = shared_data_folder()
     if folder is None:
-        pytest.skip("no test data here (ANARCHOBOT_TEST_DATA): the cases without it have run")
+        pytest.skip("no test data (set ANARCHOBOT_TEST_DATA)")
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Read-only for the tests: one that damages shards copies them first."""
+    """Read-only: tests that damage shards copy them first."""
     return make_shards(tmp_path_factory.mktemp("tiny") / "shards")

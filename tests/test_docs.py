@@ -1,4 +1,4 @@
-"""What the pages say is so: the README's commands run, the dependency list is the real one."""
+"""The documentation is correct: commands run, links exist, dependency list and size table match."""
 
 import io
 import json
@@ -24,8 +24,8 @@ SHORTER = {r"vocab_size: \d+": "vocab_size: 600", r"(total_steps|epochs): \d+": 
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
-def test_the_commands_of_a_page_run_as_they_stand(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In their order, in an empty folder with a text of one's own; only vocabulary and training are cut short."""
+def test_documented_commands_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, in an empty folder with a user's text; vocabularies and training runs are shortened."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -48,18 +48,18 @@ def test_the_commands_of_a_page_run_as_they_stand(page: str, tmp_path: Path, mon
             words += ["train.total_steps=2", "train.eval_batches=1"]
         if words[0] == "verify":
             words.append("--no-calibration")
-        if words[0] in ("sft", "dpo"):  # the little model sees 128 tokens at a time
+        if words[0] in ("sft", "dpo"):  # the small model has a context of 128 tokens
             words += ["train.total_steps=2", "data.val_fraction=0", "data.seq_len=128"]
         if words[0] == "tokenizer" and "--vocab-size" in words:
-            words[words.index("--vocab-size") + 1] = "600"  # this little text gives no more
+            words[words.index("--vocab-size") + 1] = "600"  # the text is too short for more
         if "shards/notes" in command and words[0] == "pretrain":
             words.append("model.vocab_size=600")
-        monkeypatch.setattr("sys.stdin", io.StringIO("Notes?\n"))  # what `chat` is asked
+        monkeypatch.setattr("sys.stdin", io.StringIO("Notes?\n"))  # read by `chat`
         missing = "torch" in words and find_spec("torch") is None
         assert main(words) == (2 if missing else 0), command
 
 
-def test_every_dependency_is_defended_and_no_other() -> None:
+def test_dependencies_page_lists_exactly_the_dependencies() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     page = (ROOT / "docs" / "dependencies.md").read_text()
     core, extras = page.split("Extras,")
@@ -69,14 +69,14 @@ def test_every_dependency_is_defended_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name)
-def test_links_to_files_lead_somewhere(page: Path) -> None:
+def test_relative_links_exist(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
 
 
-def test_the_size_table_is_counted() -> None:
-    """Parameters and checkpoint of every shipped configuration; the peak is measured by the same program."""
+def test_size_table_is_correct() -> None:
+    """Parameters and checkpoint size of every shipped configuration. Peak memory is measured by the same program."""
     spec = spec_from_file_location("sizes", ROOT / "benchmarks" / "sizes.py")
     assert spec is not None and spec.loader is not None
     sizes = module_from_spec(spec)
@@ -85,14 +85,16 @@ def test_the_size_table_is_counted() -> None:
         r"^\| \[(\w+)\]\(configs/.*?\) \| (.*?) \| (.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE
     )
     assert [name for name, *_ in rows] == list(sizes.NAMES)
-    assert set(sizes.NAMES) == {path.stem for path in (ROOT / "configs").glob("[!a]*.yaml")}  # adapt_*: no model
+    assert set(sizes.NAMES) == {
+        path.stem for path in (ROOT / "configs").glob("[!a]*.yaml")
+    }  # adapt_*.yaml have no model
     for name, parameters, checkpoint in rows:
         count, gigabytes = sizes.sizes(name)
         assert parameters == f"{count / 1e6:,.1f} M"
         assert checkpoint == sizes.gb(gigabytes)
 
 
-def test_a_checkpoint_is_as_large_as_the_table_counts(tmp_path: Path, tiny_shards: Path) -> None:
+def test_checkpoint_has_the_size_in_the_table(tmp_path: Path, tiny_shards: Path) -> None:
     config = loaded(tmp_path / "config.yaml", tiny_shards, tmp_path / "run", model__d_model=128)
     pretrain(config, show="nothing")
     files = sum((tmp_path / "run" / "step_00000006" / name).stat().st_size for name in ("model.npz", "optimizer.npz"))

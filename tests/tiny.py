@@ -1,4 +1,4 @@
-"""A corpus, its shards and a configuration so small that a run takes a second."""
+"""A corpus, its shards and a configuration that trains in a second."""
 
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
 
 VOCAB = 384
-LEFT_OUT = object()  # as an override: the key is not in the file
+LEFT_OUT = object()  # as an override: omits the key from the file
 
 
 def make_shards(folder: Path, megabytes: float = 0.06, vocab_size: int = VOCAB) -> Path:
-    """Shards of the language reference's first topics, about 30,000 tokens, a tenth of them for validation."""
+    """Shards of the first topics of the Python reference, about 30,000 tokens, with a validation split."""
     texts, size = [], 0
     for text in builtin.topics():
         if size < megabytes * 1e6:

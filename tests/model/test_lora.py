@@ -166,7 +166,7 @@ def test_forward_and_gradients_match_peft(more: dict[str, Any], tmp_path: Any) -
     )  # fmt: skip
     llama.load_state_dict({n: torch.tensor(p) for n, p in params.items()}, strict=False)
     named = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    wrapped = peft.get_llama(
+    wrapped = peft.get_peft_model(
         llama,
         peft.LoraConfig(
             r=settings.r, lora_alpha=settings.alpha, use_rslora=settings.rslora, use_dora=settings.dora,
@@ -195,10 +195,8 @@ def test_forward_and_gradients_match_peft(more: dict[str, Any], tmp_path: Any) -
     np.testing.assert_allclose(ours_z, z.detach().numpy(), atol=1e-4)
     assert ours_loss == pytest.approx(loss.item(), rel=1e-5)
     for name, p in found.items():
-        theirs_gradient = p.grad.numpy().T
-        assert np.linalg.norm(np.array(gradients[name]) - theirs_gradient) < 1e-4 * np.linalg.norm(theirs_gradient), (
-            name
-        )
+        expected = p.grad.numpy().T
+        assert np.linalg.norm(np.array(gradients[name]) - expected) < 1e-4 * np.linalg.norm(expected), name
 
 
 @pytest.mark.parametrize("dora", [False, True])

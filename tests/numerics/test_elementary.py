@@ -1,4 +1,4 @@
-"""The functions of numerics/ against numpy in float64, over the range where they are used."""
+"""The functions of numerics/ against numpy in float64, over the range in which they are used."""
 
 import mlx.core as mx
 import numpy as np
@@ -17,14 +17,14 @@ def on_cpu() -> None:
     mx.set_default_device(mx.cpu)
 
 
-def test_exp_is_right_to_3e_7_and_vanishes_below_its_range() -> None:
+def test_exp_accuracy_and_underflow() -> None:
     np.testing.assert_allclose(np.array(elementary.exp(mx.array(X))), np.exp(EXACT), rtol=3e-7)
     tiny = np.array(elementary.exp(mx.array([-87.5, -1e3, -1e9, -np.inf])))
     assert (tiny >= 0).all() and (tiny < 2e-38).all()
     assert float(elementary.exp(mx.array(0.0))) == 1.0
 
 
-def test_tanh_and_sigmoid_are_right_to_5e_7() -> None:
+def test_tanh_and_sigmoid_accuracy() -> None:
     x = np.append(X, np.float32([1e6, -1e6]))
     exact = x.astype(np.float64)
     np.testing.assert_allclose(np.array(elementary.tanh(mx.array(x))), np.tanh(exact), atol=5e-7)
@@ -32,8 +32,8 @@ def test_tanh_and_sigmoid_are_right_to_5e_7() -> None:
         np.testing.assert_allclose(np.array(elementary.sigmoid(mx.array(x))), 1 / (1 + np.exp(-exact)), atol=5e-7)
 
 
-def test_what_is_not_a_number_stays_so() -> None:
-    """Else a broken step would look like a good one."""
+def test_nan_propagates() -> None:
+    """Otherwise a broken step would look valid."""
     nan = mx.array([float("nan")])
     for function in (elementary.exp, elementary.tanh, elementary.sigmoid, elementary.row_sums):
         assert not np.isfinite(np.array(function(nan))).any(), function
@@ -60,7 +60,7 @@ def test_products_are_added_in_float32(dtype: mx.Dtype) -> None:
     np.testing.assert_allclose(np.array(twice), a @ b + 1e-4, rtol=1e-7)
 
 
-def test_every_way_to_wait_leaves_the_arrays_as_they_are() -> None:
+def test_sequencing_does_not_change_arrays() -> None:
     a, b = mx.arange(4), mx.ones((2, 2))
     for wait in (depend, eval_now, unordered):
         x, y = wait([a, b], [a + 1])

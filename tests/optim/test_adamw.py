@@ -1,4 +1,4 @@
-"""AdamW against another library's (MLX's own, bias correction on), and what is not decayed."""
+"""AdamW against MLX's with bias correction, and which parameters decay."""
 
 import mlx.core as mx
 import mlx.optimizers
@@ -14,7 +14,7 @@ from anarchobot.optim.param_groups import ADAMW_EPS as EPSILON
 
 
 @pytest.mark.parametrize("wait", [depend, eval_now], ids=["depend", "eval_now"])
-def test_ten_steps_equal_the_librarys(wait: Sequencing) -> None:
+def test_ten_steps_match_mlx(wait: Sequencing) -> None:
     train = TrainConfig(weight_decay=0.1, cautious_weight_decay=False)
     rng = np.random.default_rng(0)
     w = {"w": mx.array(rng.standard_normal((5, 7)), mx.float32)}
@@ -27,8 +27,8 @@ def test_ten_steps_equal_the_librarys(wait: Sequencing) -> None:
     np.testing.assert_allclose(np.array(w["w"]), np.array(other["w"]), rtol=2e-5, atol=1e-6)
 
 
-def test_the_first_step_is_lr_long_and_vectors_are_not_decayed() -> None:
-    """m / (1 - b1) over sqrt(v / (1 - b2)) is the gradient's sign at first; without the correction it is 0.45 of it."""
+def test_first_step_has_size_lr_and_vectors_do_not_decay() -> None:
+    """m / (1 - b1) over sqrt(v / (1 - b2)) is the gradient's sign in the first step; uncorrected, 0.45 of it."""
     params = {"matrix": mx.full((2, 2), 10.0), "norm": mx.full((2,), 10.0)}
     grads = {name: mx.full(p.shape, -3.0) for name, p in params.items()}
     train = TrainConfig(weight_decay=0.5, cautious_weight_decay=False)
@@ -38,7 +38,7 @@ def test_the_first_step_is_lr_long_and_vectors_are_not_decayed() -> None:
 
 
 def test_cautious_decay_acts_only_where_the_update_shrinks_the_weight() -> None:
-    """By hand: of two positive weights, the one with a positive gradient goes down anyway and decays; the other not."""
+    """By hand: of two positive weights, only the one that the update makes smaller decays."""
     w, g = {"w": mx.array([[10.0, 10.0]])}, {"w": mx.array([[3.0, -3.0]])}
     new, _, _ = adamw(w, g, zeros(w), zeros(w), mx.array(0.01), mx.array(1.0), TrainConfig(weight_decay=0.5), depend)
     assert np.array(new["w"])[0] == pytest.approx([10 - 0.01 - 0.01 * 0.5 * 10, 10 + 0.01], rel=1e-6)

@@ -1,4 +1,4 @@
-"""Muon's step against one written out in float64, with a singular value decomposition's helpers."""
+"""Muon's step against the formulas in float64."""
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +19,7 @@ SHAPES = {
 
 
 def by_heads(name: str, g: np.ndarray) -> np.ndarray:
-    """Each head's rows (q, k) or columns (o) orthogonalized alone, one after the other."""
+    """Orthogonalizes each head's rows (q, k) or columns (o) separately."""
     if "self_attn" not in name:
         return iterate(g)
     if "o_proj" in name:
@@ -32,7 +32,7 @@ def by_heads(name: str, g: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("normuon", [True, False])
 @pytest.mark.parametrize("cautious", [True, False])
 def test_three_steps_equal_the_formula_in_float64(cautious: bool, normuon: bool, split: bool, wait: object) -> None:
-    """All kinds of matrices at once; Nesterov, momentum changing from step to step, decoupled decay."""
+    """All kinds of matrices at once, with Nesterov momentum that changes between steps and decoupled decay."""
     train = TrainConfig(
         normuon=normuon, muon_split_heads=split, cautious_weight_decay=cautious, weight_decay=0.3, lr=0.1
     )
@@ -85,13 +85,13 @@ def one_step(w: mx.array, g: mx.array, **settings: object) -> mx.array:
 
 
 def test_weight_decay_is_decoupled() -> None:
-    """MLX's own Muon puts the decay into the gradient, where orthogonalising blows it up to a full-sized step."""
+    """MLX's Muon adds the decay to the gradient, where orthogonalization scales it up to a full-sized step."""
     w = mx.array(svd_matrix(16, 32)[0], mx.float32)
     new = one_step(w, mx.zeros(w.shape), weight_decay=0.5, cautious_weight_decay=False)
     np.testing.assert_allclose(np.array(new), 0.95 * np.array(w), rtol=1e-5)
 
 
-def test_many_matrices_go_in_groups_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grouping_matrices_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     arrays = {f"layers.{i}.mlp.up_proj": rng.standard_normal((12, 20)).astype(np.float32) for i in range(5)}
 
@@ -107,8 +107,8 @@ def test_many_matrices_go_in_groups_with_the_same_result(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_directions_made_before_give_the_same_update(split: bool) -> None:
-    """Those of some matrices made by themselves, as ranks do."""
+def test_precomputed_directions_give_the_same_update(split: bool) -> None:
+    """Directions computed for subsets of the matrices, as ranks do."""
     rng = np.random.default_rng(0)
     shapes = {"layers.0.self_attn.o_proj": (16, 2 * HEAD), "layers.1.self_attn.o_proj": (16, 2 * HEAD), "up": (24, 16)}
     train = TrainConfig(muon_split_heads=split)
@@ -119,18 +119,18 @@ def test_directions_made_before_give_the_same_update(split: bool) -> None:
     w, g, m = arrays(1), arrays(1), arrays(0.1)
     seconds, mu = {n: mx.ones(s[:1]) for n, s in shapes.items()}, mx.array(0.9)
     whole = muon(dict(w), dict(g), dict(m), dict(seconds), mx.array(0.1), mu, train, HEAD, depend)
-    made: dict[str, mx.array] = {}
+    directions: dict[str, mx.array] = {}
     for names in (["layers.1.self_attn.o_proj"], ["layers.0.self_attn.o_proj", "up"]):
         own, buffers = ({name: a[name] for name in names} for a in (g, m))
-        made |= muon_directions(own, buffers, mu, train, HEAD, depend)
-    again = muon(dict(w), dict(g), dict(m), dict(seconds), mx.array(0.1), mu, train, HEAD, depend, made)
+        directions |= muon_directions(own, buffers, mu, train, HEAD, depend)
+    again = muon(dict(w), dict(g), dict(m), dict(seconds), mx.array(0.1), mu, train, HEAD, depend, directions)
     for a, b in zip(whole, again, strict=True):
         for name in a:
             np.testing.assert_allclose(np.array(a[name]), np.array(b[name]), atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64)])
-def test_the_update_has_adamws_size_or_kellers(shape: tuple[int, int]) -> None:
+def test_update_scale_of_adamw_and_keller(shape: tuple[int, int]) -> None:
     g = np.random.default_rng(0).standard_normal(shape)
     u = np.array(orthogonalize(mx.array(g, mx.float32)[None])[0])
     assert np.sqrt(((u * muon_scale(shape)) ** 2).mean()) == pytest.approx(0.2, rel=0.1)

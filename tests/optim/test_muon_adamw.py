@@ -1,4 +1,4 @@
-"""Which optimizer gets which parameter: named by hand for every kind there is."""
+"""Which optimizer updates which parameter, listed by hand for every kind of parameter."""
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +20,7 @@ MUON = {
 }  # fmt: skip
 
 
-def test_only_the_blocks_matrices_go_to_muon() -> None:
+def test_muon_updates_only_matrices_of_blocks() -> None:
     shapes = parameter_shapes(MODEL)
     assert {
         name for name, s in shapes.items() if param_groups.optimizer_of(name, len(s), "muon_adamw") == "muon"
@@ -28,7 +28,7 @@ def test_only_the_blocks_matrices_go_to_muon() -> None:
     assert {name for name, s in shapes.items() if param_groups.optimizer_of(name, len(s), "adamw") == "muon"} == set()
 
 
-def test_routes_are_said_in_a_line_for_each_optimizer() -> None:
+def test_describe_groups_has_a_line_per_optimizer() -> None:
     shapes = parameter_shapes(MODEL)
     matrices, d = 4 * 8 * 8 + 3 * 8 * 32, 8
     assert param_groups.describe_groups(shapes, "muon_adamw") == [
@@ -39,8 +39,8 @@ def test_routes_are_said_in_a_line_for_each_optimizer() -> None:
     assert [line.split(":")[0] for line in param_groups.describe_groups(shapes, "adamw")] == ["AdamW"]
 
 
-def test_one_update_moves_every_parameter_and_keeps_names_and_order() -> None:
-    """A parameter that no optimizer takes would stay as it is, and nobody would see it."""
+def test_one_update_changes_every_parameter_and_keeps_their_order() -> None:
+    """A parameter without an optimizer would silently stay the same."""
     for optimizer in ("muon_adamw", "adamw"):
         params = {name: mx.ones(s) for name, s in parameter_shapes(MODEL).items()}
         train = TrainConfig(optimizer=optimizer)  # type: ignore[arg-type]
@@ -57,27 +57,27 @@ def test_one_update_moves_every_parameter_and_keeps_names_and_order() -> None:
         assert {kind: set(a) for kind, a in after.items()} == kinds
 
 
-def test_adamw_lr_is_for_what_muon_leaves() -> None:
-    """The first step of AdamW is lr long; Muon's does not depend on it; AdamW alone keeps to lr."""
+def test_adamw_lr_applies_only_beside_muon() -> None:
+    """AdamW's first step has the size of its learning rate: adamw_lr beside Muon, lr as the only optimizer."""
 
-    def moved(**settings: object) -> dict[str, float]:
+    def mean_change(**settings: object) -> dict[str, float]:
         params = {name: mx.ones(s) for name, s in parameter_shapes(MODEL).items()}
         train = TrainConfig(weight_decay=0.0, lr=0.1, **settings)  # type: ignore[arg-type]
         grads = {name: mx.random.normal(p.shape, key=mx.random.key(0)) for name, p in params.items()}
-        scalars = mx.array(0.05), mx.array(0.9), mx.array(1.0)  # half of the peak
+        scalars = mx.array(0.05), mx.array(0.9), mx.array(1.0)  # half of the peak learning rate
         state = muon_adamw.init_state(params, train)
         new, _ = muon_adamw.update(params, grads, state, *scalars, train, MODEL.head_size)
         return {name: float(mx.abs(p - 1).mean()) for name, p in new.items()}
 
-    usual, faster = moved(), moved(adamw_lr=0.4)
+    usual, faster = mean_change(), mean_change(adamw_lr=0.4)
     for name, distance in faster.items():
         assert distance == pytest.approx(usual[name] * (1 if name in MUON else 4), rel=1e-3), name
-    alone = moved(optimizer="adamw", adamw_lr=0.4)
+    alone = mean_change(optimizer="adamw", adamw_lr=0.4)
     assert all(distance == pytest.approx(0.05, rel=1e-3) for distance in alone.values())
 
 
 def test_biases_do_not_decay() -> None:
-    """Without a gradient, decay is all that would move them; the head is decayed."""
+    """With zero gradients, only decay could change them. The head does decay."""
     params = {name: mx.ones(s) for name, s in parameter_shapes(MODEL).items()}
     train = TrainConfig(weight_decay=0.5, cautious_weight_decay=False)
     grads = {name: mx.zeros(p.shape) for name, p in params.items()}
@@ -88,7 +88,7 @@ def test_biases_do_not_decay() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_shares_hold_every_parameter_once_and_about_the_same_work(count: int) -> None:
+def test_balanced_shares_partition_the_parameters(count: int) -> None:
     model = ModelConfig(vocab_size=64, n_layers=6, d_model=32, n_heads=4)
     params = {name: mx.zeros(s) for name, s in parameter_shapes(model).items()}
     state = muon_adamw.init_state(params, TrainConfig())

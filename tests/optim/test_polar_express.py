@@ -1,4 +1,4 @@
-"""Orthogonalising against a singular value decomposition in float64."""
+"""Orthogonalization against a singular value decomposition in float64."""
 
 import mlx.core as mx
 import numpy as np
@@ -11,14 +11,14 @@ SHAPES = [(32, 32), (24, 96), (96, 24), (1, 16), (16, 1)]
 
 
 def svd_matrix(rows: int, cols: int, seed: int = 0, smallest: float = 0.02) -> tuple[np.ndarray, np.ndarray]:
-    """A matrix whose singular values run from 1 down to `smallest`, and the orthogonal one nearest to it."""
+    """A matrix whose singular values run from 1 down to `smallest`, and the nearest orthogonal matrix."""
     rng = np.random.default_rng(seed)
     u, _, vt = np.linalg.svd(rng.standard_normal((rows, cols)), full_matrices=False)
     return (u * np.geomspace(1, smallest, min(rows, cols))) @ vt * 3.7, u @ vt
 
 
 def iterate(g: np.ndarray) -> np.ndarray:
-    """Polar Express as its paper writes it, in float64, for one matrix."""
+    """Polar Express as in its paper, in float64, for one matrix."""
     x = g.T if g.shape[0] > g.shape[1] else g
     x = x / (np.linalg.norm(x) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
@@ -28,26 +28,26 @@ def iterate(g: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_orthogonalised_is_near_the_polar_factor_and_keeps_the_directions(shape: tuple[int, int]) -> None:
+def test_orthogonalize_is_close_to_the_polar_factor(shape: tuple[int, int]) -> None:
     g, nearest = svd_matrix(*shape)
     got = np.array(orthogonalize(mx.array(g, mx.float32)[None])[0], np.float64)
     values = np.linalg.svd(got, compute_uv=False)
-    assert values.min() > 0.85 and values.max() < 1.15  # the published band of five steps
+    assert values.min() > 0.85 and values.max() < 1.15  # published bounds for five steps
     assert np.vdot(got, nearest) / (np.linalg.norm(got) * np.linalg.norm(nearest)) > 0.99
     np.testing.assert_allclose(got, iterate(g), atol=5e-5)
 
 
 @pytest.mark.parametrize("shape", [(48, 128), (512, 520)])
 @pytest.mark.parametrize("smallest", [1e-2, 1e-4, 1e-6])
-def test_badly_conditioned_matrices_do_as_well_as_in_float64(smallest: float, shape: tuple[int, int]) -> None:
-    """The steps are taken on X X^T, where a singular value of 1e-4 is 1e-8: no more than it is worth may be lost."""
+def test_ill_conditioned_matrices_match_float64(smallest: float, shape: tuple[int, int]) -> None:
+    """In X X^T, a singular value of 1e-4 becomes 1e-8; rounding must not lose it."""
     g, _ = svd_matrix(*shape, smallest=smallest)
     got, exact = np.array(orthogonalize(mx.array(g, mx.float32)[None])[0], np.float64), iterate(g)
     assert np.linalg.norm(got - exact) < 0.005 * np.linalg.norm(exact)
     assert np.linalg.svd(got, compute_uv=False).max() < 1.15
 
 
-def test_stacked_matrices_do_not_mix() -> None:
+def test_stacked_matrices_are_independent() -> None:
     a, b = svd_matrix(24, 96, 1)[0], 1000 * svd_matrix(24, 96, 2)[0]
     both = orthogonalize(mx.array(np.stack([a, b]), mx.float32))
     np.testing.assert_allclose(np.array(both[1]), iterate(b), atol=5e-5)
@@ -58,7 +58,7 @@ def test_a_zero_matrix_stays_zero() -> None:
 
 
 @pytest.mark.parametrize("size", [7, 512, 515])
-def test_symmetric_products_equal_whole_ones(size: int) -> None:
+def test_symmetric_products_equal_full_products(size: int) -> None:
     x = np.random.default_rng(0).standard_normal((2, size, 20))
     gram = gram_matrix(mx.array(x, mx.float32))
     exact = x @ x.swapaxes(1, 2)

@@ -1,4 +1,4 @@
-"""Schedules by hand-computed values."""
+"""Schedules against hand-computed values."""
 
 import pytest
 
@@ -29,14 +29,14 @@ def test_learning_rate(changes: dict[str, object], points: dict[int, float]) -> 
     assert {s: learning_rate(s, train, 110) for s in points} == pytest.approx(points, rel=1e-4)
 
 
-def test_momentum_warms_up_over_300_steps_and_a_small_one_is_left_alone() -> None:
+def test_momentum_warmup() -> None:
     train = config(momentum=0.95)
     assert [muon_momentum(s, train) for s in (0, 150, 300, 5000)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
     assert muon_momentum(1, config(momentum=0.5)) == 0.5
 
 
-def test_the_three_lengths_of_a_run() -> None:
-    """100 windows of 64 tokens, 3 x 4 sequences a step: 25 / 3 steps an epoch, 768 tokens a step."""
+def test_run_length_in_steps_epochs_or_tokens() -> None:
+    """100 windows of 64 tokens, 3 x 4 sequences per step: 25 / 3 steps per epoch, 768 tokens per step."""
     batch = {"micro_batch_size": 3, "grad_accum_steps": 4}
     assert total_steps(config(total_steps=7, **batch), 64, 100) == 7
     assert total_steps(config(epochs=1.0, **batch), 64, 100) == 9

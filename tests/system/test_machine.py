@@ -22,7 +22,7 @@ def script(path: Path, body: str) -> None:
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
-def test_process_memory_is_what_the_process_holds_until_it_dies() -> None:
+def test_process_memory_until_the_process_dies() -> None:
     code = "import sys; held = b'x' * 200_000_000; print('held', flush=True); sys.stdin.read()"
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe) as process:
@@ -35,7 +35,7 @@ def test_process_memory_is_what_the_process_holds_until_it_dies() -> None:
     assert process_memory(process.pid) is None
 
 
-def test_a_process_that_may_not_be_read_is_an_oserror(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_process_raises_oserror(monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(self: psutil.Process) -> str:
         raise psutil.AccessDenied(self.pid)
 
@@ -58,7 +58,7 @@ def test_system_memory_matches_sysconf_and_meminfo(monkeypatch: pytest.MonkeyPat
 
 @linux
 def test_a_container_limit_replaces_the_machines_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The files of a control group as Linux writes them, of either version."""
+    """With the files that Linux writes for control groups, version 1 and 2."""
     for folder, limit, usage, cache in (
         ("v2", "memory.max", "memory.current", "inactive_file"),
         ("v1", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -75,7 +75,7 @@ def test_a_container_limit_replaces_the_machines_memory(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("printed", "pressure"), [("1", "normal"), ("2", "warning"), ("4", "critical"), ("", "")])
 def test_macos_memory_pressure(printed: str, pressure: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A fake sysctl, which prints the level alone; in a virtual machine there is no such level."""
+    """With a fake sysctl that prints only the level; virtual machines have no level."""
     script(tmp_path / "sysctl", f'[ "$*" = "-n kern.memorystatus_vm_pressure_level" ] && echo {printed}')
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(machine.sys, "platform", "darwin")
@@ -87,7 +87,7 @@ def test_caffeinate_runs_as_long_as_this_process(tmp_path: Path, monkeypatch: py
     recorded = tmp_path / "recorded"
     script(tmp_path / "caffeinate", f'echo "$@" > {recorded}.part && mv {recorded}.part {recorded}')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(subprocess.Popen, "__del__", lambda process: None)  # it is meant to outlive its handle
+    monkeypatch.setattr(subprocess.Popen, "__del__", lambda process: None)  # the process is meant to outlive its handle
     monkeypatch.setattr(sys, "platform", "linux")
     assert stay_awake() is None and not recorded.exists()
     monkeypatch.setattr(sys, "platform", "darwin")

@@ -1,4 +1,4 @@
-"""The estimate against MLX's own counter, and what is exact against counts by hand."""
+"""The memory estimate against MLX's counter, and its exact parts against hand counts."""
 
 import gc
 import json
@@ -26,16 +26,16 @@ def config(model: dict[str, Any] | None = None, lora: dict[str, Any] | None = No
     return Config.model_validate({**sections, "lora": lora or {}})
 
 
-def peak(own: Config) -> int:
-    """MLX's: the highest of several steps behind the first, for how far it allocates ahead is a matter of time."""
+def peak(settings: Config) -> int:
+    """MLX's maximum over several steps after the first: how far it allocates ahead depends on timing."""
     gc.collect()
-    train, length = own.train, own.data.seq_len
+    train, length = settings.train, settings.data.seq_len
     shape = (train.grad_accum_steps, train.micro_batch_size, length + 1)
-    ids = np.random.default_rng(0).integers(0, own.model.vocab_size, shape, np.int32)
-    batch, engine = Batch(ids[..., :-1].copy(), ids[..., 1:].copy()), MLXEngine(own)
+    ids = np.random.default_rng(0).integers(0, settings.model.vocab_size, shape, np.int32)
+    batch, engine = Batch(ids[..., :-1].copy(), ids[..., 1:].copy()), MLXEngine(settings)
     engine.train_step(batch, 1, train.lr, train.momentum)
     mx.reset_peak_memory()
-    for step in range(2, 10 if train.micro_batch_size > 1 else 40):  # of small arrays, more of it
+    for step in range(2, 10 if train.micro_batch_size > 1 else 40):  # with small arrays, it allocates further ahead
         engine.train_step(batch, step, train.lr, train.momentum)
     return mx.get_peak_memory()
 
@@ -51,28 +51,30 @@ MEASURED = [
 ]
 
 
-def test_the_peak_is_within_a_tenth_of_mlxs() -> None:
-    """Measured in a process of its own: what other tests still hold, and free meanwhile, would be counted."""
-    command = [sys.executable, "-c", "import tests.conftest, tests.system.test_memory as own; own.measure()"]
+def test_predicted_peak_is_within_10_percent_of_mlx() -> None:
+    """Measured in a separate process: memory that other tests hold or free would be counted."""
+    command = [sys.executable, "-c", "import tests.conftest, tests.system.test_memory as module; module.measure()"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
-    assert [estimate(own).peak for own in MEASURED] == [pytest.approx(p, rel=0.1) for p in json.loads(done.stdout)]
+    assert [estimate(settings).peak for settings in MEASURED] == [
+        pytest.approx(p, rel=0.1) for p in json.loads(done.stdout)
+    ]
 
 
-def test_weights_and_state_are_those_of_the_engine() -> None:
-    for own in (config(), config(lora={"r": 8, "quantize": 4, "dora": True}), config(trainable="embeddings")):
-        found, engine = estimate(own), MLXEngine(own)
+def test_weight_and_state_bytes_equal_the_engines() -> None:
+    for settings in (config(), config(lora={"r": 8, "quantize": 4, "dora": True}), config(trainable="embeddings")):
+        found, engine = estimate(settings), MLXEngine(settings)
         state = sum(a.nbytes for of in engine.moments.values() for a in of.values())
         weights = sum(a.nbytes for a in (*engine.params.values(), *engine.frozen.values()))
         scales = sum(a.nbytes for name, a in engine.frozen.items() if name.endswith("lora_scale"))
         assert (found.optimizer, found.weights) == (state, weights - scales)
 
 
-def test_bytes_counted_by_hand() -> None:
+def test_byte_counts_by_hand() -> None:
     # A block: q, k, v, o of 128 x 128, gate, up and down of 128 x 512, two norms.
     block = 4 * 128 * 128 + 3 * 128 * 512
     whole = 2000 * 128 + 3 * (block + 2 * 128) + 128
-    rows = 3 * (4 * 128 + 2 * 512 + 128)  # NorMuon's: one number a row
+    rows = 3 * (4 * 128 + 2 * 512 + 128)  # NorMuon's second moment: one number per row
     vectors = 3 * 2 * 128 + 128
     muon, adamw = estimate(config()), estimate(config(optimizer="adamw"))
     assert muon.weights == muon.gradients == adamw.weights == 4 * whole
@@ -82,16 +84,16 @@ def test_bytes_counted_by_hand() -> None:
     assert estimate(config(ema_decay=0.9)).weights == 8 * whole
 
 
-def test_a_checkpoint_has_the_size_that_was_counted(tmp_path: Any) -> None:
-    for own in (config(), config(ema_decay=0.9, optimizer="adamw"), config(lora={"r": 8})):
+def test_predicted_checkpoint_size(tmp_path: Any) -> None:
+    for settings in (config(), config(ema_decay=0.9, optimizer="adamw"), config(lora={"r": 8})):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        checkpoint.save(folder, 1, MLXEngine(own).state(), {"config": own.model_dump()})
+        checkpoint.save(folder, 1, MLXEngine(settings).state(), {"config": settings.model_dump()})
         saved = checkpoint.step_folder(folder, 1)
-        for name, counted in zip(("model.npz", "optimizer.npz"), checkpoint_bytes(own), strict=True):
-            assert 0 <= (saved / name).stat().st_size - counted < 1000 * 200  # names and heads of some arrays
+        for name, counted in zip(("model.npz", "optimizer.npz"), checkpoint_bytes(settings), strict=True):
+            assert 0 <= (saved / name).stat().st_size - counted < 1000 * 200  # names and headers of the arrays
 
 
-def test_less_memory_where_less_is_asked_for() -> None:
+def test_estimate_follows_the_settings() -> None:
     whole = estimate(config()).peak
     assert estimate(config(gradient_checkpointing=True, optimizer="adamw")).peak < whole
     assert estimate(config(micro_batch_size=2)).peak < whole < estimate(config(micro_batch_size=16)).peak
@@ -99,7 +101,7 @@ def test_less_memory_where_less_is_asked_for() -> None:
     assert estimate(config(), pairs=True).peak > whole
 
 
-def test_no_mlx_is_loaded() -> None:
+def test_planning_does_not_import_mlx() -> None:
     code = (
         "import sys; from anarchobot.preflight.plan import plan; "
         "from anarchobot.config.loading import load_config; import json; "
@@ -109,4 +111,4 @@ def test_no_mlx_is_loaded() -> None:
 
 
 def measure() -> None:
-    print(json.dumps([peak(own) for own in MEASURED]))
+    print(json.dumps([peak(settings) for settings in MEASURED]))

@@ -1,4 +1,4 @@
-"""train.micro_batch_size: auto."""
+"""`train.micro_batch_size: auto`."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from anarchobot.system.micro_batch import resolve_micro_batch
 SETTINGS = [
     *("model.vocab_size=2000", "model.n_layers=3", "model.d_model=128", "model.n_heads=4", "data.seq_len=128"),
     *("train.device=cpu", "train.cpu_threads=1", "train.micro_batch_size=auto", "train.grad_accum_steps=12"),
-    "train.optimizer=adamw",  # with Muon the update would set the peak for one sequence and for two alike
+    "train.optimizer=adamw",  # with Muon, the update sets the same peak for one and two sequences
 ]
 
 

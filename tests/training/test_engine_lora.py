@@ -1,4 +1,4 @@
-"""The step with adapters: it learns, what is frozen stays and costs nothing, and all else is as with full weights."""
+"""Training with adapters: they learn, frozen weights stay and cost nothing, and all else works as in full training."""
 
 import gc
 from collections.abc import Iterator, Mapping
@@ -32,16 +32,16 @@ def config(lora: dict[str, Any] | None = None, model: dict[str, Any] | None = No
 
 
 def base(settings: Config) -> dict[str, np.ndarray]:
-    """Weights as large as those of a model that has been trained: a frozen head of first values could say little."""
+    """Weights as large as those of a trained model: with a frozen head at its initial values, little can be learned."""
     return {n: p if p.ndim == 1 else 8 * p for n, p in init_parameters(settings.model, 0).items()}
 
 
-def stepped(engine: MLXEngine, steps: int = 3, first: int = 1) -> list[float]:
+def train_steps(engine: MLXEngine, steps: int = 3, first: int = 1) -> list[float]:
     return [engine.train_step(random_batch(2, 2, seed=s), s, 0.01, 0.9).loss for s in range(first, first + steps)]
 
 
 @pytest.mark.parametrize("more", [{}, {"dora": True}, {"quantize": 4}, {"dropout": 0.05}], ids=str)
-def test_adapters_learn_a_batch_by_heart_and_the_base_stays(more: dict[str, Any]) -> None:
+def test_adapters_overfit_one_batch_and_the_base_is_unchanged(more: dict[str, Any]) -> None:
     settings = config({**LORA, "r": 16, **more})
     engine = MLXEngine(settings, base(settings))
     before = {name: np.array(p) for name, p in engine.frozen.items()}
@@ -53,10 +53,10 @@ def test_adapters_learn_a_batch_by_heart_and_the_base_stays(more: dict[str, Any]
 
 
 def test_only_adapters_have_state_and_are_saved(tmp_path: Path) -> None:
-    """Also in the bytes of a checkpoint; whatever train.optimizer says, adapters are AdamW's."""
+    """In the state and in the checkpoint. Adapters use AdamW whatever train.optimizer is."""
     settings = config({**LORA, "target_modules": ["q_proj"], "dora": True})
     engine = MLXEngine(settings)
-    stepped(engine, 1)
+    train_steps(engine, 1)
     state = engine.state()
     names = {f"model.layers.{i}.self_attn.q_proj.{part}" for i in (0, 1) for part in ("lora_a", "lora_b", "m")}
     kinds = {name.split("/")[1] for name in state if name.startswith("optimizer/")}
@@ -78,9 +78,9 @@ def test_only_adapters_have_state_and_are_saved(tmp_path: Path) -> None:
 def test_state_restores_everything_bit_for_bit(more: dict[str, Any]) -> None:
     settings = config({**LORA, **more}, precision="float16", ema_decay=0.9)
     straight, resumed = MLXEngine(settings), MLXEngine(settings)
-    stepped(straight, 3)
+    train_steps(straight, 3)
     resumed.load_state(straight.state())
-    assert stepped(straight, 3, 4) == stepped(resumed, 3, 4)
+    assert train_steps(straight, 3, 4) == train_steps(resumed, 3, 4)
     end = straight.state()
     for name, value in resumed.state().items():
         np.testing.assert_array_equal(value, end[name], err_msg=name)
@@ -90,32 +90,33 @@ def test_state_restores_everything_bit_for_bit(more: dict[str, Any]) -> None:
     ("other", "message"),
     [
         ({"r": 4}, r"q_proj.lora_a: the checkpoint has \[64, 8\], this run needs \[64, 4\]"),
-        ({**LORA, "target_modules": ["v_proj"]}, r"q_proj.lora_a: the checkpoint has \[64, 8\], this run needs missing"),
+        (
+            {**LORA, "target_modules": ["v_proj"]},
+            r"q_proj.lora_a: the checkpoint has \[64, 8\], this run needs missing",
+        ),
         ({**LORA, "dora": True}, r"q_proj.m: the checkpoint has missing, this run needs \[64\]"),
         ({}, r"embed_tokens.weight: the checkpoint has missing, this run needs \[61, 64\]"),
     ],
 )
-def test_other_adapters_are_refused(other: dict[str, Any], message: str) -> None:
+def test_state_of_other_adapters_is_rejected(other: dict[str, Any], message: str) -> None:
     state = MLXEngine(config()).state()
-    with pytest.raises(
-        UserError, match=f"{message}: .*set train.optimizer, train.normuon and lora"
-    ):
+    with pytest.raises(UserError, match=f"{message}: .*set train.optimizer, train.normuon and lora"):
         MLXEngine(config(other)).load_state(state)
 
 
 @pytest.mark.parametrize("how", [{"gradient_checkpointing": True}, {"compile": True}, {"cpu_threads": 2}], ids=str)
-def test_the_other_ways_to_do_it_give_the_same_adapters(how: dict[str, Any]) -> None:
+def test_checkpointing_compilation_and_threads_give_the_same_adapters(how: dict[str, Any]) -> None:
     lora = {**LORA, "dora": True}
     plain, other = (
         MLXEngine(config(lora, micro_batch_size=2)),
         MLXEngine(config(lora, **{"micro_batch_size": 2, **how})),
     )
-    assert stepped(plain) == pytest.approx(stepped(other), rel=1e-5)
+    assert train_steps(plain) == pytest.approx(train_steps(other), rel=1e-5)
     for name, p in plain.params.items():
         np.testing.assert_allclose(p, other.params[name], atol=2e-4, err_msg=name)
 
 
-def test_nothing_is_compiled_again_after_the_second_step() -> None:
+def test_nothing_is_recompiled_after_the_first_step() -> None:
     engine = MLXEngine(config({**LORA, "dropout": 0.1, "quantize": 4}, {"n_layers": 1}, compile=True))
     counts = []
     for step in range(1, 5):
@@ -126,8 +127,8 @@ def test_nothing_is_compiled_again_after_the_second_step() -> None:
 
 
 @pytest.mark.parametrize(("precision", "bits"), [("bfloat16", None), ("float16", None), ("bfloat16", 8)])
-def test_half_precision_trains_as_float32_does(precision: str, bits: int | None) -> None:
-    """The base in two bytes a number or packed, adapters and their moments in four."""
+def test_half_precision_trains_like_float32(precision: str, bits: int | None) -> None:
+    """The base model takes two bytes per weight or is quantized; adapters and their moments take four."""
     weights, settings = base(config()), config({**LORA, "quantize": bits}, precision=precision)
     half, full = MLXEngine(settings, weights), MLXEngine(config(), weights)
     losses = [
@@ -137,14 +138,14 @@ def test_half_precision_trains_as_float32_does(precision: str, bits: int | None)
     ]
     assert losses[-1][1] < 3.0 and losses[-1][0] == pytest.approx(losses[-1][1], abs=0.1)
     assert {str(p.dtype) for p in half.params.values()} == {"mlx.core.float32"}
-    kept = "_proj.scales" if bits else "_proj.weight"
-    assert {p.dtype for name, p in half.frozen.items() if name.endswith(kept)} == {getattr(mx, precision)}
+    stored = "_proj.scales" if bits else "_proj.weight"
+    assert {p.dtype for name, p in half.frozen.items() if name.endswith(stored)} == {getattr(mx, precision)}
     hidden = hidden_states(half.weights, mx.arange(9)[None], settings.model, dtype=half.dtype)
-    assert hidden.dtype == half.dtype  # no float32 has crept in
+    assert hidden.dtype == half.dtype  # nothing was promoted to float32
     assert {str(a.dtype) for n, a in half.state().items() if "/" in n} == {"float32"}
 
 
-def test_the_weights_for_use_hold_base_and_adapters_and_without_these_are_the_base() -> None:
+def test_weights_include_the_adapters_and_frozen_is_the_base_model() -> None:
     settings = config({**LORA, "dora": True})
     base = init_parameters(settings.model, 5)
     engine = MLXEngine(settings, base)
@@ -155,13 +156,13 @@ def test_the_weights_for_use_hold_base_and_adapters_and_without_these_are_the_ba
 
     untouched = z({name: mx.array(p) for name, p in base.items()})
     np.testing.assert_allclose(z(engine.weights), untouched, atol=1e-5)
-    stepped(engine)
+    train_steps(engine)
     assert np.abs(z(engine.weights) - untouched).max() > 0.05
-    np.testing.assert_allclose(z(engine.frozen), untouched, atol=1e-5)  # such as DPO's reference
+    np.testing.assert_allclose(z(engine.frozen), untouched, atol=1e-5)  # the reference model of DPO
 
 
-def test_weights_are_asked_for_one_by_one_and_full_ones_are_taken_too() -> None:
-    """So that a model as large as memory can be opened and packed."""
+def test_weights_are_loaded_one_at_a_time() -> None:
+    """So that a model as large as memory can be loaded and quantized."""
     settings = config()
     values = init_parameters(settings.model, 3)
     asked: list[str] = []
@@ -184,9 +185,9 @@ def test_weights_are_asked_for_one_by_one_and_full_ones_are_taken_too() -> None:
 
 
 def peak(lora: dict[str, Any], **train: Any) -> int:
-    """Of a second step, in bytes: weights, adapters or gradients and moments, and what the passes keep."""
+    """Peak bytes of the second step: weights, gradients, moments and activations."""
     gc.collect()
-    others = mx.get_active_memory()  # of tests before this one
+    others = mx.get_active_memory()  # held by earlier tests
     shape = {"n_layers": 4, "d_model": 128, "vocab_size": 2000}
     engine = MLXEngine(config(lora, shape, optimizer="adamw", cpu_threads=1, **train))
     batch = random_batch(1, 1, 32)
@@ -196,35 +197,35 @@ def peak(lora: dict[str, Any], **train: Any) -> int:
     return mx.get_peak_memory() - others
 
 
-def test_adapters_take_much_less_memory_than_full_weights() -> None:
-    """Gradients and two moments of all weights are three times their size. A CPU unpacks a matrix at a time."""
+def test_adapters_use_much_less_memory_than_full_training() -> None:
+    """Gradients and two moments of all weights take three times their size. A CPU dequantizes one matrix at a time."""
     size = 4 * (4 * (4 * 128**2 + 3 * 128 * 512) + 2000 * 128)
     full, lora = peak({}), peak(LORA)
-    assert full - lora > 2.5 * size  # at their highest one holds gradients, the other activations
+    assert full - lora > 2.5 * size  # one peaks with gradients, the other with activations
     assert lora - peak({**LORA, "quantize": 4}) > 0.3 * size
     assert peak({**LORA, "num_layers": 1}) < 0.85 * lora
 
 
 @pytest.mark.parametrize(("bits", "share"), [(4, 0.16), (8, 0.29)])
-def test_packed_weights_take_their_bits(bits: int, share: float) -> None:
-    """And for each 64 of them a scale and a bias, of four bytes in float32; norms and scales of adapters are little."""
+def test_size_of_quantized_weights(bits: int, share: float) -> None:
+    """Each group of 64 also has a float32 scale and bias; norms and adapter scales are negligible."""
     frozen = [MLXEngine(config({**LORA, "quantize": q})).frozen for q in (bits, None)]
     packed, whole = (sum(p.nbytes for p in arrays.values()) for arrays in frozen)
     assert packed == pytest.approx((bits / 32 + 2 / 64) * whole, rel=0.02) and packed < share * whole
 
 
-def test_lora_dropout_reaches_the_step_and_not_the_validation() -> None:
-    """The first step shows nothing, as adapters begin as nothing; afterwards each step drops other places."""
+def test_lora_dropout_affects_training_but_not_validation() -> None:
+    """It has no effect in the first step, where B = 0; later steps each drop different elements."""
     settings = config({**LORA, "dropout": 0.5})
     first, more = base(settings), random_batch(1, 2)
     plain, dropping, again = MLXEngine(config(), first), MLXEngine(settings, first), MLXEngine(settings, first)
-    a, b, c = (stepped(engine) for engine in (plain, dropping, again))
+    a, b, c = (train_steps(engine) for engine in (plain, dropping, again))
     assert b == c and a[0] == b[0] and a[1] != b[1]
     assert dropping.eval_step(more) == again.eval_step(more)
 
 
-def test_adapters_are_the_engines_own_for_every_seed() -> None:
-    """First values by seed and name; none of the base's."""
+def test_initial_adapters_depend_on_the_seed() -> None:
+    """They depend on seed and name, not on the base model."""
     one, two = MLXEngine(config(seed=1)), MLXEngine(config(seed=2), init_parameters(config().model, 1))
     assert set(one.params) == set(adapter_shapes(config().model, config().lora))
     name = "model.layers.0.mlp.up_proj"

@@ -1,4 +1,4 @@
-"""The step: what it computes, what it leaves alone, and that it is the same however it is done."""
+"""The MLX training step: results, techniques that must not change them, precision, failures and state."""
 
 import gc
 import math
@@ -41,21 +41,21 @@ def test_overfits_one_batch(optimizer: str) -> None:
     assert last < 0.02
 
 
-def test_a_batch_in_pieces_is_the_batch_whole() -> None:
-    """Also with unscored targets unevenly spread, where a mean of means would weigh tokens differently."""
+def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
+    """Also with unevenly spread ignored targets, where a mean of means would weight tokens differently."""
     whole = random_batch(1, 4)
     whole.targets[0, 0, :] = IGNORE
     whole.targets[0, 1, 3:] = IGNORE
-    pieces = Batch(whole.inputs.reshape(4, 1, 16), whole.targets.reshape(4, 1, 16))
+    parts = Batch(whole.inputs.reshape(4, 1, 16), whole.targets.reshape(4, 1, 16))
     one, four = MLXEngine(config()), MLXEngine(config())
-    a, b = one.train_step(whole, 1, 0.01, 0.9), four.train_step(pieces, 1, 0.01, 0.9)
+    a, b = one.train_step(whole, 1, 0.01, 0.9), four.train_step(parts, 1, 0.01, 0.9)
     assert a.tokens == b.tokens == 64 - 16 - 13
     assert (a.loss, a.grad_norm) == pytest.approx((b.loss, b.grad_norm), rel=1e-5)
     for name, p in parameters(one).items():
         np.testing.assert_allclose(p, parameters(four)[name], atol=2e-5, err_msg=name)
 
 
-def test_loss_is_the_mean_before_the_update_and_eval_agrees() -> None:
+def test_loss_is_the_mean_before_the_update_and_equals_the_eval_loss() -> None:
     engine, batch = MLXEngine(config()), random_batch(2, 3)
     total, tokens = engine.eval_step(batch)
     assert tokens == 96
@@ -63,12 +63,12 @@ def test_loss_is_the_mean_before_the_update_and_eval_agrees() -> None:
 
 
 def test_gradients_are_clipped_to_the_global_norm() -> None:
-    """Under AdamW alone a scaled gradient gives the same first step: so look at the second moment, g squared."""
+    """AdamW's first step does not depend on the gradient's scale, so the test reads the second moment, g squared."""
     limit = 0.01
     clipped = MLXEngine(config(optimizer="adamw", max_grad_norm=limit))
     free = MLXEngine(config(optimizer="adamw", max_grad_norm=None))
     norms = [engine.train_step(random_batch(1, 2), 1, 0.0, 0.9).grad_norm for engine in (clipped, free)]
-    assert norms[0] == norms[1] > limit  # what is reported is the norm before clipping
+    assert norms[0] == norms[1] > limit  # the norm before clipping is reported
 
     def norm_from_moments(engine: MLXEngine) -> float:
         second = [v for name, v in engine.state().items() if name.startswith("optimizer/adamw.second/")]
@@ -79,7 +79,7 @@ def test_gradients_are_clipped_to_the_global_norm() -> None:
 
 
 @pytest.mark.parametrize("how", [{"gradient_checkpointing": True}, {"compile": True}], ids=str)
-def test_the_other_ways_to_do_it_give_the_same_weights(how: dict[str, bool]) -> None:
+def test_checkpointing_and_compilation_give_the_same_weights(how: dict[str, bool]) -> None:
     plain, other = MLXEngine(config({"dropout": 0.2})), MLXEngine(config({"dropout": 0.2}, **how))
     for step in range(1, 4):
         batch = random_batch(2, 2, seed=step)
@@ -90,8 +90,8 @@ def test_the_other_ways_to_do_it_give_the_same_weights(how: dict[str, bool]) -> 
 
 
 @pytest.mark.parametrize("how", [{}, {"gradient_checkpointing": True}], ids=str)
-def test_two_masked_documents_in_a_row_train_as_two_rows(how: dict[str, bool]) -> None:
-    """The same tokens, once side by side with a document mask, once in rows of their own: the same gradients."""
+def test_document_mask_trains_like_separate_rows(how: dict[str, bool]) -> None:
+    """The same tokens, in one row with a document mask and in separate rows, give the same gradients."""
     rows = random_batch(1, 2, 8)
     joined = Batch(
         rows.inputs.reshape(1, 1, 16), rows.targets.reshape(1, 1, 16), np.repeat([[[0, 1]]], 8, axis=2).astype(np.int32)
@@ -102,34 +102,34 @@ def test_two_masked_documents_in_a_row_train_as_two_rows(how: dict[str, bool]) -
     assert a.eval_step(rows)[0] == pytest.approx(b.eval_step(joined)[0], rel=1e-4)
 
 
-def test_gradient_checkpointing_takes_less_memory() -> None:
+def test_gradient_checkpointing_uses_less_memory() -> None:
     def peak(**how: Any) -> int:
         gc.collect()
-        others = mx.get_active_memory()  # of tests before this one
+        others = mx.get_active_memory()  # held by earlier tests
         engine = MLXEngine(config({"n_layers": 8, "d_model": 64}, **how))
         batch = random_batch(1, 8, 128)
         engine.train_step(batch, 1, 0.01, 0.9)
         mx.reset_peak_memory()
-        for step in range(2, 10):  # the highest of several: how far MLX allocates ahead is a matter of time
+        for step in range(2, 10):  # the maximum of several steps: how far MLX allocates ahead depends on timing
             engine.train_step(batch, step, 0.01, 0.9)
         return mx.get_peak_memory() - others
 
     assert peak(gradient_checkpointing=True) < 0.75 * peak()
 
 
-def test_the_sizes_of_chunks_reach_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seen in what is computed at a time: chunks of the head, and blocks of queries."""
+def test_chunk_and_block_sizes_take_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records the chunks of the head and the blocks of queries."""
     from anarchobot.model import loss
     from anarchobot.model.llama.attention import BlockedAttention
 
     chunks: list[int] = []
     whole = loss._chunk_loss
 
-    def noted(h: mx.array, *others: Any) -> Any:
+    def record(h: mx.array, *others: Any) -> Any:
         chunks.append(h.shape[0])
         return whole(h, *others)
 
-    monkeypatch.setattr(loss, "_chunk_loss", noted)
+    monkeypatch.setattr(loss, "_chunk_loss", record)
     blocks: list[tuple[int, int]] = []
     scores = BlockedAttention._scores
     monkeypatch.setattr(
@@ -143,8 +143,8 @@ def test_the_sizes_of_chunks_reach_the_step(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("optimizer", ["muon_adamw", "adamw"])
-def test_threads_share_the_rows_and_change_nothing(optimizer: str) -> None:
-    """But for rounding, and what dropout drops. Seven rows in a validation are shared too."""
+def test_threads_split_the_rows_and_give_the_same_result(optimizer: str) -> None:
+    """Up to rounding, without dropout. The rows of a validation batch are split too."""
 
     def run(threads: int) -> tuple[MLXEngine, list[float]]:
         engine = MLXEngine(config(cpu_threads=threads, micro_batch_size=4, optimizer=optimizer))
@@ -157,11 +157,11 @@ def test_threads_share_the_rows_and_change_nothing(optimizer: str) -> None:
     for name, p in parameters(one).items():
         np.testing.assert_allclose(p, parameters(two)[name], atol=1e-4, err_msg=name)
     again, same = run(2)
-    assert same == others  # however the threads take turns
+    assert same == others  # regardless of how threads are scheduled
     assert all(np.array_equal(p, parameters(again)[name]) for name, p in parameters(two).items())
 
 
-def test_an_error_in_a_thread_comes_out() -> None:
+def test_errors_in_threads_are_raised() -> None:
     engine = MLXEngine(config(cpu_threads=2, micro_batch_size=4))
     with pytest.raises(ValueError, match="broken"):
         engine.workers.each(lambda worker: (_ for _ in ()).throw(ValueError("broken")) if worker else None)
@@ -171,12 +171,12 @@ def test_an_error_in_a_thread_comes_out() -> None:
 @pytest.mark.parametrize(
     ("rows", "wanted", "threads"), [(8, 2, 2), (8, 3, 2), (9, 3, 3), (1, 4, 1), (7, 2, 1), (12, 8, 6)]
 )
-def test_as_many_threads_as_divide_the_rows(rows: int, wanted: int, threads: int) -> None:
+def test_number_of_threads_divides_the_rows(rows: int, wanted: int, threads: int) -> None:
     assert workers_for(rows, wanted) == threads
 
 
-def test_nothing_is_compiled_again_after_the_second_step() -> None:
-    """Two traces of a micro-batch, without and with sums to add to, one of the update and one of evaluation."""
+def test_nothing_is_recompiled_after_the_first_step() -> None:
+    """Two traces of a micro-batch (with and without existing sums), one of the update and one of evaluation."""
     engine = MLXEngine(config(compile=True))
     counts = []
     for step in range(1, 6):
@@ -186,8 +186,8 @@ def test_nothing_is_compiled_again_after_the_second_step() -> None:
     assert counts == [4] * 5
 
 
-def test_the_running_average_is_what_is_validated_and_saved_and_survives_a_resume() -> None:
-    """Against the average kept by hand."""
+def test_ema_weights_are_evaluated_saved_and_resumed() -> None:
+    """Against an average computed by hand."""
     engine, plain = MLXEngine(config(ema_decay=0.5)), MLXEngine(config())
     average = parameters(plain)
     for step in range(1, 5):
@@ -206,7 +206,7 @@ def test_the_running_average_is_what_is_validated_and_saved_and_survives_a_resum
     for one in (engine, resumed):
         one.train_step(batch, 5, 0.01, 0.9)
     assert all(np.array_equal(a, resumed.state()[name]) for name, a in engine.state().items())
-    usual = MLXEngine(config())  # without averaging, the saved weights are gone on from
+    usual = MLXEngine(config())  # without EMA, training continues from the saved weights
     usual.load_state(state)
     assert usual.eval_step(held_out) == pytest.approx(resumed_loss(state, held_out))
 
@@ -232,8 +232,8 @@ def test_dropout_depends_on_step_and_seed_and_is_off_in_evaluation() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_trains_as_float32_does(precision: str) -> None:
-    """Master weights stay float32; the losses stay within what the shorter mantissa explains."""
+def test_half_precision_trains_like_float32(precision: str) -> None:
+    """Master weights stay float32; losses differ no more than the shorter mantissa explains."""
     half, full = MLXEngine(config(precision=precision)), MLXEngine(config(precision="float32"))
     for step in range(1, 41):
         batch = random_batch(1, 4, seed=step % 2)
@@ -244,7 +244,7 @@ def test_half_precision_trains_as_float32_does(precision: str) -> None:
     assert {str(a.dtype) for n, a in half.state().items() if "/" in n} == {"float32"}
 
 
-def test_a_gradient_that_is_not_finite_changes_no_weight_and_halves_the_loss_scale() -> None:
+def test_non_finite_gradient_changes_no_weight_and_halves_the_loss_scale() -> None:
     engine = MLXEngine(config(precision="float16"))
     engine.train_step(random_batch(1, 2), 1, 0.01, 0.9)
     broken = engine.state()
@@ -261,8 +261,8 @@ def test_a_gradient_that_is_not_finite_changes_no_weight_and_halves_the_loss_sca
     assert after["loss_scale_streak"] == 0
 
 
-def test_running_out_of_memory_changes_nothing_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As MLX says it; a CPU, on which it says nothing and dies, can't be made to."""
+def test_out_of_memory_raises_memory_error_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulates the error that MLX raises on a GPU; on a CPU, the process would be killed."""
     engine = MLXEngine(config(micro_batch_size=2))
     engine.train_step(random_batch(1, 2), 1, 0.01, 0.9)
     before = engine.state()
@@ -279,7 +279,7 @@ def test_running_out_of_memory_changes_nothing_and_is_told(monkeypatch: pytest.M
         engine.train_step(random_batch(4, 2), 2, 0.01, 0.9)
     for name, value in engine.state().items():
         np.testing.assert_array_equal(value, before[name], err_msg=name)
-    # Fewer rows than there are threads: the batch is the same, cut in another way.
+    # Fewer rows than threads: the same batch, split differently.
     engine._micro_step = real
     batch = random_batch(2, 2)
     halved = Batch(batch.inputs.reshape(4, 1, -1), batch.targets.reshape(4, 1, -1))
@@ -290,7 +290,7 @@ def test_running_out_of_memory_changes_nothing_and_is_told(monkeypatch: pytest.M
     assert cut.grad_norm == pytest.approx(whole.grad_norm, rel=1e-5)
 
 
-def test_a_norm_above_the_limit_changes_nothing() -> None:
+def test_norm_above_the_limit_changes_nothing() -> None:
     engine = MLXEngine(config())
     before = {name: np.array(value) for name, value in engine.state().items()}
     norm = engine.train_step(random_batch(1, 2), 1, 0.01, 0.9, norm_limit=1e-9).grad_norm
@@ -300,8 +300,8 @@ def test_a_norm_above_the_limit_changes_nothing() -> None:
     assert engine.train_step(random_batch(1, 2), 1, 0.01, 0.9, norm_limit=norm).applied
 
 
-def test_what_state_gave_is_not_changed_by_later_steps() -> None:
-    """A thread writes it while training goes on."""
+def test_state_is_not_changed_by_later_steps() -> None:
+    """A thread writes it to disk while training continues."""
     engine = MLXEngine(config())
     given = engine.state()
     copies = {name: value.copy() for name, value in given.items()}
@@ -311,7 +311,7 @@ def test_what_state_gave_is_not_changed_by_later_steps() -> None:
         np.testing.assert_array_equal(value, copies[name], err_msg=name)
 
 
-def test_the_loss_scale_doubles_after_2000_good_steps_up_to_its_limit() -> None:
+def test_loss_scale_doubles_after_2000_finite_steps_up_to_its_limit() -> None:
     from anarchobot.training.engine import LossScale
 
     scale = LossScale(2.0**22)
@@ -324,7 +324,7 @@ def test_the_loss_scale_doubles_after_2000_good_steps_up_to_its_limit() -> None:
 
 
 def test_state_restores_everything_bit_for_bit() -> None:
-    """k steps, state into a new engine, n - k steps: every array equals that of n steps."""
+    """k steps, loading the state into a new engine, and n - k steps equal n steps, array by array."""
     settings = config({"dropout": 0.3}, precision="float16")
     straight = MLXEngine(settings)
     for step in range(1, 7):
@@ -341,7 +341,7 @@ def test_state_restores_everything_bit_for_bit() -> None:
         np.testing.assert_array_equal(value, end[name], err_msg=name)
 
 
-def test_another_optimizers_state_is_refused() -> None:
+def test_state_of_another_optimizer_is_rejected() -> None:
     with pytest.raises(
         UserError,
         match=r"optimizer/muon.momentum/.* the checkpoint has missing, this run needs \[.*set train.optimizer",
@@ -349,7 +349,7 @@ def test_another_optimizers_state_is_refused() -> None:
         MLXEngine(config()).load_state(MLXEngine(config(optimizer="adamw")).state())
 
 
-@pytest.mark.skipif(mx.is_available(mx.gpu), reason="a GPU is here: asking for it is no mistake")
-def test_a_gpu_that_is_not_there_is_refused() -> None:
+@pytest.mark.skipif(mx.is_available(mx.gpu), reason="this machine has a GPU")
+def test_missing_gpu_is_an_error() -> None:
     with pytest.raises(UserError, match=r"train.device: gpu, but MLX finds no GPU"):
         MLXEngine(config(device="gpu"))

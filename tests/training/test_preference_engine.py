@@ -1,4 +1,4 @@
-"""The step on pairs: loss and gradients against PyTorch's autograd through its own model, and what is measured."""
+"""Preference training: loss and gradients against PyTorch's model and autograd, and the metrics."""
 
 import math
 from typing import Any
@@ -43,8 +43,8 @@ def pairs(micro_batches: int = 2, rows: int = 2, none: int = 0) -> PairBatch:
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "orpo"])
-def test_loss_and_gradients_are_pytorchs(loss: str) -> None:
-    """One AdamW step's moments are a tenth of the gradient: so the gradient can be read."""
+def test_loss_and_gradients_match_pytorch(loss: str) -> None:
+    """After one AdamW step, the first moment is a tenth of the gradient, which can so be read from the state."""
     torch = pytest.importorskip("torch")
     from anarchobot.torch_backend.loss import logits
     from anarchobot.torch_backend.model import head_name, hidden_states
@@ -82,7 +82,7 @@ def test_loss_and_gradients_are_pytorchs(loss: str) -> None:
     assert result.extra["chosen_log_prob"] == pytest.approx(log_probs[:, 0].mean().item(), rel=1e-5)
 
 
-def test_what_is_measured_is_counted_by_pairs_and_those_that_are_none_do_not_count() -> None:
+def test_metrics_are_means_over_pairs_without_padding() -> None:
     engine, batch = PreferenceEngine(config()), pairs(1, 4, none=1)
     found = engine.log_probs(batch)[0, :3]
     margins = 0.3 * ((found - batch.ref_log_probs[0, :3])[:, 0] - (found - batch.ref_log_probs[0, :3])[:, 1])
@@ -96,17 +96,17 @@ def test_what_is_measured_is_counted_by_pairs_and_those_that_are_none_do_not_cou
 
 
 @pytest.mark.parametrize("settings", [{"cpu_threads": 2}, {"gradient_checkpointing": True}, {"compile": True}], ids=str)
-def test_other_ways_to_do_it_give_the_same(settings: dict[str, Any]) -> None:
+def test_threads_checkpointing_and_compilation_give_the_same_result(settings: dict[str, Any]) -> None:
     plain, other = (PreferenceEngine(config(**more)) for more in ({}, settings))
     results = [[e.train_step(pairs(), step, 0.01, 0.9, math.inf) for step in range(1, 4)] for e in (plain, other)]
     for a, b in zip(*results, strict=True):
         assert b.loss == pytest.approx(a.loss, rel=1e-4) and b.grad_norm == pytest.approx(a.grad_norm, rel=1e-3)
-    assert other.traces <= 3 or not other.compiled  # without sums, with sums, the update
+    assert other.traces <= 3 or not other.compiled  # without existing sums, with them, the update
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "orpo"])
-def test_fewer_pairs_than_workers_are_the_pairs_all_the_same(loss: str) -> None:
-    """As a micro-batch that was halved when memory ran out."""
+def test_fewer_pairs_than_workers(loss: str) -> None:
+    """As when a micro-batch was halved after running out of memory."""
     one, two = (PreferenceEngine(config(loss, cpu_threads=n)) for n in (1, 2))
     assert two.workers.count == 2
     for batch in (pairs(4, 1), pairs(1, 1)):
@@ -116,8 +116,8 @@ def test_fewer_pairs_than_workers_are_the_pairs_all_the_same(loss: str) -> None:
         np.testing.assert_allclose(two.log_probs(batch), one.log_probs(batch), rtol=1e-6)
 
 
-def test_a_validation_batch_that_is_tried_again_counts_once() -> None:
-    """Three pairs at once, then out of memory, then two at a time, of which the last are none; and one begun anew."""
+def test_retried_validation_batch_counts_once() -> None:
+    """Seven pairs one by one, then in parts of two or three, one of them repeated; the last row is padding."""
     batch, engine = pairs(1, 7, none=1), PreferenceEngine(config())
     for stop in (1, 2, 3, 4, 5, 6, 7):
         engine.eval_step(batch.rows(stop - 1, stop))
@@ -127,7 +127,7 @@ def test_a_validation_batch_that_is_tried_again_counts_once() -> None:
     assert engine.eval_measures() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_out_of_memory_is_told_as_such_for_log_probabilities_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_in_log_probabilities_raises_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = PreferenceEngine(config())
 
     def fails(*args: Any) -> Any:
@@ -138,7 +138,7 @@ def test_out_of_memory_is_told_as_such_for_log_probabilities_too(monkeypatch: py
         engine.log_probs(pairs())
 
 
-def test_pairs_in_halves_are_the_pairs_whole() -> None:
+def test_micro_batches_of_pairs_give_the_gradient_of_the_whole_batch() -> None:
     whole, parts = pairs(1, 4), pairs(1, 4)
     halves = PairBatch(
         parts.inputs.reshape(2, 2, 2, LENGTH), parts.targets.reshape(2, 2, 2, LENGTH),

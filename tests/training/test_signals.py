@@ -12,7 +12,7 @@ from anarchobot.training import signals
 from tests.training.fake_engine import FakeEngine, train
 
 
-def test_skipped_validation_is_made_up_on_resume(tmp_path: Path) -> None:
+def test_skipped_validation_runs_on_resume(tmp_path: Path) -> None:
     """Stopped at step 4, where a validation was due: the resumed run starts with it. Likewise at the last step."""
     stopping = FakeEngine(on_step=lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 4 else None)
     _, lines = train(tmp_path, stopping, 8, eval_interval=4)
