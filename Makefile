@@ -75,13 +75,13 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-# The PyTorch backend and programs to compare with; tests that need them are skipped where they are missing.
+# PyTorch and the programs that tests and benchmarks compare with. Tests that need them are skipped if they are missing.
 .venv/torch.done: .venv/dev.done
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 peft==0.21.2 trl==1.16.0 \
 	  lm-eval==0.4.13 gensim==4.4.0 openai==3.54.0 playwright==1.65.2 datatrove==0.10.1
 	@touch $@
 
-# MKL, where no fast BLAS is found: without one the training step is several times slower.
+# Installs MKL if no fast BLAS is found; without one, training is several times slower.
 .venv/blas.done: locks/blas.lock | .venv/bin/python
 	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
 	  echo "no fast BLAS found: installing MKL (300 MB)"; \

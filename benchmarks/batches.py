@@ -3,6 +3,7 @@
 .venv/bin/python benchmarks/batches.py
 """
 
+import argparse
 import json
 import tempfile
 import time
@@ -50,6 +51,7 @@ def million_tokens_per_second(batches: TrainBatches, seq_len: int) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder))

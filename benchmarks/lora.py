@@ -1,8 +1,8 @@
-"""Adapters beside mlx-lm's trainer: time and memory of a step on the same work. `make bench`.
+"""Compares LoRA training steps with mlx-lm's trainer: time and peak memory. Part of `make bench`.
 
-One folder with a random Llama in float32, which both programs load; the same random ids, in whole rows of one length,
-so that mlx-lm has nothing to pad; LoRA of rank 8 by AdamW. Every measurement is a process of its own on one core;
-rounds go through all rows in turn; ratios are taken within a round (benchmarks/training.py says why).
+Both programs load the same random float32 Llama and train rank-8 adapters with AdamW on the same random tokens. All
+rows have the same length, so mlx-lm needs no padding. Every measurement runs in a separate process on one core. Each
+round covers all rows of the table, and ratios are taken within a round (see benchmarks/training.py).
 
     .venv/bin/python benchmarks/lora.py small --rounds 3
     .venv/bin/python benchmarks/lora.py wide --rounds 2
@@ -39,7 +39,7 @@ SHAPES: dict[str, Shape] = {
 }
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 ALL, TWO = [*ATTENTION, *MLP], ["q_proj", "v_proj"]
-# Name, what to do; ours is measured first of each pair.
+# Name and options. Of each pair, AnarchoBot is measured first.
 ROWS: list[tuple[str, dict[str, Any]]] = [
     ("all matrices", {"modules": ALL}),
     ("all matrices, checkpointed", {"modules": ALL, "checkpointed": True}),
@@ -52,7 +52,7 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
 RANK, SCALE, WARMUP = 8, 2.0, 2
 
 
-def ours(folder: Path, shape: Shape, what: dict[str, Any]) -> dict[str, Any]:
+def ours(folder: Path, shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
     from anarchobot.system.blas import load_fast_blas
 
     load_fast_blas()
@@ -66,12 +66,12 @@ def ours(folder: Path, shape: Shape, what: dict[str, Any]) -> dict[str, Any]:
 
     model = from_hf(json.loads((folder / "config.json").read_text()), "config.json")
     lora = {
-        "r": RANK, "alpha": SCALE * RANK, "target_modules": what["modules"], "dora": what.get("dora", False),
-        "num_layers": shape["layers"] // 2 if what.get("half") else None, "quantize": what.get("bits"),
+        "r": RANK, "alpha": SCALE * RANK, "target_modules": options["modules"], "dora": options.get("dora", False),
+        "num_layers": shape["layers"] // 2 if options.get("half") else None, "quantize": options.get("bits"),
     }  # fmt: skip
     train = {
         "optimizer": "adamw", "micro_batch_size": shape["rows"], "cpu_threads": 1, "weight_decay": 0.01,
-        "gradient_checkpointing": what.get("checkpointed", False), "device": "cpu",
+        "gradient_checkpointing": options.get("checkpointed", False), "device": "cpu",
     }  # fmt: skip
     values = {"model": model.model_dump(), "data": {"seq_len": shape["length"]}, "train": train, "lora": lora}
     stored = read(folder / "model.safetensors")
@@ -92,8 +92,8 @@ def ours(folder: Path, shape: Shape, what: dict[str, Any]) -> dict[str, Any]:
     return result | {"peak_mb": mx.get_peak_memory() / 1e6, "trained": trained}
 
 
-def mlx_lm(folder: Path, shape: Shape, what: dict[str, Any]) -> dict[str, Any]:
-    """mlx-lm's own `train` on its own LoRA layers; a step's time is that between two of its reports."""
+def mlx_lm(folder: Path, shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
+    """Runs mlx-lm's `train` with its LoRA layers. The time of a step is the time between two reports."""
     from anarchobot.system.blas import load_fast_blas
 
     load_fast_blas()
@@ -106,18 +106,18 @@ def mlx_lm(folder: Path, shape: Shape, what: dict[str, Any]) -> dict[str, Any]:
     from mlx_lm.utils import load_model, quantize_model
 
     model, config = load_model(folder)
-    if what.get("bits"):
-        model, _ = quantize_model(model, config, 64, what["bits"])
+    if options.get("bits"):
+        model, _ = quantize_model(model, config, 64, options["bits"])
     model.freeze()
-    keys = [f"{'self_attn' if name in ATTENTION else 'mlp'}.{name}" for name in what["modules"]]
-    blocks = shape["layers"] // 2 if what.get("half") else shape["layers"]
+    keys = [f"{'self_attn' if name in ATTENTION else 'mlp'}.{name}" for name in options["modules"]]
+    blocks = shape["layers"] // 2 if options.get("half") else shape["layers"]
     settings = {"rank": RANK, "scale": SCALE, "dropout": 0.0, "keys": keys}
-    linear_to_lora_layers(model, blocks, settings, use_dora=what.get("dora", False))
+    linear_to_lora_layers(model, blocks, settings, use_dora=options.get("dora", False))
     mx.eval(model.parameters())
     marks: list[tuple[float, float]] = []
     losses: list[float] = []
 
-    class Marks(TrainingCallback):
+    class StepTimer(TrainingCallback):
         def on_train_loss_report(self, info: dict[str, Any]) -> None:
             marks.append((time.process_time(), time.perf_counter()))
             losses.append(info["train_loss"])
@@ -133,9 +133,9 @@ def mlx_lm(folder: Path, shape: Shape, what: dict[str, Any]) -> dict[str, Any]:
             args=TrainingArgs(
                 batch_size=shape["rows"], iters=WARMUP + shape["steps"], val_batches=0, steps_per_report=1,
                 steps_per_save=10**9, max_seq_length=shape["length"] + 1, adapter_file=str(Path(out) / "a.safetensors"),
-                grad_checkpoint=what.get("checkpointed", False),
+                grad_checkpoint=options.get("checkpointed", False),
             ),
-            training_callback=Marks(),
+            training_callback=StepTimer(),
         )  # fmt: skip
     steps = np.diff(np.array(marks[WARMUP - 1 :]), axis=0) * 1e3
     return {
@@ -149,7 +149,7 @@ PROGRAMS = {"ours": ours, "mlx-lm": mlx_lm}
 
 
 def write_model(folder: Path, shape: Shape) -> None:
-    """A random Llama, as transformers and mlx-lm have them."""
+    """Writes a random Llama in the Hugging Face format."""
     from anarchobot.config.schema import ModelConfig
     from anarchobot.exchange import safetensors_file
     from anarchobot.exchange.hf_config import to_hf
@@ -163,44 +163,49 @@ def write_model(folder: Path, shape: Shape) -> None:
     (folder / "config.json").write_text(json.dumps(to_hf(model, 0, 0, "float32")))
 
 
-def measured(program: str, folder: str, shape: Shape, what: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--measure", program, folder, json.dumps(shape), json.dumps(what)]
+def measure(program: str, folder: str, shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--measure", program, folder, json.dumps(shape), json.dumps(options)]
     if hasattr(os, "sched_setaffinity"):
         command = ["taskset", "-c", str(max(os.sched_getaffinity(0))), *command]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1:]}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    completed = subprocess.run(command, capture_output=True, text=True)
+    if completed.returncode:
+        return {"failed": completed.stderr.strip().splitlines()[-1:]}
+    result: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
     return result
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
-        program, folder, shape, what = sys.argv[2:6]
-        print(json.dumps(PROGRAMS[program](Path(folder), json.loads(shape), json.loads(what))))
+        program, model_folder, *values = sys.argv[2:6]
+        print(json.dumps(PROGRAMS[program](Path(model_folder), *map(json.loads, values))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", help="names of rows")
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--only", nargs="+", help="names of table rows")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
     rows = [row for row in ROWS if not arguments.only or row[0] in arguments.only]
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {name: {p: [] for p in PROGRAMS} for name, _ in rows}
+    measured: dict[str, dict[str, list[dict[str, Any]]]] = {name: {p: [] for p in PROGRAMS} for name, _ in rows}
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), shape)
         for _ in range(arguments.rounds):
-            for name, what in rows:
+            for name, options in rows:
                 for program in PROGRAMS:
-                    found[name][program].append(measured(program, folder, shape, what))
-                    print(f"{name}, {program}: {found[name][program][-1]}", file=sys.stderr, flush=True)
+                    measured[name][program].append(measure(program, folder, shape, options))
+                    print(f"{name}, {program}: {measured[name][program][-1]}", file=sys.stderr, flush=True)
     path = HERE / "results" / "lora.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    results[arguments.shape] = {"shape": shape, "rows": {**results.get(arguments.shape, {}).get("rows", {}), **found}}
+    results[arguments.shape] = {
+        "shape": shape,
+        "rows": {**results.get(arguments.shape, {}).get("rows", {}), **measured},
+    }
     path.write_text(json.dumps(results, indent=1) + "\n")
-    print("\n| | CPU ms, ours | mlx-lm | tokens/s, ours to mlx-lm | peak MB, ours | mlx-lm | memory, ours to mlx-lm |")
+    print(
+        "\n| | AnarchoBot, CPU ms | mlx-lm, CPU ms | speedup | AnarchoBot, peak MB | mlx-lm, peak MB | memory ratio |"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for name, by_program in found.items():
+    for name, by_program in measured.items():
         pairs = [
             (a, b) for a, b in zip(by_program["ours"], by_program["mlx-lm"], strict=True) if not {"failed"} & {*a, *b}
         ]
@@ -211,9 +216,9 @@ def main() -> None:
         def median(key: str, i: int, pairs: list[tuple[dict[str, Any], dict[str, Any]]] = pairs) -> float:
             return statistics.median(pair[i][key] for pair in pairs)
 
-        faster = statistics.median(b["cpu_ms"] / a["cpu_ms"] for a, b in pairs)
+        speedup = statistics.median(b["cpu_ms"] / a["cpu_ms"] for a, b in pairs)
         print(
-            f"| {name} | {median('cpu_ms', 0):,.0f} | {median('cpu_ms', 1):,.0f} | {faster:.2f} | "
+            f"| {name} | {median('cpu_ms', 0):,.0f} | {median('cpu_ms', 1):,.0f} | {speedup:.2f} | "
             f"{median('peak_mb', 0):,.0f} | {median('peak_mb', 1):,.0f} | "
             f"{median('peak_mb', 0) / median('peak_mb', 1):.2f} |"
         )

@@ -1,5 +1,7 @@
-"""The memory estimate (system/memory.py) beside MLX's own peak: one process a configuration, three engine steps on
-random tokens, the first of which is not counted. Writes results/memory.json and prints the table of docs/planning.md.
+"""Compares the memory estimate of system/memory.py with MLX's measured peak; prints the table of docs/planning.md.
+
+Each configuration runs in a separate process: three training steps on random tokens, of which the first is not counted.
+Without arguments, results are written to results/memory.json.
 
     .venv/bin/python benchmarks/memory.py [NAME...]
 """
@@ -15,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
 STEPS = 3
 Values = dict[str, dict[str, Any]]
-# 4.2 million parameters, 2,048 tokens in a micro-batch; each configuration says what it has otherwise.
+# 4.2 million parameters, micro-batches of 2,048 tokens. CONFIGS lists changes to it.
 BASE: Values = {
     "model": {"vocab_size": 4096, "n_layers": 4, "d_model": 256, "n_heads": 8, "dropout": 0.0},
     "data": {"seq_len": 256},
@@ -70,7 +72,7 @@ CONFIGS: dict[str, Values] = {
 }
 
 
-def measured(values: Values) -> dict[str, Any]:
+def measure(values: Values) -> dict[str, Any]:
     from anarchobot.system.blas import load_fast_blas
 
     load_fast_blas()
@@ -92,12 +94,12 @@ def measured(values: Values) -> dict[str, Any]:
     mx.reset_peak_memory()
     for step in range(1, STEPS):
         engine.train_step(batch, 1 + step, train.lr, train.momentum)
-    found = estimate(config)
+    predicted = estimate(config)
     return {
-        "estimate_mb": found.peak / 1e6,
+        "estimate_mb": predicted.peak / 1e6,
         "measured_mb": mx.get_peak_memory() / 1e6,
-        "ratio": found.peak / mx.get_peak_memory(),
-        "phase": found.phase,
+        "ratio": predicted.peak / mx.get_peak_memory(),
+        "phase": predicted.phase,
     }
 
 
@@ -107,18 +109,18 @@ def merged(values: Values) -> Values:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="these alone, without writing anything")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these configurations, without writing results")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        print(json.dumps(measured(json.loads(arguments.worker))))
+        print(json.dumps(measure(json.loads(arguments.worker))))
         return
     rows = {}
-    print("| configuration | phase | estimate MB | MLX's peak MB | ratio |\n| --- | --- | ---: | ---: | ---: |")
+    print("| configuration | phase | estimate, MB | MLX peak, MB | ratio |\n| --- | --- | ---: | ---: | ---: |")
     for name in arguments.names or CONFIGS:
         command = [sys.executable, __file__, "--worker", json.dumps(merged(CONFIGS[name]))]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rows[name] = row = json.loads(done.stdout.splitlines()[-1])
+        completed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows[name] = row = json.loads(completed.stdout.splitlines()[-1])
         print(
             f"| {name} | {row['phase']} | {row['estimate_mb']:,.1f} | {row['measured_mb']:,.1f} | {row['ratio']:.3f} |",
             flush=True,

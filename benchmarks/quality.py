@@ -1,11 +1,11 @@
-"""What a model learns from the same tokens: tiny Shakespeare by characters, in nanoGPT's CPU budget. `make quality`.
+"""Validation loss after training on the same tokens: character-level tiny Shakespeare. Part of `make quality`.
 
-nanoGPT's recipe (block 64, batch 12, 4 layers, 4 heads, width 128, no dropout, 2,000 steps) ends at 1.8857. Here: the
-same split (the last tenth for validation), the same number of characters, each run's loss on the whole validation split
-in windows of 64. A run takes some minutes on one core.
+The budget is that of nanoGPT's CPU example (block 64, batch 12, 4 layers, 4 heads, width 128, no dropout, 2,000 steps),
+which ends at a loss of 1.8857. The split (the last tenth for validation) and the number of characters are the same. The
+loss is computed on the whole validation split in windows of 64. A run takes a few minutes on one core.
 
     .venv/bin/python benchmarks/quality.py --runs exportable adamw --jobs 2
-    .venv/bin/python benchmarks/quality.py --steps 500 --seeds 0     # every lever, one seed
+    .venv/bin/python benchmarks/quality.py --steps 500 --seeds 0     # every variant, one seed
 """
 
 import argparse
@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 LENGTH, ROWS, STEPS = 64, 12, 2000
 MARKS = (250, 400, 500, 1000, 1500, 2000)
 
-# Name: what is different from BASE. Keys without a section are the model's.
+# Each run's changes to BASE. Keys without a section belong to `model`.
 BASE: dict[str, Any] = {
     "vocab_size": 65, "n_layers": 4, "d_model": 128, "n_heads": 4, "mlp_multiple": 2.6875, "dropout": 0.0,
     "max_seq_len": LENGTH, "qk_norm": True, "tie_embeddings": False, "embedding_scale": 11.3,
@@ -37,7 +37,7 @@ BASE: dict[str, Any] = {
 PLAIN = {"qk_norm": False, "tie_embeddings": True, "embedding_scale": None}
 ADAMW = {"train.optimizer": "adamw", "train.max_grad_norm": 1.0, "train.warmup_steps": 100, "train.adamw_lr": None}
 RUNS: dict[str, dict[str, Any]] = {
-    "exportable": {},  # the embedding's scale goes into the embedding when it is not the head as well
+    "exportable": {},  # the head is untied, so export can multiply the scale into the embedding
     "adamw": {**ADAMW, **PLAIN, "train.lr": 2e-3},
     "adamw, the same model": {**ADAMW, "train.lr": 2e-3},
     "value residual": {"value_residual": True},
@@ -59,7 +59,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def windows(folder: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Character ids of the two splits, cut into rows of 65 that overlap by one: int32 [n, 65]."""
+    """Character ids of the training and validation splits, int32 [n, 65]; consecutive rows overlap by one."""
     text = (folder / "text" / "tinyshakespeare.txt").read_text(encoding="utf-8")
     number = {c: i for i, c in enumerate(sorted(set(text)))}
     ids = np.array([number[c] for c in text], np.int32)
@@ -78,9 +78,9 @@ def train_on(
     settings: dict[str, Any],
     seed: int,
     steps: int,
-    rows_a_step: int,
+    rows_per_step: int,
 ) -> dict[str, Any]:
-    """One run on rows of ids [n, length + 1], each epoch in a new order; its losses on all of `held_out`."""
+    """Trains on rows of ids [n, length + 1], reshuffled in each epoch; returns the losses on all of `held_out`."""
     from anarchobot.system.blas import load_fast_blas
 
     load_fast_blas()
@@ -109,13 +109,13 @@ def train_on(
     order: list[int] = []
     losses, cpu = {}, 0.0
     for step in range(1, steps + 1):
-        if len(order) < rows_a_step:
+        if len(order) < rows_per_step:
             order = [*order, *rng.permutation(len(training)).tolist()]
-        rows, order = training[order[:rows_a_step]], order[rows_a_step:]
-        began = time.process_time()
+        rows, order = training[order[:rows_per_step]], order[rows_per_step:]
+        start = time.process_time()
         lr = learning_rate(step, parsed.train, steps)
         engine.train_step(batch(rows), step, lr, muon_momentum(step, parsed.train))
-        cpu += time.process_time() - began
+        cpu += time.process_time() - start
         if step in MARKS or step == steps:
             losses[step] = round(validate(), 4)
     count = sum(p.size for p in engine.params.values())
@@ -125,11 +125,11 @@ def train_on(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("ANARCHOBOT_TEST_DATA", "../shared/data")))
-    parser.add_argument("--runs", nargs="+", default=list(RUNS))
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="changes to every run")
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), help="default: all")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="changes to all runs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "quality.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -140,29 +140,29 @@ def main() -> None:
         print(json.dumps(train_on(*rows, {**BASE, **RUNS[name], **changes}, int(seed), arguments.steps, ROWS)))
         return
 
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.runs}
+    by_run: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.runs}
 
     def run(work: tuple[int, str]) -> None:
         seed, name = work
-        words = ["--worker", f"{name}/{seed}", "--data", str(arguments.data), "--steps", str(arguments.steps)]
-        result = in_a_process([sys.executable, __file__, *words, "--set", *arguments.set])
-        found[name].append({"seed": seed, **result})
+        flags = ["--worker", f"{name}/{seed}", "--data", str(arguments.data), "--steps", str(arguments.steps)]
+        result = run_json([sys.executable, __file__, *flags, "--set", *arguments.set])
+        by_run[name].append({"seed": seed, **result})
         print(f"{name}, seed {seed}: {result}", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(run, [(seed, name) for seed in arguments.seeds for name in arguments.runs]))
-    arguments.output.write_text(json.dumps(found, indent=1) + "\n")
-    print("\n| run | mean | each seed | CPU s |\n| --- | ---: | --- | ---: |")
-    for name, results in found.items():
+    arguments.output.write_text(json.dumps(by_run, indent=1) + "\n")
+    print("\n| run | mean loss | by seed | CPU s |\n| --- | ---: | --- | ---: |")
+    for name, results in by_run.items():
         finals = [r["final"] for r in results]
         seconds = statistics.median(r["cpu_seconds"] for r in results)
         print(f"| {name} | {statistics.mean(finals):.4f} | {', '.join(map(str, finals))} | {seconds:.0f} |")
 
 
-def in_a_process(command: list[str]) -> dict[str, Any]:
-    """The JSON of the last line that the command prints."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+def run_json(command: list[str]) -> dict[str, Any]:
+    """Runs a command and parses the last line that it prints as JSON."""
+    completed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
     return result
 
 

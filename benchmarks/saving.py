@@ -37,9 +37,9 @@ def main() -> None:
     stalls, during, between = [], [], []
 
     def step() -> float:
-        began = time.perf_counter()
+        start = time.perf_counter()
         engine.train_step(batch, 1, 1e-4, 0.9)
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     step()
     with (
@@ -48,9 +48,9 @@ def main() -> None:
     ):
         for number in range(1, arguments.saves + 1):
             between += [step() for _ in range(3)]
-            began = time.perf_counter()
+            start = time.perf_counter()
             saver.save(number, engine.state(), {"config": config.model_dump()})
-            stalls.append(time.perf_counter() - began)
+            stalls.append(time.perf_counter() - start)
             while saver._pending and not saver._pending[0].done():
                 during.append(step())
             saver.wait()

@@ -51,11 +51,11 @@ def start_ranks(size: int, micro_batches: int, steps: int, *more: str) -> dict[s
     """Starts several ranks, each on its own core; returns rank 0's measurements."""
     hostfile = Path(tempfile.mkdtemp()) / "ring.json"
     hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
-    words = [sys.executable, __file__, "--micro-batches", str(micro_batches), "--steps", str(steps), *more]
+    command = [sys.executable, __file__, "--micro-batches", str(micro_batches), "--steps", str(steps), *more]
     cores = sorted(os.sched_getaffinity(0))
     children = [
         subprocess.Popen(
-            ["taskset", "-c", str(cores[i]), *words],
+            ["taskset", "-c", str(cores[i]), *command],
             env={**os.environ, "MLX_HOSTFILE": str(hostfile), "MLX_RANK": str(i)},
             stdout=subprocess.PIPE,
         )
@@ -87,10 +87,10 @@ def run_rank(micro_batches: int, steps: int, share: bool) -> None:
 
     def timed_all_reduce(grads: Any) -> Any:
         own.any(False)  # synchronizes, so that waiting for the slower rank is not counted
-        began = time.perf_counter()
+        start = time.perf_counter()
         size[0] = sum(g.nbytes for g in grads.values())
         whole = all_reduce(grads)
-        exchanges.append(time.perf_counter() - began)
+        exchanges.append(time.perf_counter() - start)
         return whole
 
     def start_of_update(norm: float) -> float:
@@ -100,10 +100,10 @@ def run_rank(micro_batches: int, steps: int, share: bool) -> None:
 
     own.all_reduce, own.broadcast_scalar = timed_all_reduce, start_of_update  # type: ignore[method-assign]
     for step in range(1, steps + 2):
-        began = time.perf_counter()
+        start = time.perf_counter()
         engine.train_step(Batch(ids, ids), step, 1e-3, 0.9)
         ended = time.perf_counter()
-        times.append(ended - began)
+        times.append(ended - start)
         updates[-1] = ended - updates[-1]
     speeds = {}
     if own.size > 1:
@@ -113,9 +113,9 @@ def run_rank(micro_batches: int, steps: int, share: bool) -> None:
             for _ in range(4):
                 grads = {str(i): mx.ones(buffer // 4) for i in range(count)}
                 mx.eval(grads)
-                began = time.perf_counter()
+                start = time.perf_counter()
                 all_reduce(grads)
-                tries.append(time.perf_counter() - began)
+                tries.append(time.perf_counter() - start)
             speeds[f"{buffer / 2**20:g}"] = round(EXCHANGED / min(tries[1:]) / 1e9, 2)
     with own:
         pass

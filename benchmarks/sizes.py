@@ -1,8 +1,8 @@
-"""The sizes of the shipped models: parameters, checkpoint, peak memory of a training step. Writes README's table.
+"""Parameters, checkpoint size and peak memory of the shipped configurations. Writes the table of README.md.
 
-The first two are counted. The peak is MLX's own counter over one step of two micro-batches, float32 on a CPU, the rest
-as the configuration says, but for `large`, which has one sequence at a time; each in a process of its own. All take an
-hour and up to 16 GB.
+Parameters and checkpoint sizes are computed. Peak memory is MLX's counter after one step of two micro-batches, float32
+on a CPU; other settings are those of the configuration, except that `large` has micro-batches of one sequence. Each
+configuration runs in a separate process. All of them take an hour and up to 16 GB.
 
     .venv/bin/python benchmarks/sizes.py
 """
@@ -16,12 +16,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("quickstart", "tiny", "small", "m3pro", "memory_constrained", "medium", "large")
-FEWER_ROWS = {"large": 1}
-COLUMNS = 4  # of README's table are made here: file, parameters, checkpoint, peak
+MICRO_BATCH = {"large": 1}
+COLUMNS = 4  # written here: file, parameters, checkpoint, peak
 
 
 def peak_memory_gb(name: str) -> float:
-    """10^9 bytes. A step's second micro-batch is the largest: it has the sums of the first beside it."""
+    """Peak memory in 10^9 bytes. The second micro-batch of a step sets it, because gradients of the first are kept."""
     from anarchobot.system.blas import load_fast_blas
 
     load_fast_blas()
@@ -33,7 +33,7 @@ def peak_memory_gb(name: str) -> float:
 
     settings = {"train.device": "cpu", "train.precision": "float32", "train.cpu_threads": "1"}
     config = load_config(ROOT / "configs" / f"{name}.yaml", [f"{k}={v}" for k, v in settings.items()]).config
-    rows = FEWER_ROWS.get(name, config.train.micro_batch_size)
+    rows = MICRO_BATCH.get(name, config.train.micro_batch_size)
     shape = (min(2, config.train.grad_accum_steps), rows, config.data.seq_len + 1)
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
     engine = MLXEngine(config)
@@ -42,7 +42,7 @@ def peak_memory_gb(name: str) -> float:
 
 
 def sizes(name: str) -> tuple[int, float]:
-    """Parameters, and the checkpoint's 10^9 bytes: parameters and moments, all float32."""
+    """Returns the number of parameters and the checkpoint size in 10^9 bytes (weights and moments, float32)."""
     import math
 
     from anarchobot.config.loading import load_config
@@ -56,7 +56,7 @@ def sizes(name: str) -> tuple[int, float]:
 
 
 def write_table(measured: dict[str, float], page: Path) -> None:
-    """Puts the figures into the rows that begin with these configurations' names."""
+    """Writes the figures into the table rows of these configurations."""
     lines = page.read_text(encoding="utf-8").split("\n")
     for i, line in enumerate(lines):
         found = re.match(r"\| \[(\w+)\]\(configs/", line)
@@ -74,7 +74,7 @@ def gb(value: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=list(NAMES))
+    parser.add_argument("names", nargs="*", metavar="NAME", default=list(NAMES), help="default: all")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -82,10 +82,10 @@ def main() -> None:
         return
     measured = {}
     for name in arguments.names:
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, __file__, "--worker", name], stdout=subprocess.PIPE, text=True, check=True
         )
-        measured[name] = json.loads(done.stdout.splitlines()[-1])
+        measured[name] = json.loads(completed.stdout.splitlines()[-1])
         print(f"{name}: {gb(measured[name])}", flush=True)
     write_table(measured, ROOT / "README.md")
 

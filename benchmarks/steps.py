@@ -1,8 +1,8 @@
-"""In how many steps Muon + AdamW reach AdamW's final loss, on real text. Part of `make quality`.
+"""Compares Muon + AdamW in 60% of the steps with AdamW, on real text. Part of `make quality`.
 
-13 novels, a vocabulary of 8,192, a model of 6 million parameters, 1,024 tokens a step. AdamW's rate is swept; its best
-one then runs with three seeds, and so does Muon + AdamW with its whole schedule in 0.6 of the steps. About an hour on
-two cores.
+13 novels, a vocabulary of 8,192, a model of 6 million parameters, 1,024 tokens per step. AdamW runs with several
+learning rates. Its best one and Muon + AdamW, with its whole schedule in 60% of the steps, then run with three seeds.
+This takes about an hour on two cores.
 
     .venv/bin/python benchmarks/steps.py --jobs 2
 """
@@ -21,7 +21,7 @@ import quality
 
 HERE = Path(__file__).parent
 LENGTH, ROWS, STEPS = 128, 8, 500
-SHARE = 0.6
+FRACTION = 0.6
 MODEL = {
     "vocab_size": 8192, "n_layers": 5, "d_model": 256, "n_heads": 4, "mlp_multiple": 2.6875, "dropout": 0.0,
     "max_seq_len": LENGTH,
@@ -34,7 +34,7 @@ ADAMW_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 
 
 def settings(kind: str) -> dict[str, Any]:
-    """`adamw RATE` or `muon RATE`."""
+    """`kind` is `adamw RATE` or `muon RATE`."""
     optimizer, rate = kind.split()
     if optimizer == "adamw":
         return {**MODEL, **TRAIN, "train.optimizer": "adamw", "train.lr": float(rate)}
@@ -42,7 +42,7 @@ def settings(kind: str) -> dict[str, Any]:
 
 
 def prepare(data: Path, build: Path) -> None:
-    """Writes train.npy and val.npy, int32 [n, LENGTH + 1]: each novel's last tenth is held out."""
+    """Writes train.npy and val.npy, int32 [n, LENGTH + 1]: the last tenth of each novel is held out."""
     from anarchobot.tokenizers.tokenizer import load_tokenizer
     from anarchobot.tokenizers.training import train_tokenizer
 
@@ -59,11 +59,11 @@ def prepare(data: Path, build: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("ANARCHOBOT_TEST_DATA", "../shared/data")))
-    parser.add_argument("--build", type=Path, default=Path("build/steps"))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--muon", default="muon 8e-3")
+    parser.add_argument("--build", type=Path, default=Path("build/steps"), help="folder for the token ids")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
+    parser.add_argument("--muon", default="muon 8e-3", help="default: %(default)s")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
     arguments = parser.parse_args()
     if arguments.worker:
         kind, seed = arguments.worker.rsplit("/", 1)
@@ -73,29 +73,29 @@ def main() -> None:
 
     if not (arguments.build / "val.npy").exists():
         prepare(arguments.data, arguments.build)
-    found: dict[str, list[float]] = {}
+    losses_of: dict[str, list[float]] = {}
 
     def run(kind: str, seed: int, steps: int) -> None:
-        words = ["--worker", f"{kind}/{seed}", "--build", str(arguments.build), "--steps", str(steps)]
-        result = quality.in_a_process([sys.executable, __file__, *words])
-        found.setdefault(kind, []).append(result["final"])
+        flags = ["--worker", f"{kind}/{seed}", "--build", str(arguments.build), "--steps", str(steps)]
+        result = quality.run_json([sys.executable, __file__, *flags])
+        losses_of.setdefault(kind, []).append(result["final"])
         print(f"{kind}, seed {seed}, {steps} steps: {result}", file=sys.stderr, flush=True)
 
     def run_all(work: list[tuple[str, int, int]]) -> None:
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(lambda each: run(*each), work))
 
-    few = round(SHARE * arguments.steps)
+    few = round(FRACTION * arguments.steps)
     run_all([*((f"adamw {rate}", 0, arguments.steps) for rate in ADAMW_RATES), (arguments.muon, 0, few)])
-    best = min((f"adamw {rate}" for rate in ADAMW_RATES), key=lambda kind: found[kind][0])
+    best = min((f"adamw {rate}" for rate in ADAMW_RATES), key=lambda kind: losses_of[kind][0])
     run_all(
         [(kind, seed, steps) for seed in (1, 2) for kind, steps in ((best, arguments.steps), (arguments.muon, few))]
     )
     (HERE / "results" / "steps.json").write_text(
-        json.dumps({"steps": arguments.steps, "losses": found}, indent=1) + "\n"
+        json.dumps({"steps": arguments.steps, "losses": losses_of}, indent=1) + "\n"
     )
-    print("\n| run | steps | mean | each seed |\n| --- | ---: | ---: | --- |")
-    for kind, losses in found.items():
+    print("\n| run | steps | mean loss | by seed |\n| --- | ---: | ---: | --- |")
+    for kind, losses in losses_of.items():
         steps = few if kind == arguments.muon else arguments.steps
         print(f"| {kind} | {steps} | {statistics.mean(losses):.4f} | {', '.join(map(str, losses))} |")
 
