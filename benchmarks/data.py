@@ -191,9 +191,9 @@ def measure_datatrove(python: str, corpus: Path, models: Path, out: Path) -> dic
 # name: label in the table
 MEASURED = {
     "sentencepiece": "sentencepiece alone, numpy ids",
-    "reference": "ours, reference",
+    "reference": "AnarchoBot, reference",
     "fastokens": "fastokens alone",
-    "fast": "ours, fast: fastokens, verified",
+    "fast": "AnarchoBot, fast: fastokens, verified",
     "tokenizers": "tokenizers, `encode_batch_fast`",
     "pipeline reference 1": "file to shards, reference, 1 worker",
     "pipeline reference 2": "file to shards, reference, 2 workers",
@@ -203,8 +203,8 @@ MEASURED = {
     "pipeline fast 1 long": "longer text: file to shards, fast, 1 worker",
     "pipeline fast 2 long": "longer text: file to shards, fast, 2 workers",
     "datatrove": "datatrove, file to `.ds`, 1 task",
-    "reference byte-level": "byte-level BPE: ours, reference (tokenizers)",
-    "fast byte-level": "byte-level BPE: ours, fast",
+    "reference byte-level": "byte-level BPE: AnarchoBot, reference (tokenizers)",
+    "fast byte-level": "byte-level BPE: AnarchoBot, fast",
 }
 
 

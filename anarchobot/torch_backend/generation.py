@@ -61,14 +61,14 @@ def stream_token_ids(
         with torch.no_grad():
             hidden = hidden_states(weights, torch.tensor([ids], device=head.device), model)
             z = np.array(logits(hidden[0, -1:], head, model)[0].cpu(), np.float64)  # [V]
-        token = draw(penalised(z, ids, settings.repetition_penalty), settings, rng)
+        token = draw(penalized(z, ids, settings.repetition_penalty), settings, rng)
         if token in stop:
             return
         yield token
         ids.append(token)
 
 
-def penalised(z: Logits, ids: list[int], penalty: float) -> Logits:
+def penalized(z: Logits, ids: list[int], penalty: float) -> Logits:
     """Logits [V] with those of the last 20 tokens' ids made smaller: divided by `penalty`, multiplied if negative
     (Keskar et al., 2019)."""
     said = np.unique(ids[-PENALTY_WINDOW:])

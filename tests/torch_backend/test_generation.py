@@ -18,7 +18,7 @@ from tests.inference.test_sampling import LOGITS, SETTINGS, probabilities
 
 torch = pytest.importorskip("torch")
 
-from anarchobot.torch_backend.generation import draw, generate, generate_ids, penalised  # noqa: E402
+from anarchobot.torch_backend.generation import draw, generate, generate_ids, penalized  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_repetition_penalty_matches_mlx_lm() -> None:
     rng = np.random.default_rng(0)
     z, ids = rng.standard_normal(40), rng.integers(0, 40, 30).tolist()
     wanted = make_repetition_penalty(1.7, 20)(mx.array(ids), mx.array(z[None], mx.float32))
-    np.testing.assert_allclose(penalised(z, ids, 1.7), np.array(wanted)[0], rtol=1e-6)
+    np.testing.assert_allclose(penalized(z, ids, 1.7), np.array(wanted)[0], rtol=1e-6)
 
 
 def test_generation_ends_at_max_new_tokens_max_seq_len_or_end_of_document(weights: dict[str, Any]) -> None:
