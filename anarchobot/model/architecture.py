@@ -1,4 +1,4 @@
-"""Where an architecture is defined, and what the rest of the package needs of it.
+"""Where an architecture is defined, and what the rest of the package needs from it.
 
 An architecture NAME (model.architecture in the configuration) is a folder model/NAME/ with these modules:
 
@@ -67,7 +67,7 @@ class Architecture(Protocol):
         """ModelConfig fields from a config.json. Raises UserError, naming `file`, for what is not supported."""
 
     def from_tensors(self, names: Collection[str]) -> dict[str, Any]:
-        """ModelConfig fields that only the names of the weights tell."""
+        """ModelConfig fields that only the names of the weights reveal."""
 
     def to_hf(self, model: ModelConfig) -> dict[str, Any]:
         """config.json for a model that `export_limits` allows, without token ids and dtype."""
@@ -86,7 +86,7 @@ class Architecture(Protocol):
         """FLOPs that the backward pass spends on computing activations again."""
 
     def activation_sizes(self, model: ModelConfig, tokens: int, itemsize: int) -> ActivationSizes:
-        """Of `tokens` tokens, in products of `itemsize` bytes a number."""
+        """For `tokens` tokens, with matrix products in numbers of `itemsize` bytes."""
 
 
 class ForwardPass(Protocol):
@@ -105,7 +105,7 @@ class ForwardPass(Protocol):
         """Block `i` with its parameters `p`, by their names inside the block; `batch` has segments and dropout keys."""
 
     def final_norm(self, params: "Params", x: "mx.array", model: ModelConfig) -> "mx.array":
-        """What the head reads, [N, D]."""
+        """The input of the output head, [N, D]."""
 
     def head_name(self, model: ModelConfig) -> str:
         """The name of the output head's weight [V, D]."""
@@ -121,8 +121,8 @@ class ForwardPass(Protocol):
         caches: "Sequence[Any] | None" = None,
         wait: "Sequencing" = ...,
     ) -> "mx.array":
-        """What the head reads, [B, L, D], without dropout: for evaluation and generation. `caches`, one a layer, hold
-        the keys and values of the tokens before (mlx-lm's KVCache or BatchKVCache)."""
+        """The input of the output head, [B, L, D], without dropout: for evaluation and generation. `caches` hold each
+        layer's keys and values of earlier tokens (mlx-lm's KVCache or BatchKVCache)."""
 
     def head_matrix(self, params: "Params", model: ModelConfig) -> "Matrix":
         """The output head [V, D]."""

@@ -1,4 +1,4 @@
-"""What gradients are computed of, and how. Shapes: B rows, L tokens."""
+"""What gradients are computed on, and how. Shapes: B rows, L tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ the gradient [B] of the loss."""
 
 
 class MicroBatch(NamedTuple):
-    """Rows to learn from: int32 `tokens` and `targets` [B, L]; negative targets add nothing. Their loss is summed and
+    """Training rows: int32 `tokens` and `targets` [B, L]; negative targets add nothing. Their loss is summed and
     multiplied by `scale`, a scalar.
 
     `segments` [B, L] number the documents of a row: a token sees only its own. `dropout_key` turns dropout on,

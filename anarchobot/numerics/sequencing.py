@@ -1,4 +1,4 @@
-"""How one part of a computation is made to run after another.
+"""Makes one part of a computation run after another.
 
 MLX is lazy and starts whatever it can, breadth first: the gradients and recomputed activations of several layers would
 be in memory at once. So each part of the backward pass waits until the part before it is done.

@@ -1,5 +1,5 @@
-"""Samples while training: a prompt in, its continuation out. Plain: the whole text goes through the model for each
-token, there is no cache; what is drawn is drawn in numpy, the same on every device."""
+"""Text generation without a KV cache: every token recomputes the whole text. Sampling is done in numpy, so that it is
+the same on every device."""
 
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -15,17 +15,17 @@ from anarchobot.tokenizers.tokenizer import Tokenizer
 from anarchobot.torch_backend.loss import logits
 from anarchobot.torch_backend.model import Params, head_name, hidden_states
 
-PENALTY_WINDOW = 20  # tokens that repetition_penalty looks back
+PENALTY_WINDOW = 20  # tokens that repetition_penalty looks at
 
 Logits = npt.NDArray[np.float64]
 
 
 def generate(weights: Params, model: ModelConfig, tokenizer: Tokenizer, settings: GenerationConfig) -> str:
-    """The prompt's continuation as text.
+    """Returns the continuation of the prompt.
 
-    Ends at max_new_tokens, at an end of document, before the first of the stop strings, or when max_seq_len is reached;
-    the context begins with an end of document, as documents do in the shards, or with model.bos_id. The same settings
-    give the same text. Raises UserError for a prompt that leaves no room in max_seq_len.
+    Ends at max_new_tokens, at an end of document, before the first of the stop strings, or at max_seq_len. The context
+    begins with model.bos_id or else with an end of document, like the documents in the shards. The same settings give
+    the same text. Raises UserError if the prompt leaves no room in max_seq_len.
     """
     prompt = tokenizer.encode_batch([settings.prompt])[0].tolist()
     stream = TextStream(tokenizer, prompt, settings.stop)
@@ -40,7 +40,7 @@ def generate(weights: Params, model: ModelConfig, tokenizer: Tokenizer, settings
 def generate_ids(
     weights: Params, model: ModelConfig, eod_id: int, prompt: list[int], settings: GenerationConfig
 ) -> Iterator[int]:
-    """The drawn token ids, without the end of document that may stop them."""
+    """Yields the token ids, without a final end of document."""
     begin = eod_id if model.bos_id is None else model.bos_id
     return stream_token_ids(weights, model, [begin, *prompt], settings, {eod_id})
 
@@ -48,7 +48,7 @@ def generate_ids(
 def stream_token_ids(
     weights: Params, model: ModelConfig, context: list[int], settings: GenerationConfig, stop: Collection[int]
 ) -> Iterator[int]:
-    """The ids drawn one after the other behind those of `context`, without the one of `stop` that may end them."""
+    """Yields the ids that follow `context`, up to but not including an id of `stop`."""
     ids = list(context)
     start, room = len(ids), model.max_seq_len - len(ids)
     if room < 1:
@@ -69,27 +69,27 @@ def stream_token_ids(
 
 
 def penalized(z: Logits, ids: list[int], penalty: float) -> Logits:
-    """Logits [V] with those of the last 20 tokens' ids made smaller: divided by `penalty`, multiplied if negative
-    (Keskar et al., 2019)."""
-    said = np.unique(ids[-PENALTY_WINDOW:])
+    """Lowers the logits [V] of the last 20 tokens: divides them by `penalty`, or multiplies them if negative (Keskar
+    et al., 2019)."""
+    recent = np.unique(ids[-PENALTY_WINDOW:])
     z = z.copy()
-    z[said] = np.where(z[said] < 0, z[said] * penalty, z[said] / penalty)
+    z[recent] = np.where(z[recent] < 0, z[recent] * penalty, z[recent] / penalty)
     return z
 
 
 def draw(z: Logits, settings: GenerationConfig, rng: np.random.Generator) -> int:
-    """An id drawn from logits [V] by the configured method: first the temperature, then the method's filter."""
+    """Samples an id from logits [V]: applies the temperature, then the filter of the method."""
     if settings.method == "greedy":
         return int(z.argmax())
     p: npt.NDArray[Any] = np.exp((z - z.max()) / settings.temperature)
     p /= p.sum()
-    order = np.argsort(-p, kind="stable")  # likeliest first
+    order = np.argsort(-p, kind="stable")  # most likely first
     kept = len(p)
     if settings.method == "top_k":
         kept = settings.top_k
-    elif settings.method == "nucleus":  # the fewest likeliest that hold top_p
+    elif settings.method == "nucleus":  # the smallest set with a total probability of top_p
         kept = int(np.searchsorted(np.cumsum(p[order]), settings.top_p)) + 1
     elif settings.method == "min_p":
         kept = int((p >= settings.min_p * p.max()).sum())
-    likeliest = p[order[:kept]]
-    return int(rng.choice(order[:kept], p=likeliest / likeliest.sum()))
+    candidates = p[order[:kept]]
+    return int(rng.choice(order[:kept], p=candidates / candidates.sum()))

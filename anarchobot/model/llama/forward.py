@@ -33,7 +33,7 @@ def hidden_states(
     caches: Sequence[Cache] | None = None,
     wait: Sequencing = depend,
 ) -> mx.array:
-    """What the head reads: [B, L, D] in `dtype` after the last norm, for int32 `tokens` [B, L], without dropout.
+    """The input of the output head: [B, L, D] in `dtype` after the last norm, of int32 `tokens` [B, L], no dropout.
 
     `segments` [B, L] number the documents of a row: a token sees only its own. `caches`, one a layer, hold what came
     before the first of `tokens` and are appended to. Each block waits for the one before it.
