@@ -38,6 +38,7 @@ check: .venv/dev.done
 
 bench: .venv/torch.done
 	$(BIN)/python benchmarks/training.py small --cores 1 2
+	$(BIN)/python benchmarks/training.py gradients
 	$(BIN)/python benchmarks/training.py techniques
 	$(BIN)/python benchmarks/training.py 137M --rounds 1
 	$(BIN)/python benchmarks/lora.py small

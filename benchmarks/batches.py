@@ -1,6 +1,6 @@
 """Speed of reading training batches: million tokens per second of CPU time, one thread, warm page cache.
 
-.venv/bin/python benchmarks/batches.py
+Usage: .venv/bin/python benchmarks/batches.py
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Measures how long saving a checkpoint stalls training: 116 million parameters with AdamW's moments (1.4 GB).
 
-.venv/bin/python benchmarks/saving.py
+Usage: .venv/bin/python benchmarks/saving.py
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Compares two ranks on this machine, one core each, with one process: step time and exchange throughput.
 
-.venv/bin/python benchmarks/scaling.py
+Usage: .venv/bin/python benchmarks/scaling.py
 """
 
 import argparse

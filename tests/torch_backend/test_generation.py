@@ -102,7 +102,9 @@ def _hidden_after_end_of_document(params: dict[str, Any]) -> Any:
     return z
 
 
-def test_the_seed_decides_and_training_is_not_disturbed(weights: dict[str, Any], tokenizer: Tokenizer) -> None:
+def test_seed_determines_the_text_and_training_randomness_is_unaffected(
+    weights: dict[str, Any], tokenizer: Tokenizer
+) -> None:
     def text(seed: int) -> str:
         settings = GenerationConfig(prompt="The", method="random", seed=seed, max_new_tokens=20)
         return generate(weights, SHAPE, tokenizer, settings)
