@@ -1,7 +1,7 @@
-"""One measurement in a process of its own: `python benchmarks/peers.py PROGRAM '{"layers": 6, ...}'` prints JSON.
+"""Measures one program in one process: `python benchmarks/peers.py PROGRAM '{"layers": 6, ...}'` prints JSON.
 
-Every program trains the same Llama-shaped model (RMSNorm, RoPE, gated SiLU, tied head) on the same random tokens with
-AdamW in float32 (or as the options say) and reports the median time of a step and, where it counts it, peak memory.
+Every program trains the same Llama (RMSNorm, RoPE, gated SiLU, tied head) on the same random tokens, by default with
+AdamW in float32, and reports the median time of a step and, if it is available, peak memory.
 """
 
 import json
@@ -27,7 +27,7 @@ def tokens(shape: Shape) -> Any:
 
 
 def timed(step: Callable[[], float], steps: int, warmup: int = 2) -> dict[str, Any]:
-    """Medians of CPU and wall milliseconds a step, and the losses."""
+    """Runs steps; returns the median CPU and wall milliseconds per step, and the first losses."""
     cpu, wall, losses = [], [], []
     for _ in range(warmup + steps):
         cpu_began, wall_began = time.process_time(), time.perf_counter()
@@ -67,7 +67,7 @@ def ours(shape: Shape) -> dict[str, Any]:
             "weight_decay": 0.01, **options,
         },
     }  # fmt: skip
-    if library_exp:  # what the techniques of numerics/elementary.py are worth
+    if library_exp:  # the effect of numerics/elementary.py
         elementary._vectorized = lambda x: False
     engine = MLXEngine(Config.model_validate(config))
     if free_order:
@@ -80,15 +80,15 @@ def ours(shape: Shape) -> dict[str, Any]:
     count, updates = 0, []
     update = engine._update
 
-    def measured_update(*arguments: Any) -> Any:
+    def timed_update(*arguments: Any) -> Any:
         began = time.process_time()
-        done = update(*arguments)
-        mx.eval(done)
+        updated = update(*arguments)
+        mx.eval(updated)
         updates.append(1e3 * (time.process_time() - began))
-        return done
+        return updated
 
     if shape.get("time_update"):
-        engine._update = measured_update
+        engine._update = timed_update
 
     def step() -> float:
         nonlocal count
@@ -103,7 +103,7 @@ def ours(shape: Shape) -> dict[str, Any]:
 
 
 def mlx_lm(shape: Shape) -> dict[str, Any]:
-    """mlx-lm's own `train`, full weights; a step's time is that between two of its reports."""
+    """Runs mlx-lm's `train` on all weights. The time of a step is the time between two reports."""
     from anarchobot.system.blas import load_fast_blas
 
     load_fast_blas()
@@ -126,7 +126,7 @@ def mlx_lm(shape: Shape) -> dict[str, Any]:
     marks: list[tuple[float, float]] = []
     losses: list[float] = []
 
-    class Marks(TrainingCallback):
+    class StepTimer(TrainingCallback):
         def on_train_loss_report(self, info: dict[str, Any]) -> None:
             marks.append((time.process_time(), time.perf_counter()))
             losses.append(info["train_loss"])
@@ -145,7 +145,7 @@ def mlx_lm(shape: Shape) -> dict[str, Any]:
                 adapter_file=str(Path(folder) / "out.safetensors"), grad_accumulation_steps=accumulate,
                 **shape.get("options", {}),
             ),
-            training_callback=Marks(),
+            training_callback=StepTimer(),
         )  # fmt: skip
     steps = np.diff(np.array(marks[warmup - 1 :]), axis=0) * 1e3
     return {
@@ -173,13 +173,13 @@ def torch_model(shape: Shape) -> Any:
         def forward(self, x: Any, cos: Any, sin: Any) -> Any:
             B, L, _ = x.shape
             q, k, v = self.qkv(self.attention_norm(x)).view(B, L, 3, heads, -1).permute(2, 0, 3, 1, 4)
-            q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + self.o(y.transpose(1, 2).reshape(B, L, width))
             gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
             return x + self.down(F.silu(gate) * up)
 
-    def rotated(x: Any, cos: Any, sin: Any) -> Any:
+    def apply_rope(x: Any, cos: Any, sin: Any) -> Any:
         a, b = x.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -217,7 +217,7 @@ def torch_step(shape: Shape) -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     device = "cuda" if gpu else "cpu"
     model = torch_model(shape).to(device)
-    call = torch.compile(model) if options.get("compile") else model
+    forward = torch.compile(model) if options.get("compile") else model
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, (0.9, 0.95), weight_decay=0.01, fused=gpu or None)
     ids = torch.from_numpy(tokens(shape).astype(np.int64)).to(device)
 
@@ -225,7 +225,7 @@ def torch_step(shape: Shape) -> dict[str, Any]:
         total = 0.0
         for part in ids:
             with torch.autocast(device, torch.bfloat16, enabled=gpu):
-                loss = call(part[:, :-1], part[:, 1:]) / len(ids)
+                loss = forward(part[:, :-1], part[:, 1:]) / len(ids)
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -240,4 +240,6 @@ def torch_step(shape: Shape) -> dict[str, Any]:
 PROGRAMS = {"ours": ours, "mlx-lm": mlx_lm, "torch": torch_step}
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in PROGRAMS:
+        sys.exit(f"usage: peers.py {{{','.join(PROGRAMS)}}} SHAPE_AS_JSON")
     print(json.dumps(PROGRAMS[sys.argv[1]](json.loads(sys.argv[2]))))

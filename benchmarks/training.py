@@ -1,8 +1,8 @@
-"""The training step beside mlx-lm's trainer and PyTorch: time, memory, and what each technique is worth. `make bench`.
+"""Compares training steps with mlx-lm's trainer and PyTorch: time, peak memory, effect of each technique. `make bench`.
 
-Every measurement is a process of its own (benchmarks/peers.py); rounds go through all programs in turn, so that a busy
-minute on a shared machine hits all alike; figures are medians over rounds of each process's median step, ratios are
-taken within a round. On a CPU, MLX has OpenBLAS on one thread; `--cores 1` binds every program to one core.
+Every measurement runs in a separate process (benchmarks/peers.py). Each round covers all programs, so that load on a
+shared machine affects all of them alike. Figures are medians over rounds of each process's median step; ratios are
+taken within a round. On a CPU, MLX uses OpenBLAS on one thread; with `--cores 1`, every program is bound to one core.
 
     .venv/bin/python benchmarks/training.py small --rounds 3
     .venv/bin/python benchmarks/training.py gradients
@@ -25,7 +25,7 @@ LARGE = {"layers": 12, "width": 768, "heads": 12, "mlp": 3072, "vocab": 32000, "
 CHECKPOINTED = {"gradient_checkpointing": True}
 MUON = {"optimizer": "muon_adamw"}
 
-# suite: shape, steps, and (name, program, changes to the shape, options)
+# By suite: shape, steps, and rows of (name, program, changes to the shape, options).
 Row = tuple[str, str, dict[str, Any], dict[str, Any]]
 SUITES: dict[str, tuple[dict[str, Any], int, list[Row]]] = {
     "small": (
@@ -87,26 +87,27 @@ SUITES: dict[str, tuple[dict[str, Any], int, list[Row]]] = {
 }
 
 
-def measured(program: str, shape: dict[str, Any], cores: int) -> dict[str, Any]:
+def measure(program: str, shape: dict[str, Any], cores: int) -> dict[str, Any]:
     command = [sys.executable, str(HERE / "peers.py"), program, json.dumps({**shape, "threads": cores})]
     if cores == 1 and hasattr(os, "sched_setaffinity"):
         command = ["taskset", "-c", str(max(os.sched_getaffinity(0))), *command]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1:]}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    completed = subprocess.run(command, capture_output=True, text=True)
+    if completed.returncode:
+        return {"failed": completed.stderr.strip().splitlines()[-1:]}
+    result: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
     return result
 
 
-def medians(rounds: list[dict[str, Any]], time: str, first: list[dict[str, Any]]) -> str:
-    good = [r for r in rounds if time in r]
-    if not good:
+def table_cells(rounds: list[dict[str, Any]], time: str, first: list[dict[str, Any]]) -> str:
+    """Median time, time relative to the first row, peak memory, and the fraction of the update."""
+    ok = [r for r in rounds if time in r]
+    if not ok:
         return "| failed | | | |"
     ratios = [r[time] / f[time] for r, f in zip(rounds, first, strict=True) if time in r and time in f]
-    peak = statistics.median(r["peak_mb"] for r in good) if "peak_mb" in good[0] else None
-    update = statistics.median(r["update_cpu_ms"] / r["cpu_ms"] for r in good) if "update_cpu_ms" in good[0] else None
+    peak = statistics.median(r["peak_mb"] for r in ok) if "peak_mb" in ok[0] else None
+    update = statistics.median(r["update_cpu_ms"] / r["cpu_ms"] for r in ok) if "update_cpu_ms" in ok[0] else None
     return (
-        f"| {statistics.median(r[time] for r in good):,.0f} | {statistics.median(ratios):.2f} | "
+        f"| {statistics.median(r[time] for r in ok):,.0f} | {statistics.median(ratios):.2f} | "
         f"{'' if peak is None else f'{peak:,.0f}'} | {'' if update is None else f'{update:.1%}'} |"
     )
 
@@ -114,27 +115,26 @@ def medians(rounds: list[dict[str, Any]], time: str, first: list[dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=SUITES)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cores", type=int, nargs="+", default=[1])
-    parser.add_argument("--only", nargs="+", help="names of rows")
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--cores", type=int, nargs="+", default=[1], help="default: 1")
+    parser.add_argument("--only", nargs="+", help="names of table rows")
     arguments = parser.parse_args()
     shape, steps, rows = SUITES[arguments.suite]
     rows = [row for row in rows if not arguments.only or row[0] in arguments.only]
     for cores in arguments.cores:
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name, *_ in rows}
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name, *_ in rows}
         for _ in range(arguments.rounds):
             for name, program, changes, options in rows:
-                found[name].append(measured(program, {**shape, "steps": steps, **changes, "options": options}, cores))
-                print(f"{cores} core(s), {name}: {found[name][-1]}", file=sys.stderr, flush=True)
+                results[name].append(measure(program, {**shape, "steps": steps, **changes, "options": options}, cores))
+                print(f"{cores} core(s), {name}: {results[name][-1]}", file=sys.stderr, flush=True)
         path = HERE / "results" / f"training_{arguments.suite}_{cores}_core{'s' * (cores > 1)}.json"
-        path.write_text(json.dumps({"shape": shape, "cores": cores, "rows": found}, indent=1) + "\n")
-        time = "cpu_ms" if cores == 1 else "wall_ms"
-        print(
-            f"\n| {cores} core{'s' * (cores > 1)} | {time.replace('_', ' ')} a step | to the first | peak MB | update |"
-        )
+        path.write_text(json.dumps({"shape": shape, "cores": cores, "rows": results}, indent=1) + "\n")
+        clock = "CPU" if cores == 1 else "wall"
+        print(f"\n| {cores} core(s) | {clock} ms per step | relative time | peak MB | update |")
         print("| --- | ---: | ---: | ---: | ---: |")
         for name, *_ in rows:
-            print(f"| {name} {medians(found[name], time, found[rows[0][0]])}")
+            cells = table_cells(results[name], f"{clock.lower()}_ms", results[rows[0][0]])
+            print(f"| {name.replace('ours', 'AnarchoBot')} {cells}")
 
 
 if __name__ == "__main__":
