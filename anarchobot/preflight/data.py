@@ -12,6 +12,7 @@ from anarchobot.data.sources.documents import DocumentCounts, open_source
 from anarchobot.data.windows import StreamWindows, open_windows
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.model.parameters import parameter_count
+from anarchobot.optim.schedule import sequences_per_step
 from anarchobot.preflight.check import Context, Outcome, check
 from anarchobot.preflight.settings import shard_folders
 from anarchobot.tasks.adaptation import checks as adapt_checks
@@ -148,7 +149,7 @@ def model_and_data(context: Context) -> Outcome:
             "the validation split has no sequence: no validation, no best checkpoint",
             f"raise data.val_fraction or add text, then anarchobot pretokenize {context.path} --restart",
         )
-    per_step = train.micro_batch_size * train.grad_accum_steps
+    per_step = sequences_per_step(train)
     if per_step > context.windows:
         return Outcome(
             "warn",

@@ -13,7 +13,7 @@ from anarchobot.config.schema import Config, PreferenceConfig
 from anarchobot.data.shards import read_manifest
 from anarchobot.model.lora import trained_count
 from anarchobot.model.parameters import parameter_count
-from anarchobot.optim.schedule import total_steps
+from anarchobot.optim.schedule import sequences_per_step, total_steps
 from anarchobot.system.machine import system_memory
 from anarchobot.system.memory import MemoryEstimate, checkpoint_bytes, estimate, expected_device, expected_precision
 from anarchobot.system.micro_batch import largest_micro_batch_size, memory_budget, resolve_micro_batch
@@ -40,7 +40,7 @@ def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str,
     loaded, _ = resolve_micro_batch(loaded, pairs=pairs)
     config = loaded.config
     model, train, length = config.model, config.train, config.data.seq_len
-    sequences = train.micro_batch_size * train.grad_accum_steps
+    sequences = sequences_per_step(train)
     tokens_per_step = sequences * length * (2 if pairs else 1)
     steps, unknown = _steps(config, tokens_per_step // sequences)
     tokens = None if steps is None else steps * tokens_per_step

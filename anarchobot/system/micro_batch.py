@@ -10,6 +10,7 @@ from typing import NamedTuple
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
 from anarchobot.config.schema import Config, TrainConfig
+from anarchobot.optim.schedule import sequences_per_step
 from anarchobot.system.machine import system_memory
 from anarchobot.system.memory import MemoryEstimate, estimate
 
@@ -67,7 +68,7 @@ def memory_budget(config: Config) -> int:
 
 def largest_micro_batch_size(config: Config, budget: int, *, pairs: bool = False) -> tuple[int, MemoryEstimate] | None:
     """The largest divisor of a step's sequences whose estimated peak is at most `budget` bytes."""
-    sequences = config.train.micro_batch_size * config.train.grad_accum_steps
+    sequences = sequences_per_step(config.train)
     for rows in range(sequences, 0, -1):
         if sequences % rows == 0:
             needed = estimate(config, micro_batch_size=rows, pairs=pairs)
