@@ -19,7 +19,8 @@ from anarchobot.config.schema import ModelConfig
 from anarchobot.data.pretokenize import Pretokenizer
 from anarchobot.data.shards import read_manifest
 from anarchobot.data.sources.documents import Document
-from anarchobot.model.llama.forward import hidden_states, logits
+from anarchobot.model.llama.forward import hidden_states
+from anarchobot.model.loss import logits
 from anarchobot.model.parameters import init_parameters, parameter_shapes
 from anarchobot.runs import checkpoint
 from anarchobot.tasks.pretrain import pretrain

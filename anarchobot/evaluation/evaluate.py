@@ -24,7 +24,7 @@ from anarchobot.inference.chat import chat_encoder
 from anarchobot.inference.generation import TextBatch
 from anarchobot.inference.model import Model, load_model
 from anarchobot.model.architecture import forward_pass
-from anarchobot.model.loss import loss_sum
+from anarchobot.model.loss import head_matrix, loss_sum
 from anarchobot.tokenizers.conversation import InvalidRow
 from anarchobot.tokenizers.tokenizer import digest
 
@@ -74,7 +74,7 @@ def evaluate_shards(model: Model, config: Config, folder: str, log: Log) -> Metr
     windows = StreamWindows(stream, seq_len, config.data.document_mask)
     if windows.count == 0:
         raise UserError(f"{folder}: the validation split is empty: pretokenize with data.val_fraction, or use --text")
-    params, shape, forward = model.params, model.shape, forward_pass(model.shape)
+    params, shape, forward = model.params, model.config, forward_pass(model.config)
     dtype, nats, tokens = params["model.norm.weight"].dtype, 0.0, 0
     val = ValBatches(windows, max(1, SHARD_TOKENS // seq_len), None)
     for i in range(len(val)):
@@ -82,7 +82,7 @@ def evaluate_shards(model: Model, config: Config, folder: str, log: Log) -> Metr
         segments = None if batch.segments is None else mx.array(batch.segments[0])
         hidden = forward.hidden_states(params, mx.array(batch.inputs[0]), shape, dtype=dtype, segments=segments)
         flat, targets = hidden.reshape(-1, shape.d_model), mx.array(batch.targets[0].reshape(-1))
-        nats += float(np.array(loss_sum(flat, forward.head_matrix(params, shape), targets, shape)))
+        nats += float(np.array(loss_sum(flat, head_matrix(params, shape), targets, shape)))
         tokens += int(np.count_nonzero(batch.targets >= 0))
         if (i + 1) % LOG_BATCHES == 0 or i + 1 == len(val):
             log(f"{tokens:,} tokens, {(i + 1) / len(val):.0%}")
@@ -98,7 +98,7 @@ def evaluate_texts(model: Model, names: Sequence[str], limit: int | None, log: L
     for start in range(0, len(texts), DOCUMENT_BATCH):
         batch = texts[start : start + DOCUMENT_BATCH]
         ids = model.tokenizer.encode_batch(batch)
-        windows = [w for one in ids for w in rolling_windows(one.tolist(), model.bos_id, model.shape.max_seq_len)]
+        windows = [w for one in ids for w in rolling_windows(one.tolist(), model.bos_id, model.config.max_seq_len)]
         nats -= sum(score.log_prob for score in loglikelihoods(model, windows))
         tokens += sum(map(len, ids))
         size += sum(len(text.encode()) for text in batch)
@@ -123,7 +123,7 @@ def evaluate_rouge(model: Model, config: Config, name: str, limit: int | None, l
         except InvalidRow as error:
             counts.skip_kept(place, error)
             continue
-        if len(prompt) < model.shape.max_seq_len:
+        if len(prompt) < model.config.max_seq_len:
             questions.append((prompt, conversation[-1].content))
         else:
             too_long += 1

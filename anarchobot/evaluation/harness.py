@@ -37,7 +37,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """A continuation longer than max_seq_len is scored in windows after the last token of the context."""
-        limit = self._model.shape.max_seq_len
+        limit = self._model.config.max_seq_len
         return self._sum_windows(
             [(context, ids)] if len(ids) <= limit else list(rolling_windows(ids, context[-1], limit))
             for _, context, ids in requests
@@ -45,7 +45,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         texts = (self.tok_encode(request.args[0], add_special_tokens=False) for request in requests)
-        limit = self._model.shape.max_seq_len
+        limit = self._model.config.max_seq_len
         windows = (list(rolling_windows(ids, self._model.bos_id, limit)) for ids in texts)
         return [log_prob for log_prob, _ in self._sum_windows(windows)]
 
@@ -59,7 +59,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         batch = TextBatch(self._model)
         texts: dict[int, list[str]] = {}
-        limit = self._model.shape.max_seq_len
+        limit = self._model.config.max_seq_len
         for context, task_settings in (request.args for request in requests):
             settings = _generation_config(task_settings, limit)
             ids = [self._model.bos_id, *self.tok_encode(context, add_special_tokens=False)]

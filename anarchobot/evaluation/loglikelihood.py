@@ -11,6 +11,7 @@ import numpy as np
 
 from anarchobot.inference.model import Model
 from anarchobot.model.architecture import forward_pass
+from anarchobot.model.loss import logits
 
 BATCH_TOKENS = 8192  # per forward pass
 HEAD_POSITIONS = 1024  # positions whose logits are in memory at once
@@ -32,7 +33,7 @@ def loglikelihoods(
     A context that does not fit into max_seq_len loses its beginning. `progress` is called with the number of finished
     requests. Raises ValueError for a continuation longer than max_seq_len.
     """
-    limit = model.shape.max_seq_len
+    limit = model.config.max_seq_len
     if (longest := max((len(continuation) for _, continuation in requests), default=0)) > limit:
         raise ValueError(f"continuation of {longest} tokens exceeds max_seq_len ({limit})")
     rows = [np.array([*context, *continuation], np.int32)[-(limit + 1) :] for context, continuation in requests]
@@ -73,15 +74,15 @@ def _score_rows(
     for b, row in enumerate(rows):
         inputs[b, : len(row) - 1] = row[:-1]
     dtype = model.params["model.norm.weight"].dtype
-    forward = forward_pass(model.shape)
-    hidden = forward.hidden_states(model.params, mx.array(inputs), model.shape, dtype=dtype)  # [B, L, D]
+    forward = forward_pass(model.config)
+    hidden = forward.hidden_states(model.params, mx.array(inputs), model.config, dtype=dtype)  # [B, L, D]
     ends = [b * length + len(row) - 1 for b, row in enumerate(rows)]
     positions = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
     targets = np.concatenate([row[len(row) - count :] for row, count in zip(rows, counts, strict=True)])
     scored = hidden.reshape(-1, hidden.shape[-1])[mx.array(positions)]  # [N, D]: logits only where needed
     log_probs, greedy = [], []
     for start in range(0, len(targets), HEAD_POSITIONS):
-        z = forward.logits(scored[start : start + HEAD_POSITIONS], model.params, model.shape)  # [n, V]
+        z = logits(scored[start : start + HEAD_POSITIONS], model.params, model.config)  # [n, V]
         target = mx.array(targets[start : start + HEAD_POSITIONS])
         target_logits = mx.take_along_axis(z, target[:, None], axis=-1)[:, 0]
         log_prob, is_argmax = target_logits - mx.logsumexp(z, axis=-1), mx.argmax(z, axis=-1) == target

@@ -27,8 +27,9 @@ import numpy as np
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig, ModelConfig
 from anarchobot.inference.sampling import PENALTY_WINDOW, apply_repetition_penalty, sample
+from anarchobot.model.architecture import forward_pass
 from anarchobot.model.gradient_accumulator import Params
-from anarchobot.model.llama.forward import hidden_states, logits
+from anarchobot.model.loss import logits
 from anarchobot.numerics.sequencing import unordered
 
 PREFILL_TOKENS = 512  # prompt tokens per step
@@ -144,7 +145,9 @@ class Batch:
 
     def _last_logits(self, tokens: mx.array, caches: list[Any]) -> mx.array:
         """Returns float32 logits [B, V] of the token after tokens [B, L]."""
-        hidden = hidden_states(self._params, tokens, self._shape, dtype=self._dtype, caches=caches, wait=unordered)
+        hidden = forward_pass(self._shape).hidden_states(
+            self._params, tokens, self._shape, dtype=self._dtype, caches=caches, wait=unordered
+        )
         return logits(hidden[:, -1], self._params, self._shape)
 
     def _sample(self, z: mx.array, rows: list[_Row]) -> mx.array:

@@ -2,9 +2,9 @@
 
 An architecture NAME (model.architecture in the configuration) is a folder model/NAME/ with these modules:
 
-    architecture.py  `Architecture` below, without MLX: parameters, Hugging Face's config.json both ways, counts
+    architecture.py  `Architecture` below, without MLX: parameters, conversion from and to config.json, FLOP counts
     forward.py       `ForwardPass` below, in MLX: the forward pass, which MLX can differentiate
-    gradients.py     optional, MLX: hand-written gradients that take less memory and time (model/step.py)
+    gradients.py     optional, MLX: hand-written gradients that take less memory and time than model/autodiff.py
 
 To add one, write its folder and add NAME, with the settings that only it has, to ModelConfig (config/schema.py).
 Everything else (loss, optimizers, loop, checkpoints, planning, export) works from these.
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from anarchobot.model.gradient_accumulator import Params
-    from anarchobot.model.linear import Matrix
-    from anarchobot.model.technique import MicroBatch
+    from anarchobot.model.technique import MicroBatch, Technique
     from anarchobot.numerics.sequencing import Sequencing
 
 Shape = tuple[int, ...]
@@ -60,8 +59,8 @@ class Architecture(Protocol):
         """Hugging Face's names and shapes, matrices as (out, in), in the order of the forward pass. The parameters of
         block i are named model.layers.I.*"""
 
-    def init_std(self, name: str, model: ModelConfig) -> float:
-        """The standard deviation of a matrix's initial values."""
+    def init(self, name: str, model: ModelConfig) -> tuple[float, float]:
+        """Mean and standard deviation of a parameter's initial values."""
 
     def from_hf(self, values: dict[str, Any], file: str) -> dict[str, Any]:
         """ModelConfig fields from a config.json. Raises UserError, naming `file`, for what is not supported."""
@@ -79,8 +78,9 @@ class Architecture(Protocol):
         """The parameters as other libraries expect them."""
 
     def step_flops(self, model: ModelConfig, rows: int, blocks: QueryBlocks) -> Mapping[str, int]:
-        """FLOPs of the matrix products of a training step on `rows` sequences, by part of the step (the names that
-        `bench` prints). A product of [m, k] and [k, n] is 2 m n k."""
+        """FLOPs of the matrix products of a training step on `rows` sequences, by part of the step, as `bench` prints
+        them. "blocks forward again" is the recomputation by gradient checkpointing. A product of [m, k] and [k, n] is
+        2 m n k."""
 
     def recomputed_flops(self, model: ModelConfig, rows: int, blocks: QueryBlocks, checkpointing: bool) -> int:
         """FLOPs that the backward pass spends on computing activations again."""
@@ -92,15 +92,15 @@ class Architecture(Protocol):
 class ForwardPass(Protocol):
     """The MLX part of an architecture, as module-level functions of a flat dict of parameters.
 
-    Between the blocks goes a list of arrays, the stream: the hidden states [N, D] first, then whatever an architecture
-    passes on besides. `layer` must be differentiable by MLX with respect to its parameters and the stream.
+    Blocks pass on a list of arrays, `carry`: the hidden states [N, D], followed by any other state of the architecture.
+    `layer` must be differentiable by MLX with respect to its parameters and `carry`.
     """
 
     def embed(self, params: "Params", tokens: "mx.array", model: ModelConfig, dtype: "mx.Dtype") -> "mx.array":
         """Hidden states [N, D] in `dtype` of tokens [B, L]."""
 
     def layer(
-        self, p: "Params", stream: "list[mx.array]", i: int, model: ModelConfig, batch: "MicroBatch"
+        self, p: "Params", carry: "list[mx.array]", i: int, model: ModelConfig, batch: "MicroBatch"
     ) -> "list[mx.array]":
         """Block `i` with its parameters `p`, by their names inside the block; `batch` has segments and dropout keys."""
 
@@ -124,11 +124,27 @@ class ForwardPass(Protocol):
         """The input of the output head, [B, L, D], without dropout: for evaluation and generation. `caches` hold each
         layer's keys and values of earlier tokens (mlx-lm's KVCache or BatchKVCache)."""
 
-    def head_matrix(self, params: "Params", model: ModelConfig) -> "Matrix":
-        """The output head [V, D]."""
 
-    def logits(self, hidden: "mx.array", params: "Params", model: ModelConfig) -> "mx.array":
-        """float32 logits [..., V] of hidden states [..., D]."""
+class LossAndGradients(Protocol):
+    """The type of a backward pass: hand-written (model/llama/gradients.py) or by MLX (model/autodiff.py)."""
+
+    def __call__(
+        self,
+        params: "Params",
+        batch: "MicroBatch",
+        model: ModelConfig,
+        *,
+        frozen: "Params | None" = None,
+        sums: "Params | None" = None,
+        dtype: "mx.Dtype" = ...,
+        technique: "Technique" = ...,
+    ) -> "tuple[mx.array, Params]":
+        """The scaled loss of `batch` (or the vector of its objective's measures) and its gradients by parameter name,
+        float32, added to `sums` where given.
+
+        `params` are trained; `frozen` are the model's other weights, which get no gradient: blocks below the lowest
+        trained one save nothing for the backward pass. Matrix products are in `dtype`.
+        """
 
 
 def architecture_names() -> tuple[str, ...]:
@@ -140,12 +156,15 @@ def architecture(name: str) -> Architecture:
 
 
 def forward_pass(model: ModelConfig) -> ForwardPass:
-    """Loads MLX."""
+    """Imports model/NAME/forward.py, and MLX."""
     return cast(ForwardPass, import_module(f"anarchobot.model.{model.architecture}.forward"))
 
 
-def has_hand_written_gradients(model: ModelConfig) -> bool:
-    return find_spec(f"anarchobot.model.{model.architecture}.gradients") is not None
+def gradients(model: ModelConfig, *, autodiff: bool = False) -> LossAndGradients:
+    """The architecture's hand-written gradients; those of MLX if it has none, or with `autodiff`."""
+    folder = f"anarchobot.model.{model.architecture}"
+    module = f"{folder}.gradients" if not autodiff and find_spec(f"{folder}.gradients") else "anarchobot.model.autodiff"
+    return cast(LossAndGradients, import_module(module).loss_and_gradients)
 
 
 def query_blocks(rows: int, heads: int, length: int, block_size: int | None, *, on_cpu: bool) -> list[tuple[int, int]]:

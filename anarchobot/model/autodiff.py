@@ -35,13 +35,12 @@ def loss_and_gradients(
     dtype: mx.Dtype = mx.float32,
     technique: Technique = DEFAULT,
 ) -> tuple[mx.array, Params]:
-    """See model/gradients.py."""
+    """See LossAndGradients in model/architecture.py."""
     forward = forward_pass(model)
     grads = GradientAccumulator({} if sums is None else sums, trained=params)
 
     def head(weights: Params, hidden: mx.array) -> tuple[mx.array, mx.array, list[mx.array]]:
-        matrix, name = forward.head_matrix(weights, model), forward.head_name(model)
-        return head_loss(hidden, matrix, name, batch, model, grads, technique)
+        return head_loss(hidden, weights, batch, model, grads, technique)
 
     if not technique.recompute:
         # Evaluating inside the function that MLX differentiates would keep all of its intermediate arrays.
@@ -75,16 +74,16 @@ class _Pass:
 def _whole(own: _Pass, embed: Callable[[Params], mx.array]) -> mx.array:
     forward, model = own.forward, own.model
 
-    def stream(weights: Params) -> mx.array:
-        stream = [embed(weights)]
+    def carry(weights: Params) -> mx.array:
+        carry = [embed(weights)]
         for i, p in enumerate(by_block(weights, model)):
-            stream = forward.layer(p, stream, i, model, own.batch)
-        return forward.final_norm(weights, stream[0], model)
+            carry = forward.layer(p, carry, i, model, own.batch)
+        return forward.final_norm(weights, carry[0], model)
 
     def surrogate(trained: Params) -> tuple[mx.array, mx.array]:
         """A scalar with the gradient of the loss: the hidden states times their gradient, taken as a constant. Its
         value is never computed."""
-        hidden = stream({**own.weights, **trained})
+        hidden = carry({**own.weights, **trained})
         total, dhidden, _ = own.head(own.weights, mx.stop_gradient(hidden))
         return mx.sum(hidden * mx.stop_gradient(dhidden)), total
 
@@ -100,33 +99,33 @@ def _checkpointed(own: _Pass, embed: Callable[[Params], mx.array], technique: Te
     forward, model, wait = own.forward, own.model, technique.wait
     blocks, lowest = by_block(own.weights, model), lowest_trained_block(own.params, model)
 
-    stream = [embed(own.weights)]
+    carry = [embed(own.weights)]
     inputs: list[list[mx.array]] = []
     for i, p in enumerate(blocks):
         if i >= lowest:
-            inputs.append(stream)
-        stream = forward.layer(p, stream, i, model, own.batch)
-        stream = wait(stream, stream)
+            inputs.append(carry)
+        carry = forward.layer(p, carry, i, model, own.batch)
+        carry = wait(carry, carry)
 
-    total, dhidden, done = own.head(own.weights, *own.final_norm({}, stream[0]))
-    (x,) = wait([stream[0]], done)
+    total, dhidden, done = own.head(own.weights, *own.final_norm({}, carry[0]))
+    (x,) = wait([carry[0]], done)
     norms = own.trained_by(partial(forward.final_norm, x=x, model=model))
-    dstream = _backward(own.final_norm, norms, [x], [dhidden], own.grads, technique)
-    dstream += [mx.zeros_like(a) for a in stream[1:]]
-    stream = [x]
+    dcarry = _backward(own.final_norm, norms, [x], [dhidden], own.grads, technique)
+    dcarry += [mx.zeros_like(a) for a in carry[1:]]
+    carry = [x]
     del x, dhidden, done
 
     for i in reversed(range(lowest, model.n_layers)):
         trained = {name: p for name, p in blocks[i].items() if f"model.layers.{i}.{name}" in own.params}
 
-        def block(trained: Params, *stream: mx.array, i: int = i) -> list[mx.array]:
-            return forward.layer({**blocks[i], **trained}, list(stream), i, model, own.batch)
+        def block(trained: Params, *carry: mx.array, i: int = i) -> list[mx.array]:
+            return forward.layer({**blocks[i], **trained}, list(carry), i, model, own.batch)
 
-        stream = wait(inputs.pop(), dstream)
-        dstream = _backward(block, trained, stream, dstream, own.grads.at(f"model.layers.{i}."), technique)
-        del stream
+        carry = wait(inputs.pop(), dcarry)
+        dcarry = _backward(block, trained, carry, dcarry, own.grads.at(f"model.layers.{i}."), technique)
+        del carry
     if lowest == 0 and (embeddings := own.trained_by(embed)):
-        _backward(lambda p: [embed({**own.weights, **p})], embeddings, [], dstream, own.grads, technique)
+        _backward(lambda p: [embed({**own.weights, **p})], embeddings, [], dcarry, own.grads, technique)
     return total
 
 

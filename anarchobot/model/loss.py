@@ -12,17 +12,29 @@ from collections.abc import Iterator
 import mlx.core as mx
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.model.gradient_accumulator import GradientAccumulator, add_product
-from anarchobot.model.linear import Matrix, matmul, matmul_t
+from anarchobot.model.architecture import forward_pass
+from anarchobot.model.gradient_accumulator import GradientAccumulator, Params, add_product
+from anarchobot.model.linear import Matrix, matmul, matmul_t, matrix
 from anarchobot.model.technique import LOSS_CHUNK, MicroBatch, Technique
 from anarchobot.numerics.elementary import exp, row_sums, tanh
 from anarchobot.numerics.sequencing import Sequencing, depend
 
 
+def head_matrix(params: Params, model: ModelConfig) -> Matrix:
+    """The output head [V, D]."""
+    return matrix(params, forward_pass(model).head_name(model).removesuffix(".weight"))
+
+
+def logits(hidden: mx.array, params: Params, model: ModelConfig) -> mx.array:
+    """float32 logits [..., V] of hidden states [..., D]: the product in their dtype, the rest in float32."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    z = matmul_t(flat, head_matrix(params, model)).astype(mx.float32).reshape(*hidden.shape[:-1], -1)
+    return z if model.logit_softcap is None else model.logit_softcap * mx.tanh(z / model.logit_softcap)
+
+
 def head_loss(
     hidden: mx.array,
-    head: Matrix,
-    head_name: str,
+    weights: Params,
     batch: MicroBatch,
     model: ModelConfig,
     grads: GradientAccumulator,
@@ -34,22 +46,22 @@ def head_loss(
     of `hidden`, and the arrays that later work must wait for.
     """
     wait, chunk, measures = technique.wait, technique.loss_chunk, None
+    name = forward_pass(model).head_name(model)
     rows, length = batch.targets.shape
     targets, scale = batch.targets.reshape(-1), batch.scale
     if batch.objective is not None:
-        losses = token_losses(hidden, head, targets, model, chunk)
+        losses = token_losses(hidden, head_matrix(weights, model), targets, model, chunk)
         measures, slopes = batch.objective(-losses.reshape(rows, length).sum(axis=1))
         (hidden,) = wait([hidden], [slopes])
         measures, scale = scale * measures, mx.repeat(-scale * slopes, length)  # [N]
-    if grads.trains(head_name):
-        assert isinstance(head, mx.array)
-        total, dhidden, grads.sums[head_name] = loss_and_gradients(
-            hidden, head, targets, model, scale, grads.sums.pop(head_name, None), chunk, wait
-        )
-        done = [dhidden, grads.sums[head_name]]
-    else:
-        total, dhidden = loss_and_hidden_gradient(hidden, head, targets, model, scale, chunk, wait)
-        done = [total, dhidden]
+    trained = grads.trains(name)
+    so_far = grads.sums.pop(name, None) if trained else None
+    total, dhidden, dweight = loss_and_gradients(
+        hidden, head_matrix(weights, model), targets, model, scale, so_far, chunk, wait, trained
+    )
+    done = [total, dhidden]
+    if dweight is not None:
+        grads.sums[name], done = dweight, [dhidden, dweight]
     return total if measures is None else measures, dhidden, done
 
 
@@ -76,16 +88,17 @@ def token_losses(
 
 def loss_and_gradients(
     hidden: mx.array,
-    weight: mx.array,
+    weight: Matrix,
     targets: mx.array,
     model: ModelConfig,
     scale: mx.array,
     weight_gradient: mx.array | None = None,
     chunk: int = LOSS_CHUNK,
     wait: Sequencing = depend,
-) -> tuple[mx.array, mx.array, mx.array]:
-    """The sum of the losses times `scale` (a scalar, or one per token [N]), and its gradients: of `hidden` [N, D] in
-    hidden's dtype, and of `weight` [V, D] in float32, the latter added to `weight_gradient` where given.
+    train_weight: bool = True,
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    """The sum of the losses times `scale` (a scalar, or one per token [N]), and its gradients: with respect to `hidden`
+    [N, D] in hidden's dtype and, unless the head is frozen, to `weight` [V, D] in float32, added to `weight_gradient`.
 
     For a token with softmax p and one-hot target y, dL/dz = p - y (times 1 - (z/cap)^2 under a softcap), so
     dL/dh = dL/dz W and dL/dW = dL/dz^T h. The scale is applied to dL/dz in float32, before anything is rounded to
@@ -94,36 +107,14 @@ def loss_and_gradients(
     total = mx.array(0.0)
     hidden_gradients: list[mx.array] = []
     for h, t, s in _chunks(hidden, targets, scale, chunk):
-        done = [total, *hidden_gradients[-1:], *([] if weight_gradient is None else [weight_gradient])]
-        (h,) = wait([h], done)
+        (h,) = wait([h], [total, *hidden_gradients[-1:], *([] if weight_gradient is None else [weight_gradient])])
         loss, dz = _chunk_backward(h, weight, t, model, s, wait)
         hidden_gradients.append(matmul(dz, weight))
-        weight_gradient = add_product(weight_gradient, dz.T, h)
+        if train_weight:
+            weight_gradient = add_product(weight_gradient, dz.T, h)
         total = total + loss
         del dz
-    assert weight_gradient is not None  # there is at least one token
     return total, mx.concatenate(hidden_gradients), weight_gradient
-
-
-def loss_and_hidden_gradient(
-    hidden: mx.array,
-    weight: Matrix,
-    targets: mx.array,
-    model: ModelConfig,
-    scale: mx.array,
-    chunk: int = LOSS_CHUNK,
-    wait: Sequencing = depend,
-) -> tuple[mx.array, mx.array]:
-    """As `loss_and_gradients`, for a head that is not trained and may be quantized."""
-    total = mx.array(0.0)
-    hidden_gradients: list[mx.array] = []
-    for h, t, s in _chunks(hidden, targets, scale, chunk):
-        (h,) = wait([h], [total, *hidden_gradients[-1:]])
-        loss, dz = _chunk_backward(h, weight, t, model, s, wait)
-        hidden_gradients.append(matmul(dz, weight))
-        total = total + loss
-        del dz
-    return total, mx.concatenate(hidden_gradients)
 
 
 def _chunk_backward(

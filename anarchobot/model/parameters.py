@@ -29,15 +29,16 @@ def init_parameters(model: ModelConfig, seed: int) -> dict[str, npt.NDArray[np.f
     Each matrix has its own generator, keyed by seed and name: the values do not depend on the backend or on which other
     parameters exist.
     """
-    std = architecture(model.architecture).init_std
+    init = architecture(model.architecture).init
     values: dict[str, npt.NDArray[np.float32]] = {}
     for name, shape in parameter_shapes(model).items():
+        mean, std = init(name, model)
         if len(shape) == 1:
-            values[name] = np.full(shape, 0 if name.endswith(".bias") else 1, np.float32)
+            values[name] = np.full(shape, mean, np.float32)
         else:
             key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "big")
             generator = np.random.Generator(np.random.Philox(key=key))
-            values[name] = generator.standard_normal(shape, np.float32) * np.float32(std(name, model))
+            values[name] = generator.standard_normal(shape, np.float32) * np.float32(std)
     return values
 
 
@@ -45,7 +46,9 @@ def model_flops(model: ModelConfig, rows: int, blocks: QueryBlocks) -> int:
     """FLOPs that loss and gradients of `rows` sequences need, without what is computed twice."""
     arch = architecture(model.architecture)
     parts = arch.step_flops(model, rows, blocks)
-    return sum(parts.values()) - parts["blocks forward again"] - arch.recomputed_flops(model, rows, blocks, False)
+    return (
+        sum(parts.values()) - parts.get("blocks forward again", 0) - arch.recomputed_flops(model, rows, blocks, False)
+    )
 
 
 def by_block(params: Mapping[str, T], model: ModelConfig) -> list[dict[str, T]]:

@@ -5,7 +5,6 @@ import mlx.core as mx
 from anarchobot.config.schema import TrainConfig
 from anarchobot.numerics.sequencing import Sequencing
 from anarchobot.optim.param_groups import ADAMW_BETA1, ADAMW_BETA2, ADAMW_EPS
-from anarchobot.optim.weight_decay import apply_update
 
 Arrays = dict[str, mx.array]
 
@@ -25,7 +24,7 @@ def adamw(
 
         m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
         u = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
-        W <- W - lr (u + weight_decay W)                             (optim/weight_decay.py)
+        W <- W - lr (u + weight_decay W)                                      (apply_update)
 
     Returns the new (params, first moments, second moments).
     """
@@ -52,3 +51,31 @@ def _moments(g: mx.array, first: mx.array, second: mx.array) -> tuple[mx.array, 
 @mx.compile
 def _direction(m: mx.array, v: mx.array, correction1: mx.array, correction2: mx.array) -> mx.array:
     return (m / correction1) / (mx.sqrt(v / correction2) + ADAMW_EPS)
+
+
+def apply_update(w: mx.array, u: mx.array, lr: mx.array, train: TrainConfig) -> mx.array:
+    """W - lr (u + weight_decay W). Vectors (norms and biases) do not decay.
+
+    With train.cautious_weight_decay, a weight decays only where u and W have the same sign, so that the decay never
+    opposes the update (Chen et al., "Cautious weight decay", 2025).
+    """
+    if train.weight_decay == 0 or w.ndim == 1:
+        return _plain(w, u, lr)
+    if train.cautious_weight_decay:
+        return _cautious(w, u, lr, train.weight_decay)
+    return _decayed(w, u, lr, train.weight_decay)
+
+
+@mx.compile
+def _plain(w: mx.array, u: mx.array, lr: mx.array) -> mx.array:
+    return w - lr * u
+
+
+@mx.compile
+def _decayed(w: mx.array, u: mx.array, lr: mx.array, decay: float) -> mx.array:
+    return w - lr * (u + decay * w)
+
+
+@mx.compile
+def _cautious(w: mx.array, u: mx.array, lr: mx.array, decay: float) -> mx.array:
+    return w - lr * (u + decay * w * (u * w > 0))

@@ -14,16 +14,16 @@ import mlx.core as mx
 from anarchobot.config.schema import TrainConfig
 from anarchobot.numerics.elementary import row_sums
 from anarchobot.numerics.sequencing import Sequencing
+from anarchobot.optim.adamw import apply_update
 from anarchobot.optim.param_groups import (
     NORMUON_BETA2,
     NORMUON_EPS,
     merge_heads,
     muon_scale,
-    muon_stacks,
+    muon_batches,
     split_heads,
 )
 from anarchobot.optim.polar_express import orthogonalize
-from anarchobot.optim.weight_decay import apply_update
 
 Arrays = dict[str, mx.array]
 
@@ -46,14 +46,14 @@ def muon(
 
         m <- mu m + (1 - mu) g;   u = orthogonalize(mu m + (1 - mu) g)         (Nesterov momentum)
         s <- b2 s + (1 - b2) mean of a row's u^2;   u <- u / sqrt(s), at u's norm      (NorMuon, Li et al., 2025)
-        W <- W - lr (scale u + weight_decay W)                             (optim/weight_decay.py)
+        W <- W - lr (scale u + weight_decay W)                                    (optim/adamw.py)
     """
     new_params: Arrays = {}
     new_buffers: Arrays = {}
     new_seconds: Arrays = {}
     split = head_size if train.muon_split_heads else None
     shapes = {name: w.shape for name, w in params.items()}
-    for names in muon_stacks(shapes, train.muon_split_heads):  # [n, rows, cols] each
+    for names in muon_batches(shapes, train.muon_split_heads):  # [n, rows, cols] each
         w, g, m = (mx.stack([arrays.pop(name) for name in names]) for arrays in (params, grads, buffers))
         m = momentum * m + (1 - momentum) * g
         if directions:
@@ -78,7 +78,7 @@ def muon_directions(
     """The u of `muon` for these matrices; the dicts are left as they are."""
     directions: Arrays = {}
     split = head_size if train.muon_split_heads else None
-    for names in muon_stacks({name: g.shape for name, g in grads.items()}, train.muon_split_heads):
+    for names in muon_batches({name: g.shape for name, g in grads.items()}, train.muon_split_heads):
         g, m = (mx.stack([arrays[name] for name in names]) for arrays in (grads, buffers))
         m = momentum * m + (1 - momentum) * g
         (u,) = wait([_direction(names[0], momentum * m + (1 - momentum) * g, split)], [m])

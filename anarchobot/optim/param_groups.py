@@ -1,5 +1,5 @@
-"""Which parameter goes to which optimizer, with which constants, and what state it has. No array library here: both
-backends read this file, so that a checkpoint of one is a checkpoint of the other."""
+"""Assigns parameters to optimizers; constants and state of the optimizers. Imports no array library: both backends read
+this file, so that a checkpoint of one is a checkpoint of the other."""
 
 import math
 from collections.abc import Container, Iterable, Mapping
@@ -24,9 +24,10 @@ POLAR_EXPRESS = (
 )
 NORM_MARGIN, NORM_EPS = 1.02, 1e-6
 STRIPS, MIN_SIZE_FOR_STRIPS = 4, 512  # on a CPU, symmetric products of this size or more are computed in strips
-MAX_STACK_ELEMENTS = 2**21  # of a stack of matrices that Muon orthogonalizes together; temporaries are many times that
+MAX_BATCH_ELEMENTS = 2**21  # in a batch of matrices for Muon; its temporaries are many times larger
 RAW_PARAMS = "optimizer/trained/"  # checkpoint prefix of the trained weights when params/ holds their running average
-EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDINGS = (EMBEDDING, HEAD)  # one row per token
 Shape = tuple[int, ...]
 
 
@@ -38,13 +39,13 @@ def optimizer_of(name: str, ndim: int, optimizer: Literal["muon_adamw", "adamw"]
     return "muon" if optimizer == "muon_adamw" and in_block else "adamw"
 
 
-def trained(names: Iterable[str], trainable: Literal["all", "embeddings"]) -> list[str]:
-    """The parameter names that train.trainable selects."""
+def select_trainable(names: Iterable[str], trainable: Literal["all", "embeddings"]) -> list[str]:
+    """Returns the parameter names that train.trainable selects."""
     return [name for name in names if trainable == "all" or name in EMBEDDINGS]
 
 
 def describe_groups(shapes: Mapping[str, Shape], optimizer: Literal["muon_adamw", "adamw"]) -> list[str]:
-    """One line for each optimizer with its parameters, merged over the blocks."""
+    """Returns one line per optimizer with its parameters, merged over the blocks."""
     kinds: dict[str, dict[str, int]] = {"muon": {}, "adamw": {}}
     for name, shape in shapes.items():
         short = name.removeprefix("model.").removesuffix(".weight").rpartition(".")[2]
@@ -59,9 +60,9 @@ def describe_groups(shapes: Mapping[str, Shape], optimizer: Literal["muon_adamw"
 
 def state_shapes(shapes: Mapping[str, Shape], train: TrainConfig) -> dict[str, dict[str, Shape]]:
     """The optimizer state: for each kind of moment, its shape by parameter name (all float32, zero at the start).
-    NorMuon's second moment has one number for each row of a matrix."""
+    NorMuon's second moment has one number per matrix row."""
     state: dict[str, dict[str, Shape]] = {"muon.momentum": {}, "muon.second": {}, "adamw.first": {}, "adamw.second": {}}
-    for name in trained(shapes, train.trainable):
+    for name in select_trainable(shapes, train.trainable):
         shape = shapes[name]
         if optimizer_of(name, len(shape), train.optimizer) == "muon":
             state["muon.momentum"][name] = shape
@@ -73,18 +74,18 @@ def state_shapes(shapes: Mapping[str, Shape], train: TrainConfig) -> dict[str, d
 
 
 def check_state(state: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, Shape], train: TrainConfig) -> None:
-    """Raises UserError when an engine's `state` does not belong to parameters of these `shapes` under `train`."""
-    own = {f"params/{name}": shape for name, shape in shapes.items()}
+    """Raises UserError if an engine's `state` does not match parameters of these `shapes` under `train`."""
+    expected: dict[str, Shape] = {f"params/{name}": shape for name, shape in shapes.items()}
     for kind, by_name in state_shapes(shapes, train).items():
-        own |= {f"optimizer/{kind}/{name}": shape for name, shape in by_name.items()}
+        expected |= {f"optimizer/{kind}/{name}": shape for name, shape in by_name.items()}
     names = (name for name in state if name.startswith(("params/", "optimizer/")) and not name.startswith(RAW_PARAMS))
-    found = {name: state[name].shape for name in names}
-    for name in [*own, *found]:
-        if found.get(name) != own.get(name):
-            there, here = (f"{list(of[name])}" if name in of else "missing" for of in (found, own))
+    actual = {name: state[name].shape for name in names}
+    for name in [*expected, *actual]:
+        if actual.get(name) != expected.get(name):
+            saved, needed = (str(list(x[name])) if name in x else "missing" for x in (actual, expected))
             raise UserError(
-                f"checkpoint: {name}: the checkpoint has {there}, this run needs {here}: the optimizer or the adapters "
-                "differ; set train.optimizer, train.normuon and lora as in the original run"
+                f"checkpoint: {name}: the checkpoint has {saved}, this run needs {needed}: the optimizer or the "
+                "adapters differ; set train.optimizer, train.normuon and lora as in the original run"
             )
 
 
@@ -104,14 +105,15 @@ def balanced_shares(shapes: Mapping[str, Shape], by_muon: Container[str], count:
     return names
 
 
-def muon_stacks(shapes: Mapping[str, Shape], split_heads: bool) -> list[list[str]]:
-    """Groups the names of matrices of one shape, which Muon orthogonalizes in one batch: at most MAX_STACK_ELEMENTS,
-    but at least one matrix. With `split_heads`, attention projections, which are split per head, stay apart."""
+def muon_batches(shapes: Mapping[str, Shape], split_heads: bool) -> list[list[str]]:
+    """Groups the names of matrices of the same shape, which Muon orthogonalizes in one batch: at most
+    MAX_BATCH_ELEMENTS, but at least one matrix. With `split_heads`, attention projections, which are split per head,
+    get batches of their own."""
     groups: dict[tuple[Shape, str], list[list[str]]] = {}
     for name, shape in shapes.items():
-        cut = "" if not split_heads or "self_attn" not in name else "columns" if "o_proj" in name else "rows"
-        group = groups.setdefault((shape, cut), [[]])
-        if group[-1] and (len(group[-1]) + 1) * math.prod(shape) > MAX_STACK_ELEMENTS:
+        split_axis = "" if not split_heads or "self_attn" not in name else "columns" if "o_proj" in name else "rows"
+        group = groups.setdefault((shape, split_axis), [[]])
+        if group[-1] and (len(group[-1]) + 1) * math.prod(shape) > MAX_BATCH_ELEMENTS:
             group.append([])
         group[-1].append(name)
     return [names for group in groups.values() for names in group]
@@ -137,7 +139,7 @@ def merge_heads(name: str, parts: Any, shape: tuple[int, ...]) -> Any:
 
 
 def muon_scale(shape: tuple[int, ...], kind: Literal["adamw", "keller"] = "adamw") -> float:
-    """The factor of an orthogonalized update of a matrix [rows, cols].
+    """Returns the factor that scales the orthogonalized update of a matrix [rows, cols].
 
     adamw: 0.2 sqrt(max(rows, cols)) gives its elements the size of AdamW's, so that one learning rate and one weight
     decay serve both (Liu et al., "Muon is scalable for LLM training", 2025, equation 4). keller: sqrt(max(1, rows /
@@ -148,7 +150,7 @@ def muon_scale(shape: tuple[int, ...], kind: Literal["adamw", "keller"] = "adamw
 
 
 def adamw_lr_ratio(train: TrainConfig) -> float:
-    """AdamW's learning rate divided by the schedule's, which is Muon's: 1 unless train.adamw_lr is set."""
+    """Returns AdamW's learning rate divided by the scheduled one, which is Muon's: 1 unless train.adamw_lr is set."""
     if train.optimizer == "adamw" or train.adamw_lr is None:
         return 1.0
     return train.adamw_lr / train.lr

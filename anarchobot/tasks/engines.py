@@ -96,6 +96,8 @@ def _open_torch(config: Config, weights: Weights | None) -> OpenEngine:
         raise UserError("train.backend: torch has no LoRA: remove lora.r, or set train.backend to mlx")
     if config.train.trainable != "all":
         raise UserError("train.backend: torch trains all weights: set train.trainable: all, or train.backend: mlx")
+    if config.model.architecture != "llama":
+        raise UserError(f"train.backend: torch has no {config.model.architecture}: set train.backend to mlx")
     engine = TorchEngine(config, weights)
     return OpenEngine(
         engine,

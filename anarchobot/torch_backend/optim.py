@@ -15,8 +15,8 @@ from anarchobot.optim.param_groups import (
     POLAR_EXPRESS,
     adamw_lr_ratio,
     merge_heads,
+    muon_batches,
     muon_scale,
-    muon_stacks,
     split_heads,
     state_shapes,
 )
@@ -77,7 +77,7 @@ def muon(
     """One update of the matrices in `buffers` (formula: optim/muon.py)."""
     split = head_size if train.muon_split_heads else None
     shapes = {name: tuple(m.shape) for name, m in buffers.items()}
-    for names in muon_stacks(shapes, train.muon_split_heads):  # [n, rows, cols] each
+    for names in muon_batches(shapes, train.muon_split_heads):  # [n, rows, cols] each
         for name in names:
             buffers[name].mul_(momentum).add_(grads[name], alpha=1 - momentum)
         lookahead = torch.stack([momentum * buffers[name] + (1 - momentum) * grads[name] for name in names])
@@ -111,7 +111,7 @@ def orthogonalize(g: Tensor) -> Tensor:
 
 
 def apply_update(w: Tensor, u: Tensor, lr: float, train: TrainConfig) -> None:
-    """W <- W - lr (u + weight_decay W), consuming `u` (optim/weight_decay.py)."""
+    """W <- W - lr (u + weight_decay W), consuming `u` (optim/adamw.py)."""
     if train.weight_decay != 0 and w.ndim > 1:
         decayed = w * (u * w > 0) if train.cautious_weight_decay else w
         u.add_(decayed, alpha=train.weight_decay)

@@ -15,18 +15,17 @@ import numpy.typing as npt
 
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
-from anarchobot.model.architecture import forward_pass
+from anarchobot.model.architecture import forward_pass, gradients
 from anarchobot.model.frozen import init_adapters
 from anarchobot.model.gradient_accumulator import Params
-from anarchobot.model.gradients import loss_and_gradients
-from anarchobot.model.loss import loss_sum
+from anarchobot.model.loss import head_matrix, loss_sum
 from anarchobot.model.parameters import init_parameters, parameter_shapes
 from anarchobot.model.technique import MicroBatch, Objective, Technique
 from anarchobot.numerics import sequencing
 from anarchobot.numerics.cores import CPU_MLP_ROWS, workers_for
 from anarchobot.optim import muon_adamw
 from anarchobot.optim.muon import muon_directions
-from anarchobot.optim.param_groups import balanced_shares, trained
+from anarchobot.optim.param_groups import balanced_shares, select_trainable
 from anarchobot.training.device import DTYPES, as_memory_error, choose_device
 from anarchobot.training.engine import BaseEngine
 from anarchobot.training.ranks import ALONE, Ranks
@@ -54,7 +53,7 @@ class MLXEngine(BaseEngine[mx.array]):
         weights = init_parameters(model, train.seed) if weights is None else weights
         if config.lora.r is None:
             self.frozen = {name: mx.array(weights[name]) for name in parameter_shapes(model)}
-            self.params = {name: self.frozen.pop(name) for name in trained(self.frozen, train.trainable)}
+            self.params = {name: self.frozen.pop(name) for name in select_trainable(self.frozen, train.trainable)}
         else:
             self.params, self.frozen = init_adapters(weights, model, config.lora, train.seed, self.dtype)
         del weights
@@ -125,8 +124,8 @@ class MLXEngine(BaseEngine[mx.array]):
         segments, objective = self._segments_and_objective(targets, extra)
         batch = MicroBatch(inputs, targets, scale, segments, key, self._config.lora.dropout, objective)
         model, technique = self._config.model, self.technique
-        compute = loss_and_gradients(model, technique)
-        return compute(params, batch, model, frozen=frozen, sums=sums, dtype=self.dtype, technique=technique)
+        loss_and_gradients = gradients(model, autodiff=technique.autodiff)
+        return loss_and_gradients(params, batch, model, frozen=frozen, sums=sums, dtype=self.dtype, technique=technique)
 
     def _rows(self, batch: Batch, i: int, worker: int) -> Rows:
         """A worker's rows of micro-batch `i`: inputs, targets and segments, [B / workers, L]."""
@@ -262,7 +261,7 @@ class MLXEngine(BaseEngine[mx.array]):
         self.traces += 1
         model, forward, wait = self._config.model, self.forward, self.technique.wait
         hidden = forward.hidden_states(params, inputs, model, dtype=self.dtype, segments=segments, wait=wait)
-        head = forward.head_matrix(params, model)
+        head = head_matrix(params, model)
         return loss_sum(hidden.reshape(-1, model.d_model), head, targets.reshape(-1), model)
 
     # ---- Arrays and memory ----

@@ -11,7 +11,7 @@ from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
 from anarchobot.data.conversations.preference_pairs import PairBatch
 from anarchobot.model.gradient_accumulator import Params
-from anarchobot.model.loss import token_losses
+from anarchobot.model.loss import head_matrix, token_losses
 from anarchobot.model.preference import Preferences, losses_and_slopes, rewards
 from anarchobot.model.technique import Objective
 from anarchobot.training.mlx_engine import Measures, MLXEngine, Rows
@@ -100,7 +100,7 @@ class PreferenceEngine(MLXEngine):
         """Log-probabilities of the rows' targets: [2 b]."""
         model, forward = self._config.model, self.forward
         hidden = forward.hidden_states(params, inputs, model, dtype=self.dtype, wait=self.technique.wait)
-        hidden, head = hidden.reshape(-1, model.d_model), forward.head_matrix(params, model)
+        hidden, head = hidden.reshape(-1, model.d_model), head_matrix(params, model)
         losses = token_losses(hidden, head, targets.reshape(-1), model, self.technique.loss_chunk)
         return -losses.reshape(inputs.shape).sum(axis=1)
 

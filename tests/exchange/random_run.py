@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from anarchobot.config.schema import Config, DataConfig, ModelConfig
 from anarchobot.config.strict_yaml import dump
-from anarchobot.model.llama.forward import hidden_states, logits
+from anarchobot.model.llama.forward import hidden_states
+from anarchobot.model.loss import logits
 from anarchobot.model.parameters import parameter_shapes
 from anarchobot.runs import checkpoint
 from anarchobot.tokenizers.tokenizer import copy_tokenizer, load_tokenizer

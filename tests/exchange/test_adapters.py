@@ -28,8 +28,9 @@ from anarchobot.exchange.fusing import _quantize_dequantize, fuse, merge_adapter
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.inference.model import load_model
 from anarchobot.model.frozen import adapter_constants, frozen_weights
-from anarchobot.model.llama.forward import hidden_states, logits
+from anarchobot.model.llama.forward import hidden_states
 from anarchobot.model.lora import adapter_shapes
+from anarchobot.model.loss import logits
 from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import write_sealed
 from anarchobot.tokenizers.tokenizer import load_tokenizer

@@ -10,10 +10,11 @@ import pytest
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference import batching
-from anarchobot.inference.generation import TextBatch, generate, generate_batch, generate_ids
+from anarchobot.inference.generation import TextBatch, generate, generate_batch
 from anarchobot.inference.model import Model, load_model
-from anarchobot.model.llama.forward import hidden_states, logits
-from tests.inference.conftest import SHAPE
+from anarchobot.model.llama.forward import hidden_states
+from anarchobot.model.loss import logits
+from tests.inference.conftest import SHAPE, generate_ids
 from tests.tiny import VOCAB
 
 PROMPTS = ["The value", "", "if x is not", "é", "The", "a list of all the words that are in it"]
@@ -25,7 +26,7 @@ def test_greedy_equals_recomputing_the_whole_sequence(
 ) -> None:
     """Chunked prefill and single-token steps with a cache against a forward pass over the whole sequence."""
     monkeypatch.setattr(batching, "PREFILL_TOKENS", chunk)
-    got = list(generate_ids(model, GenerationConfig(prompt="The value", method="greedy", max_new_tokens=20)))
+    got = generate_ids(model, GenerationConfig(prompt="The value", method="greedy", max_new_tokens=20))
     ids = [model.tokenizer.eod_id, *model.tokenizer.encode_batch(["The value"])[0].tolist()]
     for token in got:
         hidden = hidden_states(model.params, mx.array([ids]), SHAPE)
@@ -36,9 +37,9 @@ def test_greedy_equals_recomputing_the_whole_sequence(
 
 
 def test_ends_at_max_new_tokens_max_seq_len_and_end_of_document(model: Model) -> None:
-    count = len(list(generate_ids(model, GenerationConfig(prompt="", method="greedy", max_new_tokens=7))))
+    count = len(generate_ids(model, GenerationConfig(prompt="", method="greedy", max_new_tokens=7)))
     assert count == 7
-    count = len(list(generate_ids(model, GenerationConfig(prompt="", method="greedy", max_new_tokens=500))))
+    count = len(generate_ids(model, GenerationConfig(prompt="", method="greedy", max_new_tokens=500)))
     assert count == SHAPE.max_seq_len - 1
     ending = dict(model.params)
     bias = np.zeros((VOCAB, 32), np.float32)
@@ -46,9 +47,9 @@ def test_ends_at_max_new_tokens_max_seq_len_and_end_of_document(model: Model) ->
     ending["model.embed_tokens.weight"] = mx.array(bias) + 0.001
     ending["model.norm.weight"] = mx.ones(32)
     ended = Model(ending, SHAPE, model.tokenizer)
-    assert list(generate_ids(ended, GenerationConfig(prompt="", method="greedy"))) == []
+    assert generate_ids(ended, GenerationConfig(prompt="", method="greedy")) == []
     with pytest.raises(UserError, match=r"the prompt has \d+ tokens, but the model's max_seq_len is 48"):
-        list(generate_ids(model, GenerationConfig(prompt="word " * 60)))
+        generate_ids(model, GenerationConfig(prompt="word " * 60))
 
 
 def test_the_seed_decides_and_mlx_random_state_is_untouched(model: Model) -> None:
@@ -64,8 +65,8 @@ def test_the_seed_decides_and_mlx_random_state_is_untouched(model: Model) -> Non
 
 def test_repetition_penalty(model: Model) -> None:
     """With a huge penalty, greedy decoding repeats no token within the window."""
-    plain = list(generate_ids(model, GenerationConfig(method="greedy", max_new_tokens=20)))
-    penalized = list(generate_ids(model, GenerationConfig(method="greedy", max_new_tokens=20, repetition_penalty=1e6)))
+    plain = generate_ids(model, GenerationConfig(method="greedy", max_new_tokens=20))
+    penalized = generate_ids(model, GenerationConfig(method="greedy", max_new_tokens=20, repetition_penalty=1e6))
     assert len(set(penalized)) == len(penalized) > len(set(plain))
 
 
@@ -88,7 +89,7 @@ def test_ends_before_the_first_stop_string(model: Model) -> None:
 
 def test_a_stop_string_finishes_the_request_and_tokens_are_counted(model: Model) -> None:
     settings = GenerationConfig(prompt="The", method="greedy", max_new_tokens=20)
-    ids = list(generate_ids(model, settings))
+    ids = generate_ids(model, settings)
     fifth = model.tokenizer.decode(ids[:5])
     batch = TextBatch(model)
     context = [model.bos_id, *model.tokenizer.encode_batch(["The"])[0].tolist()]
@@ -127,7 +128,7 @@ def test_load_model_accepts_run_and_step_folders(tmp_path: Path, tiny_shards: Pa
     newest, config = load_model(tmp_path / "run")
     older, _ = load_model(tmp_path / "run" / "step_00000003")
     name = "model.norm.weight"
-    assert config.model == newest.shape
+    assert config.model == newest.config
     assert not mx.array_equal(newest.params[name], older.params[name])
     (tmp_path / "run" / "tokenizer.model").unlink()
     with pytest.raises(UserError, match="no tokenizer in this folder"):

@@ -27,16 +27,16 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (d,), "model.norm.bias": (d,), "lm_head.weight": (model.vocab_size, d)}
 
 
-def init_std(name: str, model: ModelConfig) -> float:
-    return 0.02
+def init(name: str, model: ModelConfig) -> tuple[float, float]:
+    return (1.0, 0.0) if "norm.weight" in name else (0.0, 0.0 if name.endswith(".bias") else 0.02)
 
 
 def embed(params: Params, tokens: mx.array, model: ModelConfig, dtype: mx.Dtype) -> mx.array:
     return embedding_rows(matrix(params, "model.embed_tokens"), tokens.reshape(-1)).astype(dtype)
 
 
-def layer(p: Params, stream: list[mx.array], i: int, model: ModelConfig, batch: MicroBatch) -> list[mx.array]:
-    (x,) = stream
+def layer(p: Params, carry: list[mx.array], i: int, model: ModelConfig, batch: MicroBatch) -> list[mx.array]:
+    (x,) = carry
     normed = _norm(p, "input_layernorm", x, model)
     q, k, v = (linear(p, f"self_attn.{name}_proj", normed) for name in "qkv")
     q, k, v = (a.reshape(*batch.tokens.shape, model.n_heads, -1).swapaxes(1, 2) for a in (q, k, v))
@@ -57,16 +57,12 @@ def head_name(model: ModelConfig) -> str:
     return "lm_head.weight"
 
 
-def head_matrix(params: Params, model: ModelConfig) -> mx.array:
-    return params["lm_head.weight"]
-
-
 def hidden_states(params: Params, tokens: mx.array, model: ModelConfig, *, dtype: mx.Dtype, **how: Any) -> mx.array:
     batch = MicroBatch(tokens, tokens, mx.array(1.0))
-    stream = [embed(params, tokens, model, dtype)]
+    carry = [embed(params, tokens, model, dtype)]
     for i, p in enumerate(by_block(params, model)):
-        stream = layer(p, stream, i, model, batch)
-    return final_norm(params, stream[0], model).reshape(*tokens.shape, -1)
+        carry = layer(p, carry, i, model, batch)
+    return final_norm(params, carry[0], model).reshape(*tokens.shape, -1)
 
 
 def _norm(p: Params, name: str, x: mx.array, model: ModelConfig) -> mx.array:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from anarchobot.model import autodiff
+from anarchobot.model.architecture import gradients
 from anarchobot.model.gradient_accumulator import Params
-from anarchobot.model.gradients import loss_and_gradients
 from anarchobot.model.llama import gradients as hand_written
 from anarchobot.model.technique import MicroBatch, Technique
 from anarchobot.numerics import sequencing
@@ -83,8 +83,8 @@ def test_objective_on_row_log_probabilities(technique: str) -> None:
 
 def test_hand_written_gradients_are_preferred() -> None:
     model = tiny()
-    assert loss_and_gradients(model, Technique()) is hand_written.loss_and_gradients
-    assert loss_and_gradients(model, Technique(autodiff=True)) is autodiff.loss_and_gradients
+    assert gradients(model) is hand_written.loss_and_gradients
+    assert gradients(model, autodiff=True) is autodiff.loss_and_gradients
 
 
 def test_checkpointing_saves_only_block_inputs() -> None:

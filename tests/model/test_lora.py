@@ -13,9 +13,10 @@ from anarchobot.model import linear as linear_file
 from anarchobot.model.frozen import adapter_constants, frozen_weights, init_adapters
 from anarchobot.model.gradient_accumulator import GradientAccumulator, Params
 from anarchobot.model.linear import InputDropout, linear, linear_backward, linear_gradients
-from anarchobot.model.llama.forward import hidden_states, logits
+from anarchobot.model.llama.forward import hidden_states
 from anarchobot.model.llama.gradients import loss_and_gradients
 from anarchobot.model.lora import adapted_matrices, adapter_scale, adapter_shapes, init_factors, trained_count
+from anarchobot.model.loss import logits
 from anarchobot.model.technique import MicroBatch, Technique
 from anarchobot.numerics import sequencing
 from tests.model.llama import reference

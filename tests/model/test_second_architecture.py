@@ -11,7 +11,8 @@ import pytest
 
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.data.batches import Batch
-from anarchobot.model.architecture import has_hand_written_gradients
+from anarchobot.model import autodiff
+from anarchobot.model.architecture import gradients
 from anarchobot.model.parameters import init_parameters, parameter_shapes
 from anarchobot.training.mlx_engine import MLXEngine
 from tests.model import stablelm
@@ -66,17 +67,17 @@ def weights(model: ModelConfig) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("how", [{}, {"gradient_checkpointing": True}], ids=["whole", "checkpointed"])
 def test_loss_and_gradients_match_transformers(how: dict[str, Any]) -> None:
     settings = config(optimizer="adamw", cpu_threads=1, **how)
-    assert not has_hand_written_gradients(settings.model)
+    assert gradients(settings.model) is autodiff.loss_and_gradients
     expected, rows, engine = transformers_model(settings.model), batch(1), MLXEngine(settings, weights(settings.model))
-    _, gradients = engine._accumulate_gradients(rows, 1, 1 / 48)
+    _, grads = engine._accumulate_gradients(rows, 1, 1 / 48)
     inputs, targets = (torch.tensor(x.reshape(4, 12)).long() for x in (rows.inputs, rows.targets))
     loss = torch.nn.functional.cross_entropy(expected(inputs).logits.flatten(0, 1), targets.flatten())
     loss.backward()
     assert engine.train_step(rows, 1, 0.01, 0.9).loss == pytest.approx(loss.item(), rel=1e-6)
-    assert set(gradients) == set(parameter_shapes(settings.model)) == {name for name, _ in expected.named_parameters()}
+    assert set(grads) == set(parameter_shapes(settings.model)) == {name for name, _ in expected.named_parameters()}
     for name, p in expected.named_parameters():
         wanted = p.grad.numpy()
-        assert np.linalg.norm(np.array(gradients[name]) - wanted) < 1e-5 * np.linalg.norm(wanted), name
+        assert np.linalg.norm(np.array(grads[name]) - wanted) < 1e-5 * np.linalg.norm(wanted), name
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
-from anarchobot.model.llama.forward import hidden_states, logits
+from anarchobot.model.llama.forward import hidden_states
 from anarchobot.model.lora import adapter_shapes, trained_count
+from anarchobot.model.loss import logits
 from anarchobot.model.parameters import init_parameters, parameter_shapes
 from anarchobot.runs import checkpoint
 from anarchobot.training.mlx_engine import MLXEngine

@@ -55,12 +55,14 @@ def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
-def init_std(name: str, model: ModelConfig) -> float:
-    """0.02, and 0.02 / sqrt(2 n_layers) for the two matrices that write to the residual stream (GPT-2, Radford et al.,
-    2019, section 2.3), or zero with zero_init_proj."""
+def init(name: str, model: ModelConfig) -> tuple[float, float]:
+    """Norms are one, biases zero, matrices normal with standard deviation 0.02; for the two that write to the residual
+    stream, 0.02 / sqrt(2 n_layers) (GPT-2, Radford et al., 2019, section 2.3), or zero with zero_init_proj."""
     if name.endswith(("o_proj.weight", "down_proj.weight")):
-        return 0.0 if model.zero_init_proj else INIT_STD / math.sqrt(2 * model.n_layers)
-    return INIT_STD
+        return 0.0, 0.0 if model.zero_init_proj else INIT_STD / math.sqrt(2 * model.n_layers)
+    if name.endswith("norm.weight"):
+        return 1.0, 0.0
+    return 0.0, 0.0 if name.endswith(".bias") else INIT_STD
 
 
 # ---- Hugging Face's config.json ----

@@ -1,5 +1,5 @@
-"""Causal attention: exact, in O(L) memory and with a hand-written gradient (`BlockedAttention`); by MLX's fused kernel
-(`FusedAttention`), which MLX can differentiate; and with a KV cache for generation (`CachedAttention`).
+"""Causal attention: exact, in O(L) memory and with a hand-written gradient (`BlockedAttention`), or by MLX's fused
+kernel (`FusedAttention`), which MLX can differentiate and which takes a KV cache for generation.
 
 BlockedAttention takes one block of queries after the other (FlashAttention's recomputation; Dao et al., 2022, algorithm
 4). A block sees all keys up to its own end, so its softmax needs no second pass, and scores above the diagonal are not
@@ -9,7 +9,6 @@ probabilities again. MLX's own attention saves all of them in training.
 Shapes: B batch, L sequence, K key/value heads, G query heads for each of them, E head width; N = B L.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -39,7 +38,7 @@ class AttentionOutput(NamedTuple):
 
 
 class AttentionFn(Protocol):
-    """Any of the three below."""
+    """`BlockedAttention` or `FusedAttention`."""
 
     def forward(self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None) -> AttentionOutput: ...
 
@@ -187,24 +186,6 @@ def apply_rope(x: mx.array, norm: mx.array | None, model: ModelConfig, offset: i
     )
 
 
-class FusedAttention:
-    """Attention by MLX's fused kernel, which MLX can differentiate; it then keeps all probabilities."""
-
-    def __init__(self, model: ModelConfig, batch: int, length: int, segments: mx.array | None = None) -> None:
-        self._model, self._batch, self._length = model, batch, length
-        self._mask: Mask = "causal"
-        if segments is not None:
-            same = segments[:, :, None] == segments[:, None, :]
-            self._mask = (same & mx.tri(length, dtype=mx.bool_))[:, None]  # [B, 1, L, L]
-
-    def forward(self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None) -> AttentionOutput:
-        """`q` [N, K G E] and `k`, `v` [N, K E] are the projections, before norm and rotation."""
-        model = self._model
-        q, k, v = (x.reshape(self._batch, self._length, -1, model.head_size) for x in (q, k, v))
-        queries, keys = apply_rope(q, norms and norms.q, model), apply_rope(k, norms and norms.k, model)
-        return _fused(queries, keys, v.swapaxes(1, 2), model, self._mask)
-
-
 class Cache(Protocol):
     """The keys and values of a layer's earlier tokens: mlx-lm's KVCache or, for rows of different lengths,
     BatchKVCache. `offset` is the next token's position, or one for each row [B]."""
@@ -218,26 +199,28 @@ class Cache(Protocol):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]: ...
 
 
-class CachedAttention:
-    """Attention to the tokens in a cache and to the new ones, by MLX's fused kernel: for generation."""
+class FusedAttention:
+    """Attention by MLX's fused kernel, with a cache for generation. MLX can differentiate it, but then saves all
+    probabilities."""
 
-    def __init__(self, model: ModelConfig, batch: int, length: int, cache: Cache, mask: Mask) -> None:
-        self._model, self._batch, self._length, self._cache, self._mask = model, batch, length, cache, mask
+    def __init__(self, model: ModelConfig, batch: int, length: int, mask: Mask, cache: Cache | None = None) -> None:
+        self._model, self._batch, self._length, self._mask, self._cache = model, batch, length, mask, cache
 
     def forward(self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None) -> AttentionOutput:
         """`q` [N, K G E] and `k`, `v` [N, K E] are the projections, before norm and rotation."""
-        model, offset = self._model, self._cache.offset
+        model, offset = self._model, 0 if self._cache is None else self._cache.offset
         q, k, v = (x.reshape(self._batch, self._length, -1, model.head_size) for x in (q, k, v))
         queries = apply_rope(q, norms and norms.q, model, offset)  # [B, H, L, E]
-        keys, values = self._cache.update_and_fetch(apply_rope(k, norms and norms.k, model, offset), v.swapaxes(1, 2))
-        return _fused(queries, keys, values, model, self._mask)
+        keys, values = apply_rope(k, norms and norms.k, model, offset), v.swapaxes(1, 2)
+        if self._cache is not None:
+            keys, values = self._cache.update_and_fetch(keys, values)
+        scale = model.head_size**-0.5
+        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=self._mask)
+        return AttentionOutput(out.swapaxes(1, 2).reshape(self._batch * self._length, -1), mx.array(0.0))
 
 
-def caches_mask(caches: Sequence[Cache], length: int) -> Mask:
-    """What `length` new tokens see."""
-    return caches[0].make_mask(length, return_array=False, window_size=None)
-
-
-def _fused(q: mx.array, k: mx.array, v: mx.array, model: ModelConfig, mask: Mask) -> AttentionOutput:
-    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=model.head_size**-0.5, mask=mask)  # [B, H, L, E]
-    return AttentionOutput(out.swapaxes(1, 2).reshape(-1, q.shape[1] * q.shape[3]), mx.array(0.0))
+def document_mask(segments: mx.array | None, length: int) -> Mask:
+    """A causal mask in which a token sees only its own document, [B, 1, L, L]."""
+    if segments is None:
+        return "causal"
+    return ((segments[:, :, None] == segments[:, None, :]) & mx.tri(length, dtype=mx.bool_))[:, None]

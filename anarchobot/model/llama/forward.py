@@ -13,9 +13,9 @@ import mlx.core as mx
 
 from anarchobot.config.schema import ModelConfig
 from anarchobot.model.gradient_accumulator import Params
-from anarchobot.model.linear import InputDropout, Matrix, embedding_rows, matmul_t, matrix
+from anarchobot.model.linear import InputDropout, embedding_rows, matrix
 from anarchobot.model.llama import block
-from anarchobot.model.llama.attention import BlockedAttention, Cache, CachedAttention, FusedAttention, caches_mask
+from anarchobot.model.llama.attention import BlockedAttention, Cache, FusedAttention, document_mask
 from anarchobot.model.norm import rms_norm
 from anarchobot.model.parameters import by_block
 from anarchobot.model.technique import MicroBatch
@@ -41,10 +41,10 @@ def hidden_states(
     B, L = tokens.shape
     x = embed(params, tokens, model, dtype)  # [N, D]
     blocked = BlockedAttention(model, B, L, segments, wait=wait)
-    mask = None if caches is None else caches_mask(caches, L)
+    mask = None if caches is None else caches[0].make_mask(L, return_array=False, window_size=None)
     first_v = None
     for i, p in enumerate(by_block(params, model)):
-        attention = blocked if caches is None else CachedAttention(model, B, L, caches[i], mask)
+        attention = blocked if caches is None else FusedAttention(model, B, L, mask, caches[i])
         x, saved = block.attention_forward(p, x, model, attention, first_v=first_v)
         first_v = saved.v if i == 0 and model.value_residual else first_v
         del saved
@@ -59,13 +59,13 @@ def embed(params: Params, tokens: mx.array, model: ModelConfig, dtype: mx.Dtype)
     return (x if model.embedding_scale is None else x * model.embedding_scale).astype(dtype)
 
 
-def layer(p: Params, stream: list[mx.array], i: int, model: ModelConfig, batch: MicroBatch) -> list[mx.array]:
-    """Block `i`, differentiable by MLX. The stream is the hidden states [N, D] and, with model.value_residual, the
+def layer(p: Params, carry: list[mx.array], i: int, model: ModelConfig, batch: MicroBatch) -> list[mx.array]:
+    """Block `i`, differentiable by MLX. The carry is the hidden states [N, D] and, with model.value_residual, the
     first block's values."""
-    x, *first_v = stream
+    x, *first_v = carry
     drop = dropout_keys(batch.dropout_key, model, batch.adapter_dropout)[i]
     rows, length = batch.tokens.shape
-    attention = FusedAttention(model, rows, length, batch.segments)
+    attention = FusedAttention(model, rows, length, document_mask(batch.segments, length))
     with elementary.differentiable():
         x, saved = block.attention_forward(
             p, x, model, attention, drop.attention, first_v[0] if first_v else None, drop.attention_inputs
@@ -81,17 +81,6 @@ def final_norm(params: Params, x: mx.array, model: ModelConfig) -> mx.array:
 def head_name(model: ModelConfig) -> str:
     """The name of the output head's weight [V, D]: the token embedding if they are tied."""
     return "model.embed_tokens.weight" if model.tie_embeddings else "lm_head.weight"
-
-
-def head_matrix(params: Params, model: ModelConfig) -> Matrix:
-    return matrix(params, head_name(model).removesuffix(".weight"))
-
-
-def logits(hidden: mx.array, params: Params, model: ModelConfig) -> mx.array:
-    """float32 logits [..., V] of hidden states [..., D]: the product in their dtype, the rest in float32."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    z = matmul_t(flat, head_matrix(params, model)).astype(mx.float32).reshape(*hidden.shape[:-1], -1)
-    return z if model.logit_softcap is None else model.logit_softcap * mx.tanh(z / model.logit_softcap)
 
 
 def dropout_keys(key: mx.array | None, model: ModelConfig, adapter_dropout: float) -> list[block.DropoutKeys]:

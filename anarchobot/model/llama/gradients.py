@@ -14,7 +14,7 @@ from anarchobot.model.gradient_accumulator import GradientAccumulator, Params
 from anarchobot.model.llama import block
 from anarchobot.model.llama.attention import BlockedAttention
 from anarchobot.model.llama.block import DropoutKeys, SavedAttention, SavedMLP
-from anarchobot.model.llama.forward import dropout_keys, embed, head_matrix, head_name
+from anarchobot.model.llama.forward import dropout_keys, embed
 from anarchobot.model.loss import head_loss
 from anarchobot.model.norm import rms_norm, rms_norm_backward
 from anarchobot.model.parameters import by_block, lowest_trained_block
@@ -33,7 +33,7 @@ def loss_and_gradients(
     dtype: mx.Dtype = mx.float32,
     technique: Technique = DEFAULT,
 ) -> tuple[mx.array, Params]:
-    """See model/gradients.py."""
+    """See LossAndGradients in model/architecture.py."""
     wait, profile = technique.wait, technique.profile
     rows, length = batch.tokens.shape
     attention = BlockedAttention(model, rows, length, batch.segments, technique.attention_block, wait)
@@ -58,9 +58,7 @@ def loss_and_gradients(
 
     norm = weights["model.norm.weight"]
     hidden = rms_norm(x, norm, model.norm_eps)
-    total, dhidden, done = head_loss(
-        hidden, head_matrix(weights, model), head_name(model), batch, model, grads, technique
-    )
+    total, dhidden, done = head_loss(hidden, weights, batch, model, grads, technique)
     (x,) = wait([x], done)
     dx, dnorm = rms_norm_backward(x, norm, model.norm_eps, dhidden)
     (dx,) = wait([dx], grads.add("model.norm.weight", dnorm))

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import pytest
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.model.llama.forward import head_name, hidden_states, logits
+from anarchobot.model.llama.forward import head_name, hidden_states
 from anarchobot.model.llama.gradients import loss_and_gradients
-from anarchobot.model.loss import loss_sum
+from anarchobot.model.loss import logits, loss_sum
 from anarchobot.model.parameters import init_parameters, parameter_shapes
 from anarchobot.model.technique import MicroBatch, Technique
 from anarchobot.numerics import sequencing
