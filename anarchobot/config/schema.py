@@ -152,6 +152,14 @@ class DataConfig(Section):
         None, description="dataset to use, with a warning, when `dataset` is unavailable"
     )
 
+    @property
+    def datasets(self) -> list[str]:
+        return [self.dataset] if isinstance(self.dataset, str) else self.dataset or []
+
+    @property
+    def shard_dirs(self) -> list[str]:
+        return [self.shard_dir] if isinstance(self.shard_dir, str) else self.shard_dir
+
 
 class TrainConfig(Section):
     """The training run: length, batch size, optimizer, precision, checkpoints and logs."""

@@ -7,33 +7,18 @@ and a resumed run continues with exactly the next window.
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from anarchobot.data.windows import ConcatWindows, Rows, Windows, gather
+from anarchobot.data.windows import Batch as Batch  # re-exported
+from anarchobot.data.windows import ConcatWindows, Windows, gather
 
 ORDER_BLOCK = 4096  # positions permuted at once; one at a time would cost more than reading
 MIXTURE_PATTERN = 4096  # windows after which a mixture repeats; weights are accurate to 1 in 4,096
 _ROUNDS = 6  # of the Feistel network
-
-
-@dataclass(frozen=True)
-class Batch:
-    """int32 [A, B, L]: `inputs`, `targets` (shifted by one; negative: not scored) and, with a document mask,
-    `segments`: tokens attend only to tokens with the same segment id."""
-
-    inputs: npt.NDArray[np.int32]
-    targets: npt.NDArray[np.int32]
-    segments: npt.NDArray[np.int32] | None = None
-
-    def rows(self, start: int, stop: int) -> Self:
-        """Sequences [start, stop) of every micro-batch."""
-        arrays = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return replace(self, **{name: x[:, start:stop] for name, x in arrays if x is not None})
 
 
 class TrainBatches:
@@ -54,12 +39,12 @@ class TrainBatches:
         """The batch that starts at window `position`, counted over the whole run, not the epoch."""
         positions = np.arange(position, position + micro_batches * micro_batch_size)
         if len(self._sets) == 1:
-            return _batch(self._sets[0].rows(self._shuffle(positions, 0)), micro_batches, micro_batch_size)
+            return self._sets[0].rows(self._shuffle(positions, 0)).micro_batches(micro_batches, micro_batch_size)
         owners, positions = self._assign_sets(positions)
         indices = np.empty_like(positions)
         for s in np.unique(owners).tolist():
             indices[owners == s] = self._shuffle(positions[owners == s], s)
-        return _batch(gather(self._sets, owners, indices), micro_batches, micro_batch_size)
+        return gather(self._sets, owners, indices).micro_batches(micro_batches, micro_batch_size)
 
     def _assign_sets(self, positions: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The set that each position draws from, and the position within that set's own sequence."""
@@ -99,7 +84,8 @@ class ValBatches:
         """Micro-batch `index`, as [1, B, L]."""
         if not 0 <= index < self._batches:
             raise IndexError(index)
-        return _batch(self._windows.rows(np.arange(index * self._rows, (index + 1) * self._rows)), 1, self._rows)
+        rows = self._windows.rows(np.arange(index * self._rows, (index + 1) * self._rows))
+        return rows.micro_batches(1, self._rows)
 
 
 class Prefetcher:
@@ -128,14 +114,6 @@ class Prefetcher:
         following = (request[0] + self._ranks * size, micro_batches, micro_batch_size)
         self._next = following, self._pool.submit(self._batches.at, *following)
         return batch
-
-
-def _batch(rows: Rows, micro_batches: int, micro_batch_size: int) -> Batch:
-    def reshape(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        return np.ascontiguousarray(ids).reshape(micro_batches, micro_batch_size, -1)
-
-    segments = None if rows.segments is None else reshape(rows.segments)
-    return Batch(reshape(rows.inputs), reshape(rows.targets), segments)
 
 
 def _mixture_pattern(weights: Sequence[float]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

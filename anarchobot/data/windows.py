@@ -2,14 +2,14 @@
 
 `data.pack` chooses between consecutive windows of the stream and documents packed into rows. Each token is a target
 exactly once per epoch, predicted from the preceding token; a document's first token is predicted from an
-end-of-document token, as in generation. (The very first token of a stream has no predecessor and is no target.)
+end-of-document token, as in generation. (The very first token of a stream has no predecessor and is not a target.)
 Positions that are not targets hold IGNORE.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,21 +23,33 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Rows:
-    """int32 [n, L]: `inputs`, `targets` (shifted by one) and, with a document mask, `segments`: the index within its
-    row of the document that each input belongs to."""
+class Batch:
+    """int32 [n, L], or [A, B, L] as micro-batches: `inputs`, `targets` (shifted by one; negative: not scored) and, with
+    a document mask, `segments`: tokens attend only to tokens with the same segment id."""
 
     inputs: npt.NDArray[np.int32]
     targets: npt.NDArray[np.int32]
-    segments: npt.NDArray[np.int32] | None
+    segments: npt.NDArray[np.int32] | None = None
+
+    def micro_batches(self, count: int, size: int) -> Self:
+        """[n, ...] as `count` micro-batches of `size` sequences."""
+        return self._map(lambda x: np.ascontiguousarray(x).reshape(count, size, *x.shape[1:]))
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Sequences [start, stop) of every micro-batch."""
+        return self._map(lambda x: x[:, start:stop])
+
+    def _map(self, function: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Self:
+        arrays = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return replace(self, **{name: function(x) for name, x in arrays if x is not None})
 
 
 class Windows(Protocol):
-    """`count` training sequences with random access."""
+    """`count` training sequences with random access: `rows` returns [n, L] for n indices."""
 
     count: int
 
-    def rows(self, indices: Ints, /) -> Rows: ...
+    def rows(self, indices: Ints, /) -> Batch: ...
 
 
 class ConcatWindows:
@@ -47,12 +59,12 @@ class ConcatWindows:
         self.count = sum(s.count for s in sets)
         self._sets, self._starts = sets, np.cumsum([0, *(s.count for s in sets)])
 
-    def rows(self, indices: Ints) -> Rows:
+    def rows(self, indices: Ints) -> Batch:
         owners = np.searchsorted(self._starts[:-1], indices, side="right") - 1
         return gather(self._sets, owners, indices - self._starts[owners])
 
 
-def gather(sets: Sequence[Windows], owners: Ints, indices: Ints) -> Rows:
+def gather(sets: Sequence[Windows], owners: Ints, indices: Ints) -> Batch:
     """Row i is window indices[i] of set owners[i]."""
     if (owners == owners[0]).all():
         return sets[int(owners[0])].rows(indices)
@@ -63,7 +75,7 @@ def gather(sets: Sequence[Windows], owners: Ints, indices: Ints) -> Rows:
         inputs[mask], targets[mask] = rows.inputs, rows.targets
         if segments is not None and rows.segments is not None:
             segments[mask] = rows.segments
-    return Rows(inputs, targets, segments)
+    return Batch(inputs, targets, segments)
 
 
 def open_windows(
@@ -86,16 +98,16 @@ class StreamWindows:
         self._stream, self._seq_len = stream, seq_len
         self._documents = stream.document_starts() if document_mask else None
 
-    def rows(self, indices: Ints) -> Rows:
+    def rows(self, indices: Ints) -> Batch:
         """Indices beyond the last window give empty rows."""
         starts = indices * self._seq_len
         missing = np.maximum(0, starts + self._seq_len + 1 - self._stream.tokens)
         if missing.any():
             return self._padded_rows(starts, missing)
         ids = self._stream.rows(starts, self._seq_len + 1)
-        return Rows(ids[:, :-1], ids[:, 1:], self._segments(starts))
+        return Batch(ids[:, :-1], ids[:, 1:], self._segments(starts))
 
-    def _padded_rows(self, starts: Ints, missing: Ints) -> Rows:
+    def _padded_rows(self, starts: Ints, missing: Ints) -> Batch:
         inputs = np.zeros((len(starts), self._seq_len), np.int32)
         targets = np.full_like(inputs, IGNORE)
         for row, (start, lacking) in enumerate(zip(starts.tolist(), missing.tolist(), strict=True)):
@@ -103,7 +115,7 @@ class StreamWindows:
             if scored:
                 ids = self._stream.read(start, start + scored + 1)
                 inputs[row, :scored], targets[row, :scored] = ids[:-1], ids[1:]
-        return Rows(inputs, targets, self._segments(starts))
+        return Batch(inputs, targets, self._segments(starts))
 
     def _segments(self, starts: Ints) -> npt.NDArray[np.int32] | None:
         if self._documents is None:
@@ -126,7 +138,7 @@ class PackedWindows:
         self._stream, self._seq_len, self._mask = stream, seq_len, document_mask
         self._padding = np.full(seq_len, stream.manifest.eod_id, stream.manifest.dtype).data
 
-    def rows(self, indices: Ints) -> Rows:
+    def rows(self, indices: Ints) -> Batch:
         rows, chunks = expand_ranges(self._first[indices], self._first[indices + 1])
         starts, ends = self._starts[chunks], self._ends[chunks]
         targets, inputs = self._stream.slices(starts, ends), self._stream.slices(starts - 1, ends - 1)
@@ -145,7 +157,7 @@ class PackedWindows:
         for row in short.tolist():
             scored[row, used[row] :] = IGNORE
         segments = _segments(np.cumsum(lengths) - lengths, *shape) if self._mask else None
-        return Rows(self._stream.concatenate(inputs).reshape(shape), scored, segments)
+        return Batch(self._stream.concatenate(inputs).reshape(shape), scored, segments)
 
 
 def _segments(document_starts: Ints, count: int, seq_len: int) -> npt.NDArray[np.int32]:

@@ -11,11 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.sources import parquet, rows, text_files
+from anarchobot.data.sources import documents
 from anarchobot.data.sources.documents import DocumentCounts
 from anarchobot.data.sources.files import FileRange
-
-SourceTexts = Iterator[tuple[str, str | ValueError]]
 
 MAX_CHARS = 1000  # per passage: about 200 English words
 
@@ -47,7 +45,8 @@ def read_texts(path: Path, data: DataConfig, counts: DocumentCounts) -> Iterator
     `data.text_field` is the field of JSONL and Parquet rows. Raises UserError if the file is empty, not text, or lacks
     that field; OSError if it cannot be read.
     """
-    for source, text in _source_texts(path, data):
+    data = data.model_copy(update={"score_min": None})  # all passages, regardless of their score
+    for source, text in documents.read_texts(FileRange(path), data):
         counts.read += 1
         if isinstance(text, ValueError):
             counts.add_broken(source, text)
@@ -55,33 +54,6 @@ def read_texts(path: Path, data: DataConfig, counts: DocumentCounts) -> Iterator
             counts.add_filtered("blank")
         else:
             counts.kept += 1
-            yield source, text
-
-
-def _source_texts(path: Path, data: DataConfig) -> SourceTexts:
-    if path.suffix == ".parquet":
-        return _row_texts(parquet.read_text_rows(path, data), data)
-    if path.name.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl"):
-        return _row_texts(rows.read_jsonl(FileRange(path)), data)
-    return text_files.read_texts(FileRange(path), data)
-
-
-def _row_texts(found: Iterator[tuple[str, bytes | rows.Row | ValueError]], data: DataConfig) -> SourceTexts:
-    """A missing field before the first valid row is most likely a wrong field name: UserError."""
-    any_valid = False
-    for source, content in found:
-        try:
-            if isinstance(content, ValueError):
-                raise content
-            row = rows.parse(content) if isinstance(content, bytes) else content
-            if not any_valid:
-                rows.check_fields(row, source, data)
-            text = rows.get_text(row, data)
-            rows.check_encodable(text, data)
-        except ValueError as error:
-            yield source, error
-        else:
-            any_valid = True
             yield source, text
 
 

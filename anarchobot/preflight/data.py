@@ -14,7 +14,6 @@ from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.model.parameters import parameter_count
 from anarchobot.optim.schedule import sequences_per_step
 from anarchobot.preflight.check import Context, Outcome, check
-from anarchobot.preflight.settings import shard_folders
 from anarchobot.tasks.adaptation import checks as adapt_checks
 from anarchobot.tasks.pretrain import check_tokenizers, initial_weights
 from anarchobot.tokenizers.tokenizer import load_tokenizer
@@ -106,7 +105,7 @@ def conversations(context: Context) -> Outcome:
 
 @check("shards", ("configuration", "required fields"), "anarchobot pretokenize CONFIG")
 def shards(context: Context) -> Outcome:
-    folders, files = shard_folders(context.loaded.config), 0
+    folders, files = context.loaded.config.data.shard_dirs, 0
     for folder in folders:
         for file, problem in verify(folder):
             files += 1

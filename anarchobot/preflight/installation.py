@@ -30,12 +30,11 @@ def _training_extras(context: Context) -> list[str]:
     from anarchobot.data.sources.hub import is_hub_name
 
     config = context.loaded.config
-    names = [config.data.dataset] if isinstance(config.data.dataset, str) else config.data.dataset or []
     extras = {
         "torch": config.train.backend == "torch",
         "fast": config.tokenizer.engine == "fast",
         "rouge": config.chat.rouge_samples > 0,
-        "hub": any(name != "builtin" and is_hub_name(name) for name in names),
+        "hub": any(name != "builtin" and is_hub_name(name) for name in config.data.datasets),
     }
     return [extra for extra, used in extras.items() if used]
 

@@ -108,7 +108,7 @@ def _steps(config: Config, tokens_per_sequence: int) -> tuple[int | None, str | 
         return total_steps(train, tokens_per_sequence, 0), None
     if train.init_from is not None and data.dataset is not None:
         return None, "the run's length is given in epochs, and conversations are only counted when it starts"
-    folders = [data.shard_dir] if isinstance(data.shard_dir, str) else data.shard_dir
+    folders = data.shard_dirs
     missing = [folder for folder in folders if not (Path(folder) / "manifest.json").exists()]
     if missing:
         return None, f"the run's length is given in epochs, and there are no shards in {missing[0]}: run pretokenize"

@@ -71,7 +71,7 @@ def required_fields(context: Context) -> Outcome:
     data, train = loaded.config.data, loaded.config.train
     if loaded.config.lora.r is not None and train.init_from is None:
         return Outcome("fail", f"{loaded.where('lora.r')}: LoRA needs a pretrained model", "set train.init_from")
-    if all((Path(folder) / "manifest.json").is_file() for folder in shard_folders(loaded.config)):
+    if all((Path(folder) / "manifest.json").is_file() for folder in data.shard_dirs):
         return Outcome("pass", "data.shard_dir")
     required = {"data.dataset": data.dataset, "train.tokenizer_path": train.tokenizer_path}
     missing = [key for key, value in required.items() if value is None]
@@ -82,11 +82,6 @@ def required_fields(context: Context) -> Outcome:
             f"set {' and '.join(missing)}",
         )
     return Outcome("pass", "data.dataset, train.tokenizer_path, data.shard_dir")
-
-
-def shard_folders(config: Config) -> list[str]:
-    folders = config.data.shard_dir
-    return [folders] if isinstance(folders, str) else folders
 
 
 @check("schedule", ("configuration",))

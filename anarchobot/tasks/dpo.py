@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
-from anarchobot.data.batches import Prefetcher
-from anarchobot.data.conversations.preference_pairs import PairDataset, PairTrainBatches, PairValBatches, tokenize_pairs
+from anarchobot.data.batches import Prefetcher, TrainBatches, ValBatches
+from anarchobot.data.conversations.preference_pairs import PairDataset, tokenize_pairs
 from anarchobot.data.conversations.reading import RowCounts, read_pairs
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import total_steps
@@ -66,8 +66,8 @@ def dpo(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
         config=config,
         steps=total_steps(train, 2 * data.seq_len, train_pairs.count),  # a pair is two sequences
         identity=resume_identity([split.digest() for split in splits], base, opened),
-        train=Prefetcher(PairTrainBatches(train_pairs, train.seed)),
-        val=PairValBatches(val_pairs, train.micro_batch_size, train.eval_batches),
+        train=Prefetcher(TrainBatches([train_pairs], train.seed)),
+        val=ValBatches(val_pairs, train.micro_batch_size, train.eval_batches),
         bytes_per_token=None,
         folder=start.folder,
         sample=lambda: generate_reply(opened, encoder, (Message("user", config.generation.prompt),), config),
@@ -99,8 +99,8 @@ def dpo(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
 
 def _mean_lengths(pairs: PairDataset) -> str:
     """Shown because a preference for long answers is learned as readily as any other."""
-    batch = pairs.batch(np.arange(min(pairs.count, 1000))[None])
-    chosen, rejected = np.count_nonzero(batch.targets[0] >= 0, axis=2).mean(axis=0)
+    rows = pairs.rows(np.arange(min(pairs.count, 1000)))
+    chosen, rejected = np.count_nonzero(rows.targets >= 0, axis=2).mean(axis=0)
     return f"mean answer length: chosen {chosen:.0f} tokens, rejected {rejected:.0f}"
 
 
@@ -128,9 +128,8 @@ def compute_ref_log_probs(
     for i, split in enumerate(splits):
         while (first := len(values[i])) < split.count:
             try:
-                log_probs = engine.log_probs(split.batch(np.arange(first, first + batch_size)[None]))[
-                    0
-                ]  # the last is padded
+                batch = split.rows(np.arange(first, first + batch_size)).micro_batches(1, batch_size)  # may be padded
+                log_probs = engine.log_probs(batch)[0]
             except MemoryError as error:
                 if batch_size == 1:
                     raise UserError(

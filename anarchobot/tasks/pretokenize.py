@@ -107,15 +107,13 @@ def open_documents(
     if inputs:
         return inputs, from_files(inputs, config.data, counts)
     name, documents = open_source(config.data, config.train.seed, counts, warn=warn)
-    dataset = config.data.dataset
-    return [name] if name == "builtin" or not isinstance(dataset, list) else dataset, documents
+    return [name] if name == "builtin" else config.data.datasets, documents
 
 
 def _open_part(
     config: Config, inputs: list[str] | None, counts: DocumentCounts, part: tuple[int, int]
 ) -> tuple[list[str], Iterator[Document]]:
-    dataset = inputs or config.data.dataset or []
-    names = [dataset] if isinstance(dataset, str) else dataset
+    names = inputs or config.data.datasets
     streams = [name for name in names if name == "builtin" or hub.is_hub_name(name)]
     if not names or streams or (config.data.weights and not inputs):
         reason = (

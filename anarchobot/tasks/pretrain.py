@@ -10,7 +10,7 @@ from anarchobot.data.windows import ConcatWindows, StreamWindows, open_windows
 from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
 from anarchobot.model.lora import trained_count, trained_shapes
 from anarchobot.model.parameters import parameter_count
-from anarchobot.optim.param_groups import describe_groups, trained
+from anarchobot.optim.param_groups import describe_groups, select_trainable
 from anarchobot.optim.schedule import describe_length, total_steps
 from anarchobot.tasks.engines import Weights, open_engine, open_ranks
 from anarchobot.tasks.resume import find_start
@@ -32,12 +32,13 @@ def pretrain(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]
         raise UserError(f"{loaded.where('lora.r')}: LoRA requires a base model: set train.init_from, or use sft")
 
     ranks = open_ranks(config)
-    folders = [data.shard_dir] if isinstance(data.shard_dir, str) else data.shard_dir
-    streams = [TokenStream(folder, "train") for folder in folders]
+    streams = [TokenStream(folder, "train") for folder in data.shard_dirs]
     tokenizer = check_tokenizers(loaded, streams)
     train_sets = [open_windows(stream, data.seq_len, data.pack, data.document_mask) for stream in streams]
     batches = TrainBatches(train_sets, train.seed, data.shard_weights)
-    val_set = ConcatWindows([StreamWindows(TokenStream(f, "val"), data.seq_len, data.document_mask) for f in folders])
+    val_set = ConcatWindows(
+        [StreamWindows(TokenStream(folder, "val"), data.seq_len, data.document_mask) for folder in data.shard_dirs]
+    )
     val_shards = [shard for stream in streams for shard in stream.manifest.shards_in("val")]
 
     start = find_start(loaded, ranks)
@@ -46,7 +47,7 @@ def pretrain(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]
     base = load_pretrained(str(train.init_from)) if load_base else None
     opened = open_engine(config, initial_weights(loaded, base) if base is not None else None, ranks)
 
-    verifier = BackgroundVerifier(folders)
+    verifier = BackgroundVerifier(data.shard_dirs)
     run = Run(
         config=config,
         steps=total_steps(train, data.seq_len, batches.windows, ranks.size),
@@ -119,7 +120,7 @@ def _describe(run: Run, streams: list[TokenStream], device: str, base: Pretraine
     length = describe_length(train, run.steps, run.train.windows, f"x {config.data.seq_len} tokens", run.ranks.size)
     lines = [
         f"{parameter_count(config.model):,} parameters, {device}{run.ranks}",
-        *describe_groups({name: shapes[name] for name in trained(shapes, train.trainable)}, train.optimizer),
+        *describe_groups({name: shapes[name] for name in select_trainable(shapes, train.trainable)}, train.optimizer),
         f"{tokens:,} training tokens in {folders}; {length}",
     ]
     if base is not None:

@@ -45,14 +45,12 @@ def estimate_seconds(config: Config, *, tuning: bool = False) -> float:
 
 
 def _tokens_in_shards(config: Config) -> int:
-    folders = [config.data.shard_dir] if isinstance(config.data.shard_dir, str) else config.data.shard_dir
-    return sum(read_manifest(folder).tokens("train") for folder in folders)
+    return sum(read_manifest(folder).tokens("train") for folder in config.data.shard_dirs)
 
 
 def _tokens_in_files(config: Config) -> int:
     """Estimates tokens from file sizes; a Hugging Face dataset counts as HUB_TOKENS."""
-    names = config.data.dataset or []
-    paths = [Path(name) for name in ([names] if isinstance(names, str) else names)]
+    paths = [Path(name) for name in config.data.datasets]
     files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
     return sum(file.stat().st_size // BYTES_PER_TOKEN if file.is_file() else HUB_TOKENS for file in files)
 

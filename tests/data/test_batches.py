@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anarchobot.data.batches import MIXTURE_PATTERN, Batch, Prefetcher, TrainBatches, ValBatches, permute
-from anarchobot.data.windows import Rows
 
 
 class Indexed:
@@ -16,9 +15,9 @@ class Indexed:
     def __init__(self, count: int, name: int = 0, segments: bool = False) -> None:
         self.count, self._name, self._segments = count, name, segments
 
-    def rows(self, numbers: npt.NDArray[np.int64]) -> Rows:
+    def rows(self, numbers: npt.NDArray[np.int64]) -> Batch:
         ids = np.stack([np.full_like(numbers, self._name), numbers], axis=1).astype(np.int32)
-        return Rows(ids, ids + 1, ids if self._segments else None)
+        return Batch(ids, ids + 1, ids if self._segments else None)
 
 
 def taken(batch: Batch) -> list[tuple[int, int]]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from anarchobot.data.batches import Batch, TrainBatches, ValBatches
 from anarchobot.data.conversations.reading import RowCounts
 from anarchobot.data.conversations.tokenized import (
     ConversationWindows,
@@ -21,21 +20,22 @@ from anarchobot.data.conversations.tokenized import (
     check_not_empty,
     fit_to_length,
 )
-from anarchobot.data.windows import Rows
+from anarchobot.data.windows import Batch
 from anarchobot.tokenizers.chat_encoder import ChatEncoder, Encoded
 from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message, PreferencePair, is_held_out
 
 
 @dataclass(frozen=True)
 class PairBatch(Batch):
-    """`inputs` and `targets` are int32 [A, B, 2, L], chosen before rejected; there are no segments."""
+    """`inputs` and `targets` are int32 [n, 2, L] or [A, B, 2, L], chosen before rejected; there are no segments."""
 
-    indices: npt.NDArray[np.int64] = field(kw_only=True)  # [A, B] of the pairs; -1 is padding, without targets
-    ref_log_probs: npt.NDArray[np.float32] = field(kw_only=True)  # [A, B, 2], nats under the reference model
+    indices: npt.NDArray[np.int64] = field(kw_only=True)  # [n] or [A, B] of the pairs; -1 is padding, without targets
+    ref_log_probs: npt.NDArray[np.float32] = field(kw_only=True)  # [..., 2], nats under the reference model
 
 
 class PairDataset:
-    """Pairs by index, 0 to `count` - 1. Row n of both tables has the same prompt.
+    """Pairs by index, 0 to `count` - 1, as Windows for TrainBatches and ValBatches. Row i of both tables has the same
+    prompt.
 
     `ref_log_probs`, float32 [count, 2], is copied into the batches. It is zero until the caller sets it.
     """
@@ -46,58 +46,19 @@ class PairDataset:
         self.ref_log_probs: npt.NDArray[np.float32] = np.zeros((self.count, 2), np.float32)
         self._sides = [ConversationWindows(side, seq_len, pack=False, pad_id=pad_id) for side in (chosen, rejected)]
 
-    def batch(self, indices: npt.NDArray[np.int64]) -> PairBatch:
-        """`indices`: int64 [A, B]; an index past the end gives padding."""
-        chosen, rejected = (side.rows(indices.reshape(-1)) for side in self._sides)  # [A B, L]
-        shape = (*indices.shape, 2, self.seq_len)
-        inputs = np.stack([chosen.inputs, rejected.inputs], axis=1).reshape(shape)
-        targets = np.stack([chosen.targets, rejected.targets], axis=1).reshape(shape)
+    def rows(self, indices: npt.NDArray[np.int64]) -> PairBatch:
+        """An index past the end gives padding."""
+        chosen, rejected = (side.rows(indices) for side in self._sides)  # [n, L]
+        inputs = np.stack([chosen.inputs, rejected.inputs], axis=1)
+        targets = np.stack([chosen.targets, rejected.targets], axis=1)
         valid = indices < self.count
-        ref_log_probs = np.zeros((*indices.shape, 2), np.float32)
+        ref_log_probs = np.zeros((len(indices), 2), np.float32)
         ref_log_probs[valid] = self.ref_log_probs[indices[valid]]
         return PairBatch(inputs, targets, indices=np.where(valid, indices, -1), ref_log_probs=ref_log_probs)
 
     def digest(self) -> str:
         """sha256 of the pairs; must match on resume and for cached log-probabilities."""
         return hashlib.sha256(" ".join(side.digest() for side in self._sides).encode()).hexdigest()
-
-
-class _IndexWindows:
-    """Windows that hold only their own index, to reuse the order of TrainBatches and ValBatches."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def rows(self, numbers: npt.NDArray[np.int64]) -> Rows:
-        column = numbers[:, None].astype(np.int32)
-        return Rows(column, column, None)
-
-
-class PairTrainBatches(TrainBatches):
-    """Every pair once per epoch, reshuffled each epoch, in the order of TrainBatches."""
-
-    def __init__(self, pairs: PairDataset, seed: int) -> None:
-        super().__init__([_IndexWindows(pairs.count)], seed)
-        self._pairs = pairs
-
-    def at(self, position: int, micro_batches: int, micro_batch_size: int) -> PairBatch:
-        """The batch that starts at pair `position` of the run."""
-        return self._pairs.batch(_indices(super().at(position, micro_batches, micro_batch_size)))
-
-
-class PairValBatches(ValBatches):
-    """The validation pairs in order; the last micro-batch is padded."""
-
-    def __init__(self, pairs: PairDataset, micro_batch_size: int, limit: int | None) -> None:
-        super().__init__(_IndexWindows(pairs.count), micro_batch_size, limit)
-        self._pairs = pairs
-
-    def __getitem__(self, index: int) -> PairBatch:
-        return self._pairs.batch(_indices(super().__getitem__(index)))
-
-
-def _indices(batch: Batch) -> npt.NDArray[np.int64]:
-    return batch.inputs[:, :, 0].astype(np.int64)
 
 
 def tokenize_pairs(

@@ -182,7 +182,7 @@ def _open_files(data: DataConfig) -> Iterator[tuple[str, RawRows]]:
     """
     if data.dataset is None:
         raise UserError("data.dataset is not set: expected JSONL, JSON or Parquet files, or a Hugging Face dataset")
-    for name in [data.dataset] if isinstance(data.dataset, str) else data.dataset:
+    for name in data.datasets:
         if hub.is_hub_name(name) and not name.endswith(JSON):
             unshuffled = data.model_copy(update={"shuffle_buffer": 0})
             found = enumerate(hub.rows(name, unshuffled, seed=0, suggest_fallback=False))
@@ -198,7 +198,7 @@ def _read_file(path: Path) -> RawRows:
             yield from parquet.read_rows(path)
         elif path.name.endswith(JSON) and _is_json_array(path):
             yield from _read_json_array(path)
-        elif path.name.removesuffix(".gz").removesuffix(".zst").endswith((".jsonl", ".json")):
+        elif files.uncompressed_name(path).endswith((".jsonl", ".json")):
             yield from rows.read_jsonl(FileRange(path))
         else:
             raise UserError(f"{path}: plain text has no turns: expected a .jsonl, .json or .parquet file")

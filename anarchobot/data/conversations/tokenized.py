@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.data.conversations.reading import RowCounts
-from anarchobot.data.windows import IGNORE, Rows, best_fit, expand_ranges
+from anarchobot.data.windows import IGNORE, Batch, best_fit, expand_ranges
 from anarchobot.tokenizers.chat_encoder import ChatEncoder, Encoded
 from anarchobot.tokenizers.conversation import Conversation, InvalidRow, is_held_out
 from anarchobot.tokenizers.tokenizer import Tokenizer
@@ -174,7 +174,7 @@ class ConversationWindows:
         self.count = len(self._first) - 1
         self._table, self._seq_len, self._pack, self._pad_id = table, seq_len, pack, pad_id
 
-    def rows(self, numbers: npt.NDArray[np.int64]) -> Rows:
+    def rows(self, numbers: npt.NDArray[np.int64]) -> Batch:
         """Sequences by index; an index past the end gives padding."""
         numbers = np.minimum(numbers, self.count)
         rows, pieces = expand_ranges(self._first[numbers], self._first[np.minimum(numbers + 1, self.count)])
@@ -191,11 +191,11 @@ class ConversationWindows:
         inputs.reshape(-1)[positions] = ids[source]
         targets.reshape(-1)[positions] = np.where(loss_mask[source + 1], ids[source + 1].astype(np.int32), IGNORE)
         if not self._pack:
-            return Rows(inputs, targets, None)
+            return Batch(inputs, targets)
         # Padding is a segment of its own, after the last one of its row.
         segments = np.repeat(np.bincount(rows, minlength=len(numbers))[:, None], self._seq_len, axis=1).astype(np.int32)
         segments.reshape(-1)[positions] = (np.arange(len(pieces)) - first_pieces)[owner]
-        return Rows(inputs, targets, segments)
+        return Batch(inputs, targets, segments)
 
     def digest(self) -> str:
         """sha256 of the conversations and their layout; must match on resume."""

@@ -14,6 +14,8 @@ from anarchobot.data.sources import builtin, files, hub, parquet, rows, text_fil
 from anarchobot.data.sources.files import FileRange
 
 Item = TypeVar("Item")
+# (location, text) of each document; ValueError: broken, None: its score is below data.score_min.
+Texts = Iterable[tuple[str, str | ValueError | None]]
 
 # A text file with at least this many characters contributes its tail to validation; a smaller one goes entirely to one
 # split.
@@ -42,9 +44,9 @@ class SourceUsage:
 
 @dataclass
 class DocumentCounts:
-    """Every document read is counted once more, as kept, duplicate, filtered or broken.
+    """Each document read is also counted as exactly one of kept, duplicate, filtered or broken.
 
-    These five go into the manifest, the other fields into the summary.
+    These five counts go into the manifest, the other fields into the summary.
     """
 
     read: int = 0
@@ -105,7 +107,7 @@ def open_source(
         raise UserError(
             "data.dataset is not set: name files, a Hugging Face dataset or 'builtin', or give --input FILE"
         )
-    names = [data.dataset] if isinstance(data.dataset, str) else data.dataset
+    names = data.datasets
     try:
         sources = [_open(name, data, seed, counts) for name in names]
     except UserError as error:
@@ -120,10 +122,10 @@ def open_source(
 
 def _open(name: str, data: DataConfig, seed: int, counts: DocumentCounts) -> Iterator[Document]:
     if name == "builtin":
-        return _from_texts((("builtin", text) for text in builtin.texts()), data, counts, splittable=True)
+        return _keep_usable((("builtin", text) for text in builtin.texts()), data, counts, splittable=True)
     if hub.is_hub_name(name):
         numbered = enumerate(hub.rows(name, data, seed))
-        return _from_rows(((f"{name}: row {i}", row) for i, row in numbered), data, counts)
+        return _keep_usable(_row_texts(((f"{name}: row {i}", row) for i, row in numbered), data), data, counts)
     return from_files([name], data, counts)
 
 
@@ -152,14 +154,9 @@ def from_ranges(
 def _from_range(file_range: FileRange, data: DataConfig, counts: DocumentCounts, is_named: bool) -> Iterator[Document]:
     """An empty file that was named itself is an error; in a folder or glob it is skipped and counted."""
     path = file_range.path
+    splittable = data.documents == "file" and not (path.suffix == ".parquet" or files.is_jsonl(path))
     try:
-        if path.suffix == ".parquet":
-            yield from _from_rows(parquet.read_text_rows(path, data), data, counts)
-        elif path.name.removesuffix(".gz").removesuffix(".zst").endswith(".jsonl"):
-            yield from _from_rows(rows.read_jsonl(file_range), data, counts, any_valid=file_range.start > 0)
-        else:
-            splittable = data.documents == "file"
-            yield from _from_texts(text_files.read_texts(file_range, data), data, counts, splittable)
+        yield from _keep_usable(read_texts(file_range, data), data, counts, splittable)
     except files.EmptyFile:
         if is_named:
             raise
@@ -169,27 +166,21 @@ def _from_range(file_range: FileRange, data: DataConfig, counts: DocumentCounts,
         raise UserError(f"{path}: can't be read: {error.strerror}") from error
 
 
-def _from_texts(
-    texts: Iterable[tuple[str, str | ValueError]], data: DataConfig, counts: DocumentCounts, splittable: bool
-) -> Iterator[Document]:
-    for location, text in texts:
-        counts.read += 1
-        if isinstance(text, ValueError):
-            counts.add_broken(location, text)
-        elif document := _clean_and_filter(text, data, counts, splittable):
-            yield document
+def read_texts(file_range: FileRange, data: DataConfig) -> Texts:
+    """Reads a file of any format. Raises EmptyFile, UserError for a damaged file or a missing field, and OSError."""
+    path = file_range.path
+    if path.suffix == ".parquet":
+        return _row_texts(parquet.read_text_rows(path, data), data)
+    if files.is_jsonl(path):
+        return _row_texts(rows.read_jsonl(file_range), data, any_valid=file_range.start > 0)
+    return text_files.read_texts(file_range, data)
 
 
-def _from_rows(
-    located_rows: Iterable[tuple[str, bytes | rows.Row | ValueError]],
-    data: DataConfig,
-    counts: DocumentCounts,
-    any_valid: bool = False,
-) -> Iterator[Document]:
-    """Counts and skips broken rows. A missing field before any valid row is most likely a wrong name in the config, so
-    it raises UserError."""
+def _row_texts(
+    located_rows: Iterable[tuple[str, bytes | rows.Row | ValueError]], data: DataConfig, any_valid: bool = False
+) -> Texts:
+    """A missing field before any valid row is most likely a wrong name in the config, so it raises UserError."""
     for location, content in located_rows:
-        counts.read += 1
         try:
             if isinstance(content, ValueError):
                 raise content
@@ -200,22 +191,27 @@ def _from_rows(
             if row is content:
                 rows.check_encodable(text, data)
         except ValueError as error:
-            counts.add_broken(location, error)
-            continue
-        any_valid = True
-        if is_below_min_score:
+            yield location, error
+        else:
+            any_valid = True
+            yield location, None if is_below_min_score else text
+
+
+def _keep_usable(
+    texts: Texts, data: DataConfig, counts: DocumentCounts, splittable: bool = False
+) -> Iterator[Document]:
+    for location, text in texts:
+        counts.read += 1
+        if isinstance(text, ValueError):
+            counts.add_broken(location, text)
+        elif text is None:
             counts.add_filtered("low score")
-        elif document := _clean_and_filter(text, data, counts, splittable=False):
-            yield document
-
-
-def _clean_and_filter(text: str, data: DataConfig, counts: DocumentCounts, splittable: bool) -> Document | None:
-    if data.clean:
-        text = clean_text(text)
-    if reason := filter_reason(text, data):
-        counts.add_filtered(reason)
-        return None
-    return Document(text, splittable and len(text) >= SPLIT_FILE_CHARS)
+        else:
+            text = clean_text(text) if data.clean else text
+            if reason := filter_reason(text, data):
+                counts.add_filtered(reason)
+            else:
+                yield Document(text, splittable and len(text) >= SPLIT_FILE_CHARS)
 
 
 def clean_text(text: str) -> str:

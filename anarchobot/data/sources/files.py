@@ -95,5 +95,14 @@ def split_files(paths: Iterable[Path], parts: int, data: DataConfig) -> list[lis
     return ranges
 
 
+def is_jsonl(path: Path) -> bool:
+    return uncompressed_name(path).endswith(".jsonl")
+
+
+def uncompressed_name(path: Path) -> str:
+    """The file's name without .gz or .zst."""
+    return path.name.removesuffix(".gz").removesuffix(".zst")
+
+
 def _is_line_based(path: Path, data: DataConfig) -> bool:
     return path.suffix == ".jsonl" or (path.suffix in (".txt", ".md") and data.documents == "lines")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.batches import Prefetcher
-from anarchobot.data.conversations.preference_pairs import PairTrainBatches, PairValBatches, tokenize_pairs
+from anarchobot.data.batches import Prefetcher, TrainBatches, ValBatches
+from anarchobot.data.conversations.preference_pairs import tokenize_pairs
 from anarchobot.data.conversations.reading import RowCounts
 from anarchobot.data.windows import IGNORE
 from anarchobot.tokenizers.conversation import PreferencePair
@@ -23,7 +23,7 @@ def test_pair_has_the_prompt_with_both_answers(make_chat: MakeChat) -> None:
     chat = make_chat("bytelevel", "qwen2")
     pair = PreferencePair(dialogue("a", "b", "Why?", system="Be."), "Because.", "No, never.")
     train, val = tokenize_pairs([("", pair)], chat.encoder("answer"), RowCounts(1, 1), seq_len=LENGTH)
-    batch = train.batch(np.array([[0]]))
+    batch = train.rows(np.array([0])).micro_batches(1, 1)
     assert batch.inputs.shape == batch.targets.shape == (1, 1, 2, LENGTH) and batch.indices.tolist() == [[0]]
     assert train.count == 1 and val.count == 0
     prompt = chat.encoder().encode_prompt(pair.prompt).tolist()
@@ -40,22 +40,22 @@ def test_pair_has_the_prompt_with_both_answers(make_chat: MakeChat) -> None:
 def test_every_pair_once_per_epoch_with_its_index(make_chat: MakeChat) -> None:
     chat = make_chat("bytelevel", "qwen2")
     train, _ = tokenize_pairs(some(11), chat.encoder("answer"), RowCounts(11, 11), seq_len=LENGTH)
-    batches = PairTrainBatches(train, seed=5)
+    batches = TrainBatches([train], seed=5)
     assert batches.windows == 11
     indices = [batches.at(i, 1, 1).indices.item() for i in range(22)]
     assert sorted(indices[:11]) == sorted(indices[11:]) == list(range(11)) and indices[:11] != indices[11:]
     batch = batches.at(4, 2, 3)
     assert batch.inputs.shape == (2, 3, 2, LENGTH) and batch.indices.reshape(-1).tolist() == indices[4:10]
-    one = train.batch(batch.indices)
+    one = train.rows(batch.indices.reshape(-1)).micro_batches(2, 3)
     assert (one.inputs == batch.inputs).all() and (one.targets == batch.targets).all()
-    with Prefetcher(PairTrainBatches(train, seed=5)) as prefetched:
+    with Prefetcher(TrainBatches([train], seed=5)) as prefetched:
         assert (prefetched.at(4, 2, 3).inputs == batch.inputs).all()
 
 
 def test_last_validation_batch_is_padded(make_chat: MakeChat) -> None:
     chat = make_chat("bytelevel", "qwen2")
     pairs, _ = tokenize_pairs(some(5), chat.encoder("answer"), RowCounts(5, 5), seq_len=LENGTH)
-    val = PairValBatches(pairs, 2, None)
+    val = ValBatches(pairs, 2, None)
     assert [val[i].indices.tolist() for i in range(len(val))] == [[[0, 1]], [[2, 3]], [[4, -1]]]
     assert (val[2].targets[0, 1] == IGNORE).all() and (val[2].targets[0, 0] != IGNORE).any()
 
@@ -78,7 +78,9 @@ def test_truncation_drops_old_turns_but_never_answers(make_chat: MakeChat) -> No
         RowCounts(1, 1),
         seq_len=LENGTH,
     )
-    assert (train.batch(np.array([[0]])).inputs == short.batch(np.array([[0]])).inputs).all()
+    assert (
+        train.rows(np.array([0])).micro_batches(1, 1).inputs == short.rows(np.array([0])).micro_batches(1, 1).inputs
+    ).all()
     counts = RowCounts(3, 3)
     assert tokenize_pairs(found, chat.encoder("answer"), counts, seq_len=LENGTH, too_long="drop")[0].count == 1
     assert counts.skipped == {"too long": 2}
