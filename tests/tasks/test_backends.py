@@ -66,7 +66,7 @@ def test_pytorch_trains_and_samples_without_mlx(tmp_path: Path, tiny_shards: Pat
     )
     done = without(("mlx", "mlx_lm"), "pretrain", str(config), "--backend", "torch")
     assert done.returncode == 0, done.stderr
-    assert "float32 on cpu, by PyTorch" in done.stderr and "step 3: sample: " in done.stderr
+    assert "float32 on cpu (PyTorch)" in done.stderr and "step 3: sample: " in done.stderr
     assert "best validation loss" in done.stdout
 
 

@@ -200,7 +200,7 @@ def test_different_settings_on_ranks_are_refused(tmp_path: Path, tiny_shards: Pa
 def test_single_process_tasks_are_refused(tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLX_HOSTFILE", "MLX_RANK"):
         monkeypatch.setenv(name, rank_environments(tmp_path, 2)[1][name])
-    with pytest.raises(UserError, match=r"train.backend: torch trains in one process: set train.backend: mlx"):
+    with pytest.raises(UserError, match=r"train.backend: torch trains in a single process: set train.backend to mlx"):
         pretrain(loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", train__backend="torch"), show="nothing")
     assert main(["dpo", str(tmp_path / "c.yaml"), "--model", "x"]) == 2
 
