@@ -6,7 +6,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +124,7 @@ def _verify(args: argparse.Namespace) -> int:
     checks = verify(args.config, args.settings, calibrate=not args.no_calibration)
     counts = {word: sum(check.status == status for check in checks) for status, word in CHECK_COUNTS.items()}
     if args.json:
-        print(json.dumps({**counts, "checks": [asdict(check) for check in checks]}, indent=1))
+        print(json.dumps({**counts, "checks": [check._asdict() for check in checks]}, indent=1))
     else:
         width = max(len(check.name) for check in checks)
         for check in checks:

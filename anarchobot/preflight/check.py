@@ -24,16 +24,11 @@ REDUCE_MEMORY = (
 )
 
 
-class Outcome(NamedTuple):
-    """What a check found and, unless it passed, what to do about it."""
-
-    status: Status
-    found: str
-    advice: str = ""
+# What a check returns: its status, what it found and, unless it passed, advice.
+Outcome = tuple[Status, str] | tuple[Status, str, str]
 
 
-@dataclass(frozen=True)
-class CheckResult:
+class CheckResult(NamedTuple):
     """One row of the table, and one object of `verify --json`."""
 
     name: str
@@ -50,7 +45,7 @@ def _total_memory() -> int:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the checks ask about the machine; tests substitute it. `memory` and `free_disk` are in bytes."""
+    """The properties of the machine that checks read; tests substitute it. `memory` and `free_disk` are in bytes."""
 
     python: str = platform.python_version()
     version_of: Callable[[str], str | None] = installed_version
@@ -61,7 +56,7 @@ class Machine:
 
 @dataclass
 class Context:
-    """The inputs of `verify` and, below the line, what earlier checks loaded for later ones."""
+    """The inputs of `verify` and, below the line, results shared between checks."""
 
     path: str
     overrides: Sequence[str]
@@ -99,20 +94,19 @@ def run_checks(checks: Sequence[Check], context: Context, unavailable: set[str])
     """Runs `checks` in order and adds the names of those that fail or are skipped to `unavailable`."""
     for name, run, requires, advice in checks:
         missing = [required for required in requires if required in unavailable]
-        if missing:
-            outcome = Outcome("skip", f"needs: {', '.join(missing)}")
-        else:
-            try:
-                outcome = run(context)
-            except UserError as error:
-                outcome = Outcome("fail", str(error), advice.replace("CONFIG", context.path))
-            except OSError as error:
-                message = f"{error.filename or 'system'}: {error.strerror or error}"
-                outcome = Outcome("fail", message, advice.replace("CONFIG", context.path))
-            except ImportError as error:
-                outcome = Outcome("fail", f"import failed: {error}", f"pip install --upgrade {PACKAGE}")
-            except MemoryError:
-                outcome = Outcome("fail", "out of memory", REDUCE_MEMORY)
-        if outcome.status in ("fail", "skip"):
+        outcome: Outcome
+        try:
+            outcome = ("skip", f"needs: {', '.join(missing)}") if missing else run(context)
+        except UserError as error:
+            outcome = "fail", str(error), advice.replace("CONFIG", context.path)
+        except OSError as error:
+            message = f"{error.filename or 'system'}: {error.strerror or error}"
+            outcome = "fail", message, advice.replace("CONFIG", context.path)
+        except ImportError as error:
+            outcome = "fail", f"import failed: {error}", f"pip install --upgrade {PACKAGE}"
+        except MemoryError:
+            outcome = "fail", "out of memory", REDUCE_MEMORY
+        result = CheckResult(name, *outcome)
+        if result.status in ("fail", "skip"):
             unavailable.add(name)
-        yield CheckResult(name, *outcome)
+        yield result

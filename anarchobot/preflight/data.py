@@ -27,15 +27,15 @@ def tokenizer(context: Context) -> Outcome:
     loaded = context.loaded
     path, size = loaded.config.train.tokenizer_path, loaded.config.model.vocab_size
     if path is None:
-        return Outcome("pass", "train.tokenizer_path is not set: using the shards' tokenizer")
+        return "pass", "train.tokenizer_path is not set: using the shards' tokenizer"
     found = load_tokenizer(path).vocab_size
     if found != size:
-        return Outcome(
+        return (
             "fail",
             f"{loaded.where('model.vocab_size')}: {size}, but {path} has {found} tokens",
             f"set model.vocab_size: {found}",
         )
-    return Outcome("pass", f"{path}: {found:,} tokens")
+    return "pass", f"{path}: {found:,} tokens"
 
 
 @check(
@@ -57,7 +57,7 @@ def corpus(context: Context) -> Outcome:
 def _documents(data: DataConfig, seed: int) -> Outcome:
     """Reads the first documents like pretokenize, without downloading more of a Hugging Face dataset than that."""
     if data.dataset is None:
-        return Outcome("pass", "data.dataset is not set: using the existing shards")
+        return "pass", "data.dataset is not set: using the existing shards"
     warnings: list[str] = []
     counts = DocumentCounts()
     name, documents = open_source(
@@ -65,20 +65,20 @@ def _documents(data: DataConfig, seed: int) -> Outcome:
     )
     first = [document.text for document in islice(documents, SAMPLE)]
     if not first:
-        return Outcome(
+        return (
             "fail",
             f"{name}: no usable document ({counts.summary()})",
             "use other text in data.dataset, or check data.min_chars and data.text_field",
         )
     if warnings:
-        return Outcome("warn", warnings[0], "name local files in data.dataset, or fix the network")
+        return "warn", warnings[0], "name local files in data.dataset, or fix the network"
     if counts.broken:
-        return Outcome(
+        return (
             "warn",
             f"{name}: {counts.broken} of the first {counts.read} documents are broken; {counts.first_broken}",
             "fix the file in data.dataset; broken documents are skipped",
         )
-    return Outcome("pass", f"{name}: {_excerpts(first)}")
+    return "pass", f"{name}: {_excerpts(first)}"
 
 
 def _excerpts(texts: Iterable[str]) -> str:
@@ -97,10 +97,8 @@ def conversations(context: Context) -> Outcome:
         found = read_conversations(data, counts, config.chat.format, config.chat.language)
         first = [conversation[-1].content for _, conversation in islice(found, SAMPLE)]
     if not first:
-        return Outcome("fail", f"no usable row; {'; '.join(counts.summary())}", "fix data.dataset: docs/tuning.md")
-    return Outcome(
-        "pass", f"{counts.kept} of the first {counts.read} rows are usable; they end with: {_excerpts(first)}"
-    )
+        return "fail", f"no usable row; {'; '.join(counts.summary())}", "fix data.dataset: docs/tuning.md"
+    return "pass", f"{counts.kept} of the first {counts.read} rows are usable; they end with: {_excerpts(first)}"
 
 
 @check("shards", ("configuration", "required fields"), "anarchobot pretokenize CONFIG")
@@ -110,7 +108,7 @@ def shards(context: Context) -> Outcome:
         for file, problem in verify(folder):
             files += 1
             if problem:
-                return Outcome(
+                return (
                     "fail",
                     f"{Path(folder) / file}: {problem.partition(': pretokenize')[0]}",
                     f"anarchobot pretokenize {context.path} --restart",
@@ -118,7 +116,7 @@ def shards(context: Context) -> Outcome:
     context.streams = [TokenStream(folder, "train") for folder in folders]
     validation = sum(stream.manifest.tokens("val") for stream in context.streams)
     training = sum(stream.tokens for stream in context.streams)
-    return Outcome(
+    return (
         "pass",
         f"{files} files in {', '.join(folders)} are intact: {training:,} training tokens, {validation:,} validation "
         "tokens",
@@ -143,19 +141,19 @@ def model_and_data(context: Context) -> Outcome:
         StreamWindows(TokenStream(s.folder, "val"), data.seq_len, data.document_mask).count for s in context.streams
     )
     if validation == 0:
-        return Outcome(
+        return (
             "warn",
             "the validation split has no sequence: no validation, no best checkpoint",
             f"raise data.val_fraction or add text, then anarchobot pretokenize {context.path} --restart",
         )
     per_step = sequences_per_step(train)
     if per_step > context.windows:
-        return Outcome(
+        return (
             "warn",
             f"a step takes {per_step:,} sequences, but there are only {context.windows:,}: some repeat within a step",
             "lower train.micro_batch_size or train.grad_accum_steps, or add text",
         )
-    return Outcome(
+    return (
         "pass",
         f"{parameter_count(config.model):,} parameters; sequences of {data.seq_len}: {context.windows:,} for training, "
         f"{validation:,} for validation",
@@ -167,6 +165,4 @@ def source_model(context: Context) -> Outcome:
     """Runs adapt-vocab's own checks."""
     base = load_pretrained(context.adapt.config.models.source_model)
     adapt_checks.check(context.adapt, base)
-    return Outcome(
-        "pass", f"{base.folder}: {parameter_count(base.model):,} parameters, {base.model.vocab_size:,} tokens"
-    )
+    return "pass", f"{base.folder}: {parameter_count(base.model):,} parameters, {base.model.vocab_size:,} tokens"

@@ -11,8 +11,8 @@ from anarchobot.system.packages import PACKAGE, requirements, unmet, unmet_pytho
 def python(context: Context) -> Outcome:
     problem = unmet_python(metadata.metadata(PACKAGE)["Requires-Python"], context.machine.python)
     if problem:
-        return Outcome("fail", problem, "create .venv with a supported Python: make PYTHON=python3.12 quickstart")
-    return Outcome("pass", context.machine.python)
+        return "fail", problem, "create .venv with a supported Python: make PYTHON=python3.12 quickstart"
+    return "pass", context.machine.python
 
 
 @check("packages")
@@ -53,10 +53,10 @@ def _installed(context: Context, extras: Collection[str] | None) -> Outcome:
     problems = unmet(wanted, context.machine.version_of)
     if problems:
         suffix = f"[{','.join(extras)}]" if extras else ""
-        return Outcome(
+        return (
             "fail",
             "; ".join(problems),
             f"pip install --upgrade '{PACKAGE}{suffix}' (in a source checkout: pip install -e '.{suffix}')",
         )
     names = [Requirement(text).name for text in wanted]
-    return Outcome("pass", ", ".join(f"{name} {context.machine.version_of(name)}" for name in names) or "none")
+    return "pass", ", ".join(f"{name} {context.machine.version_of(name)}" for name in names) or "none"

@@ -35,31 +35,29 @@ def device(context: Context) -> Outcome:
     context.on_cpu = name == "cpu"
     found = f"{name} ({'PyTorch' if train.backend == 'torch' else 'MLX'}), {size(context.device_memory)} of memory"
     if context.on_cpu and train.precision == "float16":
-        return Outcome(
-            "warn", f"{found}: float16 on a CPU is slower and less accurate than float32", "remove train.precision"
-        )
-    return Outcome("pass", found)
+        return "warn", f"{found}: float16 on a CPU is slower and less accurate than float32", "remove train.precision"
+    return "pass", found
 
 
 @check("BLAS", ("device",))
 def blas(context: Context) -> Outcome:
     if not context.on_cpu or context.loaded.config.train.backend == "torch":
-        return Outcome("pass", "not needed")
+        return "pass", "not needed"
     found = context.machine.blas()
     if found is None:
         problem, _, remedy = no_blas_message().partition(": ")
-        return Outcome("warn", problem, remedy)
-    return Outcome("pass", found)
+        return "warn", problem, remedy
+    return "pass", found
 
 
 @check("save_dir", ("configuration",), "resume it (--resume-from auto), or choose another folder: train.save_dir")
 def save_dir(context: Context) -> Outcome:
     train = context.loaded.config.train
     outcome = _writable(Path(train.save_dir), context.loaded.where("train.save_dir"), "train.save_dir")
-    if outcome.status == "pass" and train.log_path is not None:
+    if outcome[0] == "pass" and train.log_path is not None:
         logs = _writable(Path(train.log_path), context.loaded.where("train.log_path"), "train.log_path")
-        outcome = outcome if logs.status == "pass" else logs
-    if outcome.status == "pass":
+        outcome = outcome if logs[0] == "pass" else logs
+    if outcome[0] == "pass":
         find_start(context.loaded)
     return outcome
 
@@ -72,19 +70,19 @@ def run_root(context: Context) -> Outcome:
 
 
 def _writable(folder: Path, where: str, key: str) -> Outcome:
-    """Creates an unnamed file in the folder, or in its nearest existing parent."""
+    """Creates a temporary file in the folder, or in its nearest existing parent."""
     parent = _nearest_existing(folder)
     choose = f"choose another folder: {key}"
     if not parent.is_dir():
-        return Outcome("fail", f"{where}: {folder}: {parent} is a file", choose)
+        return "fail", f"{where}: {folder}: {parent} is a file", choose
     if writer := holder(folder):
-        return Outcome("fail", f"{where}: {folder}: {writer} is writing here", f"wait until it ends, or {choose}")
+        return "fail", f"{where}: {folder}: {writer} is writing here", f"wait until it ends, or {choose}"
     try:
         with tempfile.TemporaryFile(dir=parent) as file:
             file.write(b"x")
     except OSError as error:
-        return Outcome("fail", f"{where}: {folder}: cannot write to {parent}: {error.strerror}", choose)
-    return Outcome("pass", f"{folder}: {'exists' if parent == folder else 'will be created'} and is writable")
+        return "fail", f"{where}: {folder}: cannot write to {parent}: {error.strerror}", choose
+    return "pass", f"{folder}: {'exists' if parent == folder else 'will be created'} and is writable"
 
 
 def _nearest_existing(folder: Path) -> Path:
@@ -100,12 +98,12 @@ def _nearest_existing(folder: Path) -> Path:
 def resumed_run(context: Context) -> Outcome:
     start = find_start(context.loaded).checkpoint
     if start is None:
-        return Outcome("pass", "starts from scratch")
+        return "pass", "starts from scratch"
     identity: dict[str, object] = {"shards": [stream.manifest.digest() for stream in context.streams]}
     if context.loaded.config.lora.r is not None and context.base is not None:
         identity["base"] = context.base.digest
     check_same_run(start, context.loaded.config, identity)
-    return Outcome("pass", f"resumes at step {start.step:,} from {start.folder}")
+    return "pass", f"resumes at step {start.step:,} from {start.folder}"
 
 
 @check("disk space", ("save_dir",))
@@ -120,8 +118,8 @@ def disk(context: Context) -> Outcome:
         f"{f', of which {existing} exist,' if existing else ''} need {size(required)}; {size(free)} free"
     )
     if free >= required:
-        return Outcome("pass", found)
-    return Outcome("fail", found, "free disk space, or lower train.ckpt_keep")
+        return "pass", found
+    return "fail", found, "free disk space, or lower train.ckpt_keep"
 
 
 @check("memory", ("device",), REDUCE_MEMORY)
@@ -131,16 +129,16 @@ def memory(context: Context) -> Outcome:
     peak, total = needed.peak, context.device_memory
     found = "; ".join([*messages, f"estimated peak {size(peak)} ({needed.phase}) of {size(total)}"])
     if peak > total:
-        return Outcome("fail", found, REDUCE_MEMORY)
+        return "fail", found, REDUCE_MEMORY
     if peak > MEMORY_FRACTION * total:
-        return Outcome("warn", f"{found}, above the recommended {MEMORY_FRACTION:.0%}", REDUCE_MEMORY)
-    return Outcome("pass", found)
+        return "warn", f"{found}, above the recommended {MEMORY_FRACTION:.0%}", REDUCE_MEMORY
+    return "pass", found
 
 
 @check("time", ("device", "memory"), "fix the problem: training would fail the same way")
 def run_time(context: Context) -> Outcome:
     if not context.calibrate:
-        return Outcome("skip", "--no-calibration")
+        return "skip", "--no-calibration"
     config, train = context.loaded.config, context.loaded.config.train
     rate = GPU_RATE if not context.on_cpu else CPU_RATE if context.machine.blas() is not None else CPU_RATE / 15
     rows = (2 if context.pairs else 1) * train.micro_batch_size
@@ -151,9 +149,9 @@ def run_time(context: Context) -> Outcome:
     if context.steps is not None:
         total = duration(seconds * context.steps)
         found = f"{total} for {context.steps:,} steps, without validation and checkpoints: {found}"
-    return Outcome("pass", found)
+    return "pass", found
 
 
 def size(number: int) -> str:
-    """`1.2 GB`, `3.4 MB`; in units of 10^9 and 10^6 bytes."""
+    """`1.2 GB`, `3.4 MB`: decimal units."""
     return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"

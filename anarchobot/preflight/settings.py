@@ -61,7 +61,7 @@ def adapt_configuration(context: Context) -> Outcome:
 
 
 def _settings_given(keys: Collection[str]) -> Outcome:
-    return Outcome("pass", f"{len(keys)} settings given")
+    return "pass", f"{len(keys)} settings given"
 
 
 @check("required fields", ("configuration",))
@@ -70,52 +70,52 @@ def required_fields(context: Context) -> Outcome:
     loaded = context.loaded
     data, train = loaded.config.data, loaded.config.train
     if loaded.config.lora.r is not None and train.init_from is None:
-        return Outcome("fail", f"{loaded.where('lora.r')}: LoRA needs a pretrained model", "set train.init_from")
+        return "fail", f"{loaded.where('lora.r')}: LoRA needs a pretrained model", "set train.init_from"
     if all((Path(folder) / "manifest.json").is_file() for folder in data.shard_dirs):
-        return Outcome("pass", "data.shard_dir")
+        return "pass", "data.shard_dir"
     required = {"data.dataset": data.dataset, "train.tokenizer_path": train.tokenizer_path}
     missing = [key for key, value in required.items() if value is None]
     if missing:
-        return Outcome(
+        return (
             "fail",
             f"data.shard_dir has no shards, and they cannot be built without {' and '.join(missing)}",
             f"set {' and '.join(missing)}",
         )
-    return Outcome("pass", "data.dataset, train.tokenizer_path, data.shard_dir")
+    return "pass", "data.dataset, train.tokenizer_path, data.shard_dir"
 
 
 @check("schedule", ("configuration",))
 def schedule(context: Context) -> Outcome:
     config, train = context.loaded.config, context.loaded.config.train
     if train.epochs is not None and context.windows is None:
-        return Outcome("skip", "needs: model and data (the run's length is given in epochs)")
+        return "skip", "needs: model and data (the run's length is given in epochs)"
     tokens_per_row = (2 if context.pairs else 1) * config.data.seq_len
     context.steps = steps = total_steps(train, tokens_per_row, context.windows or 0)
     end = train.lr_decay_steps
     if train.warmup_steps >= steps:
-        return Outcome(
+        return (
             "warn",
             f"warmup_steps ({train.warmup_steps:,}) is not below total_steps ({steps:,}): lr never reaches its peak",
             "lower train.warmup_steps, or raise train.total_steps",
         )
     if end is not None and end != steps and train.schedule != "constant":
         effect = f"lr stays at min_lr for the last {steps - end:,} steps" if end < steps else "lr never reaches min_lr"
-        return Outcome(
+        return (
             "warn",
             f"lr_decay_steps ({end:,}) differs from total_steps ({steps:,}): {effect}",
             "remove train.lr_decay_steps; its default is the last step",
         )
-    return Outcome("pass", f"{steps:,} steps, {train.warmup_steps:,} of warmup, lr {train.lr:g}, then {train.schedule}")
+    return "pass", f"{steps:,} steps, {train.warmup_steps:,} of warmup, lr {train.lr:g}, then {train.schedule}"
 
 
 @check("learning rate", ("configuration",))
 def learning_rate(context: Context) -> Outcome:
     """TokAlign's learning rate against its tokens per step."""
     for text in warnings(context.adapt.config):
-        return Outcome(
+        return (
             "warn",
             text,
             "lower vocab_adaptation.stage1_lr (configs/adapt_stable.yaml has 2e-5), or raise "
             "vocab_adaptation.grad_accum_steps",
         )
-    return Outcome("pass", f"stage 1: {context.adapt.config.vocab_adaptation.stage1_lr:g}")
+    return "pass", f"stage 1: {context.adapt.config.vocab_adaptation.stage1_lr:g}"

@@ -24,13 +24,17 @@ class ResolvedConfig(NamedTuple):
     messages: list[str]
 
 
-def resolve_micro_batch(loaded: LoadedConfig, *, pairs: bool = False) -> ResolvedConfig:
-    """Replaces `auto` by numbers for micro_batch_size and grad_accum_steps; returns other configurations unchanged.
-    Raises UserError if not even one sequence fits."""
+def resolve_micro_batch(loaded: LoadedConfig, *, pairs: bool = False, several_ranks: bool = False) -> ResolvedConfig:
+    """Replaces `auto` with numbers for micro_batch_size and grad_accum_steps; returns other configurations unchanged.
+
+    Raises UserError if not even one sequence fits, and if several ranks could choose different sizes.
+    """
     config = loaded.config
     if not config.train.auto_micro_batch:
         return ResolvedConfig(loaded, [])
     where = loaded.where("train.micro_batch_size")
+    if several_ranks and config.train.memory_budget_gb is None:
+        raise UserError(f"{where}: auto with several ranks requires train.memory_budget_gb (per rank)")
     if config.train.device == "gpu" and sys.platform != "darwin" and config.train.memory_budget_gb is None:
         raise UserError(f"{where}: auto does not know the GPU's memory: set train.memory_budget_gb")
     budget = memory_budget(config)

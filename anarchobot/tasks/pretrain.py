@@ -12,11 +12,13 @@ from anarchobot.model.lora import trained_count, trained_shapes
 from anarchobot.model.parameters import parameter_count
 from anarchobot.optim.param_groups import describe_groups, select_trainable
 from anarchobot.optim.schedule import describe_length, total_steps
+from anarchobot.system.micro_batch import resolve_micro_batch
 from anarchobot.tasks.engines import Weights, open_engine, open_ranks
 from anarchobot.tasks.resume import find_start
-from anarchobot.tasks.run import Show, execute_run, resolve_run
+from anarchobot.tasks.run import Show, execute_run
 from anarchobot.tokenizers.tokenizer import Tokenizer, copy_tokenizer, digest, load_tokenizer
 from anarchobot.training.loop import Run
+from anarchobot.training.ranks import detect_launcher
 
 
 def pretrain(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
@@ -24,7 +26,7 @@ def pretrain(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]
 
     Raises UserError, before writing anything, if shards, tokenizer, checkpoint and config do not match.
     """
-    loaded, fit_messages = resolve_run(loaded)
+    loaded, fit_messages = resolve_micro_batch(loaded, several_ranks=detect_launcher() is not None)
     config = loaded.config
     train, data = config.train, config.data
     use_lora = config.lora.r is not None

@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from anarchobot.config.errors import UserError
-from anarchobot.config.loading import LoadedConfig
 from anarchobot.config.schema import Config
 from anarchobot.config.strict_yaml import dump
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
-from anarchobot.runs.metrics_log import ENVIRONMENT, MetricsLog, NullMetricsLog
+from anarchobot.runs.metrics_log import ENVIRONMENT, MetricsLog
 from anarchobot.runs.progress import Progress
 from anarchobot.runs.run_log import logs_dir
 from anarchobot.storage.durable import write_atomic
 from anarchobot.storage.lock import FolderLock
 from anarchobot.system.machine import stay_awake
-from anarchobot.system.micro_batch import ResolvedConfig, resolve_micro_batch
 from anarchobot.system.packages import environment_info
 from anarchobot.system.peak_flops import training_flops_per_token
 from anarchobot.tasks.engines import OpenEngine
@@ -34,21 +32,9 @@ from anarchobot.tasks.resume import (
 )
 from anarchobot.training.display import TerminalDisplay, duration
 from anarchobot.training.engine import Engine
-from anarchobot.training.loop import Display, Run, run_training
-from anarchobot.training.ranks import detect_launcher
+from anarchobot.training.loop import Run, run_training
 
 Show = Literal["progress", "json", "nothing"]  # what to print on stderr; json: the log's lines as they are written
-
-
-def resolve_run(loaded: LoadedConfig) -> ResolvedConfig:
-    """Like `resolve_micro_batch`, but raises UserError if several ranks could choose different sizes."""
-    train = loaded.config.train
-    if train.auto_micro_batch and train.memory_budget_gb is None and detect_launcher() is not None:
-        raise UserError(
-            f"{loaded.where('train.micro_batch_size')}: auto with several ranks requires train.memory_budget_gb (per "
-            "rank)"
-        )
-    return resolve_micro_batch(loaded)
 
 
 def execute_run(
@@ -75,11 +61,11 @@ def execute_run(
         check_same_run(found, config, run.identity)
     check_same_on_all_ranks(run)
     if run.ranks.rank > 0:
-        with run.train, NullMetricsLog() as null_log, TerminalDisplay(0, 0, quiet=True) as display:
-            return {"finished": _train(engine, run, Progress(), null_log, display), "rank": run.ranks.rank}
+        with run.train, TerminalDisplay(0, 0, quiet=True) as display:
+            return {"finished": _train(engine, run, Progress(), None, display), "rank": run.ranks.rank}
     with FolderLock(run.folder):
         if sorted(checkpoint.saved_steps(run.folder)) != sorted(start.steps):
-            raise UserError(f"{run.folder}: another run has just written here: start again")
+            raise UserError(f"{run.folder}: another run wrote to this folder in the meantime: retry")
         messages = clean_up(run.folder, found)
         before_training(run.folder)
         progress = Progress(position=config.train.first_sequence)
@@ -123,14 +109,16 @@ def execute_run(
     return summary
 
 
-def _train(engine: Engine, run: Run, progress: Progress, log: MetricsLog, display: Display) -> bool:
+def _train(engine: Engine, run: Run, progress: Progress, log: MetricsLog | None, display: TerminalDisplay) -> bool:
     """Starts all ranks from rank 0's state and length."""
     run.ranks.broadcast_state(engine, progress)
     run = replace(run, steps=int(run.ranks.broadcast_scalar(run.steps)))
     return run_training(engine, run, progress, log, display)
 
 
-def _log_resume(run: Run, found: checkpoint.Checkpoint, progress: Progress, log: MetricsLog, display: Display) -> None:
+def _log_resume(
+    run: Run, found: checkpoint.Checkpoint, progress: Progress, log: MetricsLog, display: TerminalDisplay
+) -> None:
     changed = {key: list(values) for key, values in changed_settings(found.config, run.config).items()}
     if (ranks := found.state.get("ranks", 1)) != run.ranks.size:
         changed["ranks"] = [ranks, run.ranks.size]
@@ -156,7 +144,10 @@ def _throughput(config: Config, peak: float | None) -> Callable[[float], Mapping
 def _warnings(run: Run, trained_parameters: int) -> Iterator[str]:
     train = run.config.train
     if train.warmup_steps >= run.steps:
-        yield f"train.warmup_steps ({train.warmup_steps}) is not below total_steps ({run.steps}): lr never peaks"
+        yield (
+            f"train.warmup_steps ({train.warmup_steps}) is not below total_steps ({run.steps}): lr never reaches its "
+            "peak"
+        )
     if len(run.val) == 0:
         yield "the validation split is empty: no validation and no best checkpoint (see data.val_fraction)"
     # Weights and AdamW's two moments in float32 (Muon has one); the best checkpoint, and the one being written.

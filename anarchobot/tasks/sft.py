@@ -10,14 +10,16 @@ from anarchobot.data.conversations.tokenized import ConversationWindows, tokeniz
 from anarchobot.evaluation.rouge import rouge
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import total_steps
+from anarchobot.system.micro_batch import resolve_micro_batch
 from anarchobot.tasks.engines import OpenEngine, open_engine, open_ranks
 from anarchobot.tasks.finetuning import check_settings, finetune, generate_reply, resume_identity
 from anarchobot.tasks.resume import find_start
-from anarchobot.tasks.run import Show, resolve_run
+from anarchobot.tasks.run import Show
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import TRAINING_DAY, load_template
 from anarchobot.tokenizers.conversation import Conversation, Message
 from anarchobot.training.loop import Run
+from anarchobot.training.ranks import detect_launcher
 
 
 def sft(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
@@ -26,15 +28,13 @@ def sft(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
     Raises UserError, before anything is written, if data, model, checkpoint and config do not match.
     """
     check_settings(loaded, "sft")
-    loaded, notes = resolve_run(loaded)
+    loaded, notes = resolve_micro_batch(loaded, several_ranks=detect_launcher() is not None)
     config = loaded.config
     data, chat, train = config.data, config.chat, config.train
     ranks = open_ranks(config)
     base, start = load_pretrained(str(train.init_from)), find_start(loaded, ranks)
-    encoder, counts = (
-        ChatEncoder(base.tokenizer, load_template(base.tokenizer, chat.template), chat.train_on),
-        RowCounts(),
-    )
+    encoder = ChatEncoder(base.tokenizer, load_template(base.tokenizer, chat.template), chat.train_on)
+    counts = RowCounts()
     tokenized = tokenize_conversations(
         read_conversations(data, counts, chat.format, chat.language),
         encoder,
