@@ -128,7 +128,7 @@ def main() -> None:
         stream = TextStream(model.tokenizer, prompt)
 
         def tokens() -> Iterator[int]:
-            for token in stream_token_ids(model.params, model.shape, prompt, greedy, ()):
+            for token in stream_token_ids(model.params, model.config, prompt, greedy, ()):
                 stream.add(token)  # decodes to text, as stream_generate does
                 yield token
 
@@ -140,7 +140,7 @@ def main() -> None:
 
     def batch_rate(rows: int) -> float:
         """Returns the total tokens per second, without prefill."""
-        batch = Batch(model.params, model.shape, rows)
+        batch = Batch(model.params, model.config, rows)
         for i in range(rows):
             batch.insert([(i + j) % 1000 + 100 for j in range(8 + i)], greedy, ())
         batch.step()

@@ -60,11 +60,11 @@ def ours(folder: Path, shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
 
     from anarchobot.config.schema import Config
     from anarchobot.data.batches import Batch
-    from anarchobot.exchange.hf_config import from_hf
+    from anarchobot.exchange.importing import model_config_from_hf
     from anarchobot.exchange.safetensors_file import read
     from anarchobot.training.mlx_engine import MLXEngine
 
-    model = from_hf(json.loads((folder / "config.json").read_text()), "config.json")
+    model = model_config_from_hf(json.loads((folder / "config.json").read_text()), "config.json")
     lora = {
         "r": RANK, "alpha": SCALE * RANK, "target_modules": options["modules"], "dora": options.get("dora", False),
         "num_layers": shape["layers"] // 2 if options.get("half") else None, "quantize": options.get("bits"),
@@ -152,7 +152,7 @@ def write_model(folder: Path, shape: Shape) -> None:
     """Writes a random Llama in the Hugging Face format."""
     from anarchobot.config.schema import ModelConfig
     from anarchobot.exchange import safetensors_file
-    from anarchobot.exchange.hf_config import to_hf
+    from anarchobot.exchange.exporting import hf_config
     from anarchobot.model.parameters import init_parameters
 
     model = ModelConfig(
@@ -160,7 +160,7 @@ def write_model(folder: Path, shape: Shape) -> None:
         mlp_multiple=shape["mlp"] / shape["width"], dropout=0.0, max_seq_len=shape["length"],
     )  # fmt: skip
     safetensors_file.write(folder / "model.safetensors", init_parameters(model, 0), "float32", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(to_hf(model, 0, 0, "float32")))
+    (folder / "config.json").write_text(json.dumps(hf_config(model, 0, 0, "float32")))
 
 
 def measure(program: str, folder: str, shape: Shape, options: dict[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def run_rank(micro_batches: int, steps: int, share: bool) -> None:
     from anarchobot.data.batches import Batch
     from anarchobot.training.mlx_engine import MLXEngine
 
-    own = ranks.join_ranks()
+    own = ranks.init_distributed()
     train = {"micro_batch_size": ROWS, "cpu_threads": 1, "share_muon": share}
     config = Config.model_validate({"model": MODEL, "train": train})
     engine = MLXEngine(config, ranks=own)

@@ -62,7 +62,7 @@ def _add(args: argparse.Namespace) -> None:
     paths = files.find(args.files)  # first, so that a mistyped name does not create an empty knowledge base
     silent = args.quiet or args.json
     with _open(args, create=True) as base:
-        result = add_files(base, paths, args.files, data, say=lambda line: None if silent else print(line))
+        result = add_files(base, paths, args.files, data, log=lambda line: None if silent else print(line))
         passages = sum(document.passages for document in base.documents())
     if args.json:
         outcomes = {name: getattr(result, name) for name in ("added", "replaced", "equal", "failed")}

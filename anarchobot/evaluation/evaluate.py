@@ -94,11 +94,12 @@ def evaluate_shards(model: Model, config: Config, folder: str, log: Log) -> Metr
 def evaluate_texts(model: Model, names: Sequence[str], limit: int | None, log: Log) -> Metrics:
     """Text, JSONL or Parquet files. Documents are scored separately, each token once."""
     counts, nats, tokens, size = DocumentCounts(), 0.0, 0, 0
+    max_seq_len = model.config.max_seq_len
     texts = [document.text for document in islice(from_files(names, DataConfig(), counts), limit)]
     for start in range(0, len(texts), DOCUMENT_BATCH):
         batch = texts[start : start + DOCUMENT_BATCH]
         ids = model.tokenizer.encode_batch(batch)
-        windows = [w for one in ids for w in rolling_windows(one.tolist(), model.bos_id, model.config.max_seq_len)]
+        windows = [window for row in ids for window in rolling_windows(row.tolist(), model.bos_id, max_seq_len)]
         nats -= sum(score.log_prob for score in loglikelihoods(model, windows))
         tokens += sum(map(len, ids))
         size += sum(len(text.encode()) for text in batch)
@@ -149,7 +150,7 @@ def evaluate_rouge(model: Model, config: Config, name: str, limit: int | None, l
 
 
 def evaluate_tasks(model: Model, request: EvalRequest) -> dict[str, Metrics]:
-    """lm-evaluation-harness tasks, each with its own metrics."""
+    """Runs lm-evaluation-harness tasks; each reports its own metrics."""
     try:
         harness = importlib.import_module("lm_eval")
         tasks = importlib.import_module("lm_eval.tasks")
@@ -165,14 +166,14 @@ def evaluate_tasks(model: Model, request: EvalRequest) -> dict[str, Metrics]:
             f"--tasks {', '.join(unknown)}: unknown task: not in lm-evaluation-harness or in --include "
             f"{request.include or '(not set)'}"
         )
-    found = harness.simple_evaluate(
+    report = harness.simple_evaluate(
         HarnessModel(model),
         tasks=list(request.tasks),
         num_fewshot=request.few_shot,
         limit=request.limit,
         task_manager=manager,
     )
-    return {f"task {name}": _task_metrics(values) for name, values in found["results"].items()}
+    return {f"task {name}": _task_metrics(values) for name, values in report["results"].items()}
 
 
 def _task_metrics(values: dict[str, Any]) -> Metrics:
@@ -182,7 +183,7 @@ def _task_metrics(values: dict[str, Any]) -> Metrics:
 
 
 def _loss_metrics(nats: float, tokens: int, size: float) -> Metrics:
-    """From the cross-entropy summed over `tokens`, which stand for `size` bytes of text."""
+    """Metrics from the cross-entropy summed over `tokens`, covering `size` bytes of text."""
     loss = nats / tokens
     return {
         "loss": loss,

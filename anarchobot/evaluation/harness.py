@@ -54,7 +54,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         window_lists = list(requests)
         scores = iter(loglikelihoods(self._model, [window for windows in window_lists for window in windows]))
         grouped = [[next(scores) for _ in windows] for windows in window_lists]
-        return [(sum(one.log_prob for one in group), all(one.is_greedy for one in group)) for group in grouped]
+        return [(sum(s.log_prob for s in group), all(s.is_greedy for s in group)) for group in grouped]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         batch = TextBatch(self._model)

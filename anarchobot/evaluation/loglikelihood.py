@@ -28,7 +28,7 @@ class LogLikelihood(NamedTuple):
 def loglikelihoods(
     model: Model, requests: Sequence[tuple[Ids, Ids]], progress: Callable[[int], None] = lambda done: None
 ) -> list[LogLikelihood]:
-    """One per (context, continuation) of token ids, neither of which may be empty.
+    """Returns one score per (context, continuation) of token ids, neither of which may be empty.
 
     A context that does not fit into max_seq_len loses its beginning. `progress` is called with the number of finished
     requests. Raises ValueError for a continuation longer than max_seq_len.
@@ -51,14 +51,15 @@ def loglikelihoods(
 
 
 def rolling_windows(ids: Ids, prefix: int, max_seq_len: int) -> Iterator[tuple[Ids, Ids]]:
-    """A long text as (context, continuation) pairs that score each token once, the first one after `prefix`.
+    """Splits a long text into (context, continuation) pairs that score each token once; the first follows `prefix`.
 
-    Windows of max_seq_len tokens; the last one overlaps the one before so that it is full, as in lm-evaluation-harness.
+    Windows have max_seq_len tokens. The last window overlaps its predecessor so that it is full, as in
+    lm-evaluation-harness.
     """
-    whole = [prefix, *ids]
-    for start in range(1, len(whole), max_seq_len):
-        stop = min(start + max_seq_len, len(whole))
-        yield whole[max(0, stop - 1 - max_seq_len) : start], whole[start:stop]
+    all_ids = [prefix, *ids]
+    for start in range(1, len(all_ids), max_seq_len):
+        stop = min(start + max_seq_len, len(all_ids))
+        yield all_ids[max(0, stop - 1 - max_seq_len) : start], all_ids[start:stop]
 
 
 def _padded(length: int) -> int:

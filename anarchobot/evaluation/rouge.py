@@ -1,6 +1,6 @@
-"""ROUGE-1, ROUGE-2 and ROUGE-L (Lin, 2004) by the `rouge-score` package, with words of every script.
+"""ROUGE-1, ROUGE-2 and ROUGE-L (Lin, 2004) by the `rouge-score` package, with Unicode-aware word splitting.
 
-The package's own tokenizer keeps only a-z and 0-9, so two identical Russian or Chinese texts would score 0.
+The package's tokenizer keeps only a-z and 0-9, so two identical Russian or Chinese texts would score 0.
 """
 
 import importlib
@@ -23,11 +23,11 @@ _SINGLE_CHARACTER_WORDS = re.compile(
 def words(text: str) -> list[str]:
     """Lowercase runs of letters, marks and digits (Unicode categories L, M and N); single characters in scripts without
     spaces. For English, the same words as the package's."""
-    found = []
+    result = []
     for is_word, run in groupby(unicodedata.normalize("NFC", text).lower(), _is_word_character):
         if is_word:
-            found += _SINGLE_CHARACTER_WORDS.sub(lambda match: f" {match[0]} ", "".join(run)).split()
-    return found
+            result += _SINGLE_CHARACTER_WORDS.sub(lambda match: f" {match[0]} ", "".join(run)).split()
+    return result
 
 
 def _is_word_character(character: str) -> bool:

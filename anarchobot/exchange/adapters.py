@@ -6,7 +6,7 @@
     adapter_config.json        both formats: rank, scale and the adapted matrices
 
 mlx-lm stores the scale s itself, PEFT alpha: s = alpha / r, or alpha / sqrt(r). `base_sha256`, the digest of the base
-model, is our addition; it is written only in mlx-lm's format, because PEFT warns about unknown keys.
+model, is an AnarchoBot extension, written only in mlx-lm's format because PEFT warns about unknown keys.
 """
 
 import json
@@ -22,8 +22,9 @@ import numpy as np
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import LoraConfig, ModelConfig
 from anarchobot.exchange import safetensors_file
+from anarchobot.exchange.atomic_folder import atomic_folder
 from anarchobot.exchange.dtypes import Dtype, Float32
-from anarchobot.exchange.new_folder import new_folder
+from anarchobot.exchange.importing import read_json
 from anarchobot.model.lora import adapted_matrices, adapter_scale
 from anarchobot.model.parameters import parameter_shapes
 from anarchobot.runs import checkpoint
@@ -51,7 +52,7 @@ class BaseQuantization(NamedTuple):
 class Adapter:
     """`weights` has NAME.lora_a [in, r], NAME.lora_b [r, out] and, with DoRA, NAME.m [out] for each adapted matrix
     NAME.weight; `scales` has the scale s of each NAME. `base` is the digest of the base model, if known; `step` is the
-    checkpoint's step, if the adapters come from one of our runs."""
+    checkpoint's step, if the adapters come from an AnarchoBot run."""
 
     weights: dict[str, Float32]
     scales: dict[str, float]
@@ -127,7 +128,7 @@ def write_adapter(
     if adapter.quantization is not None:
         values["trained_on"] = adapter.quantization._asdict()
     metadata = {"format": "mlx" if file_format == "mlx" else "pt"}
-    with new_folder(Path(folder)) as temporary:
+    with atomic_folder(Path(folder)) as temporary:
         safetensors_file.write(temporary / FILES[file_format], tensors, "float32", metadata)
         (temporary / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -144,7 +145,7 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
             raise UserError(f"{path / 'adapter_model.bin'}: a pickle, which can run code: save it as safetensors")
         adapter = _from_checkpoint(path)
     else:
-        values = _read_json(path / CONFIG)
+        values = read_json(path / CONFIG)
         stored = {name: tensor.load() for name, tensor in safetensors_file.read(path / FILES[file_format]).items()}
         read = _from_mlx if file_format == "mlx" else _from_peft
         adapter = read(stored, values, path / CONFIG)
@@ -155,16 +156,15 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
 def _from_checkpoint(path: Path) -> Adapter:
     try:
         best = checkpoint.best_step(path)
-        found = checkpoint.find(path if best is None else path / checkpoint.BEST, files=(checkpoint.MODEL_FILE,))
+        saved = checkpoint.find(path if best is None else path / checkpoint.BEST, files=(checkpoint.MODEL_FILE,))
     except UserError as error:
         if (path / "state.json").exists() or checkpoint.saved_steps(path):
             raise
         raise UserError(f"{path}: no adapters: expected {' or '.join(FILES.values())}, or a run with lora.r") from error
-    config = found.config
-    weights = checkpoint.load_adapters(found)
-    precision = found.state.get("precision", config.train.precision or "float32")
-    adapter = make_adapter(weights, config.model, config.lora, precision)
-    return replace(adapter, base=found.state.get("base"), step=found.step)
+    config, state = saved.config, saved.state
+    precision = state.get("precision", config.train.precision or "float32")
+    adapter = make_adapter(checkpoint.load_adapters(saved), config.model, config.lora, precision)
+    return replace(adapter, base=state.get("base"), step=saved.step)
 
 
 def _from_mlx(stored: dict[str, Float32], values: dict[str, Any], file: Path) -> Adapter:
@@ -201,11 +201,9 @@ def _from_peft(stored: dict[str, Float32], values: dict[str, Any], file: Path) -
         weights[f"{name}.{part}"] = array.reshape(-1) if part == "m" else np.ascontiguousarray(array.T)
     scales = {}
     for name in dict.fromkeys(name.rpartition(".")[0] for name in weights):
-        pattern = next((key for key in values.get("alpha_pattern") or {} if re.match(rf"(.*\.)?({key})$", name)), None)
-        if pattern is None:
-            alpha = _number(values, "lora_alpha", file)
-        else:
-            alpha = _number(values["alpha_pattern"], pattern, file)
+        alphas = values.get("alpha_pattern") or {}
+        pattern = next((key for key in alphas if re.match(rf"(.*\.)?({key})$", name)), None)
+        alpha = _number(values, "lora_alpha", file) if pattern is None else _number(alphas, pattern, file)
         rank = weights.get(f"{name}.lora_a", np.zeros((1, 1), np.float32)).shape[-1]
         scales[name] = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
     return Adapter(weights, scales, _dropout(values.get("lora_dropout")), _quantization(values, file))
@@ -213,28 +211,27 @@ def _from_peft(stored: dict[str, Float32], values: dict[str, Any], file: Path) -
 
 def _check(adapter: Adapter, model: ModelConfig, path: Path) -> None:
     """Raises UserError unless every adapter is complete and fits a matrix in a block of `model`."""
-    shapes = parameter_shapes(model)
-    expected = {"lora_a", "lora_b", "m"} if adapter.dora else {"lora_a", "lora_b"}
     if not adapter.weights:
         raise UserError(f"{path}: no adapters in this file")
+    model_shapes = parameter_shapes(model)
+    parts = {"lora_a", "lora_b", "m"} if adapter.dora else {"lora_a", "lora_b"}
     for name in adapter.scales:
-        shape = shapes.get(f"{name}.weight") if name.endswith("_proj") else None
-        if shape is None:
+        weight_shape = model_shapes.get(f"{name}.weight") if name.endswith("_proj") else None
+        if weight_shape is None:
             raise UserError(f"{path}: the model has no matrix {name}: these adapters are for another model")
-        arrays = {part: adapter.weights.get(f"{name}.{part}") for part in expected}
-        parts = {part: array.shape for part, array in arrays.items() if array is not None}
-        if missing := expected - set(parts):
+        if missing := [part for part in parts if f"{name}.{part}" not in adapter.weights]:
             raise UserError(f"{path}: {name} has no {min(missing)}: the file is incomplete")
-        rank = parts["lora_a"][-1]
-        wanted = {"lora_a": (shape[1], rank), "lora_b": (rank, shape[0]), "m": (shape[0],)}
-        for part, found in parts.items():
-            if found != wanted[part]:
+        (rows, columns), rank = weight_shape, adapter.weights[f"{name}.lora_a"].shape[-1]
+        expected = {"lora_a": (columns, rank), "lora_b": (rank, rows), "m": (rows,)}
+        for part in parts:
+            shape = adapter.weights[f"{name}.{part}"].shape
+            if shape != expected[part]:
                 raise UserError(
-                    f"{path}: {name}.{part} has shape {list(found)}, but the model requires {list(wanted[part])}: "
+                    f"{path}: {name}.{part} has shape {list(shape)}, but the model requires {list(expected[part])}: "
                     "these adapters are for another model"
                 )
     for name, array in adapter.weights.items():
-        if name.rpartition(".")[2] not in expected:
+        if name.rpartition(".")[2] not in parts:
             raise UserError(f"{path}: unexpected tensor {name}")
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {name} contains a value that is not finite")
@@ -242,7 +239,7 @@ def _check(adapter: Adapter, model: ModelConfig, path: Path) -> None:
 
 def _to_peft(name: str) -> str:
     matrix, _, part = name.rpartition(".")
-    return f"{_PEFT_PREFIX}{matrix}{next(suffix for suffix, ours in _PEFT_PARTS.items() if ours == part)}"
+    return f"{_PEFT_PREFIX}{matrix}{next(suffix for suffix, name in _PEFT_PARTS.items() if name == part)}"
 
 
 def _quantization(values: dict[str, Any], file: Path) -> BaseQuantization | None:
@@ -267,13 +264,3 @@ def _number(values: Mapping[str, Any], key: str, file: Path) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(f"{file}: {key}: expected a number, got {value!r}")
     return float(value)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: can't be read as JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: expected a JSON object")
-    return values

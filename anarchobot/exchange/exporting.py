@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.config.errors import UserError
+from anarchobot.config.schema import ModelConfig
 from anarchobot.exchange import gguf_file, safetensors_file
+from anarchobot.exchange.atomic_folder import atomic_folder
 from anarchobot.exchange.chat_format import load_chat_format
 from anarchobot.exchange.dtypes import Dtype
-from anarchobot.exchange.hf_config import to_hf
 from anarchobot.exchange.model_card import model_card
-from anarchobot.exchange.new_folder import new_folder
 from anarchobot.exchange.tokenizer_json import UNIGRAM_WARNING, find_mismatch, tokenizer_files
 from anarchobot.model.architecture import ExportTarget, architecture
 from anarchobot.model.parameters import parameter_count
@@ -24,12 +24,12 @@ def export(path: str | Path, target: ExportTarget, output: str | Path, dtype: Dt
     Raises UserError, before anything is written, if there is no checkpoint, `target` does not support the model or its
     tokenizer, or `output` is not empty.
     """
-    found = checkpoint.find(path, files=(checkpoint.MODEL_FILE,))
-    model = found.config.model
+    saved = checkpoint.find(path, files=(checkpoint.MODEL_FILE,))
+    model = saved.config.model
     arch = architecture(model.architecture)
     for problem in arch.export_limits(model, target):
-        raise UserError(f"{found.folder}: can't be exported to {target}: {problem}")
-    tokenizer = load_tokenizer(found.folder.parent)
+        raise UserError(f"{saved.folder}: can't be exported to {target}: {problem}")
+    tokenizer = load_tokenizer(saved.folder.parent)
     chat, eod_id = load_chat_format(tokenizer), tokenizer.eod_id
     bos_id = eod_id if model.bos_id is None else model.bos_id  # in the shards, each text follows an end of document
     warnings: list[str] = []
@@ -40,21 +40,21 @@ def export(path: str | Path, target: ExportTarget, output: str | Path, dtype: Dt
     else:
         files = tokenizer_files(tokenizer, model.max_seq_len, bos_id, chat)
         warnings += _tokenizer_warnings(tokenizer, files["tokenizer.json"])
-    arrays = checkpoint.load_arrays(found, model, optimizer=False)
+    arrays = checkpoint.load_arrays(saved, model, optimizer=False)
     prefix = checkpoint.PARAMS
     params = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
     params = arch.export_parameters(params, model)
-    name = found.folder.resolve().parent.name
-    with new_folder(Path(output)) as folder:
+    name = saved.folder.resolve().parent.name
+    with atomic_folder(Path(output)) as folder:
         if target == "gguf":
             gguf_file.write(folder / gguf_file.FILE_NAME, name, params, model, fields, dtype)
         else:
             metadata = {"format": "mlx" if target == "mlx" else "pt"}
             safetensors_file.write(folder / "model.safetensors", params, dtype, metadata)
             stop_ids = chat.stop_ids if chat is not None and len(chat.stop_ids) > 1 else eod_id
-            files["config.json"] = _to_bytes(to_hf(model, bos_id, stop_ids, dtype))
+            files["config.json"] = _to_bytes(hf_config(model, bos_id, stop_ids, dtype))
             files["generation_config.json"] = _to_bytes({"bos_token_id": bos_id, "eos_token_id": stop_ids})
-        files["README.md"] = model_card(name, found, target, dtype, tokenizer, chat, warnings).encode()
+        files["README.md"] = model_card(name, saved, target, dtype, tokenizer, chat, warnings).encode()
         for file_name, content in files.items():
             (folder / file_name).write_bytes(content)
         sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
@@ -62,11 +62,17 @@ def export(path: str | Path, target: ExportTarget, output: str | Path, dtype: Dt
         "output": str(output),
         "format": target,
         "dtype": dtype,
-        "step": found.step,
+        "step": saved.step,
         "parameters": parameter_count(model),
         "files": sizes,
-        "warnings": [*found.skipped, *warnings],
+        "warnings": [*saved.skipped, *warnings],
     }
+
+
+def hf_config(model: ModelConfig, bos_id: int, stop_ids: int | list[int], dtype: Dtype) -> dict[str, Any]:
+    """Returns the contents of config.json. `bos_id` starts a text; each of `stop_ids` ends generation."""
+    values = architecture(model.architecture).to_hf(model)
+    return values | {"bos_token_id": bos_id, "eos_token_id": stop_ids, "torch_dtype": dtype}
 
 
 def _tokenizer_warnings(tokenizer: Tokenizer, tokenizer_json: bytes) -> list[str]:

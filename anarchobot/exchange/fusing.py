@@ -9,9 +9,9 @@ import numpy as np
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import LoraConfig
 from anarchobot.exchange.adapters import Adapter, BaseQuantization, read_adapter
+from anarchobot.exchange.atomic_folder import atomic_folder
 from anarchobot.exchange.chat_format import copy_chat_template
 from anarchobot.exchange.dtypes import Float32, from_bfloat16, to_dtype
-from anarchobot.exchange.new_folder import new_folder
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.model.lora import GROUP, is_quantized
 from anarchobot.model.parameters import parameter_count
@@ -40,7 +40,7 @@ def fuse(model: str | Path, adapter: str | Path, output: str | Path) -> dict[str
     template_folders = [adapter, base.tokenizer.files[0].parent]
     if checkpoint.saved_steps(adapter.parent):  # `adapter` is RUN/adapters or a step
         template_folders.insert(1, adapter.parent)
-    with new_folder(output) as temporary:
+    with atomic_folder(output) as temporary:
         origin = {"fused": [str(model), str(adapter)]}
         config = write_model(temporary, config, base.tokenizer, weights, origin, output)
         warnings = list(base.warnings)

@@ -34,7 +34,7 @@ _IN_BLOCK = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_OUTSIDE_BLOCKS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 # Pre-tokenizer patterns of Llama 3 and Qwen 2 in tokenizer.json, and llama.cpp's names for them.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -81,15 +81,15 @@ def write(
     }
     for key, value in fields.items():
         getattr(writer, f"add_{key}")(value)
-    for our_name, array in params.items():
-        if model_type == "llama" and our_name.endswith((".q_proj.weight", ".k_proj.weight")):
+    for param_name, array in params.items():
+        if model_type == "llama" and param_name.endswith((".q_proj.weight", ".k_proj.weight")):
             array = interleave(array, model.head_size)
-        stored = to_dtype(our_name, array, dtype) if array.ndim == 2 else array
+        stored = to_dtype(param_name, array, dtype) if array.ndim == 2 else array
         if stored.dtype == np.uint16:  # bfloat16, which the package expects as bytes
             bits = np.ascontiguousarray(stored).view(np.uint8)
-            writer.add_tensor(tensor_name(our_name), bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
+            writer.add_tensor(tensor_name(param_name), bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
         else:
-            writer.add_tensor(tensor_name(our_name), np.ascontiguousarray(stored))
+            writer.add_tensor(tensor_name(param_name), np.ascontiguousarray(stored))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -99,8 +99,8 @@ def write(
 def tensor_name(name: str) -> str:
     """`"model.layers.0.mlp.up_proj.weight"` -> `"blk.0.ffn_up.weight"`."""
     stem, _, part = name.rpartition(".")
-    if stem in _OUTSIDE:
-        return f"{_OUTSIDE[stem]}.{part}"
+    if stem in _OUTSIDE_BLOCKS:
+        return f"{_OUTSIDE_BLOCKS[stem]}.{part}"
     number, _, inner = stem.removeprefix("model.layers.").partition(".")
     return f"blk.{number}.{_IN_BLOCK[inner]}.{part}"
 
@@ -152,7 +152,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Fields, bool]:
     proto = read_sentencepiece_proto(path)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type != trainer.BPE or not trainer.byte_fallback:
-        raise _unsupported(path, "of SentencePiece models, llama.cpp supports only BPE with byte fallback")
+        raise _unsupported(path, "llama.cpp supports only SentencePiece BPE with byte fallback")
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
         raise _unsupported(path, "it has a normalizer, which llama.cpp's BPE does not support")
     fields = {

@@ -8,22 +8,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from anarchobot.config.errors import UserError
+from anarchobot.config.loading import config_from_dict
 from anarchobot.config.schema import Config, DataConfig, ModelConfig
+from anarchobot.config.validation import conflicts
 from anarchobot.exchange import safetensors_file
+from anarchobot.exchange.atomic_folder import atomic_folder
 from anarchobot.exchange.chat_format import copy_chat_template
 from anarchobot.exchange.dtypes import Float32
-from anarchobot.exchange.hf_config import from_hf
-from anarchobot.exchange.new_folder import new_folder
 from anarchobot.exchange.safetensors_file import StoredTensor
-from anarchobot.model.architecture import architecture
+from anarchobot.model.architecture import architecture, architecture_names
 from anarchobot.model.parameters import parameter_count, parameter_shapes
+from anarchobot.optim.param_groups import EMBEDDINGS
 from anarchobot.runs.write_model import write_model
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_VOCABULARY_MATRICES = ("model.embed_tokens.weight", "lm_head.weight")  # one row per token
 
 
 class HFModel(NamedTuple):
@@ -41,11 +42,14 @@ def load_hf_folder(folder: Path) -> HFModel:
     """Raises UserError if a file is missing or damaged, or the model has an unsupported feature."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: expected config.json, safetensors files and a tokenizer in it")
-    values = _read_json(folder / "config.json")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{file}: no such file: expected a Hugging Face model folder")
+    values = read_json(file)
     try:
-        model = from_hf(values, str(folder / "config.json"))
+        model = model_config_from_hf(values, str(file))
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(f"{folder / 'config.json'}: not a model config ({error})") from error
+        raise UserError(f"{file}: not a model config ({error})") from error
     tokenizer = _load_tokenizer(folder, model.vocab_size)
     stored = _stored_tensors(folder)
     model = model.model_copy(update=architecture(model.architecture).from_tensors(stored))
@@ -65,25 +69,40 @@ def load_hf_folder(folder: Path) -> HFModel:
     return HFModel(values["model_type"], model, tokenizer, weights, files, warnings)
 
 
+def model_config_from_hf(values: dict[str, Any], file: str) -> ModelConfig:
+    """Converts the contents of a config.json. Raises UserError for an unsupported model type or setting."""
+    model_type = values.get("model_type")
+    names = {model_type: name for name in architecture_names() for model_type in architecture(name).HF_MODEL_TYPES}
+    if model_type not in names:
+        problem = f"unsupported model_type {model_type!r}" if model_type else "missing model_type"
+        raise UserError(f"{file}: {problem}: expected one of {', '.join(names)}")
+    name = names[model_type]
+    fields = {"architecture": name} | architecture(name).from_hf(values, file)
+    config = config_from_dict({"model": fields, "data": {"seq_len": 1}}, file)
+    for _, problem in conflicts(config, []):
+        raise UserError(f"{file}: {problem}")
+    return config.model
+
+
 def import_model(folder: str | Path, output: str | Path) -> dict[str, Any]:
     """Writes the Hugging Face model in `folder` as the run folder `output`; returns a summary with warnings.
 
     Raises UserError like `load_hf_folder`, and if a value is not finite. In both cases nothing is written.
     """
     folder, output = Path(folder), Path(output)
-    found = load_hf_folder(folder)
-    weights = dict(found.weights)
-    with new_folder(output) as temporary:
-        config = Config(model=found.model, data=default_data(found.model))
-        config = write_model(temporary, config, found.tokenizer, weights, {"imported": str(folder)}, output)
-        warnings = [*found.warnings, *copy_chat_template(found.tokenizer, temporary)]
+    source = load_hf_folder(folder)
+    weights = dict(source.weights)
+    with atomic_folder(output) as temporary:
+        config = Config(model=source.model, data=default_data(source.model))
+        config = write_model(temporary, config, source.tokenizer, weights, {"imported": str(folder)}, output)
+        warnings = [*source.warnings, *copy_chat_template(source.tokenizer, temporary)]
     assert config.train.tokenizer_path is not None
     return {
         "output": str(output),
-        "architecture": found.architecture,
-        "parameters": parameter_count(found.model),
-        "vocab_size": found.model.vocab_size,
-        "max_seq_len": found.model.max_seq_len,
+        "architecture": source.architecture,
+        "parameters": parameter_count(source.model),
+        "vocab_size": source.model.vocab_size,
+        "max_seq_len": source.model.max_seq_len,
         "tokenizer": Path(config.train.tokenizer_path).name,
         "warnings": warnings,
     }
@@ -97,18 +116,18 @@ def default_data(model: ModelConfig) -> DataConfig:
 def _load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """Prefers the tokenizer with as many tokens as the model has rows, then tokenizer.json, which has added tokens."""
     files = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
-    found, errors = [], []
+    tokenizers, errors = [], []
     for file in files:
         try:
-            found.append(load_tokenizer(file))
+            tokenizers.append(load_tokenizer(file))
         except UserError as error:  # for example a tokenizer.model in tiktoken's format
             errors.append(error)
             continue
-        if found[-1].vocab_size == vocab_size:
-            return found[-1]
-    if not found:
+        if tokenizers[-1].vocab_size == vocab_size:
+            return tokenizers[-1]
+    if not tokenizers:
         raise errors[0] if errors else UserError(f"{folder}: no tokenizer: expected one of {', '.join(TOKENIZERS)}")
-    best = min(found, key=lambda tokenizer: tokenizer.files[0].name != "tokenizer.json")
+    best = min(tokenizers, key=lambda tokenizer: tokenizer.files[0].name != "tokenizer.json")
     if best.vocab_size > vocab_size:
         raise UserError(
             f"{best.files[0]}: {best.vocab_size} tokens, but the model has {vocab_size} rows (vocab_size in "
@@ -120,7 +139,7 @@ def _load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of all safetensors files in the folder."""
     if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
+        weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
             isinstance(name, str) and Path(name).name == name for name in weight_map.values()
         ):
@@ -177,7 +196,7 @@ def _check_tensors(folder: Path, stored: dict[str, StoredTensor], model: ModelCo
                 f"{list(shape)}"
             )
     for name, tensor in stored.items():
-        # A tied head is the embedding, whatever the file contains; old files include the rotary frequencies.
+        # A tied head is the embedding, so a stored one is ignored; old files include the rotary frequencies.
         if name in shapes or name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
             continue
         if not name.endswith(".bias"):
@@ -191,14 +210,12 @@ def _load_finite(tensor: StoredTensor, name: str, rows: int) -> Float32:
     array = tensor.load()
     if not np.isfinite(array).all():
         raise UserError(f"{tensor.path}: {name} contains a value that is not finite")
-    return array[:rows] if name in _VOCABULARY_MATRICES else array
+    return array[:rows] if name in EMBEDDINGS else array
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file: expected a Hugging Face model folder") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: can't be read as JSON ({error})") from error
     if not isinstance(values, dict):

@@ -33,7 +33,7 @@ class Curve(NamedTuple):
 
 def model_card(
     name: str,
-    found: Checkpoint,
+    saved: Checkpoint,
     target: ExportTarget,
     dtype: Dtype,
     tokenizer: Tokenizer,
@@ -41,11 +41,11 @@ def model_card(
     warnings: list[str],
 ) -> str:
     """Returns Markdown with the YAML front matter that model hubs read."""
-    config, run = found.config, found.folder.parent
+    config, run = saved.config, saved.folder.parent
     logs = logs_dir(run, config.train.log_path)
     if not logs.is_dir():
         logs = run / "logs"  # the run was moved
-    events = [event for event in read_events(logs) if event["step"] <= found.step]
+    events = [event for event in read_events(logs) if event["step"] <= saved.step]
     losses = {event["step"]: float(event["loss"]) for event in events if event["event"] == "train"}
     validations = {event["step"]: event for event in events if event["event"] == "eval"}
     measured = dict.fromkeys(key for event in validations.values() for key in event)
@@ -63,13 +63,13 @@ def model_card(
         target=target,
         dtype=dtype,
         parameters=f"{parameter_count(config.model):,}",
-        state=found.state,
-        step=found.step,
+        state=saved.state,
+        step=saved.step,
         chat=chat,
         bos_id=config.model.bos_id,
         eod_id=tokenizer.eod_id,
         warnings=warnings,
-        facts=_facts(found, list(validations.values()), read_summary(logs), digest(tokenizer)),
+        facts=_facts(saved, list(validations.values()), read_summary(logs), digest(tokenizer)),
         curve=Curve(*sparkline(list(losses.values())), min(losses), max(losses)) if len(losses) > 1 else None,
         metrics={
             key: labels.get(key, key.removeprefix("val_").replace("_", " "))
@@ -82,15 +82,15 @@ def model_card(
 
 
 def _facts(
-    found: Checkpoint, validations: Sequence[dict[str, Any]], summary: dict[str, Any], tokenizer_sha256: str
+    saved: Checkpoint, validations: Sequence[dict[str, Any]], summary: dict[str, Any], tokenizer_sha256: str
 ) -> dict[str, str | None]:
     """The rows of the training table by label; None for unknown values."""
-    state, config = found.state, found.config
+    state, config = saved.state, saved.config
     # The loss of preference training is a mean over pairs, which has no perplexity.
     unit = "" if validations and all("perplexity" not in event for event in validations) else " (nats per token)"
-    loss, bits_per_byte = _best_validation(found, validations)
+    loss, bits_per_byte = _best_validation(saved, validations)
     facts = {
-        "steps": f"{found.step:,}" if found.step else None,
+        "steps": f"{saved.step:,}" if saved.step else None,
         "tokens": _format(state.get("tokens") or None),
         f"training loss{unit}": _format(state.get("loss")),
         f"best validation loss{unit}": _format(loss),
@@ -100,14 +100,11 @@ def _facts(
         "peak memory (GB)": _format(summary.get("peak_memory_gb")),
         "tokenizer (SHA-256)": f"`{tokenizer_sha256}`",
     }
-    shard_dirs = config.data.shard_dir if isinstance(config.data.shard_dir, list) else [config.data.shard_dir]
     for i, sha256 in enumerate(state.get("shards", [])):
-        folder = shard_dirs[i] if i < len(shard_dirs) else "?"
+        folder = config.data.shard_dirs[i] if i < len(config.data.shard_dirs) else "?"
         facts[f"data in `{folder}` (SHA-256 of its manifest)"] = f"`{sha256}`"
     if "conversations" in state:
-        dataset = config.data.dataset
-        names = dataset if isinstance(dataset, list) else [str(dataset)]
-        facts["training data"] = ", ".join(f"`{name}`" for name in names)
+        facts["training data"] = ", ".join(f"`{name}`" for name in config.data.datasets)
         for label, sha256 in zip(("training data", "validation data"), state["conversations"], strict=False):
             facts[f"{label} (SHA-256)"] = f"`{sha256}`"
     if config.train.init_from is not None:
@@ -124,12 +121,12 @@ def _facts(
     return facts
 
 
-def _best_validation(found: Checkpoint, validations: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:
+def _best_validation(saved: Checkpoint, validations: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:
     """Returns the lowest validation loss up to the checkpoint's step, and its bits per byte.
 
     state.json is written before that step's own validation, which is in the log and, if it was the best, in best.json.
     """
-    records = [found.state, read_best(found.folder.parent, found.step) or {}]
+    records = [saved.state, read_best(saved.folder.parent, saved.step) or {}]
     pairs = [(record.get("best_val_loss"), record.get("best_val_bpb")) for record in records]
     pairs += [(event["val_loss"], event.get("val_bpb")) for event in validations]
     known = [(loss, bits_per_byte) for loss, bits_per_byte in pairs if loss is not None and math.isfinite(loss)]

@@ -1,4 +1,4 @@
-"""Loads a whole model to use or train further: one of our runs, or a Hugging Face model folder."""
+"""Loads a full model for inference or further training: an AnarchoBot run or a Hugging Face model folder."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -48,10 +48,10 @@ def load_pretrained(path: str) -> PretrainedModel:
     if (folder / ADAPTER_CONFIG).is_file():
         raise _only_adapters(folder, ADAPTER_CONFIG)
     if (folder / "config.json").is_file():
-        found = load_hf_folder(folder)
-        config = Config(model=found.model, data=default_data(found.model))
-        tokenizer = load_chat_tokenizer(found.tokenizer.files[0])
-        return PretrainedModel(folder, config, tokenizer, found.weights, lambda: _digest(found.files), found.warnings)
+        hf = load_hf_folder(folder)
+        config = Config(model=hf.model, data=default_data(hf.model))
+        tokenizer = load_chat_tokenizer(hf.tokenizer.files[0])
+        return PretrainedModel(folder, config, tokenizer, hf.weights, lambda: _digest(hf.files), hf.warnings)
     run = checkpoint.find(folder, files=(checkpoint.MODEL_FILE,))
     if run.config.lora.r is not None:
         raise _only_adapters(run.folder, f"lora.r: {run.config.lora.r}")

@@ -48,8 +48,8 @@ class StoredTensor:
 
     def load(self) -> Float32:
         array = np.fromfile(self.path, _NUMPY_TYPES[self.code], math.prod(self.shape), offset=self.offset)
-        wide: Float32 = from_bfloat16(array) if self.code == "BF16" else array.astype(np.float32, copy=False)
-        return wide.reshape(self.shape)
+        values: Float32 = from_bfloat16(array) if self.code == "BF16" else array.astype(np.float32, copy=False)
+        return values.reshape(self.shape)
 
 
 def read(path: Path) -> dict[str, StoredTensor]:

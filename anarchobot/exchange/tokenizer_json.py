@@ -1,8 +1,8 @@
 """Exports any tokenizer as the files that transformers and mlx-lm read: tokenizer.json and tokenizer_config.json.
 
-In the exported vocabulary a space is a space, not SentencePiece's U+2581. A U+2581 in the text is therefore encoded as
-its three UTF-8 bytes, as by our tokenizers. Control tokens in text are encoded as text (`split_special_tokens`), and
-the tokenizer prepends the token that texts started with in training.
+The exported vocabulary stores spaces as spaces, not as SentencePiece's U+2581. A U+2581 in the text is therefore
+encoded as its three UTF-8 bytes, as AnarchoBot's tokenizers do. Control tokens in text are encoded as text
+(`split_special_tokens`), and the tokenizer prepends the token that texts started with in training.
 
 With a chat template, these libraries render a conversation to text before tokenizing it, so a control token's name
 anywhere in the conversation becomes that token. Nothing is prepended to a rendered conversation.
@@ -87,9 +87,8 @@ def find_mismatch(tokenizer: Tokenizer, tokenizer_json: bytes) -> str | None:
     exported.no_truncation()
     exported.no_padding()
     texts = adversarial_texts()
-    theirs = exported.encode_batch_fast(texts, add_special_tokens=False)
-    ours = tokenizer.encode_batch(texts)
-    wrong = [text for text, a, b in zip(texts, theirs, ours, strict=True) if a.ids != b.tolist()]
+    pairs = zip(exported.encode_batch_fast(texts, add_special_tokens=False), tokenizer.encode_batch(texts), strict=True)
+    wrong = [text for text, (actual, expected) in zip(texts, pairs, strict=True) if actual.ids != expected.tolist()]
     if not wrong:
         return None
     return (

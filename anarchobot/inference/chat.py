@@ -25,7 +25,7 @@ def chat_encoder(model: Model, template: str = "auto") -> ChatEncoder:
 
 
 def chat_warnings(encoder: ChatEncoder) -> list[str]:
-    """Returns reasons why answers may be poor."""
+    """Returns warnings about the chat template."""
     template = encoder.template.where
     if template in ("chatml", "plain"):
         untrained = f"this model has no chat template and was not trained to answer: using the {template} template"
@@ -49,7 +49,7 @@ class ChatSession:
         self.dropped_turns = 0
 
     def warnings(self) -> list[str]:
-        """Returns reasons why answers may be poor."""
+        """Returns warnings about the chat template."""
         return chat_warnings(self._encoder)
 
     def answer(self, question: str, on_text: Callable[[str], None] = lambda text: None) -> str:
@@ -109,7 +109,7 @@ class ChatSession:
     def _fit_context(self, question: str, hits: Sequence[Hit]) -> tuple[list[int], list[Hit]]:
         """Returns the prompt's ids and the passages in it. To leave room for an answer, the oldest turns are dropped
         first, then the lowest-ranked passages."""
-        max_seq_len = self._model.shape.max_seq_len
+        max_seq_len = self._model.config.max_seq_len
         room = min(self._settings.max_new_tokens, max_seq_len // 2)
         turns, hits = self.turns[self.dropped_turns :], list(hits)
         while True:

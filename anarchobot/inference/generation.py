@@ -29,7 +29,7 @@ class TextBatch:
 
     def __init__(self, model: Model, max_rows: int | None = None) -> None:
         self._tokenizer = model.tokenizer
-        self._batch = Batch(model.params, model.shape, max_rows or batching.MAX_ROWS)
+        self._batch = Batch(model.params, model.config, max_rows or batching.MAX_ROWS)
         self._streams: dict[int, TextStream] = {}
         self._counts: dict[int, int] = {}
 
@@ -87,15 +87,14 @@ def generate(model: Model, settings: GenerationConfig, on_text: Callable[[str], 
 def generate_batch(model: Model, prompts: Sequence[str], settings: GenerationConfig) -> Iterator[str]:
     """Yields the continuation of each prompt, in order; prompts are batched.
 
-    Prompt number i uses the seed settings.seed + i and gets the same text as alone. Raises UserError, before generating
-    anything, if a prompt leaves no room within max_seq_len.
-    """
+    Prompt i uses the seed settings.seed + i and gets the same text as without batching. Raises UserError, before
+    generating anything, if a prompt leaves no room within max_seq_len."""
     batch = TextBatch(model)
     texts: dict[int, list[str]] = {}
     for i, prompt in enumerate(prompts):
-        own = settings.model_copy(update={"prompt": prompt, "seed": (settings.seed + i) % NUM_SEEDS})
+        row_settings = settings.model_copy(update={"prompt": prompt, "seed": (settings.seed + i) % NUM_SEEDS})
         try:
-            texts[batch.insert(prompt_ids(model, prompt), own, {model.tokenizer.eod_id})] = []
+            texts[batch.insert(prompt_ids(model, prompt), row_settings, {model.tokenizer.eod_id})] = []
         except UserError as error:
             raise UserError(f"prompt {i + 1}: {error}") from error
     finished = set()
@@ -108,21 +107,14 @@ def generate_batch(model: Model, prompts: Sequence[str], settings: GenerationCon
         yield "".join(texts.pop(request))
 
 
-def generate_ids(model: Model, settings: GenerationConfig) -> Iterator[int]:
-    """Yields token ids, without the end of document. Raises UserError like `generate`."""
-    return stream_token_ids(
-        model.params, model.shape, prompt_ids(model, settings.prompt), settings, {model.tokenizer.eod_id}
-    )
-
-
 def stream_token_ids(
-    params: Params, shape: ModelConfig, context: list[int], settings: GenerationConfig, stop: Collection[int]
+    params: Params, model: ModelConfig, context: list[int], settings: GenerationConfig, stop: Collection[int]
 ) -> Iterator[int]:
-    """Yields token ids that continue `context`, without the token in `stop` that ends them.
+    """Yields token ids that continue `context`, up to but not including an id in `stop`.
 
     Raises UserError if the context leaves no room within max_seq_len.
     """
-    batch = Batch(params, shape)
+    batch = Batch(params, model)
     batch.insert(context, settings, stop)
     while batch:
         for output in batch.step():

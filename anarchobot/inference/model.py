@@ -1,4 +1,4 @@
-"""A model that is loaded for inference."""
+"""A model loaded for inference."""
 
 import sys
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ from anarchobot.tokenizers.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Model:
-    """Parameters, their shape, and the tokenizer they were trained with. Computes in the dtype of the parameters."""
+    """Parameters, model configuration and tokenizer. Computes in the dtype of the parameters."""
 
     params: Params
-    shape: ModelConfig
+    config: ModelConfig
     tokenizer: Tokenizer
 
     @property
     def bos_id(self) -> int:
         """The token that starts a text: model.bos_id, or the end-of-document token, as in the shards."""
-        return self.tokenizer.eod_id if self.shape.bos_id is None else self.shape.bos_id
+        return self.tokenizer.eod_id if self.config.bos_id is None else self.config.bos_id
 
 
 def load_model(path: str | Path) -> tuple[Model, Config]:

@@ -1,4 +1,4 @@
-"""Sampling the next token: repetition penalty, temperature, the method's filter, then a draw.
+"""Samples the next token: repetition penalty, temperature, the method's filter, then a draw.
 
 The penalty and the filters are mlx-lm's. The draw has no random state: it is a function of the logits, the seed and the
 token's position in its text. So a text does not depend on the other rows of its batch.

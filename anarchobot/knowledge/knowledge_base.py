@@ -248,7 +248,7 @@ class AddResult:
 
 
 def add_files(
-    base: KnowledgeBase, paths: Iterable[Path], named: Iterable[str], data: DataConfig, say: Callable[[str], None]
+    base: KnowledgeBase, paths: Iterable[Path], named: Iterable[str], data: DataConfig, log: Callable[[str], None]
 ) -> AddResult:
     """Adds files. A file that fails does not stop the others; an empty file is skipped unless it is in `named`.
 
@@ -272,7 +272,7 @@ def add_files(
             result.failed.append(f"{path}: cannot be read: {error.strerror}")
         else:
             getattr(result, outcome).append(str(path))
-            say(f"{path}: {_OUTCOMES[outcome]}")
+            log(f"{path}: {_OUTCOMES[outcome]}")
     return result
 
 

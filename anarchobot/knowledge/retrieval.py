@@ -1,6 +1,6 @@
 """Ranking: BM25 scaled by user feedback.
 
-BM25 is FTS5's (k1 1.2, b 0.75). Rare words weigh much and common words almost nothing, so no stop word list is needed.
+BM25 is FTS5's (k1 1.2, b 0.75). Rare words are weighted heavily, common words barely, so no stop word list is needed.
 The best NUM_CANDIDATES passages by BM25 are ranked by
 
     score = BM25 / (BM25 of the best passage) · (1 + s)
@@ -20,10 +20,10 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 NUM_CANDIDATES = 100
-# Terms are added to a query from the rarest on until they match this many passages. The remaining, most common terms
-# barely change the ranking but take nearly all the time. This bounds the time of a search.
+# Terms are added to a query, starting with the rarest, until they match this many passages. The remaining, most common
+# terms barely change the ranking but take nearly all the time. This bounds the time of a search.
 MAX_MATCHES = 10_000
-MAX_TERMS = 100  # of a question: the first ones
+MAX_TERMS = 100  # only the first terms of a question are used
 
 
 class RankedPassage(NamedTuple):

@@ -94,12 +94,12 @@ def search_terms(text: str) -> list[str]:
     """
     visible = _EMOJI.sub(" ", _INVISIBLE.sub("", text.lower()))
     plain = "".join(c if unicodedata.category(c)[0] in _TERM_CATEGORIES else " " for c in visible)
-    found: dict[str, None] = {}
+    terms: dict[str, None] = {}
     for run in _RUNS.findall(plain):
         if not any(c.isalnum() for c in run):  # marks only, such as an emoji's
             continue
         if len(run) == 1 or not _UNSPACED_CHARACTER.match(run):
-            found[run] = None
+            terms[run] = None
         else:
-            found.update(dict.fromkeys(f"{a} {b}" for a, b in pairwise(run)))
-    return list(found)
+            terms.update(dict.fromkeys(f"{a} {b}" for a, b in pairwise(run)))
+    return list(terms)

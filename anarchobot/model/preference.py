@@ -48,7 +48,7 @@ def rewards(pairs: Preferences, kind: Kind, beta: float) -> mx.array:
     return beta * (pairs.log_probs - pairs.reference)
 
 
-def losses_and_slopes(
+def losses_and_grads(
     pairs: Preferences, kind: Kind, beta: float, label_smoothing: float = 0.0
 ) -> tuple[mx.array, mx.array]:
     """The losses [P], and the gradient [P, 2] of their sum with respect to the log-probabilities."""

@@ -1,4 +1,4 @@
-"""CPU cores, and the threads that share a micro-batch on them. No MLX here."""
+"""CPU cores, and the number of threads that share a micro-batch. Does not import MLX."""
 
 import os
 

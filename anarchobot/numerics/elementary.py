@@ -2,9 +2,9 @@
 
 MLX's CPU backend calls the C library's functions element by element, at 15 to 30 ns each: half of a training step on a
 CPU would go into exponentials. Compilers vectorize sums, products, quotients and integer shifts; written with these,
-exp takes 1.4 ns (3 without a C++ compiler for `mx.compile`). On a GPU, MLX's own functions are best.
+exp takes 1.4 ns (3 without a C++ compiler for `mx.compile`). On a GPU, MLX's functions are best.
 
-MLX cannot differentiate these forms; inside `differentiable()`, MLX's own functions are used instead.
+MLX cannot differentiate these forms; inside `differentiable()`, MLX's functions are used instead.
 """
 
 import threading
@@ -35,18 +35,18 @@ def exp(x: mx.array) -> mx.array:
 
 
 def tanh(x: mx.array) -> mx.array:
-    """The hyperbolic tangent, to 3e-7."""
+    """The hyperbolic tangent, with an error of 3e-7."""
     return _tanh(x) if _vectorized(x) else mx.tanh(x)
 
 
 def sigmoid(x: mx.array) -> mx.array:
-    """1 / (1 + e^-x), to 2e-7 absolutely (on a CPU the far tail is lost)."""
+    """1 / (1 + e^-x), with an absolute error of 2e-7 (on a CPU, the far tail is lost)."""
     return 0.5 + 0.5 * _tanh(0.5 * x) if _vectorized(x) else mx.sigmoid(x)
 
 
 def row_sums(x: mx.array) -> mx.array:
     """Sums over the last axis: [..., n] -> [..., 1]."""
-    # On a CPU a product with ones is three times as fast as MLX's sum.
+    # On a CPU, a product with a vector of ones is three times as fast as MLX's sum.
     return x @ mx.ones((x.shape[-1], 1), x.dtype) if _vectorized(x) else mx.sum(x, axis=-1, keepdims=True)
 
 
@@ -60,7 +60,7 @@ _mode = threading.local()  # each worker thread has its own
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Inside, the functions above can be differentiated by MLX."""
+    """A context manager in which MLX can differentiate the functions above."""
     before = getattr(_mode, "differentiable", False)
     _mode.differentiable = True
     try:
@@ -74,7 +74,7 @@ def _vectorized(x: mx.array) -> bool:
 
 
 # MLX fuses at most eleven operations in a row into one pass, and cutting there is slow: hence several small functions.
-# Maxima are outside: inside, they keep the compiler from vectorizing.
+# mx.maximum stays outside: inside, it prevents vectorization.
 
 
 def _exp(x: mx.array) -> mx.array:

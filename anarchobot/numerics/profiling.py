@@ -1,4 +1,4 @@
-"""Timing of the parts of a training step."""
+"""Times the parts of a training step."""
 
 import statistics
 import threading
@@ -9,20 +9,20 @@ import mlx.core as mx
 
 
 class Profile:
-    """Notified of the parts of a training step. This one does nothing: it is what training uses."""
+    """Hooks for the parts of a training step. This no-op profiler is used in training."""
 
     def start(self) -> None:
-        """The first part begins."""
+        """Called when the first part begins."""
 
     def end(self, part: str, *results: mx.array) -> None:
-        """A part has built its `results`, and the next one begins."""
+        """Called when a part has built its `results` and the next part begins."""
 
 
 NO_PROFILE = Profile()
 
 
 class TimedProfile(Profile):
-    """Evaluates the results of each part and times it, in each of the engine's threads by itself."""
+    """Evaluates the results of each part and measures its time, separately in each of the engine's threads."""
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
@@ -46,6 +46,6 @@ class TimedProfile(Profile):
         self._step.clear()
 
     def medians(self) -> dict[str, float]:
-        """Seconds of each part in a step, the mean over the threads: the median over the steps but the first."""
+        """Returns the seconds per step of each part: the mean over threads, the median over all steps but the first."""
         steps = self._steps[1:]
         return {part: statistics.median(step[part] for step in steps) for part in steps[0]}

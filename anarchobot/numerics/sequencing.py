@@ -1,4 +1,4 @@
-"""Makes one part of a computation run after another.
+"""Controls the evaluation order of a computation.
 
 MLX is lazy and starts whatever it can, breadth first: the gradients and recomputed activations of several layers would
 be in memory at once. So each part of the backward pass waits until the part before it is done.
@@ -9,21 +9,21 @@ from collections.abc import Callable
 import mlx.core as mx
 
 Sequencing = Callable[[list[mx.array], list[mx.array]], list[mx.array]]
-"""(arrays, done) -> the arrays, which must not be used before `done` is computed."""
+"""(arrays, done) -> arrays, which cannot be used before `done` is computed."""
 
 
 def depend(arrays: list[mx.array], done: list[mx.array]) -> list[mx.array]:
-    """By dependencies in the graph, as a compiled step needs."""
+    """Adds graph dependencies, as a compiled step requires."""
     return mx.depends(arrays, done) if arrays and done else arrays
 
 
 def eval_now(arrays: list[mx.array], done: list[mx.array]) -> list[mx.array]:
-    """By computing `done` now. MLX's CPU backend allocates up to a hundred operations ahead of the memory that it
+    """Evaluates `done` immediately. MLX's CPU backend allocates up to a hundred operations ahead of the memory that it
     frees; evaluating keeps that short and costs nothing there."""
     mx.eval(done)
     return arrays
 
 
 def unordered(arrays: list[mx.array], done: list[mx.array]) -> list[mx.array]:
-    """Not at all: MLX's own order. For comparisons."""
+    """No ordering: MLX chooses."""
     return arrays

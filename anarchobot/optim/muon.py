@@ -19,8 +19,8 @@ from anarchobot.optim.param_groups import (
     NORMUON_BETA2,
     NORMUON_EPS,
     merge_heads,
-    muon_scale,
     muon_batches,
+    muon_scale,
     split_heads,
 )
 from anarchobot.optim.polar_express import orthogonalize

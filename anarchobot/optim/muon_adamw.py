@@ -1,4 +1,4 @@
-"""One update of all parameters, each by its optimizer (optim/param_groups.py)."""
+"""Updates all parameters, each with its optimizer (optim/param_groups.py)."""
 
 import mlx.core as mx
 
@@ -16,7 +16,7 @@ State = dict[str, Arrays]  # "muon.momentum", "muon.second", "adamw.first", "ada
 def init_state(params: Arrays, train: TrainConfig) -> State:
     """Zeros for every moment, float32."""
     shapes = state_shapes({name: p.shape for name, p in params.items()}, train)
-    return {kind: {name: mx.zeros(shape) for name, shape in of.items()} for kind, of in shapes.items()}
+    return {kind: {name: mx.zeros(shape) for name, shape in by_name.items()} for kind, by_name in shapes.items()}
 
 
 def update(
@@ -32,8 +32,8 @@ def update(
     directions: Arrays | None = None,
     profile: Profile = NO_PROFILE,
 ) -> tuple[Arrays, State]:
-    """One step of Muon and AdamW. `lr`, `momentum` and `count` are float32 scalars (Python numbers would be compiled in
-    as constants). The state tells which optimizer has a parameter; `head_size` and the optional precomputed
+    """One step of Muon and AdamW. `lr`, `momentum` and `count` are float32 scalars (Python numbers would be compiled
+    in as constants). The state determines which optimizer owns a parameter; `head_size` and the optional precomputed
     `directions` are for Muon. All dicts are consumed, so that new arrays can reuse the memory of the old ones. Returns
     the new (params, state)."""
     names = list(params)

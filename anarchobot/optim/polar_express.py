@@ -9,26 +9,27 @@ from anarchobot.optim.param_groups import MIN_SIZE_FOR_STRIPS, NORM_EPS, NORM_MA
 
 
 def orthogonalize(g: mx.array) -> mx.array:
-    """The nearest matrix whose singular values are all one (U V^T of g = U S V^T), to about 15 %, for each of a stack.
+    """Returns the nearest matrix whose singular values are all one (U V^T of g = U S V^T), to about 15%, for each
+    matrix.
 
-    `g` [n, rows, cols] float32 -> the same shape. Dividing by the Frobenius norm, with a margin of 2 %, first brings
+    `g` [n, rows, cols] float32 -> the same shape. Dividing by the Frobenius norm, with a margin of 2%, first brings
     all singular values below one. Each step multiplies X from the left by a polynomial in A = X X^T, so all steps run
     on the small side [n, s, s]: with M = a + b A + c A^2, A becomes M A M, and the product of all M is applied to X
-    once. For a matrix of 768 x 3,072 that takes 38 % of the multiplications of steps on X itself, symmetry included.
+    once. For a matrix of 768 x 3,072 that takes 38% of the multiplications of steps on X itself, symmetry included.
     """
     tall = g.shape[1] > g.shape[2]
     x = g.swapaxes(1, 2) if tall else g
     x = x / (mx.sqrt(mx.sum(x * x, axis=(1, 2), keepdims=True)) * NORM_MARGIN + NORM_EPS)
     gram = gram_matrix(x)  # [n, s, s]
-    whole = None
+    poly = None
     for i, (a, b, c) in enumerate(POLAR_EXPRESS):
         inner = b * gram + c * symmetric_product(gram, gram)  # M = a + inner
-        whole = inner + a * mx.eye(gram.shape[-1]) if whole is None else a * whole + symmetric_product(whole, inner)
+        poly = inner + a * mx.eye(gram.shape[-1]) if poly is None else a * poly + symmetric_product(poly, inner)
         if i + 1 < len(POLAR_EXPRESS):
             half = a * gram + symmetric_product(gram, inner)  # A M
             gram = a * half + symmetric_product(half, inner)  # M A M: all of these commute
-    assert whole is not None
-    x = whole @ x
+    assert poly is not None
+    x = poly @ x
     return x.swapaxes(1, 2) if tall else x
 
 

@@ -1,4 +1,4 @@
-"""Learning rate, momentum and length of a run: functions of the step alone, so that a run can be resumed exactly."""
+"""Learning rate, momentum and length of a run. They depend only on the step, so that a run can be resumed exactly."""
 
 import math
 
@@ -12,7 +12,7 @@ def sequences_per_step(train: TrainConfig, ranks: int = 1) -> int:
 
 
 def total_steps(train: TrainConfig, seq_len: int, windows: int, ranks: int = 1) -> int:
-    """Returns the run's optimizer steps, from whichever of total_steps, epochs and token_budget is set, rounded up.
+    """Returns the run's optimizer steps, from epochs, token_budget or total_steps, rounded up.
 
     `windows` is the number of training sequences in an epoch.
     """
@@ -38,11 +38,11 @@ def split_micro_batch(micro_batch_size: int, grad_accum_steps: int) -> tuple[int
 
 
 def learning_rate(step: int, train: TrainConfig, steps: int) -> float:
-    """The rate of the update that makes step `step` (1 is the first) of a run of `steps`.
+    """Returns the learning rate of step `step` (the first is 1) of a run of `steps`.
 
     Linear from 0 to lr over warmup_steps (already above 0 at step 1), then by schedule to min_lr at lr_decay_steps
-    (default: the last step), where it stays. cosine: half a cosine (Loshchilov and Hutter, 2017). linear: a line. wsd:
-    constant, then a line over the last decay_fraction of lr_decay_steps (Hu et al., 2024). constant: lr throughout.
+    (default: the last step), where it stays. cosine: half a cosine (Loshchilov and Hutter, 2017). linear: linear. wsd:
+    constant, then linear decay over the last decay_fraction of lr_decay_steps (Hu et al., 2024). constant: lr.
     """
     if step < train.warmup_steps:
         return train.lr * step / train.warmup_steps
@@ -58,6 +58,7 @@ def learning_rate(step: int, train: TrainConfig, steps: int) -> float:
 
 
 def muon_momentum(step: int, train: TrainConfig) -> float:
-    """Muon's momentum, warmed up linearly from 0.85 over 300 steps (modded-nanogpt); never above its setting."""
+    """Returns Muon's momentum, warmed up linearly from 0.85 over 300 steps (modded-nanogpt); never above its
+    setting."""
     start = min(MOMENTUM_START, train.momentum)
     return start + (train.momentum - start) * min(1.0, step / MOMENTUM_WARMUP)

@@ -10,8 +10,8 @@ from jinja2 import Environment, PackageLoader
 from anarchobot.reporting.chart import Series, ema_smooth, line_chart
 from anarchobot.runs.run_log import RunLog
 
-MAX_SAMPLES = 6  # the last ones of each run
-MAX_EVENTS = 200  # per run; earlier ones are only counted
+MAX_SAMPLES = 6  # most recent samples per run
+MAX_EVENTS = 200  # most recent events per run; earlier events are only counted
 NOTABLE_EVENTS = ("skip", "resume", "warning", "end")
 PALETTE = ("#2563eb", "#d9480f", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285", "#8a6d00", "#5f3dc4")  # cycled
 
@@ -30,7 +30,7 @@ def render_report(runs: Sequence[RunLog]) -> str:
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         runs=runs,
         palette=PALETTE,
-        summary={name: [of(run) for run in runs] for name, of in SUMMARY.items()},
+        summary={name: [format_value(run) for run in runs] for name, format_value in SUMMARY.items()},
         charts=list(_charts(runs)),
         settings=_differing_settings(runs),
         notable=lambda run: [event for event in run.events if event["event"] in NOTABLE_EVENTS],

@@ -1,4 +1,4 @@
-"""Samples the memory of a run, a process or the machine, along with the figures that the run logs."""
+"""Samples the memory of a run, a process or the machine, along with the metrics that the run logs."""
 
 import csv
 import re
@@ -38,19 +38,19 @@ class Sample:
 
 
 class LogTail:
-    """Follows a run's metrics.jsonl, reading only appended lines. `figures` are those of the last training step.
+    """Follows a run's metrics.jsonl, reading only appended lines. `metrics` are from the last training step.
     `finished` is None until the run logs its end."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._offset = folder, 0
         self._file: Path | None = None
-        self.figures: dict[str, Any] = {}
+        self.metrics: dict[str, Any] = {}
         self.read()
-        self.finished: bool | None = None  # an end logged so far is that of an earlier run
+        self.finished: bool | None = None  # an end logged so far is from an earlier run
 
     def read(self) -> None:
         if self._file is None:
-            path = metrics_path(self._folder)  # reads config.yaml, hence only once
+            path = metrics_path(self._folder)  # only once: it reads config.yaml
             if not path.is_file():
                 return
             self._file, self._offset = path, max(0, path.stat().st_size - TAIL_BYTES)
@@ -60,7 +60,7 @@ class LogTail:
         self._offset += len(lines + newline)
         for event in parse_events(lines)[0]:
             if event["event"] == "train":
-                self.figures = {name: event.get(name) for name in LOGGED}
+                self.metrics = {name: event.get(name) for name in LOGGED}
             self.finished = bool(event.get("finished")) if event["event"] == "end" else None
 
 
@@ -84,7 +84,7 @@ class Monitor:
         system = system_memory()
         return Sample(
             round(time.time(), 3), None if memory is None else _gb(memory), _gb(system.used), _gb(system.total),
-            _gb(system.swap_used), system.pressure, **(self._log.figures if self._log is not None else {}),
+            _gb(system.swap_used), system.pressure, **(self._log.metrics if self._log is not None else {}),
         )  # fmt: skip
 
     def samples(self, interval: float, duration: float | None) -> Iterator[Sample]:
@@ -124,14 +124,14 @@ def attach(folder: Path, *, wait: bool, timeout: float | None = None) -> Monitor
 
 
 def _running_pid(folder: Path) -> int | None:
-    named = re.fullmatch(r"process (\d+) on (\S+)", last_holder(folder) or "")
-    if named is None:
+    match = re.fullmatch(r"process (\d+) on (\S+)", last_holder(folder) or "")
+    if match is None:
         return None
-    pid, local = int(named[1]), named[2] == socket.gethostname()
+    pid, local = int(match[1]), match[2] == socket.gethostname()
     if (local and process_memory(pid) is None) or holder(folder) is None:
         return None
     if not local:
-        raise UserError(f"{folder}: the run is {named[0]}: monitor it there")
+        raise UserError(f"{folder}: the run is {match[0]}: monitor it there")
     return pid
 
 
@@ -141,12 +141,12 @@ class Alarm:
 
     def __init__(self, limit: str) -> None:
         """Raises UserError if `limit` is invalid."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", limit)
-        if found is None or not 0 < float(found[1]) <= (100 if found[2] else 1e6):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", limit)
+        if match is None or not 0 < float(match[1]) <= (100 if match[2] else 1e6):
             raise UserError(
                 f"--alarm {limit}: expected GB, such as 12, or a share of the machine's memory, such as 90%"
             )
-        self._limit, self._percent, self._above = float(found[1]), bool(found[2]), False
+        self._limit, self._percent, self._above = float(match[1]), bool(match[2]), False
 
     def message(self, sample: Sample) -> str | None:
         """Returns a message if memory is above the limit now and was not in the previous sample."""

@@ -33,11 +33,19 @@ class AsyncCheckpointer:
     """A context manager; on exit, all submitted saves have completed or failed.
 
     `newest` is the newest step of this run on disk. `on_result` is called in the caller's thread for each completed
-    save.
+    save. If not `enabled` (ranks other than 0), nothing is saved.
     """
 
-    def __init__(self, run: Path, train: TrainConfig, newest: int, on_result: Callable[[SaveResult], None]) -> None:
-        self.newest = newest
+    def __init__(
+        self,
+        run: Path,
+        train: TrainConfig,
+        newest: int,
+        on_result: Callable[[SaveResult], None],
+        *,
+        enabled: bool = True,
+    ) -> None:
+        self.newest, self._enabled = newest, enabled
         self._run, self._train, self._on_result = run, train, on_result
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: deque[Future[SaveResult]] = deque()
@@ -55,12 +63,12 @@ class AsyncCheckpointer:
 
     def is_submitted(self, step: int) -> bool:
         """Whether the last save is of this step; it may still be running."""
-        return self._submitted == step
+        return not self._enabled or self._submitted == step
 
     def is_due(self, step: int) -> bool:
         minutes = self._train.ckpt_minutes
         now = time.monotonic()
-        return (
+        return self._enabled and (
             step % self._train.ckpt_interval == 0
             or (minutes is not None and now - self._last_time >= 60 * minutes)
             or (self._retry_at is not None and now >= self._retry_at)
@@ -68,6 +76,8 @@ class AsyncCheckpointer:
 
     def save(self, step: int, arrays: Arrays, state: dict[str, Any]) -> None:
         """Submits a step; `arrays` must not change afterwards. Waits for the previous save, to limit memory."""
+        if not self._enabled:
+            return
         self.wait()
         self._submitted, self._last_time, self._retry_at = step, time.monotonic(), None
         self._pending.append(self._pool.submit(self._write, step, arrays, state))
@@ -75,6 +85,8 @@ class AsyncCheckpointer:
     def mark_best(self, step: int, values: dict[str, Any]) -> bool:
         """Writes best.json once the submitted `step` is on disk; returns False if its save failed. If best.json can't
         be written, that is retried later, and the step is not removed until then."""
+        if not self._enabled:
+            return True
         self.wait()
         if self.newest != step:
             return False
@@ -117,6 +129,8 @@ class AsyncCheckpointer:
 
     def finish(self, step: int, arrays: Callable[[], Arrays], state: dict[str, Any]) -> None:
         """Saves the run's last step unless it is on disk. Raises UserError after FINAL_ATTEMPTS failures."""
+        if not self._enabled:
+            return
         self.wait()
         for attempt in range(FINAL_ATTEMPTS):
             if self.newest == step:
@@ -142,20 +156,3 @@ class AsyncCheckpointer:
         except Exception as error:  # any error: a failed save must not end the run
             problem = error
         return SaveResult(step, written, removed, time.monotonic() - began, problem, action)
-
-
-class NullCheckpointer(AsyncCheckpointer):
-    """For ranks other than 0, which do not save."""
-
-    def is_submitted(self, step: int) -> bool:
-        return True
-
-    def is_due(self, step: int) -> bool:
-        return False
-
-    def save(self, step: int, arrays: Arrays, state: dict[str, Any]) -> None: ...
-
-    def mark_best(self, step: int, values: dict[str, Any]) -> bool:
-        return True
-
-    def finish(self, step: int, arrays: Callable[[], Arrays], state: dict[str, Any]) -> None: ...

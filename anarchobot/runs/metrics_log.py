@@ -90,18 +90,6 @@ class MetricsLog:
         self._tensorboard.close()
 
 
-class NullMetricsLog(MetricsLog):
-    """For ranks other than 0, which do not log."""
-
-    def __init__(self) -> None: ...
-    def event(self, event: str, step: int, **values: Any) -> None: ...
-
-    def steps_of(self, event: str) -> set[int]:
-        return set()
-
-    def __exit__(self, *exc: object) -> None: ...
-
-
 class _EventFile:
     """A TensorBoard event file, written synchronously: tensorboardX's writer thread dies silently on a full disk."""
 

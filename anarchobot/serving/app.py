@@ -35,7 +35,7 @@ CHAT_PAGE = Path(__file__).with_name("page.html")
 
 @dataclass(frozen=True)
 class Limits:
-    """Per request: tokens generated, bytes of its body, seconds to receive the body."""
+    """Limits per request: generated tokens, bytes of the body, seconds to receive the body."""
 
     tokens: int = 2048
     body_bytes: int = 2**20
@@ -43,12 +43,12 @@ class Limits:
 
 
 class Service:
-    """Serves one model as `name`. `defaults`: settings for fields that a request leaves out."""
+    """Serves one model as `name`. `defaults`: settings for fields that a request omits."""
 
     def __init__(self, model: Model, worker: Worker, name: str, defaults: GenerationConfig, limits: Limits) -> None:
         """Raises UserError if the chat template cannot be used."""
         self._worker, self._name, self._defaults, self._limits = worker, name, defaults, limits
-        self._prompts, self._context = PromptEncoder(model), model.shape.max_seq_len
+        self._prompts, self._context = PromptEncoder(model), model.config.max_seq_len
         self._created = int(time.time())
 
     def warnings(self) -> list[str]:
@@ -152,16 +152,16 @@ class PromptEncoder:
         self._text_stop, self._chat_stop = frozenset({model.tokenizer.eod_id}), self._encoder.stop_ids()
 
     def warnings(self) -> list[str]:
-        """Reasons why this model may answer badly in a chat."""
+        """Returns warnings about the chat template."""
         return chat_warnings(self._encoder)
 
     def encode_text(self, text: str) -> EncodedPrompt:
-        """As in `generate`. Raises ApiError (400) if the prompt fills max_seq_len."""
+        """Encodes a prompt like `generate`. Raises ApiError (400) if it fills max_seq_len."""
         return self._check_length(EncodedPrompt(prompt_ids(self._model, text), self._text_stop), "prompt")
 
     def encode_chat(self, messages: Sequence[Message]) -> EncodedPrompt:
-        """As in `chat`, up to the start of the assistant's turn. Raises ApiError (400) if the template or the tokenizer
-        rejects the conversation, or if it fills max_seq_len."""
+        """Encodes a conversation up to the start of the assistant's turn, like `chat`. Raises ApiError (400) if the
+        template or the tokenizer rejects it, or if it fills max_seq_len."""
         try:
             ids = self._encoder.encode_prompt(tuple(messages)).tolist()
         except InvalidRow as error:
@@ -169,7 +169,7 @@ class PromptEncoder:
         return self._check_length(EncodedPrompt(ids, self._chat_stop), "messages")
 
     def _check_length(self, prompt: EncodedPrompt, param: str) -> EncodedPrompt:
-        length, limit = len(prompt.ids), self._model.shape.max_seq_len
+        length, limit = len(prompt.ids), self._model.config.max_seq_len
         if length >= limit:
             message = f"{param}: {length} tokens do not fit (the model's max_seq_len is {limit}); shorten it"
             raise ApiError(400, message, param, "context_length_exceeded")

@@ -1,8 +1,7 @@
 """Access control: allowed hosts, allowed origins, and the API key.
 
-A web page of another site, opened in a browser on this machine, can reach a loopback server: through a host name of its
-own that resolves to 127.0.0.1 (DNS rebinding: a foreign Host header), or cross-site (a foreign Origin). Both are
-rejected.
+A website opened in a browser on this machine can reach a loopback server: through one of its own host names that
+resolves to 127.0.0.1 (DNS rebinding: a foreign Host header), or cross-site (a foreign Origin). Both are rejected.
 """
 
 import hashlib
@@ -60,8 +59,8 @@ class ApiKeyMiddleware:
         error = ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         await error.response()(scope, receive, send)
 
-    def _is_authorized(self, given: list[str]) -> bool:
-        scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+    def _is_authorized(self, headers: list[str]) -> bool:
+        scheme, _, key = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
         # Compares digests, so that timing reveals nothing about the key, not even its length.
         matches = hmac.compare_digest(_digest(key.strip().encode("latin-1")), self._digest or b"")
         return matches and scheme.lower() == "bearer"
@@ -85,8 +84,8 @@ def allowed_hosts(bound: str, named: Collection[str] = ()) -> frozenset[str]:
             raise UserError(
                 f"--allow-host '{name}': expected a host name or address without a port, such as my-mac.local"
             )
-    own = f"[{bound}]" if ":" in bound else bound.lower()
-    return frozenset({*LOOPBACK_NAMES, own, *(name.lower() for name in named)})
+    bound_name = f"[{bound}]" if ":" in bound else bound.lower()
+    return frozenset({*LOOPBACK_NAMES, bound_name, *(name.lower() for name in named)})
 
 
 def allowed_origins(named: Collection[str]) -> frozenset[str]:

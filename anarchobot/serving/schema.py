@@ -102,8 +102,8 @@ class _Request(_StrictModel):
         return self.max_tokens
 
     def settings(self, defaults: GenerationConfig, max_tokens: int) -> GenerationConfig:
-        """Fields that are left out take their value from `defaults`, except for the seed, which is random. Raises
-        ApiError (400) for more than `max_tokens`."""
+        """Omitted fields take their value from `defaults`, except for the seed, which is random. Raises ApiError (400)
+        if more than `max_tokens` are requested."""
         tokens = self.requested_tokens()
         if tokens is not None and tokens > max_tokens:
             raise ApiError(400, f"max_tokens: {tokens} exceeds the server's limit of {max_tokens}", "max_tokens")
@@ -155,7 +155,7 @@ def parse_request(body: bytes, schema: type[R]) -> R:
     for name, accepted in _UNSUPPORTED.items():
         value = fields.pop(name, None)
         if value is not None and not any(_equal(value, other) for other in accepted):
-            raise ApiError(400, f"{name}: not supported; leave it out", name, "unsupported_parameter")
+            raise ApiError(400, f"{name}: not supported; omit it", name, "unsupported_parameter")
     try:
         request = schema.model_validate({name: value for name, value in fields.items() if name not in _IGNORED})
     except ValidationError as error:

@@ -1,5 +1,5 @@
-"""The model thread: it owns the batch and all arrays. Requests arrive through a queue; generated text is sent back to
-the event loop chunk by chunk."""
+"""The model thread, which owns the batch and all arrays. Requests arrive through a queue; generated text is sent back
+to the event loop chunk by chunk."""
 
 import asyncio
 import threading
@@ -135,7 +135,7 @@ class Worker:
                         job.send(_DONE)
             except Exception:
                 traceback.print_exc()
-                self._fail_all(ApiError(500, "generation failed for this request or for another one in its batch"))
+                self._fail_all(ApiError(500, "generation failed for this request or another request in the same batch"))
 
     def _next(self) -> _Job | _Cancel | _AbortAll | None:
         """The next message, or None; waits for one if there is nothing to generate."""

@@ -153,5 +153,5 @@ def _peak(engine: "MLXEngine", size: int) -> float:
     mx.eval(a)
     times: list[float] = []
     while sum(times) < PEAK_SECONDS:
-        times.append(_timed(lambda: engine.workers.each(lambda _: mx.eval(a @ a))))
+        times.append(_timed(lambda: engine.workers.map(lambda _: mx.eval(a @ a))))
     return float(2 * size**3 * engine.workers.count / min(times) / 1e9)

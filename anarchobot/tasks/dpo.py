@@ -71,7 +71,7 @@ def dpo(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
         bytes_per_token=None,
         folder=start.folder,
         sample=lambda: generate_reply(opened, encoder, (Message("user", config.generation.prompt),), config),
-        val_metrics=engine.eval_measures,
+        val_metrics=engine.eval_metrics,
     )
 
     def set_ref_log_probs(folder: Path) -> None:
@@ -112,7 +112,7 @@ def compute_ref_log_probs(
     batch_size: int,
     log: Callable[[str], object] = lambda text: None,
 ) -> list[LogProbs]:
-    """float32 [pairs, 2] for each split, under the engine's current weights, which must be the initial ones.
+    """float32 [pairs, 2] for each split, under the engine's current weights, which must be the initial weights.
 
     Values cached in `folder`, which must be locked, are reused if the pairs and `model_key` match. The rest are
     computed in batches of `batch_size` pairs, or fewer if memory runs out, and saved there. Raises UserError if not

@@ -1,4 +1,4 @@
-"""Opens the engine that the config selects, MLX or PyTorch, with what a run needs of it besides training."""
+"""Opens the engine that the config selects, MLX or PyTorch, with everything else that a run needs from it."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from anarchobot.system.blas import load_fast_blas, no_blas_message
 from anarchobot.system.peak_flops import apple_gpu_cores, peak_tflops
 from anarchobot.tokenizers.tokenizer import Tokenizer
 from anarchobot.training.engine import Engine
-from anarchobot.training.ranks import ALONE, Ranks, detect_launcher, join_ranks
+from anarchobot.training.ranks import SINGLE_PROCESS, Ranks, detect_launcher, init_distributed
 
 if TYPE_CHECKING:
     from anarchobot.training.mlx_engine import MLXEngine
@@ -41,15 +41,17 @@ def open_ranks(config: Config) -> Ranks:
     """This process among those that mlx.launch or mpirun started for the run. Raises UserError for PyTorch, which
     trains in a single process, and if the ranks cannot be joined."""
     if detect_launcher() is None:
-        return ALONE
+        return SINGLE_PROCESS
     if config.train.backend == "torch":
-        raise UserError("train.backend: torch trains in a single process: set train.backend to mlx, or run it alone")
+        raise UserError(
+            "train.backend: torch trains in a single process: set train.backend to mlx, or start it without mlx.launch"
+        )
     load_fast_blas()  # before MLX
-    return join_ranks()
+    return init_distributed()
 
 
-def open_engine(config: Config, weights: Weights | None = None, ranks: Ranks = ALONE) -> OpenEngine:
-    """`weights`: the model's initial ones (None: new ones). Imports only the selected backend. Raises UserError if its
+def open_engine(config: Config, weights: Weights | None = None, ranks: Ranks = SINGLE_PROCESS) -> OpenEngine:
+    """`weights`: initial weights (None: random). Imports only the selected backend. Raises UserError if its
     device or package is missing."""
     if config.train.backend == "torch":
         return _open_torch(config, weights)
@@ -105,5 +107,5 @@ def _open_torch(config: Config, weights: Weights | None) -> OpenEngine:
         f"{engine.precision} on {engine.device.type} (PyTorch)",
         lambda tokenizer: generate(engine.weights, config.model, tokenizer, config.generation),
         lambda context, settings, stop: list(stream_token_ids(engine.weights, config.model, context, settings, stop)),
-        engine.notes,
+        engine.warnings,
     )

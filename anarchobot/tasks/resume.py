@@ -15,7 +15,7 @@ from anarchobot.runs import checkpoint
 from anarchobot.runs.progress import Progress
 from anarchobot.training.engine import Engine
 from anarchobot.training.loop import Run
-from anarchobot.training.ranks import ALONE, Ranks
+from anarchobot.training.ranks import SINGLE_PROCESS, Ranks
 
 # Settings that a run can't change on resume, besides the model's shape.
 FIXED = (
@@ -37,7 +37,7 @@ UNTRACKED = ("train.checkpoint_path", "train.save_dir", "train.log_path", "train
 PER_MACHINE = ("data.shard_dir", "data.dataset", "train.tokenizer_path", "train.cpu_threads")
 
 
-class Start(NamedTuple):
+class ResumePoint(NamedTuple):
     """`steps` are the checkpoints in the run folder when the program started; without a `checkpoint` the run is new."""
 
     folder: Path
@@ -45,14 +45,14 @@ class Start(NamedTuple):
     checkpoint: checkpoint.Checkpoint | None
 
 
-def find_start(loaded: LoadedConfig, ranks: Ranks = ALONE) -> Start:
+def find_start(loaded: LoadedConfig, ranks: Ranks = SINGLE_PROCESS) -> ResumePoint:
     """Finds the checkpoint to resume from; ranks other than 0 get theirs from rank 0. Raises UserError if a given
     checkpoint does not exist, or the folder holds another run or later steps."""
     folder = Path(loaded.config.train.save_dir)
     if ranks.rank > 0:
-        return Start(folder, [], None)
+        return ResumePoint(folder, [], None)
     steps = checkpoint.saved_steps(folder)
-    return Start(folder, steps, _find_checkpoint(loaded, folder, steps))
+    return ResumePoint(folder, steps, _find_checkpoint(loaded, folder, steps))
 
 
 def _find_checkpoint(loaded: LoadedConfig, folder: Path, steps: list[int]) -> checkpoint.Checkpoint | None:
@@ -60,15 +60,15 @@ def _find_checkpoint(loaded: LoadedConfig, folder: Path, steps: list[int]) -> ch
     if path == "auto":
         return checkpoint.find(folder) if steps else None
     if path is not None:
-        found = checkpoint.find(path)
-        if steps and found.folder.parent.resolve() != folder.resolve():
+        saved = checkpoint.find(path)
+        if steps and saved.folder.parent.resolve() != folder.resolve():
             raise UserError(f"{where}: {folder} contains a different run than {path}: choose another folder")
-        if steps and max(steps) > found.step and not found.skipped:
+        if steps and max(steps) > saved.step and not saved.skipped:
             raise UserError(
-                f"{where}: {folder} contains later steps, up to {max(steps)}: to go back to step {found.step}, choose "
+                f"{where}: {folder} contains later steps, up to {max(steps)}: to go back to step {saved.step}, choose "
                 "another folder"
             )
-        return found
+        return saved
     if steps:
         raise UserError(
             f"{where}: {folder} already contains a run, at step {max(steps)}: resume it with --resume-from auto, or "
@@ -77,26 +77,26 @@ def _find_checkpoint(loaded: LoadedConfig, folder: Path, steps: list[int]) -> ch
     return None
 
 
-def check_same_run(found: checkpoint.Checkpoint, config: Config, identity: Mapping[str, Any]) -> None:
+def check_same_run(saved: checkpoint.Checkpoint, config: Config, identity: Mapping[str, Any]) -> None:
     """Raises UserError if the checkpoint can't be resumed with this configuration and Run.identity."""
-    if "tokens" not in found.state or "norms" not in found.state:
+    if "tokens" not in saved.state or "norms" not in saved.state:
         raise UserError(
-            f"{found.folder}: holds weights but no training state (as written by `import`): to train them further, "
-            f"start a new run with train.init_from={found.folder.parent} train.save_dir=..."
+            f"{saved.folder}: holds weights but no training state (as written by `import`): to train them further, "
+            f"start a new run with train.init_from={saved.folder.parent} train.save_dir=..."
         )
     for name, (key, what) in IDENTITY.items():
-        if name in identity and name not in found.state:
-            raise UserError(f"{found.folder}: this run was started by another command: start a new run elsewhere")
-        if found.state.get(name) != identity.get(name):
+        if name in identity and name not in saved.state:
+            raise UserError(f"{saved.folder}: this run was started by another command: start a new run elsewhere")
+        if saved.state.get(name) != identity.get(name):
             section, _, field = key.partition(".")
             raise UserError(
-                f"{found.folder}: this run was started with other {what} than those in "
+                f"{saved.folder}: this run was started with different {what} from those in "
                 f"{getattr(getattr(config, section), field)}: set {key} to the original {what}, or start a new run"
             )
     shape = [f"model.{key}" for key in type(config.model).model_fields if key not in MUTABLE_MODEL_KEYS]
-    for key, (old, new) in changed_settings(found.config, config).items():
+    for key, (old, new) in changed_settings(saved.config, config).items():
         if key in (*shape, *FIXED):
-            raise UserError(f"{found.folder}: {key} was {old} and is now {new}: it can't change within a run")
+            raise UserError(f"{saved.folder}: {key} was {old} and is now {new}: it can't change within a run")
 
 
 def check_same_on_all_ranks(run: Run) -> None:
@@ -128,32 +128,32 @@ def changed_settings(old: Config, new: Config) -> dict[str, tuple[object, object
     }
 
 
-def clean_up(folder: Path, found: checkpoint.Checkpoint | None) -> list[str]:
+def clean_up(folder: Path, saved: checkpoint.Checkpoint | None) -> list[str]:
     """Removes the leftovers of a killed run and quarantines damaged checkpoints; returns messages about the latter."""
     checkpoint.clean_up(folder)
-    if found is None or found.folder.parent.resolve() != folder.resolve():
+    if saved is None or saved.folder.parent.resolve() != folder.resolve():
         return []
-    moved = {path.name for path in checkpoint.quarantine(folder, found.step)}
+    moved = {path.name for path in checkpoint.quarantine(folder, saved.step)}
     return [
-        *(f"warning: {problem}" for problem in found.skipped),
+        *(f"warning: {problem}" for problem in saved.skipped),
         *(f"warning: moved to {name}" for name in sorted(moved)),
     ]
 
 
-def restore(engine: Engine, run: Run, found: checkpoint.Checkpoint) -> tuple[Run, Progress]:
+def restore(engine: Engine, run: Run, saved: checkpoint.Checkpoint) -> tuple[Run, Progress]:
     """Loads a checkpoint into the engine; returns the run, with its length adapted to a changed batch size, and its
     progress. Raises UserError if the checkpoint can't be read."""
-    engine.load_state(checkpoint.load_arrays(found, run.config.model, optimizer=True))
-    progress = Progress.from_state(found.state)
-    run = replace(run, steps=_total_steps(run, found, progress))
+    engine.load_state(checkpoint.load_arrays(saved, run.config.model, optimizer=True))
+    progress = Progress.from_state(saved.state)
+    run = replace(run, steps=_total_steps(run, saved, progress))
     _restore_best(run, progress)
     return run, progress
 
 
-def _total_steps(run: Run, found: checkpoint.Checkpoint, progress: Progress) -> int:
+def _total_steps(run: Run, saved: checkpoint.Checkpoint, progress: Progress) -> int:
     """If the batch size changed and the length is given in epochs or tokens, it applies to the remaining data."""
     train = run.config.train
-    before = sequences_per_step(found.config.train, found.state.get("ranks", 1))
+    before = sequences_per_step(saved.config.train, saved.state.get("ranks", 1))
     now = sequences_per_step(train, run.ranks.size)
     if before == now or (train.epochs is None and train.token_budget is None):
         return run.steps

@@ -23,7 +23,7 @@ from anarchobot.system.packages import environment_info
 from anarchobot.system.peak_flops import training_flops_per_token
 from anarchobot.tasks.engines import OpenEngine
 from anarchobot.tasks.resume import (
-    Start,
+    ResumePoint,
     changed_settings,
     check_same_on_all_ranks,
     check_same_run,
@@ -39,7 +39,7 @@ Show = Literal["progress", "json", "nothing"]  # what to print on stderr; json: 
 
 def execute_run(
     run: Run,
-    start: Start,
+    start: ResumePoint,
     opened: OpenEngine,
     *,
     before_training: Callable[[Path], object],
@@ -56,9 +56,9 @@ def execute_run(
     Raises UserError if the checkpoint does not match the config, another process writes to the folder, or the ranks
     differ.
     """
-    engine, config, found = opened.engine, run.config, start.checkpoint
-    if found is not None:
-        check_same_run(found, config, run.identity)
+    engine, config, saved = opened.engine, run.config, start.checkpoint
+    if saved is not None:
+        check_same_run(saved, config, run.identity)
     check_same_on_all_ranks(run)
     if run.ranks.rank > 0:
         with run.train, TerminalDisplay(0, 0, quiet=True) as display:
@@ -66,11 +66,11 @@ def execute_run(
     with FolderLock(run.folder):
         if sorted(checkpoint.saved_steps(run.folder)) != sorted(start.steps):
             raise UserError(f"{run.folder}: another run wrote to this folder in the meantime: retry")
-        messages = clean_up(run.folder, found)
+        messages = clean_up(run.folder, saved)
         before_training(run.folder)
         progress = Progress(position=config.train.first_sequence)
-        if found is not None:
-            run, progress = restore(engine, run, found)
+        if saved is not None:
+            run, progress = restore(engine, run, saved)
             if progress.step > run.steps:
                 messages.append(
                     f"warning: nothing to do: the run is at step {progress.step}, past its length of {run.steps} steps "
@@ -88,13 +88,13 @@ def execute_run(
         ):
             for line in [*messages, *description]:
                 display.message(line)
-            if found is not None:
-                display.message(f"resuming from {found.folder} at step {found.step}")
+            if saved is not None:
+                display.message(f"resuming from {saved.folder} at step {saved.step}")
             if awake := stay_awake():
                 display.message(awake)
             log.config(progress.step, settings)
-            if found is not None:
-                _log_resume(run, found, progress, log, display)
+            if saved is not None:
+                _log_resume(run, saved, progress, log, display)
             environment = {**environment_info(opened.device), "made of": list(description)}
             write_atomic(log.folder / ENVIRONMENT, json.dumps(environment, indent=1) + "\n")
             for text in (*opened.warnings, *_warnings(run, trained_parameters)):
@@ -117,14 +117,14 @@ def _train(engine: Engine, run: Run, progress: Progress, log: MetricsLog | None,
 
 
 def _log_resume(
-    run: Run, found: checkpoint.Checkpoint, progress: Progress, log: MetricsLog, display: TerminalDisplay
+    run: Run, saved: checkpoint.Checkpoint, progress: Progress, log: MetricsLog, display: TerminalDisplay
 ) -> None:
-    changed = {key: list(values) for key, values in changed_settings(found.config, run.config).items()}
-    if (ranks := found.state.get("ranks", 1)) != run.ranks.size:
+    changed = {key: list(values) for key, values in changed_settings(saved.config, run.config).items()}
+    if (ranks := saved.state.get("ranks", 1)) != run.ranks.size:
         changed["ranks"] = [ranks, run.ranks.size]
     for key, (old, new) in changed.items():
         display.message(f"changed: {key} was {old}, is now {new}")
-    log.event("resume", progress.step, folder=str(found.folder), changed=changed)
+    log.event("resume", progress.step, folder=str(saved.folder), changed=changed)
 
 
 def _throughput(config: Config, peak: float | None) -> Callable[[float], Mapping[str, float]]:

@@ -7,7 +7,7 @@ import torch
 
 from anarchobot.config.errors import UserError
 
-# MPS; the CPU; MPS for one array too large; CUDA's matrix products.
+# MPS; the CPU; MPS for a single array that is too large; CUDA matrix products.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "invalid buffer size", "cublas_status_alloc_failed")
 
 
@@ -27,7 +27,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA raises a class of its own, other devices a RuntimeError with a message."""
+    """CUDA raises a special class, other devices a RuntimeError with a message."""
     words = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or any(phrase in words for phrase in _OUT_OF_MEMORY)
 
@@ -41,8 +41,8 @@ def release_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory used since the process started, in bytes: tensors on CUDA; on MPS what the driver holds for the
-    process, which only grows; the whole process on a CPU."""
+    """Returns the peak memory since the process started, in bytes: tensors on CUDA; on MPS, the driver's allocations,
+    which only grow; on a CPU, the process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if device.type == "mps":
@@ -52,7 +52,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def memory_used(device: torch.device) -> tuple[int, int] | None:
-    """Bytes of tensors, and bytes cached; None on a CPU."""
+    """Returns the bytes of tensors and the bytes cached; None on a CPU."""
     if device.type == "cuda":
         active = int(torch.cuda.memory_allocated(device))
         return active, int(torch.cuda.memory_reserved(device)) - active

@@ -3,8 +3,8 @@
 Shapes: A micro-batches, B sequences in each, L tokens in a sequence.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,16 +28,17 @@ from anarchobot.torch_backend.model import (
 from anarchobot.training.engine import BaseEngine
 
 PRECISION = {"mps": "float16", "cuda": "bfloat16", "cpu": "float32"}  # the first Apple chips have no bfloat16
+T = TypeVar("T")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class TorchEngine(BaseEngine[Tensor]):
-    """`notes` are lines for the user: settings that do not work on this machine."""
+    """`warnings` names settings that do not work on this machine."""
 
     def __init__(self, config: Config, weights: Mapping[str, npt.NDArray[np.float32]] | None = None) -> None:
-        """`weights`: the model's initial ones by name (None: new ones from train.seed)."""
+        """`weights`: initial weights by name (None: random init from train.seed)."""
         train = config.train
-        self.notes: list[str] = []
+        self.warnings: list[str] = []
         self.device = choose_device(train.device)
         if self.device.type == "cpu" and train.cpu_threads is not None:
             torch.set_num_threads(train.cpu_threads)
@@ -54,34 +55,40 @@ class TorchEngine(BaseEngine[Tensor]):
         self.compiled = self.device.type == "cuda" if train.compile is None else train.compile
         block: BlockForward = block_forward
         if self.compiled:
-            block, note = try_compile(block, self._try_block)
-            self.compiled = note is None
-            self.notes += [note] if note else []
+            block, warning = try_compile(block, self._try_block)
+            self.compiled = warning is None
+            self.warnings += [warning] if warning else []
         self.technique = self._technique(block)
 
     def _accumulate_gradients(self, batch: Batch, step: int, scale: float) -> tuple[list[float], dict[str, Tensor]]:
-        seed = self._config.train.seed
+        return self._with_memory_errors(lambda: ([self._add_gradients(batch, step, scale)], self._take_gradients()))
+
+    def _add_gradients(self, batch: Batch, step: int, scale: float) -> float:
+        total = torch.zeros((), device=self.device)
+        for i in range(len(batch.inputs)):
+            inputs, targets, segments = self._micro_batch(batch, i)
+            total += add_gradients(
+                self.params,
+                inputs,
+                targets,
+                self._config.model,
+                scale=scale,
+                dtype=self.dtype,
+                segments=segments,
+                dropout_key=f"{self._config.train.seed}/dropout/{step}/{i}",
+                technique=self.technique,
+            )
+        return float(total)
+
+    def _with_memory_errors(self, compute: Callable[[], T]) -> T:
+        """Returns compute(). If the device is out of memory, frees what it can and raises MemoryError."""
         try:
-            total = torch.zeros((), device=self.device)
-            for i in range(len(batch.inputs)):
-                inputs, targets, segments = self._rows(batch, i)
-                total += add_gradients(
-                    self.params,
-                    inputs,
-                    targets,
-                    self._config.model,
-                    scale=scale,
-                    dtype=self.dtype,
-                    segments=segments,
-                    dropout_key=f"{seed}/dropout/{step}/{i}",
-                    technique=self.technique,
-                )
-            return [float(total)], self._take_gradients()
+            return compute()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             message = str(error).splitlines()[0]
-        # Outside, where the error is gone: its traceback refers to the activations.
+        # Outside the handler: the error's traceback refers to the activations.
         self._take_gradients()
         release_memory(self.device)
         raise MemoryError(message)
@@ -107,21 +114,15 @@ class TorchEngine(BaseEngine[Tensor]):
             average.mul_(decay).add_(self.params[name].detach(), alpha=1 - decay)
 
     def eval_step(self, batch: Batch) -> tuple[float, int]:
-        """Summed loss in nats over the scored tokens of the batch, and their number; no dropout. Raises MemoryError."""
-        try:
-            return self._loss_sum(batch), self._count(batch)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            message = str(error).splitlines()[0]
-        release_memory(self.device)
-        raise MemoryError(message)
+        """Returns the summed loss in nats over the scored tokens of the batch, and their number; no dropout. Raises
+        MemoryError."""
+        return self._with_memory_errors(lambda: self._loss_sum(batch)), self._count(batch)
 
     def _loss_sum(self, batch: Batch) -> float:
         model, weights, total = self._config.model, self.weights, 0.0
         with torch.no_grad():
             for i in range(len(batch.inputs)):
-                inputs, targets, segments = self._rows(batch, i)
+                inputs, targets, segments = self._micro_batch(batch, i)
                 hidden = hidden_states(
                     weights, inputs, model, dtype=self.dtype, segments=segments, technique=self.technique
                 )
@@ -130,7 +131,7 @@ class TorchEngine(BaseEngine[Tensor]):
                 total += float(loss)
         return total
 
-    def _rows(self, batch: Batch, i: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _micro_batch(self, batch: Batch, i: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Micro-batch `i`: inputs, targets and segments, int64 [B, L]."""
         inputs, targets = (self._from_numpy(x[i].astype(np.int64)) for x in (batch.inputs, batch.targets))
         return inputs, targets, None if batch.segments is None else self._from_numpy(batch.segments[i])
@@ -146,11 +147,12 @@ class TorchEngine(BaseEngine[Tensor]):
             p.requires_grad_()
 
     def peak_memory_gb(self) -> float:
-        """The most memory used since the process started, in 10^9 bytes (torch_backend/device.py)."""
+        """Returns the peak memory since the process started, in 10^9 bytes (torch_backend/device.py)."""
         return peak_memory(self.device) / 1e9
 
     def memory_gb(self) -> dict[str, float]:
-        """Tensors, and memory cached for new ones, in 10^9 bytes; empty on a CPU, where PyTorch does not count."""
+        """Returns the memory of tensors and of the cache, in 10^9 bytes; empty on a CPU, where PyTorch does not
+        count."""
         used = memory_used(self.device)
         return {} if used is None else {"active_memory_gb": used[0] / 1e9, "cache_memory_gb": used[1] / 1e9}
 
@@ -159,8 +161,8 @@ class TorchEngine(BaseEngine[Tensor]):
         return Technique(train.gradient_checkpointing, train.attention_block, train.loss_chunk, block)
 
     def _try_block(self, block: BlockForward) -> None:
-        """A forward and backward pass at the run's own sizes, so that what is compiled for it is used. One layer is
-        enough, or two where the second differs (model.value_residual)."""
+        """Runs a forward and backward pass at the run's batch size and length, so that compiled code is reused. One
+        layer is enough, or two if the second differs (model.value_residual)."""
         config = self._config
         layers = min(config.model.n_layers, 2 if config.model.value_residual else 1)
         model = config.model.model_copy(update={"n_layers": layers})

@@ -1,5 +1,5 @@
-"""Text generation without a KV cache: every token recomputes the whole text. Sampling is done in numpy, so that it is
-the same on every device."""
+"""Text generation without a KV cache: each token recomputes the whole sequence. Sampling uses NumPy, so that it is the
+same on every device."""
 
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -15,45 +15,33 @@ from anarchobot.tokenizers.tokenizer import Tokenizer
 from anarchobot.torch_backend.loss import logits
 from anarchobot.torch_backend.model import Params, head_name, hidden_states
 
-PENALTY_WINDOW = 20  # tokens that repetition_penalty looks at
+PENALTY_WINDOW = 20  # most recent tokens that repetition_penalty applies to, as in inference/sampling.py
 
 Logits = npt.NDArray[np.float64]
 
 
 def generate(weights: Params, model: ModelConfig, tokenizer: Tokenizer, settings: GenerationConfig) -> str:
-    """Returns the continuation of the prompt.
-
-    Ends at max_new_tokens, at an end of document, before the first of the stop strings, or at max_seq_len. The context
-    begins with model.bos_id or else with an end of document, like the documents in the shards. The same settings give
-    the same text. Raises UserError if the prompt leaves no room in max_seq_len.
-    """
+    """Returns the continuation of settings.prompt, with the stopping rules of `inference.generation.generate`. Raises
+    UserError if the prompt leaves no room within max_seq_len."""
+    bos_id = tokenizer.eod_id if model.bos_id is None else model.bos_id
     prompt = tokenizer.encode_batch([settings.prompt])[0].tolist()
     stream = TextStream(tokenizer, prompt, settings.stop)
     parts = []
-    for token in generate_ids(weights, model, tokenizer.eod_id, prompt, settings):
+    for token in stream_token_ids(weights, model, [bos_id, *prompt], settings, {tokenizer.eod_id}):
         parts.append(stream.add(token))
         if stream.stopped:
             break
     return "".join([*parts, stream.finish()])
 
 
-def generate_ids(
-    weights: Params, model: ModelConfig, eod_id: int, prompt: list[int], settings: GenerationConfig
-) -> Iterator[int]:
-    """Yields the token ids, without a final end of document."""
-    begin = eod_id if model.bos_id is None else model.bos_id
-    return stream_token_ids(weights, model, [begin, *prompt], settings, {eod_id})
-
-
 def stream_token_ids(
     weights: Params, model: ModelConfig, context: list[int], settings: GenerationConfig, stop: Collection[int]
 ) -> Iterator[int]:
-    """Yields the ids that follow `context`, up to but not including an id of `stop`."""
-    ids = list(context)
-    start, room = len(ids), model.max_seq_len - len(ids)
+    """Yields token ids that continue `context`, up to but not including an id in `stop`."""
+    ids, room = list(context), model.max_seq_len - len(context)
     if room < 1:
         raise UserError(
-            f"the prompt is {start} tokens long and the model's max_seq_len is {model.max_seq_len}: shorten it"
+            f"the prompt has {len(ids)} tokens, but the model's max_seq_len is {model.max_seq_len}: shorten it"
         )
     head = weights[head_name(model)]
     rng = np.random.default_rng(settings.seed)
@@ -61,24 +49,24 @@ def stream_token_ids(
         with torch.no_grad():
             hidden = hidden_states(weights, torch.tensor([ids], device=head.device), model)
             z = np.array(logits(hidden[0, -1:], head, model)[0].cpu(), np.float64)  # [V]
-        token = draw(penalized(z, ids, settings.repetition_penalty), settings, rng)
+        token = sample(apply_repetition_penalty(z, ids, settings.repetition_penalty), settings, rng)
         if token in stop:
             return
         yield token
         ids.append(token)
 
 
-def penalized(z: Logits, ids: list[int], penalty: float) -> Logits:
-    """Lowers the logits [V] of the last 20 tokens: divides them by `penalty`, or multiplies them if negative (Keskar
-    et al., 2019)."""
+def apply_repetition_penalty(z: Logits, ids: list[int], penalty: float) -> Logits:
+    """Divides the logits [V] of the most recent ids by `penalty`, or multiplies them if negative (Keskar et al.,
+    2019)."""
     recent = np.unique(ids[-PENALTY_WINDOW:])
     z = z.copy()
     z[recent] = np.where(z[recent] < 0, z[recent] * penalty, z[recent] / penalty)
     return z
 
 
-def draw(z: Logits, settings: GenerationConfig, rng: np.random.Generator) -> int:
-    """Samples an id from logits [V]: applies the temperature, then the filter of the method."""
+def sample(z: Logits, settings: GenerationConfig, rng: np.random.Generator) -> int:
+    """Samples an id from logits [V]: applies the temperature, then the method's filter."""
     if settings.method == "greedy":
         return int(z.argmax())
     p: npt.NDArray[Any] = np.exp((z - z.max()) / settings.temperature)
@@ -87,7 +75,7 @@ def draw(z: Logits, settings: GenerationConfig, rng: np.random.Generator) -> int
     kept = len(p)
     if settings.method == "top_k":
         kept = settings.top_k
-    elif settings.method == "nucleus":  # the smallest set with a total probability of top_p
+    elif settings.method == "nucleus":  # the smallest set with a total probability of at least top_p
         kept = int(np.searchsorted(np.cumsum(p[order]), settings.top_p)) + 1
     elif settings.method == "min_p":
         kept = int((p >= settings.min_p * p.max()).sum())

@@ -65,8 +65,8 @@ def loss_and_gradients(
     weight_gradient: Tensor,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """`loss_sum`, and `scale` times its gradient with respect to `hidden` [N, D], in hidden's dtype; that of `weight`
-    [V, D] is added to `weight_gradient` (float32), in place.
+    """Returns `loss_sum` and `scale` times its gradient with respect to `hidden` [N, D], in hidden's dtype. The
+    gradient with respect to `weight` [V, D] is added to `weight_gradient` (float32), in place.
 
     For a token with softmax p and one-hot target y, dL/dz = p - y (times 1 - (z/cap)^2 under a softcap), so
     dL/dh = dL/dz W and dL/dW = dL/dz^T h. The scale is applied to dL/dz in float32, before anything is rounded to

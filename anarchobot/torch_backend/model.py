@@ -26,7 +26,7 @@ KeepMasks = tuple[Tensor, Tensor]  # bool [B, L, D]: which elements of each half
 
 
 class AttentionContext(NamedTuple):
-    """What the blocks of a pass share: cos and sin of the positions' angles [L, E / 2], float32; with several documents
+    """Shared by the blocks of a pass: cos and sin of the positions' angles [L, E / 2], float32; with several documents
     in a row, which keys a query may see, bool [B, 1, L, L] (None: causal); and the queries per block (None: all)."""
 
     cos: Tensor
@@ -60,7 +60,7 @@ def block_forward(
     """A block's output for `x` [B, L, D], and its values [B, K, L, E]. `p` are its parameters by their names inside it.
     A pure function of its tensors, so that it can be recomputed, and compiled once for all blocks.
 
-    With `first_v`, the first block's values, its own are averaged with them (value residual; Zhou et al., 2024).
+    With `first_v`, the first block's values, the values are averaged with them (value residual; Zhou et al., 2024).
     """
     normed = rms_norm(x, p["input_layernorm.weight"], model.norm_eps)
     q, k, v = (_heads(linear(p, f"self_attn.{name}_proj", normed), model) for name in "qkv")
@@ -81,7 +81,7 @@ def block_forward(
 
 @dataclass(frozen=True)
 class Technique:
-    """How a pass is computed; the results are the same but for rounding.
+    """Options of a forward and backward pass; they change the results only by rounding.
 
     `recompute`: save only each block's input and run its forward pass again (gradient checkpointing; Chen et al.,
     2016). `attention_block`: queries per block; None: by device. `loss_chunk`: tokens per chunk of the head. `block`:
@@ -104,7 +104,7 @@ def hidden_states(
     dropout_key: str | None = None,
     technique: Technique = Technique(),
 ) -> Tensor:
-    """What the head reads: [B, L, D] in `dtype` after the last norm, for integer `tokens` [B, L].
+    """Returns the final hidden states [B, L, D], normalized and in `dtype`, for integer `tokens` [B, L].
 
     `segments` [B, L] number the documents of a row: a token sees only its own. `dropout_key` turns dropout on; the same
     key drops the same elements.
@@ -194,8 +194,8 @@ def apply_rope(x: Tensor, context: AttentionContext) -> Tensor:
 
 
 def try_compile(block: BlockForward, try_out: Callable[[BlockForward], object]) -> tuple[BlockForward, str | None]:
-    """The compiled block, once `try_out` has run it as the training step will; if that fails, the block itself and a
-    line that says why. A compiler may be missing (Triton, C++), or not support an operation on this device.
+    """Returns the compiled block after a trial run via `try_out`; if that fails, the block itself and a warning. A
+    compiler may be missing (Triton, C++), or not support an operation on this device.
 
     One block is compiled, not the whole model: all blocks share it, and it takes seconds instead of minutes.
     """
@@ -210,13 +210,13 @@ def try_compile(block: BlockForward, try_out: Callable[[BlockForward], object]) 
 
 
 def _causal(start: int, end: int, device: torch.device) -> Tensor:
-    """bool [end - start, end]: which keys the queries start..end may see."""
+    """Returns the mask, bool [end - start, end], of the keys that queries start..end may see."""
     return torch.arange(start, end, device=device)[:, None] >= torch.arange(end, device=device)
 
 
 @lru_cache(maxsize=8)
 def _angles(length: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    # In float64, which MPS lacks: hence not on the device.
+    # In float64, which MPS lacks, so not on the device.
     angles = np.arange(length)[:, None] * theta ** (-np.arange(0, width, 2) / width)
     cos, sin = (torch.tensor(f(angles).astype(np.float32), device=device) for f in (np.cos, np.sin))
     return cos, sin
@@ -232,7 +232,7 @@ def _dropout(x: Tensor, model: ModelConfig, keep: Tensor | None) -> Tensor:
 
 
 def _keep_masks(x: Tensor, model: ModelConfig, key: str) -> KeepMasks | None:
-    """A function of the key alone."""
+    """The masks depend only on the key."""
     if model.dropout == 0:
         return None
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "little")

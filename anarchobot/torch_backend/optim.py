@@ -29,8 +29,8 @@ def init_state(params: Tensors, train: TrainConfig) -> State:
     """Zeros for every moment, float32, on the parameters' device."""
     shapes = state_shapes({name: tuple(p.shape) for name, p in params.items()}, train)
     return {
-        kind: {name: torch.zeros(shape, device=params[name].device) for name, shape in of.items()}
-        for kind, of in shapes.items()
+        kind: {name: torch.zeros(shape, device=params[name].device) for name, shape in by_name.items()}
+        for kind, by_name in shapes.items()
     }
 
 
@@ -44,8 +44,8 @@ def update(
     train: TrainConfig,
     head_size: int,
 ) -> None:
-    """One step of Muon and AdamW in float32. The state tells which optimizer has a parameter; `count` is 1 for the
-    first step; `head_size` is for Muon."""
+    """One step of Muon and AdamW in float32. The state determines which optimizer owns a parameter; `count` is 1
+    for the first step; `head_size` is for Muon."""
     with torch.no_grad():
         muon(params, grads, state["muon.momentum"], state["muon.second"], lr, momentum, train, head_size)
         adamw(params, grads, state["adamw.first"], state["adamw.second"], lr * adamw_lr_ratio(train), count, train)
@@ -68,7 +68,7 @@ def muon(
     params: Tensors,
     grads: Tensors,
     buffers: Tensors,
-    seconds: Tensors,
+    second_moments: Tensors,
     lr: float,
     momentum: float,
     train: TrainConfig,
@@ -83,10 +83,10 @@ def muon(
         lookahead = torch.stack([momentum * buffers[name] + (1 - momentum) * grads[name] for name in names])
         u = merge_heads(names[0], orthogonalize(split_heads(names[0], lookahead, split)), tuple(lookahead.shape))
         if train.normuon:
-            u = _normalize_rows(u, [seconds[name] for name in names])
+            u = _normalize_rows(u, [second_moments[name] for name in names])
         u = u * muon_scale(shapes[names[0]], train.muon_scale)
-        for name, own in zip(names, u, strict=True):
-            apply_update(params[name], own, lr, train)
+        for name, direction in zip(names, u, strict=True):
+            apply_update(params[name], direction, lr, train)
 
 
 def orthogonalize(g: Tensor) -> Tensor:
@@ -95,18 +95,18 @@ def orthogonalize(g: Tensor) -> Tensor:
     x = g.mT if tall else g
     x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) * NORM_MARGIN + NORM_EPS)
     gram = x @ x.mT
-    whole: Tensor | None = None
+    poly: Tensor | None = None
     for i, (a, b, c) in enumerate(POLAR_EXPRESS):
         inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # M = a + inner
-        if whole is None:
-            whole = inner + a * torch.eye(gram.shape[-1], device=g.device)
+        if poly is None:
+            poly = inner + a * torch.eye(gram.shape[-1], device=g.device)
         else:
-            whole = torch.baddbmm(whole, whole, inner, beta=a)
+            poly = torch.baddbmm(poly, poly, inner, beta=a)
         if i + 1 < len(POLAR_EXPRESS):
             half = torch.baddbmm(gram, gram, inner, beta=a)  # A M
             gram = torch.baddbmm(half, half, inner, beta=a)  # M A M: all of these commute
-    assert whole is not None
-    x = torch.bmm(whole, x)
+    assert poly is not None
+    x = torch.bmm(poly, x)
     return x.mT if tall else x
 
 
@@ -118,12 +118,12 @@ def apply_update(w: Tensor, u: Tensor, lr: float, train: TrainConfig) -> None:
     w.sub_(u, alpha=lr)
 
 
-def _normalize_rows(u: Tensor, seconds: list[Tensor]) -> Tensor:
-    """Divides the rows of u [n, rows, cols] by the root of their running mean square, a [rows] of `seconds` for each
-    matrix, which is updated; rescales each matrix to its previous norm."""
+def _normalize_rows(u: Tensor, second_moments: list[Tensor]) -> Tensor:
+    """Divides the rows of u [n, rows, cols] by the root of their running mean square, a [rows] of `second_moments` for
+    each matrix, which is updated; rescales each matrix to its previous norm."""
     squares = u.square().sum(dim=2)  # [n, rows]
-    for second, own in zip(seconds, squares, strict=True):
-        second.mul_(NORMUON_BETA2).add_(own, alpha=(1 - NORMUON_BETA2) / u.shape[2])
-    scale = 1 / (torch.stack(seconds).sqrt() + NORMUON_EPS)
+    for second, row_squares in zip(second_moments, squares, strict=True):
+        second.mul_(NORMUON_BETA2).add_(row_squares, alpha=(1 - NORMUON_BETA2) / u.shape[2])
+    scale = 1 / (torch.stack(second_moments).sqrt() + NORMUON_EPS)
     before, after = (x.sum(dim=1, keepdim=True).sqrt() for x in (squares, squares * scale * scale))
     return u * (scale * before / (after + NORMUON_EPS))[..., None]

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch
 from anarchobot.optim.param_groups import RAW_PARAMS, check_state
-from anarchobot.training.ranks import ALONE, Ranks
+from anarchobot.training.ranks import SINGLE_PROCESS, Ranks
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class BaseEngine(ABC, Generic[A]):
     moments: dict[str, dict[str, A]]
     average: dict[str, A] | None
 
-    def __init__(self, config: Config, precision: str, ranks: Ranks = ALONE) -> None:
+    def __init__(self, config: Config, precision: str, ranks: Ranks = SINGLE_PROCESS) -> None:
         self._config, self._ranks, self.precision = config, ranks, precision
         self._loss_scale = LossScale() if precision == "float16" else None
         self._updates = 0  # applied updates, for AdamW's bias correction

@@ -1,4 +1,4 @@
-"""Keeps bad batches and diverged weights out of a run.
+"""Skips updates with NaN, infinite or spiking gradients, and decides when to roll back.
 
 An update is skipped if its loss or gradient is not finite, or if the gradient norm is a spike: more than spike_sigma
 standard deviations above the mean of the last spike_window steps (OLMo 2, arXiv 2501.00656, section 3). Spikes enter
@@ -28,7 +28,7 @@ class Guard:
         return statistics.fmean(self._norms) + sigma * statistics.stdev(self._norms)
 
     def observe(self, norm: float, *, finite: bool, overflow: bool) -> None:
-        """Records a step's norm. An `overflow` only means that float16's loss scale was too large."""
+        """Records a step's norm. An `overflow` means only that float16's loss scale was too large."""
         if finite:
             self._norms.append(norm)
             del self._norms[: -self._settings.spike_window]
@@ -36,8 +36,8 @@ class Guard:
             self._bad_steps = 0 if finite else self._bad_steps + 1
 
     @property
-    def is_suspect(self) -> bool:
-        """Whether the last step was not finite: the weights may be bad and should not be saved."""
+    def last_step_was_bad(self) -> bool:
+        """Whether the last step was not finite. The weights may be bad, so they should not be saved."""
         return self._bad_steps > 0
 
     @property

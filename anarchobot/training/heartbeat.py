@@ -1,7 +1,7 @@
 """Detects a lost rank and tells all others which one it was.
 
 If a rank dies, MLX's ring fails without saying which rank, and if a machine sleeps or loses its network, it waits
-forever. So every rank keeps a connection of its own to rank 0 and sends a heartbeat every second. Each message is one
+forever. So every rank keeps a separate connection to rank 0 and sends a heartbeat every second. Each message is one
 byte: ALIVE, DONE, or the number of a lost rank, which rank 0 forwards to all others.
 """
 

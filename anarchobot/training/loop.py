@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,13 @@ from anarchobot.config.schema import Config
 from anarchobot.data.batches import Batch, Prefetcher, ValBatches
 from anarchobot.optim.schedule import learning_rate, muon_momentum, split_micro_batch
 from anarchobot.runs import checkpoint
-from anarchobot.runs.async_checkpointer import AsyncCheckpointer, NullCheckpointer, SaveResult
+from anarchobot.runs.async_checkpointer import AsyncCheckpointer, SaveResult
 from anarchobot.runs.metrics_log import MetricsLog
 from anarchobot.runs.progress import OVERFITTING_RISES, Progress
+from anarchobot.training.display import TerminalDisplay
 from anarchobot.training.engine import Engine, StepResult
 from anarchobot.training.guard import Guard
-from anarchobot.training.ranks import ALONE, Ranks
+from anarchobot.training.ranks import SINGLE_PROCESS, Ranks
 from anarchobot.training.signals import StopRequest
 
 MAX_SKIPPED_STEPS = 30  # consecutive non-finite steps; float16's loss scale falls from its maximum to 1 in fewer
@@ -28,18 +29,11 @@ MAX_ROLLBACKS = 3  # to the same checkpoint
 VAL_NAMES = {"val_loss": "validation loss", "val_bpb": "bits per byte"}
 
 
-class Display(Protocol):
-    """Shows a run to the user."""
-
-    def train(self, step: int, values: dict[str, Any]) -> None: ...
-    def message(self, text: str) -> None: ...
-
-
 @dataclass(frozen=True)
 class Run:
     """Everything the loop needs besides the engine.
 
-    identity:         goes into every checkpoint and must match on resume
+    identity:         identifies the data and base model in every checkpoint (tasks/resume.py)
     train, val:       batches; with several `ranks`, `train` yields this rank's part of a step
     bytes_per_token:  of the validation split, converts nats per token to bits per byte; None: the loss is not per token
     sample:           generates a sample from the current weights
@@ -59,30 +53,34 @@ class Run:
     data_error: Callable[[], str | None] = lambda: None
     val_metrics: Callable[[], Mapping[str, float]] = dict
     throughput: Callable[[float], Mapping[str, float]] = lambda tokens_per_second: {}
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_PROCESS
 
 
-def run_training(engine: Engine, run: Run, progress: Progress, log: MetricsLog, display: Display) -> bool:
-    """Trains from `progress` to the last step. Returns whether it finished; False if it was asked to stop.
+def run_training(
+    engine: Engine, run: Run, progress: Progress, log: MetricsLog | None, display: TerminalDisplay
+) -> bool:
+    """Trains from `progress` to the last step. Returns whether it finished; False if it was asked to stop. `log` is
+    None on ranks other than 0.
 
     A new run starts with a validation. If a step calls for several actions, the checkpoint comes first and is on disk
     before the next one starts, so that no later failure can lose it.
     """
-    # A run resumed from another folder's checkpoint has none of its own yet.
+    # A run resumed from another folder's checkpoint has no checkpoint in this folder yet.
     newest = progress.step if progress.step in checkpoint.saved_steps(run.folder) else 0
     loop = _TrainingLoop(engine, run, progress, log, display)
     is_main = run.ranks.rank == 0
-    checkpointer = AsyncCheckpointer if is_main else NullCheckpointer
     with (
         StopRequest(quiet=not is_main) as stop,
-        checkpointer(run.folder, run.config.train, newest, loop.report_save) as saver,
+        AsyncCheckpointer(run.folder, run.config.train, newest, loop.report_save, enabled=is_main) as saver,
         run.ranks,
     ):
         return loop.run(stop, saver)
 
 
 class _TrainingLoop:
-    def __init__(self, engine: Engine, run: Run, progress: Progress, log: MetricsLog, display: Display) -> None:
+    def __init__(
+        self, engine: Engine, run: Run, progress: Progress, log: MetricsLog | None, display: TerminalDisplay
+    ) -> None:
         self._engine, self._run, self._progress, self._log, self._display = engine, run, progress, log, display
         self._train = run.config.train
         self._ranks = run.ranks
@@ -99,18 +97,20 @@ class _TrainingLoop:
         progress, train, save_due = self._progress, self._train, False
         # A checkpoint predates the validation of its own step. On resume that validation is repeated to update the
         # best step, but not logged twice.
-        already_logged = progress.step in self._log.steps_of("eval")
+        already_logged = self._log is not None and progress.step in self._log.steps_of("eval")
         validated = not self._is_validation_due() or self._validate(already_logged=already_logged)
         while progress.step < self._run.steps and not self._ranks.any(stop.requested or self._is_patience_exhausted()):
             if error := self._run.data_error():
                 saver.wait()
-                raise UserError(f"{error}; training since step {saver.newest} used it and is not saved")
+                raise UserError(
+                    f"{error}; training since step {saver.newest} used the corrupted shard and was not saved"
+                )
             self._step()
             if self._guard.should_roll_back:
                 self._roll_back()
                 continue
             save_due = save_due or saver.is_due(progress.step) or progress.step == self._run.steps or stop.requested
-            if save_due and not self._guard.is_suspect:
+            if save_due and not self._guard.last_step_was_bad:
                 self._save()
                 save_due = False
             validated = not self._is_validation_due() or self._validate()
@@ -119,7 +119,7 @@ class _TrainingLoop:
             saver.poll()
         done = progress.step >= self._run.steps
         # Suspect weights are not saved: the steps since the newest checkpoint are trained again on resume.
-        if progress.step > saver.newest and (done or not self._guard.is_suspect):
+        if progress.step > saver.newest and (done or not self._guard.last_step_was_bad):
             saver.finish(progress.step, self._engine.state, self._state())
         saver.retry_best()
         return (done or self._is_patience_exhausted()) and validated
@@ -166,7 +166,7 @@ class _TrainingLoop:
             **{name: round(gb, 4) for name, gb in self._engine.memory_gb().items()},
             **result.extra,
         }
-        self._log.event("train", self._progress.step, **values)
+        self._log_event("train", self._progress.step, **values)
         self._display.train(self._progress.step, values)
         self._line_seconds, self._line_tokens = 0.0, 0
 
@@ -175,7 +175,7 @@ class _TrainingLoop:
         # Identifies the batch: the run's windows are numbered from 0.
         batch = {"first_window": position, "windows": self._progress.position - position}
         values = {"loss": repr(result.loss), "grad_norm": repr(result.grad_norm), **batch}
-        self._log.event("skip", step, reason="spike" if result.finite else "not finite", **values)
+        self._log_event("skip", step, reason="spike" if result.finite else "not finite", **values)
         reason = (
             f"gradient norm spike ({result.grad_norm:.4g}, limit {norm_limit:.4g})"
             if result.finite
@@ -204,28 +204,30 @@ class _TrainingLoop:
         remedy = "lower train.lr, or check the data there"
         if saver.newest == 0:
             raise UserError(f"step {progress.step}: training diverged before the first checkpoint: {remedy}")
-        found = checkpoint.find(self._run.folder)
-        saver.newest = found.step
-        restored = Progress.from_state(found.state)
-        restored.returns = 1 + (progress.returns if progress.returned_to == found.step else 0)
-        restored.returned_to = found.step
+        newest = checkpoint.find(self._run.folder)
+        saver.newest = newest.step
+        restored = Progress.from_state(newest.state)
+        restored.returns = 1 + (progress.returns if progress.returned_to == newest.step else 0)
+        restored.returned_to = newest.step
         if restored.returns > MAX_ROLLBACKS:
             raise UserError(
-                f"step {progress.step}: training diverged again after {MAX_ROLLBACKS} rollbacks to step {found.step}: "
+                f"step {progress.step}: training diverged again after {MAX_ROLLBACKS} rollbacks to step {newest.step}: "
                 f"{remedy}"
             )
-        self._engine.load_state(checkpoint.load_arrays(found, self._run.config.model, optimizer=True))
-        text = f"step {progress.step}: training diverged: rolled back to step {found.step}, skipping the data since"
+        self._engine.load_state(checkpoint.load_arrays(newest, self._run.config.model, optimizer=True))
+        text = (
+            f"step {progress.step}: training diverged: rolled back to step {newest.step}, skipping the batches after it"
+        )
         self._display.message(text)
-        self._log.event("resume", found.step, folder=str(found.folder), reason=text)
+        self._log_event("resume", newest.step, folder=str(newest.folder), reason=text)
         restored.position, restored.wall_seconds = progress.position, progress.wall_seconds
         restored.best_val_loss, restored.best_val_bpb = progress.best_val_loss, progress.best_val_bpb
         vars(progress).update(vars(restored))
 
     def _shrink_micro_batch(self, step: int) -> None:
-        """After running out of memory. The batch stays the same."""
+        """Called when memory runs out; the batch stays the same."""
         if self._rows == 1:
-            if self._progress.step > self._saver.newest and not self._guard.is_suspect:
+            if self._progress.step > self._saver.newest and not self._guard.last_step_was_bad:
                 self._save()  # the failed step has not changed the weights
             self._wait_for_saves()
             raise UserError(
@@ -239,16 +241,16 @@ class _TrainingLoop:
             f"train.grad_accum_steps={self._micro_batches} (same batch)"
         )
         self._display.message(text)
-        self._log.event("warning", step, text=text)
+        self._log_event("warning", step, text=text)
 
     def _wait_for_saves(self) -> None:
-        """Before all ranks raise the same error: none may exit before rank 0 has finished its last save."""
+        """Called before all ranks raise the same error, so that none exits before rank 0 has finished its last save."""
         self._saver.wait()
         self._ranks.any(False)
 
     def _state(self) -> dict[str, Any]:
-        own = self._progress.to_state(self._train.seed)
-        return {**self._run.identity, **own, "ranks": self._ranks.size, "config": self._run.config.model_dump()}
+        progress = self._progress.to_state(self._train.seed)
+        return {**self._run.identity, **progress, "ranks": self._ranks.size, "config": self._run.config.model_dump()}
 
     def _save(self) -> None:
         self._saver.save(self._progress.step, self._engine.state(), self._state())
@@ -256,14 +258,14 @@ class _TrainingLoop:
     def report_save(self, result: SaveResult) -> None:
         if result.written:
             name, seconds = checkpoint.step_folder(self._run.folder, result.step).name, round(result.seconds, 3)
-            self._log.event("save", result.step, folder=name, removed=result.removed, seconds=seconds)
+            self._log_event("save", result.step, folder=name, removed=result.removed, seconds=seconds)
         if result.error is not None:
             text = (
                 f"step {result.step}: {result.action} failed ({result.error}): training continues, existing "
                 "checkpoints are kept, and it will be retried"
             )
             self._display.message(f"warning: {text}")
-            self._log.event("warning", result.step, text=text)
+            self._log_event("warning", result.step, text=text)
 
     def _is_patience_exhausted(self) -> bool:
         return self._train.patience is not None and self._progress.stale >= self._train.patience
@@ -286,7 +288,7 @@ class _TrainingLoop:
         values |= run.val_metrics()
         self._update_best(loss, values.get("val_bpb"))
         if not already_logged:
-            self._log.event("eval", progress.step, **values)
+            self._log_event("eval", progress.step, **values)
         shown = (
             f"{VAL_NAMES.get(name, name.removeprefix('val_').replace('_', ' '))} {x:.4f}" for name, x in values.items()
         )
@@ -308,8 +310,8 @@ class _TrainingLoop:
         for i in range(0, len(self._run.val), self._ranks.size):
             if self._ranks.any(self._stop.requested):
                 return None
-            own = i + self._ranks.rank
-            result = self._evaluate(self._run.val[own]) if own < len(self._run.val) else np.zeros(2)
+            local = i + self._ranks.rank
+            result = self._evaluate(self._run.val[local]) if local < len(self._run.val) else np.zeros(2)
             for part in self._ranks.all_gather_scalars(result):
                 sums += part  # in batch order: the sum does not depend on the number of ranks
         return float(sums[0] / sums[1])
@@ -320,7 +322,7 @@ class _TrainingLoop:
             progress.stale += 1
             return
         # Saved before `progress` changes, so that the checkpoint is the same in a run that resumes here; see `run`.
-        if progress.step > 0 and not self._saver.is_submitted(progress.step) and not self._guard.is_suspect:
+        if progress.step > 0 and not self._saver.is_submitted(progress.step) and not self._guard.last_step_was_bad:
             self._save()
         values = {"best_val_loss": loss, "best_val_bpb": bits_per_byte}
         if progress.step == 0 or self._ranks.broadcast_scalar(self._saver.mark_best(progress.step, values)):
@@ -342,9 +344,13 @@ class _TrainingLoop:
                 self._eval_rows = -(-size // 2)
                 self._warn(f"out of memory in validation: continuing with a micro-batch size of {self._eval_rows}")
 
+    def _log_event(self, event: str, step: int, **values: Any) -> None:
+        if self._log is not None:
+            self._log.event(event, step, **values)
+
     def _warn(self, text: str) -> None:
         self._display.message(f"warning: step {self._progress.step}: {text}")
-        self._log.event("warning", self._progress.step, text=text)
+        self._log_event("warning", self._progress.step, text=text)
 
     def _sample(self) -> None:
         if self._run.sample is None:
@@ -353,7 +359,7 @@ class _TrainingLoop:
         try:
             text = self._run.sample()
         except UserError as error:  # such as a prompt that is too long
-            self._warn(f"no sample: {error}")
+            self._warn(f"sampling failed: {error}")
             return
-        self._log.event("sample", self._progress.step, text=text)
+        self._log_event("sample", self._progress.step, text=text)
         self._display.message(f"step {self._progress.step}: sample: {text}")

@@ -28,8 +28,8 @@ from anarchobot.optim.muon import muon_directions
 from anarchobot.optim.param_groups import balanced_shares, select_trainable
 from anarchobot.training.device import DTYPES, as_memory_error, choose_device
 from anarchobot.training.engine import BaseEngine
-from anarchobot.training.ranks import ALONE, Ranks
-from anarchobot.training.shared_muon import SharedMuon
+from anarchobot.training.ranks import SINGLE_PROCESS, Ranks
+from anarchobot.training.sharded_muon import ShardedMuon
 from anarchobot.training.workers import Workers
 
 Measures = npt.NDArray[np.float64]  # the loss, and what else an objective measures
@@ -41,7 +41,10 @@ class MLXEngine(BaseEngine[mx.array]):
     """With lora.r, `frozen` is stored in as few bytes as the configuration allows."""
 
     def __init__(
-        self, config: Config, weights: Mapping[str, npt.NDArray[np.float32]] | None = None, ranks: Ranks = ALONE
+        self,
+        config: Config,
+        weights: Mapping[str, npt.NDArray[np.float32]] | None = None,
+        ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
         """`weights`: the model's initial ones by name, each read once (None: new ones from train.seed)."""
         model, train = config.model, config.train
@@ -69,7 +72,7 @@ class MLXEngine(BaseEngine[mx.array]):
         self.workers = Workers(1 if on_gpu or self.compiled else workers_for(train.micro_batch_size, train.cpu_threads))
         shapes, by_muon = {name: p.shape for name, p in self.params.items()}, self.moments["muon.momentum"]
         self._update_shares = balanced_shares(shapes, by_muon, self.workers.count)
-        self._shared = SharedMuon(ranks, self.params, by_muon, self.workers.count, train.share_muon)
+        self._shared = ShardedMuon(ranks, self.params, by_muon, self.workers.count, train.share_muon)
         self.technique = Technique(
             recompute=train.gradient_checkpointing,
             wait=sequencing.depend if on_gpu or self.compiled else sequencing.eval_now,
@@ -82,7 +85,7 @@ class MLXEngine(BaseEngine[mx.array]):
 
     def _accumulate_gradients(self, batch: Batch, step: int, scale: float) -> tuple[list[float], Params]:
         try:
-            parts = self.workers.each(lambda worker: self._worker_gradients(batch, step, scale, worker))
+            parts = self.workers.map(lambda worker: self._worker_gradients(batch, step, scale, worker))
             grads = _sum_parts([grads for _, grads in parts if grads])
         except RuntimeError as error:
             raised = as_memory_error(error)
@@ -179,7 +182,7 @@ class MLXEngine(BaseEngine[mx.array]):
             mx.eval(new)
             return new
 
-        done = self.workers.each(update)
+        done = self.workers.map(update)
         params = {name: p for new, _ in done for name, p in new.items()}
         self.params = {name: params[name] for name in names}
         self.moments = {kind: {n: a for _, state in done for n, a in state[kind].items()} for kind in self.moments}
@@ -215,7 +218,7 @@ class MLXEngine(BaseEngine[mx.array]):
             mx.eval(result)
             return result
 
-        return {name: u for part in self.workers.each(directions) for name, u in part.items()}
+        return {name: u for part in self.workers.map(directions) for name, u in part.items()}
 
     def _scaled_directions(self, grads: Params, buffers: Params, factor: mx.array, momentum: mx.array) -> Params:
         self.traces += 1
@@ -253,7 +256,7 @@ class MLXEngine(BaseEngine[mx.array]):
     def _on_workers(self, work: Callable[[int], T]) -> list[T]:
         """The result of each worker. Raises MemoryError."""
         try:
-            return self.workers.each(work)
+            return self.workers.map(work)
         except RuntimeError as error:
             raise as_memory_error(error) from None  # the traceback would keep arrays alive
 

@@ -12,7 +12,7 @@ from anarchobot.data.batches import Batch
 from anarchobot.data.conversations.preference_pairs import PairBatch
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.loss import head_matrix, token_losses
-from anarchobot.model.preference import Preferences, losses_and_slopes, rewards
+from anarchobot.model.preference import Preferences, losses_and_grads, rewards
 from anarchobot.model.technique import Objective
 from anarchobot.training.mlx_engine import Measures, MLXEngine, Rows
 
@@ -43,7 +43,7 @@ class PreferenceEngine(MLXEngine):
         parts = self._on_workers(part)
         return np.stack([np.concatenate([part[i] for part in parts]) for i in range(len(batch.inputs))])
 
-    def eval_measures(self) -> dict[str, float]:
+    def eval_metrics(self) -> dict[str, float]:
         """What `eval_step` has measured beside the loss since the last call."""
         evaluated, self._evaluated = self._evaluated, []
         sums: Measures = sum((measures for _, measures, _ in evaluated), np.zeros(1 + len(MEASURES)))
@@ -112,7 +112,7 @@ class PreferenceEngine(MLXEngine):
 
         def objective(log_probs: mx.array) -> tuple[mx.array, mx.array]:
             pairs = Preferences(log_probs.reshape(-1, 2), mx.maximum(lengths, 1), reference)
-            losses, slopes = losses_and_slopes(pairs, settings.loss, settings.beta, settings.label_smoothing)
+            losses, slopes = losses_and_grads(pairs, settings.loss, settings.beta, settings.label_smoothing)
             gains = rewards(pairs, settings.loss, settings.beta)
             margins = gains[:, 0] - gains[:, 1]
             each = [losses, margins, margins > 0, pairs.log_probs[:, 0], pairs.log_probs[:, 1]]

@@ -1,4 +1,4 @@
-"""Data-parallel training in several processes: each reads its part of every step's sequences, all make the same update.
+"""Data-parallel training in several processes: each reads its part of every batch, and all apply the same update.
 
 Gradients are summed in a few large buffers. Everything else that is exchanged is small and sent as bytes, so that all
 ranks get identical bits. A single process exchanges nothing and imports nothing for it.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from anarchobot.runs.progress import Progress
     from anarchobot.training.engine import Engine
 
-BUFFER_BYTES = 2**24  # gradients per exchange: larger buffers leave the CPU caches and take twice as long
+BUFFER_BYTES = 2**24  # gradients per all-reduce: larger buffers leave the CPU caches and take twice as long
 _MAX_SCALARS = 30  # per call of all_gather_scalars
 
 
@@ -68,15 +68,15 @@ class Ranks:
         return sums
 
     def all_gather(
-        self, own: "Params", names: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]
+        self, local: "Params", names: Sequence[Sequence[str]], shapes: Mapping[str, Sequence[int]]
     ) -> "Params":
         """Gathers float32 arrays of different names from all ranks: rank r contributes `names[r]`."""
         import mlx.core as mx
 
         sizes = [[math.prod(shapes[name]) for name in rank_names] for rank_names in names]
         longest, chunk = max(map(sum, sizes)), BUFFER_BYTES // (4 * self.size)
-        mine = [own[name].reshape(-1) for name in names[self.rank]]
-        flat = mx.concatenate([*mine, mx.zeros(longest - sum(sizes[self.rank]))])  # all ranks send the same length
+        parts = [local[name].reshape(-1) for name in names[self.rank]]
+        flat = mx.concatenate([*parts, mx.zeros(longest - sum(sizes[self.rank]))])  # all ranks send the same length
         mx.eval(flat)
         received = [
             self._exchange(mx.distributed.all_gather(flat[i : i + chunk], group=self._group)).reshape(self.size, -1)
@@ -132,9 +132,9 @@ class Ranks:
         import mlx.core as mx
 
         length = int(self.broadcast_scalar(len(data)))
-        own = np.frombuffer(data, np.uint8) if self.rank == 0 else np.zeros(length, np.uint8)
+        sent = np.frombuffer(data, np.uint8) if self.rank == 0 else np.zeros(length, np.uint8)
         parts = [
-            np.array(self._exchange(mx.distributed.all_sum(mx.array(own[i : i + BUFFER_BYTES]), group=self._group)))
+            np.array(self._exchange(mx.distributed.all_sum(mx.array(sent[i : i + BUFFER_BYTES]), group=self._group)))
             for i in range(0, length, BUFFER_BYTES)
         ]
         return b"".join(part.tobytes() for part in parts)
@@ -154,7 +154,8 @@ class Ranks:
             engine.load_state(state)
 
     def _exchange(self, array: "mx.array") -> "mx.array":
-        """Evaluates an exchange. If it fails, raises SystemExit once the lost rank is reported, else RuntimeError."""
+        """Evaluates a collective operation. If it fails, raises SystemExit once the lost rank is reported, else
+        RuntimeError."""
         import mlx.core as mx
 
         try:
@@ -166,7 +167,7 @@ class Ranks:
         return array
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 def detect_launcher() -> tuple[str, str | None] | None:
@@ -182,22 +183,22 @@ def detect_launcher() -> tuple[str, str | None] | None:
             return "jaccl", coordinator.rpartition(":")[0]
         if int(env.get("MLX_WORLD_SIZE", "1")) > 1:
             return "nccl", env.get("NCCL_HOST_IP")
-    several = int(env.get("OMPI_COMM_WORLD_SIZE") or env.get("PMI_SIZE") or 1) > 1
-    return ("mpi", None) if several else None  # mpirun itself ends the other ranks and names the one that died
+    is_mpi = int(env.get("OMPI_COMM_WORLD_SIZE") or env.get("PMI_SIZE") or 1) > 1
+    return ("mpi", None) if is_mpi else None  # mpirun itself ends the other ranks and names the one that died
 
 
-def join_ranks() -> Ranks:
+def init_distributed() -> Ranks:
     """Joins the process group; waits for all ranks. Raises UserError if that fails."""
     launcher = detect_launcher()
     if launcher is None:
-        return ALONE
+        return SINGLE_PROCESS
     import mlx.core as mx
 
     backend, host = launcher
     try:
         group = mx.distributed.init(strict=True, backend=backend)
     except RuntimeError as error:
-        raise UserError(f"{backend} backend: can't join the ranks: {' '.join(str(error).split())}") from error
+        raise UserError(f"{backend} backend: can't join the process group: {' '.join(str(error).split())}") from error
     ranks = Ranks(group, backend=backend)
     if host is not None and ranks.size > 1:
         ranks._heartbeat = connect(ranks.rank, ranks.size, host, ranks.broadcast)

@@ -33,7 +33,7 @@ class StopRequest:
     """A context manager whose `requested` becomes true at the first signal. For the main thread only."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        """`quiet`: print nothing, because another process does."""
+        """`quiet`: print nothing; another process does."""
         self._quiet = quiet
         self._signals = 0
         self._previous: dict[int, Any] = {}
@@ -42,7 +42,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Also true if the supervising parent is gone."""
+        """Also true if the supervising parent has exited."""
         return self._signals > 0 or (self._parent > 0 and os.getppid() != self._parent)
 
     def __enter__(self) -> Self:

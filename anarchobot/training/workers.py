@@ -19,7 +19,7 @@ _Call = tuple[Callable[[], Any], "Future[Any]"]
 
 
 class Workers:
-    """`count` threads, or the caller's own if it is one. They end with this object or with the process."""
+    """`count` threads; a count of 1 uses the calling thread. They end with this object or with the process."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -29,9 +29,9 @@ class Workers:
             thread.start()
         weakref.finalize(self, _end, self._calls, threads)
 
-    def each(self, work: Callable[[int], T]) -> list[T]:
-        """[work(0), work(1), ...], each in its thread. Returned arrays must be evaluated. The first exception is raised
-        when all threads are done."""
+    def map(self, work: Callable[[int], T]) -> list[T]:
+        """Returns [work(0), work(1), ...], each computed in its thread. Returned arrays must be evaluated. Raises the
+        first exception once all threads are done."""
         if not self._calls:
             return [work(0)]
         results: list[Future[T]] = [Future() for _ in self._calls]

@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import NamedTuple
 
 _WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")  # letters of any script, with hyphens between them
@@ -21,7 +22,7 @@ class Term(NamedTuple):
 
 
 def words(text: str) -> list[str]:
-    """Returns the words of a text with their case, since that is what a tokenizer sees."""
+    """Returns the words of a text in their original case, as a tokenizer sees them."""
     return _WORD.findall(text)
 
 
@@ -48,10 +49,5 @@ def mine_terms(
         for word, count in frequency.items()
         if count >= min_frequency
     ]
-    best: list[Term] = []
-    for term in sorted(terms, key=lambda term: (-term.score, term.text)):
-        if len(best) == top_k:
-            break
-        if not is_known(term.text):
-            best.append(term)
-    return best
+    ranked = sorted(terms, key=lambda term: (-term.score, term.text))
+    return list(islice((term for term in ranked if not is_known(term.text)), top_k))

@@ -1,20 +1,18 @@
-"""Initializes the embedding and output head of a new vocabulary from those of the old one."""
+"""Initializes the embedding and output head of a new vocabulary from the rows of the old one."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
+from anarchobot.optim.param_groups import EMBEDDINGS
 from anarchobot.vocab.token_alignment import RANDOM, AlignmentPlan
 from anarchobot.vocab.vector_alignment import Floats
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def initialize_embeddings(weights: Mapping[str, Floats], plan: AlignmentPlan, seed: int) -> dict[str, Floats]:
     """Returns all weights of the model in float32, with a new embedding and output head. A tied model has no head."""
     return {
-        name: initialize_rows(weights[name], plan, seed) if name in (EMBEDDING, HEAD) else weights[name]
-        for name in weights
+        name: initialize_rows(weights[name], plan, seed) if name in EMBEDDINGS else weights[name] for name in weights
     }
 
 
@@ -48,5 +46,5 @@ def count_zero_rows(rows: Floats) -> int:
 
 
 def _rescale(row: Floats, norm: float) -> Floats:
-    own = float(np.linalg.norm(row))
-    return (row * (norm / own)).astype(np.float32) if own > 0 else row
+    old_norm = float(np.linalg.norm(row))
+    return (row * (norm / old_norm)).astype(np.float32) if old_norm > 0 else row

@@ -35,7 +35,7 @@ MAX_EXAMPLES = 40
 
 @dataclass(frozen=True)
 class AlignmentPlan:
-    """The route of each target id, and the source ids and weights [V, k] of which its row is a mean.
+    """The route of each target id, and the source ids and weights [V, k] whose weighted mean is its row.
 
     The weights of a row sum to 1, or to 0 for the routes mean and random.
     """
@@ -76,7 +76,7 @@ def align(
     """Returns the plan and a report.
 
     The report has `coverage` (fraction of target tokens, unused ids excluded, with a match in the source), `routes`,
-    `precision_at_1` on held-out shared tokens, `examples`, and `advice` if a figure is low. Raises UserError if too few
+    `precision_at_1` on held-out shared tokens, `examples`, and `advice` if a metric is low. Raises UserError if too few
     tokens are shared to map one space to the other.
     """
     size, width = len(target.tokens), top_k
@@ -91,10 +91,10 @@ def align(
     report: dict[str, Any] = {}
     if method in ("procrustes", "relative"):
         unmatched = np.flatnonzero(routes == MEAN)
-        found, report = _match(source, target, shared, unmatched, method, pivot_count, top_k, seed)
+        neighbors, report = _match(source, target, shared, unmatched, method, pivot_count, top_k, seed)
         for row, i in enumerate(unmatched.tolist()):
-            if target.counts[i] and found.similarity[row] >= similarity_threshold:
-                routes[i], sources[i] = ALIGNED, (found.ids[row].tolist(), found.weights[row].tolist())
+            if target.counts[i] and neighbors.similarity[row] >= similarity_threshold:
+                routes[i], sources[i] = ALIGNED, (neighbors.ids[row].tolist(), neighbors.weights[row].tolist())
     if method not in ("mean", "random"):
         for i in np.flatnonzero(routes == MEAN).tolist():
             if pieces := _spell(target.tokens[i], source):
@@ -110,8 +110,8 @@ def align(
 def shared_ids(source: list[CanonicalToken], target: list[CanonicalToken]) -> Ids:
     """Returns, for each target token, the source token with the same canonical form; -1 if there is none."""
     index = TokenIndex(source)
-    found = (index.find(token) for token in target)
-    return np.array([-1 if i is None else i for i in found], np.int64)
+    matches = (index.find(token) for token in target)
+    return np.array([-1 if i is None else i for i in matches], np.int64)
 
 
 def _match(
@@ -141,15 +141,15 @@ def _match(
         method, target.vectors, source.vectors, (pivots, shared[pivots]), (target.has_vector, source.has_vector)
     )
     rows, candidates = np.concatenate([unmatched, held_out]), np.flatnonzero(source.has_vector)
-    found = nearest_neighbors(method, t, s, rows, candidates, top_k)
+    neighbors = nearest_neighbors(method, t, s, rows, candidates, top_k)
     n = len(unmatched)
-    hits = found.ids[n:, 0] == shared[held_out]
+    hits = neighbors.ids[n:, 0] == shared[held_out]
     report = {
         "pivots": len(pivots),
         "held_out": len(held_out),
         "precision_at_1": round(float(hits.mean()), 4) if len(held_out) else None,
     }
-    return Neighbors(found.ids[:n], found.weights[:n], found.similarity[:n]), report
+    return Neighbors(neighbors.ids[:n], neighbors.weights[:n], neighbors.similarity[:n]), report
 
 
 def _spell(token: CanonicalToken, source: Vocabulary) -> list[int]:
@@ -160,8 +160,8 @@ def _spell(token: CanonicalToken, source: Vocabulary) -> list[int]:
         ids: list[int] = source.tokenizer.encode_batch([token.raw.decode()])[0].tolist()
     except UnicodeDecodeError:
         index = TokenIndex(source.tokens)
-        found = (index.find(CanonicalToken(bytes([b]), "byte")) for b in token.raw)
-        return [i for i in found if i is not None]
+        byte_ids = (index.find(CanonicalToken(bytes([b]), "byte")) for b in token.raw)
+        return [i for i in byte_ids if i is not None]
     return [i for i in ids if source.tokens[i].kind in ("text", "byte")]
 
 

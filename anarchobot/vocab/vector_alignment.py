@@ -82,19 +82,19 @@ def nearest_neighbors(
         return Neighbors(np.empty((0, k), np.int64), np.empty((0, k), np.float32), np.empty(0, np.float32))
     hubness: Floats | float = _mean_top_cosine(s, target[rows]) if method == "procrustes" else 0.0  # per candidate
     directions = normalize_rows(s)
-    found = []
+    blocks = []
     for block in _blocks(rows, len(s)):
         scores = 2 * (target[block] @ s.T) - hubness  # r(t) is constant per row and does not change the order
         best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
         order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1, kind="stable")
         best = np.take_along_axis(best, order, axis=1)
-        own, others = normalize_rows(target[block]), directions[best]
-        cosines = np.einsum("nd,nkd->nk", own, others)
+        queries, neighbors = normalize_rows(target[block]), directions[best]
+        cosines = np.einsum("nd,nkd->nk", queries, neighbors)
         weights = np.exp((cosines - cosines.max(axis=1, keepdims=True)) / SOFTMAX_TEMPERATURE)
         weights /= weights.sum(axis=1, keepdims=True)
-        mean = normalize_rows(np.einsum("nk,nkd->nd", weights, others))
-        found.append(Neighbors(candidates[best], weights, np.einsum("nd,nd->n", own, mean)))
-    return Neighbors(*map(np.concatenate, zip(*found, strict=True)))
+        mean = normalize_rows(np.einsum("nk,nkd->nd", weights, neighbors))
+        blocks.append(Neighbors(candidates[best], weights, np.einsum("nd,nd->n", queries, mean)))
+    return Neighbors(*map(np.concatenate, zip(*blocks, strict=True)))
 
 
 def _mean_top_cosine(vectors: Floats, others: Floats) -> Floats:

@@ -90,7 +90,7 @@ def test_rouge_and_comparison_of_two_models(tmp_path: Path, bpe: Path, capsys: p
         settings = config.generation.model_copy(update={"method": "greedy"})
         stop = encoder.stop_ids()
         answer = model.tokenizer.decode(
-            list(stream_token_ids(model.params, model.shape, prompt, settings, stop))
+            list(stream_token_ids(model.params, model.config, prompt, settings, stop))
         ).strip()
         rows += [{"prompt": question, "completion": answer}] if any(map(str.isalnum, answer)) else []
     rows.append({"prompt": "x " * 300, "completion": "too long a question"})

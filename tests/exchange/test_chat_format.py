@@ -104,10 +104,10 @@ def test_all_three_programs_stop_at_the_end_of_turn(tmp_path: Path, bpe: Path) -
     prompt, end = ours.encode_prompt(CONVERSATIONS[0]).tolist(), ours.end_of_turn_id()
     assert end is not None and end == ours.tokenizer.control_tokens["<|im_end|>"] != ours.tokenizer.eod_id
     greedy = GenerationConfig(method="greedy", max_new_tokens=12)
-    greedy_ids = list(stream_token_ids(model.params, model.shape, prompt, greedy, set()))
+    greedy_ids = list(stream_token_ids(model.params, model.config, prompt, greedy, set()))
     last = max(i for i, token in enumerate(greedy_ids) if token not in greedy_ids[:i])
     assert last > 1 and end not in greedy_ids
-    params = random_parameters(model.shape)
+    params = random_parameters(model.config)
     params["lm_head.weight"][[greedy_ids[last], end]] = params["lm_head.weight"][[end, greedy_ids[last]]]
     chat_run(tmp_path / "run", bpe, "chatml", params, tie_embeddings=False)
     export(tmp_path / "run", "hf", tmp_path / "hf")

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.exchange.exporting import export
-from anarchobot.inference.generation import generate_ids
 from anarchobot.inference.model import load_model
 from tests.exchange.random_run import make_run, our_logits, real_ids
+from tests.inference.conftest import generate_ids
 
 torch = pytest.importorskip("torch")
 
@@ -75,7 +75,7 @@ def test_greedy_decoding_gives_equal_tokens(tmp_path: Path, tokenizer_path: Path
     export(run, "hf", tmp_path / "hf")
     model, _ = load_model(run)
     settings = GenerationConfig(prompt="The text of a", method="greedy", max_new_tokens=60)
-    ours = list(generate_ids(model, settings))
+    ours = generate_ids(model, settings)
     assert len(ours) == 60
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     prompt = tokenizer(settings.prompt, return_tensors="pt")

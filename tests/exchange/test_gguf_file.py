@@ -157,7 +157,7 @@ def test_pre_tokenizers(tmp_path: Path, tokenizers_folder: Path) -> None:
 def test_unigram_is_rejected(tmp_path: Path, tokenizers_folder: Path) -> None:
     run = make_run(tmp_path / "run", tokenizers_folder / "unigram" / "tokenizer.model", n_layers=1)
     with pytest.raises(
-        UserError, match=r"can't be exported to GGUF: .* only BPE with byte fallback: export to hf or mlx"
+        UserError, match=r"can't be exported to GGUF: .* only SentencePiece BPE with byte fallback: export to hf or mlx"
     ):
         export(run, "gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()

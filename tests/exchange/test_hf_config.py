@@ -9,7 +9,8 @@ import transformers
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import ModelConfig
-from anarchobot.exchange.hf_config import from_hf, to_hf
+from anarchobot.exchange.exporting import hf_config
+from anarchobot.exchange.importing import model_config_from_hf
 
 SHAPES: list[dict[str, Any]] = [
     {},
@@ -33,7 +34,7 @@ LLAMA = {
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_transformers_reads_our_config(tmp_path: Path, shape: dict[str, Any]) -> None:
     model = ModelConfig(**shape, dropout=0.0)
-    (tmp_path / "config.json").write_text(json.dumps(to_hf(model, 5, 7, "bfloat16")))
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(model, 5, 7, "bfloat16")))
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     assert type(config).__name__ == ("Qwen3Config" if model.qk_norm else "LlamaConfig")
     assert config.rope_parameters["rope_theta"] == model.rope_theta
@@ -44,7 +45,7 @@ def test_transformers_reads_our_config(tmp_path: Path, shape: dict[str, Any]) ->
     config.save_pretrained(tmp_path / "again")
     saved = json.loads((tmp_path / "again" / "config.json").read_text())
     assert "rope_parameters" in saved
-    again = from_hf(saved, "config.json")
+    again = model_config_from_hf(saved, "config.json")
     assert {**again.model_dump(), "mlp_multiple": 0, "head_dim": again.head_size, "n_kv_heads": again.kv_heads} == {
         **model.model_dump(), "mlp_multiple": 0, "head_dim": model.head_size, "n_kv_heads": model.kv_heads
     }  # fmt: skip
@@ -56,23 +57,26 @@ def test_the_four_model_types(kind: str) -> None:
     window = {"sliding_window": None} if kind == "Mistral" else {}
     sizes = {key: value for key, value in LLAMA.items() if key != "model_type"}
     config = getattr(transformers, f"{kind}Config")(**sizes, num_key_value_heads=2, head_dim=16, **window)
-    model = from_hf(config.to_dict(), "config.json")
+    model = model_config_from_hf(config.to_dict(), "config.json")
     assert (model.d_model, model.n_layers, model.kv_heads, model.head_size) == (64, 2, 2, 16)
     assert model.qk_norm == (kind == "Qwen3") and model.rope_theta == 10000 and not model.tie_embeddings
 
 
 def test_rope_theta_of_old_and_new_files() -> None:
-    assert from_hf({**LLAMA, "rope_theta": 1e6, "rope_scaling": None}, "c").rope_theta == 1e6
-    assert from_hf(LLAMA, "c").rope_theta == 10000
-    assert from_hf({**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "c").rope_theta == 5e5
+    assert model_config_from_hf({**LLAMA, "rope_theta": 1e6, "rope_scaling": None}, "c").rope_theta == 1e6
+    assert model_config_from_hf(LLAMA, "c").rope_theta == 10000
+    assert (
+        model_config_from_hf({**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "c").rope_theta
+        == 5e5
+    )
 
 
 def test_rope_parameters_per_layer_type_must_agree() -> None:
     """transformers 5 writes them for models with several layer types."""
     rope = {"rope_type": "default", "rope_theta": 5e5}
     per_layer_type = {"full_attention": rope, "sliding_attention": dict(rope)}
-    assert from_hf({**LLAMA, "rope_parameters": per_layer_type}, "c").rope_theta == 5e5
-    assert from_hf({**LLAMA, "rope_parameters": {"full_attention": rope}}, "c").rope_theta == 5e5
+    assert model_config_from_hf({**LLAMA, "rope_parameters": per_layer_type}, "c").rope_theta == 5e5
+    assert model_config_from_hf({**LLAMA, "rope_parameters": {"full_attention": rope}}, "c").rope_theta == 5e5
 
 
 @pytest.mark.parametrize(
@@ -121,9 +125,9 @@ def test_rope_parameters_per_layer_type_must_agree() -> None:
 )
 def test_unsupported_features_are_rejected_by_name(change: dict[str, Any], problem: str) -> None:
     with pytest.raises(UserError, match=f"^DIR/config.json: .*{problem}"):
-        from_hf({**LLAMA, **change}, "DIR/config.json")
+        model_config_from_hf({**LLAMA, **change}, "DIR/config.json")
 
 
 def test_a_window_as_long_as_the_context_is_accepted() -> None:
-    assert from_hf({**LLAMA, "model_type": "mistral", "sliding_window": 512}, "c").max_seq_len == 512
-    assert from_hf({**LLAMA, "model_type": "qwen2", "use_sliding_window": False, "sliding_window": 8}, "c")
+    assert model_config_from_hf({**LLAMA, "model_type": "mistral", "sliding_window": 512}, "c").max_seq_len == 512
+    assert model_config_from_hf({**LLAMA, "model_type": "qwen2", "use_sliding_window": False, "sliding_window": 8}, "c")

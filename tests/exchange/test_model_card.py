@@ -94,7 +94,7 @@ def test_card_of_a_fine_tuned_model(tmp_path: Path, base: Path, chats: Path) -> 
     text = card(tmp_path / "run", tmp_path / "out")
     state = json.loads((tmp_path / "run" / "step_00000006" / "state.json").read_text())
     assert "tags: [anarchobot, conversational]" in text and "fine-tuned with AnarchoBot; step 6 of its training" in text
-    assert "It answers in conversations that use its chat template. It was not trained to be safe." in text
+    assert "It answers in conversations that use its chat template. It has not been safety-tuned." in text
     assert "tokenizer.apply_chat_template(" in text and "an answer ends with token" in text
     digests = state["conversations"]
     for fact in (

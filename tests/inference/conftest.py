@@ -6,7 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from anarchobot.config.schema import ModelConfig
+from anarchobot.config.schema import GenerationConfig, ModelConfig
+from anarchobot.inference.generation import prompt_ids, stream_token_ids
 from anarchobot.inference.model import Model
 from anarchobot.model.parameters import init_parameters
 from anarchobot.tokenizers.tokenizer import load_tokenizer
@@ -26,3 +27,8 @@ def strong_parameters(shape: ModelConfig) -> dict[str, mx.array]:
     return {
         n: mx.array(p + rng.standard_normal(p.shape) * 0.3, mx.float32) for n, p in init_parameters(shape, 0).items()
     }
+
+
+def generate_ids(model: Model, settings: GenerationConfig) -> list[int]:
+    context = prompt_ids(model, settings.prompt)
+    return list(stream_token_ids(model.params, model.config, context, settings, {model.tokenizer.eod_id}))

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from anarchobot.model.preference import Kind, Preferences, losses_and_slopes, preference_losses, rewards
+from anarchobot.model.preference import Kind, Preferences, losses_and_grads, preference_losses, rewards
 
 LOG_PROBS = np.array([[-20.0, -31.0], [-75.0, -60.5], [-3.2, -90.0], [-1.0, -1.5]])
 REFERENCE = np.array([[-22.0, -30.0], [-70.0, -61.0], [-40.0, -80.0], [-1.0, -1.5]])
@@ -40,8 +40,8 @@ def in_float64(log_probs: np.ndarray, kind: str, beta: float, smoothing: float) 
 
 
 @pytest.mark.parametrize(("kind", "beta", "smoothing"), CASES)
-def test_losses_and_slopes_match_the_formulas(kind: Kind, beta: float, smoothing: float) -> None:
-    losses, slopes = losses_and_slopes(pairs(), kind, beta, smoothing)
+def test_losses_and_grads_match_the_formulas(kind: Kind, beta: float, smoothing: float) -> None:
+    losses, slopes = losses_and_grads(pairs(), kind, beta, smoothing)
     np.testing.assert_allclose(np.array(losses), in_float64(LOG_PROBS, kind, beta, smoothing), rtol=1e-5)
     for i in range(2):  # central differences
         step = np.zeros_like(LOG_PROBS)
@@ -51,7 +51,7 @@ def test_losses_and_slopes_match_the_formulas(kind: Kind, beta: float, smoothing
 
 
 def test_initial_dpo_loss_is_log_2_and_its_slope_half_beta() -> None:
-    losses, slopes = losses_and_slopes(pairs(reference=LOG_PROBS), "sigmoid", 0.1)
+    losses, slopes = losses_and_grads(pairs(reference=LOG_PROBS), "sigmoid", 0.1)
     assert np.array(losses).tolist() == pytest.approx([math.log(2)] * 4)
     np.testing.assert_allclose(np.array(slopes), [[-0.05, 0.05]] * 4, rtol=1e-6)
     assert np.array(rewards(pairs(reference=LOG_PROBS), "sigmoid", 0.1)).tolist() == [[0.0, 0.0]] * 4
@@ -74,7 +74,7 @@ def test_orpo_odds_near_probability_1(near_zero: float) -> None:
     beta = 0.1
     for log_probs in ([near_zero, -2.0], [-2.0, near_zero]):
         given = Preferences(*(mx.array([x], mx.float32) for x in (log_probs, [1, 1], [0, 0])))
-        losses, slopes = losses_and_slopes(given, "orpo", beta)
+        losses, slopes = losses_and_grads(given, "orpo", beta)
         assert np.isfinite(np.array(slopes)).all() and math.isfinite(losses.item())
         if not near_zero:
             continue

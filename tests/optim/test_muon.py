@@ -101,7 +101,7 @@ def test_grouping_matrices_does_not_change_the_result(monkeypatch: pytest.Monkey
         return muon(p, g, buffers, rows, mx.array(0.1), mx.array(0.9), TrainConfig(), HEAD, depend)[0]
 
     together = step()
-    monkeypatch.setattr("anarchobot.optim.param_groups.MAX_STACK_ELEMENTS", 2 * 12 * 20)
+    monkeypatch.setattr("anarchobot.optim.param_groups.MAX_BATCH_ELEMENTS", 2 * 12 * 20)
     for name, w in step().items():
         np.testing.assert_allclose(np.array(w), np.array(together[name]), atol=1e-5)
 

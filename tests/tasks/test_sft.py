@@ -44,7 +44,7 @@ def test_model_learns_to_answer(tmp_path: Path, base: Path, chats: Path) -> None
     assert after["rougeL"] > before["rougeL"] + 0.3
     assert {"chat_template.jinja", "tokenizer.model"} <= {p.name for p in (tmp_path / "run").iterdir()}
     model, config = load_model(tmp_path / "run")
-    assert config.train.init_from == str(base) and model.shape.d_model == 32
+    assert config.train.init_from == str(base) and model.config.d_model == 32
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora__r": 4, "lora__dropout": 0.1}], ids=["all weights", "adapters"])

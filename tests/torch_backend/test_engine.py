@@ -283,7 +283,7 @@ def test_missing_compiler_falls_back_to_eager_with_a_note(monkeypatch: pytest.Mo
     monkeypatch.setattr(model.torch, "compile", broken)
     trained, plain = TorchEngine(config(compile=True)), TorchEngine(config())
     assert not trained.compiled
-    (note,) = trained.notes
+    (note,) = trained.warnings
     assert "train.compile" in note and "(RuntimeError: No C++ compiler found)" in note
     assert train(trained, range(1, 3)) == train(plain, range(1, 3))
 
@@ -298,7 +298,7 @@ def test_compiled_step_equals_the_eager_step(backend: str, monkeypatch: pytest.M
     how = {"gradient_checkpointing": True, "attention_block": 8}
     shape = {"dropout": 0.2, "n_kv_heads": 2, "qk_norm": True}
     trained, plain = TorchEngine(config(shape, compile=True, **how)), TorchEngine(config(shape, **how))
-    assert trained.notes == []
+    assert trained.warnings == []
     assert trained.compiled
     assert train(trained, range(1, 4)) == pytest.approx(train(plain, range(1, 4)), rel=1e-5)
     assert trained.eval_step(batch(1, 2)) == pytest.approx(plain.eval_step(batch(1, 2)), rel=1e-5)

@@ -18,7 +18,7 @@ from tests.inference.test_sampling import LOGITS, SETTINGS, probabilities
 
 torch = pytest.importorskip("torch")
 
-from anarchobot.torch_backend.generation import draw, generate, generate_ids, penalized  # noqa: E402
+from anarchobot.torch_backend.generation import apply_repetition_penalty, generate, sample, stream_token_ids  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def weights(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 def test_draws_follow_the_exact_probabilities(settings: dict[str, Any]) -> None:
     chosen = GenerationConfig(**settings)
     p, n, rng = probabilities(chosen), 5000, np.random.default_rng(0)
-    counts = np.bincount([draw(LOGITS, chosen, rng) for _ in range(n)], minlength=6)
+    counts = np.bincount([sample(LOGITS, chosen, rng) for _ in range(n)], minlength=6)
     assert counts[p == 0].sum() == 0
     expected = n * p[p > 0]
     chi_square = ((counts[p > 0] - expected) ** 2 / expected).sum()
@@ -69,27 +69,25 @@ def test_repetition_penalty_matches_mlx_lm() -> None:
     rng = np.random.default_rng(0)
     z, ids = rng.standard_normal(40), rng.integers(0, 40, 30).tolist()
     wanted = make_repetition_penalty(1.7, 20)(mx.array(ids), mx.array(z[None], mx.float32))
-    np.testing.assert_allclose(penalized(z, ids, 1.7), np.array(wanted)[0], rtol=1e-6)
+    np.testing.assert_allclose(apply_repetition_penalty(z, ids, 1.7), np.array(wanted)[0], rtol=1e-6)
 
 
 def test_generation_ends_at_max_new_tokens_max_seq_len_or_end_of_document(weights: dict[str, Any]) -> None:
-    greedy = {"method": "greedy", "prompt": ""}
-    ids = list(generate_ids(weights, SHAPE, 0, [5, 6], GenerationConfig(**greedy, max_new_tokens=7)))
-    assert len(ids) == 7
-    full = list(generate_ids(weights, SHAPE, 0, [5, 6], GenerationConfig(**greedy, max_new_tokens=500)))
-    assert len(full) == SHAPE.max_seq_len - 3 and full[:7] == ids
-    with_bos = SHAPE.model_copy(update={"bos_id": 7})
-    settings = GenerationConfig(**greedy, max_new_tokens=7)
-    other = list(generate_ids(weights, with_bos, 0, [5, 6], settings))
-    assert other == list(generate_ids(weights, SHAPE, 7, [5, 6], settings)) != ids
+    def ids(context: list[int], max_new_tokens: int = 500, params: dict[str, Any] = weights) -> list[int]:
+        settings = GenerationConfig(method="greedy", max_new_tokens=max_new_tokens)
+        return list(stream_token_ids(params, SHAPE, context, settings, {0}))
+
+    assert len(ids([0, 5, 6], 7)) == 7
+    full = ids([0, 5, 6])
+    assert len(full) == SHAPE.max_seq_len - 3 and full[:7] == ids([0, 5, 6], 7) != ids([7, 5, 6], 7)
     ends_at_once = {n: p.detach().clone() for n, p in weights.items()}
     ends_at_once["model.embed_tokens.weight"].zero_()
     ends_at_once["model.embed_tokens.weight"][:] = 0.001
     ends_at_once["model.norm.weight"].fill_(1.0)
     ends_at_once["model.embed_tokens.weight"][0] = 100.0 * torch.sign(_hidden_after_end_of_document(ends_at_once))
-    assert list(generate_ids(ends_at_once, SHAPE, 0, [], GenerationConfig(**greedy))) == []
-    with pytest.raises(UserError, match=r"the prompt is 61 tokens long and the model's max_seq_len is 48"):
-        list(generate_ids(weights, SHAPE, 0, [1] * 60, GenerationConfig()))
+    assert ids([0], params=ends_at_once) == []
+    with pytest.raises(UserError, match=r"the prompt has 61 tokens, but the model's max_seq_len is 48"):
+        ids([0] + [1] * 60)
 
 
 def _hidden_after_end_of_document(params: dict[str, Any]) -> Any:
@@ -115,6 +113,22 @@ def test_seed_determines_the_text_and_training_randomness_is_unaffected(
     assert all(p.grad is None for p in weights.values())
 
 
+def test_the_context_starts_with_bos_or_an_end_of_document(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts: list[list[int]] = []
+
+    def record(weights: object, model: object, context: list[int], *args: object) -> list[int]:
+        contexts.append(context)
+        return []
+
+    monkeypatch.setattr("anarchobot.torch_backend.generation.stream_token_ids", record)
+    for bos_id in (7, None):
+        generate({}, SHAPE.model_copy(update={"bos_id": bos_id}), tokenizer, GenerationConfig(prompt="The value"))
+    prompt = tokenizer.encode_batch(["The value"])[0].tolist()
+    assert contexts == [[7, *prompt], [tokenizer.eod_id, *prompt]]
+
+
 def test_leading_space_is_kept_by_tokenizers_that_prepend_one(shared_data: Path) -> None:
     """Mistral's tokenizer decodes a single "▁world" as "world"."""
 
@@ -129,6 +143,6 @@ def test_leading_space_is_kept_by_tokenizers_that_prepend_one(shared_data: Path)
     import anarchobot.torch_backend.generation as module
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "generate_ids", lambda *args: whole[len(prompt) :])
+        patch.setattr(module, "stream_token_ids", lambda *args: whole[len(prompt) :])
         settings = GenerationConfig(prompt="hello")
         assert generate({}, SHAPE, PrefixTokenizer(tokenizer), settings) == " world again"  # type: ignore[arg-type]

@@ -43,7 +43,7 @@ def test_three_steps_of_muon_equal_the_formula_in_float64(
     cautious: bool, normuon: bool, split: bool, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All kinds of matrices at once, with Nesterov momentum that changes between steps and decoupled decay."""
-    monkeypatch.setattr(param_groups, "MAX_STACK_ELEMENTS", most)
+    monkeypatch.setattr(param_groups, "MAX_BATCH_ELEMENTS", most)
     train = TrainConfig(
         normuon=normuon, muon_split_heads=split, cautious_weight_decay=cautious, weight_decay=0.3, lr=0.1
     )

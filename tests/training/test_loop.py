@@ -223,7 +223,7 @@ def test_checkpoint_interval_in_minutes(tmp_path: Path, monkeypatch: pytest.Monk
 def test_damaged_shards_stop_the_run(tmp_path: Path) -> None:
     found: list[str] = []
     engine = FakeEngine(on_step=lambda step: found.append("shards/x.npy: damaged") if step == 3 else None)
-    with pytest.raises(UserError, match=r"shards/x.npy: damaged; training since step 2 .* is not saved"):
+    with pytest.raises(UserError, match=r"shards/x.npy: damaged; training since step 2 .* was not saved"):
         train(tmp_path, engine, 9, ckpt_interval=2, data_error=lambda: found[0] if found else None)
     assert checkpoint.saved_steps(tmp_path) == [2]
 
@@ -293,7 +293,7 @@ def test_failed_sample_does_not_stop_the_run(tmp_path: Path) -> None:
 
     finished, lines = train(tmp_path, FakeEngine(), 3, sample=sample, sample_interval=2)
     assert finished and [line["text"] for line in lines if line["event"] == "warning"] == [
-        "no sample: the prompt is too long"
+        "sampling failed: the prompt is too long"
     ]
 
 

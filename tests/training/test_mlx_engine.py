@@ -164,7 +164,7 @@ def test_threads_split_the_rows_and_give_the_same_result(optimizer: str) -> None
 def test_errors_in_threads_are_raised() -> None:
     engine = MLXEngine(config(cpu_threads=2, micro_batch_size=4))
     with pytest.raises(ValueError, match="broken"):
-        engine.workers.each(lambda worker: (_ for _ in ()).throw(ValueError("broken")) if worker else None)
+        engine.workers.map(lambda worker: (_ for _ in ()).throw(ValueError("broken")) if worker else None)
     assert engine.train_step(random_batch(1, 4), 1, 0.01, 0.9).finite
 
 

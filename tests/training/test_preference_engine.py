@@ -88,10 +88,10 @@ def test_metrics_are_means_over_pairs_without_padding() -> None:
     margins = 0.3 * ((found - batch.ref_log_probs[0, :3])[:, 0] - (found - batch.ref_log_probs[0, :3])[:, 1])
     total, count = engine.eval_step(batch)
     assert count == 3 and math.isfinite(total)
-    judged = engine.eval_measures()
+    judged = engine.eval_metrics()
     assert judged["val_reward_margin"] == pytest.approx(float(margins.mean()), rel=1e-4)
     assert judged["val_reward_accuracy"] == pytest.approx(float((margins > 0).mean()))
-    assert engine.eval_measures()["val_reward_margin"] == 0.0
+    assert engine.eval_metrics()["val_reward_margin"] == 0.0
     assert all(math.isfinite(PreferenceEngine(config(loss)).eval_step(batch)[0]) for loss in ("ipo", "orpo"))
 
 
@@ -121,10 +121,10 @@ def test_retried_validation_batch_counts_once() -> None:
     batch, engine = pairs(1, 7, none=1), PreferenceEngine(config())
     for stop in (1, 2, 3, 4, 5, 6, 7):
         engine.eval_step(batch.rows(stop - 1, stop))
-    wanted = engine.eval_measures()
+    wanted = engine.eval_metrics()
     for start in (0, 3, 0, 2, 4, 6):
         engine.eval_step(batch.rows(start, min(7, start + (3 if start == 3 else 2))))
-    assert engine.eval_measures() == pytest.approx(wanted, rel=1e-5)
+    assert engine.eval_metrics() == pytest.approx(wanted, rel=1e-5)
 
 
 def test_out_of_memory_in_log_probabilities_raises_memory_error(monkeypatch: pytest.MonkeyPatch) -> None:

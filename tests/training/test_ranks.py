@@ -14,7 +14,7 @@ import pytest
 
 from anarchobot.training import heartbeat
 from anarchobot.training.heartbeat import Heartbeat, connect
-from anarchobot.training.ranks import ALONE, BUFFER_BYTES, _buffers, detect_launcher
+from anarchobot.training.ranks import BUFFER_BYTES, SINGLE_PROCESS, _buffers, detect_launcher
 from tests.ranks import TIMEOUT, rank_environments
 
 EXCHANGE = """
@@ -22,7 +22,7 @@ EXCHANGE = """
     import numpy as np
     from anarchobot.training import ranks
     ranks.BUFFER_BYTES = 4000
-    with ranks.join_ranks() as own:
+    with ranks.init_distributed() as own:
         def arrays(rank):
             return {f"p{i}": np.random.default_rng([rank, i]).normal(size=shape).astype(np.float32)
                     for i, shape in enumerate([(3, 5), (40, 50), (7,), (600,), (500, 2), ()])}
@@ -68,13 +68,13 @@ def test_collectives(tmp_path: Path, size: int) -> None:
 
 def test_single_process_collectives_are_identities() -> None:
     grads = {"a": object()}
-    assert ALONE.all_reduce(grads) is grads  # type: ignore[arg-type, comparison-overlap]
-    assert ALONE.all_reduce_scalars([1.5, 2.5]).tolist() == [1.5, 2.5]
-    assert ALONE.all_gather_scalars([3.0]).tolist() == [[3.0]]
-    assert ALONE.any(True) and not ALONE.any(False)
-    assert ALONE.broadcast_scalar(0.1) == 0.1 and ALONE.broadcast(b"x") == b"x"
+    assert SINGLE_PROCESS.all_reduce(grads) is grads  # type: ignore[arg-type, comparison-overlap]
+    assert SINGLE_PROCESS.all_reduce_scalars([1.5, 2.5]).tolist() == [1.5, 2.5]
+    assert SINGLE_PROCESS.all_gather_scalars([3.0]).tolist() == [[3.0]]
+    assert SINGLE_PROCESS.any(True) and not SINGLE_PROCESS.any(False)
+    assert SINGLE_PROCESS.broadcast_scalar(0.1) == 0.1 and SINGLE_PROCESS.broadcast(b"x") == b"x"
     with pytest.raises(MemoryError):
-        ALONE.all_reduce_scalars(None)
+        SINGLE_PROCESS.all_reduce_scalars(None)
 
 
 def test_buffers_are_bounded_and_few() -> None:

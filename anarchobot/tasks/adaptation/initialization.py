@@ -18,6 +18,7 @@ from anarchobot.data.document_batches import batch_documents
 from anarchobot.data.resume import source_provenance
 from anarchobot.data.sources.documents import DocumentCounts, from_files, open_source
 from anarchobot.exchange.pretrained import PretrainedModel
+from anarchobot.optim.param_groups import EMBEDDING
 from anarchobot.runs import checkpoint
 from anarchobot.runs.write_model import write_model
 from anarchobot.storage.durable import write_atomic
@@ -27,7 +28,7 @@ from anarchobot.tokenizers.training import limit_bytes, train_tokenizer
 from anarchobot.vocab.canonical_tokens import BEGIN, canonical_tokens
 from anarchobot.vocab.domain_corpus import read_corpus, write_corpus
 from anarchobot.vocab.domain_terms import mine_terms
-from anarchobot.vocab.embedding_init import EMBEDDING, count_zero_rows, initialize_embeddings
+from anarchobot.vocab.embedding_init import count_zero_rows, initialize_embeddings
 from anarchobot.vocab.target_tokenizer import extend, is_one_token
 from anarchobot.vocab.token_alignment import BASELINES, AlignmentPlan, Vocabulary, align
 from anarchobot.vocab.token_vectors import VectorSettings, token_sentences, train_vectors
@@ -60,51 +61,50 @@ class Adaptation:
 
 def build_corpus(run: Adaptation) -> StageResult:
     """Writes the domain text, the general text and the held-out domain documents."""
-    own, cache = run.settings.corpus, run.settings.tokenization.cache_dir
-    datasets = {DOMAIN: own.domain} | ({GENERAL: own.general} if own.general is not None else {})
+    config, cache = run.settings.corpus, run.settings.tokenization.cache_dir
+    datasets = {DOMAIN: config.domain} | ({GENERAL: config.general} if config.general is not None else {})
     sources = {
-        file: DataConfig(dataset=names, text_field=own.text_field, documents=own.documents, cache_dir=cache)
+        file: DataConfig(dataset=names, text_field=config.text_field, documents=config.documents, cache_dir=cache)
         for file, names in datasets.items()
     }
     inputs: dict[str, str] = {}
     for file, data in sources.items():
-        names = [data.dataset] if isinstance(data.dataset, str) else list(data.dataset or [])
-        inputs |= {f"{file}: {key}": str(value) for key, value in source_provenance(names, data).items()}
+        inputs |= {f"{file}: {key}": str(value) for key, value in source_provenance(data.datasets, data).items()}
 
     def work(folder: Path) -> Output:
         notes: Values = {}
         for file, data in sources.items():
             _, documents = open_source(data, run.seed, DocumentCounts(), warn=run.stages.log)
             notes[file.removesuffix(".jsonl")] = write_corpus(
-                documents, folder / file, byte_budget=own.budget, deduplicate=own.dedup, seed=run.seed
+                documents, folder / file, byte_budget=config.budget, deduplicate=config.dedup, seed=run.seed
             )
-        held_out = [{"text": text} for text in read_corpus(folder / DOMAIN, own.val_fraction, "val")]
+        held_out = [{"text": text} for text in read_corpus(folder / DOMAIN, config.val_fraction, "val")]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in held_out]
         (folder / HELD_OUT).write_text("".join(lines), encoding="utf-8")
         notes["held_out"] = len(held_out)
         return [folder / file for file in (*sources, HELD_OUT)], notes
 
-    return run.stages.run("corpus", work, settings=own.model_dump() | {"seed": run.seed}, inputs=inputs)
+    return run.stages.run("corpus", work, settings=config.model_dump() | {"seed": run.seed}, inputs=inputs)
 
 
 def build_tokenizer(run: Adaptation, corpus: StageResult) -> StageResult:
     """Copies, trains or extends the target tokenizer, and compares its tokens per byte with the source's."""
-    given, own = run.settings.models.target_tokenizer, run.settings.tokenization
+    given, tokenization = run.settings.models.target_tokenizer, run.settings.tokenization
     inputs = {"corpus": corpus.digest, "source": digest(run.source)}
-    vocab_size = own.vocab_size or run.base.model.vocab_size
-    settings: Values = {"target": own.target, "vocab_size": vocab_size}
+    vocab_size = tokenization.vocab_size or run.base.model.vocab_size
+    settings: Values = {"target": tokenization.target, "vocab_size": vocab_size}
     terms: list[str] = []
     if given is not None:
         settings, inputs = {}, {"given": digest(load_tokenizer(given)), **inputs}
-    elif own.target == "extended":
+    elif tokenization.target == "extended":
         mined = _mine_terms(run, corpus)
         terms = json.loads((mined.folder / "terms.json").read_text(encoding="utf-8"))["words"]
-        settings, inputs = {"target": own.target}, inputs | {"terms": mined.digest}
+        settings, inputs = {"target": tokenization.target}, inputs | {"terms": mined.digest}
 
     def work(folder: Path) -> Output:
         if given is not None:
             copy_tokenizer(load_tokenizer(given), folder)
-        elif own.target == "extended":
+        elif tokenization.target == "extended":
             extend(run.source, terms, folder)
         else:  # the corpus is shuffled, so its beginning is a sample
             sample = limit_bytes(run.domain_texts(corpus), TokenizerConfig().max_train_mb, [0])
@@ -116,13 +116,13 @@ def build_tokenizer(run: Adaptation, corpus: StageResult) -> StageResult:
 
 
 def _mine_terms(run: Adaptation, corpus: StageResult) -> StageResult:
-    own = run.settings.term_mining
+    options = run.settings.term_mining
 
     def work(folder: Path) -> Output:
         terms = mine_terms(
             run.domain_texts(corpus),
             run.general_texts(corpus),
-            **own.model_dump(),
+            **options.model_dump(),
             is_known=lambda word: is_one_token(run.source, word),
         )
         values = {"words": [t.text for t in terms], "terms": [t._asdict() for t in terms]}
@@ -130,7 +130,7 @@ def _mine_terms(run: Adaptation, corpus: StageResult) -> StageResult:
         return [folder / "terms.json"], {"terms": len(terms), "best": ", ".join(t.text for t in terms[:5])}
 
     inputs = {"corpus": corpus.digest, "source": digest(run.source)}
-    return run.stages.run("terms", work, settings=own.model_dump(), inputs=inputs)
+    return run.stages.run("terms", work, settings=options.model_dump(), inputs=inputs)
 
 
 def _tokens_per_byte(run: Adaptation, corpus: StageResult, target: Tokenizer) -> Values:
@@ -148,9 +148,9 @@ def _tokens_per_byte(run: Adaptation, corpus: StageResult, target: Tokenizer) ->
 
 def align_tokens(run: Adaptation, corpus: StageResult, tokenizer: StageResult, target: Tokenizer) -> StageResult:
     """Chooses the source tokens of each target token: plan.npz and report.json."""
-    own = run.settings.alignment
+    options = run.settings.alignment
     inputs = {"tokenizer": tokenizer.digest, "source": digest(run.source)}
-    vectors = None if own.method in BASELINES else _train_vectors(run, corpus, tokenizer, target)
+    vectors = None if options.method in BASELINES else _train_vectors(run, corpus, tokenizer, target)
     if vectors is not None:
         inputs["vectors"] = vectors.digest
 
@@ -163,20 +163,27 @@ def align_tokens(run: Adaptation, corpus: StageResult, tokenizer: StageResult, t
 
     def work(folder: Path) -> Output:
         plan, report = align(
-            vocabulary("source", run.source), vocabulary("target", target), **own.model_dump(), seed=run.seed
+            vocabulary("source", run.source), vocabulary("target", target), **options.model_dump(), seed=run.seed
         )
         np.savez(folder / "plan.npz", allow_pickle=False, **vars(plan))
         _write_json(folder / "report.json", report)
         notes = {key: value for key, value in report.items() if key not in ("examples", "routes")}
         return [folder / "plan.npz", folder / "report.json"], notes
 
-    return run.stages.run("alignment", work, settings=own.model_dump() | {"seed": run.seed}, inputs=inputs)
+    return run.stages.run("alignment", work, settings=options.model_dump() | {"seed": run.seed}, inputs=inputs)
 
 
 def _train_vectors(run: Adaptation, corpus: StageResult, tokenizer: StageResult, target: Tokenizer) -> StageResult:
-    own, min_line_length = run.settings.embedding.fasttext, run.settings.tokenization.min_line_length
+    fasttext, min_line_length = run.settings.embedding.fasttext, run.settings.tokenization.min_line_length
     vector_settings = VectorSettings(
-        run.settings.embedding.backend, own.dim, own.window, own.negative, own.epochs, own.mincount, own.lr, own.thread
+        run.settings.embedding.backend,
+        fasttext.dim,
+        fasttext.window,
+        fasttext.negative,
+        fasttext.epochs,
+        fasttext.mincount,
+        fasttext.lr,
+        fasttext.thread,
     )
 
     def work(folder: Path) -> Output:

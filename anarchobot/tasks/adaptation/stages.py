@@ -1,8 +1,8 @@
-"""Cached, resumable pipeline stages. Each stage has a folder, and a record of what its results were made from.
+"""Cached, resumable pipeline stages. Each stage has a folder, and a record of what its results depend on.
 
     ROOT/NAME/                 results of the stage
     ROOT/records/NAME.begun    settings and digests of the inputs; written when the stage starts
-    ROOT/records/NAME.json     the same, plus digests of the results, figures and seconds; written when it is done
+    ROOT/records/NAME.json     the same, plus digests of the results, metrics and seconds; written when it is done
 
 A stage is skipped while its record matches its settings, inputs and results. An interrupted stage is resumed.
 """
@@ -23,7 +23,7 @@ RECORDS = "records"
 FORMER_SETTINGS = {"deduplicate": "dedup"}  # settings in records of earlier versions, and their current names
 MAX_CHANGES = 3  # changed settings that a message lists
 Values = dict[str, Any]
-Output = tuple[Sequence[Path], Values]  # result files, figures
+Output = tuple[Sequence[Path], Values]  # result files, metrics
 Work = Callable[[Path], Output]
 
 
@@ -33,7 +33,7 @@ class StageInterrupted(Exception):
 
 @dataclass(frozen=True)
 class StageResult:
-    """The folder of a finished stage and its record. `notes` are its figures."""
+    """The folder of a finished stage and its record. `notes` are its metrics."""
 
     folder: Path
     record: Values
@@ -66,7 +66,7 @@ class StageRunner:
     def run(self, name: str, work: Work, *, settings: Values, inputs: Mapping[str, str]) -> StageResult:
         """Returns the recorded result of a stage if its record is valid, else calls `work(folder)`.
 
-        `inputs` are digests. `work` returns its result files and figures. It gets its folder as an interrupted run left
+        `inputs` are digests. `work` returns its result files and metrics. It gets its folder as an interrupted run left
         it, or empty if settings or inputs have changed.
         """
         folder = self.root / name
@@ -87,12 +87,13 @@ class StageRunner:
             "seconds": round(time.monotonic() - started, 3),
         }
         write_sealed(done, record)
-        figures = [f", {key} {value}" for key, value in notes.items() if isinstance(value, int | float | str)]
-        self.log(f"{name}: {record['seconds']:.1f} s{''.join(figures)}")
+        shown = [f", {key} {value}" for key, value in notes.items() if isinstance(value, int | float | str)]
+        self.log(f"{name}: {record['seconds']:.1f} s{''.join(shown)}")
         return StageResult(folder, record)
 
     def _prepare_folder(self, name: str, folder: Path, begun: Path, provenance: Values) -> None:
-        """Creates the folder without results of other settings or inputs. Raises UserError for a foreign folder."""
+        """Creates the folder without results of other settings or inputs. Raises UserError for a folder that this
+        pipeline did not create."""
         if not begun.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder}: already exists and is not a stage folder: set another pipeline.run_root")
         before = _read(begun)
@@ -100,7 +101,7 @@ class StageRunner:
             if before is not None:
                 self.log(f"{name}: rebuilding: {', '.join(_changes(before, provenance))}")
             shutil.rmtree(folder, ignore_errors=True)
-        for leftover in self.root.glob(f".{name}.*.tmp"):  # from an interrupted new_folder
+        for leftover in self.root.glob(f".{name}.*.tmp"):  # from an interrupted atomic_folder
             shutil.rmtree(leftover)
         folder.mkdir(parents=True, exist_ok=True)
         begun.parent.mkdir(parents=True, exist_ok=True)

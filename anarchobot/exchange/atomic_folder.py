@@ -11,7 +11,7 @@ from anarchobot.storage.durable import fsync, fsync_dir
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` on success and is removed on an error.
 
     Raises UserError if `path` is a file or a folder that is not empty.
