@@ -35,14 +35,19 @@ def add_commands(commands: Any) -> None:
     train = add_command(tokenizer, "train", _train_tokenizer, "train a tokenizer on text")
     add_config(train, optional=True)
     _add_input(train)
-    train.add_argument("--output", metavar="PREFIX", help="write PREFIX.model (default: train.tokenizer_path)")
+    train.add_argument(
+        "--output",
+        metavar="PREFIX",
+        help="write PREFIX.model and PREFIX.vocab, or for gpt2 PREFIX-vocab.json and PREFIX-merges.txt "
+        "(default: train.tokenizer_path)",
+    )
     add_settings(train, TOKENIZER_SETTINGS)
 
     pretokenize = add_command(commands, "pretokenize", _pretokenize, "convert text to token shards")
     add_config(pretokenize, optional=True)
     _add_input(pretokenize)
     pretokenize.add_argument("--restart", action="store_true", help="start over, replacing existing shards")
-    parallel = pretokenize.add_argument_group("parallel processing (any number of parts gives the same shards)")
+    parallel = pretokenize.add_argument_group("parallel processing (output is identical for any N)")
     parallel.add_argument(
         "--processes", type=positive, metavar="N", help="tokenize N parts in N processes and join them (default: none)"
     )
@@ -127,16 +132,16 @@ def _pretokenize(args: argparse.Namespace) -> int | None:
             notes.append(line)
 
     if args.join and (args.processes or args.part):
-        raise UserError("argument --join: not allowed with --processes (which joins its own parts) or --part")
+        raise UserError("argument --join: not allowed with --processes (which joins its parts) or --part")
     corpus = open_corpus(load_config(args.config, overrides(args)), args.input, log, _warn, args.part)
     folder = str(corpus.job.folder)
     if args.part:
         part, parts = args.part
-        made = corpus.write_part(part, parts)
+        is_new = corpus.write_part(part, parts)
         if args.json:
-            print(json.dumps({"part": part, "parts": parts, "made": made}))
+            print(json.dumps({"part": part, "parts": parts, "made": is_new}))
         elif not args.quiet:
-            print(f"{folder}: part {part}/{parts} {'finished' if made else 'already finished'}")
+            print(f"{folder}: part {part}/{parts} {'finished' if is_new else 'already finished'}")
         return None
     if args.processes and (args.restart or not corpus.is_done()):
         log(f"tokenizing in {args.processes} processes")

@@ -94,7 +94,7 @@ def _add_model(parser: Parser) -> None:
         "--stop",
         action="append",
         metavar="TEXT",
-        help="end before this text; may be repeated [generation.stop; default: the model's setting, else none]",
+        help="stop string; may be repeated [generation.stop; default: the model's setting, else none]",
     )
 
 
@@ -105,7 +105,7 @@ def _port(word: str) -> int:
 
 
 def _settings(args: argparse.Namespace, trained: "Config") -> "Config":
-    """The sections used for inference: the model's own settings, overridden by flags."""
+    """The sections used for inference: the model's settings, overridden by flags."""
     from anarchobot.config.loading import load_config
 
     sections = {name: getattr(trained, name).model_dump() for name in ("generation", "knowledge_base")}
@@ -212,7 +212,7 @@ def _chat_loop(session: "ChatSession", args: argparse.Namespace) -> None:
     while (line := _read_line(is_terminal)) is not None:
         try:
             if line.startswith("/"):
-                _run_chat_command(session, line, say=lambda text: None if args.quiet else print(text, file=sys.stderr))
+                _run_chat_command(session, line, log=lambda text: None if args.quiet else print(text, file=sys.stderr))
             elif line:
                 _answer(session, line, args)
         except (UserError, OSError) as error:
@@ -255,25 +255,25 @@ def _answer(session: "ChatSession", question: str, args: argparse.Namespace) -> 
         print(f"(dropped {session.dropped_turns} turns that no longer fit in the context window)", file=sys.stderr)
 
 
-def _run_chat_command(session: "ChatSession", line: str, say: Callable[[str], None]) -> None:
+def _run_chat_command(session: "ChatSession", line: str, log: Callable[[str], None]) -> None:
     command, _, rest = line.partition(" ")
     rest = rest.strip()
     if command == "/help":
         print(CHAT_HELP, file=sys.stderr)
     elif command == "/reset":
         session.reset()
-        say("conversation reset")
+        log("conversation reset")
     elif command == "/system":
         session.set_system(rest)
-        say("system prompt set" if rest else "system prompt removed")
+        log("system prompt set" if rest else "system prompt removed")
     elif command == "/save":
         if not rest:
             raise UserError("/save: missing FILE")
         session.save(Path(rest))
-        say(f"saved to {rest}")
+        log(f"saved to {rest}")
     elif command in ("/good", "/bad"):
         count = session.rate(1.0 if command == "/good" else -1.0)
-        say(f"rated {count} passage(s)")
+        log(f"rated {count} passage(s)")
     else:
         near = did_you_mean(command, re.findall(r"/\w+", CHAT_HELP))
         raise UserError(f"unknown command '{command}'{near} (see /help)")
@@ -281,7 +281,7 @@ def _run_chat_command(session: "ChatSession", line: str, say: Callable[[str], No
 
 def _write_visible(text: str) -> None:
     """On a terminal, escapes control characters in generated text and file names."""
-    _write(_CONTROLS.sub(lambda found: repr(found[0])[1:-1], text) if sys.stdout.isatty() else text)
+    _write(_CONTROLS.sub(lambda match: repr(match[0])[1:-1], text) if sys.stdout.isatty() else text)
 
 
 # --- serve

@@ -16,7 +16,7 @@ SEARCH_SETTINGS = PATH | ALPHA | {"-k": "knowledge_base.retrieval_k"}
 
 
 def add_commands(commands: Any) -> None:
-    kb = add_group(commands, "kb", "add|search|list|remove|feedback", "manage a knowledge base of your own files")
+    kb = add_group(commands, "kb", "add|search|list|remove|feedback", "manage a knowledge base of your files")
 
     add = add_command(kb, "add", _add, "add files, or update files that have changed")
     add.add_argument("files", nargs="+", metavar="FILE", help="text, JSONL or Parquet files, folders or globs")
@@ -38,8 +38,8 @@ def add_commands(commands: Any) -> None:
         "--passage", required=True, nargs="+", type=int, metavar="ID", help="passage IDs as shown by kb search"
     )
     vote = feedback.add_mutually_exclusive_group(required=True)
-    vote.add_argument("--good", action="store_true", help="the passages helped (required, or --bad)")
-    vote.add_argument("--bad", action="store_true", help="the passages did not help (required, or --good)")
+    vote.add_argument("--good", action="store_true", help="the passages helped")
+    vote.add_argument("--bad", action="store_true", help="the passages did not help")
     add_settings(feedback, PATH | ALPHA)
 
 
@@ -89,7 +89,7 @@ def _search(args: argparse.Namespace) -> None:
         print(f"[{i}] {_escape(hit.source)}  passage {hit.passage_id}, score {hit.score:.3f}")
         print(f"{_escape(hit.text.strip())}\n")
     if not hits and not args.quiet:
-        print("no passage contains a word of the question")
+        print("no passage matches any word of the question")
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error), 2, debug)
     except KeyboardInterrupt:
         return _fail("stopped", 130, debug)
-    except BrokenPipeError:  # whoever read our output is gone; discard what is still buffered
+    except BrokenPipeError:  # the reader closed the pipe; discard buffered output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except MemoryError:

@@ -15,13 +15,15 @@ def add_commands(commands: Any) -> None:
     evaluate = add_command(commands, "evaluate", _evaluate, "measure loss, bits per byte, ROUGE and benchmark scores")
     model = evaluate.add_mutually_exclusive_group(required=True)
     model.add_argument(
-        "--checkpoint", metavar="PATH", help="run folder, step_… folder, or Hugging Face model (required, or --compare)"
+        "--checkpoint",
+        metavar="PATH",
+        help="run folder, step_… folder, or Hugging Face model (required unless --compare)",
     )
     model.add_argument(
         "--compare",
         nargs=2,
         metavar=("A", "B"),
-        help="two models, or .json results of earlier evaluations (required, or --checkpoint)",
+        help="two models, or JSON files from evaluate --output (required unless --checkpoint)",
     )
     evaluate.add_argument(
         "--shards", metavar="DIR", help="evaluate on the validation split of token shards (default: none)"
@@ -91,15 +93,15 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     names = [name for name in (args.tasks or "").split(",") if name]
     request = EvalRequest(args.shards, args.text, args.rouge, names, args.num_fewshot, args.include, args.limit)
-    say = _say(args.quiet)
-    reports = [_read_report(path) if _is_report(path) else evaluate(path, request, say) for path in paths]
+    log = _log_to(args.quiet)
+    reports = [_read_report(path) if _is_report(path) else evaluate(path, request, log) for path in paths]
     result = json.dumps(reports[0] if len(reports) == 1 else reports, indent=1)
     print(result if args.json else metrics_table(reports), flush=True)
     if args.output is not None:
         write_atomic(Path(args.output), result + "\n")
 
 
-def _say(quiet: bool) -> Callable[[str], None]:
+def _log_to(quiet: bool) -> Callable[[str], None]:
     return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
 
 

@@ -34,7 +34,7 @@ def add_commands(commands: Any) -> None:
         epilog="Exit codes: 0 no check failed, 1 a check failed, 2 usage error.",
     )
     add_config(verify)
-    verify.add_argument("--no-calibration", action="store_true", help="measure no steps; the run time is not estimated")
+    verify.add_argument("--no-calibration", action="store_true", help="skip timing; do not estimate run time")
 
     plan = add_command(commands, "plan", _plan, "estimate memory, tokens, FLOPs and disk space of a run")
     add_config(plan)
@@ -47,14 +47,14 @@ def add_commands(commands: Any) -> None:
     bench = add_command(commands, "bench", _bench, "measure the parts of a training step on random tokens")
     add_config(bench)
     bench.add_argument(
-        "--steps", type=positive, default=5, metavar="N", help="measurements of each part, of which to take the median"
+        "--steps", type=positive, default=5, metavar="N", help="repetitions per part; the median is reported"
     )
 
     selftest = add_command(
-        commands, "selftest", _selftest, "test on this machine that runs survive kills, corrupt files and disk errors"
+        commands, "selftest", _selftest, "run fault-injection tests on this machine: kills, corrupt files, disk errors"
     )
     selftest.add_argument(
-        "--faults", action="store_true", required=True, help="break and resume small runs; takes minutes (required)"
+        "--faults", action="store_true", required=True, help="run the tests; takes minutes (required)"
     )
     selftest.add_argument("--kills", type=positive, default=10, metavar="N", help="number of runs to kill")
     selftest.add_argument("--seed", type=int, default=0, metavar="S", help="random seed for the faults")
@@ -172,7 +172,7 @@ def _plan_lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"  {name:<19}{_size(memory[key]):>10}"
     yield f"  {'peak':<19}{_size(memory['peak']):>10}   in the {memory['phase']} phase"
     saving = _size(checkpoint["model_bytes"] + checkpoint["optimizer_bytes"])
-    yield f"  {'while saving':<19}{saving:>10}   more at most"
+    yield f"  {'while saving':<18}{'+' + saving:>11}   at most"
     yield ""
     yield f"  {'precision':<12}{'peak':>10}{'gradient_checkpointing':>26}"
     for plain, checkpointed in zip(result["peaks"][::2], result["peaks"][1::2], strict=True):
@@ -244,7 +244,7 @@ def _bench_lines(result: dict[str, Any]) -> Iterator[str]:
     size = peak["product_size"]
     yield (
         f"throughput: {step['gflop_per_second']:,.1f} GFLOP/s, {step['share_of_peak']:.1%} of the "
-        f"{peak['gflop_per_second']:,.1f} of {size} x {size} matrix products" + (f" in {threads}" if on_cpu else "")
+        f"{peak['gflop_per_second']:,.1f} of {size} x {size} matmuls" + (f" in {threads}" if on_cpu else "")
     )
     yield ""
     yield f"{'part':<22}{'GFLOP':>10}{'ms':>12}{'GFLOP/s':>12}{'share':>9}"
@@ -263,7 +263,7 @@ def _selftest(args: argparse.Namespace) -> int:
 
     results = []
     with tempfile.TemporaryDirectory(prefix="anarchobot-selftest-") as folder:
-        for outcome in run_selftest(Path(folder) / "play", args.kills, args.seed):
+        for outcome in run_selftest(Path(folder) / "work", args.kills, args.seed):
             results.append(outcome)
             if args.json:
                 continue

@@ -12,7 +12,7 @@ from anarchobot.config.errors import UserError
 
 if TYPE_CHECKING:
     from anarchobot.config.loading import LoadedConfig
-    from anarchobot.tasks.run import Show
+    from anarchobot.tasks.run import OutputMode
 
 # Flags for the most common settings.
 SETTINGS = {
@@ -32,7 +32,7 @@ LAUNCH_BACKENDS = ("ring", "mpi", "nccl", "jaccl")
 
 def add_commands(commands: Any) -> None:
     for name, run, summary, settings in (
-        ("pretrain", _pretrain, "train a model from scratch on token shards", SETTINGS),
+        ("pretrain", _pretrain, "pretrain on token shards, from scratch or from train.init_from", SETTINGS),
         ("sft", _sft, "fine-tune a model on conversations", FINETUNING_SETTINGS),
         ("dpo", _dpo, "fine-tune a model on preference pairs", FINETUNING_SETTINGS),
     ):
@@ -49,11 +49,7 @@ def add_commands(commands: Any) -> None:
         epilog="example: anarchobot launch --hosts 10.0.0.1,10.0.0.2 -- pretrain configs/small.yaml (docs/scaling.md)",
     )
     launch.add_argument(
-        "-n",
-        "--ranks",
-        type=positive,
-        metavar="N",
-        help="number of processes (default: 2; with --hosts: 1 per host)",
+        "-n", "--ranks", type=positive, metavar="N", help="number of processes (default: 2; with --hosts: 1 per host)"
     )
     launch.add_argument("--hosts", metavar="A,B", help="addresses of hosts to reach by ssh (default: this machine)")
     launch.add_argument(
@@ -63,10 +59,10 @@ def add_commands(commands: Any) -> None:
         "--backend", metavar="NAME", help=f"communication backend: {', '.join(LAUNCH_BACKENDS)} (default: ring)"
     )
     launch.add_argument(
-        "task", nargs="+", metavar="COMMAND", help="after --: pretrain or sft, with its CONFIG and settings"
+        "task", nargs="+", metavar="COMMAND", help="command to run, after --: pretrain or sft and its arguments"
     )
 
-    adapt = add_command(commands, "adapt-vocab", _adapt_vocab, "move a model to a new vocabulary and train it")
+    adapt = add_command(commands, "adapt-vocab", _adapt_vocab, "adapt a model to a new tokenizer and vocabulary")
     add_config(adapt)
 
 
@@ -114,7 +110,7 @@ def _supervise(args: argparse.Namespace, loaded: "LoadedConfig", pairs: bool = F
     return supervise.supervise(command, Path(train.save_dir), train.micro_batch_size, train.grad_accum_steps)
 
 
-def _show(args: argparse.Namespace) -> "Show":
+def _show(args: argparse.Namespace) -> "OutputMode":
     return "nothing" if args.quiet else "json" if args.json else "progress"
 
 

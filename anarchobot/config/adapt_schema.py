@@ -84,8 +84,7 @@ class AlignmentConfig(Section):
     """How the embedding row of each target token is built from rows of source tokens."""
 
     method: Literal["procrustes", "relative", "pieces", "mean", "random"] = Field(
-        "procrustes",
-        description="procrustes (with CSLS), relative (TokAlign's), or a baseline without alignment",
+        "procrustes", description="procrustes (with CSLS), relative (TokAlign's), or a baseline without alignment"
     )
     pivot_count: Annotated[int, Field(ge=2)] = Field(
         2000, description="number of pivots: the most frequent tokens that both vocabularies share"
@@ -93,7 +92,7 @@ class AlignmentConfig(Section):
     similarity_threshold: Annotated[float, Field(ge=-1, le=1)] = Field(
         0.4, description="minimum cosine similarity; tokens below it are averaged from their source pieces"
     )
-    top_k: Positive = Field(10, description="number of source tokens in the weighted mean; 1 is TokAlign's")
+    top_k: Positive = Field(10, description="number of source tokens in the weighted mean; 1 reproduces TokAlign")
 
 
 class TokenizationConfig(Section):
@@ -103,7 +102,7 @@ class TokenizationConfig(Section):
         "extended", description="extended: the source tokenizer plus mined terms; trained: new, on the domain text"
     )
     vocab_size: Positive | None = Field(
-        None, description="vocabulary size of a trained tokenizer; default: that of the source"
+        None, description="vocabulary size of a trained tokenizer; default: the source tokenizer's"
     )
     num_workers: Positive = Field(2, description="tokenizer threads; does not affect the shards")
     cache_dir: str | None = Field(None, description="cache folder for downloaded Hugging Face datasets")
@@ -150,7 +149,7 @@ class EvaluationConfig(Section):
     qa: str | None = Field(
         None, description="JSONL with question, abstract and answer (yes, no, maybe), as PubMedQA; default: none"
     )
-    baseline_model: str | None = Field(None, description="another model to evaluate, with its own tokenizer")
+    baseline_model: str | None = Field(None, description="another model to evaluate, with its tokenizer")
 
 
 class PipelineConfig(Section):

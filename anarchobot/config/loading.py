@@ -18,7 +18,7 @@ from anarchobot.config.strict_yaml import MAX_BYTES, YamlMapping, parse, parse_s
 from anarchobot.config.validation import RUN_LENGTH_KEYS, conflicts
 
 COMMAND_LINE = "command line"
-# Model settings that do not depend on the weights, and so may differ from those of a pretrained model.
+# Model settings that do not depend on the weights, and so may differ from a pretrained model's.
 WEIGHT_INDEPENDENT_KEYS = ("dropout", "max_seq_len", "bos_id", "zero_init_proj")
 
 Schema = TypeVar("Schema", bound=Section)
@@ -62,9 +62,7 @@ def load(path: str | Path | None, overrides: Sequence[Override], schema: type[Sc
 
 
 def load_config(
-    path: str | Path | None,
-    overrides: Sequence[Override] = (),
-    base_model: Callable[[str], ModelConfig] | None = None,
+    path: str | Path | None, overrides: Sequence[Override] = (), base_model: Callable[[str], ModelConfig] | None = None
 ) -> LoadedConfig:
     """Loads and validates a configuration. Precedence: command line, file, default. Later overrides win.
 
@@ -123,7 +121,7 @@ def _resolve_aliases(settings: _Settings) -> None:
             continue
         source = settings.sources[old]
         if alias.key in settings.sources:
-            raise _set_twice(source, old, alias.key, settings.sources[alias.key])
+            raise _duplicate_key_error(source, old, alias.key, settings.sources[alias.key])
         section, _, leaf = old.partition(".")
         keys = settings.values[section]
         keys[alias.key.partition(".")[2]] = _convert(settings, old, keys.pop(leaf), source)
@@ -141,8 +139,8 @@ def _convert(settings: _Settings, old: str, value: Any, source: str) -> Any:
     return values[value]
 
 
-def _set_twice(source: str, old: str, key: str, other: str) -> UserError:
-    return UserError(f"{source}: {old}: is the former name of {key}, which is also set ({other}): keep one")
+def _duplicate_key_error(source: str, old: str, key: str, other: str) -> UserError:
+    return UserError(f"{source}: {old} is deprecated: use {key}, which is also set ({other}): keep one")
 
 
 def _validate(settings: _Settings, schema: type[Schema]) -> Schema:
@@ -155,7 +153,7 @@ def _validate(settings: _Settings, schema: type[Schema]) -> Schema:
 def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(MAX_BYTES + 1)  # limited: the path may be that of a shard or a device
+            return file.read(MAX_BYTES + 1)  # limited: the path may be a shard or a device
     except FileNotFoundError as error:
         hint = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")])
         raise UserError(f"{path}: no such file{hint}") from error
@@ -180,7 +178,7 @@ def _apply_override(settings: _Settings, key: str, value: Any) -> None:
         key = settings.schema.aliases[name].key
     earlier = settings.aliases.pop(key, key)
     if sources.get(key) == COMMAND_LINE and earlier != name:
-        raise _set_twice(COMMAND_LINE, name if name != key else earlier, key, COMMAND_LINE)
+        raise _duplicate_key_error(COMMAND_LINE, name if name != key else earlier, key, COMMAND_LINE)
     if name != key:
         settings.aliases[key] = name
     parents, leaf = _split(key, settings.schema)
@@ -201,7 +199,7 @@ def _apply_override(settings: _Settings, key: str, value: Any) -> None:
 
 
 def _use_base_model(settings: _Settings, base_model: Callable[[str], ModelConfig]) -> None:
-    own, train = settings.values.get("model"), settings.values.get("train")
+    model, train = settings.values.get("model"), settings.values.get("train")
     path = train.get("init_from") if isinstance(train, dict) else None
     if not isinstance(path, str):
         source = settings.sources.get("train.init_from")
@@ -209,15 +207,15 @@ def _use_base_model(settings: _Settings, base_model: Callable[[str], ModelConfig
             f"{f'{source}: ' if source else ''}train.init_from (--model): expected the model to fine-tune: a run "
             "folder or a Hugging Face model folder"
         )
-    if isinstance(own, dict | None):  # validation rejects anything else
+    if isinstance(model, dict | None):  # validation rejects anything else
         base = base_model(path).model_dump()
-        for key, value in (own or {}).items():
+        for key, value in (model or {}).items():
             if key in base and key not in WEIGHT_INDEPENDENT_KEYS and value != base[key]:
                 raise UserError(
                     f"{settings.sources[f'model.{key}']}: model.{key}: {_format(value)}, but the model in {path} has "
                     f"{_format(base[key])}: remove it"
                 )
-        settings.values["model"] = {**base, **(own or {})}
+        settings.values["model"] = {**base, **(model or {})}
 
 
 def _reject_conflicts(loaded: LoadedConfig) -> None:
@@ -254,7 +252,7 @@ def _describe(error: ValidationError, settings: _Settings) -> str:
 
 
 def _key_of(location: tuple[int | str, ...], schema: type[BaseModel]) -> str:
-    """Returns the dotted key of a location in the values, without positions inside the key's own value."""
+    """Returns the dotted key of a location in the values, without positions inside the key's value."""
     key = ""
     for part in location:
         if key and key not in _section_names(schema):
@@ -296,9 +294,9 @@ def _unknown(key: str, schema: type[BaseModel]) -> str:
         return f"unknown section{hint or did_you_mean(section, schema.model_fields)}"
     if elsewhere:
         return f"unknown key; did you mean '{elsewhere[0]}'?"
-    own = [k.removeprefix(f"{section}.") for k in keys if k.startswith(f"{section}.")]
-    hint = did_you_mean(leaf, own) or did_you_mean(leaf, keys)
-    return "unknown key" + (hint or f"; keys of {section}: {', '.join(own)}")
+    known = [k.removeprefix(f"{section}.") for k in keys if k.startswith(f"{section}.")]
+    hint = did_you_mean(leaf, known) or did_you_mean(leaf, keys)
+    return "unknown key" + (hint or f"; keys of {section}: {', '.join(known)}")
 
 
 def describe_type(info: FieldInfo) -> str:

@@ -86,7 +86,7 @@ class ModelConfig(Section):
         None, description="multiply token embeddings by this, such as sqrt(d_model); default: 1"
     )
     value_residual: bool = Field(
-        False, description="average attention values with those of the first block; cannot be exported as Llama"
+        False, description="average attention values with the first block's; cannot be exported as Llama"
     )
 
     bos_id: Count | None = Field(
@@ -121,7 +121,7 @@ class DataConfig(Section):
     score_field: str | None = Field(None, description="field that holds the quality score of a document")
     score_min: Finite | None = Field(None, description="drop documents with a lower score")
     documents: Literal["file", "paragraphs", "lines"] = Field(
-        "file", description="unit of a document in text files: the whole file, a paragraph, or a line"
+        "file", description="what counts as a document in text files: the whole file, a paragraph, or a line"
     )
     clean: bool = Field(False, description="remove control characters and trailing whitespace")
     min_chars: Positive = Field(1, description="drop documents with fewer characters")
@@ -139,7 +139,7 @@ class DataConfig(Section):
     cache_dir: str | None = Field(None, description="cache folder for downloaded Hugging Face datasets")
     num_workers: Positive = Field(2, description="tokenizer threads; does not affect the shards")
     shard_dir: str | Names = Field(
-        "shards", description="folder of token shards written by pretokenize; a list trains on a mixture"
+        "shards", description="folder of token shards, as written by pretokenize; a list: train on a mixture"
     )
     shard_weights: Weights | None = Field(
         None, description="mixture weights of the shard folders; default: proportional to size"
@@ -167,7 +167,7 @@ class TrainConfig(Section):
     total_steps: Positive = Field(
         50000, description="number of optimizer steps; set only one of total_steps, epochs, token_budget"
     )
-    epochs: PositiveFloat | None = Field(None, description="length of the run in passes over the training shards")
+    epochs: PositiveFloat | None = Field(None, description="length of the run in passes over the training data")
     token_budget: Positive | None = Field(None, description="length of the run in tokens")
     micro_batch_size: PositiveOrAuto = Field(
         1, description="sequences per micro-batch; auto: the most that fit in memory, up to grad_accum_steps"
@@ -250,7 +250,9 @@ class TrainConfig(Section):
     ckpt_keep: Positive = Field(3, description="number of recent checkpoints to keep, in addition to the best")
     save_dir: str = Field("runs/default", description="run folder: checkpoints, config.yaml, logs")
     log_path: str | None = Field(None, description="folder for metrics and the summary; default: save_dir/logs")
-    init_from: str | None = Field(None, description="checkpoint or run folder to initialize the weights from")
+    init_from: str | None = Field(
+        None, description="run folder, checkpoint or Hugging Face folder to initialize the weights from"
+    )
     trainable: Literal["all", "embeddings"] = Field(
         "all", description="parameters to train: all, or only the token embedding and output head"
     )
@@ -258,7 +260,7 @@ class TrainConfig(Section):
         0, description="index of the first sequence in the data order of a new run, to skip data already seen"
     )
     tokenizer_path: str | None = Field(
-        None, description="tokenizer file that `tokenizer train` writes and `pretokenize` reads"
+        None, description="tokenizer file (.model, tokenizer.json or vocab.json), as written by `tokenizer train`"
     )
     checkpoint_path: str | None = Field(
         None, description="checkpoint or run folder to resume from; auto: the newest checkpoint in save_dir, if any"
@@ -289,7 +291,7 @@ class TrainConfig(Section):
 
 
 class LoraConfig(Section):
-    """Low-rank adapters (LoRA), trained instead of the model's own weights if lora.r is set."""
+    """Low-rank adapters (LoRA), trained instead of the model's weights if lora.r is set."""
 
     r: Annotated[int, Field(ge=4, le=64), INTEGER] | None = Field(
         None, description="rank of the adapters, such as 8; default: no adapters, all weights are trained"
@@ -323,15 +325,13 @@ class ChatConfig(Section):
     )
     template: str = Field(
         "auto",
-        description="chat template: auto (the tokenizer's own, else chatml, else plain), chatml, plain, or a file",
+        description="chat template: auto (the tokenizer's, else chatml, else plain), chatml, plain, or a file",
     )
     train_on: Literal["assistant", "all"] = Field("assistant", description="messages whose tokens count in the loss")
     pack: bool = Field(True, description="pack several conversations into a sequence, masked from each other")
-    too_long: Literal["cut", "drop"] = Field(
-        "cut", description="how to handle conversations longer than data.seq_len; both cases are counted"
-    )
+    too_long: Literal["cut", "drop"] = Field("cut", description="how to handle conversations longer than data.seq_len")
     rouge_samples: Count = Field(
-        0, description="held-out conversations to generate the last answer of at each validation, for ROUGE"
+        0, description="number of held-out conversations to score with ROUGE at each validation"
     )
 
 
@@ -341,7 +341,9 @@ class PreferenceConfig(Section):
     loss: Literal["sigmoid", "ipo", "orpo"] = Field(
         "sigmoid", description="sigmoid: DPO; ipo: squared margin, per token; orpo: no reference model"
     )
-    beta: PositiveFloat = Field(0.1, description="strength of the pull toward the reference; orpo: odds-ratio weight")
+    beta: PositiveFloat = Field(
+        0.1, description="strength of the KL penalty (DPO beta); orpo: weight of the odds ratio"
+    )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         0.0, description="assumed fraction of pairs with swapped labels (sigmoid only)"
     )
@@ -357,8 +359,7 @@ class GuardConfig(Section):
         128, description="steps over which mean and deviation are computed; at least half must be filled"
     )
     rollback_after: Annotated[int, Field(ge=1, le=29), INTEGER] | None = Field(
-        5,
-        description="consecutive non-finite steps before rolling back to a checkpoint; null: never (30 end the run)",
+        5, description="consecutive non-finite steps before a rollback to a checkpoint; null: never (30 abort the run)"
     )
 
 
@@ -375,7 +376,7 @@ class TokenizerConfig(Section):
     on_mismatch: Literal["stop", "fallback"] = Field(
         "stop", description="what to do if token ids of the fast and the reference implementation differ"
     )
-    max_train_mb: PositiveFloat = Field(200.0, description="train on the first this many megabytes of text")
+    max_train_mb: PositiveFloat = Field(200.0, description="train on at most this many MB of text")
 
 
 class GenerationConfig(Section):
@@ -383,8 +384,8 @@ class GenerationConfig(Section):
 
     prompt: str = Field("", description="text to continue")
     method: Literal["greedy", "top_k", "nucleus", "min_p", "random"] = Field("nucleus", description="sampling method")
-    temperature: PositiveFloat = Field(0.8, description="divisor of the logits")
-    top_k: Positive = Field(50, description="method top_k: sample from this many most likely tokens")
+    temperature: PositiveFloat = Field(0.8, description="sampling temperature")
+    top_k: Positive = Field(50, description="method top_k: sample from the k most likely tokens")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         0.95, description="method nucleus: sample from the most likely tokens with this total probability"
     )
@@ -400,12 +401,12 @@ class GenerationConfig(Section):
 
 
 class KnowledgeBaseConfig(Section):
-    """The knowledge base of `kb` and `chat`: passages of your own files, added to the prompt."""
+    """The knowledge base of `kb` and `chat`: passages of your files, added to the prompt."""
 
-    path: str | None = Field(None, description="SQLite file written by `kb add`; default: no knowledge base")
+    path: str | None = Field(None, description="SQLite file of the knowledge base, created by `kb add`; default: none")
     retrieval_k: Positive = Field(3, description="number of passages to retrieve for a question")
     feedback_alpha: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.1, description="step size of a vote toward a relevance of 1 or -1; 0: votes have no effect"
+        0.1, description="learning rate of feedback votes; 0: votes have no effect"
     )
 
 

@@ -1,7 +1,7 @@
 """Windows to batches. Shapes: A micro-batches, B sequences per micro-batch, L = seq_len tokens.
 
-The order is a function of the seed and the position, so the batch of any step can be read without the ones before it,
-and a resumed run continues with exactly the next window.
+The order is a function of the seed and the position, so the batch of any step can be read directly, and a resumed run
+continues with exactly the next window.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ class TrainBatches:
     """Batches from one or more sets of windows, reshuffled every epoch.
 
     Without weights, the sets are concatenated: every window is seen once per epoch. With weights, each set contributes
-    its share of any stretch of the run and has its own epochs. `windows` is the total number of windows.
+    its share of any stretch of the run and has separate epochs. `windows` is the total number of windows.
     """
 
     def __init__(self, sets: Sequence[Windows], seed: int, weights: Sequence[float] | None = None) -> None:
@@ -47,7 +47,7 @@ class TrainBatches:
         return gather(self._sets, owners, indices).micro_batches(micro_batches, micro_batch_size)
 
     def _assign_sets(self, positions: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The set that each position draws from, and the position within that set's own sequence."""
+        """The set that each position draws from, and the position within that set's sequence."""
         pattern, before = self._pattern
         repeats, offsets = positions // len(pattern), positions % len(pattern)
         owners = pattern[offsets]
@@ -92,7 +92,7 @@ class Prefetcher:
     """Reads the next batch in a thread while the current one trains (numpy only).
 
     If the next request is for a different position, the prefetched batch is dropped. In data-parallel training, every
-    rank requests the same step and gets its own slice of it.
+    rank requests the same step and gets its slice of it.
     """
 
     def __init__(self, batches: TrainBatches, rank: int = 0, ranks: int = 1) -> None:

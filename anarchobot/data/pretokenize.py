@@ -35,7 +35,7 @@ class Pretokenizer:
     shard_tokens: int = 2**26  # 128 MiB of uint16
     counts: DocumentCounts = field(default_factory=DocumentCounts)  # also updated by the reader of the documents
     source: Provenance = field(default_factory=dict)  # what the documents depend on
-    restart: bool = False  # start over; existing shards are replaced once all new ones are written
+    restart: bool = False  # start over; existing shards are replaced once all new shards are written
     progress: Callable[[int, int], None] = lambda size, tokens: None  # called with new bytes and tokens
     log: Callable[[str], None] = lambda line: None
 
@@ -128,7 +128,7 @@ class Pretokenizer:
 
 
 def _install(folder: Path, shards: Iterable[Shard]) -> None:
-    """Renames the new shards over the old ones. May be interrupted anywhere and repeated."""
+    """Replaces the old shards with the new. May be interrupted anywhere and repeated."""
     (folder / "manifest.json").unlink(missing_ok=True)  # a half-replaced set of shards must not look complete
     names = {name for shard in shards for name in shard.files}
     for path in shard_files(folder):

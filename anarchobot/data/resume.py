@@ -1,4 +1,4 @@
-"""Resuming pretokenization, without ever mixing or replacing the shards of a different run.
+"""Resuming pretokenization, without mixing it with the shards of a different run.
 
 `progress.json`, beside the shards, records everything that their bytes depend on and lists the finished shards. A run
 that was interrupted, even by kill -9, resumes after the last finished shard. It reads the documents again from the
@@ -135,7 +135,7 @@ def _is_intact(folder: Path, shard: Shard) -> bool:
 
 
 class FinishedDocuments:
-    """Skips the documents that finished shards hold: the first ones of each split, verified by their keys."""
+    """Skips the documents that finished shards hold: the first documents of each split, verified by their keys."""
 
     def __init__(self, finished: Iterable[FinishedShard], progress: Callable[[int, int], None]) -> None:
         """`progress(bytes, tokens)` is called after each skipped shard."""

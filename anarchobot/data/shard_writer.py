@@ -57,7 +57,7 @@ class ShardWriter:
             writer.close()
 
     def abort(self) -> None:
-        """Deletes the unfinished shards; the finished ones stay."""
+        """Deletes the unfinished shards; finished shards stay."""
         for writer in self._splits.values():
             writer.abort()
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
-from anarchobot.storage.durable import SEAL, read_sealed, sha256_file, write_sealed
+from anarchobot.storage.durable import CHECKSUM, read_checksummed, sha256_file, write_checksummed
 
 FORMAT_VERSION = 1
 DTYPES = ("uint16", "uint32")
@@ -75,7 +75,7 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_sealed(folder / "manifest.json", json.loads(manifest.to_json()))
+    write_checksummed(folder / "manifest.json", json.loads(manifest.to_json()))
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -83,8 +83,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     path = Path(folder) / "manifest.json"
     try:
         values: dict[str, Any] = json.loads(path.read_bytes())
-        if SEAL in values:  # absent when another program wrote the manifest
-            values = read_sealed(path)
+        if CHECKSUM in values:  # absent when another program wrote the manifest
+            values = read_checksummed(path)
         if values.get("format_version") != FORMAT_VERSION:
             raise UserError(
                 f"{path}: format {values.get('format_version')}, expected {FORMAT_VERSION}: pretokenize again"

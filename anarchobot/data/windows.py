@@ -110,8 +110,8 @@ class StreamWindows:
     def _padded_rows(self, starts: Ints, missing: Ints) -> Batch:
         inputs = np.zeros((len(starts), self._seq_len), np.int32)
         targets = np.full_like(inputs, IGNORE)
-        for row, (start, lacking) in enumerate(zip(starts.tolist(), missing.tolist(), strict=True)):
-            scored = max(0, self._seq_len - lacking)
+        for row, (start, n_missing) in enumerate(zip(starts.tolist(), missing.tolist(), strict=True)):
+            scored = max(0, self._seq_len - n_missing)
             if scored:
                 ids = self._stream.read(start, start + scored + 1)
                 inputs[row, :scored], targets[row, :scored] = ids[:-1], ids[1:]
@@ -147,7 +147,7 @@ class PackedWindows:
         short = np.flatnonzero(used < self._seq_len)
         if len(short):
             at = np.searchsorted(rows, short, side="right")
-            lengths = np.insert(lengths, at, self._seq_len - used[short])  # the padding is its own document
+            lengths = np.insert(lengths, at, self._seq_len - used[short])  # the padding is a separate document
             for index, row in zip(reversed(at.tolist()), reversed(short.tolist()), strict=True):
                 padding = self._padding[used[row] :]
                 targets.insert(index, padding)

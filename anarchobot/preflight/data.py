@@ -28,14 +28,14 @@ def tokenizer(context: Context) -> Outcome:
     path, size = loaded.config.train.tokenizer_path, loaded.config.model.vocab_size
     if path is None:
         return "pass", "train.tokenizer_path is not set: using the shards' tokenizer"
-    found = load_tokenizer(path).vocab_size
-    if found != size:
+    actual = load_tokenizer(path).vocab_size
+    if actual != size:
         return (
             "fail",
-            f"{loaded.where('model.vocab_size')}: {size}, but {path} has {found} tokens",
-            f"set model.vocab_size: {found}",
+            f"{loaded.where('model.vocab_size')}: {size}, but {path} has {actual} tokens",
+            f"set model.vocab_size: {actual}",
         )
-    return "pass", f"{path}: {found:,} tokens"
+    return "pass", f"{path}: {actual:,} tokens"
 
 
 @check(
@@ -50,8 +50,8 @@ def dataset(context: Context) -> Outcome:
 @check("corpus", ("configuration",), "correct corpus.domain or corpus.text_field")
 def corpus(context: Context) -> Outcome:
     """adapt-vocab's domain text."""
-    own = context.adapt.config.corpus
-    return _documents(DataConfig(dataset=own.domain, text_field=own.text_field, documents=own.documents), 0)
+    corpus = context.adapt.config.corpus
+    return _documents(DataConfig(dataset=corpus.domain, text_field=corpus.text_field, documents=corpus.documents), 0)
 
 
 def _documents(data: DataConfig, seed: int) -> Outcome:
@@ -94,8 +94,8 @@ def conversations(context: Context) -> Outcome:
         pairs = read_pairs(data, counts, config.chat.language)
         first = [pair.chosen for _, pair in islice(pairs, SAMPLE)]
     else:
-        found = read_conversations(data, counts, config.chat.format, config.chat.language)
-        first = [conversation[-1].content for _, conversation in islice(found, SAMPLE)]
+        items = read_conversations(data, counts, config.chat.format, config.chat.language)
+        first = [conversation[-1].content for _, conversation in islice(items, SAMPLE)]
     if not first:
         return "fail", f"no usable row; {'; '.join(counts.summary())}", "fix data.dataset: docs/tuning.md"
     return "pass", f"{counts.kept} of the first {counts.read} rows are usable; they end with: {_excerpts(first)}"
@@ -162,7 +162,7 @@ def model_and_data(context: Context) -> Outcome:
 
 @check("source model", ("configuration",), "correct models.source_model or the setting named")
 def source_model(context: Context) -> Outcome:
-    """Runs adapt-vocab's own checks."""
+    """Runs the checks of adapt-vocab."""
     base = load_pretrained(context.adapt.config.models.source_model)
     adapt_checks.check(context.adapt, base)
     return "pass", f"{base.folder}: {parameter_count(base.model):,} parameters, {base.model.vocab_size:,} tokens"

@@ -34,8 +34,8 @@ def load_plan(path: str | None, overrides: Sequence[str | tuple[str, Any]]) -> L
 
 
 def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str, Any]:
-    """The figures of `anarchobot plan --json`, in bytes, tokens and FLOPs; None if unknown. A configuration with a
-    preference section is taken to be for dpo, whose micro-batches count pairs."""
+    """The values of `anarchobot plan --json`, in bytes, tokens and FLOPs; None if unknown. A configuration with a
+    preference section is assumed to be for dpo, whose micro-batches count pairs."""
     pairs = is_preference_config(loaded)
     loaded, _ = resolve_micro_batch(loaded, pairs=pairs)
     config = loaded.config
@@ -56,7 +56,7 @@ def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str,
         "micro_batch_size": train.micro_batch_size,
         "grad_accum_steps": train.grad_accum_steps,
         "unit": "pairs" if pairs else "sequences",
-        "memory": _memory_figures(estimate(config, pairs=pairs)),
+        "memory": _memory_values(estimate(config, pairs=pairs)),
         "peaks": [
             _peak(config, precision, checkpointing, pairs)
             for precision, checkpointing in product(PRECISIONS, (False, True))
@@ -76,14 +76,14 @@ def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str,
         "checkpoint": {
             "model_bytes": model_bytes,
             "optimizer_bytes": optimizer_bytes,
-            "most": train.ckpt_keep + 2,  # the kept ones, the best one, and the one being written
+            "most": train.ckpt_keep + 2,  # the newest, the best, and the one being written
             "disk_bytes": (train.ckpt_keep + 2) * (model_bytes + optimizer_bytes),
         },
     }
 
 
 def is_preference_config(loaded: LoadedConfig) -> bool:
-    """Whether it is for dpo, that is, has a preference section. A run's own config.yaml has all sections: pretrain's
+    """Whether it is for dpo, that is, has a preference section. A run's config.yaml has all sections: pretrain's
     has no train.init_from, and sft's has the default preference section."""
     given = {key.partition(".")[0] for key in loaded.sources}
     if given >= set(Config.model_fields):
@@ -91,14 +91,14 @@ def is_preference_config(loaded: LoadedConfig) -> bool:
     return "preference" in given
 
 
-def _memory_figures(found: MemoryEstimate) -> dict[str, Any]:
-    return {**asdict(found), "phase": found.phase, "peak": found.peak}
+def _memory_values(memory: MemoryEstimate) -> dict[str, Any]:
+    return {**asdict(memory), "phase": memory.phase, "peak": memory.peak}
 
 
 def _peak(config: Config, precision: str, checkpointing: bool, pairs: bool) -> dict[str, Any]:
     train = config.train.model_copy(update={"precision": precision, "gradient_checkpointing": checkpointing})
-    found = estimate(config.model_copy(update={"train": train}), pairs=pairs)
-    return {"precision": precision, "gradient_checkpointing": checkpointing, **_memory_figures(found)}
+    memory = estimate(config.model_copy(update={"train": train}), pairs=pairs)
+    return {"precision": precision, "gradient_checkpointing": checkpointing, **_memory_values(memory)}
 
 
 def _steps(config: Config, tokens_per_sequence: int) -> tuple[int | None, str | None]:

@@ -25,11 +25,11 @@ def command_for(context: Context) -> Command:
         given = sections(context.path, context.overrides)
         if given & {"models", "corpus"}:
             return "adapt-vocab"
-        if given >= set(Config.model_fields):  # a run's own config.yaml has all sections
-            whole = load_config(context.path, context.overrides)
-            if whole.config.train.init_from is None:
+        if given >= set(Config.model_fields):  # a run's config.yaml has all sections
+            loaded = load_config(context.path, context.overrides)
+            if loaded.config.train.init_from is None:
                 return "pretrain"
-            return "dpo" if is_preference_config(whole) else "sft"
+            return "dpo" if is_preference_config(loaded) else "sft"
         if given & {"preference", "chat"}:
             return "dpo" if "preference" in given else "sft"
         if "lora" in given and "data.shard_dir" not in load_config(context.path, context.overrides).sources:

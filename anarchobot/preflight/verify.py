@@ -8,11 +8,7 @@ from anarchobot.system.blas import load_fast_blas
 
 
 def verify(
-    path: str,
-    overrides: Sequence[str] = (),
-    *,
-    calibrate: bool = True,
-    machine: Machine | None = None,
+    path: str, overrides: Sequence[str] = (), *, calibrate: bool = True, machine: Machine | None = None
 ) -> list[CheckResult]:
     """Runs the checks for pretrain, sft, dpo or adapt-vocab, whichever the configuration's sections are for.
 

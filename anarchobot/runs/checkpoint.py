@@ -1,6 +1,6 @@
 """Checkpoints: one folder per step, written atomically, with every byte covered by a SHA-256 digest.
 
-    RUN/step_00002000/model.npz       parameters under Llama's names, float32; opens with plain `np.load`
+    RUN/step_00002000/model.npz       parameters under Hugging Face's names, float32; opens with plain `np.load`
     RUN/step_00002000/optimizer.npz   optimizer state
     RUN/step_00002000/state.json      step, data position, config, digests of all three files; written last
     RUN/latest.json, RUN/best.json    the number of a step
@@ -22,7 +22,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import config_from_dict
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.model.lora import trained_shapes
-from anarchobot.storage.durable import HashedFile, fsync_dir, read_sealed, sha256_file, write_sealed
+from anarchobot.storage.durable import HashedFile, fsync_dir, read_checksummed, sha256_file, write_checksummed
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -71,7 +71,7 @@ def save(run: Path, step: int, arrays: Mapping[str, npt.NDArray[Any]], state: Ma
             OPTIMIZER_FILE: _write_npz(temporary / OPTIMIZER_FILE, moments),
         }
         scalars = {n: a.item() for n, a in arrays.items() if not n.startswith((PARAMS, OPTIMIZER))}
-        write_sealed(temporary / "state.json", {"step": step, **state, "engine": scalars, "sha256": digests})
+        write_checksummed(temporary / "state.json", {"step": step, **state, "engine": scalars, "sha256": digests})
         if problem := _damage(temporary, digests, FILES):
             raise OSError(f"{problem}: the disk returned different bytes than were written")
     except BaseException:
@@ -83,7 +83,7 @@ def save(run: Path, step: int, arrays: Mapping[str, npt.NDArray[Any]], state: Ma
     temporary.rename(final)
     fsync_dir(run)
     shutil.rmtree(aside, ignore_errors=True)
-    write_sealed(run / LATEST, {"step": step, "folder": final.name})
+    write_checksummed(run / LATEST, {"step": step, "folder": final.name})
     return final
 
 
@@ -141,20 +141,20 @@ def best_step(run: Path) -> int | None:
 
 
 def read_best(run: Path, max_step: int) -> dict[str, Any] | None:
-    """Returns the contents of best.json; None if it is missing, damaged, after `max_step`, or its step is gone."""
+    """Returns the contents of best.json; None if it is missing, damaged, after `max_step`, or its step is missing."""
     step = best_step(run)
     if step is None or step > max_step or step not in saved_steps(run):
         return None
-    return read_sealed(run / BEST)
+    return read_checksummed(run / BEST)
 
 
 def write_best(run: Path, step: int, values: Mapping[str, Any]) -> None:
-    write_sealed(run / BEST, {"step": step, "folder": step_folder(run, step).name, **values})
+    write_checksummed(run / BEST, {"step": step, "folder": step_folder(run, step).name, **values})
 
 
 def _read_step(file: Path) -> int | None:
     try:
-        return int(read_sealed(file)["step"])
+        return int(read_checksummed(file)["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -177,8 +177,8 @@ def find(path: str | Path, *, files: tuple[str, ...] = FILES) -> Checkpoint:
     damaged: list[str] = []
     for step in steps:
         try:
-            found = _verified(step_folder(folder, step), files)
-            return Checkpoint(found.folder, found.state, tuple(damaged))
+            newest = _verified(step_folder(folder, step), files)
+            return Checkpoint(newest.folder, newest.state, tuple(damaged))
         except UserError as error:
             damaged.append(str(error).partition(": use an older")[0])
     raise UserError(f"{folder}: every checkpoint here is damaged; newest: {damaged[0]}")
@@ -188,7 +188,7 @@ def _verified(folder: Path, files: tuple[str, ...]) -> Checkpoint:
     """Raises UserError if state.json or one of `files` is damaged."""
     file = folder / "state.json"
     try:
-        state = read_sealed(file)
+        state = read_checksummed(file)
         digests = dict(state["sha256"])
         checkpoint = Checkpoint(folder, {"step": int(state["step"]), "config": state["config"], **state})
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -250,10 +250,10 @@ def _load(checkpoint: Checkpoint, files: Iterable[tuple[str, str]]) -> Arrays:
 
 
 def _check_shapes(folder: Path, arrays: Arrays, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    found = {n.removeprefix(PARAMS): a.shape for n, a in arrays.items() if n.startswith(PARAMS)}
-    for name in [*wanted, *found]:
-        if found.get(name) != wanted.get(name):
-            shapes = [str(list(s)) if s is not None else "none" for s in (found.get(name), wanted.get(name))]
+    actual = {n.removeprefix(PARAMS): a.shape for n, a in arrays.items() if n.startswith(PARAMS)}
+    for name in [*wanted, *actual]:
+        if actual.get(name) != wanted.get(name):
+            shapes = [str(list(s)) if s is not None else "none" for s in (actual.get(name), wanted.get(name))]
             raise UserError(
                 f"{folder}: checkpoint does not match the config's model: {name} has shape {shapes[0]}, expected "
                 f"{shapes[1]}: use the config.yaml in its run folder"

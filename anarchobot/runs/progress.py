@@ -1,4 +1,4 @@
-"""The state of a training run that goes into a checkpoint besides the engine's arrays."""
+"""The state of a training run that a checkpoint stores in addition to the engine's arrays."""
 
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -14,7 +14,7 @@ class Progress:
 
     position:     windows consumed (`data_position` in state.json)
     norms:        last gradient norms, for spike detection
-    smooth_loss:  running mean of the training loss, weighted towards later steps
+    smooth_loss:  running mean of the training loss, weighted toward later steps
     since:        sum and count of training losses since the last validation
     curve:        last validations: (validation loss, mean training loss before it)
     returns:      consecutive rollbacks to step `returned_to`

@@ -37,8 +37,8 @@ class RunLog:
 
     def points(self, event: str, key: str) -> list[Point]:
         """Returns a curve as (step, value) pairs in order of steps."""
-        found = {line["step"]: line[key] for line in self.events_of(event) if isinstance(line.get(key), int | float)}
-        return sorted(found.items())
+        values = {line["step"]: line[key] for line in self.events_of(event) if isinstance(line.get(key), int | float)}
+        return sorted(values.items())
 
     def last(self, event: str, key: str) -> float | None:
         points = self.points(event, key)
@@ -103,7 +103,7 @@ def metrics_path(run: Path) -> Path:
 
 
 def read_events(logs: Path) -> list[Event]:
-    """Returns all events in a logs folder, obsolete ones included; empty if there is no log."""
+    """Returns all events in a logs folder, obsolete events included; empty if there is no log."""
     file = logs / METRICS
     return parse_events(file.read_bytes())[0] if file.is_file() else []
 
@@ -116,15 +116,15 @@ def read_summary(logs: Path) -> dict[str, Any]:
 def _read_config(folder: Path) -> dict[str, dict[str, Any]]:
     file = folder / "config.yaml"
     try:
-        found = parse(file.read_bytes(), str(file)).values
+        values = parse(file.read_bytes(), str(file)).values
     except (OSError, UserError):
         return {}
-    return {section: keys for section, keys in found.items() if isinstance(keys, dict)}
+    return {section: keys for section, keys in values.items() if isinstance(keys, dict)}
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_bytes())
+        values = json.loads(file.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}

@@ -26,7 +26,7 @@ def write_model(
 
     `origin` is stored in state.json and says where the model comes from, for example `{"imported": "PATH"}`. `save_dir`
     is the path recorded in the config, if `folder` will be renamed later. Training starts from these weights, so the
-    config's own `init_from` and `checkpoint_path` are dropped.
+    config's `init_from` and `checkpoint_path` are dropped.
     """
     save_dir = save_dir or folder
     paths = {"save_dir": str(save_dir), "tokenizer_path": str(save_dir / copy_tokenizer(tokenizer, folder))}

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-SEAL = "content_sha256"
+CHECKSUM = "content_sha256"
 
 
 def fsync(descriptor: int) -> None:
@@ -47,24 +47,24 @@ def write_atomic(path: Path, text: str) -> None:
     fsync_dir(path.parent)
 
 
-def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
+def write_checksummed(path: Path, values: Mapping[str, Any]) -> None:
     """Writes JSON atomically; its last key is the SHA-256 of the JSON without that key."""
-    write_atomic(path, seal(values))
+    write_atomic(path, with_checksum(values))
 
 
-def seal(values: Mapping[str, Any]) -> str:
-    """Returns the text that `write_sealed` writes."""
-    plain = {name: value for name, value in values.items() if name != SEAL}
-    return _dump({**plain, SEAL: hashlib.sha256(_dump(plain).encode()).hexdigest()})
+def with_checksum(values: Mapping[str, Any]) -> str:
+    """Returns the text that `write_checksummed` writes."""
+    plain = {name: value for name, value in values.items() if name != CHECKSUM}
+    return _dump({**plain, CHECKSUM: hashlib.sha256(_dump(plain).encode()).hexdigest()})
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Reads JSON written by `write_sealed`. Raises OSError if it can't be read, ValueError if any byte has changed."""
+def read_checksummed(path: Path) -> dict[str, Any]:
+    """Reads what `write_checksummed` wrote. Raises OSError if it can't be read, ValueError if any byte has changed."""
     text = path.read_bytes().decode("utf-8")  # bytes, because newlines count
     values = json.loads(text)
-    if not isinstance(values, dict) or seal(values) != text:
+    if not isinstance(values, dict) or with_checksum(values) != text:
         raise ValueError("content does not match its digest")
-    del values[SEAL]
+    del values[CHECKSUM]
     return values
 
 

@@ -40,7 +40,7 @@ def no_blas_message() -> str:
     """The problem and the command that fixes it, separated by ": "."""
     mkl = ", or: pip install mkl" if platform.machine() == "x86_64" else ""
     return (
-        "no fast BLAS found, matrix products on this CPU are about 15 times slower than they could be: "
+        "no fast BLAS found, matrix products on this CPU will be about 15 times slower: "
         f"sudo apt install libopenblas0-pthread{mkl}"
     )
 

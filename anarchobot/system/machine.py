@@ -1,7 +1,7 @@
 """Memory of the machine and of processes, in bytes, and keeping a Mac awake.
 
-psutil provides most figures. This module adds two that it lacks: the memory limit of a Linux container (cgroup v1 and
-v2) and macOS's memory pressure level.
+psutil provides most of the numbers. This module adds the memory limit of a Linux container (cgroup v1 and v2) and
+macOS's memory pressure level.
 """
 
 import errno

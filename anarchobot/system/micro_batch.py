@@ -38,10 +38,10 @@ def resolve_micro_batch(loaded: LoadedConfig, *, pairs: bool = False, several_ra
     if config.train.device == "gpu" and sys.platform != "darwin" and config.train.memory_budget_gb is None:
         raise UserError(f"{where}: auto does not know the GPU's memory: set train.memory_budget_gb")
     budget = memory_budget(config)
-    found = largest_micro_batch_size(config, budget, pairs=pairs)
-    if found is None:
+    largest = largest_micro_batch_size(config, budget, pairs=pairs)
+    if largest is None:
         raise UserError(f"{where}: {_too_little(config, budget, pairs)}")
-    rows, needed = found
+    rows, needed = largest
     micro_batches = config.train.grad_accum_steps // rows
     # With auto, eval_batches counts steps' worth of sequences, so memory does not change what is validated on.
     batches = config.train.eval_batches

@@ -33,18 +33,18 @@ def unmet_python(required: str | None, version: str = platform.python_version())
 
 
 def requirements(extras: Collection[str] = ()) -> list[str]:
-    """This package's requirements on this system, such as `numpy>=2.1`, including those of `extras`. Raises
+    """This package's requirements on this system, such as `numpy>=2.1`, including the requirements of `extras`. Raises
     PackageNotFoundError if the package is not installed."""
     from packaging.requirements import Requirement
 
-    found = []
+    problems = []
     for text in metadata.requires(PACKAGE) or []:
         requirement = Requirement(text)
         marker = requirement.marker
         if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
             requirement.marker = None
-            found.append(str(requirement))
-    return found
+            problems.append(str(requirement))
+    return problems
 
 
 def unmet(requirements: Collection[str], version_of: Callable[[str], str | None]) -> list[str]:

@@ -1,8 +1,8 @@
 """Peak FLOP/s of known GPUs and the model FLOPs per training token, from which a run's utilization (MFU) follows.
 
-Apple publishes no peak figures. A GPU core performs 128 float32 multiply-adds per cycle, and float16 and bfloat16 are
+Apple publishes no peak numbers. A GPU core performs 128 float32 multiply-adds per cycle, and float16 and bfloat16 are
 no faster; the clock rates were measured by others (github.com/philipturner/metal-benchmarks for M1 and M2). NVIDIA's
-figures are dense bfloat16 from the data sheets. Chips not listed here have no known peak.
+numbers are dense bfloat16 from the data sheets. Chips not listed here have no known peak.
 """
 
 import json

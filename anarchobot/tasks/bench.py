@@ -2,8 +2,8 @@
 
 The step runs on random tokens as it does in training. Then it runs again with a profiler, which evaluates and times
 each part where it stands; a step that is compiled as a whole is profiled uncompiled. "the rest" is the difference:
-summing the threads' gradients, their norm, the running average, Python, and what a part gains or loses by being
-evaluated alone. It can be negative.
+summing the threads' gradients, their norm, the running average, Python, and the effect of evaluating parts
+separately. It can be negative.
 """
 
 import statistics
@@ -72,12 +72,12 @@ def bench(loaded: LoadedConfig, steps: int = 5) -> dict[str, Any]:
     if engine.compiled:
         threads = {"compile": False, "cpu_threads": engine.workers.count}
         profiled = MLXEngine(config.model_copy(update={"train": train.model_copy(update=threads)}))
-    plain, profile = profiled.technique, TimedProfile(engine.workers.count)
+    plain, profile = profiled.options, TimedProfile(engine.workers.count)
 
     def profiled_step() -> None:
-        profiled.technique = replace(plain, profile=profile)
+        profiled.options = replace(plain, profile=profile)
         step(profiled)
-        profiled.technique = plain
+        profiled.options = plain
         profile.finish_step()
 
     seconds, _ = _medians([lambda: step(engine), profiled_step], steps)

@@ -17,12 +17,12 @@ from anarchobot.data.conversations.preference_pairs import PairDataset, tokenize
 from anarchobot.data.conversations.reading import RowCounts, read_pairs
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import total_steps
-from anarchobot.storage.durable import read_sealed, write_sealed
+from anarchobot.storage.durable import read_checksummed, write_checksummed
 from anarchobot.system.micro_batch import resolve_micro_batch
 from anarchobot.tasks.engines import open_preference_engine
 from anarchobot.tasks.finetuning import check_settings, finetune, generate_reply, resume_identity
 from anarchobot.tasks.resume import find_start
-from anarchobot.tasks.run import Show
+from anarchobot.tasks.run import OutputMode
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import load_template
 from anarchobot.tokenizers.conversation import Message
@@ -38,7 +38,7 @@ SAVE_SECONDS = 60.0  # between saves of reference log-probabilities
 LogProbs = npt.NDArray[np.float32]
 
 
-def dpo(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
+def dpo(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any]:
     """Fine-tunes the model in train.init_from on pairs; otherwise like `sft`. train.micro_batch_size counts pairs.
 
     The reference model is the initial model. Its log-probabilities of all answers are computed once, before training,
@@ -61,16 +61,16 @@ def dpo(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
         val_fraction=data.val_fraction,
     )
     train_pairs, val_pairs = splits
-    opened, engine = open_preference_engine(config, base.weights)
+    handle, engine = open_preference_engine(config, base.weights)
     run = Run(
         config=config,
         steps=total_steps(train, 2 * data.seq_len, train_pairs.count),  # a pair is two sequences
-        identity=resume_identity([split.digest() for split in splits], base, opened),
+        identity=resume_identity([split.digest() for split in splits], base, handle),
         train=Prefetcher(TrainBatches([train_pairs], train.seed)),
         val=ValBatches(val_pairs, train.micro_batch_size, train.eval_batches),
         bytes_per_token=None,
         folder=start.folder,
-        sample=lambda: generate_reply(opened, encoder, (Message("user", config.generation.prompt),), config),
+        sample=lambda: generate_reply(handle, encoder, (Message("user", config.generation.prompt),), config),
         val_metrics=engine.eval_metrics,
     )
 
@@ -82,7 +82,7 @@ def dpo(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
             if show == "progress":
                 print(text, file=sys.stderr, flush=True)
 
-        model_key = f"{base.digest} {opened.precision} {config.lora}"
+        model_key = f"{base.digest} {handle.precision} {config.lora}"
         values = compute_ref_log_probs(engine, splits, folder, model_key, train.micro_batch_size, log)
         for split, log_probs in zip(splits, values, strict=True):
             split.ref_log_probs = log_probs
@@ -93,7 +93,7 @@ def dpo(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
         f"{train_pairs.count:,} training pairs, {val_pairs.count:,} held out; {_mean_lengths(train_pairs)}",
     ]
     return finetune(
-        run, start, opened, base, encoder, notes=notes, unit="pairs", before_training=set_ref_log_probs, show=show
+        run, start, handle, base, encoder, notes=notes, unit="pairs", before_training=set_ref_log_probs, show=show
     )
 
 
@@ -149,13 +149,13 @@ def compute_ref_log_probs(
 
 
 def _write_log_probs(file: Path, key: str, values: list[LogProbs]) -> None:
-    write_sealed(file, {"of": key, "log_probs": [log_probs.tolist() for log_probs in values]})
+    write_checksummed(file, {"of": key, "log_probs": [log_probs.tolist() for log_probs in values]})
 
 
 def _read_log_probs(file: Path, key: str) -> list[LogProbs] | None:
     """The first log-probabilities of each split; None if the file is missing, damaged or has another key."""
     try:
-        cached = read_sealed(file)
+        cached = read_checksummed(file)
         if cached["of"] != key:
             return None
         return [np.array(log_probs, np.float32).reshape(-1, 2) for log_probs in cached["log_probs"]]

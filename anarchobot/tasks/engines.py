@@ -23,7 +23,7 @@ Weights = Mapping[str, npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class OpenEngine:
+class EngineHandle:
     """`device` names precision and device for the user. `sample` generates text by the config's generation section from
     the current weights; `generate_ids` continues a context up to one of the stop ids. `peak_tflops` is the GPU's peak,
     if known."""
@@ -50,7 +50,7 @@ def open_ranks(config: Config) -> Ranks:
     return init_distributed()
 
 
-def open_engine(config: Config, weights: Weights | None = None, ranks: Ranks = SINGLE_PROCESS) -> OpenEngine:
+def open_engine(config: Config, weights: Weights | None = None, ranks: Ranks = SINGLE_PROCESS) -> EngineHandle:
     """`weights`: initial weights (None: random). Imports only the selected backend. Raises UserError if its
     device or package is missing."""
     if config.train.backend == "torch":
@@ -61,7 +61,7 @@ def open_engine(config: Config, weights: Weights | None = None, ranks: Ranks = S
     return _open_mlx(MLXEngine(config, weights, ranks), config, blas)
 
 
-def open_preference_engine(config: Config, weights: Weights) -> "tuple[OpenEngine, PreferenceEngine]":
+def open_preference_engine(config: Config, weights: Weights) -> "tuple[EngineHandle, PreferenceEngine]":
     """The engine for preference pairs, in MLX only. Raises UserError for PyTorch."""
     if config.train.backend == "torch":
         raise UserError("train.backend: torch has no preference tuning: set train.backend to mlx")
@@ -72,14 +72,14 @@ def open_preference_engine(config: Config, weights: Weights) -> "tuple[OpenEngin
     return _open_mlx(engine, config, blas), engine
 
 
-def _open_mlx(engine: "MLXEngine", config: Config, blas: str | None) -> OpenEngine:
+def _open_mlx(engine: "MLXEngine", config: Config, blas: str | None) -> EngineHandle:
     import mlx.core as mx
 
     from anarchobot.inference.generation import generate, stream_token_ids
     from anarchobot.inference.model import Model
 
     on_gpu = engine.device.type == mx.DeviceType.gpu
-    return OpenEngine(
+    return EngineHandle(
         engine,
         engine.precision,
         f"{engine.precision} on {engine.device}",
@@ -90,7 +90,7 @@ def _open_mlx(engine: "MLXEngine", config: Config, blas: str | None) -> OpenEngi
     )
 
 
-def _open_torch(config: Config, weights: Weights | None) -> OpenEngine:
+def _open_torch(config: Config, weights: Weights | None) -> EngineHandle:
     from anarchobot.torch_backend.engine import TorchEngine
     from anarchobot.torch_backend.generation import generate, stream_token_ids
 
@@ -101,7 +101,7 @@ def _open_torch(config: Config, weights: Weights | None) -> OpenEngine:
     if config.model.architecture != "llama":
         raise UserError(f"train.backend: torch has no {config.model.architecture}: set train.backend to mlx")
     engine = TorchEngine(config, weights)
-    return OpenEngine(
+    return EngineHandle(
         engine,
         engine.precision,
         f"{engine.precision} on {engine.device.type} (PyTorch)",

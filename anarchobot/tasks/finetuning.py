@@ -18,9 +18,9 @@ from anarchobot.model.lora import is_quantized, trained_count
 from anarchobot.model.parameters import parameter_count, parameter_shapes
 from anarchobot.optim.schedule import describe_length
 from anarchobot.runs import checkpoint
-from anarchobot.tasks.engines import OpenEngine
-from anarchobot.tasks.resume import Start
-from anarchobot.tasks.run import Show, execute_run
+from anarchobot.tasks.engines import EngineHandle
+from anarchobot.tasks.resume import ResumePoint
+from anarchobot.tasks.run import OutputMode, execute_run
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import TRAINING_DAY
 from anarchobot.tokenizers.conversation import Conversation
@@ -74,23 +74,23 @@ def check_settings(loaded: LoadedConfig, command: Literal["sft", "dpo"]) -> None
         )
 
 
-def resume_identity(data_digests: list[str], base: PretrainedModel, opened: OpenEngine) -> dict[str, Any]:
+def resume_identity(data_digests: list[str], base: PretrainedModel, handle: EngineHandle) -> dict[str, Any]:
     """What must match on resume. The precision also tells how a quantized base was dequantized
     (exchange/adapters.py)."""
-    return {"conversations": data_digests, "base": base.digest, "precision": opened.precision}
+    return {"conversations": data_digests, "base": base.digest, "precision": handle.precision}
 
 
 def finetune(
     run: Run,
-    start: Start,
-    opened: OpenEngine,
+    start: ResumePoint,
+    handle: EngineHandle,
     base: PretrainedModel,
     encoder: ChatEncoder,
     *,
     notes: Sequence[str],
     unit: Literal["sequences", "pairs"],
     before_training: Callable[[Path], object] = lambda folder: None,
-    show: Show,
+    show: OutputMode,
 ) -> dict[str, Any]:
     """Trains `base`, already loaded into the engine, and returns the run summary.
 
@@ -106,7 +106,7 @@ def finetune(
     config, trained = run.config, trained_count(run.config.model, run.config.lora)
     warnings = [f"warning: {text}" for text in (*base.warnings, *encoder.warnings())]
     description = [
-        f"{base.folder}: {parameter_count(config.model):,} parameters, {opened.device}{run.ranks}",
+        f"{base.folder}: {parameter_count(config.model):,} parameters, {handle.device}{run.ranks}",
         _trained_parameters(config, trained),
         *notes,
         describe_length(config.train, run.steps, run.train.windows, unit, run.ranks.size),
@@ -115,7 +115,7 @@ def finetune(
     summary = execute_run(
         run,
         start,
-        opened,
+        handle,
         before_training=prepare_folder,
         description=description,
         trained_parameters=trained,
@@ -131,9 +131,9 @@ def finetune(
     return summary
 
 
-def generate_reply(opened: OpenEngine, encoder: ChatEncoder, conversation: Conversation, config: Config) -> str:
+def generate_reply(handle: EngineHandle, encoder: ChatEncoder, conversation: Conversation, config: Config) -> str:
     """The model's next turn. The template's date is TRAINING_DAY, so that a resumed run generates the same text."""
-    ids = opened.generate_ids(
+    ids = handle.generate_ids(
         encoder.encode_prompt(conversation, TRAINING_DAY).tolist(), config.generation, encoder.stop_ids()
     )
     text = StopStringFilter(config.generation.stop)

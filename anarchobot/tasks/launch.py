@@ -36,7 +36,7 @@ def launch_local(words: Sequence[str], ranks: int) -> int:
         hostfile = Path(folder) / "ring.json"
         hostfile.write_text(json.dumps([[f"{LOCALHOST}:{port}"] for port in free_ports(ranks)]))
         env = {**os.environ, PARENT_ENV: str(os.getpid()), "MLX_HOSTFILE": str(hostfile)}
-        # Each has its own session, so that a Ctrl-C reaches it only once, through this process.
+        # Each has a separate session, so that a Ctrl-C reaches it only once, through this process.
         children = [
             subprocess.Popen(command, env={**env, "MLX_RANK": str(rank)}, start_new_session=True)
             for rank in range(ranks)

@@ -117,7 +117,7 @@ def _open_part(
     streams = [name for name in names if name == "builtin" or hub.is_hub_name(name)]
     if not names or streams or (config.data.weights and not inputs):
         reason = (
-            "data.weights mixes single documents"
+            "data.weights interleaves documents"
             if names and not streams
             else f"the dataset is {', '.join(streams) or 'not set'}"
         )

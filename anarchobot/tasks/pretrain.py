@@ -15,13 +15,13 @@ from anarchobot.optim.schedule import describe_length, total_steps
 from anarchobot.system.micro_batch import resolve_micro_batch
 from anarchobot.tasks.engines import Weights, open_engine, open_ranks
 from anarchobot.tasks.resume import find_start
-from anarchobot.tasks.run import Show, execute_run
+from anarchobot.tasks.run import OutputMode, execute_run
 from anarchobot.tokenizers.tokenizer import Tokenizer, copy_tokenizer, digest, load_tokenizer
 from anarchobot.training.loop import Run
 from anarchobot.training.ranks import detect_launcher
 
 
-def pretrain(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
+def pretrain(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any]:
     """Trains a model and returns the run's summary; `finished` is False if the run was stopped.
 
     Raises UserError, before writing anything, if shards, tokenizer, checkpoint and config do not match.
@@ -47,7 +47,7 @@ def pretrain(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]
     # LoRA always needs the frozen base. Otherwise a checkpoint has all weights, and other ranks get them from rank 0.
     load_base = train.init_from is not None and (use_lora or (start.checkpoint is None and ranks.rank == 0))
     base = load_pretrained(str(train.init_from)) if load_base else None
-    opened = open_engine(config, initial_weights(loaded, base) if base is not None else None, ranks)
+    handle = open_engine(config, initial_weights(loaded, base) if base is not None else None, ranks)
 
     verifier = BackgroundVerifier(data.shard_dirs)
     run = Run(
@@ -55,22 +55,22 @@ def pretrain(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]
         steps=total_steps(train, data.seq_len, batches.windows, ranks.size),
         identity={
             "shards": [stream.manifest.digest() for stream in streams],
-            **({"base": base.digest, "precision": opened.precision} if use_lora and base is not None else {}),
+            **({"base": base.digest, "precision": handle.precision} if use_lora and base is not None else {}),
         },
         train=Prefetcher(batches, ranks.rank, ranks.size),
         val=ValBatches(val_set, train.micro_batch_size, train.eval_batches),
         bytes_per_token=sum(s.bytes for s in val_shards) / max(1, sum(s.tokens for s in val_shards)),
         folder=start.folder,
-        sample=lambda: opened.sample(tokenizer),
+        sample=lambda: handle.sample(tokenizer),
         data_error=lambda: verifier.problem,
         ranks=ranks,
     )
     return execute_run(
         run,
         start,
-        opened,
+        handle,
         before_training=lambda folder: copy_tokenizer(tokenizer, folder),
-        description=[*fit_messages, *_describe(run, streams, opened.device, base)],
+        description=[*fit_messages, *_describe(run, streams, handle.device, base)],
         trained_parameters=trained_count(config.model, config.lora),
         show=show,
     )

@@ -17,7 +17,7 @@ from anarchobot.training.engine import Engine
 from anarchobot.training.loop import Run
 from anarchobot.training.ranks import SINGLE_PROCESS, Ranks
 
-# Settings that a run can't change on resume, besides the model's shape.
+# Settings that a run can't change on resume, in addition to the model's shape.
 FIXED = (
     *("train.seed", "train.trainable", "train.optimizer", "train.normuon", "train.muon_split_heads"),
     *("data.seq_len", "data.pack", "data.document_mask", "data.shard_weights"),
@@ -101,15 +101,15 @@ def check_same_run(saved: checkpoint.Checkpoint, config: Config, identity: Mappi
 
 def check_same_on_all_ranks(run: Run) -> None:
     """Raises UserError on a rank whose settings or data differ from rank 0's."""
-    own = {"config": run.config.model_dump(mode="json"), "identity": run.identity, "windows": run.train.windows}
-    rank0 = json.loads(run.ranks.broadcast(json.dumps(own).encode()))
+    local = {"config": run.config.model_dump(mode="json"), "identity": run.identity, "windows": run.train.windows}
+    rank0 = json.loads(run.ranks.broadcast(json.dumps(local).encode()))
     for key, (theirs, ours) in changed_settings(Config.model_validate(rank0["config"]), run.config).items():
         if key not in PER_MACHINE:
             raise UserError(
                 f"rank {run.ranks.rank}: {key} is {ours}, but rank 0 has {theirs}: use the same settings on all ranks"
             )
     for name in ("identity", "windows"):
-        if rank0[name] != json.loads(json.dumps(own[name])):
+        if rank0[name] != json.loads(json.dumps(local[name])):
             folder = run.config.data.shard_dir if "shards" in run.identity else run.config.data.dataset
             raise UserError(
                 f"rank {run.ranks.rank}: the data or the base model differ from rank 0's: copy them from its machine "
@@ -166,7 +166,7 @@ def _total_steps(run: Run, saved: checkpoint.Checkpoint, progress: Progress) -> 
 
 
 def _restore_best(run: Run, progress: Progress) -> None:
-    """Updates the best validation from best.json: a checkpoint predates the validation of its own step. Not needed if
+    """Updates the best validation from best.json: a checkpoint predates the validation of its step. Not needed if
     that validation is repeated."""
     repeated = progress.step % run.config.train.eval_interval == 0 or progress.step == run.steps
     best = None if repeated else checkpoint.read_best(run.folder, progress.step)

@@ -21,7 +21,7 @@ from anarchobot.storage.lock import FolderLock
 from anarchobot.system.machine import stay_awake
 from anarchobot.system.packages import environment_info
 from anarchobot.system.peak_flops import training_flops_per_token
-from anarchobot.tasks.engines import OpenEngine
+from anarchobot.tasks.engines import EngineHandle
 from anarchobot.tasks.resume import (
     ResumePoint,
     changed_settings,
@@ -34,18 +34,20 @@ from anarchobot.training.display import TerminalDisplay, duration
 from anarchobot.training.engine import Engine
 from anarchobot.training.loop import Run, run_training
 
-Show = Literal["progress", "json", "nothing"]  # what to print on stderr; json: the log's lines as they are written
+OutputMode = Literal[
+    "progress", "json", "nothing"
+]  # what to print on stderr; json: the log's lines as they are written
 
 
 def execute_run(
     run: Run,
     start: ResumePoint,
-    opened: OpenEngine,
+    handle: EngineHandle,
     *,
     before_training: Callable[[Path], object],
     description: Sequence[str],
     trained_parameters: int,
-    show: Show,
+    show: OutputMode,
 ) -> dict[str, Any]:
     """Trains and returns the summary, which is also written to the logs; `finished` is False if the run was stopped.
 
@@ -56,7 +58,7 @@ def execute_run(
     Raises UserError if the checkpoint does not match the config, another process writes to the folder, or the ranks
     differ.
     """
-    engine, config, saved = opened.engine, run.config, start.checkpoint
+    engine, config, saved = handle.engine, run.config, start.checkpoint
     if saved is not None:
         check_same_run(saved, config, run.identity)
     check_same_on_all_ranks(run)
@@ -79,7 +81,7 @@ def execute_run(
         settings = dump(config.model_dump())
         if progress.step <= run.steps:
             write_atomic(run.folder / "config.yaml", settings)
-        run = replace(run, throughput=_throughput(config, opened.peak_tflops and run.ranks.size * opened.peak_tflops))
+        run = replace(run, throughput=_throughput(config, handle.peak_tflops and run.ranks.size * handle.peak_tflops))
         echo = sys.stderr if show == "json" else None
         with (
             run.train,
@@ -95,9 +97,9 @@ def execute_run(
             log.config(progress.step, settings)
             if saved is not None:
                 _log_resume(run, saved, progress, log, display)
-            environment = {**environment_info(opened.device), "made of": list(description)}
+            environment = {**environment_info(handle.device), "made of": list(description)}
             write_atomic(log.folder / ENVIRONMENT, json.dumps(environment, indent=1) + "\n")
-            for text in (*opened.warnings, *_warnings(run, trained_parameters)):
+            for text in (*handle.warnings, *_warnings(run, trained_parameters)):
                 display.message(f"warning: {text}")
                 log.event("warning", progress.step, text=text)
             finished = _train(engine, run, progress, log, display)

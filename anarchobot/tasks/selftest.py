@@ -1,7 +1,7 @@
-"""`anarchobot selftest`: fault injection. Runs are killed, interrupted, damaged and given a failing disk.
+"""`anarchobot selftest`: fault injection. Runs are killed, interrupted, corrupted, or hit by disk errors.
 
-A tiny model trains on a page of the built-in text, first undisturbed and then again with each fault. Every disturbed
-run is resumed and must end with the same bytes as the undisturbed one.
+A tiny model trains on a page of the built-in text, once without faults, then once per fault. Every interrupted run is
+resumed and must end with the same bytes as the uninterrupted run.
 """
 
 import errno
@@ -74,13 +74,13 @@ def run_selftest(folder: Path, kills: int, seed: int) -> Iterator[FaultResult]:
 
 
 class FaultHarness:
-    """A folder with shards, a configuration and the undisturbed reference run."""
+    """A folder with shards, a configuration and the uninterrupted reference run."""
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         self.folder, self._random = folder, random.Random(seed)
         texts = list(islice(builtin.topics(), 12))
         (folder / "shards").mkdir(parents=True)
-        tokenizer = load_tokenizer(train_tokenizer(texts, folder / "shards" / "made", VOCAB)[0])
+        tokenizer = load_tokenizer(train_tokenizer(texts, folder / "shards" / "tokenizer", VOCAB)[0])
         documents = map(Document, texts)
         Pretokenizer(tokenizer, folder / "shards", val_fraction=0.2).run(documents)
         began = time.monotonic()
@@ -188,8 +188,8 @@ class FaultHarness:
 
 def _finds_older(run: Path, step: int, path: Path) -> bool:
     """Whether the damage to `path` is reported and the run folder yields an older step."""
-    found = checkpoint.find(run)
-    return found.step < step and any(str(path) in text for text in found.skipped)
+    saved = checkpoint.find(run)
+    return saved.step < step and any(str(path) in text for text in saved.skipped)
 
 
 def _finds_damage(folder: Path, path: Path) -> bool:
@@ -203,7 +203,7 @@ def _last_line(text: str) -> str:
     return text.strip().splitlines()[-1] if text.strip() else "no message"
 
 
-# A failing disk: every operation of a save fails in turn.
+# A failing disk: each operation of a save fails once.
 
 
 def fail_each_operation(folder: Path, name: str, error: int) -> FaultResult:
@@ -250,10 +250,10 @@ def _fail_operation(folder: Path, error: int, number: int, failures: list[str]) 
     try:
         if code not in (0, 2, KILL):
             raise UserError(f"exit code {code}")
-        found = checkpoint.find(folder)
-        if found.step not in (2, 3) or found.skipped:
-            raise UserError(f"step {found.step} is the newest, {found.skipped}")
-        check_test_step(found)
+        saved = checkpoint.find(folder)
+        if saved.step not in (2, 3) or saved.skipped:
+            raise UserError(f"step {saved.step} is the newest, {saved.skipped}")
+        check_test_step(saved)
         checkpoint.clean_up(folder)  # as the next run does
         save_test_step(folder, 3)
         checkpoint.rotate(folder, 2)
@@ -274,12 +274,12 @@ def save_test_step(folder: Path, step: int) -> None:
     checkpoint.save(folder, step, arrays, {"config": Config(model=DISK_MODEL).model_dump()})
 
 
-def check_test_step(found: checkpoint.Checkpoint) -> None:
-    """Raises UserError if the arrays are not those of `save_test_step`."""
-    arrays = checkpoint.load_arrays(found, DISK_MODEL, optimizer=True)
-    for name, p in init_parameters(DISK_MODEL, found.step).items():
+def check_test_step(saved: checkpoint.Checkpoint) -> None:
+    """Raises UserError if the arrays differ from `save_test_step`'s."""
+    arrays = checkpoint.load_arrays(saved, DISK_MODEL, optimizer=True)
+    for name, p in init_parameters(DISK_MODEL, saved.step).items():
         if not (np.array_equal(arrays[f"params/{name}"], p) and np.array_equal(arrays[f"optimizer/first/{name}"], -p)):
-            raise UserError(f"step {found.step}: {name} differs from what was saved")
+            raise UserError(f"step {saved.step}: {name} differs from what was saved")
 
 
 def _inject_failure(error: int, number: int) -> None:

@@ -11,10 +11,10 @@ from anarchobot.evaluation.rouge import rouge
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import total_steps
 from anarchobot.system.micro_batch import resolve_micro_batch
-from anarchobot.tasks.engines import OpenEngine, open_engine, open_ranks
+from anarchobot.tasks.engines import EngineHandle, open_engine, open_ranks
 from anarchobot.tasks.finetuning import check_settings, finetune, generate_reply, resume_identity
 from anarchobot.tasks.resume import find_start
-from anarchobot.tasks.run import Show
+from anarchobot.tasks.run import OutputMode
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import TRAINING_DAY, load_template
 from anarchobot.tokenizers.conversation import Conversation, Message
@@ -22,7 +22,7 @@ from anarchobot.training.loop import Run
 from anarchobot.training.ranks import detect_launcher
 
 
-def sft(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
+def sft(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any]:
     """Fine-tunes the model in train.init_from and returns the run summary. The config comes from `load_tuning_config`.
 
     Raises UserError, before anything is written, if data, model, checkpoint and config do not match.
@@ -49,17 +49,17 @@ def sft(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
         for table in (tokenized.train, tokenized.val)
     )
     samples, sample_notes = _rouge_samples(tokenized.samples, encoder, config)
-    opened = open_engine(config, base.weights, ranks)
+    handle = open_engine(config, base.weights, ranks)
     run = Run(
         config=config,
         steps=total_steps(train, data.seq_len, train_windows.count, ranks.size),
-        identity=resume_identity([train_windows.digest(), val_windows.digest()], base, opened),
+        identity=resume_identity([train_windows.digest(), val_windows.digest()], base, handle),
         train=Prefetcher(TrainBatches([train_windows], train.seed), ranks.rank, ranks.size),
         val=ValBatches(val_windows, train.micro_batch_size, train.eval_batches),
         bytes_per_token=tokenized.val.bytes_per_loss_token(base.tokenizer) if tokenized.val.count else 1.0,
         folder=start.folder,
-        sample=lambda: generate_reply(opened, encoder, (Message("user", config.generation.prompt),), config),
-        val_metrics=lambda: _rouge(opened, encoder, samples, config),
+        sample=lambda: generate_reply(handle, encoder, (Message("user", config.generation.prompt),), config),
+        val_metrics=lambda: _rouge(handle, encoder, samples, config),
         ranks=ranks,
     )
     notes = [
@@ -69,15 +69,15 @@ def sft(loaded: LoadedConfig, *, show: Show = "progress") -> dict[str, Any]:
         f"{tokenized.train.loss_tokens:,} loss tokens; sequences of {data.seq_len} are {train_windows.fill:.0%} full",
         *sample_notes,
     ]
-    return finetune(run, start, opened, base, encoder, notes=notes, unit="sequences", show=show)
+    return finetune(run, start, handle, base, encoder, notes=notes, unit="sequences", show=show)
 
 
-def _rouge(opened: OpenEngine, encoder: ChatEncoder, samples: list[Conversation], config: Config) -> dict[str, float]:
+def _rouge(handle: EngineHandle, encoder: ChatEncoder, samples: list[Conversation], config: Config) -> dict[str, float]:
     """ROUGE between the last answers of `samples` and those that the model generates greedily."""
     greedy = config.model_copy(update={"generation": config.generation.model_copy(update={"method": "greedy"})})
     if not samples:
         return {}
-    return rouge((s[-1].content, generate_reply(opened, encoder, s[:-1], greedy)) for s in samples)
+    return rouge((s[-1].content, generate_reply(handle, encoder, s[:-1], greedy)) for s in samples)
 
 
 def _rouge_samples(

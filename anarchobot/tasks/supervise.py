@@ -1,4 +1,4 @@
-"""A small parent process that resumes a training run when it dies.
+"""A small parent process that resumes a training run when it crashes.
 
 On a Mac, running out of memory aborts the process and can't be caught; elsewhere the system kills it. The parent
 imports no MLX and holds no model, so it survives what kills the run.
@@ -95,7 +95,7 @@ def supervise(command: Sequence[str], run_folder: Path, micro_batch_size: int, g
 def _run(command: Sequence[str]) -> tuple[int, bool]:
     """Returns the exit code (negative if killed by a signal) and whether a signal was forwarded.
 
-    The child has its own session, so that a Ctrl-C reaches it only once, through this process.
+    The child has a separate session, so that a Ctrl-C reaches it only once, through this process.
     """
     child = subprocess.Popen(command, env={**os.environ, PARENT_ENV: str(os.getpid())}, start_new_session=True)
     with forward_signals([child]) as forwarded:

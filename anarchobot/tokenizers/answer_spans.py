@@ -1,6 +1,6 @@
 """Which characters of a rendered conversation the assistant writes: each answer with its end-of-turn token.
 
-Templates that mark answers with {% generation %} are taken at their word. Any other template is first rendered with
+Templates that mark answers with {% generation %} are trusted. Any other template is first rendered with
 placeholders for the contents, once per sequence of roles. In that skeleton an answer starts where the generation prompt
 for it would end, and ends with its turn. If filling in the contents reproduces the rendered text exactly, the spans are
 known exactly. If not, because the template inspects contents (reasoning in Qwen3), each answer must follow its
@@ -33,7 +33,7 @@ class AnswerSpans:
         self._skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
 
     def find(self, conversation: Conversation, last_only: bool = False) -> tuple[str, list[Span]]:
-        """The rendered text, and a span per answer or only that of the last. Raises InvalidRow if the template rejects
+        """The rendered text, and a span per answer or only of the last. Raises InvalidRow if the template rejects
         the conversation or the answers cannot be located."""
         text, spans = self._find(conversation, last_only)
         return text, spans[-1:] if last_only else spans
@@ -69,7 +69,7 @@ class AnswerSpans:
 
     def _start(self, text: str, before: Conversation, content: int) -> int:
         """The end of the generation prompt, or `content` if the template gives none. The prompt ends earlier than the
-        content where the template adds text of its own to the answer."""
+        content where the template adds text to the answer."""
         try:
             prompt = self._render(before, add_generation_prompt=True)
         except InvalidRow:

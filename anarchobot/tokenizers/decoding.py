@@ -54,8 +54,8 @@ class StopStringFilter:
         if ends:  # the first to end, and the longest of those that end together
             self.found = True
             return self._held[: min(ends)[1]]
-        held = max((n for stop in self._stop for n in range(len(stop)) if self._held.endswith(stop[:n])), default=0)
-        released = len(self._held) - held
+        length = max((n for stop in self._stop for n in range(len(stop)) if self._held.endswith(stop[:n])), default=0)
+        released = len(self._held) - length
         text, self._held = self._held[:released], self._held[released:]
         return text
 

@@ -1,4 +1,4 @@
-"""A fast tokenizer engine that is verified against the tokenizer's own library.
+"""A fast tokenizer engine that is verified against the tokenizer's reference library.
 
 Ids are compared at the start of the text and on a sample throughout, so that a wrong id becomes an error.
 """
@@ -77,7 +77,7 @@ def engine_name(tokenizer: Tokenizer) -> str:
 
 
 class VerifiedTokenizer:
-    """A Tokenizer that uses `encoder` as long as its ids equal those of `reference`.
+    """A Tokenizer that uses `encoder` as long as its ids equal the ids of `reference`.
 
     `encoder` has fastokens' `encode_batch_flat(texts)`, which returns all ids as bytes of uint32, and the start of each
     text's ids, followed by the end, as bytes of uint64. It releases the GIL and is thread-safe. Texts that contain one
@@ -128,8 +128,9 @@ class VerifiedTokenizer:
         flat = np.frombuffer(buffer, np.uint32).view(np.int32)
         ids: list[Ids] = [flat[start:end] for start, end in pairwise(np.frombuffer(offsets, np.uint64).tolist())]
         if excluded:
-            for i, own in zip(excluded, self._reference.encode_batch([all_texts[i] for i in excluded]), strict=True):
-                ids[i] = own
+            exact = self._reference.encode_batch([all_texts[i] for i in excluded])
+            for i, reference_ids in zip(excluded, exact, strict=True):
+                ids[i] = reference_ids
         return ids
 
     def _verify_sample(self, texts: list[str], ids: list[Ids]) -> bool:

@@ -86,11 +86,11 @@ def load_chat_tokenizer(path: str | Path) -> ChatTokenizer:
 
 def _find_in_folder(folder: Path) -> Path:
     for pattern in ("tokenizer.model", "tokenizer.json", "vocab.json", "*.model", "*tokenizer.json", "*vocab.json"):
-        found = sorted(folder.glob(pattern))
-        if len(found) > 1:
-            raise UserError(f"{folder}: several tokenizers here: specify one of {', '.join(p.name for p in found)}")
-        if found:
-            return found[0]
+        paths = sorted(folder.glob(pattern))
+        if len(paths) > 1:
+            raise UserError(f"{folder}: several tokenizers here: specify one of {', '.join(p.name for p in paths)}")
+        if paths:
+            return paths[0]
     raise UserError(f"{folder}: no tokenizer in this folder (*.model, tokenizer.json or vocab.json + merges.txt)")
 
 
@@ -155,7 +155,7 @@ class SentencePieceTokenizer:
             raise UserError(f"{path}: the file is empty: create a tokenizer with `anarchobot tokenizer train`")
         try:
             self.processor: Any = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-        except RuntimeError as error:  # its message refers to a line of its own source
+        except RuntimeError as error:  # its message refers to a line of its source code
             raise UserError(f"{path}: not a SentencePiece model") from error
         self.files: tuple[Path, ...] = (path,)
         self.vocab_size: int = self.processor.vocab_size()
@@ -287,14 +287,14 @@ class HFTokenizer:
         return backend
 
     def encode_with_offsets(self, texts: list[str], after_control: Sequence[bool]) -> list[tuple[Ids, Offsets]]:
-        found: list[tuple[Ids, Offsets]] = [(np.empty(0, np.int32), np.empty((0, 2), np.int32))] * len(texts)
+        result: list[tuple[Ids, Offsets]] = [(np.empty(0, np.int32), np.empty((0, 2), np.int32))] * len(texts)
         for backend, after in ((self.backend, False), (self._backend_after_control, True)):
             indices = [i for i, value in enumerate(after_control) if value == after]
             encodings = backend.encode_batch([texts[i] for i in indices], add_special_tokens=False)
             for i, e in zip(indices, encodings, strict=True):
                 clean = self._special_ids.isdisjoint(e.ids)
-                found[i] = _with_offsets(e) if clean else self._encode_split_with_offsets(texts[i], backend)
-        return found
+                result[i] = _with_offsets(e) if clean else self._encode_split_with_offsets(texts[i], backend)
+        return result
 
     def _encode_split_with_offsets(self, text: str, backend: Any) -> tuple[Ids, Offsets]:
         first, *others = chunks = self._inside_special.split(text)

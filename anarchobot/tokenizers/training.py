@@ -140,7 +140,7 @@ def _training_error(vocab_size: int, reason: str) -> UserError:
 
 
 def _at_most(size: int) -> str:
-    return f"it yields at most {size}: give more text, or set a smaller vocabulary"
+    return f"it supports at most {size} tokens: give more text, or set a smaller vocabulary"
 
 
 def _at_least(size: int) -> str:

@@ -22,7 +22,7 @@ from anarchobot.data.shards import (
     verify,
     write_manifest,
 )
-from anarchobot.storage.durable import write_sealed
+from anarchobot.storage.durable import write_checksummed
 from tests.data.conftest import write_shards
 
 SHARDS = [[5, 6, 7, 0], [0], [1, 2, 0, 4, 5, 0, 7, 0]]  # 0 ends a document
@@ -164,7 +164,7 @@ def test_folder_without_shards_is_an_error(tmp_path: Path) -> None:
 )
 def test_invalid_manifest_is_refused(folder: Path, change: dict[str, Any], expected: str) -> None:
     path = folder / "manifest.json"
-    write_sealed(path, json.loads(path.read_text()) | change)
+    write_checksummed(path, json.loads(path.read_text()) | change)
     assert expected in problem(lambda: read_manifest(folder))
 
 

@@ -32,7 +32,7 @@ from anarchobot.model.llama.forward import hidden_states
 from anarchobot.model.lora import adapter_shapes
 from anarchobot.model.loss import logits
 from anarchobot.runs import checkpoint
-from anarchobot.storage.durable import write_sealed
+from anarchobot.storage.durable import write_checksummed
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from tests.exchange.random_run import make_run, our_logits, random_parameters, real_ids
 
@@ -228,7 +228,7 @@ def test_fuse_command_with_a_run_and_a_hugging_face_folder(run: Path, tmp_path: 
     arrays = {f"params/{name}": array for name, array in adapter.weights.items()}
     others = {name: array * 0 for name, array in arrays.items()}
     checkpoint.save(tmp_path / "tuned", 9, others, {"tokens": 1, "config": tuned.model_dump()})
-    write_sealed(tmp_path / "tuned" / "best.json", {"step": 7})  # the newest step, 9, is not the best
+    write_checksummed(tmp_path / "tuned" / "best.json", {"step": 7})  # the newest step, 9, is not the best
     checkpoint.save(tmp_path / "tuned", 7, arrays, {"tokens": 1, "config": tuned.model_dump()})
     export(run, "hf", tmp_path / "hf")
     for base in (run, tmp_path / "hf"):

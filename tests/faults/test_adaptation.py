@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from anarchobot.storage.durable import read_sealed
+from anarchobot.storage.durable import read_checksummed
 from tests.tasks.adaptation.world import STAGES, command, kill_in, make_world, results, write_config
 
 pytest.importorskip("gensim")
@@ -29,7 +29,7 @@ def test_kill_9_in_every_stage(target: str, tmp_path: Path) -> None:
     stages = [*STAGES[:1], *(["terms"] if target == "extended" else []), *STAGES[1:]]
     rng = random.Random(0)
     for stage in stages:
-        seconds = read_sealed(uninterrupted / "records" / f"{stage}.json")["seconds"]
+        seconds = read_checksummed(uninterrupted / "records" / f"{stage}.json")["seconds"]
         for _ in range(2):
             kill_in(stage, config, root, seconds, rng)
     subprocess.run(command(config), check=True)

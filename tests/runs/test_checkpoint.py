@@ -10,7 +10,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.model.parameters import init_parameters
 from anarchobot.runs import checkpoint
-from anarchobot.storage.durable import write_sealed
+from anarchobot.storage.durable import write_checksummed
 
 MODEL = ModelConfig(vocab_size=11, n_layers=1, d_model=4, n_heads=2)
 CONFIG = Config(model=MODEL).model_dump()
@@ -66,7 +66,7 @@ def test_find_accepts_run_step_folder_and_file(tmp_path: Path) -> None:
 def test_find_follows_best_and_latest(tmp_path: Path) -> None:
     for step in (5, 10):
         save(tmp_path, step)
-    write_sealed(tmp_path / "best.json", {"step": 5})
+    write_checksummed(tmp_path / "best.json", {"step": 5})
     assert checkpoint.find(tmp_path / "best.json").step == 5
     assert checkpoint.find(tmp_path / "latest.json").step == 10
     assert checkpoint.read_best(tmp_path, 7) == {"step": 5}
@@ -90,7 +90,7 @@ def test_step_without_state_json_is_ignored(tmp_path: Path) -> None:
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4, 5):
         save(tmp_path, step)
-    write_sealed(tmp_path / "best.json", {"step": 2})
+    write_checksummed(tmp_path / "best.json", {"step": 2})
     assert checkpoint.rotate(tmp_path, keep=2) == [1, 3]
     assert sorted(checkpoint.saved_steps(tmp_path)) == [2, 4, 5]
 

@@ -11,28 +11,28 @@ from pathlib import Path
 import pytest
 
 from anarchobot.storage import durable
-from anarchobot.storage.durable import HashedFile, read_sealed, write_sealed, write_atomic
+from anarchobot.storage.durable import HashedFile, read_checksummed, write_checksummed, write_atomic
 from anarchobot.storage.lock import FolderLock
 
 
 def test_every_changed_or_missing_byte_of_a_sealed_file_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     values = {"step": 3, "loss": 1.0 / 3, "name": "é", "list": [1, None, True], "tiny": 5e-324}
-    write_sealed(path, values)
-    assert read_sealed(path) == values
+    write_checksummed(path, values)
+    assert read_checksummed(path) == values
     good = path.read_bytes()
-    # The seal is the SHA-256 of the same JSON without it.
+    # The checksum is the SHA-256 of the same JSON without it.
     plain = json.dumps(values, indent=1) + "\n"
     assert json.loads(good)["content_sha256"] == hashlib.sha256(plain.encode()).hexdigest()
     for place in range(len(good)):
         for change in (1, 0x07, 0x80, good[place] ^ 0x20):
             if change:
                 path.write_bytes(good[:place] + bytes([good[place] ^ change]) + good[place + 1 :])
-                with pytest.raises(ValueError):  # from json or from read_sealed
-                    read_sealed(path)
+                with pytest.raises(ValueError):  # from json or from read_checksummed
+                    read_checksummed(path)
         path.write_bytes(good[:place])
         with pytest.raises(ValueError):
-            read_sealed(path)
+            read_checksummed(path)
 
 
 def test_hashed_file(tmp_path: Path) -> None:

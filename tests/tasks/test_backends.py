@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from anarchobot.tasks.pretrain import pretrain
-from anarchobot.tasks.run import Show
+from anarchobot.tasks.run import OutputMode
 from tests.tiny import loaded, write_config
 
 WITHOUT = """
@@ -45,7 +45,7 @@ def test_resume_with_the_other_backend(
     pytest.importorskip("torch").set_num_threads(1)
     settings: dict[str, Any] = {"model__dropout": 0.0, "train__log_interval": 1, "train__lr_decay_steps": 6}
 
-    def run(name: str, show: Show = "nothing", **more: Any) -> None:
+    def run(name: str, show: OutputMode = "nothing", **more: Any) -> None:
         config = loaded(tmp_path / "config.yaml", tiny_shards, tmp_path / name, **settings, **more)
         assert pretrain(config, show=show)["finished"]
 

@@ -84,12 +84,12 @@ def test_no_text_is_an_error(tmp_path: Path, how: Any, texts: list[str]) -> None
 def test_too_little_text_is_an_error_with_the_largest_size(tmp_path: Path, corpus: list[str], how: Any) -> None:
     texts = corpus[:1]
     with pytest.raises(
-        UserError, match=r"^can't train a tokenizer of 30000 tokens on this text: it yields at most"
+        UserError, match=r"^can't train a tokenizer of 30000 tokens on this text: it supports at most"
     ) as e:
         train_tokenizer(texts, tmp_path / "my", 30_000, *how)
     most = int(re.findall(r"\d+", str(e.value))[1])
     assert load_tokenizer(train_tokenizer(texts, tmp_path / "my", most, *how)[0]).vocab_size == most
-    with pytest.raises(UserError, match="it yields at most"):
+    with pytest.raises(UserError, match="it supports at most"):
         train_tokenizer(texts, tmp_path / "my", most + 1, *how)
 
 

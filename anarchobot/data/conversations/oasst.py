@@ -1,8 +1,8 @@
 """OpenAssistant message trees to conversations, and to preference pairs from human rankings.
 
 Each tree gives one conversation, which follows the best-ranked replies to the last answer: two threads of a tree would
-share their beginning and train on its answers twice. For preferences, each question gives one pair for every two ranked
-answers.
+share their beginning and train on its answers twice. For preferences, each question gives one pair for every pair of
+ranked answers.
 """
 
 from collections import defaultdict
@@ -51,21 +51,21 @@ def threads(
 def ranked_pairs(
     rows: Iterable[tuple[str, Row]], language: str | None = None
 ) -> Iterator[tuple[str, PreferencePair | InvalidRow]]:
-    """(place, pair) for every two ranked answers to the same question; arguments as for `threads`. A tree without
+    """(place, pair) for every pair of ranked answers to the same question; arguments as for `threads`. A tree without
     ranked answers gives an InvalidRow."""
     for place, root in _trees(rows, language):
         if isinstance(root, InvalidRow):
             yield place, root
             continue
-        found = False
+        any_pair = False
         for turns in _question_paths(root):
             for chosen, rejected in combinations(_ranked_answers(turns[-1]), 2):
-                found = True
+                any_pair = True
                 try:
                     yield place, make_pair(*(_conversation([*turns, answer]) for answer in (chosen, rejected)))
                 except InvalidRow as error:
                     yield place, error
-        if not found:
+        if not any_pair:
             yield place, InvalidRow("fewer than two ranked answers")
 
 

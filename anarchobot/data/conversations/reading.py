@@ -78,7 +78,7 @@ def read_conversations(
     unreadable, or no row of a file has known fields.
     """
 
-    def of_file(name: str, parsed: ParsedRows) -> Iterator[tuple[str, Conversation | InvalidRow]]:
+    def parse_file(name: str, parsed: ParsedRows) -> Iterator[tuple[str, Conversation | InvalidRow]]:
         detected = format if format != "auto" else None
         for place, row in parsed:
             detected = detected or _detect_format(row, data.text_field)
@@ -92,7 +92,7 @@ def read_conversations(
             problem = f"no row has the fields of a conversation: expected {formats.EXPECTED}"
             raise UserError(f"{name}: {problem}{_first_error(counts)}")
 
-    return _valid_rows(data, counts, of_file)
+    return _valid_rows(data, counts, parse_file)
 
 
 def read_pairs(
@@ -100,7 +100,7 @@ def read_pairs(
 ) -> Iterator[tuple[str, PreferencePair]]:
     """(place, pair) of each valid row of `data.dataset`; arguments and errors as for `read_conversations`."""
 
-    def of_file(name: str, parsed: ParsedRows) -> Iterator[tuple[str, PreferencePair | InvalidRow]]:
+    def parse_file(name: str, parsed: ParsedRows) -> Iterator[tuple[str, PreferencePair | InvalidRow]]:
         any_matched = False
         for place, row in parsed:
             if not any_matched and oasst.is_oasst_row(row):
@@ -115,7 +115,7 @@ def read_pairs(
             problem = f"no row has the fields of a preference pair: expected {formats.EXPECTED_PAIRS}"
             raise UserError(f"{name}: {problem}{_first_error(counts)}")
 
-    return _valid_rows(data, counts, of_file)
+    return _valid_rows(data, counts, parse_file)
 
 
 def _first_error(counts: RowCounts) -> str:
@@ -123,11 +123,11 @@ def _first_error(counts: RowCounts) -> str:
 
 
 def _count_trees(
-    found: Iterator[tuple[str, T | InvalidRow]], counts: RowCounts
+    items: Iterator[tuple[str, T | InvalidRow]], counts: RowCounts
 ) -> Iterator[tuple[str, T | InvalidRow]]:
     """Counts trees: consecutive items with the same place come from one tree."""
     tree = ""
-    for place, item in found:
+    for place, item in items:
         counts.trees += place != tree
         counts.tree_rows += 1
         tree = place
@@ -150,11 +150,11 @@ def _parse(format: str, row: Row, text_field: str) -> Conversation | InvalidRow:
 
 
 def _valid_rows(
-    data: DataConfig, counts: RowCounts, of_file: Callable[[str, ParsedRows], Iterator[tuple[str, T | InvalidRow]]]
+    data: DataConfig, counts: RowCounts, parse_file: Callable[[str, ParsedRows], Iterator[tuple[str, T | InvalidRow]]]
 ) -> Iterator[tuple[str, T]]:
     """The valid items of all files; everything is counted."""
-    for name, found in _open_files(data):
-        for place, item in of_file(name, _parsed(found, counts)):
+    for name, raw_rows in _open_files(data):
+        for place, item in parse_file(name, _parsed(raw_rows, counts)):
             counts.read += 1
             if isinstance(item, InvalidRow):
                 counts.skip(place, item)
@@ -163,8 +163,8 @@ def _valid_rows(
                 yield place, item
 
 
-def _parsed(found: RawRows, counts: RowCounts) -> ParsedRows:
-    for place, content in found:
+def _parsed(raw_rows: RawRows, counts: RowCounts) -> ParsedRows:
+    for place, content in raw_rows:
         try:
             if isinstance(content, ValueError):
                 raise content
@@ -185,8 +185,8 @@ def _open_files(data: DataConfig) -> Iterator[tuple[str, RawRows]]:
     for name in data.datasets:
         if hub.is_hub_name(name) and not name.endswith(JSON):
             unshuffled = data.model_copy(update={"shuffle_buffer": 0})
-            found = enumerate(hub.rows(name, unshuffled, seed=0, suggest_fallback=False))
-            yield name, ((f"{name}: row {i}", row) for i, row in found)
+            numbered = enumerate(hub.rows(name, unshuffled, seed=0, suggest_fallback=False))
+            yield name, ((f"{name}: row {i}", row) for i, row in numbered)
             continue
         for path in [Path(name)] if name.endswith(JSON) and Path(name).is_file() else files.find([name]):
             yield str(path), _read_file(path)
@@ -215,7 +215,7 @@ def _is_json_array(path: Path) -> bool:
 
 
 def _read_json_array(path: Path) -> RawRows:
-    """Alpaca and ShareGPT are distributed as one JSON array; it is loaded whole."""
+    """Alpaca and ShareGPT are distributed as one JSON array; it is loaded at once."""
     try:
         items = orjson.loads(compressed.read_all(path).removeprefix(rows.BOM))
     except orjson.JSONDecodeError as error:

@@ -192,7 +192,7 @@ class ConversationWindows:
         targets.reshape(-1)[positions] = np.where(loss_mask[source + 1], ids[source + 1].astype(np.int32), IGNORE)
         if not self._pack:
             return Batch(inputs, targets)
-        # Padding is a segment of its own, after the last one of its row.
+        # Padding is a separate segment, after the last segment of its row.
         segments = np.repeat(np.bincount(rows, minlength=len(numbers))[:, None], self._seq_len, axis=1).astype(np.int32)
         segments.reshape(-1)[positions] = (np.arange(len(pieces)) - first_pieces)[owner]
         return Batch(inputs, targets, segments)

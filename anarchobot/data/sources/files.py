@@ -51,18 +51,18 @@ def find(names: Iterable[str]) -> list[Path]:
 def _matches(name: str) -> list[Path]:
     path = Path(name)
     if path.is_dir():
-        found = _supported(path.rglob("*"))
-        if not found:
+        paths = _supported(path.rglob("*"))
+        if not paths:
             raise UserError(f"{name}: no {EXPECTED} in this folder")
-        return found
+        return paths
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
             raise UserError(f"{name}: expected a {EXPECTED}: rename or convert it")
         return [path]
     if glob.has_magic(name):
-        found = _supported(map(Path, glob.glob(name, recursive=True)))
-        if found:
-            return found
+        paths = _supported(map(Path, glob.glob(name, recursive=True)))
+        if paths:
+            return paths
         raise UserError(f"{name}: matches no {EXPECTED}")
     hint = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
     raise UserError(f"{name}: no such file or folder{hint}")
@@ -77,13 +77,13 @@ def split_files(paths: Iterable[Path], parts: int, data: DataConfig) -> list[lis
 
     Concatenated, the lists are the files in order. A file that can't be split belongs to the part of its first byte.
     """
-    found = list(paths)
-    sizes = [path.stat().st_size for path in found]
+    paths = list(paths)
+    sizes = [path.stat().st_size for path in paths]
     total = sum(sizes)
     ends = [total * part // parts for part in range(1, parts)]  # the last part is open-ended
     ranges: list[list[FileRange]] = [[] for _ in range(parts)]
     offset = 0
-    for path, size in zip(found, sizes, strict=True):
+    for path, size in zip(paths, sizes, strict=True):
         part, start = bisect_right(ends, offset), 0
         if _is_line_based(path, data):
             while part < len(ends) and ends[part] < offset + size:

@@ -42,12 +42,12 @@ def _check_tokenizers(loaded: Loaded[AdaptConfig], base: PretrainedModel) -> Non
         if tokenizer.vocab_size != base.tokenizer.vocab_size:
             raise UserError(
                 f"{where}: {path} has {tokenizer.vocab_size:,} tokens, but the model in {base.folder} was trained with "
-                f"{base.tokenizer.vocab_size:,}: remove it, or set the model's own tokenizer"
+                f"{base.tokenizer.vocab_size:,}: remove it, or set the model's tokenizer"
             )
         if _same_tokens(tokenizer, base.tokenizer) < MIN_SAME_TOKENS:
             raise UserError(
                 f"{where}: {path} has different tokens from the tokenizer of the model in {base.folder}: remove it, or "
-                "set the model's own tokenizer"
+                "set the model's tokenizer"
             )
     if models.target_tokenizer is not None:
         load_tokenizer(models.target_tokenizer)

@@ -39,11 +39,11 @@ def answer_questions(model: Model, name: str, limit: int | None) -> Metrics:
     answers = [ids.tolist() for ids in encode([f" {answer}" for answer in ANSWERS])]
     prompts = [f"{row['abstract']}\nQuestion: {row['question']}\nAnswer:" for row in rows]
     requests = [([begin, *ids.tolist()], answer) for ids in encode(prompts) for answer in answers]
-    scores = [found.log_prob for found in loglikelihoods(model, requests)]
+    scores = [result.log_prob for result in loglikelihoods(model, requests)]
     correct = 0
     for i, row in enumerate(rows):
-        own = scores[i * len(ANSWERS) : (i + 1) * len(ANSWERS)]
-        correct += ANSWERS[own.index(max(own))] == row["answer"]
+        answer_scores = scores[i * len(ANSWERS) : (i + 1) * len(ANSWERS)]
+        correct += ANSWERS[answer_scores.index(max(answer_scores))] == row["answer"]
     given = [row["answer"] for row in rows]
     return {
         "qa_accuracy": round(correct / len(rows), 4),

@@ -103,16 +103,16 @@ def _run_stages(run: Adaptation) -> dict[str, Any]:
 
 def _evaluate(run: Adaptation, corpus: StageResult, models: dict[str, tuple[str, str]]) -> dict[str, Any]:
     """Evaluates the models, given as path and digest by name."""
-    own = run.settings.evaluation
-    texts = own.datasets or [str(corpus.folder / HELD_OUT)]
-    files = [*find(own.datasets or []), *([Path(own.qa)] if own.qa is not None else [])]
+    evaluation = run.settings.evaluation
+    texts = evaluation.datasets or [str(corpus.folder / HELD_OUT)]
+    files = [*find(evaluation.datasets or []), *([Path(evaluation.qa)] if evaluation.qa is not None else [])]
     file_digests = {str(file): sha256_file(file) for file in files}
-    settings = {"datasets": own.datasets, "max_samples": own.max_samples, "qa": own.qa}
+    settings = {"datasets": evaluation.datasets, "max_samples": evaluation.max_samples, "qa": evaluation.qa}
     results = {}
     for name, (path, model_digest) in models.items():
 
         def work(folder: Path, path: str = path) -> Output:
-            metrics = evaluate_model(path, texts, own.max_samples, own.qa)
+            metrics = evaluate_model(path, texts, evaluation.max_samples, evaluation.qa)
             write_atomic(folder / "figures.json", json.dumps(metrics, indent=1) + "\n")
             return [folder / "figures.json"], metrics
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.config.errors import UserError
-from anarchobot.storage.durable import read_sealed, sha256_file, write_sealed
+from anarchobot.storage.durable import read_checksummed, sha256_file, write_checksummed
 
 RECORDS = "records"
 FORMER_SETTINGS = {"deduplicate": "dedup"}  # settings in records of earlier versions, and their current names
@@ -77,7 +77,7 @@ class StageRunner:
             return StageResult(folder, record)
         self._prepare_folder(name, folder, begun, provenance)
         done.unlink(missing_ok=True)
-        write_sealed(begun, provenance)
+        write_checksummed(begun, provenance)
         started = time.monotonic()
         files, notes = self._run_with_retries(name, folder, work)
         record = {
@@ -86,7 +86,7 @@ class StageRunner:
             "notes": notes,
             "seconds": round(time.monotonic() - started, 3),
         }
-        write_sealed(done, record)
+        write_checksummed(done, record)
         shown = [f", {key} {value}" for key, value in notes.items() if isinstance(value, int | float | str)]
         self.log(f"{name}: {record['seconds']:.1f} s{''.join(shown)}")
         return StageResult(folder, record)
@@ -157,7 +157,7 @@ def _flatten(settings: Values) -> Values:
 
 def _read(file: Path) -> Values | None:
     try:
-        record = read_sealed(file)
+        record = read_checksummed(file)
     except (OSError, ValueError):
         return None
     settings = {FORMER_SETTINGS.get(name, name): value for name, value in record.get("settings", {}).items()}

@@ -28,19 +28,19 @@ def train(
 
     Raises StageInterrupted if the user stops the training.
     """
-    own, models, last = run.settings.vocab_adaptation, dict[str, StageResult](), initial
-    if not own.enabled:
+    adaptation, models, last = run.settings.vocab_adaptation, dict[str, StageResult](), initial
+    if not adaptation.enabled:
         return {"result": _write_result(run, target, last, adapters=None)}
     shards = _tokenize(run, corpus, tokenizer, target)
-    if own.stage1_steps:
+    if adaptation.stage1_steps:
         last = models["stage 1"] = _train_stage(run, "stage1", target, last, shards, first_sequence=0)
-    if not own.stage2_steps:
+    if not adaptation.stage2_steps:
         return {**models, "result": _write_result(run, target, last, adapters=None)}
-    first_sequence = own.stage1_steps * own.micro_batch_size * own.grad_accum_steps
-    if own.stage2_first_sequence is not None:
-        first_sequence = own.stage2_first_sequence
+    first_sequence = adaptation.stage1_steps * adaptation.micro_batch_size * adaptation.grad_accum_steps
+    if adaptation.stage2_first_sequence is not None:
+        first_sequence = adaptation.stage2_first_sequence
     trained = _train_stage(run, "stage2", target, last, shards, first_sequence=first_sequence)
-    if own.stage2_use_lora:
+    if adaptation.stage2_use_lora:
         result = _write_result(run, target, last, adapters=trained)
     else:
         result = _write_result(run, target, trained, adapters=None)
@@ -65,23 +65,30 @@ def _tokenize(run: Adaptation, corpus: StageResult, tokenizer: StageResult, targ
 def _train_stage(
     run: Adaptation, name: str, target: Tokenizer, start: StageResult, shards: StageResult, *, first_sequence: int
 ) -> StageResult:
-    own = run.settings.vocab_adaptation
+    adaptation = run.settings.vocab_adaptation
     is_stage1 = name == "stage1"
-    steps, lr = (own.stage1_steps, own.stage1_lr) if is_stage1 else (own.stage2_steps, own.stage2_lr)
+    steps, lr = (
+        (adaptation.stage1_steps, adaptation.stage1_lr)
+        if is_stage1
+        else (adaptation.stage2_steps, adaptation.stage2_lr)
+    )
     train = TrainConfig(
         total_steps=steps, lr=lr, min_lr=0.0, warmup_steps=math.ceil(WARMUP_FRACTION * steps), seed=run.seed,
-        micro_batch_size=own.micro_batch_size, grad_accum_steps=own.grad_accum_steps,
-        optimizer="adamw" if is_stage1 else own.optimizer, trainable="embeddings" if is_stage1 else "all",
-        precision=own.precision, cpu_threads=own.cpu_threads, first_sequence=first_sequence,
+        micro_batch_size=adaptation.micro_batch_size, grad_accum_steps=adaptation.grad_accum_steps,
+        optimizer="adamw" if is_stage1 else adaptation.optimizer, trainable="embeddings" if is_stage1 else "all",
+        precision=adaptation.precision, cpu_threads=adaptation.cpu_threads, first_sequence=first_sequence,
         eval_interval=max(1, steps // 5), ckpt_interval=max(1, min(500, steps // 5)), ckpt_keep=1,
         save_dir=str(run.stages.root / name), init_from=str(start.folder), checkpoint_path="auto", supervise=False,
     )  # fmt: skip
     lora = LoraConfig()
-    if own.stage2_use_lora and not is_stage1:
+    if adaptation.stage2_use_lora and not is_stage1:
         lora = LoraConfig(
-            r=own.lora_r, alpha=own.lora_alpha, dropout=own.lora_dropout, target_modules=own.lora_target_modules
+            r=adaptation.lora_r,
+            alpha=adaptation.lora_alpha,
+            dropout=adaptation.lora_dropout,
+            target_modules=adaptation.lora_target_modules,
         )
-    data = DataConfig(shard_dir=str(shards.folder), seq_len=own.seq_len)
+    data = DataConfig(shard_dir=str(shards.folder), seq_len=adaptation.seq_len)
     config = Config(model=adapted_config(run.base, target), data=data, train=train, lora=lora)
 
     def work(folder: Path) -> Output:
@@ -96,7 +103,7 @@ def _train_stage(
     settings = config.model_dump(include={"train": True, "lora": True}, exclude_defaults=True)
     for key in IRRELEVANT_SETTINGS:
         settings["train"].pop(key, None)
-    settings["seq_len"] = own.seq_len
+    settings["seq_len"] = adaptation.seq_len
     return run.stages.run(name, work, settings=settings, inputs={"start": start.digest, "shards": shards.digest})
 
 

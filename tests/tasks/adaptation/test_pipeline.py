@@ -18,7 +18,7 @@ from anarchobot.data.sources import builtin
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.runs import checkpoint
-from anarchobot.storage.durable import read_sealed, write_sealed
+from anarchobot.storage.durable import read_checksummed, write_checksummed
 from anarchobot.tasks.adaptation import evaluation, initialization, pipeline, training
 from anarchobot.tasks.adaptation.checks import warnings
 from anarchobot.tasks.adaptation.evaluation import answer_questions, read_questions, to_markdown
@@ -71,7 +71,7 @@ def test_a_complete_run(done: tuple[Path, dict[str, Any]], world: Path) -> None:
     assert json.loads((root / "report.json").read_text()) == report
     assert (root / "report.md").read_text().count("\n") == 6
     for stage in STAGES:
-        record = read_sealed(root / "records" / f"{stage}.json")
+        record = read_checksummed(root / "records" / f"{stage}.json")
         assert set(record) == {"settings", "inputs", "outputs", "notes", "seconds"}
     source, target = (load_tokenizer(folder) for folder in (world / "model", root / "result"))
     held_out = [json.loads(line)["text"] for line in (root / "corpus" / "held_out.jsonl").read_text().splitlines()]
@@ -154,9 +154,9 @@ def test_a_run_begun_with_former_keys_is_resumed(world: Path, tmp_path: Path) ->
     former.write_text(yaml.safe_dump(config))
     adapt_vocab(load(former, [], AdaptConfig), quiet=True)
     for file in (tmp_path / "r" / "records").glob("corpus.*"):  # as earlier versions wrote them
-        record = read_sealed(file)
+        record = read_checksummed(file)
         record["settings"]["deduplicate"] = record["settings"].pop("dedup")
-        write_sealed(file, record)
+        write_checksummed(file, record)
     _, log = adapt(world, tmp_path / "r", **QUICK)
     assert [line for line in log if "already done" not in line and "warning" not in line] == []
     assert len(log) >= 5
@@ -164,7 +164,7 @@ def test_a_run_begun_with_former_keys_is_resumed(world: Path, tmp_path: Path) ->
 
 def test_records_of_training_stages_have_only_non_default_settings(done: tuple[Path, dict[str, Any]]) -> None:
     """So a key that a later version adds does not invalidate them."""
-    settings = read_sealed(done[0] / "records" / "stage2.json")["settings"]
+    settings = read_checksummed(done[0] / "records" / "stage2.json")["settings"]
     assert settings["lora"] == {"r": 4, "dropout": 0.1}
     assert settings["train"]["lr"] == 1e-3
     assert not {"momentum", "save_dir", "init_from", "cpu_threads", "guard"} & settings["train"].keys()
@@ -239,7 +239,7 @@ def test_kill_9_during_a_stage(world: Path, done: tuple[Path, dict[str, Any]], t
     """Kills the process while it trains vectors and then the model. tests/faults covers every stage."""
     config, rng = write_config(world, tmp_path / "r"), random.Random(0)
     for stage in ("vectors", "stage1"):
-        seconds = read_sealed(done[0] / "records" / f"{stage}.json")["seconds"]
+        seconds = read_checksummed(done[0] / "records" / f"{stage}.json")["seconds"]
         kill_in(stage, config, tmp_path / "r", seconds, rng)
     subprocess.run(command(config), check=True)
     assert results(tmp_path / "r") == results(done[0])

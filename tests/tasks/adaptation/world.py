@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from anarchobot.data.sources import builtin
-from anarchobot.storage.durable import read_sealed
+from anarchobot.storage.durable import read_checksummed
 from anarchobot.tokenizers.training import train_tokenizer
 from tests.exchange.random_run import make_run
 
@@ -87,7 +87,7 @@ def results(root: Path) -> dict[str, Any]:
     """The digests of the files and the figures of every stage, without files that contain their own path."""
     found: dict[str, Any] = {}
     for path in sorted((root / "records").glob("*.json")):
-        record = read_sealed(path)
+        record = read_checksummed(path)
         found |= {f"{path.stem}/{n}": sha for n, sha in record["outputs"].items() if not n.endswith("state.json")}
         found[path.stem] = record["notes"]
     return found
