@@ -49,7 +49,7 @@ def ours(shape: Shape) -> dict[str, Any]:
 
     from anarchobot.config.schema import Config
     from anarchobot.data.batches import Batch
-    from anarchobot.numerics import elementary, sequencing
+    from anarchobot.numerics import elementary, eval_order
     from anarchobot.training.mlx_engine import MLXEngine
 
     options = dict(shape.get("options", {}))
@@ -71,8 +71,8 @@ def ours(shape: Shape) -> dict[str, Any]:
         elementary._vectorized = lambda x: False
     engine = MLXEngine(Config.model_validate(config))
     if free_order:
-        engine.technique = replace(engine.technique, wait=sequencing.unordered)
-    engine.technique = replace(engine.technique, autodiff=autodiff)
+        engine.options = replace(engine.options, wait=eval_order.unordered)
+    engine.options = replace(engine.options, autodiff=autodiff)
     if small_cache:
         mx.set_cache_limit(32 << 20)
     ids = tokens(shape)

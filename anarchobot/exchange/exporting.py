@@ -27,7 +27,7 @@ def export(path: str | Path, target: ExportTarget, output: str | Path, dtype: Dt
     saved = checkpoint.find(path, files=(checkpoint.MODEL_FILE,))
     model = saved.config.model
     arch = architecture(model.architecture)
-    for problem in arch.export_limits(model, target):
+    for problem in arch.unsupported_for_export(model, target):
         raise UserError(f"{saved.folder}: can't be exported to {target}: {problem}")
     tokenizer = load_tokenizer(saved.folder.parent)
     chat, eod_id = load_chat_format(tokenizer), tokenizer.eod_id

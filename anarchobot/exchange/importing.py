@@ -52,7 +52,7 @@ def load_hf_folder(folder: Path) -> HFModel:
         raise UserError(f"{file}: not a model config ({error})") from error
     tokenizer = _load_tokenizer(folder, model.vocab_size)
     stored = _stored_tensors(folder)
-    model = model.model_copy(update=architecture(model.architecture).from_tensors(stored))
+    model = model.model_copy(update=architecture(model.architecture).infer_from_weights(stored))
     warnings = []
     if tokenizer.vocab_size != model.vocab_size:
         warnings.append(

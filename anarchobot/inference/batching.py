@@ -1,10 +1,10 @@
 """Continuous batching: requests of any length join and leave the batch between two steps.
 
 Prompts are prefilled one at a time, a limited number of tokens per step, so that a long prompt neither stalls the other
-requests nor uses much memory. Then the keys and values join those of the other rows, padded on the left so that all
+requests nor uses much memory. Then the row joins the batch, with its keys and values padded on the left so that all
 rows end at the same position (mlx-lm's BatchKVCache). A single row needs no padding (KVCache).
 
-Each step computes its tokens while those of the previous step are read, so one unused token is computed per request.
+Each step computes its tokens while the previous step's tokens are read, so one unused token is computed per request.
 
 Why not mlx-lm's BatchGenerator (0.32.2)? With our sampler it gives the same tokens, and with a single request, or 16
 prompts of similar lengths, about the same speed. But it prefills prompts either together, padded to the longest, or one
@@ -30,7 +30,7 @@ from anarchobot.inference.sampling import PENALTY_WINDOW, apply_repetition_penal
 from anarchobot.model.architecture import forward_pass
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.loss import logits
-from anarchobot.numerics.sequencing import unordered
+from anarchobot.numerics.eval_order import unordered
 
 PREFILL_TOKENS = 512  # prompt tokens per step
 MAX_ROWS = 16  # rows in a batch
@@ -67,8 +67,8 @@ class _Row:
 class Batch:
     """Waiting and running requests. Not thread-safe. Computes in the dtype of the norm parameters."""
 
-    def __init__(self, params: Params, shape: ModelConfig, max_rows: int = MAX_ROWS) -> None:
-        self._params, self._shape, self._max_rows = params, shape, max_rows
+    def __init__(self, params: Params, model: ModelConfig, max_rows: int = MAX_ROWS) -> None:
+        self._params, self._model, self._max_rows = params, model, max_rows
         self._dtype = params["model.norm.weight"].dtype
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
@@ -87,14 +87,14 @@ class Batch:
         """
         from mlx_lm.models.cache import KVCache  # a slow import
 
-        room = self._shape.max_seq_len - len(context)
+        room = self._model.max_seq_len - len(context)
         if room < 1:
             raise UserError(
-                f"the prompt has {len(context)} tokens, but the model's max_seq_len is {self._shape.max_seq_len}: "
+                f"the prompt has {len(context)} tokens, but the model's max_seq_len is {self._model.max_seq_len}: "
                 "shorten it"
             )
         self._requests += 1
-        caches = [KVCache() for _ in range(self._shape.n_layers)]  # type: ignore[no-untyped-call]
+        caches = [KVCache() for _ in range(self._model.n_layers)]  # type: ignore[no-untyped-call]
         recent = mx.array(context[-PENALTY_WINDOW:])
         limit = min(settings.max_new_tokens, room)
         self._waiting.append(_Row(self._requests, context, settings, frozenset(stop), limit, recent, caches))
@@ -145,10 +145,10 @@ class Batch:
 
     def _last_logits(self, tokens: mx.array, caches: list[Any]) -> mx.array:
         """Returns float32 logits [B, V] of the token after tokens [B, L]."""
-        hidden = forward_pass(self._shape).hidden_states(
-            self._params, tokens, self._shape, dtype=self._dtype, caches=caches, wait=unordered
+        hidden = forward_pass(self._model).hidden_states(
+            self._params, tokens, self._model, dtype=self._dtype, caches=caches, wait=unordered
         )
-        return logits(hidden[:, -1], self._params, self._shape)
+        return logits(hidden[:, -1], self._params, self._model)
 
     def _sample(self, z: mx.array, rows: list[_Row]) -> mx.array:
         """Draws the rows' next ids [B] from logits [B, V]."""
@@ -164,7 +164,7 @@ class Batch:
         return ids
 
     def _join(self, row: _Row, first: mx.array) -> None:
-        """Adds a row with a prefilled prompt to the running ones."""
+        """Adds a row with a prefilled prompt to the running rows."""
         from mlx_lm.models.cache import KVCache
 
         if not self._rows:
@@ -173,8 +173,8 @@ class Batch:
             pairs = zip(self._caches, row.caches, strict=True)
             self._caches = [KVCache.merge(pair) for pair in pairs]  # type: ignore[no-untyped-call]
         else:
-            for cache, own in zip(self._caches, row.caches, strict=True):
-                cache.extend(KVCache.merge([own]))  # type: ignore[no-untyped-call]
+            for cache, row_cache in zip(self._caches, row.caches, strict=True):
+                cache.extend(KVCache.merge([row_cache]))  # type: ignore[no-untyped-call]
         row.caches = []
         self._rows.append(row)
         self._next = mx.concatenate([self._next, first])

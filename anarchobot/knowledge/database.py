@@ -35,9 +35,9 @@ _SCHEMA = (
     )""",
     "CREATE INDEX feedback_on_passage ON feedback (passage)",
     """CREATE TRIGGER feedback_is_not_changed BEFORE UPDATE ON feedback
-        BEGIN SELECT RAISE (ABORT, 'the log of feedback only grows'); END""",
+        BEGIN SELECT RAISE (ABORT, 'feedback is append-only'); END""",
     """CREATE TRIGGER feedback_is_not_removed BEFORE DELETE ON feedback
-        BEGIN SELECT RAISE (ABORT, 'the log of feedback only grows'); END""",
+        BEGIN SELECT RAISE (ABORT, 'feedback is append-only'); END""",
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {FORMAT_VERSION}",
 )

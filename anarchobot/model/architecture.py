@@ -1,4 +1,4 @@
-"""Where an architecture is defined, and what the rest of the package needs from it.
+"""The interface between an architecture and the rest of the package.
 
 An architecture NAME (model.architecture in the configuration) is a folder model/NAME/ with these modules:
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from anarchobot.model.gradient_accumulator import Params
-    from anarchobot.model.technique import MicroBatch, Technique
-    from anarchobot.numerics.sequencing import Sequencing
+    from anarchobot.model.step_options import MicroBatch, StepOptions
+    from anarchobot.numerics.eval_order import EvalOrder
 
 Shape = tuple[int, ...]
 Float32 = npt.NDArray[np.float32]
@@ -50,10 +50,10 @@ class ActivationSizes(NamedTuple):
 
 
 class Architecture(Protocol):
-    """The part of an architecture that needs no MLX, as module-level functions."""
+    """The module-level functions of an architecture that do not use MLX."""
 
     HF_MODEL_TYPES: Sequence[str]
-    """The values of `model_type` in a Hugging Face config.json that are this architecture."""
+    """The values of `model_type` in a Hugging Face config.json that this architecture implements."""
 
     def parameter_shapes(self, model: ModelConfig) -> dict[str, Shape]:
         """Hugging Face's names and shapes, matrices as (out, in), in the order of the forward pass. The parameters of
@@ -65,17 +65,17 @@ class Architecture(Protocol):
     def from_hf(self, values: dict[str, Any], file: str) -> dict[str, Any]:
         """ModelConfig fields from a config.json. Raises UserError, naming `file`, for what is not supported."""
 
-    def from_tensors(self, names: Collection[str]) -> dict[str, Any]:
-        """ModelConfig fields that only the names of the weights reveal."""
+    def infer_from_weights(self, names: Collection[str]) -> dict[str, Any]:
+        """Infers ModelConfig fields that are not in config.json from the names of the weights."""
 
     def to_hf(self, model: ModelConfig) -> dict[str, Any]:
-        """config.json for a model that `export_limits` allows, without token ids and dtype."""
+        """config.json for an exportable model, without token ids and dtype."""
 
-    def export_limits(self, model: ModelConfig, target: ExportTarget) -> Iterator[str]:
-        """The settings that a format cannot represent, as "model.KEY: reason: remedy"."""
+    def unsupported_for_export(self, model: ModelConfig, target: ExportTarget) -> Iterator[str]:
+        """Yields the settings that a format cannot represent, as "model.KEY: reason: remedy"."""
 
     def export_parameters(self, params: dict[str, Float32], model: ModelConfig) -> dict[str, Float32]:
-        """The parameters as other libraries expect them."""
+        """Converts the parameters to the form that other libraries expect."""
 
     def step_flops(self, model: ModelConfig, rows: int, blocks: QueryBlocks) -> Mapping[str, int]:
         """FLOPs of the matrix products of a training step on `rows` sequences, by part of the step, as `bench` prints
@@ -83,14 +83,14 @@ class Architecture(Protocol):
         2 m n k."""
 
     def recomputed_flops(self, model: ModelConfig, rows: int, blocks: QueryBlocks, checkpointing: bool) -> int:
-        """FLOPs that the backward pass spends on computing activations again."""
+        """FLOPs that the backward pass spends on recomputing activations."""
 
     def activation_sizes(self, model: ModelConfig, tokens: int, itemsize: int) -> ActivationSizes:
-        """For `tokens` tokens, with matrix products in numbers of `itemsize` bytes."""
+        """Activation sizes of `tokens` tokens, with matrix products in a dtype of `itemsize` bytes."""
 
 
 class ForwardPass(Protocol):
-    """The MLX part of an architecture, as module-level functions of a flat dict of parameters.
+    """The module-level functions of an architecture in MLX; they take a flat dict of parameters.
 
     Blocks pass on a list of arrays, `carry`: the hidden states [N, D], followed by any other state of the architecture.
     `layer` must be differentiable by MLX with respect to its parameters and `carry`.
@@ -119,7 +119,7 @@ class ForwardPass(Protocol):
         dtype: "mx.Dtype",
         segments: "mx.array | None" = None,
         caches: "Sequence[Any] | None" = None,
-        wait: "Sequencing" = ...,
+        wait: "EvalOrder" = ...,
     ) -> "mx.array":
         """The input of the output head, [B, L, D], without dropout: for evaluation and generation. `caches` hold each
         layer's keys and values of earlier tokens (mlx-lm's KVCache or BatchKVCache)."""
@@ -137,10 +137,10 @@ class LossAndGradients(Protocol):
         frozen: "Params | None" = None,
         sums: "Params | None" = None,
         dtype: "mx.Dtype" = ...,
-        technique: "Technique" = ...,
+        options: "StepOptions" = ...,
     ) -> "tuple[mx.array, Params]":
-        """The scaled loss of `batch` (or the vector of its objective's measures) and its gradients by parameter name,
-        float32, added to `sums` where given.
+        """The scaled loss of `batch` (or the vector of its objective's metrics) and its gradients by parameter name,
+        float32, accumulated into `sums` if given.
 
         `params` are trained; `frozen` are the model's other weights, which get no gradient: blocks below the lowest
         trained one save nothing for the backward pass. Matrix products are in `dtype`.
@@ -161,15 +161,15 @@ def forward_pass(model: ModelConfig) -> ForwardPass:
 
 
 def gradients(model: ModelConfig, *, autodiff: bool = False) -> LossAndGradients:
-    """The architecture's hand-written gradients; those of MLX if it has none, or with `autodiff`."""
+    """Returns the architecture's hand-written gradients, or model/autodiff.py if it has none or with `autodiff`."""
     folder = f"anarchobot.model.{model.architecture}"
     module = f"{folder}.gradients" if not autodiff and find_spec(f"{folder}.gradients") else "anarchobot.model.autodiff"
     return cast(LossAndGradients, import_module(module).loss_and_gradients)
 
 
 def query_blocks(rows: int, heads: int, length: int, block_size: int | None, *, on_cpu: bool) -> list[tuple[int, int]]:
-    """The blocks of queries in which attention takes `rows` sequences of `length`. `block_size` is the number of
-    queries in a block; None: chosen by the memory of their scores."""
+    """Returns the blocks of queries in which attention processes `rows` sequences of `length`. `block_size` is the
+    number of queries per block; None: chosen by the memory of their scores."""
     if block_size is None:
         bytes_per_query = 4 * rows * heads * length
         block_size = max(32, (CPU_BLOCK_BYTES if on_cpu else GPU_BLOCK_BYTES) // bytes_per_query // 32 * 32)

@@ -1,11 +1,11 @@
 """Loss and gradients by MLX's automatic differentiation, for any architecture.
 
-The head and the loss are still computed in chunks, with their own gradients (model/loss.py), so that the logits of a
+The head and the loss are still computed in chunks, with their ctx gradients (model/loss.py), so that the logits of a
 whole batch never exist. The blocks are differentiated
 
-- together, in MLX's own order, which saves all activations; or
-- with gradient checkpointing, one after the other from the last to the lowest trained one: each is recomputed from its
-  input when its gradient is due, its gradients are added to the sums, and both are freed before the next begins.
+- together, in MLX's order, which saves all activations; or
+- with gradient checkpointing, sequentially from the last to the lowest trained block: each is recomputed from its input
+  when its gradient is needed, its gradients are added to the sums, and both are freed before the next block.
 
 Shapes: B rows, L tokens, N = B L, D d_model.
 """
@@ -21,8 +21,8 @@ from anarchobot.model.architecture import ForwardPass, forward_pass
 from anarchobot.model.gradient_accumulator import GradientAccumulator, Params
 from anarchobot.model.loss import head_loss
 from anarchobot.model.parameters import by_block, lowest_trained_block
-from anarchobot.model.technique import DEFAULT, MicroBatch, Technique
-from anarchobot.numerics.sequencing import depend
+from anarchobot.model.step_options import DEFAULT, MicroBatch, StepOptions
+from anarchobot.numerics.eval_order import depend
 
 
 def loss_and_gradients(
@@ -33,21 +33,21 @@ def loss_and_gradients(
     frozen: Params | None = None,
     sums: Params | None = None,
     dtype: mx.Dtype = mx.float32,
-    technique: Technique = DEFAULT,
+    options: StepOptions = DEFAULT,
 ) -> tuple[mx.array, Params]:
     """See LossAndGradients in model/architecture.py."""
     forward = forward_pass(model)
     grads = GradientAccumulator({} if sums is None else sums, trained=params)
 
     def head(weights: Params, hidden: mx.array) -> tuple[mx.array, mx.array, list[mx.array]]:
-        return head_loss(hidden, weights, batch, model, grads, technique)
+        return head_loss(hidden, weights, batch, model, grads, options)
 
-    if not technique.recompute:
+    if not options.recompute:
         # Evaluating inside the function that MLX differentiates would keep all of its intermediate arrays.
-        technique = replace(technique, wait=depend)
-    own = _Pass(forward, params, {**(frozen or {}), **params}, model, batch, grads, head)
+        options = replace(options, wait=depend)
+    ctx = _Pass(forward, params, {**(frozen or {}), **params}, model, batch, grads, head)
     embed = partial(forward.embed, tokens=batch.tokens, model=model, dtype=dtype)
-    total = _checkpointed(own, embed, technique) if technique.recompute else _whole(own, embed)
+    total = _checkpointed(ctx, embed, options) if options.recompute else _full_backward(ctx, embed)
     return total, {name: grads.sums[name] for name in params}
 
 
@@ -64,68 +64,68 @@ class _Pass:
     def final_norm(self, trained: Params, x: mx.array) -> list[mx.array]:
         return [self.forward.final_norm({**self.weights, **trained}, x, self.model)]
 
-    def trained_by(self, function: Callable[[Params], object]) -> Params:
-        """The trained parameters that a function of the parameters uses."""
+    def trained_params_used_by(self, function: Callable[[Params], object]) -> Params:
+        """Returns the trained parameters that a function of the parameters uses."""
         recorder = _Recorder(self.weights)
         function(recorder)
         return {name: p for name, p in self.params.items() if name in recorder.used}
 
 
-def _whole(own: _Pass, embed: Callable[[Params], mx.array]) -> mx.array:
-    forward, model = own.forward, own.model
+def _full_backward(ctx: _Pass, embed: Callable[[Params], mx.array]) -> mx.array:
+    forward, model = ctx.forward, ctx.model
 
-    def carry(weights: Params) -> mx.array:
+    def final_hidden(weights: Params) -> mx.array:
         carry = [embed(weights)]
         for i, p in enumerate(by_block(weights, model)):
-            carry = forward.layer(p, carry, i, model, own.batch)
+            carry = forward.layer(p, carry, i, model, ctx.batch)
         return forward.final_norm(weights, carry[0], model)
 
     def surrogate(trained: Params) -> tuple[mx.array, mx.array]:
-        """A scalar with the gradient of the loss: the hidden states times their gradient, taken as a constant. Its
-        value is never computed."""
-        hidden = carry({**own.weights, **trained})
-        total, dhidden, _ = own.head(own.weights, mx.stop_gradient(hidden))
+        """Returns a scalar with the gradient of the loss: the hidden states times their gradient, with stop_gradient.
+        Its value is never computed. Also returns the loss."""
+        hidden = final_hidden({**ctx.weights, **trained})
+        total, dhidden, _ = ctx.head(ctx.weights, mx.stop_gradient(hidden))
         return mx.sum(hidden * mx.stop_gradient(dhidden)), total
 
-    outside = own.trained_by(lambda weights: forward.final_norm(weights, embed(weights), model))
-    in_blocks = {name: p for name, p in own.params.items() if name.startswith("model.layers.")}
+    outside = ctx.trained_params_used_by(lambda weights: forward.final_norm(weights, embed(weights), model))
+    in_blocks = {name: p for name, p in ctx.params.items() if name.startswith("model.layers.")}
     (_, total), gradients = mx.value_and_grad(surrogate)(outside | in_blocks)
     for name, gradient in gradients.items():
-        own.grads.add(name, gradient)
+        ctx.grads.add(name, gradient)
     return total
 
 
-def _checkpointed(own: _Pass, embed: Callable[[Params], mx.array], technique: Technique) -> mx.array:
-    forward, model, wait = own.forward, own.model, technique.wait
-    blocks, lowest = by_block(own.weights, model), lowest_trained_block(own.params, model)
+def _checkpointed(ctx: _Pass, embed: Callable[[Params], mx.array], options: StepOptions) -> mx.array:
+    forward, model, wait = ctx.forward, ctx.model, options.wait
+    blocks, lowest = by_block(ctx.weights, model), lowest_trained_block(ctx.params, model)
 
-    carry = [embed(own.weights)]
+    carry = [embed(ctx.weights)]
     inputs: list[list[mx.array]] = []
     for i, p in enumerate(blocks):
         if i >= lowest:
             inputs.append(carry)
-        carry = forward.layer(p, carry, i, model, own.batch)
+        carry = forward.layer(p, carry, i, model, ctx.batch)
         carry = wait(carry, carry)
 
-    total, dhidden, done = own.head(own.weights, *own.final_norm({}, carry[0]))
+    total, dhidden, done = ctx.head(ctx.weights, *ctx.final_norm({}, carry[0]))
     (x,) = wait([carry[0]], done)
-    norms = own.trained_by(partial(forward.final_norm, x=x, model=model))
-    dcarry = _backward(own.final_norm, norms, [x], [dhidden], own.grads, technique)
+    norms = ctx.trained_params_used_by(partial(forward.final_norm, x=x, model=model))
+    dcarry = _backward(ctx.final_norm, norms, [x], [dhidden], ctx.grads, options)
     dcarry += [mx.zeros_like(a) for a in carry[1:]]
     carry = [x]
     del x, dhidden, done
 
     for i in reversed(range(lowest, model.n_layers)):
-        trained = {name: p for name, p in blocks[i].items() if f"model.layers.{i}.{name}" in own.params}
+        trained = {name: p for name, p in blocks[i].items() if f"model.layers.{i}.{name}" in ctx.params}
 
         def block(trained: Params, *carry: mx.array, i: int = i) -> list[mx.array]:
-            return forward.layer({**blocks[i], **trained}, list(carry), i, model, own.batch)
+            return forward.layer({**blocks[i], **trained}, list(carry), i, model, ctx.batch)
 
         carry = wait(inputs.pop(), dcarry)
-        dcarry = _backward(block, trained, carry, dcarry, own.grads.at(f"model.layers.{i}."), technique)
+        dcarry = _backward(block, trained, carry, dcarry, ctx.grads.scoped(f"model.layers.{i}."), options)
         del carry
-    if lowest == 0 and (embeddings := own.trained_by(embed)):
-        _backward(lambda p: [embed({**own.weights, **p})], embeddings, [], dcarry, own.grads, technique)
+    if lowest == 0 and (embeddings := ctx.trained_params_used_by(embed)):
+        _backward(lambda p: [embed({**ctx.weights, **p})], embeddings, [], dcarry, ctx.grads, options)
     return total
 
 
@@ -135,10 +135,10 @@ def _backward(
     inputs: list[mx.array],
     cotangents: list[mx.array],
     grads: GradientAccumulator,
-    technique: Technique,
+    options: StepOptions,
 ) -> list[mx.array]:
-    """The gradients of `inputs` of function(trained, *inputs), given those of its outputs; the parameters' are added to
-    `grads`, and done before the result may be used."""
+    """Returns the gradients of `inputs` of function(trained, *inputs), given the `cotangents` of its outputs. The
+    gradients of the parameters are added to `grads`, and done before the result can be used."""
     names = list(trained)
 
     def flat(*arrays: mx.array) -> list[mx.array]:
@@ -147,7 +147,7 @@ def _backward(
     _, gradients = mx.vjp(flat, [*trained.values(), *inputs], cotangents)
     done = [g for name, gradient in zip(names, gradients, strict=False) for g in grads.add(name, gradient)]
     dinputs = gradients[len(names) :]
-    return technique.wait(dinputs, [*done, *dinputs])
+    return options.wait(dinputs, [*done, *dinputs])
 
 
 class _Recorder(dict[str, mx.array]):

@@ -16,7 +16,7 @@ from anarchobot.model.parameters import parameter_shapes
 def init_adapters(
     weights: Mapping[str, npt.NDArray[np.float32]], model: ModelConfig, lora: LoraConfig, seed: int, dtype: mx.Dtype
 ) -> tuple[Params, Params]:
-    """New adapters, float32, and the frozen rest of the dict: the base weights and the adapters' constants."""
+    """Returns new adapters, float32, and the frozen parameters: the base weights and the adapters' constants."""
     frozen = frozen_weights(weights, model, dtype, lora.quantize)
     frozen |= adapter_constants(frozen, dict.fromkeys(adapted_matrices(model, lora), adapter_scale(lora)), lora.dora)
     adapters = {name: mx.array(value) for name, value in init_factors(model, lora, seed).items()}
@@ -30,8 +30,8 @@ def init_adapters(
 def frozen_weights(
     weights: Mapping[str, npt.NDArray[np.float32]], model: ModelConfig, dtype: mx.Dtype, bits: int | None = None
 ) -> Params:
-    """The model's parameters from float32 ones, which are read one by one: norms stay float32, matrices become `dtype`
-    or, with `bits` (4 or 8), are quantized with scales in `dtype`, including embedding and head (lora.is_quantized)."""
+    """Converts float32 weights, reading them one at a time: norms stay float32; matrices become `dtype` or, with `bits`
+    (4 or 8), are quantized with scales in `dtype`, including embedding and head (lora.is_quantized)."""
     frozen: Params = {}
     for name, shape in parameter_shapes(model).items():
         weight = mx.array(weights[name])
@@ -50,8 +50,8 @@ def frozen_weights(
 
 
 def adapter_constants(base: Params, scales: Mapping[str, float], dora: bool) -> Params:
-    """The constants of the adapters of the matrices in `scales` (model/linear.py): their scales and, with DoRA, the row
-    norms of the base weights, float32."""
+    """Returns the constants of the adapters of the matrices in `scales` (model/linear.py): their scales and, with DoRA,
+    the row norms of the base weights, float32."""
     constants: Params = {}
     for name, scale in scales.items():
         constants[f"{name}.lora_scale"] = mx.array(scale, mx.float32)

@@ -12,7 +12,7 @@ The flat parameter dict describes layer NAME by these entries (mlx-lm's names, a
     y = u + bias,  or with DoRA  y = u m / c + bias,  where c, the row norms of W + s (A B)^T, has no gradient
 
 The same functions serve training, validation and generation; without the adapter's entries, the layer is the base
-model's. Products are in x's dtype, gradients are summed in float32.
+model's. Products are in x's dtype; gradients are summed in float32.
 
 Shapes: N tokens; r rank.
 """
@@ -50,7 +50,7 @@ Matrix = mx.array | Quantized
 
 
 class InputDropout(NamedTuple):
-    """Dropout of the inputs of the adapters in half a block, and of nothing else."""
+    """Dropout applied only to the inputs of the adapters in half a block."""
 
     rate: float
     key: mx.array
@@ -110,9 +110,9 @@ def linear_gradients(
     y: mx.array | None = None,
 ) -> tuple[list[mx.array], mx.array | None]:
     """Adds the gradients of the layer's trained parameters to `grads`, given its input `x` and the gradient `dy`
-    [N, out] of its output; with the saved output `y`, DoRA need not compute it again.
+    [N, out] of its output; with the saved output `y`, DoRA does not recompute it.
 
-    Returns the new sums, to be waited for, and the gradient dz [N, r] of x A, which `linear_backward` needs as well.
+    Returns the new sums, to wait for, and the gradient dz [N, r] of x A, which `linear_backward` also needs.
 
         dz = du (s B)^T;  dA = dropout(x)^T dz;  dB = s (dropout(x) A)^T du;  dW = du^T x
         du = dy,  or with DoRA  du = dy m / c;  dm = the sum over tokens of dy u / c = dy (y - bias) / m
@@ -120,19 +120,19 @@ def linear_gradients(
     """
     done = []
     du = dy
-    if f"{name}.bias" in p and grads.trains(f"{name}.bias"):
+    if f"{name}.bias" in p and grads.is_trainable(f"{name}.bias"):
         done += grads.add(f"{name}.bias", mx.sum(dy.astype(mx.float32), axis=0))
     if f"{name}.m" in p:
         du = dy * _magnitude(p, name, dy.dtype)
-        if grads.trains(f"{name}.m"):
+        if grads.is_trainable(f"{name}.m"):
             done += grads.add(f"{name}.m", _magnitude_gradient(p, name, dy, x, drop, y))
     done += grads.add_product(f"{name}.weight", du, x)
     if f"{name}.lora_a" not in p:
         return done, None
     a, b = _factors(p, name, x.dtype)
     dz = du @ b.T
-    if grads.trains(f"{name}.lora_a"):
-        x = _dropped(name, x, drop)
+    if grads.is_trainable(f"{name}.lora_a"):
+        x = _apply_dropout(name, x, drop)
         z = (x @ a) * p[f"{name}.lora_scale"].astype(x.dtype)
         done += grads.add_product(f"{name}.lora_a", x, dz) + grads.add_product(f"{name}.lora_b", z, du)
     return done, dz
@@ -141,7 +141,8 @@ def linear_gradients(
 def linear_backward(
     p: Params, name: str, dy: mx.array, dz: mx.array | None, drop: InputDropout | None = None
 ) -> mx.array:
-    """The gradient [N, in] of the input, given that of the output and dz from `linear_gradients`."""
+    """Returns the gradient [N, in] of the input, given the gradient `dy` of the output and dz from
+    `linear_gradients`."""
     du = dy if f"{name}.m" not in p else dy * _magnitude(p, name, dy.dtype)
     dx = matmul(du, matrix(p, name))
     if dz is None:
@@ -151,8 +152,8 @@ def linear_backward(
 
 
 def _dequantizes(x: mx.array) -> bool:
-    """Whether to dequantize the weights for a product with x. MLX's CPU backend multiplies by quantized weights forty
-    times slower than a BLAS does by plain ones; a GPU does not."""
+    """Whether to dequantize the weights for a product with x. MLX's CPU backend multiplies by quantized weights
+    forty times slower than a BLAS does by float weights; a GPU does not."""
     return on_cpu() and x.shape[0] >= _FEW_ROWS
 
 
@@ -162,7 +163,7 @@ def _unscaled(p: Params, name: str, x: mx.array, drop: InputDropout | None) -> m
     if f"{name}.lora_a" not in p:
         return y
     a, b = _factors(p, name, x.dtype)
-    return mx.addmm(y, _dropped(name, x, drop) @ a, b)
+    return mx.addmm(y, _apply_dropout(name, x, drop) @ a, b)
 
 
 def _factors(p: Params, name: str, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
@@ -170,7 +171,7 @@ def _factors(p: Params, name: str, dtype: mx.Dtype) -> tuple[mx.array, mx.array]
     return p[f"{name}.lora_a"].astype(dtype), (p[f"{name}.lora_b"] * p[f"{name}.lora_scale"]).astype(dtype)
 
 
-def _dropped(name: str, x: mx.array, drop: InputDropout | None) -> mx.array:
+def _apply_dropout(name: str, x: mx.array, drop: InputDropout | None) -> mx.array:
     return x if drop is None else drop(name, x)
 
 

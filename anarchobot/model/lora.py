@@ -1,5 +1,5 @@
-"""Which matrices have adapters, their shapes and initial values, and which are quantized. No MLX here: checkpoints and
-file conversion read this."""
+"""Adapted matrices, adapter shapes and initial values, and which matrices are quantized. Does not import MLX:
+checkpoints and file conversion use it."""
 
 import hashlib
 import math
@@ -15,7 +15,7 @@ GROUP = 64  # columns of a quantized matrix that share a scale and a bias: mlx-l
 
 
 def adapted_matrices(model: ModelConfig, lora: LoraConfig) -> list[str]:
-    """Names of the matrices, without ".weight": those of lora.target_modules in the last lora.num_layers blocks."""
+    """Returns the names, without ".weight", of the lora.target_modules in the last lora.num_layers blocks."""
     first = 0 if lora.num_layers is None else max(0, model.n_layers - lora.num_layers)
     names = (name.removesuffix(".weight") for name in parameter_shapes(model) if name.endswith("_proj.weight"))
     return [
@@ -27,12 +27,12 @@ def adapted_matrices(model: ModelConfig, lora: LoraConfig) -> list[str]:
 
 
 def adapter_shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
-    """lora_a [in, r], lora_b [r, out] and, with DoRA, m [out] of each matrix: what is trained and saved."""
+    """Returns the trained and saved shapes: lora_a [in, r], lora_b [r, out] and, with DoRA, m [out] of each matrix."""
     assert lora.r is not None
-    whole = parameter_shapes(model)
+    model_shapes = parameter_shapes(model)
     shapes: Shapes = {}
     for name in adapted_matrices(model, lora):
-        rows, columns = whole[f"{name}.weight"]
+        rows, columns = model_shapes[f"{name}.weight"]
         shapes[f"{name}.lora_a"], shapes[f"{name}.lora_b"] = (columns, lora.r), (lora.r, rows)
         if lora.dora:
             shapes[f"{name}.m"] = (rows,)
@@ -40,7 +40,7 @@ def adapter_shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
 
 
 def trained_shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
-    """What a run trains: the adapters or, without lora.r, all parameters."""
+    """Returns the shapes of the adapters or, without lora.r, of all parameters."""
     return parameter_shapes(model) if lora.r is None else adapter_shapes(model, lora)
 
 

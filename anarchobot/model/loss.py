@@ -1,4 +1,4 @@
-"""The output head and cross-entropy together, in chunks of tokens: the logits of a whole batch never exist at once.
+"""The output head fused with cross-entropy, in chunks of tokens: the logits of a full batch never exist at once.
 
 The logits of 8,192 tokens and a vocabulary of 32,000 are 1 GiB in float32, and so is their gradient. Here the logits of
 a chunk yield its loss and its part of both gradients at once, and are freed (as in Cut Cross-Entropy, Wijmans et al.,
@@ -15,9 +15,9 @@ from anarchobot.config.schema import ModelConfig
 from anarchobot.model.architecture import forward_pass
 from anarchobot.model.gradient_accumulator import GradientAccumulator, Params, add_product
 from anarchobot.model.linear import Matrix, matmul, matmul_t, matrix
-from anarchobot.model.technique import LOSS_CHUNK, MicroBatch, Technique
+from anarchobot.model.step_options import LOSS_CHUNK, MicroBatch, StepOptions
 from anarchobot.numerics.elementary import exp, row_sums, tanh
-from anarchobot.numerics.sequencing import Sequencing, depend
+from anarchobot.numerics.eval_order import EvalOrder, depend
 
 
 def head_matrix(params: Params, model: ModelConfig) -> Matrix:
@@ -38,23 +38,22 @@ def head_loss(
     batch: MicroBatch,
     model: ModelConfig,
     grads: GradientAccumulator,
-    technique: Technique,
+    options: StepOptions,
 ) -> tuple[mx.array, mx.array, list[mx.array]]:
-    """Loss and gradient of the output head, which is added to `grads` if the head is trained.
+    """Computes the loss and the gradient of the output head, which is added to `grads` if the head is trained.
 
-    From `hidden` [N, D]: the scaled loss of the batch (or the vector of its objective's measures), the gradient
-    of `hidden`, and the arrays that later work must wait for.
-    """
-    wait, chunk, measures = technique.wait, technique.loss_chunk, None
+    Returns the scaled loss of the batch (or the vector of its objective's metrics), the gradient of `hidden` [N, D],
+    and the arrays that later work must wait for."""
+    wait, chunk, metrics = options.wait, options.loss_chunk, None
     name = forward_pass(model).head_name(model)
     rows, length = batch.targets.shape
     targets, scale = batch.targets.reshape(-1), batch.scale
     if batch.objective is not None:
         losses = token_losses(hidden, head_matrix(weights, model), targets, model, chunk)
-        measures, slopes = batch.objective(-losses.reshape(rows, length).sum(axis=1))
-        (hidden,) = wait([hidden], [slopes])
-        measures, scale = scale * measures, mx.repeat(-scale * slopes, length)  # [N]
-    trained = grads.trains(name)
+        metrics, dlog_probs = batch.objective(-losses.reshape(rows, length).sum(axis=1))
+        (hidden,) = wait([hidden], [dlog_probs])
+        metrics, scale = scale * metrics, mx.repeat(-scale * dlog_probs, length)  # [N]
+    trained = grads.is_trainable(name)
     so_far = grads.sums.pop(name, None) if trained else None
     total, dhidden, dweight = loss_and_gradients(
         hidden, head_matrix(weights, model), targets, model, scale, so_far, chunk, wait, trained
@@ -62,15 +61,15 @@ def head_loss(
     done = [total, dhidden]
     if dweight is not None:
         grads.sums[name], done = dweight, [dhidden, dweight]
-    return total if measures is None else measures, dhidden, done
+    return total if metrics is None else metrics, dhidden, done
 
 
 def loss_sum(
     hidden: mx.array, weight: Matrix, targets: mx.array, model: ModelConfig, chunk: int = LOSS_CHUNK
 ) -> mx.array:
-    """Summed cross-entropy in nats (float32 scalar), without gradients: for evaluation.
+    """Returns the summed cross-entropy in nats (float32 scalar), without gradients: for evaluation.
 
-    `hidden` [N, D], `weight` [V, D], `targets` [N] of int32; negative targets add nothing.
+    `hidden` [N, D], `weight` [V, D], `targets` [N] of int32; negative targets are ignored.
     """
     return mx.sum(token_losses(hidden, weight, targets, model, chunk))
 
@@ -78,7 +77,7 @@ def loss_sum(
 def token_losses(
     hidden: mx.array, weight: Matrix, targets: mx.array, model: ModelConfig, chunk: int = LOSS_CHUNK
 ) -> mx.array:
-    """The cross-entropy of each token [N], float32; 0 at negative targets. Arguments as for `loss_sum`."""
+    """Returns the cross-entropy of each token [N], float32; 0 at negative targets. Arguments as for `loss_sum`."""
     losses: list[mx.array] = []
     for h, t, _ in _chunks(hidden, targets, mx.array(1.0), chunk):
         (h,) = mx.depends([h], losses[-1:])
@@ -94,7 +93,7 @@ def loss_and_gradients(
     scale: mx.array,
     weight_gradient: mx.array | None = None,
     chunk: int = LOSS_CHUNK,
-    wait: Sequencing = depend,
+    wait: EvalOrder = depend,
     train_weight: bool = True,
 ) -> tuple[mx.array, mx.array, mx.array | None]:
     """The sum of the losses times `scale` (a scalar, or one per token [N]), and its gradients: with respect to `hidden`
@@ -118,7 +117,7 @@ def loss_and_gradients(
 
 
 def _chunk_backward(
-    h: mx.array, weight: Matrix, t: mx.array, model: ModelConfig, scale: mx.array, wait: Sequencing
+    h: mx.array, weight: Matrix, t: mx.array, model: ModelConfig, scale: mx.array, wait: EvalOrder
 ) -> tuple[mx.array, mx.array]:
     """The sum of the chunk's losses times `scale` (a scalar, or [C, 1]), and its gradient dL/dz [C, V] in h's dtype."""
     losses, z, exps, sums = _chunk_loss(h, weight, t, model)
@@ -137,7 +136,7 @@ def _chunk_backward(
 def _chunks(
     hidden: mx.array, targets: mx.array, scale: mx.array, chunk: int
 ) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
-    """Chunks of hidden states and targets, each with the scalar scale or that of its tokens [C, 1]."""
+    """Yields chunks of hidden states and targets, each with the scalar scale or the scale of its tokens [C, 1]."""
     for i in range(0, hidden.shape[0], chunk):
         yield hidden[i : i + chunk], targets[i : i + chunk], scale if scale.ndim == 0 else scale[i : i + chunk, None]
 

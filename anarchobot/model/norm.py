@@ -14,7 +14,8 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 
 
 def rms_norm_backward(x: mx.array, weight: mx.array, eps: float, dy: mx.array) -> tuple[mx.array, mx.array]:
-    """The gradients of x [N, D] and of the weight [D] (float32), given `dy` [N, D], that of rms_norm(x, weight)."""
+    """Returns the gradients of x [N, D] and of the weight [D] (float32), given the gradient `dy` [N, D] of the
+    output."""
     if on_cpu() and x.dtype == mx.float32:
         inverse = _inverse_rms(x, eps)
         normed = x * inverse

@@ -1,4 +1,4 @@
-"""Parameter names, shapes, counts and initial values of any architecture. No MLX here."""
+"""Parameter names, shapes, counts and initial values of any architecture. Does not import MLX."""
 
 import hashlib
 import math
@@ -43,7 +43,7 @@ def init_parameters(model: ModelConfig, seed: int) -> dict[str, npt.NDArray[np.f
 
 
 def model_flops(model: ModelConfig, rows: int, blocks: QueryBlocks) -> int:
-    """FLOPs that loss and gradients of `rows` sequences need, without what is computed twice."""
+    """Returns the FLOPs of the loss and gradients of `rows` sequences, without recomputation."""
     arch = architecture(model.architecture)
     parts = arch.step_flops(model, rows, blocks)
     return (
@@ -52,7 +52,7 @@ def model_flops(model: ModelConfig, rows: int, blocks: QueryBlocks) -> int:
 
 
 def by_block(params: Mapping[str, T], model: ModelConfig) -> list[dict[str, T]]:
-    """The parameters of each block, by their names inside the block: "self_attn.q_proj.weight"."""
+    """Returns the parameters of each block, by their names inside the block: "self_attn.q_proj.weight"."""
     blocks: list[dict[str, T]] = [{} for _ in range(model.n_layers)]
     for name, p in params.items():
         if name.startswith("model.layers."):
@@ -62,7 +62,7 @@ def by_block(params: Mapping[str, T], model: ModelConfig) -> list[dict[str, T]]:
 
 
 def lowest_trained_block(trained: Collection[str], model: ModelConfig) -> int:
-    """The first block that the backward pass must reach; n_layers when it need not reach any."""
+    """Returns the first block that the backward pass must reach; n_layers if there is none."""
     blocks = [int(name.split(".")[2]) for name in trained if name.startswith("model.layers.")]
     below = any(not name.startswith(("model.layers.", "model.norm.", "lm_head.")) for name in trained)
     return 0 if below else min(blocks, default=model.n_layers)

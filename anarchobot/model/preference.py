@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 
 Kind = Literal["sigmoid", "ipo", "orpo"]
-_MAX_LOG_PROB = -1e-9  # of a token: bounds the odds of a certain one
+_MAX_LOG_PROB = -1e-9  # per token: keeps the log odds finite if p = 1
 
 
 class Preferences(NamedTuple):
@@ -30,7 +30,7 @@ def preference_losses(pairs: Preferences, kind: Kind, beta: float, label_smoothi
     """
     if kind == "orpo":
         mean = pairs.log_probs / pairs.lengths
-        bounded = mx.minimum(mean, _MAX_LOG_PROB)  # at 0, odds and slopes would be infinite
+        bounded = mx.minimum(mean, _MAX_LOG_PROB)  # at 0, the odds and their gradient would be infinite
         odds = bounded - mx.log(-mx.expm1(bounded))  # not log1p(-exp): near 0, where expm1 is exact, exp rounds to 1
         return -mean[:, 0] - beta * _log_sigmoid(odds[:, 0] - odds[:, 1])
     log_ratios = pairs.log_probs - pairs.reference
@@ -51,7 +51,7 @@ def rewards(pairs: Preferences, kind: Kind, beta: float) -> mx.array:
 def losses_and_grads(
     pairs: Preferences, kind: Kind, beta: float, label_smoothing: float = 0.0
 ) -> tuple[mx.array, mx.array]:
-    """The losses [P], and the gradient [P, 2] of their sum with respect to the log-probabilities."""
+    """Returns the losses [P], and the gradient [P, 2] of their sum with respect to the log-probabilities."""
 
     def total(log_probs: mx.array) -> mx.array:
         return preference_losses(pairs._replace(log_probs=log_probs), kind, beta, label_smoothing).sum()
@@ -60,6 +60,6 @@ def losses_and_grads(
 
 
 def _log_sigmoid(x: mx.array) -> mx.array:
-    """With an exact slope far from 0, where that of MLX's logaddexp is rounded to zero; at 0 it is 1/2."""
+    """Has an exact gradient far from 0, where the gradient of MLX's logaddexp rounds to zero; at 0 it is 1/2."""
     size = mx.where(x < 0, -x, x)
     return mx.where(x < 0, x, 0) - mx.log1p(mx.exp(-size))

@@ -73,8 +73,8 @@ def _vectorized(x: mx.array) -> bool:
     return x.dtype == mx.float32 and on_cpu() and not getattr(_mode, "differentiable", False)
 
 
-# MLX fuses at most eleven operations in a row into one pass, and cutting there is slow: hence several small functions.
-# mx.maximum stays outside: inside, it prevents vectorization.
+# MLX fuses at most eleven operations in a row into one pass, and cutting there is slow, so these are several small
+# functions. mx.maximum stays outside: inside, it prevents vectorization.
 
 
 def _exp(x: mx.array) -> mx.array:

@@ -1,9 +1,9 @@
-"""AdamW (Loshchilov and Hutter, 2019) as a function of dicts of arrays, with bias correction."""
+"""AdamW (Loshchilov and Hutter, 2019) as a function of dicts of arrays, with bias correction; the weight update."""
 
 import mlx.core as mx
 
 from anarchobot.config.schema import TrainConfig
-from anarchobot.numerics.sequencing import Sequencing
+from anarchobot.numerics.eval_order import EvalOrder
 from anarchobot.optim.param_groups import ADAMW_BETA1, ADAMW_BETA2, ADAMW_EPS
 
 Arrays = dict[str, mx.array]
@@ -17,7 +17,7 @@ def adamw(
     lr: mx.array,
     count: mx.array,
     train: TrainConfig,
-    wait: Sequencing,
+    wait: EvalOrder,
 ) -> tuple[Arrays, Arrays, Arrays]:
     """One update. All dicts have the same names and are consumed. `count` (float32 scalar) is 1 for the first update:
     without bias correction (MLX's default) that update would be 0.45 times its size. Norms and biases do not decay.
@@ -40,7 +40,7 @@ def adamw(
     return new_params, new_first, new_second
 
 
-# Compiled separately, even where the whole step is not: one pass over memory each, in place.
+# Compiled separately, even if the full step is not: one pass over memory each, in place.
 
 
 @mx.compile

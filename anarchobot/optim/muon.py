@@ -2,18 +2,17 @@
 
 The momentum of a matrix usually has a few large directions and many small ones; Muon gives every direction the same
 size. That suits matrices that map hidden states to hidden states. It does not suit embeddings and the head (their rows
-are tokens, not directions) or norms: these belong to AdamW. Training them with Muon raises no error, the model only
-gets worse.
+are tokens, not directions) or norms: these belong to AdamW. Muon on these silently degrades quality.
 
 MLX 0.32 has a Muon; it adds weight decay to the gradient before orthogonalizing, where decay should act on the weight
-alone, and takes one matrix at a time. Hence this one.
+alone, and takes one matrix at a time, so we implement our own.
 """
 
 import mlx.core as mx
 
 from anarchobot.config.schema import TrainConfig
 from anarchobot.numerics.elementary import row_sums
-from anarchobot.numerics.sequencing import Sequencing
+from anarchobot.numerics.eval_order import EvalOrder
 from anarchobot.optim.adamw import apply_update
 from anarchobot.optim.param_groups import (
     NORMUON_BETA2,
@@ -32,17 +31,17 @@ def muon(
     params: Arrays,
     grads: Arrays,
     buffers: Arrays,
-    seconds: Arrays,
+    second_moments: Arrays,
     lr: mx.array,
     momentum: mx.array,
     train: TrainConfig,
     head_size: int,
-    wait: Sequencing,
+    wait: EvalOrder,
     directions: Arrays | None = None,
 ) -> tuple[Arrays, Arrays, Arrays]:
-    """One update of matrices [rows, cols]. All dicts have the same names and are consumed; `seconds` [rows] is empty
-    without train.normuon. `head_size` is the width of the heads for train.muon_split_heads. `directions` are the u,
-    where `muon_directions` has computed them already. Returns the new (params, buffers, seconds).
+    """Updates matrices [rows, cols]. All dicts have the same names and are consumed; `second_moments` [rows] is empty
+    without train.normuon. `head_size` is the width of the heads for train.muon_split_heads. `directions`: the u, if
+    already computed by `muon_directions`. Returns the new (params, buffers, second_moments).
 
         m <- mu m + (1 - mu) g;   u = orthogonalize(mu m + (1 - mu) g)         (Nesterov momentum)
         s <- b2 s + (1 - b2) mean of a row's u^2;   u <- u / sqrt(s), at u's norm      (NorMuon, Li et al., 2025)
@@ -50,7 +49,7 @@ def muon(
     """
     new_params: Arrays = {}
     new_buffers: Arrays = {}
-    new_seconds: Arrays = {}
+    new_second_moments: Arrays = {}
     split = head_size if train.muon_split_heads else None
     shapes = {name: w.shape for name, w in params.items()}
     for names in muon_batches(shapes, train.muon_split_heads):  # [n, rows, cols] each
@@ -62,20 +61,20 @@ def muon(
             u = _direction(names[0], momentum * m + (1 - momentum) * g, split)
         del g
         if train.normuon:
-            u, s = _normalize_rows(u, mx.stack([seconds.pop(name) for name in names]))
-            new_seconds |= dict(zip(names, s, strict=True))
+            u, s = _normalize_rows(u, mx.stack([second_moments.pop(name) for name in names]))
+            new_second_moments |= dict(zip(names, s, strict=True))
         w = apply_update(w, u * muon_scale(w.shape[1:], train.muon_scale), lr, train)
         del u
         w, m = wait([w, m], [w, m])
         new_params |= dict(zip(names, w, strict=True))
         new_buffers |= dict(zip(names, m, strict=True))
-    return new_params, new_buffers, new_seconds
+    return new_params, new_buffers, new_second_moments
 
 
 def muon_directions(
-    grads: Arrays, buffers: Arrays, momentum: mx.array, train: TrainConfig, head_size: int, wait: Sequencing
+    grads: Arrays, buffers: Arrays, momentum: mx.array, train: TrainConfig, head_size: int, wait: EvalOrder
 ) -> Arrays:
-    """The u of `muon` for these matrices; the dicts are left as they are."""
+    """Returns the u of `muon` for these matrices; does not modify the dicts."""
     directions: Arrays = {}
     split = head_size if train.muon_split_heads else None
     for names in muon_batches({name: g.shape for name, g in grads.items()}, train.muon_split_heads):

@@ -3,8 +3,8 @@
 import mlx.core as mx
 
 from anarchobot.config.schema import TrainConfig
+from anarchobot.numerics.eval_order import EvalOrder, depend
 from anarchobot.numerics.profiling import NO_PROFILE, Profile
-from anarchobot.numerics.sequencing import Sequencing, depend
 from anarchobot.optim.adamw import adamw
 from anarchobot.optim.muon import muon
 from anarchobot.optim.param_groups import adamw_lr_ratio, state_shapes
@@ -28,7 +28,7 @@ def update(
     count: mx.array,
     train: TrainConfig,
     head_size: int,
-    wait: Sequencing = depend,
+    wait: EvalOrder = depend,
     directions: Arrays | None = None,
     profile: Profile = NO_PROFILE,
 ) -> tuple[Arrays, State]:
@@ -38,7 +38,7 @@ def update(
     the new (params, state)."""
     names = list(params)
     matrices = {name: params.pop(name) for name in state["muon.momentum"]}
-    matrices, buffers, seconds = muon(
+    matrices, buffers, second_moments = muon(
         matrices, grads, state["muon.momentum"], state["muon.second"], lr, momentum, train, head_size, wait, directions
     )
     profile.end("update by Muon", *matrices.values())
@@ -48,5 +48,5 @@ def update(
     new = matrices | rest
     return (
         {name: new[name] for name in names},
-        {"muon.momentum": buffers, "muon.second": seconds, "adamw.first": first, "adamw.second": second},
+        {"muon.momentum": buffers, "muon.second": second_moments, "adamw.first": first, "adamw.second": second},
     )

@@ -76,24 +76,24 @@ def parse_host(host: str) -> str | None:
     return match[1].removesuffix(".") if match else None
 
 
-def allowed_hosts(bound: str, named: Collection[str] = ()) -> frozenset[str]:
-    """The accepted Host names. Raises UserError if one of `named` (--allow-host) is not a host name."""
-    for name in named:
+def allowed_hosts(bound: str, names: Collection[str] = ()) -> frozenset[str]:
+    """The accepted Host names. Raises UserError if one of `names` (--allow-host) is not a host name."""
+    for name in names:
         match = _HOST.fullmatch(name.lower())
         if not match or match[0] != match[1]:
             raise UserError(
                 f"--allow-host '{name}': expected a host name or address without a port, such as my-mac.local"
             )
     bound_name = f"[{bound}]" if ":" in bound else bound.lower()
-    return frozenset({*LOOPBACK_NAMES, bound_name, *(name.lower() for name in named)})
+    return frozenset({*LOOPBACK_NAMES, bound_name, *(name.lower() for name in names)})
 
 
-def allowed_origins(named: Collection[str]) -> frozenset[str]:
-    """Raises UserError if one of `named` (--allow-origin) is not an origin."""
-    for name in named:
+def allowed_origins(names: Collection[str]) -> frozenset[str]:
+    """Raises UserError if one of `names` (--allow-origin) is not an origin."""
+    for name in names:
         if not _ORIGIN.fullmatch(name.lower()):
             raise UserError(f"--allow-origin '{name}': expected scheme, host and port, such as http://localhost:3000")
-    return frozenset(name.lower() for name in named)
+    return frozenset(name.lower() for name in names)
 
 
 def read_api_key(file: Path | None) -> str | None:

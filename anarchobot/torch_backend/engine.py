@@ -19,7 +19,7 @@ from anarchobot.torch_backend.device import choose_device, is_out_of_memory, mem
 from anarchobot.torch_backend.loss import add_gradients, loss_sum
 from anarchobot.torch_backend.model import (
     BlockForward,
-    Technique,
+    StepOptions,
     block_forward,
     head_name,
     hidden_states,
@@ -58,7 +58,7 @@ class TorchEngine(BaseEngine[Tensor]):
             block, warning = try_compile(block, self._try_block)
             self.compiled = warning is None
             self.warnings += [warning] if warning else []
-        self.technique = self._technique(block)
+        self.options = self._technique(block)
 
     def _accumulate_gradients(self, batch: Batch, step: int, scale: float) -> tuple[list[float], dict[str, Tensor]]:
         return self._with_memory_errors(lambda: ([self._add_gradients(batch, step, scale)], self._take_gradients()))
@@ -76,7 +76,7 @@ class TorchEngine(BaseEngine[Tensor]):
                 dtype=self.dtype,
                 segments=segments,
                 dropout_key=f"{self._config.train.seed}/dropout/{step}/{i}",
-                technique=self.technique,
+                options=self.options,
             )
         return float(total)
 
@@ -124,10 +124,10 @@ class TorchEngine(BaseEngine[Tensor]):
             for i in range(len(batch.inputs)):
                 inputs, targets, segments = self._micro_batch(batch, i)
                 hidden = hidden_states(
-                    weights, inputs, model, dtype=self.dtype, segments=segments, technique=self.technique
+                    weights, inputs, model, dtype=self.dtype, segments=segments, options=self.options
                 )
                 head = weights[head_name(model)]
-                loss = loss_sum(hidden.flatten(0, 1), head, targets.flatten(), model, self.technique.loss_chunk)
+                loss = loss_sum(hidden.flatten(0, 1), head, targets.flatten(), model, self.options.loss_chunk)
                 total += float(loss)
         return total
 
@@ -156,9 +156,9 @@ class TorchEngine(BaseEngine[Tensor]):
         used = memory_used(self.device)
         return {} if used is None else {"active_memory_gb": used[0] / 1e9, "cache_memory_gb": used[1] / 1e9}
 
-    def _technique(self, block: BlockForward) -> Technique:
+    def _technique(self, block: BlockForward) -> StepOptions:
         train = self._config.train
-        return Technique(train.gradient_checkpointing, train.attention_block, train.loss_chunk, block)
+        return StepOptions(train.gradient_checkpointing, train.attention_block, train.loss_chunk, block)
 
     def _try_block(self, block: BlockForward) -> None:
         """Runs a forward and backward pass at the run's batch size and length, so that compiled code is reused. One
@@ -175,7 +175,7 @@ class TorchEngine(BaseEngine[Tensor]):
                 dtype=self.dtype,
                 segments=tokens if config.data.document_mask else None,
                 dropout_key="",
-                technique=self._technique(block),
+                options=self._technique(block),
             )
             torch.autograd.backward([hidden], [torch.zeros_like(hidden)])
         finally:

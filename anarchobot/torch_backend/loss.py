@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.torch_backend.model import Params, Technique, head_name, hidden_states
+from anarchobot.torch_backend.model import Params, StepOptions, head_name, hidden_states
 
 
 def add_gradients(
@@ -23,7 +23,7 @@ def add_gradients(
     dtype: torch.dtype = torch.float32,
     segments: Tensor | None = None,
     dropout_key: str | None = None,
-    technique: Technique,
+    options: StepOptions,
 ) -> Tensor:
     """The summed cross-entropy of `tokens` and `targets` [B, L] (negative targets add nothing), a float32 scalar;
     `scale` times its gradients are added to the parameters' `grad`, float32.
@@ -32,13 +32,13 @@ def add_gradients(
     `dropout_key` turns dropout on; the same key drops the same elements.
     """
     hidden = hidden_states(
-        params, tokens, model, dtype=dtype, segments=segments, dropout_key=dropout_key, technique=technique
+        params, tokens, model, dtype=dtype, segments=segments, dropout_key=dropout_key, options=options
     )
     head = params[head_name(model)]
     if head.grad is None:
         head.grad = torch.zeros_like(head)
     total, dhidden = loss_and_gradients(
-        hidden.flatten(0, 1), head, targets.flatten(), model, scale, head.grad, technique.loss_chunk
+        hidden.flatten(0, 1), head, targets.flatten(), model, scale, head.grad, options.loss_chunk
     )
     torch.autograd.backward([hidden], [dhidden.view_as(hidden)])
     return total

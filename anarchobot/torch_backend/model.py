@@ -80,7 +80,7 @@ def block_forward(
 
 
 @dataclass(frozen=True)
-class Technique:
+class StepOptions:
     """Options of a forward and backward pass; they change the results only by rounding.
 
     `recompute`: save only each block's input and run its forward pass again (gradient checkpointing; Chen et al.,
@@ -102,27 +102,27 @@ def hidden_states(
     dtype: torch.dtype = torch.float32,
     segments: Tensor | None = None,
     dropout_key: str | None = None,
-    technique: Technique = Technique(),
+    options: StepOptions = StepOptions(),
 ) -> Tensor:
     """Returns the final hidden states [B, L, D], normalized and in `dtype`, for integer `tokens` [B, L].
 
     `segments` [B, L] number the documents of a row: a token sees only its own. `dropout_key` turns dropout on; the same
     key drops the same elements.
     """
-    context = attention_context(tokens, model, segments, technique.attention_block)
+    context = attention_context(tokens, model, segments, options.attention_block)
     first_v: Tensor | None = None
 
     def run(p: Params, x: Tensor, i: int, first_v: Tensor | None) -> tuple[Tensor, Tensor]:
         # The masks are drawn here from a key, so that a recomputed block drops the same elements; the state of a
         # generator, which `checkpoint` could restore, is not readable on every device.
         keep = None if dropout_key is None else _keep_masks(x, model, f"{dropout_key}/{i}")
-        return technique.block(p, x, model, context, keep, first_v)
+        return options.block(p, x, model, context, keep, first_v)
 
     with torch.autocast(tokens.device.type, dtype=dtype, enabled=dtype != torch.float32):
         x = F.embedding(tokens, params["model.embed_tokens.weight"])
         x = (x if model.embedding_scale is None else x * model.embedding_scale).to(dtype)
         for i, p in enumerate(by_block(params, model)):
-            if technique.recompute and torch.is_grad_enabled():
+            if options.recompute and torch.is_grad_enabled():
                 x, v = checkpoint(run, p, x, i, first_v, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, v = run(p, x, i, first_v)

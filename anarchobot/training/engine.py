@@ -1,17 +1,17 @@
 """The training step, written once for both backends.
 
-    loss and gradients, summed over micro-batches (and ranks) -> unscale -> global norm -> finite? below the limit?
-    -> clip -> Muon + AdamW -> running average of the weights
+    loss and gradients, summed over micro-batches (and ranks) -> unscale -> global norm -> check finite, check spike
+    limit -> clip -> Muon + AdamW -> exponential moving average of the weights
 
-`BaseEngine` is this sequence, and the state in and out of checkpoints. training/mlx_engine.py and
-torch_backend/engine.py add the arrays: gradients, norm, update, conversion to numpy.
+`BaseEngine` implements this sequence, and the state for checkpoints. training/mlx_engine.py and torch_backend/engine.py
+add the array operations: gradients, norm, update, conversion to NumPy.
 
 Shapes: A micro-batches, B sequences in each, L tokens in a sequence.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -28,8 +28,8 @@ from anarchobot.training.ranks import SINGLE_PROCESS, Ranks
 class StepResult:
     """The mean loss in nats over the step's `tokens` scored tokens, and the gradient's global norm before clipping.
 
-    `applied`: whether the update was made. `overflow`: it was not, because of float16's loss scale, which is now
-    halved. `extra`: more values for the log.
+    `applied`: whether the update was applied. `overflow`: it was not, because float16's loss scale was too large; the
+    scale has been halved. `extra`: more values for the log.
     """
 
     loss: float
@@ -45,14 +45,15 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """What the training loop uses: it holds the weights and the optimizer state."""
+    """The interface that the training loop uses. An engine holds the weights and the optimizer state."""
 
     def train_step(self, batch: Batch, step: int, lr: float, momentum: float, norm_limit: float) -> StepResult: ...
     def eval_step(self, batch: Batch) -> tuple[float, int]:
-        """Summed loss in nats over the scored tokens of the batch, and their number; no dropout. Raises MemoryError."""
+        """Returns the summed loss in nats over the scored tokens of the batch, and their number; no dropout. Raises
+        MemoryError."""
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything that a checkpoint needs, as arrays that later steps do not change."""
+        """Returns everything that a checkpoint needs, as arrays that later steps do not change."""
 
     def load_state(self, state: dict[str, npt.NDArray[Any]]) -> None: ...
     def peak_memory_gb(self) -> float: ...
@@ -62,9 +63,9 @@ class Engine(Protocol):
 
 @dataclass
 class LossScale:
-    """Dynamic loss scaling for float16 (Micikevicius et al., 2018): gradients are those of the loss times `scale`, so
-    that small ones do not round to zero. The scale doubles after GROWTH_INTERVAL finite steps in a row (`streak` counts
-    them); a scale too large shows as inf or nan, costs that step, and is halved."""
+    """Dynamic loss scaling for float16 (Micikevicius et al., 2018): the loss is multiplied by `scale`, so that small
+    gradients do not round to zero. The scale doubles after GROWTH_INTERVAL consecutive finite steps (`streak` counts
+    them). Too large a scale produces inf or NaN; that step is skipped and the scale halved."""
 
     GROWTH_INTERVAL = 2000
     MAX = 2.0**24
@@ -93,7 +94,7 @@ class BaseEngine(ABC, Generic[A]):
 
     `params` are trained: all weights, those that train.trainable selects or, with lora.r, adapters. `frozen` are the
     others. `moments` are the optimizer state, by kind (optim/param_groups.py) and name; `average` is the running
-    average of `params` with train.ema_decay. A model is saved whole, adapters alone.
+    average of `params` with train.ema_decay. Full runs save all weights; LoRA runs save only the adapters.
     """
 
     params: dict[str, A]
@@ -109,18 +110,17 @@ class BaseEngine(ABC, Generic[A]):
     def train_step(
         self, batch: Batch, step: int, lr: float, momentum: float, norm_limit: float = math.inf
     ) -> StepResult:
-        """One optimizer step over the A micro-batches of `batch`; dropout is a function of the seed and `step`.
+        """Takes one optimizer step over the A micro-batches of `batch`; dropout is a function of the seed and `step`.
 
-        The gradient is that of the mean loss over all scored tokens of the batch, however they are distributed over
-        micro-batches; with several ranks, each has its own batch, and the mean is over all of them. A step whose loss
-        or gradient is not finite, or whose norm is above `norm_limit`, changes nothing but the loss scale. Raises
-        MemoryError if the gradients do not fit into memory; then nothing has changed.
-        """
+        The loss is the mean over all scored tokens of the batch, regardless of their distribution over micro-batches;
+        with several ranks, each has its own batch, and the mean is over all of them. A step whose loss or gradient is
+        not finite, or whose norm is above `norm_limit`, changes nothing but the loss scale. Raises MemoryError if the
+        gradients do not fit into memory; then nothing has changed."""
         loss_scale = self._loss_scale.scale if self._loss_scale else 1.0
-        denominator = self._loss_denominator(batch)  # keeps float16's sums in range, whatever the micro-batch
-        measures, grads = self._accumulate_gradients(batch, step, loss_scale / denominator)
+        denominator = self._loss_denominator(batch)  # keeps float16's sums in range, regardless of micro-batch size
+        metrics, grads = self._accumulate_gradients(batch, step, loss_scale / denominator)
         scored = int(np.count_nonzero(batch.targets >= 0))
-        *sums, count, tokens = self._ranks.all_reduce_scalars([*measures, self._count(batch), scored]).tolist()
+        *sums, count, tokens = self._ranks.all_reduce_scalars([*metrics, self._count(batch), scored]).tolist()
         unscale = denominator / (loss_scale * max(1, count))
         grads = self._all_reduce(grads)
         norm = self._ranks.broadcast_scalar(self._global_norm(grads) * unscale)
@@ -137,7 +137,7 @@ class BaseEngine(ABC, Generic[A]):
                 # Starts lower: the average forgets the initial weights faster.
                 self._update_average(min(self._config.train.ema_decay, (1 + self._updates) / (10 + self._updates)))
         overflow = not finite and loss_scale > 1
-        return StepResult(loss, norm, int(tokens), applied, overflow, self._named_measures(others))
+        return StepResult(loss, norm, int(tokens), applied, overflow, self._named_metrics(others))
 
     def _clip_factor(self, norm: float) -> float:
         limit = self._config.train.max_grad_norm
@@ -147,7 +147,7 @@ class BaseEngine(ABC, Generic[A]):
 
     @abstractmethod
     def _accumulate_gradients(self, batch: Batch, step: int, scale: float) -> tuple[list[float], dict[str, A]]:
-        """The summed loss (and whatever else is measured) and `scale` times its gradients, over all micro-batches.
+        """Returns the summed loss (and any extra metrics) and `scale` times its gradients, over all micro-batches.
         Raises MemoryError."""
 
     @abstractmethod
@@ -176,34 +176,34 @@ class BaseEngine(ABC, Generic[A]):
         """The sums over all ranks."""
         return grads
 
-    # ---- What another objective than cross-entropy changes (training/preference_engine.py) ----
+    # ---- Hooks for objectives other than cross-entropy (training/preference_engine.py) ----
 
     def _loss_denominator(self, batch: Batch) -> int:
-        """What the loss of a micro-batch is divided by while it is accumulated: its tokens, scored or not."""
+        """The divisor of a micro-batch's loss during accumulation: its number of tokens, scored or not."""
         return int(batch.inputs[0].size)
 
     def _count(self, batch: Batch) -> int:
         """The number of scored tokens, over which loss and gradient are the mean."""
         return int(np.count_nonzero(batch.targets >= 0))
 
-    def _named_measures(self, others: list[float]) -> dict[str, float]:
-        """Names for what is measured beside the loss."""
+    def _named_metrics(self, others: list[float]) -> dict[str, float]:
+        """Names the extra metrics."""
         return {}
 
     # ---- Checkpoints ----
 
     @property
     def weights(self) -> dict[str, A]:
-        """What is validated and used: the frozen weights, and the trained ones or their running average."""
-        return {**self.frozen, **self._trained_or_average}
+        """The weights for validation and use: frozen weights, and the trained weights or their running average."""
+        return {**self.frozen, **self._ema_or_params}
 
     @property
-    def _trained_or_average(self) -> dict[str, A]:
+    def _ema_or_params(self) -> dict[str, A]:
         return self.params if self.average is None else self.average
 
     @property
     def _saved(self) -> dict[str, A]:
-        return self.weights if self._config.lora.r is None else self._trained_or_average
+        return self.weights if self._config.lora.r is None else self._ema_or_params
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything that a checkpoint needs, as named numpy arrays: `params/...`, `optimizer/...` and scalars. With
@@ -228,8 +228,8 @@ class BaseEngine(ABC, Generic[A]):
         differ."""
         check_state(state, {name: tuple(p.shape) for name, p in self._saved.items()}, self._config.train)
 
-        def loaded(prefix: str, own: Mapping[str, A]) -> dict[str, A]:
-            return {name: self._from_numpy(state[f"{prefix}{name}"]) for name in own}
+        def loaded(prefix: str, names: Iterable[str]) -> dict[str, A]:
+            return {name: self._from_numpy(state[f"{prefix}{name}"]) for name in names}
 
         if self._config.lora.r is None:
             self.frozen = loaded("params/", self.frozen)

@@ -31,7 +31,7 @@ VAL_NAMES = {"val_loss": "validation loss", "val_bpb": "bits per byte"}
 
 @dataclass(frozen=True)
 class Run:
-    """Everything the loop needs besides the engine.
+    """Everything that the loop needs in addition to the engine.
 
     identity:         identifies the data and base model in every checkpoint (tasks/resume.py)
     train, val:       batches; with several `ranks`, `train` yields this rank's part of a step

@@ -20,8 +20,8 @@ from anarchobot.model.frozen import init_adapters
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.loss import head_matrix, loss_sum
 from anarchobot.model.parameters import init_parameters, parameter_shapes
-from anarchobot.model.technique import MicroBatch, Objective, Technique
-from anarchobot.numerics import sequencing
+from anarchobot.model.step_options import MicroBatch, Objective, StepOptions
+from anarchobot.numerics import eval_order
 from anarchobot.numerics.cores import CPU_MLP_ROWS, workers_for
 from anarchobot.optim import muon_adamw
 from anarchobot.optim.muon import muon_directions
@@ -32,8 +32,8 @@ from anarchobot.training.ranks import SINGLE_PROCESS, Ranks
 from anarchobot.training.sharded_muon import ShardedMuon
 from anarchobot.training.workers import Workers
 
-Measures = npt.NDArray[np.float64]  # the loss, and what else an objective measures
-Rows = tuple[mx.array | None, ...]  # a worker's part of a micro-batch
+Metrics = npt.NDArray[np.float64]  # the loss, and any extra metrics of an objective
+MicroBatchSlice = tuple[mx.array | None, ...]  # a worker's part of a micro-batch
 T = TypeVar("T")
 
 
@@ -46,7 +46,7 @@ class MLXEngine(BaseEngine[mx.array]):
         weights: Mapping[str, npt.NDArray[np.float32]] | None = None,
         ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
-        """`weights`: the model's initial ones by name, each read once (None: new ones from train.seed)."""
+        """`weights`: the model's initial weights by name, each read once (None: random init from train.seed)."""
         model, train = config.model, config.train
         self.device = choose_device(train.device)
         on_gpu = self.device == mx.Device(mx.gpu)
@@ -70,12 +70,12 @@ class MLXEngine(BaseEngine[mx.array]):
         self._micro_step, self._update = wrap(self._loss_and_gradients), wrap(self._clip_and_update)
         self._loss, self._directions = wrap(self._evaluate), wrap(self._scaled_directions)
         self.workers = Workers(1 if on_gpu or self.compiled else workers_for(train.micro_batch_size, train.cpu_threads))
-        shapes, by_muon = {name: p.shape for name, p in self.params.items()}, self.moments["muon.momentum"]
-        self._update_shares = balanced_shares(shapes, by_muon, self.workers.count)
-        self._shared = ShardedMuon(ranks, self.params, by_muon, self.workers.count, train.share_muon)
-        self.technique = Technique(
+        shapes, muon_names = {name: p.shape for name, p in self.params.items()}, self.moments["muon.momentum"]
+        self._update_shares = balanced_shares(shapes, muon_names, self.workers.count)
+        self._sharded_muon = ShardedMuon(ranks, self.params, muon_names, self.workers.count, train.share_muon)
+        self.options = StepOptions(
             recompute=train.gradient_checkpointing,
-            wait=sequencing.depend if on_gpu or self.compiled else sequencing.eval_now,
+            wait=eval_order.depend if on_gpu or self.compiled else eval_order.eval_now,
             attention_block=train.attention_block,
             mlp_rows=None if on_gpu else CPU_MLP_ROWS,
             loss_chunk=-(-train.loss_chunk // self.workers.count),
@@ -93,16 +93,16 @@ class MLXEngine(BaseEngine[mx.array]):
                 with suppress(MemoryError):
                     self._ranks.all_gather_scalars(None)  # makes all ranks raise it
             raise raised from None  # the traceback would keep arrays alive
-        measures: Measures = sum((measures for measures, _ in parts), np.zeros(1))  # some workers had no rows
-        return (measures / scale).tolist(), grads
+        metrics: Metrics = sum((metrics for metrics, _ in parts), np.zeros(1))  # some workers had no rows
+        return (metrics / scale).tolist(), grads
 
-    def _worker_gradients(self, batch: Batch, step: int, scale: float, worker: int) -> tuple[Measures, Params]:
-        """The scaled measures and gradients of a worker's rows, summed over all micro-batches."""
+    def _worker_gradients(self, batch: Batch, step: int, scale: float, worker: int) -> tuple[Metrics, Params]:
+        """The scaled metrics and gradients of a worker's rows, summed over all micro-batches."""
         sums: Params = {}
         total = mx.array(0.0)
         first = self._ranks.rank * len(batch.inputs)  # numbers the micro-batches as in a single process
         for i in range(len(batch.inputs)):
-            rows = self._rows(batch, i, worker)
+            rows = self._slice(batch, i, worker)
             if not _any(rows):  # a halved micro-batch may have fewer rows than there are workers
                 break
             key = _dropout_key(self._config.train.seed, step, first + i, worker)
@@ -123,14 +123,14 @@ class MLXEngine(BaseEngine[mx.array]):
         sums: Params,
     ) -> tuple[mx.array, Params]:
         self.traces += 1
-        self.technique.profile.start()
+        self.options.profile.start()
         segments, objective = self._segments_and_objective(targets, extra)
         batch = MicroBatch(inputs, targets, scale, segments, key, self._config.lora.dropout, objective)
-        model, technique = self._config.model, self.technique
-        loss_and_gradients = gradients(model, autodiff=technique.autodiff)
-        return loss_and_gradients(params, batch, model, frozen=frozen, sums=sums, dtype=self.dtype, technique=technique)
+        model, options = self._config.model, self.options
+        loss_and_gradients = gradients(model, autodiff=options.autodiff)
+        return loss_and_gradients(params, batch, model, frozen=frozen, sums=sums, dtype=self.dtype, options=options)
 
-    def _rows(self, batch: Batch, i: int, worker: int) -> Rows:
+    def _slice(self, batch: Batch, i: int, worker: int) -> MicroBatchSlice:
         """A worker's rows of micro-batch `i`: inputs, targets and segments, [B / workers, L]."""
 
         def part(x: npt.NDArray[np.int32]) -> mx.array:
@@ -141,15 +141,15 @@ class MLXEngine(BaseEngine[mx.array]):
     def _segments_and_objective(
         self, targets: mx.array, extra: mx.array | None
     ) -> tuple[mx.array | None, Objective | None]:
-        """From the third array of `_rows`: segments, and the objective (None: cross-entropy)."""
+        """From the third array of `_slice`: segments, and the objective (None: cross-entropy)."""
         return extra, None
 
     def _all_reduce(self, grads: Params) -> Params:
-        return self._shared.timed("exchange", lambda: self._ranks.all_reduce(grads))
+        return self._sharded_muon.timed("exchange", lambda: self._ranks.all_reduce(grads))
 
     def _global_norm(self, grads: Params) -> float:
         squares: list[mx.array] = []
-        for g in grads.values():  # one after the other, so that the memory of the squares is reused
+        for g in grads.values():  # sequentially, so that the memory of the squares is reused
             squares.append(mx.sum(mx.square(g)))
             mx.eval(squares[-1])
         return float(mx.sqrt(mx.sum(mx.stack(squares))))
@@ -158,8 +158,10 @@ class MLXEngine(BaseEngine[mx.array]):
 
     def _apply_update(self, grads: Params, factor: float, lr: float, momentum: float) -> None:
         scalars = tuple(map(mx.array, (factor, lr, momentum, float(self._updates))))
-        directions = self._shared.directions(lambda parts: self._directions_of(parts, grads, scalars[0], scalars[2]))
-        self._shared.timed("update", lambda: self._update_all(grads, directions, *scalars))
+        directions = self._sharded_muon.directions(
+            lambda parts: self._directions_of(parts, grads, scalars[0], scalars[2])
+        )
+        self._sharded_muon.timed("update", lambda: self._update_all(grads, directions, *scalars))
 
     def _update_all(self, grads: Params, directions: Params, *scalars: mx.array) -> None:
         """Updates parameters and moments, each worker its share; consumes `grads` and `directions`."""
@@ -199,10 +201,10 @@ class MLXEngine(BaseEngine[mx.array]):
         count: mx.array,
     ) -> tuple[Params, muon_adamw.State]:
         self.traces += 1
-        self.technique.profile.start()
+        self.options.profile.start()
         grads = {name: grads.pop(name) * factor for name in list(grads)}
         head_size, train = self._config.model.head_size, self._config.train
-        wait, profile = self.technique.wait, self.technique.profile
+        wait, profile = self.options.wait, self.options.profile
         return muon_adamw.update(
             params, grads, moments, lr, momentum, count, train, head_size, wait, directions, profile
         )
@@ -210,11 +212,12 @@ class MLXEngine(BaseEngine[mx.array]):
     def _directions_of(
         self, parts: Sequence[Sequence[str]], grads: Params, factor: mx.array, momentum: mx.array
     ) -> Params:
-        """Muon's directions of the named matrices, `parts` by worker."""
+        """Returns Muon's directions of the matrices named in `parts`, one part per worker."""
 
         def directions(worker: int) -> Params:
-            own, buffers = ({name: a[name] for name in parts[worker]} for a in (grads, self.moments["muon.momentum"]))
-            result: Params = self._directions(own, buffers, factor, momentum)
+            names, momenta = parts[worker], self.moments["muon.momentum"]
+            local_grads, buffers = ({name: a[name] for name in names} for a in (grads, momenta))
+            result: Params = self._directions(local_grads, buffers, factor, momentum)
             mx.eval(result)
             return result
 
@@ -224,7 +227,7 @@ class MLXEngine(BaseEngine[mx.array]):
         self.traces += 1
         grads = {name: g * factor for name, g in grads.items()}
         head_size, train = self._config.model.head_size, self._config.train
-        return muon_directions(grads, buffers, momentum, train, head_size, self.technique.wait)
+        return muon_directions(grads, buffers, momentum, train, head_size, self.options.wait)
 
     def _update_average(self, decay: float) -> None:
         assert self.average is not None
@@ -235,26 +238,27 @@ class MLXEngine(BaseEngine[mx.array]):
     # ---- Evaluation ----
 
     def eval_step(self, batch: Batch) -> tuple[float, int]:
-        """Summed loss in nats over the scored tokens of the batch, and their number; no dropout. Raises MemoryError."""
-        return float(self._measure(batch)[0]), self._count(batch)
+        """Returns the summed loss in nats over the scored tokens of the batch, and their number; no dropout. Raises
+        MemoryError."""
+        return float(self._evaluate_batch(batch)[0]), self._count(batch)
 
-    def _measure(self, batch: Batch) -> Measures:
-        """The summed loss, and what else the objective measures."""
+    def _evaluate_batch(self, batch: Batch) -> Metrics:
+        """Returns the summed loss and any extra metrics of the objective."""
         weights = self.weights
 
-        def part(worker: int) -> Measures:
-            total: Measures = np.zeros(1)
+        def part(worker: int) -> Metrics:
+            total: Metrics = np.zeros(1)
             for i in range(len(batch.inputs)):
-                rows = self._rows(batch, i, worker)
+                rows = self._slice(batch, i, worker)
                 if _any(rows):  # the last batch of a validation may have fewer rows than there are workers
                     total = total + np.atleast_1d(np.array(self._loss(weights, *rows), np.float64))
             return total
 
-        whole: Measures = sum(self._on_workers(part), np.zeros(1))
-        return whole
+        total: Metrics = sum(self._run_on_workers(part), np.zeros(1))
+        return total
 
-    def _on_workers(self, work: Callable[[int], T]) -> list[T]:
-        """The result of each worker. Raises MemoryError."""
+    def _run_on_workers(self, work: Callable[[int], T]) -> list[T]:
+        """Returns each worker's result. Raises MemoryError."""
         try:
             return self.workers.map(work)
         except RuntimeError as error:
@@ -262,7 +266,7 @@ class MLXEngine(BaseEngine[mx.array]):
 
     def _evaluate(self, params: Params, inputs: mx.array, targets: mx.array, segments: mx.array | None) -> mx.array:
         self.traces += 1
-        model, forward, wait = self._config.model, self.forward, self.technique.wait
+        model, forward, wait = self._config.model, self.forward, self.options.wait
         hidden = forward.hidden_states(params, inputs, model, dtype=self.dtype, segments=segments, wait=wait)
         head = head_matrix(params, model)
         return loss_sum(hidden.reshape(-1, model.d_model), head, targets.reshape(-1), model)
@@ -280,16 +284,16 @@ class MLXEngine(BaseEngine[mx.array]):
         mx.eval(self.params, self.frozen, self.moments)  # an unevaluated array cannot go to another thread
 
     def peak_memory_gb(self) -> float:
-        """MLX's own peak since the process started, in 10^9 bytes, without its cache."""
+        """Returns MLX's peak memory since the process started, in 10^9 bytes, without its cache."""
         return float(mx.get_peak_memory()) / 1e9
 
     def memory_gb(self) -> dict[str, float]:
-        """MLX's arrays, and memory cached for new ones, in 10^9 bytes."""
+        """Returns the memory of MLX's arrays and of its cache, in 10^9 bytes."""
         return {"active_memory_gb": mx.get_active_memory() / 1e9, "cache_memory_gb": mx.get_cache_memory() / 1e9}
 
 
 def _sum_parts(parts: list[Params]) -> Params:
-    """The sums of several workers' gradients, which are consumed: one parameter after the other, to reuse memory."""
+    """Sums the gradients of several workers, which are consumed, one parameter at a time to reuse memory."""
     first, *others = parts
     for other in others:
         for name in first:
@@ -298,7 +302,7 @@ def _sum_parts(parts: list[Params]) -> Params:
     return first
 
 
-def _any(rows: Rows) -> bool:
+def _any(rows: MicroBatchSlice) -> bool:
     return rows[0] is not None and rows[0].size > 0
 
 

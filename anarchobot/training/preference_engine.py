@@ -1,5 +1,5 @@
-"""The MLX step on pairs of answers (model/preference.py). Shapes: A micro-batches, B pairs in each, b of them a
-worker's, L tokens."""
+"""The MLX step on pairs of answers (model/preference.py). Shapes: A micro-batches of B pairs, b pairs per
+worker, L tokens."""
 
 from collections.abc import Mapping
 
@@ -13,19 +13,19 @@ from anarchobot.data.conversations.preference_pairs import PairBatch
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.loss import head_matrix, token_losses
 from anarchobot.model.preference import Preferences, losses_and_grads, rewards
-from anarchobot.model.technique import Objective
-from anarchobot.training.mlx_engine import Measures, MLXEngine, Rows
+from anarchobot.model.step_options import Objective
+from anarchobot.training.mlx_engine import Metrics, MicroBatchSlice, MLXEngine
 
-MEASURES = ("reward_margin", "reward_accuracy", "chosen_log_prob", "rejected_log_prob")
+PREFERENCE_METRICS = ("reward_margin", "reward_accuracy", "chosen_log_prob", "rejected_log_prob")
 
 
 class PreferenceEngine(MLXEngine):
-    """Trains on PairBatches. The loss is the mean over pairs; MEASURES are means too: how much more reward the chosen
-    answer has than the rejected one, how often it has more, and both log-probabilities."""
+    """Trains on PairBatches. The loss is the mean over pairs; PREFERENCE_METRICS are means too: reward margin, reward
+    accuracy, and both log-probabilities."""
 
     def __init__(self, config: Config, weights: Mapping[str, npt.NDArray[np.float32]] | None = None) -> None:
         super().__init__(config, weights)
-        self._evaluated: list[tuple[int, Measures, int]] = []  # of each batch: its first pair, measures, and pairs
+        self._evaluated: list[tuple[int, Metrics, int]] = []  # per batch: its first pair, metrics, and number of pairs
 
     def log_probs(self, batch: PairBatch) -> npt.NDArray[np.float32]:
         """Log-probabilities of the answers under the current weights, without dropout: [A, B, 2]. Raises
@@ -34,36 +34,36 @@ class PreferenceEngine(MLXEngine):
         def part(worker: int) -> list[npt.NDArray[np.float32]]:
             weights, parts = self.weights, []
             for i in range(len(batch.inputs)):
-                inputs, targets, _ = self._rows(batch, i, worker)
+                inputs, targets, _ = self._slice(batch, i, worker)
                 assert inputs is not None and targets is not None
-                found = self._log_probs(weights, inputs, targets) if inputs.size else mx.zeros(0)
-                parts.append(np.array(found, np.float32).reshape(-1, 2))
+                log_probs = self._log_probs(weights, inputs, targets) if inputs.size else mx.zeros(0)
+                parts.append(np.array(log_probs, np.float32).reshape(-1, 2))
             return parts
 
-        parts = self._on_workers(part)
+        parts = self._run_on_workers(part)
         return np.stack([np.concatenate([part[i] for part in parts]) for i in range(len(batch.inputs))])
 
     def eval_metrics(self) -> dict[str, float]:
-        """What `eval_step` has measured beside the loss since the last call."""
+        """Returns the extra metrics of the `eval_step` calls since the last call."""
         evaluated, self._evaluated = self._evaluated, []
-        sums: Measures = sum((measures for _, measures, _ in evaluated), np.zeros(1 + len(MEASURES)))
+        sums: Metrics = sum((metrics for _, metrics, _ in evaluated), np.zeros(1 + len(PREFERENCE_METRICS)))
         *totals, count = self._ranks.all_reduce_scalars([*sums, sum(count for _, _, count in evaluated)]).tolist()
         means = [x / max(1, count) for x in totals]
-        return {f"val_{name}": mean for name, mean in zip(MEASURES, means[1:], strict=True)}
+        return {f"val_{name}": mean for name, mean in zip(PREFERENCE_METRICS, means[1:], strict=True)}
 
     def eval_step(self, batch: Batch) -> tuple[float, int]:
-        """Summed loss of the batch's pairs, and their number; no dropout.
+        """Returns the summed loss of the batch's pairs, and their number; no dropout.
 
         Pairs arrive in order. When a pair arrives again, in a smaller batch after running out of memory or in a new
-        validation, its measures and those of all later pairs are replaced.
+        validation, its metrics and the metrics of all later pairs are replaced.
         """
         assert isinstance(batch, PairBatch)
-        measures, count = self._measure(batch), self._count(batch)
+        metrics, count = self._evaluate_batch(batch), self._count(batch)
         first = int(batch.indices.flat[0])
         if count:
-            self._evaluated = [one for one in self._evaluated if one[0] < first]
-            self._evaluated.append((first, measures, count))
-        return float(measures[0]), count
+            self._evaluated = [entry for entry in self._evaluated if entry[0] < first]
+            self._evaluated.append((first, metrics, count))
+        return float(metrics[0]), count
 
     def _loss_denominator(self, batch: Batch) -> int:
         return int(batch.inputs.shape[1])
@@ -72,10 +72,10 @@ class PreferenceEngine(MLXEngine):
         assert isinstance(batch, PairBatch)
         return int(np.count_nonzero(batch.indices >= 0))
 
-    def _named_measures(self, others: list[float]) -> dict[str, float]:
-        return dict(zip(MEASURES, others, strict=True))
+    def _named_metrics(self, others: list[float]) -> dict[str, float]:
+        return dict(zip(PREFERENCE_METRICS, others, strict=True))
 
-    def _rows(self, batch: Batch, i: int, worker: int) -> Rows:
+    def _slice(self, batch: Batch, i: int, worker: int) -> MicroBatchSlice:
         """A worker's pairs of micro-batch `i`: inputs and targets [2 b, L], chosen and rejected alternating, and the
         log-probabilities of the reference model [b, 2]."""
         assert isinstance(batch, PairBatch)
@@ -99,9 +99,9 @@ class PreferenceEngine(MLXEngine):
     def _log_probs(self, params: Params, inputs: mx.array, targets: mx.array) -> mx.array:
         """Log-probabilities of the rows' targets: [2 b]."""
         model, forward = self._config.model, self.forward
-        hidden = forward.hidden_states(params, inputs, model, dtype=self.dtype, wait=self.technique.wait)
+        hidden = forward.hidden_states(params, inputs, model, dtype=self.dtype, wait=self.options.wait)
         hidden, head = hidden.reshape(-1, model.d_model), head_matrix(params, model)
-        losses = token_losses(hidden, head, targets.reshape(-1), model, self.technique.loss_chunk)
+        losses = token_losses(hidden, head, targets.reshape(-1), model, self.options.loss_chunk)
         return -losses.reshape(inputs.shape).sum(axis=1)
 
     def _objective(self, targets: mx.array, reference: mx.array | None) -> Objective:
@@ -112,10 +112,10 @@ class PreferenceEngine(MLXEngine):
 
         def objective(log_probs: mx.array) -> tuple[mx.array, mx.array]:
             pairs = Preferences(log_probs.reshape(-1, 2), mx.maximum(lengths, 1), reference)
-            losses, slopes = losses_and_grads(pairs, settings.loss, settings.beta, settings.label_smoothing)
-            gains = rewards(pairs, settings.loss, settings.beta)
-            margins = gains[:, 0] - gains[:, 1]
-            each = [losses, margins, margins > 0, pairs.log_probs[:, 0], pairs.log_probs[:, 1]]
-            return mx.stack([mx.sum(mx.where(real, x, 0.0)) for x in each]), slopes.reshape(-1)
+            losses, grads = losses_and_grads(pairs, settings.loss, settings.beta, settings.label_smoothing)
+            implicit_rewards = rewards(pairs, settings.loss, settings.beta)
+            margins = implicit_rewards[:, 0] - implicit_rewards[:, 1]
+            metrics = [losses, margins, margins > 0, pairs.log_probs[:, 0], pairs.log_probs[:, 1]]
+            return mx.stack([mx.sum(mx.where(real, x, 0.0)) for x in metrics]), grads.reshape(-1)
 
         return objective

@@ -148,7 +148,7 @@ def test_qwen2_is_imported_trained_and_exported(tmp_path: Path, bpe: Path) -> No
     from mlx_lm import load as mlx_load
 
     from anarchobot.model.llama.gradients import loss_and_gradients
-    from anarchobot.model.technique import MicroBatch
+    from anarchobot.model.step_options import MicroBatch
 
     folder = hf_folder(tmp_path / "hf", bpe, "Qwen2", head_dim=12, tie_word_embeddings=True)
     fill_biases(folder)

@@ -274,7 +274,7 @@ def test_the_vote_log_is_append_only(tmp_path: Path) -> None:
     assert [row[2:] for row in log] == [("red", 1, 1.0), ("red", 3, 1.0)]
     with sqlite3.connect(tmp_path / "kb.db") as database:
         for change in ("DELETE FROM feedback", "UPDATE feedback SET reward = -1"):
-            with pytest.raises(sqlite3.IntegrityError, match="only grows"):
+            with pytest.raises(sqlite3.IntegrityError, match="feedback is append-only"):
                 database.execute(change)
     database.close()
     with open_base(tmp_path / "kb.db") as base:

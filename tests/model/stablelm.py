@@ -11,7 +11,7 @@ from anarchobot.config.schema import ModelConfig
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.linear import embedding_rows, linear, matrix
 from anarchobot.model.parameters import by_block
-from anarchobot.model.technique import MicroBatch
+from anarchobot.model.step_options import MicroBatch
 
 ROTARY = 0.25  # fraction of a head
 

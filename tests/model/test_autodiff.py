@@ -10,28 +10,28 @@ from anarchobot.model import autodiff
 from anarchobot.model.architecture import gradients
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.llama import gradients as hand_written
-from anarchobot.model.technique import MicroBatch, Technique
-from anarchobot.numerics import sequencing
+from anarchobot.model.step_options import MicroBatch, StepOptions
+from anarchobot.numerics import eval_order
 from tests.model.llama.test_forward import SHAPES, as_mlx, parameters, random_tokens, tiny
 from tests.model.test_lora import CASES, adapted, adapters_of, lora
 
-TECHNIQUES = {
-    "whole": Technique(loss_chunk=7),
-    "checkpointed": Technique(recompute=True, wait=sequencing.eval_now, loss_chunk=7),
-    "checkpointed by dependencies": Technique(recompute=True),
+OPTIONS = {
+    "whole": StepOptions(loss_chunk=7),
+    "checkpointed": StepOptions(recompute=True, wait=eval_order.eval_now, loss_chunk=7),
+    "checkpointed by dependencies": StepOptions(recompute=True),
 }
 
 
 def assert_same(
-    model: Any, trained: Params, tokens: Any, technique: Technique, frozen: Params | None = None, **how: Any
+    model: Any, trained: Params, tokens: Any, options: StepOptions, frozen: Params | None = None, **how: Any
 ) -> None:
     """Compares the loss to 1e-6 and every gradient, added to existing sums, to 1e-5 of its norm."""
     batch = MicroBatch(mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]), mx.array(1 / tokens[:, 1:].size), **how)
     results = []
     for function in (hand_written.loss_and_gradients, autodiff.loss_and_gradients):
         sums = {name: mx.full(p.shape, 0.25) for name, p in trained.items()}
-        own = technique if function is autodiff.loss_and_gradients else Technique(loss_chunk=7)
-        loss, grads = function(trained, batch, model, frozen=frozen, sums=sums, technique=own)
+        own = options if function is autodiff.loss_and_gradients else StepOptions(loss_chunk=7)
+        loss, grads = function(trained, batch, model, frozen=frozen, sums=sums, options=own)
         results.append((np.array(loss, np.float64), {n: np.array(g, np.float64) - 0.25 for n, g in grads.items()}))
     (loss, wanted), (other, got) = results
     np.testing.assert_allclose(other, loss, rtol=1e-6)
@@ -41,44 +41,44 @@ def assert_same(
         assert np.linalg.norm(got[name] - g) < 1e-5 * np.linalg.norm(g) + 3e-8 * np.sqrt(g.size), name
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_all_weights(name: str, technique: str) -> None:
+def test_all_weights(name: str, options: str) -> None:
     """With dropout, and with several documents per row."""
     model = tiny(**{**SHAPES[name], "dropout": 0.2})
     tokens = random_tokens(model, 3, 15)
     segments = mx.array(np.arange(14)[None] // 6 + np.zeros((3, 1), np.int64))
     for how in ({"dropout_key": mx.random.key(3)}, {"segments": segments}):
-        assert_same(model, as_mlx(parameters(model)), tokens, TECHNIQUES[technique], **how)
+        assert_same(model, as_mlx(parameters(model)), tokens, OPTIONS[options], **how)
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_adapters(case: str, technique: str) -> None:
+def test_adapters(case: str, options: str) -> None:
     model, settings = tiny(**CASES[case][0]), lora(**CASES[case][1])
     trained, frozen = adapted(parameters(model), adapters_of(model, settings), model, settings)
     how = {"frozen": frozen, "dropout_key": mx.random.key(1), "adapter_dropout": 0.3}
-    assert_same(model, trained, random_tokens(model), TECHNIQUES[technique], **how)
+    assert_same(model, trained, random_tokens(model), OPTIONS[options], **how)
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_embedding_and_head_only(tied: bool, technique: str) -> None:
+def test_embedding_and_head_only(tied: bool, options: str) -> None:
     model = tiny(tie_embeddings=tied)
     weights = as_mlx(parameters(model))
     trained = {name: p for name, p in weights.items() if "embed" in name or "head" in name}
     frozen = {name: p for name, p in weights.items() if name not in trained}
-    assert_same(model, trained, random_tokens(model), TECHNIQUES[technique], frozen=frozen)
+    assert_same(model, trained, random_tokens(model), OPTIONS[options], frozen=frozen)
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES)
-def test_objective_on_row_log_probabilities(technique: str) -> None:
+@pytest.mark.parametrize("options", OPTIONS)
+def test_objective_on_row_log_probabilities(options: str) -> None:
     model = tiny()
 
     def objective(log_probs: mx.array) -> tuple[mx.array, mx.array]:
         return mx.stack([mx.sum(mx.square(log_probs)), mx.sum(log_probs)]), 2 * log_probs
 
-    assert_same(model, as_mlx(parameters(model)), random_tokens(model), TECHNIQUES[technique], objective=objective)
+    assert_same(model, as_mlx(parameters(model)), random_tokens(model), OPTIONS[options], objective=objective)
 
 
 def test_hand_written_gradients_are_preferred() -> None:
@@ -93,12 +93,12 @@ def test_checkpointing_saves_only_block_inputs() -> None:
     params, tokens = as_mlx(parameters(model)), random_tokens(model, 8, 129)
     mx.eval(params)
 
-    def peak(technique: Technique) -> int:
+    def peak(options: StepOptions) -> int:
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         batch = MicroBatch(mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]), mx.array(1.0))
-        mx.eval(autodiff.loss_and_gradients(params, batch, model, technique=technique))
+        mx.eval(autodiff.loss_and_gradients(params, batch, model, options=options))
         return int(mx.get_peak_memory()) - before
 
-    assert peak(TECHNIQUES["checkpointed"]) < 0.5 * peak(TECHNIQUES["whole"])
+    assert peak(OPTIONS["checkpointed"]) < 0.5 * peak(OPTIONS["whole"])

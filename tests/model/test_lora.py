@@ -17,8 +17,8 @@ from anarchobot.model.llama.forward import hidden_states
 from anarchobot.model.llama.gradients import loss_and_gradients
 from anarchobot.model.lora import adapted_matrices, adapter_scale, adapter_shapes, init_factors, trained_count
 from anarchobot.model.loss import logits
-from anarchobot.model.technique import MicroBatch, Technique
-from anarchobot.numerics import sequencing
+from anarchobot.model.step_options import MicroBatch, StepOptions
+from anarchobot.numerics import eval_order
 from tests.model.llama import reference
 from tests.model.llama.test_forward import as_mlx, parameters, random_tokens, tiny
 
@@ -130,21 +130,21 @@ def test_loss_and_gradients_match_the_merged_reference(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-    "technique",
+    "options",
     [
-        Technique(attention_block=5, loss_chunk=7, mlp_rows=9, wait=sequencing.eval_now),
-        Technique(recompute=True, wait=sequencing.eval_now, mlp_rows=28),
-        Technique(attention_block=4, wait=sequencing.unordered, recompute=True),
+        StepOptions(attention_block=5, loss_chunk=7, mlp_rows=9, wait=eval_order.eval_now),
+        StepOptions(recompute=True, wait=eval_order.eval_now, mlp_rows=28),
+        StepOptions(attention_block=4, wait=eval_order.unordered, recompute=True),
     ],
     ids=["chunks", "recomputed", "recomputed in free order"],
 )
-def test_techniques_do_not_change_the_gradients(technique: Technique, case: str) -> None:
+def test_options_do_not_change_the_gradients(options: StepOptions, case: str) -> None:
     shape, settings = tiny(**CASES[case][0]), lora(**CASES[case][1])
     adapters, tokens = adapters_of(shape, settings), random_tokens(shape, 2, 14)
     trained, frozen = adapted(parameters(shape), adapters, shape, settings)
     loss, plain = gradients_of(trained, frozen, tokens, shape)
     before = {n: mx.full(p.shape, 0.25) for n, p in trained.items()}
-    other, added = gradients_of(trained, frozen, tokens, shape, technique=technique, sums=before)
+    other, added = gradients_of(trained, frozen, tokens, shape, options=options, sums=before)
     assert other == pytest.approx(loss, rel=1e-6)
     for n, g in plain.items():
         assert float(mx.linalg.norm(added[n] - 0.25 - g)) < 1e-5 * float(mx.linalg.norm(g)) + 1e-5, n
@@ -241,7 +241,7 @@ def test_dropout_applies_only_to_adapter_inputs_and_depends_on_the_key() -> None
     def loss(adapters: dict[str, Array], key: int | None, recompute: bool = False) -> tuple[float, Params]:
         return gradients_of(
             *adapted(params, adapters, shape, settings), tokens, shape, adapter_dropout=0.3,
-            dropout_key=None if key is None else mx.random.key(key), technique=Technique(recompute=recompute),
+            dropout_key=None if key is None else mx.random.key(key), options=StepOptions(recompute=recompute),
         )  # fmt: skip
 
     assert loss(new, 1)[0] == loss(new, None)[0]

@@ -6,7 +6,7 @@ import pytest
 
 from anarchobot.config.schema import ModelConfig
 from anarchobot.model import loss
-from anarchobot.numerics.sequencing import eval_now
+from anarchobot.numerics.eval_order import eval_now
 
 MODEL = ModelConfig(vocab_size=50, d_model=8, n_heads=2)
 CAPPED = ModelConfig(vocab_size=50, d_model=8, n_heads=2, logit_softcap=2.0)

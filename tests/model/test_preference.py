@@ -41,19 +41,19 @@ def in_float64(log_probs: np.ndarray, kind: str, beta: float, smoothing: float) 
 
 @pytest.mark.parametrize(("kind", "beta", "smoothing"), CASES)
 def test_losses_and_grads_match_the_formulas(kind: Kind, beta: float, smoothing: float) -> None:
-    losses, slopes = losses_and_grads(pairs(), kind, beta, smoothing)
+    losses, grads = losses_and_grads(pairs(), kind, beta, smoothing)
     np.testing.assert_allclose(np.array(losses), in_float64(LOG_PROBS, kind, beta, smoothing), rtol=1e-5)
     for i in range(2):  # central differences
         step = np.zeros_like(LOG_PROBS)
         step[:, i] = 1e-5
         above, below = (in_float64(LOG_PROBS + s, kind, beta, smoothing) for s in (step, -step))
-        np.testing.assert_allclose(np.array(slopes)[:, i], (above - below) / 2e-5, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(np.array(grads)[:, i], (above - below) / 2e-5, rtol=1e-4, atol=1e-6)
 
 
 def test_initial_dpo_loss_is_log_2_and_its_slope_half_beta() -> None:
-    losses, slopes = losses_and_grads(pairs(reference=LOG_PROBS), "sigmoid", 0.1)
+    losses, grads = losses_and_grads(pairs(reference=LOG_PROBS), "sigmoid", 0.1)
     assert np.array(losses).tolist() == pytest.approx([math.log(2)] * 4)
-    np.testing.assert_allclose(np.array(slopes), [[-0.05, 0.05]] * 4, rtol=1e-6)
+    np.testing.assert_allclose(np.array(grads), [[-0.05, 0.05]] * 4, rtol=1e-6)
     assert np.array(rewards(pairs(reference=LOG_PROBS), "sigmoid", 0.1)).tolist() == [[0.0, 0.0]] * 4
 
 
@@ -74,8 +74,8 @@ def test_orpo_odds_near_probability_1(near_zero: float) -> None:
     beta = 0.1
     for log_probs in ([near_zero, -2.0], [-2.0, near_zero]):
         given = Preferences(*(mx.array([x], mx.float32) for x in (log_probs, [1, 1], [0, 0])))
-        losses, slopes = losses_and_grads(given, "orpo", beta)
-        assert np.isfinite(np.array(slopes)).all() and math.isfinite(losses.item())
+        losses, grads = losses_and_grads(given, "orpo", beta)
+        assert np.isfinite(np.array(grads)).all() and math.isfinite(losses.item())
         if not near_zero:
             continue
         chosen, rejected = np.array(log_probs, np.float32).astype(np.float64)
@@ -83,7 +83,7 @@ def test_orpo_odds_near_probability_1(near_zero: float) -> None:
         slope = beta / (1 + math.exp(h))  # derivative of -beta log sigmoid(h) with respect to -h
         assert losses.item() == pytest.approx(-chosen + beta * math.log1p(math.exp(-h)), rel=1e-5)
         wanted = [-1 + slope / math.expm1(chosen), -slope / math.expm1(rejected)]
-        np.testing.assert_allclose(np.array(slopes)[0], wanted, rtol=1e-5)
+        np.testing.assert_allclose(np.array(grads)[0], wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])

@@ -6,7 +6,7 @@ import pytest
 
 from anarchobot.model.gradient_accumulator import add_product
 from anarchobot.numerics import elementary
-from anarchobot.numerics.sequencing import depend, eval_now, unordered
+from anarchobot.numerics.eval_order import depend, eval_now, unordered
 
 X = np.concatenate([np.linspace(-87, 88, 200_003), np.linspace(-3, 3, 100_003), [0.0]]).astype(np.float32)
 EXACT = X.astype(np.float64)
@@ -60,7 +60,7 @@ def test_products_are_added_in_float32(dtype: mx.Dtype) -> None:
     np.testing.assert_allclose(np.array(twice), a @ b + 1e-4, rtol=1e-7)
 
 
-def test_sequencing_does_not_change_arrays() -> None:
+def test_evaluation_order_does_not_change_arrays() -> None:
     a, b = mx.arange(4), mx.ones((2, 2))
     for wait in (depend, eval_now, unordered):
         x, y = wait([a, b], [a + 1])

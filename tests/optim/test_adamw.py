@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from anarchobot.config.schema import TrainConfig
-from anarchobot.numerics.sequencing import Sequencing, depend, eval_now
+from anarchobot.numerics.eval_order import EvalOrder, depend, eval_now
 from anarchobot.optim.adamw import adamw
 from anarchobot.optim.param_groups import ADAMW_BETA1 as BETA1
 from anarchobot.optim.param_groups import ADAMW_BETA2 as BETA2
@@ -14,7 +14,7 @@ from anarchobot.optim.param_groups import ADAMW_EPS as EPSILON
 
 
 @pytest.mark.parametrize("wait", [depend, eval_now], ids=["depend", "eval_now"])
-def test_ten_steps_match_mlx(wait: Sequencing) -> None:
+def test_ten_steps_match_mlx(wait: EvalOrder) -> None:
     train = TrainConfig(weight_decay=0.1, cautious_weight_decay=False)
     rng = np.random.default_rng(0)
     w = {"w": mx.array(rng.standard_normal((5, 7)), mx.float32)}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from anarchobot.config.schema import TrainConfig
-from anarchobot.numerics.sequencing import depend, eval_now
+from anarchobot.numerics.eval_order import depend, eval_now
 from anarchobot.optim.muon import muon, muon_directions
 from anarchobot.optim.param_groups import muon_scale
 from anarchobot.optim.polar_express import orthogonalize

@@ -219,14 +219,14 @@ def test_log_tail_reads_only_appended_lines(tmp_path: Path) -> None:
 
     log.write_text("".join(line(i) for i in range(1, 9999)) + line(9999, "end"))
     tail = LogTail(tmp_path)
-    assert tail.figures["step"] == 9998 and tail.finished is None  # that end is an earlier run's
+    assert tail.metrics["step"] == 9998 and tail.finished is None  # that end is an earlier run's
     before = log.stat().st_size
     log.write_text("x" * before + line(10_000)[:-9])  # lines already read are not parsed again
     tail.read()
-    assert tail.figures["step"] == 9998
+    assert tail.metrics["step"] == 9998
     log.write_text("x" * before + line(10_000) + line(10_001, "eval") + line(10_002, "end"))
     tail.read()
-    assert (tail.figures["step"], tail.figures["tokens_per_second"], tail.finished) == (10_000, 100_000, True)
+    assert (tail.metrics["step"], tail.figures["tokens_per_second"], tail.finished) == (10_000, 100_000, True)
 
 
 def test_alarm_rings_once_per_crossing() -> None:

@@ -1,4 +1,4 @@
-"""Loss and gradients against float64, against the MLX backend, and with every technique."""
+"""Loss and gradients against float64, against the MLX backend, and with every option."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from anarchobot.config.schema import ModelConfig
 from anarchobot.data.batches import Batch
 from anarchobot.model.llama.gradients import loss_and_gradients
 from anarchobot.model.parameters import by_block, init_parameters
-from anarchobot.model.technique import MicroBatch
+from anarchobot.model.step_options import MicroBatch
 from tests.model.llama import reference
 from tests.torch_backend.settings import SHAPES, VOCAB, batch, config
 
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from anarchobot.torch_backend.loss import add_gradients  # noqa: E402
 from anarchobot.torch_backend.model import (  # noqa: E402
-    Technique,
+    StepOptions,
     attention_context,
     block_forward,
     block_size_by_memory,
@@ -45,7 +45,7 @@ def by_torch(params: Arrays, rows: Batch, model: ModelConfig, scale: float = 1.0
     ids, targets = (torch.tensor(x[0].astype(np.int64)) for x in (rows.inputs, rows.targets))
     loss = add_gradients(
         tensors, ids, targets, model, scale=scale, dtype=dtype, segments=segments, dropout_key=key,
-        technique=Technique(**how),
+        options=StepOptions(**how),
     )  # fmt: skip
     return float(loss), {name: p.grad.numpy() for name, p in tensors.items()}
 
@@ -85,7 +85,7 @@ def test_loss_and_gradients_match_the_mlx_backend(shape: str, documents: bool) -
     [{"recompute": True}, {"attention_block": 5}, {"recompute": True, "attention_block": 7}, {"loss_chunk": 7}],
     ids=str,
 )
-def test_techniques_do_not_change_the_gradients(how: dict[str, Any], documents: bool) -> None:
+def test_options_do_not_change_the_gradients(how: dict[str, Any], documents: bool) -> None:
     """Also with dropout: a recomputed block drops the same elements."""
     model = config({"dropout": 0.3, "value_residual": True}).model
     params, rows = weights(model), batch(1, 3, documents=documents)
@@ -128,7 +128,7 @@ def test_attention_and_mlp_of_each_block_have_their_own_dropout_mask() -> None:
         return block_forward(p, x, model, context, keep, first_v)
 
     params = {n: torch.tensor(p) for n, p in weights(model).items()}
-    hidden_states(params, torch.zeros(2, 8).long(), model, dropout_key="1", technique=Technique(block=record))
+    hidden_states(params, torch.zeros(2, 8).long(), model, dropout_key="1", options=StepOptions(block=record))
     assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 6
 
 
@@ -148,7 +148,7 @@ def test_gradient_checkpointing_saves_only_block_inputs() -> None:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            hidden_states(params, torch.zeros(3, 16).long(), model, technique=Technique(recompute=recompute))
+            hidden_states(params, torch.zeros(3, 16).long(), model, options=StepOptions(recompute=recompute))
         return sum(sizes.values())
 
     one = 3 * 16 * 32 * 4

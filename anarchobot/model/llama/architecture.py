@@ -119,11 +119,11 @@ def from_hf(values: dict[str, Any], file: str) -> dict[str, Any]:
     }
 
 
-def from_tensors(names: Collection[str]) -> dict[str, Any]:
+def infer_from_weights(names: Collection[str]) -> dict[str, Any]:
     return {"attention_bias": any(name.endswith(".self_attn.q_proj.bias") for name in names)}
 
 
-def export_limits(model: ModelConfig, target: ExportTarget) -> Iterator[str]:
+def unsupported_for_export(model: ModelConfig, target: ExportTarget) -> Iterator[str]:
     name, library = _hf_name(model), EXPORT_LIBRARIES[target]
     if model.logit_softcap is not None:
         yield f"model.logit_softcap: {model.logit_softcap:g}: {name} has no logit softcap: train the model without it"

@@ -1,10 +1,10 @@
 """Causal attention: exact, in O(L) memory and with a hand-written gradient (`BlockedAttention`), or by MLX's fused
 kernel (`FusedAttention`), which MLX can differentiate and which takes a KV cache for generation.
 
-BlockedAttention takes one block of queries after the other (FlashAttention's recomputation; Dao et al., 2022, algorithm
-4). A block sees all keys up to its own end, so its softmax needs no second pass, and scores above the diagonal are not
+BlockedAttention processes blocks of queries sequentially (FlashAttention's recomputation; Dao et al., 2022, algorithm
+4). A block sees all keys up to its end, so its softmax needs no second pass, and scores above the diagonal are not
 computed at all. The backward pass needs the inputs, the outputs and the logsumexp of each row, and computes the
-probabilities again. MLX's own attention saves all of them in training.
+probabilities again. MLX's attention saves all of them in training.
 
 Shapes: B batch, L sequence, K key/value heads, G query heads for each of them, E head width; N = B L.
 """
@@ -17,7 +17,7 @@ import mlx.core as mx
 from anarchobot.config.schema import ModelConfig
 from anarchobot.model.architecture import query_blocks
 from anarchobot.numerics.elementary import exp, on_cpu, row_sums
-from anarchobot.numerics.sequencing import Sequencing, depend
+from anarchobot.numerics.eval_order import EvalOrder, depend
 
 Mask = mx.array | str | None
 _MASKED = -1e9  # added to a score, in float32
@@ -56,7 +56,7 @@ class BlockedAttention:
     length: int
     segments: mx.array | None = None
     block: int | None = None
-    wait: Sequencing = depend
+    wait: EvalOrder = depend
 
     def forward(self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None) -> AttentionOutput:
         """`q` [N, K G E] and `k`, `v` [N, K E] are the projections, before norm and rotation."""
@@ -78,7 +78,7 @@ class BlockedAttention:
     def backward(
         self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None, attended: AttentionOutput, dout: mx.array
     ) -> tuple[mx.array, mx.array, mx.array, HeadNorms | None]:
-        """The gradients of q, k, v and of the norms' weights, given `dout`, that of the output.
+        """Returns the gradients of q, k, v and the norms' weights, given the gradient `dout` of the output.
 
         With p the probabilities and o the output of a row: dv = p^T do; ds = p (do v^T - do . o); dq = ds k; dk = ds^T
         q.
@@ -99,7 +99,7 @@ class BlockedAttention:
         rows_out, douts = self._heads(attended.out), self._heads(dout)  # [B, K, G, L, E]
         deltas, logsumexp = row_sums((rows_out * douts).astype(mx.float32)), attended.logsumexp[..., None]
 
-        def of_block(start: int, end: int, rows: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        def block_grads(start: int, end: int, rows: mx.array) -> tuple[mx.array, mx.array, mx.array]:
             weights = exp(self._scores(rows, keys, start, end) - self._rows(logsumexp, start, end))  # [B, K, G l, end]
             drows = self._rows(douts, start, end)
             new_dv = weights.astype(q.dtype).swapaxes(2, 3) @ drows
@@ -114,7 +114,7 @@ class BlockedAttention:
         dk = dv = None
         for start, end in reversed(self.query_blocks()):
             (rows,) = self.wait([self._rows(queries, start, end)], [*dk_tails[-1:], *dv_tails[-1:], *dqs[-1:]])
-            dq, new_dk, new_dv = of_block(start, end, rows)  # frees its temporaries
+            dq, new_dk, new_dv = block_grads(start, end, rows)  # frees its temporaries
             dqs.append(dq)
             dk = new_dk if dk is None else dk[:, :, :end] + new_dk
             dv = new_dv if dv is None else dv[:, :, :end] + new_dv
@@ -156,7 +156,8 @@ class BlockedAttention:
         return query_blocks(self.batch, self.model.n_heads, self.length, self.block, on_cpu=on_cpu())
 
     def _rows(self, x: mx.array, start: int, end: int) -> mx.array:
-        """Queries start..end of [B, K, G, L, ...], with the query heads of a key head stacked: [B, K, G l, ...]."""
+        """Queries start..end of [B, K, G, L, ...], with the query heads of each KV head flattened:
+        [B, K, G l, ...]."""
         return x[:, :, :, start:end].reshape(self.batch, self.model.kv_heads, -1, x.shape[-1])
 
     def _unfold(self, x: mx.array, start: int, end: int) -> mx.array:

@@ -2,7 +2,7 @@
 to its input.
 
 The gradients are hand-written, so that the forward pass saves only what is expensive to compute again, the outputs of
-matrix products, and the backward pass frees everything as soon as it is used (numerics/sequencing.py).
+matrix products, and the backward pass frees everything as soon as it is used (numerics/eval_order.py).
 
 Shapes: N tokens of all rows, D d_model, F mlp width.
 """
@@ -17,18 +17,19 @@ from anarchobot.model.linear import InputDropout, linear, linear_backward, linea
 from anarchobot.model.llama.attention import AttentionFn, AttentionOutput, BlockedAttention, HeadNorms
 from anarchobot.model.norm import rms_norm, rms_norm_backward
 from anarchobot.numerics.elementary import sigmoid, tanh
-from anarchobot.numerics.sequencing import Sequencing
+from anarchobot.numerics.eval_order import EvalOrder
 
 
 class SavedAttention(NamedTuple):
-    """What the backward pass of an attention half needs: [N, ...]. `mixed`: v is averaged with the first block's."""
+    """What the backward pass of an attention half needs: [N, ...]. `has_value_residual`: v is averaged with the first
+    block's."""
 
     x: mx.array
     q: mx.array
     k: mx.array
     v: mx.array
     attention: AttentionOutput
-    mixed: bool
+    has_value_residual: bool
 
 
 class SavedMLP(NamedTuple):
@@ -57,15 +58,15 @@ def attention_forward(
     drop: InputDropout | None = None,
 ) -> tuple[mx.array, SavedAttention]:
     """x + attention(norm(x)) for `x` [N, D]. `p` are the block's parameters by their names inside it; `key` turns
-    dropout on, `drop` that of the adapters' inputs. With `first_v`, the first block's values, the block's own are
+    dropout on, `drop` the dropout of the adapters' inputs. With `first_v`, the first block's values, the values are
     averaged with them (value residual; Zhou et al., 2024)."""
     normed = rms_norm(x, p["input_layernorm.weight"], model.norm_eps)
     q, k, v = (linear(p, f"self_attn.{name}_proj", normed, drop) for name in "qkv")
     if first_v is not None:
         v = 0.5 * (v + first_v)
-    mixed_tokens = attention.forward(q, k, v, _head_norms(p))
-    out = x + _dropout(linear(p, "self_attn.o_proj", mixed_tokens.out, drop), model, key)
-    return out, SavedAttention(x, q, k, v, mixed_tokens, first_v is not None)
+    attended = attention.forward(q, k, v, _head_norms(p))
+    out = x + _dropout(linear(p, "self_attn.o_proj", attended.out, drop), model, key)
+    return out, SavedAttention(x, q, k, v, attended, first_v is not None)
 
 
 def attention_backward(
@@ -78,19 +79,20 @@ def attention_backward(
     dfirst_v: mx.array | None = None,
     drop: InputDropout | None = None,
 ) -> tuple[mx.array, mx.array | None]:
-    """The gradient of the input, given `dy` [N, D], that of the output; the parameters' gradients are added to `grads`.
+    """Returns the gradient of the input, given the gradient `dy` [N, D] of the output; adds the parameters' gradients
+    to `grads`.
 
     `dfirst_v` is the gradient of the first block's values from the later blocks; it is returned with this block's part
     added, and used in the first block itself."""
     model, wait = attention.model, attention.wait
-    x, q, k, v, output, mixed = saved
+    x, q, k, v, output, has_value_residual = saved
     d = _dropout(dy, model, key)
     done, dz = linear_gradients(p, "self_attn.o_proj", d, output.out, grads, drop)
     (d,) = wait([d], done)
     dout = linear_backward(p, "self_attn.o_proj", d, dz, drop)
     q, k, v = wait([q, k, v], [dout])
     dq, dk, dv, dnorms = attention.backward(q, k, v, _head_norms(p), output, dout)
-    if mixed:
+    if has_value_residual:
         dv = 0.5 * dv
         dfirst_v = dv if dfirst_v is None else dfirst_v + dv
     elif dfirst_v is not None:
@@ -103,7 +105,7 @@ def attention_backward(
     normed = rms_norm(x, p["input_layernorm.weight"], model.norm_eps)
     done_q, z_q = linear_gradients(p, "self_attn.q_proj", dq, normed, grads, drop, q)
     done_k, z_k = linear_gradients(p, "self_attn.k_proj", dk, normed, grads, drop, k)
-    done_v, z_v = linear_gradients(p, "self_attn.v_proj", dv, normed, grads, drop, None if mixed else v)
+    done_v, z_v = linear_gradients(p, "self_attn.v_proj", dv, normed, grads, drop, None if has_value_residual else v)
     dq, dk, dv = wait([dq, dk, dv], done_q + done_k + done_v)
     dnormed = linear_backward(p, "self_attn.q_proj", dq, z_q, drop)
     dnormed = dnormed + linear_backward(p, "self_attn.k_proj", dk, z_k, drop)
@@ -127,16 +129,14 @@ def mlp_forward(
     normed = _chunks(rms_norm(x, p["post_attention_layernorm.weight"], model.norm_eps), rows)
     drops = _split_dropout(drop, len(normed))
     chunks = [
-        (linear(p, "mlp.gate_proj", n, own), linear(p, "mlp.up_proj", n, own))
-        for n, own in zip(normed, drops, strict=True)
+        (linear(p, "mlp.gate_proj", n, chunk_drop), linear(p, "mlp.up_proj", n, chunk_drop))
+        for n, chunk_drop in zip(normed, drops, strict=True)
     ]
-    out = _concatenate(
-        [
-            linear(p, "mlp.down_proj", _gated(gate, up, model), own)
-            for (gate, up), own in zip(chunks, drops, strict=True)
-        ]
-    )
-    return x + _dropout(out, model, key), SavedMLP(x, chunks)
+    outs = [
+        linear(p, "mlp.down_proj", _gated(gate, up, model), chunk_drop)
+        for (gate, up), chunk_drop in zip(chunks, drops, strict=True)
+    ]
+    return x + _dropout(_concatenate(outs), model, key), SavedMLP(x, chunks)
 
 
 def mlp_backward(
@@ -144,29 +144,30 @@ def mlp_backward(
     saved: SavedMLP,
     dy: mx.array,
     model: ModelConfig,
-    wait: Sequencing,
+    wait: EvalOrder,
     key: mx.array | None,
     grads: GradientAccumulator,
     drop: InputDropout | None = None,
 ) -> mx.array:
-    """As `attention_backward`, in the chunks of the forward pass, which are consumed."""
+    """Like `attention_backward`, in the chunks of the forward pass, which are consumed."""
     x, chunks = saved
     rows = chunks[0][0].shape[0]
     dnormed: list[mx.array] = []
     ds, xs, drops = _chunks(_dropout(dy, model, key), rows), _chunks(x, rows), _split_dropout(drop, len(chunks))
-    for d, x_chunk, own in zip(ds, xs, drops, strict=True):
+    for d, x_chunk, chunk_drop in zip(ds, xs, drops, strict=True):
         gate, up = chunks.pop(0)  # nothing else refers to them: they are freed as soon as they are used
         gate, up, d = wait([gate, up, d], dnormed[-1:])
-        done, dz = linear_gradients(p, "mlp.down_proj", d, _gated(gate, up, model), grads, own)
+        done, dz = linear_gradients(p, "mlp.down_proj", d, _gated(gate, up, model), grads, chunk_drop)
         (d,) = wait([d], done)
-        dgate, dup = _gated_backward(gate, up, linear_backward(p, "mlp.down_proj", d, dz, own), model)
+        dgate, dup = _gated_backward(gate, up, linear_backward(p, "mlp.down_proj", d, dz, chunk_drop), model)
         (x_chunk,) = wait([x_chunk], [dgate, dup])
         normed = rms_norm(x_chunk, p["post_attention_layernorm.weight"], model.norm_eps)
-        done_gate, z_gate = linear_gradients(p, "mlp.gate_proj", dgate, normed, grads, own, gate)
-        done_up, z_up = linear_gradients(p, "mlp.up_proj", dup, normed, grads, own, up)
+        done_gate, z_gate = linear_gradients(p, "mlp.gate_proj", dgate, normed, grads, chunk_drop, gate)
+        done_up, z_up = linear_gradients(p, "mlp.up_proj", dup, normed, grads, chunk_drop, up)
         dgate, dup = wait([dgate, dup], done_gate + done_up)
         dnormed.append(
-            linear_backward(p, "mlp.gate_proj", dgate, z_gate, own) + linear_backward(p, "mlp.up_proj", dup, z_up, own)
+            linear_backward(p, "mlp.gate_proj", dgate, z_gate, chunk_drop)
+            + linear_backward(p, "mlp.up_proj", dup, z_up, chunk_drop)
         )
     dx, dweight = rms_norm_backward(x, p["post_attention_layernorm.weight"], model.norm_eps, _concatenate(dnormed))
     (dx,) = wait([dy + dx], grads.add("post_attention_layernorm.weight", dweight))
@@ -203,7 +204,7 @@ def _gated(gate: mx.array, up: mx.array, model: ModelConfig) -> mx.array:
 
 
 def _gated_backward(gate: mx.array, up: mx.array, d: mx.array, model: ModelConfig) -> tuple[mx.array, mx.array]:
-    """The gradients of gate and up, given `d`, that of act(gate) * up."""
+    """Returns the gradients of gate and up, given the gradient `d` of act(gate) * up."""
     if model.ffn_activation == "silu":
         return _silu_backward(gate, sigmoid(gate), up, d)
     return _gelu_backward(gate, tanh(_gelu_inner(gate)), up, d)
@@ -213,8 +214,8 @@ def _gated_backward(gate: mx.array, up: mx.array, d: mx.array, model: ModelConfi
 
 
 @mx.compile
-def _product(gate: mx.array, share: mx.array, up: mx.array) -> mx.array:
-    return gate * share * up
+def _product(gate: mx.array, factor: mx.array, up: mx.array) -> mx.array:
+    return gate * factor * up
 
 
 @mx.compile

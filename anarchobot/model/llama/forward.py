@@ -18,9 +18,9 @@ from anarchobot.model.llama import block
 from anarchobot.model.llama.attention import BlockedAttention, Cache, FusedAttention, document_mask
 from anarchobot.model.norm import rms_norm
 from anarchobot.model.parameters import by_block
-from anarchobot.model.technique import MicroBatch
+from anarchobot.model.step_options import MicroBatch
 from anarchobot.numerics import elementary
-from anarchobot.numerics.sequencing import Sequencing, depend
+from anarchobot.numerics.eval_order import EvalOrder, depend
 
 
 def hidden_states(
@@ -31,12 +31,12 @@ def hidden_states(
     dtype: mx.Dtype = mx.float32,
     segments: mx.array | None = None,
     caches: Sequence[Cache] | None = None,
-    wait: Sequencing = depend,
+    wait: EvalOrder = depend,
 ) -> mx.array:
-    """The input of the output head: [B, L, D] in `dtype` after the last norm, of int32 `tokens` [B, L], no dropout.
+    """Returns the final hidden states [B, L, D], normalized and in `dtype`, of int32 `tokens` [B, L]; no dropout.
 
-    `segments` [B, L] number the documents of a row: a token sees only its own. `caches`, one a layer, hold what came
-    before the first of `tokens` and are appended to. Each block waits for the one before it.
+    `segments` [B, L] number the documents of a row: a token sees only its own. `caches`, one per layer, hold the
+    earlier tokens' keys and values and are appended to. Each block waits for the one before it.
     """
     B, L = tokens.shape
     x = embed(params, tokens, model, dtype)  # [N, D]
@@ -84,7 +84,7 @@ def head_name(model: ModelConfig) -> str:
 
 
 def dropout_keys(key: mx.array | None, model: ModelConfig, adapter_dropout: float) -> list[block.DropoutKeys]:
-    """The keys of each block, where dropout is on."""
+    """Returns each block's dropout keys; empty where dropout is off."""
     none = [block.DropoutKeys()] * model.n_layers
     if key is None:
         return none
@@ -96,4 +96,4 @@ def dropout_keys(key: mx.array | None, model: ModelConfig, adapter_dropout: floa
         return keys
     split = mx.random.split(mx.random.split(key)[1], 2 * model.n_layers)
     inputs = [InputDropout(adapter_dropout, split[i]) for i in range(2 * model.n_layers)]
-    return [own._replace(attention_inputs=inputs[2 * i], mlp_inputs=inputs[2 * i + 1]) for i, own in enumerate(keys)]
+    return [k._replace(attention_inputs=inputs[2 * i], mlp_inputs=inputs[2 * i + 1]) for i, k in enumerate(keys)]

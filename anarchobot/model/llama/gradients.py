@@ -1,5 +1,5 @@
-"""Hand-written gradients of the Llama family: forward block by block, then backward from the last block to the lowest
-trained one.
+"""Hand-written gradients of the Llama family: forward block by block, then backward from the last to the lowest
+trained block.
 
 MLX could differentiate the forward pass itself (model/autodiff.py). Written by hand, each block saves less, is freed as
 soon as its gradient is done, and its gradients are added to the sums at once.
@@ -18,7 +18,7 @@ from anarchobot.model.llama.forward import dropout_keys, embed
 from anarchobot.model.loss import head_loss
 from anarchobot.model.norm import rms_norm, rms_norm_backward
 from anarchobot.model.parameters import by_block, lowest_trained_block
-from anarchobot.model.technique import DEFAULT, MicroBatch, Technique
+from anarchobot.model.step_options import DEFAULT, MicroBatch, StepOptions
 
 Saved = tuple[SavedAttention, SavedMLP]
 
@@ -31,12 +31,12 @@ def loss_and_gradients(
     frozen: Params | None = None,
     sums: Params | None = None,
     dtype: mx.Dtype = mx.float32,
-    technique: Technique = DEFAULT,
+    options: StepOptions = DEFAULT,
 ) -> tuple[mx.array, Params]:
     """See LossAndGradients in model/architecture.py."""
-    wait, profile = technique.wait, technique.profile
+    wait, profile = options.wait, options.profile
     rows, length = batch.tokens.shape
-    attention = BlockedAttention(model, rows, length, batch.segments, technique.attention_block, wait)
+    attention = BlockedAttention(model, rows, length, batch.segments, options.attention_block, wait)
     drops = dropout_keys(batch.dropout_key, model, batch.adapter_dropout)
     weights = params if frozen is None else {**frozen, **params}
     blocks, lowest = by_block(weights, model), lowest_trained_block(params, model)
@@ -45,20 +45,20 @@ def loss_and_gradients(
     x = embed(weights, batch.tokens, model, dtype)  # [N, D]
     profile.end("embedding", x)
     first_v = None
-    saved: list[Saved | mx.array] = []  # of each block: what its halves save or, with recompute, its input alone
+    saved: list[Saved | mx.array] = []  # per block: what its halves save or, with recompute, only its input
     for i, (p, drop) in enumerate(zip(blocks, drops, strict=True)):
         block_input = x
-        x, halves = _block_forward(p, x, attention, drop, first_v, technique)
+        x, halves = _block_forward(p, x, attention, drop, first_v, options)
         if model.value_residual and first_v is None:
             first_v = halves[0].v
         (x,) = wait([x], [x, halves[0].attention.logsumexp])
         if i >= lowest:
-            saved.append(block_input if technique.recompute else halves)
+            saved.append(block_input if options.recompute else halves)
         del halves
 
     norm = weights["model.norm.weight"]
     hidden = rms_norm(x, norm, model.norm_eps)
-    total, dhidden, done = head_loss(hidden, weights, batch, model, grads, technique)
+    total, dhidden, done = head_loss(hidden, weights, batch, model, grads, options)
     (x,) = wait([x], done)
     dx, dnorm = rms_norm_backward(x, norm, model.norm_eps, dhidden)
     (dx,) = wait([dx], grads.add("model.norm.weight", dnorm))
@@ -67,24 +67,26 @@ def loss_and_gradients(
 
     dfirst_v = None
     for i in reversed(range(lowest, model.n_layers)):
-        p, drop, block_grads = blocks[i], drops[i], grads.at(f"model.layers.{i}.")
-        own = saved.pop()
-        if isinstance(own, mx.array):  # the block's input alone
-            (own,) = wait([own], [dx])
-            own = _block_forward(p, own, attention, drop, first_v if i > 0 else None, technique, again=True)[1]
-        # With `eval_now`, an array stays in memory as long as a name refers to it: hence the deletions.
-        saved_attention, saved_mlp = own
-        del own
+        p, drop, block_grads = blocks[i], drops[i], grads.scoped(f"model.layers.{i}.")
+        block_saved = saved.pop()
+        if isinstance(block_saved, mx.array):  # only the block's input
+            (block_saved,) = wait([block_saved], [dx])
+            block_saved = _block_forward(
+                p, block_saved, attention, drop, first_v if i > 0 else None, options, again=True
+            )[1]
+        # With `eval_now`, an array stays in memory as long as a name refers to it; so the names are deleted.
+        saved_attention, saved_mlp = block_saved
+        del block_saved
         dx = block.mlp_backward(p, saved_mlp, dx, model, wait, drop.mlp, block_grads, drop.mlp_inputs)
         del saved_mlp
-        if not block_grads.trains("post_attention_layernorm.weight"):
+        if not block_grads.is_trainable("post_attention_layernorm.weight"):
             (dx,) = wait([dx], [dx])  # there was no norm gradient to wait for
         profile.end("MLP backward", dx)
         dx, dfirst_v = block.attention_backward(
             p, saved_attention, dx, attention, drop.attention, block_grads, dfirst_v, drop.attention_inputs
         )
         del saved_attention
-        if i > lowest and not block_grads.trains("input_layernorm.weight"):
+        if i > lowest and not block_grads.is_trainable("input_layernorm.weight"):
             (dx,) = wait([dx], [dx])
         profile.end("attention backward", dx)
 
@@ -100,14 +102,14 @@ def _block_forward(
     attention: BlockedAttention,
     drop: DropoutKeys,
     first_v: mx.array | None,
-    technique: Technique,
+    options: StepOptions,
     again: bool = False,
 ) -> tuple[mx.array, Saved]:
-    """The block's output and what its backward pass needs; `again`: recomputed for the backward pass."""
-    model, profile = attention.model, technique.profile
+    """Returns the block's output and what its backward pass needs. `again`: recomputation for the backward pass."""
+    model, profile = attention.model, options.profile
     x, attended = block.attention_forward(p, x, model, attention, drop.attention, first_v, drop.attention_inputs)
     profile.end("blocks forward again" if again else "attention forward", x, attended.attention.logsumexp)
-    x, mlp = block.mlp_forward(p, x, model, drop.mlp, technique.mlp_rows, drop.mlp_inputs)
+    x, mlp = block.mlp_forward(p, x, model, drop.mlp, options.mlp_rows, drop.mlp_inputs)
     if again:  # down_proj is not computed again
         profile.end("blocks forward again", *(array for chunk in mlp.chunks for array in chunk))
     else:
@@ -116,9 +118,9 @@ def _block_forward(
 
 
 def _embed_backward(tokens: mx.array, dx: mx.array, model: ModelConfig, grads: GradientAccumulator) -> None:
-    """Adds the gradient of the embedding, given that of `embed`'s result, `dx` [N, D]."""
+    """Adds the gradient of the embedding, given the gradient `dx` [N, D] of `embed`'s result."""
     name = "model.embed_tokens.weight"
-    so_far = grads.sums.pop(name) if name in grads.sums else mx.zeros((model.vocab_size, model.d_model))
+    total = grads.sums.pop(name) if name in grads.sums else mx.zeros((model.vocab_size, model.d_model))
     dx = dx.astype(mx.float32)
     dx = dx if model.embedding_scale is None else dx * model.embedding_scale
-    grads.sums[name] = so_far.at[tokens.reshape(-1)].add(dx)
+    grads.sums[name] = total.at[tokens.reshape(-1)].add(dx)

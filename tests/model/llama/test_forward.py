@@ -15,8 +15,8 @@ from anarchobot.model.llama.forward import head_name, hidden_states
 from anarchobot.model.llama.gradients import loss_and_gradients
 from anarchobot.model.loss import logits, loss_sum
 from anarchobot.model.parameters import init_parameters, parameter_shapes
-from anarchobot.model.technique import MicroBatch, Technique
-from anarchobot.numerics import sequencing
+from anarchobot.model.step_options import MicroBatch, StepOptions
+from anarchobot.numerics import eval_order
 from tests.model.llama import reference
 
 SHAPES = {
@@ -93,28 +93,28 @@ def test_gradient_checkpointing_is_bit_exact_with_dropout() -> None:
     model = tiny(dropout=0.3)
     params, tokens, key = as_mlx(parameters(model)), random_tokens(model), mx.random.key(7)
     _, kept = mean_loss(params, tokens, model, dropout_key=key)
-    _, recomputed = mean_loss(params, tokens, model, dropout_key=key, technique=Technique(recompute=True))
+    _, recomputed = mean_loss(params, tokens, model, dropout_key=key, options=StepOptions(recompute=True))
     assert all(mx.array_equal(kept[n], recomputed[n]) for n in params)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize(
-    "technique",
+    "options",
     [
-        Technique(attention_block=5, loss_chunk=7, mlp_rows=9),
-        Technique(attention_block=1, wait=sequencing.eval_now),
-        Technique(recompute=True, wait=sequencing.eval_now, mlp_rows=28),
-        Technique(attention_block=4, wait=sequencing.unordered, recompute=True),
+        StepOptions(attention_block=5, loss_chunk=7, mlp_rows=9),
+        StepOptions(attention_block=1, wait=eval_order.eval_now),
+        StepOptions(recompute=True, wait=eval_order.eval_now, mlp_rows=28),
+        StepOptions(attention_block=4, wait=eval_order.unordered, recompute=True),
     ],
     ids=["chunks", "single queries", "recomputed", "recomputed in free order"],
 )
-def test_techniques_do_not_change_the_gradients(technique: Technique, name: str) -> None:
+def test_options_do_not_change_the_gradients(options: StepOptions, name: str) -> None:
     """With block sizes that do not divide the length, and gradients added to existing sums."""
     model = tiny(**SHAPES[name])
     params, tokens = as_mlx(parameters(model)), random_tokens(model, 2, 14)
-    loss, plain = mean_loss(params, tokens, model, technique=Technique(attention_block=100, loss_chunk=100))
+    loss, plain = mean_loss(params, tokens, model, options=StepOptions(attention_block=100, loss_chunk=100))
     before = {n: mx.full(p.shape, 0.25) for n, p in params.items()}
-    other, added = mean_loss(params, tokens, model, technique=technique, sums=before)
+    other, added = mean_loss(params, tokens, model, options=options, sums=before)
     assert other == pytest.approx(loss, rel=1e-6)
     for n, g in plain.items():
         difference = mx.linalg.norm(added[n] - 0.25 - g)
@@ -133,11 +133,11 @@ def test_document_mask_gives_the_gradients_of_separate_documents(length: int) ->
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     cuts = [0, length // 3, length // 2, length]
     numbers = np.repeat(np.arange(3), np.diff(cuts))[None].astype(np.int32)
-    how = Technique(attention_block=8)
+    how = StepOptions(attention_block=8)
 
     def gradients(a: int, b: int, segments: mx.array | None) -> tuple[float, dict[str, mx.array]]:
         x, y = mx.array(inputs[:, a:b]), mx.array(targets[:, a:b])
-        loss, grads = loss_and_gradients(params, MicroBatch(x, y, mx.array(1.0), segments), model, technique=how)
+        loss, grads = loss_and_gradients(params, MicroBatch(x, y, mx.array(1.0), segments), model, options=how)
         return float(loss), grads
 
     whole, grads = gradients(0, length, mx.array(numbers))

@@ -1,4 +1,4 @@
-"""What gradients are computed on, and how. Shapes: B rows, L tokens."""
+"""Inputs and options of a forward and backward pass. Shapes: B rows, L tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,17 +6,17 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from anarchobot.numerics.eval_order import EvalOrder, depend
 from anarchobot.numerics.profiling import NO_PROFILE, Profile
-from anarchobot.numerics.sequencing import Sequencing, depend
 
 LOSS_CHUNK = 256  # tokens
 Objective = Callable[[mx.array], tuple[mx.array, mx.array]]
-"""From the log-probabilities of the rows' targets [B]: a vector of the summed loss and whatever else is measured, and
-the gradient [B] of the loss."""
+"""Maps the log-probabilities of the rows' targets [B] to a vector of the summed loss and any extra metrics, and the
+gradient [B] of the loss."""
 
 
 class MicroBatch(NamedTuple):
-    """Training rows: int32 `tokens` and `targets` [B, L]; negative targets add nothing. Their loss is summed and
+    """Training rows: int32 `tokens` and `targets` [B, L]; negative targets are ignored. The loss is summed and
     multiplied by `scale`, a scalar.
 
     `segments` [B, L] number the documents of a row: a token sees only its own. `dropout_key` turns dropout on,
@@ -34,17 +34,17 @@ class MicroBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Technique:
-    """How the gradients are computed; the results are the same but for rounding.
+class StepOptions:
+    """Options of a forward and backward pass; they change the results only by rounding.
 
     `recompute`: save only each block's input and run its forward pass again (gradient checkpointing; Chen et al.,
-    2016). `wait`: how each part waits for the one before it. `attention_block`: queries per block; None: chosen by
+    2016). `wait`: evaluation order (numerics/eval_order.py). `attention_block`: queries per block; None: chosen by
     memory. `mlp_rows`: tokens per chunk of an MLP; None: all. `loss_chunk`: tokens per chunk of the head. `autodiff`:
-    differentiate by MLX, even where there are hand-written gradients. `profile`: notified of the parts.
+    differentiate by MLX, even if there are hand-written gradients. `profile`: profiler hook.
     """
 
     recompute: bool = False
-    wait: Sequencing = depend
+    wait: EvalOrder = depend
     attention_block: int | None = None
     mlp_rows: int | None = None
     loss_chunk: int = LOSS_CHUNK
@@ -52,4 +52,4 @@ class Technique:
     profile: Profile = NO_PROFILE
 
 
-DEFAULT = Technique()
+DEFAULT = StepOptions()

@@ -1,14 +1,14 @@
 """Controls the evaluation order of a computation.
 
-MLX is lazy and starts whatever it can, breadth first: the gradients and recomputed activations of several layers would
-be in memory at once. So each part of the backward pass waits until the part before it is done.
+MLX is lazy and starts all operations whose inputs are ready, breadth first: the gradients and recomputed activations of
+several layers would be in memory at once. So each part of the backward pass waits until the previous part is done.
 """
 
 from collections.abc import Callable
 
 import mlx.core as mx
 
-Sequencing = Callable[[list[mx.array], list[mx.array]], list[mx.array]]
+EvalOrder = Callable[[list[mx.array], list[mx.array]], list[mx.array]]
 """(arrays, done) -> arrays, which cannot be used before `done` is computed."""
 
 
