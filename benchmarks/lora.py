@@ -59,7 +59,7 @@ def ours(folder: Path, shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
     import mlx.core as mx
 
     from anarchobot.config.schema import Config
-    from anarchobot.data.batches import Batch
+    from anarchobot.data.windows import Batch
     from anarchobot.exchange.importing import model_config_from_hf
     from anarchobot.exchange.safetensors_file import read
     from anarchobot.training.mlx_engine import MLXEngine

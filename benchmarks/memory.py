@@ -80,7 +80,7 @@ def measure(values: Values) -> dict[str, Any]:
     import numpy as np
 
     from anarchobot.config.schema import Config
-    from anarchobot.data.batches import Batch
+    from anarchobot.data.windows import Batch
     from anarchobot.system.memory import estimate
     from anarchobot.training.mlx_engine import MLXEngine
 

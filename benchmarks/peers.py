@@ -48,7 +48,7 @@ def ours(shape: Shape) -> dict[str, Any]:
     import mlx.core as mx
 
     from anarchobot.config.schema import Config
-    from anarchobot.data.batches import Batch
+    from anarchobot.data.windows import Batch
     from anarchobot.numerics import elementary, eval_order
     from anarchobot.training.mlx_engine import MLXEngine
 

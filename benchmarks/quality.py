@@ -85,7 +85,7 @@ def train_on(
 
     load_fast_blas()
     from anarchobot.config.schema import Config
-    from anarchobot.data.batches import Batch
+    from anarchobot.data.windows import Batch
     from anarchobot.optim.schedule import learning_rate, muon_momentum
     from anarchobot.training.mlx_engine import MLXEngine
 

@@ -25,7 +25,7 @@ def main() -> None:
 
     load_fast_blas()
     from anarchobot.config.schema import Config
-    from anarchobot.data.batches import Batch
+    from anarchobot.data.windows import Batch
     from anarchobot.runs.async_checkpointer import AsyncCheckpointer, SaveResult
     from anarchobot.training.mlx_engine import MLXEngine
 

@@ -74,7 +74,7 @@ def run_rank(micro_batches: int, steps: int, share: bool) -> None:
     import mlx.core as mx
 
     from anarchobot.config.schema import Config
-    from anarchobot.data.batches import Batch
+    from anarchobot.data.windows import Batch
     from anarchobot.training.mlx_engine import MLXEngine
 
     own = ranks.init_distributed()

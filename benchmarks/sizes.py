@@ -28,7 +28,7 @@ def peak_memory_gb(name: str) -> float:
     import numpy as np
 
     from anarchobot.config.loading import load_config
-    from anarchobot.data.batches import Batch
+    from anarchobot.data.windows import Batch
     from anarchobot.training.mlx_engine import MLXEngine
 
     settings = {"train.device": "cpu", "train.precision": "float32", "train.cpu_threads": "1"}

@@ -47,7 +47,7 @@ ADAPT_VOCAB = """\
 adapt-vocab has its own configuration file with the same syntax. In `embedding.fasttext.epochs`,
 `fasttext` is a section of the `embedding` section.
 
-These former names of keys are still accepted:
+These deprecated key names are still accepted:
 
 """
 

@@ -64,7 +64,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _config_show(args: argparse.Namespace) -> None:
-    from anarchobot.config.loading import load, load_config
+    from anarchobot.config.loading import dotted_items, load, load_config
     from anarchobot.config.strict_yaml import dump
 
     loaded: Any
@@ -75,11 +75,12 @@ def _config_show(args: argparse.Namespace) -> None:
     else:
         loaded = load_config(args.config, overrides(args))
     values = loaded.config.model_dump()
-    sources = {key: loaded.sources.get(key, "default") for key, value in _keys(values) if not isinstance(value, dict)}
+    items = list(dotted_items(values))
+    sources = {key: loaded.sources.get(key, "default") for key, value in items if not isinstance(value, dict)}
     if args.json:
         print(json.dumps({"config": values, "sources": sources}, indent=1))
         return
-    for key, value in _keys(values):
+    for key, value in items:
         indent, name = "  " * key.count("."), key.rpartition(".")[2]
         if isinstance(value, dict):
             print(f"{indent}{name}:")
@@ -104,14 +105,6 @@ def _is_adapt_config(args: argparse.Namespace) -> bool:
 
     given = sections(args.config, args.settings)
     return bool(given & AdaptConfig.model_fields.keys()) and not given & Config.model_fields.keys()
-
-
-def _keys(values: dict[str, Any], parents: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key with its value, each section before its keys."""
-    for name, value in values.items():
-        yield f"{parents}{name}", value
-        if isinstance(value, dict):
-            yield from _keys(value, f"{parents}{name}.")
 
 
 # --- verify

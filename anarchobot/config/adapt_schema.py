@@ -38,7 +38,7 @@ class CorpusConfig(Section):
     )
     text_field: str = Field("text", description="field that holds the text in JSONL and Hugging Face rows")
     documents: Literal["file", "paragraphs", "lines"] = Field(
-        "file", description="unit of a document in text files: the whole file, a paragraph, or a line"
+        "file", description="what counts as a document in text files: the whole file, a paragraph, or a line"
     )
     size_gb: PositiveFloat = Field(1.0, description="maximum size of each text, in 10^9 bytes of UTF-8")
     byte_budget: Positive | None = Field(None, description="maximum size of each text in bytes; default: size_gb")

@@ -3,7 +3,7 @@
 import json
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -104,6 +104,14 @@ def leaf_keys(schema: type[BaseModel] = Config) -> dict[str, FieldInfo]:
     return keys
 
 
+def dotted_items(values: dict[str, Any], parents: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields every dotted key with its value, each section before its keys."""
+    for name, value in values.items():
+        yield f"{parents}{name}", value
+        if isinstance(value, dict):
+            yield from dotted_items(value, f"{parents}{name}.")
+
+
 def _read_settings(path: str | Path | None, overrides: Sequence[Override], schema: type[Section]) -> _Settings:
     file = YamlMapping() if path is None else parse(_read(Path(path)), str(path))
     settings = _Settings(file.values, {key: f"{path}:{line}" for key, line in file.lines.items()}, schema)
@@ -140,7 +148,7 @@ def _convert(settings: _Settings, old: str, value: Any, source: str) -> Any:
 
 
 def _duplicate_key_error(source: str, old: str, key: str, other: str) -> UserError:
-    return UserError(f"{source}: {old} is deprecated: use {key}, which is also set ({other}): keep one")
+    return UserError(f"{source}: {old}: deprecated name of {key}, which is also set ({other}): keep one")
 
 
 def _validate(settings: _Settings, schema: type[Schema]) -> Schema:

@@ -229,7 +229,7 @@ class TrainConfig(Section):
     device: Literal["auto", "gpu", "cpu"] = Field("auto", description="auto: Metal or CUDA if available, else CPU")
     backend: Literal["mlx", "torch"] = Field("mlx", description="training backend; torch requires PyTorch")
     supervise: bool | None = Field(
-        None, description="restart the run from its last checkpoint if it dies; default: on for runs over 1 hour"
+        None, description="restart the run from its last checkpoint if it crashes; default: on for runs over 1 hour"
     )
     seed: Seed = Field(0, description="random seed for weight initialization, data order and dropout")
     log_interval: Positive = Field(25, description="steps between logged metrics")

@@ -13,8 +13,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from anarchobot.data.windows import Batch as Batch  # re-exported
-from anarchobot.data.windows import ConcatWindows, Windows, gather
+from anarchobot.data.windows import Batch, ConcatWindows, Windows, gather
 
 ORDER_BLOCK = 4096  # positions permuted at once; one at a time would cost more than reading
 MIXTURE_PATTERN = 4096  # windows after which a mixture repeats; weights are accurate to 1 in 4,096

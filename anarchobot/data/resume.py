@@ -62,7 +62,7 @@ def load_progress(folder: Path, provenance: Provenance, restart: bool) -> list[F
     interrupted run are deleted. Raises UserError, naming what changed, when the folder holds shards of a different
     provenance.
     """
-    listed = [] if restart else _read(folder, provenance)
+    listed = [] if restart else read_progress(folder, provenance)
     intact: list[FinishedShard] = []
     for split in SPLITS:
         intact += takewhile(lambda f: _is_intact(folder, f.shard), (f for f in listed if f.shard.split == split))
@@ -79,7 +79,8 @@ def shard_files(folder: Path, suffix: str = "") -> list[Path]:
     return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
-def _read(folder: Path, provenance: Provenance) -> list[FinishedShard]:
+def read_progress(folder: Path, provenance: Provenance) -> list[FinishedShard]:
+    """Returns the finished shards of an earlier run. Raises UserError when their provenance is different."""
     path, has_shards = folder / "progress.json", (folder / "manifest.json").exists()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -107,11 +108,6 @@ def _read(folder: Path, provenance: Provenance) -> list[FinishedShard]:
             f"{folder}: can't resume the interrupted run: {changes}: revert this, or start over with --restart"
         )
     return []
-
-
-def check_provenance(folder: Path, provenance: Provenance) -> None:
-    """Raises UserError when the folder holds shards of a different provenance."""
-    _read(folder, provenance)
 
 
 def describe_changes(before: Provenance, provenance: Provenance) -> str:

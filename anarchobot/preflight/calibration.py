@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from anarchobot.config.schema import Config
-from anarchobot.data.batches import Batch
+from anarchobot.data.windows import Batch
 from anarchobot.exchange.pretrained import PretrainedModel
 from anarchobot.model.parameters import model_flops
 from anarchobot.tasks.engines import open_engine

@@ -1,15 +1,11 @@
 """The check runner behind `anarchobot verify`: checks, their results, and the context they share."""
 
-import platform
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from anarchobot.config.errors import UserError
-from anarchobot.system.blas import load_fast_blas
-from anarchobot.system.packages import PACKAGE, installed_version
+from anarchobot.system.packages import PACKAGE
 
 if TYPE_CHECKING:  # these need packages whose presence the first checks verify
     from anarchobot.config.adapt_schema import AdaptConfig
@@ -37,30 +33,12 @@ class CheckResult(NamedTuple):
     advice: str = ""
 
 
-def _total_memory() -> int:
-    from anarchobot.system.machine import system_memory  # needs psutil
-
-    return system_memory().total
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The properties of the machine that checks read; tests substitute it. `memory` and `free_disk` are in bytes."""
-
-    python: str = platform.python_version()
-    version_of: Callable[[str], str | None] = installed_version
-    blas: Callable[[], str | None] = load_fast_blas
-    memory: Callable[[], int] = _total_memory
-    free_disk: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
-
-
 @dataclass
 class Context:
     """The inputs of `verify` and, below the line, results shared between checks."""
 
     path: str
     overrides: Sequence[str]
-    machine: Machine
     calibrate: bool
     # ---
     loaded: "LoadedConfig" = field(init=False)

@@ -2,17 +2,21 @@
 
 from collections.abc import Collection
 from importlib import metadata
+from platform import python_version
 
 from anarchobot.preflight.check import Context, Outcome, check
-from anarchobot.system.packages import PACKAGE, requirements, unmet, unmet_python
+from anarchobot.system.packages import PACKAGE, installed_version, requirements, unmet
 
 
 @check("Python")
 def python(context: Context) -> Outcome:
-    problem = unmet_python(metadata.metadata(PACKAGE)["Requires-Python"], context.machine.python)
-    if problem:
+    from packaging.specifiers import SpecifierSet
+
+    required, version = metadata.metadata(PACKAGE)["Requires-Python"], python_version()
+    if required is not None and not SpecifierSet(required).contains(version, prereleases=True):
+        problem = f"Python {version} is not supported: expected {required}"
         return "fail", problem, "create .venv with a supported Python: make PYTHON=python3.12 quickstart"
-    return "pass", context.machine.python
+    return "pass", version
 
 
 @check("packages")
@@ -50,7 +54,7 @@ def _installed(context: Context, extras: Collection[str] | None) -> Outcome:
     from packaging.requirements import Requirement
 
     wanted = requirements() if extras is None else sorted(set(requirements(extras)) - set(requirements()))
-    problems = unmet(wanted, context.machine.version_of)
+    problems = unmet(wanted, installed_version)
     if problems:
         suffix = f"[{','.join(extras)}]" if extras else ""
         return (
@@ -59,4 +63,4 @@ def _installed(context: Context, extras: Collection[str] | None) -> Outcome:
             f"pip install --upgrade '{PACKAGE}{suffix}' (in a source checkout: pip install -e '.{suffix}')",
         )
     names = [Requirement(text).name for text in wanted]
-    return "pass", ", ".join(f"{name} {context.machine.version_of(name)}" for name in names) or "none"
+    return "pass", ", ".join(f"{name} {installed_version(name)}" for name in names) or "none"

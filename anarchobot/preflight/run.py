@@ -2,12 +2,14 @@
 
 import tempfile
 from pathlib import Path
+from shutil import disk_usage
 
 from anarchobot.preflight.calibration import step_seconds
 from anarchobot.preflight.check import REDUCE_MEMORY, Context, Outcome, check
 from anarchobot.runs.checkpoint import saved_steps
 from anarchobot.storage.lock import holder
-from anarchobot.system.blas import no_blas_message
+from anarchobot.system.blas import load_fast_blas, no_blas_message
+from anarchobot.system.machine import system_memory
 from anarchobot.system.memory import checkpoint_bytes, estimate
 from anarchobot.system.micro_batch import MEMORY_FRACTION, resolve_micro_batch
 from anarchobot.tasks.resume import check_same_run, find_start
@@ -19,7 +21,7 @@ from anarchobot.training.display import duration
 def device(context: Context) -> Outcome:
     """Raises UserError if train.device is not available."""
     train = context.loaded.config.train
-    context.device_memory = context.machine.memory()
+    context.device_memory = system_memory().total
     if train.backend == "torch":
         from anarchobot.torch_backend.device import choose_device as choose_torch_device
 
@@ -43,7 +45,7 @@ def device(context: Context) -> Outcome:
 def blas(context: Context) -> Outcome:
     if not context.on_cpu or context.loaded.config.train.backend == "torch":
         return "pass", "not needed"
-    found = context.machine.blas()
+    found = load_fast_blas()
     if found is None:
         problem, _, remedy = no_blas_message().partition(": ")
         return "warn", problem, remedy
@@ -112,7 +114,7 @@ def disk(context: Context) -> Outcome:
     one, keep = sum(checkpoint_bytes(config)), config.train.ckpt_keep
     folder = Path(config.train.save_dir)
     existing = min(keep + 1, len(saved_steps(folder)) if folder.is_dir() else 0)  # a resumed run replaces these
-    free, required = context.machine.free_disk(_nearest_existing(folder)), (keep + 2 - existing) * one
+    free, required = disk_usage(_nearest_existing(folder)).free, (keep + 2 - existing) * one
     found = (
         f"{keep + 2} checkpoints of {size(one)} ({keep} kept, the best one, one being written)"
         f"{f', of which {existing} exist,' if existing else ''} need {size(required)}; {size(free)} free"
@@ -140,7 +142,7 @@ def run_time(context: Context) -> Outcome:
     if not context.calibrate:
         return "skip", "--no-calibration"
     config, train = context.loaded.config, context.loaded.config.train
-    rate = GPU_RATE if not context.on_cpu else CPU_RATE if context.machine.blas() is not None else CPU_RATE / 15
+    rate = GPU_RATE if not context.on_cpu else CPU_RATE if load_fast_blas() is not None else CPU_RATE / 15
     rows = (2 if context.pairs else 1) * train.micro_batch_size
     seconds, method = step_seconds(config, context.base, rows, rate)
     tokens = rows * train.grad_accum_steps * config.data.seq_len

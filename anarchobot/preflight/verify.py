@@ -3,18 +3,16 @@
 from collections.abc import Sequence
 
 from anarchobot.preflight import installation
-from anarchobot.preflight.check import CheckResult, Context, Machine, run_checks
+from anarchobot.preflight.check import CheckResult, Context, run_checks
 from anarchobot.system.blas import load_fast_blas
 
 
-def verify(
-    path: str, overrides: Sequence[str] = (), *, calibrate: bool = True, machine: Machine | None = None
-) -> list[CheckResult]:
-    """Runs the checks for pretrain, sft, dpo or adapt-vocab, whichever the configuration's sections are for.
+def verify(path: str, overrides: Sequence[str] = (), *, calibrate: bool = True) -> list[CheckResult]:
+    """Runs the checks of the command that the configuration is for: pretrain, sft, dpo or adapt-vocab.
 
     Checks that depend on a failed one are skipped. `calibrate` measures a few training steps to predict the run's time.
     """
-    context, unavailable = Context(path, overrides, machine or Machine(), calibrate), set[str]()
+    context, unavailable = Context(path, overrides, calibrate), set[str]()
     results = list(run_checks((installation.python, installation.packages), context, unavailable))
     if "packages" in unavailable:
         return [*results, CheckResult("all others", "skip", "needs: packages")]

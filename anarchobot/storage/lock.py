@@ -21,7 +21,7 @@ def last_holder(folder: Path) -> str | None:
 def holder(folder: Path) -> str | None:
     """Returns the process that holds the lock on `folder`, such as `process 12 on mac`, or None.
 
-    The probe takes the lock for an instant, and a process that locks the folder just then is refused. Code that polls
+    The probe takes the lock for an instant, and a process that locks the folder at that moment fails. Code that polls
     should first check `last_holder` and whether that process is alive.
     """
     try:

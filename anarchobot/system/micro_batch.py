@@ -18,7 +18,7 @@ MEMORY_FRACTION = 0.75  # of the machine's memory, when no budget is set; the re
 
 
 class ResolvedConfig(NamedTuple):
-    """`messages` tell the user what was chosen."""
+    """`messages` describe the choice to the user."""
 
     loaded: LoadedConfig
     messages: list[str]

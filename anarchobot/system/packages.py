@@ -23,15 +23,6 @@ def environment_info(compute: str) -> dict[str, str]:
     return info | {name: version for name in RECORDED if (version := installed_version(name)) is not None}
 
 
-def unmet_python(required: str | None, version: str = platform.python_version()) -> str | None:
-    """An error message if `version` does not satisfy `required`, such as `>=3.11,<3.14`."""
-    from packaging.specifiers import SpecifierSet
-
-    if required is None or SpecifierSet(required).contains(version, prereleases=True):
-        return None
-    return f"Python {version} is not supported: expected {required}"
-
-
 def requirements(extras: Collection[str] = ()) -> list[str]:
     """This package's requirements on this system, such as `numpy>=2.1`, including the requirements of `extras`. Raises
     PackageNotFoundError if the package is not installed."""

@@ -1,7 +1,7 @@
 """Where the time of a training step goes: FLOPs counted (model/NAME/architecture.py) against time measured.
 
 The step runs on random tokens as it does in training. Then it runs again with a profiler, which evaluates and times
-each part where it stands; a step that is compiled as a whole is profiled uncompiled. "the rest" is the difference:
+each part in place; a step that is compiled as a whole is profiled uncompiled. "the rest" is the difference:
 summing the threads' gradients, their norm, the running average, Python, and the effect of evaluating parts
 separately. It can be negative.
 """
@@ -47,7 +47,7 @@ def bench(loaded: LoadedConfig, steps: int = 5) -> dict[str, Any]:
     blas = load_fast_blas()  # before MLX, which the next lines import
     import mlx.core as mx
 
-    from anarchobot.data.batches import Batch
+    from anarchobot.data.windows import Batch
     from anarchobot.numerics.profiling import TimedProfile
     from anarchobot.training.mlx_engine import MLXEngine
 

@@ -165,7 +165,7 @@ def _text(text: str, loss_mask: npt.NDArray[np.bool_], after_control: bool) -> _
 
 
 def _token_mask(segment: _Segment, ids: Ids, offsets: npt.NDArray[np.int32]) -> Encoded:
-    """A token is scored if any of its characters is. A token without characters of its own (a byte of a character,
+    """A token is scored if any of its characters is. A token without characters (a byte of a character,
     a space added before the text) counts as part of the character at its position."""
     starts = np.minimum(offsets[:, 0], len(segment.text) - 1)
     ends = np.maximum(offsets[:, 1], starts + 1)

@@ -78,7 +78,7 @@ def check_turns(messages: Iterable[Message]) -> Conversation:
 
 
 def is_held_out(conversation: Conversation, val_fraction: float) -> bool:
-    """Whether it belongs to the validation split. Decided by 64 bits of its own hash, so that adding data moves nothing
+    """Whether it belongs to the validation split. Decided by 64 bits of its hash, so that adding data moves nothing
     between splits."""
     sha = hashlib.sha256()
     for role, content in conversation:

@@ -46,7 +46,7 @@ class ChatTokenizer(Tokenizer, Protocol):
     control_pattern: re.Pattern[str]  # matches control tokens in text, including the whitespace that they absorb
 
     def encode_with_offsets(self, texts: list[str], after_control: Sequence[bool]) -> list[tuple[Ids, Offsets]]:
-        """The ids of `encode_batch`, with the characters of each token. A token without characters of its own gets an
+        """The ids of `encode_batch`, with the characters of each token. A token without characters gets an
         empty range at the next character. `after_control`: whether the text follows a control token, which matters to
         a few tokenizers."""
 

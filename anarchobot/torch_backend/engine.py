@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anarchobot.config.schema import Config
-from anarchobot.data.batches import Batch
+from anarchobot.data.windows import Batch
 from anarchobot.model.parameters import init_parameters, parameter_shapes
 from anarchobot.torch_backend import optim
 from anarchobot.torch_backend.device import choose_device, is_out_of_memory, memory_used, peak_memory, release_memory

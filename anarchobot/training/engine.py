@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.schema import Config
-from anarchobot.data.batches import Batch
+from anarchobot.data.windows import Batch
 from anarchobot.optim.param_groups import RAW_PARAMS, check_state
 from anarchobot.training.ranks import SINGLE_PROCESS, Ranks
 

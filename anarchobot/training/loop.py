@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
-from anarchobot.data.batches import Batch, Prefetcher, ValBatches
+from anarchobot.data.batches import Prefetcher, ValBatches
+from anarchobot.data.windows import Batch
 from anarchobot.optim.schedule import learning_rate, muon_momentum, split_micro_batch
 from anarchobot.runs import checkpoint
 from anarchobot.runs.async_checkpointer import AsyncCheckpointer, SaveResult

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.schema import Config
-from anarchobot.data.batches import Batch
+from anarchobot.data.windows import Batch
 from anarchobot.model.architecture import forward_pass, gradients
 from anarchobot.model.frozen import init_adapters
 from anarchobot.model.gradient_accumulator import Params

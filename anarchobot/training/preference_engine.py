@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.schema import Config
-from anarchobot.data.batches import Batch
 from anarchobot.data.conversations.preference_pairs import PairBatch
+from anarchobot.data.windows import Batch
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.loss import head_matrix, token_losses
 from anarchobot.model.preference import Preferences, losses_and_grads, rewards

@@ -60,7 +60,7 @@ def test_text_output(capsys: Captured) -> None:
     assert main(["kb", "search", "cherries", "--kb", "kb.db"]) == 0
     assert capsys.readouterr().out == ("[1] escape.txt  passage 2, score 1.000\nCherries \\x1b[31mare\\x07 red.\n\n")
     assert main(["kb", "search", "plums", "--kb", "kb.db"]) == 0
-    assert capsys.readouterr().out == "no passage contains a word of the question\n"
+    assert capsys.readouterr().out == "no passage matches any word of the question\n"
     assert main(["kb", "feedback", "--question", "cherries", "--passage", "1", "2", "--good", "--kb", "kb.db"]) == 0
     assert capsys.readouterr().out == (
         "passage 1: relevance to this question +0.100 (from -1 to 1)\n"

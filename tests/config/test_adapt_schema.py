@@ -178,12 +178,12 @@ def test_errors_name_the_key_as_written(tmp_path: Path) -> None:
 def test_a_former_and_a_current_key_together_are_an_error(tmp_path: Path) -> None:
     both = f"{REQUIRED}vocab_adaptation:\n  batch_size: 1\n  micro_batch_size: 2\n"
     assert error(tmp_path, both).replace(f"{tmp_path}/", "") == (
-        "c.yaml:4: vocab_adaptation.batch_size: is the former name of vocab_adaptation.micro_batch_size, which is "
+        "c.yaml:4: vocab_adaptation.batch_size: deprecated name of vocab_adaptation.micro_batch_size, which is "
         "also set (c.yaml:5): keep one"
     )
     words = ["vocab_adaptation.bf16=true", "vocab_adaptation.precision=float32"]
     for order in (words, words[::-1]):
         assert error(tmp_path, REQUIRED, *order) == (
-            "command line: vocab_adaptation.bf16: is the former name of vocab_adaptation.precision, which is also set "
+            "command line: vocab_adaptation.bf16: deprecated name of vocab_adaptation.precision, which is also set "
             "(command line): keep one"
         )

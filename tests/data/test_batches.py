@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anarchobot.data.batches import MIXTURE_PATTERN, Batch, Prefetcher, TrainBatches, ValBatches, permute
+from anarchobot.data.batches import MIXTURE_PATTERN, Prefetcher, TrainBatches, ValBatches, permute
+from anarchobot.data.windows import Batch
 
 
 class Indexed:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from anarchobot.config.schema import Config, ModelConfig
-from anarchobot.data.batches import Batch
+from anarchobot.data.windows import Batch
 from anarchobot.model import autodiff
 from anarchobot.model.architecture import gradients
 from anarchobot.model.parameters import init_parameters, parameter_shapes

@@ -5,8 +5,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ import yaml
 from anarchobot.cli.main import main
 from anarchobot.data.pretokenize import Pretokenizer
 from anarchobot.data.sources.documents import Document
-from anarchobot.preflight.check import CheckResult, Machine
+from anarchobot.preflight.check import CheckResult
 from anarchobot.preflight.verify import verify
 from anarchobot.storage.lock import FolderLock
 from anarchobot.system.packages import installed_version
@@ -24,7 +24,12 @@ from anarchobot.tokenizers.tokenizer import load_tokenizer
 from tests.tiny import VOCAB, loaded, make_shards, write_config
 
 ROOT = Path(__file__).parents[2]
-GOOD = Machine(blas=lambda: "OpenBLAS", memory=lambda: 8 * 10**9, free_disk=lambda folder: 10**9)
+# What the checks read from the machine, in anarchobot.preflight.
+MACHINE: dict[str, Callable[..., Any]] = {
+    "run.load_fast_blas": lambda: "OpenBLAS",
+    "run.system_memory": lambda: SimpleNamespace(total=8 * 10**9),
+    "run.disk_usage": lambda folder: SimpleNamespace(free=10**9),
+}
 
 
 class Broken:
@@ -42,7 +47,7 @@ class Broken:
         )  # fmt: skip
         self.values: dict[str, Any] = yaml.safe_load(self.config.read_text())
         self.text: str | None = None  # replaces the values
-        self.machine = GOOD
+        self.machine = dict(MACHINE)
 
     def verify(self, *words: str, calibrate: bool = False) -> list[CheckResult]:
         if self.text is not None:
@@ -51,7 +56,10 @@ class Broken:
             self.config.write_text(yaml.safe_dump(self.values))
         else:
             self.config.unlink()
-        return verify(str(self.config), words, calibrate=calibrate, machine=self.machine)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, function in self.machine.items():
+                patch.setattr(f"anarchobot.preflight.{name}", function)
+            return verify(str(self.config), words, calibrate=calibrate)
 
     def set(self, **values: Any) -> None:
         """`train__lr=1`."""
@@ -71,7 +79,9 @@ class Broken:
         pretrain(loaded(self.folder / "run.yaml", self.shards, self.folder / "run", **values), show="nothing")
 
     def without(self, package: str, version: str | None = None) -> None:
-        self.machine = replace(GOOD, version_of=lambda name: version if name == package else installed_version(name))
+        self.machine["installation.installed_version"] = lambda name: (
+            version if name == package else installed_version(name)
+        )
 
 
 @pytest.fixture
@@ -161,7 +171,8 @@ FAULTS: dict[str, tuple[Callable[[Broken], Any], str, str, str, str]] = {
                          "--resume-from auto"),
     "resumed with another model": (_resumed_with_another_model, "resumed run", "fail",
                                "model.d_model was 32 and is now 64", "config.yaml"),
-    "resumed with other shards": (_resumed_with_other_shards, "resumed run", "fail", "other shards", "train.save_dir"),
+    "resumed with other shards": (_resumed_with_other_shards, "resumed run", "fail", "different shards",
+                                  "train.save_dir"),
     "warmup exceeds the run": (lambda b: b.set(train__warmup_steps=6), "schedule", "warn", "never reaches its peak",
                             "train.warmup_steps"),
     "the decay ends early": (lambda b: b.set(train__lr_decay_steps=4), "schedule", "warn", "min_lr for the last 2",
@@ -169,16 +180,16 @@ FAULTS: dict[str, tuple[Callable[[Broken], Any], str, str, str, str]] = {
     "the decay ends late": (lambda b: b.set(train__lr_decay_steps=9), "schedule", "warn", "never reaches min_lr",
                             "train.lr_decay_steps"),
     "float16 on a CPU": (lambda b: b.set(train__precision="float16"), "device", "warn", "float16", "train.precision"),
-    "a small disk": (lambda b: setattr(b, "machine", replace(GOOD, free_disk=lambda folder: 10**6)), "disk space",
-                     "fail", "5 checkpoints", "train.ckpt_keep"),
-    "little memory": (lambda b: setattr(b, "machine", replace(GOOD, memory=lambda: 10**5)), "memory", "fail",
-                      "estimated peak", "train.micro_batch_size"),
+    "a small disk": (lambda b: b.machine.update({"run.disk_usage": lambda folder: SimpleNamespace(free=10**6)}),
+                     "disk space", "fail", "5 checkpoints", "train.ckpt_keep"),
+    "little memory": (lambda b: b.machine.update({"run.system_memory": lambda: SimpleNamespace(total=10**5)}), "memory",
+                      "fail", "estimated peak", "train.micro_batch_size"),
     "auto does not fit": (lambda b: b.set(train__micro_batch_size="auto", train__memory_budget_gb=1e-6), "memory",
                            "fail", "one sequence needs", "data.seq_len"),
-    "no fast BLAS": (lambda b: setattr(b, "machine", replace(GOOD, blas=lambda: None)), "BLAS", "warn", "times slower",
+    "no fast BLAS": (lambda b: b.machine.update({"run.load_fast_blas": lambda: None}), "BLAS", "warn", "times slower",
                      "libopenblas"),
-    "an old Python": (lambda b: setattr(b, "machine", replace(GOOD, python="3.10.4")), "Python", "fail", "3.10.4",
-                      ".venv"),
+    "an old Python": (lambda b: b.machine.update({"installation.python_version": lambda: "3.10.4"}), "Python", "fail",
+                      "3.10.4", ".venv"),
     "a package is missing": (lambda b: b.without("rich"), "packages", "fail", "rich>=13.9 is missing", "pip install"),
     "a package is old": (lambda b: b.without("numpy", "1.26.4"), "packages", "fail", "1.26.4 is installed",
                          "pip install"),
@@ -273,7 +284,7 @@ def test_tokaligns_learning_rate_needs_its_batch_size(setup: Broken) -> None:
     paper["vocab_adaptation"] |= {"seq_len": 64}
     paper["pipeline"]["run_root"] = str(setup.folder / "adapt")
     setup.values = paper
-    setup.machine = replace(GOOD, version_of=lambda name: installed_version(name) or "4.4.0")  # gensim
+    setup.machine["installation.installed_version"] = lambda name: installed_version(name) or "4.4.0"  # gensim
     (found,) = problems(setup.verify()).values()
     assert (found.name, found.status) == ("learning rate", "warn")
     assert "2.1 million" in found.found and "2,048" in found.found

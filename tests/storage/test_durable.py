@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from anarchobot.storage import durable
-from anarchobot.storage.durable import HashedFile, read_checksummed, write_checksummed, write_atomic
+from anarchobot.storage.durable import HashedFile, read_checksummed, write_atomic, write_checksummed
 from anarchobot.storage.lock import FolderLock
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from anarchobot.config.schema import Config
-from anarchobot.data.batches import Batch
+from anarchobot.data.windows import Batch
 from anarchobot.runs import checkpoint
 from anarchobot.system.memory import checkpoint_bytes, estimate
 from anarchobot.training.mlx_engine import MLXEngine

@@ -305,7 +305,7 @@ def test_mismatches_are_refused_before_anything_is_written(tmp_path: Path, tiny_
     run_with("run")
     refused(r"run already contains a run, at step 6: resume it with --resume-from auto", config, tiny_shards, run)
     again = {"train__checkpoint_path": "auto", "train__total_steps": 9}
-    refused("started with other shards", config, other, run, **again)
+    refused("started with different shards", config, other, run, **again)
     refused("train.seed was 0 and is now 1", config, tiny_shards, run, train__seed=1, **again)
     refused("data.seq_len was 32 and is now 16", config, tiny_shards, run, data__seq_len=16, **again)
     refused(

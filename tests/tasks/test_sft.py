@@ -251,7 +251,7 @@ def test_mismatched_inputs_are_rejected(tmp_path: Path, base: Path, chats: Path)
     again = {"train__checkpoint_path": "auto", "train__total_steps": 9}
     other = tmp_path / "other.jsonl"
     other.write_text(chats.read_text().replace("red", "pink"))
-    rejected("other conversations .*other.jsonl", make(data__dataset=str(other), **again))
+    rejected("different conversations .*other.jsonl", make(data__dataset=str(other), **again))
     rejected("lora.r was None and is now 4", make(lora__r=4, **again))
     shutil.copytree(base, tmp_path / "base")
     shutil.rmtree(tmp_path / "base" / "step_00000006")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from anarchobot.config.schema import Config
-from anarchobot.data.batches import Batch
+from anarchobot.data.windows import Batch
 from anarchobot.training.engine import Engine
 
 VOCAB = 61

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.batches import Batch
+from anarchobot.data.windows import Batch
 from anarchobot.training.engine import LossScale
 from anarchobot.training.mlx_engine import MLXEngine
 from tests.torch_backend.settings import batch, config, train

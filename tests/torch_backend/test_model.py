@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.data.batches import Batch
+from anarchobot.data.windows import Batch
 from anarchobot.model.llama.gradients import loss_and_gradients
 from anarchobot.model.parameters import by_block, init_parameters
 from anarchobot.model.step_options import MicroBatch

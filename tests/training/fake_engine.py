@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from anarchobot.config.schema import Config, ModelConfig
-from anarchobot.data.batches import Batch
+from anarchobot.data.windows import Batch
 from anarchobot.model.parameters import parameter_shapes
 from anarchobot.runs.metrics_log import MetricsLog
 from anarchobot.runs.progress import Progress

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.batches import Batch
+from anarchobot.data.windows import Batch
 from anarchobot.runs import async_checkpointer, checkpoint
 from anarchobot.runs.progress import Progress
 from anarchobot.training.engine import StepResult

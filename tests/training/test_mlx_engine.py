@@ -10,8 +10,7 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
-from anarchobot.data.batches import Batch
-from anarchobot.data.windows import IGNORE
+from anarchobot.data.windows import IGNORE, Batch
 from anarchobot.numerics.cores import workers_for
 from anarchobot.training.mlx_engine import MLXEngine
 

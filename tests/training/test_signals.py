@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from anarchobot.data.batches import Batch
+from anarchobot.data.windows import Batch
 from anarchobot.runs import checkpoint
 from anarchobot.training import signals
 from tests.training.fake_engine import FakeEngine, train

@@ -174,31 +174,23 @@ def align_tokens(run: Adaptation, corpus: StageResult, tokenizer: StageResult, t
 
 
 def _train_vectors(run: Adaptation, corpus: StageResult, tokenizer: StageResult, target: Tokenizer) -> StageResult:
-    fasttext, min_line_length = run.settings.embedding.fasttext, run.settings.tokenization.min_line_length
-    vector_settings = VectorSettings(
-        run.settings.embedding.backend,
-        fasttext.dim,
-        fasttext.window,
-        fasttext.negative,
-        fasttext.epochs,
-        fasttext.mincount,
-        fasttext.lr,
-        fasttext.thread,
-    )
+    embedding, min_line_length = run.settings.embedding, run.settings.tokenization.min_line_length
+    options = embedding.fasttext.model_dump()
+    vector_settings = VectorSettings(embedding.backend, threads=options.pop("thread"), **options)
 
     def work(folder: Path) -> Output:
         arrays: dict[str, Any] = {}
-        for name, own_tokenizer in (("source", run.source), ("target", target)):
+        for name, vocab_tokenizer in (("source", run.source), ("target", target)):
             texts = chain(run.domain_texts(corpus), run.general_texts(corpus))
-            sentences = token_sentences(texts, own_tokenizer, min_line_length)
+            sentences = token_sentences(texts, vocab_tokenizer, min_line_length)
             arrays[name], arrays[f"{name}_counts"] = train_vectors(
-                sentences, own_tokenizer.vocab_size, vector_settings, run.seed, folder
+                sentences, vocab_tokenizer.vocab_size, vector_settings, run.seed, folder
             )
         np.savez(folder / "vectors.npz", allow_pickle=False, **arrays)
         tokens = {f"{name}_tokens": int(arrays[f"{name}_counts"].sum()) for name in ("source", "target")}
         return [folder / "vectors.npz"], tokens
 
-    settings = run.settings.embedding.model_dump() | {"min_line_length": min_line_length, "seed": run.seed}
+    settings = embedding.model_dump() | {"min_line_length": min_line_length, "seed": run.seed}
     inputs = {"corpus": corpus.digest, "tokenizer": tokenizer.digest, "source": digest(run.source)}
     return run.stages.run("vectors", work, settings=settings, inputs=inputs)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.config.errors import UserError
+from anarchobot.config.loading import dotted_items
 from anarchobot.storage.durable import read_checksummed, sha256_file, write_checksummed
 
 RECORDS = "records"
@@ -136,23 +137,16 @@ def _valid_record(folder: Path, done: Path, provenance: Values) -> Values | None
 
 def _changes(old: Values, new: Values) -> list[str]:
     """Describes changed settings, or else changed inputs."""
-    before, now = (_flatten(provenance.get("settings", {})) for provenance in (old, new))
+    before, now = (
+        {key: value for key, value in dotted_items(record.get("settings", {})) if not isinstance(value, dict)}
+        for record in (old, new)
+    )
     changes = [
         f"{name} changed from {json.dumps(before.get(name))} to {json.dumps(now.get(name))}"
         for name in {**before, **now}
         if before.get(name) != now.get(name)
     ]
     return changes[:MAX_CHANGES] or ["inputs changed"]
-
-
-def _flatten(settings: Values) -> Values:
-    flat: Values = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": inner for key, inner in _flatten(value).items()}
-        else:
-            flat[name] = value
-    return flat
 
 
 def _read(file: Path) -> Values | None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from anarchobot.config.schema import Config, ModelConfig, TrainConfig
-from anarchobot.data.batches import Batch
+from anarchobot.data.windows import Batch
 from anarchobot.model.architecture import architecture
 from anarchobot.model.parameters import model_flops, parameter_shapes
 from anarchobot.optim.param_groups import muon_flops
