@@ -40,7 +40,7 @@ def loglikelihoods(
     scores: list[LogLikelihood] = [LogLikelihood(0.0, True)] * len(rows)
     pending = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # longest first, similar lengths together
     while pending:
-        length = _padded(len(rows[pending[0]]) - 1)
+        length = -(-(len(rows[pending[0]]) - 1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         batch_size = max(1, BATCH_TOKENS // length)
         batch, pending = pending[:batch_size], pending[batch_size:]
         counts = [len(requests[i][1]) for i in batch]
@@ -60,10 +60,6 @@ def rolling_windows(ids: Ids, prefix: int, max_seq_len: int) -> Iterator[tuple[I
     for start in range(1, len(all_ids), max_seq_len):
         stop = min(start + max_seq_len, len(all_ids))
         yield all_ids[max(0, stop - 1 - max_seq_len) : start], all_ids[start:stop]
-
-
-def _padded(length: int) -> int:
-    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
 def _score_rows(

@@ -23,15 +23,11 @@ _SINGLE_CHARACTER_WORDS = re.compile(
 def words(text: str) -> list[str]:
     """Lowercase runs of letters, marks and digits (Unicode categories L, M and N); single characters in scripts without
     spaces. For English, the same words as the package's."""
-    result = []
-    for is_word, run in groupby(unicodedata.normalize("NFC", text).lower(), _is_word_character):
+    result, normalized = [], unicodedata.normalize("NFC", text).lower()
+    for is_word, run in groupby(normalized, lambda character: unicodedata.category(character)[0] in "LMN"):
         if is_word:
             result += _SINGLE_CHARACTER_WORDS.sub(lambda match: f" {match[0]} ", "".join(run)).split()
     return result
-
-
-def _is_word_character(character: str) -> bool:
-    return unicodedata.category(character)[0] in "LMN"
 
 
 def rouge(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:

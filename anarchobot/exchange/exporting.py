@@ -15,7 +15,7 @@ from anarchobot.exchange.tokenizer_json import UNIGRAM_WARNING, find_mismatch, t
 from anarchobot.model.architecture import ExportTarget, architecture
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
-from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from anarchobot.tokenizers.tokenizer import load_tokenizer
 
 
 def export(path: str | Path, target: ExportTarget, output: str | Path, dtype: Dtype = "float32") -> dict[str, Any]:
@@ -39,7 +39,10 @@ def export(path: str | Path, target: ExportTarget, output: str | Path, dtype: Dt
         files = {}
     else:
         files = tokenizer_files(tokenizer, model.max_seq_len, bos_id, chat)
-        warnings += _tokenizer_warnings(tokenizer, files["tokenizer.json"])
+        if json.loads(files["tokenizer.json"])["model"]["type"] == "Unigram":
+            warnings.append(UNIGRAM_WARNING)
+        if mismatch := find_mismatch(tokenizer, files["tokenizer.json"]):
+            warnings.append(mismatch)
     arrays = checkpoint.load_arrays(saved, model, optimizer=False)
     prefix = checkpoint.PARAMS
     params = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
@@ -73,12 +76,6 @@ def hf_config(model: ModelConfig, bos_id: int, stop_ids: int | list[int], dtype:
     """Returns the contents of config.json. `bos_id` starts a text; each of `stop_ids` ends generation."""
     values = architecture(model.architecture).to_hf(model)
     return values | {"bos_token_id": bos_id, "eos_token_id": stop_ids, "torch_dtype": dtype}
-
-
-def _tokenizer_warnings(tokenizer: Tokenizer, tokenizer_json: bytes) -> list[str]:
-    warnings = [UNIGRAM_WARNING] if json.loads(tokenizer_json)["model"]["type"] == "Unigram" else []
-    mismatch = find_mismatch(tokenizer, tokenizer_json)
-    return [*warnings, mismatch] if mismatch else warnings
 
 
 def _to_bytes(value: dict[str, Any]) -> bytes:

@@ -108,7 +108,7 @@ def tensor_name(name: str) -> str:
 def interleave(projection: Float32, head_size: int) -> Float32:
     """Reorders the rows of a query or key projection [H E, D] to (0, E/2, 1, E/2 + 1, ...) within each head.
 
-    llama.cpp's llama applies RoPE to adjacent pairs; our model, like its qwen2 and qwen3, to the two halves of a head.
+    llama.cpp's llama applies RoPE to adjacent pairs; AnarchoBot, like its qwen2 and qwen3, to the two halves of a head.
     """
     halves = projection.reshape(-1, 2, head_size // 2, projection.shape[1])  # [H, 2, E/2, D]
     return halves.swapaxes(1, 2).reshape(projection.shape)

@@ -93,7 +93,7 @@ def import_model(folder: str | Path, output: str | Path) -> dict[str, Any]:
     source = load_hf_folder(folder)
     weights = dict(source.weights)
     with atomic_folder(output) as temporary:
-        config = Config(model=source.model, data=default_data(source.model))
+        config = default_config(source.model)
         config = write_model(temporary, config, source.tokenizer, weights, {"imported": str(folder)}, output)
         warnings = [*source.warnings, *copy_chat_template(source.tokenizer, temporary)]
     assert config.train.tokenizer_path is not None
@@ -108,9 +108,9 @@ def import_model(folder: str | Path, output: str | Path) -> dict[str, Any]:
     }
 
 
-def default_data(model: ModelConfig) -> DataConfig:
-    """The default data section, with seq_len limited to the model's max_seq_len."""
-    return DataConfig(seq_len=min(DataConfig().seq_len, model.max_seq_len))
+def default_config(model: ModelConfig) -> Config:
+    """Default settings, with data.seq_len limited to the model's max_seq_len."""
+    return Config(model=model, data=DataConfig(seq_len=min(DataConfig().seq_len, model.max_seq_len)))
 
 
 def _load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.exchange.adapters import CONFIG as ADAPTER_CONFIG
-from anarchobot.exchange.importing import LazyWeights, default_data, load_hf_folder
+from anarchobot.exchange.importing import LazyWeights, default_config, load_hf_folder
 from anarchobot.model.parameters import parameter_shapes
 from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import sha256_file
@@ -49,8 +49,7 @@ def load_pretrained(path: str) -> PretrainedModel:
         raise _only_adapters(folder, ADAPTER_CONFIG)
     if (folder / "config.json").is_file():
         hf = load_hf_folder(folder)
-        config = Config(model=hf.model, data=default_data(hf.model))
-        tokenizer = load_chat_tokenizer(hf.tokenizer.files[0])
+        config, tokenizer = default_config(hf.model), load_chat_tokenizer(hf.tokenizer.files[0])
         return PretrainedModel(folder, config, tokenizer, hf.weights, lambda: _digest(hf.files), hf.warnings)
     run = checkpoint.find(folder, files=(checkpoint.MODEL_FILE,))
     if run.config.lora.r is not None:

@@ -88,7 +88,8 @@ def generate_batch(model: Model, prompts: Sequence[str], settings: GenerationCon
     """Yields the continuation of each prompt, in order; prompts are batched.
 
     Prompt i uses the seed settings.seed + i and gets the same text as without batching. Raises UserError, before
-    generating anything, if a prompt leaves no room within max_seq_len."""
+    generating anything, if a prompt leaves no room within max_seq_len.
+    """
     batch = TextBatch(model)
     texts: dict[int, list[str]] = {}
     for i, prompt in enumerate(prompts):

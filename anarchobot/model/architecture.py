@@ -34,7 +34,7 @@ Float32 = npt.NDArray[np.float32]
 ExportTarget = Literal["hf", "mlx", "gguf"]
 EXPORT_LIBRARIES: dict[ExportTarget, str] = {"hf": "transformers", "mlx": "mlx-lm", "gguf": "llama.cpp"}
 QueryBlocks = Sequence[tuple[int, int]]  # [start, end) of each block of queries, which sees the keys [0, end)
-# Bytes of float32 attention scores in a block of queries: what fits a CPU's caches; what keeps a GPU busy.
+# Bytes of float32 attention scores in a block of queries: fits a CPU's caches; keeps a GPU busy.
 CPU_BLOCK_BYTES, GPU_BLOCK_BYTES = 4 << 20, 64 << 20
 
 

@@ -1,7 +1,7 @@
 """Loss and gradients by MLX's automatic differentiation, for any architecture.
 
-The head and the loss are still computed in chunks, with their ctx gradients (model/loss.py), so that the logits of a
-whole batch never exist. The blocks are differentiated
+The head and the loss are still computed in chunks, with hand-written gradients (model/loss.py), so that the logits
+of a full batch never exist at once. The blocks are differentiated
 
 - together, in MLX's order, which saves all activations; or
 - with gradient checkpointing, sequentially from the last to the lowest trained block: each is recomputed from its input

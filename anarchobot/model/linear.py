@@ -70,7 +70,7 @@ def matrix(p: Params, name: str) -> Matrix:
 def matmul_t(x: mx.array, w: Matrix) -> mx.array:
     """x W^T, in x's dtype."""
     if isinstance(w, Quantized):
-        if not _dequantizes(x):
+        if not _should_dequantize(x):
             return mx.quantized_matmul(x, *w, transpose=True, group_size=GROUP, bits=w.bits)
         w = w.dequantize()
     return x @ w.astype(x.dtype).T
@@ -79,7 +79,7 @@ def matmul_t(x: mx.array, w: Matrix) -> mx.array:
 def matmul(dy: mx.array, w: Matrix) -> mx.array:
     """dy W, in dy's dtype: the gradient of x in y = x W^T."""
     if isinstance(w, Quantized):
-        if not _dequantizes(dy):
+        if not _should_dequantize(dy):
             return mx.quantized_matmul(dy, *w, transpose=False, group_size=GROUP, bits=w.bits)
         w = w.dequantize()
     return dy @ w.astype(dy.dtype)
@@ -151,7 +151,7 @@ def linear_backward(
     return mx.addmm(dx, dz, a.T) if drop is None else dx + drop(name, dz @ a.T)
 
 
-def _dequantizes(x: mx.array) -> bool:
+def _should_dequantize(x: mx.array) -> bool:
     """Whether to dequantize the weights for a product with x. MLX's CPU backend multiplies by quantized weights
     forty times slower than a BLAS does by float weights; a GPU does not."""
     return on_cpu() and x.shape[0] >= _FEW_ROWS

@@ -62,8 +62,8 @@ def adapter_scale(lora: LoraConfig) -> float:
 
 def init_factors(model: ModelConfig, lora: LoraConfig, seed: int) -> dict[str, npt.NDArray[np.float32]]:
     """Initial values: lora_a uniform within 1 / sqrt(in), as in mlx-lm and PEFT, and lora_b zero, so that an adapter
-    starts without effect. As in model/parameters.py, a function of seed and name alone. (m starts as the row norms of
-    the base weights: model/frozen.py.)"""
+    starts without effect. As in model/parameters.py, the values depend only on seed and name. (m starts as the row
+    norms of the base weights: model/frozen.py.)"""
     values = {}
     for name, shape in adapter_shapes(model, lora).items():
         if name.endswith(".lora_a"):

@@ -43,7 +43,8 @@ def head_loss(
     """Computes the loss and the gradient of the output head, which is added to `grads` if the head is trained.
 
     Returns the scaled loss of the batch (or the vector of its objective's metrics), the gradient of `hidden` [N, D],
-    and the arrays that later work must wait for."""
+    and the arrays that later work must wait for.
+    """
     wait, chunk, metrics = options.wait, options.loss_chunk, None
     name = forward_pass(model).head_name(model)
     rows, length = batch.targets.shape

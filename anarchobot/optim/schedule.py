@@ -41,8 +41,9 @@ def learning_rate(step: int, train: TrainConfig, steps: int) -> float:
     """Returns the learning rate of step `step` (the first is 1) of a run of `steps`.
 
     Linear from 0 to lr over warmup_steps (already above 0 at step 1), then by schedule to min_lr at lr_decay_steps
-    (default: the last step), where it stays. cosine: half a cosine (Loshchilov and Hutter, 2017). linear: linear. wsd:
-    constant, then linear decay over the last decay_fraction of lr_decay_steps (Hu et al., 2024). constant: lr.
+    (default: the last step), where it stays. cosine: half a cosine (Loshchilov and Hutter, 2017). linear: a straight
+    line. wsd: constant, then linear decay over the last decay_fraction of lr_decay_steps (Hu et al., 2024). constant:
+    lr.
     """
     if step < train.warmup_steps:
         return train.lr * step / train.warmup_steps

@@ -5,10 +5,9 @@ import base64
 import hashlib
 import re
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -28,7 +27,7 @@ from anarchobot.serving.errors import ApiError, json_response
 from anarchobot.serving.responses import Kind, ResponseWriter
 from anarchobot.serving.schema import ChatRequest, CompletionRequest, parse_request
 from anarchobot.serving.worker import GenerationStream, Worker
-from anarchobot.tokenizers.conversation import InvalidRow, Message
+from anarchobot.tokenizers.conversation import InvalidRow
 
 CHAT_PAGE = Path(__file__).with_name("page.html")
 
@@ -48,11 +47,12 @@ class Service:
     def __init__(self, model: Model, worker: Worker, name: str, defaults: GenerationConfig, limits: Limits) -> None:
         """Raises UserError if the chat template cannot be used."""
         self._worker, self._name, self._defaults, self._limits = worker, name, defaults, limits
-        self._prompts, self._context = PromptEncoder(model), model.config.max_seq_len
+        self._model, self._encoder, self._max_seq_len = model, chat_encoder(model), model.config.max_seq_len
+        self._text_stop_ids, self._chat_stop_ids = frozenset({model.tokenizer.eod_id}), self._encoder.stop_ids()
         self._created = int(time.time())
 
     def warnings(self) -> list[str]:
-        return self._prompts.warnings()
+        return chat_warnings(self._encoder)
 
     def app(self, hosts: Collection[str], origins: Collection[str], api_key: str | None) -> Starlette:
         """`hosts`: accepted Host names; `origins`: other sites whose pages may send requests."""
@@ -60,8 +60,8 @@ class Service:
             routes=[
                 Route("/", self._page),
                 Route("/health", self._health),
-                Route("/v1/models", self._models),
-                Route("/v1/models/{name:path}", self._model),
+                Route("/v1/models", self._list_models),
+                Route("/v1/models/{name:path}", self._get_model),
                 Route("/v1/completions", self._completions, methods=["POST"]),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
             ],
@@ -84,10 +84,10 @@ class Service:
     async def _health(self, request: Request) -> Response:
         return json_response({"status": "ok", "under_way": self._worker.active_requests})
 
-    async def _models(self, request: Request) -> Response:
+    async def _list_models(self, request: Request) -> Response:
         return json_response({"object": "list", "data": [self._model_info()]})
 
-    async def _model(self, request: Request) -> Response:
+    async def _get_model(self, request: Request) -> Response:
         self._check_name(request.path_params["name"])
         return json_response(self._model_info())
 
@@ -105,9 +105,9 @@ class Service:
     async def _generate(self, request: Request, parsed: CompletionRequest | ChatRequest, kind: Kind) -> Response:
         self._check_name(parsed.model)
         settings = parsed.settings(self._defaults, self._limits.tokens)
-        prompt = await asyncio.to_thread(self._encode, parsed)
-        writer = ResponseWriter(kind, self._name, len(prompt.ids))
-        generation = self._worker.submit(prompt.ids, settings, prompt.stop_ids)
+        ids, stop_ids = await asyncio.to_thread(self._encode, parsed)
+        writer = ResponseWriter(kind, self._name, len(ids))
+        generation = self._worker.submit(ids, settings, stop_ids)
         if parsed.stream:
             return _EventStream(writer.stream(generation, parsed.include_usage), generation)
         response = asyncio.ensure_future(writer.complete(generation))
@@ -122,10 +122,27 @@ class Service:
             disconnected.cancel()
             generation.close()
 
-    def _encode(self, parsed: CompletionRequest | ChatRequest) -> "EncodedPrompt":
+    def _encode(self, parsed: CompletionRequest | ChatRequest) -> tuple[list[int], frozenset[int]]:
+        """Returns the prompt's token ids, and the ids that end the generated text. Thread-safe.
+
+        Raises ApiError (400) if the template or the tokenizer rejects a conversation, or if the prompt fills
+        max_seq_len.
+        """
         if isinstance(parsed, ChatRequest):
-            return self._prompts.encode_chat(parsed.conversation())
-        return self._prompts.encode_text(parsed.prompt)
+            param, stop_ids = "messages", self._chat_stop_ids
+            try:
+                ids = self._encoder.encode_prompt(tuple(parsed.conversation())).tolist()
+            except InvalidRow as error:
+                raise ApiError(400, f"messages: {error}", param) from error
+        else:
+            param, stop_ids = "prompt", self._text_stop_ids
+            ids = prompt_ids(self._model, parsed.prompt)
+        if len(ids) >= self._max_seq_len:
+            message = (
+                f"{param}: {len(ids)} tokens do not fit (the model's max_seq_len is {self._max_seq_len}); shorten it"
+            )
+            raise ApiError(400, message, param, "context_length_exceeded")
+        return ids, stop_ids
 
     def _check_name(self, name: str) -> None:
         if name != self._name:
@@ -133,47 +150,7 @@ class Service:
 
     def _model_info(self) -> dict[str, object]:
         info = {"id": self._name, "object": "model", "created": self._created, "owned_by": "anarchobot"}
-        return info | {"max_model_len": self._context}  # vLLM's name
-
-
-class EncodedPrompt(NamedTuple):
-    """Token ids, and the ids that end the generated text."""
-
-    ids: list[int]
-    stop_ids: frozenset[int]
-
-
-class PromptEncoder:
-    """Encodes prompts with a model's tokenizer and chat template. Thread-safe."""
-
-    def __init__(self, model: Model) -> None:
-        """Raises UserError if the chat template cannot be used."""
-        self._model, self._encoder = model, chat_encoder(model)
-        self._text_stop, self._chat_stop = frozenset({model.tokenizer.eod_id}), self._encoder.stop_ids()
-
-    def warnings(self) -> list[str]:
-        """Returns warnings about the chat template."""
-        return chat_warnings(self._encoder)
-
-    def encode_text(self, text: str) -> EncodedPrompt:
-        """Encodes a prompt like `generate`. Raises ApiError (400) if it fills max_seq_len."""
-        return self._check_length(EncodedPrompt(prompt_ids(self._model, text), self._text_stop), "prompt")
-
-    def encode_chat(self, messages: Sequence[Message]) -> EncodedPrompt:
-        """Encodes a conversation up to the start of the assistant's turn, like `chat`. Raises ApiError (400) if the
-        template or the tokenizer rejects it, or if it fills max_seq_len."""
-        try:
-            ids = self._encoder.encode_prompt(tuple(messages)).tolist()
-        except InvalidRow as error:
-            raise ApiError(400, f"messages: {error}", "messages") from error
-        return self._check_length(EncodedPrompt(ids, self._chat_stop), "messages")
-
-    def _check_length(self, prompt: EncodedPrompt, param: str) -> EncodedPrompt:
-        length, limit = len(prompt.ids), self._model.config.max_seq_len
-        if length >= limit:
-            message = f"{param}: {length} tokens do not fit (the model's max_seq_len is {limit}); shorten it"
-            raise ApiError(400, message, param, "context_length_exceeded")
-        return prompt
+        return info | {"max_model_len": self._max_seq_len}  # vLLM's name
 
 
 async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:

@@ -31,18 +31,6 @@ class _Job:
     send: Callable[[Event], None]  # called by the model thread
 
 
-@dataclass(frozen=True)
-class _Cancel:
-    job: _Job
-
-
-@dataclass(frozen=True)
-class _AbortAll:
-    """Fails all requests; with `exit`, ends the thread too."""
-
-    exit: bool
-
-
 class GenerationStream:
     """The generated text of one request, for the event loop. Iterate over it; always close it."""
 
@@ -70,7 +58,8 @@ class Worker:
         self._model, self._rows = model, rows
         self.max_requests = rows + queue_size
         self.active_requests = 0  # submitted and not finished; a closed one counts until the thread has released it
-        self._inbox: SimpleQueue[_Job | _Cancel | _AbortAll] = SimpleQueue()
+        self._tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()  # run by the model thread
+        self._stopped = False
         self._batch = TextBatch(model, rows)
         self._jobs: dict[int, _Job] = {}
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -82,7 +71,7 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._inbox.put(_AbortAll(exit=True))
+        self._tasks.put(self._stop)
         self._thread.join()
 
     def submit(self, context: list[int], settings: GenerationConfig, stop: Collection[int]) -> GenerationStream:
@@ -107,26 +96,21 @@ class Worker:
                 loop.call_soon_threadsafe(receive, event)
 
         job = _Job(context, settings, stop, send)
-        self._inbox.put(job)
-        return GenerationStream(events, lambda: self._inbox.put(_Cancel(job)))
+        self._tasks.put(lambda: self._insert(job))
+        return GenerationStream(events, lambda: self._tasks.put(lambda: self._cancel(job)))
 
     def abort_all(self) -> None:
         """Fails all active requests."""
-        self._inbox.put(_AbortAll(exit=False))
+        self._tasks.put(self._abort)
 
     def _run(self) -> None:
         while True:
             try:
-                while (message := self._next()) is not None:
-                    if isinstance(message, _Job):
-                        self._insert(message)
-                    elif isinstance(message, _Cancel):
-                        self._cancel(message.job)
-                    else:
-                        self._fail_all(ApiError(503, "the server is shutting down"))
-                        if message.exit:
-                            mx.clear_streams()  # otherwise MLX aborts the process at exit
-                            return
+                while (task := self._next()) is not None:
+                    task()
+                    if self._stopped:
+                        mx.clear_streams()  # otherwise MLX aborts the process at exit
+                        return
                 for chunk in self._batch.step():
                     job = self._jobs[chunk.request]
                     job.send(chunk)
@@ -137,12 +121,12 @@ class Worker:
                 traceback.print_exc()
                 self._fail_all(ApiError(500, "generation failed for this request or another request in the same batch"))
 
-    def _next(self) -> _Job | _Cancel | _AbortAll | None:
-        """The next message, or None; waits for one if there is nothing to generate."""
+    def _next(self) -> Callable[[], None] | None:
+        """Returns the next task, or None; waits for one if there is nothing to generate."""
         if not self._batch:
-            return self._inbox.get()
+            return self._tasks.get()
         with suppress(Empty):
-            return self._inbox.get_nowait()
+            return self._tasks.get_nowait()
         return None
 
     def _insert(self, job: _Job) -> None:
@@ -159,6 +143,13 @@ class Worker:
                 self._batch.remove(request)
                 del self._jobs[request]
                 job.send(_DONE)
+
+    def _abort(self) -> None:
+        self._fail_all(ApiError(503, "the server is shutting down"))
+
+    def _stop(self) -> None:
+        self._abort()
+        self._stopped = True
 
     def _fail_all(self, error: ApiError) -> None:
         """The rows are in an unknown state after a failed step, so the batch is recreated."""

@@ -1,4 +1,4 @@
-"""The PyTorch device, its memory use, and how it reports that it is out of memory."""
+"""Selects the PyTorch device, measures its memory use and detects out-of-memory errors."""
 
 import resource
 import sys

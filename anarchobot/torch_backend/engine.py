@@ -14,6 +14,7 @@ from torch import Tensor
 from anarchobot.config.schema import Config
 from anarchobot.data.windows import Batch
 from anarchobot.model.parameters import init_parameters, parameter_shapes
+from anarchobot.optim.param_groups import adamw_lr_ratio
 from anarchobot.torch_backend import optim
 from anarchobot.torch_backend.device import choose_device, is_out_of_memory, memory_used, peak_memory, release_memory
 from anarchobot.torch_backend.loss import add_gradients, loss_sum
@@ -105,8 +106,11 @@ class TorchEngine(BaseEngine[Tensor]):
     def _apply_update(self, grads: dict[str, Tensor], factor: float, lr: float, momentum: float) -> None:
         for g in grads.values():
             g.mul_(factor)
-        train, head_size = self._config.train, self._config.model.head_size
-        optim.update(self.params, grads, self.moments, lr, momentum, self._updates, train, head_size)
+        params, state, train = self.params, self.moments, self._config.train
+        head_size, adamw_lr = self._config.model.head_size, lr * adamw_lr_ratio(train)
+        with torch.no_grad():
+            optim.muon(params, grads, state["muon.momentum"], state["muon.second"], lr, momentum, train, head_size)
+            optim.adamw(params, grads, state["adamw.first"], state["adamw.second"], adamw_lr, self._updates, train)
 
     def _update_average(self, decay: float) -> None:
         assert self.average is not None

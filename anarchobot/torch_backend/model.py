@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,18 +35,10 @@ class AttentionContext(NamedTuple):
     block_size: int | None = None
 
 
-class BlockForward(Protocol):
-    """`block_forward`, or its compiled form."""
-
-    def __call__(
-        self,
-        p: Params,
-        x: Tensor,
-        model: ModelConfig,
-        context: AttentionContext,
-        keep: KeepMasks | None,
-        first_v: Tensor | None,
-    ) -> tuple[Tensor, Tensor]: ...
+# The type of `block_forward`, compiled or not.
+BlockForward = Callable[
+    [Params, Tensor, ModelConfig, AttentionContext, KeepMasks | None, Tensor | None], tuple[Tensor, Tensor]
+]
 
 
 def block_forward(
@@ -200,7 +192,7 @@ def try_compile(block: BlockForward, try_out: Callable[[BlockForward], object]) 
     One block is compiled, not the whole model: all blocks share it, and it takes seconds instead of minutes.
     """
     try:
-        compiled = cast(BlockForward, torch.compile(cast(Callable[..., Any], block), dynamic=False))
+        compiled: BlockForward = torch.compile(block, dynamic=False)
         try_out(compiled)
     except Exception as error:  # compiler errors have no common class
         reason, *_ = [line for line in str(error).splitlines() if line.strip()] or [""]

@@ -13,7 +13,6 @@ from anarchobot.optim.param_groups import (
     NORMUON_BETA2,
     NORMUON_EPS,
     POLAR_EXPRESS,
-    adamw_lr_ratio,
     merge_heads,
     muon_batches,
     muon_scale,
@@ -32,23 +31,6 @@ def init_state(params: Tensors, train: TrainConfig) -> State:
         kind: {name: torch.zeros(shape, device=params[name].device) for name, shape in by_name.items()}
         for kind, by_name in shapes.items()
     }
-
-
-def update(
-    params: Tensors,
-    grads: Tensors,
-    state: State,
-    lr: float,
-    momentum: float,
-    count: int,
-    train: TrainConfig,
-    head_size: int,
-) -> None:
-    """One step of Muon and AdamW in float32. The state determines which optimizer owns a parameter; `count` is 1
-    for the first step; `head_size` is for Muon."""
-    with torch.no_grad():
-        muon(params, grads, state["muon.momentum"], state["muon.second"], lr, momentum, train, head_size)
-        adamw(params, grads, state["adamw.first"], state["adamw.second"], lr * adamw_lr_ratio(train), count, train)
 
 
 def adamw(

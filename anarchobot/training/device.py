@@ -1,4 +1,4 @@
-"""MLX's device, and how it reports that it is out of memory."""
+"""Selects the MLX device and detects out-of-memory errors."""
 
 import re
 
@@ -27,7 +27,7 @@ def choose_device(device: str) -> mx.Device:
 
 
 def as_memory_error(error: RuntimeError) -> Exception:
-    """MemoryError if MLX is out of memory (its cache is then freed for another try), otherwise the error itself."""
+    """Converts an out-of-memory error of MLX to MemoryError, and frees MLX's cache; returns other errors unchanged."""
     if not _OUT_OF_MEMORY.search(str(error)):
         return error
     mx.clear_cache()

@@ -115,7 +115,8 @@ class BaseEngine(ABC, Generic[A]):
         The loss is the mean over all scored tokens of the batch, regardless of their distribution over micro-batches;
         with several ranks, each has its own batch, and the mean is over all of them. A step whose loss or gradient is
         not finite, or whose norm is above `norm_limit`, changes nothing but the loss scale. Raises MemoryError if the
-        gradients do not fit into memory; then nothing has changed."""
+        gradients do not fit into memory; then nothing has changed.
+        """
         loss_scale = self._loss_scale.scale if self._loss_scale else 1.0
         denominator = self._loss_denominator(batch)  # keeps float16's sums in range, regardless of micro-batch size
         metrics, grads = self._accumulate_gradients(batch, step, loss_scale / denominator)
@@ -134,7 +135,7 @@ class BaseEngine(ABC, Generic[A]):
             self._updates += 1
             self._apply_update(grads, unscale * self._clip_factor(norm), lr, momentum)
             if self._config.train.ema_decay is not None:
-                # Starts lower: the average forgets the initial weights faster.
+                # A lower decay at the start, so that the average forgets the initial weights faster.
                 self._update_average(min(self._config.train.ema_decay, (1 + self._updates) / (10 + self._updates)))
         overflow = not finite and loss_scale > 1
         return StepResult(loss, norm, int(tokens), applied, overflow, self._named_metrics(others))
@@ -143,7 +144,7 @@ class BaseEngine(ABC, Generic[A]):
         limit = self._config.train.max_grad_norm
         return 1.0 if limit is None or norm <= limit else limit / norm
 
-    # ---- The backend's part ----
+    # ---- Implemented by the backends ----
 
     @abstractmethod
     def _accumulate_gradients(self, batch: Batch, step: int, scale: float) -> tuple[list[float], dict[str, A]]:
@@ -235,7 +236,7 @@ class BaseEngine(ABC, Generic[A]):
             self.frozen = loaded("params/", self.frozen)
         if self.average is not None:
             self.average = loaded("params/", self.params)
-        # A run resumed with averaging newly turned on or off starts from the weights that were saved for use.
+        # If averaging was turned on or off since the checkpoint, training starts from the saved `params/`.
         averaged = self.average is not None and any(name.startswith(RAW_PARAMS) for name in state)
         self.params = loaded(RAW_PARAMS if averaged else "params/", self.params)
         self.moments = {kind: loaded(f"optimizer/{kind}/", by_name) for kind, by_name in self.moments.items()}

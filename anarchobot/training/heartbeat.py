@@ -17,9 +17,9 @@ from contextlib import suppress
 
 from anarchobot.training.signals import print_status
 
-INTERVAL, TIMEOUT = 1.0, 30.0  # seconds between heartbeats; without one until a rank counts as lost
-GRACE = 2.0  # for all ranks to end at once, as after a second Ctrl-C: then no rank is lost
-EXIT_AFTER = 15.0  # after reporting the loss, until a step or an exchange that still hangs is aborted
+INTERVAL, TIMEOUT = 1.0, 30.0  # seconds between heartbeats; of silence before a rank counts as lost
+GRACE = 2.0  # for all ranks to exit together, as after a second Ctrl-C, before a rank counts as lost
+EXIT_AFTER = 15.0  # after the report, before a hanging step or exchange is aborted
 CONNECT_TIMEOUT, HELLO_TIMEOUT = 60.0, 20.0  # for all ranks to connect; for a connection to authenticate
 ALIVE, DONE = 255, 254
 
@@ -42,7 +42,7 @@ class Heartbeat:
             raise SystemExit(1)
 
     def close(self, *, success: bool) -> None:
-        """Ends this rank's part. Without `success`, closing the connection tells the others that it is lost."""
+        """Closes the connections. Without `success`, closing the connection tells the others that it is lost."""
         self._closed.set()
         self._thread.join()
         if success:
@@ -80,7 +80,7 @@ class Heartbeat:
         )
         self._reported.set()
         if not self._closed.wait(EXIT_AFTER):
-            os._exit(1)  # a checkpoint only counts once it is complete, so none is harmed
+            os._exit(1)  # a checkpoint only counts once it is complete, so none is damaged
 
     def _send(self, message: int) -> None:
         for connection in self._peers.values():

@@ -274,14 +274,14 @@ class MLXEngine(BaseEngine[mx.array]):
     # ---- Arrays and memory ----
 
     def _to_numpy(self, array: mx.array) -> npt.NDArray[Any]:
-        # No copy: MLX changes no array, and an update does not reuse the memory of an array that is still in use.
+        # No copy: MLX arrays are immutable, and an update does not reuse the memory of an array that is still in use.
         return np.asarray(array)
 
     def _from_numpy(self, array: npt.NDArray[Any]) -> mx.array:
         return mx.array(array)
 
     def _after_load(self) -> None:
-        mx.eval(self.params, self.frozen, self.moments)  # an unevaluated array cannot go to another thread
+        mx.eval(self.params, self.frozen, self.moments)  # an unevaluated array cannot be passed to another thread
 
     def peak_memory_gb(self) -> float:
         """Returns MLX's peak memory since the process started, in 10^9 bytes, without its cache."""

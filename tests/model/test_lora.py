@@ -263,7 +263,7 @@ def test_quantized_base_trains_like_its_dequantized_weights(
     bits: int, dora: bool, unpacks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dequantizing first, as on a CPU, and with MLX's quantized matmul, as on a GPU."""
-    monkeypatch.setattr(linear_file, "_dequantizes", lambda x: unpacks)
+    monkeypatch.setattr(linear_file, "_should_dequantize", lambda x: unpacks)
     shape, settings = (
         tiny(d_model=64, n_heads=2, tie_embeddings=False, mlp_multiple=2.5),
         lora(dora=dora, quantize=bits),

@@ -226,7 +226,7 @@ def test_log_tail_reads_only_appended_lines(tmp_path: Path) -> None:
     assert tail.metrics["step"] == 9998
     log.write_text("x" * before + line(10_000) + line(10_001, "eval") + line(10_002, "end"))
     tail.read()
-    assert (tail.metrics["step"], tail.figures["tokens_per_second"], tail.finished) == (10_000, 100_000, True)
+    assert (tail.metrics["step"], tail.metrics["tokens_per_second"], tail.finished) == (10_000, 100_000, True)
 
 
 def test_alarm_rings_once_per_crossing() -> None:

@@ -1,5 +1,6 @@
 """The Llama family: RoPE, RMSNorm, gated MLP, grouped-query attention. Llama, Mistral, Qwen2 (biases on queries, keys
-and values) and Qwen3 (normalized queries and keys). No MLX here: both backends, planning and file conversion read this.
+and values) and Qwen3 (normalized queries and keys). Does not import MLX: both backends, planning and file
+conversion use it.
 
 Shapes: B rows of L tokens, N = B L, D d_model, H query heads, K key/value heads, E head width, F MLP width,
 V vocabulary.
@@ -92,7 +93,7 @@ def to_hf(model: ModelConfig) -> dict[str, Any]:
 
 
 def _hf_name(model: ModelConfig) -> str:
-    """The member of the family that has these settings."""
+    """Returns the Hugging Face name of the model type with these settings."""
     return "Qwen3" if model.qk_norm else "Qwen2" if model.attention_bias else "Llama"
 
 
@@ -238,16 +239,16 @@ def step_flops(model: ModelConfig, rows: int, blocks: QueryBlocks) -> dict[str, 
         "attention forward": layers * (projections + 2 * scores),
         "MLP forward": layers * mlp,
         "head and loss": 6 * tokens * model.d_model * model.vocab_size,  # logits, and gradients of hidden and weight
-        # Checkpointing recomputes all of a block's forward pass but down_proj.
+        # Checkpointing recomputes a block's forward pass except down_proj.
         "blocks forward again": layers * (projections + 2 * scores + mlp // 3 * 2),
         "MLP backward": layers * 2 * mlp,
-        # Of the five products of queries and keys, four are gradients and one computes the scores again.
+        # Of the five products of queries and keys, four are gradients and one recomputes the scores.
         "attention backward": layers * (2 * projections + 5 * scores),
     }
 
 
 def recomputed_flops(model: ModelConfig, rows: int, blocks: QueryBlocks, checkpointing: bool) -> int:
-    """The scores of attention, always, and with checkpointing the blocks."""
+    """Attention scores are always recomputed; with checkpointing, so are the blocks."""
     again = step_flops(model, rows, blocks)["blocks forward again"] if checkpointing else 0
     return model.n_layers * _queries_by_keys(model, rows, blocks) + again
 

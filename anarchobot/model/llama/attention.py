@@ -3,8 +3,8 @@ kernel (`FusedAttention`), which MLX can differentiate and which takes a KV cach
 
 BlockedAttention processes blocks of queries sequentially (FlashAttention's recomputation; Dao et al., 2022, algorithm
 4). A block sees all keys up to its end, so its softmax needs no second pass, and scores above the diagonal are not
-computed at all. The backward pass needs the inputs, the outputs and the logsumexp of each row, and computes the
-probabilities again. MLX's attention saves all of them in training.
+computed at all. The backward pass needs the inputs, the outputs and the logsumexp of each row, and recomputes the
+probabilities. MLX's attention saves all of them in training.
 
 Shapes: B batch, L sequence, K key/value heads, G query heads for each of them, E head width; N = B L.
 """
@@ -37,18 +37,12 @@ class AttentionOutput(NamedTuple):
     logsumexp: mx.array
 
 
-class AttentionFn(Protocol):
-    """`BlockedAttention` or `FusedAttention`."""
-
-    def forward(self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None) -> AttentionOutput: ...
-
-
 @dataclass(frozen=True)
 class BlockedAttention:
     """Attention over B rows of L tokens. `segments` [B, L] number the documents of a row: a token sees only its own.
 
-    `block` is the number of queries per block; None: chosen by the memory of their scores. A block waits for the one
-    before it.
+    `block` is the number of queries per block; None: chosen by the memory of their scores. Each block waits for
+    the previous one.
     """
 
     model: ModelConfig

@@ -1,7 +1,7 @@
 """The two halves of a transformer block, forward and backward: attention and a gated MLP, each after a norm and added
 to its input.
 
-The gradients are hand-written, so that the forward pass saves only what is expensive to compute again, the outputs of
+The gradients are hand-written, so that the forward pass saves only what is expensive to recompute, the outputs of
 matrix products, and the backward pass frees everything as soon as it is used (numerics/eval_order.py).
 
 Shapes: N tokens of all rows, D d_model, F mlp width.
@@ -14,7 +14,7 @@ import mlx.core as mx
 from anarchobot.config.schema import ModelConfig
 from anarchobot.model.gradient_accumulator import GradientAccumulator, Params
 from anarchobot.model.linear import InputDropout, linear, linear_backward, linear_gradients
-from anarchobot.model.llama.attention import AttentionFn, AttentionOutput, BlockedAttention, HeadNorms
+from anarchobot.model.llama.attention import AttentionOutput, BlockedAttention, FusedAttention, HeadNorms
 from anarchobot.model.norm import rms_norm, rms_norm_backward
 from anarchobot.numerics.elementary import sigmoid, tanh
 from anarchobot.numerics.eval_order import EvalOrder
@@ -52,7 +52,7 @@ def attention_forward(
     p: Params,
     x: mx.array,
     model: ModelConfig,
-    attention: AttentionFn,
+    attention: BlockedAttention | FusedAttention,
     key: mx.array | None = None,
     first_v: mx.array | None = None,
     drop: InputDropout | None = None,
@@ -83,7 +83,8 @@ def attention_backward(
     to `grads`.
 
     `dfirst_v` is the gradient of the first block's values from the later blocks; it is returned with this block's part
-    added, and used in the first block itself."""
+    added, and used in the first block itself.
+    """
     model, wait = attention.model, attention.wait
     x, q, k, v, output, has_value_residual = saved
     d = _dropout(dy, model, key)
@@ -175,7 +176,7 @@ def mlp_backward(
 
 
 def _split_dropout(drop: InputDropout | None, count: int) -> list[InputDropout | None]:
-    """One for each of `count` chunks."""
+    """Returns one per chunk."""
     if drop is None:
         return [None] * count
     keys = mx.random.split(drop.key, count)
@@ -210,7 +211,7 @@ def _gated_backward(gate: mx.array, up: mx.array, d: mx.array, model: ModelConfi
     return _gelu_backward(gate, tanh(_gelu_inner(gate)), up, d)
 
 
-# Compiled separately, even where the whole step is not: one pass over memory each. Python scalars keep the dtype.
+# Compiled separately, even if the full step is not: one pass over memory each. Python scalars keep the dtype.
 
 
 @mx.compile

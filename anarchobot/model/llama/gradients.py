@@ -1,8 +1,8 @@
 """Hand-written gradients of the Llama family: forward block by block, then backward from the last to the lowest
 trained block.
 
-MLX could differentiate the forward pass itself (model/autodiff.py). Written by hand, each block saves less, is freed as
-soon as its gradient is done, and its gradients are added to the sums at once.
+MLX could differentiate the forward pass itself (model/autodiff.py). The hand-written gradients save less per block,
+free each block as soon as its gradient is done, and are added to the sums immediately.
 
 Shapes: B rows, L tokens, N = B L, D d_model.
 """
@@ -74,7 +74,7 @@ def loss_and_gradients(
             block_saved = _block_forward(
                 p, block_saved, attention, drop, first_v if i > 0 else None, options, again=True
             )[1]
-        # With `eval_now`, an array stays in memory as long as a name refers to it; so the names are deleted.
+        # With `eval_now`, an array stays in memory as long as a name refers to it, so names are deleted.
         saved_attention, saved_mlp = block_saved
         del block_saved
         dx = block.mlp_backward(p, saved_mlp, dx, model, wait, drop.mlp, block_grads, drop.mlp_inputs)
@@ -110,7 +110,7 @@ def _block_forward(
     x, attended = block.attention_forward(p, x, model, attention, drop.attention, first_v, drop.attention_inputs)
     profile.end("blocks forward again" if again else "attention forward", x, attended.attention.logsumexp)
     x, mlp = block.mlp_forward(p, x, model, drop.mlp, options.mlp_rows, drop.mlp_inputs)
-    if again:  # down_proj is not computed again
+    if again:  # down_proj is not recomputed
         profile.end("blocks forward again", *(array for chunk in mlp.chunks for array in chunk))
     else:
         profile.end("MLP forward", x)
