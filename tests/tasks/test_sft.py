@@ -255,7 +255,7 @@ def test_mismatched_inputs_are_rejected(tmp_path: Path, base: Path, chats: Path)
     rejected("lora.r was None and is now 4", make(lora__r=4, **again))
     shutil.copytree(base, tmp_path / "base")
     shutil.rmtree(tmp_path / "base" / "step_00000006")
-    rejected("other weights .*base", make(train__init_from=str(tmp_path / "base"), **again))
+    rejected("different weights .*base", make(train__init_from=str(tmp_path / "base"), **again))
     sft(tuning(tmp_path, "adapters", base, chats, lora__r=4), show="nothing")
     with pytest.raises(UserError, match=r"not a whole model: .*anarchobot fuse"):
         make(train__init_from=str(tmp_path / "adapters"))
