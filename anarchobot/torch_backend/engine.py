@@ -59,7 +59,7 @@ class TorchEngine(BaseEngine[Tensor]):
             block, warning = try_compile(block, self._try_block)
             self.compiled = warning is None
             self.warnings += [warning] if warning else []
-        self.options = self._technique(block)
+        self.options = self._step_options(block)
 
     def _accumulate_gradients(self, batch: Batch, step: int, scale: float) -> tuple[list[float], dict[str, Tensor]]:
         return self._with_memory_errors(lambda: ([self._add_gradients(batch, step, scale)], self._take_gradients()))
@@ -160,7 +160,7 @@ class TorchEngine(BaseEngine[Tensor]):
         used = memory_used(self.device)
         return {} if used is None else {"active_memory_gb": used[0] / 1e9, "cache_memory_gb": used[1] / 1e9}
 
-    def _technique(self, block: BlockForward) -> StepOptions:
+    def _step_options(self, block: BlockForward) -> StepOptions:
         train = self._config.train
         return StepOptions(train.gradient_checkpointing, train.attention_block, train.loss_chunk, block)
 
@@ -179,7 +179,7 @@ class TorchEngine(BaseEngine[Tensor]):
                 dtype=self.dtype,
                 segments=tokens if config.data.document_mask else None,
                 dropout_key="",
-                options=self._technique(block),
+                options=self._step_options(block),
             )
             torch.autograd.backward([hidden], [torch.zeros_like(hidden)])
         finally:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from anarchobot.config.schema import Config, ModelConfig
+from anarchobot.config.schema import Config, GenerationConfig, ModelConfig
 from anarchobot.data.windows import Batch
+from anarchobot.inference.generation import stream_token_ids
 from anarchobot.model import autodiff
 from anarchobot.model.architecture import gradients
 from anarchobot.model.parameters import init_parameters, parameter_shapes
@@ -78,6 +79,21 @@ def test_loss_and_gradients_match_transformers(how: dict[str, Any]) -> None:
     for name, p in expected.named_parameters():
         wanted = p.grad.numpy()
         assert np.linalg.norm(np.array(grads[name]) - wanted) < 1e-5 * np.linalg.norm(wanted), name
+
+
+def test_evaluation_and_the_next_token_match_transformers() -> None:
+    """Evaluation and generation use this architecture's forward pass, not Llama's on the same parameter names."""
+    model, rows = config().model, batch(1)
+    inputs, targets = (torch.tensor(x.reshape(4, 12)).long() for x in (rows.inputs, rows.targets))
+    with torch.no_grad():
+        logits = transformers_model(model)(inputs).logits
+    total, count = MLXEngine(config(), weights(model)).eval_step(rows)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert total / count == pytest.approx(expected.item(), rel=1e-6)
+    params = {name: mx.array(p) for name, p in weights(model).items()}
+    greedy = GenerationConfig(method="greedy", max_new_tokens=1)
+    next_ids = [list(stream_token_ids(params, model, row, greedy, ())) for row in inputs.tolist()]
+    assert next_ids == logits[:, -1:].argmax(-1).tolist()
 
 
 @pytest.mark.parametrize(
