@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 
 from anarchobot.config.errors import UserError
 from anarchobot.exchange.dtypes import from_bfloat16, to_dtype
+
+torch = pytest.importorskip("torch")
 
 
 def values() -> np.ndarray:

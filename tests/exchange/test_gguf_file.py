@@ -47,19 +47,21 @@ def field(reader: gguf.GGUFReader, name: str) -> Any:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_tensors_equal_the_checkpoint(tmp_path: Path, bpe: Path, dtype: Any, kind: str) -> None:
+    torch = pytest.importorskip("torch")
     shape = {"qk_norm": kind == "qwen3", "attention_bias": kind == "qwen2", "tie_embeddings": False}
     run = make_run(tmp_path / "run", bpe, **shape)
     reader = read(run, tmp_path / "gguf", dtype)
     assert field(reader, "general.architecture") == kind
     found = {t.name: t for t in reader.tensors}
-    params = np.load(run / "step_00000040" / "model.npz")
+    with np.load(run / "step_00000040" / "model.npz") as npz:
+        params = dict(npz)
     names = dict(NAMES)
     if kind == "qwen2":
         names |= {f"model.layers.1.self_attn.{x}_proj.bias": f"blk.1.attn_{x}.bias" for x in "qkv"}
     if kind == "qwen3":
         names |= {f"model.layers.1.self_attn.{x}_norm.weight": f"blk.1.attn_{x}_norm.weight" for x in "qk"}
     names |= {ours.replace(".1.", ".0."): theirs.replace(".1.", ".0.") for ours, theirs in names.items()}
-    assert set(names) == set(params.files) and set(names.values()) == set(found)
+    assert set(names) == set(params) and set(names.values()) == set(found)
     for ours, theirs in names.items():
         expected, tensor = params[ours], found[theirs]
         if tensor.tensor_type == gguf.GGMLQuantizationType.BF16:
@@ -69,7 +71,6 @@ def test_tensors_equal_the_checkpoint(tmp_path: Path, bpe: Path, dtype: Any, kin
         if expected.ndim == 1:
             assert tensor.tensor_type == gguf.GGMLQuantizationType.F32
         else:
-            torch = pytest.importorskip("torch")
             expected = torch.from_numpy(expected).to(getattr(torch, dtype)).float().numpy()
         if kind == "llama" and ours.endswith(("q_proj.weight", "k_proj.weight")):
             # llama.cpp rotates rows 2i and 2i + 1 of a head together, our model i and i + E/2.

@@ -39,7 +39,7 @@ def test_transformers_reads_our_config(tmp_path: Path, shape: dict[str, Any]) ->
     assert type(config).__name__ == ("Qwen3Config" if model.qk_norm else "LlamaConfig")
     assert config.rope_parameters["rope_theta"] == model.rope_theta
     assert config.rope_parameters["rope_type"] == "default"
-    assert (config.bos_token_id, config.eos_token_id, str(config.dtype)) == (5, 7, "torch.bfloat16")
+    assert (config.bos_token_id, config.eos_token_id, str(config.dtype).removeprefix("torch.")) == (5, 7, "bfloat16")
     assert config.intermediate_size == model.mlp_size and config.head_dim == model.head_size
     # The config that transformers 5 saves, with rope_parameters, gives the same shape.
     config.save_pretrained(tmp_path / "again")
