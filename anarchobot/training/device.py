@@ -8,7 +8,10 @@ from anarchobot.config.errors import UserError
 
 CPU_CACHE_BYTES = 2**30  # MLX's cache of freed memory; its default on a CPU, 32 MB, makes a step a quarter slower
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
-_OUT_OF_MEMORY = re.compile(r"\[malloc|out of memory|unable to allocate", re.IGNORECASE)
+# MLX on a CPU, CUDA and Metal: a command buffer that fails, and one buffer larger than the device allows.
+_OUT_OF_MEMORY = re.compile(
+    r"\[malloc|out of memory|unable to allocate|insufficient memory|maximum allowed buffer size", re.IGNORECASE
+)
 
 
 def choose_device(device: str) -> mx.Device:
