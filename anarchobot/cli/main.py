@@ -53,5 +53,5 @@ def main(argv: list[str] | None = None) -> int:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"anarchobot: {message}", file=sys.stderr)
+    print(f"anarchobot: {message}\n", end="", file=sys.stderr, flush=True)  # one write: ranks may print at once
     return code

@@ -145,6 +145,8 @@ def _launch(args: argparse.Namespace) -> int:
     ranks, hosts, backend = args.ranks, args.hosts, args.backend
     if backend is not None and backend not in LAUNCH_BACKENDS:
         raise UserError(f"argument --backend: expected one of {', '.join(LAUNCH_BACKENDS)}, got '{backend}'")
+    if hosts is not None and not all(host.strip() for host in hosts.split(",")):
+        raise UserError(f"argument --hosts: expected addresses separated by commas, got '{hosts}'")
     if hosts is not None and args.hostfile is not None:
         raise UserError("arguments --hosts and --hostfile: expected only one of them")
     if args.hostfile is not None and ranks is not None:

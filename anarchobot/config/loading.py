@@ -52,6 +52,7 @@ class _Settings:
     values: dict[str, Any]
     sources: dict[str, str]
     schema: type[Section]
+    path: str = ""
     aliases: dict[str, str] = field(default_factory=dict)
 
 
@@ -114,7 +115,9 @@ def dotted_items(values: dict[str, Any], parents: str = "") -> Iterator[tuple[st
 
 def _read_settings(path: str | Path | None, overrides: Sequence[Override], schema: type[Section]) -> _Settings:
     file = YamlMapping() if path is None else parse(_read(Path(path)), str(path))
-    settings = _Settings(file.values, {key: f"{path}:{line}" for key, line in file.lines.items()}, schema)
+    settings = _Settings(
+        file.values, {key: f"{path}:{line}" for key, line in file.lines.items()}, schema, str(path or "")
+    )
     _resolve_aliases(settings)
     for override in overrides:
         key, value = _parse_override(override, schema) if isinstance(override, str) else override
@@ -244,15 +247,16 @@ def _reject_conflicts(loaded: LoadedConfig) -> None:
 
 
 def _describe(error: ValidationError, settings: _Settings) -> str:
-    """Returns the first error in file order as `file:line: key: what was expected`, and how many more there are."""
+    """Returns the first error in file order, missing keys last, as `file:line: key: what was expected`, and how many
+    more there are."""
     order = list(settings.sources)
     problems: dict[str, Any] = {}
     for problem in error.errors(include_url=False):
         problems.setdefault(_key_of(problem["loc"], settings.schema), problem)
-    key = min(problems, key=lambda k: order.index(k) if k in order else -1)
+    key = min(problems, key=lambda k: order.index(k) if k in order else len(order))
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     parts = [
-        settings.sources.get(key, ""),
+        settings.sources.get(key, settings.path),
         settings.aliases.get(key, key),
         _describe_problem(key, problems[key], settings.schema),
     ]

@@ -44,7 +44,7 @@ def process_memory(pid: int) -> int | None:
     try:
         process = psutil.Process(pid)
         return None if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else process.memory_info().rss
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, ValueError):  # ValueError: a negative PID
         return None
     except psutil.AccessDenied as error:  # macOS: processes of other users
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"process {pid}") from error

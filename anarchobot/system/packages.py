@@ -5,8 +5,10 @@ import platform
 from collections.abc import Callable, Collection
 from importlib import metadata
 
+from anarchobot import __version__
+
 PACKAGE = "anarchobot"
-RECORDED = (PACKAGE, "mlx", "mlx-lm", "numpy", "sentencepiece", "tokenizers", "torch")  # in environment.json
+RECORDED = ("mlx", "mlx-lm", "numpy", "sentencepiece", "tokenizers", "torch")  # in environment.json
 
 
 def installed_version(package: str) -> str | None:
@@ -19,7 +21,7 @@ def installed_version(package: str) -> str | None:
 def environment_info(compute: str) -> dict[str, str]:
     """The contents of environment.json: system and versions. `compute` is the engine's precision and device."""
     info = {"computes in": compute, "system": platform.platform(), "cores": str(os.cpu_count())}
-    info["Python"] = platform.python_version()
+    info |= {"Python": platform.python_version(), PACKAGE: __version__}
     return info | {name: version for name in RECORDED if (version := installed_version(name)) is not None}
 
 

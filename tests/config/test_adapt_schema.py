@@ -95,8 +95,14 @@ def test_errors_are_one_line(more: str, message: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_required_keys() -> None:
-    with pytest.raises(UserError, match="models: is required"):
+def test_required_keys(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("corpus: {domain: b}\n")
+    with pytest.raises(UserError, match=r"c.yaml: models: is required$"):
+        load(tmp_path / "c.yaml", [], AdaptConfig)
+    (tmp_path / "c.yaml").write_text("model: {}\n")
+    with pytest.raises(UserError, match=r"c.yaml:1: model: unknown section; did you mean 'models'\? \(and 2 more\)"):
+        load(tmp_path / "c.yaml", [], AdaptConfig)
+    with pytest.raises(UserError, match=r"^models: is required"):
         load(None, [], AdaptConfig)
     with pytest.raises(UserError, match=r"models.source_model: is required"):
         load(None, ["models.target_tokenizer=a", "corpus.domain=b"], AdaptConfig)

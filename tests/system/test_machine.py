@@ -33,6 +33,7 @@ def test_process_memory_until_the_process_dies() -> None:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie now
         assert process_memory(process.pid) is None
     assert process_memory(process.pid) is None
+    assert process_memory(-3) is None
 
 
 def test_unreadable_process_raises_oserror(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,6 +213,7 @@ def test_single_process_tasks_are_refused(tmp_path: Path, tiny_shards: Path, mon
             ["--backend", "tcp", "--", "pretrain", "x"],
             "argument --backend: expected one of ring, mpi, nccl, jaccl, got 'tcp'",
         ),
+        (["--hosts", ",", "--", "pretrain", "x"], "--hosts: expected addresses separated by commas"),
         (["--hosts", "a", "--hostfile", "f", "--", "pretrain", "x"], "--hosts and --hostfile: expected only one"),
         (["--hostfile", "f", "-n", "2", "--", "pretrain", "x"], "--ranks: not allowed with --hostfile"),
         (["--", "generate", "x"], "launch: expected a command after --: pretrain or sft"),
