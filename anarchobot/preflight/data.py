@@ -40,7 +40,7 @@ def tokenizer(context: Context) -> Outcome:
 
 @check(
     "dataset",
-    ("packages it asks for",),
+    ("optional packages",),
     "name local files in data.dataset (and their field in data.text_field), or set data.fallback: builtin",
 )
 def dataset(context: Context) -> Outcome:
@@ -85,7 +85,7 @@ def _excerpts(texts: Iterable[str]) -> str:
     return "; ".join(repr(text[:SHOWN_CHARS]) for text in islice(texts, SHOWN))
 
 
-@check("dataset", ("packages it asks for",), "correct data.dataset: docs/tuning.md")
+@check("dataset", ("optional packages",), "correct data.dataset: docs/tuning.md")
 def conversations(context: Context) -> Outcome:
     """Reads the first conversations (sft) or preference pairs (dpo)."""
     config, counts = context.loaded.config, RowCounts()

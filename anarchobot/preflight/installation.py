@@ -24,7 +24,7 @@ def packages(context: Context) -> Outcome:
     return _installed(context, None)
 
 
-@check("packages it asks for", ("configuration",))
+@check("optional packages", ("configuration",))
 def optional_packages(context: Context) -> Outcome:
     """The extras that this configuration needs."""
     return _installed(context, _adapt_extras(context) if hasattr(context, "adapt") else _training_extras(context))

@@ -17,7 +17,7 @@ from anarchobot.tasks.supervise import CPU_RATE, GPU_RATE
 from anarchobot.training.display import duration
 
 
-@check("device", ("packages it asks for",), "set train.device: auto")
+@check("device", ("optional packages",), "set train.device: auto")
 def device(context: Context) -> Outcome:
     """Raises UserError if train.device is not available."""
     train = context.loaded.config.train

@@ -193,7 +193,7 @@ FAULTS: dict[str, tuple[Callable[[Broken], Any], str, str, str, str]] = {
     "a package is missing": (lambda b: b.without("rich"), "packages", "fail", "rich>=13.9 is missing", "pip install"),
     "a package is old": (lambda b: b.without("numpy", "1.26.4"), "packages", "fail", "1.26.4 is installed",
                          "pip install"),
-    "no PyTorch": (lambda b: (b.set(train__backend="torch"), b.without("torch")), "packages it asks for", "fail",
+    "no PyTorch": (lambda b: (b.set(train__backend="torch"), b.without("torch")), "optional packages", "fail",
                    "torch>=", "anarchobot[torch]"),
 }  # fmt: skip
 
