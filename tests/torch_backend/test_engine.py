@@ -8,6 +8,7 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.data.windows import Batch
+from anarchobot.tasks.engines import open_engine
 from anarchobot.training.engine import LossScale
 from anarchobot.training.mlx_engine import MLXEngine
 from tests.torch_backend.settings import batch, config, train
@@ -334,3 +335,11 @@ def test_memory_in_use_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 5 * 10**9)
     monkeypatch.setattr(trained, "device", torch.device("mps"))
     assert trained.memory_gb() == {"active_memory_gb": 2.0, "cache_memory_gb": 3.0}
+
+
+def test_other_architectures_are_refused() -> None:
+    """This backend has the Llama family only."""
+    chosen = config(backend="torch")
+    other = chosen.model_copy(update={"model": chosen.model.model_copy(update={"architecture": "gemma"})})
+    with pytest.raises(UserError, match=r"train\.backend: torch has no gemma: set train\.backend to mlx"):
+        open_engine(other)
