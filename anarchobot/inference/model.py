@@ -9,7 +9,7 @@ import mlx.core as mx
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.model.gradient_accumulator import Params
-from anarchobot.numerics.elementary import on_cpu
+from anarchobot.numerics.device import on_cpu
 from anarchobot.tokenizers.tokenizer import Tokenizer
 
 

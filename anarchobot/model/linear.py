@@ -24,7 +24,7 @@ import mlx.core as mx
 from anarchobot.config.validation import PROJECTIONS
 from anarchobot.model.gradient_accumulator import GradientAccumulator, Params
 from anarchobot.model.lora import GROUP
-from anarchobot.numerics.elementary import on_cpu
+from anarchobot.numerics.device import on_cpu
 
 _FEW_ROWS = 8  # with fewer rows, a CPU multiplies by quantized weights faster than it dequantizes them
 

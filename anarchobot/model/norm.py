@@ -2,7 +2,8 @@
 
 import mlx.core as mx
 
-from anarchobot.numerics.elementary import on_cpu, row_sums
+from anarchobot.numerics.device import on_cpu
+from anarchobot.numerics.elementary import row_sums
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import mlx.core as mx
 
-from anarchobot.numerics.elementary import on_cpu
+from anarchobot.numerics.device import on_cpu
 from anarchobot.optim.param_groups import MIN_SIZE_FOR_STRIPS, NORM_EPS, NORM_MARGIN, POLAR_EXPRESS, STRIPS
 
 

@@ -16,7 +16,8 @@ import mlx.core as mx
 
 from anarchobot.config.schema import ModelConfig
 from anarchobot.model.architecture import query_blocks
-from anarchobot.numerics.elementary import exp, on_cpu, row_sums
+from anarchobot.numerics.device import on_cpu
+from anarchobot.numerics.elementary import exp, row_sums
 from anarchobot.numerics.eval_order import EvalOrder, depend
 
 Mask = mx.array | str | None
