@@ -72,7 +72,8 @@ def ours(shape: Shape) -> dict[str, Any]:
     engine = MLXEngine(Config.model_validate(config))
     if free_order:
         engine.options = replace(engine.options, wait=eval_order.unordered)
-    engine.options = replace(engine.options, autodiff=autodiff)
+    if autodiff:
+        engine.options = replace(engine.options, technique="autodiff")
     if small_cache:
         mx.set_cache_limit(32 << 20)
     ids = tokens(shape)

@@ -143,6 +143,7 @@ ELSEWHERE = {
     "guard.rollback_after": "tests/training/test_loop.py::test_run_continues_after_the_bad_data",
     "train.gradient_checkpointing": "tests/training/test_mlx_engine.py::test_gradient_checkpointing_uses_less_memory",
     "train.attention_block": "tests/training/test_mlx_engine.py::test_chunk_and_block_sizes_take_effect",
+    "train.technique": "tests/system/test_technique.py::test_a_technique_in_the_configuration_is_used",
     "train.loss_chunk": "tests/training/test_mlx_engine.py::test_chunk_and_block_sizes_take_effect",
     "train.cpu_threads": "tests/training/test_mlx_engine.py::test_threads_split_the_rows_and_give_the_same_result",
     "train.compile": "tests/training/test_mlx_engine.py::test_checkpointing_and_compilation_give_the_same_weights",

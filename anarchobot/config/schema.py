@@ -161,6 +161,9 @@ class DataConfig(Section):
         return [self.shard_dir] if isinstance(self.shard_dir, str) else self.shard_dir
 
 
+Technique = Literal["blocked", "fused", "sdpa", "autodiff"]
+
+
 class TrainConfig(Section):
     """The training run: length, batch size, optimizer, precision, checkpoints and logs."""
 
@@ -221,7 +224,13 @@ class TrainConfig(Section):
     attention_block: Positive | None = Field(
         None, description="query block size in attention; default: chosen from the memory needed for the scores"
     )
-    loss_chunk: Positive = Field(256, description="tokens per chunk in the output head and loss")
+    loss_chunk: Positive | None = Field(
+        None, description="tokens per chunk in the output head and loss; default: 1024 on GPU, 256 on CPU"
+    )
+    technique: Literal["auto", "blocked", "fused", "sdpa", "autodiff"] = Field(
+        "auto",
+        description="attention and its gradient in MLX; auto: as measured by bench --device, else the device's default",
+    )
     cpu_threads: Positive | None = Field(
         None, description="CPU only: threads that split the sequences of a micro-batch; default: one per core"
     )

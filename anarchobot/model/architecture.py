@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast, get_
 import numpy as np
 import numpy.typing as npt
 
-from anarchobot.config.schema import ModelConfig
+from anarchobot.config.schema import ModelConfig, Technique
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -36,6 +36,7 @@ EXPORT_LIBRARIES: dict[ExportTarget, str] = {"hf": "transformers", "mlx": "mlx-l
 QueryBlocks = Sequence[tuple[int, int]]  # [start, end) of each block of queries, which sees the keys [0, end)
 # Bytes of float32 attention scores in a block of queries: fits a CPU's caches; keeps a GPU busy.
 CPU_BLOCK_BYTES, GPU_BLOCK_BYTES = 4 << 20, 64 << 20
+CPU_LOSS_CHUNK, GPU_LOSS_CHUNK = 256, 1024  # tokens per chunk of the output head
 
 
 class ActivationSizes(NamedTuple):
@@ -160,10 +161,11 @@ def forward_pass(model: ModelConfig) -> ForwardPass:
     return cast(ForwardPass, import_module(f"anarchobot.model.{model.architecture}.forward"))
 
 
-def gradients(model: ModelConfig, *, autodiff: bool = False) -> LossAndGradients:
-    """Returns the architecture's hand-written gradients, or model/autodiff.py if it has none or with `autodiff`."""
+def gradients(model: ModelConfig, technique: Technique = "blocked") -> LossAndGradients:
+    """Returns the architecture's hand-written gradients, or model/autodiff.py if it has none or for `autodiff`."""
     folder = f"anarchobot.model.{model.architecture}"
-    module = f"{folder}.gradients" if not autodiff and find_spec(f"{folder}.gradients") else "anarchobot.model.autodiff"
+    hand_written = technique != "autodiff" and find_spec(f"{folder}.gradients")
+    module = f"{folder}.gradients" if hand_written else "anarchobot.model.autodiff"
     return cast(LossAndGradients, import_module(module).loss_and_gradients)
 
 

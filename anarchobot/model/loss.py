@@ -12,10 +12,11 @@ from collections.abc import Iterator
 import mlx.core as mx
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.model.architecture import forward_pass
+from anarchobot.model.architecture import CPU_LOSS_CHUNK, GPU_LOSS_CHUNK, forward_pass
 from anarchobot.model.gradient_accumulator import GradientAccumulator, Params, add_product
 from anarchobot.model.linear import Matrix, matmul, matmul_t, matrix
-from anarchobot.model.step_options import LOSS_CHUNK, MicroBatch, StepOptions
+from anarchobot.model.step_options import MicroBatch, StepOptions
+from anarchobot.numerics.device import on_cpu
 from anarchobot.numerics.elementary import exp, row_sums, tanh
 from anarchobot.numerics.eval_order import EvalOrder, depend
 
@@ -66,7 +67,7 @@ def head_loss(
 
 
 def loss_sum(
-    hidden: mx.array, weight: Matrix, targets: mx.array, model: ModelConfig, chunk: int = LOSS_CHUNK
+    hidden: mx.array, weight: Matrix, targets: mx.array, model: ModelConfig, chunk: int | None = None
 ) -> mx.array:
     """Returns the summed cross-entropy in nats (float32 scalar), without gradients: for evaluation.
 
@@ -76,7 +77,7 @@ def loss_sum(
 
 
 def token_losses(
-    hidden: mx.array, weight: Matrix, targets: mx.array, model: ModelConfig, chunk: int = LOSS_CHUNK
+    hidden: mx.array, weight: Matrix, targets: mx.array, model: ModelConfig, chunk: int | None = None
 ) -> mx.array:
     """Returns the cross-entropy of each token [N], float32; 0 at negative targets. Arguments as for `loss_sum`."""
     losses: list[mx.array] = []
@@ -93,7 +94,7 @@ def loss_and_gradients(
     model: ModelConfig,
     scale: mx.array,
     weight_gradient: mx.array | None = None,
-    chunk: int = LOSS_CHUNK,
+    chunk: int | None = None,
     wait: EvalOrder = depend,
     train_weight: bool = True,
 ) -> tuple[mx.array, mx.array, mx.array | None]:
@@ -135,9 +136,11 @@ def _chunk_backward(
 
 
 def _chunks(
-    hidden: mx.array, targets: mx.array, scale: mx.array, chunk: int
+    hidden: mx.array, targets: mx.array, scale: mx.array, chunk: int | None
 ) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
-    """Yields chunks of hidden states and targets, each with the scalar scale or the scale of its tokens [C, 1]."""
+    """Yields chunks of hidden states and targets, each with the scalar scale or the scale of its tokens [C, 1]. `chunk`
+    None: the device's default."""
+    chunk = chunk or (CPU_LOSS_CHUNK if on_cpu() else GPU_LOSS_CHUNK)
     for i in range(0, hidden.shape[0], chunk):
         yield hidden[i : i + chunk], targets[i : i + chunk], scale if scale.ndim == 0 else scale[i : i + chunk, None]
 

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from anarchobot.config.schema import Technique
+from anarchobot.model.architecture import CPU_LOSS_CHUNK
 from anarchobot.numerics.eval_order import EvalOrder, depend
 from anarchobot.numerics.profiling import NO_PROFILE, Profile
 
-LOSS_CHUNK = 256  # tokens
 Objective = Callable[[mx.array], tuple[mx.array, mx.array]]
 """Maps the log-probabilities of the rows' targets [B] to a vector of the summed loss and any extra metrics, and the
 gradient [B] of the loss."""
@@ -38,17 +39,17 @@ class StepOptions:
     """Options of a forward and backward pass; they change the results only by rounding.
 
     `recompute`: save only each block's input and run its forward pass again (gradient checkpointing; Chen et al.,
-    2016). `wait`: evaluation order (numerics/eval_order.py). `attention_block`: queries per block; None: chosen by
-    memory. `mlp_rows`: tokens per chunk of an MLP; None: all. `loss_chunk`: tokens per chunk of the head. `autodiff`:
-    differentiate by MLX, even if there are hand-written gradients. `profile`: profiler hook.
+    2016). `technique`: how attention and gradients are computed (train.technique). `wait`: evaluation order
+    (numerics/eval_order.py). `attention_block`: queries per block; None: chosen by memory. `mlp_rows`: tokens per chunk
+    of an MLP; None: all. `loss_chunk`: tokens per chunk of the head. `profile`: profiler hook.
     """
 
     recompute: bool = False
+    technique: Technique = "blocked"
     wait: EvalOrder = depend
     attention_block: int | None = None
     mlp_rows: int | None = None
-    loss_chunk: int = LOSS_CHUNK
-    autodiff: bool = False
+    loss_chunk: int = CPU_LOSS_CHUNK
     profile: Profile = NO_PROFILE
 
 

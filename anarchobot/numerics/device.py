@@ -15,8 +15,7 @@ def on_cpu() -> bool:
 
 @contextmanager
 def gpu_path() -> Iterator[None]:
-    """A context manager in which `on_cpu` is False in all threads: the CPU runs the code of a GPU. For tests, and to count
-    a GPU's kernels without one."""
+    """A context manager in which `on_cpu` is False, in all threads: the CPU then runs the code of a GPU."""
     global _gpu_path
     before, _gpu_path = _gpu_path, True
     try:

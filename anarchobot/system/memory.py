@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from anarchobot.config.schema import Config, LoraConfig, ModelConfig, TrainConfig
-from anarchobot.model.architecture import architecture, query_blocks
+from anarchobot.model.architecture import CPU_LOSS_CHUNK, GPU_LOSS_CHUNK, architecture, query_blocks
 from anarchobot.model.lora import GROUP, adapted_matrices, is_quantized, trained_shapes
 from anarchobot.model.parameters import by_block, lowest_trained_block, parameter_shapes
 from anarchobot.numerics.cores import CPU_MLP_ROWS, workers_for
@@ -176,7 +176,7 @@ class _Part:
         self._scores = self._scores * (workers + 1) // (2 * workers)  # the threads do not all peak at once
         mlp_rows = min(n, CPU_MLP_ROWS) if on_cpu else n
         self._chunk_x, self._chunk_mlp = itemsize * mlp_rows * model.d_model, itemsize * mlp_rows * model.mlp_size
-        self._loss_chunk = -(-train.loss_chunk // workers)
+        self._loss_chunk = -(-(train.loss_chunk or (CPU_LOSS_CHUNK if on_cpu else GPU_LOSS_CHUNK)) // workers)
         matrices = [math.prod(s) for name, s in parameter_shapes(model).items() if ".layers.0." in name and len(s) == 2]
         # A block's weights cast to the products' dtype, or dequantized.
         self._cast = itemsize * sum(matrices) if itemsize == 2 or config.lora.quantize else 0

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from anarchobot.config.schema import Config
 from anarchobot.data.windows import Batch
+from anarchobot.model.architecture import CPU_LOSS_CHUNK
 from anarchobot.model.parameters import init_parameters, parameter_shapes
 from anarchobot.optim.param_groups import adamw_lr_ratio
 from anarchobot.torch_backend import optim
@@ -162,7 +163,8 @@ class TorchEngine(BaseEngine[Tensor]):
 
     def _step_options(self, block: BlockForward) -> StepOptions:
         train = self._config.train
-        return StepOptions(train.gradient_checkpointing, train.attention_block, train.loss_chunk, block)
+        chunk = train.loss_chunk or CPU_LOSS_CHUNK
+        return StepOptions(train.gradient_checkpointing, train.attention_block, chunk, block)
 
     def _try_block(self, block: BlockForward) -> None:
         """Runs a forward and backward pass at the run's batch size and length, so that compiled code is reused. One

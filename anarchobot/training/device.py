@@ -5,6 +5,8 @@ import re
 import mlx.core as mx
 
 from anarchobot.config.errors import UserError
+from anarchobot.numerics.device import on_cpu
+from anarchobot.system.technique import DeviceKind
 
 CPU_CACHE_BYTES = 2**30  # MLX's cache of freed memory; its default on a CPU, 32 MB, makes a step a quarter slower
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -27,6 +29,11 @@ def choose_device(device: str) -> mx.Device:
     if chosen == mx.Device(mx.cpu):
         mx.set_cache_limit(CPU_CACHE_BYTES)
     return chosen
+
+
+def device_kind() -> DeviceKind:
+    """The kind of MLX's default device; with `gpu_path` (numerics/device.py) on a CPU, Metal."""
+    return "cpu" if on_cpu() else "cuda" if mx.cuda.is_available() else "metal"
 
 
 def as_memory_error(error: RuntimeError) -> Exception:

@@ -23,10 +23,12 @@ from anarchobot.model.parameters import init_parameters, parameter_shapes
 from anarchobot.model.step_options import MicroBatch, Objective, StepOptions
 from anarchobot.numerics import eval_order
 from anarchobot.numerics.cores import CPU_MLP_ROWS, workers_for
+from anarchobot.numerics.device import on_cpu
 from anarchobot.optim import muon_adamw
 from anarchobot.optim.muon import muon_directions
 from anarchobot.optim.param_groups import balanced_shares, select_trainable
-from anarchobot.training.device import DTYPES, as_memory_error, choose_device
+from anarchobot.system.technique import default_settings
+from anarchobot.training.device import DTYPES, as_memory_error, choose_device, device_kind
 from anarchobot.training.engine import BaseEngine
 from anarchobot.training.ranks import SINGLE_PROCESS, Ranks
 from anarchobot.training.sharded_muon import ShardedMuon
@@ -49,7 +51,7 @@ class MLXEngine(BaseEngine[mx.array]):
         """`weights`: the model's initial weights by name, each read once (None: random init from train.seed)."""
         model, train = config.model, config.train
         self.device = choose_device(train.device)
-        on_gpu = self.device == mx.Device(mx.gpu)
+        on_gpu = not on_cpu()
         super().__init__(config, train.precision or ("bfloat16" if on_gpu else "float32"), ranks)
         self.dtype = DTYPES[self.precision]
         self.forward = forward_pass(model)
@@ -64,7 +66,8 @@ class MLXEngine(BaseEngine[mx.array]):
         self.average = dict(self.params) if train.ema_decay else None
         self._after_load()
 
-        self.compiled = on_gpu if train.compile is None else train.compile
+        settings = default_settings(config, device_kind(), self.precision)
+        self.compiled = settings.compile
         wrap: Callable[[Any], Any] = mx.compile if self.compiled else lambda function: function
         self.traces = 0  # of the functions below; each is a compilation, if they are compiled
         self._micro_step, self._update = wrap(self._loss_and_gradients), wrap(self._clip_and_update)
@@ -75,10 +78,11 @@ class MLXEngine(BaseEngine[mx.array]):
         self._sharded_muon = ShardedMuon(ranks, self.params, muon_names, self.workers.count, train.share_muon)
         self.options = StepOptions(
             recompute=train.gradient_checkpointing,
+            technique=settings.technique,
             wait=eval_order.depend if on_gpu or self.compiled else eval_order.eval_now,
             attention_block=train.attention_block,
             mlp_rows=None if on_gpu else CPU_MLP_ROWS,
-            loss_chunk=-(-train.loss_chunk // self.workers.count),
+            loss_chunk=-(-settings.loss_chunk // self.workers.count),
         )
 
     # ---- Gradients ----
@@ -127,7 +131,7 @@ class MLXEngine(BaseEngine[mx.array]):
         segments, objective = self._segments_and_objective(targets, extra)
         batch = MicroBatch(inputs, targets, scale, segments, key, self._config.lora.dropout, objective)
         model, options = self._config.model, self.options
-        loss_and_gradients = gradients(model, autodiff=options.autodiff)
+        loss_and_gradients = gradients(model, options.technique)
         return loss_and_gradients(params, batch, model, frozen=frozen, sums=sums, dtype=self.dtype, options=options)
 
     def _slice(self, batch: Batch, i: int, worker: int) -> MicroBatchSlice:

@@ -120,6 +120,7 @@ def another_value(key: str, default: Any) -> Any:
         "data.near_dedup": 0.8, "data.pack": "documents", "tokenizer.engine": "fast",
         "tokenizer.on_mismatch": "fallback", "model.embedding_scale": 2.5, "train.adamw_lr": 2.5,
         "train.muon_scale": "keller", "train.ema_decay": 0.5, "train.attention_block": 7, "train.cpu_threads": 3,
+        "train.loss_chunk": 7, "train.technique": "fused",
         "lora.r": 12, "lora.target_modules": ["q_proj", "v_proj"], "lora.num_layers": 3, "lora.quantize": 4,
         "lora.dropout": 0.25, "lora.adapter_format": "peft", "train.patience": 3, "chat.format": "oasst",
         "chat.train_on": "all", "chat.too_long": "drop", "preference.loss": "ipo", "preference.label_smoothing": 0.25,

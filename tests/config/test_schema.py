@@ -38,6 +38,7 @@ STABLE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 CHOICES = {
+    "train.technique": '"auto" | "blocked" | "fused" | "sdpa" | "autodiff"',
     "model.architecture": '"llama"',
     "model.ffn_activation": '"silu" | "gelu"',
     "data.fallback": '"builtin", or null',
@@ -84,7 +85,7 @@ def test_keys_of_the_stable_sections() -> None:
     }  # fmt: skip
     added_train_keys = {
         "decay_fraction", "adamw_lr", "normuon", "muon_split_heads", "muon_scale", "cautious_weight_decay", "ema_decay",
-        "attention_block", "loss_chunk", "cpu_threads", "ckpt_minutes", "supervise", "init_from",
+        "attention_block", "loss_chunk", "technique", "cpu_threads", "ckpt_minutes", "supervise", "init_from",
         "patience", "trainable", "first_sequence", "memory_budget_gb", "share_muon",
     }  # fmt: skip
     added_model_keys = {"architecture", "embedding_scale", "value_residual", "bos_id"}

@@ -85,7 +85,7 @@ def test_objective_on_row_log_probabilities(options: str) -> None:
 def test_hand_written_gradients_are_preferred() -> None:
     model = tiny()
     assert gradients(model) is hand_written.loss_and_gradients
-    assert gradients(model, autodiff=True) is autodiff.loss_and_gradients
+    assert gradients(model, "autodiff") is autodiff.loss_and_gradients
 
 
 def test_memory() -> None:
