@@ -156,10 +156,13 @@ def adamw_lr_ratio(train: TrainConfig) -> float:
     return train.adamw_lr / train.lr
 
 
-def muon_flops(shapes: Mapping[str, Shape], train: TrainConfig, head_size: int, on_cpu: bool) -> int:
+def muon_flops(
+    shapes: Mapping[str, Shape], train: TrainConfig, head_size: int, *, on_cpu: bool, reduced_float32: bool
+) -> int:
     """FLOPs of Muon's matrix products in one update. For each matrix, or each head's part of an attention projection
     with train.muon_split_heads, of small side s and large side k (optim/polar_express.py): X X^T, 17 products of [s, s]
-    and the last one with X, 4 s^2 k + 34 s^3; of symmetric products in strips, only what is computed."""
+    and the last one with X, 4 s^2 k + 34 s^3; of symmetric products in strips, only what is computed. With
+    `reduced_float32`, five steps on X, 20 s^2 k + 10 s^3."""
     total = 0
     for name, (*sides,) in shapes.items():
         if optimizer_of(name, len(sides), train.optimizer) != "muon":
@@ -169,6 +172,9 @@ def muon_flops(shapes: Mapping[str, Shape], train: TrainConfig, head_size: int, 
             axis = 1 if "o_proj" in name else 0
             parts, sides[axis] = sides[axis] // head_size, head_size
         s, k = sorted(sides)
+        if reduced_float32:
+            total += parts * len(POLAR_EXPRESS) * (4 * s * s * k + 2 * s**3)
+            continue
         strips = STRIPS if on_cpu and s >= MIN_SIZE_FOR_STRIPS else 1
         pairs = sum((end - start) * end for start, end in pairwise(s * i // strips for i in range(strips + 1)))
         total += parts * (2 * pairs * (k + 17 * s) + 2 * s * s * k)

@@ -48,6 +48,7 @@ def bench(loaded: LoadedConfig, steps: int = 5) -> dict[str, Any]:
     import mlx.core as mx
 
     from anarchobot.data.windows import Batch
+    from anarchobot.numerics.device import reduced_float32
     from anarchobot.numerics.profiling import TimedProfile
     from anarchobot.training.mlx_engine import MLXEngine
 
@@ -85,7 +86,9 @@ def bench(loaded: LoadedConfig, steps: int = 5) -> dict[str, Any]:
     blocks = query_blocks(rows, model.n_heads, config.data.seq_len, plain.attention_block, on_cpu=on_cpu)
     sequences, tokens = ids.shape[0] * ids.shape[1], int(batch.inputs.size)
     counts = dict(architecture(model.architecture).step_flops(model, sequences, blocks))
-    counts["update by Muon"] = muon_flops(parameter_shapes(model), train, model.head_size, on_cpu)
+    counts["update by Muon"] = muon_flops(
+        parameter_shapes(model), train, model.head_size, on_cpu=on_cpu, reduced_float32=reduced_float32()
+    )
     counts["update by AdamW"] = 0
     if train.optimizer == "adamw":
         del counts["update by Muon"]

@@ -12,7 +12,10 @@ from anarchobot.config.schema import Config, ModelConfig, TrainConfig
 from anarchobot.data.windows import Batch
 from anarchobot.model.architecture import architecture
 from anarchobot.model.parameters import model_flops, parameter_shapes
-from anarchobot.optim.param_groups import muon_flops
+from anarchobot.numerics.device import gpu_path
+from anarchobot.numerics.eval_order import depend
+from anarchobot.optim.muon import muon_directions
+from anarchobot.optim.param_groups import muon_flops, optimizer_of
 from anarchobot.training.mlx_engine import MLXEngine
 
 LLAMA = architecture("llama")
@@ -79,9 +82,9 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         count(a, b)
         return product(a, b)
 
-    def counted_sum(c: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    def counted_sum(c: mx.array, a: mx.array, b: mx.array, /, alpha: float = 1.0, beta: float = 1.0) -> mx.array:
         count(a, b)
-        return sum_of_product(c, a, b)
+        return sum_of_product(c, a, b, alpha, beta)
 
     with monkeypatch.context() as patch:
         patch.setattr(mx.array, "__matmul__", counted_product)
@@ -119,7 +122,8 @@ def test_executed_flops_equal_the_count(
     expected = model_flops(config.model, 2 * micro_batches, blocks)
     expected += LLAMA.recomputed_flops(config.model, 2 * micro_batches, blocks, again)
     if config.train.optimizer == "muon_adamw":
-        expected += muon_flops(parameter_shapes(config.model), config.train, config.model.head_size, on_cpu=True)
+        shapes, head_size = parameter_shapes(config.model), config.model.head_size
+        expected += muon_flops(shapes, config.train, head_size, on_cpu=True, reduced_float32=False)
     if again:  # a recomputed block's down_proj is in the graph but is never evaluated
         expected += 2 * 2 * 80 * config.model.mlp_size * 32
     assert counted[0] == expected
@@ -129,6 +133,17 @@ def test_muon_uses_strips_only_on_a_cpu() -> None:
     model = ModelConfig(vocab_size=8, n_layers=1, d_model=512, n_heads=1, mlp_multiple=2.0)
     whole = 4 * (4 * 512**3 + 34 * 512**3) + 3 * (4 * 512**2 * 1024 + 34 * 512**3)
     shapes, train = parameter_shapes(model), TrainConfig(muon_split_heads=False)
-    assert muon_flops(shapes, train, model.head_size, on_cpu=False) == whole
+    assert muon_flops(shapes, train, model.head_size, on_cpu=False, reduced_float32=False) == whole
     spared = 4 * (2 + 34) * 512**3 + 3 * (2 * 512**2 * 1024 + 34 * 512**3)  # strips save 3/8 of symmetric products
-    assert muon_flops(shapes, train, model.head_size, on_cpu=True) == whole - spared * 3 // 8
+    assert muon_flops(shapes, train, model.head_size, on_cpu=True, reduced_float32=False) == whole - spared * 3 // 8
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_gpus_muon_executes_the_count(tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With products rounded to TF32, it takes other steps (optim/polar_express.py)."""
+    model, train = ModelConfig(vocab_size=8, n_layers=1, d_model=24, n_heads=3), TrainConfig()
+    shapes = parameter_shapes(model)
+    matrices = {name: mx.ones(s) for name, s in shapes.items() if optimizer_of(name, len(s), "muon_adamw") == "muon"}
+    with counting(monkeypatch) as counted, gpu_path(tf32=tf32):
+        muon_directions(matrices, matrices, mx.array(0.9), train, model.head_size, depend)
+    assert counted[0] == muon_flops(shapes, train, model.head_size, on_cpu=False, reduced_float32=tf32)
