@@ -1,8 +1,9 @@
 """Peak FLOP/s of known GPUs and the model FLOPs per training token, from which a run's utilization (MFU) follows.
 
 Apple publishes no peak numbers. A GPU core performs 128 float32 multiply-adds per cycle, and float16 and bfloat16 are
-no faster; the clock rates were measured by others (github.com/philipturner/metal-benchmarks for M1 and M2). NVIDIA's
-numbers are dense bfloat16 from the data sheets. Chips not listed here have no known peak.
+no faster; the clock rates were measured by others (github.com/philipturner/metal-benchmarks for M1 and M2; for M4 the
+highest frequency that powermetrics lists). NVIDIA's numbers are dense bfloat16 from the data sheets. Chips not listed
+here have no known peak: the GPU cores of M5 have matrix units whose FLOP/s are not published.
 """
 
 import json
@@ -18,6 +19,7 @@ APPLE_GHZ = {
     "M1": 1.278, "M1 Pro": 1.296, "M1 Max": 1.296, "M1 Ultra": 1.296,
     "M2": 1.398, "M2 Pro": 1.398, "M2 Max": 1.398, "M2 Ultra": 1.398,
     "M3": 1.398, "M3 Pro": 1.398, "M3 Max": 1.398, "M3 Ultra": 1.398,
+    "M4": 1.578, "M4 Pro": 1.578, "M4 Max": 1.578,
 }  # fmt: skip
 NVIDIA_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "L4": 121.0, "L40S": 362.0}  # not for float32
 

@@ -11,7 +11,13 @@ from anarchobot.system.peak_flops import parse_gpu_cores, peak_tflops, training_
 
 @pytest.mark.parametrize(
     ("name", "cores", "published"),
-    [("Apple M1", 8, 2.6), ("Apple M1 Max", 32, 10.6), ("Apple M2", 10, 3.6), ("Apple M2 Ultra", 76, 27.2)],
+    [
+        ("Apple M1", 8, 2.6),
+        ("Apple M1 Max", 32, 10.6),
+        ("Apple M2", 10, 3.6),
+        ("Apple M2 Ultra", 76, 27.2),
+        ("Apple M4", 10, 4.0),
+    ],
 )
 def test_peak_matches_published_figures(name: str, cores: int, published: float) -> None:
     """Apple announced 2.6 (M1) and 3.6 TFLOPS (M2); the others are from philipturner/metal-benchmarks."""
