@@ -8,13 +8,14 @@ from anarchobot import __version__
 from anarchobot.cli import data, inference, knowledge, models, preflight, runs, training
 from anarchobot.cli.parser import Parser, parse
 from anarchobot.config.errors import UserError
+from anarchobot.system.gpu_watchdog import as_gpu_timeout, relax_watchdog
 
 
 def build_parser() -> Parser:
     parser = Parser(
         prog="anarchobot",
         description="Train, fine-tune and run your own language models.",
-        epilog="Exit codes: 0 success, 1 internal error, 2 usage or configuration error, 130 stopped by Ctrl-C.",
+        epilog="Exit codes: 0 success, 1 internal or GPU error, 2 usage or configuration error, 130 stopped by Ctrl-C.",
     )
     parser.add_argument("--version", action="version", version=f"anarchobot {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    relax_watchdog()
     try:
         parser = build_parser()
         args = parse(parser, argv)
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()  # here, so that a closed pipe is handled below
         return int(code)
     except UserError as error:
-        return _fail(str(error), 2, debug)
+        return _fail(str(error), error.exit_code, debug)
     except KeyboardInterrupt:
         return _fail("stopped", 130, debug)
     except BrokenPipeError:  # the reader closed the pipe; discard buffered output
@@ -46,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 2, debug)
     except Exception as error:
+        if timeout := as_gpu_timeout(error):
+            return _fail(str(timeout), timeout.exit_code, debug)
         what = " ".join(f"{type(error).__name__}: {error}".split())
         return _fail(f"internal error: {what} (--debug shows the traceback)", 1, debug)
 

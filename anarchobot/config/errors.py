@@ -1,4 +1,4 @@
-"""Errors that the user can fix: one line, no traceback, exit code 2."""
+"""Errors that the user can fix: one line and no traceback."""
 
 import difflib
 from collections.abc import Iterable
@@ -8,8 +8,10 @@ class UserError(Exception):
     """A usage or configuration error.
 
     The message is one line: what is wrong, where (file, line, key), what was expected, how to fix it.
-    The command line prints it and exits with 2; `--debug` also shows the traceback.
+    The command line prints it and exits with `exit_code`; `--debug` also shows the traceback.
     """
+
+    exit_code = 2
 
     def __init__(self, message: str) -> None:
         # Messages quote user input: escape line breaks and terminal control codes.

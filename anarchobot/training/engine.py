@@ -50,7 +50,7 @@ class Engine(Protocol):
     def train_step(self, batch: Batch, step: int, lr: float, momentum: float, norm_limit: float) -> StepResult: ...
     def eval_step(self, batch: Batch) -> tuple[float, int]:
         """Returns the summed loss in nats over the scored tokens of the batch, and their number; no dropout. Raises
-        MemoryError."""
+        MemoryError and GPUTimeoutError."""
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Returns everything that a checkpoint needs, as arrays that later steps do not change."""
@@ -115,7 +115,7 @@ class BaseEngine(ABC, Generic[A]):
         The loss is the mean over all scored tokens of the batch, regardless of their distribution over micro-batches;
         with several ranks, each has its own batch, and the mean is over all of them. A step whose loss or gradient is
         not finite, or whose norm is above `norm_limit`, changes nothing but the loss scale. Raises MemoryError if the
-        gradients do not fit into memory; then nothing has changed.
+        gradients do not fit into memory, and GPUTimeoutError if macOS stops the GPU; then nothing has changed.
         """
         loss_scale = self._loss_scale.scale if self._loss_scale else 1.0
         denominator = self._loss_denominator(batch)  # keeps float16's sums in range, regardless of micro-batch size

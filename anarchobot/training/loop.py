@@ -19,6 +19,7 @@ from anarchobot.runs import checkpoint
 from anarchobot.runs.async_checkpointer import AsyncCheckpointer, SaveResult
 from anarchobot.runs.metrics_log import MetricsLog
 from anarchobot.runs.progress import OVERFITTING_RISES, Progress
+from anarchobot.system.gpu_watchdog import GPUTimeoutError
 from anarchobot.training.display import TerminalDisplay
 from anarchobot.training.engine import Engine, StepResult
 from anarchobot.training.guard import Guard
@@ -135,8 +136,8 @@ class _TrainingLoop:
             try:
                 result = self._engine.train_step(batch, step, lr, momentum, norm_limit)
                 break
-            except MemoryError:
-                self._shrink_micro_batch(step)
+            except (MemoryError, GPUTimeoutError) as error:
+                self._shrink_micro_batch(step, error)
         self._guard.observe(result.grad_norm, finite=result.finite, overflow=result.overflow)
         position, progress.step = progress.position, step
         tokens = self._ranks.size * batch.inputs.size
@@ -225,20 +226,23 @@ class _TrainingLoop:
         restored.best_val_loss, restored.best_val_bpb = progress.best_val_loss, progress.best_val_bpb
         vars(progress).update(vars(restored))
 
-    def _shrink_micro_batch(self, step: int) -> None:
-        """Called when memory runs out; the batch stays the same."""
+    def _shrink_micro_batch(self, step: int, error: MemoryError | GPUTimeoutError) -> None:
+        """Called when memory runs out or macOS stops the GPU; the batch stays the same."""
+        reason = str(error) if isinstance(error, GPUTimeoutError) else "out of memory"
         if self._rows == 1:
             if self._progress.step > self._saver.newest and not self._guard.last_step_was_bad:
                 self._save()  # the failed step has not changed the weights
             self._wait_for_saves()
+            if isinstance(error, GPUTimeoutError):
+                raise GPUTimeoutError(f"step {step}: {reason}")
             raise UserError(
-                f"step {step}: out of memory with train.micro_batch_size=1: set train.gradient_checkpointing: true, or "
+                f"step {step}: {reason} with train.micro_batch_size=1: set train.gradient_checkpointing: true, or "
                 "reduce the model or data.seq_len"
             )
         self._rows, self._micro_batches = split_micro_batch(self._rows, self._micro_batches)
         self._eval_rows = min(self._eval_rows, self._rows)
         text = (
-            f"step {step}: out of memory: continuing with train.micro_batch_size={self._rows} "
+            f"step {step}: {reason}: continuing with train.micro_batch_size={self._rows} "
             f"train.grad_accum_steps={self._micro_batches} (same batch)"
         )
         self._display.message(text)
@@ -331,7 +335,8 @@ class _TrainingLoop:
         progress.stale = 0
 
     def _evaluate(self, batch: Batch) -> npt.NDArray[np.float64]:
-        """Returns summed loss and token count, using smaller micro-batches if memory runs out."""
+        """Returns summed loss and token count. If memory runs out or macOS stops the GPU, later micro-batches are
+        smaller."""
         rows = batch.inputs.shape[1]
         while True:
             size = min(rows, self._eval_rows)
@@ -339,11 +344,12 @@ class _TrainingLoop:
                 parts = [self._engine.eval_step(batch.rows(i, i + size)) for i in range(0, rows, size)]
                 sums: npt.NDArray[np.float64] = np.sum(parts, axis=0)
                 return sums
-            except MemoryError:
+            except (MemoryError, GPUTimeoutError) as error:
                 if size == 1:
                     raise
                 self._eval_rows = -(-size // 2)
-                self._warn(f"out of memory in validation: continuing with a micro-batch size of {self._eval_rows}")
+                reason = str(error) if isinstance(error, GPUTimeoutError) else "out of memory"
+                self._warn(f"validation: {reason}: continuing with a micro-batch size of {self._eval_rows}")
 
     def _log_event(self, event: str, step: int, **values: Any) -> None:
         if self._log is not None:

@@ -27,8 +27,9 @@ from anarchobot.numerics.device import on_cpu
 from anarchobot.optim import muon_adamw
 from anarchobot.optim.muon import muon_directions
 from anarchobot.optim.param_groups import balanced_shares, select_trainable
+from anarchobot.system.gpu_watchdog import GPUTimeoutError
 from anarchobot.system.technique import default_settings
-from anarchobot.training.device import DTYPES, as_memory_error, choose_device, device_kind
+from anarchobot.training.device import DTYPES, as_device_error, choose_device, device_kind
 from anarchobot.training.engine import BaseEngine
 from anarchobot.training.ranks import SINGLE_PROCESS, Ranks
 from anarchobot.training.sharded_muon import ShardedMuon
@@ -92,8 +93,8 @@ class MLXEngine(BaseEngine[mx.array]):
             parts = self.workers.map(lambda worker: self._worker_gradients(batch, step, scale, worker))
             grads = _sum_parts([grads for _, grads in parts if grads])
         except RuntimeError as error:
-            raised = as_memory_error(error)
-            if isinstance(raised, MemoryError):
+            raised = as_device_error(error)
+            if isinstance(raised, MemoryError | GPUTimeoutError):
                 with suppress(MemoryError):
                     self._ranks.all_gather_scalars(None)  # makes all ranks raise it
             raise raised from None  # the traceback would keep arrays alive
@@ -262,11 +263,11 @@ class MLXEngine(BaseEngine[mx.array]):
         return total
 
     def _run_on_workers(self, work: Callable[[int], T]) -> list[T]:
-        """Returns each worker's result. Raises MemoryError."""
+        """Returns each worker's result. Raises MemoryError and GPUTimeoutError."""
         try:
             return self.workers.map(work)
         except RuntimeError as error:
-            raise as_memory_error(error) from None  # the traceback would keep arrays alive
+            raise as_device_error(error) from None  # the traceback would keep arrays alive
 
     def _evaluate(self, params: Params, inputs: mx.array, targets: mx.array, segments: mx.array | None) -> mx.array:
         self.traces += 1

@@ -13,6 +13,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.data.windows import Batch
 from anarchobot.runs import async_checkpointer, checkpoint
 from anarchobot.runs.progress import Progress
+from anarchobot.system.gpu_watchdog import GPUTimeoutError
 from anarchobot.training.engine import StepResult
 from anarchobot.training.loop import MAX_SKIPPED_STEPS
 from tests.training.fake_engine import FakeEngine, train
@@ -284,7 +285,40 @@ def test_out_of_memory_in_validation_shrinks_its_micro_batch(tmp_path: Path) -> 
     _, lines = train(tmp_path, Small(), 2, eval_interval=1)
     assert [line["val_loss"] for line in lines if line["event"] == "eval"] == [2.0] * 3
     (text,) = [line["text"] for line in lines if line["event"] == "warning"]
-    assert text == "out of memory in validation: continuing with a micro-batch size of 1"
+    assert text == "validation: out of memory: continuing with a micro-batch size of 1"
+
+
+def test_a_stop_by_the_watchdog_shrinks_the_micro_batch_and_says_what_helps(tmp_path: Path) -> None:
+    class Stopped(FakeEngine):
+        """macOS stops micro-batches of more than one row."""
+
+        def _check(self, batch: Batch) -> None:
+            if batch.inputs.shape[1] > 1:
+                raise GPUTimeoutError("macOS stopped the GPU's work: let the display sleep")
+
+        def train_step(self, batch: Batch, step: int, *rest: float) -> StepResult:
+            self._check(batch)
+            return StepResult(1.0, 1.0, 1)
+
+        def eval_step(self, batch: Batch) -> tuple[float, int]:
+            self._check(batch)
+            return 2.0 * batch.inputs.size, batch.inputs.size
+
+    finished, lines = train(tmp_path, Stopped(), 2, eval_interval=1)
+    assert finished
+    assert [line["text"] for line in lines if line["event"] == "warning"] == [
+        "validation: macOS stopped the GPU's work: let the display sleep: continuing with a micro-batch size of 1",
+        "step 1: macOS stopped the GPU's work: let the display sleep: continuing with train.micro_batch_size=1 "
+        "train.grad_accum_steps=6 (same batch)",
+    ]
+
+    class AlwaysStopped(Stopped):
+        def _check(self, batch: Batch) -> None:
+            raise GPUTimeoutError("macOS stopped the GPU's work: let the display sleep")
+
+    with pytest.raises(GPUTimeoutError, match=r"^step 1: macOS stopped .*: let the display sleep$") as caught:
+        train(tmp_path / "always", AlwaysStopped(), 2, val=0)
+    assert caught.value.exit_code == 1
 
 
 def test_failed_sample_does_not_stop_the_run(tmp_path: Path) -> None:
