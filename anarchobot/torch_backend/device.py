@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from functools import lru_cache
 
 import torch
 
@@ -24,6 +25,17 @@ def choose_device(device: str) -> torch.device:
     if device == "gpu":
         raise UserError("train.device: gpu, but PyTorch finds no GPU: set train.device to auto")
     return torch.device("cpu")
+
+
+@lru_cache
+def reduced_float32(device: torch.device) -> bool:
+    """Whether PyTorch rounds the operands of float32 matrix products on this device, for example to TF32 after
+    `torch.set_float32_matmul_precision("high")`, which is not the default. Measured once in a process, as in
+    numerics/device.py."""
+    value = 1 + 2**-23
+    sizes = (64, 512)
+    products = (torch.full((n, n), value, device=device) @ torch.eye(n, device=device) for n in sizes)
+    return any(bool((product != value).any()) for product in products)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -19,6 +19,7 @@ from anarchobot.optim.param_groups import (
     split_heads,
     state_shapes,
 )
+from anarchobot.torch_backend.device import reduced_float32
 
 Tensors = dict[str, Tensor]
 State = dict[str, Tensors]  # by kind of moment and parameter name
@@ -72,24 +73,35 @@ def muon(
 
 
 def orthogonalize(g: Tensor) -> Tensor:
-    """Polar Express of a stack [n, rows, cols], all steps on the small side (optim/polar_express.py)."""
+    """Polar Express of a stack [n, rows, cols] (optim/polar_express.py)."""
     tall = g.shape[1] > g.shape[2]
     x = g.mT if tall else g
     x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) * NORM_MARGIN + NORM_EPS)
+    x = _steps_on_x(x) if reduced_float32(x.device) else _steps_on_small_side(x)
+    return x.mT if tall else x
+
+
+def _steps_on_small_side(x: Tensor) -> Tensor:
     gram = x @ x.mT
     poly: Tensor | None = None
     for i, (a, b, c) in enumerate(POLAR_EXPRESS):
         inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # M = a + inner
         if poly is None:
-            poly = inner + a * torch.eye(gram.shape[-1], device=g.device)
+            poly = inner + a * torch.eye(gram.shape[-1], device=x.device)
         else:
             poly = torch.baddbmm(poly, poly, inner, beta=a)
         if i + 1 < len(POLAR_EXPRESS):
             half = torch.baddbmm(gram, gram, inner, beta=a)  # A M
             gram = torch.baddbmm(half, half, inner, beta=a)  # M A M: all of these commute
     assert poly is not None
-    x = torch.bmm(poly, x)
-    return x.mT if tall else x
+    return torch.bmm(poly, x)
+
+
+def _steps_on_x(x: Tensor) -> Tensor:
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
 
 
 def apply_update(w: Tensor, u: Tensor, lr: float, train: TrainConfig) -> None:

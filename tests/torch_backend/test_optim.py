@@ -1,5 +1,8 @@
 """Muon and AdamW against a singular value decomposition, float64 formulas and PyTorch's AdamW."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,7 +13,10 @@ from tests.optim.test_polar_express import iterate, svd_matrix
 
 torch = pytest.importorskip("torch")
 
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
 from anarchobot.torch_backend import optim  # noqa: E402
+from anarchobot.torch_backend.device import reduced_float32  # noqa: E402
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (24, 96), (96, 24), (1, 16), (16, 1)])
@@ -33,6 +39,43 @@ def test_ill_conditioned_matrices_match_float64(smallest: float) -> None:
     got = optim.orthogonalize(torch.tensor(g[None], dtype=torch.float32))[0].double().numpy()
     exact = iterate(g)
     assert np.linalg.norm(got - exact) < 0.005 * np.linalg.norm(exact)
+
+
+class Tf32(TorchDispatchMode):
+    """Rounds the operands of every product to 10 bits of mantissa."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm", "baddbmm"):
+            first = 1 if "add" in name else 0
+            rounded = [
+                ((x.contiguous().view(torch.int32) + (1 << 12)) >> 13 << 13).view(torch.float32) for x in args[first:]
+            ]
+            args = (*args[:first], *rounded)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    reduced_float32.cache_clear()
+    with Tf32():
+        yield
+    reduced_float32.cache_clear()
+
+
+@pytest.mark.parametrize("smallest", [1e-3, 1e-5, 1e-8], ids=str)
+@pytest.mark.parametrize("shape", [(64, 768), (384, 384), (1536, 384)], ids=str)
+def test_products_rounded_to_tf32_give_the_same_singular_values(
+    tf32: None, shape: tuple[int, int], smallest: float
+) -> None:
+    g, _ = svd_matrix(*shape, smallest=smallest)
+    got, exact = optim.orthogonalize(torch.tensor(g[None], dtype=torch.float32))[0].double().numpy(), iterate(g)
+    assert np.linalg.svd(got, compute_uv=False)[0] < 1.15
+    assert np.vdot(got, exact) > 0.95 * np.linalg.norm(got) * np.linalg.norm(exact)
+
+
+def test_exact_products_are_not_taken_for_rounded_ones() -> None:
+    assert not reduced_float32(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("most", [2**23, 600], ids=["together", "one by one"])
