@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from anarchobot.config.schema import Config, Technique
+from anarchobot.config.schema import Config, Technique, TrainConfig
 from anarchobot.model.architecture import CPU_LOSS_CHUNK, GPU_LOSS_CHUNK
 from anarchobot.storage.durable import write_atomic
 
 DeviceKind = Literal["cpu", "metal", "cuda"]
+Task = Literal["pretrain", "sft", "dpo"]
 CUDNN_MAX_HEAD, CUDNN_TILE = 128, 128  # cuDNN's attention gradient: largest head width, divisor of the length
 
 
@@ -28,10 +29,21 @@ class StepSettings(NamedTuple):
 
 def default_settings(config: Config, kind: DeviceKind, precision: str) -> StepSettings:
     """The settings of a device without measurements, except for those that the configuration gives."""
-    train = config.train
-    technique = _default_technique(config, kind, precision) if train.technique == "auto" else train.technique
-    chunk = train.loss_chunk or (CPU_LOSS_CHUNK if kind == "cpu" else GPU_LOSS_CHUNK)
-    return StepSettings(technique, chunk, kind != "cpu" if train.compile is None else train.compile)
+    chunk = CPU_LOSS_CHUNK if kind == "cpu" else GPU_LOSS_CHUNK
+    return given_or(config.train, StepSettings(_default_technique(config, kind, precision), chunk, kind != "cpu"))
+
+
+def given_or(train: TrainConfig, others: StepSettings) -> StepSettings:
+    """The settings of a configuration; `others` replaces technique auto, and null."""
+    return StepSettings(
+        others.technique if train.technique == "auto" else train.technique,
+        train.loss_chunk or others.loss_chunk,
+        others.compile if train.compile is None else train.compile,
+    )
+
+
+def with_settings(config: Config, settings: StepSettings) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update=settings._asdict())})
 
 
 def _default_technique(config: Config, kind: DeviceKind, precision: str) -> Technique:
@@ -56,10 +68,17 @@ def cache_file() -> Path:
     return Path(base) / "anarchobot" / "techniques.json"
 
 
-def cache_key(config: Config, device: str, mlx_version: str, precision: str) -> str:
-    """What a measurement is valid for: `device` is as MLX reports it, such as "Apple M3 Pro"."""
+def has_segments(config: Config, task: Task) -> bool:
+    """Whether the task's sequences hold several documents or conversations that do not see each other."""
+    return {"pretrain": config.data.document_mask, "sft": config.chat.pack, "dpo": False}[task]
+
+
+def cache_key(config: Config, task: Task, device: str, mlx_version: str, precision: str) -> str:
+    """What a measurement is valid for: one device, MLX version, precision and shape of a micro-batch. `device` is as
+    `device_label` (tasks/technique.py) returns it."""
     shape = config.model.model_dump(exclude={"dropout", "max_seq_len", "bos_id", "norm_eps", "rope_theta"})
-    shape |= {"seq_len": config.data.seq_len, "document_mask": config.data.document_mask, "lora": config.lora.r}
+    shape |= {"seq_len": config.data.seq_len, "segments": has_segments(config, task), "pairs": task == "dpo"}
+    shape |= {f"lora.{key}": getattr(config.lora, key) for key in ("r", "target_modules", "num_layers", "quantize")}
     shape |= {key: getattr(config.train, key) for key in ("micro_batch_size", "gradient_checkpointing", "trainable")}
     return f"{device} | MLX {mlx_version} | {precision} | {json.dumps(shape, sort_keys=True)}"
 

@@ -23,6 +23,7 @@ from anarchobot.tasks.engines import open_preference_engine
 from anarchobot.tasks.finetuning import check_settings, finetune, generate_reply, resume_identity
 from anarchobot.tasks.resume import find_start
 from anarchobot.tasks.run import OutputMode
+from anarchobot.tasks.technique import resolve_technique
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import load_template
 from anarchobot.tokenizers.conversation import Message
@@ -51,6 +52,7 @@ def dpo(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
     config = loaded.config
     data, chat, train = config.data, config.chat, config.train
     base, start = load_pretrained(str(train.init_from)), find_start(loaded)
+    config, technique_messages = resolve_technique(config, "dpo", start.checkpoint)
     encoder, counts = ChatEncoder(base.tokenizer, load_template(base.tokenizer, chat.template), "answer"), RowCounts()
     splits = tokenize_pairs(
         read_pairs(data, counts, chat.language),
@@ -89,6 +91,7 @@ def dpo(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
 
     notes = [
         *notes,
+        *technique_messages,
         *counts.summary(),
         f"{train_pairs.count:,} training pairs, {val_pairs.count:,} held out; {_mean_lengths(train_pairs)}",
     ]

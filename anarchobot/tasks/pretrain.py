@@ -16,6 +16,7 @@ from anarchobot.system.micro_batch import resolve_micro_batch
 from anarchobot.tasks.engines import Weights, open_engine, open_ranks
 from anarchobot.tasks.resume import find_start
 from anarchobot.tasks.run import OutputMode, execute_run
+from anarchobot.tasks.technique import resolve_technique
 from anarchobot.tokenizers.tokenizer import Tokenizer, copy_tokenizer, digest, load_tokenizer
 from anarchobot.training.loop import Run
 from anarchobot.training.ranks import detect_launcher
@@ -44,6 +45,7 @@ def pretrain(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str
     val_shards = [shard for stream in streams for shard in stream.manifest.shards_in("val")]
 
     start = find_start(loaded, ranks)
+    config, technique_messages = resolve_technique(config, "pretrain", start.checkpoint, ranks)
     # LoRA always needs the frozen base. Otherwise a checkpoint has all weights, and other ranks get them from rank 0.
     load_base = train.init_from is not None and (use_lora or (start.checkpoint is None and ranks.rank == 0))
     base = load_pretrained(str(train.init_from)) if load_base else None
@@ -70,7 +72,7 @@ def pretrain(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str
         start,
         handle,
         before_training=lambda folder: copy_tokenizer(tokenizer, folder),
-        description=[*fit_messages, *_describe(run, streams, handle.device, base)],
+        description=[*fit_messages, *technique_messages, *_describe(run, streams, handle.device, base)],
         trained_parameters=trained_count(config.model, config.lora),
         show=show,
     )

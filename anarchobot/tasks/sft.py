@@ -15,6 +15,7 @@ from anarchobot.tasks.engines import EngineHandle, open_engine, open_ranks
 from anarchobot.tasks.finetuning import check_settings, finetune, generate_reply, resume_identity
 from anarchobot.tasks.resume import find_start
 from anarchobot.tasks.run import OutputMode
+from anarchobot.tasks.technique import resolve_technique
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import TRAINING_DAY, load_template
 from anarchobot.tokenizers.conversation import Conversation, Message
@@ -33,6 +34,7 @@ def sft(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
     data, chat, train = config.data, config.chat, config.train
     ranks = open_ranks(config)
     base, start = load_pretrained(str(train.init_from)), find_start(loaded, ranks)
+    config, technique_messages = resolve_technique(config, "sft", start.checkpoint, ranks)
     encoder = ChatEncoder(base.tokenizer, load_template(base.tokenizer, chat.template), chat.train_on)
     counts = RowCounts()
     tokenized = tokenize_conversations(
@@ -64,6 +66,7 @@ def sft(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
     )
     notes = [
         *notes,
+        *technique_messages,
         *counts.summary(),
         f"{tokenized.train.count:,} training conversations, {tokenized.val.count:,} held out; "
         f"{tokenized.train.loss_tokens:,} loss tokens; sequences of {data.seq_len} are {train_windows.fill:.0%} full",
