@@ -11,6 +11,7 @@ from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.numerics.device import on_cpu
 from anarchobot.tokenizers.tokenizer import Tokenizer
+from anarchobot.training.device import wire_memory
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def load_model(path: str | Path) -> tuple[Model, Config]:
     for warning in pretrained.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     dtype = mx.float32 if on_cpu() else getattr(mx, pretrained.config.train.precision or "bfloat16")
+    wire_memory()
     params = {name: mx.array(array).astype(dtype) for name, array in pretrained.weights.items()}
     mx.eval(params)
     return Model(params, pretrained.model, pretrained.tokenizer), pretrained.config

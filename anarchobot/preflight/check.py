@@ -50,6 +50,7 @@ class Context:
     pairs: bool = False  # dpo: a micro-batch counts pairs, each of two sequences
     on_cpu: bool = True
     device_memory: int = 0  # bytes
+    recommended_memory: int = 0  # bytes: more leaves too little for the system
 
 
 class Check(NamedTuple):

@@ -21,7 +21,7 @@ from anarchobot.training.display import duration
 def device(context: Context) -> Outcome:
     """Raises UserError if train.device is not available."""
     train = context.loaded.config.train
-    context.device_memory = system_memory().total
+    context.device_memory = working_set = system_memory().total
     if train.backend == "torch":
         from anarchobot.torch_backend.device import choose_device as choose_torch_device
 
@@ -33,7 +33,10 @@ def device(context: Context) -> Outcome:
 
         name = "cpu" if choose_device(train.device).type == mx.DeviceType.cpu else "gpu"
         if name == "gpu":
-            context.device_memory = int(mx.device_info().get("memory_size", context.device_memory))
+            info = mx.device_info()  # Metal calls it memory_size, CUDA total_memory
+            context.device_memory = int(info.get("memory_size", info.get("total_memory", context.device_memory)))
+            working_set = int(info.get("max_recommended_working_set_size", context.device_memory))
+    context.recommended_memory = min(round(MEMORY_FRACTION * context.device_memory), working_set)
     context.on_cpu = name == "cpu"
     found = f"{name} ({'PyTorch' if train.backend == 'torch' else 'MLX'}), {size(context.device_memory)} of memory"
     if context.on_cpu and train.precision == "float16":
@@ -132,8 +135,8 @@ def memory(context: Context) -> Outcome:
     found = "; ".join([*messages, f"estimated peak {size(peak)} ({needed.phase}) of {size(total)}"])
     if peak > total:
         return "fail", found, REDUCE_MEMORY
-    if peak > MEMORY_FRACTION * total:
-        return "warn", f"{found}, above the recommended {MEMORY_FRACTION:.0%}", REDUCE_MEMORY
+    if peak > context.recommended_memory:
+        return "warn", f"{found}, above the recommended {size(context.recommended_memory)}", REDUCE_MEMORY
     return "pass", found
 
 

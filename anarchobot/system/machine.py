@@ -1,10 +1,11 @@
 """Memory of the machine and of processes, in bytes, and keeping a Mac awake.
 
-psutil provides most of the numbers. This module adds the memory limit of a Linux container (cgroup v1 and v2) and
-macOS's memory pressure level.
+psutil provides most of the numbers. This module adds the memory limit of a Linux container (cgroup v1 and v2), and
+macOS's memory pressure level and limit for the GPU.
 """
 
 import errno
+import math
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 
 CGROUPS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))  # version 2, version 1
+GPU_SHARES = ((36 * 2**30, 2 / 3), (math.inf, 3 / 4))  # of the memory, for machines with less than this
 PRESSURE_LEVELS = {"1": "normal", "2": "warning", "4": "critical"}  # kern.memorystatus_vm_pressure_level
 
 
@@ -66,11 +68,24 @@ def cgroup_memory(folder: Path) -> tuple[int, int] | None:
     return None
 
 
+def gpu_working_set(total: int) -> int:
+    """The memory that macOS recommends for the GPU of a Mac with `total` bytes: Metal's recommendedMaxWorkingSetSize,
+    without loading MLX. It is the limit that the user has set or a share of the memory, by default; macOS 26 has a
+    larger share on large machines."""
+    megabytes = _sysctl("iogpu.wired_limit_mb")
+    if megabytes.isdecimal() and int(megabytes) > 0:
+        return int(megabytes) * 2**20
+    return int(total * next(share for below, share in GPU_SHARES if total < below))
+
+
 def _memory_pressure() -> str:
     if sys.platform != "darwin":
         return ""
-    command = ["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]
-    return PRESSURE_LEVELS.get(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip(), "")
+    return PRESSURE_LEVELS.get(_sysctl("kern.memorystatus_vm_pressure_level"), "")
+
+
+def _sysctl(name: str) -> str:
+    return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def stay_awake() -> str | None:

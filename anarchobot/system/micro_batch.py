@@ -11,8 +11,8 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
 from anarchobot.config.schema import Config, TrainConfig
 from anarchobot.optim.schedule import sequences_per_step
-from anarchobot.system.machine import system_memory
-from anarchobot.system.memory import MemoryEstimate, estimate
+from anarchobot.system.machine import gpu_working_set, system_memory
+from anarchobot.system.memory import MemoryEstimate, estimate, expected_device
 
 MEMORY_FRACTION = 0.75  # of the machine's memory, when no budget is set; the rest is for the system and other programs
 
@@ -65,9 +65,14 @@ def resolve_micro_batch(loaded: LoadedConfig, *, pairs: bool = False, several_ra
 
 
 def memory_budget(config: Config) -> int:
-    """train.memory_budget_gb, or MEMORY_FRACTION of the machine's memory, in bytes."""
-    budget = config.train.memory_budget_gb
-    return round(MEMORY_FRACTION * system_memory().total if budget is None else 1e9 * budget)
+    """train.memory_budget_gb, or MEMORY_FRACTION of the machine's memory, in bytes; on a Mac's GPU at most what macOS
+    recommends for the GPU."""
+    if config.train.memory_budget_gb is not None:
+        return round(1e9 * config.train.memory_budget_gb)
+    total = system_memory().total
+    budget = round(MEMORY_FRACTION * total)
+    on_metal = sys.platform == "darwin" and expected_device(config.train) == "gpu"
+    return min(budget, gpu_working_set(total)) if on_metal else budget
 
 
 def largest_micro_batch_size(config: Config, budget: int, *, pairs: bool = False) -> tuple[int, MemoryEstimate] | None:

@@ -69,15 +69,17 @@ def open_preference_engine(config: Config, weights: Weights) -> "tuple[EngineHan
     from anarchobot.training.preference_engine import PreferenceEngine
 
     engine = PreferenceEngine(config, weights)
-    return _open_mlx(engine, config, blas), engine
+    return _open_mlx(engine, config, blas, pairs=True), engine
 
 
-def _open_mlx(engine: "MLXEngine", config: Config, blas: str | None) -> EngineHandle:
+def _open_mlx(engine: "MLXEngine", config: Config, blas: str | None, *, pairs: bool = False) -> EngineHandle:
     import mlx.core as mx
 
     from anarchobot.inference.generation import generate, stream_token_ids
     from anarchobot.inference.model import Model
+    from anarchobot.training.device import limit_memory
 
+    limit_memory(config, pairs=pairs)
     on_gpu = engine.device.type == mx.DeviceType.gpu
     return EngineHandle(
         engine,

@@ -1,15 +1,19 @@
-"""Selects the MLX device and recognizes the errors of a GPU."""
+"""Selects the MLX device, limits its memory and recognizes the errors of a GPU."""
 
 import re
 
 import mlx.core as mx
 
 from anarchobot.config.errors import UserError
+from anarchobot.config.schema import Config
 from anarchobot.numerics.device import on_cpu
 from anarchobot.system.gpu_watchdog import as_gpu_timeout
+from anarchobot.system.memory import checkpoint_bytes, estimate
+from anarchobot.system.micro_batch import memory_budget
 from anarchobot.system.technique import DeviceKind
 
 CPU_CACHE_BYTES = 2**30  # MLX's cache of freed memory; its default on a CPU, 32 MB, makes a step a quarter slower
+MEMORY_MARGIN = 1.25  # of Metal's memory limit over the estimated peak
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 # MLX on a CPU, CUDA and Metal: a command buffer that fails, and one buffer larger than the device allows.
 _OUT_OF_MEMORY = re.compile(
@@ -36,6 +40,33 @@ def choose_device(device: str) -> mx.Device:
 def device_kind() -> DeviceKind:
     """The kind of MLX's default device; with `gpu_path` (numerics/device.py) on a CPU, Metal."""
     return "cpu" if on_cpu() else "cuda" if mx.cuda.is_available() else "metal"
+
+
+def limit_memory(config: Config, *, pairs: bool = False) -> None:
+    """Limits MLX's memory on Metal for a training run; does nothing on other devices. `pairs` as in `estimate`.
+
+    MLX encodes up to ten command buffers ahead of the GPU, which hold their arrays, and caches freed arrays: by default
+    up to 95% of the machine's memory. Before it exceeds the memory limit, it frees cached arrays; above the limit, it
+    waits for the GPU. The limit is the estimated peak with a margin, so that a low estimate does not make MLX wait for
+    each kernel, and the copy that exists while a checkpoint is written; at most the budget.
+    """
+    if on_cpu() or not mx.metal.is_available():
+        return
+    working_set = int(mx.device_info()["max_recommended_working_set_size"])
+    budget = min(memory_budget(config), working_set)
+    needed = round(MEMORY_MARGIN * estimate(config, device="gpu", pairs=pairs).peak) + sum(checkpoint_bytes(config))
+    limit = min(needed, budget)
+    mx.set_memory_limit(limit)
+    mx.set_cache_limit(limit)
+    wire_memory(limit)
+
+
+def wire_memory(limit: int | None = None) -> None:
+    """Keeps up to `limit` bytes of MLX's arrays on Metal in physical memory (default: as many as macOS recommends), so
+    that the system does not compress or swap them. Has an effect from macOS 15 on."""
+    if mx.metal.is_available():
+        working_set = int(mx.device_info()["max_recommended_working_set_size"])
+        mx.set_wired_limit(working_set if limit is None else limit)
 
 
 class ResourceLimitError(UserError):

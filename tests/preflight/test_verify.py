@@ -13,11 +13,13 @@ import pytest
 import yaml
 
 from anarchobot.cli.main import main
+from anarchobot.config.loading import load_config
 from anarchobot.data.pretokenize import Pretokenizer
 from anarchobot.data.sources.documents import Document
 from anarchobot.preflight.check import CheckResult
 from anarchobot.preflight.verify import verify
 from anarchobot.storage.lock import FolderLock
+from anarchobot.system.memory import estimate
 from anarchobot.system.packages import installed_version
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tokenizers.tokenizer import load_tokenizer
@@ -223,6 +225,15 @@ def test_each_fault_is_found_by_its_check_alone(fault: str, setup: Broken) -> No
     assert all(check.found for check in checks)
     if status == "warn":
         assert [check.name for check in checks if check.status == "skip"] == ["time"]
+
+
+def test_a_peak_above_the_recommended_memory_is_a_warning(setup: Broken) -> None:
+    """Three quarters of a machine's memory."""
+    peak = estimate(load_config(setup.config).config).peak
+    for total, status in ((peak / 0.74, "pass"), (peak / 0.76, "warn"), (peak / 1.01, "fail")):
+        setup.machine["run.system_memory"] = lambda total=total: SimpleNamespace(total=int(total))
+        (found,) = [check for check in setup.verify() if check.name == "memory"]
+        assert found.status == status
 
 
 def test_auto_reports_the_chosen_micro_batch(setup: Broken) -> None:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from anarchobot.system import machine
-from anarchobot.system.machine import process_memory, stay_awake, system_memory
+from anarchobot.system.machine import gpu_working_set, process_memory, stay_awake, system_memory
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc and sysconf")
 
@@ -81,6 +81,21 @@ def test_macos_memory_pressure(printed: str, pressure: str, monkeypatch: pytest.
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(machine.sys, "platform", "darwin")
     assert system_memory().pressure == pressure
+
+
+@pytest.mark.parametrize(
+    ("set_to", "gib", "expected"),
+    # The defaults as Metal reports them: 10922.67 MiB, 27648 MiB and 49152 MiB.
+    [("0", 16, 11453246122), ("0", 36, 28991029248), ("0", 64, 51539607552), ("", 16, 11453246122),
+     ("26624", 32, 26624 * 2**20)],
+)  # fmt: skip
+def test_memory_that_macos_recommends_for_the_gpu(
+    set_to: str, gib: int, expected: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With a fake sysctl; old systems and Intel Macs have no such limit."""
+    script(tmp_path / "sysctl", f'[ "$*" = "-n iogpu.wired_limit_mb" ] && echo {set_to}')
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_working_set(gib * 2**30) == expected
 
 
 def test_caffeinate_runs_as_long_as_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

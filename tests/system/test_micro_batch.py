@@ -1,14 +1,17 @@
 """`train.micro_batch_size: auto`."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, load_config
+from anarchobot.system import micro_batch
 from anarchobot.system.memory import estimate
-from anarchobot.system.micro_batch import resolve_micro_batch
+from anarchobot.system.micro_batch import memory_budget, resolve_micro_batch
 
 SETTINGS = [
     *("model.vocab_size=2000", "model.n_layers=3", "model.d_model=128", "model.n_heads=4", "data.seq_len=128"),
@@ -31,6 +34,28 @@ def test_largest_fitting_micro_batch_keeps_the_step(rows: int) -> None:
         train = resolve_micro_batch(auto(f"train.memory_budget_gb={budget / 1e9!r}")).loaded.config.train
         assert (train.micro_batch_size, train.grad_accum_steps) == (rows, 12 // rows)
         assert not train.auto_micro_batch
+
+
+@pytest.mark.parametrize(
+    ("platform", "device", "gib", "expected"),
+    [
+        ("darwin", "gpu", 18, 12 * 2**30),  # the GPU's working set, 2/3 of the memory
+        ("darwin", "gpu", 64, 48 * 2**30),
+        ("darwin", "cpu", 18, 13.5 * 2**30),
+        ("linux", "gpu", 18, 13.5 * 2**30),
+    ],
+)
+def test_default_budget(
+    platform: str, device: str, gib: int, expected: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    sysctl = tmp_path / "sysctl"
+    sysctl.write_text("#!/bin/sh\necho 0\n")
+    sysctl.chmod(0o755)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(micro_batch, "system_memory", lambda: SimpleNamespace(total=gib * 2**30))
+    assert memory_budget(load_config(None, [f"train.device={device}"]).config) == expected
+    assert memory_budget(load_config(None, [f"train.device={device}", "train.memory_budget_gb=99"]).config) == 99e9
 
 
 def test_resolved_configuration_has_numbers_and_loads(tmp_path: Path) -> None:

@@ -1,13 +1,19 @@
-"""How MLX's backends report errors of a device: their messages, copied from its sources."""
+"""Errors of a device, with the messages of MLX's sources, and the limits of MLX's memory on Metal."""
 
+from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from anarchobot.config.schema import Config
+from anarchobot.inference import model
+from anarchobot.numerics.device import gpu_path
+from anarchobot.system import micro_batch
 from anarchobot.system.gpu_watchdog import VARIABLE, GPUTimeoutError
-from anarchobot.training.device import ResourceLimitError, as_device_error
+from anarchobot.system.memory import checkpoint_bytes, estimate
+from anarchobot.training.device import MEMORY_MARGIN, ResourceLimitError, as_device_error, limit_memory
 from anarchobot.training.mlx_engine import MLXEngine
 from tests.training.fake_engine import MODEL, Windows
 
@@ -74,3 +80,62 @@ def test_a_stop_by_the_watchdog_leaves_the_engine_as_it_was() -> None:
         engine.eval_step(batch)
     for name, value in engine.state().items():
         np.testing.assert_array_equal(value, before[name], err_msg=name)
+
+
+# ---- Memory limits ----
+
+GIB = 2**30
+LIMITS = ("set_memory_limit", "set_cache_limit", "set_wired_limit")
+
+
+@pytest.fixture
+def metal(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """A Mac with 18 GiB, of which the GPU may use 12. Returns the limits that are set."""
+    limits: dict[str, int] = {}
+    info = {"max_recommended_working_set_size": 12 * GIB, "memory_size": 18 * GIB}
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setattr(micro_batch, "system_memory", lambda: SimpleNamespace(total=18 * GIB))
+    for name in LIMITS:
+        monkeypatch.setattr(mx, name, lambda limit, name=name: limits.__setitem__(name, limit))
+    return limits
+
+
+def training(**train: Any) -> Config:
+    shape = {"vocab_size": 32000, "n_layers": 12, "d_model": 768, "n_heads": 12}
+    return Config.model_validate({"model": shape, "data": {"seq_len": 2048}, "train": train})
+
+
+def test_memory_limits_follow_the_estimate(metal: dict[str, int]) -> None:
+    """It has room for a copy of the checkpoint. dpo counts pairs."""
+    for pairs in (False, True):
+        config = training(micro_batch_size=1, gradient_checkpointing=True)
+        with gpu_path():
+            limit_memory(config, pairs=pairs)
+        peak = estimate(config, device="gpu", pairs=pairs).peak
+        assert metal == dict.fromkeys(LIMITS, round(MEMORY_MARGIN * peak) + sum(checkpoint_bytes(config)))
+
+
+def test_memory_limits_are_at_most_the_budget(metal: dict[str, int]) -> None:
+    """The working set of the GPU is smaller than three quarters of the machine's memory."""
+    for budget, limit in ((None, 12 * GIB), (2.5, 2_500_000_000), (16, 12 * GIB)):
+        with gpu_path():
+            limit_memory(training(micro_batch_size=64, memory_budget_gb=budget))
+        assert metal == dict.fromkeys(LIMITS, limit)
+
+
+def test_limits_stay_as_they_are_on_a_cpu_and_without_metal(
+    metal: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_memory(training())
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    with gpu_path():  # CUDA
+        limit_memory(training())
+    assert metal == {}
+
+
+def test_loading_a_model_wires_what_macos_recommends(metal: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    pretrained = SimpleNamespace(warnings=[], config=training(), weights={}, model=None, tokenizer=None)
+    monkeypatch.setattr(model, "load_pretrained", lambda path: pretrained)
+    model.load_model("run")
+    assert metal == {"set_wired_limit": 12 * GIB}
