@@ -218,7 +218,7 @@ class TrainConfig(Section):
     max_grad_norm: PositiveFloat | None = Field(1.0, description="clip gradients to this global norm; null: off")
     precision: Literal["float16", "bfloat16", "float32"] | None = Field(
         None,
-        description="dtype of matrix products; default: bfloat16 on GPU (float16 in PyTorch on MPS), float32 on CPU",
+        description="dtype of matrix products; default: bfloat16 on GPU (float16 in PyTorch on M1, M2), float32 on CPU",
     )
     gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
     attention_block: Positive | None = Field(

@@ -1,5 +1,6 @@
 """Selects the PyTorch device, measures its memory use and detects out-of-memory errors."""
 
+import re
 import resource
 import sys
 from functools import lru_cache
@@ -25,6 +26,15 @@ def choose_device(device: str) -> torch.device:
     if device == "gpu":
         raise UserError("train.device: gpu, but PyTorch finds no GPU: set train.device to auto")
     return torch.device("cpu")
+
+
+def default_precision(device: torch.device) -> str:
+    """The dtype of matrix products if train.precision is not set. On MPS, bfloat16 from M3 on: M1 and M2 emulate it,
+    which makes it slower than float16."""
+    if device.type == "mps":
+        chip = re.search(r"Apple M(\d+)", torch.backends.mps.get_name())
+        return "bfloat16" if chip and int(chip[1]) >= 3 else "float16"
+    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 @lru_cache

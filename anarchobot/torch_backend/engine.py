@@ -17,7 +17,14 @@ from anarchobot.model.architecture import CPU_LOSS_CHUNK
 from anarchobot.model.parameters import init_parameters, parameter_shapes
 from anarchobot.optim.param_groups import adamw_lr_ratio
 from anarchobot.torch_backend import optim
-from anarchobot.torch_backend.device import choose_device, is_out_of_memory, memory_used, peak_memory, release_memory
+from anarchobot.torch_backend.device import (
+    choose_device,
+    default_precision,
+    is_out_of_memory,
+    memory_used,
+    peak_memory,
+    release_memory,
+)
 from anarchobot.torch_backend.loss import add_gradients, loss_sum
 from anarchobot.torch_backend.model import (
     BlockForward,
@@ -29,7 +36,6 @@ from anarchobot.torch_backend.model import (
 )
 from anarchobot.training.engine import BaseEngine
 
-PRECISION = {"mps": "float16", "cuda": "bfloat16", "cpu": "float32"}  # the first Apple chips have no bfloat16
 T = TypeVar("T")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -44,7 +50,7 @@ class TorchEngine(BaseEngine[Tensor]):
         self.device = choose_device(train.device)
         if self.device.type == "cpu" and train.cpu_threads is not None:
             torch.set_num_threads(train.cpu_threads)
-        super().__init__(config, train.precision or PRECISION[self.device.type])
+        super().__init__(config, train.precision or default_precision(self.device))
         self.dtype = DTYPES[self.precision]
         weights = init_parameters(config.model, train.seed) if weights is None else weights
         self.frozen = {}

@@ -18,21 +18,23 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.model.architecture import GPU_BLOCK_BYTES
 from anarchobot.model.parameters import by_block
 
+MPS_BLOCK_BYTES = 64 << 20  # of float32 attention scores in a block of queries
 Params = dict[str, Tensor]
 KeepMasks = tuple[Tensor, Tensor]  # bool [B, L, D]: which elements of each half's output dropout keeps
 
 
 class AttentionContext(NamedTuple):
     """Shared by the blocks of a pass: cos and sin of the positions' angles [L, E / 2], float32; with several documents
-    in a row, which keys a query may see, bool [B, 1, L, L] (None: causal); and the queries per block (None: all)."""
+    in a row, which keys a query may see, bool [B, 1, L, L] (None: causal); the queries per block (None: all); and
+    whether the backward pass recomputes the scores of such a block."""
 
     cos: Tensor
     sin: Tensor
     mask: Tensor | None = None
     block_size: int | None = None
+    recompute_scores: bool = True
 
 
 # The type of `block_forward`, compiled or not.
@@ -102,6 +104,8 @@ def hidden_states(
     key drops the same elements.
     """
     context = attention_context(tokens, model, segments, options.attention_block)
+    # A recomputed transformer block saves the scores of one layer only, so they need not be recomputed once more.
+    context = context._replace(recompute_scores=not options.recompute)
     first_v: Tensor | None = None
 
     def run(p: Params, x: Tensor, i: int, first_v: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -128,8 +132,11 @@ def head_name(model: ModelConfig) -> str:
 
 
 def linear(p: Params, name: str, x: Tensor) -> Tensor:
-    """x W^T, plus the bias if there is one, in autocast's dtype."""
-    return F.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
+    """x W^T, plus the bias if there is one, in autocast's dtype, for `x` [B, L, columns of W]."""
+    # In two dimensions: with three, MPS computes wrong products on M5 in half precision until PyTorch 2.12 (pytorch
+    # issue 180776), and on all chips with a bias and more than 65,536 rows (189495).
+    y = F.linear(x.flatten(0, 1), p[f"{name}.weight"], p.get(f"{name}.bias"))
+    return y.reshape(*x.shape[:2], -1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -153,16 +160,15 @@ def attention_context(
 
 
 def block_size_by_memory(rows: int, length: int, model: ModelConfig) -> int:
-    """Queries whose float32 scores take GPU_BLOCK_BYTES. Where PyTorch has no fused kernel with a gradient (MPS),
+    """Queries whose float32 scores take MPS_BLOCK_BYTES. Where PyTorch has no fused kernel with a gradient (MPS),
     attention in one piece would save all scores of every layer, 4 B H L^2 bytes."""
-    return max(32, GPU_BLOCK_BYTES // (4 * rows * model.n_heads * length) // 32 * 32)
+    return max(32, MPS_BLOCK_BYTES // (4 * rows * model.n_heads * length) // 32 * 32)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     """Causal attention of queries [B, H, L, E] to keys and values [B, K, L, E]: [B, H, L, E].
 
-    In blocks of queries if the context says so: each sees the keys up to its own end, and its scores are recomputed in
-    the backward pass.
+    In blocks of queries if the context says so: each sees the keys up to its own end.
     """
     groups, length = q.shape[1] // k.shape[1], q.shape[2]
     # Not enable_gqa: devices without a kernel for it would fall back to one that saves all scores.
@@ -174,7 +180,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Ten
         end = min(start + context.block_size, length)
         mask = _causal(start, end, q.device) if context.mask is None else context.mask[:, :, start:end, :end]
         block = (q[:, :, start:end], k[:, :, :end], v[:, :, :end], mask)
-        outs.append(checkpoint(F.scaled_dot_product_attention, *block, use_reentrant=False, preserve_rng_state=False))
+        if context.recompute_scores:
+            out = checkpoint(F.scaled_dot_product_attention, *block, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = F.scaled_dot_product_attention(*block)
+        outs.append(out)
     return torch.cat(outs, dim=2)
 
 

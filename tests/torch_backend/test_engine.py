@@ -16,6 +16,7 @@ from tests.torch_backend.settings import batch, config, train
 torch = pytest.importorskip("torch")
 
 from anarchobot.torch_backend import engine, loss, model  # noqa: E402
+from anarchobot.torch_backend.device import default_precision  # noqa: E402
 from anarchobot.torch_backend.engine import TorchEngine  # noqa: E402
 from tests.torch_backend.test_model import TensorRecorder  # noqa: E402
 
@@ -318,6 +319,29 @@ def test_device_order_is_mps_cuda_cpu(mps: bool, cuda: bool, chosen: str, monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     assert engine.choose_device("auto").type == chosen
     assert engine.choose_device("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("chip", "precision"),
+    [
+        ("Apple M1", "float16"),
+        ("Apple M2 Ultra", "float16"),
+        ("Apple M3 Pro", "bfloat16"),
+        ("Apple M5", "bfloat16"),
+        ("Apple M10 Max", "bfloat16"),
+        ("Apple Paravirtual device", "float16"),
+    ],
+)
+def test_default_precision_on_mps_is_bfloat16_from_m3_on(
+    chip: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "get_name", lambda: chip)
+    assert default_precision(torch.device("mps")) == precision
+
+
+def test_default_precision_of_other_devices() -> None:
+    assert default_precision(torch.device("cuda")) == "bfloat16"
+    assert default_precision(torch.device("cpu")) == TorchEngine(config()).precision == "float32"
 
 
 def test_peak_memory_on_a_cpu_is_that_of_the_process() -> None:

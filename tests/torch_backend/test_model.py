@@ -193,6 +193,46 @@ def test_attention_inputs_have_one_dtype_without_autocast(shape: str, monkeypatc
     assert dtypes == [{torch.bfloat16}] * model.n_layers
 
 
+@pytest.mark.parametrize(
+    ("how", "forwards"),
+    [
+        ({}, 1),
+        ({"recompute": True}, 2),
+        ({"attention_block": 4}, 2),
+        ({"attention_block": 4, "recompute": True}, 2),
+    ],
+    ids=str,
+)
+def test_attention_runs_forward_at_most_twice(
+    how: dict[str, Any], forwards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints of query blocks inside a checkpoint of the transformer block would make it three times."""
+    kernel, queries = torch.nn.functional.scaled_dot_product_attention, [0]
+
+    def count(q: Any, k: Any, v: Any, *mask: Any, **options: Any) -> Any:
+        queries[0] += q.shape[2]
+        return kernel(q, k, v, *mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    model = config().model
+    by_torch(weights(model), batch(1, 2), model, **how)
+    assert queries[0] == forwards * 16 * model.n_layers
+
+
+def test_products_have_two_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With three, MPS computes wrong products on some chips in some versions of PyTorch."""
+    product, dimensions = torch.nn.functional.linear, set()
+
+    def record(x: Any, *weights: Any) -> Any:
+        dimensions.add(x.ndim)
+        return product(x, *weights)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", record)
+    model = config(SHAPES["biases"]).model
+    by_torch(weights(model), batch(1, 2), model)
+    assert dimensions == {2}
+
+
 class TensorRecorder(TorchDispatchMode):
     """Records the shape and dtype of every operation's output."""
 

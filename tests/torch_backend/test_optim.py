@@ -64,7 +64,7 @@ def tf32() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("smallest", [1e-3, 1e-5, 1e-8], ids=str)
-@pytest.mark.parametrize("shape", [(64, 768), (384, 384), (1536, 384)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 768), (192, 192), (512, 128)], ids=str)
 def test_products_rounded_to_tf32_give_the_same_singular_values(
     tf32: None, shape: tuple[int, int], smallest: float
 ) -> None:
