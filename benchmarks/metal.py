@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from metal_model import Array, Graph, Kernel, fuse, simulate, trace
+from metal_model import Graph, Kernel, Run, fuse, simulate, trace
 from mlx.utils import tree_flatten, tree_unflatten
 
 from anarchobot.config.errors import UserError
@@ -103,10 +103,18 @@ def predict(kernels: Sequence[Kernel], chip: Chip) -> Time:
 
 
 class Subject(NamedTuple):
-    """A traced function and its inputs that nothing else refers to."""
+    """A function and its arguments; nothing else refers to the last `donated` of them."""
 
-    graph: Graph
-    donated: Sequence[Array] = ()
+    function: Callable[..., Sequence[mx.array]]
+    arguments: Sequence[mx.array]
+    donated: int = 0
+
+    def graph(self) -> Graph:
+        with gpu_path():
+            return fuse(trace(self.function, *self.arguments))
+
+    def simulate(self, graph: Graph, **options: Any) -> Run:
+        return simulate(graph, graph.inputs[len(graph.inputs) - self.donated :], **options)
 
 
 # ---- The project's step ----
@@ -128,7 +136,7 @@ def step_options(config: Config, checkpointing: bool) -> StepOptions:
     )
 
 
-def micro_batch(config: Config, *, checkpointing: bool, packed: bool = False) -> Subject:
+def micro_batch(config: Config, *, checkpointing: bool) -> Subject:
     """Loss and gradients of one micro-batch in bfloat16, added to float32 sums of earlier ones."""
     model, rows, length = config.model, config.train.micro_batch_size, config.data.seq_len
     shapes = parameter_shapes(model)
@@ -139,14 +147,15 @@ def micro_batch(config: Config, *, checkpointing: bool, packed: bool = False) ->
         tokens: mx.array, targets: mx.array, segments: mx.array, key: mx.array, scale: mx.array, *arrays: mx.array
     ) -> list[mx.array]:
         params, sums = dict(zip(names, arrays, strict=False)), dict(zip(names, arrays[len(names) :], strict=True))
-        batch = MicroBatch(tokens, targets, scale, segments if packed else None, key if model.dropout else None)
+        batch = MicroBatch(
+            tokens, targets, scale, segments if config.data.document_mask else None, key if model.dropout else None
+        )
         loss, grads = gradients(model)(params, batch, model, sums=sums, dtype=mx.bfloat16, options=options)
         return [*grads.values(), loss]  # the order in which the engine evaluates them
 
     ids = mx.zeros((rows, length), mx.int32)
-    with gpu_path():
-        graph = trace(function, ids, ids, ids, mx.zeros((2,), mx.uint32), mx.array(1.0), *zeros(shapes), *zeros(shapes))
-    return Subject(fuse(graph), graph.inputs[-len(names) :])
+    scalars = [ids, ids, ids, mx.zeros((2,), mx.uint32), mx.array(1.0)]
+    return Subject(function, [*scalars, *zeros(shapes), *zeros(shapes)], donated=len(names))
 
 
 def update(config: Config) -> Subject:
@@ -169,10 +178,8 @@ def update(config: Config) -> Subject:
         return [*new.values(), *(moments[kind][name] for kind, name in slots)]
 
     moments = [mx.zeros(states[kind][name]) for kind, name in slots]
-    scalars = [mx.array(1.0)] * 4
-    with gpu_path():
-        graph = trace(function, *scalars, *zeros(shapes), *zeros(shapes), *moments)
-    return Subject(fuse(graph), graph.inputs[len(scalars) :])
+    arrays = [*zeros(shapes), *zeros(shapes), *moments]
+    return Subject(function, [*([mx.array(1.0)] * 4), *arrays], donated=len(arrays))
 
 
 def generation(model: ModelConfig, tokens: int, cached: int) -> Subject:
@@ -186,9 +193,7 @@ def generation(model: ModelConfig, tokens: int, cached: int) -> Subject:
         return [logits(hidden[:, -1], params, model), *cache_arrays(caches)]
 
     caches = cache_inputs(model, cached)
-    with gpu_path():
-        graph = trace(function, mx.zeros((1, tokens), mx.int32), *zeros(shapes, mx.bfloat16), *caches)
-    return Subject(fuse(graph), graph.inputs[len(graph.inputs) - len(caches) :])
+    return Subject(function, [mx.zeros((1, tokens), mx.int32), *zeros(shapes, mx.bfloat16), *caches], len(caches))
 
 
 # ---- mlx-lm's model of the same shape ----
@@ -226,10 +231,11 @@ def flat(parameters: Any) -> tuple[list[str], list[mx.array]]:
 
 def peer_micro_batch(config: Config, *, checkpointing: bool) -> Subject:
     """mlx-lm's loss and its gradients by automatic differentiation, with weights and gradients in bfloat16."""
+    from mlx_lm.tuner import trainer
+
     rows, length = config.train.micro_batch_size, config.data.seq_len
     model = peer(config.model)
     names, weights = flat(model.trainable_parameters())
-    layer = type(model.model.layers[0])
 
     def function(tokens: mx.array, targets: mx.array, *arrays: mx.array) -> list[mx.array]:
         def loss(*arrays: mx.array) -> mx.array:
@@ -238,20 +244,18 @@ def peer_micro_batch(config: Config, *, checkpointing: bool) -> Subject:
             losses = mx.fast.cross_entropy(z, targets).astype(z.dtype)  # nn.losses.cross_entropy on a GPU
             return losses.astype(mx.float32).sum() / targets.size
 
-        (value,), grads = mx.vjp(loss, list(arrays), [mx.array(1.0)])
+        layer = type(model.model.layers[0])
+        call = layer.__call__
+        try:
+            if checkpointing:
+                trainer.grad_checkpoint(model.model.layers[0])  # type: ignore[no-untyped-call]
+            (value,), grads = mx.vjp(loss, list(arrays), [mx.array(1.0)])
+        finally:
+            layer.__call__ = call
         return [value, *grads]
 
     ids = mx.zeros((rows, length), mx.int32)
-    call = layer.__call__
-    try:
-        if checkpointing:
-            from mlx_lm.tuner import trainer
-
-            trainer.grad_checkpoint(model.model.layers[0])  # type: ignore[no-untyped-call]
-        graph = trace(function, ids, ids, *weights)
-    finally:
-        layer.__call__ = call
-    return Subject(fuse(graph))
+    return Subject(function, [ids, ids, *weights])
 
 
 def peer_generation(model: ModelConfig, tokens: int, cached: int) -> Subject:
@@ -267,8 +271,7 @@ def peer_generation(model: ModelConfig, tokens: int, cached: int) -> Subject:
         return [made(ids[:, -1:], cache=caches)[:, -1], *cache_arrays(caches)]
 
     caches = cache_inputs(model, cached)
-    graph = trace(function, mx.zeros((1, tokens), mx.int32), *weights, *caches)
-    return Subject(fuse(graph), graph.inputs[len(graph.inputs) - len(caches) :])
+    return Subject(function, [mx.zeros((1, tokens), mx.int32), *weights, *caches], len(caches))
 
 
 def cache_inputs(model: ModelConfig, cached: int) -> list[mx.array]:
@@ -312,9 +315,9 @@ class Row(NamedTuple):
 
 
 def measure(subject: Subject) -> tuple[Row, list[Kernel]]:
-    graph, donated = subject
-    run, without = simulate(graph, donated), simulate(graph, donated, run_ahead=False)
-    limited = simulate(graph, donated, limit=int(LIMIT * without.peak))
+    graph = subject.graph()
+    run, without = subject.simulate(graph), subject.simulate(graph, run_ahead=False)
+    limited = subject.simulate(graph, limit=int(LIMIT * without.peak))
     seconds = {chip.name: predict(run.kernels, chip) for chip in ALL_CHIPS}
     row = Row(len(run.kernels), run.bytes, run.flops, seconds, run.peak, without.peak, limited.peak)
     return row, run.kernels
@@ -410,6 +413,10 @@ def main() -> None:
             rows[name], kernels[name] = measure(subject())
     print(f"{arguments.config.name}: micro-batches of {config.train.micro_batch_size} x {length} tokens, bfloat16\n")
     print("\n".join(table(rows)))
+    print(
+        "\nPeak GB beside arrays that stay (weights; of a micro-batch, the sums of gradients count): with run-ahead, "
+        f"without, and with run-ahead under a memory limit of {LIMIT} times the peak without."
+    )
     if arguments.only is None:
         print("\n" + "\n".join(step_table(config, rows, ALL_CHIPS if arguments.all_chips else CHIPS)))
     if arguments.kernels:

@@ -13,9 +13,9 @@ buffers as metal/eval.cpp does: until the command buffer that uses them has comp
 A few functions are a single kernel on Metal but many primitives on a CPU. While tracing, `metal_functions` replaces
 them by stand-ins: primitives that only this module knows.
 
-What it is checked against (tests/test_metal_model.py): the fused kernels are those of mx.compile; bytes and FLOPs of
-single operations are those computed by hand. What is not checked: nothing has been measured on a Mac. Neither the
-memory model nor the kernel times have been compared with a device.
+What it is checked against (tests/test_metal_model.py): the fused kernels are those of mx.compile, strides of views are
+those of MLX's arrays, and bytes and FLOPs of single operations are those computed by hand. What is not checked: nothing
+has been measured on a Mac. Evaluation order and memory follow the source, but have not been compared with a device.
 
 What it does not know: caches (each kernel reads its distinct input elements once and writes its output once), the
 efficiency of single kernels, allocation granularity, MLX's buffer cache, the time to build a graph, and an idle GPU
@@ -25,7 +25,7 @@ between evaluations.
 import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -284,13 +284,13 @@ def _checkpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     """mx.checkpoint for functions of trees of arrays and other values that return one array."""
 
     def checkpointed(*arguments: Any, **options: Any) -> Any:
-        leaves: list[tuple[str, Any]] = tree_flatten([list(arguments), options])  # type: ignore[assignment]
+        leaves: list[tuple[str, Any]] = tree_flatten({"arguments": list(arguments), **options})  # type: ignore[assignment]
         positions = [i for i, (_, x) in enumerate(leaves) if isinstance(x, mx.array)]
 
         def forward(*arrays: mx.array) -> list[mx.array]:
             values = dict(zip(positions, arrays, strict=True))
             tree: Any = tree_unflatten([(name, values.get(i, x)) for i, (name, x) in enumerate(leaves)])
-            return [function(*tree[0], **tree[1])]
+            return [function(*tree.pop("arguments"), **tree)]
 
         def backward(inputs: list[mx.array], outputs: list[mx.array], d: list[mx.array]) -> list[mx.array]:
             return _active().vjp(forward, mx.depends(inputs, outputs), d)[1]
@@ -330,10 +330,13 @@ def metal_functions() -> Iterator[_Tracing]:
 # ---- Tracing ----
 
 
-def trace(function: Callable[..., Sequence[mx.array]], *arguments: mx.array) -> Graph:
-    """The graph of `function`, after mx.compile's simplification and before its fusion. Does not evaluate anything."""
+def trace(function: Callable[..., Sequence[mx.array]], *arguments: mx.array, stand_ins: bool = True) -> Graph:
+    """The graph of `function`, after mx.compile's simplification and before its fusion. Does not evaluate anything.
+
+    Without `stand_ins`, it is the graph of a CPU, without any function that mx.export_function does not know.
+    """
     events: list[dict[str, Any]] = []
-    with metal_functions() as tracing:
+    with metal_functions() if stand_ins else nullcontext(_Tracing()) as tracing:
         count = 0
 
         def traced(*arrays: mx.array) -> list[mx.array]:
@@ -413,7 +416,8 @@ def fuse(graph: Graph) -> Graph:
         assert array.primitive is not None
         for output in array.primitive.outputs:
             for i, x in enumerate(array.inputs):
-                parents[x].append((output, i))
+                if x.primitive is not None:
+                    parents[x].append((output, i))
     results = set(graph.outputs)
     fused_arrays: set[Array] = set()
     tape: list[Array] = []
@@ -435,12 +439,14 @@ def fuse(graph: Graph) -> Graph:
             else:
                 parents.pop(x, None)
         for x in inputs:
-            parents[x] = [(p, i) for p, i in parents[x] if p not in section]
+            if x.primitive is not None:
+                parents[x] = [(p, i) for p, i in parents[x] if p not in section]
         compiled = Primitive("Compiled", (), inputs, outputs, names)
         for output in outputs:
             output.primitive = compiled
             for i, x in enumerate(inputs):
-                parents[x].append((output, i))
+                if x.primitive is not None:
+                    parents[x].append((output, i))
         tape.append(array)
     graph.tape = tape[::-1]
     return graph
@@ -620,11 +626,12 @@ def check_contiguity(shape: Shape, strides: Shape) -> tuple[int, bool, bool]:
 
 def collapse(shape: Shape, strides: Shape) -> tuple[list[int], list[int]]:
     """Merges axes that are contiguous in memory (common/utils.cpp)."""
-    sizes, steps = list(shape[:1]), list(strides[:1])
-    for n, s in zip(shape[1:], strides[1:], strict=True):
+    sizes: list[int] = []
+    steps: list[int] = []
+    for n, s in zip(shape, strides, strict=True):
         if n == 1:
             continue
-        if n * s == steps[-1]:
+        if steps and n * s == steps[-1]:
             sizes[-1], steps[-1] = sizes[-1] * n, s
         else:
             sizes.append(n)
@@ -668,12 +675,12 @@ class Kernel(NamedTuple):
 @dataclass
 class Run:
     """`peak`: bytes allocated beside the inputs that stay (donated inputs count); `waits`: times that MLX waited for a
-    command buffer; `end`: bytes allocated after the last kernel was submitted."""
+    command buffer; `layouts`: of the outputs."""
 
     kernels: list[Kernel]
     peak: int
     waits: int
-    end: int
+    layouts: list[Layout]
 
     @property
     def bytes(self) -> int:
@@ -746,7 +753,7 @@ class _Simulator:
                 raise ValueError(f"metal_model.py does not know MLX's primitive {p.name}: add it to _HANDLERS")
             handler(self, p)
             self._after(array, len(self.kernels) - before)
-        return Run(self.kernels, self.peak, self.waits, self.live)
+        return Run(self.kernels, self.peak, self.waits, [self.layouts[x] for x in self.graph.outputs])
 
     # ---- What handlers use ----
 
