@@ -171,8 +171,11 @@ def gradients(model: ModelConfig, technique: Technique = "blocked") -> LossAndGr
 
 def query_blocks(rows: int, heads: int, length: int, block_size: int | None, *, on_cpu: bool) -> list[tuple[int, int]]:
     """Returns the blocks of queries in which attention processes `rows` sequences of `length`. `block_size` is the
-    number of queries per block; None: chosen by the memory of their scores."""
+    number of queries per block; None: chosen by the memory of their scores, on a GPU evenly."""
     if block_size is None:
         bytes_per_query = 4 * rows * heads * length
         block_size = max(32, (CPU_BLOCK_BYTES if on_cpu else GPU_BLOCK_BYTES) // bytes_per_query // 32 * 32)
+        if not on_cpu:
+            blocks = -(-length // block_size)
+            block_size = -(-length // blocks // 32) * 32
     return [(start, min(start + block_size, length)) for start in range(0, length, block_size)]

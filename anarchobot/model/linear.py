@@ -24,6 +24,7 @@ import mlx.core as mx
 from anarchobot.config.validation import PROJECTIONS
 from anarchobot.model.gradient_accumulator import GradientAccumulator, Params
 from anarchobot.model.lora import GROUP
+from anarchobot.model.embedding_gradient import gather_rows
 from anarchobot.numerics.device import on_cpu
 
 _FEW_ROWS = 8  # with fewer rows, a CPU multiplies by quantized weights faster than it dequantizes them
@@ -89,11 +90,18 @@ def embedding_rows(w: Matrix, ids: mx.array) -> mx.array:
     """The rows `ids` [N] of W: [N, in]."""
     if isinstance(w, Quantized):
         return Quantized(*(part[ids] for part in w)).dequantize()
-    return w[ids]
+    return gather_rows(w, ids)
 
 
-def linear(p: Params, name: str, x: mx.array, drop: InputDropout | None = None) -> mx.array:
-    """y [N, out] of x [N, in], in x's dtype."""
+def linear(
+    p: Params, name: str, x: mx.array, drop: InputDropout | None = None, onto: mx.array | None = None
+) -> mx.array:
+    """y [N, out] of x [N, in], in x's dtype; added to `onto`, if given."""
+    if onto is not None:
+        w = matrix(p, name)
+        if isinstance(w, Quantized) or any(f"{name}.{part}" in p for part in ("lora_a", "bias")):
+            return onto + linear(p, name, x, drop)
+        return mx.addmm(onto, x, w.astype(x.dtype).T)
     y = _unscaled(p, name, x, drop)
     if f"{name}.m" in p:
         y = y * _magnitude(p, name, x.dtype)
@@ -139,12 +147,21 @@ def linear_gradients(
 
 
 def linear_backward(
-    p: Params, name: str, dy: mx.array, dz: mx.array | None, drop: InputDropout | None = None
+    p: Params,
+    name: str,
+    dy: mx.array,
+    dz: mx.array | None,
+    drop: InputDropout | None = None,
+    onto: mx.array | None = None,
 ) -> mx.array:
     """Returns the gradient [N, in] of the input, given the gradient `dy` of the output and dz from
-    `linear_gradients`."""
+    `linear_gradients`; added to `onto`, if given."""
     du = dy if f"{name}.m" not in p else dy * _magnitude(p, name, dy.dtype)
-    dx = matmul(du, matrix(p, name))
+    w = matrix(p, name)
+    if onto is None:
+        dx = matmul(du, w)
+    else:
+        dx = onto + matmul(du, w) if isinstance(w, Quantized) else mx.addmm(onto, du, w.astype(du.dtype))
     if dz is None:
         return dx
     a, _ = _factors(p, name, dy.dtype)

@@ -2,7 +2,8 @@
 
 The logits of 8,192 tokens and a vocabulary of 32,000 are 1 GiB in float32, and so is their gradient. Here the logits of
 a chunk yield its loss and its part of both gradients at once, and are freed (as in Cut Cross-Entropy, Wijmans et al.,
-2024, without its filtering). MLX is lazy, so each chunk waits for the one before it.
+2024, without its filtering). MLX is lazy, so each chunk waits for the one before it. On a GPU, MLX's fused kernels
+read the logits of a chunk once for the loss and once for their gradient.
 
 Shapes: N tokens, D d_model, V vocabulary, C chunk.
 """
@@ -82,8 +83,12 @@ def token_losses(
     """Returns the cross-entropy of each token [N], float32; 0 at negative targets. Arguments as for `loss_sum`."""
     losses: list[mx.array] = []
     for h, t, _ in _chunks(hidden, targets, mx.array(1.0), chunk):
-        (h,) = mx.depends([h], losses[-1:])
-        losses.append(_chunk_loss(h, weight, t, model)[0])
+        (h,) = depend([h], losses[-1:])
+        if _has_fused_loss(model):
+            loss = mx.fast.cross_entropy(matmul_t(h, weight), mx.maximum(t, 0))
+            losses.append((loss * (t >= 0).astype(mx.float32))[:, None])
+        else:
+            losses.append(_chunk_loss(h, weight, t, model)[0])
     return mx.concatenate(losses)[:, 0]
 
 
@@ -122,10 +127,14 @@ def _chunk_backward(
     h: mx.array, weight: Matrix, t: mx.array, model: ModelConfig, scale: mx.array, wait: EvalOrder
 ) -> tuple[mx.array, mx.array]:
     """The sum of the chunk's losses times `scale` (a scalar, or [C, 1]), and its gradient dL/dz [C, V] in h's dtype."""
+    weights = scale * (t >= 0).astype(mx.float32)[:, None]  # [C, 1]; a negative target's row is zero
+    if _has_fused_loss(model):
+        z, target = matmul_t(h, weight), mx.maximum(t, 0)
+        (losses,), (dz,) = mx.vjp(lambda z: mx.fast.cross_entropy(z, target), [z], [weights[:, 0]])
+        return mx.sum(weights[:, 0] * losses), dz
     losses, z, exps, sums = _chunk_loss(h, weight, t, model)
     loss = mx.sum(scale * losses)
     exps, sums = wait([exps, sums], [loss])
-    weights = scale * (t >= 0).astype(mx.float32)[:, None]  # [C, 1]; a negative target's row is zero
     dz = exps * (weights / sums)
     target = mx.maximum(t, 0)[:, None]
     dz = mx.put_along_axis(dz, target, mx.take_along_axis(dz, target, axis=1) - weights, axis=1)
@@ -143,6 +152,10 @@ def _chunks(
     chunk = chunk or (CPU_LOSS_CHUNK if on_cpu() else GPU_LOSS_CHUNK)
     for i in range(0, hidden.shape[0], chunk):
         yield hidden[i : i + chunk], targets[i : i + chunk], scale if scale.ndim == 0 else scale[i : i + chunk, None]
+
+
+def _has_fused_loss(model: ModelConfig) -> bool:
+    return not on_cpu() and model.logit_softcap is None
 
 
 def _chunk_loss(

@@ -106,15 +106,22 @@ class MLXEngine(BaseEngine[mx.array]):
         sums: Params = {}
         total = mx.array(0.0)
         first = self._ranks.rank * len(batch.inputs)  # numbers the micro-batches as in a single process
+        params = self._cast_matrices(self.params)
         for i in range(len(batch.inputs)):
             rows = self._slice(batch, i, worker)
             if not _any(rows):  # a halved micro-batch may have fewer rows than there are workers
                 break
             key = _dropout_key(self._config.train.seed, step, first + i, worker)
-            loss, sums = self._micro_step(self.params, self.frozen, *rows, key, mx.array(scale), sums)
+            loss, sums = self._micro_step(params, self.frozen, *rows, key, mx.array(scale), sums)
             total = total + loss
             mx.eval(sums, total)  # otherwise MLX would hold the activations of all micro-batches in one graph
         return np.atleast_1d(np.array(total, np.float64)), sums
+
+    def _cast_matrices(self, params: Params) -> Params:
+        """Casts matrices to the products' dtype, once for all micro-batches of a step."""
+        return {
+            name: p.astype(self.dtype) if p.ndim == 2 and name.endswith(".weight") else p for name, p in params.items()
+        }
 
     def _loss_and_gradients(
         self,

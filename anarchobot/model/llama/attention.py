@@ -1,5 +1,6 @@
-"""Causal attention: exact, in O(L) memory and with a hand-written gradient (`BlockedAttention`), or by MLX's fused
-kernel (`FusedAttention`), which MLX can differentiate and which takes a KV cache for generation.
+"""Causal attention: exact, in O(L) memory and with a hand-written gradient (`BlockedAttention`, for training on a CPU),
+or by MLX's fused kernel (`FusedAttention`), which MLX can differentiate and which takes a KV cache for generation.
+Training on a GPU has fused_attention.py.
 
 BlockedAttention processes blocks of queries sequentially (FlashAttention's recomputation; Dao et al., 2022, algorithm
 4). A block sees all keys up to its end, so its softmax needs no second pass, and scores above the diagonal are not
@@ -32,10 +33,16 @@ class HeadNorms(NamedTuple):
 
 
 class AttentionOutput(NamedTuple):
-    """Outputs [N, K G E], and the logsumexp of each row [B, K, G, L] in float32 (only BlockedAttention's is used)."""
+    """Outputs [N, K G E], and what the backward pass needs besides: the logsumexp of each row [B, K, G, L], float32, or
+    the rotated queries and keys [B, heads, L, E]."""
 
     out: mx.array
-    logsumexp: mx.array
+    logsumexp: mx.array | None = None
+    rotated: tuple[mx.array, mx.array] | None = None
+
+    def arrays(self, x: mx.array) -> list[mx.array]:
+        """`x` and what is computed beside it and saved."""
+        return [x, *([] if self.logsumexp is None else [self.logsumexp])]
 
 
 @dataclass(frozen=True)
@@ -71,13 +78,20 @@ class BlockedAttention:
         return AttentionOutput(out, mx.concatenate(logsumexp, axis=-1))
 
     def backward(
-        self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None, attended: AttentionOutput, dout: mx.array
+        self,
+        q: mx.array | None,
+        k: mx.array | None,
+        v: mx.array,
+        norms: HeadNorms | None,
+        attended: AttentionOutput,
+        dout: mx.array,
     ) -> tuple[mx.array, mx.array, mx.array, HeadNorms | None]:
         """Returns the gradients of q, k, v and the norms' weights, given the gradient `dout` of the output.
 
         With p the probabilities and o the output of a row: dv = p^T do; ds = p (do v^T - do . o); dq = ds k; dk = ds^T
         q.
         """
+        assert q is not None and k is not None
         dq, dk, dv = self._blocks_backward(q, k, v, norms, attended, dout)
         dq, dk, dv = self.wait([dq, dk, dv], [dq, dk, dv])  # frees what only the blocks needed
         dq, dq_norm = self._rope_backward(q, None if norms is None else norms.q, dq)
@@ -92,6 +106,7 @@ class BlockedAttention:
         """The gradients of rotated queries [B, H, L, E] and keys, and of values [B, K, L, E]."""
         queries, keys, values = self._prepared(q, k, v, norms)
         rows_out, douts = self._heads(attended.out), self._heads(dout)  # [B, K, G, L, E]
+        assert attended.logsumexp is not None
         deltas, logsumexp = row_sums((rows_out * douts).astype(mx.float32)), attended.logsumexp[..., None]
 
         def block_grads(start: int, end: int, rows: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -212,7 +227,7 @@ class FusedAttention:
             keys, values = self._cache.update_and_fetch(keys, values)
         scale = model.head_size**-0.5
         out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=self._mask)
-        return AttentionOutput(out.swapaxes(1, 2).reshape(self._batch * self._length, -1), mx.array(0.0))
+        return AttentionOutput(out.swapaxes(1, 2).reshape(self._batch * self._length, -1))
 
 
 def document_mask(segments: mx.array | None, length: int) -> Mask:

@@ -15,18 +15,22 @@ from anarchobot.config.schema import ModelConfig
 from anarchobot.model.gradient_accumulator import GradientAccumulator, Params
 from anarchobot.model.linear import InputDropout, linear, linear_backward, linear_gradients
 from anarchobot.model.llama.attention import AttentionOutput, BlockedAttention, FusedAttention, HeadNorms
+from anarchobot.model.llama.fused_attention import FusedTrainingAttention
 from anarchobot.model.norm import rms_norm, rms_norm_backward
+from anarchobot.numerics.device import on_cpu
 from anarchobot.numerics.elementary import sigmoid, tanh
 from anarchobot.numerics.eval_order import EvalOrder
 
+TrainingAttention = BlockedAttention | FusedTrainingAttention
+
 
 class SavedAttention(NamedTuple):
-    """What the backward pass of an attention half needs: [N, ...]. `has_value_residual`: v is averaged with the first
-    block's."""
+    """What the backward pass of an attention half needs: [N, ...]. q and k are None if the attention has saved them
+    rotated. `has_value_residual`: v is averaged with the first block's."""
 
     x: mx.array
-    q: mx.array
-    k: mx.array
+    q: mx.array | None
+    k: mx.array | None
     v: mx.array
     attention: AttentionOutput
     has_value_residual: bool
@@ -52,7 +56,7 @@ def attention_forward(
     p: Params,
     x: mx.array,
     model: ModelConfig,
-    attention: BlockedAttention | FusedAttention,
+    attention: TrainingAttention | FusedAttention,
     key: mx.array | None = None,
     first_v: mx.array | None = None,
     drop: InputDropout | None = None,
@@ -65,7 +69,9 @@ def attention_forward(
     if first_v is not None:
         v = 0.5 * (v + first_v)
     attended = attention.forward(q, k, v, _head_norms(p))
-    out = x + _dropout(linear(p, "self_attn.o_proj", attended.out, drop), model, key)
+    out = _add_linear(x, p, "self_attn.o_proj", attended.out, drop, model, key)
+    if attended.rotated is not None:
+        return out, SavedAttention(x, None, None, v, attended, first_v is not None)
     return out, SavedAttention(x, q, k, v, attended, first_v is not None)
 
 
@@ -73,7 +79,7 @@ def attention_backward(
     p: Params,
     saved: SavedAttention,
     dy: mx.array,
-    attention: BlockedAttention,
+    attention: TrainingAttention,
     key: mx.array | None,
     grads: GradientAccumulator,
     dfirst_v: mx.array | None = None,
@@ -91,7 +97,9 @@ def attention_backward(
     done, dz = linear_gradients(p, "self_attn.o_proj", d, output.out, grads, drop)
     (d,) = wait([d], done)
     dout = linear_backward(p, "self_attn.o_proj", d, dz, drop)
-    q, k, v = wait([q, k, v], [dout])
+    (v,) = wait([v], [dout])
+    if q is not None and k is not None:
+        q, k = wait([q, k], [dout])
     dq, dk, dv, dnorms = attention.backward(q, k, v, _head_norms(p), output, dout)
     if has_value_residual:
         dv = 0.5 * dv
@@ -109,8 +117,8 @@ def attention_backward(
     done_v, z_v = linear_gradients(p, "self_attn.v_proj", dv, normed, grads, drop, None if has_value_residual else v)
     dq, dk, dv = wait([dq, dk, dv], done_q + done_k + done_v)
     dnormed = linear_backward(p, "self_attn.q_proj", dq, z_q, drop)
-    dnormed = dnormed + linear_backward(p, "self_attn.k_proj", dk, z_k, drop)
-    dnormed = dnormed + linear_backward(p, "self_attn.v_proj", dv, z_v, drop)
+    dnormed = linear_backward(p, "self_attn.k_proj", dk, z_k, drop, dnormed)
+    dnormed = linear_backward(p, "self_attn.v_proj", dv, z_v, drop, dnormed)
     (dnormed,) = wait([dnormed], [dnormed])
     del normed, dq, dk, dv
     dx, dweight = rms_norm_backward(x, p["input_layernorm.weight"], model.norm_eps, dnormed)
@@ -133,11 +141,13 @@ def mlp_forward(
         (linear(p, "mlp.gate_proj", n, chunk_drop), linear(p, "mlp.up_proj", n, chunk_drop))
         for n, chunk_drop in zip(normed, drops, strict=True)
     ]
+    if len(chunks) == 1:
+        return _add_linear(x, p, "mlp.down_proj", _gated(*chunks[0], model), drops[0], model, key), SavedMLP(x, chunks)
     outs = [
         linear(p, "mlp.down_proj", _gated(gate, up, model), chunk_drop)
         for (gate, up), chunk_drop in zip(chunks, drops, strict=True)
     ]
-    return x + _dropout(_concatenate(outs), model, key), SavedMLP(x, chunks)
+    return x + _dropout(mx.concatenate(outs), model, key), SavedMLP(x, chunks)
 
 
 def mlp_backward(
@@ -157,22 +167,37 @@ def mlp_backward(
     ds, xs, drops = _chunks(_dropout(dy, model, key), rows), _chunks(x, rows), _split_dropout(drop, len(chunks))
     for d, x_chunk, chunk_drop in zip(ds, xs, drops, strict=True):
         gate, up = chunks.pop(0)  # nothing else refers to them: they are freed as soon as they are used
+        # Waiting for `d` also keeps `mx.compile` from storing act(gate) and the product in the forward pass.
+        gate, up = wait([gate, up], [d])
         gate, up, d = wait([gate, up, d], dnormed[-1:])
         done, dz = linear_gradients(p, "mlp.down_proj", d, _gated(gate, up, model), grads, chunk_drop)
         (d,) = wait([d], done)
-        dgate, dup = _gated_backward(gate, up, linear_backward(p, "mlp.down_proj", d, dz, chunk_drop), model)
+        dgate, dup = _gated_backward(gate, up, linear_backward(p, "mlp.down_proj", d, dz, chunk_drop), model, wait)
         (x_chunk,) = wait([x_chunk], [dgate, dup])
         normed = rms_norm(x_chunk, p["post_attention_layernorm.weight"], model.norm_eps)
         done_gate, z_gate = linear_gradients(p, "mlp.gate_proj", dgate, normed, grads, chunk_drop, gate)
         done_up, z_up = linear_gradients(p, "mlp.up_proj", dup, normed, grads, chunk_drop, up)
         dgate, dup = wait([dgate, dup], done_gate + done_up)
-        dnormed.append(
-            linear_backward(p, "mlp.gate_proj", dgate, z_gate, chunk_drop)
-            + linear_backward(p, "mlp.up_proj", dup, z_up, chunk_drop)
-        )
+        dgated = linear_backward(p, "mlp.gate_proj", dgate, z_gate, chunk_drop)
+        dnormed.append(linear_backward(p, "mlp.up_proj", dup, z_up, chunk_drop, dgated))
     dx, dweight = rms_norm_backward(x, p["post_attention_layernorm.weight"], model.norm_eps, _concatenate(dnormed))
     (dx,) = wait([dy + dx], grads.add("post_attention_layernorm.weight", dweight))
     return dx
+
+
+def _add_linear(
+    x: mx.array,
+    p: Params,
+    name: str,
+    inputs: mx.array,
+    drop: InputDropout | None,
+    model: ModelConfig,
+    key: mx.array | None,
+) -> mx.array:
+    """x + dropout(linear(inputs))."""
+    if key is None or model.dropout == 0:
+        return linear(p, name, inputs, drop, x)
+    return x + _dropout(linear(p, name, inputs, drop), model, key)
 
 
 def _split_dropout(drop: InputDropout | None, count: int) -> list[InputDropout | None]:
@@ -204,25 +229,33 @@ def _gated(gate: mx.array, up: mx.array, model: ModelConfig) -> mx.array:
     return _product(gate, 0.5 * (1 + tanh(_gelu_inner(gate))), up)
 
 
-def _gated_backward(gate: mx.array, up: mx.array, d: mx.array, model: ModelConfig) -> tuple[mx.array, mx.array]:
+def _gated_backward(
+    gate: mx.array, up: mx.array, d: mx.array, model: ModelConfig, wait: EvalOrder
+) -> tuple[mx.array, mx.array]:
     """Returns the gradients of gate and up, given the gradient `d` of act(gate) * up."""
-    if model.ffn_activation == "silu":
-        return _silu_backward(gate, sigmoid(gate), up, d)
-    return _gelu_backward(gate, tanh(_gelu_inner(gate)), up, d)
+    gate, up = wait([gate, up], [d])
+    if model.ffn_activation == "gelu":
+        return _gelu_backward(gate, tanh(_gelu_inner(gate)), up, d)
+    s = sigmoid(gate)
+    dup = _product(d, gate, s)
+    if not on_cpu():  # each kernel computes the sigmoid again: cheaper than storing it
+        (gate,) = wait([gate], [dup])
+        s = sigmoid(gate)
+    return _silu_backward(gate, s, up, d), dup
 
 
 # Compiled separately, even if the full step is not: one pass over memory each. Python scalars keep the dtype.
 
 
 @mx.compile
-def _product(gate: mx.array, factor: mx.array, up: mx.array) -> mx.array:
-    return gate * factor * up
+def _product(a: mx.array, b: mx.array, c: mx.array) -> mx.array:
+    return a * b * c
 
 
 @mx.compile
-def _silu_backward(gate: mx.array, s: mx.array, up: mx.array, d: mx.array) -> tuple[mx.array, mx.array]:
-    """SiLU is g s(g), and its derivative s (1 + g (1 - s))."""
-    return d * up * (s * (1 + gate * (1 - s))), d * gate * s
+def _silu_backward(gate: mx.array, s: mx.array, up: mx.array, d: mx.array) -> mx.array:
+    """The gradient of the gate. SiLU is g s(g), and its derivative s (1 + g (1 - s))."""
+    return d * up * (s * (1 + gate * (1 - s)))
 
 
 @mx.compile

@@ -16,10 +16,12 @@ from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.linear import InputDropout, embedding_rows, matrix
 from anarchobot.model.llama import block
 from anarchobot.model.llama.attention import BlockedAttention, Cache, FusedAttention, document_mask
+from anarchobot.model.llama.fused_attention import FusedTrainingAttention
 from anarchobot.model.norm import rms_norm
 from anarchobot.model.parameters import by_block
 from anarchobot.model.step_options import MicroBatch
 from anarchobot.numerics import elementary
+from anarchobot.numerics.device import on_cpu
 from anarchobot.numerics.eval_order import EvalOrder, depend
 
 
@@ -40,11 +42,13 @@ def hidden_states(
     """
     B, L = tokens.shape
     x = embed(params, tokens, model, dtype)  # [N, D]
-    blocked = BlockedAttention(model, B, L, segments, wait=wait)
+    whole: block.TrainingAttention = BlockedAttention(model, B, L, segments, wait=wait)
+    if not on_cpu():
+        whole = FusedTrainingAttention(model, B, L, dtype, segments, wait=wait)
     mask = None if caches is None else caches[0].make_mask(L, return_array=False, window_size=None)
     first_v = None
     for i, p in enumerate(by_block(params, model)):
-        attention = blocked if caches is None else FusedAttention(model, B, L, mask, caches[i])
+        attention = whole if caches is None else FusedAttention(model, B, L, mask, caches[i])
         x, saved = block.attention_forward(p, x, model, attention, first_v=first_v)
         first_v = saved.v if i == 0 and model.value_residual else first_v
         del saved

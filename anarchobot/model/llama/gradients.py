@@ -10,11 +10,13 @@ Shapes: B rows, L tokens, N = B L, D d_model.
 import mlx.core as mx
 
 from anarchobot.config.schema import ModelConfig
+from anarchobot.model.embedding_gradient import add_rows
 from anarchobot.model.gradient_accumulator import GradientAccumulator, Params
 from anarchobot.model.llama import block
 from anarchobot.model.llama.attention import BlockedAttention
-from anarchobot.model.llama.block import DropoutKeys, SavedAttention, SavedMLP
+from anarchobot.model.llama.block import DropoutKeys, SavedAttention, SavedMLP, TrainingAttention
 from anarchobot.model.llama.forward import dropout_keys, embed
+from anarchobot.model.llama.fused_attention import FusedTrainingAttention
 from anarchobot.model.loss import head_loss
 from anarchobot.model.norm import rms_norm, rms_norm_backward
 from anarchobot.model.parameters import by_block, lowest_trained_block
@@ -36,7 +38,14 @@ def loss_and_gradients(
     """See LossAndGradients in model/architecture.py."""
     wait, profile = options.wait, options.profile
     rows, length = batch.tokens.shape
-    attention = BlockedAttention(model, rows, length, batch.segments, options.attention_block, wait)
+    attention: TrainingAttention
+    if options.technique == "blocked":
+        attention = BlockedAttention(model, rows, length, batch.segments, options.attention_block, wait)
+    else:
+        by_kernel = options.technique == "sdpa"
+        attention = FusedTrainingAttention(
+            model, rows, length, dtype, batch.segments, options.attention_block, wait, by_kernel
+        )
     drops = dropout_keys(batch.dropout_key, model, batch.adapter_dropout)
     weights = params if frozen is None else {**frozen, **params}
     blocks, lowest = by_block(weights, model), lowest_trained_block(params, model)
@@ -51,7 +60,7 @@ def loss_and_gradients(
         x, halves = _block_forward(p, x, attention, drop, first_v, options)
         if model.value_residual and first_v is None:
             first_v = halves[0].v
-        (x,) = wait([x], [x, halves[0].attention.logsumexp])
+        (x,) = wait([x], halves[0].attention.arrays(x))
         if i >= lowest:
             saved.append(block_input if options.recompute else halves)
         del halves
@@ -99,7 +108,7 @@ def loss_and_gradients(
 def _block_forward(
     p: Params,
     x: mx.array,
-    attention: BlockedAttention,
+    attention: TrainingAttention,
     drop: DropoutKeys,
     first_v: mx.array | None,
     options: StepOptions,
@@ -108,7 +117,7 @@ def _block_forward(
     """Returns the block's output and what its backward pass needs. `again`: recomputation for the backward pass."""
     model, profile = attention.model, options.profile
     x, attended = block.attention_forward(p, x, model, attention, drop.attention, first_v, drop.attention_inputs)
-    profile.end("blocks forward again" if again else "attention forward", x, attended.attention.logsumexp)
+    profile.end("blocks forward again" if again else "attention forward", *attended.attention.arrays(x))
     x, mlp = block.mlp_forward(p, x, model, drop.mlp, options.mlp_rows, drop.mlp_inputs)
     if again:  # down_proj is not recomputed
         profile.end("blocks forward again", *(array for chunk in mlp.chunks for array in chunk))
@@ -123,4 +132,4 @@ def _embed_backward(tokens: mx.array, dx: mx.array, model: ModelConfig, grads: G
     total = grads.sums.pop(name) if name in grads.sums else mx.zeros((model.vocab_size, model.d_model))
     dx = dx.astype(mx.float32)
     dx = dx if model.embedding_scale is None else dx * model.embedding_scale
-    grads.sums[name] = total.at[tokens.reshape(-1)].add(dx)
+    grads.sums[name] = add_rows(total, tokens.reshape(-1), dx)

@@ -1,0 +1,37 @@
+"""The gradient of the token embedding: rows added up by token id, in the same order every time."""
+
+import mlx.core as mx
+
+from anarchobot.numerics.device import on_cpu
+
+_CHUNK = 512  # tokens
+
+
+@mx.custom_function
+def gather_rows(w: mx.array, ids: mx.array) -> mx.array:
+    """The rows `ids` [N] of `w` [V, D]: [N, D], with `add_rows` as its gradient."""
+    return w[ids]
+
+
+@gather_rows.vjp
+def _gather_rows_vjp(inputs: tuple[mx.array, mx.array], grad: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    w, ids = inputs
+    return add_rows(mx.zeros_like(w), ids, grad), mx.zeros_like(ids)
+
+
+def add_rows(total: mx.array, ids: mx.array, rows: mx.array) -> mx.array:
+    """Adds `rows` [N, D], float32, to the rows `ids` [N] of `total` [V, D].
+
+    A GPU's scatter adds atomically, so the order of several rows with the same id varies, and with it the rounding of
+    their sum. There, a product with the [C, C] matrix of equal ids adds up the rows of each id of a chunk of C tokens.
+    The scatter then has one such sum for each id, and otherwise zeros, which it can add in any order.
+    """
+    if on_cpu():
+        return total.at[ids].add(rows)
+    for start in range(0, ids.size, _CHUNK):
+        chunk = ids[start : start + _CHUNK]
+        same = chunk[:, None] == chunk
+        first = ~mx.any(mx.tril(same, -1), axis=1, keepdims=True)  # no earlier token of the chunk has the id
+        sums = (same & first).astype(mx.float32) @ rows[start : start + _CHUNK]
+        total = total.at[chunk].add(sums)
+    return total
