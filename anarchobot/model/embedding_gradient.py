@@ -7,18 +7,6 @@ from anarchobot.numerics.device import on_cpu
 _CHUNK = 512  # tokens
 
 
-@mx.custom_function
-def gather_rows(w: mx.array, ids: mx.array) -> mx.array:
-    """The rows `ids` [N] of `w` [V, D]: [N, D], with `add_rows` as its gradient."""
-    return w[ids]
-
-
-@gather_rows.vjp
-def _gather_rows_vjp(inputs: tuple[mx.array, mx.array], grad: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-    w, ids = inputs
-    return add_rows(mx.zeros_like(w), ids, grad), mx.zeros_like(ids)
-
-
 def add_rows(total: mx.array, ids: mx.array, rows: mx.array) -> mx.array:
     """Adds `rows` [N, D], float32, to the rows `ids` [N] of `total` [V, D].
 

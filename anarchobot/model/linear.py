@@ -24,7 +24,6 @@ import mlx.core as mx
 from anarchobot.config.validation import PROJECTIONS
 from anarchobot.model.gradient_accumulator import GradientAccumulator, Params
 from anarchobot.model.lora import GROUP
-from anarchobot.model.embedding_gradient import gather_rows
 from anarchobot.numerics.device import on_cpu
 
 _FEW_ROWS = 8  # with fewer rows, a CPU multiplies by quantized weights faster than it dequantizes them
@@ -90,7 +89,7 @@ def embedding_rows(w: Matrix, ids: mx.array) -> mx.array:
     """The rows `ids` [N] of W: [N, in]."""
     if isinstance(w, Quantized):
         return Quantized(*(part[ids] for part in w)).dequantize()
-    return gather_rows(w, ids)
+    return w[ids]
 
 
 def linear(
