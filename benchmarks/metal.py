@@ -2,7 +2,8 @@
 
 metal_model.py counts the kernels that MLX would run on Metal, with their bytes and FLOPs. The predicted time of a
 kernel is the larger of its bytes over a part of the memory bandwidth and its FLOPs over a part of the peak, plus a
-constant for its launch. All predictions rest on these assumptions; none has been measured on a Mac.
+constant for its launch. All predictions rest on these assumptions; none has been measured on a Mac. The H200's are for
+the same kernels, although MLX's CUDA backend has others.
 
     .venv/bin/python benchmarks/metal.py                                  # configs/m3pro.yaml
     .venv/bin/python benchmarks/metal.py --config configs/medium.yaml --kernels 20

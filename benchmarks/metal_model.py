@@ -104,6 +104,22 @@ class Graph:
 _TAG = 0x5A000000  # constants that mark stand-ins; no other constant of a traced function may be as large
 
 
+Forward = Callable[..., list[mx.array]]
+Backward = Callable[[list[mx.array], list[mx.array], list[mx.array]], list[mx.array]]
+Recorder = Callable[[Forward, Backward, list[mx.array]], list[mx.array]]
+
+
+@dataclass
+class _Call:
+    """A call of a function with its own gradient, and the placeholders of its outputs and of its inputs' gradients."""
+
+    forward: Forward
+    backward: Backward
+    inputs: list[mx.array]
+    outputs: list[mx.array]
+    dinputs: list[mx.array]
+
+
 class _Tracing:
     """State of a running `trace`. mx.export_function cannot export primitives that only exist on a GPU, nor functions
     with a gradient of their own (mx.custom_function, mx.checkpoint). Both are expressed by `mx.depends`:
@@ -118,7 +134,7 @@ class _Tracing:
     def __init__(self) -> None:
         self.kinds: list[tuple[str, tuple[Any, ...]]] = []  # of stand-ins, by tag
         self.ties: list[tuple[mx.array, mx.array]] = []  # placeholder, array
-        self.recorders: list[Callable[..., list[mx.array]] | None] = [None]
+        self.recorders: list[Recorder | None] = [None]
         self.differentiating = 0
 
     def stand_in(
@@ -133,12 +149,7 @@ class _Tracing:
         templates = [mx.zeros(shape, dtype) for shape, dtype in outputs]
         return list(mx.depends(templates, [tag, *inputs]))
 
-    def custom(
-        self,
-        forward: Callable[..., list[mx.array]],
-        backward: Callable[[list[mx.array], list[mx.array], list[mx.array]], list[mx.array]],
-        inputs: list[mx.array],
-    ) -> list[mx.array]:
+    def custom(self, forward: Forward, backward: Backward, inputs: list[mx.array]) -> list[mx.array]:
         """A function with its own gradient. `backward(inputs, outputs, cotangents)` returns the gradients of the
         floating-point inputs."""
         recorder = self.recorders[-1]
@@ -148,66 +159,56 @@ class _Tracing:
         self, function: Callable[..., Any], primals: Sequence[mx.array], cotangents: Sequence[mx.array]
     ) -> tuple[list[mx.array], list[mx.array]]:
         """mx.vjp of a function that may contain `custom` functions."""
+        calls: list[_Call] = []
 
-        def call(arrays: Sequence[mx.array], recorder: Callable[..., list[mx.array]]) -> list[mx.array]:
-            self.recorders.append(recorder)
-            self.differentiating += 1
-            outputs = function(*arrays)
-            self.differentiating -= 1
-            self.recorders.pop()
-            return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
-
-        def plainly(forward: Callable[..., list[mx.array]], inputs: list[mx.array]) -> list[mx.array]:
-            self.recorders.append(None)
-            self.differentiating += 1  # MLX's flag is set in the forward pass of a differentiated function
-            outputs = forward(*inputs)
-            self.differentiating -= 1
-            self.recorders.pop()
+        def discover(forward: Forward, backward: Backward, inputs: list[mx.array]) -> list[mx.array]:
+            outputs = self._differentiating(forward, inputs, None)
+            dinputs = [self._placeholder(x) for x in inputs if _is_float(x)]
+            calls.append(_Call(forward, backward, inputs, [self._placeholder(x) for x in outputs], dinputs))
             return outputs
 
-        calls: list[tuple[Any, Any, list[mx.array], list[mx.array], list[mx.array]]] = []
-
-        def discover(forward: Any, backward: Any, inputs: list[mx.array]) -> list[mx.array]:
-            outputs = plainly(forward, inputs)
-            placeholders = [self._placeholder(x) for x in outputs]
-            calls.append(
-                (forward, backward, inputs, placeholders, [self._placeholder(x) for x in inputs if _floats(x)])
-            )
-            return outputs
-
-        call(primals, discover)
-        found, calls = calls, []
+        self._differentiating(function, primals, discover)
 
         def opened(*arrays: mx.array) -> list[mx.array]:
-            variables = iter(arrays[len(primals) :])
-            calls.clear()
+            variables, remaining = iter(arrays[len(primals) :]), iter(calls)
 
-            def record(forward: Any, backward: Any, inputs: list[mx.array]) -> list[mx.array]:
-                placeholders, cotangents = found[len(calls)][3:]
-                calls.append((forward, backward, inputs, placeholders, cotangents))
-                return [next(variables) for _ in placeholders]
+            def record(forward: Forward, backward: Backward, inputs: list[mx.array]) -> list[mx.array]:
+                call = next(remaining)
+                call.forward, call.backward, call.inputs = forward, backward, inputs
+                return [next(variables) for _ in call.outputs]
 
-            outputs = call(arrays[: len(primals)], record)
-            return [*outputs, *(x for c in calls for x in c[2] if _floats(x))]
+            outputs = self._differentiating(function, arrays[: len(primals)], record)
+            return [*outputs, *(x for call in calls for x in call.inputs if _is_float(x))]
 
-        opened_primals = [*primals, *(x for c in found for x in c[3])]
-        opened_cotangents = [*cotangents, *(x for c in found for x in c[4])]
-        results, gradients = _mx_vjp(opened, opened_primals, opened_cotangents)
-        count = len(cotangents)
-        inputs, output_gradients = iter(results[count:]), iter(gradients[len(primals) :])
-        for forward, backward, traced, placeholders, cotangent_placeholders in calls:
-            arguments = [next(inputs) if _floats(x) else x for x in traced]
-            outputs = plainly(forward, arguments)
-            self.ties += zip(placeholders, outputs, strict=True)
-            into = backward(arguments, outputs, [next(output_gradients) for _ in placeholders])
-            self.ties += zip(cotangent_placeholders, into, strict=True)
-        return list(results[:count]), list(gradients[: len(primals)])
+        results, gradients = _mx_vjp(
+            opened,
+            [*primals, *(x for call in calls for x in call.outputs)],
+            [*cotangents, *(x for call in calls for x in call.dinputs)],
+        )
+        inputs, doutputs = iter(results[len(cotangents) :]), iter(gradients[len(primals) :])
+        for call in calls:
+            arguments = [next(inputs) if _is_float(x) else x for x in call.inputs]
+            outputs = self._differentiating(call.forward, arguments, None)
+            dinputs = call.backward(arguments, outputs, [next(doutputs) for _ in call.outputs])
+            self.ties += zip([*call.outputs, *call.dinputs], [*outputs, *dinputs], strict=True)
+        return list(results[: len(cotangents)]), list(gradients[: len(primals)])
+
+    def _differentiating(
+        self, function: Callable[..., Any], inputs: Sequence[mx.array], recorder: Recorder | None
+    ) -> list[mx.array]:
+        """The outputs of a function that is being differentiated; `recorder` takes the calls of `custom` functions."""
+        self.recorders.append(recorder)
+        self.differentiating += 1
+        outputs = function(*inputs)
+        self.differentiating -= 1
+        self.recorders.pop()
+        return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
 
     def _placeholder(self, like: mx.array) -> mx.array:
         return self.stand_in("Placeholder", (), [], [(like.shape, like.dtype)])[0]
 
 
-def _floats(x: mx.array) -> bool:
+def _is_float(x: mx.array) -> bool:
     return mx.issubdtype(x.dtype, mx.floating)
 
 
