@@ -12,6 +12,8 @@ from tests.tiny import make_shards
 
 load_fast_blas()
 
+import mlx.core as mx  # noqa: E402
+
 # Background jobs of a shell ignore Ctrl-C, and so would the programs that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -21,6 +23,12 @@ settings.register_profile(
     "suite", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def cpu_by_default() -> None:
+    """On a Mac as well: expected values are a CPU's. `anarchobot bench --device` checks a GPU."""
+    mx.set_default_device(mx.cpu)
 
 
 def shared_data_folder() -> Path | None:
