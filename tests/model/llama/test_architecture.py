@@ -13,9 +13,8 @@ from anarchobot.data.windows import Batch
 from anarchobot.model.architecture import architecture
 from anarchobot.model.parameters import model_flops, parameter_shapes
 from anarchobot.numerics.device import gpu_path
-from anarchobot.numerics.eval_order import depend
-from anarchobot.optim.muon import muon_directions
-from anarchobot.optim.param_groups import muon_flops, optimizer_of
+from anarchobot.optim.param_groups import muon_flops, optimizer_of, split_heads
+from anarchobot.optim.polar_express import orthogonalize
 from anarchobot.training.mlx_engine import MLXEngine
 
 LLAMA = architecture("llama")
@@ -143,7 +142,8 @@ def test_a_gpus_muon_executes_the_count(tf32: bool, monkeypatch: pytest.MonkeyPa
     """With products rounded to TF32, it takes other steps (optim/polar_express.py)."""
     model, train = ModelConfig(vocab_size=8, n_layers=1, d_model=24, n_heads=3), TrainConfig()
     shapes = parameter_shapes(model)
-    matrices = {name: mx.ones(s) for name, s in shapes.items() if optimizer_of(name, len(s), "muon_adamw") == "muon"}
     with counting(monkeypatch) as counted, gpu_path(tf32=tf32):
-        muon_directions(matrices, matrices, mx.array(0.9), train, model.head_size, depend)
+        for name, shape in shapes.items():
+            if optimizer_of(name, len(shape), "muon_adamw") == "muon":
+                orthogonalize(split_heads(name, mx.ones((1, *shape)), model.head_size))
     assert counted[0] == muon_flops(shapes, train, model.head_size, on_cpu=False, reduced_float32=tf32)
