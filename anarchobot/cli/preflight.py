@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from anarchobot.cli.parser import add_command, add_config, add_group, overrides, positive
+from anarchobot.cli.parser import add_command, add_config, add_group, check_output, overrides, positive
 from anarchobot.config.errors import UserError
 
 CHECK_COUNTS = {"pass": "passed", "warn": "warned", "fail": "failed", "skip": "skipped"}
+DEVICE_FILE = Path("anarchobot-device.json")
 MEMORY_PARTS = {
     "weights": "weights", "gradients": "gradients", "optimizer": "optimizer state", "activations": "activations",
     "logits": "logits of a chunk", "update": "update",
@@ -47,7 +48,18 @@ def add_commands(commands: Any) -> None:
     bench = add_command(commands, "bench", _bench, "measure the parts of a training step on random tokens")
     add_config(bench)
     bench.add_argument(
-        "--steps", type=positive, default=5, metavar="N", help="repetitions per part; the median is reported"
+        "--steps", type=positive, metavar="N", help="repetitions per part; the median is reported (default: 5)"
+    )
+    bench.add_argument(
+        "--device",
+        action="store_true",
+        help="check the device and find the fastest technique, for at most three minutes; train.technique auto uses it",
+    )
+    bench.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=f"with --device: JSON file for an issue, without personal data (default: {DEVICE_FILE})",
     )
 
     selftest = add_command(
@@ -206,11 +218,16 @@ def _size(number: int) -> str:
 
 
 def _bench(args: argparse.Namespace) -> None:
+    if args.device:
+        _bench_device(args)
+        return
+    if args.output is not None:
+        raise UserError("argument --output: only with --device")
     from anarchobot.config.loading import load_config
     from anarchobot.system.blas import no_blas_message
     from anarchobot.tasks.bench import bench
 
-    result = bench(load_config(args.config, overrides(args)), args.steps)
+    result = bench(load_config(args.config, overrides(args)), args.steps or 5)
     if result["device"] == "cpu" and result["blas"] is None and not args.quiet:
         print(f"warning: {no_blas_message()}", file=sys.stderr)
     if args.json:
@@ -246,6 +263,122 @@ def _bench_lines(result: dict[str, Any]) -> Iterator[str]:
         if part["flops"]:
             flops, rate = f"{part['flops'] / 1e9:,.3f}", f"{part['gflop_per_second']:,.1f}"
         yield f"{part['name']:<22}{flops:>10}{part['ms']:>12,.2f}{rate:>12}{part['share']:>9.1%}"
+
+
+def _bench_device(args: argparse.Namespace) -> None:
+    if args.steps is not None:
+        raise UserError("argument --steps: not with --device, which repeats as often as its three minutes allow")
+    file = args.output or DEVICE_FILE
+    check_output(file)
+    from anarchobot.system.blas import load_fast_blas, no_blas_message
+
+    blas = load_fast_blas()  # before the modules below import MLX
+    from anarchobot.config.loading import load_config
+    from anarchobot.preflight.check import Context
+    from anarchobot.preflight.settings import command_for
+    from anarchobot.storage.durable import write_atomic
+    from anarchobot.system.technique import cache_file
+    from anarchobot.tasks.device_bench import device_bench
+    from anarchobot.tasks.finetuning import load_tuning_config
+
+    command = command_for(Context(args.config, args.settings, calibrate=False))
+    task = command if command in ("sft", "dpo") else "pretrain"
+    loaded = (load_config if task == "pretrain" else load_tuning_config)(args.config, overrides(args))
+
+    def log(text: str) -> None:
+        if not args.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    result = device_bench(loaded, task, log)
+    if result["device"]["kind"] == "cpu" and blas is None:
+        log(f"warning: {no_blas_message()}")
+    text = json.dumps(result, indent=1)
+    write_atomic(file, text + "\n")
+    if args.json:
+        print(text)
+        return
+    for line in _device_lines(result):
+        print(line)
+    if result["chosen"]:
+        print(f"stored in {cache_file()}: train.technique auto uses it")
+    print(f"wrote {file}: it has no personal data and can be attached to an issue")
+
+
+def _device_lines(result: dict[str, Any]) -> Iterator[str]:
+    device, run, versions = result["device"], result["run"], result["versions"]
+    yield (
+        f"{device['name']}, {device['kind']}, {_size(device['machine_memory'])}, {device['system']}; MLX "
+        f"{versions['mlx']}, mlx-lm {versions['mlx-lm']}, anarchobot {versions['anarchobot']}"
+    )
+    unit = "pairs" if run["task"] == "dpo" else "sequences"
+    yield (
+        f"{run['parameters']:,} parameters, {run['precision']}, micro-batches of {run['micro_batch_size']} {unit} of "
+        f"{run['seq_len']} tokens"
+    )
+    yield ""
+    yield "gradients of a small model against the CPU's in float32"
+    yield f"{'technique':<12}{'precision':<12}{'loss error':>12}{'worst gradient':>16}{'':>9}  computed again"
+    for found in result["gradients"]:
+        if "error" in found:
+            yield f"{found['technique']:<12}{found['error']}"
+            continue
+        differ = (
+            f"{len(found['differ_when_repeated'])} gradients differ" if found["differ_when_repeated"] else "same bits"
+        )
+        yield (
+            f"{found['technique']:<12}{found['precision']:<12}{found['loss_error']:>12.1e}"
+            f"{found['largest_error']:>16.1e}{'' if found['right'] else 'WRONG':>9}  {differ}"
+        )
+    yield ""
+    yield "largest singular value of Muon's updates: 1.15 is right"
+    yield from _singular_value_lines(result["orthogonalization"])
+    yield ""
+    yield from _variant_lines(result)
+
+
+def _singular_value_lines(found: Any) -> Iterator[str]:
+    if "error" in found:
+        yield found["error"]
+        return
+    for row in found:
+        name, value = "MLX_ENABLE_TF32", row["MLX_ENABLE_TF32"]
+        setting = "in training" if value is None else f"{name}={value}"
+        products = "products rounded" if row["products_rounded"] else "products exact"
+        yield f"{setting:<20}{products:<18}{row['largest']:>8.3f}{'' if row['right'] else '  WRONG'}"
+
+
+def _variant_lines(result: dict[str, Any]) -> Iterator[str]:
+    yield f"{'gradients of a micro-batch':<48}{'ms':>10}{'runs':>6}{'peak':>12}{'time':>8}{'peak':>8}"
+    yield f"{'':<48}{'':>10}{'':>6}{'above start':>12}{'  by mlx-lm':>16}"
+    for row in result["variants"]:
+        name = _settings_name(row) if row["program"] == "anarchobot" else "mlx-lm"
+        name += ", checkpointed" if row["gradient_checkpointing"] else ""
+        if row["ms"] is None:
+            yield f"{name:<48}  {row['error']}"
+            continue
+        ratios = (f"{row[key]:.2f}" if row[key] else "-" for key in ("time_by_mlx_lm", "peak_by_mlx_lm"))
+        time, peak = ratios
+        size = _size(row["peak_memory"])
+        yield f"{name:<48}{row['ms']:>10,.1f}{row['runs']:>6}{size:>12}{time:>8}{peak:>8}"
+        if row["error"]:
+            yield f"  {row['error']}"
+    yield ""
+    step, chosen = result["step"], result["chosen"]
+    if chosen is None:
+        yield "no technique stored: too few could be compared that are right and within the memory budget"
+        return
+    if "error" in step:
+        yield f"whole step: {step['error']}"
+    else:
+        yield (
+            f"step of {step['micro_batches']} micro-batches: {step['ms']:,.1f} ms, peak memory "
+            f"{_size(step['peak_memory'])}, estimate {_size(step['estimated_memory'])} ({step['estimate_by_peak']:.2f})"
+        )
+    yield f"fastest: {_settings_name(chosen)}"
+
+
+def _settings_name(row: dict[str, Any]) -> str:
+    return f"{row['technique']}, loss_chunk {row['loss_chunk']}{'' if row['compile'] else ', not compiled'}"
 
 
 # --- selftest
