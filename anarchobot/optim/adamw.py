@@ -18,9 +18,11 @@ def adamw(
     count: mx.array,
     train: TrainConfig,
     wait: EvalOrder,
+    factor: mx.array | float = 1.0,
 ) -> tuple[Arrays, Arrays, Arrays]:
-    """One update. All dicts have the same names and are consumed. `count` (float32 scalar) is 1 for the first update:
-    without bias correction (MLX's default) that update would be 0.45 times its size. Norms and biases do not decay.
+    """One update by `factor` times the gradients. All dicts have the same names and are consumed. `count` (float32
+    scalar) is 1 for the first update: without bias correction (MLX's default) that update would be 0.45 times its size.
+    Norms and biases do not decay.
 
         m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
         u = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
@@ -30,13 +32,15 @@ def adamw(
     """
     new_params, new_first, new_second = {}, {}, {}
     correction1, correction2 = 1 - mx.power(ADAMW_BETA1, count), 1 - mx.power(ADAMW_BETA2, count)
+    done: list[mx.array] = []
     for name in list(params):
-        # Nothing refers to an old array while the new one is computed, so that MLX reuses its memory.
-        m, v = _moments(grads.pop(name), first.pop(name), second.pop(name))
-        u = _direction(m, v, correction1, correction2)
-        w = apply_update(params.pop(name), u, lr, train)
-        new_params[name], new_first[name], new_second[name] = wait([w, m, v], [w, m, v])
-        del u
+        # Nothing refers to an old array while the new one is computed, so that MLX reuses its memory. The parameters
+        # take turns by their gradients: outputs that nothing else waits for are computed together, in one pass.
+        (g,) = wait([grads.pop(name)], done)
+        m, v = _moments(g, first.pop(name), second.pop(name), factor)
+        del g
+        done = [apply_update(params.pop(name), _direction(m, v, correction1, correction2), lr, train)]
+        new_params[name], new_first[name], new_second[name] = done[0], m, v
     return new_params, new_first, new_second
 
 
@@ -44,7 +48,8 @@ def adamw(
 
 
 @mx.compile
-def _moments(g: mx.array, first: mx.array, second: mx.array) -> tuple[mx.array, mx.array]:
+def _moments(g: mx.array, first: mx.array, second: mx.array, factor: mx.array | float) -> tuple[mx.array, mx.array]:
+    g = factor * g
     return ADAMW_BETA1 * first + (1 - ADAMW_BETA1) * g, ADAMW_BETA2 * second + (1 - ADAMW_BETA2) * g * g
 
 

@@ -31,19 +31,32 @@ def update(
     wait: EvalOrder = depend,
     directions: Arrays | None = None,
     profile: Profile = NO_PROFILE,
+    factor: mx.array | float = 1.0,
 ) -> tuple[Arrays, State]:
-    """One step of Muon and AdamW. `lr`, `momentum` and `count` are float32 scalars (Python numbers would be compiled
-    in as constants). The state determines which optimizer owns a parameter; `head_size` and the optional precomputed
-    `directions` are for Muon. All dicts are consumed, so that new arrays can reuse the memory of the old ones. Returns
-    the new (params, state)."""
+    """One step of Muon and AdamW by `factor` times the gradients. `lr`, `momentum`, `count` and `factor` are float32
+    scalars (Python numbers would be compiled in as constants). The state determines which optimizer owns a parameter;
+    `head_size` and the optional precomputed `directions` are for Muon. All dicts are consumed, so that new arrays can
+    reuse the memory of the old ones. Returns the new (params, state)."""
     names = list(params)
     matrices = {name: params.pop(name) for name in state["muon.momentum"]}
     matrices, buffers, second_moments = muon(
-        matrices, grads, state["muon.momentum"], state["muon.second"], lr, momentum, train, head_size, wait, directions
+        matrices,
+        grads,
+        state["muon.momentum"],
+        state["muon.second"],
+        lr,
+        momentum,
+        train,
+        head_size,
+        wait,
+        directions,
+        factor,
     )
     profile.end("update by Muon", *matrices.values())
     lr = lr * adamw_lr_ratio(train)
-    rest, first, second = adamw(params, grads, state["adamw.first"], state["adamw.second"], lr, count, train, wait)
+    rest, first, second = adamw(
+        params, grads, state["adamw.first"], state["adamw.second"], lr, count, train, wait, factor
+    )
     profile.end("update by AdamW", *rest.values())
     new = matrices | rest
     return (

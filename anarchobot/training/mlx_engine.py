@@ -214,11 +214,10 @@ class MLXEngine(BaseEngine[mx.array]):
     ) -> tuple[Params, muon_adamw.State]:
         self.traces += 1
         self.options.profile.start()
-        grads = {name: grads.pop(name) * factor for name in list(grads)}
         head_size, train = self._config.model.head_size, self._config.train
         wait, profile = self.options.wait, self.options.profile
         return muon_adamw.update(
-            params, grads, moments, lr, momentum, count, train, head_size, wait, directions, profile
+            params, grads, moments, lr, momentum, count, train, head_size, wait, directions, profile, factor
         )
 
     def _directions_of(
@@ -237,9 +236,8 @@ class MLXEngine(BaseEngine[mx.array]):
 
     def _scaled_directions(self, grads: Params, buffers: Params, factor: mx.array, momentum: mx.array) -> Params:
         self.traces += 1
-        grads = {name: g * factor for name, g in grads.items()}
         head_size, train = self._config.model.head_size, self._config.train
-        return muon_directions(grads, buffers, momentum, train, head_size, self.options.wait)
+        return muon_directions(grads, buffers, factor, momentum, train, head_size, self.options.wait)
 
     def _update_average(self, decay: float) -> None:
         assert self.average is not None

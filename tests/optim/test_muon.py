@@ -122,7 +122,7 @@ def test_precomputed_directions_give_the_same_update(split: bool) -> None:
     directions: dict[str, mx.array] = {}
     for names in (["layers.1.self_attn.o_proj"], ["layers.0.self_attn.o_proj", "up"]):
         own, buffers = ({name: a[name] for name in names} for a in (g, m))
-        directions |= muon_directions(own, buffers, mu, train, HEAD, depend)
+        directions |= muon_directions(own, buffers, 1.0, mu, train, HEAD, depend)
     again = muon(dict(w), dict(g), dict(m), dict(seconds), mx.array(0.1), mu, train, HEAD, depend, directions)
     for a, b in zip(whole, again, strict=True):
         for name in a:

@@ -64,8 +64,9 @@ def test_symmetric_products_equal_full_products(size: int) -> None:
     gram = gram_matrix(mx.array(x, mx.float32))
     exact = x @ x.swapaxes(1, 2)
     np.testing.assert_allclose(np.array(gram), exact, atol=1e-4)
-    cube = symmetric_product(gram, symmetric_product(gram, gram))
-    exact = exact @ exact @ exact
+    square = symmetric_product(gram, gram, 2.0, 3.0, gram)
+    cube = symmetric_product(gram, square, 1.0, 0.0, gram)
+    exact = exact @ (2 * exact @ exact + 3 * exact)
     np.testing.assert_allclose(np.array(cube), exact, atol=1e-4 * np.abs(exact).max())
 
 
