@@ -1,17 +1,25 @@
-"""Compares the memory estimate of system/memory.py with MLX's measured peak; prints the table of docs/planning.md.
+"""Compares the memory estimate of system/memory.py with MLX's measured peak; prints the tables of docs/planning.md.
 
 Each configuration runs in a separate process: three training steps on random tokens, of which the first is not counted.
 Without arguments, results are written to results/memory.json.
 
+With --metal, the estimate for a Mac's GPU is compared with the peak in metal_model.py, a model of MLX's Metal backend,
+for shipped configurations. Nothing runs on a GPU.
+
     .venv/bin/python benchmarks/memory.py [NAME...]
+    .venv/bin/python benchmarks/memory.py --metal
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anarchobot.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
@@ -70,6 +78,24 @@ CONFIGS: dict[str, Values] = {
     },
     "embeddings alone": {"train": {"trainable": "embeddings", "optimizer": "adamw"}},
 }
+CHECKPOINTING = "train.gradient_checkpointing=true"
+METAL_CONFIGS: dict[str, tuple[str, ...]] = {
+    "quickstart": (),
+    "tiny": (),
+    "small": (),
+    "small, float32": ("train.precision=float32",),
+    "m3pro": (),
+    "m3pro, checkpointed": (CHECKPOINTING,),
+    "m3pro, 1 micro-batch a step": ("train.grad_accum_steps=1",),
+    "m3pro, sequences of 8,192": ("data.seq_len=8192", "model.max_seq_len=8192"),
+    "m3pro, vocabulary of 128,000": ("model.vocab_size=128000",),
+    "m3pro, LoRA": ("lora.r=8",),
+    "memory_constrained": (),
+    "medium": (),
+    "medium, checkpointed": (CHECKPOINTING,),
+    "large": (),
+    "large, checkpointed": (CHECKPOINTING,),
+}
 
 
 def measure(values: Values) -> dict[str, Any]:
@@ -103,6 +129,83 @@ def measure(values: Values) -> dict[str, Any]:
     }
 
 
+def metal_config(name: str) -> "Config":
+    from anarchobot.config.loading import load_config
+
+    path = ROOT / "configs" / f"{name.partition(',')[0]}.yaml"
+    return load_config(path, ["train.device=gpu", *METAL_CONFIGS[name]]).config
+
+
+def metal_peak(config: "Config") -> int:
+    """The peak of a micro-batch in the model of Metal, in bytes, with weights and optimizer state and under the memory
+    limit of training/device.py; of a later micro-batch, if the step has several."""
+    import metal
+    import mlx.core as mx
+
+    from anarchobot.model.architecture import gradients
+    from anarchobot.model.lora import adapted_matrices, trained_shapes
+    from anarchobot.model.parameters import parameter_shapes
+    from anarchobot.model.step_options import MicroBatch, StepOptions
+    from anarchobot.numerics.eval_order import depend
+    from anarchobot.optim.param_groups import select_trainable
+    from anarchobot.system.memory import estimate, expected_precision
+    from anarchobot.system.technique import default_settings
+    from anarchobot.training.device import DTYPES, MEMORY_MARGIN
+
+    model, train, lora = config.model, config.train, config.lora
+    precision = expected_precision(train, "gpu")
+    settings, dtype = default_settings(config, "metal", precision), DTYPES[precision]
+    options = StepOptions(
+        recompute=train.gradient_checkpointing,
+        technique=settings.technique,
+        wait=depend,
+        attention_block=train.attention_block,
+        loss_chunk=settings.loss_chunk,
+    )
+    shapes = trained_shapes(model, lora)
+    names = select_trainable(shapes, train.trainable)
+    cast = [len(shapes[name]) == 2 and name.endswith(".weight") for name in names]  # as the engine does in each step
+    trained = [mx.zeros(shapes[n], dtype if half else mx.float32) for n, half in zip(names, cast, strict=True)]
+    frozen = {n: mx.zeros(shape) for n, shape in shapes.items() if n not in names}
+    if lora.r is not None:
+        frozen = {n: mx.zeros(s, dtype if len(s) == 2 else mx.float32) for n, s in parameter_shapes(model).items()}
+        frozen |= {f"{name}.lora_scale": mx.array(1.0) for name in adapted_matrices(model, lora)}
+    sums = [mx.zeros(shapes[name]) for name in names] if train.grad_accum_steps > 1 else []
+
+    def micro_batch(tokens: mx.array, targets: mx.array, scale: mx.array, *arrays: mx.array) -> list[mx.array]:
+        rest = iter(arrays)
+        params = {name: next(rest) for name in names}
+        others = {name: next(rest) for name in frozen}
+        batch = MicroBatch(tokens, targets, scale)
+        loss, grads = gradients(model, settings.technique)(
+            params, batch, model, frozen=others, sums=dict(zip(names, rest, strict=False)), dtype=dtype, options=options
+        )
+        return [*grads.values(), loss]
+
+    ids = mx.zeros((train.micro_batch_size, config.data.seq_len), mx.int32)
+    subject = metal.Subject(
+        micro_batch, [ids, ids, mx.array(1.0), *trained, *frozen.values(), *sums], donated=len(sums)
+    )
+    predicted = estimate(config, device="gpu")
+    casts = sum(x.nbytes for x in trained if x.dtype == dtype) if dtype != mx.float32 else 0
+    static = predicted.weights + predicted.optimizer + casts
+    limit = round(MEMORY_MARGIN * predicted.peak) - static
+    return int(static + subject.simulate(subject.graph(), limit=limit).peak)
+
+
+def metal_rows() -> Iterator[str]:
+    from anarchobot.system.memory import estimate
+
+    yield "| configuration | phase | estimate, GB | model's peak, GB | ratio |\n| --- | --- | ---: | ---: | ---: |"
+    for name in METAL_CONFIGS:
+        config = metal_config(name)
+        predicted, peak = estimate(config, device="gpu"), metal_peak(config)
+        yield (
+            f"| {name} | {predicted.phase} | {predicted.peak / 1e9:.2f} | {peak / 1e9:.2f} | "
+            f"{predicted.peak / peak:.3f} |"
+        )
+
+
 def merged(values: Values) -> Values:
     return {key: {**BASE.get(key, {}), **values.get(key, {})} for key in {**BASE, **values}}
 
@@ -110,10 +213,15 @@ def merged(values: Values) -> Values:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these configurations, without writing results")
+    parser.add_argument("--metal", action="store_true", help="compare with the model of Metal")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         print(json.dumps(measure(json.loads(arguments.worker))))
+        return
+    if arguments.metal:
+        for row in metal_rows():
+            print(row, flush=True)
         return
     rows = {}
     print("| configuration | phase | estimate, MB | MLX peak, MB | ratio |\n| --- | --- | ---: | ---: | ---: |")

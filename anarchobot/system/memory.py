@@ -1,7 +1,8 @@
 """The memory of a training step, estimated from its shapes before anything runs. No MLX here.
 
 Weights, optimizer state and gradients exist throughout the step and are counted exactly. Added to them is the most
-expensive phase of the step (training/mlx_engine.py, model/llama/gradients.py), at its peak:
+expensive phase of the step (training/mlx_engine.py, model/llama/gradients.py), at its peak. The phases of a GPU are in
+system/gpu_memory.py; those of a CPU are:
 
     forward    the last block is computed: the saved activations of the blocks before it, and all arrays of this block
     loss       the saved activations of all blocks, and the logits of one chunk
@@ -15,8 +16,7 @@ part count together, each once, unless the next operation can reuse its memory. 
 these counts: taken from the code, and fitted to MLX's memory counter on random shapes where they depend on how far MLX
 runs ahead. docs/planning.md compares the estimate with MLX's peak on other shapes.
 
-On a CPU, every thread has separate rows, gradients and temporaries. On a GPU the same counts are used; they have not
-been measured there.
+Every thread has separate rows, gradients and temporaries.
 
 Shapes: N = B L tokens of a thread, D d_model, A and K the widths of all query and all key heads, F MLP width, V
 vocabulary.
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from anarchobot.config.schema import Config, LoraConfig, ModelConfig, TrainConfig
-from anarchobot.model.architecture import CPU_LOSS_CHUNK, GPU_LOSS_CHUNK, architecture, query_blocks
+from anarchobot.model.architecture import CPU_LOSS_CHUNK, architecture, query_blocks
 from anarchobot.model.lora import GROUP, adapted_matrices, is_quantized, trained_shapes
 from anarchobot.model.parameters import by_block, lowest_trained_block, parameter_shapes
 from anarchobot.numerics.cores import CPU_MLP_ROWS, workers_for
@@ -41,6 +41,7 @@ from anarchobot.optim.param_groups import (
     select_trainable,
     state_shapes,
 )
+from anarchobot.system.gpu_memory import gpu_phases
 
 Device = Literal["gpu", "cpu"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -118,25 +119,31 @@ def estimate(
     states = state_shapes(shapes, train)
     optimizer = 4 * sum(_size(state) for state in states.values())
 
-    part = _Part(config, trained, rows, workers, itemsize, on_cpu)
-    micro_batches = train.grad_accum_steps * train.micro_batch_size // micro_batch
+    accumulated = train.grad_accum_steps * train.micro_batch_size // micro_batch > 1
     static = weights + optimizer
-    forward, loss, backward = (workers * phase for phase in part.phases(accumulated=micro_batches > 1))
-    squares = max(4 * math.prod(shape) for shape in trained.values())
-    update, net_update = _update(trained, set(states["muon.momentum"]), train, workers, on_cpu)
+    if on_cpu:
+        part = _Part(config, trained, rows, workers, itemsize)
+        activations, logits = workers * part.activations, workers * part.logits
+        forward, loss, backward = (workers * phase for phase in part.phases(accumulated))
+        temporaries, net_update = _update(trained, set(states["muon.momentum"]), train, workers)
+        norm, update = one_gradient + max(4 * math.prod(shape) for shape in trained.values()), one_gradient + net_update
+    else:
+        phases = gpu_phases(config, trained, rows, itemsize, accumulated=accumulated)
+        activations, logits, forward, loss, backward, norm, update = phases
+        temporaries = update - one_gradient
     return MemoryEstimate(
         weights=weights,
         gradients=workers * one_gradient,
         optimizer=optimizer,
-        activations=workers * part.activations,
-        logits=workers * part.logits,
-        update=update,
+        activations=activations,
+        logits=logits,
+        update=temporaries,
         phases={
             "forward": static + forward,
             "loss": static + loss,
             "backward": static + backward,
-            "norm": static + one_gradient + squares,
-            "update": static + one_gradient + net_update,
+            "norm": static + norm,
+            "update": static + update,
         },
     )
 
@@ -165,18 +172,18 @@ def checkpoint_bytes(config: Config) -> tuple[int, int]:
 class _Part:
     """The memory of one thread for its rows, without weights and optimizer state."""
 
-    def __init__(self, config: Config, trained: Shapes, rows: int, workers: int, itemsize: int, on_cpu: bool) -> None:
+    def __init__(self, config: Config, trained: Shapes, rows: int, workers: int, itemsize: int) -> None:
         model, train, length = config.model, config.train, config.data.seq_len
         n = rows * length
         self._config, self._trained, self._itemsize = config, trained, itemsize
         self._sizes = architecture(model.architecture).activation_sizes(model, n, itemsize)
         self._x = self._sizes.x
-        blocks = query_blocks(rows, model.n_heads, length, train.attention_block, on_cpu=on_cpu)
+        blocks = query_blocks(rows, model.n_heads, length, train.attention_block, on_cpu=True)
         self._scores = 4 * rows * model.n_heads * max((end - start) * end for start, end in blocks)
         self._scores = self._scores * (workers + 1) // (2 * workers)  # the threads do not all peak at once
-        mlp_rows = min(n, CPU_MLP_ROWS) if on_cpu else n
+        mlp_rows = min(n, CPU_MLP_ROWS)
         self._chunk_x, self._chunk_mlp = itemsize * mlp_rows * model.d_model, itemsize * mlp_rows * model.mlp_size
-        self._loss_chunk = -(-(train.loss_chunk or (CPU_LOSS_CHUNK if on_cpu else GPU_LOSS_CHUNK)) // workers)
+        self._loss_chunk = -(-(train.loss_chunk or CPU_LOSS_CHUNK) // workers)
         matrices = [math.prod(s) for name, s in parameter_shapes(model).items() if ".layers.0." in name and len(s) == 2]
         # A block's weights cast to the products' dtype, or dequantized.
         self._cast = itemsize * sum(matrices) if itemsize == 2 or config.lora.quantize else 0
@@ -238,14 +245,14 @@ class _Part:
         return size if lora.r else max(size, 4 * chunk + 8 * head)
 
 
-def _update(trained: Shapes, by_muon: set[str], train: TrainConfig, workers: int, on_cpu: bool) -> tuple[int, int]:
+def _update(trained: Shapes, by_muon: set[str], train: TrainConfig, workers: int) -> tuple[int, int]:
     """Temporaries of the update: their peak over all threads, and the peak net of the gradients freed so far."""
     peak = net_peak = 0
     for share in balanced_shares(trained, by_muon, workers):
         matrices = {name: trained[name] for name in share if name in by_muon}
         parts = [
             (
-                _muon_batch([trained[name] for name in names], names[0], train, on_cpu),
+                _muon_batch([trained[name] for name in names], names[0], train),
                 4 * sum(math.prod(trained[name]) for name in names),
             )
             for names in muon_batches(matrices, train.muon_split_heads)
@@ -260,7 +267,7 @@ def _update(trained: Shapes, by_muon: set[str], train: TrainConfig, workers: int
     return peak, net_peak
 
 
-def _muon_batch(shapes: list[tuple[int, ...]], name: str, train: TrainConfig, on_cpu: bool) -> int:
+def _muon_batch(shapes: list[tuple[int, ...]], name: str, train: TrainConfig) -> int:
     """For a stack of S bytes with Gram matrices of G bytes: weights, gradients, momentum and their results are 8 S, and
     eleven products of [s, s] follow. In strips, these are so many operations that the first arrays are freed before."""
     rows, cols = shapes[0]
@@ -269,7 +276,7 @@ def _muon_batch(shapes: list[tuple[int, ...]], name: str, train: TrainConfig, on
     if train.muon_split_heads and "self_attn" in name:
         return 8 * stack
     gram = stack * small // large
-    return max(8 * stack, 3 * stack + 13 * gram) if on_cpu and small >= MIN_SIZE_FOR_STRIPS else 8 * stack + 11 * gram
+    return max(8 * stack, 3 * stack + 13 * gram) if small >= MIN_SIZE_FOR_STRIPS else 8 * stack + 11 * gram
 
 
 def _frozen_bytes(model: ModelConfig, lora: LoraConfig, itemsize: int) -> int:

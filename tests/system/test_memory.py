@@ -1,7 +1,9 @@
-"""The memory estimate against MLX's counter, and its exact parts against hand counts."""
+"""The memory estimate against MLX's counter and the model of Metal, and its exact parts against hand counts."""
 
 import gc
+import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +13,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from anarchobot.config.loading import load_config
 from anarchobot.config.schema import Config
 from anarchobot.data.windows import Batch
 from anarchobot.runs import checkpoint
 from anarchobot.system.memory import checkpoint_bytes, estimate
 from anarchobot.training.mlx_engine import MLXEngine
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+import memory
 
 MODEL = {"vocab_size": 2000, "n_layers": 3, "d_model": 128, "n_heads": 4, "dropout": 0.0}
 TRAIN = {"device": "cpu", "precision": "float32", "cpu_threads": 1, "micro_batch_size": 4, "grad_accum_steps": 2}
@@ -99,6 +106,27 @@ def test_estimate_follows_the_settings() -> None:
     assert estimate(config(micro_batch_size=2)).peak < whole < estimate(config(micro_batch_size=16)).peak
     assert estimate(config(), micro_batch_size=16).peak > whole
     assert estimate(config(), pairs=True).peak > whole
+
+
+@pytest.mark.parametrize("name", ["tiny", "small, float32", "m3pro", "m3pro, checkpointed", "medium, checkpointed"])
+def test_estimate_for_a_mac_is_close_to_the_model_of_metal(name: str) -> None:
+    """At most 5% below and 20% above: `benchmarks/memory.py --metal` has more rows."""
+    settings = memory.metal_config(name)
+    assert 0.95 < estimate(settings, device="gpu").peak / memory.metal_peak(settings) < 1.2
+
+
+def test_shipped_configurations_use_checkpointing_only_where_memory_is_short() -> None:
+    """The comment of a configuration names the memory of the machine that it is for."""
+    found = set()
+    for path in (Path(__file__).parents[2] / "configs").glob("[!a]*.yaml"):
+        comment = "".join(itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines()))
+        if machine := re.search(r"(\d+) GB", comment):
+            settings = load_config(path).config
+            train = settings.train.model_copy(update={"gradient_checkpointing": False})
+            without = estimate(settings.model_copy(update={"train": train}), device="gpu").peak
+            assert settings.train.gradient_checkpointing == (without >= 1e9 * int(machine[1]) / 2), path.name
+            found.add(path.stem)
+    assert found == {"m3pro", "medium", "large", "memory_constrained"}
 
 
 def test_planning_does_not_import_mlx() -> None:
