@@ -156,7 +156,15 @@ def micro_batch(config: Config, *, checkpointing: bool) -> Subject:
 
     ids = mx.zeros((rows, length), mx.int32)
     scalars = [ids, ids, ids, mx.zeros((2,), mx.uint32), mx.array(1.0)]
-    return Subject(function, [*scalars, *zeros(shapes), *zeros(shapes)], donated=len(names))
+    # MLXEngine casts matrices once per step.
+    params = [x.astype(mx.bfloat16) if x.ndim == 2 else x for x in zeros(shapes)]
+    return Subject(function, [*scalars, *params, *zeros(shapes)], donated=len(names))
+
+
+def cast(config: Config) -> Subject:
+    """The matrices in bfloat16, once per step."""
+    matrices = zeros({name: shape for name, shape in parameter_shapes(config.model).items() if len(shape) == 2})
+    return Subject(lambda *arrays: [x.astype(mx.bfloat16) for x in arrays], matrices)
 
 
 def update(config: Config) -> Subject:
@@ -174,8 +182,9 @@ def update(config: Config) -> Subject:
         state: muon_adamw.State = {kind: {} for kind in states}
         for (kind, name), array in zip(slots, arrays[2 * len(names) :], strict=True):
             state[kind][name] = array
-        grads = {name: grads.pop(name) * factor for name in list(grads)}
-        new, moments = muon_adamw.update(params, grads, state, lr, momentum, count, train, model.head_size, depend)
+        new, moments = muon_adamw.update(
+            params, grads, state, lr, momentum, count, train, model.head_size, depend, factor=factor
+        )
         return [*new.values(), *(moments[kind][name] for kind, name in slots)]
 
     moments = [mx.zeros(states[kind][name]) for kind, name in slots]
@@ -355,7 +364,8 @@ def step_table(config: Config, rows: dict[str, Row], chips: Sequence[Chip]) -> I
         cells = []
         for name in names:
             update = rows["update"].seconds[c.name].total
-            total = train.grad_accum_steps * rows[name].seconds[c.name].total + update
+            once = rows["cast, once per step"].seconds[c.name].total + update
+            total = train.grad_accum_steps * rows[name].seconds[c.name].total + once
             cells.append(f"{tokens / total:,.0f} (update {update / total:.1%})")
         yield f"| {c.name} | {' | '.join(cells)} |"
 
@@ -401,6 +411,7 @@ def main() -> None:
         "ours, checkpointed": lambda: micro_batch(config, checkpointing=True),
         "mlx-lm": lambda: peer_micro_batch(config, checkpointing=False),
         "mlx-lm, checkpointed": lambda: peer_micro_batch(config, checkpointing=True),
+        "cast, once per step": lambda: cast(config),
         "update": lambda: update(config),
         "prompt, ours": lambda: generation(config.model, length, 0),
         "prompt, mlx-lm": lambda: peer_generation(config.model, length, 0),
