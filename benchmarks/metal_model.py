@@ -14,8 +14,9 @@ A few functions are a single kernel on Metal but many primitives on a CPU. While
 them by stand-ins: primitives that only this module knows.
 
 What it is checked against (tests/test_metal_model.py): the fused kernels are those of mx.compile, strides of views are
-those of MLX's arrays, and bytes and FLOPs of single operations are those computed by hand. What is not checked: nothing
-has been measured on a Mac. Evaluation order and memory follow the source, but have not been compared with a device.
+those of MLX's arrays, bytes and FLOPs of single operations are those computed by hand, and the measured peak memory of
+MLX's CPU backend, which shares Metal's evaluation order and runs ahead in a similar way, is between the model's peaks
+with and without run-ahead. What is not checked: nothing has been measured on a Mac, neither memory nor time.
 
 What it does not know: caches (each kernel reads its distinct input elements once and writes its output once), the
 efficiency of single kernels, allocation granularity, MLX's buffer cache, the time to build a graph, and an idle GPU
@@ -709,10 +710,12 @@ def simulate(
     `limit`: MLX waits for command buffers while more than these bytes are allocated (mx.set_memory_limit, less what
     is not counted here). Raises ValueError for a primitive that the model does not know.
     """
-    return _Simulator(graph, donated, run_ahead, limit, max_ops, max_megabytes).run()
+    return Simulator(graph, donated, run_ahead, limit, max_ops, max_megabytes).run()
 
 
-class _Simulator:
+class Simulator:
+    """See `simulate`."""
+
     def __init__(
         self,
         graph: Graph,
@@ -857,7 +860,6 @@ class _Simulator:
         buffers |= {self.layouts[x].buffer for x in p.outputs if x is not array}
         for buffer in buffers - {self.layouts[array].buffer}:
             self.hold(buffer)
-        self.ops += launched
         # MLX detaches an array after submitting it: its inputs are no longer referred to.
         for x in p.inputs:
             self.references[x] -= 1
@@ -866,6 +868,11 @@ class _Simulator:
         for x in p.outputs:
             if self.references[x] == 0:
                 self._drop(x)
+        self._submit(launched)
+
+    def _submit(self, launched: int) -> None:
+        """Closes the command buffer if it is full, and waits if there are too many."""
+        self.ops += launched
         if not self.run_ahead:
             self._commit(counted=False)
             self._complete_all()
@@ -912,7 +919,7 @@ def _row_layout(shape: Shape, itemsize: int, buffer: Buffer) -> Layout:
 # ---- Views ----
 
 
-def _transpose(s: _Simulator, p: Primitive) -> None:
+def _transpose(s: Simulator, p: Primitive) -> None:
     (x,) = s.inputs(p)
     shape = p.outputs[0].shape
     strides = tuple(x.strides[a] for a in p.arguments[0])
@@ -922,7 +929,7 @@ def _transpose(s: _Simulator, p: Primitive) -> None:
     s.give(p.outputs[0], x.view(shape, strides, row=row, col=col))
 
 
-def _broadcast(s: _Simulator, p: Primitive) -> None:
+def _broadcast(s: Simulator, p: Primitive) -> None:
     x, shape = s.inputs(p)[0], p.outputs[0].shape
     tail = tuple(0 if n == 1 else step for n, step in zip(x.shape, x.strides, strict=True))
     strides = (0,) * (len(shape) - len(tail)) + tail
@@ -930,7 +937,7 @@ def _broadcast(s: _Simulator, p: Primitive) -> None:
     s.give(p.outputs[0], x.view(shape, strides, row=x.row and not larger, col=x.col and not larger))
 
 
-def _expand_dims(s: _Simulator, p: Primitive) -> None:
+def _expand_dims(s: Simulator, p: Primitive) -> None:
     (x,) = s.inputs(p)
     strides = list(x.strides)
     for axis in p.arguments[0]:
@@ -938,13 +945,13 @@ def _expand_dims(s: _Simulator, p: Primitive) -> None:
     s.give(p.outputs[0], x.view(p.outputs[0].shape, tuple(strides)))
 
 
-def _squeeze(s: _Simulator, p: Primitive) -> None:
+def _squeeze(s: Simulator, p: Primitive) -> None:
     (x,) = s.inputs(p)
     strides = tuple(step for i, step in enumerate(x.strides) if i not in p.arguments[0])
     s.give(p.outputs[0], x.view(p.outputs[0].shape, strides))
 
 
-def _slice(s: _Simulator, p: Primitive) -> None:
+def _slice(s: Simulator, p: Primitive) -> None:
     (x,) = s.inputs(p)
     shape = p.outputs[0].shape
     strides = tuple(step * by for step, by in zip(x.strides, p.arguments[2], strict=True))
@@ -953,7 +960,7 @@ def _slice(s: _Simulator, p: Primitive) -> None:
     s.give(p.outputs[0], x.view(shape, strides, data_size=data_size, contiguous=size == data_size, row=row, col=col))
 
 
-def _split(s: _Simulator, p: Primitive) -> None:
+def _split(s: Simulator, p: Primitive) -> None:
     (x,) = s.inputs(p)
     for output in p.outputs:
         size, row, col = check_contiguity(output.shape, x.strides)
@@ -961,12 +968,12 @@ def _split(s: _Simulator, p: Primitive) -> None:
         s.give(output, x.view(output.shape, x.strides, data_size=size, contiguous=contiguous, row=row, col=col))
 
 
-def _depends(s: _Simulator, p: Primitive) -> None:
+def _depends(s: Simulator, p: Primitive) -> None:
     for output, x in zip(p.outputs, s.inputs(p), strict=False):
         s.give(output, x)
 
 
-def _view_dtype(s: _Simulator, p: Primitive) -> None:
+def _view_dtype(s: Simulator, p: Primitive) -> None:
     (x,), output = s.inputs(p), p.outputs[0]
     if x.itemsize != output.dtype.size and not x.row:
         raise ValueError("View: the model knows only views of the same item size or of contiguous arrays")
@@ -976,7 +983,7 @@ def _view_dtype(s: _Simulator, p: Primitive) -> None:
     s.give(output, made)
 
 
-def _reshape(s: _Simulator, p: Primitive) -> None:
+def _reshape(s: Simulator, p: Primitive) -> None:
     x, output = s.inputs(p)[0], p.outputs[0]
     strides = reshaped_strides(x, output.shape)
     if strides is None:
@@ -987,7 +994,7 @@ def _reshape(s: _Simulator, p: Primitive) -> None:
     s.give(output, x.view(output.shape, strides, row=row, col=col))
 
 
-def _contiguous_copy(s: _Simulator, p: Primitive) -> None:
+def _contiguous_copy(s: Simulator, p: Primitive) -> None:
     x, output = s.inputs(p)[0], p.outputs[0]
     if x.row and x.buffer.bytes <= output.bytes + DONATION_EXTRA:
         s.give(output, x)
@@ -998,7 +1005,7 @@ def _contiguous_copy(s: _Simulator, p: Primitive) -> None:
 # ---- Element-wise kernels ----
 
 
-def _elementwise(s: _Simulator, p: Primitive) -> None:
+def _elementwise(s: Simulator, p: Primitive) -> None:
     """Unary, binary, ternary and fused kernels (compiled_check_contiguity, compiled_allocate_outputs)."""
     shape = p.outputs[0].shape
     # Without scalars; a kernel that is not fused also treats broadcast scalars as such.
@@ -1018,11 +1025,11 @@ def _elementwise(s: _Simulator, p: Primitive) -> None:
     s.launch(f"{kind} {' '.join(p.fused)}" if p.fused else kind, layouts, outputs)
 
 
-def _full(s: _Simulator, p: Primitive) -> None:
+def _full(s: Simulator, p: Primitive) -> None:
     s.launch("Full", s.inputs(p), [s.fresh(p.outputs[0])])
 
 
-def _write(s: _Simulator, p: Primitive) -> None:
+def _write(s: Simulator, p: Primitive) -> None:
     s.launch(p.name, s.inputs(p), [s.fresh(p.outputs[0])])
 
 
@@ -1033,7 +1040,7 @@ def _rows_contiguous(x: Layout) -> bool:
     return x.contiguous and (not x.strides or x.strides[-1] == 1)
 
 
-def _row_wise(s: _Simulator, p: Primitive) -> None:
+def _row_wise(s: Simulator, p: Primitive) -> None:
     """Softmax and RMSNorm: the output takes the input's memory or layout; other layouts are copied first."""
     x, others, output = p.inputs[0], s.inputs(p)[1:], p.outputs[0]
     layout = s.layouts[x]
@@ -1050,13 +1057,13 @@ def _row_wise(s: _Simulator, p: Primitive) -> None:
         s.launch(p.name, [layout, *others], [s.fresh(output, layout)])
 
 
-def _logsumexp(s: _Simulator, p: Primitive) -> None:
+def _logsumexp(s: Simulator, p: Primitive) -> None:
     (x,) = s.inputs(p)
     x = x if _rows_contiguous(x) else s.copy(x, p.name)
     s.launch(p.name, [x], [s.fresh(p.outputs[0])])
 
 
-def _rms_norm_vjp(s: _Simulator, p: Primitive) -> None:
+def _rms_norm_vjp(s: Simulator, p: Primitive) -> None:
     """One kernel, with partial sums of the weight's gradient for each of up to 512 groups of rows, and their sum."""
     x, w, d = s.inputs(p)
     x, d = (layout if layout.row else s.copy(layout, p.name) for layout in (x, d))
@@ -1075,7 +1082,7 @@ def _rms_norm_vjp(s: _Simulator, p: Primitive) -> None:
     s.launch("Reduce (RMSNormVJP)", [], [s.fresh(dw)], extra=partial)
 
 
-def _rope_kernel(s: _Simulator, p: Primitive) -> None:
+def _rope_kernel(s: Simulator, p: Primitive) -> None:
     x, offset = s.inputs(p)
     output = p.outputs[0]
     heads = math.prod(x.shape[1:-2])
@@ -1094,7 +1101,7 @@ def _rope_kernel(s: _Simulator, p: Primitive) -> None:
     s.launch(p.name, [x, offset], [made])
 
 
-def _cross_entropy_kernel(s: _Simulator, p: Primitive) -> None:
+def _cross_entropy_kernel(s: Simulator, p: Primitive) -> None:
     """Reads the logits once, although the gradient's kernel needs each row twice: the second time from a cache."""
     z, *others = s.inputs(p)
     z = z if z.row else s.copy(z, p.name)
@@ -1104,7 +1111,7 @@ def _cross_entropy_kernel(s: _Simulator, p: Primitive) -> None:
 # ---- Matrix products ----
 
 
-def _operand(s: _Simulator, x: Layout, is_vector: bool) -> tuple[Layout, bool]:
+def _operand(s: Simulator, x: Layout, is_vector: bool) -> tuple[Layout, bool]:
     """A matrix as a kernel can read it, copied if need be, and whether it is transposed (check_transpose)."""
     rows, cols = x.strides[-2:]
     if cols == 1 and (not is_vector or rows == x.shape[-1]):
@@ -1114,7 +1121,7 @@ def _operand(s: _Simulator, x: Layout, is_vector: bool) -> tuple[Layout, bool]:
     return s.copy(x, "matrix product"), False
 
 
-def _matmul(s: _Simulator, p: Primitive) -> None:
+def _matmul(s: Simulator, p: Primitive) -> None:
     """Matmul and AddMM: one kernel, or two with split k. A product c + a b also reads c."""
     a, b, *c = s.inputs(p)
     output = p.outputs[0]
@@ -1158,7 +1165,7 @@ def _next_power_of_2(n: int) -> int:
     return 1 if n < 1 else 1 << (n - 1).bit_length()
 
 
-def _sdpa_kernel(s: _Simulator, p: Primitive) -> None:
+def _sdpa_kernel(s: Simulator, p: Primitive) -> None:
     """The fused forward pass: causal, half of the scores are computed; with an array mask, all of them."""
     q, k, v, *mask = s.inputs(p)
     output = p.outputs[0]
@@ -1178,7 +1185,7 @@ def _sdpa_kernel(s: _Simulator, p: Primitive) -> None:
 # ---- Reductions ----
 
 
-def _reduce(s: _Simulator, p: Primitive) -> None:
+def _reduce(s: Simulator, p: Primitive) -> None:
     (x,), output = s.inputs(p), p.outputs[0]
     axes = list(p.arguments[1])
     if output.size == x.size:
@@ -1259,14 +1266,14 @@ def _reduction_plan(x: Layout, axes: list[int]) -> tuple[str, list[int], list[in
 # ---- Gather, scatter, concatenation ----
 
 
-def _gather(s: _Simulator, p: Primitive) -> None:
+def _gather(s: Simulator, p: Primitive) -> None:
     """Reads only the elements that it writes, and the indices."""
     output = p.outputs[0]
     made = s.fresh(output)
     s.launch(p.name, s.inputs(p)[1:], [made], extra=output.bytes)
 
 
-def _copied_or_donated(s: _Simulator, p: Primitive) -> Layout:
+def _copied_or_donated(s: Simulator, p: Primitive) -> Layout:
     """The first input as the output's initial value: in place if nothing else refers to it, otherwise copied."""
     x, output = p.inputs[0], p.outputs[0]
     layout = s.layouts[x]
@@ -1278,7 +1285,7 @@ def _copied_or_donated(s: _Simulator, p: Primitive) -> Layout:
     return made
 
 
-def _scatter(s: _Simulator, p: Primitive) -> None:
+def _scatter(s: Simulator, p: Primitive) -> None:
     """Reads the updates and the indices, and writes as many elements; a sum reads them first."""
     made = _copied_or_donated(s, p)
     *indices, updates = s.inputs(p)[1:]
@@ -1287,20 +1294,20 @@ def _scatter(s: _Simulator, p: Primitive) -> None:
     s.launch(p.name, [*indices, updates], [], extra=written * (2 if sums else 1))
 
 
-def _slice_update(s: _Simulator, p: Primitive) -> None:
+def _slice_update(s: Simulator, p: Primitive) -> None:
     made = _copied_or_donated(s, p)
     (update,) = s.inputs(p)[1:2]
     s.launch(p.name, [update], [], extra=update.size * made.itemsize)
 
 
-def _concatenate(s: _Simulator, p: Primitive) -> None:
+def _concatenate(s: Simulator, p: Primitive) -> None:
     """One copy for each input."""
     made = s.fresh(p.outputs[0])
     for x in s.inputs(p):
         s.launch("Concatenate", [x], [], extra=x.size * made.itemsize)
 
 
-_HANDLERS: dict[str, Callable[[_Simulator, Primitive], None]] = {
+_HANDLERS: dict[str, Callable[[Simulator, Primitive], None]] = {
     **dict.fromkeys([*UNARY, *BINARY, "Select", "Compiled"], _elementwise),
     "Transpose": _transpose,
     "Broadcast": _broadcast,
