@@ -340,9 +340,8 @@ def _singular_value_lines(found: Any) -> Iterator[str]:
     if "error" in found:
         yield found["error"]
         return
-    for row in found:
-        name, value = "MLX_ENABLE_TF32", row["MLX_ENABLE_TF32"]
-        setting = "in training" if value is None else f"{name}={value}"
+    for i, row in enumerate(found):
+        setting = "in training" if i == 0 else f"MLX_ENABLE_TF32={row['MLX_ENABLE_TF32']}"
         products = "products rounded" if row["products_rounded"] else "products exact"
         yield f"{setting:<20}{products:<18}{row['largest']:>8.3f}{'' if row['right'] else '  WRONG'}"
 

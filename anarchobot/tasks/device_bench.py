@@ -134,8 +134,8 @@ def device_bench(loaded: LoadedConfig, task: Task = "pretrain", log: Log = lambd
         others = [best._replace(settings=s) for s in _alternatives(best.settings, config)]
         turns = [best, peers[0], *others, best._replace(checkpointing=not own), peers[1]]
         bench.take_turns(turns, began + SECOND_ROUND)
-    result["variants"] = bench.rows()
     result["chosen"], result["step"] = bench.choose(own, began + ALL_ROUNDS)
+    result["variants"] = bench.rows()
     if result["chosen"] is not None:
         write_measured(technique_key(config, task), StepSettings(**result["chosen"]))
     result["seconds"] = time.perf_counter() - began
@@ -175,7 +175,6 @@ def _device(kind: DeviceKind) -> dict[str, Any]:
         "machine_memory": system_memory().total,
         "system": f"macOS {platform.mac_ver()[0]}" if platform.mac_ver()[0] else platform.system(),
         "processor": platform.machine(),
-        "MLX_ENABLE_TF32": os.environ.get("MLX_ENABLE_TF32"),
     }
 
 
@@ -331,8 +330,8 @@ class _Bench:
         return sorted(variants, key=lambda variant: self.measured[variant].rank)
 
     def choose(self, checkpointing: bool, stop: float) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """The settings of the fastest variant whose whole step is within the memory budget, and the step's figures; None
-        if there are none, or only one was measured. Frees everything else."""
+        """The settings of the fastest variant whose whole step is within the memory budget, and the step's figures.
+        Both are None if no variant is, or only one was measured. Frees everything else."""
         order = self.by_speed(checkpointing)
         if len(order) < 2:
             return None, None
@@ -423,7 +422,7 @@ def _random_batch(config: Config, task: Task, micro_batches: int) -> Batch:
     return Batch(inputs, targets, halves if has_segments(config, task) else None)
 
 
-def _mlx_lm_step(config: Config, batch: Batch, checkpointing: bool) -> Callable[[], object]:
+def _mlx_lm_step(config: Config, batch: Batch, checkpointing: bool) -> Callable[[], Any]:
     """The gradients of mlx-lm's model and loss, compiled as in its `train`, with weights in the dtype of our products:
     its users load bfloat16. It has no document mask. Raises ValueError for a model that mlx-lm does not have."""
     from mlx_lm.tuner import trainer
@@ -447,4 +446,10 @@ def _mlx_lm_step(config: Config, batch: Batch, checkpointing: bool) -> Callable[
     lengths = mx.array([[0, config.data.seq_len]] * len(rows))
 
     step = mx.compile(partial(gradients, peer), inputs=peer.state, outputs=peer.state)
-    return lambda: mx.eval(step(rows, lengths))
+
+    def run() -> Any:
+        result = step(rows, lengths)
+        mx.eval(result)
+        return result
+
+    return run
