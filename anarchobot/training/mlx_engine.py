@@ -70,6 +70,8 @@ class MLXEngine(BaseEngine[mx.array]):
         settings = default_settings(config, device_kind(), self.precision)
         self.compiled = settings.compile
         wrap: Callable[[Any], Any] = mx.compile if self.compiled else lambda function: function
+        self._start_eval = mx.async_eval if on_gpu else mx.eval
+        self._norm: mx.array | None = None  # of the step's gradients, if there is only one rank
         self.traces = 0  # of the functions below; each is a compilation, if they are compiled
         self._micro_step, self._update = wrap(self._loss_and_gradients), wrap(self._clip_and_update)
         self._loss, self._directions = wrap(self._evaluate), wrap(self._scaled_directions)
@@ -92,17 +94,23 @@ class MLXEngine(BaseEngine[mx.array]):
         try:
             parts = self.workers.map(lambda worker: self._worker_gradients(batch, step, scale, worker))
             grads = _sum_parts([grads for _, grads in parts if grads])
+            totals = [total for total, _ in parts]
+            if self._ranks.size == 1:
+                self._norm = self._norm_of(grads)
+            mx.eval(totals, self._norm)  # the only time before the update that the GPU is waited for
         except RuntimeError as error:
             raised = as_device_error(error)
             if isinstance(raised, MemoryError | GPUTimeoutError):
                 with suppress(MemoryError):
                     self._ranks.all_gather_scalars(None)  # makes all ranks raise it
             raise raised from None  # the traceback would keep arrays alive
-        metrics: Metrics = sum((metrics for metrics, _ in parts), np.zeros(1))  # some workers had no rows
+        # Some workers had no rows.
+        metrics: Metrics = sum((np.atleast_1d(np.array(total, np.float64)) for total in totals), np.zeros(1))
         return (metrics / scale).tolist(), grads
 
-    def _worker_gradients(self, batch: Batch, step: int, scale: float, worker: int) -> tuple[Metrics, Params]:
-        """The scaled metrics and gradients of a worker's rows, summed over all micro-batches."""
+    def _worker_gradients(self, batch: Batch, step: int, scale: float, worker: int) -> tuple[mx.array, Params]:
+        """The scaled metrics and gradients of a worker's rows, summed over all micro-batches. A GPU may still be
+        computing them."""
         sums: Params = {}
         total = mx.array(0.0)
         first = self._ranks.rank * len(batch.inputs)  # numbers the micro-batches as in a single process
@@ -114,8 +122,10 @@ class MLXEngine(BaseEngine[mx.array]):
             key = _dropout_key(self._config.train.seed, step, first + i, worker)
             loss, sums = self._micro_step(params, self.frozen, *rows, key, mx.array(scale), sums)
             total = total + loss
-            mx.eval(sums, total)  # otherwise MLX would hold the activations of all micro-batches in one graph
-        return np.atleast_1d(np.array(total, np.float64)), sums
+            # Otherwise MLX would hold the activations of all micro-batches in one graph. A GPU goes on while the next
+            # graph is built.
+            self._start_eval(sums, total)
+        return total, sums
 
     def _cast_matrices(self, params: Params) -> Params:
         """Casts matrices to the products' dtype, once for all micro-batches of a step."""
@@ -160,11 +170,14 @@ class MLXEngine(BaseEngine[mx.array]):
         return self._sharded_muon.timed("exchange", lambda: self._ranks.all_reduce(grads))
 
     def _global_norm(self, grads: Params) -> float:
+        return float(self._norm_of(grads) if self._norm is None else self._norm)
+
+    def _norm_of(self, grads: Params) -> mx.array:
         squares: list[mx.array] = []
         for g in grads.values():  # sequentially, so that the memory of the squares is reused
+            (g,) = self.options.wait([g], squares[-1:])
             squares.append(mx.sum(mx.square(g)))
-            mx.eval(squares[-1])
-        return float(mx.sqrt(mx.sum(mx.stack(squares))))
+        return mx.sqrt(mx.sum(mx.stack(squares)))
 
     # ---- Update ----
 
@@ -243,7 +256,7 @@ class MLXEngine(BaseEngine[mx.array]):
         assert self.average is not None
         for name, p in self.params.items():
             self.average[name] = decay * self.average[name] + (1 - decay) * p
-        mx.eval(self.average)
+        self._start_eval(self.average)
 
     # ---- Evaluation ----
 
@@ -257,12 +270,13 @@ class MLXEngine(BaseEngine[mx.array]):
         weights = self.weights
 
         def part(worker: int) -> Metrics:
-            total: Metrics = np.zeros(1)
+            losses: list[mx.array] = []
             for i in range(len(batch.inputs)):
                 rows = self._slice(batch, i, worker)
                 if _any(rows):  # the last batch of a validation may have fewer rows than there are workers
-                    total = total + np.atleast_1d(np.array(self._loss(weights, *rows), np.float64))
-            return total
+                    losses.append(self._loss(weights, *rows))
+                    self._start_eval(losses[-1])
+            return sum((np.atleast_1d(np.array(loss, np.float64)) for loss in losses), np.zeros(1))
 
         total: Metrics = sum(self._run_on_workers(part), np.zeros(1))
         return total
