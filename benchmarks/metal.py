@@ -34,6 +34,7 @@ from anarchobot.optim import muon_adamw
 from anarchobot.optim.param_groups import state_shapes
 from anarchobot.system.peak_flops import peak_tflops
 from anarchobot.system.technique import default_settings
+from anarchobot.training.mlx_engine import global_norm
 
 HERE = Path(__file__).parent
 
@@ -161,10 +162,16 @@ def micro_batch(config: Config, *, checkpointing: bool) -> Subject:
     return Subject(function, [*scalars, *params, *zeros(shapes)], donated=len(names))
 
 
-def cast(config: Config) -> Subject:
-    """The matrices in bfloat16, once per step."""
-    matrices = zeros({name: shape for name, shape in parameter_shapes(config.model).items() if len(shape) == 2})
-    return Subject(lambda *arrays: [x.astype(mx.bfloat16) for x in arrays], matrices)
+def cast_and_norm(config: Config) -> Subject:
+    """What else a step does once: matrices in bfloat16, and the norm of all gradients."""
+    shapes = parameter_shapes(config.model)
+    names = list(shapes)
+
+    def function(*arrays: mx.array) -> list[mx.array]:
+        params, grads = arrays[: len(names)], dict(zip(names, arrays[len(names) :], strict=True))
+        return [*(p.astype(mx.bfloat16) for p in params if p.ndim == 2), global_norm(grads, depend)]
+
+    return Subject(function, [*zeros(shapes), *zeros(shapes)])
 
 
 def update(config: Config) -> Subject:
@@ -364,7 +371,7 @@ def step_table(config: Config, rows: dict[str, Row], chips: Sequence[Chip]) -> I
         cells = []
         for name in names:
             update = rows["update"].seconds[c.name].total
-            once = rows["cast, once per step"].seconds[c.name].total + update
+            once = rows["cast and norm"].seconds[c.name].total + update
             total = train.grad_accum_steps * rows[name].seconds[c.name].total + once
             cells.append(f"{tokens / total:,.0f} (update {update / total:.1%})")
         yield f"| {c.name} | {' | '.join(cells)} |"
@@ -411,7 +418,7 @@ def main() -> None:
         "ours, checkpointed": lambda: micro_batch(config, checkpointing=True),
         "mlx-lm": lambda: peer_micro_batch(config, checkpointing=False),
         "mlx-lm, checkpointed": lambda: peer_micro_batch(config, checkpointing=True),
-        "cast, once per step": lambda: cast(config),
+        "cast and norm": lambda: cast_and_norm(config),
         "update": lambda: update(config),
         "prompt, ours": lambda: generation(config.model, length, 0),
         "prompt, mlx-lm": lambda: peer_generation(config.model, length, 0),

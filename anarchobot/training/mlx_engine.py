@@ -24,6 +24,7 @@ from anarchobot.model.step_options import MicroBatch, Objective, StepOptions
 from anarchobot.numerics import eval_order
 from anarchobot.numerics.cores import CPU_MLP_ROWS, workers_for
 from anarchobot.numerics.device import on_cpu
+from anarchobot.numerics.eval_order import EvalOrder
 from anarchobot.optim import muon_adamw
 from anarchobot.optim.muon import muon_directions
 from anarchobot.optim.param_groups import balanced_shares, select_trainable
@@ -96,7 +97,7 @@ class MLXEngine(BaseEngine[mx.array]):
             grads = _sum_parts([grads for _, grads in parts if grads])
             totals = [total for total, _ in parts]
             if self._ranks.size == 1:
-                self._norm = self._norm_of(grads)
+                self._norm = global_norm(grads, self.options.wait)
             mx.eval(totals, self._norm)  # the only time before the update that the GPU is waited for
         except RuntimeError as error:
             raised = as_device_error(error)
@@ -170,14 +171,7 @@ class MLXEngine(BaseEngine[mx.array]):
         return self._sharded_muon.timed("exchange", lambda: self._ranks.all_reduce(grads))
 
     def _global_norm(self, grads: Params) -> float:
-        return float(self._norm_of(grads) if self._norm is None else self._norm)
-
-    def _norm_of(self, grads: Params) -> mx.array:
-        squares: list[mx.array] = []
-        for g in grads.values():  # sequentially, so that the memory of the squares is reused
-            (g,) = self.options.wait([g], squares[-1:])
-            squares.append(mx.sum(mx.square(g)))
-        return mx.sqrt(mx.sum(mx.stack(squares)))
+        return float(global_norm(grads, self.options.wait) if self._norm is None else self._norm)
 
     # ---- Update ----
 
@@ -314,6 +308,16 @@ class MLXEngine(BaseEngine[mx.array]):
     def memory_gb(self) -> dict[str, float]:
         """Returns the memory of MLX's arrays and of its cache, in 10^9 bytes."""
         return {"active_memory_gb": mx.get_active_memory() / 1e9, "cache_memory_gb": mx.get_cache_memory() / 1e9}
+
+
+def global_norm(grads: Params, wait: EvalOrder) -> mx.array:
+    """The root of the sum of all squares, a float32 scalar. One gradient after the other, so that the memory of the
+    squares is reused."""
+    squares: list[mx.array] = []
+    for g in grads.values():
+        (g,) = wait([g], squares[-1:])
+        squares.append(mx.sum(mx.square(g)))
+    return mx.sqrt(mx.sum(mx.stack(squares)))
 
 
 def _sum_parts(parts: list[Params]) -> Params:
