@@ -275,6 +275,18 @@ def test_mlx_lm_computes_the_gradients_that_a_run_computes(
         np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
 
 
+def test_speeds_are_compared_within_a_round() -> None:
+    """A machine that became slower: the winner of the first round took part in the second, with a faster variant."""
+    best = device_bench.Measured({(1, 1): 1.0, (1, 2): 3.0, (2, 1): 10.0, (2, 2): 12.0, (2, 3): 11.0})
+    other = device_bench.Measured({(2, 1): 10.0, (2, 2): 9.0, (2, 3): 8.0})
+    loser = device_bench.Measured({(1, 1): 2.0, (1, 2): 4.5})
+    peer = device_bench.Measured({(1, 1): 2.0, (1, 2): 4.0, (2, 1): 10.0, (2, 2): 10.0, (2, 3): 10.0})
+    assert sorted([loser, best, other], key=lambda found: found.rank) == [other, best, loser]
+    assert (best.median, other.median, loser.median) == (11.0, 9.0, 3.25)
+    assert (best.relative_to(peer), other.relative_to(peer)) == (1.0, 0.9)
+    assert loser.relative_to(device_bench.Measured()) is None
+
+
 def test_json_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(
         device_bench, "device_bench", lambda loaded, task, log: {"device": {"kind": "metal"}, "task": task}
