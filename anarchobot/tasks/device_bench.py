@@ -52,7 +52,7 @@ from anarchobot.training.device import DTYPES, choose_device, device_kind
 from anarchobot.training.mlx_engine import MLXEngine
 from anarchobot.training.preference_engine import PreferenceEngine
 
-FIRST_ROUND, SECOND_ROUND, ALL_ROUNDS = 80.0, 130.0, 165.0  # seconds after the start at which no more runs begin
+FIRST_ROUND, SECOND_ROUND, ALL_ROUNDS = 95.0, 140.0, 170.0  # seconds after the start at which no more runs begin
 MOST_TURNS = 7  # that count, of each variant in a round
 LONG_RUN = 10.0  # seconds: the first run of a variant, which may compile, counts if it is longer than any compilation
 # Activations of automatic differentiation and mlx-lm compared with the estimate for hand-written gradients.

@@ -39,7 +39,7 @@ SURFACE = {
     "import": ["DIR", "--output"],
     "fuse": ["--adapter", "--model", "--output"],
     "selftest": ["--faults", "--kills", "--seed"],
-    "bench": ["CONFIG", "KEY=VALUE", "--steps"],
+    "bench": ["CONFIG", "KEY=VALUE", "--steps", "--device", "--output"],
     "generate": [
         "--checkpoint", "--max-new-tokens", "--method", "--min-p", "--prompt", "--prompts", "--repetition-penalty",
         "--seed", "--stop", "--temperature", "--top-k", "--top-p",
