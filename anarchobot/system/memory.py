@@ -185,8 +185,11 @@ class _Part:
         self._chunk_x, self._chunk_mlp = itemsize * mlp_rows * model.d_model, itemsize * mlp_rows * model.mlp_size
         self._loss_chunk = -(-(train.loss_chunk or CPU_LOSS_CHUNK) // workers)
         matrices = [math.prod(s) for name, s in parameter_shapes(model).items() if ".layers.0." in name and len(s) == 2]
-        # A block's weights cast to the products' dtype, or dequantized.
-        self._cast = itemsize * sum(matrices) if itemsize == 2 or config.lora.quantize else 0
+        self._dequantized = itemsize * sum(matrices) if config.lora.quantize else 0  # a block's
+        # In half precision, all matrices are cast once for each step; LoRA's base model is stored in it.
+        self._copies = 0
+        if itemsize == 2 and not config.lora.r:
+            self._copies = itemsize * _size({name: shape for name, shape in trained.items() if len(shape) == 2})
         self.logits = self._logits(n)
 
     def _bytes(self, counts: _Counts) -> int:
@@ -210,14 +213,14 @@ class _Part:
         block_gradients = [4 * _size(block) for block in by_block(self._trained, model)]
         other_gradients = gradients - sum(block_gradients)  # embedding, head and last norm
         forward = (gradients if accumulated else 0) + max(0, model.n_layers - 1 - lowest) * saved
-        forward += self._x + self._bytes(_FORWARD[self._itemsize]) + self._cast
-        loss = (gradients if accumulated else other_gradients) + (model.n_layers - lowest) * saved
+        forward += self._x + self._bytes(_FORWARD[self._itemsize]) + self._dequantized + self._copies
+        loss = self._copies + (gradients if accumulated else other_gradients) + (model.n_layers - lowest) * saved
         loss += 3 * self._x + self.logits
 
         backward = 0
         for i in range(lowest, model.n_layers):
             live = gradients if accumulated else other_gradients + sum(block_gradients[i:])
-            live += (i - lowest) * saved + 2 * self._x
+            live += self._copies + (i - lowest) * saved + 2 * self._x
             backward = max(backward, live + self._sizes.saved + self._block_backward())
         return forward, loss, backward
 
@@ -231,17 +234,16 @@ class _Part:
             mlp += 12 * model.d_model * model.mlp_size
         attention = self._bytes(_ATTENTION_BACKWARD[self._itemsize])
         norm = self._bytes(_NORM_BACKWARD[self._itemsize])
-        return max(mlp, attention - freed, norm - self._x) + (self._cast if self._config.lora.quantize else 0)
+        return max(mlp, attention - freed, norm - self._x) + self._dequantized
 
     def _logits(self, n: int) -> int:
-        """One chunk [C, V]: float32 logits, their exponentials and two temporaries; the head cast to the dtype of the
-        products (twice if quantized); in half precision also the arrays of a norm and a separate gradient of the
-        head."""
+        """One chunk [C, V]: float32 logits, exponentials and two temporaries; a quantized head, dequantized twice;
+        in half precision also the arrays of a norm and a separate gradient of the head."""
         model, itemsize, lora = self._config.model, self._itemsize, self._config.lora
         chunk, head = min(n, self._loss_chunk) * model.vocab_size, model.vocab_size * model.d_model
         if itemsize == 4:
             return 16 * chunk + (8 * head if lora.quantize else 0)
-        size = 18 * chunk + (4 * head if lora.quantize else 2 * head + 7 * self._x)
+        size = 18 * chunk + (4 * head if lora.quantize else 7 * self._x)
         return size if lora.r else max(size, 4 * chunk + 8 * head)
 
 
@@ -268,15 +270,16 @@ def _update(trained: Shapes, by_muon: set[str], train: TrainConfig, workers: int
 
 
 def _muon_batch(shapes: list[tuple[int, ...]], name: str, train: TrainConfig) -> int:
-    """For a stack of S bytes with Gram matrices of G bytes: weights, gradients, momentum and their results are 8 S, and
-    eleven products of [s, s] follow. In strips, these are so many operations that the first arrays are freed before."""
+    """For a stack of S bytes with Gram matrices of G bytes: momenta, look-aheads, directions and new weights are 5.5 S,
+    and eleven products of [s, s] come between. In strips, these are so many operations that the first arrays are freed
+    before."""
     rows, cols = shapes[0]
     stack = 4 * len(shapes) * rows * cols
     small, large = sorted((rows, cols))
     if train.muon_split_heads and "self_attn" in name:
-        return 8 * stack
+        return 11 * stack // 2
     gram = stack * small // large
-    return max(8 * stack, 3 * stack + 13 * gram) if small >= MIN_SIZE_FOR_STRIPS else 8 * stack + 11 * gram
+    return max(8 * stack, 3 * stack + 13 * gram) if small >= MIN_SIZE_FOR_STRIPS else 11 * stack // 2 + 11 * gram
 
 
 def _frozen_bytes(model: ModelConfig, lora: LoraConfig, itemsize: int) -> int:
