@@ -152,7 +152,8 @@ class AsyncCheckpointer:
             written, action = True, "removing old checkpoints"
             best = self._best
             # Old checkpoints are removed only now that the new one is verified.
-            removed = checkpoint.rotate(self._run, self._train.ckpt_keep, None if best is None else best[0])
+            protected = [step] if best is None else [step, best[0]]
+            removed = checkpoint.rotate(self._run, self._train.ckpt_keep, protected)
         except Exception as error:  # any error: a failed save must not end the run
             problem = error
         return SaveResult(step, written, removed, time.monotonic() - began, problem, action)

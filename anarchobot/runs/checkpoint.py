@@ -10,7 +10,7 @@ A step is written to a temporary folder, fsynced, read back, verified and rename
 
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,9 +87,12 @@ def save(run: Path, step: int, arrays: Mapping[str, npt.NDArray[Any]], state: Ma
     return final
 
 
-def rotate(run: Path, keep: int, protected: int | None = None) -> list[int]:
-    """Removes all checkpoints but the newest `keep`, the best one and step `protected`; returns the removed steps."""
-    kept = (best_step(run), protected)
+def rotate(run: Path, keep: int, protected: Collection[int] = ()) -> list[int]:
+    """Removes all checkpoints but the newest `keep`, the best one and the steps `protected`; returns the removed steps.
+
+    Raises UserError, and removes nothing, if best.json is damaged: any step could be the best one.
+    """
+    kept = {best_step(run), *protected}
     old = [s for s in sorted(saved_steps(run))[:-keep] if s not in kept]
     for step in old:
         folder = step_folder(run, step)
@@ -136,13 +139,22 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def best_step(run: Path) -> int | None:
-    """Returns the step in best.json, or None if the file is missing or damaged."""
-    return _read_step(run / BEST)
+    """Returns the step in best.json, or None if there is no such file. Raises UserError if it is damaged."""
+    file = run / BEST
+    try:
+        return int(read_checksummed(file)["step"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: damaged ({error}): delete it, and name a step_... folder instead") from error
 
 
 def read_best(run: Path, max_step: int) -> dict[str, Any] | None:
     """Returns the contents of best.json; None if it is missing, damaged, after `max_step`, or its step is missing."""
-    step = best_step(run)
+    try:
+        step = best_step(run)
+    except UserError:
+        return None
     if step is None or step > max_step or step not in saved_steps(run):
         return None
     return read_checksummed(run / BEST)
@@ -152,22 +164,15 @@ def write_best(run: Path, step: int, values: Mapping[str, Any]) -> None:
     write_checksummed(run / BEST, {"step": step, "folder": step_folder(run, step).name, **values})
 
 
-def _read_step(file: Path) -> int | None:
-    try:
-        return int(read_checksummed(file)["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def find(path: str | Path, *, files: tuple[str, ...] = FILES) -> Checkpoint:
     """Finds and verifies the checkpoint at `path`: a step folder, a file in it, or a run's best.json. A run folder or
     its latest.json selects the newest undamaged step. `files` are the files to verify.
 
-    Raises UserError if there is no checkpoint or the requested one is damaged.
+    Raises UserError if there is no checkpoint, or the requested one or best.json is damaged.
     """
     path = Path(path)
     folder = path.parent if path.is_file() else path
-    if path.name == BEST and (step := _read_step(path)) is not None:
+    if path.name == BEST and (step := best_step(path.parent)) is not None:
         folder = step_folder(folder, step)
     if (folder / "state.json").is_file():
         return _verified(folder, files)

@@ -162,6 +162,7 @@ def _warnings(run: Run, trained_parameters: int) -> Iterator[str]:
 
 
 def _summary(run: Run, progress: Progress, engine: Engine, finished: bool) -> dict[str, Any]:
+    best = checkpoint.read_best(run.folder, progress.step)
     return {
         "finished": finished,
         "steps": progress.step,
@@ -170,7 +171,7 @@ def _summary(run: Run, progress: Progress, engine: Engine, finished: bool) -> di
         "final_loss": progress.loss,
         "best_val_loss": progress.best_val_loss,
         "best_val_bpb": progress.best_val_bpb,
-        "best_step": checkpoint.best_step(run.folder),
+        "best_step": best and best["step"],
         "wall_seconds": round(progress.wall_seconds, 3),
         "wall_time": duration(progress.wall_seconds),
         "tokens_per_second": round(progress.tokens / max(1e-9, progress.wall_seconds), 1),

@@ -207,6 +207,9 @@ class _TrainingLoop:
         if saver.newest == 0:
             raise UserError(f"step {progress.step}: training diverged before the first checkpoint: {remedy}")
         newest = checkpoint.find(self._run.folder)
+        for problem in newest.skipped:
+            self._warn(f"{problem}: renamed to NAME.damaged")
+        checkpoint.quarantine(self._run.folder, newest.step)  # the following saves are the newest steps
         saver.newest = newest.step
         restored = Progress.from_state(newest.state)
         restored.returns = 1 + (progress.returns if progress.returned_to == newest.step else 0)

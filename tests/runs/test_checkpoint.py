@@ -1,6 +1,7 @@
 """Checkpoints: round trip, damage detection, rotation, and refusal of the wrong model."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,64 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     write_checksummed(tmp_path / "best.json", {"step": 2})
     assert checkpoint.rotate(tmp_path, keep=2) == [1, 3]
     assert sorted(checkpoint.saved_steps(tmp_path)) == [2, 4, 5]
+
+
+def test_rotation_keeps_protected_steps_also_behind_a_newer_one(tmp_path: Path) -> None:
+    for step in (1, 4, 5, 8):
+        save(tmp_path, step)
+    assert checkpoint.rotate(tmp_path, keep=1, protected=[5, 4]) == [1]
+    assert sorted(checkpoint.saved_steps(tmp_path)) == [4, 5, 8]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-3], lambda data: b"", lambda data: b'{"step": 3}\n'])
+def test_damaged_best_json_is_an_error_and_removes_nothing(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    checkpoint.write_best(tmp_path, 1, {})
+    best = tmp_path / "best.json"
+    best.write_bytes(damage(best.read_bytes()))
+    for use in (checkpoint.best_step, lambda run: checkpoint.rotate(run, 1), lambda run: checkpoint.find(best)):
+        with pytest.raises(UserError, match=r"best.json: damaged .*: delete it, and name a step_... folder"):
+            use(tmp_path)
+    assert sorted(checkpoint.saved_steps(tmp_path)) == [1, 2, 3]
+    assert checkpoint.find(tmp_path).step == 3
+    best.unlink()
+    assert checkpoint.rotate(tmp_path, 1) == [1, 2]
+
+
+def test_rotation_removes_state_json_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step whose removal was interrupted must not look complete."""
+    for step in (1, 2):
+        save(tmp_path, step)
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        checkpoint.rotate(tmp_path, 1)
+    assert (tmp_path / "step_00000001" / "model.npz").exists()
+    assert checkpoint.saved_steps(tmp_path) == [2]
+    checkpoint.clean_up(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest.json", "step_00000002"]
+
+
+def test_clean_up_restores_a_step_that_was_moved_aside(tmp_path: Path) -> None:
+    """Killed between the two renames of a replacement, a step is complete only under its name with .old."""
+    save(tmp_path, 3, seed=0)
+    aside = save(tmp_path, 5, seed=1).rename(tmp_path / ".step_00000005.old")
+    (tmp_path / ".step_00000005.tmp").mkdir()
+    checkpoint.clean_up(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest.json", "step_00000003", "step_00000005"]
+    arrays = checkpoint.load_arrays(checkpoint.find(tmp_path), MODEL, optimizer=True)
+    name = "params/model.embed_tokens.weight"
+    np.testing.assert_array_equal(arrays[name], engine_state(1)[name])
+    # Killed after the second rename: the replacement is complete, and the old step is removed.
+    (tmp_path / "step_00000003").rename(aside)
+    checkpoint.clean_up(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest.json", "step_00000005"]
+    arrays = checkpoint.load_arrays(checkpoint.find(tmp_path), MODEL, optimizer=True)
+    np.testing.assert_array_equal(arrays[name], engine_state(1)[name])
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
