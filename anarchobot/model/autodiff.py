@@ -65,10 +65,11 @@ class _Pass:
         return [self.forward.final_norm({**self.weights, **trained}, x, self.model)]
 
     def trained_params_used_by(self, function: Callable[[Params], object]) -> Params:
-        """Returns the trained parameters that a function of the parameters uses."""
+        """Returns the trained parameters that a function of the parameters uses, in float32: the gradient of an
+        embedding is a sum over tokens, in the embedding's dtype."""
         recorder = _Recorder(self.weights)
         function(recorder)
-        return {name: p for name, p in self.params.items() if name in recorder.used}
+        return {name: p.astype(mx.float32) for name, p in self.params.items() if name in recorder.used}
 
 
 def _full_backward(ctx: _Pass, embed: Callable[[Params], mx.array]) -> mx.array:

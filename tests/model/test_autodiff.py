@@ -82,6 +82,21 @@ def test_objective_on_row_log_probabilities(options: str) -> None:
     assert_same(model, as_mlx(parameters(model)), random_tokens(model), OPTIONS[options], objective=objective)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_gradient_of_a_bfloat16_embedding_is_summed_in_float32(tied: bool, options: str) -> None:
+    """Of two ids, each about a thousand times. The engine passes matrices in the dtype of the products."""
+    model = tiny(tie_embeddings=tied, max_seq_len=256)
+    weights = as_mlx(parameters(model))
+    tokens = random_tokens(model, 8, 257) % 2
+    batch = MicroBatch(mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]), mx.array(1.0))
+    name = "model.embed_tokens.weight"
+    exact = hand_written.loss_and_gradients(weights, batch, model)[1][name]
+    half = {n: p.astype(mx.bfloat16) if p.ndim == 2 else p for n, p in weights.items()}
+    got = autodiff.loss_and_gradients(half, batch, model, dtype=mx.bfloat16, options=OPTIONS[options])[1][name]
+    assert float(mx.linalg.norm(got - exact) / mx.linalg.norm(exact)) < 0.02
+
+
 def test_hand_written_gradients_are_preferred() -> None:
     model = tiny()
     assert gradients(model) is hand_written.loss_and_gradients
