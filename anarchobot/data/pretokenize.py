@@ -17,6 +17,7 @@ from anarchobot.data.resume import FinishedDocuments, Provenance, load_progress,
 from anarchobot.data.shard_writer import ShardWriter
 from anarchobot.data.shards import Manifest, Shard, write_manifest
 from anarchobot.data.sources.documents import Document, DocumentCounts
+from anarchobot.storage.durable import fsync_dir
 from anarchobot.storage.lock import FolderLock
 from anarchobot.tokenizers.tokenizer import Tokenizer, copy_tokenizer, digest
 
@@ -136,3 +137,4 @@ def _install(folder: Path, shards: Iterable[Shard]) -> None:
             path.unlink()
     for path in shard_files(folder, ".tmp"):
         path.replace(path.with_suffix(""))
+    fsync_dir(folder)

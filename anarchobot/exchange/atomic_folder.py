@@ -1,13 +1,13 @@
 """Atomic creation of a folder: it is filled under a temporary name and renamed when complete."""
 
-import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from anarchobot.config.errors import UserError
-from anarchobot.storage.durable import fsync, fsync_dir
+from anarchobot.storage.durable import fsync, fsync_dir, make_folder
 
 
 @contextmanager
@@ -21,14 +21,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file: choose another folder")
     path = path.resolve()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
+    make_folder(path.parent)
+    # Not the process id, which another container or a killed process may have used.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as written:
-                    fsync(written.fileno())
+        for written in (*temporary.rglob("*"), temporary):
+            if written.is_dir():
+                fsync_dir(written)
+            elif written.is_file():
+                with written.open("rb") as file:
+                    fsync(file.fileno())
         temporary.rename(path)  # replaces an empty folder
         fsync_dir(path.parent)
     finally:

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,14 +37,28 @@ def fsync_dir(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a text file atomically: temporary file, fsync, rename."""
+def make_folder(folder: Path) -> None:
+    """Creates a folder and its missing parents, durably. Raises FileExistsError if it is a file."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        fsync_dir(path.parent)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a file atomically: temporary file, fsync, rename. Text is encoded as UTF-8."""
+    data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
     fsync_dir(path.parent)
 
 

@@ -7,6 +7,8 @@ import socket
 from pathlib import Path
 from typing import Self
 
+from anarchobot.storage.durable import make_folder
+
 NAME = ".lock"
 
 
@@ -47,7 +49,7 @@ class FolderLock:
 
     def __enter__(self) -> Self:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._path.parent)
         except FileExistsError as error:
             message = "is a file, not a folder: choose another folder, or move the file"
             raise NotADirectoryError(errno.ENOTDIR, message, str(self._path.parent)) from error

@@ -4,7 +4,6 @@ and GPT-2's `vocab.json` with `merges.txt`."""
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
+from anarchobot.storage.durable import write_atomic
 
 Ids = npt.NDArray[np.int32]
 Offsets = npt.NDArray[np.int32]  # [n, 2]: the character range [start, end) of each of n tokens
@@ -103,11 +103,13 @@ def digest(tokenizer: Tokenizer) -> str:
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
-    """Copies the tokenizer's files into `folder` under their standard names; returns the first name."""
+    """Copies the tokenizer's files into `folder` under their standard names; returns the first name. Identical copies
+    are not written again, and each file is replaced atomically."""
     names = [_standard_name(file) for file in tokenizer.files]
     for file, name in zip(tokenizer.files, names, strict=True):
-        if file.resolve() != (folder / name).resolve():
-            shutil.copyfile(file, folder / name)
+        content, copy = file.read_bytes(), folder / name
+        if not (copy.is_file() and copy.read_bytes() == content):
+            write_atomic(copy, content)
     return names[0]
 
 

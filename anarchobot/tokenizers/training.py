@@ -9,9 +9,11 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from anarchobot.config.errors import UserError
+from anarchobot.storage.durable import write_atomic
 from anarchobot.tokenizers.tokenizer import CHAT_TOKENS
 
 # SentencePiece skips any "sentence" over its limit with only a warning: 84% of a corpus of whole documents. To skip
@@ -91,12 +93,13 @@ def _train_sentencepiece(texts: Iterable[str], prefix: Path, vocab_size: int, mo
             raise failures[0] from None
         raise _training_error(vocab_size, str(error)) from error
     path = prefix.with_name(prefix.name + ".model")
-    path.write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     listing = prefix.with_name(prefix.name + ".vocab")
-    with listing.open("w", encoding="utf-8") as file:  # human-readable, in SentencePiece's own format
-        for i in range(processor.vocab_size()):
-            file.write(f"{processor.id_to_piece(i)}\t{processor.get_score(i):g}\n")
+    lines_of_listing = (  # human-readable, in SentencePiece's own format
+        f"{processor.id_to_piece(i)}\t{processor.get_score(i):g}\n" for i in range(processor.vocab_size())
+    )
+    write_atomic(listing, "".join(lines_of_listing))
+    write_atomic(path, model.getvalue())
     return [path, listing]
 
 
@@ -126,8 +129,12 @@ def _train_gpt2(texts: Iterable[str], prefix: Path, vocab_size: int) -> list[Pat
     size = tokenizer.get_vocab_size()
     if size != vocab_size:
         raise _size_error(vocab_size, _at_most(size) if size < vocab_size else _at_least(size))
-    vocab, merges = tokenizer.model.save(str(prefix.parent), prefix.name)
-    return [Path(vocab), Path(merges)]
+    with TemporaryDirectory() as folder:
+        saved = [Path(file) for file in tokenizer.model.save(folder, prefix.name)]  # vocabulary, merges
+        files = [prefix.with_name(file.name) for file in saved]
+        for file, source in zip(files, saved, strict=True):
+            write_atomic(file, source.read_bytes())
+    return files
 
 
 def _training_error(vocab_size: int, reason: str) -> UserError:

@@ -12,6 +12,7 @@ from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.model.parameters import init_parameters
 from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import write_checksummed
+from tests.storage.disk_calls import DiskCalls
 
 MODEL = ModelConfig(vocab_size=11, n_layers=1, d_model=4, n_heads=2)
 CONFIG = Config(model=MODEL).model_dump()
@@ -117,6 +118,28 @@ def test_damaged_best_json_is_an_error_and_removes_nothing(tmp_path: Path, damag
     assert checkpoint.find(tmp_path).step == 3
     best.unlink()
     assert checkpoint.rotate(tmp_path, 1) == [1, 2]
+
+
+def test_order_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step gets its name once all its files and their names are on the disk, and latest.json refers to it after that.
+    A replaced step is moved aside before."""
+    save(tmp_path, 3, seed=0)
+    calls = DiskCalls(monkeypatch, tmp_path)
+    save(tmp_path, 3, seed=1)
+    temporary, final = ".step_00000003.tmp", "step_00000003"
+    assert calls.in_order() == [
+        f"fsync {final}/model.npz",
+        f"fsync {final}/optimizer.npz",
+        f"fsync {final}/state.json",
+        f"rename {temporary}/state.json.tmp {temporary}/state.json",
+        f"fsync {final}",
+        f"rename {final} .{final}.old",
+        f"rename {temporary} {final}",
+        "fsync .",
+        "fsync latest.json",
+        "rename latest.json.tmp latest.json",
+        "fsync .",
+    ]
 
 
 def test_rotation_removes_state_json_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

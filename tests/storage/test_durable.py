@@ -13,6 +13,7 @@ import pytest
 from anarchobot.storage import durable
 from anarchobot.storage.durable import HashedFile, read_checksummed, write_atomic, write_checksummed
 from anarchobot.storage.lock import FolderLock
+from tests.storage.disk_calls import DiskCalls
 
 
 def test_every_changed_or_missing_byte_of_a_sealed_file_is_detected(tmp_path: Path) -> None:
@@ -54,6 +55,24 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="No space"):
         write_atomic(tmp_path / "f", "new")
     assert (tmp_path / "f").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_order_of_an_atomic_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Content is on the disk before it gets its name, and the name is on the disk at the end."""
+    write_atomic(tmp_path / "f", "old")
+    calls = DiskCalls(monkeypatch, tmp_path)
+    write_atomic(tmp_path / "f", "é\n".encode() + b"\xff\r")
+    assert calls.in_order() == ["fsync f", "rename f.tmp f", "fsync ."]
+    assert (tmp_path / "f").read_bytes() == b"\xc3\xa9\n\xff\r"
+
+
+def test_new_folders_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = DiskCalls(monkeypatch, tmp_path)
+    with FolderLock(tmp_path / "runs" / "my"):
+        assert sorted(calls.in_order()) == ["fsync .", "fsync runs"]
+    with FolderLock(tmp_path / "runs" / "my"):
+        assert len(calls.in_order()) == 2
 
 
 def test_fsync_on_macos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

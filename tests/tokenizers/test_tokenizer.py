@@ -24,6 +24,7 @@ from anarchobot.tokenizers.tokenizer import (
     digest,
     load_tokenizer,
 )
+from tests.storage.disk_calls import DiskCalls
 
 NAUGHTY = [
     "",
@@ -245,6 +246,27 @@ def test_copy_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert copy.files[0] == tmp_path / name and digest(copy) == digest(tokenizer)
     assert copy_tokenizer(copy, tmp_path) == name, "onto itself"
     assert digest(load_tokenizer(tmp_path)) == digest(tokenizer)
+
+
+def test_copy_is_durable_and_written_once(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resume with a full disk must not damage the copy that a run already has."""
+    calls = DiskCalls(monkeypatch, tmp_path)
+    copy_tokenizer(tokenizer, tmp_path)
+    names = [path.name for path in load_tokenizer(tmp_path).files]
+    steps = [[f"fsync {name}", f"rename {name}.tmp {name}", "fsync ."] for name in names]
+    assert calls.in_order() == [call for step in steps for call in step]
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    copy_tokenizer(tokenizer, tmp_path)
+    (tmp_path / names[0]).write_bytes(b"another tokenizer")
+    with pytest.raises(OSError, match="No space left"):
+        copy_tokenizer(tokenizer, tmp_path)
+    assert (tmp_path / names[0]).read_bytes() == b"another tokenizer"
 
 
 def test_only_tokenizer_in_a_folder_is_found(trained: dict[str, Path], tmp_path: Path) -> None:
