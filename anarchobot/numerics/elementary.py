@@ -21,6 +21,7 @@ _EXP2 = (1.0, 0.69314715, 0.24022651, 0.055504057, 0.0096181331, 0.0013400432, 0
 _LOG2_E, _LN2_HIGH, _LN2_LOW = 1.4426950408889634, 0.693359375, -2.12194440e-4
 _ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds a float32 to an integer, held in the last bits of the sum
 _LOWEST = -87.0  # e^-87 is 1.6e-38, the last normal float32
+_LEAST_BITS = 40 << 23  # of 2^-87, about e^-60
 
 # tanh x = x P(x^2) / Q(x^2) for |x| <= 7.9, beyond which it is 1 in float32 (the rational of Eigen's fast tanh).
 _TANH_P = (
@@ -32,7 +33,8 @@ _TANH_END = 7.90531110763549805
 
 
 def exp(x: mx.array) -> mx.array:
-    """e^x for float32 x up to 88; below -87 it is 1.6e-38 on a CPU, not less."""
+    """e^x for float32 x up to 88. On a CPU it is exactly 0 below -60: products with smaller numbers are often subnormal,
+    and many CPUs take 100 times as long for those."""
     return _exp(x) if _vectorized(x) else mx.exp(x)
 
 
@@ -94,7 +96,8 @@ def _exp2(x: mx.array) -> mx.array:
 
 @mx.compile
 def _with_exponent(x: mx.array, shifted: mx.array) -> mx.array:
-    return (x.view(mx.int32) + (shifted.view(mx.int32) << 23)).view(mx.float32)
+    bits = x.view(mx.uint32) + (shifted.view(mx.uint32) << 23)  # unsigned: the bits of NaN, of either sign, are large
+    return mx.where(bits >= _LEAST_BITS, bits, 0).view(mx.float32)
 
 
 def _tanh(x: mx.array) -> mx.array:

@@ -3,10 +3,13 @@
 import mlx.core as mx
 
 from anarchobot.config.schema import TrainConfig
+from anarchobot.numerics.device import on_cpu
 from anarchobot.numerics.eval_order import EvalOrder
 from anarchobot.optim.param_groups import ADAMW_BETA1, ADAMW_BETA2, ADAMW_EPS
 
 Arrays = dict[str, mx.array]
+# The moments of a token that is no longer seen would decay to subnormal numbers and stay there: slow on many CPUs.
+LEAST_MOMENT = 1e-30
 
 
 def adamw(
@@ -32,12 +35,13 @@ def adamw(
     """
     new_params, new_first, new_second = {}, {}, {}
     correction1, correction2 = 1 - mx.power(ADAMW_BETA1, count), 1 - mx.power(ADAMW_BETA2, count)
+    least = LEAST_MOMENT if on_cpu() else 0.0
     done: list[mx.array] = []
     for name in list(params):
         # Nothing refers to an old array while the new one is computed, so that MLX reuses its memory. The parameters
         # take turns by their gradients: outputs that nothing else waits for are computed together, in one pass.
         (g,) = wait([grads.pop(name)], done)
-        m, v = _moments(g, first.pop(name), second.pop(name), factor)
+        m, v = _moments(g, first.pop(name), second.pop(name), factor, least)
         del g
         done = [apply_update(params.pop(name), _direction(m, v, correction1, correction2), lr, train)]
         new_params[name], new_first[name], new_second[name] = done[0], m, v
@@ -48,9 +52,13 @@ def adamw(
 
 
 @mx.compile
-def _moments(g: mx.array, first: mx.array, second: mx.array, factor: mx.array | float) -> tuple[mx.array, mx.array]:
+def _moments(
+    g: mx.array, first: mx.array, second: mx.array, factor: mx.array | float, least: float
+) -> tuple[mx.array, mx.array]:
+    """Moments below `least` become 0."""
     g = factor * g
-    return ADAMW_BETA1 * first + (1 - ADAMW_BETA1) * g, ADAMW_BETA2 * second + (1 - ADAMW_BETA2) * g * g
+    m, v = ADAMW_BETA1 * first + (1 - ADAMW_BETA1) * g, ADAMW_BETA2 * second + (1 - ADAMW_BETA2) * g * g
+    return (mx.where(mx.abs(m) < least, 0, m), mx.where(v < least, 0, v)) if least else (m, v)
 
 
 @mx.compile
