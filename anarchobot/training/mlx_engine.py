@@ -250,7 +250,8 @@ class MLXEngine(BaseEngine[mx.array]):
         assert self.average is not None
         for name, p in self.params.items():
             self.average[name] = decay * self.average[name] + (1 - decay) * p
-        self._start_eval(self.average)
+        # Waits: an error of the GPU must not be raised in the next step, which would be retried without this average.
+        mx.eval(self.average)
 
     # ---- Evaluation ----
 
