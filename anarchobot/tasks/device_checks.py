@@ -20,7 +20,7 @@ from anarchobot.data.windows import Batch
 from anarchobot.model.parameters import parameter_shapes
 from anarchobot.numerics.device import reduced_float32
 from anarchobot.optim.polar_express import orthogonalize
-from anarchobot.training.device import choose_device
+from anarchobot.training.device import CPU_CACHE_BYTES, choose_device
 from anarchobot.training.mlx_engine import MLXEngine
 
 ROWS, LENGTH, VOCAB, BLOCKS = 2, 256, 512, 2  # of the small model
@@ -43,7 +43,9 @@ def check_gradients(
     An error is the norm of the difference over the norm of the CPU's gradient. Raises what MLX raises.
     """
     weights, batch = _small_weights(_small_model(config.model)), _small_batch(segments)
+    cache_limit = mx.set_cache_limit(CPU_CACHE_BYTES)
     reference_loss, reference = _loss_and_gradients(_small(config, device="cpu"), weights, batch)
+    mx.set_cache_limit(cache_limit)  # choose_device has set a CPU's, with which a GPU would be slower
     whole = np.sqrt(sum(float(np.sum(g**2)) for g in reference.values()))
     results = []
     for precision in precisions:

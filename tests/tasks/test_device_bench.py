@@ -147,6 +147,14 @@ def failing(technique: str, error: Exception, original: Accumulate) -> Accumulat
     return accumulate
 
 
+def test_the_cpus_gradients_leave_the_limit_of_the_cache(tmp_path: Path, tiny_shards: Path) -> None:
+    """The variants of a GPU are measured after them."""
+    config = loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run").config
+    limit = mx.set_cache_limit(123 << 20)
+    device_checks.check_gradients(config, "blocked", [], segments=False)
+    assert mx.set_cache_limit(limit) == 123 << 20
+
+
 @pytest.mark.usefixtures("no_checks")
 def test_variant_that_runs_out_of_memory_is_listed_and_not_chosen(
     tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
