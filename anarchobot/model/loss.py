@@ -57,9 +57,16 @@ def head_loss(
         (hidden,) = wait([hidden], [dlog_probs])
         metrics, scale = scale * metrics, mx.repeat(-scale * dlog_probs, length)  # [N]
     trained = grads.is_trainable(name)
-    so_far = grads.sums.pop(name, None) if trained else None
     total, dhidden, dweight = loss_and_gradients(
-        hidden, head_matrix(weights, model), targets, model, scale, so_far, chunk, wait, trained
+        hidden,
+        head_matrix(weights, model),
+        targets,
+        model,
+        scale,
+        grads.sums.pop(name, None) if trained else None,  # no variable refers to it: its memory is reused
+        chunk,
+        wait,
+        trained,
     )
     done = [total, dhidden]
     if dweight is not None:
