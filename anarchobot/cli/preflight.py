@@ -224,12 +224,12 @@ def _bench(args: argparse.Namespace) -> None:
     if args.output is not None:
         raise UserError("argument --output: only with --device")
     from anarchobot.config.loading import load_config
-    from anarchobot.system.blas import no_blas_message
+    from anarchobot.system.blas import blas_warning
     from anarchobot.tasks.bench import bench
 
     result = bench(load_config(args.config, overrides(args)), args.steps or 5)
-    if result["device"] == "cpu" and result["blas"] is None and not args.quiet:
-        print(f"warning: {no_blas_message()}", file=sys.stderr)
+    if result["device"] == "cpu" and not args.quiet and (warning := blas_warning()):
+        print(f"warning: {warning}", file=sys.stderr)
     if args.json:
         print(json.dumps(result))
         return
@@ -270,9 +270,9 @@ def _bench_device(args: argparse.Namespace) -> None:
         raise UserError("argument --steps: not with --device, which repeats as often as its three minutes allow")
     file = args.output or DEVICE_FILE
     check_output(file)
-    from anarchobot.system.blas import load_fast_blas, no_blas_message
+    from anarchobot.system.blas import blas_warning, load_fast_blas
 
-    blas = load_fast_blas()  # before the modules below import MLX
+    load_fast_blas()  # before the modules below import MLX
     from anarchobot.config.loading import load_config
     from anarchobot.preflight.check import Context
     from anarchobot.preflight.settings import command_for
@@ -290,8 +290,8 @@ def _bench_device(args: argparse.Namespace) -> None:
             print(text, file=sys.stderr, flush=True)
 
     result = device_bench(loaded, task, log)
-    if result["device"]["kind"] == "cpu" and blas is None:
-        log(f"warning: {no_blas_message()}")
+    if result["device"]["kind"] == "cpu" and (warning := blas_warning()):
+        log(f"warning: {warning}")
     text = json.dumps(result, indent=1)
     write_atomic(file, text + "\n")
     if args.json:

@@ -8,7 +8,7 @@ from anarchobot.preflight.calibration import step_seconds
 from anarchobot.preflight.check import REDUCE_MEMORY, Context, Outcome, check
 from anarchobot.runs.checkpoint import saved_steps
 from anarchobot.storage.lock import holder
-from anarchobot.system.blas import load_fast_blas, no_blas_message
+from anarchobot.system.blas import blas_warning, load_fast_blas
 from anarchobot.system.machine import system_memory
 from anarchobot.system.memory import checkpoint_bytes, estimate
 from anarchobot.system.micro_batch import MEMORY_FRACTION, resolve_micro_batch
@@ -48,11 +48,10 @@ def device(context: Context) -> Outcome:
 def blas(context: Context) -> Outcome:
     if not context.on_cpu or context.loaded.config.train.backend == "torch":
         return "pass", "not needed"
-    found = load_fast_blas()
-    if found is None:
-        problem, _, remedy = no_blas_message().partition(": ")
+    if warning := blas_warning():
+        problem, _, remedy = warning.partition(": ")
         return "warn", problem, remedy
-    return "pass", found
+    return "pass", str(load_fast_blas())
 
 
 @check("save_dir", ("configuration",), "resume it (--resume-from auto), or choose another folder: train.save_dir")

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, GenerationConfig
-from anarchobot.system.blas import load_fast_blas, no_blas_message
+from anarchobot.system.blas import blas_warning, load_fast_blas
 from anarchobot.system.peak_flops import apple_gpu_cores, peak_tflops
 from anarchobot.tokenizers.tokenizer import Tokenizer
 from anarchobot.training.engine import Engine
@@ -55,24 +55,24 @@ def open_engine(config: Config, weights: Weights | None = None, ranks: Ranks = S
     device or package is missing."""
     if config.train.backend == "torch":
         return _open_torch(config, weights)
-    blas = load_fast_blas()  # before MLX, which the next line imports
+    load_fast_blas()  # before MLX, which the next line imports
     from anarchobot.training.mlx_engine import MLXEngine
 
-    return _open_mlx(MLXEngine(config, weights, ranks), config, blas)
+    return _open_mlx(MLXEngine(config, weights, ranks), config)
 
 
 def open_preference_engine(config: Config, weights: Weights) -> "tuple[EngineHandle, PreferenceEngine]":
     """The engine for preference pairs, in MLX only. Raises UserError for PyTorch."""
     if config.train.backend == "torch":
         raise UserError("train.backend: torch has no preference tuning: set train.backend to mlx")
-    blas = load_fast_blas()  # before MLX, which the next line imports
+    load_fast_blas()  # before MLX, which the next line imports
     from anarchobot.training.preference_engine import PreferenceEngine
 
     engine = PreferenceEngine(config, weights)
-    return _open_mlx(engine, config, blas, pairs=True), engine
+    return _open_mlx(engine, config, pairs=True), engine
 
 
-def _open_mlx(engine: "MLXEngine", config: Config, blas: str | None, *, pairs: bool = False) -> EngineHandle:
+def _open_mlx(engine: "MLXEngine", config: Config, *, pairs: bool = False) -> EngineHandle:
     import mlx.core as mx
 
     from anarchobot.inference.generation import generate, stream_token_ids
@@ -87,7 +87,7 @@ def _open_mlx(engine: "MLXEngine", config: Config, blas: str | None, *, pairs: b
         f"{engine.precision} on {engine.device}",
         lambda tokenizer: generate(Model(engine.weights, config.model, tokenizer), config.generation),
         lambda context, settings, stop: list(stream_token_ids(engine.weights, config.model, context, settings, stop)),
-        [no_blas_message()] if blas is None and not on_gpu else [],
+        [warning] if not on_gpu and (warning := blas_warning()) else [],
         peak_tflops(str(mx.device_info()["device_name"]), apple_gpu_cores(), engine.precision) if on_gpu else None,
     )
 

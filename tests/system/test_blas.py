@@ -1,5 +1,6 @@
 """Which BLAS is loaded, and that MLX calls it."""
 
+import ctypes
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="macOS uses Accelerat
 def test_mlx_calls_the_loaded_library() -> None:
     """Asks the dynamic linker (dladdr) which library defines cblas_sgemm."""
     if blas.load_fast_blas() is None:
-        assert "no fast BLAS" in blas.no_blas_message()
+        assert "no fast BLAS" in str(blas.blas_warning())
         return
     code = """
 from anarchobot.system.blas import load_fast_blas
@@ -35,9 +36,51 @@ print(name, info.file.decode().lower(), float((mx.ones((300, 300)) @ mx.ones((30
 @linux
 def test_message_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blas, "_candidates", lambda: {"OpenBLAS": ["libnowhere.so.9"], "MKL": []})
-    assert blas.load_fast_blas.__wrapped__() is None
-    assert "libopenblas0-pthread" in blas.no_blas_message()
-    assert "\n" not in blas.no_blas_message()
+    monkeypatch.setattr(blas, "load_fast_blas", blas.load_fast_blas.__wrapped__)
+    warning = blas.blas_warning()
+    assert warning is not None and "libopenblas0-pthread" in warning and "\n" not in warning
+
+
+@linux
+def test_the_faster_of_two_libraries_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each name in turn is measured to be the faster one."""
+    path = next((path for paths in blas._candidates().values() for path in paths if can_load(path)), None)
+    if path is None:
+        pytest.skip("there is no fast BLAS")
+    monkeypatch.setattr(blas, "_candidates", lambda: {"OpenBLAS": [path], "MKL": [path]})
+    monkeypatch.setattr(blas, "_usable", lambda name, paths: [Library(path, name)])
+    for fastest in ("OpenBLAS", "MKL"):
+        monkeypatch.setattr(blas, "_speed", lambda library, name=fastest: float(library.name == name))
+        assert blas.load_fast_blas.__wrapped__() == fastest
+
+
+@linux
+def test_an_openblas_that_does_not_know_the_cpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "load_fast_blas", lambda: "OpenBLAS")
+    monkeypatch.setattr(blas, "_has_avx2", lambda: True)
+    for core, expected in (("Prescott", True), ("SkylakeX", False), ("Zen", False)):
+        monkeypatch.setattr(blas, "_openblas_core", lambda core=core: core)
+        assert (blas.blas_warning() is not None) == expected
+
+
+@linux
+def test_speed_is_that_of_the_librarys_product() -> None:
+    for name, paths in blas._candidates().items():
+        for library in blas._usable(name, paths):
+            assert 1 < blas._speed(library) < 1e6
+
+
+class Library:
+    def __init__(self, path: str, name: str) -> None:
+        self._name, self.name = path, name
+
+
+def can_load(path: str) -> bool:
+    try:
+        ctypes.CDLL(path)
+    except OSError:
+        return False
+    return True
 
 
 @linux
