@@ -4,7 +4,6 @@ import argparse
 import json
 import shlex
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anarchobot.cli.parser import add_command, add_config, add_settings, add_switch, overrides, parse, positive
@@ -106,8 +105,7 @@ def _supervise(args: argparse.Namespace, loaded: "LoadedConfig", pairs: bool = F
     from anarchobot.tasks import supervise
 
     command = [sys.executable, "-P", "-m", "anarchobot", *args.argv]  # -P: import nothing from the current folder
-    train = resolve_micro_batch(loaded, pairs=pairs).loaded.config.train
-    return supervise.supervise(command, Path(train.save_dir), train.micro_batch_size, train.grad_accum_steps)
+    return supervise.supervise(command, resolve_micro_batch(loaded, pairs=pairs).loaded.config.train)
 
 
 def _show(args: argparse.Namespace) -> "OutputMode":

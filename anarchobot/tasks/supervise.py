@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from anarchobot.config.schema import Config
+from anarchobot.config.schema import Config, TrainConfig
 from anarchobot.data.shards import read_manifest
 from anarchobot.model.parameters import model_flops
 from anarchobot.optim.schedule import split_micro_batch, total_steps
@@ -55,15 +55,15 @@ def _tokens_in_files(config: Config) -> int:
     return sum(file.stat().st_size // BYTES_PER_TOKEN if file.is_file() else HUB_TOKENS for file in files)
 
 
-def supervise(command: Sequence[str], run_folder: Path, micro_batch_size: int, grad_accum_steps: int) -> int:
-    """Runs `command`, an `anarchobot pretrain ...`, and resumes it whenever a signal killed it. Returns its exit code,
-    or 1 after giving up.
+def supervise(command: Sequence[str], train: TrainConfig) -> int:
+    """Runs `command`, an `anarchobot pretrain ...` with the settings `train`, and resumes it whenever a signal killed
+    it. Returns its exit code, or 1 after giving up.
 
     After MAX_RESUMES resumes from the same checkpoint, the micro-batch size is reduced at every further resume, down to
-    one sequence; the batch stays the same. Signals are forwarded.
+    one sequence; the batch and the validation set stay the same. Signals are forwarded.
     """
     resumes, newest = 0, -1
-    rows, micro_batches = micro_batch_size, grad_accum_steps
+    rows, micro_batches = train.micro_batch_size, train.grad_accum_steps
     extra: list[str] = []
     while True:
         code, stop_requested = _run([*command, *extra])
@@ -72,7 +72,7 @@ def supervise(command: Sequence[str], run_folder: Path, micro_batch_size: int, g
         if stop_requested:  # the signal came before the child could handle it
             return 130
         name = signal.Signals(-code).name
-        step = max(saved_steps(run_folder), default=0)
+        step = max(saved_steps(Path(train.save_dir)), default=0)
         resumes = resumes + 1 if step == newest else 1
         newest = step
         if resumes > MAX_RESUMES:
@@ -84,8 +84,10 @@ def supervise(command: Sequence[str], run_folder: Path, micro_batch_size: int, g
                 return 1
             rows, micro_batches = split_micro_batch(rows, micro_batches)
         extra, settings = [], ""
-        if rows < micro_batch_size:
+        if rows < train.micro_batch_size:
             extra = [f"train.grad_accum_steps={micro_batches}", "--batch-size", str(rows)]
+            if train.eval_batches is not None:  # counted in micro-batches
+                extra.append(f"train.eval_batches={train.eval_batches * train.micro_batch_size // rows}")
             settings = f" with train.micro_batch_size={rows} train.grad_accum_steps={micro_batches}"
         if step:
             extra += ["--resume-from", "auto"]

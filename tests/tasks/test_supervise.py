@@ -1,5 +1,6 @@
 """The supervising parent: how often it resumes a run, with which settings, and when it gives up."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,12 +8,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from anarchobot.cli.main import main
 from anarchobot.config.loading import load_config
-from anarchobot.config.schema import Config
+from anarchobot.config.schema import Config, TrainConfig
+from anarchobot.data.batches import ValBatches
 from anarchobot.model.parameters import model_flops
 from anarchobot.runs import checkpoint
 from anarchobot.tasks import supervise
@@ -36,10 +40,13 @@ os.kill(os.getpid(), getattr(signal, end)) if end.startswith("SIG") else sys.exi
 """
 
 
-def run_plan(tmp_path: Path, *plan: str, rows: int = 4) -> tuple[int, list[str]]:
+def run_plan(tmp_path: Path, *plan: str, rows: int = 4, eval_batches: int | None = None) -> tuple[int, list[str]]:
     (tmp_path / "plan").write_text("\n".join(plan))
     command = [sys.executable, "-c", RUN, str(tmp_path)]
-    code = supervise.supervise(command, tmp_path / "run", rows, 3)
+    train = TrainConfig(
+        save_dir=str(tmp_path / "run"), micro_batch_size=rows, grad_accum_steps=3, eval_batches=eval_batches
+    )
+    code = supervise.supervise(command, train)
     return code, (tmp_path / "arguments").read_text().splitlines()
 
 
@@ -59,7 +66,8 @@ def test_death_by_a_forwarded_signal_is_not_resumed(tmp_path: Path) -> None:
         "    while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL: time.sleep(0.01)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "threading.Thread(target=stop).start()\n"
-        "print(supervise.supervise(['sleep', '300'], Path('.'), 1, 1))"
+        "from anarchobot.config.schema import TrainConfig\n"
+        "print(supervise.supervise(['sleep', '300'], TrainConfig(micro_batch_size=1)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
     assert done.stdout == "130\n" and "resuming" not in done.stderr
@@ -84,6 +92,32 @@ def test_micro_batch_shrinks_after_three_deaths_at_one_checkpoint_then_gives_up(
     ]  # fmt: skip
     err = capfd.readouterr().err
     assert "giving up" in err and "after step 5, even with train.micro_batch_size=1: reduce the model" in err
+
+
+@pytest.mark.parametrize("windows", [1, 5, 24, 35, 36, 37, 100])
+def test_smaller_micro_batches_validate_on_the_same_windows(tmp_path: Path, windows: int) -> None:
+    """`best` and `patience` compare validations from before and after the micro-batch size was reduced."""
+    _, lines = run_plan(tmp_path, "5 SIGABRT", *["- SIGABRT"] * 9, rows=12, eval_batches=3)
+    sizes = [(12, 3)]
+    for arguments in map(json.loads, lines[4:]):
+        rows = int(arguments[arguments.index("--batch-size") + 1])
+        (batches,) = [word.partition("=")[2] for word in arguments if word.startswith("train.eval_batches=")]
+        sizes.append((rows, int(batches)))
+    assert [rows for rows, _ in sizes] == [12, 6, 3, 1]
+
+    class Numbered:
+        count = windows
+
+        def rows(self, indices: Any) -> Any:
+            read.extend(i for i in indices.tolist() if i < windows)
+            return SimpleNamespace(micro_batches=lambda *shape: None)
+
+    for rows, batches in sizes:
+        read: list[int] = []
+        val = ValBatches(Numbered(), rows, batches)  # type: ignore[arg-type]
+        for i in range(len(val)):
+            val[i]
+        assert read == list(range(min(36, windows)))
 
 
 def test_long_runs_are_supervised_by_default(
