@@ -45,17 +45,19 @@ def test_steps_equal_those_of_the_cpu_path(checkpointing: bool, optimizer: str) 
     assert gpu.traces == 4  # the first micro-batch, those that add to sums, the update, validation
 
 
-def test_a_step_waits_for_the_gpu_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For loss and norm together, and for the update. Micro-batches are only started."""
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_step_waits_for_the_gpu_twice(ema_decay: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For loss and norm together, and for the update; a third time for a running average. Micro-batches are only
+    started."""
     with gpu_path():
-        engine = MLXEngine(config())
+        engine = MLXEngine(config(ema_decay=ema_decay))
         engine.train_step(batch(), 1, 0.01, 0.9)
         calls: Counter[str] = Counter()
         for name in ("eval", "async_eval"):
             counted(monkeypatch, name, calls)
         engine._start_eval = mx.async_eval
         engine.train_step(batch(), 2, 0.01, 0.9)
-        assert calls == {"async_eval": MICRO_BATCHES, "eval": 2}
+        assert calls == {"async_eval": MICRO_BATCHES, "eval": 2 if ema_decay is None else 3}
         calls.clear()
         engine.eval_step(batch())
         assert calls == {"async_eval": MICRO_BATCHES}
