@@ -29,12 +29,12 @@ from metal_model import Graph, Run, Simulator, evaluation_order, fuse, simulate,
 CEILINGS = {
     "quickstart": (347, 0.3384, 0.008405),
     "quickstart, update": (275, 0.1377, 0.001377),
-    "m3pro": (1221, 18.66, 2.034),
-    "m3pro, checkpointed": (1354, 20.01, 2.464),
+    "m3pro": (1293, 18.78, 2.034),
+    "m3pro, checkpointed": (1427, 20.13, 2.464),
     "m3pro, update": (2166, 12.96, 0.836),
-    "medium": (3788, 79.57, 9.901),
+    "medium": (4127, 79.92, 9.901),
     "medium, update": (4469, 36.91, 3.622),
-    "large": (7064, 229, 52.33),
+    "large": (7840, 230, 52.33),
     "large, update": (7510, 107.8, 16.34),
 }  # fmt: skip
 

@@ -70,7 +70,8 @@ def head_loss(
     )
     done = [total, dhidden]
     if dweight is not None:
-        grads.sums[name], done = dweight, [dhidden, dweight]
+        grads.sums[name] = dweight
+        done.append(dweight)
     return total if metrics is None else metrics, dhidden, done
 
 

@@ -73,13 +73,13 @@ def gpu_phases(config: Config, trained: Shapes, rows: int, itemsize: int, *, acc
     loss = first_gradients + cast + all_saved + logits
     query_ranges = query_blocks(rows, model.n_heads, length, train.attention_block, on_cpu=False)
     scores = itemsize * rows * model.n_heads * max((end - start) * end for start, end in query_ranges)
-    # Each block of queries has gradients of the keys and values that it sees: half of all, on average.
+    # Of keys and values there are the sums of two blocks of queries and copies of what is final.
     backward = 0
     product = itemsize * model.d_model * model.mlp_size
     for i in range(lowest, model.n_layers):
         live = first_gradients if accumulated else first_gradients + sum(gradients[i:])
         live += cast + (i - lowest) * saved + saved_block + 2 * x + chunk
-        attention = 2 * scores + 2 * q + (len(query_ranges) + 1) * kv - 2 * mlp
+        attention = 2 * scores + 2 * q + 4 * kv - 2 * mlp
         backward = max(backward, live + max(2 * mlp + product, attention))
     sums = 4 * _size(trained)
     update = min(3 * RUN_AHEAD[4] // 4, MUON_ARRAYS * sums) if train.optimizer == "muon_adamw" else 0

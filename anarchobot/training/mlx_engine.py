@@ -92,13 +92,15 @@ class MLXEngine(BaseEngine[mx.array]):
     # ---- Gradients ----
 
     def _accumulate_gradients(self, batch: Batch, step: int, scale: float) -> tuple[list[float], Params]:
+        self._norm = None  # that of a step that failed would keep its arrays alive
         try:
             parts = self.workers.map(lambda worker: self._worker_gradients(batch, step, scale, worker))
             grads = _sum_parts([grads for _, grads in parts if grads])
             totals = [total for total, _ in parts]
             if self._ranks.size == 1:
                 self._norm = global_norm(grads, self.options.wait)
-            mx.eval(totals, self._norm)  # the only time before the update that the GPU is waited for
+            # The only time before the update that the GPU is waited for. Ranks exchange gradients that exist.
+            mx.eval(totals, grads if self._norm is None else self._norm)
         except RuntimeError as error:
             raised = as_device_error(error)
             if isinstance(raised, MemoryError | GPUTimeoutError):

@@ -127,8 +127,9 @@ class FusedTrainingAttention:
             dqs.append((ds @ keys[:, :, None, :end]).reshape(B, -1, end - start, E))
             dk = _add_product(dk, ds, rows, end)
             dv = _add_product(dv, p, drows, end)
-            dk_tails.append(dk[:, :, start:])
-            dv_tails.append(dv[:, :, start:])
+            # Copies, since a slice would keep the whole array in memory.
+            dk_tails.append(mx.contiguous(dk[:, :, start:]))
+            dv_tails.append(mx.contiguous(dv[:, :, start:]))
         dq, dk = (mx.concatenate(parts[::-1], axis=2) for parts in (dqs, dk_tails))
         dv = mx.concatenate([part.swapaxes(1, 2) for part in dv_tails[::-1]], axis=1)
         return dq, dk, dv.reshape(B * L, -1)
