@@ -114,7 +114,7 @@ class Pretokenizer:
             raise
         if not writer.finished:
             raise UserError(f"{self.folder}: no documents left to write ({self.counts.summary()})")
-        save_progress(self.folder, provenance, writer.finished)
+        save_progress(self.folder, provenance, writer.finished, complete=True)
         shards = [f.shard for f in writer.finished]
         _install(self.folder, shards)
         tokenizer = {

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.document_batches import DocumentBatch, Mask
 from anarchobot.data.shard_writer import FinishedShard
-from anarchobot.data.shards import SPLITS, Shard, Split
+from anarchobot.data.shards import SPLITS, Shard, Split, read_manifest
 from anarchobot.data.sources import files, hub
 from anarchobot.storage.durable import sha256_file, write_atomic
 
@@ -50,8 +50,18 @@ def source_provenance(names: list[str], data: DataConfig) -> dict[str, Any]:
     return source
 
 
-def save_progress(folder: Path, provenance: Provenance, finished: Iterable[FinishedShard]) -> None:
-    content = {"made_of": dict(provenance), "finished": [asdict(f) for f in finished]}
+@dataclass(frozen=True)
+class Progress:
+    """The content of progress.json: the finished shards, and whether they are all."""
+
+    finished: list[FinishedShard]
+    complete: bool
+
+
+def save_progress(
+    folder: Path, provenance: Provenance, finished: Iterable[FinishedShard], *, complete: bool = False
+) -> None:
+    content = {"made_of": dict(provenance), "complete": complete, "finished": [asdict(f) for f in finished]}
     write_atomic(folder / "progress.json", json.dumps(content, indent=1) + "\n")
 
 
@@ -62,16 +72,27 @@ def load_progress(folder: Path, provenance: Provenance, restart: bool) -> list[F
     interrupted run are deleted. Raises UserError, naming what changed, when the folder holds shards of a different
     provenance.
     """
-    listed = [] if restart else read_progress(folder, provenance)
-    intact: list[FinishedShard] = []
+    before = Progress([], complete=False) if restart else read_progress(folder, provenance)
+    listed, intact = before.finished, list[FinishedShard]()
     for split in SPLITS:
         intact += takewhile(lambda f: _is_intact(folder, f.shard), (f for f in listed if f.shard.split == split))
     kept = {f"{name}.tmp" for finished in intact for name in finished.shard.files}
     for path in shard_files(folder, ".tmp"):
         if path.name not in kept:
             path.unlink()
-    save_progress(folder, provenance, intact)
+    save_progress(folder, provenance, intact, complete=before.complete and intact == listed)
     return intact
+
+
+def is_complete(folder: Path, provenance: Provenance) -> bool:
+    """Whether the shards in the manifest are those of `provenance`, all of them. The folder may also hold the shards
+    that an interrupted --restart was going to replace. Raises UserError as `read_progress` does."""
+    progress = read_progress(folder, provenance)
+    try:
+        shards = read_manifest(folder).shards
+    except UserError:  # none, or damaged
+        return False
+    return progress.complete and shards == [finished.shard for finished in progress.finished]
 
 
 def shard_files(folder: Path, suffix: str = "") -> list[Path]:
@@ -79,25 +100,26 @@ def shard_files(folder: Path, suffix: str = "") -> list[Path]:
     return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
-def read_progress(folder: Path, provenance: Provenance) -> list[FinishedShard]:
+def read_progress(folder: Path, provenance: Provenance) -> Progress:
     """Returns the finished shards of an earlier run. Raises UserError when their provenance is different."""
     path, has_shards = folder / "progress.json", (folder / "manifest.json").exists()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         recorded = dict(content["made_of"])
         finished = [FinishedShard(Shard(**f["shard"]), f["keys_sha256"]) for f in content["finished"]]
+        complete = bool(content.get("complete", has_shards))  # not recorded before 0.3.0
     except FileNotFoundError:
         if has_shards:
             raise UserError(
                 f"{folder}: holds shards but no progress.json that records how they were built: choose another "
                 "folder, or replace them with --restart"
             ) from None
-        return []
+        return Progress([], complete=False)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: damaged ({error}): start over with --restart") from error
     changes = describe_changes(recorded, provenance)
     if not changes:
-        return finished
+        return Progress(finished, complete)
     if has_shards:
         raise UserError(
             f"{folder}: holds shards built with different settings: {changes}: choose another folder, or replace them "
@@ -107,7 +129,7 @@ def read_progress(folder: Path, provenance: Provenance) -> list[FinishedShard]:
         raise UserError(
             f"{folder}: can't resume the interrupted run: {changes}: revert this, or start over with --restart"
         )
-    return []
+    return Progress([], complete=False)
 
 
 def describe_changes(before: Provenance, provenance: Provenance) -> str:

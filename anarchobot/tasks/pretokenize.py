@@ -17,7 +17,7 @@ from anarchobot.config.loading import LoadedConfig, load_config
 from anarchobot.config.schema import Config
 from anarchobot.data.corpus_parts import join_parts, remove_parts, write_part
 from anarchobot.data.pretokenize import Pretokenizer
-from anarchobot.data.resume import read_progress, source_provenance
+from anarchobot.data.resume import is_complete, source_provenance
 from anarchobot.data.shards import Manifest, read_manifest
 from anarchobot.data.sources import files, hub
 from anarchobot.data.sources.documents import Document, DocumentCounts, from_files, from_ranges, open_source
@@ -40,8 +40,7 @@ class Corpus:
 
     def is_done(self) -> bool:
         """Whether the shards are complete. Raises UserError when the folder holds shards of a different provenance."""
-        read_progress(self.job.folder, self.job.provenance)
-        return (self.job.folder / "manifest.json").exists()
+        return is_complete(self.job.folder, self.job.provenance)
 
     def pretokenize(self, *, restart: bool, progress: Progress, log: Log) -> Manifest:
         return replace(self.job, restart=restart, progress=progress, log=log).run(self.documents)
@@ -55,7 +54,7 @@ class Corpus:
 
         Raises UserError when a part is missing, damaged or of a different provenance.
         """
-        if self.is_done() and not restart:
+        if not restart and self.is_done():
             remove_parts(self.job.folder, parts)
             return read_manifest(self.job.folder)
         return join_parts(replace(self.job, restart=restart, progress=progress, log=log), parts)

@@ -13,8 +13,11 @@ import pytest
 
 from anarchobot.cli.main import main
 from anarchobot.config.schema import DataConfig
+from anarchobot.data.shard_writer import ShardWriter
+from anarchobot.data.shards import TokenStream, first_documents
 from anarchobot.data.sources.documents import DocumentCounts, from_files, from_ranges
 from anarchobot.data.sources.files import FileRange, split_files
+from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
 
 WORDS = ["the", "a", "of", "and", "bees", "dates", "apples", "wings", "water", "stone", "river", "night"]
@@ -120,6 +123,49 @@ def test_existing_part_is_not_rebuilt(corpus: Path, tmp_path: Path, capsys: pyte
         assert main([*words, *more]) == 0
         made.append(json.loads(capsys.readouterr().out)["made"])
     assert made == [True, False, True]
+
+
+def test_restart_with_processes_and_after_an_interruption(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shards of an old corpus are never taken for those of the new one, however often --restart is interrupted."""
+    shards, tokenizer = tmp_path / "shards", str(corpus.parent / "made.model")
+    for name in ("old", "new", "third"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} {i} bees"}}\n' for i in range(80)))
+
+    def run(name: str, *words: str) -> int:
+        inputs = ["--input", str(tmp_path / f"{name}.jsonl"), "--tokenizer", tokenizer, "--output", str(shards)]
+        return main(["pretokenize", *inputs, "--val-fraction", "0", "--quiet", *words])
+
+    def first_words() -> set[str]:
+        stream, tokens = TokenStream(shards, "train"), load_tokenizer(tokenizer)
+        documents = list(first_documents(stream, 100, 1000))
+        assert len(documents) == 80
+        return {tokens.decode(ids.tolist()).split()[0] for ids in documents}
+
+    def interrupted(name: str, *words: str) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(ShardWriter, "add", lambda self, batch: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert run(name, *words) == 130
+
+    assert run("old") == 0 and first_words() == {"old"}
+    # Interrupted in one process, then continued in several.
+    interrupted("new", "--restart")
+    assert first_words() == {"old"}, "the old shards stay until the new ones are complete"
+    assert run("new", "--processes", "2") == 0 and first_words() == {"new"}
+    # Interrupted while joining, then joined again.
+    assert run("third", "--part", "0/2") == run("third", "--part", "1/2") == 0
+    assert run("third", "--join", "2") == 2
+    assert "holds shards built with different settings" in capsys.readouterr().err
+    interrupted("third", "--join", "2", "--restart")
+    assert first_words() == {"new"} and (shards / "parts").exists()
+    assert run("third", "--join", "2") == 0 and first_words() == {"third"}
+    # Complete: joining again, or running with --processes, changes nothing.
+    before = (shards / "manifest.json").stat().st_mtime_ns
+    assert run("third", "--join", "2") == run("third", "--processes", "2") == 0
+    assert (shards / "manifest.json").stat().st_mtime_ns == before
+    assert run("old", "--processes", "2") == 2
+    assert run("old", "--processes", "2", "--restart") == 0 and first_words() == {"old"}
 
 
 DATATROVE = """

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from anarchobot.config.errors import UserError
 from anarchobot.data import document_batches
 from anarchobot.data.pretokenize import Pretokenizer
+from anarchobot.data.resume import is_complete
 from anarchobot.data.shard_writer import NpyStream
 from anarchobot.data.shards import verify
 from anarchobot.data.sources.documents import Document, DocumentCounts
@@ -78,6 +80,7 @@ from anarchobot.data import document_batches
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources.documents import DocumentCounts, from_files
 from anarchobot.data.pretokenize import Pretokenizer
+from anarchobot.data.resume import is_complete
 from tests.data.bytes_tokenizer import Bytes
 
 document_batches.BATCH_CHARS = 1000
@@ -217,6 +220,38 @@ def test_old_shards_stay_intact_during_a_new_run(tmp_path: Path) -> None:
     assert any(name.endswith(".npy.tmp") for name in contents(out))
 
 
+def test_shards_of_a_shorter_corpus_are_not_those_of_an_interrupted_longer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The finished shards of a longer text may be exactly the shards of a shorter one."""
+    monkeypatch.setattr(document_batches, "BATCH_CHARS", 1)
+    settings: dict[str, Any] = {"val_fraction": 0.0, "shard_tokens": 20}
+    shorter = Pretokenizer(Bytes(tmp_path), tmp_path / "out", **settings, source={"a.txt": "1 line"})
+    longer = replace(shorter, source={"a.txt": "2 lines"}, restart=True)
+    shorter.run([Document("x" * 20)])
+    before = contents(tmp_path / "out")
+    assert is_complete(tmp_path / "out", shorter.provenance)
+
+    def documents() -> Iterator[Document]:
+        yield Document("x" * 20)
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        longer.run(documents())
+    progress = json.loads((tmp_path / "out" / "progress.json").read_text())
+    shards = [finished["shard"] for finished in progress["finished"]]
+    assert shards == json.loads(before["manifest.json"])["shards"]
+    assert not is_complete(tmp_path / "out", longer.provenance)
+    replace(longer, restart=False).run([Document("x" * 20), Document("y" * 20)])
+    assert is_complete(tmp_path / "out", longer.provenance)
+    # Repeating a complete run, even if that is interrupted, leaves it complete.
+    with pytest.raises(Stopped):
+        replace(longer, restart=False).run(documents())
+    assert is_complete(tmp_path / "out", longer.provenance)
+    (tmp_path / "out" / "manifest.json").write_text("{}")
+    assert not is_complete(tmp_path / "out", longer.provenance)
+
+
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
@@ -301,6 +336,7 @@ import json, resource, sys
 from pathlib import Path
 from anarchobot.data.sources.documents import DocumentCounts, Document
 from anarchobot.data.pretokenize import Pretokenizer
+from anarchobot.data.resume import is_complete
 from tests.data.bytes_tokenizer import Bytes
 
 folder, megabytes, workers = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
