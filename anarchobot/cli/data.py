@@ -114,7 +114,7 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
         print(json.dumps(result))
     elif not args.quiet:
         print(f"{files[0]}: {config.model.vocab_size} tokens, trained on {bytes_read[0] / 1e6:.1f} MB of text")
-        if counts.broken or counts.filtered:
+        if counts.details():
             print(counts.summary(), file=sys.stderr)
 
 
@@ -171,7 +171,7 @@ def _size_of(names: list[str]) -> int | None:
     if any(name == "builtin" or hub.is_hub_name(name) for name in names):
         return None
     paths = files.find(names)
-    compressed = any(path.suffix in (".gz", ".zst", ".parquet") for path in paths)
+    compressed = any(files.lower_suffix(path) in (".gz", ".zst", ".parquet") for path in paths)
     return None if compressed else sum(path.stat().st_size for path in paths)
 
 

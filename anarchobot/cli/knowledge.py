@@ -59,7 +59,8 @@ def _add(args: argparse.Namespace) -> None:
     from anarchobot.knowledge.knowledge_base import add_files
 
     data = load_config(None, overrides(args)).config.data
-    paths = files.find(args.files)  # first, so that a mistyped name does not create an empty knowledge base
+    unread: list[files.Unread] = []
+    paths = files.find(args.files, unread)  # first, so that a mistyped name does not create an empty knowledge base
     silent = args.quiet or args.json
     with _open(args, create=True) as base:
         result = add_files(base, paths, args.files, data, log=lambda line: None if silent else print(line))
@@ -72,7 +73,7 @@ def _add(args: argparse.Namespace) -> None:
             f"files: {len(result.added)} added, {len(result.replaced)} replaced, {len(result.equal)} unchanged, "
             f"{len(result.failed)} failed; {passages:,} passages in total"
         )
-        for line in result.counts.details():
+        for line in (*result.counts.details(), *files.describe_unread(unread)):
             print(f"  {line}")
     if result.failed:
         more = f" ({len(result.failed) - 1} more files failed)" if len(result.failed) > 1 else ""

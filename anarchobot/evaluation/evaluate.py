@@ -106,6 +106,8 @@ def evaluate_texts(model: Model, names: Sequence[str], limit: int | None, log: L
         log(f"{min(start + DOCUMENT_BATCH, len(texts)):,} of {len(texts):,} documents")
     if tokens == 0:
         raise UserError(f"{' '.join(names)}: no documents to evaluate ({counts.read:,} read)")
+    for line in counts.details():
+        log(line)
     return _loss_metrics(nats, tokens, size) | {"documents": len(texts)}
 
 

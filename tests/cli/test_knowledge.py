@@ -80,11 +80,26 @@ def test_bad_files_are_reported_and_do_not_stop_the_others(capsys: Captured) -> 
     Path("empty.txt").touch()
     Path("folder").mkdir()
     Path("folder/empty.md").touch()
-    words = ["kb", "add", "bad.txt", "fruit.md", "worse.txt", "empty.txt", "folder/../folder/*.md", "--kb", "kb.db"]
+    Path("folder2").mkdir()
+    Path("folder2/._cheese.md").write_bytes(b"\0")
+    Path("folder2/cheese.md").write_text("Gouda")
+    words = [
+        "kb",
+        "add",
+        "bad.txt",
+        "fruit.md",
+        "worse.txt",
+        "empty.txt",
+        "folder/../folder/*.md",
+        "folder2",
+        "--kb",
+        "kb.db",
+    ]
     assert main(words) == 2
     captured = capsys.readouterr()
     assert "fruit.md: added\n" in captured.out
     assert "empty files skipped: 1 (first: folder/../folder/empty.md)" in captured.out
+    assert "hidden or system files not read: 1 (folder2/._cheese.md)" in captured.out
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("anarchobot: bad.txt: not UTF-8 text")
     assert captured.err.endswith("(2 more files failed)\n")

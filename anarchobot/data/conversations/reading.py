@@ -16,14 +16,17 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.conversations import formats, oasst
 from anarchobot.data.sources import compressed, files, hub, parquet, rows
-from anarchobot.data.sources.files import FileRange
+from anarchobot.data.sources.files import EmptyFile, FileRange, Unread, describe_unread
 from anarchobot.data.sources.rows import Row
 from anarchobot.tokenizers.conversation import Conversation, InvalidRow, PreferencePair
 
-JSON = (".json", ".json.gz", ".json.zst")
 RawRows = Iterator[tuple[str, bytes | Row | ValueError]]  # (place, undecoded line, row or error)
 ParsedRows = Iterator[tuple[str, Row]]
 T = TypeVar("T", Conversation, PreferencePair)
+
+
+class UnknownFields(UserError):
+    """A file without any row of a known format."""
 
 
 @dataclass
@@ -43,6 +46,7 @@ class RowCounts:
     tree_rows: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     first_skipped: dict[str, str] = field(default_factory=dict)  # by reason: place and detail
+    unread: list[Unread] = field(default_factory=list)  # files in folders and globs
 
     def skip(self, place: str, error: ValueError) -> None:
         reason = error.reason if isinstance(error, InvalidRow) else "malformed row"
@@ -55,7 +59,7 @@ class RowCounts:
         self.skip(place, error)
 
     def summary(self) -> list[str]:
-        """One line with the totals, then one per reason."""
+        """One line with the totals, then one per reason that rows were skipped or files not read."""
         plain_rows = self.read - self.tree_rows
         sources = [f"{plain_rows:,} rows"] if plain_rows or not self.trees else []
         if self.trees:
@@ -65,7 +69,7 @@ class RowCounts:
         dropped = f" ({lost / self.loss_tokens:.1%} of loss tokens dropped)" if lost else ""
         truncated = f", {self.truncated:,} truncated{dropped}" if self.truncated else ""
         reasons = [f"skipped {n:,}: {self.first_skipped[reason]}" for reason, n in self.skipped.most_common()]
-        return [f"{' and '.join(sources)} read, {self.kept:,} kept{truncated}", *reasons]
+        return [f"{' and '.join(sources)} read, {self.kept:,} kept{truncated}", *reasons, *describe_unread(self.unread)]
 
 
 def read_conversations(
@@ -90,7 +94,7 @@ def read_conversations(
                 yield place, _parse(detected, row, data.text_field)
         if detected is None:
             problem = f"no row has the fields of a conversation: expected {formats.EXPECTED}"
-            raise UserError(f"{name}: {problem}{_first_error(counts)}")
+            raise UnknownFields(f"{name}: {problem}{_first_error(counts)}")
 
     return _valid_rows(data, counts, parse_file)
 
@@ -113,7 +117,7 @@ def read_pairs(
                 yield place, error
         if not any_matched:
             problem = f"no row has the fields of a preference pair: expected {formats.EXPECTED_PAIRS}"
-            raise UserError(f"{name}: {problem}{_first_error(counts)}")
+            raise UnknownFields(f"{name}: {problem}{_first_error(counts)}")
 
     return _valid_rows(data, counts, parse_file)
 
@@ -153,14 +157,22 @@ def _valid_rows(
     data: DataConfig, counts: RowCounts, parse_file: Callable[[str, ParsedRows], Iterator[tuple[str, T | InvalidRow]]]
 ) -> Iterator[tuple[str, T]]:
     """The valid items of all files; everything is counted."""
-    for name, raw_rows in _open_files(data):
-        for place, item in parse_file(name, _parsed(raw_rows, counts)):
-            counts.read += 1
-            if isinstance(item, InvalidRow):
-                counts.skip(place, item)
-            else:
-                counts.kept += 1
-                yield place, item
+    for name, raw_rows, is_named in _open_files(data, counts):
+        try:
+            for place, item in parse_file(name, _parsed(raw_rows, counts)):
+                counts.read += 1
+                if isinstance(item, InvalidRow):
+                    counts.skip(place, item)
+                else:
+                    counts.kept += 1
+                    yield place, item
+        except EmptyFile:
+            if is_named:
+                raise
+            counts.unread.append(Unread(name, "empty files"))
+        except UnknownFields:  # folders of data sets have .json files about the data; their rows are counted
+            if is_named or not files.is_json(Path(name)):
+                raise
 
 
 def _parsed(raw_rows: RawRows, counts: RowCounts) -> ParsedRows:
@@ -174,8 +186,8 @@ def _parsed(raw_rows: RawRows, counts: RowCounts) -> ParsedRows:
             counts.skip(place, error)
 
 
-def _open_files(data: DataConfig) -> Iterator[tuple[str, RawRows]]:
-    """(name, rows) of each file of `data.dataset`, in order.
+def _open_files(data: DataConfig, counts: RowCounts) -> Iterator[tuple[str, RawRows, bool]]:
+    """(name, rows, whether the file itself was named) of each file of `data.dataset`, in order.
 
     Hub datasets are not shuffled while streaming: all rows are held in memory and shuffled in training. Raises
     UserError if a dataset is missing or unreadable.
@@ -183,35 +195,58 @@ def _open_files(data: DataConfig) -> Iterator[tuple[str, RawRows]]:
     if data.dataset is None:
         raise UserError("data.dataset is not set: expected JSONL, JSON or Parquet files, or a Hugging Face dataset")
     for name in data.datasets:
-        if hub.is_hub_name(name) and not name.endswith(JSON):
+        if hub.is_hub_name(name):
             unshuffled = data.model_copy(update={"shuffle_buffer": 0})
             numbered = enumerate(hub.rows(name, unshuffled, seed=0, suggest_fallback=False))
-            yield name, ((f"{name}: row {i}", row) for i, row in numbered)
+            yield name, ((f"{name}: row {i}", row) for i, row in numbered), True
             continue
-        for path in [Path(name)] if name.endswith(JSON) and Path(name).is_file() else files.find([name]):
-            yield str(path), _read_file(path)
+        for path in files.find([name], counts.unread, files.CONVERSATIONS):
+            yield str(path), _read_file(path), path == Path(name)
 
 
 def _read_file(path: Path) -> RawRows:
     try:
-        if path.suffix == ".parquet":
+        if files.is_parquet(path):
             yield from parquet.read_rows(path)
-        elif path.name.endswith(JSON) and _is_json_array(path):
-            yield from _read_json_array(path)
-        elif files.uncompressed_name(path).endswith((".jsonl", ".json")):
-            yield from rows.read_jsonl(FileRange(path))
+        elif files.is_json(path):
+            yield from _read_json(path)
         else:
-            raise UserError(f"{path}: plain text has no turns: expected a .jsonl, .json or .parquet file")
+            yield from rows.read_jsonl(FileRange(path))
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from error
-    except ImportError as error:
-        raise UserError(f"{path}: reading .zst files needs a package: pip install backports.zstd") from error
+
+
+def _read_json(path: Path) -> RawRows:
+    if _is_json_array(path):
+        yield from _read_json_array(path)
+    elif (row := _read_json_object(path)) is not None:
+        yield f"{path}: row 0", row
+    else:
+        yield from rows.read_jsonl(FileRange(path))
 
 
 def _is_json_array(path: Path) -> bool:
     """Many files named .json are JSONL."""
     with compressed.DecompressedFile(path) as file:
         return file.read(64).removeprefix(rows.BOM).lstrip().startswith(b"[")
+
+
+def _read_json_object(path: Path) -> Row | None:
+    """The object in a file whose only content it is, on several lines; otherwise None."""
+    first = next(
+        (line for _, line in compressed.read_lines(FileRange(path)) if isinstance(line, ValueError) or line.strip()),
+        b"",
+    )
+    if isinstance(first, ValueError) or not first.removeprefix(rows.BOM).lstrip().startswith(b"{"):
+        return None
+    try:
+        rows.parse(first)
+    except ValueError:
+        try:
+            return rows.parse(compressed.read_all(path))
+        except ValueError:
+            return None
+    return None
 
 
 def _read_json_array(path: Path) -> RawRows:
@@ -223,6 +258,6 @@ def _read_json_array(path: Path) -> RawRows:
     except ValueError as error:  # truncated file
         raise UserError(f"{path}: {error}") from error
     if not items:
-        raise UserError(f"{path}: the file is empty")
+        raise EmptyFile(f"{path}: the file is empty")
     for i, item in enumerate(items):
         yield f"{path}: row {i}", item if isinstance(item, dict) else ValueError("not a JSON object")

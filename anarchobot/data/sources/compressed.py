@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anarchobot.data.sources.files import FileRange
+from anarchobot.data.sources.files import FileRange, lower_suffix
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -24,9 +24,9 @@ class DecompressedFile(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         self.damage = ""
         self._errors: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error)
-        if path.suffix == ".gz":
+        if lower_suffix(path) == ".gz":
             self._file: io.BufferedIOBase = gzip.GzipFile(path)
-        elif path.suffix == ".zst":
+        elif lower_suffix(path) == ".zst":
             from backports import zstd
 
             self._file = zstd.ZstdFile(path)

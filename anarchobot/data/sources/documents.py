@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources import builtin, files, hub, parquet, rows, text_files
-from anarchobot.data.sources.files import FileRange
+from anarchobot.data.sources.files import FileRange, Unread
 
 Item = TypeVar("Item")
 # (location, text) of each document; ValueError: broken, None: its score is below data.score_min.
@@ -58,6 +58,7 @@ class DocumentCounts:
     reasons: Counter[str] = field(default_factory=Counter)  # why documents were filtered
     empty_files: int = 0
     first_empty: str = ""
+    unread: list[Unread] = field(default_factory=list)  # in folders and globs
     used: list[SourceUsage] = field(default_factory=list)  # of a mixture's sources
 
     def as_manifest(self) -> dict[str, int]:
@@ -72,6 +73,7 @@ class DocumentCounts:
             lines.append(f"first broken: {self.first_broken}")
         if self.empty_files:
             lines.append(f"empty files skipped: {self.empty_files:,} (first: {self.first_empty})")
+        lines += files.describe_unread(self.unread)
         total = sum(used.bytes for used in self.used) or 1
         lines += [
             f"from {used.name}: {used.documents:,} documents, {used.bytes / 1e6:,.2f} MB ({used.bytes / total:.1%})"
@@ -133,10 +135,11 @@ def from_files(names: Iterable[str], data: DataConfig, counts: DocumentCounts) -
     """The documents of files, folders and globs, in the order given; folders and globs sorted by name.
 
     `data.documents` says what a document is in a text file; in JSONL and Parquet files, each row is one. A name that
-    matches nothing raises UserError immediately, not when the first document is read.
+    matches nothing raises UserError immediately, not when the first document is read. What is not read is counted then
+    as well.
     """
     names = list(names)
-    return from_ranges([FileRange(path) for path in files.find(names)], names, data, counts)
+    return from_ranges([FileRange(path) for path in files.find(names, counts.unread)], names, data, counts)
 
 
 def from_ranges(
@@ -154,7 +157,7 @@ def from_ranges(
 def _from_range(file_range: FileRange, data: DataConfig, counts: DocumentCounts, is_named: bool) -> Iterator[Document]:
     """An empty file that was named itself is an error; in a folder or glob it is skipped and counted."""
     path = file_range.path
-    splittable = data.documents == "file" and not (path.suffix == ".parquet" or files.is_jsonl(path))
+    splittable = data.documents == "file" and not (files.is_parquet(path) or files.is_jsonl(path))
     try:
         yield from _keep_usable(read_texts(file_range, data), data, counts, splittable)
     except files.EmptyFile:
@@ -169,7 +172,7 @@ def _from_range(file_range: FileRange, data: DataConfig, counts: DocumentCounts,
 def read_texts(file_range: FileRange, data: DataConfig) -> Texts:
     """Reads a file of any format. Raises EmptyFile, UserError for a damaged file or a missing field, and OSError."""
     path = file_range.path
-    if path.suffix == ".parquet":
+    if files.is_parquet(path):
         return _row_texts(parquet.read_text_rows(path, data), data)
     if files.is_jsonl(path):
         return _row_texts(rows.read_jsonl(file_range), data, any_valid=file_range.start > 0)

@@ -1,19 +1,48 @@
-"""Finds input files by name (text, JSONL and Parquet, compressed or not) and splits them into byte ranges."""
+"""Finds input files by name (text, JSONL, JSON and Parquet, compressed or not) and splits them into byte ranges.
+
+What lies in a folder and is not read is listed with the reason. Suffixes may be in capitals.
+"""
 
 import glob
 import importlib
+import os
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from anarchobot.config.errors import UserError, did_you_mean
 from anarchobot.config.schema import DataConfig
 
+PACKED = (".gz", ".zst")
 PLAIN = (".txt", ".md", ".jsonl")
-SUFFIXES = (*PLAIN, *(plain + packed for plain in PLAIN for packed in (".gz", ".zst")), ".parquet")
+JSON = (".json", *(".json" + packed for packed in PACKED))
+SUFFIXES = (*PLAIN, *(plain + packed for plain in PLAIN for packed in PACKED), ".parquet")
 EXPECTED = ".txt, .md, .jsonl (or these with .gz or .zst) or .parquet file"
 _PACKAGES = {".zst": "backports.zstd", ".parquet": "pyarrow"}  # needed to read a suffix; also the module names
+HIDDEN = "hidden or system files"
+SHOWN = 3  # examples of each kind in a message
+
+
+class Formats(NamedTuple):
+    """The suffixes of the files that can be read, and how to name them in an error."""
+
+    suffixes: tuple[str, ...]
+    expected: str
+
+
+DOCUMENTS = Formats(SUFFIXES, EXPECTED)
+CONVERSATIONS = Formats(
+    (".jsonl", *(".jsonl" + packed for packed in PACKED), *JSON, ".parquet"),
+    ".jsonl, .json (or these with .gz or .zst) or .parquet file",
+)
+
+
+class Unread(NamedTuple):
+    """A file or folder that lies in an input folder, or matches a glob, and is not read."""
+
+    path: str
+    reason: str
 
 
 class EmptyFile(UserError):
@@ -32,14 +61,18 @@ class FileRange(NamedTuple):
         return f"{self.path} from byte {self.start}" if self.start else str(self.path)
 
 
-def find(names: Iterable[str]) -> list[Path]:
+def find(names: Iterable[str], unread: list[Unread] | None = None, formats: Formats = DOCUMENTS) -> list[Path]:
     """The files of all names, in the order given; folders and globs sorted by name.
 
-    Raises UserError for a name that matches nothing, and when a package needed to read a file is not installed.
+    Hidden files and folders and those that macOS adds to archives are not read, but appended to `unread`, as is
+    everything else that a folder or glob has and that is not in one of the `formats`. Linked folders are read, and each
+    real folder once. Raises UserError for a name that matches nothing, a folder that can't be listed, and when a
+    package needed to read a file is not installed.
     """
-    paths = [path for name in names for path in _matches(name)]
+    left_out: list[Unread] = [] if unread is None else unread
+    paths = [path for name in names for path in _matches(name, left_out, formats)]
     for suffix, package in _PACKAGES.items():
-        first = next((path for path in paths if path.suffix == suffix), None)
+        first = next((path for path in paths if lower_suffix(path) == suffix), None)
         if first is not None:
             try:
                 importlib.import_module(package)
@@ -48,28 +81,139 @@ def find(names: Iterable[str]) -> list[Path]:
     return paths
 
 
-def _matches(name: str) -> list[Path]:
+def describe_unread(unread: Iterable[Unread]) -> list[str]:
+    """One line per reason, with the number of files and up to three of them."""
+    by_reason: dict[str, list[str]] = {}
+    for path, reason in unread:
+        by_reason.setdefault(reason, []).append(path)
+    return [
+        f"{reason} not read: {len(paths):,} ({', '.join(paths[:SHOWN])}{', ...' if len(paths) > SHOWN else ''})"
+        for reason, paths in by_reason.items()
+    ]
+
+
+def _matches(name: str, unread: list[Unread], formats: Formats) -> list[Path]:
     path = Path(name)
     if path.is_dir():
-        paths = _supported(path.rglob("*"))
+        left_out: list[Unread] = []
+        paths = _supported(_files_below(path, left_out), left_out, formats)
+        unread += left_out
         if not paths:
-            raise UserError(f"{name}: no {EXPECTED} in this folder")
+            raise UserError(f"{name}: no {formats.expected} in this folder{_reasons(left_out)}")
         return paths
     if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise UserError(f"{name}: expected a {EXPECTED}: rename or convert it")
+        if not path.name.lower().endswith(formats.suffixes):
+            raise UserError(f"{name}: expected a {formats.expected}: rename or convert it")
         return [path]
     if glob.has_magic(name):
-        paths = _supported(map(Path, glob.glob(name, recursive=True)))
-        if paths:
-            return paths
-        raise UserError(f"{name}: matches no {EXPECTED}")
+        left_out = []
+        paths = _supported(_files_of_glob(name, left_out), left_out, formats)
+        unread += left_out
+        if not paths:
+            raise UserError(f"{name}: matches no {formats.expected}{_reasons(left_out)}")
+        return paths
     hint = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
     raise UserError(f"{name}: no such file or folder{hint}")
 
 
-def _supported(paths: Iterable[Path]) -> list[Path]:
-    return sorted(path for path in paths if path.name.endswith(SUFFIXES) and path.is_file())
+def _reasons(unread: list[Unread]) -> str:
+    return f"; {'; '.join(describe_unread(unread))}" if unread else ""
+
+
+def _supported(paths: Iterable[Path], unread: list[Unread], formats: Formats) -> list[Path]:
+    supported = []
+    for path in sorted(paths):
+        if not path.is_file():
+            unread.append(Unread(str(path), "broken links or special files"))
+        elif not path.name.lower().endswith(formats.suffixes):
+            unread.append(Unread(str(path), "files of other formats"))
+        else:
+            supported.append(path)
+    return supported
+
+
+def _files_below(root: Path, unread: list[Unread]) -> Iterator[Path]:
+    """All files below a folder. Linked folders come after all others, so that a folder that is also below `root` keeps
+    its own path, and a folder that was already visited is not visited again, which also ends cycles of links."""
+    visited: set[Path] = set()
+    pending = [root]
+    while pending:
+        for at, subfolders, names in os.walk(pending.pop(0), onerror=_cannot_list):
+            folder = Path(at)
+            if folder.resolve() in visited:
+                subfolders.clear()
+                continue
+            visited.add(folder.resolve())
+            hidden = sorted(filter(_is_hidden, (*subfolders, *names)))
+            unread += (Unread(str(folder / name), HIDDEN) for name in hidden)
+            subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))
+            pending += (folder / name for name in subfolders if (folder / name).is_symlink())
+            yield from (folder / name for name in names if not _is_hidden(name))
+
+
+def _cannot_list(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename}: can't be read: {error.strerror}") from error
+
+
+def _files_of_glob(pattern: str, unread: list[Unread]) -> Iterator[Path]:
+    """The files that match. A file that also matches through a linked folder is yielded once. As in a shell, hidden
+    files match only a pattern that has the dot; files that macOS adds to archives are left out nevertheless."""
+    parts = Path(pattern).parts
+    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    base = Path(*parts[:fixed]).resolve()
+    matched = list(_glob(pattern))
+    real_folders = {folder: folder.resolve() for folder in {path.parent for path in matched}}
+    read_folders = {parent for folder in real_folders.values() for parent in (folder, *folder.parents)}
+
+    def through_link(path: Path) -> bool:
+        return real_folders[path.parent] != base.joinpath(*path.parts[fixed:-1])
+
+    seen: set[tuple[Path, str]] = set()
+    for path in sorted(matched, key=lambda path: (through_link(path), path)):
+        if any(_is_added_by_macos(part) for part in path.parts[fixed:]):
+            unread.append(Unread(str(path), HIDDEN))
+        elif path.is_dir():
+            if path.resolve() not in read_folders:
+                unread.append(Unread(str(path), "folders matched by a glob"))
+        elif (key := (real_folders[path.parent], path.name)) not in seen:
+            seen.add(key)
+            yield path
+
+
+def _glob(pattern: str) -> Iterator[Path]:
+    """Like glob.glob with "**", which takes forever where linked folders form cycles. May yield a path twice."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        yield from map(Path, glob.glob(pattern))
+        return
+    at = parts.index("**")
+    for base in _glob(str(Path(*parts[:at]))):
+        for folder in _folders_below(base, frozenset()):
+            yield from _glob(str(Path(glob.escape(str(folder)), *(parts[at + 1 :] or ("*",)))))
+
+
+def _folders_below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    """The folder and all folders below it, except hidden ones and links to one of the folders `above`."""
+    real = folder.resolve()
+    if not folder.is_dir() or real in above:
+        return
+    yield folder
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    except OSError as error:
+        _cannot_list(error)
+    for name in names:
+        if not name.startswith("."):
+            yield from _folders_below(folder / name, above | {real})
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or _is_added_by_macos(name)
+
+
+def _is_added_by_macos(name: str) -> bool:
+    """Metadata in archives made on a Mac (AppleDouble); the files have the suffix of the file that they describe."""
+    return name.startswith("._") or name == "__MACOSX"
 
 
 def split_files(paths: Iterable[Path], parts: int, data: DataConfig) -> list[list[FileRange]]:
@@ -95,14 +239,28 @@ def split_files(paths: Iterable[Path], parts: int, data: DataConfig) -> list[lis
     return ranges
 
 
+def is_parquet(path: Path) -> bool:
+    return lower_suffix(path) == ".parquet"
+
+
 def is_jsonl(path: Path) -> bool:
-    return uncompressed_name(path).endswith(".jsonl")
+    return _uncompressed_name(path).endswith(".jsonl")
 
 
-def uncompressed_name(path: Path) -> str:
-    """The file's name without .gz or .zst."""
-    return path.name.removesuffix(".gz").removesuffix(".zst")
+def is_json(path: Path) -> bool:
+    return _uncompressed_name(path).endswith(".json")
+
+
+def lower_suffix(path: Path) -> str:
+    """The last suffix in lower case, such as ".gz"."""
+    return path.suffix.lower()
+
+
+def _uncompressed_name(path: Path) -> str:
+    """The file's name in lower case, without .gz or .zst."""
+    return path.name.lower().removesuffix(".gz").removesuffix(".zst")
 
 
 def _is_line_based(path: Path, data: DataConfig) -> bool:
-    return path.suffix == ".jsonl" or (path.suffix in (".txt", ".md") and data.documents == "lines")
+    suffix = lower_suffix(path)
+    return suffix == ".jsonl" or (suffix in (".txt", ".md") and data.documents == "lines")

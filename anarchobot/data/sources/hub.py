@@ -8,13 +8,13 @@ from typing import Any
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.sources.files import SUFFIXES
+from anarchobot.data.sources.files import JSON, SUFFIXES
 
 
 def is_hub_name(dataset: str) -> bool:
     """Whether this looks like a dataset's name (`allenai/c4`) and not like a path: no such file exists."""
     return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset)) and not (
-        Path(dataset).exists() or dataset.endswith(SUFFIXES) or dataset.startswith(".")
+        Path(dataset).exists() or dataset.lower().endswith(SUFFIXES + JSON) or dataset.startswith(".")
     )
 
 

@@ -74,10 +74,13 @@ def build_corpus(run: Adaptation) -> StageResult:
     def work(folder: Path) -> Output:
         notes: Values = {}
         for file, data in sources.items():
-            _, documents = open_source(data, run.seed, DocumentCounts(), warn=run.stages.log)
+            counts = DocumentCounts()
+            _, documents = open_source(data, run.seed, counts, warn=run.stages.log)
             notes[file.removesuffix(".jsonl")] = write_corpus(
                 documents, folder / file, byte_budget=config.budget, deduplicate=config.dedup, seed=run.seed
             )
+            for line in counts.details():
+                run.stages.log(line)
         held_out = [{"text": text} for text in read_corpus(folder / DOMAIN, config.val_fraction, "val")]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in held_out]
         (folder / HELD_OUT).write_text("".join(lines), encoding="utf-8")

@@ -17,7 +17,7 @@ def test_unusable_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         read(path)
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(UserError, match=r"a.txt: plain text has no turns: expected a .jsonl, .json or .parquet"):
+    with pytest.raises(UserError, match=r"a.txt: expected a .jsonl, .json \(or these with .*\) or .parquet file"):
         read(tmp_path / "a.txt")
     (tmp_path / "bad.json").write_text("[{]")
     with pytest.raises(UserError, match=r"bad.json: not valid JSON: .*character 3"):
@@ -54,6 +54,36 @@ def test_compressed_files_parquet_and_jsonl_named_json(tmp_path: Path) -> None:
     (tmp_path / "e.parquet").write_bytes(b"PAR1nonsense")
     with pytest.raises(UserError, match=r"e.parquet: damaged or not a Parquet file"):
         read(tmp_path / "e.parquet")
+
+
+def test_folders_and_globs(tmp_path: Path) -> None:
+    """.json files are read as if they were named; what is not read is named. Only a named file must have rows."""
+    line = json.dumps({"messages": MESSAGES})
+    (tmp_path / "a.json").write_text(f"[{line}, {line}]")
+    (tmp_path / "B.JSON").write_text(line + "\n" + line)
+    (tmp_path / "c.jsonl").write_text(line)
+    (tmp_path / "one.json").write_text(json.dumps({"messages": MESSAGES}, indent=2))
+    (tmp_path / "info.json").write_text(json.dumps({"features": {"x": 1}}, indent=2))
+    (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "README.md").write_text("text")
+    (tmp_path / "._a.json").write_bytes(b"\0\x05\x16\x07")
+    for name in (tmp_path, tmp_path / "*", tmp_path / "**"):
+        found, counts = read(name)
+        assert found == [TWO] * 6 and counts.skipped == {"unknown fields": 1}
+        assert counts.first_skipped["unknown fields"].startswith(f"{tmp_path / 'info.json'}: row 0: ")
+        named = {Path(path).name: reason for path, reason in counts.unread}
+        hidden = {"._a.json": "hidden or system files"} if name == tmp_path else {}  # not matched by a glob
+        assert named == {
+            "README.md": "files of other formats", "empty.json": "empty files", "empty.jsonl": "empty files", **hidden,
+        }  # fmt: skip
+        assert f"files of other formats not read: 1 ({tmp_path / 'README.md'})" in counts.summary()
+    assert read(tmp_path / "*.json")[0] == [TWO] * 3
+    with pytest.raises(UserError, match=r"info.json: no row has the fields of a conversation"):
+        read(tmp_path / "info.json")
+    jsonl(tmp_path / "d.jsonl", {"a": 1})
+    with pytest.raises(UserError, match=r"d.jsonl: no row has the fields of a conversation"):
+        read(tmp_path)
 
 
 def test_hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,17 @@
 
 import gzip
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from anarchobot.config.errors import UserError
-from anarchobot.data.sources import files
+from anarchobot.config.schema import DataConfig
+from anarchobot.data.sources import files, hub
+from anarchobot.data.sources.documents import SPLIT_FILE_CHARS, DocumentCounts, from_files, from_ranges
 from tests.data.sources.reading import problem, read
 
 
@@ -35,6 +39,141 @@ def test_folders_and_globs_are_sorted_by_name(tmp_path: Path) -> None:
     assert read(tmp_path / "**" / "*.txt")[0] == ["b.txt", "c/z.txt"]
     assert problem(tmp_path / "*.none").endswith(f"matches no {files.EXPECTED}")
     assert problem(tmp_path / "folder.txt").endswith(f"no {files.EXPECTED} in this folder")
+
+
+def write(folder: Path, *names: str) -> Path:
+    """Writes files whose text is their name."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return folder
+
+
+def test_hidden_and_system_files_are_named_not_read(tmp_path: Path) -> None:
+    """Hidden folders are named once, whatever they contain. The folder itself may be hidden, and files may be named."""
+    root = write(
+        tmp_path / ".data", "a.txt", "._a.txt", ".b.txt", "c/d.txt", "c/._d.txt", "__MACOSX/c/e.txt",
+        ".ipynb_checkpoints/f.txt", ".ipynb_checkpoints/g.txt",
+    )  # fmt: skip
+    texts, counts = read(root)
+    assert texts == ["a.txt", "c/d.txt"] and counts.read == 2
+    hidden = [".b.txt", ".ipynb_checkpoints", "._a.txt", "__MACOSX", "c/._d.txt"]
+    assert sorted(counts.unread) == sorted((str(root / name), "hidden or system files") for name in hidden)
+    (line,) = counts.details()
+    assert line.startswith("hidden or system files not read: 5 (") and line.count(".data/") == 3 and "..." in line
+    assert read(root / "._a.txt", root / ".ipynb_checkpoints")[0] == [
+        "._a.txt", ".ipynb_checkpoints/f.txt", ".ipynb_checkpoints/g.txt",
+    ]  # fmt: skip
+
+
+def test_globs_match_hidden_files_like_a_shell_but_no_files_of_macos(tmp_path: Path) -> None:
+    root = write(tmp_path, "a.txt", "._a.txt", ".b.txt", "__MACOSX/e.txt", "c/d.txt", ".g/h.txt")
+    texts, counts = read(root / "**" / "*.txt")
+    assert texts == ["a.txt", "c/d.txt"]
+    assert counts.unread == [(str(root / "__MACOSX" / "e.txt"), "hidden or system files")]
+    texts, counts = read(root / ".*.txt")
+    assert texts == [".b.txt"] and counts.unread == [(str(root / "._a.txt"), "hidden or system files")]
+    assert read(root / ".g" / "*.txt")[0] == [".g/h.txt"]
+    assert read(root / "__MACOSX" / "*.txt")[0] == ["__MACOSX/e.txt"], "named"
+    write(root, "x[1]/i.txt")
+    assert read(root / "**" / "i.txt")[0] == ["x[1]/i.txt"]
+
+
+def test_everything_else_in_a_folder_or_glob_is_named(tmp_path: Path) -> None:
+    root = write(tmp_path, "a.txt", "b.csv", "c/d.pdf", "c/e", "f.txt~", "g/i.txt")
+    (root / "h.txt").symlink_to("gone.txt")
+    os.mkfifo(root / "pipe.txt")
+    others = ["b.csv", "c/d.pdf", "c/e", "f.txt~"]
+    special = ["h.txt", "pipe.txt"]
+    texts, counts = read(root)
+    assert texts == ["a.txt", "g/i.txt"]
+    assert sorted(counts.unread) == sorted(
+        [
+            *((str(root / name), "files of other formats") for name in others),
+            *((str(root / name), "broken links or special files") for name in special),
+        ]
+    )
+    assert counts.details() == [
+        f"files of other formats not read: 4 ({root / 'b.csv'}, {root / 'c/d.pdf'}, {root / 'c/e'}, ...)",
+        f"broken links or special files not read: 2 ({root / 'h.txt'}, {root / 'pipe.txt'})",
+    ]
+    texts, counts = read(root / "*")
+    assert texts == ["a.txt"]
+    assert sorted(counts.unread) == sorted(
+        [
+            *((str(root / name), "files of other formats") for name in ("b.csv", "f.txt~")),
+            *((str(root / name), "broken links or special files") for name in special),
+            *((str(root / name), "folders matched by a glob") for name in ("c", "g")),
+        ]
+    )
+    texts, counts = read(root / "**")
+    assert texts == ["a.txt", "g/i.txt"] and len(counts.unread) == len(others) + len(special)
+    assert problem(root / "c").endswith(
+        f"in this folder; files of other formats not read: 2 ({root / 'c/d.pdf'}, {root / 'c/e'})"
+    )
+
+
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+    """Under their own path if they also lie in the folder, whatever the names of the links; cycles end."""
+    root = write(tmp_path / "data", "m/a.txt", "m/n/b.txt").resolve()
+    outside = write(tmp_path / "outside", "c.txt", "d/e.txt").resolve()
+    (root / "0").symlink_to(root / "m")
+    (root / "m" / "up").symlink_to(root)
+    (root / "link").symlink_to(outside)
+    (root / "link2").symlink_to(outside / "d")
+    (outside / "back").symlink_to(root / "m")
+    (root / "linked file.txt").symlink_to(outside / "c.txt")
+    expected = ["link/c.txt", "link/d/e.txt", "linked file.txt", "m/a.txt", "m/n/b.txt"]
+    counts = DocumentCounts()
+    assert [str(path.relative_to(root)) for path in files.find([str(root)], counts.unread)] == expected
+    found = files.find([str(root / "**" / "*.txt")], counts.unread)
+    assert [str(path.relative_to(root)) for path in found] == expected
+    (tmp_path / "whole").symlink_to(root)
+    for name in (tmp_path / "whole", tmp_path / "whole" / "**"):
+        found = files.find([str(name)], counts.unread)
+        assert [str(path.relative_to(tmp_path / "whole")) for path in found] == expected
+    assert [str(path.relative_to(root)) for path in files.find([str(root / "0" / "*.txt")])] == ["0/a.txt"]
+    assert counts.unread == []
+
+
+def test_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, scandir = write(tmp_path, "a.txt", "b/c.txt"), os.scandir
+
+    def denied(path: Any) -> Any:
+        if Path(path) == root / "b":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    for name in (root, root / "**"):
+        assert problem(name) == f"{root / 'b'}: can't be read: Permission denied"
+
+
+def test_suffixes_in_capitals(tmp_path: Path) -> None:
+    import pyarrow
+    from backports import zstd
+    from pyarrow.parquet import write_table
+
+    row = b'{"text": "row"}\n'
+    (tmp_path / "A.TXT").write_text("one\ntwo\n")
+    (tmp_path / "B.JSONL").write_bytes(row)
+    (tmp_path / "C.Jsonl.GZ").write_bytes(gzip.compress(row))
+    (tmp_path / "D.md.ZST").write_bytes(zstd.compress(b"three"))
+    write_table(pyarrow.Table.from_pylist([{"text": "four"}]), tmp_path / "E.PARQUET")
+    expected = {"A.TXT": "one\ntwo\n", "B.JSONL": "row", "C.Jsonl.GZ": "row", "D.md.ZST": "three", "E.PARQUET": "four"}
+    for name, text in expected.items():
+        assert read(tmp_path / name)[0] == [text]
+    texts, counts = read(tmp_path)
+    assert texts == list(dict.fromkeys(expected.values())) and counts.read == 5
+    lines = DataConfig(documents="lines")
+    (ranges, more) = files.split_files([tmp_path / "A.TXT"], 2, lines)
+    assert [len(ranges), len(more)] == [1, 1], "lines of a file in capitals can be split"
+    assert [d.text for r in (*ranges, *more) for d in from_ranges([r], [], lines, DocumentCounts())] == ["one", "two"]
+    long = tmp_path / "F.JSONL"
+    long.write_bytes(b'{"text": "' + b"x" * SPLIT_FILE_CHARS + b'"}\n')
+    assert not next(from_files([str(long)], DataConfig(), DocumentCounts())).splittable
+    assert not hub.is_hub_name("missing.TXT") and not hub.is_hub_name("missing.json")
 
 
 def test_existing_file_takes_precedence_over_a_glob(tmp_path: Path) -> None:
