@@ -59,10 +59,10 @@ def muon(
         """Returns the new weights; what only the update needs is not referred to when it returns."""
         u, momenta = _lookaheads(names, grads, buffers, factor, momentum)
         u = _stack([directions.pop(name) for name in names]) if directions else _direction(names[0], u, split)
-        scales = [mx.array(1.0)] * len(names)
+        scales: list[mx.array | float] = [1.0] * len(names)
         if train.normuon:
             row_scales, second = _row_scales(u, _stack([second_moments.pop(name) for name in names]))
-            scales = _unstack(row_scales)
+            scales = [*_unstack(row_scales)]
             new_second_moments.update(zip(names, _unstack(second), strict=True))
         new_buffers.update(zip(names, momenta, strict=True))
         scale = muon_scale(shapes[names[0]], train.muon_scale)

@@ -11,31 +11,31 @@ import ctypes
 import glob
 import platform
 import sys
-import time
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-SIZE = 256  # of the products that compare two libraries: a millisecond
 OLD_CORES = ("Prescott", "Core2", "Nehalem")  # OpenBLAS takes CPUs that it does not know for these
 _SET_THREADS = {"OpenBLAS": "openblas_set_num_threads", "MKL": "MKL_Set_Num_Threads"}
 
 
 @cache
 def load_fast_blas() -> str | None:
-    """Loads OpenBLAS or MKL, the faster one if both exist, and returns its name; None if neither exists. Call it before
-    importing MLX.
+    """Loads OpenBLAS or MKL, and returns its name; None if neither exists. Call it before importing MLX.
 
-    macOS uses Accelerate, so nothing is loaded there.
+    MKL is used if there is no OpenBLAS or if OpenBLAS does not know this CPU. Nothing is measured, because a resumed run
+    must use the same library. macOS uses Accelerate, so nothing is loaded there.
     """
     if sys.platform != "linux":
         return "Accelerate"
-    found = {name: usable[0] for name, paths in _candidates().items() if (usable := [*_usable(name, paths)])}
-    if not found:
-        return None
-    name = max(found, key=lambda name: _speed(found[name])) if len(found) > 1 else next(iter(found))
-    ctypes.CDLL(found[name]._name, ctypes.RTLD_GLOBAL)
-    return name
+    paths = _candidates()
+    usable = {"OpenBLAS": _usable("OpenBLAS", paths["OpenBLAS"])}
+    if usable["OpenBLAS"] is None or _is_slow(usable["OpenBLAS"]):
+        usable = {"MKL": _usable("MKL", paths["MKL"]), **usable}
+    for name, library in usable.items():
+        if library is not None:
+            ctypes.CDLL(library._name, ctypes.RTLD_GLOBAL)
+            return name
+    return None
 
 
 def blas_warning() -> str | None:
@@ -47,13 +47,13 @@ def blas_warning() -> str | None:
             "no fast BLAS found, matrix products on this CPU will be about 15 times slower: "
             f"sudo apt install libopenblas0-pthread{mkl and ', or: ' + mkl}"
         )
-    if name == "OpenBLAS" and (core := _openblas_core()) in OLD_CORES and _has_avx2():
-        return f"this OpenBLAS does not know this CPU and uses code for {core}, which is several times slower: {mkl}"
+    if name == "OpenBLAS" and _is_slow(ctypes.CDLL(None)):
+        return f"this OpenBLAS does not know this CPU and takes it for an old one, several times slower: {mkl}"
     return None
 
 
-def _usable(name: str, paths: list[str]) -> Iterator[ctypes.CDLL]:
-    """Yields the libraries that can be loaded, limited to one thread. Their symbols are not global yet."""
+def _usable(name: str, paths: list[str]) -> ctypes.CDLL | None:
+    """The first library that can be loaded, limited to one thread. Its symbols are not global yet."""
     for path in paths:
         try:
             library = ctypes.CDLL(path)
@@ -61,31 +61,15 @@ def _usable(name: str, paths: list[str]) -> Iterator[ctypes.CDLL]:
             getattr(library, _SET_THREADS[name])(1)
         except (OSError, AttributeError):
             continue
-        yield library
+        return library
+    return None
 
 
-def _speed(library: ctypes.CDLL) -> float:
-    """Products of [SIZE, SIZE] per second: the best of a few, after one that initializes the library."""
-    a, c = ((ctypes.c_float * SIZE**2)() for _ in range(2))
-    one, n = ctypes.c_float(1.0), ctypes.c_int(SIZE)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        # Row-major order, nothing transposed: c = a a.
-        library.cblas_sgemm(101, 111, 111, n, n, n, one, a, n, a, n, ctypes.c_float(0.0), c, n)
-        seconds.append(time.perf_counter() - began)
-    return 1 / min(seconds[1:])
-
-
-def _openblas_core() -> str:
-    """The CPU for which OpenBLAS has chosen its code."""
-    get = ctypes.CDLL(None).openblas_get_corename
+def _is_slow(openblas: ctypes.CDLL) -> bool:
+    """Whether this OpenBLAS uses code for a CPU without AVX2 although this one has it."""
+    get = openblas.openblas_get_corename
     get.restype = ctypes.c_char_p
-    return str(get().decode())
-
-
-def _has_avx2() -> bool:
-    return " avx2 " in Path("/proc/cpuinfo").read_text()
+    return get().decode() in OLD_CORES and " avx2 " in Path("/proc/cpuinfo").read_text()
 
 
 def _candidates() -> dict[str, list[str]]:

@@ -51,17 +51,16 @@ def gpu_phases(config: Config, trained: Shapes, rows: int, itemsize: int, *, acc
     head = model.vocab_size * model.d_model
     head_trained = (model.vocab_size, model.d_model) in trained.values()
     first_gradients = 4 * _size(trained) if accumulated else 4 * head * head_trained  # when the backward pass begins
-    cast = cast_head = 0
+    cast = 0
     if half and not config.lora.r:  # LoRA's base model is stored in the products' dtype
         cast = itemsize * _size({name: s for name, s in parameter_shapes(model).items() if len(s) == 2})
-    elif config.lora.quantize:  # a block and the head are dequantized
-        cast = itemsize * sum(math.prod(s) for name, s in parameter_shapes(model).items() if ".layers.0." in name)
-        cast_head = itemsize * head
 
     chunk_tokens = min(n, train.loss_chunk or GPU_LOSS_CHUNK)
     chunk, chunks = itemsize * chunk_tokens * model.vocab_size, -(-n // chunk_tokens)
-    logits = 2 * chunk + cast_head + itemsize * head * head_trained  # with their gradient, and the head's
-    all_saved = blocks * saved + 3 * x
+    logits = 2 * chunk + itemsize * head * head_trained  # with their gradient, and the head's
+    # The document mask, as a sum to the scores.
+    masked = config.data.document_mask or (train.init_from is not None and config.chat.pack)
+    all_saved = blocks * saved + 3 * x + itemsize * rows * length**2 * masked
     run_ahead = min(RUN_AHEAD[itemsize], (8 if recomputed else 6) * blocks * saved_block + 2 * chunk)
     # In the loss, several chunks: at least three, because large kernels fill a command buffer each. While a sum of
     # gradients is in use, its memory cannot be reused for the next sum.
@@ -78,7 +77,7 @@ def gpu_phases(config: Config, trained: Shapes, rows: int, itemsize: int, *, acc
     product = itemsize * model.d_model * model.mlp_size
     for i in range(lowest, model.n_layers):
         live = first_gradients if accumulated else first_gradients + sum(gradients[i:])
-        live += cast + (i - lowest) * saved + saved_block + 2 * x + chunk
+        live += cast + all_saved - (model.n_layers - i) * saved + saved_block + chunk - x
         attention = 2 * scores + 2 * q + 4 * kv - 2 * mlp
         backward = max(backward, live + max(2 * mlp + product, attention))
     sums = 4 * _size(trained)

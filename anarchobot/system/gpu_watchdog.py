@@ -12,7 +12,10 @@ from anarchobot.config.errors import UserError
 
 VARIABLE = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 SMALLER_BUFFERS = "MLX_MAX_OPS_PER_BUFFER=10 MLX_MAX_MB_PER_BUFFER=10"  # MLX's defaults are 40 or 50
-_MESSAGE = re.compile(r"Impacting ?Interactivity|GPU Timeout Error|CallbackErrorTimeout")
+# The last two end other work after such a stop.
+_MESSAGE = re.compile(
+    r"Impacting ?Interactivity|GPU Timeout Error|CallbackErrorTimeout|InnocentVictim|SubmissionsIgnored"
+)
 
 
 class GPUTimeoutError(UserError):

@@ -45,6 +45,8 @@ from anarchobot.system.gpu_memory import gpu_phases
 
 Device = Literal["gpu", "cpu"]
 Shapes = Mapping[str, tuple[int, ...]]
+# Automatic differentiation saves more than the hand-written gradients that are estimated: at most about so many times.
+AUTODIFF_MEMORY = 3
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ def estimate(
         phases = gpu_phases(config, trained, rows, itemsize, accumulated=accumulated)
         activations, logits, forward, loss, backward, norm, update = phases
         temporaries = update - one_gradient
+    if train.technique == "autodiff":
+        activations, forward, loss, backward = (AUTODIFF_MEMORY * x for x in (activations, forward, loss, backward))
     return MemoryEstimate(
         weights=weights,
         gradients=workers * one_gradient,

@@ -50,7 +50,7 @@ def _default_technique(config: Config, kind: DeviceKind, precision: str) -> Tech
     if kind == "cpu":
         return "blocked"
     head_size, length = config.model.head_size, config.data.seq_len
-    cudnn = precision != "float32" and head_size <= CUDNN_MAX_HEAD and length % CUDNN_TILE == 0
+    cudnn = precision != "float32" and head_size <= CUDNN_MAX_HEAD and head_size % 8 == 0 and length % CUDNN_TILE == 0
     return "sdpa" if kind == "cuda" and cudnn else "fused"
 
 

@@ -33,7 +33,7 @@ from anarchobot.model.architecture import CPU_LOSS_CHUNK, GPU_LOSS_CHUNK, archit
 from anarchobot.model.parameters import init_parameters, parameter_count
 from anarchobot.numerics.device import on_cpu
 from anarchobot.system.machine import system_memory
-from anarchobot.system.memory import estimate, expected_precision
+from anarchobot.system.memory import AUTODIFF_MEMORY, estimate, expected_precision
 from anarchobot.system.micro_batch import memory_budget, resolve_micro_batch
 from anarchobot.system.packages import environment_info
 from anarchobot.system.peak_flops import apple_gpu_cores
@@ -55,8 +55,6 @@ from anarchobot.training.preference_engine import PreferenceEngine
 FIRST_ROUND, SECOND_ROUND, ALL_ROUNDS = 95.0, 140.0, 170.0  # seconds after the start at which no more runs begin
 MOST_TURNS = 7  # that count, of each variant in a round
 LONG_RUN = 10.0  # seconds: the first run of a variant, which may compile, counts if it is longer than any compilation
-# Activations of automatic differentiation and mlx-lm compared with the estimate for hand-written gradients.
-AUTODIFF_MEMORY = 3
 DEVICE_INFO = ("architecture", "memory_size", "max_recommended_working_set_size", "max_buffer_length", "resource_limit")
 VERSIONS = ("Python", "anarchobot", "mlx", "mlx-lm", "numpy")
 FAILURES = (MemoryError, RuntimeError, ValueError, UserError)  # UserError: the GPU's watchdog
@@ -298,7 +296,7 @@ class _Bench:
         config = self._variant_config(variant)
         need = estimate(config, pairs=self._task == "dpo")
         peak, static = need.peak, need.weights + need.optimizer
-        if variant.settings is None or variant.settings.technique == "autodiff":
+        if variant.settings is None:  # mlx-lm differentiates automatically
             peak = static + AUTODIFF_MEMORY * (peak - static)
         if peak > self._budget:
             raise MemoryError(

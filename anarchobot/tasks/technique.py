@@ -82,8 +82,10 @@ def _choice(config: Config, task: Task, saved: Checkpoint | None) -> tuple[StepS
     precision = expected_precision(config.train, "cpu" if on_cpu() else "gpu")
     default = default_settings(config, device_kind(), precision)
     if saved is not None and saved.config.train.backend == "mlx":
-        # Runs of versions without train.technique used `blocked`.
-        return given_or(saved.config.train, default._replace(technique="blocked")), "as in the checkpoint"
+        kept = given_or(saved.config.train, default)
+        # Steps are compiled on GPUs: the choice for another kind of device is slow here, and the bits differ anyway.
+        if kept.compile == default.compile:
+            return kept, "as in the checkpoint"
     if measured := read_measured(technique_key(config, task)):
         return measured, f"measured on {device_label()}"
     return default, f"default on {device_label()}"

@@ -118,12 +118,14 @@ class MLXEngine(BaseEngine[mx.array]):
         total = mx.array(0.0)
         first = self._ranks.rank * len(batch.inputs)  # numbers the micro-batches as in a single process
         params = self._cast_matrices(self.params)
+        # Adapters' base weights are in this dtype already, or quantized.
+        frozen = self._cast_matrices(self.frozen) if self._config.lora.r is None else self.frozen
         for i in range(len(batch.inputs)):
             rows = self._slice(batch, i, worker)
             if not _any(rows):  # a halved micro-batch may have fewer rows than there are workers
                 break
             key = _dropout_key(self._config.train.seed, step, first + i, worker)
-            loss, sums = self._micro_step(params, self.frozen, *rows, key, mx.array(scale), sums)
+            loss, sums = self._micro_step(params, frozen, *rows, key, mx.array(scale), sums)
             total = total + loss
             # Otherwise MLX would hold the activations of all micro-batches in one graph. A GPU goes on while the next
             # graph is built.

@@ -1,8 +1,8 @@
 """Which BLAS is loaded, and that MLX calls it."""
 
-import ctypes
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,45 +42,35 @@ def test_message_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -
 
 
 @linux
-def test_the_faster_of_two_libraries_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each name in turn is measured to be the faster one."""
-    path = next((path for paths in blas._candidates().values() for path in paths if can_load(path)), None)
-    if path is None:
-        pytest.skip("there is no fast BLAS")
-    monkeypatch.setattr(blas, "_candidates", lambda: {"OpenBLAS": [path], "MKL": [path]})
-    monkeypatch.setattr(blas, "_usable", lambda name, paths: [Library(path, name)])
-    for fastest in ("OpenBLAS", "MKL"):
-        monkeypatch.setattr(blas, "_speed", lambda library, name=fastest: float(library.name == name))
-        assert blas.load_fast_blas.__wrapped__() == fastest
+@pytest.mark.parametrize(
+    "core, mkl, expected, warns",
+    [
+        (b"SkylakeX", True, "OpenBLAS", False),
+        (b"Prescott", True, "MKL", False),
+        (b"Prescott", False, "OpenBLAS", True),
+        (None, True, "MKL", False),
+        (None, False, None, True),
+    ],
+)
+def test_mkl_replaces_an_openblas_that_does_not_know_the_cpu(
+    core: bytes | None, mkl: bool, expected: str | None, warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    openblas = SimpleNamespace(_name=None, openblas_get_corename=Function(core))
+    libraries = {"OpenBLAS": openblas if core else None, "MKL": SimpleNamespace(_name=None) if mkl else None}
+    monkeypatch.setattr(blas, "_usable", lambda name, paths: libraries[name])
+    monkeypatch.setattr(blas.ctypes, "CDLL", lambda *arguments: openblas)
+    monkeypatch.setattr(blas.Path, "read_text", lambda path: "flags: sse avx avx2 fma")
+    monkeypatch.setattr(blas, "load_fast_blas", blas.load_fast_blas.__wrapped__)
+    assert blas.load_fast_blas() == expected
+    assert (blas.blas_warning() is not None) == warns
 
 
-@linux
-def test_an_openblas_that_does_not_know_the_cpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blas, "load_fast_blas", lambda: "OpenBLAS")
-    monkeypatch.setattr(blas, "_has_avx2", lambda: True)
-    for core, expected in (("Prescott", True), ("SkylakeX", False), ("Zen", False)):
-        monkeypatch.setattr(blas, "_openblas_core", lambda core=core: core)
-        assert (blas.blas_warning() is not None) == expected
+class Function:
+    def __init__(self, value: bytes | None) -> None:
+        self.value = value
 
-
-@linux
-def test_speed_is_that_of_the_librarys_product() -> None:
-    for name, paths in blas._candidates().items():
-        for library in blas._usable(name, paths):
-            assert 1 < blas._speed(library) < 1e6
-
-
-class Library:
-    def __init__(self, path: str, name: str) -> None:
-        self._name, self.name = path, name
-
-
-def can_load(path: str) -> bool:
-    try:
-        ctypes.CDLL(path)
-    except OSError:
-        return False
-    return True
+    def __call__(self) -> bytes | None:
+        return self.value
 
 
 @linux

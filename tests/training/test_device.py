@@ -28,6 +28,9 @@ OUT_OF_MEMORY = [
 TIMEOUTS = [
     f"{METAL}Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity).",
     f"{METAL}Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackErrorTimeout).",
+    f"{METAL}Innocent Victim of GPU Error/Recovery (00000005:kIOGPUCommandBufferCallbackErrorInnocentVictim).",
+    f"{METAL}Ignored (for causing prior/excessive GPU errors) "
+    "(00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored).",
 ]
 TOO_MANY_BUFFERS = "[metal::malloc] Resource limit (499000) exceeded."
 

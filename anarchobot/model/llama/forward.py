@@ -42,8 +42,10 @@ def hidden_states(
     """
     B, L = tokens.shape
     x = embed(params, tokens, model, dtype)  # [N, D]
-    whole: block.TrainingAttention = BlockedAttention(model, B, L, segments, wait=wait)
-    if not on_cpu():
+    whole: block.TrainingAttention
+    if on_cpu():
+        whole = BlockedAttention(model, B, L, segments, wait=wait)
+    else:
         whole = FusedTrainingAttention(model, B, L, dtype, segments, wait=wait)
     mask = None if caches is None else caches[0].make_mask(L, return_array=False, window_size=None)
     first_v = None
