@@ -33,8 +33,8 @@ _TANH_END = 7.90531110763549805
 
 
 def exp(x: mx.array) -> mx.array:
-    """e^x for float32 x up to 88. On a CPU it is exactly 0 below -60: products with smaller numbers are often subnormal,
-    and many CPUs take 100 times as long for those."""
+    """e^x for float32 x up to 88. On a CPU it is exactly 0 below -60: products with smaller numbers are often
+    subnormal, and many CPUs take 100 times as long for those."""
     return _exp(x) if _vectorized(x) else mx.exp(x)
 
 

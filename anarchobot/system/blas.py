@@ -22,8 +22,8 @@ _SET_THREADS = {"OpenBLAS": "openblas_set_num_threads", "MKL": "MKL_Set_Num_Thre
 def load_fast_blas() -> str | None:
     """Loads OpenBLAS or MKL, and returns its name; None if neither exists. Call it before importing MLX.
 
-    MKL is used if there is no OpenBLAS or if OpenBLAS does not know this CPU. Nothing is measured, because a resumed run
-    must use the same library. macOS uses Accelerate, so nothing is loaded there.
+    MKL is used if there is no OpenBLAS or if OpenBLAS does not know this CPU. Nothing is measured: a resumed run must
+    use the same library. macOS uses Accelerate, so nothing is loaded there.
     """
     if sys.platform != "linux":
         return "Accelerate"
