@@ -6,6 +6,7 @@ is counted and never ends the run.
 
 import errno
 import json
+import math
 import os
 import struct
 import time
@@ -51,8 +52,9 @@ class MetricsLog:
         self._tensorboard = _EventFile(folder / "tensorboard")
 
     def event(self, event: str, step: int, **values: Any) -> None:
-        """Writes one JSON object: step, event, time (seconds since 1970) and the values."""
-        line = json.dumps({"step": step, "event": event, "time": round(time.time(), 3), **values}) + "\n"
+        """Writes one JSON object: step, event, time (seconds since 1970) and the values. A number that is not finite
+        becomes a string, such as "nan"."""
+        line = _to_json({"step": step, "event": event, "time": round(time.time(), 3), **values}) + "\n"
         try:
             _append(self._file, line.encode())
             if event in SCALAR_EVENTS:
@@ -78,7 +80,7 @@ class MetricsLog:
 
     def summary(self, values: dict[str, Any]) -> None:
         try:
-            write_atomic(self.folder / SUMMARY, json.dumps(values, indent=1) + "\n")
+            write_atomic(self.folder / SUMMARY, _to_json(values, indent=1) + "\n")
         except OSError:
             self.lost += 1
 
@@ -88,6 +90,19 @@ class MetricsLog:
     def __exit__(self, *exc: object) -> None:
         self._file.close()
         self._tensorboard.close()
+
+
+def _to_json(values: dict[str, Any], indent: int | None = None) -> str:
+    return json.dumps(_strict(values), indent=indent, allow_nan=False)
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: _strict(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(x) for x in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _EventFile:

@@ -1,5 +1,6 @@
 """The state of a training run that a checkpoint stores in addition to the engine's arrays."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, Self
@@ -60,6 +61,9 @@ class Progress:
     def record_val_loss(self, loss: float) -> bool:
         """Returns whether the model is overfitting: validation loss has risen OVERFITTING_RISES times in a row while
         training loss fell. It is next reported after as many further rises."""
+        if not math.isfinite(loss):  # can't be compared, and JSON has no NaN
+            self.curve, self.since = [], (0.0, 0)
+            return False
         total, count = self.since
         if count:
             self.curve = [*self.curve, (loss, total / count)][-1 - OVERFITTING_RISES :]

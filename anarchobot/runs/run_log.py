@@ -1,6 +1,7 @@
 """Reads what a run wrote: its configuration, events, environment and summary, and whether it is still running."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +37,9 @@ class RunLog:
         return [line for line in self.events if line["event"] == event]
 
     def points(self, event: str, key: str) -> list[Point]:
-        """Returns a curve as (step, value) pairs in order of steps."""
-        values = {line["step"]: line[key] for line in self.events_of(event) if isinstance(line.get(key), int | float)}
-        return sorted(values.items())
+        """Returns a curve as (step, value) pairs in order of steps, without values that are not finite."""
+        values = {line["step"]: line.get(key) for line in self.events_of(event)}
+        return sorted((s, x) for s, x in values.items() if isinstance(x, int | float) and math.isfinite(x))
 
     def last(self, event: str, key: str) -> float | None:
         points = self.points(event, key)

@@ -10,6 +10,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from anarchobot.runs.metrics_log import MetricsLog
+from anarchobot.runs.run_log import read_run
 from tests.training.fake_engine import FakeEngine, train
 
 
@@ -84,3 +85,31 @@ def test_tensorboard_matches_metrics_jsonl(tmp_path: Path) -> None:
         ]
     for name in ("val_loss", "val_bpb", "perplexity"):
         assert len([tag for tag, _, _ in points if tag == f"eval/{name}"]) == 2
+
+
+def test_numbers_that_are_not_finite_are_strict_json(tmp_path: Path) -> None:
+    """A validation loss of NaN: other programs read the log, and it is never the best."""
+
+    def refuse(name: str) -> float:
+        raise ValueError(name)
+
+    _, lines = train(tmp_path, FakeEngine([float("nan"), 2.0, float("inf"), 3.0]), 6, eval_interval=2)
+    for file in ("metrics.jsonl", "final_training_summary.json"):
+        with MetricsLog(tmp_path / "logs") as log:
+            log.summary({"final_loss": float("-inf"), "best": [float("nan"), 1.5]})
+        text = (tmp_path / "logs" / file).read_text()
+        for part in [text] if file.endswith(".json") else text.splitlines():
+            json.loads(part, parse_constant=refuse)
+    assert [line["val_loss"] for line in lines if line["event"] == "eval"] == ["nan", 2.0, "inf", 3.0]
+    for file in tmp_path.glob("step_*/state.json"):
+        json.loads(file.read_text(), parse_constant=refuse)
+    log_of_run = read_run(tmp_path)
+    assert log_of_run.best("val_loss") == (2, 2.0)
+    assert log_of_run.points("eval", "val_loss") == [(2, 2.0), (6, 3.0)]
+
+
+def test_logs_of_earlier_versions_may_have_nan(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    lines = [f'{{"step": {i}, "event": "eval", "val_loss": {x}}}\n' for i, x in enumerate(("NaN", "2.5", "Infinity"))]
+    (tmp_path / "logs" / "metrics.jsonl").write_text("".join(lines))
+    assert read_run(tmp_path).best("val_loss") == (1, 2.5)
