@@ -199,14 +199,26 @@ def _from_peft(stored: dict[str, Float32], values: dict[str, Any], file: Path) -
         name = peft_name.removeprefix(_PEFT_PREFIX).removesuffix(suffix)
         part = _PEFT_PARTS[suffix]
         weights[f"{name}.{part}"] = array.reshape(-1) if part == "m" else np.ascontiguousarray(array.T)
-    scales = {}
+    scales, alphas = {}, _alpha_patterns(values, file)
     for name in dict.fromkeys(name.rpartition(".")[0] for name in weights):
-        alphas = values.get("alpha_pattern") or {}
-        pattern = next((key for key in alphas if re.match(rf"(.*\.)?({key})$", name)), None)
-        alpha = _number(values, "lora_alpha", file) if pattern is None else _number(alphas, pattern, file)
+        pattern = next((key for key, regex in alphas.items() if regex.match(name)), None)
+        alpha = (
+            _number(values, "lora_alpha", file) if pattern is None else _number(values["alpha_pattern"], pattern, file)
+        )
         rank = weights.get(f"{name}.lora_a", np.zeros((1, 1), np.float32)).shape[-1]
         scales[name] = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
     return Adapter(weights, scales, _dropout(values.get("lora_dropout")), _quantization(values, file))
+
+
+def _alpha_patterns(values: Mapping[str, Any], file: Path) -> dict[str, re.Pattern[str]]:
+    """Compiles the keys of PEFT's alpha_pattern, which match the end of a module's name."""
+    patterns = values.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{file}: alpha_pattern: expected a mapping from module names to numbers, got {patterns!r}")
+    try:
+        return {key: re.compile(rf"(.*\.)?({key})$") for key in patterns}
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{file}: alpha_pattern: invalid regular expression: {error}") from error
 
 
 def _check(adapter: Adapter, model: ModelConfig, path: Path) -> None:

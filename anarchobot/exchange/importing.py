@@ -216,7 +216,7 @@ def _load_finite(tensor: StoredTensor, name: str, rows: int) -> Float32:
 def read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: can't be read as JSON ({error})") from error
     if not isinstance(values, dict):
         raise UserError(f"{file}: expected a JSON object")

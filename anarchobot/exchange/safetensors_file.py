@@ -18,6 +18,8 @@ from anarchobot.exchange.dtypes import Dtype, Float32, from_bfloat16, to_dtype
 
 _CODES: dict[Dtype, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _NUMPY_TYPES: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+MAX_ELEMENTS = 2**48
+MAX_DIMENSIONS = 8  # models have at most 2; NumPy's limit depends on its version
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -70,7 +72,7 @@ def read(path: Path) -> dict[str, StoredTensor]:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
         tensors = {name: _parse_entry(path, 8 + length, **entry) for name, entry in entries.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a safetensors file ({' '.join(str(error).split())[:100]})") from error
     for name, tensor in tensors.items():
         if tensor.code not in _NUMPY_TYPES:
@@ -86,6 +88,10 @@ def _parse_entry(path: Path, data_start: int, *, dtype: str, shape: list[int], d
     start, end = data_offsets
     if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in [*shape, start, end]):
         raise ValueError("malformed header entry")
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"{len(shape)} dimensions, at most {MAX_DIMENSIONS}")
+    if math.prod(n for n in shape if n) > MAX_ELEMENTS:  # NumPy refuses such a shape, even if another dimension is 0
+        raise ValueError("shape too large")
     if dtype in _NUMPY_TYPES and end - start != math.prod(shape) * np.dtype(_NUMPY_TYPES[dtype]).itemsize:
         raise ValueError("shape and data_offsets in the header disagree")
     return StoredTensor(path, dtype, tuple(shape), data_start + start)

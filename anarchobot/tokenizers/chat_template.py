@@ -53,7 +53,7 @@ class ChatTemplate:
         self.source, self.tokens, self.where = source, dict(tokens), where
         try:
             self._plain = _environment(_Generation).from_string(source)
-        except TemplateError as error:
+        except (TemplateError, RecursionError, OverflowError) as error:
             raise UserError(f"{where}: invalid chat template: {_one_line(error)}") from error
 
     @cached_property
@@ -87,7 +87,7 @@ class ChatTemplate:
                 strftime_now=(day or datetime.now()).strftime,
                 **self.tokens,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:  # raised inside templates
+        except Exception as error:  # a template may raise anything, such as ZeroDivisionError or RecursionError
             raise InvalidRow("rejected by the chat template", _one_line(error)) from error
 
     def save(self, folder: Path) -> None:
@@ -133,7 +133,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {_one_line(error)}") from error
     return config if isinstance(config, dict) else {}
 

@@ -370,3 +370,26 @@ def test_missing_adapters_and_pickles_are_rejected(run: Path, tmp_path: Path) ->
     shutil.rmtree(tmp_path / "empty")
     with pytest.raises(UserError, match="no adapters"):
         read_adapter(tmp_path / "empty", shape_of(run))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"alpha_pattern": ["q_proj"]}', "alpha_pattern: expected a mapping from module names to numbers"),
+        ('{"alpha_pattern": "q_proj"}', "alpha_pattern: expected a mapping from module names to numbers"),
+        ('{"alpha_pattern": {"(": 1}}', "alpha_pattern: invalid regular expression: missing"),
+        ('{"alpha_pattern": {"' + "(" * 5000 + ")" * 5000 + '": 1}}', "alpha_pattern: invalid regular expression"),
+        ('{"alpha_pattern": {".*": "much"}}', "expected a number, got 'much'"),
+        ("[" * 200_000 + "]" * 200_000, "can't be read as JSON"),
+    ],
+    ids=["list", "text", "regex", "deep regex", "value", "deep"],
+)
+def test_extreme_peft_configs_are_one_line_errors(run: Path, tmp_path: Path, text: str, message: str) -> None:
+    model, folder = shape_of(run), tmp_path / "extreme"
+    write_adapter(folder, adapter_for(model), model, "peft")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_bytes()), **json.loads(text)}) if text[0] == "{" else text)
+    with pytest.raises(UserError) as error:
+        read_adapter(folder, model)
+    assert str(error.value).startswith(f"{file}: ") and message in str(error.value)
+    assert "\n" not in str(error.value)

@@ -89,3 +89,20 @@ def test_fuzzed_files_give_tensors_or_user_errors(tmp_path: Path, noise: bytes, 
                 tensor.load()
         except UserError as error:
             assert str(error).startswith(str(tmp_path / "fuzz"))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+        b'{"a":{"dtype":"F32","shape":[' + b"1," * 99 + b'1],"data_offsets":[0,4]}}',
+        b'{"a":{"dtype":"F32","shape":[4611686018427387904,4611686018427387904,0],"data_offsets":[0,0]}}',
+        b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}',
+    ],
+    ids=["deep", "100 dimensions", "huge and empty", "huge number"],
+)
+def test_extreme_headers_are_one_line_errors(tmp_path: Path, header: bytes) -> None:
+    file = tmp_path / "m"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(UserError, match=r"m: not a safetensors file \(.{5,100}\)$"):
+        safetensors_file.read(file)

@@ -145,3 +145,31 @@ def test_invalid_templates_are_one_line_errors(make_chat: MakeChat, tmp_path: Pa
     (chat.folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config.json: not valid JSON"):
         load_template(chat.ours)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 1 / 0 }}",
+        "{{ messages[0].content.foo.bar }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ (10 ** 400) * 1.0 }}",
+        "{{ messages[0]['content'].encode('ascii') }}",
+        "{{ strftime_now(1) }}",
+    ],
+)
+def test_any_error_in_a_template_rejects_the_conversation(source: str) -> None:
+    template = ChatTemplate(source, {}, "t")
+    with pytest.raises(InvalidRow, match=r"rejected by the chat template \(.+\)$"):
+        template.render((Message("user", "é"),))
+
+
+def test_deeply_nested_template_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"^t: invalid chat template: "):
+        ChatTemplate("{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}", {}, "t")
+
+
+def test_deeply_nested_tokenizer_config_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("[" * 200_000 + "]" * 200_000)
+    with pytest.raises(UserError, match=r"tokenizer_config.json: not valid JSON: "):
+        ChatTemplate("", {}, "t").save(tmp_path)
