@@ -78,8 +78,10 @@ class ChatEncoder:
         return _concatenate(self._tokenize(self._segments(text, []))).ids.astype(np.int32)
 
     def end_of_turn_id(self) -> int | None:
-        """The control token that ends an assistant turn; None if the template has none."""
-        probe = self._probe()
+        """The control token that ends an assistant turn; None if the template has none. Independent of `train_on`:
+        with "all", the loss also covers what follows that token."""
+        encoder = self if self.train_on != "all" else ChatEncoder(self.tokenizer, self.template)
+        probe = encoder._probe()
         last = int(probe.ids[probe.loss_mask][-1])
         return last if last in self.tokenizer.control_tokens.values() else None
 

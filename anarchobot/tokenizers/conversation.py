@@ -4,14 +4,15 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-# Role names in datasets to role names in chat templates.
+# Role names in datasets, in lower case, to role names in chat templates.
 ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "prompter": "user",
     "assistant": "assistant",
-    "gpt": "assistant",
+    **dict.fromkeys(("gpt", "chatgpt", "model", "bing", "bard"), "assistant"),
 }
 
 
@@ -42,15 +43,38 @@ class InvalidRow(ValueError):
 
 
 def parse_message(role: Any, content: Any, place: str) -> Message:
-    """Raises InvalidRow for an unknown role and for content that is blank or not text; `place` names the turn."""
-    if not isinstance(role, str) or role not in ROLES:
+    """`role` in any letter case; `content` is a text or a list of OpenAI's text parts, which are joined.
+
+    Raises InvalidRow for an unknown role and for content that is blank or not text; `place` names the turn.
+    """
+    known = ROLES.get(role.lower()) if isinstance(role, str) else None
+    if known is None:
         raise InvalidRow("unknown role", f"{role!r} in {place}; expected one of {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise InvalidRow("content is not text", f"{type(content).__name__} in {place}")
-    if not content.strip():
+    text = join_parts(content)
+    if not isinstance(text, str):
+        raise InvalidRow("content is not text", f"{_describe(content)} in {place}")
+    if not text.strip():
         raise InvalidRow("empty content", place)
-    check_encodable(content, place)
-    return Message(ROLES[role], content)
+    check_encodable(text, place)
+    return Message(known, text)
+
+
+def join_parts(content: Any) -> Any:
+    """The text of a list of {"type": "text", "text": ...}; anything else as it is."""
+    if isinstance(content, list) and content and all(map(_is_text_part, content)):
+        return "".join(part["text"] for part in content)
+    return content
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _describe(content: Any) -> str:
+    """The type, and of a list the first part that is not text."""
+    other = next((part for part in content if not _is_text_part(part)), None) if isinstance(content, list) else None
+    part = f" with a part of type {other['type']!r}" if isinstance(other, dict) and "type" in other else ""
+    return type(content).__name__ + part
 
 
 def check_encodable(text: str, place: str) -> None:

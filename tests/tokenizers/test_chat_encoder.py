@@ -151,6 +151,9 @@ def test_warnings_about_incompatible_tokenizer_and_template(make_chat: MakeChat)
         make_chat("bytelevel", "qwen2").encoder().warnings() == make_chat("first", "llama3").encoder().warnings() == []
     )
     # GPT-2's pattern merges the two newlines of Llama 3's header at the end of a text, but not before a word.
+    for train_on in ("assistant", "answer", "all"):  # with "all", the loss also covers the line end after the token
+        encoder = make_chat("bytelevel", "qwen2").encoder(train_on)
+        assert encoder.warnings() == [] and encoder.end_of_turn_id() == encoder.tokenizer.control_tokens["<|im_end|>"]
     (joined,) = make_chat("bytelevel", "llama3").encoder().warnings()
     assert "merges the end of the prompt with the answer" in joined
     chat = make_chat("bytelevel", "qwen2")

@@ -9,15 +9,25 @@ from typing import Any, NamedTuple
 
 from anarchobot.data.sources.rows import Row
 from anarchobot.tokenizers.conversation import (
+    ROLES,
     Conversation,
     InvalidRow,
     Message,
     PreferencePair,
     check_encodable,
     check_turns,
+    join_parts,
     make_pair,
     parse_message,
 )
+
+# Rows with content in these fields are skipped; with tools and reasoning they are kept, without those fields.
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_TOOL_CALLS = ("tool_calls", "function_call")
+_IN_LOSS = ("weight", "train", "training", "loss")  # of OpenAI, Axolotl and others: 0 or false excludes an answer
+_TOOLS = ("tools", "functions")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_ANSWERS = ("chosen", "rejected")
 
 
 class Format(NamedTuple):
@@ -49,17 +59,47 @@ def parse_messages(items: Any, name: str, system: Any = None) -> list[Message]:
         place = f"'{name}', turn {i + 1}"
         if not isinstance(item, dict):
             raise InvalidRow("turn is not an object", f"{type(item).__name__} in {place}")
-        role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-        if role == "system" and isinstance(content, str) and not content.strip():
+        for field in (*_TOOL_CALLS, *_MEDIA):
+            if _has_content(item.get(field)):
+                raise InvalidRow("field can't be used", f"{field!r} in {place}")
+        content = join_parts(item.get("content", item.get("value")))
+        if _role(item) == "system" and isinstance(content, str) and not content.strip():
             continue
-        messages.append(parse_message(role, content, place))
+        messages.append(parse_message(item.get("role", item.get("from")), content, place))
     if isinstance(system, str) and system.strip() and not (messages and messages[0].role == "system"):
         messages.insert(0, Message("system", system))
     return messages
 
 
+def _role(item: Any) -> str | None:
+    """The role of a message; None if there is none or it is unknown."""
+    role = item.get("role", item.get("from")) if isinstance(item, dict) else None
+    return ROLES.get(role.lower()) if isinstance(role, str) else None
+
+
+def _has_content(value: Any) -> bool:
+    return bool(value) and value != "[]"  # a list as JSON
+
+
 def _from_list(row: Row, name: str) -> Conversation:
-    return check_turns(parse_messages(get_field(row, name), name, row.get("system")))
+    messages = parse_messages(get_field(row, name), name, row.get("system"))
+    _check_all_in_loss(row[name], name)
+    return check_turns(_without_last_question(messages))
+
+
+def _check_all_in_loss(items: list[Row], name: str) -> None:
+    """Raises InvalidRow for an answer that the data excludes from the loss, because all answers are trained on."""
+    for i, item in enumerate(items):
+        for field in _IN_LOSS if _role(item) == "assistant" else ():
+            if item.get(field) not in (None, 1):
+                raise InvalidRow("answer excluded from the loss", f"{field}: {item[field]!r} in '{name}', turn {i + 1}")
+
+
+def _without_last_question(messages: list[Message]) -> list[Message]:
+    """Without what the user says after the last answer; unchanged if there is no answer."""
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    is_question = answers and all(message.role == "user" for message in messages[answers[-1] + 1 :])
+    return messages[: answers[-1] + 1] if is_question else messages
 
 
 def _from_alpaca(row: Row) -> Conversation:
@@ -76,12 +116,27 @@ def _from_alpaca(row: Row) -> Conversation:
 
 
 def _from_prompt_completion(row: Row) -> Conversation:
-    prompt, completion = get_field(row, "prompt", "question"), get_field(row, "completion", "answer")
+    """A question and its answer; `context` or `abstract` (SQuAD, PubMedQA) follows the question, as Alpaca's input."""
+    prompt, completion = (join_parts(get_field(row, *names)) for names in zip(*QUESTIONS_AND_ANSWERS, strict=True))
     if isinstance(prompt, list) or isinstance(completion, list):  # of messages
-        return check_turns(
-            [*parse_messages(prompt, "prompt", row.get("system")), *parse_messages(completion, "completion")]
-        )
+        messages = [*parse_messages(prompt, "prompt", row.get("system")), *parse_messages(completion, "completion")]
+        for name, items in (("prompt", prompt), ("completion", completion)):
+            _check_all_in_loss(items, name)
+        return check_turns(_without_last_question(messages))
+    context = _context(row)
+    if context and isinstance(prompt, str):
+        prompt = f"{prompt}\n{context}"
     return _alternating(row.get("system"), [prompt, completion])
+
+
+def _context(row: Row) -> str:
+    """The text that a question is about: one text or several, which PubMedQA has in `context["contexts"]`."""
+    value = row.get("context") or row.get("abstract") or ""
+    value = value.get("contexts") if isinstance(value, dict) else value
+    parts = [value] if isinstance(value, str) else value
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise InvalidRow("content is not text", "'context' or 'abstract'")
+    return "\n".join(part for part in parts if part.strip())
 
 
 def _alternating(system: Any, contents: list[Any]) -> Conversation:
@@ -100,6 +155,42 @@ def from_text(row: Row, text_field: str) -> Conversation:
     return (Message("text", text),)
 
 
+def _check_text_only(row: Row) -> None:
+    """Raises InvalidRow for a row about an image, audio or video, which its text does not explain."""
+    for field in _MEDIA:
+        if _has_content(row.get(field)):
+            raise InvalidRow("field can't be used", f"{field!r}")
+
+
+def check_row(row: Row) -> None:
+    """Raises InvalidRow for a row that is not about text alone, and for an answer that KTO's label marks as bad."""
+    _check_text_only(row)
+    if row.get("label") is False:
+        raise InvalidRow("bad answer", "label: false")
+
+
+def unused_parts(row: Row) -> list[str]:
+    """Parts of a valid row that affect what should be learned, and that are not used."""
+    lists = {name: row.get(name) for name in ("messages", "conversations", "prompt", "completion", *_ANSWERS)}
+    turns = [turn for items in lists.values() for turn in (items if isinstance(items, list) else [items])]
+    items = [row, *(turn for turn in turns if isinstance(turn, dict))]
+    fields = [f"'{name}'" for name in _REASONING if any(_has_content(item.get(name)) for item in items)]
+    fields += [f"'{name}'" for name in _TOOLS if _has_content(row.get(name))]
+    last = next((lists[name] for name in ("messages", "conversations", "completion") if lists[name]), None)
+    is_conversation = not is_preference_row(row)
+    if is_conversation and isinstance(last, list) and _role(last[-1]) == "user":
+        fields.append("the user's last message, which has no answer")
+    return fields
+
+
+# Fields of a question and its answer. The second half is tried last: such rows may have a text as well.
+QUESTIONS_AND_ANSWERS = (("prompt", "completion"), ("question", "answer"), ("query", "response"), ("input", "output"))
+
+
+def is_question_and_answer(row: Row) -> bool:
+    return any(question in row and answer in row for question, answer in QUESTIONS_AND_ANSWERS)
+
+
 # Tried in this order: UltraChat's rows have a prompt as well as messages.
 FORMATS = {
     "messages": Format(lambda row: "messages" in row, lambda row: _from_list(row, "messages")),
@@ -110,7 +201,10 @@ FORMATS = {
         _from_prompt_completion,
     ),
 }
-EXPECTED = "messages, conversations, instruction and output, prompt and completion, OASST message trees, or text"
+EXPECTED = (
+    "messages, conversations, instruction and output, prompt and completion, question and answer, query and response, "
+    "input and output, OASST message trees, or text"
+)
 
 # Preferences: UltraFeedback, HH-RLHF, ShareGPT and similar.
 
@@ -122,7 +216,7 @@ _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def is_preference_row(row: Row) -> bool:
-    return "chosen" in row and "rejected" in row
+    return all(name in row for name in _ANSWERS)
 
 
 def parse_pair(row: Row) -> PreferencePair:
@@ -132,7 +226,8 @@ def parse_pair(row: Row) -> PreferencePair:
     row's `prompt`, `question` or `conversations` unless the lists repeat it. Two strings without a prompt are
     HH-RLHF transcripts.
     """
-    answers = {name: get_field(row, name) for name in ("chosen", "rejected")}
+    _check_text_only(row)
+    answers = {name: get_field(row, name) for name in _ANSWERS}
     types = {type(answer) for answer in answers.values()}
     if len(types) > 1 or not types <= {str, dict, list}:
         raise InvalidRow(

@@ -2,7 +2,7 @@
 
 Each tree gives one conversation, which follows the best-ranked replies to the last answer: two threads of a tree would
 share their beginning and train on its answers twice. For preferences, each question gives one pair for every pair of
-ranked answers.
+ranked answers, unless their ranks are equal.
 """
 
 from collections import defaultdict
@@ -51,8 +51,8 @@ def threads(
 def ranked_pairs(
     rows: Iterable[tuple[str, Row]], language: str | None = None
 ) -> Iterator[tuple[str, PreferencePair | InvalidRow]]:
-    """(place, pair) for every pair of ranked answers to the same question; arguments as for `threads`. A tree without
-    ranked answers gives an InvalidRow."""
+    """(place, pair) for every pair of ranked answers to the same question; arguments as for `threads`. Two answers of
+    equal rank give an InvalidRow, and so does a tree without ranked answers."""
     for place, root in _trees(rows, language):
         if isinstance(root, InvalidRow):
             yield place, root
@@ -61,6 +61,9 @@ def ranked_pairs(
         for turns in _question_paths(root):
             for chosen, rejected in combinations(_ranked_answers(turns[-1]), 2):
                 any_pair = True
+                if chosen["rank"] == rejected["rank"]:
+                    yield place, InvalidRow("answers of equal rank")
+                    continue
                 try:
                     yield place, make_pair(*(_conversation([*turns, answer]) for answer in (chosen, rejected)))
                 except InvalidRow as error:

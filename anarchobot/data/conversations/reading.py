@@ -16,7 +16,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.conversations import formats, oasst
 from anarchobot.data.sources import compressed, files, hub, parquet, rows
-from anarchobot.data.sources.files import EmptyFile, FileRange, Unread, describe_unread
+from anarchobot.data.sources.files import SHOWN, EmptyFile, FileRange, Unread, describe_unread
 from anarchobot.data.sources.rows import Row
 from anarchobot.tokenizers.conversation import Conversation, InvalidRow, PreferencePair
 
@@ -46,12 +46,24 @@ class RowCounts:
     tree_rows: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     first_skipped: dict[str, str] = field(default_factory=dict)  # by reason: place and detail
+    places: dict[str, list[str]] = field(default_factory=dict)  # by reason or part: the first SHOWN places
+    unused: Counter[str] = field(default_factory=Counter)  # kept rows with each part that is not used
     unread: list[Unread] = field(default_factory=list)  # files in folders and globs
 
     def skip(self, place: str, error: ValueError) -> None:
         reason = error.reason if isinstance(error, InvalidRow) else "malformed row"
         self.skipped[reason] += 1
         self.first_skipped.setdefault(reason, f"{place}: {error}")
+        self._add_place(reason, place)
+
+    def note_unused(self, place: str, part: str) -> None:
+        self.unused[part] += 1
+        self._add_place(part, place)
+
+    def _add_place(self, kind: str, place: str) -> None:
+        places = self.places.setdefault(kind, [])
+        if len(places) < SHOWN and place not in places:
+            places.append(place)
 
     def skip_kept(self, place: str, error: InvalidRow) -> None:
         """Skips a row that was already counted as kept."""
@@ -59,7 +71,8 @@ class RowCounts:
         self.skip(place, error)
 
     def summary(self) -> list[str]:
-        """One line with the totals, then one per reason that rows were skipped or files not read."""
+        """One line with the totals, then one per reason that rows were skipped, parts of them not used or files not
+        read, with up to SHOWN places."""
         plain_rows = self.read - self.tree_rows
         sources = [f"{plain_rows:,} rows"] if plain_rows or not self.trees else []
         if self.trees:
@@ -68,8 +81,15 @@ class RowCounts:
         lost = self.truncated_loss_tokens
         dropped = f" ({lost / self.loss_tokens:.1%} of loss tokens dropped)" if lost else ""
         truncated = f", {self.truncated:,} truncated{dropped}" if self.truncated else ""
-        reasons = [f"skipped {n:,}: {self.first_skipped[reason]}" for reason, n in self.skipped.most_common()]
-        return [f"{' and '.join(sources)} read, {self.kept:,} kept{truncated}", *reasons, *describe_unread(self.unread)]
+        lines = [f"{' and '.join(sources)} read, {self.kept:,} kept{truncated}"]
+        for reason, n in self.skipped.most_common():
+            also = ", ".join(self.places[reason][1:])
+            lines.append(f"skipped {n:,}: {self.first_skipped[reason]}{f'; also {also}' if also else ''}")
+        for part, n in self.unused.most_common():
+            lines.append(
+                f"not used in {n:,} rows: {part} ({', '.join(self.places[part])}{', ...' if n > SHOWN else ''})"
+            )
+        return lines + describe_unread(self.unread)
 
 
 def read_conversations(
@@ -91,7 +111,10 @@ def read_conversations(
             elif detected == "oasst":
                 yield from _count_trees(oasst.threads(chain([(place, row)], parsed), language), counts)
             else:
-                yield place, _parse(detected, row, data.text_field)
+                parsed_row = _parse(detected, row, data.text_field)
+                if detected != "text" and not isinstance(parsed_row, InvalidRow):
+                    _note_unused(place, row, counts)
+                yield place, parsed_row
         if detected is None:
             problem = f"no row has the fields of a conversation: expected {formats.EXPECTED}"
             raise UnknownFields(f"{name}: {problem}{_first_error(counts)}")
@@ -112,14 +135,22 @@ def read_pairs(
                 return
             any_matched = any_matched or formats.is_preference_row(row)
             try:
-                yield place, formats.parse_pair(row)
+                pair = formats.parse_pair(row)
             except InvalidRow as error:
                 yield place, error
+                continue
+            _note_unused(place, row, counts)
+            yield place, pair
         if not any_matched:
             problem = f"no row has the fields of a preference pair: expected {formats.EXPECTED_PAIRS}"
             raise UnknownFields(f"{name}: {problem}{_first_error(counts)}")
 
     return _valid_rows(data, counts, parse_file)
+
+
+def _note_unused(place: str, row: Row, counts: RowCounts) -> None:
+    for part in formats.unused_parts(row):
+        counts.note_unused(place, part)
 
 
 def _first_error(counts: RowCounts) -> str:
@@ -141,14 +172,18 @@ def _count_trees(
 def _detect_format(row: Row, text_field: str) -> str | None:
     if oasst.is_oasst_row(row):
         return "oasst"
-    return next(
-        (name for name, known in formats.FORMATS.items() if known.matches(row)), "text" if text_field in row else None
-    )
+    known = next((name for name, format in formats.FORMATS.items() if format.matches(row)), None)
+    if known is None and text_field in row:
+        return "text"
+    return known or ("prompt_completion" if formats.is_question_and_answer(row) else None)
 
 
 def _parse(format: str, row: Row, text_field: str) -> Conversation | InvalidRow:
     try:
-        return formats.from_text(row, text_field) if format == "text" else formats.FORMATS[format].parse(row)
+        if format == "text":
+            return formats.from_text(row, text_field)
+        formats.check_row(row)
+        return formats.FORMATS[format].parse(row)
     except InvalidRow as error:
         return error
 

@@ -52,6 +52,49 @@ FORMATS: dict[str, tuple[Any, Any]] = {
     "prompt and completion": ({"prompt": QUESTION, "completion": ANSWER}, TWO),
     "prompt and completion in messages": ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, TWO),
     "gsm8k": ({"question": QUESTION, "answer": ANSWER}, TWO),
+    "squad": (
+        {"question": QUESTION, "context": "Rain fell.", "answer": ANSWER, "title": "Rain"},
+        (("user", f"{QUESTION}\nRain fell."), ("assistant", ANSWER)),
+    ),
+    "pubmedqa": (
+        {"question": QUESTION, "context": {"contexts": ["a", "b"], "labels": ["AIM", "END"]}, "answer": ANSWER},
+        (("user", f"{QUESTION}\na\nb"), ("assistant", ANSWER)),
+    ),
+    "abstract": (
+        {"question": QUESTION, "context": [], "abstract": "a", "answer": ANSWER},
+        (("user", f"{QUESTION}\na"), ("assistant", ANSWER)),
+    ),
+    "query and response": ({"query": QUESTION, "response": ANSWER, "context": " "}, TWO),
+    "input and output": ({"system": "Be.", "input": QUESTION, "output": ANSWER}, (("system", "Be."), *TWO)),
+    "text with an input and output": ({"text": "a", "input": QUESTION, "output": ANSWER}, (("text", "a"),)),
+    "content as text parts": (
+        {
+            "messages": [
+                {"role": "system", "content": [{"type": "text", "text": " "}]},
+                {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]},
+            ]
+        },
+        TWO,
+    ),
+    "prompt as text parts": ({"prompt": [{"type": "text", "text": QUESTION}], "completion": ANSWER}, TWO),
+    "roles in any letter case": (
+        {"conversations": [{"from": "System", "value": " "}, {"from": "Human", "value": QUESTION}, MESSAGES[1]]},
+        TWO,
+    ),
+    "developer": (
+        {"messages": [{"role": "developer", "content": "Be."}, *MESSAGES], "system": "Be not."},
+        (("system", "Be."), *TWO),
+    ),
+    **{
+        role: ({"conversations": [{"from": "user", "value": QUESTION}, {"from": role, "value": ANSWER}]}, TWO)
+        for role in ("chatgpt", "bing", "bard", "model", "Assistant", "GPT")
+    },
+    "answers in the loss": (
+        {"messages": [{**MESSAGES[0], "weight": 0, "train": False}, {**MESSAGES[1], "weight": 1, "train": True}]},
+        TWO,
+    ),
+    "good answer": ({"messages": MESSAGES, "label": True, "images": [], "tools": None}, TWO),
     "text": ({"text": " A document.\n"}, (("text", " A document.\n"),)),
     "oasst rows": (
         [
@@ -81,6 +124,15 @@ INVALID = {  # reason: row and detail
     "unknown role": ({"messages": [{"role": "bot", "content": "a"}]}, "'bot' in 'messages', turn 1; expected one of"),
     "content is not text": ({"messages": [{"role": "user", "content": 1}]}, "int in 'messages', turn 1"),
     "empty content": ({"messages": [MESSAGES[0], {"role": "assistant", "content": " \n"}]}, "'messages', turn 2"),
+    "field can't be used": (
+        {"messages": [MESSAGES[0], {**MESSAGES[1], "tool_calls": [{"id": "c1"}]}]},
+        "'tool_calls' in 'messages', turn 2",
+    ),
+    "answer excluded from the loss": (
+        {"messages": [MESSAGES[0], {**MESSAGES[1], "weight": 0}]},
+        "weight: 0 in 'messages', turn 2",
+    ),
+    "bad answer": ({"messages": MESSAGES, "label": False}, "label: false"),
     "roles out of order": ({"messages": MESSAGES[::-1]}, "turn 1 has role assistant, expected user"),
     "does not end with the assistant": ({"messages": MESSAGES[:1]}, "the last turn has role user"),
     "not UTF-8": ('{"messages": [{"role": "user", "content": "\\ud800"}]}', ""),
@@ -99,7 +151,95 @@ def test_invalid_rows_are_counted_and_the_first_is_located(tmp_path: Path, reaso
     expected = f"{path}:2: {reason} ({detail}" if detail else f"{path}:2: {reason}"
     assert counts.first_skipped[reason].startswith(expected)
     assert counts.summary()[0] == "4 rows read, 2 kept"
-    assert counts.summary()[1] == f"skipped 2: {counts.first_skipped[reason]}"
+    assert counts.summary()[1] == f"skipped 2: {counts.first_skipped[reason]}; also {path}:4"
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": QUESTION, "completion": ANSWER, "label": False}, "bad answer (label: false)"),
+        ({"messages": MESSAGES, "images": ["a.png"]}, "field can't be used ('images')"),
+        ({"instruction": "What is this?", "output": "A cat.", "image": "a.png"}, "field can't be used ('image')"),
+        (
+            {"messages": [{**MESSAGES[0], "images": ["a.png"]}, MESSAGES[1]]},
+            "field can't be used ('images' in 'messages', turn 1)",
+        ),
+        (
+            {"messages": [MESSAGES[0], {**MESSAGES[1], "function_call": {"name": "f"}}]},
+            "field can't be used ('function_call' in 'messages', turn 2)",
+        ),
+        (
+            {"messages": [*MESSAGES, MESSAGES[0], {**MESSAGES[1], "train": False}]},
+            "answer excluded from the loss (train: False in 'messages', turn 4)",
+        ),
+        (
+            {"prompt": MESSAGES[:1], "completion": [{**MESSAGES[1], "weight": 0.5}]},
+            "answer excluded from the loss (weight: 0.5 in 'completion', turn 1)",
+        ),
+        (
+            {"prompt": [*MESSAGES[:1], {**MESSAGES[1], "loss": False}, MESSAGES[0]], "completion": MESSAGES[1:]},
+            "answer excluded from the loss (loss: False in 'prompt', turn 2)",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, MESSAGES[1]]},
+            "content is not text (list with a part of type 'image_url' in 'messages', turn 1)",
+        ),
+        (
+            {"messages": [MESSAGES[0], {"role": "assistant", "content": [{"type": "thinking", "text": "Hm."}]}]},
+            "content is not text (list with a part of type 'thinking' in 'messages', turn 2)",
+        ),
+        ({"question": QUESTION, "context": 3, "answer": ANSWER}, "content is not text ('context' or 'abstract')"),
+    ],
+)
+def test_rows_that_would_teach_something_else_are_skipped(tmp_path: Path, row: dict[str, Any], expected: str) -> None:
+    """Answers that the data excludes, calls of tools, and answers about images."""
+    path = jsonl(tmp_path / "data.jsonl", row)
+    found, counts = read(path)
+    assert found == [] and list(counts.first_skipped.values()) == [f"{path}:1: {expected}"]
+
+
+UNUSED = {
+    "reasoning of a turn": (
+        {"messages": [MESSAGES[0], {**MESSAGES[1], "reasoning_content": "Hm."}]},
+        "'reasoning_content'",
+    ),
+    "thinking of a turn": ({"conversations": [MESSAGES[0], {**MESSAGES[1], "thinking": "Hm."}]}, "'thinking'"),
+    "reasoning of a completion": (
+        {"prompt": MESSAGES[:1], "completion": [{**MESSAGES[1], "reasoning": "Hm."}]},
+        "'reasoning'",
+    ),
+    "reasoning of a row": ({"question": QUESTION, "answer": ANSWER, "reasoning": "Hm."}, "'reasoning'"),
+    "tools": ({"messages": MESSAGES, "tools": [{"type": "function"}]}, "'tools'"),
+    "tools as JSON": ({"messages": MESSAGES, "tools": '[{"type": "function"}]'}, "'tools'"),
+    "last question": ({"messages": [*MESSAGES, MESSAGES[0]]}, "the user's last message, which has no answer"),
+    "last questions": (
+        {"prompt": MESSAGES[:1], "completion": [MESSAGES[1], MESSAGES[0], MESSAGES[0]]},
+        "the user's last message, which has no answer",
+    ),
+    "nothing": ({"messages": MESSAGES, "tools": "[]", "reasoning_content": None, "thinking": ""}, None),
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_unused_parts_of_kept_rows_are_counted_and_named(tmp_path: Path, name: str) -> None:
+    row, part = UNUSED[name]
+    path = jsonl(tmp_path / "data.jsonl", row, {"messages": []}, *[row] * 3)
+    found, counts = read(path)
+    assert found == [TWO] * 4
+    if part is None:
+        assert counts.unused == {}
+        return
+    assert counts.unused == {part: 4}
+    assert counts.summary()[-1] == f"not used in 4 rows: {part} ({path}:1, {path}:3, {path}:4, ...)"
+
+
+def test_up_to_three_lines_of_each_kind_are_named(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "data.jsonl", {"messages": MESSAGES}, *[{"messages": []}] * 5, "{")
+    assert read(path)[1].summary() == [
+        "7 rows read, 1 kept",
+        f"skipped 5: {path}:2: empty conversation; also {path}:3, {path}:4",
+        f"skipped 1: {path}:7: not valid JSON: unexpected end of data (character 3)",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -183,6 +323,16 @@ PAIR_FORMATS: dict[str, tuple[dict[str, Any], Any]] = {
         },
         ((("user", "Why?"), ("assistant", "No."), ("user", "Why?")), "Because.", "No."),
     ),
+    "roles in capitals and text parts": (
+        {
+            "chosen": [
+                {**QUESTION_TURN, "role": "User"},
+                {"role": "model", "content": [{"type": "text", "text": "Because."}]},
+            ],
+            "rejected": [QUESTION_TURN, BAD_TURN],
+        },
+        PAIR,
+    ),
     "hh": (
         {"chosen": HH + " Because.", "rejected": HH + " No.\n"},
         ((("user", "Hi."), ("assistant", "Hello!\nYou?"), ("user", "Why?")), "Because.", "No."),
@@ -198,6 +348,11 @@ def test_preference_formats(tmp_path: Path, name: str) -> None:
 
 
 INVALID_PAIRS: dict[str, tuple[dict[str, Any], str]] = {
+    "image": ({"prompt": "a", "chosen": "b", "rejected": "c", "images": ["a.png"]}, "field can't be used"),
+    "tool call": (
+        {"chosen": [QUESTION_TURN, {**GOOD_TURN, "tool_calls": [1]}], "rejected": [QUESTION_TURN, BAD_TURN]},
+        "field can't be used",
+    ),
     "identical": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "identical answers"),
     "identical except for whitespace": ({"prompt": "a", "chosen": "b", "rejected": "b \n"}, "identical answers"),
     "no rejected": ({"prompt": "a", "chosen": "b"}, "missing field"),
@@ -232,3 +387,11 @@ def test_invalid_pairs_are_counted(tmp_path: Path, name: str) -> None:
     found, counts = read_pairs(path)
     assert found == [PAIR] and counts.skipped == {reason: 1}
     assert counts.first_skipped[reason].startswith(f"{path}:2: {reason}")
+
+
+def test_unused_reasoning_of_pairs_is_counted(tmp_path: Path) -> None:
+    """A prompt of messages ends with the user."""
+    row = {"conversations": [QUESTION_TURN], "chosen": {**GOOD_TURN, "thinking": "Hm."}, "rejected": BAD_TURN}
+    path = jsonl(tmp_path / "pairs.jsonl", row)
+    found, counts = read_pairs(path)
+    assert found == [PAIR] and counts.summary()[1:] == [f"not used in 1 rows: 'thinking' ({path}:1)"]

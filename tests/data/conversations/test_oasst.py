@@ -63,6 +63,11 @@ RANKED = {
         post("p1", post("a1", post("p2", post("a3", rank=0), post("a4", rank=1)), rank=1), post("a2", rank=0)),
         ["p1: a2 > a1", "p1 a1 p2: a3 > a4"],
     ),
+    "equal ranks": (
+        post("p1", post("a1", rank=0), post("a2", rank=0), post("a3", rank=1)),
+        ["p1: a1 > a3", "p1: a2 > a3", "answers of equal rank"],
+    ),
+    "only equal ranks": (post("p1", post("a1", rank=2), post("a2", rank=2.0)), ["answers of equal rank"]),  # type: ignore[arg-type]
     "unranked, deleted, rejected": (
         post("p1", post("a1"), post("a2", rank=0), post("a3", rank=1, deleted=True), post("a4", rank=2)),
         ["p1: a2 > a4"],
