@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from anarchobot.tokenizers.tokenizer import Tokenizer
 
 CONTEXT = 8  # preceding tokens decoded together with the next one: they decide whether a space comes between
+OPEN = 3  # bytes of an incomplete character, and so the most U+FFFD at the end that may still become a character
 
 
 class StreamDecoder:
@@ -13,29 +14,42 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         """`prompt_ids`: the preceding ids. Without them, a tokenizer may drop the first space."""
         self._tokenizer = tokenizer
-        self._context = list(prompt_ids[-CONTEXT:])
-        self._pending: list[int] = []
+        self._ids = self._context(list(prompt_ids))
+        self._shown = tokenizer.decode(self._ids)  # what was returned of the text of `_ids`, or belongs to the prompt
 
     def add(self, token: int) -> str:
         """Returns the text that is now complete; often a word, sometimes empty."""
-        self._pending.append(token)
-        text = self._text()
-        # An incomplete character decodes to U+FFFD; after four tokens it must be invalid bytes.
-        if text.endswith("\ufffd") and len(self._pending) < 4:
-            return ""
-        return self._flush(text)
+        self._ids.append(token)
+        text = self._unshown(_complete(self._tokenizer.decode(self._ids)))
+        if len(self._ids) > 3 * CONTEXT:
+            self._ids = self._context(self._ids)
+            self._shown = _complete(self._tokenizer.decode(self._ids))
+        return text
 
     def finish(self) -> str:
         """Returns the remaining text, complete or not."""
-        return self._flush(self._text()) if self._pending else ""
+        return self._unshown(self._tokenizer.decode(self._ids))
 
-    def _text(self) -> str:
-        before = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._pending).removeprefix(before)
+    def _unshown(self, text: str) -> str:
+        """The part of `text` that was not returned yet. Text that was returned may end otherwise in `text` only if the
+        prompt ended inside a character."""
+        pairs = enumerate(zip(self._shown, text, strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), min(len(self._shown), len(text)))
+        if shared < len(text):
+            self._shown = text
+        return text[shared:]
 
-    def _flush(self, text: str) -> str:
-        self._context, self._pending = (self._context + self._pending)[-CONTEXT:], []
-        return text
+    def _context(self, ids: list[int]) -> list[int]:
+        """The last CONTEXT ids, or up to OPEN more, so that they don't start inside a character."""
+        lengths = range(CONTEXT, CONTEXT + OPEN + 1)
+        starts = (ids[-n:] for n in lengths if not self._tokenizer.decode(ids[-n:]).startswith("\ufffd"))
+        return next(starts, ids[-CONTEXT:])
+
+
+def _complete(text: str) -> str:
+    """`text` without an incomplete character at its end, which is decoded as up to OPEN U+FFFD."""
+    end = len(text.rstrip("\ufffd"))
+    return text[: max(end, len(text) - OPEN)]
 
 
 class StopStringFilter:

@@ -37,6 +37,35 @@ def test_invalid_bytes_do_not_block_the_stream(tiny_shards: Path) -> None:
     decoder = StreamDecoder(tokenizer, [])
     text = "".join(decoder.add(i) for i in [*broken, *tokenizer.encode_batch([" and more text"])[0].tolist()])
     assert text.endswith("and more text")
+    decoder = StreamDecoder(tokenizer, [])
+    assert "".join(decoder.add(i) for i in broken * 40) == "\ufffd" * 37 and decoder.finish() == "\ufffd" * 3
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
+def test_streamed_text_is_the_decoded_text_for_any_ids(trained: dict[str, Path], kind: str) -> None:
+    """Random ids have many broken characters: bytes without their beginning or end, many in a row."""
+    tokenizer, rng = load_tokenizer(trained[kind]), random.Random(0)
+    prompt = tokenizer.encode_batch(["def foo(bar): return baz"])[0].tolist()
+    for _ in range(40):
+        ids = [rng.randrange(5, tokenizer.vocab_size) for _ in range(150)]
+        decoder = StreamDecoder(tokenizer, prompt)
+        chunks = [decoder.add(i) for i in ids]
+        expected = tokenizer.decode(prompt + ids).removeprefix(tokenizer.decode(prompt))
+        assert "".join(chunks) + decoder.finish() == expected
+        assert decoder.finish() == ""
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
+def test_a_prompt_that_ends_inside_a_character_is_not_repeated(trained: dict[str, Path], kind: str) -> None:
+    tokenizer = load_tokenizer(trained[kind])
+    ids = tokenizer.encode_batch(["several words before it \U0010fffd and after it"])[0].tolist()
+    whole = next(n for n in range(len(ids)) if "\U0010fffd" in tokenizer.decode(ids[:n]))
+    decoder = StreamDecoder(tokenizer, ids[: whole - 1])
+    text = "".join([*(decoder.add(i) for i in ids[whole - 1 :]), decoder.finish()])
+    assert text == "\U0010fffd and after it"
+    # U+FFFD in the text of a prompt is not an incomplete character.
+    decoder = StreamDecoder(tokenizer, tokenizer.encode_batch(["before \ufffd"])[0].tolist())
+    assert "".join(decoder.add(i) for i in tokenizer.encode_batch(["after"])[0].tolist()).lstrip() == "after"
 
 
 @pytest.mark.parametrize(
