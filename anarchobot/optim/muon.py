@@ -62,13 +62,13 @@ def muon(
         scales: list[mx.array | float] = [1.0] * len(names)
         if train.normuon:
             row_scales, second = _row_scales(u, _stack([second_moments.pop(name) for name in names]))
-            scales = [*_unstack(row_scales)]
-            new_second_moments.update(zip(names, _unstack(second), strict=True))
+            scales = list(row_scales)
+            new_second_moments.update(zip(names, second, strict=True))
         new_buffers.update(zip(names, momenta, strict=True))
         scale = muon_scale(shapes[names[0]], train.muon_scale)
         return [
             apply_update(params.pop(name), u * (s * scale), lr, train)
-            for name, u, s in zip(names, _unstack(u), scales, strict=True)
+            for name, u, s in zip(names, u, scales, strict=True)
         ]
 
     weights: list[mx.array] = []
@@ -95,7 +95,7 @@ def muon_directions(
     for names in muon_batches({name: g.shape for name, g in grads.items()}, train.muon_split_heads):
         u = _direction(names[0], _lookaheads(names, grads, buffers, factor, momentum)[0], split)
         (u,) = wait([u], [u])
-        directions |= dict(zip(names, _unstack(u), strict=True))
+        directions |= dict(zip(names, u, strict=True))
     return directions
 
 
@@ -117,10 +117,6 @@ def _momentum(g: mx.array, m: mx.array, factor: mx.array | float, momentum: mx.a
 
 def _stack(arrays: list[mx.array]) -> mx.array:
     return mx.stack(arrays) if len(arrays) > 1 else arrays[0][None]  # without a copy
-
-
-def _unstack(stack: mx.array) -> list[mx.array]:
-    return [part.reshape(part.shape[1:]) for part in mx.split(stack, stack.shape[0])]  # views, unlike stack[i]
 
 
 def _direction(name: str, lookahead: mx.array, head_size: int | None) -> mx.array:
