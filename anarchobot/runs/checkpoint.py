@@ -170,8 +170,9 @@ def find(path: str | Path, *, files: tuple[str, ...] = FILES) -> Checkpoint:
 
     Raises UserError if there is no checkpoint, or the requested one or best.json is damaged.
     """
-    path = Path(path)
-    folder = path.parent if path.is_file() else path
+    # A step reached by a link belongs to its own run: the tokenizer is in that folder, not beside the link.
+    path = _without_link(Path(path))
+    folder = _without_link(path.parent) if path.is_file() else path
     if path.name == BEST and (step := best_step(path.parent)) is not None:
         folder = step_folder(folder, step)
     if (folder / "state.json").is_file():
@@ -187,6 +188,10 @@ def find(path: str | Path, *, files: tuple[str, ...] = FILES) -> Checkpoint:
         except UserError as error:
             damaged.append(str(error).partition(": use an older")[0])
     raise UserError(f"{folder}: every checkpoint here is damaged; newest: {damaged[0]}")
+
+
+def _without_link(path: Path) -> Path:
+    return path.resolve() if path.is_symlink() else path
 
 
 def _verified(folder: Path, files: tuple[str, ...]) -> Checkpoint:

@@ -75,6 +75,20 @@ def test_find_follows_best_and_latest(tmp_path: Path) -> None:
     assert checkpoint.read_best(tmp_path, 4) is None
 
 
+def test_find_follows_symbolic_links_to_their_run(tmp_path: Path) -> None:
+    """The files of a run, such as its tokenizer, are looked up beside the step folder."""
+    run, links = tmp_path / "run", tmp_path / "links"
+    for step in (5, 10):
+        save(run, step)
+    checkpoint.write_best(run, 5, {})
+    links.mkdir()
+    (links / "newest").symlink_to(run / "step_00000010")
+    (links / "model.npz").symlink_to(Path("newest") / "model.npz")
+    (links / "best.json").symlink_to(run / "best.json")
+    for name, step in {"newest": 10, "newest/model.npz": 10, "model.npz": 10, "best.json": 5}.items():
+        assert checkpoint.find(links / name).folder == run / f"step_{step:08d}"
+
+
 def test_copy_of_a_step_folder_is_ignored(tmp_path: Path) -> None:
     save(tmp_path, 5)
     (tmp_path / "step_00000007 copy").mkdir()
