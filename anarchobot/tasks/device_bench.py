@@ -53,6 +53,7 @@ from anarchobot.training.mlx_engine import MLXEngine
 from anarchobot.training.preference_engine import PreferenceEngine
 
 FIRST_ROUND, SECOND_ROUND, ALL_ROUNDS = 95.0, 140.0, 170.0  # seconds after the start at which no more runs begin
+MARGIN = 0.03  # by which other settings must be faster than the device's default: less may be noise
 MOST_TURNS = 7  # that count, of each variant in a round
 LONG_RUN = 10.0  # seconds: the first run of a variant, which may compile, counts if it is longer than any compilation
 DEVICE_INFO = ("architecture", "memory_size", "max_recommended_working_set_size", "max_buffer_length", "resource_limit")
@@ -125,7 +126,7 @@ def device_bench(loaded: LoadedConfig, task: Task = "pretrain", log: Log = lambd
     result["synchronization_us"] = 1e6 * _synchronization()
 
     wrong = {found["technique"] for found in result["gradients"] if not found.get("right")}
-    bench = _Bench(config, task, wrong, log)
+    bench = _Bench(config, task, defaults, wrong, log)
     own = config.train.gradient_checkpointing
     order = sorted(_techniques(kind), key=lambda technique: technique != defaults.technique)  # the default first
     techniques = [Variant(defaults._replace(technique=technique), own) for technique in order]
@@ -243,9 +244,11 @@ def _synchronization() -> float:
 class _Bench:
     """Measures variants of the configuration's micro-batch on random tokens."""
 
-    def __init__(self, config: Config, task: Task, wrong: Collection[Technique], log: Log) -> None:
-        """`wrong`: techniques that are measured but not chosen."""
-        self._config, self._task, self._wrong, self._log = config, task, wrong, log
+    def __init__(
+        self, config: Config, task: Task, default: StepSettings, wrong: Collection[Technique], log: Log
+    ) -> None:
+        """`default`: the device's settings; `wrong`: techniques that are measured but not chosen."""
+        self._config, self._task, self._default, self._wrong, self._log = config, task, default, wrong, log
         self._budget = memory_budget(config)
         self._weights: Weights = init_parameters(config.model, config.train.seed)
         self._shared: MLXEngine | None = None  # whose weights the others use
@@ -328,14 +331,19 @@ class _Bench:
         return engine(config, dict(self._weights))
 
     def by_speed(self, checkpointing: bool) -> list[Variant]:
-        """The variants that can be chosen, with this choice of checkpointing."""
+        """The variants that can be chosen, with this choice of checkpointing. The device's default gets a margin."""
         variants = [
             variant
             for variant, found in self.measured.items()
             if variant.settings is not None and variant.settings.technique not in self._wrong
             and variant.checkpointing == checkpointing and found.seconds and found.error is None
         ]  # fmt: skip
-        return sorted(variants, key=lambda variant: self.measured[variant].rank)
+
+        def key(variant: Variant) -> tuple[int, float]:
+            number, seconds = self.measured[variant].rank
+            return number, seconds * (1 - MARGIN if variant.settings == self._default else 1)
+
+        return sorted(variants, key=key)
 
     def choose(self, checkpointing: bool, stop: float) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """The settings of the fastest variant whose whole step is within the memory budget, and the step's figures.

@@ -18,6 +18,7 @@ from mlx_lm.models import llama
 
 from anarchobot.cli.main import main
 from anarchobot.config.loading import load_config
+from anarchobot.config.schema import Config
 from anarchobot.model.architecture import architecture
 from anarchobot.model.parameters import parameter_count
 from anarchobot.optim import polar_express
@@ -324,3 +325,17 @@ def test_output_is_for_device_only(tmp_path: Path, capsys: pytest.CaptureFixture
     config = write_config(tmp_path / "c.yaml", tmp_path / "shards", tmp_path / "run")
     assert main(["bench", str(config), "--output", "x.json"]) == 2
     assert capsys.readouterr().err.endswith("argument --output: only with --device\n")
+
+
+def test_other_settings_must_be_faster_than_the_default_by_a_margin() -> None:
+    """A difference of a percent may be noise."""
+    default = StepSettings("blocked", 256, False)
+    other = device_bench.Variant(default._replace(technique="fused"), False)
+    config = Config.model_validate({"model": {"n_layers": 1, "d_model": 16, "n_heads": 2, "vocab_size": 32}})
+    bench = device_bench._Bench(config, "pretrain", default, set(), lambda text: None)
+    for seconds, fastest in ((0.99, default), (0.9, other.settings)):
+        bench.measured = {
+            device_bench.Variant(default, False): device_bench.Measured({(1, 1): 1.0}),
+            other: device_bench.Measured({(1, 1): seconds}),
+        }
+        assert bench.by_speed(False)[0].settings == fastest
