@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from metal_model import Graph, Kernel, Run, fuse, simulate, trace
+from metal_graph import Graph, fuse, trace
+from metal_model import Kernel, Run, simulate
 from mlx.utils import tree_flatten, tree_unflatten
 
 from anarchobot.config.errors import UserError

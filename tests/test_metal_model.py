@@ -1,5 +1,5 @@
-"""benchmarks/metal_model.py: its counts against mx.compile, against MLX's arrays and against numbers computed by hand;
-ceilings on what the shipped configurations cost on Metal."""
+"""The model of Metal in benchmarks/: counts against mx.compile, MLX's arrays and numbers computed by hand; ceilings on
+what the shipped configurations cost."""
 
 import math
 import random
@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import metal  # noqa: E402
-from metal_model import Graph, Run, Simulator, evaluation_order, fuse, simulate, trace  # noqa: E402
+from metal_graph import Graph, evaluation_order, fuse, trace  # noqa: E402
+from metal_model import Run, Simulator, simulate  # noqa: E402
 
 # What the shipped configurations cost on Metal: kernels, GB and TFLOP of a micro-batch in bfloat16, whose gradients are
 # added to sums, and of an update, and the peak of memory in GB beside what stays. 1% above the counts; a change that

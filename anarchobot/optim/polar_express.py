@@ -43,7 +43,7 @@ def _steps_on_small_side(x: mx.array) -> mx.array:
 
 
 def _steps_on_x(x: mx.array) -> mx.array:
-    """All steps on X [n, s, k] itself. Each computes A anew, so rounding errors of one step do not pass to the next."""
+    """All steps on X [n, s, k] itself. Each computes A again, so rounding errors do not carry over."""
     x = x / _margin(mx.sum(x * x, axis=(1, 2), keepdims=True))
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.swapaxes(1, 2)
