@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -79,3 +80,10 @@ def test_help_imports_no_heavy_packages(words: list[str]) -> None:
     done = subprocess.run([sys.executable, "-X", "importtime", *words], capture_output=True, text=True, check=True)
     loaded = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert not loaded & {"mlx", "mlx_lm", "torch", "transformers", "numpy", "pydantic"}
+
+
+def test_no_test_replaces_the_clock_of_the_process() -> None:
+    """Event loops of servers that live in the same process would then sleep for hours: replace a module's `time`."""
+    replaced = re.compile(r"setattr\(\s*((\w+\.)*time,|[\"']time\.)")
+    for file in Path(__file__).parent.rglob("*.py"):
+        assert not replaced.search(file.read_text(encoding="utf-8")), file

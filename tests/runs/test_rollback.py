@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def test_a_step_saved_after_a_return_past_a_damaged_one_is_kept(
 ) -> None:
     """With ckpt_keep 1, the damaged step 8 must not count as the newest checkpoint."""
     engine = Damaged(tmp_path)
-    monkeypatch.setattr(async_checkpointer.time, "monotonic", lambda: 60.0 * engine.steps)
+    monkeypatch.setattr(async_checkpointer, "time", SimpleNamespace(monotonic=lambda: 60.0 * engine.steps))
     settings = {"ckpt_interval": 4, "ckpt_minutes": 1, "ckpt_keep": 1, "eval_interval": 99}
     checkpoint.write_best(tmp_path, 4, {"best_val_loss": 1.0})  # keeps step 4 beside step 8
     real = async_checkpointer.AsyncCheckpointer.save

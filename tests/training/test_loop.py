@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -214,9 +215,8 @@ def test_non_finite_weights_are_not_saved(tmp_path: Path) -> None:
 def test_checkpoint_interval_in_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that advances half a minute per step."""
     engine = FakeEngine()
-    monkeypatch.setattr(
-        async_checkpointer.time, "monotonic", lambda: 30.0 * sum(call[0] == "train" for call in engine.calls)
-    )
+    clock = SimpleNamespace(monotonic=lambda: 30.0 * sum(call[0] == "train" for call in engine.calls))
+    monkeypatch.setattr(async_checkpointer, "time", clock)
     _, lines = train(tmp_path, engine, 10, ckpt_interval=1000, ckpt_minutes=2, eval_interval=1000, val=0)
     assert [line["step"] for line in lines if line["event"] == "save"] == [4, 8, 10]
 
