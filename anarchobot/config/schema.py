@@ -55,10 +55,28 @@ class Section(BaseModel):
     aliases: ClassVar[dict[str, Alias]] = {}  # former dotted names that are still accepted; same section
 
 
+class RopeScaling(Section):
+    """Scaled rotary position embeddings, for contexts longer than the first training's (model/llama/rope.py)."""
+
+    type: Literal["linear", "llama3", "yarn", "longrope"] = Field(description="how the frequencies are scaled")
+    factor: PositiveFloat = Field(1.0, description="how much longer the context became")
+    original_max_seq_len: Positive | None = Field(None, description="context length before scaling; not for linear")
+    low_freq_factor: PositiveFloat = Field(1.0, description="llama3: longer wavelengths are divided by factor")
+    high_freq_factor: PositiveFloat = Field(4.0, description="llama3: shorter wavelengths are unchanged")
+    beta_fast: PositiveFloat = Field(32.0, description="yarn: frequencies with more rotations are unchanged")
+    beta_slow: PositiveFloat = Field(1.0, description="yarn: frequencies with fewer rotations are divided by factor")
+    truncate: bool = Field(True, description="yarn: round the bounds of the interpolated frequencies to integers")
+    attention_factor: PositiveFloat | None = Field(
+        None, description="yarn, longrope: multiplies rotated queries and keys; default: computed from factor"
+    )
+    short_factor: list[PositiveFloat] | None = Field(None, description="longrope: divisors up to the original length")
+    long_factor: list[PositiveFloat] | None = Field(None, description="longrope: divisors for longer sequences")
+
+
 class ModelConfig(Section):
     """The architecture and its dimensions."""
 
-    architecture: Literal["llama"] = Field("llama", description="model architecture (model/architecture.py)")
+    architecture: Literal["llama", "mlx_lm"] = Field("llama", description="model architecture (model/architecture.py)")
     vocab_size: Positive = Field(32000, description="number of token ids; must match the tokenizer")
     n_layers: Positive = Field(12, description="number of transformer blocks")
     d_model: Positive = Field(768, description="width of the residual stream")
@@ -74,7 +92,27 @@ class ModelConfig(Section):
     dropout: Fraction = Field(0.1, description="dropout probability on the output of each attention and MLP layer")
     max_seq_len: Positive = Field(4096, description="maximum sequence length in training and generation")
     rope_theta: PositiveFloat = Field(10000.0, description="base of the rotary position embedding frequencies")
+    rope_scaling: RopeScaling | None = Field(None, description="scaling of the rotary frequencies; default: off")
+    rope_local_theta: PositiveFloat | None = Field(
+        None, description="rope_theta of layers with a sliding window, which are then unscaled (as in Gemma 3)"
+    )
+    rotary_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="fraction of each head's width that is rotated (as in Phi-4)"
+    )
+    sliding_window: Positive | None = Field(
+        None, description="tokens that a token sees, itself included (as in Mistral 7B v0.1); default: all"
+    )
+    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = Field(
+        None, description="one per block; default: sliding_attention everywhere if sliding_window is set"
+    )
+    attention_scale: PositiveFloat | None = Field(
+        None, description="multiplies the products of queries and keys; default: 1 / sqrt(head_dim)"
+    )
+    attention_softcap: PositiveFloat | None = Field(
+        None, description="replace attention scores with cap * tanh(scores / cap) (as in Gemma 2); default: off"
+    )
     norm_eps: PositiveFloat = Field(1e-5, description="epsilon of RMSNorm")
+    post_norms: bool = Field(False, description="normalize the outputs of attention and MLP too (as in Gemma 2 and 3)")
     tie_embeddings: bool = Field(True, description="use the token embedding as the output head")
     qk_norm: bool = Field(False, description="apply RMSNorm to the queries and keys of each head (as in Qwen3)")
     attention_bias: bool = Field(False, description="add biases to queries, keys and values (as in Qwen2)")
@@ -91,6 +129,9 @@ class ModelConfig(Section):
 
     bos_id: Count | None = Field(
         None, description="token id that starts a text (set by `import`); default: the end-of-document id"
+    )
+    hf_config: str | None = Field(
+        None, description="config.json of a model that mlx-lm computes (architecture: mlx_lm); set by `import`"
     )
 
     @property
