@@ -4,10 +4,12 @@ The loader's checks, command-line overrides, the JSON Schema and docs/configurat
 No other code defines settings.
 """
 
+import os.path
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 else:
     PositiveOrAuto = Positive | Literal["auto"]
 Names = Annotated[list[str], Field(min_length=1)]
+PathName = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ is the home folder
+PathNames = Annotated[list[PathName], Field(min_length=1)]
 Weights = Annotated[list[PositiveFloat], Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -58,8 +62,10 @@ class Section(BaseModel):
 class RopeScaling(Section):
     """Scaled rotary position embeddings, for contexts longer than the first training's (model/llama/rope.py)."""
 
-    type: Literal["linear", "llama3", "yarn", "longrope"] = Field(description="how the frequencies are scaled")
-    factor: PositiveFloat = Field(1.0, description="how much longer the context became")
+    type: Literal["linear", "llama3", "yarn", "longrope"] | None = Field(
+        None, description="how the rotary frequencies are scaled; default: off"
+    )
+    factor: PositiveFloat = Field(1.0, description="ratio of the extended to the original context length")
     original_max_seq_len: Positive | None = Field(None, description="context length before scaling; not for linear")
     low_freq_factor: PositiveFloat = Field(1.0, description="llama3: longer wavelengths are divided by factor")
     high_freq_factor: PositiveFloat = Field(4.0, description="llama3: shorter wavelengths are unchanged")
@@ -92,7 +98,7 @@ class ModelConfig(Section):
     dropout: Fraction = Field(0.1, description="dropout probability on the output of each attention and MLP layer")
     max_seq_len: Positive = Field(4096, description="maximum sequence length in training and generation")
     rope_theta: PositiveFloat = Field(10000.0, description="base of the rotary position embedding frequencies")
-    rope_scaling: RopeScaling | None = Field(None, description="scaling of the rotary frequencies; default: off")
+    rope_scaling: RopeScaling = RopeScaling()
     rope_local_theta: PositiveFloat | None = Field(
         None, description="rope_theta of layers with a sliding window, which are then unscaled (as in Gemma 3)"
     )
@@ -146,11 +152,26 @@ class ModelConfig(Section):
     def mlp_size(self) -> int:
         return round(self.mlp_multiple * self.d_model)
 
+    @property
+    def rotary_size(self) -> int:
+        """The part of a head's width that is rotated."""
+        return int(self.rotary_fraction * self.head_size)
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.attention_scale or self.head_size**-0.5
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Each block's sliding window; None: it sees all earlier tokens."""
+        types = self.layer_types or ["sliding_attention"] * self.n_layers
+        return [self.sliding_window if kind == "sliding_attention" else None for kind in types]
+
 
 class DataConfig(Section):
     """Where the text comes from and how it is split into training sequences."""
 
-    dataset: str | Names | None = Field(
+    dataset: PathName | PathNames | None = Field(
         None, description="text, JSONL or Parquet files, folders, globs, a Hugging Face dataset name, or 'builtin'"
     )
     weights: Weights | None = Field(
@@ -177,9 +198,9 @@ class DataConfig(Section):
         1000, description="shuffle buffer size in documents for Hugging Face streams; local files keep their order"
     )
     streaming: bool = Field(True, description="stream Hugging Face datasets instead of downloading them first")
-    cache_dir: str | None = Field(None, description="cache folder for downloaded Hugging Face datasets")
+    cache_dir: PathName | None = Field(None, description="cache folder for downloaded Hugging Face datasets")
     num_workers: Positive = Field(2, description="tokenizer threads; does not affect the shards")
-    shard_dir: str | Names = Field(
+    shard_dir: PathName | PathNames = Field(
         "shards", description="folder of token shards, as written by pretokenize; a list: train on a mixture"
     )
     shard_weights: Weights | None = Field(
@@ -298,9 +319,9 @@ class TrainConfig(Section):
         15.0, description="also write a checkpoint after this many minutes; null: off"
     )
     ckpt_keep: Positive = Field(3, description="number of recent checkpoints to keep, in addition to the best")
-    save_dir: str = Field("runs/default", description="run folder: checkpoints, config.yaml, logs")
-    log_path: str | None = Field(None, description="folder for metrics and the summary; default: save_dir/logs")
-    init_from: str | None = Field(
+    save_dir: PathName = Field("runs/default", description="run folder: checkpoints, config.yaml, logs")
+    log_path: PathName | None = Field(None, description="folder for metrics and the summary; default: save_dir/logs")
+    init_from: PathName | None = Field(
         None, description="run folder, checkpoint or Hugging Face folder to initialize the weights from"
     )
     trainable: Literal["all", "embeddings"] = Field(
@@ -309,10 +330,10 @@ class TrainConfig(Section):
     first_sequence: Count = Field(
         0, description="index of the first sequence in the data order of a new run, to skip data already seen"
     )
-    tokenizer_path: str | None = Field(
+    tokenizer_path: PathName | None = Field(
         None, description="tokenizer file (.model, tokenizer.json or vocab.json), as written by `tokenizer train`"
     )
-    checkpoint_path: str | None = Field(
+    checkpoint_path: PathName | None = Field(
         None, description="checkpoint or run folder to resume from; auto: the newest checkpoint in save_dir, if any"
     )
 
@@ -373,7 +394,7 @@ class ChatConfig(Section):
     language: str | None = Field(
         None, description="keep only OASST trees whose first message is in this language, such as en; default: all"
     )
-    template: str = Field(
+    template: PathName = Field(
         "auto",
         description="chat template: auto (the tokenizer's, else chatml, else plain), chatml, plain, or a file",
     )
@@ -453,7 +474,9 @@ class GenerationConfig(Section):
 class KnowledgeBaseConfig(Section):
     """The knowledge base of `kb` and `chat`: passages of your files, added to the prompt."""
 
-    path: str | None = Field(None, description="SQLite file of the knowledge base, created by `kb add`; default: none")
+    path: PathName | None = Field(
+        None, description="SQLite file of the knowledge base, created by `kb add`; default: none"
+    )
     retrieval_k: Positive = Field(3, description="number of passages to retrieve for a question")
     feedback_alpha: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1, description="learning rate of feedback votes; 0: votes have no effect"
