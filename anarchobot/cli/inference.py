@@ -149,7 +149,7 @@ def _generate(args: argparse.Namespace) -> None:
 def _read_prompts(file: Path) -> list[str]:
     """The prompts in a file, without empty lines."""
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8; expected text, or JSONL (.jsonl)") from error
     numbered = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]

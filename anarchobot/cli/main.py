@@ -1,5 +1,6 @@
 """The `anarchobot` program: its commands, exit codes and error messages."""
 
+import io
 import os
 import sys
 import traceback
@@ -29,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     relax_watchdog()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # characters that the output can't encode are escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         parser = build_parser()
         args = parse(parser, argv)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os.path
 import re
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -9,6 +10,7 @@ from typing import Any, NoReturn, get_args
 from anarchobot.config.errors import UserError, did_you_mean
 
 _SETTING = "setting "  # prefix of the dest of a flag that sets a config key
+_PATHS = ("CONFIG", "DIR", "FILE", "PATH", "PREFIX", "RUN")  # metavars of arguments that name files
 _KEY_VALUE = re.compile(r"\w[\w.-]*=")  # a file with such a name can be given as ./NAME
 
 
@@ -51,6 +53,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
+    def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:
+        """Expands ~ in the arguments that name files: a shell does not where it is quoted or follows `=`."""
+        if kwargs.get("metavar") in _PATHS:
+            kwargs["type"] = _expanded if kwargs.get("type") is Path else os.path.expanduser
+        return super().add_argument(*names, **kwargs)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
@@ -58,6 +66,10 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             near = did_you_mean(value, action.choices) or f"; expected one of {', '.join(action.choices)}"
             self.error(f"unknown command '{value}'{near}")
+
+
+def _expanded(word: str) -> Path:
+    return Path(word).expanduser()
 
 
 def parse(parser: Parser, argv: list[str]) -> argparse.Namespace:
@@ -135,13 +147,14 @@ def overrides(args: argparse.Namespace, base: dict[str, Any] | None = None) -> l
     The value of a flag for a string is taken literally, not parsed as YAML.
     """
     from anarchobot.config.loading import leaf_keys
+    from anarchobot.config.schema import PathName
 
     result: list[str | tuple[str, Any]] = [*(base or {}).items(), *getattr(args, "settings", [])]
     for name, value in vars(args).items():
         if name.startswith(_SETTING) and value is not None:
             key = name.removeprefix(_SETTING)
             annotation = leaf_keys()[key].annotation
-            is_literal = isinstance(value, bool) or annotation is str or str in get_args(annotation)
+            is_literal = isinstance(value, bool) or {str, PathName} & {annotation, *get_args(annotation)}
             result.append((key, value) if is_literal else f"{key}={value}")
     return result
 

@@ -10,6 +10,8 @@ from anarchobot.config.schema import (
     Fraction,
     Names,
     NonNegativeFloat,
+    PathName,
+    PathNames,
     Positive,
     PositiveFloat,
     Section,
@@ -20,9 +22,11 @@ from anarchobot.config.schema import (
 class ModelsConfig(Section):
     """The model to adapt, its tokenizer and the target tokenizer."""
 
-    source_model: str = Field(description="folder of the model: a run folder or a Hugging Face model folder")
-    source_tokenizer: str | None = Field(None, description="tokenizer of the model; default: the one in its folder")
-    target_tokenizer: str | None = Field(
+    source_model: PathName = Field(description="folder of the model: a run folder or a Hugging Face model folder")
+    source_tokenizer: PathName | None = Field(
+        None, description="tokenizer of the model; default: the one in its folder"
+    )
+    target_tokenizer: PathName | None = Field(
         None, description="existing tokenizer to adapt to; default: create one (tokenization.target)"
     )
 
@@ -30,10 +34,10 @@ class ModelsConfig(Section):
 class CorpusConfig(Section):
     """Domain text, and general text for comparison."""
 
-    domain: str | Names = Field(
+    domain: PathName | PathNames = Field(
         description="domain text: text, JSONL or Parquet files, folders, globs, or a dataset name"
     )
-    general: str | Names | None = Field(
+    general: PathName | PathNames | None = Field(
         None, description="general text: background for term mining, more text for token vectors; default: none"
     )
     text_field: str = Field("text", description="field that holds the text in JSONL and Hugging Face rows")
@@ -105,7 +109,7 @@ class TokenizationConfig(Section):
         None, description="vocabulary size of a trained tokenizer; default: the source tokenizer's"
     )
     num_workers: Positive = Field(2, description="tokenizer threads; does not affect the shards")
-    cache_dir: str | None = Field(None, description="cache folder for downloaded Hugging Face datasets")
+    cache_dir: PathName | None = Field(None, description="cache folder for downloaded Hugging Face datasets")
     min_line_length: Count = Field(10, description="minimum length in characters of lines used for token vectors")
 
 
@@ -144,18 +148,20 @@ class EvaluationConfig(Section):
     """Evaluation of the model before, between and after the training stages."""
 
     enabled: bool = Field(True, description="false: no evaluation")
-    datasets: Names | None = Field(None, description="text files to evaluate on; default: the held-out documents")
+    datasets: PathNames | None = Field(None, description="text files to evaluate on; default: the held-out documents")
     max_samples: Positive | None = Field(500, description="maximum number of documents and of questions; null: all")
-    qa: str | None = Field(
+    qa: PathName | None = Field(
         None, description="JSONL with question, abstract and answer (yes, no, maybe), as PubMedQA; default: none"
     )
-    baseline_model: str | None = Field(None, description="another model to evaluate, with its tokenizer")
+    baseline_model: PathName | None = Field(None, description="another model to evaluate, with its tokenizer")
 
 
 class PipelineConfig(Section):
     """Where the pipeline writes its results, and how it retries failed stages."""
 
-    run_root: str = Field("runs/adapt", description="folder of the pipeline stages; the model is in RUN_ROOT/result")
+    run_root: PathName = Field(
+        "runs/adapt", description="folder of the pipeline stages; the model is in RUN_ROOT/result"
+    )
     max_retries: Count = Field(3, description="retries of a stage after an error other than a configuration error")
     retry_backoff: NonNegativeFloat = Field(5.0, description="seconds to wait before a retry")
 

@@ -112,7 +112,7 @@ def load_template(tokenizer: ChatTokenizer, choice: str = "auto") -> ChatTemplat
     if choice in ("chatml", "plain"):
         return ChatTemplate(CHATML if choice == "chatml" else PLAIN, tokens, choice)
     try:
-        return ChatTemplate(Path(choice).read_text(encoding="utf-8"), tokens, choice)
+        return ChatTemplate(Path(choice).read_text(encoding="utf-8-sig"), tokens, choice)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{choice}: cannot read chat template: expected auto, chatml, plain or a Jinja file") from error
 
@@ -120,7 +120,7 @@ def load_template(tokenizer: ChatTokenizer, choice: str = "auto") -> ChatTemplat
 def _template_in(folder: Path, config: dict[str, Any]) -> tuple[str | None, str]:
     """The template in a tokenizer folder, and its location."""
     if (folder / FILE).is_file():
-        return (folder / FILE).read_text(encoding="utf-8"), str(folder / FILE)
+        return (folder / FILE).read_text(encoding="utf-8-sig"), str(folder / FILE)
     source = config.get("chat_template")
     if isinstance(source, list):  # several named templates
         named = {item["name"]: item["template"] for item in source}

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from anarchobot.cli.inference import _read_prompts
 from anarchobot.cli.main import build_parser, main
 from anarchobot.cli.parser import parse
 from anarchobot.tasks.pretrain import pretrain
@@ -31,6 +32,13 @@ from tests.tiny import loaded
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
     folder = tmp_path_factory.mktemp("inference") / "chat"
     return make_run(folder, next(tiny_shards.glob("*.model")), n_layers=1, max_seq_len=100_000)
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_prompt(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("\ufeffdef \r\na\u2028b\n".encode())
+    (tmp_path / "p.jsonl").write_bytes('\ufeff{"prompt": "def "}\n'.encode())
+    assert _read_prompts(tmp_path / "p.txt") == ["def ", "a\u2028b"]
+    assert _read_prompts(tmp_path / "p.jsonl") == ["def "]
 
 
 def test_a_prompt_that_is_too_long_is_not_echoed(

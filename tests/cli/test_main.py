@@ -96,6 +96,14 @@ def test_invalid_utf8_arguments_are_rejected(capsys: pytest.CaptureFixture[str])
     assert "not valid UTF-8" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_characters_that_the_output_lacks_are_escaped(encoding: str) -> None:
+    words = [sys.executable, "-m", "anarchobot", "config", "show", "generation.prompt=é 日"]
+    done = subprocess.run(words, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
+    shown = done.stdout.decode(encoding)
+    assert done.returncode == 0 and "\\u65e5" in shown and ("é" if encoding == "latin-1" else "\\xe9") in shown
+
+
 def test_version(capsys: Captured) -> None:
     with pytest.raises(SystemExit) as leaving:
         main(["--version"])

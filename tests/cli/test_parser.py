@@ -169,6 +169,14 @@ def small() -> Parser:
     return parser
 
 
+def test_the_home_folder_is_expanded_in_arguments_that_name_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    args = parse(build_parser(), ["generate", "--checkpoint=~/run", "--prompts", "~/p.txt", "--prompt", "~/x"])
+    assert (args.checkpoint, str(args.prompts)) == ("/home/me/run", "/home/me/p.txt")
+    assert overrides(args) == [("generation.prompt", "~/x")]
+    assert parse(build_parser(), ["pretrain", "~/c.yaml"]).config == "/home/me/c.yaml"
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -1,6 +1,7 @@
 """Loading a file and KEY=VALUE overrides: precedence, sources of values, and error messages."""
 
 import random
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,25 @@ def test_an_empty_section_has_defaults_and_can_be_overridden(here: Path, text: s
     (here / "c.yaml").write_text(text)
     assert load_config("c.yaml").config == Config()
     assert load_config("c.yaml", ["model.n_layers=2"]).config.model.n_layers == 2
+
+
+PATH_KEYS = (
+    *("data.dataset", "data.shard_dir", "data.cache_dir", "train.save_dir", "train.log_path", "train.init_from"),
+    *("train.tokenizer_path", "train.checkpoint_path", "chat.template", "knowledge_base.path"),
+)
+
+
+@pytest.mark.parametrize("key", PATH_KEYS)
+def test_the_home_folder_is_expanded_in_paths(key: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(here))
+    assert attrgetter(key)(load_config(None, [f"{key}=~/a"]).config) == f"{here}/a"
+    assert attrgetter(key)(load_config(None, [(key, "a~/b")]).config) == "a~/b"
+
+
+def test_the_home_folder_is_expanded_in_lists_of_paths_only(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(here))
+    config = load_config(None, ["data.dataset=[~/a, b]", "generation.prompt=~/a"]).config
+    assert config.data.dataset == [f"{here}/a", "b"] and config.generation.prompt == "~/a"
 
 
 def test_a_key_value_pair_is_not_parsed() -> None:
@@ -125,6 +145,11 @@ def another_value(key: str, default: Any) -> Any:
         "lora.dropout": 0.25, "lora.adapter_format": "peft", "train.patience": 3, "chat.format": "oasst",
         "chat.train_on": "all", "chat.too_long": "drop", "preference.loss": "ipo", "preference.label_smoothing": 0.25,
         "generation.stop": ["end", "###"], "train.memory_budget_gb": 2.5, "train.share_muon": True,
+        "model.rope_scaling.type": "linear", "model.rope_scaling.original_max_seq_len": 512,
+        "model.rope_scaling.attention_factor": 1.25, "model.rope_scaling.short_factor": [1.5] * 32,
+        "model.rope_scaling.long_factor": [2.5] * 32, "model.rope_local_theta": 100.0, "model.sliding_window": 512,
+        "model.layer_types": ["full_attention", "sliding_attention"] * 6, "model.attention_scale": 0.5,
+        "model.attention_softcap": 50.0,
     }  # fmt: skip
     if key in special:
         return special[key]
@@ -135,15 +160,36 @@ def another_value(key: str, default: Any) -> Any:
     return default * 2 if isinstance(default, int) and default else default / 2 if default else 3
 
 
+SCALING = {
+    type: [f"model.rope_scaling.{setting}" for setting in (f"type={type}", *settings)]
+    for type, settings in {
+        "linear": [],
+        "llama3": ["original_max_seq_len=1024"],
+        "yarn": ["original_max_seq_len=1024"],
+        "longrope": ["original_max_seq_len=1024", f"short_factor={[1.0] * 32}", f"long_factor={[2.0] * 32}"],
+    }.items()
+}
+# Other settings that a key requires.
+PARTNERS = {
+    "data.score_min": ["data.score_field=q"],
+    "data.score_field": ["data.score_min=1"],
+    "model.hf_config": ["model.architecture=mlx_lm"],
+    **dict.fromkeys(("model.rope_local_theta", "model.layer_types"), ["model.sliding_window=8"]),
+    **{key: ["lora.r=8"] for key in leaf_keys() if key.startswith("lora.") and key != "lora.r"},
+    **{
+        f"model.rope_scaling.{key}": next(SCALING[type] for type, keys in SCALING_KEYS.items() if key in keys)
+        for key in RopeScaling.model_fields
+        if key != "type"
+    },
+}
+
+
 @pytest.mark.parametrize("key", leaf_keys())
 def test_every_key_can_be_set_on_the_command_line(key: str) -> None:
-    section, leaf = key.split(".")
     value = another_value(key, leaf_keys()[key].default)
-    partner = {"data.score_min": ["data.score_field=q"], "data.score_field": ["data.score_min=1"]}.get(key, [])
-    partner = ["lora.r=8"] if section == "lora" and leaf != "r" else partner
-    loaded = load_config(None, [*partner, f"{key}={str(value).lower() if isinstance(value, bool) else value}"])
-    changed = loaded.config.model_dump()[section]
-    assert changed[leaf] == value
+    setting = f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+    loaded = load_config(None, [*PARTNERS.get(key, []), setting])
+    assert attrgetter(key)(loaded.config) == value
     assert loaded.sources[key] == "command line"
 
 
@@ -153,17 +199,24 @@ def test_an_invalid_value_is_reported_with_its_line(key: str, here: Path) -> Non
     order = random.Random(key)
     lines, true_line = ["# settings", ""], 0
     sections = sorted({k.partition(".")[0] for k in leaf_keys()}, key=lambda _: order.random())
+
+    def add(section: str) -> None:
+        nonlocal true_line
+        name, indent = section.rpartition(".")[2], "  " * section.count(".")
+        lines.append(f"{indent}{name}:")
+        keys = sorted({f"{section}.{k[len(section) + 1 :].partition('.')[0]}" for k in leaf_keys() if k.startswith(f"{section}.")})
+        for k in order.sample(keys, len(keys)):
+            lines.extend(order.choice([[], [""], ["  # a comment: 3", ""]]))
+            if k not in leaf_keys():
+                add(k)
+                continue
+            leaf = k.rpartition(".")[2]
+            value = {"wrong": 1} if k == key else leaf_keys()[k].default
+            lines.append(f"{indent}  " + dump({leaf: value}, flow=True).strip()[1:-1])
+            true_line = len(lines) if k == key else true_line
+
     for section in sections:
-        lines.append(f"{section}:")
-        leaves = [k.partition(".")[2] for k in leaf_keys() if k.startswith(f"{section}.")]
-        for leaf in order.sample(leaves, len(leaves)):
-            lines += order.choice([[], [""], ["  # a comment: 3", ""]])
-            if f"{section}.{leaf}" == key:
-                lines.append(f"  {leaf}: {{wrong: 1}}")
-                true_line = len(lines)
-            else:
-                default = leaf_keys()[f"{section}.{leaf}"].default
-                lines.append("  " + dump({leaf: default}).strip())
+        add(section)
     got = message("\n".join(lines))
     assert got.startswith(f"c.yaml:{true_line}: {key}: expected ")
     assert got.endswith(', got {"wrong": 1}')

@@ -42,6 +42,8 @@ def get_field(row: Row, *names: str) -> Any:
     for name in names:
         if row.get(name) is not None:
             return row[name]
+    if null := [name for name in names if name in row]:
+        raise InvalidRow("field is null", " and ".join(map(repr, null)))
     raise InvalidRow(
         "missing field", f"no {' or '.join(map(repr, names))}; the row has {', '.join(sorted(row)) or 'no fields'}"
     )

@@ -49,8 +49,15 @@ def check_fields(fields: Iterable[str], location: str, data: DataConfig) -> None
 
 
 def get_text(row: Row, data: DataConfig) -> str:
-    """Raises ValueError when the text is missing or not a string."""
+    """Decodes bytes, from a Parquet column that is not marked as text. Raises ValueError when there is no text."""
     text = row.get(data.text_field)
+    if isinstance(text, bytes):
+        try:
+            return text.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"'{data.text_field}' has bytes that aren't UTF-8 (byte {error.start + 1})") from error
+    if text is None and data.text_field in row:
+        raise ValueError(f"'{data.text_field}' is null")
     if not isinstance(text, str):
         raise ValueError(f"no text in '{data.text_field}'")
     return text

@@ -1,11 +1,12 @@
 """Evaluates models with different vocabularies on domain text: bits and tokens per byte, question answering."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from anarchobot.config.errors import UserError
+from anarchobot.data.sources.files import EmptyFile, FileRange
+from anarchobot.data.sources.rows import parse, read_jsonl
 from anarchobot.evaluation.evaluate import evaluate_texts
 from anarchobot.evaluation.loglikelihood import loglikelihoods
 from anarchobot.inference.model import Model, load_model
@@ -56,22 +57,24 @@ def read_questions(file: Path) -> list[dict[str, str]]:
     """Raises UserError if the file cannot be read, has no rows, or a row has a missing field or an unknown answer."""
     rows: list[dict[str, str]] = []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = list(read_jsonl(FileRange(file)))
     except OSError as error:
         raise UserError(f"evaluation.qa: {file}: cannot read: {error.strerror}") from error
-    for number, line in enumerate(lines, start=1):
+    except EmptyFile as error:
+        raise UserError(f"evaluation.qa: {file}: no questions") from error
+    for where, line in lines:
         try:
-            row = json.loads(line)
+            if isinstance(line, ValueError):
+                raise line
+            row = parse(line)
             valid = all(isinstance(row[key], str) for key in ("question", "abstract")) and row["answer"] in ANSWERS
         except (ValueError, KeyError, TypeError):
             valid = False
         if not valid:
             raise UserError(
-                f"{file}:{number}: expected a JSON object with question, abstract and answer ({', '.join(ANSWERS)})"
+                f"{where}: expected a JSON object with question, abstract and answer ({', '.join(ANSWERS)})"
             )
         rows.append(row)
-    if not rows:
-        raise UserError(f"evaluation.qa: {file}: no questions")
     return rows
 
 

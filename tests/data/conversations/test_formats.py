@@ -117,7 +117,8 @@ def test_formats_are_detected_from_field_names(tmp_path: Path, name: str) -> Non
 
 
 INVALID = {  # reason: row and detail
-    "missing field": ({"messages": None, "other": 1}, "no 'messages'; the row has messages, other"),
+    "field is null": ({"messages": None, "other": 1}, "'messages'"),
+    "missing field": ({"other": 1}, "no 'messages'; the row has other"),
     "field is not a list": ({"messages": "hi"}, "str in 'messages'"),
     "empty conversation": ({"messages": []}, ""),
     "turn is not an object": ({"messages": ["hi"]}, "str in 'messages', turn 1"),

@@ -131,7 +131,7 @@ def test_messages_outside_any_tree_are_counted(tmp_path: Path) -> None:
     broken = {"message_id": "x", "parent_id": None, "role": "prompter", "text": None}
     found, counts = read(path := jsonl(tmp_path / "oasst.jsonl", *good, *orphans, broken))
     assert len(found) == 1
-    assert counts.skipped == {"missing parent message": 1, "missing field": 1}
+    assert counts.skipped == {"missing parent message": 1, "field is null": 1}
     assert (
         counts.first_skipped["missing parent message"]
         == f"{path}:3: missing parent message (no message gone in this file)"

@@ -43,6 +43,15 @@ def test_text_that_is_not_utf8_is_a_broken_row(tmp_path: Path) -> None:
     assert counts.first_broken == f"{path}: row 1: not UTF-8 (byte 4 of the text)"
 
 
+def test_a_column_of_bytes_is_decoded_where_it_is_utf8(tmp_path: Path) -> None:
+    """Spark and Hive write text without the UTF8 mark."""
+    raw = pa.array(["größe".encode(), b"caf\xe9", None], pa.binary())
+    path = write(tmp_path / "a.parquet", {"text": raw})
+    texts, counts = read(path)
+    assert texts == ["größe"] and counts.broken == 2
+    assert counts.first_broken == f"{path}: row 1: 'text' has bytes that aren't UTF-8 (byte 4)"
+
+
 def test_only_requested_columns_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", {"content": ["a"], "score": [1], "other": [2]})
     assert list(parquet.read_text_rows(path, SCORED)) == [(f"{path}: row 0", {"content": "a", "score": 1})]

@@ -45,6 +45,7 @@ def test_broken_lines_are_counted_and_the_first_is_reported(tmp_path: Path) -> N
         (b'{"text": "\xff"}', "not UTF-8 (byte 11 of the line)"),
         (b"[1]", "not a JSON object"),
         (b'{"text": 5}', "no text in 'text'"),
+        (b'{"text": null}', "'text' is null"),
         (b'{"text": "\\udead"}', "not valid JSON: invalid high surrogate in string (character 11)"),
     ],
 )

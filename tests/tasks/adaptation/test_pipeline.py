@@ -323,6 +323,13 @@ def test_an_invalid_question_is_reported_with_its_line(tmp_path: Path) -> None:
         read_questions(tmp_path / "qa.jsonl")
 
 
+def test_rows_of_questions_end_only_at_line_feeds(tmp_path: Path) -> None:
+    row = {"question": "a?", "abstract": "x\u2028y", "answer": "yes"}
+    text = json.dumps(row, ensure_ascii=False)
+    (tmp_path / "qa.jsonl").write_text(f"\ufeff{text}\n\n{text}\n", encoding="utf-8")
+    assert read_questions(tmp_path / "qa.jsonl") == [row, row]
+
+
 def test_the_markdown_table() -> None:
     results = {"before": {"bits_per_byte": 2.0, "qa_accuracy": 0.5}, "after": {"bits_per_byte": 1.23456}}
     assert to_markdown(results).splitlines()[2:] == ["| before | 2.0000 | 0.5000 |", "| after | 1.2346 | - |"]
