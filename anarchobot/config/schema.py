@@ -139,6 +139,9 @@ class ModelConfig(Section):
     hf_config: str | None = Field(
         None, description="config.json of a model that mlx-lm computes (architecture: mlx_lm); set by `import`"
     )
+    quantization: str | None = Field(
+        None, description="how the frozen base's matrices are quantized, as in mlx-lm; set from train.init_from"
+    )
 
     @property
     def kv_heads(self) -> int:
