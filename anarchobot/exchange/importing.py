@@ -16,7 +16,7 @@ from anarchobot.exchange.atomic_folder import atomic_folder
 from anarchobot.exchange.chat_format import copy_chat_template
 from anarchobot.exchange.dtypes import Float32
 from anarchobot.exchange.safetensors_file import StoredTensor
-from anarchobot.model.architecture import architecture, architecture_names
+from anarchobot.model.architecture import Shape, TensorSource, architecture, architecture_names
 from anarchobot.model.parameters import parameter_count, parameter_shapes
 from anarchobot.optim.param_groups import EMBEDDINGS
 from anarchobot.runs.write_model import write_model
@@ -59,9 +59,11 @@ def load_hf_folder(folder: Path) -> HFModel:
             f"dropping embedding rows without a token: the model has {model.vocab_size:,} rows, its tokenizer "
             f"{tokenizer.vocab_size:,} tokens"
         )
-    _check_tensors(folder, stored, model)
+    _check_blocks(folder, stored, model)
+    sources = architecture(model.architecture).tensor_sources(model, values["model_type"])
+    _check_tensors(folder, stored, sources, model)
     rows = tokenizer.vocab_size
-    weights = LazyWeights(parameter_shapes(model), lambda name: _load_finite(stored[name], name, rows))
+    weights = LazyWeights(sources, lambda name: _load_finite(stored[sources[name].name], sources[name], name, rows))
     bos = values.get("bos_token_id")
     has_bos = isinstance(bos, int) and 0 <= bos < tokenizer.vocab_size and bos != tokenizer.eod_id
     model = model.model_copy(update={"vocab_size": tokenizer.vocab_size, "bos_id": bos if has_bos else None})
@@ -178,15 +180,24 @@ class LazyWeights(Mapping[str, Float32]):
         return len(self._names)
 
 
-def _check_tensors(folder: Path, stored: dict[str, StoredTensor], model: ModelConfig) -> None:
-    """Raises UserError if a tensor is missing, has the wrong shape, or is unknown and not a bias of zeros."""
+def _check_blocks(folder: Path, stored: dict[str, StoredTensor], model: ModelConfig) -> None:
+    """Compares the number of blocks before their names are built: those of 200 million would fill the memory."""
     blocks = len({name.split(".")[2] for name in stored if name.startswith("model.layers.")})
-    if blocks != model.n_layers:  # checked first: the names of 200 million blocks would fill the memory
+    if blocks != model.n_layers:
         raise UserError(
             f"{folder}: the safetensors files have {blocks} blocks (model.layers.…), but config.json says "
             f"num_hidden_layers: {model.n_layers}"
         )
-    shapes = parameter_shapes(model)
+
+
+def _check_tensors(
+    folder: Path, stored: dict[str, StoredTensor], sources: dict[str, TensorSource], model: ModelConfig
+) -> None:
+    """Raises UserError if a tensor is missing, has the wrong shape, or is unknown and not a bias of zeros."""
+    shapes: dict[str, Shape] = {}  # of the stored tensors
+    for param, shape in parameter_shapes(model).items():
+        name, part, _ = sources[param]
+        shapes[name] = shape if part is None else (max(part[1], *shapes.get(name, (0,))[:1]), *shape[1:])
     for name, shape in shapes.items():
         if name not in stored:
             raise UserError(f"{folder}: {name} is missing from the safetensors files: config.json requires it")
@@ -205,11 +216,15 @@ def _check_tensors(folder: Path, stored: dict[str, StoredTensor], model: ModelCo
             raise UserError(f"{tensor.path}: {name} is not zero: biases are supported only on queries, keys and values")
 
 
-def _load_finite(tensor: StoredTensor, name: str, rows: int) -> Float32:
+def _load_finite(tensor: StoredTensor, source: TensorSource, name: str, rows: int) -> Float32:
     """Loads a parameter; the embedding and the output head are cut to `rows` rows."""
     array = tensor.load()
     if not np.isfinite(array).all():
-        raise UserError(f"{tensor.path}: {name} contains a value that is not finite")
+        raise UserError(f"{tensor.path}: {source.name} contains a value that is not finite")
+    if source.rows is not None:
+        array = array[slice(*source.rows)].copy()
+    if source.offset:
+        array += np.float32(source.offset)
     return array[:rows] if name in EMBEDDINGS else array
 
 

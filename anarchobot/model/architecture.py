@@ -50,6 +50,15 @@ class ActivationSizes(NamedTuple):
     saved: int
 
 
+class TensorSource(NamedTuple):
+    """Where a parameter comes from in a Hugging Face folder: the rows [start, stop) of the stored tensor `name` (None:
+    all), with `offset` added to the values."""
+
+    name: str
+    rows: tuple[int, int] | None = None
+    offset: float = 0.0
+
+
 class Architecture(Protocol):
     """The module-level functions of an architecture that do not use MLX."""
 
@@ -68,6 +77,9 @@ class Architecture(Protocol):
 
     def infer_from_weights(self, names: Collection[str]) -> dict[str, Any]:
         """Infers ModelConfig fields that are not in config.json from the names of the weights."""
+
+    def tensor_sources(self, model: ModelConfig, model_type: str) -> dict[str, TensorSource]:
+        """Says where each parameter is stored in a Hugging Face folder of `model_type`."""
 
     def to_hf(self, model: ModelConfig) -> dict[str, Any]:
         """config.json for an exportable model, without token ids and dtype."""

@@ -19,6 +19,7 @@ from anarchobot.model.architecture import (
     Float32,
     QueryBlocks,
     Shape,
+    TensorSource,
 )
 
 HF_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -47,6 +48,8 @@ def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
         }
         if model.attention_bias:
             block |= {f"self_attn.{x}_proj.bias": block[f"self_attn.{x}_proj.weight"][:1] for x in "qkv"}
+        if model.post_norms:
+            block |= {"attention_output_layernorm.weight": (d,), "mlp_output_layernorm.weight": (d,)}
         if model.qk_norm:
             block |= {"self_attn.q_norm.weight": (head,), "self_attn.k_norm.weight": (head,)}
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in block.items()}
@@ -54,6 +57,40 @@ def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
     if not model.tie_embeddings:
         shapes["lm_head.weight"] = (model.vocab_size, d)
     return shapes
+
+
+# Own names of norms whose Hugging Face name differs: Gemma calls the norm before the MLP pre_feedforward_layernorm, and
+# post_attention_layernorm is that of the attention's output.
+_GEMMA_NORMS = {
+    "attention_output_layernorm": "post_attention_layernorm",
+    "post_attention_layernorm": "pre_feedforward_layernorm",
+    "mlp_output_layernorm": "post_feedforward_layernorm",
+}
+_FUSED = {  # parts of Phi-3's matrices, in the order of their rows
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+
+
+def tensor_sources(model: ModelConfig, model_type: str) -> dict[str, TensorSource]:
+    """Phi-3 stores queries, keys and values as one matrix, and gate and up; Gemma stores norms minus one."""
+    shapes = parameter_shapes(model)
+    sources = {name: TensorSource(name) for name in shapes}
+    if model_type == "phi3":
+        for i in range(model.n_layers):
+            for fused, parts in _FUSED.items():
+                start = 0
+                for part in (f"model.layers.{i}.{name}.weight" for name in parts):
+                    stop = start + shapes[part][0]
+                    sources[part] = TensorSource(f"model.layers.{i}.{fused}.weight", (start, stop))
+                    start = stop
+    elif model_type.startswith("gemma"):
+        for name in shapes:
+            if name.endswith("norm.weight"):
+                block, _, norm = name.removesuffix(".weight").rpartition(".")
+                norm = _GEMMA_NORMS.get(norm, norm) if model.post_norms else norm
+                sources[name] = TensorSource(f"{block}.{norm}.weight", offset=1.0)
+    return sources
 
 
 def init(name: str, model: ModelConfig) -> tuple[float, float]:
