@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.exchange.dtypes import Dtype, Float32, from_bfloat16, to_dtype
 
 _CODES: dict[Dtype, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_NUMPY_TYPES: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_NUMPY_TYPES: dict[str, type[np.generic]] = {
+    "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32
+}  # fmt: skip
 MAX_ELEMENTS = 2**48
 MAX_DIMENSIONS = 8  # models have at most 2; NumPy's limit depends on its version
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -49,16 +52,21 @@ class StoredTensor:
     offset: int
 
     def load(self) -> Float32:
-        array = np.fromfile(self.path, _NUMPY_TYPES[self.code], math.prod(self.shape), offset=self.offset)
-        values: Float32 = from_bfloat16(array) if self.code == "BF16" else array.astype(np.float32, copy=False)
-        return values.reshape(self.shape)
+        """Converted to float32, if it is not."""
+        array = self.load_stored()
+        return from_bfloat16(array) if self.code == "BF16" else array.astype(np.float32, copy=False)
+
+    def load_stored(self) -> npt.NDArray[Any]:
+        """In the stored dtype; bfloat16 as uint16."""
+        count = math.prod(self.shape)
+        return np.fromfile(self.path, _NUMPY_TYPES[self.code], count, offset=self.offset).reshape(self.shape)
 
 
 def read(path: Path) -> dict[str, StoredTensor]:
     """Returns a file's tensors by name, without loading them.
 
-    Raises UserError if the file is not a safetensors file, is truncated, or has another dtype than float32, float16 and
-    bfloat16.
+    Raises UserError if the file is not a safetensors file, is truncated, or has another dtype than float32, float16,
+    bfloat16 and uint32 (quantized matrices).
     """
     size = path.stat().st_size
     with path.open("rb") as file:

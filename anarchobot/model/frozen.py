@@ -1,9 +1,9 @@
 """Frozen weights in as little memory as possible: quantized, or in the dtype of the matrix products."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.schema import LoraConfig, ModelConfig
@@ -11,10 +11,11 @@ from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.linear import Quantized, matrix
 from anarchobot.model.lora import GROUP, adapted_matrices, adapter_scale, init_factors, is_quantized
 from anarchobot.model.parameters import parameter_shapes
+from anarchobot.model.quantization import parts_of
 
 
 def init_adapters(
-    weights: Mapping[str, npt.NDArray[np.float32]], model: ModelConfig, lora: LoraConfig, seed: int, dtype: mx.Dtype
+    weights: Mapping[str, npt.NDArray[Any]], model: ModelConfig, lora: LoraConfig, seed: int, dtype: mx.Dtype
 ) -> tuple[Params, Params]:
     """Returns new adapters, float32, and the frozen parameters: the base weights and the adapters' constants."""
     frozen = frozen_weights(weights, model, dtype, lora.quantize)
@@ -28,23 +29,26 @@ def init_adapters(
 
 
 def frozen_weights(
-    weights: Mapping[str, npt.NDArray[np.float32]], model: ModelConfig, dtype: mx.Dtype, bits: int | None = None
+    weights: Mapping[str, npt.NDArray[Any]], model: ModelConfig, dtype: mx.Dtype, bits: int | None = None
 ) -> Params:
     """Converts float32 weights, reading them one at a time: norms stay float32; matrices become `dtype` or, with `bits`
-    (4 or 8), are quantized with scales in `dtype`, including embedding and head (lora.is_quantized)."""
+    (4 or 8), are quantized with scales in `dtype`, including embedding and head (lora.is_quantized). Matrices that are
+    quantized already (model/quantization.py) stay as they are, with scales in `dtype`."""
     frozen: Params = {}
+    names = set(weights)
     for name, shape in parameter_shapes(model).items():
         weight = mx.array(weights[name])
-        if len(shape) == 1:
+        if (parts := parts_of(name))[1] in names:
+            frozen[name] = weight
+            frozen |= {part: mx.array(weights[part]).astype(dtype) for part in parts[1:]}
+        elif len(shape) == 1:
             frozen[name] = weight
         elif bits is None or not is_quantized(shape):
             frozen[name] = weight.astype(dtype)
         else:
             packed, scales, biases = mx.quantize(weight, group_size=GROUP, bits=bits)
-            name = name.removesuffix(".weight")
-            frozen |= {
-                f"{name}.weight": packed, f"{name}.scales": scales.astype(dtype), f"{name}.biases": biases.astype(dtype)
-            }  # fmt: skip
+            packed = packed.reshape(shape[0], -1, bits)
+            frozen |= dict(zip(parts, (packed, scales.astype(dtype), biases.astype(dtype)), strict=True))
         mx.eval(frozen)  # frees the float32 weight before the next one is read
     return frozen
 

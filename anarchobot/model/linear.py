@@ -3,7 +3,7 @@
 The flat parameter dict describes layer NAME by these entries (mlx-lm's names, also in its adapter files):
 
     NAME.weight [out, in]                         or, quantized by `mx.quantize`,
-    NAME.weight uint32, NAME.scales, NAME.biases  in groups of GROUP columns
+    NAME.weight uint32, NAME.scales, NAME.biases  (`Quantized` below)
     NAME.bias [out]                               in some models
     NAME.lora_a [in, r], NAME.lora_b [r, out]     LoRA (Hu et al., 2022), with the constant NAME.lora_scale
     NAME.m [out]                                  DoRA (Liu et al., 2024), with the constant NAME.row_norms
@@ -23,27 +23,37 @@ import mlx.core as mx
 
 from anarchobot.config.validation import PROJECTIONS
 from anarchobot.model.gradient_accumulator import GradientAccumulator, Params
-from anarchobot.model.lora import GROUP
 from anarchobot.numerics.device import on_cpu
 
 _FEW_ROWS = 8  # with fewer rows, a CPU multiplies by quantized weights faster than it dequantizes them
 
 
 class Quantized(NamedTuple):
-    """A matrix [out, in] from `mx.quantize`: integers of a few bits, with a scale and a bias for every GROUP
-    columns."""
+    """A matrix [out, in] from `mx.quantize`: integers of a few bits, with a scale and a bias for every group of
+    columns. 32 columns take `bits` words, so the shapes tell the width, the bits and the group size."""
 
-    weight: mx.array  # uint32 [out, in bits / 32]
-    scales: mx.array  # [out, in / GROUP]
+    weight: mx.array  # uint32 [out, in / 32, bits]
+    scales: mx.array  # [out, in / group size]
     biases: mx.array
 
     @property
     def bits(self) -> int:
-        return self.weight.shape[1] * 32 // (self.scales.shape[1] * GROUP)
+        return self.weight.shape[2]
+
+    @property
+    def group_size(self) -> int:
+        return self.weight.shape[1] * 32 // self.scales.shape[1]
 
     def dequantize(self) -> mx.array:
         """[out, in], in the scales' dtype."""
-        return mx.dequantize(*self, group_size=GROUP, bits=self.bits)
+        weight, scales, biases = self
+        return mx.dequantize(weight.flatten(1), scales, biases, group_size=self.group_size, bits=self.bits)
+
+    def matmul(self, x: mx.array, transpose: bool) -> mx.array:
+        """x W or, with `transpose`, x W^T."""
+        weight, scales, biases = self
+        settings = {"transpose": transpose, "group_size": self.group_size, "bits": self.bits}
+        return mx.quantized_matmul(x, weight.flatten(1), scales, biases, **settings)
 
 
 Matrix = mx.array | Quantized
@@ -71,7 +81,7 @@ def matmul_t(x: mx.array, w: Matrix) -> mx.array:
     """x W^T, in x's dtype."""
     if isinstance(w, Quantized):
         if not _should_dequantize(x):
-            return mx.quantized_matmul(x, *w, transpose=True, group_size=GROUP, bits=w.bits)
+            return w.matmul(x, transpose=True)
         w = w.dequantize()
     return x @ w.astype(x.dtype).T
 
@@ -80,7 +90,7 @@ def matmul(dy: mx.array, w: Matrix) -> mx.array:
     """dy W, in dy's dtype: the gradient of x in y = x W^T."""
     if isinstance(w, Quantized):
         if not _should_dequantize(dy):
-            return mx.quantized_matmul(dy, *w, transpose=False, group_size=GROUP, bits=w.bits)
+            return w.matmul(dy, transpose=False)
         w = w.dequantize()
     return dy @ w.astype(dy.dtype)
 
