@@ -244,13 +244,17 @@ def _answer(session: "ChatSession", question: str, args: argparse.Namespace) -> 
     text = session.answer(question, on_text=(lambda text: None) if args.json else _write_visible)
     sources = list(dict.fromkeys(hit.source for hit in session.hits))
     if args.json:
-        _write(json.dumps({"question": question, "answer": text, "sources": sources}) + "\n")
+        row = {"question": question, "answer": text, "sources": sources, "dropped_passages": session.dropped_hits}
+        _write(json.dumps(row) + "\n")
         return
     _write("\n")
     if not text and not args.quiet:
         print("(empty answer)", file=sys.stderr)
     if sources and not args.quiet:
         _write_visible(f"(sources: {', '.join(sources)})\n")
+    if session.dropped_hits and not args.quiet:
+        total = session.dropped_hits + len(session.hits)
+        print(f"({session.dropped_hits} of {total} passages did not fit in the context window)", file=sys.stderr)
     if session.dropped_turns > dropped and not args.quiet:
         print(f"(dropped {session.dropped_turns} turns that no longer fit in the context window)", file=sys.stderr)
 

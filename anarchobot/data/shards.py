@@ -27,6 +27,7 @@ DTYPES = ("uint16", "uint32")
 SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
 Split = Literal["train", "val"]
 RawIds = memoryview  # token ids in the dtype of the shards
+PREFIX, PREFIX_ROWS = 16, 2**16  # tokens by which documents are looked up, and documents compared at once
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,29 @@ def first_documents(stream: TokenStream, documents: int, tokens: int) -> Iterato
     starts = stream.document_starts()[: documents + 1].tolist()
     for start, end in pairwise(starts):
         yield stream.read(start, min(end - 1, start + tokens))
+
+
+def contains_documents(stream: TokenStream, documents: Sequence[npt.NDArray[np.int32]]) -> list[bool]:
+    """Whether the stream contains each document [n]: as a whole or, since a long document may end in the other split,
+    at least half of it from its start."""
+    starts = stream.document_starts()
+    lengths = np.diff(starts) - 1
+    found = [False] * len(documents)
+    by_prefix: dict[bytes, list[int]] = {}
+    for i, ids in enumerate(documents):
+        by_prefix.setdefault(ids[:PREFIX].tobytes(), []).append(i)
+    for length in {min(len(ids), PREFIX) for ids in documents} - {0}:
+        candidates = np.flatnonzero(lengths >= length if length == PREFIX else lengths == length)
+        for chunk in np.array_split(candidates, len(candidates) // PREFIX_ROWS + 1):
+            prefixes = stream.rows(starts[chunk], length)
+            for document, prefix in zip(chunk.tolist(), prefixes, strict=True):
+                for i in by_prefix.get(prefix.tobytes(), ()):
+                    ids, size = documents[i], int(lengths[document])
+                    if len(ids) <= 2 * size <= 2 * len(ids):
+                        same = size if size == len(ids) else size - 2  # the last tokens before a cut may differ
+                        start = int(starts[document])
+                        found[i] |= bool((stream.read(start, start + same) == ids[:same]).all())
+    return found
 
 
 def verify(folder: str | Path) -> Iterator[tuple[str, str]]:

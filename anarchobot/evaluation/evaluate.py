@@ -3,6 +3,7 @@
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, DataConfig
 from anarchobot.data.batches import ValBatches
 from anarchobot.data.conversations.reading import RowCounts, read_conversations
-from anarchobot.data.shards import TokenStream
+from anarchobot.data.shards import TokenStream, contains_documents
 from anarchobot.data.sources.documents import DocumentCounts, from_files
 from anarchobot.data.windows import StreamWindows
 from anarchobot.evaluation.loglikelihood import loglikelihoods, rolling_windows
@@ -24,7 +25,7 @@ from anarchobot.inference.chat import chat_encoder
 from anarchobot.inference.generation import TextBatch
 from anarchobot.inference.model import Model, load_model
 from anarchobot.model.architecture import forward_pass
-from anarchobot.model.loss import head_matrix, loss_sum
+from anarchobot.model.loss import loss_sum
 from anarchobot.tokenizers.conversation import InvalidRow
 from anarchobot.tokenizers.tokenizer import digest
 
@@ -54,7 +55,8 @@ def evaluate(path: str, request: EvalRequest, log: Log = lambda text: None) -> d
     if request.shards is not None:
         results[f"shards {request.shards}"] = evaluate_shards(model, config, request.shards, log)
     if request.texts:
-        results[f"text {' '.join(request.texts)}"] = evaluate_texts(model, request.texts, request.limit, log)
+        trained = training_streams(model, config)
+        results[f"text {' '.join(request.texts)}"] = evaluate_texts(model, request.texts, request.limit, log, trained)
     if request.rouge is not None:
         results[f"answers {request.rouge}"] = evaluate_rouge(model, config, request.rouge, request.limit, log)
     if request.tasks:
@@ -81,8 +83,8 @@ def evaluate_shards(model: Model, config: Config, folder: str, log: Log) -> Metr
         batch = val[i]
         segments = None if batch.segments is None else mx.array(batch.segments[0])
         hidden = forward.hidden_states(params, mx.array(batch.inputs[0]), shape, dtype=dtype, segments=segments)
-        flat, targets = hidden.reshape(-1, shape.d_model), mx.array(batch.targets[0].reshape(-1))
-        nats += float(np.array(loss_sum(flat, head_matrix(params, shape), targets, shape)))
+        flat, targets = hidden.reshape(-1, hidden.shape[-1]), mx.array(batch.targets[0].reshape(-1))
+        nats += float(np.array(loss_sum(flat, params, targets, shape)))
         tokens += int(np.count_nonzero(batch.targets >= 0))
         if (i + 1) % LOG_BATCHES == 0 or i + 1 == len(val):
             log(f"{tokens:,} tokens, {(i + 1) / len(val):.0%}")
@@ -91,14 +93,28 @@ def evaluate_shards(model: Model, config: Config, folder: str, log: Log) -> Metr
     return _loss_metrics(nats, tokens, total_bytes * tokens / stream.manifest.tokens("val"))
 
 
-def evaluate_texts(model: Model, names: Sequence[str], limit: int | None, log: Log) -> Metrics:
-    """Text, JSONL or Parquet files. Documents are scored separately, each token once."""
+def training_streams(model: Model, config: Config) -> list[TokenStream]:
+    """The training splits of data.shard_dir that are still there and have the model's tokenizer."""
+    streams = []
+    for folder in [config.data.shard_dir] if isinstance(config.data.shard_dir, str) else config.data.shard_dir:
+        with suppress(UserError):
+            streams.append(TokenStream(folder, "train"))
+    return [stream for stream in streams if stream.manifest.tokenizer["sha256"] == digest(model.tokenizer)]
+
+
+def evaluate_texts(
+    model: Model, names: Sequence[str], limit: int | None, log: Log, trained: Sequence[TokenStream] = ()
+) -> Metrics:
+    """Text, JSONL or Parquet files. Documents are scored separately, each token once. With `trained`, the shards that
+    the model was trained on, also counts the documents among them."""
     counts, nats, tokens, size = DocumentCounts(), 0.0, 0, 0
     max_seq_len = model.config.max_seq_len
     texts = [document.text for document in islice(from_files(names, DataConfig(), counts), limit)]
+    seen = 0
     for start in range(0, len(texts), DOCUMENT_BATCH):
         batch = texts[start : start + DOCUMENT_BATCH]
         ids = model.tokenizer.encode_batch(batch)
+        seen += sum(map(any, zip(*(contains_documents(stream, ids) for stream in trained), strict=True)))
         windows = [window for row in ids for window in rolling_windows(row.tolist(), model.bos_id, max_seq_len)]
         nats -= sum(score.log_prob for score in loglikelihoods(model, windows))
         tokens += sum(map(len, ids))
@@ -108,7 +124,10 @@ def evaluate_texts(model: Model, names: Sequence[str], limit: int | None, log: L
         raise UserError(f"{' '.join(names)}: no documents to evaluate ({counts.read:,} read)")
     for line in counts.details():
         log(line)
-    return _loss_metrics(nats, tokens, size) | {"documents": len(texts)}
+    if seen:
+        log(f"warning: the model was trained on {seen:,} of these {len(texts):,} documents")
+    metrics = _loss_metrics(nats, tokens, size) | {"documents": len(texts)}
+    return metrics | {"documents_trained_on": seen} if trained else metrics
 
 
 def evaluate_rouge(model: Model, config: Config, name: str, limit: int | None, log: Log) -> Metrics:

@@ -34,8 +34,9 @@ def chat_warnings(encoder: ChatEncoder) -> list[str]:
 
 
 class ChatSession:
-    """`turns` alternate between user and assistant, without passages. `hits` are the passages of the last question.
-    The first `dropped_turns` turns no longer fit into the context window."""
+    """`turns` alternate between user and assistant, without passages. `hits` are the passages in the last question's
+    prompt; `dropped_hits` more were found, but did not fit. The first `dropped_turns` turns no longer fit into the
+    context window."""
 
     def __init__(self, model: Model, settings: GenerationConfig, knowledge_base: KnowledgeBase | None = None) -> None:
         """Raises UserError for an unusable chat template."""
@@ -46,7 +47,7 @@ class ChatSession:
         self._question, self._answers = "", 0
         self.turns: list[Message] = []
         self.hits: list[Hit] = []
-        self.dropped_turns = 0
+        self.dropped_hits = self.dropped_turns = 0
 
     def warnings(self) -> list[str]:
         """Returns warnings about the chat template."""
@@ -59,6 +60,7 @@ class ChatSession:
         """
         hits = [] if self._knowledge_base is None else self._knowledge_base.search(question)
         context, self.hits = self._fit_context(question, hits)
+        self.dropped_hits = len(hits) - len(self.hits)
         batch = TextBatch(self._model, max_rows=1)
         seed = (self._settings.seed + self._answers) % NUM_SEEDS  # a repeated question gets a different answer
         batch.insert(context, self._settings.model_copy(update={"seed": seed}), self._stop)
@@ -84,7 +86,7 @@ class ChatSession:
 
     def reset(self) -> None:
         """Clears the conversation, except for the system message."""
-        self.turns, self.hits, self.dropped_turns = [], [], 0
+        self.turns, self.hits, self.dropped_hits, self.dropped_turns = [], [], 0, 0
 
     def rate(self, reward: float) -> int:
         """Records in the knowledge base whether its passages helped with the last question (1.0) or not (-1.0).
@@ -93,6 +95,8 @@ class ChatSession:
         """
         if self._knowledge_base is None:
             raise UserError("there is no knowledge base to rate: start with --kb FILE")
+        if not self.hits and self.dropped_hits:
+            raise UserError("none of the passages found for the last question fit in the context window")
         if not self.hits:
             raise UserError("no passages were found for the last question")
         self._knowledge_base.feedback(self._question, [hit.passage_id for hit in self.hits], reward)

@@ -16,6 +16,7 @@ from anarchobot.data.shards import (
     Manifest,
     Shard,
     TokenStream,
+    contains_documents,
     first_documents,
     length_histogram,
     read_manifest,
@@ -95,6 +96,23 @@ def test_document_starts_and_first_documents(folder: Path) -> None:
     starts = TokenStream(folder, "train").document_starts()
     assert starts.dtype == np.int64 and starts.tolist() == [0, 4, 5, 8, 11, 13]
     assert [ids.tolist() for ids in first_documents(TokenStream(folder, "train"), 3, 2)] == [[5, 6], [], [1, 2]]
+
+
+def test_documents_are_found_by_their_ids(tmp_path: Path) -> None:
+    """Whole, or from their start up to a cut in their second half, where the last two tokens may differ."""
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(1, 100, n) for n in (1, 5, 16, 17, 40, 100, 1000)]
+    cut = documents[-1][:600].copy()
+    cut[-1] = 99 - cut[-1]
+    kept = [*documents[:-1], cut]
+    shards = [np.concatenate([[*ids, 0] for ids in part]).tolist() for part in (kept[:3], kept[3:])]
+    write_shards(tmp_path, 101, train=shards)
+    changed = [ids.copy() for ids in documents[1:]]
+    for ids in changed:
+        ids[len(ids) // 2] += 1
+    longer, shorter = np.concatenate([documents[4], documents[4], [1]]), documents[5][:60]
+    asked = [ids.astype(np.int32) for ids in (*documents, *changed, longer, shorter, np.array([]))]
+    assert contains_documents(TokenStream(tmp_path, "train"), asked) == [True] * 7 + [False] * 9
 
 
 def test_length_histogram_by_powers_of_two(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from anarchobot.cli.main import main
-from anarchobot.data.shards import read_manifest
+from anarchobot.data.shards import TokenStream, first_documents, read_manifest
 from anarchobot.exchange.exporting import export
 from anarchobot.inference.model import load_model
 from anarchobot.tasks.pretrain import pretrain
+from anarchobot.tokenizers.tokenizer import load_tokenizer
 from tests.exchange.conftest import bpe as bpe
 from tests.exchange.conftest import tokenizers_folder as tokenizers_folder
 from tests.exchange.random_run import ROOT, make_run
@@ -73,6 +74,21 @@ def test_shard_metrics_match_the_training_log(
     assert metrics["bytes"] == pytest.approx(sum(shard.bytes for shard in manifest.shards_in("val")), rel=1e-3)
 
 
+def test_documents_that_the_model_was_trained_on_are_counted(
+    tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run"), show="nothing")
+    stream, tokenizer = TokenStream(tiny_shards, "train"), load_tokenizer(tiny_shards)
+    known = [tokenizer.decode(ids.tolist()) for ids in first_documents(stream, 2, 10**6)]
+    rows = [{"text": text} for text in (*known, known[0][: len(known[0]) // 3])]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--checkpoint", str(tmp_path / "run"), "--text", str(tmp_path / "t.jsonl")]
+    (metrics,) = run_evaluate(capsys, *words)["results"].values()
+    assert (metrics["documents"], metrics["documents_trained_on"]) == (3, 2)
+    assert main(["evaluate", *words]) == 0
+    assert "the model was trained on 2 of these 3 documents" in "".join(capsys.readouterr())
+
+
 def test_rouge_and_comparison_of_two_models(tmp_path: Path, bpe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A model's own greedy answers as references score 1; another model scores less."""
     run = make_run(tmp_path / "run", bpe, max_seq_len=128)
@@ -117,7 +133,7 @@ def test_errors_are_one_line(tmp_path: Path, bpe: Path, tiny_shards: Path, capsy
     for words, message in (
         ([], "one of the arguments --checkpoint --compare is required"),
         (["--checkpoint", run], "expected --shards, --text, --rouge or --tasks"),
-        (["--checkpoint", str(tmp_path / "none"), "--text", "README.md"], "no checkpoint here"),
+        (["--checkpoint", str(tmp_path / "none"), "--text", "README.md"], "none: no such folder"),
         (["--checkpoint", run, "--text", "none.txt"], "none.txt: no such file"),
         (["--checkpoint", run, "--text", str(tmp_path / "empty.jsonl")], "no documents to evaluate (1 read)"),
         (["--checkpoint", run, "--shards", str(tmp_path)], "no token shards here"),

@@ -167,6 +167,10 @@ def test_passages_that_do_not_fit_are_dropped_from_the_last(
         assert session.hits == found[: len(session.hits)]
         sizes = [len(chatml(chat_model, ("user", prompt_with_passages(question, found[:k])))) for k in range(3)]
         assert len(session.hits) == max((k for k in range(3) if sizes[k] <= room), default=0)
+        assert session.dropped_hits == len(found) - len(session.hits)
+        if not session.hits:
+            with pytest.raises(UserError, match="none of the passages found for the last question fit"):
+                session.rate(1.0)
         counts.append(len(session.hits))
     assert set(counts) == {0, 1, 2}
 
