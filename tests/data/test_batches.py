@@ -1,5 +1,7 @@
 """Batch order: every window once per epoch, random access, and mixture weights; the permutation behind it."""
 
+from itertools import combinations
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -72,6 +74,18 @@ def test_each_set_of_a_mixture_has_its_own_epochs() -> None:
     assert sorted(small[:40]) == sorted(small[40:]) == list(range(40))
     assert small[:40] != small[40:]
     assert len({number for name, number in windows if name == 1}) == 80
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_sets_of_equal_size_have_different_orders(seed: int) -> None:
+    """Four sets in turn: two of them have the same number in the same place no more often than by chance, which is
+    once per epoch on average."""
+    size, epochs = 512, 2
+    batches = TrainBatches([Indexed(size, i) for i in range(4)], seed, [1.0] * 4)
+    windows = batches.at(0, 1, 4 * size * epochs).inputs.reshape(-1, 2)
+    orders = [windows[windows[:, 0] == s, 1].reshape(epochs, size) for s in range(4)]
+    for a, b in combinations(orders, 2):
+        assert (a == b).sum(axis=1).max() < 10
 
 
 def test_segments_are_batched() -> None:

@@ -119,6 +119,27 @@ def test_bands_suit_the_threshold(threshold: float) -> None:
     assert np.mean(found[False]) <= 0.01
 
 
+@pytest.mark.parametrize("bins", [64, 90, 96, 112, 127])
+def test_threshold_is_inclusive(bins: int) -> None:
+    """Against exact similarity: prefixes of a document with `bins` / 128 of its shingles, one bin more and one less.
+    The documents are those whose estimates are exact. Similarity at the threshold is a near duplicate."""
+    rng, unit = np.random.default_rng(bins), 20  # shingles per 1/128
+    exact = 0
+    while exact < 5:
+        ids = rng.integers(0, 2**31, BINS * unit + SHINGLE - 1).astype(np.int32)
+        parts = [ids[: share * unit + SHINGLE - 1] for share in (bins - 1, bins, bins + 1)]
+        if [(minhash(part) == minhash(ids)).sum() for part in parts] != [bins - 1, bins, bins + 1]:
+            continue
+        exact += 1
+        below, at, above = (jaccard(shingles(part), shingles(ids)) for part in parts)
+        assert below < at == bins / BINS < above
+        for part, is_new in zip(parts, (True, False, False), strict=True):
+            near = NearDuplicateIndex(at)
+            assert near.add_if_new(ids) and near.add_if_new(part) == is_new
+        near = NearDuplicateIndex(np.nextafter(at, 1))
+        assert near.add_if_new(ids) and near.add_if_new(parts[1])
+
+
 @given(st.lists(st.lists(st.integers(0, 2**32 - 2), max_size=40), max_size=30), st.floats(0.05, 1))
 def test_identical_document_is_never_new(made: list[list[int]], threshold: float) -> None:
     near = NearDuplicateIndex(threshold)

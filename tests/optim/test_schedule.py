@@ -21,12 +21,27 @@ def config(**changes: object) -> TrainConfig:
         ({"schedule": "cosine", "lr_decay_steps": 200}, {105: 0.55, 110: 0.51284}),
         ({"schedule": "linear", "warmup_steps": 0}, {1: 1 - 0.9 / 110, 55: 0.55, 110: 0.1}),
         ({"schedule": "wsd", "decay_fraction": 1.0}, {10: 1.0, 60: 0.55, 110: 0.1}),
+        ({"schedule": "wsd", "lr_decay_steps": 10}, {9: 0.9, 10: 0.1, 11: 0.1, 110: 0.1}),
     ],
     ids=str,
 )
 def test_learning_rate(changes: dict[str, object], points: dict[int, float]) -> None:
     train = config(**changes)
     assert {s: learning_rate(s, train, 110) for s in points} == pytest.approx(points, rel=1e-4)
+
+
+@pytest.mark.parametrize("steps", [50, 110, 1000])
+@pytest.mark.parametrize(("end", "fraction"), [(80, 0.25), (80, 1.0), (12, 0.5), (200, 0.1)])
+def test_wsd_decays_over_the_last_part_of_lr_decay_steps(end: int, fraction: float, steps: int) -> None:
+    """The length of the run has no influence. From the end of the warmup, 10: 1 up to `corner`, a line to 0.1 at
+    `end`, then 0.1."""
+    train = config(schedule="wsd", lr_decay_steps=end, decay_fraction=fraction)
+    corner = max(10, end - round(fraction * end))
+    expected = {
+        1: 0.1, 9: 0.9, 10: 1.0, corner: 1.0, corner + 1: 1 - 0.9 / (end - corner),
+        end - 1: 0.1 + 0.9 / (end - corner), end: 0.1, end + 1: 0.1, end + 500: 0.1,
+    }  # fmt: skip
+    assert {s: learning_rate(s, train, steps) for s in expected} == pytest.approx(expected, rel=1e-12)
 
 
 def test_momentum_warmup() -> None:

@@ -72,8 +72,11 @@ def test_best_checkpoint_is_saved_and_kept(tmp_path: Path) -> None:
 
 
 def test_non_finite_step_is_logged_and_skipped(tmp_path: Path) -> None:
+    """Its norm is finite, and still not part of the statistics of norms."""
     finished, lines = train(tmp_path, FakeEngine(nan_at=2), 3, log_interval=1)
     assert finished
+    assert [line["reason"] for line in lines if line["event"] == "skip"] == ["not finite"]
+    assert checkpoint.find(tmp_path).state["norms"] == [1.0, 1.0]
     assert [(line["event"], line["step"]) for line in lines if line["event"] in ("train", "skip")] == [
         ("train", 1),
         ("skip", 2),

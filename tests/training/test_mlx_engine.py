@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from anarchobot.config.errors import UserError
-from anarchobot.config.schema import Config
+from anarchobot.config.schema import Config, GuardConfig
 from anarchobot.data.windows import IGNORE, Batch
 from anarchobot.numerics.cores import workers_for
+from anarchobot.training.guard import Guard
 from anarchobot.training.mlx_engine import MLXEngine
 
 
@@ -297,6 +298,50 @@ def test_norm_above_the_limit_changes_nothing() -> None:
     for name, value in engine.state().items():
         np.testing.assert_array_equal(value, before[name], err_msg=name)
     assert engine.train_step(random_batch(1, 2), 1, 0.01, 0.9, norm_limit=norm).applied
+
+
+def test_bias_correction_counts_updates_not_steps() -> None:
+    """After a skipped step, training continues as if that step had not been. Independent of any engine: AdamW's first
+    update has the size of the learning rate; corrected as the second, it would have 0.74 of that size."""
+    settings = config(optimizer="adamw", weight_decay=0.0)
+    skipping, plain = MLXEngine(settings), MLXEngine(settings)
+    before = parameters(plain)
+    assert not skipping.train_step(random_batch(1, 2, seed=9), 1, 0.01, 0.9, norm_limit=1e-9).applied
+    for step in (2, 3):
+        for engine in (skipping, plain):
+            assert engine.train_step(random_batch(1, 2, seed=step), step, 0.01, 0.9).applied
+        if step == 2:
+            size = max(np.abs(p - before[name]).max() for name, p in parameters(skipping).items())
+            assert size == pytest.approx(0.01, rel=1e-3)
+    assert skipping.state()["updates"] == 2
+    for name, p in parameters(plain).items():
+        np.testing.assert_array_equal(parameters(skipping)[name], p, err_msg=name)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_non_finite_loss_under_a_finite_norm_is_a_bad_step(precision: str, loss: float) -> None:
+    """The weights stay the same, and the guard counts the step and does not learn from its norm."""
+
+    class NonFiniteLoss(MLXEngine):
+        def _accumulate_gradients(self, *args: Any) -> Any:
+            metrics, grads = super()._accumulate_gradients(*args)
+            return [loss, *metrics[1:]], grads
+
+    engine = NonFiniteLoss(config(precision=precision, ema_decay=0.9))
+    before = {name: np.array(value) for name, value in engine.state().items()}
+    norms: list[float] = []
+    guard = Guard(GuardConfig(rollback_after=2), norms)
+    for step in (1, 2):
+        result = engine.train_step(random_batch(1, 2), step, 0.01, 0.9)
+        assert math.isfinite(result.grad_norm) and not result.finite and not result.applied
+        assert result.overflow == (precision == "float16")
+        guard.observe(result.grad_norm, finite=result.finite, overflow=False)
+        assert guard.last_step_was_bad and guard.should_roll_back == (step == 2)
+    assert norms == []
+    for name, value in engine.state().items():
+        expected = before[name] / 4 if name == "loss_scale" else before[name]
+        np.testing.assert_array_equal(value, expected, err_msg=name)
 
 
 def test_state_is_not_changed_by_later_steps() -> None:
