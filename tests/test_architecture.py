@@ -25,6 +25,14 @@ FLOORS = {
 NUMPY_ONLY = ("config", "tokenizers", "data", "storage", "runs", "exchange", "knowledge", "vocab", "reporting")
 
 
+# Every file of a room, by its path inside the package, which is also its name in test ids: stems are not unique.
+FILES = {file.relative_to(PACKAGE).as_posix(): file for file in sorted(PACKAGE.rglob("*.py")) if file.parent != PACKAGE}
+
+
+def room_of(path: str) -> str:
+    return path.split("/")[0]
+
+
 def imports(file: Path, type_checking: bool = True) -> Iterator[str]:
     """Yields every module that a file imports, also inside functions and, by default, under TYPE_CHECKING."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -35,35 +43,30 @@ def imports(file: Path, type_checking: bool = True) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{file}: relative import"  # the rules below would not see it
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def rooms() -> Iterator[tuple[str, Path]]:
-    for file in sorted(PACKAGE.rglob("*.py")):
-        parts = file.relative_to(PACKAGE).parts
-        if len(parts) > 1:
-            yield parts[0], file
-
-
 def test_every_room_has_a_floor() -> None:
-    assert {room for room, _ in rooms()} == set(FLOORS)
+    assert {room_of(path) for path in FILES} == set(FLOORS)
 
 
-@pytest.mark.parametrize(("room", "file"), list(rooms()), ids=lambda x: x if isinstance(x, str) else x.stem)
-def test_rooms_import_only_from_floors_below(room: str, file: Path) -> None:
-    for module in imports(file):
+@pytest.mark.parametrize("path", FILES)
+def test_rooms_import_only_from_floors_below(path: str) -> None:
+    room = room_of(path)
+    for module in imports(FILES[path]):
         if module.startswith("anarchobot.") and (other := module.split(".")[1]) in FLOORS and other != room:
-            assert FLOORS[other] < FLOORS[room], f"{file.name} of {room} imports {module}"
+            assert FLOORS[other] < FLOORS[room], f"{path} imports {module}"
         if room in NUMPY_ONLY:
-            assert module.split(".")[0] not in ("mlx", "torch"), f"{file.name} imports {module}"
+            assert module.split(".")[0] not in ("mlx", "torch"), f"{path} imports {module}"
 
 
 def test_no_import_cycles_between_files() -> None:
     """Imports inside functions count: they hide a cycle but do not remove it."""
-    files = {".".join(("anarchobot", *file.relative_to(PACKAGE).with_suffix("").parts)): file for _, file in rooms()}
-    graph = {name: set(imports(file, type_checking=False)) & set(files) for name, file in files.items()}
+    names = {"anarchobot." + path.removesuffix(".py").replace("/", "."): file for path, file in FILES.items()}
+    graph = {name: set(imports(file, type_checking=False)) & set(names) for name, file in names.items()}
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -71,8 +74,8 @@ def test_no_import_cycles_between_files() -> None:
 
 
 def test_file_names_are_specific() -> None:
-    for _, file in rooms():
-        assert file.stem not in ("utils", "util", "helpers", "common", "misc", "base"), file
+    for path, file in FILES.items():
+        assert file.stem not in ("utils", "util", "helpers", "common", "misc", "base"), path
 
 
 @pytest.mark.parametrize("words", [["-c", "import anarchobot"], ["-m", "anarchobot", "--help"]], ids=["import", "help"])
