@@ -21,6 +21,7 @@ from anarchobot.model.architecture import (
     Shape,
     TensorSource,
 )
+from anarchobot.model.quantization import check_format
 
 HF_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 INIT_STD = 0.02
@@ -135,7 +136,8 @@ def _hf_name(model: ModelConfig) -> str:
 
 
 def from_hf(values: dict[str, Any], file: str) -> dict[str, Any]:
-    """Raises UserError for sliding windows, scaled RoPE, mixtures of experts, quantized weights, other activations."""
+    """Raises UserError for sliding windows, scaled RoPE, mixtures of experts, other activations, and quantized weights in
+    other formats than mlx-lm's affine mode."""
     _check_supported(values, file)
     d_model, n_heads = _positive(values, "hidden_size", file), _positive(values, "num_attention_heads", file)
     head_dim = values.get("head_dim")
@@ -214,8 +216,7 @@ def _check_supported(values: dict[str, Any], file: str) -> None:
     other = set(values.get("layer_types") or ()) - {"full_attention", None if window is None else "sliding_attention"}
     if other:
         raise UserError(f"{file}: layer_types: {sorted(map(str, other))[0]}: only full_attention is supported")
-    if values.get("quantization_config") or values.get("quantization"):
-        raise UserError(f"{file}: quantized weights are not supported: use the model in float32, float16 or bfloat16")
+    check_format(values, file)
 
 
 def _rope(values: dict[str, Any], file: str) -> dict[str, Any]:
