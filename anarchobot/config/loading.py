@@ -306,7 +306,8 @@ def _unknown(key: str, schema: type[BaseModel]) -> str:
         return f"unknown section{hint or did_you_mean(section, schema.model_fields)}"
     if elsewhere:
         return f"unknown key; did you mean '{elsewhere[0]}'?"
-    known = [k.removeprefix(f"{section}.") for k in keys if k.startswith(f"{section}.")]
+    known = [k.removeprefix(f"{section}.").partition(".")[0] for k in keys if k.startswith(f"{section}.")]
+    known = list(dict.fromkeys(known))
     hint = did_you_mean(leaf, known) or did_you_mean(leaf, keys)
     return "unknown key" + (hint or f"; keys of {section}: {', '.join(known)}")
 

@@ -66,7 +66,9 @@ class RopeScaling(Section):
         None, description="how the rotary frequencies are scaled; default: off"
     )
     factor: PositiveFloat = Field(1.0, description="ratio of the extended to the original context length")
-    original_max_seq_len: Positive | None = Field(None, description="context length before scaling; not for linear")
+    original_max_seq_len: Annotated[int, Field(ge=2), INTEGER] | None = Field(
+        None, description="context length before scaling; not for linear"
+    )
     low_freq_factor: PositiveFloat = Field(1.0, description="llama3: longer wavelengths are divided by factor")
     high_freq_factor: PositiveFloat = Field(4.0, description="llama3: shorter wavelengths are unchanged")
     beta_fast: PositiveFloat = Field(32.0, description="yarn: frequencies with more rotations are unchanged")

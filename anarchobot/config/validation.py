@@ -3,9 +3,16 @@
 from collections.abc import Iterator
 
 from anarchobot.config.errors import did_you_mean
-from anarchobot.config.schema import Config, LoraConfig
+from anarchobot.config.schema import Config, LoraConfig, ModelConfig, RopeScaling
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_WITH_ORIGINAL = ("factor", "original_max_seq_len")
+SCALING_KEYS = {  # the keys of model.rope_scaling that each type uses
+    "linear": ("factor",),
+    "llama3": (*_WITH_ORIGINAL, "low_freq_factor", "high_freq_factor"),
+    "yarn": (*_WITH_ORIGINAL, "beta_fast", "beta_slow", "truncate", "attention_factor"),
+    "longrope": (*_WITH_ORIGINAL, "attention_factor", "short_factor", "long_factor"),
+}
 RUN_LENGTH_KEYS = ("train.total_steps", "train.epochs", "train.token_budget")
 
 
@@ -31,6 +38,9 @@ def conflicts(config: Config, given: list[str]) -> Iterator[tuple[tuple[str, ...
             ("model.n_kv_heads", "model.n_heads"),
             f"n_heads ({model.n_heads}) must be divisible by n_kv_heads ({model.kv_heads})",
         )
+    yield from attention_conflicts(model)
+    if model.hf_config is not None and model.architecture == "llama":
+        yield ("model.hf_config", "model.architecture"), "has no effect with architecture: llama: remove it"
     if model.bos_id is not None and model.bos_id >= model.vocab_size:
         yield (
             ("model.bos_id", "model.vocab_size"),
@@ -71,6 +81,52 @@ def conflicts(config: Config, given: list[str]) -> Iterator[tuple[tuple[str, ...
     if train.trainable == "embeddings" and config.lora.r is not None:
         yield ("train.trainable", "lora.r"), "cannot be combined: remove lora.r or train.trainable"
     yield from _lora_conflicts(config)
+
+
+def attention_conflicts(model: ModelConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Like `conflicts`, of the settings of rotary embeddings and sliding windows."""
+    scaling = model.rope_scaling
+    used = () if scaling.type is None else SCALING_KEYS[scaling.type]
+    for key, info in RopeScaling.model_fields.items():
+        if key not in ("type", *used) and getattr(scaling, key) != info.default:
+            without = "without type: set it" if scaling.type is None else f"with type: {scaling.type}: remove it"
+            yield (f"model.rope_scaling.{key}",), f"has no effect {without}"
+        if key in ("original_max_seq_len", "short_factor", "long_factor") and key in used and not getattr(scaling, key):
+            yield ("model.rope_scaling.type",), f"{scaling.type} requires model.rope_scaling.{key}"
+    for key in ("short_factor", "long_factor"):
+        factors = getattr(scaling, key)
+        if factors and len(factors) != model.rotary_size // 2:
+            yield (
+                (f"model.rope_scaling.{key}",),
+                f"expected one number per rotated pair ({model.rotary_size // 2}), got {len(factors)}",
+            )
+    if scaling.type == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
+        yield (
+            ("model.rope_scaling.high_freq_factor", "model.rope_scaling.low_freq_factor"),
+            f"high_freq_factor ({scaling.high_freq_factor:g}) must be above low_freq_factor "
+            f"({scaling.low_freq_factor:g})",
+        )
+    if scaling.type == "yarn" and model.rope_theta <= 1:
+        yield (
+            ("model.rope_scaling.type", "model.rope_theta"),
+            f"yarn requires rope_theta ({model.rope_theta:g}) above 1",
+        )
+    if model.rotary_fraction < 1 and (model.rotary_size % 2 or model.rotary_size == 0):
+        yield (
+            ("model.rotary_fraction",),
+            f"the rotated part of a head ({model.rotary_size} of {model.head_size}) must be even and above 0: rotary "
+            "embeddings rotate pairs",
+        )
+    if model.layer_types is not None and len(model.layer_types) != model.n_layers:
+        yield (
+            ("model.layer_types", "model.n_layers"),
+            f"expected one layer_types entry per block ({model.n_layers}), got {len(model.layer_types)}",
+        )
+    if "sliding_attention" in (model.layer_types or ()) and model.sliding_window is None:
+        yield ("model.layer_types",), "sliding_attention requires model.sliding_window"
+    for key in ("sliding_window", "rope_local_theta"):
+        if getattr(model, key) is not None and not any(model.windows):
+            yield (f"model.{key}",), "has no effect: no block has a sliding window"
 
 
 def _lora_conflicts(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -40,12 +40,15 @@ def outcome(file: Path, words: list[str]) -> str:
 
 
 def as_yaml(values: dict[str, str]) -> str:
-    sections = sorted({key.partition(".")[0] for key in values})
-    return "".join(
-        f"{section}:\n"
-        + "".join(f"  {k.partition('.')[2]}: {v}\n" for k, v in values.items() if k.startswith(f"{section}."))
-        for section in sections
-    )
+    lines, sections = [], set[str]()
+    for key, value in sorted(values.items()):
+        *parents, name = key.split(".")
+        for depth, parent in enumerate(parents):
+            if (section := ".".join(parents[: depth + 1])) not in sections:
+                lines.append(f"{'  ' * depth}{parent}:")
+                sections.add(section)
+        lines.append(f"{'  ' * len(parents)}{name}: {value}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def test_any_settings_and_overrides(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, config_from_dict, leaf_keys, load_config
-from anarchobot.config.schema import Config
+from anarchobot.config.schema import Config, RopeScaling
 from anarchobot.config.strict_yaml import dump
+from anarchobot.config.validation import SCALING_KEYS
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").rglob("[!a]*.yaml"))  # adapt_*.yaml: test_adapt_schema.py
 
@@ -174,7 +175,7 @@ PARTNERS = {
     "data.score_min": ["data.score_field=q"],
     "data.score_field": ["data.score_min=1"],
     "model.hf_config": ["model.architecture=mlx_lm"],
-    **dict.fromkeys(("model.rope_local_theta", "model.layer_types"), ["model.sliding_window=8"]),
+    **{key: ["model.sliding_window=8"] for key in ("model.rope_local_theta", "model.layer_types")},
     **{key: ["lora.r=8"] for key in leaf_keys() if key.startswith("lora.") and key != "lora.r"},
     **{
         f"model.rope_scaling.{key}": next(SCALING[type] for type, keys in SCALING_KEYS.items() if key in keys)
@@ -202,17 +203,17 @@ def test_an_invalid_value_is_reported_with_its_line(key: str, here: Path) -> Non
 
     def add(section: str) -> None:
         nonlocal true_line
-        name, indent = section.rpartition(".")[2], "  " * section.count(".")
-        lines.append(f"{indent}{name}:")
-        keys = sorted({f"{section}.{k[len(section) + 1 :].partition('.')[0]}" for k in leaf_keys() if k.startswith(f"{section}.")})
-        for k in order.sample(keys, len(keys)):
+        indent = "  " * section.count(".")
+        lines.append(f"{indent}{section.rpartition('.')[2]}:")
+        inside = [k.removeprefix(f"{section}.") for k in leaf_keys() if k.startswith(f"{section}.")]
+        names = sorted({k.partition(".")[0] for k in inside})
+        for name in order.sample(names, len(names)):
             lines.extend(order.choice([[], [""], ["  # a comment: 3", ""]]))
-            if k not in leaf_keys():
+            if (k := f"{section}.{name}") not in leaf_keys():
                 add(k)
                 continue
-            leaf = k.rpartition(".")[2]
             value = {"wrong": 1} if k == key else leaf_keys()[k].default
-            lines.append(f"{indent}  " + dump({leaf: value}, flow=True).strip()[1:-1])
+            lines.append(f"{indent}  " + dump({name: value}, flow=True).strip()[1:-1])
             true_line = len(lines) if k == key else true_line
 
     for section in sections:
@@ -289,9 +290,20 @@ ERRORS = {
     ),
     "model:\n  zzz: 1\n  n_layers: 0\n  d_model: 0\n": (
         "c.yaml:2: model.zzz: unknown key; keys of model: architecture, vocab_size, n_layers, d_model, n_heads, "
-        "n_kv_heads, head_dim, mlp_multiple, ffn_activation, dropout, max_seq_len, rope_theta, norm_eps, "
-        "tie_embeddings, qk_norm, attention_bias, logit_softcap, zero_init_proj, embedding_scale, value_residual, "
-        "bos_id (and 2 more)"
+        "n_kv_heads, head_dim, mlp_multiple, ffn_activation, dropout, max_seq_len, rope_theta, rope_scaling, "
+        "rope_local_theta, rotary_fraction, sliding_window, layer_types, attention_scale, attention_softcap, norm_eps, "
+        "post_norms, tie_embeddings, qk_norm, attention_bias, logit_softcap, zero_init_proj, embedding_scale, "
+        "value_residual, bos_id, hf_config, quantization (and 2 more)"
+    ),
+    "model:\n  rope_scaling: {type: yarm}\n": (
+        'c.yaml:2: model.rope_scaling.type: expected "linear" | "llama3" | "yarn" | "longrope", or null, got "yarm"'
+    ),
+    "model:\n  rope_scaling: {typ: yarn}\n": (
+        "c.yaml:2: model.rope_scaling.typ: unknown key; did you mean 'type'?"
+    ),
+    "model:\n  rope_scaling: yarn\n": 'c.yaml:2: model.rope_scaling: expected a mapping, got "yarn"',
+    "model:\n  layer_types: [full]\n": (
+        'c.yaml:2: model.layer_types: expected a list of "full_attention" | "sliding_attention", or null, got "full"'
     ),
     # unsupported YAML
     "model:\n  n_layers: 1\n  n_layers: 2\n": "c.yaml:3: model.n_layers: duplicate key (first on line 2)",

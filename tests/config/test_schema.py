@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 
 from anarchobot.config.loading import describe_type, leaf_keys
-from anarchobot.config.schema import Config, TrainConfig
+from anarchobot.config.schema import Config, RopeScaling, TrainConfig
 from anarchobot.config.strict_yaml import parse
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").rglob("[!a]*.yaml"))  # adapt_*.yaml: test_adapt_schema.py
@@ -39,7 +39,9 @@ STABLE: dict[str, dict[str, Any]] = {
 
 CHOICES = {
     "train.technique": '"auto" | "blocked" | "fused" | "sdpa" | "autodiff"',
-    "model.architecture": '"llama"',
+    "model.architecture": '"llama" | "mlx_lm"',
+    "model.rope_scaling.type": '"linear" | "llama3" | "yarn" | "longrope", or null',
+    "model.layer_types": 'a list of "full_attention" | "sliding_attention", or null',
     "model.ffn_activation": '"silu" | "gelu"',
     "data.fallback": '"builtin", or null',
     "data.documents": '"file" | "paragraphs" | "lines"',
@@ -88,7 +90,12 @@ def test_keys_of_the_stable_sections() -> None:
         "attention_block", "loss_chunk", "technique", "cpu_threads", "ckpt_minutes", "supervise", "init_from",
         "patience", "trainable", "first_sequence", "memory_budget_gb", "share_muon",
     }  # fmt: skip
-    added_model_keys = {"architecture", "embedding_scale", "value_residual", "bos_id"}
+    added_model_keys = {
+        "architecture", "embedding_scale", "value_residual", "bos_id", "rope_local_theta", "rotary_fraction",
+        "sliding_window", "layer_types", "attention_scale", "attention_softcap", "post_norms", "hf_config",
+        "quantization",
+        *(f"rope_scaling.{key}" for key in RopeScaling.model_fields),
+    }  # fmt: skip
     assert own - stable == (
         {f"data.{key}" for key in added_data_keys}
         | {f"train.{key}" for key in added_train_keys}

@@ -29,6 +29,45 @@ CONFLICTS = {
         "c.yaml:2: model.n_kv_heads: n_heads (12) must be divisible by n_kv_heads (24)"
     ),
     "model:\n  bos_id: 9\n  vocab_size: 9\n": "c.yaml:2: model.bos_id: bos_id (9) must be below model.vocab_size (9)",
+    "model:\n  rope_scaling: {factor: 8}\n": (
+        "c.yaml:2: model.rope_scaling.factor: has no effect without type: set it"
+    ),
+    "model:\n  rope_scaling:\n    type: linear\n    factor: 2\n    beta_fast: 8\n": (
+        "c.yaml:5: model.rope_scaling.beta_fast: has no effect with type: linear: remove it"
+    ),
+    "model:\n  rope_scaling:\n    type: llama3\n": (
+        "c.yaml:3: model.rope_scaling.type: llama3 requires model.rope_scaling.original_max_seq_len"
+    ),
+    "model:\n  rope_scaling: {type: longrope, original_max_seq_len: 8, long_factor: []}\n": (
+        "c.yaml:2: model.rope_scaling.type: longrope requires model.rope_scaling.long_factor"
+    ),
+    "model:\n  head_dim: 4\n  rope_scaling:\n    type: longrope\n    original_max_seq_len: 8\n"
+    "    short_factor: [1, 2]\n    long_factor: [1, 2, 3]\n": (
+        "c.yaml:7: model.rope_scaling.long_factor: expected one number per rotated pair (2), got 3"
+    ),
+    "model:\n  rope_scaling:\n    type: llama3\n    original_max_seq_len: 8\n    low_freq_factor: 4\n": (
+        "c.yaml:5: model.rope_scaling.low_freq_factor: high_freq_factor (4) must be above low_freq_factor (4)"
+    ),
+    "model:\n  rope_theta: 1\n  rope_scaling: {type: yarn, original_max_seq_len: 8}\n": (
+        "c.yaml:2: model.rope_theta: yarn requires rope_theta (1) above 1"
+    ),
+    "model:\n  rotary_fraction: 0.08\n": (
+        "c.yaml:2: model.rotary_fraction: the rotated part of a head (5 of 64) must be even and above 0: rotary "
+        "embeddings rotate pairs"
+    ),
+    "model:\n  n_layers: 2\n  layer_types: [full_attention]\n": (
+        "c.yaml:2: model.n_layers: expected one layer_types entry per block (2), got 1"
+    ),
+    "model:\n  n_layers: 1\n  layer_types: [sliding_attention]\n": (
+        "c.yaml:3: model.layer_types: sliding_attention requires model.sliding_window"
+    ),
+    "model:\n  rope_local_theta: 5\n": (
+        "c.yaml:2: model.rope_local_theta: has no effect: no block has a sliding window"
+    ),
+    "model:\n  sliding_window: 5\n  n_layers: 1\n  layer_types: [full_attention]\n": (
+        "c.yaml:2: model.sliding_window: has no effect: no block has a sliding window"
+    ),
+    "model:\n  hf_config: '{}'\n": "c.yaml:2: model.hf_config: has no effect with architecture: llama: remove it",
     "data:\n  seq_len: 5000\n": (
         "c.yaml:2: data.seq_len: data.seq_len (5000) must be at most model.max_seq_len (4096)"
     ),
@@ -114,6 +153,8 @@ def test_an_override_is_blamed_before_the_file(overrides: list[str], message: st
     [
         "model: {d_model: 100, n_heads: 12, head_dim: 8}",  # with head_dim, any width
         "model: {n_kv_heads: 1}",
+        "model: {rotary_fraction: 0.75, rope_scaling: {type: yarn, original_max_seq_len: 2}, sliding_window: 1}",
+        "model: {n_layers: 2, sliding_window: 9, layer_types: [sliding_attention, full_attention]}",
         "data: {seq_len: 4096}",
         "data: {score_field: q, score_min: 0}",
         "train: {min_lr: 1e-3, lr: 1e-3}",
