@@ -136,8 +136,8 @@ def _hf_name(model: ModelConfig) -> str:
 
 
 def from_hf(values: dict[str, Any], file: str) -> dict[str, Any]:
-    """Raises UserError for sliding windows, scaled RoPE, mixtures of experts, other activations, and quantized weights in
-    other formats than mlx-lm's affine mode."""
+    """Raises UserError for sliding windows, scaled RoPE, mixtures of experts, other activations, and weights quantized in
+    another format than mlx-lm's affine mode."""
     _check_supported(values, file)
     d_model, n_heads = _positive(values, "hidden_size", file), _positive(values, "num_attention_heads", file)
     head_dim = values.get("head_dim")
