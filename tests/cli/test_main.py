@@ -119,13 +119,12 @@ def test_config_show_names_the_source_of_each_value_and_loads_again(capsys: Capt
     file.write_text("train:\n  lr: 3e-3\n\n  tokenizer_path: '3e-4'\ndata: {dataset: [a, '1']}\n")
     assert main(["config", "show", str(file), "generation.prompt='a # b: c'", "train.seed=7"]) == 0
     out = capsys.readouterr().out
-    sources = {}
+    sources, sections = {}, list[str]()
     for line in out.splitlines():
-        if line[0] != " ":
-            section = line.rstrip(":")
-        else:
-            value, _, source = line.rpartition(" # ")
-            sources[f"{section}.{value.strip().partition(':')[0]}"] = source
+        name = line.strip().partition(":")[0]
+        sections = [*sections[: (len(line) - len(line.lstrip())) // 2], name]
+        if not line.endswith(":"):
+            sources[".".join(sections)] = line.rpartition(" # ")[2]
     assert sources == dict.fromkeys(leaf_keys(), "default") | {
         "train.lr": f"{file}:2",
         "train.tokenizer_path": f"{file}:4",
