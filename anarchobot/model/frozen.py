@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.schema import LoraConfig, ModelConfig
@@ -51,6 +52,15 @@ def frozen_weights(
             frozen |= dict(zip(parts, (packed, scales.astype(dtype), biases.astype(dtype)), strict=True))
         mx.eval(frozen)  # frees the float32 weight before the next one is read
     return frozen
+
+
+def inference_weights(weights: Mapping[str, npt.NDArray[Any]], dtype: mx.Dtype) -> Params:
+    """Converts float32 weights to `dtype`, reading them one at a time; quantized matrices stay quantized."""
+    params: Params = {}
+    for name, array in weights.items():
+        params[name] = mx.array(array) if array.dtype == np.uint32 else mx.array(array).astype(dtype)
+        mx.eval(params[name])  # frees the float32 weight before the next one is read
+    return params
 
 
 def adapter_constants(base: Params, scales: Mapping[str, float], dora: bool) -> Params:

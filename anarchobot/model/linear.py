@@ -52,8 +52,9 @@ class Quantized(NamedTuple):
     def matmul(self, x: mx.array, transpose: bool) -> mx.array:
         """x W or, with `transpose`, x W^T."""
         weight, scales, biases = self
-        settings = {"transpose": transpose, "group_size": self.group_size, "bits": self.bits}
-        return mx.quantized_matmul(x, weight.flatten(1), scales, biases, **settings)
+        return mx.quantized_matmul(
+            x, weight.flatten(1), scales, biases, transpose, group_size=self.group_size, bits=self.bits
+        )
 
 
 Matrix = mx.array | Quantized
