@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.exchange.pretrained import load_pretrained
+from anarchobot.model.frozen import inference_weights
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.numerics.device import on_cpu
 from anarchobot.tokenizers.tokenizer import Tokenizer
@@ -40,6 +41,5 @@ def load_model(path: str | Path) -> tuple[Model, Config]:
         print(f"warning: {warning}", file=sys.stderr)
     dtype = mx.float32 if on_cpu() else getattr(mx, pretrained.config.train.precision or "bfloat16")
     wire_memory()
-    params = {name: mx.array(array).astype(dtype) for name, array in pretrained.weights.items()}
-    mx.eval(params)
+    params = inference_weights(pretrained.weights, dtype)
     return Model(params, pretrained.model, pretrained.tokenizer), pretrained.config
