@@ -1,4 +1,4 @@
-"""Loads a full model for inference or further training: an AnarchoBot run or a Hugging Face model folder."""
+"""Loads a full model for inference or further training: an AnarchoBot run, or a Hugging Face model folder or name."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.exchange.adapters import CONFIG as ADAPTER_CONFIG
+from anarchobot.exchange.hub import model_name, resolve_model
 from anarchobot.exchange.importing import LazyWeights, default_config, load_hf_folder
 from anarchobot.model.parameters import parameter_shapes
 from anarchobot.runs import checkpoint
@@ -35,6 +36,11 @@ class PretrainedModel:
     def model(self) -> ModelConfig:
         return self.config.model
 
+    @property
+    def name(self) -> str:
+        """The path of the folder, or ORG/NAME@COMMIT of a model from the Hub."""
+        return model_name(self.folder)
+
     @cached_property
     def digest(self) -> str:
         """A SHA-256 digest that identifies the weights."""
@@ -44,7 +50,7 @@ class PretrainedModel:
 @lru_cache(maxsize=1)
 def load_pretrained(path: str) -> PretrainedModel:
     """Raises UserError if there is no model, it is damaged, or it has an unsupported feature."""
-    folder = Path(path)
+    folder = resolve_model(path)
     if (folder / ADAPTER_CONFIG).is_file():
         raise _only_adapters(folder, ADAPTER_CONFIG)
     if (folder / "config.json").is_file():

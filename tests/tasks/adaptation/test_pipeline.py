@@ -272,7 +272,7 @@ def test_a_failing_stage_is_retried(world: Path, tmp_path: Path, monkeypatch: py
         ({"models": {"source_tokenizer": 400}}, "has different tokens from the tokenizer of the model in"),
         ({"vocab_adaptation": {"lora_target_modules": ["k_porj"]}}, "unknown matrix 'k_porj'; did you mean 'k_proj"),
         ({"evaluation": {"datasets": ["nowhere.txt"]}}, "nowhere.txt: no such file"),
-        ({"evaluation": {"baseline_model": "nowhere"}}, "nowhere: no checkpoint here"),
+        ({"evaluation": {"baseline_model": "nowhere"}}, "nowhere: no such folder"),
         ({"corpus": {"val_fraction": 1e-6}}, "corpus.val_fraction: none of 140 documents is held out"),
         ({"models": {"target_tokenizer": "nowhere.model"}}, "no such tokenizer file"),
         ({"vocab_adaptation": {"seq_len": 65}}, "vocab_adaptation.seq_len: 65 is above the model's max_seq_len (64)"),

@@ -1,0 +1,144 @@
+"""A server on loopback that speaks the part of the Hugging Face Hub's API that huggingface_hub downloads with."""
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_secretsecretsecretsecretsecretsecret"
+
+
+@dataclass
+class Repo:
+    """`revisions` maps branches and tags to commits, `commits` to the folder with a commit's files."""
+
+    revisions: dict[str, str]
+    commits: dict[str, Path]
+    gated: bool = False
+
+
+@dataclass
+class FakeHub:
+    """`requests` are the answered ones: "HEAD /org/name/resolve/...". `truncate` cuts the next transfers of a weight
+    file after half of its bytes; `down` answers every request with status 503."""
+
+    url: str
+    repos: dict[str, Repo] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)
+    tokens: set[str] = field(default_factory=set)
+    truncate: int = 0
+    down: bool = False
+
+    def add(self, name: str, folder: Path, **options: bool) -> str:
+        """Serves the files of `folder` as revision main of `name`; returns its commit."""
+        digest = hashlib.sha1(f"{name} {len(self.repos)}".encode())
+        for file in sorted(folder.iterdir()):
+            digest.update(file.read_bytes())
+        commit = digest.hexdigest()
+        self.repos[name] = Repo({"main": commit}, {commit: folder}, **options)
+        return commit
+
+    def move_main(self, name: str, folder: Path) -> str:
+        """Publishes the files of `folder` as a new commit of branch main."""
+        commit = hashlib.sha1(str(folder).encode()).hexdigest()
+        self.repos[name].revisions["main"] = commit
+        self.repos[name].commits[commit] = folder
+        return commit
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append(f"{self.command} {path}")
+        self.hub.tokens.add(self.headers.get("Authorization", ""))
+        if self.hub.down:
+            return self._error(503, "", "Service Unavailable")
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path):
+            name, kind, revision = match.groups()
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            name, revision, file = match.groups()
+            kind = "file"
+        else:
+            return self._error(404, "", "not found")
+        repo = self.hub.repos.get(name)
+        if repo is None:
+            return self._error(401, "RepoNotFound", "Invalid username or password.")
+        commit = repo.revisions.get(revision or "main", revision)
+        if commit not in repo.commits:
+            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        folder = repo.commits[commit]
+        if kind == "tree":
+            return self._json([_tree_entry(file) for file in sorted(folder.iterdir())])
+        if kind != "file":
+            siblings = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
+            return self._json({"id": name, "sha": commit, "siblings": siblings})
+        if repo.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._error(401, "GatedRepo", f"Access to model {name} is restricted.")
+        self._send_file(folder / file, commit)
+
+    do_HEAD = do_GET
+
+    def _send_file(self, file: Path, commit: str) -> None:
+        content = file.read_bytes()
+        start, status = 0, 200
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}
+        if requested := self.headers.get("Range"):
+            self.hub.ranges.append(requested)
+            start, status = int(requested.removeprefix("bytes=").rstrip("-")), 206
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self._head(status, len(content) - start, headers)
+        if self.command == "HEAD":
+            return
+        if self.hub.truncate and file.suffix == ".safetensors":
+            self.hub.truncate -= 1
+            self.wfile.write(content[start : len(content) // 2])
+            self.close_connection = True
+        else:
+            self.wfile.write(content[start:])
+
+    def _json(self, value: object) -> None:
+        content = json.dumps(value).encode()
+        self._head(200, len(content), {"Content-Type": "application/json"})
+        self.wfile.write(content)
+
+    def _error(self, status: int, code: str, message: str) -> None:
+        self._head(status, 0, {"X-Error-Code": code, "X-Error-Message": message})
+
+    def _head(self, status: int, length: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(length), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def _tree_entry(file: Path) -> dict[str, object]:
+    content = file.read_bytes()
+    return {"type": "file", "path": file.name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+
+
+@contextmanager
+def serve_hub() -> Iterator[FakeHub]:
+    handler = type("Handler", (_Handler,), {})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    handler.hub = FakeHub(f"http://127.0.0.1:{server.server_port}")  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield handler.hub  # type: ignore[attr-defined]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
