@@ -9,6 +9,7 @@ from anarchobot import __version__
 from anarchobot.cli import data, inference, knowledge, models, preflight, runs, training
 from anarchobot.cli.parser import Parser, parse
 from anarchobot.config.errors import UserError
+from anarchobot.exchange import hub
 from anarchobot.system.gpu_watchdog import as_gpu_timeout, relax_watchdog
 
 
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         parser = build_parser()
         args = parse(parser, argv)
         args.argv, args.parser = argv, parser  # for commands that run other commands
+        hub.show_progress = not args.quiet
         code = args.run(args) or 0
         sys.stdout.flush()  # here, so that a closed pipe is handled below
         return int(code)

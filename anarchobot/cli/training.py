@@ -105,6 +105,8 @@ def _supervise(args: argparse.Namespace, loaded: "LoadedConfig", pairs: bool = F
     from anarchobot.tasks import supervise
 
     command = [sys.executable, "-P", "-m", "anarchobot", *args.argv]  # -P: import nothing from the current folder
+    if "--model" in args.options:  # with the commit of a model of the Hub, whose branch may move before a resume
+        command += ["--model", str(loaded.config.train.init_from)]
     return supervise.supervise(command, resolve_micro_batch(loaded, pairs=pairs).loaded.config.train)
 
 

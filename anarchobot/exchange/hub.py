@@ -62,6 +62,12 @@ def model_name(folder: Path) -> str:
     return str(folder)
 
 
+def repo_name(folder: Path) -> str:
+    """Returns ORG/NAME for a folder in the Hub's cache, as other programs take it, and the path of any other folder."""
+    name = model_name(folder)
+    return name if name == str(folder) else name.partition("@")[0]
+
+
 def pinned_name(path: str) -> str:
     """Returns ORG/NAME@COMMIT for a name of the Hub, so that it means the same files later, and a path as it is."""
     return path if Path(path).exists() else model_name(resolve_model(path))

@@ -4,6 +4,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from anarchobot.config.loading import LoadedConfig, leaf_keys, load_config
 from anarchobot.config.schema import Config, PreferenceConfig
 from anarchobot.evaluation.rouge import rouge_package
 from anarchobot.exchange.adapters import read_adapter, write_adapter
+from anarchobot.exchange.hub import pinned_name, repo_name
 from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
 from anarchobot.model.lora import is_quantized, trained_count
 from anarchobot.model.parameters import parameter_count, parameter_shapes
@@ -51,7 +53,14 @@ UNUSED_KEYS = {
 
 def load_tuning_config(path: str | None, overrides: Sequence[str | tuple[str, Any]]) -> LoadedConfig:
     """Loads a config whose model section is taken from the model in train.init_from."""
-    return load_config(path, overrides, base_model=lambda folder: load_pretrained(folder).model)
+    loaded = load_config(path, overrides, base_model=lambda folder: load_pretrained(folder).model)
+    return replace(loaded, config=pin_base_model(loaded.config))
+
+
+def pin_base_model(config: Config) -> Config:
+    """Adds the commit to a model of the Hub in train.init_from: a run is resumed with the files it started from."""
+    train = config.train.model_copy(update={"init_from": pinned_name(str(config.train.init_from))})
+    return config.model_copy(update={"train": train})
 
 
 def check_settings(loaded: LoadedConfig, command: Literal["sft", "dpo"]) -> None:
@@ -74,10 +83,17 @@ def check_settings(loaded: LoadedConfig, command: Literal["sft", "dpo"]) -> None
         )
 
 
-def resume_identity(data_digests: list[str], base: PretrainedModel, handle: EngineHandle) -> dict[str, Any]:
+def resume_identity(
+    data_digests: list[str], base: PretrainedModel, handle: EngineHandle, val_sequences: int | None
+) -> dict[str, Any]:
     """What must match on resume. The precision also tells how a quantized base was dequantized
     (exchange/adapters.py)."""
-    return {"conversations": data_digests, "base": base.digest, "precision": handle.precision}
+    return {
+        "conversations": data_digests,
+        "base": base.digest,
+        "precision": handle.precision,
+        "val_sequences": val_sequences,
+    }
 
 
 def finetune(
@@ -106,7 +122,7 @@ def finetune(
     config, trained = run.config, trained_count(run.config.model, run.config.lora)
     warnings = [f"warning: {text}" for text in (*base.warnings, *encoder.warnings())]
     description = [
-        f"{base.folder}: {parameter_count(config.model):,} parameters, {handle.device}{run.ranks}",
+        f"{base.name}: {parameter_count(config.model):,} parameters, {handle.device}{run.ranks}",
         _trained_parameters(config, trained),
         *notes,
         describe_length(config.train, run.steps, run.train.windows, unit, run.ranks.size),
@@ -156,5 +172,5 @@ def _write_adapters(run: Run, base: PretrainedModel) -> dict[str, Any]:
         return {}
     adapter = read_adapter(run.folder, model)
     shutil.rmtree(folder, ignore_errors=True)
-    write_adapter(folder, adapter, model, lora.adapter_format, str(base.folder))
+    write_adapter(folder, adapter, model, lora.adapter_format, repo_name(base.folder))
     return {"adapters": str(folder), "adapters_step": adapter.step}
