@@ -14,10 +14,11 @@ from anarchobot.config.validation import conflicts
 from anarchobot.exchange import safetensors_file
 from anarchobot.exchange.atomic_folder import atomic_folder
 from anarchobot.exchange.chat_format import copy_chat_template
-from anarchobot.exchange.dtypes import Float32
+from anarchobot.exchange.hub import model_name, resolve_model
 from anarchobot.exchange.safetensors_file import StoredTensor
 from anarchobot.model.architecture import Shape, TensorSource, architecture, architecture_names
 from anarchobot.model.parameters import parameter_count, parameter_shapes
+from anarchobot.model.quantization import Array, Dequantized, Packing, find_packing, parts_of, to_setting
 from anarchobot.optim.param_groups import EMBEDDINGS
 from anarchobot.runs.write_model import write_model
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -28,12 +29,13 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class HFModel(NamedTuple):
-    """The contents of a Hugging Face folder. `weights` loads each tensor when it is accessed."""
+    """The contents of a Hugging Face folder. `weights` loads each tensor when it is accessed, in float32; a quantized
+    matrix is three entries (model/quantization.py)."""
 
     architecture: str
     model: ModelConfig
     tokenizer: Tokenizer
-    weights: Mapping[str, Float32]
+    weights: Mapping[str, Array]
     files: list[Path]
     warnings: list[str]
 
@@ -61,12 +63,31 @@ def load_hf_folder(folder: Path) -> HFModel:
         )
     _check_blocks(folder, stored, model)
     sources = architecture(model.architecture).tensor_sources(model, values["model_type"])
-    _check_tensors(folder, stored, sources, model)
-    rows = tokenizer.vocab_size
-    weights = LazyWeights(sources, lambda name: _load_finite(stored[sources[name].name], sources[name], name, rows))
+    packings = _check_tensors(folder, stored, sources, model)
+    entries: dict[str, TensorSource] = {}
+    for name, source in sources.items():
+        entries[name] = source
+        if name in packings:
+            entries |= {
+                part: TensorSource(stored_part, source.rows)
+                for part, stored_part in zip(parts_of(name)[1:], parts_of(source.name)[1:], strict=True)
+            }
+
+    def load(name: str) -> Array:
+        source, is_embedding = entries[name], f"{name.rpartition('.')[0]}.weight" in EMBEDDINGS
+        # An embedding may have rows without a token.
+        rows = tokenizer.vocab_size if is_embedding else None
+        return _load_entry(stored[source.name], source, packings.get(name), rows)
+
+    weights = LazyWeights(entries, load)
     bos = values.get("bos_token_id")
     has_bos = isinstance(bos, int) and 0 <= bos < tokenizer.vocab_size and bos != tokenizer.eod_id
-    model = model.model_copy(update={"vocab_size": tokenizer.vocab_size, "bos_id": bos if has_bos else None})
+    quantization = to_setting(packings, model)
+    model = model.model_copy(
+        update={
+            "vocab_size": tokenizer.vocab_size, "bos_id": bos if has_bos else None, "quantization": quantization,
+        }
+    )  # fmt: skip
     files = sorted({tensor.path for tensor in stored.values()})
     return HFModel(values["model_type"], model, tokenizer, weights, files, warnings)
 
@@ -89,15 +110,19 @@ def model_config_from_hf(values: dict[str, Any], file: str) -> ModelConfig:
 def import_model(folder: str | Path, output: str | Path) -> dict[str, Any]:
     """Writes the Hugging Face model in `folder` as the run folder `output`; returns a summary with warnings.
 
+    `folder` may be a name on the Hub.
+
     Raises UserError like `load_hf_folder`, and if a value is not finite. In both cases nothing is written.
     """
-    folder, output = Path(folder), Path(output)
+    folder, output = resolve_model(folder), Path(output)
     source = load_hf_folder(folder)
-    weights = dict(source.weights)
+    weights = dict(Dequantized(source.weights))
     with atomic_folder(output) as temporary:
-        config = default_config(source.model)
-        config = write_model(temporary, config, source.tokenizer, weights, {"imported": str(folder)}, output)
+        config = default_config(source.model.model_copy(update={"quantization": None}))
+        config = write_model(temporary, config, source.tokenizer, weights, {"imported": model_name(folder)}, output)
         warnings = [*source.warnings, *copy_chat_template(source.tokenizer, temporary)]
+        if source.model.quantization is not None:
+            warnings.append("quantized weights were dequantized to float32; every command also reads the folder itself")
     assert config.train.tokenizer_path is not None
     return {
         "output": str(output),
@@ -162,13 +187,13 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-class LazyWeights(Mapping[str, Float32]):
+class LazyWeights(Mapping[str, Array]):
     """Parameters by name; each is loaded when it is accessed."""
 
-    def __init__(self, names: Iterable[str], load: Callable[[str], Float32]) -> None:
+    def __init__(self, names: Iterable[str], load: Callable[[str], Array]) -> None:
         self._names, self._load = dict.fromkeys(names), load
 
-    def __getitem__(self, name: str) -> Float32:
+    def __getitem__(self, name: str) -> Array:
         if name not in self._names:
             raise KeyError(name)
         return self._load(name)
@@ -192,40 +217,67 @@ def _check_blocks(folder: Path, stored: dict[str, StoredTensor], model: ModelCon
 
 def _check_tensors(
     folder: Path, stored: dict[str, StoredTensor], sources: dict[str, TensorSource], model: ModelConfig
-) -> None:
-    """Raises UserError if a tensor is missing, has the wrong shape, or is unknown and not a bias of zeros."""
+) -> dict[str, Packing]:
+    """Returns how the quantized parameters are quantized. Raises UserError if a tensor is missing, has the wrong shape,
+    or is unknown and not a bias of zeros."""
     shapes: dict[str, Shape] = {}  # of the stored tensors
     for param, shape in parameter_shapes(model).items():
         name, part, _ = sources[param]
         shapes[name] = shape if part is None else (max(part[1], *shapes.get(name, (0,))[:1]), *shape[1:])
+    packings: dict[str, Packing] = {}
+    known = set(parts_of("lm_head.weight"))  # a tied head is the embedding: a stored one is ignored
     for name, shape in shapes.items():
         if name not in stored:
             raise UserError(f"{folder}: {name} is missing from the safetensors files: config.json requires it")
-        if stored[name].shape != shape:
+        known.add(name)
+        if parts_of(name)[1] in stored:
+            packings[name] = _packing(stored, name, shape)
+            known |= set(parts_of(name))
+        elif stored[name].code == "U32":
+            raise UserError(f"{stored[name].path}: {name}: quantized, but there is no {parts_of(name)[1]}")
+        elif stored[name].shape != shape:
             raise UserError(
                 f"{stored[name].path}: {name} has shape {list(stored[name].shape)}, but config.json requires "
                 f"{list(shape)}"
             )
     for name, tensor in stored.items():
-        # A tied head is the embedding, so a stored one is ignored; old files include the rotary frequencies.
-        if name in shapes or name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
+        if name in known or name.endswith("rotary_emb.inv_freq"):  # old files include the rotary frequencies
             continue
         if not name.endswith(".bias"):
             raise UserError(f"{tensor.path}: {name}: unsupported parameter")
         if tensor.load().any():
             raise UserError(f"{tensor.path}: {name} is not zero: biases are supported only on queries, keys and values")
+    return {name: packings[source.name] for name, source in sources.items() if source.name in packings}
 
 
-def _load_finite(tensor: StoredTensor, source: TensorSource, name: str, rows: int) -> Float32:
-    """Loads a parameter; the embedding and the output head are cut to `rows` rows."""
-    array = tensor.load()
-    if not np.isfinite(array).all():
-        raise UserError(f"{tensor.path}: {source.name} contains a value that is not finite")
+def _packing(stored: dict[str, StoredTensor], name: str, shape: Shape) -> Packing:
+    """How the stored matrix `name` of this shape is quantized, by the shapes of its parts."""
+    parts = [stored[part] for part in parts_of(name) if part in stored]
+    shapes, are_integers = [part.shape for part in parts], [part.code == "U32" for part in parts]
+    packing = find_packing(shape, *shapes[:2])
+    if packing is None or shapes[2:] != shapes[1:2] or are_integers != [True, False, False]:
+        found = ", ".join(f"{part.code} {list(part.shape)}" for part in parts)
+        raise UserError(
+            f"{parts[0].path}: {name}: expected the weight, scales and biases of a quantized matrix {list(shape)}, got "
+            f"{found}"
+        )
+    return packing
+
+
+def _load_entry(tensor: StoredTensor, source: TensorSource, packing: Packing | None, rows: int | None) -> Array:
+    """Loads an entry of the weights: `packing` is that of a quantized matrix's integers; at most `rows` rows."""
+    if packing is not None:
+        array = tensor.load_stored()
+        array = array.reshape(len(array), -1, packing.bits)
+    else:
+        array = tensor.load()
+        if not np.isfinite(array).all():
+            raise UserError(f"{tensor.path}: {source.name} contains a value that is not finite")
     if source.rows is not None:
         array = array[slice(*source.rows)].copy()
     if source.offset:
         array += np.float32(source.offset)
-    return array[:rows] if name in EMBEDDINGS else array
+    return array[:rows]
 
 
 def read_json(file: Path) -> dict[str, Any]:
