@@ -33,6 +33,7 @@ from anarchobot.config.schema import Config, LoraConfig, ModelConfig, TrainConfi
 from anarchobot.model.architecture import CPU_LOSS_CHUNK, architecture, query_blocks
 from anarchobot.model.lora import GROUP, adapted_matrices, is_quantized, trained_shapes
 from anarchobot.model.parameters import by_block, lowest_trained_block, parameter_shapes
+from anarchobot.model.quantization import Packing, packings
 from anarchobot.numerics.cores import CPU_MLP_ROWS, workers_for
 from anarchobot.optim.param_groups import (
     MIN_SIZE_FOR_STRIPS,
@@ -189,7 +190,7 @@ class _Part:
         self._chunk_x, self._chunk_mlp = itemsize * mlp_rows * model.d_model, itemsize * mlp_rows * model.mlp_size
         self._loss_chunk = -(-(train.loss_chunk or CPU_LOSS_CHUNK) // workers)
         matrices = [math.prod(s) for name, s in parameter_shapes(model).items() if ".layers.0." in name and len(s) == 2]
-        self._dequantized = itemsize * sum(matrices) if config.lora.quantize else 0  # a block's
+        self._dequantized = itemsize * sum(matrices) if _has_quantized_base(config) else 0  # a block's
         # In half precision, all matrices are cast once for each step; LoRA's base model is stored in it.
         self._copies = 0
         if itemsize == 2 and not config.lora.r:
@@ -243,12 +244,12 @@ class _Part:
     def _logits(self, n: int) -> int:
         """One chunk [C, V]: float32 logits, exponentials and two temporaries; a quantized head, dequantized twice;
         in half precision also the arrays of a norm and a separate gradient of the head."""
-        model, itemsize, lora = self._config.model, self._itemsize, self._config.lora
+        model, itemsize, quantized = self._config.model, self._itemsize, _has_quantized_base(self._config)
         chunk, head = min(n, self._loss_chunk) * model.vocab_size, model.vocab_size * model.d_model
         if itemsize == 4:
-            return 16 * chunk + (8 * head if lora.quantize else 0)
-        size = 18 * chunk + (4 * head if lora.quantize else 7 * self._x)
-        return size if lora.r else max(size, 4 * chunk + 8 * head)
+            return 16 * chunk + (8 * head if quantized else 0)
+        size = 18 * chunk + (4 * head if quantized else 7 * self._x)
+        return size if self._config.lora.r else max(size, 4 * chunk + 8 * head)
 
 
 def _update(trained: Shapes, by_muon: set[str], train: TrainConfig, workers: int) -> tuple[int, int]:
@@ -289,18 +290,25 @@ def _muon_batch(shapes: list[tuple[int, ...]], name: str, train: TrainConfig) ->
 def _frozen_bytes(model: ModelConfig, lora: LoraConfig, itemsize: int) -> int:
     """See model/frozen.py: float32 norms and biases, matrices cast or quantized, DoRA's row norms."""
     total = 0
-    shapes = parameter_shapes(model)
-    for shape in shapes.values():
+    shapes, quantized = parameter_shapes(model), packings(model)
+    for name, shape in shapes.items():
         size = math.prod(shape)
+        if lora.quantize and is_quantized(shape):
+            quantized[name] = Packing(lora.quantize, GROUP)
         if len(shape) == 1:
             total += 4 * size
-        elif lora.quantize and is_quantized(shape):
-            total += size * lora.quantize // 8 + 2 * itemsize * size // GROUP
+        elif name in quantized:
+            bits, group_size = quantized[name]
+            total += size * bits // 8 + 2 * itemsize * size // group_size
         else:
             total += itemsize * size
     if lora.dora:
         total += sum(4 * shapes[f"{name}.weight"][0] for name in adapted_matrices(model, lora))
     return total
+
+
+def _has_quantized_base(config: Config) -> bool:
+    return config.lora.quantize is not None or config.model.quantization is not None
 
 
 def _size(shapes: Shapes) -> int:

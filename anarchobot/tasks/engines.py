@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from anarchobot.training.mlx_engine import MLXEngine
     from anarchobot.training.preference_engine import PreferenceEngine
 
-Weights = Mapping[str, npt.NDArray[np.float32]]
+Weights = Mapping[str, npt.NDArray[Any]]  # float32, and the integers of quantized matrices
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from anarchobot.exchange.hub import pinned_name, repo_name
 from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
 from anarchobot.model.lora import is_quantized, trained_count
 from anarchobot.model.parameters import parameter_count, parameter_shapes
+from anarchobot.model.quantization import describe, packings
 from anarchobot.optim.schedule import describe_length
 from anarchobot.runs import checkpoint
 from anarchobot.tasks.engines import EngineHandle
@@ -66,6 +67,15 @@ def pin_base_model(config: Config) -> Config:
 def check_settings(loaded: LoadedConfig, command: Literal["sft", "dpo"]) -> None:
     """Raises UserError for settings that the command ignores, a missing dataset and a missing package."""
     config, fields = loaded.config, leaf_keys()
+    if config.model.quantization is not None and config.lora.r is None:
+        raise UserError(
+            f"{loaded.where('train.init_from')}: the weights of {config.train.init_from} are quantized and can't be "
+            "trained themselves: set lora.r, such as lora.r=8, or import it first (anarchobot import)"
+        )
+    if config.model.quantization is not None and config.lora.quantize is not None:
+        raise UserError(
+            f"{loaded.where('lora.quantize')}: the weights of {config.train.init_from} are quantized already: remove it"
+        )
     unused = dict(UNUSED_KEYS[command])
     if command == "dpo" and config.preference.loss != "sigmoid":
         unused["preference.label_smoothing"] = "applies only to preference.loss: sigmoid"
@@ -158,9 +168,16 @@ def generate_reply(handle: EngineHandle, encoder: ChatEncoder, conversation: Con
 
 def _trained_parameters(config: Config, trained: int) -> str:
     total = parameter_count(config.model)
-    packed = sum(math.prod(shape) for shape in parameter_shapes(config.model).values() if is_quantized(shape))
+    shapes = parameter_shapes(config.model)
+    if config.lora.quantize is not None:
+        packed, bits = {name for name, shape in shapes.items() if is_quantized(shape)}, f"{config.lora.quantize} bits"
+    elif config.model.quantization is not None:
+        packed, bits = set(packings(config.model)), describe(config.model)
+    else:
+        packed, bits = set(), ""
     what = f"adapters of rank {config.lora.r}" if config.lora.r is not None else "all weights"
-    frozen = f", {packed / total:.1%} of the rest in {config.lora.quantize} bits" if config.lora.quantize else ""
+    share = sum(math.prod(shapes[name]) for name in packed) / total
+    frozen = f", {share:.1%} of the rest in {bits}" if packed else ""
     return f"training {what}: {trained:,} parameters ({trained / total:.2%} of the model){frozen}"
 
 

@@ -109,7 +109,13 @@ def check_tokenizers(loaded: LoadedConfig, streams: list[TokenStream]) -> Tokeni
 
 
 def initial_weights(loaded: LoadedConfig, base: PretrainedModel) -> Weights:
-    """Returns the base model's weights. Raises UserError if its model settings differ from the config's."""
+    """Returns the base model's weights. Raises UserError if they are quantized, or its model settings differ from the
+    config's."""
+    if base.model.quantization is not None:
+        raise UserError(
+            f"{loaded.where('train.init_from')}: the weights of {base.folder} are quantized: pretrain needs a model that "
+            "is not (anarchobot import dequantizes them); sft with lora.r trains adapters for it"
+        )
     for key in type(base.model).model_fields:
         old, new = getattr(base.model, key), getattr(loaded.config.model, key)
         if old != new and key not in WEIGHT_INDEPENDENT_KEYS:

@@ -47,7 +47,7 @@ class MLXEngine(BaseEngine[mx.array]):
     def __init__(
         self,
         config: Config,
-        weights: Mapping[str, npt.NDArray[np.float32]] | None = None,
+        weights: Mapping[str, npt.NDArray[Any]] | None = None,
         ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
         """`weights`: the model's initial weights by name, each read once (None: random init from train.seed)."""

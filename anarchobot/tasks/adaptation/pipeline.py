@@ -43,9 +43,9 @@ def adapt_vocab(
     """
     log = log or (lambda text: None if quiet else print(text, file=sys.stderr, flush=True))
     settings = loaded.config
-    base = load_pretrained(settings.models.source_model)
+    base = load_pretrained(settings.models.source_model).dequantized()
     check(loaded, base)
-    for text in warnings(settings):
+    for text in (*base.warnings, *warnings(settings)):
         log(f"warning: {text}")
     root = Path(settings.pipeline.run_root)
     stages = StageRunner(root, settings.pipeline.max_retries, settings.pipeline.retry_backoff, log)
