@@ -12,23 +12,25 @@ from anarchobot.exchange.adapters import Adapter, BaseQuantization, read_adapter
 from anarchobot.exchange.atomic_folder import atomic_folder
 from anarchobot.exchange.chat_format import copy_chat_template
 from anarchobot.exchange.dtypes import Float32, from_bfloat16, to_dtype
+from anarchobot.exchange.hub import model_name, pinned_name, resolve_model
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.model.lora import GROUP, is_quantized
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
 from anarchobot.runs.write_model import write_model
 from anarchobot.tokenizers import chat_template
+from anarchobot.tokenizers.special_tokens import TOKENIZER_CONFIG
 
 
 def fuse(model: str | Path, adapter: str | Path, output: str | Path) -> dict[str, Any]:
     """Writes the run folder `output` and returns a summary with warnings.
 
-    `model` is a run or a Hugging Face folder, `adapter` as in `read_adapter`. The chat template next to the adapters is
+    `model` is as in `load_pretrained`, `adapter` as in `read_adapter`. The chat template next to the adapters is
     used, or else the model's. Adapters trained on a quantized base are merged into its dequantized weights. Raises
     UserError, before anything is written, if a file is missing or damaged, or the adapters are for another model.
     """
-    output, adapter = Path(output), Path(adapter)
-    base = load_pretrained(str(model))
+    output, adapter = Path(output), resolve_model(adapter)
+    base = load_pretrained(str(model)).dequantized()
     adapters = read_adapter(adapter, base.model)
     if adapters.base is not None and adapters.base != base.digest:
         raise UserError(
@@ -41,7 +43,7 @@ def fuse(model: str | Path, adapter: str | Path, output: str | Path) -> dict[str
     if checkpoint.saved_steps(adapter.parent):  # `adapter` is RUN/adapters or a step
         template_folders.insert(1, adapter.parent)
     with atomic_folder(output) as temporary:
-        origin = {"fused": [str(model), str(adapter)]}
+        origin = {"fused": [pinned_name(str(model)), model_name(adapter)]}
         config = write_model(temporary, config, base.tokenizer, weights, origin, output)
         warnings = list(base.warnings)
         if not _copy_template_file(template_folders, temporary):
@@ -49,7 +51,7 @@ def fuse(model: str | Path, adapter: str | Path, output: str | Path) -> dict[str
     assert config.train.tokenizer_path is not None
     return {
         "output": str(output),
-        "model": str(base.folder),
+        "model": base.name,
         "step": adapters.step,
         "parameters": parameter_count(config.model),
         "adapted": len(adapters.scales),
@@ -77,7 +79,7 @@ def _copy_template_file(folders: list[Path], output: Path) -> bool:
     """Copies chat_template.jinja from the first folder that has one; returns whether there was one."""
     for folder in folders:
         if (folder / chat_template.FILE).is_file():
-            for name in (chat_template.FILE, chat_template.CONFIG):
+            for name in (chat_template.FILE, TOKENIZER_CONFIG):
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, output / name)
             return True

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from anarchobot.exchange.adapters import CONFIG as ADAPTER_CONFIG
 from anarchobot.exchange.hub import model_name, resolve_model
 from anarchobot.exchange.importing import LazyWeights, default_config, load_hf_folder
 from anarchobot.model.parameters import parameter_shapes
+from anarchobot.model.quantization import Array, Dequantized, describe
 from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import sha256_file
 from anarchobot.tokenizers.tokenizer import ChatTokenizer, load_chat_tokenizer
@@ -22,13 +23,14 @@ from anarchobot.tokenizers.tokenizer import ChatTokenizer, load_chat_tokenizer
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """`weights` loads each parameter when it is accessed. `config` is the training configuration; for a Hugging Face
-    model, only its model section is meaningful."""
+    """`weights` loads each parameter when it is accessed, in float32; a quantized matrix is three entries
+    (model/quantization.py). `config` is the training configuration; for a Hugging Face model, only its model section is
+    meaningful."""
 
     folder: Path
     config: Config
     tokenizer: ChatTokenizer
-    weights: Mapping[str, npt.NDArray[np.float32]]
+    weights: Mapping[str, Array]
     compute_digest: Callable[[], str]
     warnings: list[str] = field(default_factory=list)
 
@@ -45,6 +47,14 @@ class PretrainedModel:
     def digest(self) -> str:
         """A SHA-256 digest that identifies the weights."""
         return self.compute_digest()
+
+    def dequantized(self) -> "PretrainedModel":
+        """The model with all weights in float32 and, if some were quantized, a warning about it."""
+        if self.model.quantization is None:
+            return self
+        config = self.config.model_copy(update={"model": self.model.model_copy(update={"quantization": None})})
+        warning = f"{self.folder}: weights of {describe(self.model)} are dequantized to float32"
+        return replace(self, config=config, weights=Dequantized(self.weights), warnings=[*self.warnings, warning])
 
 
 @lru_cache(maxsize=1)
