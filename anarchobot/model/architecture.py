@@ -59,6 +59,14 @@ class TensorSource(NamedTuple):
     offset: float = 0.0
 
 
+class AdaptableMatrix(NamedTuple):
+    """A matrix that can have an adapter: the number of its block, and its shape, (out, in) or, for stacked experts,
+    (experts, out, in)."""
+
+    block: int
+    shape: Shape
+
+
 class Architecture(Protocol):
     """The module-level functions of an architecture that do not use MLX."""
 
@@ -68,6 +76,9 @@ class Architecture(Protocol):
     def parameter_shapes(self, model: ModelConfig) -> dict[str, Shape]:
         """Hugging Face's names and shapes, matrices as (out, in), in the order of the forward pass. The parameters of
         block i are named model.layers.I.*"""
+
+    def adaptable_matrices(self, model: ModelConfig) -> dict[str, AdaptableMatrix]:
+        """The matrices that can have adapters, by parameter name without ".weight"."""
 
     def init(self, name: str, model: ModelConfig) -> tuple[float, float]:
         """Mean and standard deviation of a parameter's initial values."""
@@ -86,6 +97,9 @@ class Architecture(Protocol):
 
     def unsupported_for_export(self, model: ModelConfig, target: ExportTarget) -> Iterator[str]:
         """Yields the settings that a format cannot represent, as "model.KEY: reason: remedy"."""
+
+    def export_warnings(self, model: ModelConfig, target: ExportTarget) -> Iterator[str]:
+        """Yields what the library of `target` computes differently, though not in every use."""
 
     def export_parameters(self, params: dict[str, Float32], model: ModelConfig) -> dict[str, Float32]:
         """Converts the parameters to the form that other libraries expect."""
@@ -120,8 +134,14 @@ class ForwardPass(Protocol):
     def final_norm(self, params: "Params", x: "mx.array", model: ModelConfig) -> "mx.array":
         """The input of the output head, [N, D]."""
 
-    def head_name(self, model: ModelConfig) -> str:
-        """The name of the output head's weight [V, D]."""
+    def head_name(self, model: ModelConfig) -> str | None:
+        """The name of the output head's weight [V, D]; None if the head is the function `head_logits`."""
+
+    def head_logits(self, hidden: "mx.array", params: "Params", model: ModelConfig) -> "mx.array":
+        """The logits [N, V] of hidden states [N, D]. Only if `head_name` is None, as is `head_parameters`."""
+
+    def head_parameters(self, params: "Params", model: ModelConfig) -> Sequence[str]:
+        """The names of the parameters that `head_logits` uses."""
 
     def hidden_states(
         self,

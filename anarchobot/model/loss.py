@@ -22,16 +22,23 @@ from anarchobot.numerics.elementary import exp, row_sums, tanh
 from anarchobot.numerics.eval_order import EvalOrder, depend
 
 
-def head_matrix(params: Params, model: ModelConfig) -> Matrix:
-    """The output head [V, D]."""
-    return matrix(params, forward_pass(model).head_name(model).removesuffix(".weight"))
-
-
 def logits(hidden: mx.array, params: Params, model: ModelConfig) -> mx.array:
     """float32 logits [..., V] of hidden states [..., D]: the product in their dtype, the rest in float32."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    z = matmul_t(flat, head_matrix(params, model)).astype(mx.float32).reshape(*hidden.shape[:-1], -1)
+    z = _products(hidden.reshape(-1, hidden.shape[-1]), params, model).astype(mx.float32)
+    z = z.reshape(*hidden.shape[:-1], -1)
     return z if model.logit_softcap is None else model.logit_softcap * mx.tanh(z / model.logit_softcap)
+
+
+def _head_matrix(params: Params, model: ModelConfig) -> Matrix | None:
+    """The output head [V, D]; None if the architecture has another kind of head."""
+    name = forward_pass(model).head_name(model)
+    return None if name is None else matrix(params, name.removesuffix(".weight"))
+
+
+def _products(hidden: mx.array, params: Params, model: ModelConfig) -> mx.array:
+    """The logits [N, V] of hidden states [N, D] before model.logit_softcap, in their dtype."""
+    weight = _head_matrix(params, model)
+    return forward_pass(model).head_logits(hidden, params, model) if weight is None else matmul_t(hidden, weight)
 
 
 def head_loss(
@@ -48,18 +55,21 @@ def head_loss(
     and the arrays that later work must wait for.
     """
     wait, chunk, metrics = options.wait, options.loss_chunk, None
-    name = forward_pass(model).head_name(model)
     rows, length = batch.targets.shape
     targets, scale = batch.targets.reshape(-1), batch.scale
     if batch.objective is not None:
-        losses = token_losses(hidden, head_matrix(weights, model), targets, model, chunk)
+        losses = token_losses(hidden, weights, targets, model, chunk)
         metrics, dlog_probs = batch.objective(-losses.reshape(rows, length).sum(axis=1))
         (hidden,) = wait([hidden], [dlog_probs])
         metrics, scale = scale * metrics, mx.repeat(-scale * dlog_probs, length)  # [N]
+    name, weight = forward_pass(model).head_name(model), _head_matrix(weights, model)
+    if name is None or weight is None:
+        total, dhidden = _function_gradients(hidden, weights, targets, model, scale, grads, chunk, wait)
+        return total if metrics is None else metrics, dhidden, [total, dhidden]
     trained = grads.is_trainable(name)
     total, dhidden, dweight = loss_and_gradients(
         hidden,
-        head_matrix(weights, model),
+        weight,
         targets,
         model,
         scale,
@@ -76,27 +86,28 @@ def head_loss(
 
 
 def loss_sum(
-    hidden: mx.array, weight: Matrix, targets: mx.array, model: ModelConfig, chunk: int | None = None
+    hidden: mx.array, params: Params, targets: mx.array, model: ModelConfig, chunk: int | None = None
 ) -> mx.array:
     """Returns the summed cross-entropy in nats (float32 scalar), without gradients: for evaluation.
 
-    `hidden` [N, D], `weight` [V, D], `targets` [N] of int32; negative targets are ignored.
+    `hidden` [N, D], `targets` [N] of int32; negative targets are ignored.
     """
-    return mx.sum(token_losses(hidden, weight, targets, model, chunk))
+    return mx.sum(token_losses(hidden, params, targets, model, chunk))
 
 
 def token_losses(
-    hidden: mx.array, weight: Matrix, targets: mx.array, model: ModelConfig, chunk: int | None = None
+    hidden: mx.array, params: Params, targets: mx.array, model: ModelConfig, chunk: int | None = None
 ) -> mx.array:
     """Returns the cross-entropy of each token [N], float32; 0 at negative targets. Arguments as for `loss_sum`."""
     losses: list[mx.array] = []
     for h, t, _ in _chunks(hidden, targets, mx.array(1.0), chunk):
         (h,) = depend([h], losses[-1:])
+        z = _products(h, params, model)
         if _has_fused_loss(model):
-            loss = mx.fast.cross_entropy(matmul_t(h, weight), mx.maximum(t, 0))
+            loss = mx.fast.cross_entropy(z, mx.maximum(t, 0))
             losses.append((loss * (t >= 0).astype(mx.float32))[:, None])
         else:
-            losses.append(_chunk_loss(h, weight, t, model)[0])
+            losses.append(_chunk_loss(z, t, model)[0])
     return mx.concatenate(losses)[:, 0]
 
 
@@ -122,7 +133,7 @@ def loss_and_gradients(
     hidden_gradients: list[mx.array] = []
     for h, t, s in _chunks(hidden, targets, scale, chunk):
         (h,) = wait([h], [total, *hidden_gradients[-1:], *([] if weight_gradient is None else [weight_gradient])])
-        loss, dz = _chunk_backward(h, weight, t, model, s, wait)
+        loss, dz = _chunk_backward(matmul_t(h, weight), t, model, s, wait)
         hidden_gradients.append(matmul(dz, weight))
         if train_weight:
             weight_gradient = add_product(weight_gradient, dz.T, h)
@@ -131,16 +142,50 @@ def loss_and_gradients(
     return total, mx.concatenate(hidden_gradients), weight_gradient
 
 
-def _chunk_backward(
-    h: mx.array, weight: Matrix, t: mx.array, model: ModelConfig, scale: mx.array, wait: EvalOrder
+def _function_gradients(
+    hidden: mx.array,
+    weights: Params,
+    targets: mx.array,
+    model: ModelConfig,
+    scale: mx.array,
+    grads: GradientAccumulator,
+    chunk: int,
+    wait: EvalOrder,
 ) -> tuple[mx.array, mx.array]:
-    """The sum of the chunk's losses times `scale` (a scalar, or [C, 1]), and its gradient dL/dz [C, V] in h's dtype."""
+    """As `loss_and_gradients`, for a head that is a function: MLX differentiates it, given dL/dz. The gradients of its
+    parameters are added to `grads`."""
+    forward = forward_pass(model)
+    trained = {name: weights[name] for name in forward.head_parameters(weights, model) if grads.is_trainable(name)}
+    total = mx.array(0.0)
+    hidden_gradients: list[mx.array] = []
+    for h, t, s in _chunks(hidden, targets, scale, chunk):
+
+        def surrogate(h: mx.array, trained: Params, t: mx.array = t, s: mx.array = s) -> tuple[mx.array, mx.array]:
+            """A scalar with the gradient of the loss: the logits times their gradient. Also returns the loss."""
+            z = forward.head_logits(h, {**weights, **trained}, model)
+            loss, dz = _chunk_backward(mx.stop_gradient(z), t, model, s, depend)
+            return mx.sum(z * mx.stop_gradient(dz)), loss
+
+        (h,) = wait([h], [total, *hidden_gradients[-1:]])
+        (_, loss), (dh, dtrained) = mx.value_and_grad(surrogate, argnums=(0, 1))(h, trained)
+        hidden_gradients.append(dh)
+        for name, gradient in dtrained.items():
+            hidden_gradients[-1:] = wait(hidden_gradients[-1:], grads.add(name, gradient))
+        total = total + loss
+    return total, mx.concatenate(hidden_gradients)
+
+
+def _chunk_backward(
+    z: mx.array, t: mx.array, model: ModelConfig, scale: mx.array, wait: EvalOrder
+) -> tuple[mx.array, mx.array]:
+    """The sum of the chunk's losses times `scale` (a scalar, or [C, 1]), and its gradient dL/dz [C, V] in z's dtype."""
     weights = scale * (t >= 0).astype(mx.float32)[:, None]  # [C, 1]; a negative target's row is zero
     if _has_fused_loss(model):
-        z, target = matmul_t(h, weight), mx.maximum(t, 0)
+        target = mx.maximum(t, 0)
         (losses,), (dz,) = mx.vjp(lambda z: mx.fast.cross_entropy(z, target), [z], [weights[:, 0]])
         return mx.sum(weights[:, 0] * losses), dz
-    losses, z, exps, sums = _chunk_loss(h, weight, t, model)
+    dtype = z.dtype
+    losses, z, exps, sums = _chunk_loss(z, t, model)
     loss = mx.sum(scale * losses)
     exps, sums = wait([exps, sums], [loss])
     dz = exps * (weights / sums)
@@ -148,7 +193,7 @@ def _chunk_backward(
     dz = mx.put_along_axis(dz, target, mx.take_along_axis(dz, target, axis=1) - weights, axis=1)
     if model.logit_softcap is not None:
         dz = dz * (1 - mx.square(z * (1 / model.logit_softcap)))
-    (dz,) = wait([dz.astype(h.dtype)], [dz])
+    (dz,) = wait([dz.astype(dtype)], [dz])
     return loss, dz
 
 
@@ -166,11 +211,9 @@ def _has_fused_loss(model: ModelConfig) -> bool:
     return not on_cpu() and model.logit_softcap is None
 
 
-def _chunk_loss(
-    h: mx.array, weight: Matrix, t: mx.array, model: ModelConfig
-) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """The losses [C, 1], the logits z [C, V], e^(z - max) [C, V] and its row sums [C, 1]; all float32."""
-    z = matmul_t(h, weight).astype(mx.float32)
+def _chunk_loss(z: mx.array, t: mx.array, model: ModelConfig) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """The losses [C, 1], the capped logits z [C, V], e^(z - max) [C, V] and its row sums [C, 1]; all float32."""
+    z = z.astype(mx.float32)
     if model.logit_softcap is not None:
         z = model.logit_softcap * tanh(z * (1 / model.logit_softcap))
     peak = mx.max(z, axis=1, keepdims=True)

@@ -18,7 +18,7 @@ from anarchobot.data.windows import Batch
 from anarchobot.model.architecture import forward_pass, gradients
 from anarchobot.model.frozen import init_adapters
 from anarchobot.model.gradient_accumulator import Params
-from anarchobot.model.loss import head_matrix, loss_sum
+from anarchobot.model.loss import loss_sum
 from anarchobot.model.parameters import init_parameters, parameter_shapes
 from anarchobot.model.step_options import MicroBatch, Objective, StepOptions
 from anarchobot.numerics import eval_order
@@ -291,8 +291,7 @@ class MLXEngine(BaseEngine[mx.array]):
         self.traces += 1
         model, forward, wait = self._config.model, self.forward, self.options.wait
         hidden = forward.hidden_states(params, inputs, model, dtype=self.dtype, segments=segments, wait=wait)
-        head = head_matrix(params, model)
-        return loss_sum(hidden.reshape(-1, model.d_model), head, targets.reshape(-1), model)
+        return loss_sum(hidden.reshape(-1, hidden.shape[-1]), params, targets.reshape(-1), model)
 
     # ---- Arrays and memory ----
 

@@ -11,7 +11,7 @@ from anarchobot.config.schema import Config
 from anarchobot.data.conversations.preference_pairs import PairBatch
 from anarchobot.data.windows import Batch
 from anarchobot.model.gradient_accumulator import Params
-from anarchobot.model.loss import head_matrix, token_losses
+from anarchobot.model.loss import token_losses
 from anarchobot.model.preference import Preferences, losses_and_grads, rewards
 from anarchobot.model.step_options import Objective
 from anarchobot.training.mlx_engine import Metrics, MicroBatchSlice, MLXEngine
@@ -100,8 +100,8 @@ class PreferenceEngine(MLXEngine):
         """Log-probabilities of the rows' targets: [2 b]."""
         model, forward = self._config.model, self.forward
         hidden = forward.hidden_states(params, inputs, model, dtype=self.dtype, wait=self.options.wait)
-        hidden, head = hidden.reshape(-1, model.d_model), head_matrix(params, model)
-        losses = token_losses(hidden, head, targets.reshape(-1), model, self.options.loss_chunk)
+        hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        losses = token_losses(hidden, params, targets, model, self.options.loss_chunk)
         return -losses.reshape(inputs.shape).sum(axis=1)
 
     def _objective(self, targets: mx.array, reference: mx.array | None) -> Objective:

@@ -125,9 +125,9 @@ def test_chunk_and_block_sizes_take_effect(monkeypatch: pytest.MonkeyPatch) -> N
     chunks: list[int] = []
     whole = loss._chunk_loss
 
-    def record(h: mx.array, *others: Any) -> Any:
-        chunks.append(h.shape[0])
-        return whole(h, *others)
+    def record(z: mx.array, *others: Any) -> Any:
+        chunks.append(z.shape[0])
+        return whole(z, *others)
 
     monkeypatch.setattr(loss, "_chunk_loss", record)
     blocks: list[tuple[int, int]] = []

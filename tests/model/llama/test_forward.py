@@ -27,6 +27,33 @@ SHAPES = {
     "biases, qk_norm, value residual": {"attention_bias": True, "qk_norm": True, "value_residual": True},
     "other constants": {"rope_theta": 500.0, "norm_eps": 0.1, "mlp_multiple": 1.5},
     "value residual, embedding scale": {"value_residual": True, "embedding_scale": 3.0, "n_layers": 3, "n_kv_heads": 2},
+    "windows, a full layer with scaled RoPE": {
+        "n_kv_heads": 2,
+        "qk_norm": True,
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_local_theta": 50.0,
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    },
+    "softcap, scale, windows, partial rotation": {
+        "n_kv_heads": 1,
+        "attention_softcap": 2.0,
+        "attention_scale": 0.7,
+        "sliding_window": 7,
+        "head_dim": 8,
+        "rotary_fraction": 0.5,
+    },
+    "longrope": {
+        "head_dim": 8,
+        "rotary_fraction": 0.5,
+        "rope_scaling": {
+            "type": "longrope",
+            "factor": 40.0,
+            "original_max_seq_len": 8,
+            "short_factor": [1.0, 1.5],
+            "long_factor": [2.0, 9.0],
+        },
+    },
 }
 
 
@@ -245,7 +272,7 @@ def test_stories260k_matches_its_published_text(shared_data: Path) -> None:
     for story in truth["stories"]:
         ids = mx.array(story["ids"])
         hidden = hidden_states(params, ids[None, :-1], model)[0]
-        mean = float(loss_sum(hidden, params[head_name(model)], ids[1:], model)) / (len(story["ids"]) - 1)
+        mean = float(loss_sum(hidden, params, ids[1:], model)) / (len(story["ids"]) - 1)
         assert mean == pytest.approx(story["mean_nll"], rel=1e-5)
     greedy = mx.array(truth["greedy_from_bos_ids"])
     hidden = hidden_states(params, greedy[None, :-1], model)[0]
