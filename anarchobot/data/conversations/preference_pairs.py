@@ -19,6 +19,7 @@ from anarchobot.data.conversations.tokenized import (
     batches,
     check_not_empty,
     fit_to_length,
+    opening,
 )
 from anarchobot.data.windows import Batch
 from anarchobot.tokenizers.chat_encoder import ChatEncoder, Encoded
@@ -72,9 +73,9 @@ def tokenize_pairs(
 ) -> tuple[PairDataset, PairDataset]:
     """Tokenizes (place, pair) items from `read_pairs` into both splits; `encoder` has train_on "answer".
 
-    All pairs with the same first question are in the same split. "cut" drops the oldest exchanges of a long prompt but
-    never shortens an answer, because the loss compares summed log-probabilities; pairs that are still too long are
-    skipped. Raises UserError if no training pair is left.
+    All pairs with the same opening are in the same split. "cut" drops the oldest exchanges of a long prompt but never
+    shortens an answer, because the loss compares summed log-probabilities; pairs that are still too long are skipped.
+    Raises UserError if no training pair is left.
     """
     assert encoder.train_on == "answer"
     splits: tuple[list[tuple[Encoded, Encoded]], ...] = ([], [])
@@ -87,15 +88,10 @@ def tokenize_pairs(
                 counts.skip_kept(place, error)
                 continue
             counts.truncated += truncated
-            splits[is_held_out(_first_question(pair.prompt), val_fraction)].append(sides)
+            splits[is_held_out(opening(pair.prompt), val_fraction)].append(sides)
     check_not_empty(len(splits[0]), len(splits[1]), counts)
     train, val = (_pair_dataset(sides, encoder, seq_len) for sides in splits)
     return train, val
-
-
-def _first_question(prompt: Conversation) -> Conversation:
-    """Pairs from later turns of the same dialogue share it."""
-    return (next(turn for turn in prompt if turn.role == "user"),)
 
 
 def _fit_pair(

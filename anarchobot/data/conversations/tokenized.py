@@ -117,7 +117,8 @@ def tokenize_conversations(
     samples: int = 0,
 ) -> TokenizedSplits:
     """Tokenizes the (place, conversation) items of `read_conversations`. Those that the template rejects or that do not
-    fit are skipped and counted in `counts`. Raises UserError if no training conversation is left."""
+    fit are skipped and counted in `counts`. Conversations with the same opening are in the same split. Raises UserError
+    if no training conversation is left."""
     train: list[Encoded] = []
     val: list[Encoded] = []
     sampled: list[Conversation] = []
@@ -135,7 +136,7 @@ def tokenize_conversations(
             loss_tokens = int(encoded.loss_mask.sum())
             counts.loss_tokens += loss_tokens
             counts.truncated_loss_tokens += loss_tokens - int(fitted.loss_mask.sum())
-            held_out = is_held_out(conversation, val_fraction)
+            held_out = is_held_out(opening(conversation), val_fraction)
             (val if held_out else train).append(narrow_ids(fitted, vocab_size))
             if held_out and len(sampled) < samples and conversation[-1].role == "assistant":
                 sampled.append(conversation)
@@ -143,6 +144,13 @@ def tokenize_conversations(
     return TokenizedSplits(
         TokenTable.from_encoded(train, vocab_size), TokenTable.from_encoded(val, vocab_size), sampled
     )
+
+
+def opening(conversation: Conversation) -> Conversation:
+    """The turns up to the first question. Rows from the same dialogue share them: other answers to the question, and
+    the dialogue with more turns."""
+    end = next((i for i, turn in enumerate(conversation, start=1) if turn.role == "user"), len(conversation))
+    return conversation[:end]
 
 
 def check_not_empty(train: int, held_out: int, counts: RowCounts) -> None:

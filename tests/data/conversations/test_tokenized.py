@@ -178,6 +178,25 @@ def test_adding_data_moves_nothing_between_splits(make_chat: MakeChat) -> None:
     assert tokenize_conversations(many(9), chat.encoder(), RowCounts(9, 9), seq_len=99).val.count == 0
 
 
+def test_rows_from_the_same_dialogue_are_in_one_split(make_chat: MakeChat) -> None:
+    """Other answers to its question, and the dialogue with more turns; the training split would answer the other."""
+    chat = make_chat("bytelevel", "qwen2")
+    rows = [
+        ("", dialogue(f"question {i}", *turns, system="Be."))
+        for i in range(60)
+        for turns in (("yes",), ("no",), ("yes", "and then?", "no"))
+    ]
+    splits = tokenize_conversations(rows, chat.encoder(), RowCounts(180, 180), seq_len=99, val_fraction=0.3)
+
+    def questions(table: TokenTable) -> set[str]:
+        texts = [chat.theirs.decode(part.tolist()) for part in np.split(table.ids, table.offsets[1:-1])]
+        return {text.split("<|im_start|>user\n")[1].split("<|im_end|>")[0] for text in texts}
+
+    assert splits.train.count + splits.val.count == 180 and 10 < splits.val.count < 100
+    assert not questions(splits.train) & questions(splits.val)
+    assert questions(splits.train) | questions(splits.val) == {f"question {i}" for i in range(60)}
+
+
 def test_skipped_and_truncated_rows_are_counted(make_chat: MakeChat) -> None:
     chat = make_chat("bytelevel", "gemma")
     found = [
