@@ -1,38 +1,41 @@
-"""The Llama family: RoPE, RMSNorm, gated MLP, grouped-query attention. Llama, Mistral, Qwen2 (biases on queries, keys
-and values) and Qwen3 (normalized queries and keys). Does not import MLX: both backends, planning and file
-conversion use it.
+"""The Llama family: RoPE, RMSNorm, gated MLP, grouped-query attention; optionally biases on queries, keys and values
+(Qwen2), normalized queries and keys (Qwen3), sliding windows (Mistral) and norms of the outputs of attention and MLP
+(Gemma). Does not import MLX: both backends, planning and file conversion use it.
 
 Shapes: B rows of L tokens, N = B L, D d_model, H query heads, K key/value heads, E head width, F MLP width,
 V vocabulary.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from anarchobot.config.errors import UserError
+import numpy as np
+
 from anarchobot.config.schema import ModelConfig
 from anarchobot.model.architecture import (
-    EXPORT_LIBRARIES,
     ActivationSizes,
-    ExportTarget,
+    AdaptableMatrix,
     Float32,
     QueryBlocks,
     Shape,
     TensorSource,
 )
-from anarchobot.model.quantization import check_format
+from anarchobot.model.llama.export_limits import export_warnings, unsupported_for_export
+from anarchobot.model.llama.hf_config import CLASSES, embedding_factor, from_hf, hf_type, to_hf
 
-HF_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+__all__ = ["export_warnings", "from_hf", "to_hf", "unsupported_for_export"]  # parts of Architecture, in other files
+
+HF_MODEL_TYPES = tuple(CLASSES)
 INIT_STD = 0.02
-_TANH_GELU = ("gelu_pytorch_tanh", "gelu_new")
 
 
 # ---- Parameters ----
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """Hugging Face Llama's names (Qwen3's for the norms of qk_norm, Qwen2's for attention_bias)."""
+    """Hugging Face Llama's names (Qwen3's for the norms of qk_norm, Qwen2's for attention_bias), and own ones for the
+    norms of the outputs of attention and MLP."""
     d, head, hidden = model.d_model, model.head_size, model.mlp_size
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (model.vocab_size, d)}
     for i in range(model.n_layers):
@@ -60,6 +63,27 @@ def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
+def adaptable_matrices(model: ModelConfig) -> dict[str, AdaptableMatrix]:
+    """All matrices of the blocks."""
+    return {
+        name.removesuffix(".weight"): AdaptableMatrix(int(name.split(".")[2]), shape)
+        for name, shape in parameter_shapes(model).items()
+        if name.endswith("_proj.weight")
+    }
+
+
+def init(name: str, model: ModelConfig) -> tuple[float, float]:
+    """Norms are one, biases zero, matrices normal with standard deviation 0.02; for the two that write to the residual
+    stream, 0.02 / sqrt(2 n_layers) (GPT-2, Radford et al., 2019, section 2.3), or zero with zero_init_proj."""
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return 0.0, 0.0 if model.zero_init_proj else INIT_STD / math.sqrt(2 * model.n_layers)
+    if name.endswith("norm.weight"):
+        return 1.0, 0.0
+    return 0.0, 0.0 if name.endswith(".bias") else INIT_STD
+
+
+# ---- Hugging Face's files ----
+
 # Own names of norms whose Hugging Face name differs: Gemma calls the norm before the MLP pre_feedforward_layernorm, and
 # post_attention_layernorm is that of the attention's output.
 _GEMMA_NORMS = {
@@ -71,6 +95,10 @@ _FUSED = {  # parts of Phi-3's matrices, in the order of their rows
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
+
+
+def infer_from_weights(names: Collection[str]) -> dict[str, Any]:
+    return {"attention_bias": any(name.endswith(".self_attn.q_proj.bias") for name in names)}
 
 
 def tensor_sources(model: ModelConfig, model_type: str) -> dict[str, TensorSource]:
@@ -94,171 +122,17 @@ def tensor_sources(model: ModelConfig, model_type: str) -> dict[str, TensorSourc
     return sources
 
 
-def init(name: str, model: ModelConfig) -> tuple[float, float]:
-    """Norms are one, biases zero, matrices normal with standard deviation 0.02; for the two that write to the residual
-    stream, 0.02 / sqrt(2 n_layers) (GPT-2, Radford et al., 2019, section 2.3), or zero with zero_init_proj."""
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
-        return 0.0, 0.0 if model.zero_init_proj else INIT_STD / math.sqrt(2 * model.n_layers)
-    if name.endswith("norm.weight"):
-        return 1.0, 0.0
-    return 0.0, 0.0 if name.endswith(".bias") else INIT_STD
-
-
-# ---- Hugging Face's config.json ----
-
-
-def to_hf(model: ModelConfig) -> dict[str, Any]:
-    kind = _hf_name(model)
-    return {
-        "architectures": [f"{kind}ForCausalLM"],
-        "model_type": kind.lower(),
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.d_model,
-        "intermediate_size": model.mlp_size,
-        "num_hidden_layers": model.n_layers,
-        "num_attention_heads": model.n_heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_size,
-        "hidden_act": "silu" if model.ffn_activation == "silu" else _TANH_GELU[0],
-        "max_position_embeddings": model.max_seq_len,
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,
-        "tie_word_embeddings": model.tie_embeddings,
-        "attention_bias": model.attention_bias,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-    }
-
-
-def _hf_name(model: ModelConfig) -> str:
-    """Returns the Hugging Face name of the model type with these settings."""
-    return "Qwen3" if model.qk_norm else "Qwen2" if model.attention_bias else "Llama"
-
-
-def from_hf(values: dict[str, Any], file: str) -> dict[str, Any]:
-    """Raises UserError for sliding windows, scaled RoPE, mixtures of experts, other activations, and weights quantized in
-    another format than mlx-lm's affine mode."""
-    _check_supported(values, file)
-    d_model, n_heads = _positive(values, "hidden_size", file), _positive(values, "num_attention_heads", file)
-    head_dim = values.get("head_dim")
-    return {
-        "vocab_size": _positive(values, "vocab_size", file),
-        "n_layers": _positive(values, "num_hidden_layers", file),
-        "d_model": d_model,
-        "n_heads": n_heads,
-        "n_kv_heads": None if values.get("num_key_value_heads") in (None, n_heads) else values["num_key_value_heads"],
-        "head_dim": None if head_dim is None or head_dim * n_heads == d_model else head_dim,
-        "mlp_multiple": _positive(values, "intermediate_size", file) / d_model,
-        "ffn_activation": _activation(values, file),
-        "dropout": 0.0,
-        "max_seq_len": _positive(values, "max_position_embeddings", file),
-        "rope_theta": float(_rope(values, file).get("rope_theta", 10000.0)),
-        "norm_eps": _positive(values, "rms_norm_eps", file),
-        "tie_embeddings": values.get("tie_word_embeddings", False),
-        "qk_norm": values["model_type"] == "qwen3",
-    }
-
-
-def infer_from_weights(names: Collection[str]) -> dict[str, Any]:
-    return {"attention_bias": any(name.endswith(".self_attn.q_proj.bias") for name in names)}
-
-
-def unsupported_for_export(model: ModelConfig, target: ExportTarget) -> Iterator[str]:
-    name, library = _hf_name(model), EXPORT_LIBRARIES[target]
-    if model.logit_softcap is not None:
-        yield f"model.logit_softcap: {model.logit_softcap:g}: {name} has no logit softcap: train the model without it"
-    if model.value_residual:
-        yield f"model.value_residual: {name} has no value residuals: train the model without them"
-    if model.embedding_scale is not None and model.tie_embeddings:
-        yield (
-            f"model.embedding_scale: {model.embedding_scale:g}: {name} has no such scale, and with "
-            "model.tie_embeddings it can't be folded into the embedding: train the model without one of them"
-        )
-    if model.ffn_activation != "silu" and target != "hf":
-        yield f"model.ffn_activation: gelu: {name} in {library} supports only silu: export to hf"
-    if model.d_model % model.n_heads and name == "Llama" and target != "gguf":
-        yield (
-            f"model.n_heads: {model.n_heads}: transformers requires a Llama's d_model ({model.d_model}) to be a "
-            "multiple of n_heads: export to gguf"
-        )
-    if model.attention_bias and model.qk_norm:
-        yield (
-            "model.attention_bias: no supported architecture has both biases (Qwen2) and model.qk_norm (Qwen3): train "
-            "the model without one of them"
-        )
-    elif model.attention_bias and model.n_heads * model.head_size != model.d_model and target != "hf":
-        yield (
-            f"model.head_dim: {model.head_size}: Qwen2 (model.attention_bias) in {library} requires d_model / n_heads: "
-            "export to hf"
-        )
-
-
 def export_parameters(params: dict[str, Float32], model: ModelConfig) -> dict[str, Float32]:
-    """Llama has no embedding_scale: it is multiplied into the embedding."""
-    if model.embedding_scale is None:
-        return params
-    name = "model.embed_tokens.weight"
-    return {**params, name: params[name] * model.embedding_scale}
-
-
-def _check_supported(values: dict[str, Any], file: str) -> None:
-    kind, longest = values["model_type"], values.get("max_position_embeddings", 0)
-    # 4096 is the default in transformers.
-    window = values.get("sliding_window", 4096) if values.get("use_sliding_window", kind == "mistral") else None
-    if window is not None and window < longest:
-        raise UserError(
-            f"{file}: sliding_window: {window}: sliding windows are not supported: to use the model up to that length, "
-            f"set max_position_embeddings to {window} and sliding_window to null in this file"
-        )
-    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if values.get(key):
-            raise UserError(f"{file}: {key}: {values[key]}: mixtures of experts are not supported")
-    other = set(values.get("layer_types") or ()) - {"full_attention", None if window is None else "sliding_attention"}
-    if other:
-        raise UserError(f"{file}: layer_types: {sorted(map(str, other))[0]}: only full_attention is supported")
-    check_format(values, file)
-
-
-def _rope(values: dict[str, Any], file: str) -> dict[str, Any]:
-    """Merges rope_theta at the top level (older files) with rope_scaling and rope_parameters (transformers 5)."""
-    rope = {"rope_theta": values["rope_theta"]} if values.get("rope_theta") is not None else {}
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(more := values.get(key) or {}, dict):
-            raise UserError(f"{file}: {key}: expected a JSON object")
-        rope |= _common_to_layers(more, key, file)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"{file}: {kind} RoPE scaling is not supported")
-    if rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError(f"{file}: partial_rotary_factor: must be 1")
-    return rope
-
-
-def _common_to_layers(rope: dict[str, Any], key: str, file: str) -> dict[str, Any]:
-    """Unwraps parameters given per layer type, such as {"full_attention": {"rope_theta": ...}, ...}."""
-    kinds = {kind: more for kind, more in rope.items() if isinstance(more, dict)}
-    if not kinds:
-        return rope
-    first = next(iter(kinds.values()))
-    if len(kinds) < len(rope) or any(more != first for more in kinds.values()):
-        raise UserError(f"{file}: {key} differs between layer types ({', '.join(rope)}): this is not supported")
-    return first
-
-
-def _activation(values: dict[str, Any], file: str) -> str:
-    activation = values.get("hidden_act", "silu")
-    if activation in ("silu", "swish"):
-        return "silu"
-    if activation in _TANH_GELU:
-        return "gelu"
-    raise UserError(f"{file}: unsupported hidden_act {activation!r}: expected silu or {_TANH_GELU[0]}")
-
-
-def _positive(values: dict[str, Any], key: str, file: str) -> Any:
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise UserError(f"{file}: {key}: expected a number above 0, got {value!r}")
-    return value
+    """The inverse of `tensor_sources`, with the embedding scale multiplied into the embedding."""
+    factor = embedding_factor(model)
+    if factor != 1:
+        name = "model.embed_tokens.weight"
+        params = {**params, name: params[name] * factor}
+    parts: dict[str, list[Float32]] = {}
+    for name, source in tensor_sources(model, hf_type(model)).items():
+        array = params[name] - np.float32(source.offset) if source.offset else params[name]
+        parts.setdefault(source.name, []).append(array)
+    return {name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for name, arrays in parts.items()}
 
 
 # ---- Counts ----
