@@ -32,7 +32,7 @@ def export(path: str | Path, target: ExportTarget, output: str | Path, dtype: Dt
     tokenizer = load_tokenizer(saved.folder.parent)
     chat, eod_id = load_chat_format(tokenizer), tokenizer.eod_id
     bos_id = eod_id if model.bos_id is None else model.bos_id  # in the shards, each text follows an end of document
-    warnings: list[str] = []
+    warnings = list(arch.export_warnings(model, target))
     if target == "gguf":
         gguf_file.gguf_package()
         fields = gguf_file.tokenizer_fields(tokenizer, bos_id, chat)
