@@ -15,7 +15,16 @@ from anarchobot.config.schema import ModelConfig
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.linear import InputDropout, embedding_rows, matrix
 from anarchobot.model.llama import block
-from anarchobot.model.llama.attention import BlockedAttention, Cache, FusedAttention, document_mask
+from anarchobot.model.llama.attention import (
+    BlockedAttention,
+    Cache,
+    FusedAttention,
+    Mask,
+    Rope,
+    attention_mask,
+    per_block,
+    rope,
+)
 from anarchobot.model.llama.fused_attention import FusedTrainingAttention
 from anarchobot.model.norm import rms_norm
 from anarchobot.model.parameters import by_block
@@ -42,21 +51,40 @@ def hidden_states(
     """
     B, L = tokens.shape
     x = embed(params, tokens, model, dtype)  # [N, D]
-    whole: block.TrainingAttention
-    if on_cpu():
-        whole = BlockedAttention(model, B, L, segments, wait=wait)
+    attentions: Sequence[block.TrainingAttention | FusedAttention]
+    if caches is None:
+        attentions = _whole_rows(model, B, L, dtype, segments, wait)
     else:
-        whole = FusedTrainingAttention(model, B, L, dtype, segments, wait=wait)
-    mask = None if caches is None else caches[0].make_mask(L, return_array=False, window_size=None)
+        attentions = _with_caches(model, B, L, caches)
     first_v = None
-    for i, p in enumerate(by_block(params, model)):
-        attention = whole if caches is None else FusedAttention(model, B, L, mask, caches[i])
+    for i, (p, attention) in enumerate(zip(by_block(params, model), attentions, strict=True)):
         x, saved = block.attention_forward(p, x, model, attention, first_v=first_v)
         first_v = saved.v if i == 0 and model.value_residual else first_v
         del saved
         x, _ = block.mlp_forward(p, x, model)
         (x,) = wait([x], [x])
     return final_norm(params, x, model).reshape(B, L, -1)
+
+
+def _whole_rows(
+    model: ModelConfig, B: int, L: int, dtype: mx.Dtype, segments: mx.array | None, wait: EvalOrder
+) -> Sequence[block.TrainingAttention]:
+    def attention(window: int | None) -> block.TrainingAttention:
+        if on_cpu() or model.attention_softcap is not None:
+            return BlockedAttention(model, B, L, segments, wait=wait, window=window)
+        return FusedTrainingAttention(model, B, L, dtype, segments, wait=wait, window=window)
+
+    return per_block(model, attention)
+
+
+def _with_caches(model: ModelConfig, B: int, L: int, caches: Sequence[Cache]) -> Sequence[FusedAttention]:
+    def mask_and_rope(window: int | None) -> tuple[Mask, Rope]:
+        return caches[0].make_mask(L, return_array=False, window_size=window), rope(model, window, L)
+
+    return [
+        FusedAttention(model, B, L, *shared, window, cache)
+        for shared, window, cache in zip(per_block(model, mask_and_rope), model.windows, caches, strict=True)
+    ]
 
 
 def embed(params: Params, tokens: mx.array, model: ModelConfig, dtype: mx.Dtype) -> mx.array:
@@ -71,7 +99,11 @@ def layer(p: Params, carry: list[mx.array], i: int, model: ModelConfig, batch: M
     x, *first_v = carry
     drop = dropout_keys(batch.dropout_key, model, batch.adapter_dropout)[i]
     rows, length = batch.tokens.shape
-    attention = FusedAttention(model, rows, length, document_mask(batch.segments, length))
+    window = model.windows[i]
+    mask: Mask = "causal"
+    if batch.segments is not None or window is not None:
+        mask = attention_mask(batch.segments, length, window)
+    attention = FusedAttention(model, rows, length, mask, rope(model, window, length), window)
     with elementary.differentiable():
         x, saved = block.attention_forward(
             p, x, model, attention, drop.attention, first_v[0] if first_v else None, drop.attention_inputs

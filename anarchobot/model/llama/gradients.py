@@ -13,7 +13,7 @@ from anarchobot.config.schema import ModelConfig
 from anarchobot.model.embedding_gradient import add_rows
 from anarchobot.model.gradient_accumulator import GradientAccumulator, Params
 from anarchobot.model.llama import block
-from anarchobot.model.llama.attention import BlockedAttention
+from anarchobot.model.llama.attention import BlockedAttention, per_block
 from anarchobot.model.llama.block import DropoutKeys, SavedAttention, SavedMLP, TrainingAttention
 from anarchobot.model.llama.forward import dropout_keys, embed
 from anarchobot.model.llama.fused_attention import FusedTrainingAttention
@@ -38,14 +38,16 @@ def loss_and_gradients(
     """See LossAndGradients in model/architecture.py."""
     wait, profile = options.wait, options.profile
     rows, length = batch.tokens.shape
-    attention: TrainingAttention
-    if options.technique == "blocked":
-        attention = BlockedAttention(model, rows, length, batch.segments, options.attention_block, wait)
-    else:
+
+    def attention(window: int | None) -> TrainingAttention:
+        if options.technique == "blocked" or model.attention_softcap is not None:
+            return BlockedAttention(model, rows, length, batch.segments, options.attention_block, wait, window)
         by_kernel = options.technique == "sdpa"
-        attention = FusedTrainingAttention(
-            model, rows, length, dtype, batch.segments, options.attention_block, wait, by_kernel
+        return FusedTrainingAttention(
+            model, rows, length, dtype, batch.segments, options.attention_block, wait, by_kernel, window
         )
+
+    attentions = per_block(model, attention)
     drops = dropout_keys(batch.dropout_key, model, batch.adapter_dropout)
     weights = params if frozen is None else {**frozen, **params}
     blocks, lowest = by_block(weights, model), lowest_trained_block(params, model)
@@ -57,7 +59,7 @@ def loss_and_gradients(
     saved: list[Saved | mx.array] = []  # per block: what its halves save or, with recompute, only its input
     for i, (p, drop) in enumerate(zip(blocks, drops, strict=True)):
         block_input = x
-        x, halves = _block_forward(p, x, attention, drop, first_v, options)
+        x, halves = _block_forward(p, x, attentions[i], drop, first_v, options)
         if model.value_residual and first_v is None:
             first_v = halves[0].v
         (x,) = wait([x], halves[0].attention.arrays(x))
@@ -81,7 +83,7 @@ def loss_and_gradients(
         if isinstance(block_saved, mx.array):  # only the block's input
             (block_saved,) = wait([block_saved], [dx])
             block_saved = _block_forward(
-                p, block_saved, attention, drop, first_v if i > 0 else None, options, again=True
+                p, block_saved, attentions[i], drop, first_v if i > 0 else None, options, again=True
             )[1]
         # With `eval_now`, an array stays in memory as long as a name refers to it, so names are deleted.
         saved_attention, saved_mlp = block_saved
@@ -92,7 +94,7 @@ def loss_and_gradients(
             (dx,) = wait([dx], [dx])  # there was no norm gradient to wait for
         profile.end("MLP backward", dx)
         dx, dfirst_v = block.attention_backward(
-            p, saved_attention, dx, attention, drop.attention, block_grads, dfirst_v, drop.attention_inputs
+            p, saved_attention, dx, attentions[i], drop.attention, block_grads, dfirst_v, drop.attention_inputs
         )
         del saved_attention
         if i > lowest and not block_grads.is_trainable("input_layernorm.weight"):

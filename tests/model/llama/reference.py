@@ -42,15 +42,19 @@ def logits(params: dict[str, Array], row: npt.NDArray[np.int32], model: ModelCon
         if model.qk_norm:
             q = rms_norm(q, p("self_attn.q_norm"), model.norm_eps)
             k = rms_norm(k, p("self_attn.k_norm"), model.norm_eps)
-        q, k = rotate(q, model.rope_theta), rotate(k, model.rope_theta)
+        sliding = model.sliding_window is not None and (model.layer_types or ["sliding_attention"] * 9)[i][0] == "s"
+        q, k = rotate(q, model, sliding), rotate(k, model, sliding)
         outs = []
         for head in range(model.n_heads):
             kv = head // (model.n_heads // model.kv_heads)
             out = np.zeros_like(q[head])
             for t in range(len(row)):
-                scores = k[kv, : t + 1] @ q[head, t] / np.sqrt(model.head_size)
+                seen = slice(max(0, t + 1 - model.sliding_window) if sliding and model.sliding_window else 0, t + 1)
+                scores = k[kv, seen] @ q[head, t] * (model.attention_scale or 1 / np.sqrt(model.head_size))
+                if model.attention_softcap is not None:
+                    scores = model.attention_softcap * np.tanh(scores / model.attention_softcap)
                 weights = np.exp(scores - scores.max())
-                out[t] = (weights / weights.sum()) @ v[kv, : t + 1]
+                out[t] = (weights / weights.sum()) @ v[kv, seen]
             outs.append(out)
         x = x + np.concatenate(outs, axis=1) @ p("self_attn.o_proj").T
         h = rms_norm(x, p("post_attention_layernorm"), model.norm_eps)
@@ -74,9 +78,20 @@ def heads(x: Array, n: int) -> Array:
     return x.reshape(len(x), n, -1).transpose(1, 0, 2)
 
 
-def rotate(x: Array, theta: float) -> Array:
-    """RoPE on the halves of a head: (a, b) -> (a cos - b sin, b cos + a sin), as in Hugging Face's Llama."""
-    width = x.shape[-1]
-    angles = np.arange(x.shape[1])[:, None] * theta ** (-np.arange(0, width, 2) / width)
-    a, b = x[..., : width // 2], x[..., width // 2 :]
-    return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], axis=-1)
+def rotate(x: Array, model: ModelConfig, sliding: bool) -> Array:
+    """RoPE on the halves of a head's rotated part: (a, b) -> (a cos - b sin, b cos + a sin), as in Hugging Face's
+    Llama."""
+    width, scaling, factor = int(x.shape[-1] * model.rotary_fraction), model.rope_scaling, 1.0
+    frequencies = model.rope_theta ** (-np.arange(0, width, 2) / width)
+    if sliding and model.rope_local_theta is not None:
+        frequencies = model.rope_local_theta ** (-np.arange(0, width, 2) / width)
+    elif scaling.type == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling.type == "longrope":
+        original = scaling.original_max_seq_len or 0
+        frequencies = frequencies / np.array(scaling.long_factor if x.shape[1] > original else scaling.short_factor)
+        factor = np.sqrt(1 + np.log(scaling.factor) / np.log(original))
+    angles = np.arange(x.shape[1])[:, None] * frequencies
+    a, b, rest = np.split(x, [width // 2, width], axis=-1)
+    cos, sin = factor * np.cos(angles), factor * np.sin(angles)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
