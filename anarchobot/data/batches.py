@@ -69,12 +69,12 @@ class TrainBatches:
 
 
 class ValBatches:
-    """The validation windows in order. The last batch is padded with unscored rows."""
+    """The first validation windows, at most `limit`, in order. The last batch is padded with unscored rows."""
 
     def __init__(self, windows: Windows, micro_batch_size: int, limit: int | None) -> None:
         self._windows, self._rows = windows, micro_batch_size
-        batches = -(-windows.count // micro_batch_size)
-        self._batches = batches if limit is None else min(limit, batches)
+        self._count = windows.count if limit is None else min(limit, windows.count)
+        self._batches = -(-self._count // micro_batch_size)
 
     def __len__(self) -> int:
         return self._batches
@@ -83,7 +83,9 @@ class ValBatches:
         """Micro-batch `index`, as [1, B, L]."""
         if not 0 <= index < self._batches:
             raise IndexError(index)
-        rows = self._windows.rows(np.arange(index * self._rows, (index + 1) * self._rows))
+        indices = np.arange(index * self._rows, (index + 1) * self._rows)
+        indices[indices >= self._count] = self._windows.count  # beyond the last window: not scored
+        rows = self._windows.rows(indices)
         return rows.micro_batches(1, self._rows)
 
 

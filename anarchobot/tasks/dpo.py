@@ -21,7 +21,7 @@ from anarchobot.storage.durable import read_checksummed, write_checksummed
 from anarchobot.system.micro_batch import resolve_micro_batch
 from anarchobot.tasks.engines import open_preference_engine
 from anarchobot.tasks.finetuning import check_settings, finetune, generate_reply, resume_identity
-from anarchobot.tasks.resume import find_start
+from anarchobot.tasks.resume import find_start, validation_sequences
 from anarchobot.tasks.run import OutputMode
 from anarchobot.tasks.technique import resolve_technique
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
@@ -53,6 +53,7 @@ def dpo(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
     data, chat, train = config.data, config.chat, config.train
     base, start = load_pretrained(str(train.init_from)), find_start(loaded)
     config, technique_messages = resolve_technique(config, "dpo", start.checkpoint)
+    val_sequences = validation_sequences(config, start.checkpoint)
     encoder, counts = ChatEncoder(base.tokenizer, load_template(base.tokenizer, chat.template), "answer"), RowCounts()
     splits = tokenize_pairs(
         read_pairs(data, counts, chat.language),
@@ -67,9 +68,9 @@ def dpo(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
     run = Run(
         config=config,
         steps=total_steps(train, 2 * data.seq_len, train_pairs.count),  # a pair is two sequences
-        identity=resume_identity([split.digest() for split in splits], base, handle),
+        identity=resume_identity([split.digest() for split in splits], base, handle, val_sequences),
         train=Prefetcher(TrainBatches([train_pairs], train.seed)),
-        val=ValBatches(val_pairs, train.micro_batch_size, train.eval_batches),
+        val=ValBatches(val_pairs, train.micro_batch_size, val_sequences),
         bytes_per_token=None,
         folder=start.folder,
         sample=lambda: generate_reply(handle, encoder, (Message("user", config.generation.prompt),), config),

@@ -14,10 +14,11 @@ from anarchobot.optim.param_groups import describe_groups, select_trainable
 from anarchobot.optim.schedule import describe_length, total_steps
 from anarchobot.system.micro_batch import resolve_micro_batch
 from anarchobot.tasks.engines import Weights, open_engine, open_ranks
-from anarchobot.tasks.resume import find_start
+from anarchobot.tasks.finetuning import pin_base_model
+from anarchobot.tasks.resume import find_start, validation_sequences
 from anarchobot.tasks.run import OutputMode, execute_run
 from anarchobot.tasks.technique import resolve_technique
-from anarchobot.tokenizers.tokenizer import Tokenizer, copy_tokenizer, digest, load_tokenizer
+from anarchobot.tokenizers.tokenizer import ChatTokenizer, copy_tokenizer, digest, load_tokenizer
 from anarchobot.training.loop import Run
 from anarchobot.training.ranks import detect_launcher
 
@@ -46,9 +47,11 @@ def pretrain(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str
 
     start = find_start(loaded, ranks)
     config, technique_messages = resolve_technique(config, "pretrain", start.checkpoint, ranks)
+    val_sequences = validation_sequences(config, start.checkpoint, ranks)
     # LoRA always needs the frozen base. Otherwise a checkpoint has all weights, and other ranks get them from rank 0.
     load_base = train.init_from is not None and (use_lora or (start.checkpoint is None and ranks.rank == 0))
     base = load_pretrained(str(train.init_from)) if load_base else None
+    config = config if base is None else pin_base_model(config)
     handle = open_engine(config, initial_weights(loaded, base) if base is not None else None, ranks)
 
     verifier = BackgroundVerifier(data.shard_dirs)
@@ -56,11 +59,12 @@ def pretrain(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str
         config=config,
         steps=total_steps(train, data.seq_len, batches.windows, ranks.size),
         identity={
+            "val_sequences": val_sequences,
             "shards": [stream.manifest.digest() for stream in streams],
             **({"base": base.digest, "precision": handle.precision} if use_lora and base is not None else {}),
         },
         train=Prefetcher(batches, ranks.rank, ranks.size),
-        val=ValBatches(val_set, train.micro_batch_size, train.eval_batches),
+        val=ValBatches(val_set, train.micro_batch_size, val_sequences),
         bytes_per_token=sum(s.bytes for s in val_shards) / max(1, sum(s.tokens for s in val_shards)),
         folder=start.folder,
         sample=lambda: handle.sample(tokenizer),
@@ -78,7 +82,7 @@ def pretrain(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str
     )
 
 
-def check_tokenizers(loaded: LoadedConfig, streams: list[TokenStream]) -> Tokenizer:
+def check_tokenizers(loaded: LoadedConfig, streams: list[TokenStream]) -> ChatTokenizer:
     """Returns the tokenizer of the shards. Raises UserError if the shards were made with different tokenizers, or it
     does not match the model's vocabulary or the configured tokenizer."""
     config = loaded.config
@@ -113,8 +117,8 @@ def initial_weights(loaded: LoadedConfig, base: PretrainedModel) -> Weights:
     config's."""
     if base.model.quantization is not None:
         raise UserError(
-            f"{loaded.where('train.init_from')}: the weights of {base.folder} are quantized: pretrain needs a model that "
-            "is not (anarchobot import dequantizes them); sft with lora.r trains adapters for it"
+            f"{loaded.where('train.init_from')}: the weights of {base.folder} are quantized: import the model first "
+            "(anarchobot import), or train adapters for it (anarchobot sft with lora.r)"
         )
     for key in type(base.model).model_fields:
         old, new = getattr(base.model, key), getattr(loaded.config.model, key)
@@ -134,5 +138,5 @@ def _describe(run: Run, streams: list[TokenStream], device: str, base: Pretraine
         f"{tokens:,} training tokens in {folders}; {length}",
     ]
     if base is not None:
-        lines += [f"initialized from {base.folder}", *(f"warning: {text}" for text in base.warnings)]
+        lines += [f"initialized from {base.name}", *(f"warning: {text}" for text in base.warnings)]
     return lines

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +78,25 @@ def _find_checkpoint(loaded: LoadedConfig, folder: Path, steps: list[int]) -> ch
     return None
 
 
+def validation_sequences(
+    config: Config, saved: checkpoint.Checkpoint | None, ranks: Ranks = SINGLE_PROCESS
+) -> int | None:
+    """The number of sequences to validate on (None: all): train.eval_batches micro-batches of the size that the run
+    started with, because `best` and train.patience compare all validations of a run."""
+    wanted = _eval_sequences(config)
+    if saved is not None:
+        before = saved.config.train.eval_batches, _eval_sequences(saved.config)
+        if config.train.eval_batches == before[0] or wanted == before[1]:
+            wanted = saved.state.get("val_sequences", before[1])
+    result: int | None = json.loads(ranks.broadcast(json.dumps(wanted).encode()))
+    return result
+
+
+def _eval_sequences(config: Config) -> int | None:
+    batches = config.train.eval_batches
+    return None if batches is None else batches * config.train.micro_batch_size
+
+
 def check_same_run(saved: checkpoint.Checkpoint, config: Config, identity: Mapping[str, Any]) -> None:
     """Raises UserError if the checkpoint can't be resumed with this configuration and Run.identity."""
     if "tokens" not in saved.state or "norms" not in saved.state:
@@ -88,10 +108,10 @@ def check_same_run(saved: checkpoint.Checkpoint, config: Config, identity: Mappi
         if name in identity and name not in saved.state:
             raise UserError(f"{saved.folder}: this run was started by another command: start a new run elsewhere")
         if saved.state.get(name) != identity.get(name):
-            section, _, field = key.partition(".")
+            given, original = attrgetter(key)(config), attrgetter(key)(saved.config)
             raise UserError(
-                f"{saved.folder}: this run was started with different {what} from those in "
-                f"{getattr(getattr(config, section), field)}: set {key} to the original {what}, or start a new run"
+                f"{saved.folder}: this run was started with different {what} from those in {given}: set {key} to the "
+                f"original {what}{f' ({original})' if original != given else ''}, or start a new run"
             )
     shape = [f"model.{key}" for key in type(config.model).model_fields if key not in MUTABLE_MODEL_KEYS]
     for key, (old, new) in changed_settings(saved.config, config).items():
@@ -146,7 +166,10 @@ def restore(engine: Engine, run: Run, saved: checkpoint.Checkpoint) -> tuple[Run
     engine.load_state(checkpoint.load_arrays(saved, run.config.model, optimizer=True))
     progress = Progress.from_state(saved.state)
     run = replace(run, steps=_total_steps(run, saved, progress))
-    _restore_best(run, progress)
+    if run.identity.get("val_sequences") == saved.state.get("val_sequences", _eval_sequences(saved.config)):
+        _restore_best(run, progress)
+    else:  # a loss on other sequences can't be compared
+        progress.best_val_loss, progress.best_val_bpb, progress.stale = None, None, 0
     return run, progress
 
 

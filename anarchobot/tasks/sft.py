@@ -13,7 +13,7 @@ from anarchobot.optim.schedule import total_steps
 from anarchobot.system.micro_batch import resolve_micro_batch
 from anarchobot.tasks.engines import EngineHandle, open_engine, open_ranks
 from anarchobot.tasks.finetuning import check_settings, finetune, generate_reply, resume_identity
-from anarchobot.tasks.resume import find_start
+from anarchobot.tasks.resume import find_start, validation_sequences
 from anarchobot.tasks.run import OutputMode
 from anarchobot.tasks.technique import resolve_technique
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
@@ -35,6 +35,7 @@ def sft(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
     ranks = open_ranks(config)
     base, start = load_pretrained(str(train.init_from)), find_start(loaded, ranks)
     config, technique_messages = resolve_technique(config, "sft", start.checkpoint, ranks)
+    val_sequences = validation_sequences(config, start.checkpoint, ranks)
     encoder = ChatEncoder(base.tokenizer, load_template(base.tokenizer, chat.template), chat.train_on)
     counts = RowCounts()
     tokenized = tokenize_conversations(
@@ -55,9 +56,9 @@ def sft(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
     run = Run(
         config=config,
         steps=total_steps(train, data.seq_len, train_windows.count, ranks.size),
-        identity=resume_identity([train_windows.digest(), val_windows.digest()], base, handle),
+        identity=resume_identity([train_windows.digest(), val_windows.digest()], base, handle, val_sequences),
         train=Prefetcher(TrainBatches([train_windows], train.seed), ranks.rank, ranks.size),
-        val=ValBatches(val_windows, train.micro_batch_size, train.eval_batches),
+        val=ValBatches(val_windows, train.micro_batch_size, val_sequences),
         bytes_per_token=tokenized.val.bytes_per_loss_token(base.tokenizer) if tokenized.val.count else 1.0,
         folder=start.folder,
         sample=lambda: generate_reply(handle, encoder, (Message("user", config.generation.prompt),), config),

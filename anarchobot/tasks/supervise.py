@@ -86,7 +86,7 @@ def supervise(command: Sequence[str], train: TrainConfig) -> int:
         extra, settings = [], ""
         if rows < train.micro_batch_size:
             extra = [f"train.grad_accum_steps={micro_batches}", "--batch-size", str(rows)]
-            if train.eval_batches is not None:  # counted in micro-batches
+            if train.eval_batches is not None and not step:  # a resumed run keeps its validation set
                 extra.append(f"train.eval_batches={train.eval_batches * train.micro_batch_size // rows}")
             settings = f" with train.micro_batch_size={rows} train.grad_accum_steps={micro_batches}"
         if step:

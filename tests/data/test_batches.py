@@ -108,7 +108,9 @@ def test_prefetcher_returns_the_same_batches_in_any_order() -> None:
 def test_validation_is_in_order_up_to_its_limit() -> None:
     assert [taken(b) for b in ValBatches(Indexed(6), 3, None)] == [[(0, i) for i in r] for r in ([0, 1, 2], [3, 4, 5])]
     assert len(ValBatches(Indexed(7), 3, None)) == 3  # the last batch exceeds the windows: see StreamWindows
-    assert len(ValBatches(Indexed(7), 3, 2)) == 2
+    for size in (1, 2, 3, 5, 8):  # the limit counts windows, whatever the size of a batch
+        val = ValBatches(Indexed(7), size, 4)
+        assert [i for n in range(len(val)) for _, i in taken(val[n]) if i < 7] == [0, 1, 2, 3]
     assert len(ValBatches(Indexed(0), 3, None)) == 0
     with pytest.raises(IndexError):
         ValBatches(Indexed(6), 3, None)[2]

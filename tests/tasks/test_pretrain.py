@@ -200,6 +200,25 @@ def test_worse_validation_after_resume_is_not_best(
     assert (best["step"], best["best_val_loss"]) == (6, 3.0)
 
 
+def test_a_resumed_run_validates_on_the_sequences_that_it_started_with(run_with: Any, tmp_path: Path) -> None:
+    """Whatever its micro-batch size: `best` and train.patience compare all. Other eval_batches start them again."""
+
+    def extend(steps: int, **settings: Any) -> tuple[int, float]:
+        settings |= {"train__micro_batch_size": 1, "train__grad_accum_steps": 4, "train__checkpoint_path": "auto"}
+        settings |= {"train__total_steps": steps, "train__lr_decay_steps": 6, "model__dropout": 0.0}
+        _, lines = run_with("run", **settings)
+        state = json.loads((tmp_path / "run" / f"step_{steps:08d}" / "state.json").read_text())
+        return state["val_sequences"], [line for line in lines if line["event"] == "eval"][-1]["val_loss"]
+
+    _, straight = run_with("straight", train__total_steps=7, train__lr_decay_steps=6, model__dropout=0.0)
+    run_with("run", train__lr_decay_steps=6, model__dropout=0.0)  # 2 batches of 2
+    expected = [line for line in straight if line["event"] == "eval"][-1]["val_loss"]
+    assert extend(7) == (4, pytest.approx(expected, rel=1e-5))
+    assert extend(9)[0] == 4
+    sequences, loss = extend(12, train__eval_batches=1)
+    assert sequences == 1 and json.loads((tmp_path / "run" / "best.json").read_text())["best_val_loss"] == loss
+
+
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_killed_while_writing_best_json(
     run_with: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str

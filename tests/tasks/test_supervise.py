@@ -8,15 +8,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from anarchobot.cli.main import main
 from anarchobot.config.loading import load_config
 from anarchobot.config.schema import Config, TrainConfig
-from anarchobot.data.batches import ValBatches
 from anarchobot.model.parameters import model_flops
 from anarchobot.runs import checkpoint
 from anarchobot.tasks import supervise
@@ -94,30 +91,16 @@ def test_micro_batch_shrinks_after_three_deaths_at_one_checkpoint_then_gives_up(
     assert "giving up" in err and "after step 5, even with train.micro_batch_size=1: reduce the model" in err
 
 
-@pytest.mark.parametrize("windows", [1, 5, 24, 35, 36, 37, 100])
-def test_smaller_micro_batches_validate_on_the_same_windows(tmp_path: Path, windows: int) -> None:
-    """`best` and `patience` compare validations from before and after the micro-batch size was reduced."""
-    _, lines = run_plan(tmp_path, "5 SIGABRT", *["- SIGABRT"] * 9, rows=12, eval_batches=3)
-    sizes = [(12, 3)]
-    for arguments in map(json.loads, lines[4:]):
-        rows = int(arguments[arguments.index("--batch-size") + 1])
-        (batches,) = [word.partition("=")[2] for word in arguments if word.startswith("train.eval_batches=")]
-        sizes.append((rows, int(batches)))
-    assert [rows for rows, _ in sizes] == [12, 6, 3, 1]
-
-    class Numbered:
-        count = windows
-
-        def rows(self, indices: Any) -> Any:
-            read.extend(i for i in indices.tolist() if i < windows)
-            return SimpleNamespace(micro_batches=lambda *shape: None)
-
-    for rows, batches in sizes:
-        read: list[int] = []
-        val = ValBatches(Numbered(), rows, batches)  # type: ignore[arg-type]
-        for i in range(len(val)):
-            val[i]
-        assert read == list(range(min(36, windows)))
+def test_smaller_micro_batches_validate_on_as_many_sequences(tmp_path: Path) -> None:
+    """A resumed run keeps its validation set (tests/tasks/test_resume.py); one that starts again must be told."""
+    (tmp_path / "a").mkdir()
+    _, lines = run_plan(tmp_path / "a", *["- SIGABRT"] * 9, rows=12, eval_batches=3)
+    words = [json.loads(line) for line in lines[4:]]
+    sizes = [(int(w[w.index("--batch-size") + 1]), next(x for x in w if "eval_batches" in x)) for w in words]
+    assert sizes == [(6, "train.eval_batches=6"), (3, "train.eval_batches=12"), (1, "train.eval_batches=36")]
+    (tmp_path / "b").mkdir()
+    _, lines = run_plan(tmp_path / "b", "5 SIGABRT", *["- SIGABRT"] * 9, rows=12, eval_batches=3)
+    assert not any("eval_batches" in line for line in lines)
 
 
 def test_long_runs_are_supervised_by_default(
