@@ -1,11 +1,12 @@
 """Compares LoRA training steps with mlx-lm's trainer: time and peak memory. Part of `make bench`.
 
-Both programs load the same random float32 Llama and train rank-8 adapters with AdamW on the same random tokens. All
+Both programs load the same random float32 model and train rank-8 adapters with AdamW on the same random tokens. All
 rows have the same length, so mlx-lm needs no padding. Every measurement runs in a separate process on one core. Each
 round covers all rows of the table, and ratios are taken within a round (see benchmarks/training.py).
 
-    .venv/bin/python benchmarks/lora.py small --rounds 3
+    .venv/bin/python benchmarks/lora.py small --rounds 3       a Llama, with different adapters
     .venv/bin/python benchmarks/lora.py wide --rounds 2
+    .venv/bin/python benchmarks/lora.py families --rounds 3    the shapes of other models, scaled down
 """
 
 import argparse
@@ -50,6 +51,29 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("all matrices, 4-bit base", {"modules": ALL, "bits": 4}),
 ]
 RANK, SCALE, WARMUP = 8, 2.0, 2
+_NARROW = {
+    "vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "head_dim": 64,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True, "hidden_act": "silu", "rope_theta": 1000000.0,
+}  # fmt: skip
+_LLAMA3 = {
+    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama 3.2": {**_NARROW, "model_type": "llama", "max_position_embeddings": 131072, "rope_scaling": _LLAMA3},
+    "Gemma 3": {
+        **_NARROW, "model_type": "gemma3_text", "num_key_value_heads": 1, "num_attention_heads": 4, "head_dim": 128,
+        "query_pre_attn_scalar": 128, "sliding_window": 128, "sliding_window_pattern": 6, "rope_local_base_freq": 1e4,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "Qwen3-MoE": {
+        **_NARROW, "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
+    },
+    "Qwen3, 4 bits": {**_NARROW, "model_type": "qwen3", "quantization": {"group_size": 64, "bits": 4}},
+}  # fmt: skip
+FAMILY_BATCH = {"rows": 4, "length": 256, "layers": 6, "vocab": 32000, "steps": 3}
 
 
 def ours(folder: Path, shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
@@ -60,11 +84,10 @@ def ours(folder: Path, shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
 
     from anarchobot.config.schema import Config
     from anarchobot.data.windows import Batch
-    from anarchobot.exchange.importing import model_config_from_hf
-    from anarchobot.exchange.safetensors_file import read
+    from anarchobot.exchange.pretrained import load_pretrained
     from anarchobot.training.mlx_engine import MLXEngine
 
-    model = model_config_from_hf(json.loads((folder / "config.json").read_text()), "config.json")
+    base = load_pretrained(str(folder))
     lora = {
         "r": RANK, "alpha": SCALE * RANK, "target_modules": options["modules"], "dora": options.get("dora", False),
         "num_layers": shape["layers"] // 2 if options.get("half") else None, "quantize": options.get("bits"),
@@ -73,9 +96,8 @@ def ours(folder: Path, shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
         "optimizer": "adamw", "micro_batch_size": shape["rows"], "cpu_threads": 1, "weight_decay": 0.01,
         "gradient_checkpointing": options.get("checkpointed", False), "device": "cpu",
     }  # fmt: skip
-    values = {"model": model.model_dump(), "data": {"seq_len": shape["length"]}, "train": train, "lora": lora}
-    stored = read(folder / "model.safetensors")
-    engine = MLXEngine(Config.model_validate(values), {name: tensor.load() for name, tensor in stored.items()})
+    values = {"model": base.model.model_dump(), "data": {"seq_len": shape["length"]}, "train": train, "lora": lora}
+    engine = MLXEngine(Config.model_validate(values), base.weights)
     ids = tokens(shape)
     batch = Batch(np.ascontiguousarray(ids[..., :-1]), np.ascontiguousarray(ids[..., 1:]))
     count = 0
@@ -109,7 +131,8 @@ def mlx_lm(folder: Path, shape: Shape, options: dict[str, Any]) -> dict[str, Any
     if options.get("bits"):
         model, _ = quantize_model(model, config, 64, options["bits"])
     model.freeze()
-    keys = [f"{'self_attn' if name in ATTENTION else 'mlp'}.{name}" for name in options["modules"]]
+    mlp = "mlp.switch_mlp" if options.get("experts") else "mlp"
+    keys = [f"{'self_attn' if name in ATTENTION else mlp}.{name}" for name in options["modules"]]
     blocks = shape["layers"] // 2 if options.get("half") else shape["layers"]
     settings = {"rank": RANK, "scale": SCALE, "dropout": 0.0, "keys": keys}
     linear_to_lora_layers(model, blocks, settings, use_dora=options.get("dora", False))
@@ -148,19 +171,34 @@ def mlx_lm(folder: Path, shape: Shape, options: dict[str, Any]) -> dict[str, Any
 PROGRAMS = {"ours": ours, "mlx-lm": mlx_lm}
 
 
-def write_model(folder: Path, shape: Shape) -> None:
-    """Writes a random Llama in the Hugging Face format."""
-    from anarchobot.config.schema import ModelConfig
-    from anarchobot.exchange import safetensors_file
-    from anarchobot.exchange.exporting import hf_config
-    from anarchobot.model.parameters import init_parameters
+def write_model(folder: Path, config: dict[str, Any]) -> None:
+    """Writes a random model in mlx-lm's format, with a tokenizer of as many words as it has rows."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    import tokenizers
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import _get_classes
 
-    model = ModelConfig(
-        vocab_size=shape["vocab"], n_layers=shape["layers"], d_model=shape["width"], n_heads=shape["heads"],
-        mlp_multiple=shape["mlp"] / shape["width"], dropout=0.0, max_seq_len=shape["length"],
-    )  # fmt: skip
-    safetensors_file.write(folder / "model.safetensors", init_parameters(model, 0), "float32", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(hf_config(model, 0, 0, "float32")))
+    mx.random.seed(0)
+    model_class, arguments = _get_classes(config)
+    model = model_class(arguments.from_dict(config))
+    if quantization := config.get("quantization"):
+        nn.quantize(model, **quantization)
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
+    words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, config["vocab_size"])}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<|endoftext|>")).save(str(folder / "tokenizer.json"))
+
+
+def llama(shape: Shape) -> dict[str, Any]:
+    """The config.json of a Llama of this shape."""
+    return {
+        "model_type": "llama", "vocab_size": shape["vocab"], "hidden_size": shape["width"],
+        "num_hidden_layers": shape["layers"], "num_attention_heads": shape["heads"], "intermediate_size": shape["mlp"],
+        "num_key_value_heads": shape["heads"], "max_position_embeddings": shape["length"], "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "tie_word_embeddings": True,
+    }  # fmt: skip
 
 
 def measure(program: str, folder: str, shape: Shape, options: dict[str, Any]) -> dict[str, Any]:
@@ -180,19 +218,27 @@ def main() -> None:
         print(json.dumps(PROGRAMS[program](Path(model_folder), *map(json.loads, values))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("shape", choices=[*SHAPES, "families"])
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--only", nargs="+", help="names of table rows")
     arguments = parser.parse_args()
-    shape = SHAPES[arguments.shape]
-    rows = [row for row in ROWS if not arguments.only or row[0] in arguments.only]
+    if arguments.shape == "families":
+        shape, configs = FAMILY_BATCH, FAMILIES
+        rows = [(name, {"modules": ALL, "experts": "num_experts" in config}) for name, config in FAMILIES.items()]
+    else:
+        shape, rows = SHAPES[arguments.shape], ROWS
+        configs = dict.fromkeys((name for name, _ in ROWS), llama(shape))
+    rows = [row for row in rows if not arguments.only or row[0] in arguments.only]
     measured: dict[str, dict[str, list[dict[str, Any]]]] = {name: {p: [] for p in PROGRAMS} for name, _ in rows}
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), shape)
+    with tempfile.TemporaryDirectory() as parent:
+        folders = {json.dumps(configs[name]): Path(parent) / str(i) for i, (name, _) in enumerate(rows)}
+        for config, folder in folders.items():
+            write_model(folder, json.loads(config))
         for _ in range(arguments.rounds):
             for name, options in rows:
                 for program in PROGRAMS:
-                    measured[name][program].append(measure(program, folder, shape, options))
+                    folder = folders[json.dumps(configs[name])]
+                    measured[name][program].append(measure(program, str(folder), shape, options))
                     print(f"{name}, {program}: {measured[name][program][-1]}", file=sys.stderr, flush=True)
     path = HERE / "results" / "lora.json"
     results = json.loads(path.read_text()) if path.exists() else {}
