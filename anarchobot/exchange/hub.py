@@ -50,7 +50,7 @@ def resolve_model(path: str | Path) -> Path:
     hub_name = "ORG/NAME" if match is None else f"{path}@main"
     raise UserError(
         f"{path}: no such folder"
-        + (near or f": expected the folder of a run or a model, or a model on the Hugging Face Hub ({hub_name})")
+        + (near or f": expected the folder of a run, model or adapter, or a name on the Hugging Face Hub ({hub_name})")
     )
 
 

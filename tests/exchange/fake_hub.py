@@ -16,41 +16,45 @@ TOKEN = "hf_secretsecretsecretsecretsecretsecret"
 
 @dataclass
 class Repo:
-    """`revisions` maps branches and tags to commits, `commits` to the folder with a commit's files."""
+    """`revisions` maps branches and tags to commits, `commits` to the folder with a commit's files. `gated`: files need
+    TOKEN; `huge`: weights claim to have an exabyte."""
 
     revisions: dict[str, str]
     commits: dict[str, Path]
     gated: bool = False
+    huge: bool = False
 
 
 @dataclass
 class FakeHub:
-    """`requests` are the answered ones: "HEAD /org/name/resolve/...". `truncate` cuts the next transfers of a weight
-    file after half of its bytes; `down` answers every request with status 503."""
+    """`requests` has the method and path of each request, `ranges` the Range headers. The next transfer of the file
+    `broken` stops halfway; with `stall`, the connection is closed only when `resume` is set."""
 
     url: str
     repos: dict[str, Repo] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     ranges: list[str] = field(default_factory=list)
-    tokens: set[str] = field(default_factory=set)
-    truncate: int = 0
-    down: bool = False
+    broken: str = ""
+    stall: bool = False
+    stalled: threading.Event = field(default_factory=threading.Event)
+    resume: threading.Event = field(default_factory=threading.Event)
 
     def add(self, name: str, folder: Path, **options: bool) -> str:
         """Serves the files of `folder` as revision main of `name`; returns its commit."""
-        digest = hashlib.sha1(f"{name} {len(self.repos)}".encode())
-        for file in sorted(folder.iterdir()):
-            digest.update(file.read_bytes())
-        commit = digest.hexdigest()
-        self.repos[name] = Repo({"main": commit}, {commit: folder}, **options)
-        return commit
+        self.repos[name] = Repo({}, {}, **options)
+        return self.move_main(name, folder)
 
     def move_main(self, name: str, folder: Path) -> str:
         """Publishes the files of `folder` as a new commit of branch main."""
-        commit = hashlib.sha1(str(folder).encode()).hexdigest()
+        commit = hashlib.sha1(f"{name} {folder}".encode()).hexdigest()
         self.repos[name].revisions["main"] = commit
         self.repos[name].commits[commit] = folder
         return commit
+
+    def downloads(self, name: str) -> list[str]:
+        """The files of a repository that were requested, in order of their names."""
+        pattern = re.compile(rf"GET /{name}/resolve/[^/]+/(.+)")
+        return sorted(match[1] for request in self.requests if (match := pattern.fullmatch(request)))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -60,9 +64,6 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
-        self.hub.tokens.add(self.headers.get("Authorization", ""))
-        if self.hub.down:
-            return self._error(503, "", "Service Unavailable")
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path):
             name, kind, revision = match.groups()
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -78,20 +79,22 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         folder = repo.commits[commit]
         if kind == "tree":
-            return self._json([_tree_entry(file) for file in sorted(folder.iterdir())])
+            return self._json([_tree_entry(folder, file) for file in sorted(folder.rglob("*")) if file.is_file()])
         if kind != "file":
-            siblings = [{"rfilename": file.name} for file in sorted(folder.iterdir())]
+            siblings = [{"rfilename": file.name} for file in sorted(folder.iterdir()) if file.is_file()]
             return self._json({"id": name, "sha": commit, "siblings": siblings})
         if repo.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._error(401, "GatedRepo", f"Access to model {name} is restricted.")
-        self._send_file(folder / file, commit)
+        self._send_file(folder / file, commit, repo.huge)
 
     do_HEAD = do_GET
 
-    def _send_file(self, file: Path, commit: str) -> None:
+    def _send_file(self, file: Path, commit: str, huge: bool) -> None:
         content = file.read_bytes()
         start, status = 0, 200
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}
+        if huge and file.suffix == ".safetensors":
+            headers["X-Linked-Size"] = str(10**18)
         if requested := self.headers.get("Range"):
             self.hub.ranges.append(requested)
             start, status = int(requested.removeprefix("bytes=").rstrip("-")), 206
@@ -99,12 +102,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._head(status, len(content) - start, headers)
         if self.command == "HEAD":
             return
-        if self.hub.truncate and file.suffix == ".safetensors":
-            self.hub.truncate -= 1
-            self.wfile.write(content[start : len(content) // 2])
-            self.close_connection = True
-        else:
+        if file.name != self.hub.broken:
             self.wfile.write(content[start:])
+            return
+        self.hub.broken = ""
+        self.wfile.write(content[: len(content) // 2])
+        self.close_connection = True
+        if self.hub.stall:
+            self.hub.stalled.set()
+            self.hub.resume.wait(60)
 
     def _json(self, value: object) -> None:
         content = json.dumps(value).encode()
@@ -124,9 +130,9 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-def _tree_entry(file: Path) -> dict[str, object]:
-    content = file.read_bytes()
-    return {"type": "file", "path": file.name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+def _tree_entry(folder: Path, file: Path) -> dict[str, object]:
+    content, path = file.read_bytes(), file.relative_to(folder).as_posix()
+    return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
 
 @contextmanager
