@@ -151,8 +151,8 @@ def step_flops(model: ModelConfig, rows: int, blocks: QueryBlocks) -> dict[str, 
         "attention forward": layers * (projections + 2 * scores),
         "MLP forward": layers * mlp,
         "head and loss": 6 * tokens * model.d_model * model.vocab_size,  # logits, and gradients of hidden and weight
-        # Checkpointing recomputes a block's forward pass except down_proj.
-        "blocks forward again": layers * (projections + 2 * scores + mlp // 3 * 2),
+        # Checkpointing recomputes a block's forward pass, except down_proj if its output is not normalized.
+        "blocks forward again": layers * (projections + 2 * scores + (mlp if model.post_norms else mlp // 3 * 2)),
         "MLP backward": layers * 2 * mlp,
         # Of the five products of queries and keys, four are gradients and one recomputes the scores.
         "attention backward": layers * (2 * projections + 5 * scores),
@@ -167,10 +167,11 @@ def recomputed_flops(model: ModelConfig, rows: int, blocks: QueryBlocks, checkpo
 
 def activation_sizes(model: ModelConfig, tokens: int, itemsize: int) -> ActivationSizes:
     """Saved are the inputs of both halves, q, k, v, the output of attention and its logsumexp (float32), gate and
-    up."""
+    up; with post_norms, the outputs of both halves."""
     x, mlp = itemsize * tokens * model.d_model, itemsize * tokens * model.mlp_size
     q, kv = (itemsize * tokens * heads * model.head_size for heads in (model.n_heads, model.kv_heads))
-    return ActivationSizes(x, q, kv, mlp, saved=2 * (x + q + kv + mlp) + 4 * tokens * model.n_heads)
+    outputs = 2 * x if model.post_norms else 0
+    return ActivationSizes(x, q, kv, mlp, saved=2 * (x + q + kv + mlp) + outputs + 4 * tokens * model.n_heads)
 
 
 def _attention_weights(model: ModelConfig) -> int:

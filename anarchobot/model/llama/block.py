@@ -1,5 +1,5 @@
 """The two halves of a transformer block, forward and backward: attention and a gated MLP, each after a norm and added
-to its input.
+to its input. With model.post_norms, the output of a half is normalized too before it is added.
 
 The gradients are hand-written, so that the forward pass saves only what is expensive to recompute, the outputs of
 matrix products, and the backward pass frees everything as soon as it is used (numerics/eval_order.py).
@@ -26,21 +26,25 @@ TrainingAttention = BlockedAttention | FusedTrainingAttention
 
 class SavedAttention(NamedTuple):
     """What the backward pass of an attention half needs: [N, ...]. q and k are None if the attention has saved them
-    rotated. `has_value_residual`: v is averaged with the first block's."""
+    rotated. `projected` is the output of o_proj, saved only with post_norms. `has_value_residual`: v is averaged with
+    the first block's."""
 
     x: mx.array
     q: mx.array | None
     k: mx.array | None
     v: mx.array
     attention: AttentionOutput
+    projected: mx.array | None
     has_value_residual: bool
 
 
 class SavedMLP(NamedTuple):
-    """What the backward pass of an MLP half needs: x [N, D], and gate and up in chunks of rows, [rows, F] each."""
+    """What the backward pass of an MLP half needs: x [N, D], gate and up in chunks of rows, [rows, F] each, and with
+    post_norms the output of down_proj [N, D]."""
 
     x: mx.array
     chunks: list[tuple[mx.array, mx.array]]
+    projected: mx.array | None
 
 
 class DropoutKeys(NamedTuple):
@@ -69,10 +73,15 @@ def attention_forward(
     if first_v is not None:
         v = 0.5 * (v + first_v)
     attended = attention.forward(q, k, v, _head_norms(p))
-    out = _add_linear(x, p, "self_attn.o_proj", attended.out, drop, model, key)
+    projected = None
+    if model.post_norms:
+        projected = linear(p, "self_attn.o_proj", attended.out, drop)
+        out = x + _dropout(rms_norm(projected, p["attention_output_layernorm.weight"], model.norm_eps), model, key)
+    else:
+        out = _add_linear(x, p, "self_attn.o_proj", attended.out, drop, model, key)
     if attended.rotated is not None:
-        return out, SavedAttention(x, None, None, v, attended, first_v is not None)
-    return out, SavedAttention(x, q, k, v, attended, first_v is not None)
+        return out, SavedAttention(x, None, None, v, attended, projected, first_v is not None)
+    return out, SavedAttention(x, q, k, v, attended, projected, first_v is not None)
 
 
 def attention_backward(
@@ -92,9 +101,11 @@ def attention_backward(
     added, and used in the first block itself.
     """
     model, wait = attention.model, attention.wait
-    x, q, k, v, output, has_value_residual = saved
+    x, q, k, v, output, projected, has_value_residual = saved
     d = _dropout(dy, model, key)
-    done, dz = linear_gradients(p, "self_attn.o_proj", d, output.out, grads, drop)
+    if projected is not None:
+        d = _output_norm_backward(p, "attention_output_layernorm.weight", projected, d, model, wait, grads)
+    done, dz = linear_gradients(p, "self_attn.o_proj", d, output.out, grads, drop, projected)
     (d,) = wait([d], done)
     dout = linear_backward(p, "self_attn.o_proj", d, dz, drop)
     (v,) = wait([v], [dout])
@@ -141,13 +152,19 @@ def mlp_forward(
         (linear(p, "mlp.gate_proj", n, chunk_drop), linear(p, "mlp.up_proj", n, chunk_drop))
         for n, chunk_drop in zip(normed, drops, strict=True)
     ]
-    if len(chunks) == 1:
-        return _add_linear(x, p, "mlp.down_proj", _gated(*chunks[0], model), drops[0], model, key), SavedMLP(x, chunks)
-    outs = [
-        linear(p, "mlp.down_proj", _gated(gate, up, model), chunk_drop)
-        for (gate, up), chunk_drop in zip(chunks, drops, strict=True)
-    ]
-    return x + _dropout(mx.concatenate(outs), model, key), SavedMLP(x, chunks)
+    if len(chunks) == 1 and not model.post_norms:
+        out = _add_linear(x, p, "mlp.down_proj", _gated(*chunks[0], model), drops[0], model, key)
+        return out, SavedMLP(x, chunks, None)
+    projected = _concatenate(
+        [
+            linear(p, "mlp.down_proj", _gated(gate, up, model), chunk_drop)
+            for (gate, up), chunk_drop in zip(chunks, drops, strict=True)
+        ]
+    )
+    if not model.post_norms:
+        return x + _dropout(projected, model, key), SavedMLP(x, chunks, None)
+    out = x + _dropout(rms_norm(projected, p["mlp_output_layernorm.weight"], model.norm_eps), model, key)
+    return out, SavedMLP(x, chunks, projected)
 
 
 def mlp_backward(
@@ -161,16 +178,21 @@ def mlp_backward(
     drop: InputDropout | None = None,
 ) -> mx.array:
     """Like `attention_backward`, in the chunks of the forward pass, which are consumed."""
-    x, chunks = saved
+    x, chunks, projected = saved
     rows = chunks[0][0].shape[0]
+    d = _dropout(dy, model, key)
+    ys: list[mx.array | None] = [None] * len(chunks)
+    if projected is not None:
+        d = _output_norm_backward(p, "mlp_output_layernorm.weight", projected, d, model, wait, grads)
+        ys = [*_chunks(projected, rows)]
     dnormed: list[mx.array] = []
-    ds, xs, drops = _chunks(_dropout(dy, model, key), rows), _chunks(x, rows), _split_dropout(drop, len(chunks))
-    for d, x_chunk, chunk_drop in zip(ds, xs, drops, strict=True):
+    ds, xs, drops = _chunks(d, rows), _chunks(x, rows), _split_dropout(drop, len(chunks))
+    for d, x_chunk, y, chunk_drop in zip(ds, xs, ys, drops, strict=True):
         gate, up = chunks.pop(0)  # nothing else refers to them: they are freed as soon as they are used
         # Waiting for `d` also keeps `mx.compile` from storing act(gate) and the product in the forward pass.
         gate, up = wait([gate, up], [d])
         gate, up, d = wait([gate, up, d], dnormed[-1:])
-        done, dz = linear_gradients(p, "mlp.down_proj", d, _gated(gate, up, model), grads, chunk_drop)
+        done, dz = linear_gradients(p, "mlp.down_proj", d, _gated(gate, up, model), grads, chunk_drop, y)
         (d,) = wait([d], done)
         dgate, dup = _gated_backward(gate, up, linear_backward(p, "mlp.down_proj", d, dz, chunk_drop), model, wait)
         (x_chunk,) = wait([x_chunk], [dgate, dup])
@@ -183,6 +205,21 @@ def mlp_backward(
     dx, dweight = rms_norm_backward(x, p["post_attention_layernorm.weight"], model.norm_eps, _concatenate(dnormed))
     (dx,) = wait([dy + dx], grads.add("post_attention_layernorm.weight", dweight))
     return dx
+
+
+def _output_norm_backward(
+    p: Params,
+    name: str,
+    projected: mx.array,
+    d: mx.array,
+    model: ModelConfig,
+    wait: EvalOrder,
+    grads: GradientAccumulator,
+) -> mx.array:
+    """Returns the gradient of `projected` [N, D], given that of its norm; adds the gradient of the norm's weight."""
+    d, dweight = rms_norm_backward(projected, p[name], model.norm_eps, d)
+    (d,) = wait([d], grads.add(name, dweight))
+    return d
 
 
 def _add_linear(

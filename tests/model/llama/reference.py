@@ -56,14 +56,16 @@ def logits(params: dict[str, Array], row: npt.NDArray[np.int32], model: ModelCon
                 weights = np.exp(scores - scores.max())
                 out[t] = (weights / weights.sum()) @ v[kv, seen]
             outs.append(out)
-        x = x + np.concatenate(outs, axis=1) @ p("self_attn.o_proj").T
+        out = np.concatenate(outs, axis=1) @ p("self_attn.o_proj").T
+        x = x + (rms_norm(out, p("attention_output_layernorm"), model.norm_eps) if model.post_norms else out)
         h = rms_norm(x, p("post_attention_layernorm"), model.norm_eps)
         gate = h @ p("mlp.gate_proj").T
         if model.ffn_activation == "silu":
             gate = gate / (1 + np.exp(-gate))
         else:
             gate = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
-        x = x + (gate * (h @ p("mlp.up_proj").T)) @ p("mlp.down_proj").T
+        out = (gate * (h @ p("mlp.up_proj").T)) @ p("mlp.down_proj").T
+        x = x + (rms_norm(out, p("mlp_output_layernorm"), model.norm_eps) if model.post_norms else out)
     x = rms_norm(x, params["model.norm.weight"], model.norm_eps)
     z = x @ params["model.embed_tokens.weight" if model.tie_embeddings else "lm_head.weight"].T
     return z if model.logit_softcap is None else model.logit_softcap * np.tanh(z / model.logit_softcap)
