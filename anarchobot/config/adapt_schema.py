@@ -22,7 +22,7 @@ from anarchobot.config.schema import (
 class ModelsConfig(Section):
     """The model to adapt, its tokenizer and the target tokenizer."""
 
-    source_model: PathName = Field(description="folder of the model: a run folder or a Hugging Face model folder")
+    source_model: PathName = Field(description="run folder, Hugging Face model folder or name (ORG/NAME) of the model")
     source_tokenizer: PathName | None = Field(
         None, description="tokenizer of the model; default: the one in its folder"
     )
@@ -153,7 +153,9 @@ class EvaluationConfig(Section):
     qa: PathName | None = Field(
         None, description="JSONL with question, abstract and answer (yes, no, maybe), as PubMedQA; default: none"
     )
-    baseline_model: PathName | None = Field(None, description="another model to evaluate, with its tokenizer")
+    baseline_model: PathName | None = Field(
+        None, description="another model to evaluate, with its tokenizer: a folder or a name (ORG/NAME)"
+    )
 
 
 class PipelineConfig(Section):

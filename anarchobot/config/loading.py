@@ -216,7 +216,7 @@ def _use_base_model(settings: _Settings, base_model: Callable[[str], ModelConfig
         source = settings.sources.get("train.init_from")
         raise UserError(
             f"{f'{source}: ' if source else ''}train.init_from (--model): expected the model to fine-tune: a run "
-            "folder or a Hugging Face model folder"
+            "folder, a Hugging Face model folder, or a name on the Hub (ORG/NAME)"
         )
     if isinstance(model, dict | None):  # validation rejects anything else
         base = base_model(path).model_dump()
