@@ -1,10 +1,16 @@
 """Every key of the schema has an effect: a test here, or a reference to a test elsewhere.
 
-The first test fails if a key has no test, so a setting that nothing reads cannot go unnoticed.
+The first test fails if a key has no test, so a setting that nothing reads cannot go unnoticed. `make faults` ignores
+each key in turn, and its test must fail then.
 """
 
+import ast
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +21,27 @@ import pytest
 from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import leaf_keys, load_config
-from anarchobot.config.schema import ModelConfig
+from anarchobot.config.schema import GenerationConfig, LoraConfig, ModelConfig
 from anarchobot.data.pretokenize import Pretokenizer
 from anarchobot.data.shards import read_manifest
 from anarchobot.data.sources.documents import Document
+from anarchobot.inference.sampling import sample
 from anarchobot.model.llama.forward import hidden_states
+from anarchobot.model.lora import adapter_scale
 from anarchobot.model.loss import logits
 from anarchobot.model.parameters import init_parameters, parameter_shapes
 from anarchobot.runs import checkpoint
+from anarchobot.tasks import pretokenize
+from anarchobot.tasks.dpo import dpo
 from anarchobot.tasks.pretrain import pretrain
+from anarchobot.tasks.sft import sft
+from anarchobot.tokenizers.fast_tokenizer import VerifiedTokenizer
 from anarchobot.tokenizers.tokenizer import load_tokenizer
+from tests.data.conversations.test_oasst import post, tree
+from tests.tasks.tuning import base as base
+from tests.tasks.tuning import events, tuning
 from tests.tiny import LEFT_OUT, loaded, make_shards
+from tests.tokenizers.test_fast_tokenizer import Broken
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,6 +121,31 @@ TRAINED: dict[str, tuple[dict[str, Any], Any]] = {
     "model.dropout": ({"model__dropout": 0.0}, lambda a, b: a["loss"] != b["loss"]),
 }  # fmt: skip
 
+# Keys of sft and dpo whose effect shows in the losses of one step.
+TUNED: dict[str, dict[str, Any]] = {
+    "chat.format": {"chat__format": "prompt_completion"},
+    "chat.template": {"chat__template": "plain"},
+    "chat.train_on": {"chat__train_on": "all"},
+    "chat.pack": {"chat__pack": False},
+    "chat.too_long": {"chat__too_long": "drop"},
+    "preference.loss": {"preference__loss": "ipo"},
+}  # fmt: skip
+
+# Keys of sampling: settings, and the ids that are drawn from the probabilities 0.4, 0.3, 0.2, 0.1.
+SAMPLED: dict[str, tuple[dict[str, Any], set[int]]] = {
+    "generation.method": ({"method": "greedy"}, {0}),
+    "generation.temperature": ({"method": "random", "temperature": 0.01}, {0}),
+    "generation.top_k": ({"method": "top_k", "top_k": 3}, {0, 1, 2}),
+    "generation.top_p": ({"temperature": 1.0, "top_p": 0.65}, {0, 1}),
+    "generation.min_p": ({"method": "min_p", "temperature": 1.0, "min_p": 0.6}, {0, 1}),
+}
+
+# Keys of the adapters' scale, which is 16 / 16 by default.
+SCALED: dict[str, tuple[dict[str, Any], float]] = {
+    "lora.alpha": ({"alpha": 8.0}, 8 / 16),
+    "lora.rslora": ({"rslora": True}, 16 / math.sqrt(16)),
+}
+
 ELSEWHERE = {
     "data.dataset": "tests/data/sources/test_documents.py::test_dataset_can_be_a_list_of_files",
     "data.config": "tests/data/sources/test_hub.py::test_split_and_configuration",
@@ -117,22 +158,19 @@ ELSEWHERE = {
     "data.clean": "tests/data/sources/test_documents.py::test_text_files_are_cleaned_and_filtered",
     "data.min_chars": "tests/data/sources/test_documents.py::test_each_filter_reason_is_counted",
     "data.max_chars": "tests/data/sources/test_documents.py::test_each_filter_reason_is_counted",
-    "data.dedup": "tests/data/test_pretokenize.py::test_dedup_can_be_disabled",
-    "data.near_dedup": "tests/data/test_pretokenize.py::test_near_dedup_does_not_depend_on_batches",
-    "data.shard_weights": "tests/data/test_batches.py::test_mixture_follows_its_weights",
-    "data.val_fraction": "tests/data/test_pretokenize.py::test_validation_split_is_stable",
+    "data.dedup": "tests/cli/test_data.py::test_settings_reach_the_shards",
+    "data.near_dedup": "tests/cli/test_data.py::test_settings_reach_the_shards",
     "data.shuffle_buffer": "tests/data/sources/test_hub.py::test_shuffle_buffer",
-    "data.streaming": "tests/data/sources/test_hub.py::test_without_streaming_the_order_is_kept",
-    "data.cache_dir": "tests/data/sources/test_hub.py::test_without_streaming_the_order_is_kept",
+    "data.streaming": "tests/data/sources/test_hub.py::test_without_streaming_the_order_is_kept_and_cache_dir_used",
+    "data.cache_dir": "tests/data/sources/test_hub.py::test_without_streaming_the_order_is_kept_and_cache_dir_used",
     "data.fallback": "tests/data/sources/test_documents.py::test_fallback_must_be_enabled",
     "data.shard_dir": "tests/test_docs.py::test_documented_commands_run",
-    "tokenizer.model_type": "tests/tokenizers/test_training.py::test_vocabulary_has_the_requested_size",
     "train.share_muon": "tests/tasks/test_launch.py::test_sharded_muon_equals_single_process",
     "train.memory_budget_gb": "tests/system/test_micro_batch.py::test_largest_fitting_micro_batch_keeps_the_step",
-    "tokenizer.engine": "tests/tokenizers/test_fast_tokenizer.py::test_reference_engine",
-    "tokenizer.on_mismatch": "tests/tokenizers/test_fast_tokenizer.py::test_late_mismatch_is_sampled",
-    "tokenizer.max_train_mb": "tests/tokenizers/test_training.py::test_limit_bytes_is_exact",
-    "model.max_seq_len": "tests/inference/test_generation.py::test_ends_at_max_new_tokens",
+    "tokenizer.engine": "tests/cli/test_data.py::test_the_tokenizer_engine_is_selectable",
+    "model.max_seq_len": (
+        "tests/inference/test_generation.py::test_ends_at_max_new_tokens_max_seq_len_and_end_of_document"
+    ),
     "model.zero_init_proj": "tests/model/test_parameters.py::test_zero_init_proj_zeroes_the_residual_projections",
     "model.bos_id": "tests/exchange/test_importing.py::test_stories260k_gives_its_logits_and_published_text",
     "train.init_from": "tests/exchange/test_importing.py::test_training_starts_from_the_imported_weights",
@@ -146,41 +184,28 @@ ELSEWHERE = {
     "train.technique": "tests/system/test_technique.py::test_a_technique_in_the_configuration_is_used",
     "train.loss_chunk": "tests/training/test_mlx_engine.py::test_chunk_and_block_sizes_take_effect",
     "train.cpu_threads": "tests/training/test_mlx_engine.py::test_threads_split_the_rows_and_give_the_same_result",
-    "train.compile": "tests/training/test_mlx_engine.py::test_checkpointing_and_compilation_give_the_same_weights",
+    "train.compile": "tests/training/test_traces.py::test_the_number_of_traces_is_that_of_two_steps",
     "train.device": "tests/training/test_mlx_engine.py::test_missing_gpu_is_an_error",
-    "train.backend": "tests/tasks/test_pretrain.py::test_mismatches_are_refused_before_anything_is_written",
     "train.save_dir": "tests/tasks/test_pretrain.py::test_run_folder_and_summary",
     "train.checkpoint_path": "tests/tasks/test_pretrain.py::test_resumed_run_equals_uninterrupted_run_bit_for_bit",
     "train.tokenizer_path": "tests/tasks/test_pretrain.py::test_mismatches_are_refused_before_anything_is_written",
     "lora.r": "tests/model/test_lora.py::test_adapted_matrices_and_parameter_count",
-    "lora.alpha": "tests/model/test_lora.py::test_forward_and_gradients_match_peft",
     "lora.dropout": "tests/training/test_engine_lora.py::test_lora_dropout_affects_training_but_not_validation",
     "lora.target_modules": "tests/model/test_lora.py::test_adapted_matrices_and_parameter_count",
     "lora.num_layers": "tests/model/test_lora.py::test_frozen_weights_cost_no_backward_work",
-    "lora.dora": "tests/model/test_lora.py::test_forward_and_gradients_match_peft",
-    "lora.rslora": "tests/model/test_lora.py::test_forward_and_gradients_match_peft",
+    "lora.dora": "tests/training/test_engine_lora.py::test_only_adapters_have_state_and_are_saved",
     "lora.adapter_format": "tests/tasks/test_sft.py::test_only_adapters_are_trained_and_saved",
     "lora.quantize": "tests/training/test_engine_lora.py::test_adapters_use_much_less_memory_than_full_training",
-    "chat.format": "tests/data/conversations/test_formats.py::test_format_can_be_set",
-    "chat.language": "tests/data/conversations/test_oasst.py::test_threads",
-    "chat.template": "tests/tokenizers/test_chat_template.py::test_tokenizers_trained_here_use_chatml",
-    "chat.train_on": "tests/tokenizers/test_chat_encoder.py::test_mask_computed_by_hand",
-    "chat.pack": "tests/tasks/test_sft.py::test_packing_does_not_change_the_loss",
-    "chat.too_long": "tests/data/conversations/test_tokenized.py::test_long_conversations_are_cut_or_dropped",
     "chat.rouge_samples": "tests/tasks/test_sft.py::test_model_learns_to_answer",
-    "preference.loss": "tests/tasks/test_dpo.py::test_model_learns_preferences",
     "preference.beta": "tests/training/test_preference_engine.py::test_loss_and_gradients_match_pytorch",
     "preference.label_smoothing": "tests/training/test_preference_engine.py::test_loss_and_gradients_match_pytorch",
     "train.patience": "tests/tasks/test_sft.py::test_patience_ends_a_run_without_improvement",
-    "generation.method": "tests/inference/test_sampling.py::test_draws_follow_the_exact_probabilities",
-    "generation.temperature": "tests/inference/test_sampling.py::test_draws_follow_the_exact_probabilities",
-    "generation.top_k": "tests/inference/test_sampling.py::test_draws_follow_the_exact_probabilities",
-    "generation.top_p": "tests/inference/test_sampling.py::test_draws_follow_the_exact_probabilities",
-    "generation.min_p": "tests/inference/test_sampling.py::test_draws_follow_the_exact_probabilities",
     "generation.stop": "tests/inference/test_generation.py::test_ends_before_the_first_stop_string",
     "generation.repetition_penalty": "tests/inference/test_generation.py::test_repetition_penalty",
-    "generation.max_new_tokens": "tests/inference/test_generation.py::test_ends_at_max_new_tokens",
-    "generation.seed": "tests/inference/test_generation.py::test_the_seed_decides",
+    "generation.max_new_tokens": (
+        "tests/inference/test_generation.py::test_ends_at_max_new_tokens_max_seq_len_and_end_of_document"
+    ),
+    "generation.seed": "tests/inference/test_generation.py::test_the_seed_decides_and_mlx_random_state_is_untouched",
     "knowledge_base.path": "tests/cli/test_knowledge.py::test_all_subcommands",
     "knowledge_base.retrieval_k": "tests/knowledge/test_knowledge_base.py::test_search_returns_at_most_k",
     "knowledge_base.feedback_alpha": "tests/knowledge/test_knowledge_base.py::test_alpha_scales_the_effect_of_a_vote",
@@ -188,13 +213,38 @@ ELSEWHERE = {
 }
 
 
+def places() -> dict[str, str]:
+    """The test of each key."""
+    here = [name.removeprefix("test_key_") for name in globals() if name.startswith("test_key_")]
+    found = {name.replace("__", "."): f"test_key_{name}" for name in here}
+    found |= {f"model.{key}": f"test_shape_keys[{key}]" for key in SHAPED}
+    found |= {f"model.{key}": f"test_keys_that_change_the_output[{key}]" for key in COMPUTED}
+    found |= {key: f"test_keys_that_change_a_run[{key}]" for key in TRAINED}
+    found |= {key: f"test_keys_that_change_tuning[{key}]" for key in TUNED}
+    found |= {key: f"test_keys_of_sampling[{key}]" for key in SAMPLED}
+    found |= {key: f"test_keys_of_the_scale_of_adapters[{key}]" for key in SCALED}
+    return {key: f"tests/test_every_key.py::{test}" for key, test in found.items()} | ELSEWHERE
+
+
 def test_every_key_has_a_test() -> None:
-    here = {name.removeprefix("test_key_").replace("__", ".") for name in globals() if name.startswith("test_key_")}
-    shown = {f"model.{key}" for key in (*SHAPED, *COMPUTED)} | set(TRAINED) | set(ELSEWHERE) | here
-    assert shown == set(leaf_keys())
+    assert set(places()) == set(leaf_keys())
     for key, place in ELSEWHERE.items():
         file, test = place.split("::")
-        assert f"def {test}" in (ROOT / file).read_text(), f"{key}: {place} not found"
+        text = (ROOT / file).read_text(encoding="utf-8")
+        tests = {node.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)}
+        assert test in tests, f"{key}: {place} not found"
+        assert re.search(rf"\b{key.rpartition('.')[2]}\b", text), f"{key}: not used in {file}"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("key", leaf_keys())
+def test_the_test_of_a_key_fails_when_the_key_is_ignored(key: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "tests.ignored_key", "-p", "no:cacheprovider", places()[key]]
+    environment = os.environ | {"IGNORED_KEY": key}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == 0 and " passed" not in done.stdout:
+        pytest.skip("the test needs a package that is not installed")
+    assert done.returncode == 1, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("key", SHAPED)
@@ -260,6 +310,72 @@ def test_keys_that_change_a_run(key: str, observe: Any, default_run: dict[str, A
     assert condition(default_run, observe(**settings))
 
 
+@pytest.fixture(scope="module")
+def tuned_losses(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Any:
+    """Trains for one step and returns its loss and the validation losses before and after it. Every row holds two
+    conversations; every other one has a second answer, which is too long."""
+    folder = tmp_path_factory.mktemp("tuning")
+
+    def row(i: int) -> dict[str, Any]:
+        contents = [f"Say {i}", f"Yes, {i}", *(["More", f"Then {i}, " * 20] if i % 2 else [])]
+        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]
+        return {"messages": messages, "prompt": f"Not {i}", "completion": f"No, not {i}"}
+
+    def pair(i: int) -> dict[str, str]:
+        return {"prompt": f"Say {i}", "chosen": f"Yes, {i}", "rejected": "No."}
+
+    for name, make in (("sft", row), ("dpo", pair)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(make(i)) + "\n" for i in range(40)))
+
+    def run(name: str, number: int, **settings: Any) -> list[float]:
+        config = tuning(
+            folder, f"{name}{number}", base, folder / f"{name}.jsonl", train__total_steps=1, train__eval_interval=1,
+            **settings,
+        )  # fmt: skip
+        {"sft": sft, "dpo": dpo}[name](config, show="nothing")
+        found = folder / f"{name}{number}"
+        return [*(e["val_loss"] for e in events(found, "eval")), *(e["loss"] for e in events(found, "train"))]
+
+    defaults = {name: run(name, 0) for name in ("sft", "dpo")}
+    return run, defaults
+
+
+@pytest.mark.parametrize("key", TUNED)
+def test_keys_that_change_tuning(key: str, tuned_losses: Any) -> None:
+    run, defaults = tuned_losses
+    name = "dpo" if key.startswith("preference.") else "sft"
+    losses = run(name, 1 + list(TUNED).index(key), **TUNED[key])
+    assert len(losses) == len(defaults[name]) == 3
+    assert losses != pytest.approx(defaults[name], abs=1e-4)
+
+
+def test_key_chat__language(tmp_path: Path, base: Path) -> None:
+    """Of one German and three English trees, the German one is left."""
+    trees = [tree(post(f"p{i}", post(f"a{i}"), lang="de" if i == 2 else "en")) for i in range(4)]
+    (tmp_path / "trees.jsonl").write_text("".join(json.dumps(row) + "\n" for row in trees))
+    settings = {"data__val_fraction": 0.0, "train__total_steps": LEFT_OUT, "train__epochs": 1.0, "chat__pack": False}
+    config = tuning(
+        tmp_path, "run", base, tmp_path / "trees.jsonl", chat__language="de", train__micro_batch_size=1,
+        train__grad_accum_steps=1, **settings,
+    )  # fmt: skip
+    assert sft(config, show="nothing")["steps"] == 1
+
+
+@pytest.mark.parametrize("key", SAMPLED)
+def test_keys_of_sampling(key: str) -> None:
+    settings, drawn = SAMPLED[key]
+    n, probabilities = 1000, [0.4, 0.3, 0.2, 0.1]
+    z = mx.array(np.tile(np.log(probabilities), (n, 1)), mx.float32)
+    assert set(sample(z, [GenerationConfig(**settings)] * n, range(n)).tolist()) == drawn  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key", SCALED)
+def test_keys_of_the_scale_of_adapters(key: str) -> None:
+    settings, scale = SCALED[key]
+    assert adapter_scale(LoraConfig(r=16)) == 1
+    assert adapter_scale(LoraConfig(r=16, **settings)) == scale
+
+
 def test_key_model__architecture(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("model:\n  architecture: llama\n")
@@ -278,6 +394,23 @@ def test_key_train__log_path(tmp_path: Path, tiny_shards: Path) -> None:
         "metrics.jsonl", "tensorboard", "final_training_summary.json", "environment.json"
     }  # fmt: skip
     assert not (tmp_path / "run" / "logs").exists()
+
+
+def test_key_train__backend(tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # not installed
+    config = loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", train__backend="torch")
+    with pytest.raises(UserError, match=r"train.backend: torch"):
+        pretrain(config, show="nothing")
+
+
+def test_key_data__shard_weights(tmp_path: Path, tiny_shards: Path) -> None:
+    """Of two equal folders, weights change the order of the windows."""
+    settings = {"data__shard_dir": [str(tiny_shards)] * 2, "train__total_steps": 1}
+    losses = [
+        pretrain(loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / str(i), **settings, **more), show="nothing")
+        for i, more in enumerate([{}, {"data__shard_weights": [1.0, 3.0]}])
+    ]
+    assert losses[0]["final_loss"] != losses[1]["final_loss"]
 
 
 def test_key_data__document_mask(tmp_path: Path, tiny_shards: Path) -> None:
@@ -315,6 +448,45 @@ def test_key_data__num_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     args = ["--input", str(tmp_path / "a.txt"), "--tokenizer", str(tmp_path / "shards" / "made.model")]
     assert main(["pretokenize", *args, "--output", str(tmp_path / "out"), "data.num_workers=5"]) == 0
     assert pools[-1] == 5
+
+
+def pretokenized(tmp_path: Path, *settings: str) -> int:
+    """The exit code; the shards of 200 documents are in tmp_path/out, the tokenizer's in tmp_path/shards."""
+    if not (tmp_path / "shards").exists():
+        make_shards(tmp_path / "shards")
+    (tmp_path / "a.txt").write_text("\n".join(f"{i} little document" for i in range(200)))
+    command = ["pretokenize", "--input", str(tmp_path / "a.txt"), "--tokenizer", str(tmp_path / "shards/made.model")]
+    return main([*command, "--output", str(tmp_path / "out"), "--restart", "data.documents=lines", *settings])
+
+
+def test_key_data__val_fraction(tmp_path: Path) -> None:
+    assert pretokenized(tmp_path, "data.val_fraction=0.5") == 0
+    assert 70 < sum(s.documents for s in read_manifest(tmp_path / "out").shards if s.split == "val") < 130
+
+
+def test_key_tokenizer__on_mismatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def select(tokenizer: Any, engine: str, on_mismatch: Any, log: Any) -> VerifiedTokenizer:
+        wrong = Broken(tokenizer, lambda number, text, ids: ids + 1)
+        return VerifiedTokenizer(tokenizer, wrong, on_mismatch=on_mismatch, log=log)
+
+    monkeypatch.setattr(pretokenize, "select_engine", select)
+    assert pretokenized(tmp_path) == 2
+    assert pretokenized(tmp_path, "tokenizer.on_mismatch=fallback") == 0
+
+
+def test_key_tokenizer__max_train_mb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text((ROOT / "README.md").read_text())
+    command = ["tokenizer", "train", "--input", str(tmp_path / "a.txt"), "--vocab-size", "400", "--json"]
+    assert main([*command, "--output", str(tmp_path / "s"), "tokenizer.max_train_mb=0.005"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == 5000
+
+
+def test_key_tokenizer__model_type(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text((ROOT / "README.md").read_text())
+    command = ["tokenizer", "train", "--input", str(tmp_path / "a.txt"), "--vocab-size", "400"]
+    assert main([*command, "--output", str(tmp_path / "s"), "--model-type", "unigram"]) == 0
+    scores = [line.rpartition("\t")[2] for line in (tmp_path / "s.vocab").read_text().splitlines()]
+    assert any("." in score for score in scores)  # log-probabilities; those of BPE are ranks
 
 
 def test_key_tokenizer__format(tmp_path: Path) -> None:
