@@ -25,6 +25,7 @@ from anarchobot.inference.chat import chat_encoder
 from anarchobot.inference.generation import TextBatch
 from anarchobot.inference.model import Model, load_model
 from anarchobot.model.architecture import forward_pass
+from anarchobot.model.frozen import compute_dtype
 from anarchobot.model.loss import loss_sum
 from anarchobot.tokenizers.conversation import InvalidRow
 from anarchobot.tokenizers.tokenizer import digest
@@ -77,7 +78,7 @@ def evaluate_shards(model: Model, config: Config, folder: str, log: Log) -> Metr
     if windows.count == 0:
         raise UserError(f"{folder}: the validation split is empty: pretokenize with data.val_fraction, or use --text")
     params, shape, forward = model.params, model.config, forward_pass(model.config)
-    dtype, nats, tokens = params["model.norm.weight"].dtype, 0.0, 0
+    dtype, nats, tokens = compute_dtype(params), 0.0, 0
     val = ValBatches(windows, max(1, SHARD_TOKENS // seq_len), None)
     for i in range(len(val)):
         batch = val[i]

@@ -11,6 +11,7 @@ import numpy as np
 
 from anarchobot.inference.model import Model
 from anarchobot.model.architecture import forward_pass
+from anarchobot.model.frozen import compute_dtype
 from anarchobot.model.loss import logits
 
 BATCH_TOKENS = 8192  # per forward pass
@@ -70,7 +71,7 @@ def _score_rows(
     inputs = np.zeros((len(rows), length), np.int32)
     for b, row in enumerate(rows):
         inputs[b, : len(row) - 1] = row[:-1]
-    dtype = model.params["model.norm.weight"].dtype
+    dtype = compute_dtype(model.params)
     forward = forward_pass(model.config)
     hidden = forward.hidden_states(model.params, mx.array(inputs), model.config, dtype=dtype)  # [B, L, D]
     ends = [b * length + len(row) - 1 for b, row in enumerate(rows)]

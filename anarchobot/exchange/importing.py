@@ -41,7 +41,47 @@ class HFModel(NamedTuple):
 
 
 def load_hf_folder(folder: Path) -> HFModel:
-    """Raises UserError if a file is missing or damaged, or the model has an unsupported feature."""
+    """Reads the folder with an own architecture or, where they do not support the model, with mlx-lm. Raises UserError
+    if a file is missing or damaged, or neither supports the model."""
+    try:
+        return _load_own(folder)
+    except UserError as error:
+        if (found := _load_with_mlx_lm(folder, str(error))) is None:
+            raise
+        return found
+
+
+def _load_with_mlx_lm(folder: Path, reason: str) -> HFModel | None:
+    """None if mlx-lm has no such model, or one of an own architecture does not fit it either. `reason`: why no own
+    architecture supports it."""
+    if not (folder / "config.json").is_file():
+        return None
+    from anarchobot.model.mlx_lm import architecture as mlx_lm
+    from anarchobot.model.mlx_lm.folder import FolderWeights
+
+    values, own = read_json(folder / "config.json"), architecture("llama").HF_MODEL_TYPES
+    if not mlx_lm.supports(values):
+        return None
+    stored = _stored_tensors(folder)
+    files = sorted({tensor.path for tensor in stored.values()})
+    try:
+        fields = mlx_lm.from_hf(values, str(folder / "config.json"), len(stored))
+        weights = FolderWeights(folder)
+        model = weights.note(ModelConfig(architecture="mlx_lm", **fields))
+    except UserError:
+        if values["model_type"] in own:
+            return None
+        raise
+    tokenizer = _load_tokenizer(folder, model.vocab_size)
+    # The module keeps rows without a token; they are not sampled.
+    bos = values.get("bos_token_id")
+    has_bos = isinstance(bos, int) and 0 <= bos < tokenizer.vocab_size and bos != tokenizer.eod_id
+    model = model.model_copy(update={"vocab_size": tokenizer.vocab_size, "bos_id": bos if has_bos else None})
+    warnings = mlx_lm.describe_support(values, model, reason.removeprefix(f"{folder / 'config.json'}: "))
+    return HFModel(values["model_type"], model, tokenizer, weights, files, warnings)
+
+
+def _load_own(folder: Path) -> HFModel:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: expected config.json, safetensors files and a tokenizer in it")
     file = folder / "config.json"

@@ -2,7 +2,8 @@
 
 Prompts are prefilled one at a time, a limited number of tokens per step, so that a long prompt neither stalls the other
 requests nor uses much memory. Then the row joins the batch, with its keys and values padded on the left so that all
-rows end at the same position (mlx-lm's BatchKVCache). A single row needs no padding (KVCache).
+rows end at the same position (mlx-lm's BatchKVCache). A single row needs no padding (KVCache). Other caches of mlx-lm
+(rotating, state-space) do the same by the methods of their types; rows whose caches can't be batched take turns.
 
 Each step computes its tokens while the previous step's tokens are read, so one unused token is computed per request.
 
@@ -28,6 +29,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig, ModelConfig
 from anarchobot.inference.sampling import PENALTY_WINDOW, apply_repetition_penalty, sample
 from anarchobot.model.architecture import forward_pass
+from anarchobot.model.frozen import compute_dtype
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.loss import logits
 from anarchobot.numerics.eval_order import unordered
@@ -68,8 +70,9 @@ class Batch:
     """Waiting and running requests. Not thread-safe. Computes in the dtype of the norm parameters."""
 
     def __init__(self, params: Params, model: ModelConfig, max_rows: int = MAX_ROWS) -> None:
-        self._params, self._model, self._max_rows = params, model, max_rows
-        self._dtype = params["model.norm.weight"].dtype
+        self._params, self._model, self._forward = params, model, forward_pass(model)
+        self._max_rows = max_rows if self._forward.can_batch(params, model) else 1
+        self._dtype = compute_dtype(params)
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
         self._caches: list[Any] = []  # one per layer, for all rows
@@ -85,8 +88,6 @@ class Batch:
 
         Returns the request's number. Raises UserError if the context leaves no room within max_seq_len.
         """
-        from mlx_lm.models.cache import KVCache  # a slow import
-
         room = self._model.max_seq_len - len(context)
         if room < 1:
             raise UserError(
@@ -94,7 +95,7 @@ class Batch:
                 "shorten it"
             )
         self._requests += 1
-        caches = [KVCache() for _ in range(self._model.n_layers)]  # type: ignore[no-untyped-call]
+        caches = self._forward.make_caches(self._params, self._model)
         recent = mx.array(context[-PENALTY_WINDOW:])
         limit = min(settings.max_new_tokens, room)
         self._waiting.append(_Row(self._requests, context, settings, frozenset(stop), limit, recent, caches))
@@ -145,10 +146,11 @@ class Batch:
 
     def _last_logits(self, tokens: mx.array, caches: list[Any]) -> mx.array:
         """Returns float32 logits [B, V] of the token after tokens [B, L]."""
-        hidden = forward_pass(self._model).hidden_states(
+        hidden = self._forward.hidden_states(
             self._params, tokens, self._model, dtype=self._dtype, caches=caches, wait=unordered
         )
-        return logits(hidden[:, -1], self._params, self._model)
+        z = logits(hidden[:, -1], self._params, self._model)
+        return z[:, : self._model.vocab_size]  # mlx-lm's models may have rows without a token
 
     def _sample(self, z: mx.array, rows: list[_Row]) -> mx.array:
         """Draws the rows' next ids [B] from logits [B, V]."""
@@ -165,16 +167,14 @@ class Batch:
 
     def _join(self, row: _Row, first: mx.array) -> None:
         """Adds a row with a prefilled prompt to the running rows."""
-        from mlx_lm.models.cache import KVCache
-
         if not self._rows:
             self._caches = row.caches
         elif len(self._rows) == 1:
             pairs = zip(self._caches, row.caches, strict=True)
-            self._caches = [KVCache.merge(pair) for pair in pairs]  # type: ignore[no-untyped-call]
+            self._caches = [cache.merge([cache, row_cache]) for cache, row_cache in pairs]
         else:
             for cache, row_cache in zip(self._caches, row.caches, strict=True):
-                cache.extend(KVCache.merge([row_cache]))  # type: ignore[no-untyped-call]
+                cache.extend(row_cache.merge([row_cache]))
         row.caches = []
         self._rows.append(row)
         self._next = mx.concatenate([self._next, first])

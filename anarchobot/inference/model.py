@@ -41,5 +41,5 @@ def load_model(path: str | Path) -> tuple[Model, Config]:
         print(f"warning: {warning}", file=sys.stderr)
     dtype = mx.float32 if on_cpu() else getattr(mx, pretrained.config.train.precision or "bfloat16")
     wire_memory()
-    params = inference_weights(pretrained.weights, dtype)
+    params = inference_weights(pretrained.weights, pretrained.model, dtype)
     return Model(params, pretrained.model, pretrained.tokenizer), pretrained.config

@@ -155,7 +155,13 @@ class ForwardPass(Protocol):
         wait: "EvalOrder" = ...,
     ) -> "mx.array":
         """The input of the output head, [B, L, D], without dropout: for evaluation and generation. `caches` hold each
-        layer's keys and values of earlier tokens (mlx-lm's KVCache or BatchKVCache)."""
+        layer's keys and values of earlier tokens: those of `make_caches`, or several rows of them merged."""
+
+    def make_caches(self, params: "Params", model: ModelConfig) -> list[Any]:
+        """New caches of one row, for `hidden_states`."""
+
+    def can_batch(self, params: "Params", model: ModelConfig) -> bool:
+        """Whether caches of several rows can be merged, with padding on the left."""
 
 
 class LossAndGradients(Protocol):

@@ -7,7 +7,9 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from anarchobot.config.errors import UserError
 from anarchobot.config.schema import LoraConfig, ModelConfig
+from anarchobot.model.architecture import architecture
 from anarchobot.model.parameters import parameter_shapes
 
 Shapes = dict[str, tuple[int, ...]]
@@ -17,23 +19,39 @@ GROUP = 64  # columns of a quantized matrix that share a scale and a bias: mlx-l
 def adapted_matrices(model: ModelConfig, lora: LoraConfig) -> list[str]:
     """Returns the names, without ".weight", of the lora.target_modules in the last lora.num_layers blocks."""
     first = 0 if lora.num_layers is None else max(0, model.n_layers - lora.num_layers)
-    names = (name.removesuffix(".weight") for name in parameter_shapes(model) if name.endswith("_proj.weight"))
-    return [
-        name
-        for name in names
-        if int(name.split(".")[2]) >= first
-        and (lora.target_modules == "auto" or name.rpartition(".")[2] in lora.target_modules)
-    ]
+    matrices = architecture(model.architecture).adaptable_matrices(model)
+    names = {name: name.rpartition(".")[2] for name, matrix in matrices.items() if matrix.block >= first}
+    if lora.target_modules != "auto":
+        existing = dict.fromkeys(names.values())
+        for target in lora.target_modules:
+            if target not in existing:
+                where = "the model" if first == 0 else f"the last {lora.num_layers} blocks"
+                raise UserError(
+                    f"lora.target_modules: {where} has no matrix '{target}': expected {', '.join(existing) or 'none'}"
+                )
+        names = {name: last for name, last in names.items() if last in lora.target_modules}
+    if lora.dora:
+        for name in names:
+            if len(matrices[name].shape) == 3:
+                raise UserError(
+                    f"lora.dora: {name} is a stack of experts, which only LoRA supports: set lora.dora: false, or "
+                    "lora.target_modules to other matrices"
+                )
+    return list(names)
 
 
 def adapter_shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
-    """Returns the trained and saved shapes: lora_a [in, r], lora_b [r, out] and, with DoRA, m [out] of each matrix."""
+    """Returns the trained and saved shapes: lora_a [in, r], lora_b [r, out] and, with DoRA, m [out] of each matrix; of
+    E stacked experts, lora_a [E, r, in] and lora_b [E, out, r], as in mlx-lm."""
     assert lora.r is not None
-    model_shapes = parameter_shapes(model)
+    matrices = architecture(model.architecture).adaptable_matrices(model)
     shapes: Shapes = {}
     for name in adapted_matrices(model, lora):
-        rows, columns = model_shapes[f"{name}.weight"]
-        shapes[f"{name}.lora_a"], shapes[f"{name}.lora_b"] = (columns, lora.r), (lora.r, rows)
+        *experts, rows, columns = matrices[name].shape
+        factors = (
+            ((*experts, lora.r, columns), (*experts, rows, lora.r)) if experts else ((columns, lora.r), (lora.r, rows))
+        )
+        shapes[f"{name}.lora_a"], shapes[f"{name}.lora_b"] = factors
         if lora.dora:
             shapes[f"{name}.m"] = (rows,)
     return shapes
@@ -68,7 +86,7 @@ def init_factors(model: ModelConfig, lora: LoraConfig, seed: int) -> dict[str, n
     for name, shape in adapter_shapes(model, lora).items():
         if name.endswith(".lora_a"):
             key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "big")
-            bound = 1 / math.sqrt(shape[0])
+            bound = 1 / math.sqrt(shape[0] if len(shape) == 2 else shape[2])  # the width of the input
             draws = np.random.Generator(np.random.Philox(key=key)).random(shape, np.float32)
             values[name] = (2 * draws - 1) * np.float32(bound)
         elif name.endswith(".lora_b"):

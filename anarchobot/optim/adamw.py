@@ -5,7 +5,7 @@ import mlx.core as mx
 from anarchobot.config.schema import TrainConfig
 from anarchobot.numerics.device import on_cpu
 from anarchobot.numerics.eval_order import EvalOrder
-from anarchobot.optim.param_groups import ADAMW_BETA1, ADAMW_BETA2, ADAMW_EPS
+from anarchobot.optim.param_groups import ADAMW_BETA1, ADAMW_BETA2, ADAMW_EPS, is_decayed
 
 Arrays = dict[str, mx.array]
 # The moments of a token that is no longer seen would decay to subnormal numbers and stay there: slow on many CPUs.
@@ -43,7 +43,9 @@ def adamw(
         (g,) = wait([grads.pop(name)], done)
         m, v = _moments(g, first.pop(name), second.pop(name), factor, least)
         del g
-        done = [apply_update(params.pop(name), _direction(m, v, correction1, correction2), lr, train)]
+        w, u = params.pop(name), _direction(m, v, correction1, correction2)
+        done = [apply_update(w, u, lr, train) if is_decayed(name, w.ndim) else _plain(w, u, lr)]
+        del w, u
         new_params[name], new_first[name], new_second[name] = done[0], m, v
     return new_params, new_first, new_second
 
@@ -67,12 +69,12 @@ def _direction(m: mx.array, v: mx.array, correction1: mx.array, correction2: mx.
 
 
 def apply_update(w: mx.array, u: mx.array, lr: mx.array, train: TrainConfig) -> mx.array:
-    """W - lr (u + weight_decay W). Vectors (norms and biases) do not decay.
+    """W - lr (u + weight_decay W).
 
     With train.cautious_weight_decay, a weight decays only where u and W have the same sign, so that the decay never
     opposes the update (Chen et al., "Cautious weight decay", 2025).
     """
-    if train.weight_decay == 0 or w.ndim == 1:
+    if train.weight_decay == 0:
         return _plain(w, u, lr)
     if train.cautious_weight_decay:
         return _cautious(w, u, lr, train.weight_decay)

@@ -39,6 +39,12 @@ def optimizer_of(name: str, ndim: int, optimizer: Literal["muon_adamw", "adamw"]
     return "muon" if optimizer == "muon_adamw" and in_block else "adamw"
 
 
+def is_decayed(name: str, ndim: int) -> bool:
+    """Whether weight decay applies: not to norms and other vectors, nor to biases (those of stacked experts are
+    matrices) and the state matrix of Mamba."""
+    return ndim > 1 and not name.endswith(("bias", ".A_log"))
+
+
 def select_trainable(names: Iterable[str], trainable: Literal["all", "embeddings"]) -> list[str]:
     """Returns the parameter names that train.trainable selects."""
     return [name for name in names if trainable == "all" or name in EMBEDDINGS]

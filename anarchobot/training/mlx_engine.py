@@ -19,6 +19,7 @@ from anarchobot.model.architecture import forward_pass, gradients
 from anarchobot.model.frozen import init_adapters
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.loss import loss_sum
+from anarchobot.model.mlx_lm.frozen import cast_weights
 from anarchobot.model.parameters import init_parameters, parameter_shapes
 from anarchobot.model.step_options import MicroBatch, Objective, StepOptions
 from anarchobot.numerics import eval_order
@@ -39,6 +40,7 @@ from anarchobot.training.workers import Workers
 Metrics = npt.NDArray[np.float64]  # the loss, and any extra metrics of an objective
 MicroBatchSlice = tuple[mx.array | None, ...]  # a worker's part of a micro-batch
 T = TypeVar("T")
+LENGTHS = 8  # to which rows with padding at the end are cut
 
 
 class MLXEngine(BaseEngine[mx.array]):
@@ -51,6 +53,8 @@ class MLXEngine(BaseEngine[mx.array]):
         ranks: Ranks = SINGLE_PROCESS,
     ) -> None:
         """`weights`: the model's initial weights by name, each read once (None: random init from train.seed)."""
+        if config.model.architecture == "mlx_lm":  # its attention matrices need not be q, k, v and o
+            config = config.model_copy(update={"train": config.train.model_copy(update={"muon_split_heads": False})})
         model, train = config.model, config.train
         self.device = choose_device(train.device)
         on_gpu = not on_cpu()
@@ -59,7 +63,7 @@ class MLXEngine(BaseEngine[mx.array]):
         self.forward = forward_pass(model)
         weights = init_parameters(model, train.seed) if weights is None else weights
         if config.lora.r is None:
-            self.frozen = {name: mx.array(weights[name]) for name in parameter_shapes(model)}
+            self.frozen = {name: mx.array(weights[name]).astype(mx.float32) for name in parameter_shapes(model)}
             self.params = {name: self.frozen.pop(name) for name in select_trainable(self.frozen, train.trainable)}
         else:
             self.params, self.frozen = init_adapters(weights, model, config.lora, train.seed, self.dtype)
@@ -76,7 +80,9 @@ class MLXEngine(BaseEngine[mx.array]):
         self.traces = 0  # of the functions below; each is a compilation, if they are compiled
         self._micro_step, self._update = wrap(self._loss_and_gradients), wrap(self._clip_and_update)
         self._loss, self._directions = wrap(self._evaluate), wrap(self._scaled_directions)
-        self.workers = Workers(1 if on_gpu or self.compiled else workers_for(train.micro_batch_size, train.cpu_threads))
+        # A module of mlx-lm can't be called by two threads at once.
+        single = on_gpu or self.compiled or model.architecture == "mlx_lm"
+        self.workers = Workers(1 if single else workers_for(train.micro_batch_size, train.cpu_threads))
         shapes, muon_names = {name: p.shape for name, p in self.params.items()}, self.moments["muon.momentum"]
         self._update_shares = balanced_shares(shapes, muon_names, self.workers.count)
         self._sharded_muon = ShardedMuon(ranks, self.params, muon_names, self.workers.count, train.share_muon)
@@ -133,7 +139,10 @@ class MLXEngine(BaseEngine[mx.array]):
         return total, sums
 
     def _cast_matrices(self, params: Params) -> Params:
-        """Casts matrices to the products' dtype, once for all micro-batches of a step."""
+        """Casts matrices to the products' dtype, once for all micro-batches of a step; for mlx-lm's modules everything,
+        because the weights' dtype is that of the results."""
+        if self._config.model.architecture == "mlx_lm":
+            return cast_weights(params, self._config.model, self.dtype)
         return {
             name: p.astype(self.dtype) if p.ndim == 2 and name.endswith(".weight") else p for name, p in params.items()
         }
@@ -158,10 +167,12 @@ class MLXEngine(BaseEngine[mx.array]):
         return loss_and_gradients(params, batch, model, frozen=frozen, sums=sums, dtype=self.dtype, options=options)
 
     def _slice(self, batch: Batch, i: int, worker: int) -> MicroBatchSlice:
-        """A worker's rows of micro-batch `i`: inputs, targets and segments, [B / workers, L]."""
+        """A worker's rows of micro-batch `i`: inputs, targets and segments, [B / workers, L]. Rows of one text each are
+        cut where only padding follows."""
+        length = used_length(batch.targets[i]) if batch.segments is None else None
 
         def part(x: npt.NDArray[np.int32]) -> mx.array:
-            return mx.array(np.array_split(x[i], self.workers.count)[worker])
+            return mx.array(np.array_split(x[i], self.workers.count)[worker][:, :length])
 
         return part(batch.inputs), part(batch.targets), None if batch.segments is None else part(batch.segments)
 
@@ -332,6 +343,15 @@ def _sum_parts(parts: list[Params]) -> Params:
             first[name] = first[name] + other.pop(name)
             mx.eval(first[name])
     return first
+
+
+def used_length(targets: npt.NDArray[np.int32]) -> int:
+    """The columns of `targets` [..., L] up to the last one that is scored, as one of LENGTHS multiples: few lengths mean
+    few compilations. Later columns have no effect: attention is causal."""
+    length = targets.shape[-1]
+    scored = np.flatnonzero((targets >= 0).reshape(-1, length).any(axis=0))
+    unit = -(-length // LENGTHS)
+    return min(length, unit * max(1, -(-(int(scored[-1]) + 1 if scored.size else 1) // unit)))
 
 
 def _any(rows: MicroBatchSlice) -> bool:

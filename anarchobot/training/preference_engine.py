@@ -14,7 +14,7 @@ from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.loss import token_losses
 from anarchobot.model.preference import Preferences, losses_and_grads, rewards
 from anarchobot.model.step_options import Objective
-from anarchobot.training.mlx_engine import Metrics, MicroBatchSlice, MLXEngine
+from anarchobot.training.mlx_engine import Metrics, MicroBatchSlice, MLXEngine, used_length
 
 PREFERENCE_METRICS = ("reward_margin", "reward_accuracy", "chosen_log_prob", "rejected_log_prob")
 
@@ -83,8 +83,8 @@ class PreferenceEngine(MLXEngine):
         def part(x: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
             return np.array_split(x[i], self.workers.count)[worker]
 
-        length = batch.inputs.shape[-1]
-        inputs, targets = (mx.array(part(x).reshape(-1, length)) for x in (batch.inputs, batch.targets))
+        length, used = batch.inputs.shape[-1], used_length(batch.targets[i])
+        inputs, targets = (mx.array(part(x).reshape(-1, length)[:, :used]) for x in (batch.inputs, batch.targets))
         return inputs, targets, mx.array(part(batch.ref_log_probs))
 
     def _segments_and_objective(

@@ -64,7 +64,7 @@ def adapted_logits(run: Path, adapter: Adapter, ids: list[int], bits: int | None
     """Logits of our forward pass with unmerged adapters."""
     params, model = random_parameters(shape_of(run)), shape_of(run)
     frozen = frozen_weights(params, model, mx.float32, bits)
-    everything = {**frozen, **adapter_constants(frozen, adapter.scales, adapter.dora)}
+    everything = {**frozen, **adapter_constants(frozen, model, adapter.scales, adapter.dora)}
     everything |= {name: mx.array(value) for name, value in adapter.weights.items()}
     return np.array(logits(hidden_states(everything, mx.array([ids]), model), everything, model))[0]
 

@@ -64,7 +64,7 @@ def adapted(
     """Returns the trained parameters and the frozen ones."""
     frozen = frozen_weights(params, model, mx.float32, settings.quantize)
     scales = dict.fromkeys(adapted_matrices(model, settings), adapter_scale(settings))
-    return as_mlx(adapters), frozen | adapter_constants(frozen, scales, settings.dora)
+    return as_mlx(adapters), frozen | adapter_constants(frozen, model, scales, settings.dora)
 
 
 def row_norms(params: dict[str, Any], adapters: dict[str, Any], settings: LoraConfig) -> dict[str, Any]:

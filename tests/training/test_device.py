@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from anarchobot.config.schema import Config
+from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.inference import model
 from anarchobot.numerics.device import gpu_path
 from anarchobot.system import micro_batch
@@ -138,7 +138,9 @@ def test_limits_stay_as_they_are_on_a_cpu_and_without_metal(
 
 
 def test_loading_a_model_wires_what_macos_recommends(metal: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    pretrained = SimpleNamespace(warnings=[], config=training(), weights={}, model=None, tokenizer=None)
-    monkeypatch.setattr(model, "load_pretrained", lambda path: pretrained)
+    pretrained = SimpleNamespace(
+        warnings=[], config=training(), weights={}, model=ModelConfig(), tokenizer=None, adapter=None
+    )
+    monkeypatch.setattr(model, "load_with_adapter", lambda path, base_model: pretrained)
     model.load_model("run")
     assert metal == {"set_wired_limit": 12 * GIB}

@@ -66,6 +66,17 @@ def hidden_states(
     return final_norm(params, x, model).reshape(B, L, -1)
 
 
+def make_caches(params: Params, model: ModelConfig) -> list[Cache]:
+    """One of mlx-lm's KVCache for each block."""
+    from mlx_lm.models.cache import KVCache  # a slow import
+
+    return [KVCache() for _ in range(model.n_layers)]  # type: ignore[no-untyped-call]
+
+
+def can_batch(params: Params, model: ModelConfig) -> bool:
+    return True
+
+
 def _whole_rows(
     model: ModelConfig, B: int, L: int, dtype: mx.Dtype, segments: mx.array | None, wait: EvalOrder
 ) -> Sequence[block.TrainingAttention]:
