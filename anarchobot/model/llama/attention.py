@@ -13,7 +13,7 @@ the probabilities. MLX's attention saves all of them in training.
 Shapes: B batch, L sequence, K key/value heads, G query heads for each of them, E head width; N = B L.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol, TypeVar
@@ -97,6 +97,27 @@ def rope(model: ModelConfig, window: int | None, length: int) -> Rope:
         return Rope(model.rotary_size, theta or model.rope_theta, None, 1.0)
     periods = mx.array((1 / inverse_frequencies(model, window, length)).astype(np.float32))
     return Rope(model.rotary_size, None, periods, attention_factor(model, window))
+
+
+class LongRope(NamedTuple):
+    """Rotary embeddings of rows [B] of which only some are long."""
+
+    short: Rope
+    long: Rope
+    is_long: mx.array
+
+    def rotate(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        """As Rope.rotate."""
+        is_long = self.is_long[:, None, None, None]
+        return mx.where(is_long, self.long.rotate(x, offset), self.short.rotate(x, offset))
+
+
+def rope_of_rows(model: ModelConfig, window: int | None, lengths: Sequence[int]) -> Rope | LongRope:
+    """The rotary embeddings of rows of these lengths."""
+    longest, original = rope(model, window, max(lengths)), model.rope_scaling.original_max_seq_len
+    if model.rope_scaling.type != "longrope" or original is None or not min(lengths) <= original < max(lengths):
+        return longest
+    return LongRope(rope(model, window, original), longest, mx.array([length > original for length in lengths]))
 
 
 @dataclass(frozen=True)
@@ -260,7 +281,7 @@ class BlockedAttention:
 
 
 def norm_and_rotate(
-    x: mx.array, norm: mx.array | None, model: ModelConfig, rope: Rope, offset: int | mx.array = 0
+    x: mx.array, norm: mx.array | None, model: ModelConfig, rope: Rope | LongRope, offset: int | mx.array = 0
 ) -> mx.array:
     """Normalizes (qk_norm) and rotates heads [B, L, H, E] to [B, H, L, E]; `offset` as in Rope.rotate."""
     if norm is not None:
@@ -309,7 +330,7 @@ class FusedAttention:
         batch: int,
         length: int,
         mask: Mask,
-        rope: Rope,
+        rope: Rope | LongRope,
         window: int | None = None,
         cache: Cache | None = None,
     ) -> None:

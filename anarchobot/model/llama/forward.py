@@ -19,11 +19,13 @@ from anarchobot.model.llama.attention import (
     BlockedAttention,
     Cache,
     FusedAttention,
+    LongRope,
     Mask,
     Rope,
     attention_mask,
     per_block,
     rope,
+    rope_of_rows,
 )
 from anarchobot.model.llama.fused_attention import FusedTrainingAttention
 from anarchobot.model.norm import rms_norm
@@ -42,12 +44,17 @@ def hidden_states(
     dtype: mx.Dtype = mx.float32,
     segments: mx.array | None = None,
     caches: Sequence[Cache] | None = None,
+    lengths: Sequence[int] | None = None,
     wait: EvalOrder = depend,
 ) -> mx.array:
     """Returns the final hidden states [B, L, D], normalized and in `dtype`, of int32 `tokens` [B, L]; no dropout.
 
     `segments` [B, L] number the documents of a row: a token sees only its own. `caches`, one per layer, hold the
     earlier tokens' keys and values and are appended to. Each block waits for the one before it.
+
+    `lengths` [B] say how long each row with caches may become, prompt and answer (default: model.max_seq_len), for
+    longrope, which has other frequencies for rows longer than its original context. All tokens of a row have the same
+    ones: keys rotated by others would be at the wrong distances.
     """
     B, L = tokens.shape
     x = embed(params, tokens, model, dtype)  # [N, D]
@@ -55,7 +62,7 @@ def hidden_states(
     if caches is None:
         attentions = _whole_rows(model, B, L, dtype, segments, wait)
     else:
-        attentions = _with_caches(model, B, L, caches)
+        attentions = _with_caches(model, B, L, caches, lengths or [model.max_seq_len])
     first_v = None
     for i, (p, attention) in enumerate(zip(by_block(params, model), attentions, strict=True)):
         x, saved = block.attention_forward(p, x, model, attention, first_v=first_v)
@@ -88,9 +95,12 @@ def _whole_rows(
     return per_block(model, attention)
 
 
-def _with_caches(model: ModelConfig, B: int, L: int, caches: Sequence[Cache]) -> Sequence[FusedAttention]:
-    def mask_and_rope(window: int | None) -> tuple[Mask, Rope]:
-        return caches[0].make_mask(L, return_array=False, window_size=window), rope(model, window, L)
+def _with_caches(
+    model: ModelConfig, B: int, L: int, caches: Sequence[Cache], lengths: Sequence[int]
+) -> Sequence[FusedAttention]:
+    def mask_and_rope(window: int | None) -> tuple[Mask, Rope | LongRope]:
+        mask = caches[0].make_mask(L, return_array=False, window_size=window)
+        return mask, rope_of_rows(model, window, lengths)
 
     return [
         FusedAttention(model, B, L, *shared, window, cache)
@@ -99,9 +109,10 @@ def _with_caches(model: ModelConfig, B: int, L: int, caches: Sequence[Cache]) ->
 
 
 def embed(params: Params, tokens: mx.array, model: ModelConfig, dtype: mx.Dtype) -> mx.array:
-    """The token embeddings [N, D] in `dtype`, times model.embedding_scale."""
-    x = embedding_rows(matrix(params, "model.embed_tokens"), tokens.reshape(-1))
-    return (x if model.embedding_scale is None else x * model.embedding_scale).astype(dtype)
+    """The token embeddings [N, D] in `dtype`, times model.embedding_scale, which is rounded to `dtype` like Gemma's in
+    transformers: sqrt(1152) is 34 in bfloat16."""
+    x = embedding_rows(matrix(params, "model.embed_tokens"), tokens.reshape(-1)).astype(dtype)
+    return x if model.embedding_scale is None else x * model.embedding_scale
 
 
 def layer(p: Params, carry: list[mx.array], i: int, model: ModelConfig, batch: MicroBatch) -> list[mx.array]:

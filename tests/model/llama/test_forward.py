@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.model.llama.forward import head_name, hidden_states
+from anarchobot.model.llama.forward import hidden_states
 from anarchobot.model.llama.gradients import loss_and_gradients
 from anarchobot.model.loss import logits, loss_sum
 from anarchobot.model.parameters import init_parameters, parameter_shapes
@@ -27,6 +27,7 @@ SHAPES = {
     "biases, qk_norm, value residual": {"attention_bias": True, "qk_norm": True, "value_residual": True},
     "other constants": {"rope_theta": 500.0, "norm_eps": 0.1, "mlp_multiple": 1.5},
     "value residual, embedding scale": {"value_residual": True, "embedding_scale": 3.0, "n_layers": 3, "n_kv_heads": 2},
+    "norms of outputs": {"post_norms": True, "ffn_activation": "gelu", "embedding_scale": 4.0, "n_kv_heads": 2},
     "windows, a full layer with scaled RoPE": {
         "n_kv_heads": 2,
         "qk_norm": True,
@@ -198,11 +199,16 @@ def test_document_mask_gives_the_outputs_of_separate_documents() -> None:
     assert np.abs(unmasked[:, 3:] - row[:, 3:]).max() > 0.01
 
 
-def test_kv_cache_equals_the_full_forward_pass() -> None:
+WINDOWS = ("windows, a full layer with scaled RoPE", "softcap, scale, windows, partial rotation")
+GENERATED = {"plain": {"n_kv_heads": 2, "qk_norm": True}, **{name: SHAPES[name] for name in (*WINDOWS, "longrope")}}
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_kv_cache_equals_the_full_forward_pass(name: str) -> None:
     """A prompt in two parts, then single tokens: catches a wrong RoPE offset or a wrong mask."""
     from mlx_lm.models.cache import KVCache
 
-    model = tiny(n_kv_heads=2, qk_norm=True)
+    model = tiny(**GENERATED[name])
     params, tokens = as_mlx(parameters(model)), random_tokens(model)
     whole = np.array(hidden_states(params, mx.array(tokens), model))
     caches = [KVCache() for _ in range(model.n_layers)]
@@ -211,6 +217,28 @@ def test_kv_cache_equals_the_full_forward_pass() -> None:
         for a, b in ((0, 5), (5, 9), (9, 10), (10, 11), (11, 12))
     ]
     np.testing.assert_allclose(np.concatenate([np.array(p) for p in parts], axis=1), whole, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_batched_rows_of_different_lengths_equal_the_full_forward_pass(name: str) -> None:
+    """Three tokens after prompts of 9 and 4, of which longrope counts only the first as long."""
+    from mlx_lm.models.cache import KVCache
+
+    model = tiny(**GENERATED[name])
+    params = as_mlx(parameters(model))
+    rows, prompts = [random_tokens(model, 1, 12), random_tokens(model, 1, 7) + 1], [9, 4]
+    lengths = [row.shape[1] for row in rows]
+    caches = []
+    for row, prompt, length in zip(rows, prompts, lengths, strict=True):
+        caches.append([KVCache() for _ in range(model.n_layers)])
+        hidden_states(params, mx.array(row[:, :prompt]), model, caches=caches[-1], lengths=[length])
+    merged = [KVCache.merge(pair) for pair in zip(*caches, strict=True)]
+    for i in range(3):
+        step = np.concatenate([row[:, prompt + i : prompt + i + 1] for row, prompt in zip(rows, prompts, strict=True)])
+        got = np.array(hidden_states(params, mx.array(step), model, caches=merged, lengths=lengths))
+        for b, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+            alone = np.array(hidden_states(params, mx.array(row), model))[0, prompt + i]
+            np.testing.assert_allclose(got[b, 0], alone, atol=2e-5)
 
 
 def test_dropout_rate_scale_and_key() -> None:

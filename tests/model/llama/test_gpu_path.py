@@ -15,6 +15,10 @@ from anarchobot.model.step_options import MicroBatch, StepOptions
 from anarchobot.numerics.device import gpu_path
 from tests.model.llama.test_forward import SHAPES, as_mlx, parameters, tiny
 
+WINDOWS = {  # longer than a block, and of a head width that the kernel takes
+    "long windows": {"n_kv_heads": 2, "sliding_window": 30},
+    "kernel's heads": {"head_dim": 64, "sliding_window": 41, "rope_scaling": {"type": "linear", "factor": 2.0}},
+}
 DOCUMENTS = np.stack([np.repeat(np.arange(4), 16), np.repeat([0, 1], 32)]).astype(np.int32)
 Segments = Literal["one document", "documents"]
 
@@ -45,10 +49,10 @@ def largest_error(actual: dict[str, mx.array], expected: dict[str, mx.array]) ->
 
 @pytest.mark.parametrize("technique", ["fused", "sdpa"])
 @pytest.mark.parametrize("segments", ["one document", "documents"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *WINDOWS])
 def test_gradients_equal_those_of_the_cpu_path(shape: str, segments: Segments, technique: Technique) -> None:
     """Which are tested against finite differences. tiny's heads are narrower than those of Metal's kernel."""
-    model = tiny(**SHAPES[shape])  # type: ignore[arg-type]
+    model = tiny(**{**SHAPES, **WINDOWS}[shape])  # type: ignore[arg-type]
     params = as_mlx(parameters(model))
     expected = gradients(model, params, segments, mx.float32)
     with gpu_path():
