@@ -84,7 +84,13 @@ def add_commands(commands: Any) -> None:
 
 def _add_checkpoint(parser: Parser) -> None:
     parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="run folder, step_… folder, or Hugging Face model folder"
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="run folder, step_… folder, Hugging Face model folder, or adapter folder",
+    )
+    parser.add_argument(
+        "--model", metavar="PATH", help="base model, if --checkpoint is adapters (default: the one that they name)"
     )
 
 
@@ -126,7 +132,7 @@ def _generate(args: argparse.Namespace) -> None:
     from anarchobot.inference.generation import generate, generate_batch
     from anarchobot.inference.model import load_model
 
-    model, trained = load_model(args.checkpoint)
+    model, trained = load_model(args.checkpoint, args.model)
     settings = _settings(args, trained).generation
     if prompts is not None:
         for prompt, text in zip(prompts, generate_batch(model, prompts, settings), strict=True):
@@ -190,7 +196,7 @@ def _chat(args: argparse.Namespace) -> None:
     from anarchobot.inference.model import load_model
     from anarchobot.knowledge.knowledge_base import KnowledgeBase
 
-    model, trained = load_model(args.checkpoint)
+    model, trained = load_model(args.checkpoint, args.model)
     config = _settings(args, trained)
     settings = config.knowledge_base
     with ExitStack() as stack:
@@ -323,5 +329,5 @@ def _serve(args: argparse.Namespace) -> None:
             print(f"serving {options.name} at {url} (Ctrl-C to stop)", flush=True)
 
     with bind(options) as bound:  # before loading the model, to fail early
-        model, trained = load_model(args.checkpoint)
+        model, trained = load_model(args.checkpoint, args.model)
         serve(model, trained.generation, options, bound, on_start)

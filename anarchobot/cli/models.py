@@ -17,13 +17,16 @@ def add_commands(commands: Any) -> None:
     model.add_argument(
         "--checkpoint",
         metavar="PATH",
-        help="run folder, step_… folder, or Hugging Face model (required unless --compare)",
+        help="run folder, step_… folder, Hugging Face model, or adapter folder (required unless --compare)",
     )
     model.add_argument(
         "--compare",
         nargs=2,
         metavar=("A", "B"),
         help="two models, or JSON files from evaluate --output (required unless --checkpoint)",
+    )
+    evaluate.add_argument(
+        "--model", metavar="PATH", help="base model, if --checkpoint is adapters (default: the one that they name)"
     )
     evaluate.add_argument(
         "--shards", metavar="DIR", help="evaluate on the validation split of token shards (default: none)"
@@ -83,6 +86,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise UserError("missing data to evaluate on: expected --shards, --text, --rouge or --tasks")
     if has_data and only_reports:
         raise UserError("argument --compare: --shards, --text, --rouge and --tasks are not allowed with .json results")
+    if args.model is not None and args.compare is not None:
+        raise UserError("argument --model: only with --checkpoint: with --compare, adapters must name their base model")
     if args.output is not None:
         check_output(Path(args.output))
     from anarchobot.system.blas import load_fast_blas
@@ -94,7 +99,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     names = [name for name in (args.tasks or "").split(",") if name]
     request = EvalRequest(args.shards, args.text, args.rouge, names, args.num_fewshot, args.include, args.limit)
     log = _log_to(args.quiet)
-    reports = [_read_report(path) if _is_report(path) else evaluate(path, request, log) for path in paths]
+    reports = [_read_report(path) if _is_report(path) else evaluate(path, request, log, args.model) for path in paths]
     result = json.dumps(reports[0] if len(reports) == 1 else reports, indent=1)
     print(result if args.json else metrics_table(reports), flush=True)
     if args.output is not None:

@@ -48,10 +48,12 @@ class EvalRequest:
     limit: int | None = None  # maximum documents, answers or questions per task
 
 
-def evaluate(path: str, request: EvalRequest, log: Log = lambda text: None) -> dict[str, Any]:
-    """Returns `checkpoint` and `results`, which maps each data set to its metrics. Raises UserError if the model or the
-    data cannot be read or do not match."""
-    model, config = load_model(path)
+def evaluate(
+    path: str, request: EvalRequest, log: Log = lambda text: None, base_model: str | None = None
+) -> dict[str, Any]:
+    """Returns `checkpoint` and `results`, which maps each data set to its metrics. `base_model` is that of the adapters
+    at `path`, if not recorded with them. Raises UserError if the model or the data cannot be read or do not match."""
+    model, config = load_model(path, base_model)
     results: dict[str, Metrics] = {}
     if request.shards is not None:
         results[f"shards {request.shards}"] = evaluate_shards(model, config, request.shards, log)

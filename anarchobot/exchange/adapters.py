@@ -5,14 +5,16 @@
                                .lora_magnitude_vector [out]                                   PEFT
     adapter_config.json        both formats: rank, scale and the adapted matrices
 
-mlx-lm stores the scale s itself, PEFT alpha: s = alpha / r, or alpha / sqrt(r). `base_sha256`, the digest of the base
-model, is an AnarchoBot extension, written only in mlx-lm's format because PEFT warns about unknown keys.
+mlx-lm stores the scale s itself, PEFT alpha: s = alpha / r, or alpha / sqrt(r). AnarchoBot's own keys are
+`base_sha256`, the digest of the base model (only in mlx-lm's format, because PEFT warns about unknown keys), and
+`trained_on`, if the base was quantized: by lora.quantize (`bits`, `dtype`) or in its folder (`bits`, `group_size`, and
+the matrices that differ).
 """
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,6 +29,7 @@ from anarchobot.exchange.dtypes import Dtype, Float32
 from anarchobot.exchange.importing import read_json
 from anarchobot.model.lora import adapted_matrices, adapter_scale
 from anarchobot.model.parameters import parameter_shapes
+from anarchobot.model.quantization import describe
 from anarchobot.runs import checkpoint
 
 AdapterFormat = Literal["mlx", "peft"]
@@ -42,22 +45,33 @@ _MODIFIES_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT initializations th
 
 
 class BaseQuantization(NamedTuple):
-    """How the frozen base weights were quantized during training (model/frozen.py)."""
+    """How the frozen base weights were quantized during training, by lora.quantize (model/frozen.py)."""
 
     bits: int
     dtype: Dtype  # of scales and biases
 
 
+class RecordedBase(NamedTuple):
+    """The base model of adapters: its path or name, if recorded, and where. `saved` is the checkpoint, if the adapters
+    are one of a run."""
+
+    model: str | None
+    where: str
+    saved: checkpoint.Checkpoint | None
+
+
 @dataclass(frozen=True)
 class Adapter:
     """`weights` has NAME.lora_a [in, r], NAME.lora_b [r, out] and, with DoRA, NAME.m [out] for each adapted matrix
-    NAME.weight; `scales` has the scale s of each NAME. `base` is the digest of the base model, if known; `step` is the
-    checkpoint's step, if the adapters come from an AnarchoBot run."""
+    NAME.weight; `scales` has the scale s of each NAME. `quantization` or `folder_quantization` (a model.quantization)
+    says how the base was quantized in training, if it was; `base` is the digest of the base model, if known; `step` is
+    the checkpoint's step, if the adapters come from an AnarchoBot run."""
 
     weights: dict[str, Float32]
     scales: dict[str, float]
     dropout: float = 0.0
     quantization: BaseQuantization | None = None
+    folder_quantization: str | None = None
     base: str | None = None
     step: int | None = None
 
@@ -70,7 +84,7 @@ def make_adapter(weights: Mapping[str, Float32], model: ModelConfig, lora: LoraC
     """Combines the weights of a run with its `lora` settings and its train.precision."""
     scales = dict.fromkeys(adapted_matrices(model, lora), adapter_scale(lora))
     quantization = None if lora.quantize is None else BaseQuantization(lora.quantize, precision)
-    return Adapter(dict(weights), scales, lora.dropout, quantization)
+    return Adapter(dict(weights), scales, lora.dropout, quantization, model.quantization)
 
 
 def write_adapter(
@@ -127,10 +141,50 @@ def write_adapter(
         tensors = {_to_peft(name): np.ascontiguousarray(array.T) for name, array in adapter.weights.items()}
     if adapter.quantization is not None:
         values["trained_on"] = adapter.quantization._asdict()
+    elif adapter.folder_quantization is not None:
+        values["trained_on"] = json.loads(adapter.folder_quantization)
     metadata = {"format": "mlx" if file_format == "mlx" else "pt"}
     with atomic_folder(Path(folder)) as temporary:
         safetensors_file.write(temporary / FILES[file_format], tensors, "float32", metadata)
         (temporary / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def recorded_base(path: Path) -> RecordedBase | None:
+    """The base model of the adapters at `path`, an adapter folder or a run with lora.r; None if there is a whole model.
+
+    Raises UserError if there is neither.
+    """
+    if (path / CONFIG).is_file():
+        values = read_json(path / CONFIG)
+        name = values.get("model") or values.get("base_model_name_or_path")
+        return RecordedBase(name if isinstance(name, str) else None, str(path / CONFIG), None)
+    if (path / "config.json").is_file():
+        return None
+    saved = checkpoint.find(path, files=(checkpoint.MODEL_FILE,))
+    if saved.config.lora.r is None:
+        return None
+    return RecordedBase(saved.config.train.init_from, f"{saved.folder / 'state.json'}: train.init_from", saved)
+
+
+def check_base(adapter: Adapter, path: str | Path, model: ModelConfig, digest: Callable[[], str], folder: Path) -> None:
+    """Raises UserError if the model in `folder`, with this configuration and digest, is not the one that the adapters
+    at `path` were trained on, as far as that is known."""
+    if adapter.folder_quantization is not None and adapter.folder_quantization != model.quantization:
+        found = "not quantized" if model.quantization is None else f"quantized to {describe(model.quantization)}"
+        raise UserError(
+            f"{path}: these adapters were trained on weights quantized to {describe(adapter.folder_quantization)} and "
+            f"correct their rounding; those in {folder} are {found}: pass the model that they were trained on"
+        )
+    if adapter.quantization is not None and model.quantization is not None:
+        raise UserError(
+            f"{path}: these adapters were trained on float weights quantized to {adapter.quantization.bits} bits by "
+            f"lora.quantize, and {folder} is quantized already: pass the model that they were trained on"
+        )
+    if adapter.base is not None and adapter.base != digest():
+        raise UserError(
+            f"{path}: these adapters were not trained on the model in {folder}: pass the model and step that they were "
+            "trained on"
+        )
 
 
 def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
@@ -155,7 +209,7 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
 
 def _from_checkpoint(path: Path) -> Adapter:
     try:
-        best = checkpoint.best_step(path)
+        best = checkpoint.best_step(path) if path.is_dir() else None
         saved = checkpoint.find(path if best is None else path / checkpoint.BEST, files=(checkpoint.MODEL_FILE,))
     except UserError as error:
         if (path / "state.json").exists() or checkpoint.saved_steps(path):
@@ -176,10 +230,9 @@ def _from_mlx(stored: dict[str, Float32], values: dict[str, Any], file: Path) ->
         raise UserError(f"{file}: expected lora_parameters with rank, scale and dropout")
     scale = _number(parameters, "scale", file)
     names = dict.fromkeys(name.rpartition(".")[0] for name in stored)
-    return Adapter(
-        stored, dict.fromkeys(names, scale), _dropout(parameters.get("dropout")), _quantization(values, file),
-        base=values.get("base_sha256"),
-    )  # fmt: skip
+    dropout = _dropout(parameters.get("dropout"))
+    base = values.get("base_sha256")
+    return Adapter(stored, dict.fromkeys(names, scale), dropout, *_quantization(values, file), base)
 
 
 def _from_peft(stored: dict[str, Float32], values: dict[str, Any], file: Path) -> Adapter:
@@ -207,7 +260,7 @@ def _from_peft(stored: dict[str, Float32], values: dict[str, Any], file: Path) -
         )
         rank = weights.get(f"{name}.lora_a", np.zeros((1, 1), np.float32)).shape[-1]
         scales[name] = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
-    return Adapter(weights, scales, _dropout(values.get("lora_dropout")), _quantization(values, file))
+    return Adapter(weights, scales, _dropout(values.get("lora_dropout")), *_quantization(values, file))
 
 
 def _alpha_patterns(values: Mapping[str, Any], file: Path) -> dict[str, re.Pattern[str]]:
@@ -254,17 +307,20 @@ def _to_peft(name: str) -> str:
     return f"{_PEFT_PREFIX}{matrix}{next(suffix for suffix, name in _PEFT_PARTS.items() if name == part)}"
 
 
-def _quantization(values: dict[str, Any], file: Path) -> BaseQuantization | None:
+def _quantization(values: dict[str, Any], file: Path) -> tuple[BaseQuantization | None, str | None]:
+    """How the base was quantized in training: by lora.quantize, or in its folder."""
     trained_on = values.get("trained_on")
     if trained_on is None:
-        return None
+        return None, None
+    if isinstance(trained_on, dict) and "bits" in trained_on and "dtype" not in trained_on:
+        return None, json.dumps(trained_on)
     if (
         not isinstance(trained_on, dict)
         or trained_on.get("bits") not in (4, 8)
         or trained_on.get("dtype") not in ("float32", "float16", "bfloat16")
     ):
-        raise UserError(f"{file}: trained_on: expected bits (4 or 8) and dtype")
-    return BaseQuantization(trained_on["bits"], trained_on["dtype"])
+        raise UserError(f"{file}: trained_on: expected bits (4 or 8) and dtype, or bits and group_size")
+    return BaseQuantization(trained_on["bits"], trained_on["dtype"]), None
 
 
 def _dropout(value: Any) -> float:

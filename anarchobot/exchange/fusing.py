@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from anarchobot.config.errors import UserError
 from anarchobot.config.schema import LoraConfig
-from anarchobot.exchange.adapters import Adapter, BaseQuantization, read_adapter
+from anarchobot.exchange.adapters import Adapter, BaseQuantization, check_base, read_adapter
 from anarchobot.exchange.atomic_folder import atomic_folder
 from anarchobot.exchange.chat_format import copy_chat_template
 from anarchobot.exchange.dtypes import Float32, from_bfloat16, to_dtype
@@ -30,13 +29,10 @@ def fuse(model: str | Path, adapter: str | Path, output: str | Path) -> dict[str
     UserError, before anything is written, if a file is missing or damaged, or the adapters are for another model.
     """
     output, adapter = Path(output), resolve_model(adapter)
-    base = load_pretrained(str(model)).dequantized()
+    base = load_pretrained(str(model))
     adapters = read_adapter(adapter, base.model)
-    if adapters.base is not None and adapters.base != base.digest:
-        raise UserError(
-            f"{adapter}: these adapters were not trained on the model in {base.folder}: pass the model and step that "
-            "they were trained on"
-        )
+    check_base(adapters, adapter, base.model, lambda: base.digest, base.folder)
+    base = base.dequantized()
     config = base.config.model_copy(update={"lora": LoraConfig()})
     weights = merge_adapter(dict(base.weights), adapters)
     template_folders = [adapter, base.tokenizer.files[0].parent]

@@ -10,22 +10,24 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
-from anarchobot.config.schema import Config, ModelConfig
+from anarchobot.config.schema import Config, LoraConfig, ModelConfig
 from anarchobot.exchange.adapters import CONFIG as ADAPTER_CONFIG
+from anarchobot.exchange.adapters import Adapter, check_base, read_adapter, recorded_base
 from anarchobot.exchange.hub import model_name, resolve_model
 from anarchobot.exchange.importing import LazyWeights, default_config, load_hf_folder
 from anarchobot.model.parameters import parameter_shapes
 from anarchobot.model.quantization import Array, Dequantized, describe
 from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import sha256_file
-from anarchobot.tokenizers.tokenizer import ChatTokenizer, load_chat_tokenizer
+from anarchobot.tokenizers import chat_template
+from anarchobot.tokenizers.tokenizer import ChatTokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
 class PretrainedModel:
     """`weights` loads each parameter when it is accessed, in float32; a quantized matrix is three entries
     (model/quantization.py). `config` is the training configuration; for a Hugging Face model, only its model section is
-    meaningful."""
+    meaningful. Only `load_with_adapter` sets `adapter`."""
 
     folder: Path
     config: Config
@@ -33,6 +35,7 @@ class PretrainedModel:
     weights: Mapping[str, Array]
     compute_digest: Callable[[], str]
     warnings: list[str] = field(default_factory=list)
+    adapter: Adapter | None = None
 
     @property
     def model(self) -> ModelConfig:
@@ -53,7 +56,7 @@ class PretrainedModel:
         if self.model.quantization is None:
             return self
         config = self.config.model_copy(update={"model": self.model.model_copy(update={"quantization": None})})
-        warning = f"{self.folder}: weights of {describe(self.model)} are dequantized to float32"
+        warning = f"{self.folder}: weights of {describe(self.model.quantization)} are dequantized to float32"
         return replace(self, config=config, weights=Dequantized(self.weights), warnings=[*self.warnings, warning])
 
 
@@ -65,12 +68,12 @@ def load_pretrained(path: str) -> PretrainedModel:
         raise _only_adapters(folder, ADAPTER_CONFIG)
     if (folder / "config.json").is_file():
         hf = load_hf_folder(folder)
-        config, tokenizer = default_config(hf.model), load_chat_tokenizer(hf.tokenizer.files[0])
+        config, tokenizer = default_config(hf.model), load_tokenizer(hf.tokenizer.files[0])
         return PretrainedModel(folder, config, tokenizer, hf.weights, lambda: _digest(hf.files), hf.warnings)
     run = checkpoint.find(folder, files=(checkpoint.MODEL_FILE,))
     if run.config.lora.r is not None:
         raise _only_adapters(run.folder, f"lora.r: {run.config.lora.r}")
-    tokenizer = load_chat_tokenizer(run.folder.parent)
+    tokenizer = load_tokenizer(run.folder.parent)
     if tokenizer.vocab_size != run.config.model.vocab_size:  # a larger id would read past the embedding
         raise UserError(
             f"{tokenizer.files[0]}: {tokenizer.vocab_size:,} tokens, but the model in {run.folder} has "
@@ -85,6 +88,43 @@ def load_pretrained(path: str) -> PretrainedModel:
         lambda: str(run.state["sha256"][checkpoint.MODEL_FILE]),
         list(run.skipped),
     )
+
+
+def load_with_adapter(path: str, base_model: str | None = None) -> PretrainedModel:
+    """Like `load_pretrained`, but `path` may also be a run with lora.r (its best step), one of its steps, or an adapter
+    folder of mlx-lm or PEFT: the result is their base model, with `adapter` to apply to it.
+
+    The base is `base_model` or, by default, the one recorded with the adapters. A run's configuration, tokenizer and
+    chat template are used. Raises UserError if there is no base, or the adapters are for another model.
+    """
+    folder = resolve_model(path)
+    recorded = recorded_base(folder)
+    if recorded is None:
+        if base_model is not None:
+            raise UserError(f"--model {base_model}: {path} is a whole model, which needs no base model: remove --model")
+        return load_pretrained(path)
+    if (name := base_model or recorded.model) is None:
+        raise UserError(
+            f"{recorded.where}: names no base model: pass the one that the adapters were trained on (--model)"
+        )
+    try:
+        base = load_pretrained(name)
+    except UserError as error:
+        hint = (
+            "" if base_model else f" (the base model, according to {recorded.where}; pass it with --model if it moved)"
+        )
+        raise UserError(f"{error}{hint}") from error
+    adapter = read_adapter(folder, base.model)
+    check_base(adapter, path, base.model, lambda: base.digest, base.folder)
+    config, tokenizer, warnings = base.config, base.tokenizer, list(base.warnings)
+    run = folder.parent if recorded.saved is None else recorded.saved.folder.parent
+    if recorded.saved is not None:
+        config = recorded.saved.config.model_copy(update={"model": base.model, "lora": LoraConfig()})
+    if checkpoint.saved_steps(run):
+        tokenizer = load_tokenizer(run)
+    elif (folder / chat_template.FILE).is_file():
+        warnings.append(f"{folder / chat_template.FILE}: not used: the chat template is that of {base.folder}")
+    return replace(base, config=config, tokenizer=tokenizer, adapter=adapter, warnings=warnings)
 
 
 def _only_adapters(folder: Path, evidence: str) -> UserError:

@@ -11,6 +11,7 @@ the width, the bits and the group size.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -97,10 +98,10 @@ def _parse(model: ModelConfig) -> dict[str, Packing]:
     return {name: packing for name, packing in each.items() if packing is not None}
 
 
-def describe(model: ModelConfig) -> str:
-    """For messages: "4 bits", or "4-6 bits" where matrices differ."""
-    bits = {packing.bits for packing in packings(model).values()}
-    return f"{min(bits)} bits" if len(bits) == 1 else f"{min(bits)} to {max(bits)} bits"
+def describe(quantization: str) -> str:
+    """A value of model.quantization for messages: "4 bits", or "4 to 6 bits" where matrices differ."""
+    bits = sorted({int(digits) for digits in re.findall(r'"bits": (\d+)', quantization)}) or [0]
+    return f"{bits[0]} bits" if len(bits) == 1 else f"{bits[0]} to {bits[-1]} bits"
 
 
 def check_format(values: Mapping[str, Any], file: str) -> None:
