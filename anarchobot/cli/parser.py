@@ -115,13 +115,14 @@ def add_group(commands: Any, name: str, subcommands: str, summary: str) -> Any:
     return parser.add_subparsers(metavar=subcommands, required=True, parser_class=Parser)
 
 
-def add_config(parser: Parser, optional: bool = False) -> None:
-    """Adds CONFIG and KEY=VALUE: `args.config`, a path (or None if optional), and `args.settings`."""
+def add_config(parser: Parser, optional: bool = False, default: str = "") -> None:
+    """Adds CONFIG and KEY=VALUE: `args.config`, a path (or None if optional), and `args.settings`. `default` describes
+    the settings without CONFIG."""
     parser.add_argument(
         "config",
         nargs="?" if optional else None,
         metavar="CONFIG",
-        help="YAML configuration file, such as those in configs/",
+        help="YAML configuration file, such as those in configs/" + (f" (default: {default})" if default else ""),
     )
     parser.add_argument(
         "settings", nargs="*", default=[], metavar="KEY=VALUE", help="overrides a key of CONFIG, such as train.lr=1e-3"

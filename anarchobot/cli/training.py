@@ -36,7 +36,8 @@ def add_commands(commands: Any) -> None:
         ("dpo", _dpo, "fine-tune a model on preference pairs", FINETUNING_SETTINGS),
     ):
         parser = add_command(commands, name, run, summary)
-        add_config(parser)
+        default = "" if name == "pretrain" else "LoRA of rank 8"
+        add_config(parser, optional=bool(default), default=default)
         add_settings(parser, settings)
         add_switch(parser, "--supervise", "train.supervise")
 
@@ -91,9 +92,9 @@ def _dpo(args: argparse.Namespace) -> int:
 
 def _finetune(args: argparse.Namespace, name: str, task: Any) -> int:
     from anarchobot.tasks import supervise
-    from anarchobot.tasks.finetuning import load_tuning_config
+    from anarchobot.tasks.finetuning import DEFAULT_CONFIGS, load_tuning_config
 
-    loaded = load_tuning_config(args.config, overrides(args))
+    loaded = load_tuning_config(args.config or DEFAULT_CONFIGS[name], overrides(args))
     if supervise.should_supervise(loaded.config, tuning=True):
         return _supervise(args, loaded, pairs=name == "dpo")
     return _print_summary(args, name, task(loaded, show=_show(args)))
@@ -166,12 +167,13 @@ def _launch(args: argparse.Namespace) -> int:
 def _check_task(args: argparse.Namespace, argv: list[str]) -> None:
     """Raises UserError for a wrong command line or config, which otherwise every rank would report."""
     from anarchobot.config.loading import load_config
-    from anarchobot.tasks.finetuning import load_tuning_config
+    from anarchobot.tasks.finetuning import DEFAULT_CONFIGS, load_tuning_config
     from anarchobot.tasks.launch import TASKS
 
     if argv[0] in TASKS:
         task = parse(args.parser, argv)
-        (load_config if argv[0] == "pretrain" else load_tuning_config)(task.config, overrides(task))
+        path = task.config or DEFAULT_CONFIGS[argv[0]]
+        (load_config if argv[0] == "pretrain" else load_tuning_config)(path, overrides(task))
 
 
 def _adapt_vocab(args: argparse.Namespace) -> int:

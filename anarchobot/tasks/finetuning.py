@@ -31,6 +31,8 @@ from anarchobot.tokenizers.decoding import StopStringFilter
 from anarchobot.tokenizers.tokenizer import copy_tokenizer
 from anarchobot.training.loop import Run
 
+# Settings of the commands without CONFIG.
+DEFAULT_CONFIGS = {command: str(Path(__file__).with_name(f"default_{command}.yaml")) for command in ("sft", "dpo")}
 _DOCUMENT_KEYS = {
     **{
         f"data.{key}": "applies to documents, not conversations"
@@ -172,7 +174,7 @@ def _trained_parameters(config: Config, trained: int) -> str:
     if config.lora.quantize is not None:
         packed, bits = {name for name, shape in shapes.items() if is_quantized(shape)}, f"{config.lora.quantize} bits"
     elif config.model.quantization is not None:
-        packed, bits = set(packings(config.model)), describe(config.model)
+        packed, bits = set(packings(config.model)), describe(config.model.quantization)
     else:
         packed, bits = set(), ""
     what = f"adapters of rank {config.lora.r}" if config.lora.r is not None else "all weights"
