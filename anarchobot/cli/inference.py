@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anarchobot.cli.knowledge import SEARCH_SETTINGS
-from anarchobot.cli.parser import Parser, add_command, add_settings, non_negative, overrides, positive
+from anarchobot.cli.parser import HUB_NAME, Parser, add_command, add_settings, non_negative, overrides, positive
 from anarchobot.config.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _add_checkpoint(parser: Parser) -> None:
         "--checkpoint",
         required=True,
         metavar="PATH",
-        help="run folder, step_… folder, Hugging Face model folder, or adapter folder",
+        help=f"run folder, step_… folder, folder of a Hugging Face model or adapter, or {HUB_NAME}",
     )
     parser.add_argument(
         "--model", metavar="PATH", help="base model, if --checkpoint is adapters (default: the one that they name)"

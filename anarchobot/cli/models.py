@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from anarchobot.cli.parser import add_command, check_output, non_negative, positive
+from anarchobot.cli.parser import HUB_NAME, add_command, check_output, non_negative, positive
 from anarchobot.config.errors import UserError
 
 
@@ -17,7 +17,8 @@ def add_commands(commands: Any) -> None:
     model.add_argument(
         "--checkpoint",
         metavar="PATH",
-        help="run folder, step_… folder, Hugging Face model, or adapter folder (required unless --compare)",
+        help=f"run folder, step_… folder, folder of a Hugging Face model or adapter, or {HUB_NAME} "
+        "(required unless --compare)",
     )
     model.add_argument(
         "--compare",
@@ -64,16 +65,25 @@ def add_commands(commands: Any) -> None:
     )
 
     importer = add_command(commands, "import", _import, "import a Hugging Face model to use or train it")
-    importer.add_argument("folder", metavar="DIR", help="folder with config.json, safetensors files and a tokenizer")
+    importer.add_argument(
+        "folder",
+        metavar="DIR",
+        help=f"folder with config.json, safetensors files and a tokenizer, or {HUB_NAME}",
+    )
     importer.add_argument("--output", required=True, metavar="PATH", help="new or empty run folder to write")
 
     fuse = add_command(commands, "fuse", _fuse, "merge LoRA adapters into their base model")
-    fuse.add_argument("--model", required=True, metavar="PATH", help="run folder or Hugging Face model folder")
+    fuse.add_argument(
+        "--model",
+        required=True,
+        metavar="PATH",
+        help=f"run folder, Hugging Face model folder, or {HUB_NAME}",
+    )
     fuse.add_argument(
         "--adapter",
         required=True,
         metavar="PATH",
-        help="run folder trained with lora.r (its best step), or adapter folder of mlx-lm or PEFT",
+        help=f"run folder trained with lora.r (its best step), adapter folder of mlx-lm or PEFT, or {HUB_NAME}",
     )
     fuse.add_argument("--output", required=True, metavar="DIR", help="new or empty run folder to write")
 

@@ -11,6 +11,7 @@ from anarchobot.config.errors import UserError, did_you_mean
 
 _SETTING = "setting "  # prefix of the dest of a flag that sets a config key
 _PATHS = ("CONFIG", "DIR", "FILE", "PATH", "PREFIX", "RUN")  # metavars of arguments that name files
+HUB_NAME = "ORG/NAME[@REVISION] on the Hugging Face Hub"  # in the help of arguments that name a model
 _KEY_VALUE = re.compile(r"\w[\w.-]*=")  # a file with such a name can be given as ./NAME
 
 
