@@ -135,8 +135,8 @@ class ModelConfig(Section):
         False, description="average attention values with the first block's; cannot be exported as Llama"
     )
 
-    bos_id: Count | None = Field(
-        None, description="token id that starts a text (set by `import`); default: the end-of-document id"
+    bos_id: Annotated[int, Field(ge=-1), INTEGER] | None = Field(
+        None, description="token id that starts a text, -1: none (set by `import`); default: the end-of-document id"
     )
     hf_config: str | None = Field(
         None, description="config.json of a model that mlx-lm computes (architecture: mlx_lm); set by `import`"

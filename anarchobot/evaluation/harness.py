@@ -7,10 +7,11 @@ from lm_eval.api.model import TemplateLM
 
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.evaluation.loglikelihood import Ids, loglikelihoods, rolling_windows
-from anarchobot.inference.generation import TextBatch
+from anarchobot.inference.generation import TextBatch, prompt_ids
 from anarchobot.inference.model import Model
 
 DEFAULT_MAX_TOKENS = 256  # generated when a task sets no limit
+MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of the limit
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
@@ -31,7 +32,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         ids: list[int] = self._model.tokenizer.encode_batch([string])[0].tolist()
-        return ids if add_special_tokens is False else [self._model.bos_id, *ids]
+        return ids if add_special_tokens is False else prompt_ids(self._model, string)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -62,8 +63,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         limit = self._model.config.max_seq_len
         for context, task_settings in (request.args for request in requests):
             settings = _generation_config(task_settings, limit)
-            ids = [self._model.bos_id, *self.tok_encode(context, add_special_tokens=False)]
-            texts[batch.insert(ids[-(limit - settings.max_new_tokens) :], settings, {self.eot_token_id})] = []
+            ids = prompt_ids(self._model, context)[-(limit - settings.max_new_tokens) :]
+            texts[batch.insert(ids, settings, self._model.tokenizer.stop_ids)] = []
         while batch:
             for chunk in batch.step():
                 texts[chunk.request].append(chunk.text)
@@ -73,12 +74,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
 def _generation_config(task_settings: dict[str, Any], max_seq_len: int) -> GenerationConfig:
     """From a task's `generation_kwargs`, which use Hugging Face's names."""
     until = task_settings.get("until") or []
+    limits = [task_settings[name] for name in MAX_TOKENS if task_settings.get(name) is not None]
     temperature = task_settings.get("temperature") or 0.0
     sampled = task_settings.get("do_sample", temperature > 0) and temperature > 0
     return GenerationConfig(
         method="nucleus" if sampled else "greedy",
         temperature=temperature if sampled else 1.0,
         top_p=task_settings.get("top_p", 1.0),
-        stop=[until] if isinstance(until, str) else until,
-        max_new_tokens=min(task_settings.get("max_gen_toks", DEFAULT_MAX_TOKENS), max_seq_len - 1),
+        stop=[text for text in ([until] if isinstance(until, str) else until) if text],
+        max_new_tokens=min(int(next(iter(limits), DEFAULT_MAX_TOKENS)), max_seq_len - 1),
     )

@@ -12,8 +12,8 @@ from anarchobot.tokenizers.tokenizer import ChatTokenizer, HFTokenizer, Sentence
 
 class ChatFormat(NamedTuple):
     """`special_tokens` maps bos_token, eos_token and so on to their text. `bos_id` is the BOS token if the template
-    itself starts a conversation with it. `stop_ids` end generation: the end of document and, if it is a different
-    token, the end of turn."""
+    itself starts a conversation with it. `stop_ids` end generation: the end of document first, and the end of
+    turn last, if it is another token."""
 
     template: ChatTemplate
     special_tokens: dict[str, str]
@@ -64,7 +64,12 @@ def _chat_format(tokenizer: ChatTokenizer, template: ChatTemplate) -> ChatFormat
     # transformers would add a token that the tokenizer lacks, with an id beyond the embedding.
     special_tokens = {key: text for key, text in template.tokens.items() if text in tokenizer.control_tokens}
     bos_id = first if tokenizer.control_tokens.get(special_tokens.get("bos_token", "")) == first else None
-    stop_ids = [tokenizer.eod_id]
+    ends = stop_ids(tokenizer)
     if end_of_turn is not None and end_of_turn != tokenizer.eod_id:
-        stop_ids.append(end_of_turn)
-    return ChatFormat(template, special_tokens, bos_id, stop_ids)
+        ends = [*(i for i in ends if i != end_of_turn), end_of_turn]
+    return ChatFormat(template, special_tokens, bos_id, ends)
+
+
+def stop_ids(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end generation without a chat template, the end of a document first."""
+    return [tokenizer.eod_id, *sorted(tokenizer.stop_ids - {tokenizer.eod_id})]

@@ -8,14 +8,14 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import ModelConfig
 from anarchobot.exchange import gguf_file, safetensors_file
 from anarchobot.exchange.atomic_folder import atomic_folder
-from anarchobot.exchange.chat_format import load_chat_format
+from anarchobot.exchange.chat_format import load_chat_format, stop_ids
 from anarchobot.exchange.dtypes import Dtype
 from anarchobot.exchange.model_card import model_card
 from anarchobot.exchange.tokenizer_json import UNIGRAM_WARNING, find_mismatch, tokenizer_files
 from anarchobot.model.architecture import ExportTarget, architecture
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
-from anarchobot.tokenizers.tokenizer import load_tokenizer
+from anarchobot.tokenizers.tokenizer import load_tokenizer, text_start
 
 
 def export(path: str | Path, target: ExportTarget, output: str | Path, dtype: Dtype = "float32") -> dict[str, Any]:
@@ -30,8 +30,8 @@ def export(path: str | Path, target: ExportTarget, output: str | Path, dtype: Dt
     for problem in arch.unsupported_for_export(model, target):
         raise UserError(f"{saved.folder}: can't be exported to {target}: {problem}")
     tokenizer = load_tokenizer(saved.folder.parent)
-    chat, eod_id = load_chat_format(tokenizer), tokenizer.eod_id
-    bos_id = eod_id if model.bos_id is None else model.bos_id  # in the shards, each text follows an end of document
+    chat = load_chat_format(tokenizer)
+    bos_id = next(iter(text_start(tokenizer, model.bos_id)), None)
     warnings = list(arch.export_warnings(model, target))
     if target == "gguf":
         gguf_file.gguf_package()
@@ -54,9 +54,9 @@ def export(path: str | Path, target: ExportTarget, output: str | Path, dtype: Dt
         else:
             metadata = {"format": "mlx" if target == "mlx" else "pt"}
             safetensors_file.write(folder / "model.safetensors", params, dtype, metadata)
-            stop_ids = chat.stop_ids if chat is not None and len(chat.stop_ids) > 1 else eod_id
-            files["config.json"] = _to_bytes(hf_config(model, bos_id, stop_ids, dtype))
-            files["generation_config.json"] = _to_bytes({"bos_token_id": bos_id, "eos_token_id": stop_ids})
+            ends = stop_ids(tokenizer) if chat is None else chat.stop_ids
+            files["config.json"] = _to_bytes(hf_config(model, bos_id, ends, dtype))
+            files["generation_config.json"] = _to_bytes(_end_tokens(bos_id, ends))
         files["README.md"] = model_card(name, saved, target, dtype, tokenizer, chat, warnings).encode()
         for file_name, content in files.items():
             (folder / file_name).write_bytes(content)
@@ -72,10 +72,14 @@ def export(path: str | Path, target: ExportTarget, output: str | Path, dtype: Dt
     }
 
 
-def hf_config(model: ModelConfig, bos_id: int, stop_ids: int | list[int], dtype: Dtype) -> dict[str, Any]:
-    """Returns the contents of config.json. `bos_id` starts a text; each of `stop_ids` ends generation."""
+def hf_config(model: ModelConfig, bos_id: int | None, stop_ids: list[int], dtype: Dtype) -> dict[str, Any]:
+    """Returns the contents of config.json. `bos_id` starts a text, if any; each of `stop_ids` ends generation."""
     values = architecture(model.architecture).to_hf(model)
-    return values | {"bos_token_id": bos_id, "eos_token_id": stop_ids, "torch_dtype": dtype}
+    return values | _end_tokens(bos_id, stop_ids) | {"torch_dtype": dtype}
+
+
+def _end_tokens(bos_id: int | None, stop_ids: list[int]) -> dict[str, Any]:
+    return {"bos_token_id": bos_id, "eos_token_id": stop_ids if len(stop_ids) > 1 else stop_ids[0]}
 
 
 def _to_bytes(value: dict[str, Any]) -> bytes:

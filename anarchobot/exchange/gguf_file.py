@@ -17,9 +17,17 @@ from anarchobot.exchange.dtypes import Dtype, Float32, to_dtype
 from anarchobot.exchange.tokenizer_json import CONTROL
 from anarchobot.model.architecture import architecture
 from anarchobot.tokenizers.sentencepiece_to_json import NORMAL, UNUSED, USER_DEFINED
-from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, read_sentencepiece_proto
+from anarchobot.tokenizers.special_tokens import AddedToken
+from anarchobot.tokenizers.tokenizer import (
+    SENTENCEPIECE,
+    HFTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    read_sentencepiece_proto,
+)
 
 FILE_NAME = "model.gguf"
+ADDED_SCORE = -1000.0  # of tokens that are not pieces of the SentencePiece model, as llama.cpp's own converter writes
 Fields = dict[str, Any]  # by the name of a GGUFWriter.add_… method
 _IN_BLOCK = {
     "input_layernorm": "attn_norm",
@@ -114,8 +122,8 @@ def interleave(projection: Float32, head_size: int) -> Float32:
     return halves.swapaxes(1, 2).reshape(projection.shape)
 
 
-def tokenizer_fields(tokenizer: Tokenizer, bos_id: int, chat: ChatFormat | None) -> Fields:
-    """Returns the vocabulary and special tokens; `bos_id` is the token that starts a text.
+def tokenizer_fields(tokenizer: Tokenizer, bos_id: int | None, chat: ChatFormat | None) -> Fields:
+    """Returns the vocabulary and special tokens; `bos_id` is the token that starts a text, if any.
 
     llama.cpp prepends BOS to texts and to rendered conversations alike, unless a conversation already starts with it.
     So with a chat template, BOS is added only if the template starts with it. Templates that refer to bos_token and
@@ -123,17 +131,22 @@ def tokenizer_fields(tokenizer: Tokenizer, bos_id: int, chat: ChatFormat | None)
     """
     assert isinstance(tokenizer, SentencePieceTokenizer | HFTokenizer)
     if isinstance(tokenizer, SentencePieceTokenizer):
-        fields, space_prefix = _sentencepiece(tokenizer)
+        fields, space_prefix = _sentencepiece(tokenizer.files[0], tokenizer.added_tokens)
+    elif (
+        tokenizer.spec()["model"].get("byte_fallback")
+        and (file := tokenizer.files[0].with_name(SENTENCEPIECE)).is_file()
+    ):
+        fields, space_prefix = _sentencepiece(file, tokenizer.added_tokens)
     else:
         fields, space_prefix = _byte_level(tokenizer), False
-    eos_id, add_bos, end_of_turn = tokenizer.eod_id, True, None
+    eos_id, add_bos, end_of_turn = tokenizer.eod_id, bos_id is not None, None
     if chat is not None:
         if chat.mentions("eos_token") and "eos_token" in chat.special_tokens:
             eos_id = tokenizer.control_tokens[chat.special_tokens["eos_token"]]
         end_of_turn = next((token for token in reversed(chat.stop_ids) if token != eos_id), None)
         bos_id, add_bos = (bos_id, False) if chat.bos_id is None else (chat.bos_id, True)
     fields |= {
-        "bos_token_id": bos_id,
+        "bos_token_id": tokenizer.eod_id if bos_id is None else bos_id,
         "eos_token_id": eos_id,
         "add_bos_token": add_bos,
         "add_eos_token": False,
@@ -146,21 +159,27 @@ def tokenizer_fields(tokenizer: Tokenizer, bos_id: int, chat: ChatFormat | None)
     return fields
 
 
-def _sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Fields, bool]:
-    """Also returns whether the tokenizer adds a space before a text."""
-    path = tokenizer.files[0]
-    proto = read_sentencepiece_proto(path)
+def _sentencepiece(path: Path, added: dict[int, AddedToken]) -> tuple[Fields, bool]:
+    """Also returns whether the tokenizer adds a space before a text. `added` are its added tokens by id."""
+    try:
+        proto = read_sentencepiece_proto(path)
+    except Exception as error:  # the library raises its own type
+        raise _unsupported(path, "it is not a SentencePiece model") from error
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type != trainer.BPE or not trainer.byte_fallback:
         raise _unsupported(path, "llama.cpp supports only SentencePiece BPE with byte fallback")
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
         raise _unsupported(path, "it has a normalizer, which llama.cpp's BPE does not support")
+    beyond = [token for i, token in added.items() if i >= len(proto.pieces)]
     fields = {
         "tokenizer_model": "llama",
         "tokenizer_pre": "default",
-        "token_list": [piece.piece for piece in proto.pieces],
-        "token_types": [piece.type for piece in proto.pieces],
-        "token_scores": [piece.score for piece in proto.pieces],
+        "token_list": [*(piece.piece for piece in proto.pieces), *(token["content"] for token in beyond)],
+        "token_types": [
+            *(piece.type for piece in proto.pieces),
+            *(CONTROL if token.get("special") else USER_DEFINED for token in beyond),
+        ],
+        "token_scores": [*(piece.score for piece in proto.pieces), *(ADDED_SCORE for _ in beyond)],
         "unk_token_id": trainer.unk_id,
     }
     return fields, normalizer.add_dummy_prefix

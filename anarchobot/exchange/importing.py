@@ -21,10 +21,10 @@ from anarchobot.model.parameters import parameter_count, parameter_shapes
 from anarchobot.model.quantization import Array, Dequantized, Packing, find_packing, parts_of, to_setting
 from anarchobot.optim.param_groups import EMBEDDINGS
 from anarchobot.runs.write_model import write_model
-from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from anarchobot.tokenizers.tokenizer import ChatTokenizer, load_tokenizer
 
 INDEX = "model.safetensors.index.json"
-TOKENIZERS = ("tokenizer.model", "tokenizer.json", "vocab.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -34,7 +34,7 @@ class HFModel(NamedTuple):
 
     architecture: str
     model: ModelConfig
-    tokenizer: Tokenizer
+    tokenizer: ChatTokenizer
     weights: Mapping[str, Array]
     files: list[Path]
     warnings: list[str]
@@ -74,9 +74,7 @@ def _load_with_mlx_lm(folder: Path, reason: str) -> HFModel | None:
         raise
     tokenizer = _load_tokenizer(folder, model.vocab_size)
     # The module keeps rows without a token; they are not sampled.
-    bos = values.get("bos_token_id")
-    has_bos = isinstance(bos, int) and 0 <= bos < tokenizer.vocab_size and bos != tokenizer.eod_id
-    model = model.model_copy(update={"vocab_size": tokenizer.vocab_size, "bos_id": bos if has_bos else None})
+    model = model.model_copy(update={"vocab_size": tokenizer.vocab_size, "bos_id": _bos_id(tokenizer, values)})
     warnings = mlx_lm.describe_support(values, model, reason.removeprefix(f"{folder / 'config.json'}: "))
     return HFModel(values["model_type"], model, tokenizer, weights, files, warnings)
 
@@ -120,12 +118,10 @@ def _load_own(folder: Path) -> HFModel:
         return _load_entry(stored[source.name], source, packings.get(name), rows)
 
     weights = LazyWeights(entries, load)
-    bos = values.get("bos_token_id")
-    has_bos = isinstance(bos, int) and 0 <= bos < tokenizer.vocab_size and bos != tokenizer.eod_id
     quantization = to_setting(packings, model)
     model = model.model_copy(
         update={
-            "vocab_size": tokenizer.vocab_size, "bos_id": bos if has_bos else None, "quantization": quantization,
+            "vocab_size": tokenizer.vocab_size, "bos_id": _bos_id(tokenizer, values), "quantization": quantization,
         }
     )  # fmt: skip
     files = sorted({tensor.path for tensor in stored.values()})
@@ -180,8 +176,19 @@ def default_config(model: ModelConfig) -> Config:
     return Config(model=model, data=DataConfig(seq_len=min(DataConfig().seq_len, model.max_seq_len)))
 
 
-def _load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """Prefers the tokenizer with as many tokens as the model has rows, then tokenizer.json, which has added tokens."""
+def _bos_id(tokenizer: ChatTokenizer, config: dict[str, Any]) -> int | None:
+    """The token that transformers puts before a text: -1 for none, None for the end of a document. If the tokenizer's
+    files don't say, bos_token_id of config.json."""
+    start, bos = tokenizer.start_ids(), config.get("bos_token_id")
+    if start is None:
+        return bos if type(bos) is int and 0 <= bos < tokenizer.vocab_size and bos != tokenizer.eod_id else None
+    if not start:
+        return -1
+    return start[-1] if start[-1] != tokenizer.eod_id else None
+
+
+def _load_tokenizer(folder: Path, vocab_size: int) -> ChatTokenizer:
+    """Prefers the tokenizer with as many tokens as the model has rows, then tokenizer.json, as transformers does."""
     files = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
     tokenizers, errors = [], []
     for file in files:

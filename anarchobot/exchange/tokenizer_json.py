@@ -18,6 +18,7 @@ from anarchobot.exchange.chat_format import ChatFormat
 from anarchobot.tokenizers.chat_template import FILE
 from anarchobot.tokenizers.fast_tokenizer import adversarial_texts
 from anarchobot.tokenizers.sentencepiece_to_json import BYTE, NORMAL, NotConvertible, spm_to_json
+from anarchobot.tokenizers.special_tokens import ADDED_TOKEN_FLAGS
 from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, read_sentencepiece_proto
 
 UNKNOWN, CONTROL = 2, 3  # SentencePiece piece types, in addition to those in sentencepiece_to_json
@@ -28,10 +29,10 @@ UNIGRAM_WARNING = (
 
 
 def tokenizer_files(
-    tokenizer: Tokenizer, max_seq_len: int, bos_id: int, chat: ChatFormat | None = None
+    tokenizer: Tokenizer, max_seq_len: int, bos_id: int | None, chat: ChatFormat | None = None
 ) -> dict[str, bytes]:
     """Returns the contents of tokenizer.json and tokenizer_config.json, and of tokenizer.model and chat_template.jinja
-    if the tokenizer has them, by file name. `bos_id` is the token that starts a text.
+    if the tokenizer has them, by file name. `bos_id` is the token that starts a text, if any.
 
     An existing tokenizer.json is kept, except for its post-processor and added tokens. Raises UserError for a
     SentencePiece model with no equivalent tokenizer.json.
@@ -45,6 +46,7 @@ def tokenizer_files(
         try:
             is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
             spec = _bpe(path, proto) if is_bpe else _unigram(proto)
+            spec["added_tokens"] += _added_tokens(tokenizer)
         except NotConvertible as reason:
             raise UserError(f"{path}: can't be converted to tokenizer.json: {reason}") from None
         files["tokenizer.model"] = path.read_bytes()
@@ -56,13 +58,16 @@ def tokenizer_files(
         # End-of-document and chat tokens must be control tokens, even if the original file has them as text.
         spec = {**original, "added_tokens": effective["added_tokens"]}
     parsed = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    bos, eos = (str(parsed.id_to_token(i)) for i in (bos_id, tokenizer.eod_id))
-    files["tokenizer.json"] = _to_bytes({**spec, "post_processor": _prepend_token(bos, bos_id)})
+    bos = processor = None
+    if bos_id is not None:
+        bos = str(parsed.id_to_token(bos_id))
+        processor = _prepend_token(bos, bos_id)
+    files["tokenizer.json"] = _to_bytes({**spec, "post_processor": processor})
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
-        "eos_token": eos,
-        "add_bos_token": True,
+        "eos_token": str(parsed.id_to_token(tokenizer.eod_id)),
+        "add_bos_token": bos is not None,
         "split_special_tokens": chat is None,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_seq_len,
@@ -72,7 +77,7 @@ def tokenizer_files(
         config |= chat.special_tokens
         if "bos_token" not in chat.special_tokens and chat.mentions("bos_token"):
             del config["bos_token"]  # the template was used without one in training
-        if config.get("bos_token") != bos:
+        if bos is not None and config.get("bos_token") != bos:
             del config["add_bos_token"]  # the post-processor in tokenizer.json prepends another token
     files["tokenizer_config.json"] = _to_bytes(config)
     return files
@@ -162,6 +167,12 @@ def _control_tokens(proto: Any) -> list[dict[str, Any]]:
         for i, piece in enumerate(proto.pieces)
         if piece.type in (UNKNOWN, CONTROL)
     ]
+
+
+def _added_tokens(tokenizer: SentencePieceTokenizer) -> list[dict[str, Any]]:
+    """The tokens that are not pieces of the model."""
+    plain = dict.fromkeys(ADDED_TOKEN_FLAGS, False)
+    return [{"id": i, **plain, **token} for i, token in tokenizer.added_tokens.items()]
 
 
 def _decoder(dummy_prefix: bool) -> dict[str, Any]:

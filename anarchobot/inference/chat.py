@@ -12,7 +12,6 @@ from anarchobot.knowledge.knowledge_base import Hit, KnowledgeBase, prompt_with_
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import load_template
 from anarchobot.tokenizers.conversation import InvalidRow, Message, check_encodable
-from anarchobot.tokenizers.tokenizer import load_chat_tokenizer
 
 
 def chat_encoder(model: Model, template: str = "auto") -> ChatEncoder:
@@ -20,8 +19,7 @@ def chat_encoder(model: Model, template: str = "auto") -> ChatEncoder:
 
     Raises UserError for an unusable template.
     """
-    tokenizer = load_chat_tokenizer(model.tokenizer.files[0])
-    return ChatEncoder(tokenizer, load_template(tokenizer, template))
+    return ChatEncoder(model.tokenizer, load_template(model.tokenizer, template))
 
 
 def chat_warnings(encoder: ChatEncoder) -> list[str]:

@@ -10,6 +10,7 @@ from anarchobot.inference.batching import Batch, FinishReason
 from anarchobot.inference.model import Model
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.tokenizers.decoding import TextStream
+from anarchobot.tokenizers.tokenizer import text_start
 
 NUM_SEEDS = 2**32
 
@@ -37,7 +38,10 @@ class TextBatch:
         return len(self._batch)
 
     def insert(self, context: list[int], settings: GenerationConfig, stop: Collection[int]) -> int:
-        """Adds a request like `Batch.insert`."""
+        """Adds a request like `Batch.insert`. A string in settings.stop that names a control token ends it at that
+        token: decoded text does not contain it."""
+        controls = self._tokenizer.control_tokens
+        stop = {*stop, *(controls[text] for text in settings.stop if text in controls)}
         request = self._batch.insert(context, settings, stop)
         self._streams[request] = TextStream(self._tokenizer, context, settings.stop)
         self._counts[request] = 0
@@ -70,11 +74,11 @@ class TextBatch:
 def generate(model: Model, settings: GenerationConfig, on_text: Callable[[str], None] = lambda text: None) -> str:
     """Returns the continuation of settings.prompt; `on_text` receives it in pieces as it is generated.
 
-    Generation ends at max_new_tokens, at an end of document, before the first stop string, or at max_seq_len. Equal
+    Generation ends at max_new_tokens, at the model's end tokens, before the first stop string, or at max_seq_len. Equal
     settings give equal text. Raises UserError if the prompt leaves no room within max_seq_len.
     """
     batch = TextBatch(model)
-    batch.insert(prompt_ids(model, settings.prompt), settings, {model.tokenizer.eod_id})
+    batch.insert(prompt_ids(model, settings.prompt), settings, model.tokenizer.stop_ids)
     parts = []
     while batch:
         for chunk in batch.step():
@@ -95,7 +99,7 @@ def generate_batch(model: Model, prompts: Sequence[str], settings: GenerationCon
     for i, prompt in enumerate(prompts):
         row_settings = settings.model_copy(update={"prompt": prompt, "seed": (settings.seed + i) % NUM_SEEDS})
         try:
-            texts[batch.insert(prompt_ids(model, prompt), row_settings, {model.tokenizer.eod_id})] = []
+            texts[batch.insert(prompt_ids(model, prompt), row_settings, model.tokenizer.stop_ids)] = []
         except UserError as error:
             raise UserError(f"prompt {i + 1}: {error}") from error
     finished = set()
@@ -124,5 +128,6 @@ def stream_token_ids(
 
 
 def prompt_ids(model: Model, prompt: str) -> list[int]:
-    """Encodes a prompt, after the token that starts a text."""
-    return [model.bos_id, *model.tokenizer.encode_batch([prompt])[0].tolist()]
+    """Encodes a prompt, after the token that starts a text, if the model has one. Never empty."""
+    ids = model.tokenizer.encode_batch([prompt])[0].tolist()
+    return [*text_start(model.tokenizer, model.config.bos_id), *ids] or [model.bos_id]

@@ -11,7 +11,7 @@ from anarchobot.exchange.pretrained import PretrainedModel, load_with_adapter
 from anarchobot.model.frozen import adapter_constants, frozen_weights, inference_weights
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.numerics.device import on_cpu
-from anarchobot.tokenizers.tokenizer import Tokenizer
+from anarchobot.tokenizers.tokenizer import ChatTokenizer, text_start
 from anarchobot.training.device import wire_memory
 
 
@@ -21,12 +21,12 @@ class Model:
 
     params: Params
     config: ModelConfig
-    tokenizer: Tokenizer
+    tokenizer: ChatTokenizer
 
     @property
     def bos_id(self) -> int:
-        """The token that starts a text: model.bos_id, or the end-of-document token, as in the shards."""
-        return self.tokenizer.eod_id if self.config.bos_id is None else self.config.bos_id
+        """The token before a scored text: model.bos_id, or the end-of-document token, as in the shards."""
+        return next(iter(text_start(self.tokenizer, self.config.bos_id)), self.tokenizer.eod_id)
 
 
 def load_model(path: str | Path, base_model: str | None = None) -> tuple[Model, Config]:

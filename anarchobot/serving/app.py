@@ -48,7 +48,7 @@ class Service:
         """Raises UserError if the chat template cannot be used."""
         self._worker, self._name, self._defaults, self._limits = worker, name, defaults, limits
         self._model, self._encoder, self._max_seq_len = model, chat_encoder(model), model.config.max_seq_len
-        self._text_stop_ids, self._chat_stop_ids = frozenset({model.tokenizer.eod_id}), self._encoder.stop_ids()
+        self._text_stop_ids, self._chat_stop_ids = model.tokenizer.stop_ids, self._encoder.stop_ids()
         self._created = int(time.time())
 
     def warnings(self) -> list[str]:

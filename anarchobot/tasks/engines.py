@@ -10,7 +10,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, GenerationConfig
 from anarchobot.system.blas import blas_warning, load_fast_blas
 from anarchobot.system.peak_flops import apple_gpu_cores, peak_tflops
-from anarchobot.tokenizers.tokenizer import Tokenizer
+from anarchobot.tokenizers.tokenizer import ChatTokenizer
 from anarchobot.training.engine import Engine
 from anarchobot.training.ranks import SINGLE_PROCESS, Ranks, detect_launcher, init_distributed
 
@@ -30,7 +30,7 @@ class EngineHandle:
     engine: Engine
     precision: str
     device: str
-    sample: Callable[[Tokenizer], str]
+    sample: Callable[[ChatTokenizer], str]
     generate_ids: Callable[[list[int], GenerationConfig, Collection[int]], list[int]]
     warnings: list[str] = field(default_factory=list)
     peak_tflops: float | None = None

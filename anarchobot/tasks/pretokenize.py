@@ -23,7 +23,7 @@ from anarchobot.data.sources import files, hub
 from anarchobot.data.sources.documents import Document, DocumentCounts, from_files, from_ranges, open_source
 from anarchobot.data.sources.files import split_files
 from anarchobot.tokenizers.fast_tokenizer import engine_name, select_engine
-from anarchobot.tokenizers.tokenizer import load_tokenizer
+from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from anarchobot.training.signals import forward_signals
 
 Log = Callable[[str], None]
@@ -73,7 +73,7 @@ def open_corpus(
         raise UserError(f"{loaded.where('data.shard_dir')}: expected one folder to write to: set it with --output DIR")
     if path is None:
         raise UserError("missing tokenizer: give --tokenizer FILE, or set train.tokenizer_path")
-    tokenizer = load_tokenizer(path)
+    tokenizer: Tokenizer = load_tokenizer(path)
     if "model.vocab_size" in loaded.sources and tokenizer.vocab_size != config.model.vocab_size:
         raise UserError(
             f"{loaded.where('model.vocab_size')}: {config.model.vocab_size}, but {path} has "

@@ -86,9 +86,9 @@ class ChatEncoder:
         return last if last in self.tokenizer.control_tokens.values() else None
 
     def stop_ids(self) -> frozenset[int]:
-        """The tokens that stop generation: end of turn, if any, and end of document."""
+        """The tokens that stop generation: the tokenizer's, and the end of turn, if any."""
         end = self.end_of_turn_id()
-        return frozenset({self.tokenizer.eod_id} | ({end} if end is not None else set()))
+        return self.tokenizer.stop_ids | ({end} if end is not None else set())
 
     def warnings(self) -> list[str]:
         """Problems of this combination of tokenizer and template, one line each."""
@@ -138,7 +138,7 @@ class ChatEncoder:
         position = 0
         for match in self.tokenizer.control_pattern.finditer(text):
             segments.append(_text(text[position : match.start()], loss_mask[position : match.start()], position > 0))
-            control = self.tokenizer.control_tokens[match.group().strip()]
+            control = self.tokenizer.control_tokens[match[match.lastindex or 0]]
             segments.append(_control(control, bool(loss_mask[match.start() : match.end()].any())))
             position = match.end()
         segments.append(_text(text[position:], loss_mask[position:], position > 0))

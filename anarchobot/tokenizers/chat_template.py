@@ -15,10 +15,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from anarchobot.config.errors import UserError
 from anarchobot.storage.durable import write_atomic
 from anarchobot.tokenizers.conversation import Conversation, InvalidRow
+from anarchobot.tokenizers.special_tokens import TOKENIZER_CONFIG, read_config, read_special_tokens
 from anarchobot.tokenizers.tokenizer import CHAT_TOKENS, ChatTokenizer
 
 FILE = "chat_template.jinja"  # as in Hugging Face folders
-CONFIG = "tokenizer_config.json"
 
 CHATML = (
     "{% for message in messages %}"
@@ -93,17 +93,17 @@ class ChatTemplate:
     def save(self, folder: Path) -> None:
         """Saves the template in a tokenizer folder, where `load_template` and Hugging Face libraries find it."""
         write_atomic(folder / FILE, self.source)
-        config = _read_config(folder / CONFIG) | self.tokens
-        write_atomic(folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        config = read_config(folder / TOKENIZER_CONFIG) | self.tokens
+        write_atomic(folder / TOKENIZER_CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def load_template(tokenizer: ChatTokenizer, choice: str = "auto") -> ChatTemplate:
     """`choice` is "chatml", "plain", a Jinja file, or "auto": the template in the tokenizer's folder, else ChatML if
     the tokenizer has its tokens, else PLAIN. Raises UserError for a missing or invalid file."""
     folder = tokenizer.files[0].parent
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder / TOKENIZER_CONFIG)
     eos = next((text for text, i in tokenizer.control_tokens.items() if i == tokenizer.eod_id), "")
-    tokens = {"eos_token": eos} | _special_tokens(config)
+    tokens = {"eos_token": eos} | read_special_tokens(folder).names
     if choice == "auto":
         source, where = _template_in(folder, config)
         if source is not None:
@@ -125,24 +125,7 @@ def _template_in(folder: Path, config: dict[str, Any]) -> tuple[str | None, str]
     if isinstance(source, list):  # several named templates
         named = {item["name"]: item["template"] for item in source}
         source = named.get("default", next(iter(named.values()), None))
-    return source, f"{folder / CONFIG}: chat_template"
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON: {_one_line(error)}") from error
-    return config if isinstance(config, dict) else {}
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """The special tokens in a config, each a string or {"content": ...}."""
-    named = {key: value for key, value in config.items() if key.endswith("_token")}
-    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
-    return {key: text for key, text in texts.items() if isinstance(text, str)}
+    return source, f"{folder / TOKENIZER_CONFIG}: chat_template"
 
 
 def _environment(generation: type[Extension]) -> ImmutableSandboxedEnvironment:

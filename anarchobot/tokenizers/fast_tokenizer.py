@@ -93,6 +93,7 @@ class VerifiedTokenizer:
         log: Callable[[str], None] = print,
     ) -> None:
         self.vocab_size, self.eod_id, self.files = reference.vocab_size, reference.eod_id, reference.files
+        self.stop_ids, self.overrides = reference.stop_ids, reference.overrides
         self.fell_back = False  # after a mismatch, only the reference is used
         self._reference, self._encoder = reference, encoder
         self._avoid = [(string, string[0]) for string in avoid]
@@ -194,6 +195,7 @@ def _fast_encoder(tokenizer: Tokenizer) -> tuple[Any, tuple[str, ...]]:
     if isinstance(tokenizer, SentencePieceTokenizer):
         model, tied_spaces = spm_to_json(tokenizer.files[0])
         avoid += ["▁", "<0x"]  # encoded as a space and as a byte
+        avoid += [token["content"] for token in tokenizer.added_tokens.values()]
         if tied_spaces:
             avoid.append(" " * tied_spaces)
     else:

@@ -4,9 +4,9 @@ and GPT-2's `vocab.json` with `merges.txt`."""
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,14 +15,25 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.storage.durable import write_atomic
+from anarchobot.tokenizers.special_tokens import (
+    ADDED_TOKEN_FLAGS,
+    GENERATION_CONFIG,
+    TOKENIZER_CONFIG,
+    AddedToken,
+    SpecialTokens,
+    read_config,
+    read_special_tokens,
+)
 
 Ids = npt.NDArray[np.int32]
+_SPACE = r"[^\S\x1c-\x1f]"  # whitespace as Unicode defines it and the library does
 Offsets = npt.NDArray[np.int32]  # [n, 2]: the character range [start, end) of each of n tokens
 
-# End-of-document tokens as models name them, most likely first.
+# End-of-document tokens as models name them, most likely first. Used for tokenizers without a named end.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 # Reserved in tokenizers trained here, so that a pretrained model can be tuned for chat (ChatML) without resizing.
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
+SENTENCEPIECE = "tokenizer.model"  # beside a tokenizer.json, it is only used for GGUF
 
 
 class Tokenizer(Protocol):
@@ -30,7 +41,9 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     eod_id: int  # ends every document in the shards
-    files: tuple[Path, ...]  # everything needed to load it again; the first one names it
+    stop_ids: frozenset[int]  # end generation: eod_id and the model's other ends, such as the end of a turn
+    files: tuple[Path, ...]  # the first one names it
+    overrides: dict[str, Any]  # what the files beside it change: "added_tokens_decoder", "eod_id", "vocab_size"
 
     def encode_batch(self, texts: list[str]) -> list[Ids]:
         """Returns one int32 array of ids per text, without an end-of-document id. Thread-safe."""
@@ -50,9 +63,13 @@ class ChatTokenizer(Tokenizer, Protocol):
         empty range at the next character. `after_control`: whether the text follows a control token, which matters to
         a few tokenizers."""
 
+    def start_ids(self) -> list[int] | None:
+        """The ids that transformers puts before a text; None if the tokenizer's files don't say."""
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads a tokenizer file, or the only tokenizer in a folder.
+
+def load_tokenizer(path: str | Path) -> ChatTokenizer:
+    """Loads a tokenizer file, or the tokenizer of a folder: its tokenizer.json, or the only other one. The files of a
+    Hugging Face model beside it determine the special tokens (special_tokens.py).
 
     Raises UserError when there is none, it can't be read, or it has no end-of-document token.
     """
@@ -75,17 +92,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     raise UserError(f"{path}: expected a tokenizer: a .model, tokenizer.json or vocab.json file")
 
 
-def load_chat_tokenizer(path: str | Path) -> ChatTokenizer:
-    """Like `load_tokenizer`, but prefers Hugging Face's `tokenizer.json` in a folder with several tokenizers: beside a
-    `.model`, only it includes control tokens that were added for chat."""
-    hf_file = Path(path) / "tokenizer.json"
-    tokenizer = load_tokenizer(hf_file if hf_file.is_file() else path)
-    assert isinstance(tokenizer, SentencePieceTokenizer | HFTokenizer)
-    return tokenizer
-
-
 def _find_in_folder(folder: Path) -> Path:
-    for pattern in ("tokenizer.model", "tokenizer.json", "vocab.json", "*.model", "*tokenizer.json", "*vocab.json"):
+    for pattern in ("tokenizer.json", SENTENCEPIECE, "vocab.json", "*.model", "*tokenizer.json", "*vocab.json"):
         paths = sorted(folder.glob(pattern))
         if len(paths) > 1:
             raise UserError(f"{folder}: several tokenizers here: specify one of {', '.join(p.name for p in paths)}")
@@ -95,22 +103,55 @@ def _find_in_folder(folder: Path) -> Path:
 
 
 def digest(tokenizer: Tokenizer) -> str:
-    """sha256 of the tokenizer's files, concatenated."""
+    """sha256 of the tokenizer's files, concatenated, and of the special tokens that the files beside it change."""
     sha = hashlib.sha256()
     for file in tokenizer.files:
         sha.update(file.read_bytes())
+    if tokenizer.overrides:
+        sha.update(json.dumps(tokenizer.overrides, sort_keys=True).encode())
     return sha.hexdigest()
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
-    """Copies the tokenizer's files into `folder` under their standard names; returns the first name. Identical copies
-    are not written again, and each file is replaced atomically."""
+    """Copies the tokenizer's files into `folder` under their standard names, with the special tokens that the files
+    beside it define; returns the first name. Identical copies are not written again, and each file is replaced
+    atomically."""
     names = [_standard_name(file) for file in tokenizer.files]
     for file, name in zip(tokenizer.files, names, strict=True):
-        content, copy = file.read_bytes(), folder / name
-        if not (copy.is_file() and copy.read_bytes() == content):
-            write_atomic(copy, content)
+        _write_if_changed(folder / name, file.read_bytes())
+    sentencepiece = tokenizer.files[0].with_name(SENTENCEPIECE)
+    if names[0] == "tokenizer.json" and sentencepiece.is_file():
+        _write_if_changed(folder / SENTENCEPIECE, sentencepiece.read_bytes())
+    copy_special_tokens(tokenizer, folder)
     return names[0]
+
+
+def copy_special_tokens(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes what the files beside the tokenizer define, as files beside its copy in `folder`."""
+    values: dict[str, dict[str, Any]] = {}
+    if added := tokenizer.overrides.get("added_tokens_decoder"):
+        values[TOKENIZER_CONFIG] = {"added_tokens_decoder": added}
+    if "eod_id" in tokenizer.overrides or len(tokenizer.stop_ids) > 1:
+        ends = [tokenizer.eod_id, *sorted(tokenizer.stop_ids - {tokenizer.eod_id})]
+        values[GENERATION_CONFIG] = {"eos_token_id": ends}
+    if "vocab_size" in tokenizer.overrides:
+        values.setdefault(GENERATION_CONFIG, {})["vocab_size"] = tokenizer.vocab_size
+    for name, value in values.items():
+        text = json.dumps(read_config(folder / name) | value, indent=2, ensure_ascii=False) + "\n"
+        _write_if_changed(folder / name, text.encode())
+
+
+def _write_if_changed(path: Path, content: bytes) -> None:
+    if not (path.is_file() and path.read_bytes() == content):
+        write_atomic(path, content)
+
+
+def text_start(tokenizer: Tokenizer, bos_id: int | None) -> list[int]:
+    """The ids before a text, for a model with this `model.bos_id`: by default the end of the document before it, as in
+    the shards."""
+    if bos_id is None:
+        return [tokenizer.eod_id]
+    return [] if bos_id < 0 else [bos_id]
 
 
 def _standard_name(file: Path) -> str:
@@ -118,15 +159,28 @@ def _standard_name(file: Path) -> str:
     return next((name for name in names if file.name.endswith(name)), f"tokenizer{file.suffix}")
 
 
-def _control_pattern(
-    controls: Iterable[str], lstrip: Collection[str] = (), rstrip: Collection[str] = ()
-) -> re.Pattern[str]:
-    """Matches the longest control token; `lstrip` and `rstrip`: those that absorb whitespace on that side."""
+def _control_pattern(tokens: Iterable[AddedToken]) -> re.Pattern[str]:
+    """Matches the longest control token, as a group, and the whitespace that it absorbs."""
     patterns = [
-        (r"\s*" if control in lstrip else "") + re.escape(control) + (r"\s*" if control in rstrip else "")
-        for control in sorted(controls, key=len, reverse=True)
+        (rf"{_SPACE}*" if token.get("lstrip") else "")
+        + (r"(?<!\w)(%s)(?!\w)" if token.get("single_word") else "(%s)") % re.escape(token["content"])
+        + (rf"{_SPACE}*" if token.get("rstrip") else "")
+        for token in sorted(tokens, key=lambda token: len(token["content"]), reverse=True)
     ]
     return re.compile("|".join(patterns) or "(?!)")
+
+
+def _end_ids(
+    tokens: SpecialTokens, find: Callable[[str], int | None], known: list[int], size: int
+) -> tuple[int, frozenset[int]] | None:
+    """The end of a document, and all ids that end generation: those that the files name, or else the first of `known`.
+    None if there is none. `known` are ids of usual ends of a document, preferred among several; `find` returns a
+    token's id. Ids from `size` on are ignored: the tokenizer has no such tokens."""
+    ends = [i for i in tokens.eos_ids if 0 <= i < size]
+    if (eos := find(tokens.names.get("eos_token", ""))) is not None:
+        ends.append(eos)
+    candidates = [i for i in known if i in ends] or ends or known
+    return (candidates[0], frozenset([candidates[0], *ends])) if candidates else None
 
 
 def _concatenate(chunks: list[tuple[Ids, Offsets]], lengths: Iterable[int]) -> tuple[Ids, Offsets]:
@@ -160,39 +214,63 @@ class SentencePieceTokenizer:
         except RuntimeError as error:  # its message refers to a line of its source code
             raise UserError(f"{path}: not a SentencePiece model") from error
         self.files: tuple[Path, ...] = (path,)
-        self.vocab_size: int = self.processor.vocab_size()
-        self.eod_id: int = self.processor.eos_id()
-        if self.eod_id < 0:
+        tokens = read_special_tokens(path.parent)
+        pieces: int = self.processor.vocab_size()
+        rows = tokens.vocab_size
+        self.added_tokens = {
+            i: token for i, token in tokens.added.items() if i >= pieces and (rows is None or i < rows)
+        }
+        self.vocab_size = pieces + len(self.added_tokens)
+        if list(self.added_tokens) != list(range(pieces, self.vocab_size)):
+            raise UserError(
+                f"{path}: it has {pieces} tokens, but the files beside it add tokens with ids "
+                f"{', '.join(map(str, self.added_tokens))}: expected {pieces} and the following"
+            )
+        eos = self.processor.eos_id()
+        ends = _end_ids(tokens, self._find, [eos] if eos >= 0 else [], self.vocab_size)
+        if ends is None:
             raise UserError(f"{path}: this tokenizer has no end-of-sentence token to end documents with")
+        self.eod_id, self.stop_ids = ends
+        self.overrides: dict[str, Any] = {"eod_id": self.eod_id} if self.eod_id != eos else {}
+        if self.added_tokens:  # without those beyond the model's rows
+            self.overrides["added_tokens_decoder"] = {str(i): token for i, token in self.added_tokens.items()}
         proto = read_sentencepiece_proto(path)
         normalizer = proto.normalizer_spec
-        self._is_lossless = (
+        is_lossless = (
             proto.trainer_spec.byte_fallback
             and normalizer.name == "identity"
             and not (normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces)
         )
-        self._space_mark = np.array([self.processor.piece_to_id(f"<0x{b:02X}>") for b in "▁".encode()], np.int32)
-        controls = (i for i in range(self.vocab_size) if self.processor.is_control(i))
+        controls = (i for i in range(pieces) if self.processor.is_control(i))
         self.control_tokens: dict[str, int] = {self.processor.id_to_piece(i): i for i in controls}
-        self.control_pattern = _control_pattern(self.control_tokens)
+        special = {
+            i: token
+            for i, token in self.added_tokens.items()
+            if token.get("special") or i in self.stop_ids or token["content"] in CHAT_TOKENS
+        }
+        self.control_pattern = _control_pattern([*({"content": t} for t in self.control_tokens), *special.values()])
+        self.control_tokens |= {token["content"]: i for i, token in special.items()}
+        plain = {i: token for i, token in self.added_tokens.items() if i not in special}
+        self._fixed = {token["content"]: np.array([i], np.int32) for i, token in plain.items()}
+        fixed = list(plain.values())
+        if is_lossless:
+            mark = [self.processor.piece_to_id(f"<0x{b:02X}>") for b in "▁".encode()]
+            self._fixed["▁"] = np.array(mark, np.int32)
+            fixed.append({"content": "▁"})
+        self._fixed_pattern = _control_pattern(fixed)
 
     def encode_batch(self, texts: list[str]) -> list[Ids]:
         ids: list[Ids] = self.processor.encode(texts, return_type="numpy", num_threads=1)
-        if self._is_lossless:
+        if self._fixed:
             for i, text in enumerate(texts):
-                if "▁" in text:
-                    ids[i] = self._encode_marked(text)
+                if self._fixed_pattern.search(text):
+                    ids[i] = self._encode_parts(text)[0]
         return ids
-
-    def _encode_marked(self, text: str) -> Ids:
-        chunks: list[Ids] = self.processor.encode(text.split("▁"), return_type="numpy")
-        alternating = [ids for chunk in chunks for ids in (chunk, self._space_mark)]
-        return np.concatenate(alternating[:-1])
 
     def encode_with_offsets(self, texts: list[str], after_control: Sequence[bool]) -> list[tuple[Ids, Offsets]]:
         """`after_control` has no effect: each text gets the model's dummy prefix, if it has one."""
         return [
-            self._encode_marked_with_offsets(text) if self._is_lossless and "▁" in text else _to_arrays(mapping)
+            self._encode_parts(text) if self._fixed_pattern.search(text) else _to_arrays(mapping)
             for text, mapping in zip(texts, self._offset_mapping(texts), strict=True)
         ]
 
@@ -200,14 +278,46 @@ class SentencePieceTokenizer:
         mappings: list[dict[str, Any]] = self.processor.encode(texts, return_type="offset_mapping", num_threads=1)
         return mappings
 
-    def _encode_marked_with_offsets(self, text: str) -> tuple[Ids, Offsets]:
-        mark = self._space_mark, np.array([[0, 1]] * len(self._space_mark), np.int32)
-        chunks = text.split("▁")
-        alternating = [pair for mapping in self._offset_mapping(chunks) for pair in (_to_arrays(mapping), mark)]
-        return _concatenate(alternating[:-1], (length for chunk in chunks for length in (len(chunk), 1)))
+    def _encode_parts(self, text: str) -> tuple[Ids, Offsets]:
+        """Splits the text at strings that have fixed ids."""
+        parts, lengths, position = [], [], 0
+        for match in self._fixed_pattern.finditer(text):
+            ids = self._fixed[match[match.lastindex or 0]]
+            (mapping,) = self._offset_mapping([text[position : match.start()]])
+            parts += [_to_arrays(mapping), (ids, np.array([[0, len(match[0])]] * len(ids), np.int32))]
+            lengths += [match.start() - position, len(match[0])]
+            position = match.end()
+        (mapping,) = self._offset_mapping([text[position:]])
+        return _concatenate([*parts, _to_arrays(mapping)], lengths)
 
     def decode(self, ids: list[int]) -> str:
-        return str(self.processor.decode(ids))
+        if not self.added_tokens:
+            return str(self.processor.decode(ids))
+        special = set(self.control_tokens.values())
+        kept = [i for i in ids if i not in special]
+        runs = groupby(kept, key=lambda i: i if i in self.added_tokens else -1)
+        return "".join(
+            str(self.processor.decode(list(run))) if i < 0 else self.added_tokens[i]["content"] * len(list(run))
+            for i, run in runs
+        )
+
+    def start_ids(self) -> list[int] | None:
+        return _configured_start(self.files[0].parent, self._find)
+
+    def _find(self, token: str) -> int | None:
+        i: int = self.processor.piece_to_id(token)
+        if token and self.processor.id_to_piece(i) == token:
+            return i
+        return next((i for i, added in self.added_tokens.items() if added["content"] == token), None)
+
+
+def _configured_start(folder: Path, find: Callable[[str], int | None]) -> list[int] | None:
+    """What transformers puts before a text if there is no tokenizer.json; None if tokenizer_config.json is silent."""
+    add_bos = read_config(folder / TOKENIZER_CONFIG).get("add_bos_token")
+    if not isinstance(add_bos, bool):
+        return None
+    bos = find(read_special_tokens(folder).names.get("bos_token", "<s>"))
+    return [bos] if add_bos and bos is not None else []
 
 
 def _to_arrays(mapping: dict[str, Any]) -> tuple[Ids, Offsets]:
@@ -235,28 +345,74 @@ class HFTokenizer:
             self.backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
             self.backend.decoder = tokenizers.decoders.ByteLevel()
             self.files = (path, merges)
+        self._mark_special([*END_OF_DOCUMENT, *CHAT_TOKENS])
+        bare = self._read_added_tokens()
+        tokens = read_special_tokens(path.parent)
+        self._add_tokens(tokens.added)
+        self._mark_special([*tokens.names.values(), *tokens.others])
         ids = self.backend.get_vocab(with_added_tokens=True)
-        self.vocab_size: int = max(ids.values(), default=-1) + 1  # ids may have gaps
-        ends = [name for name in END_OF_DOCUMENT if name in ids]
-        if not ends:
-            raise UserError(f"{path}: no end-of-document token: expected one of {', '.join(END_OF_DOCUMENT)}")
-        self.eod_id: int = ids[ends[0]]
-        controls = dict.fromkeys((*END_OF_DOCUMENT, *CHAT_TOKENS))
-        self.backend.add_special_tokens([name for name in controls if name in ids])
+        beyond = {i for i in self._read_added_tokens() if tokens.vocab_size is not None and i >= tokens.vocab_size}
+        self.vocab_size: int = max((i for i in ids.values() if i not in beyond), default=-1) + 1  # ids may have gaps
+        known = [ids[name] for name in END_OF_DOCUMENT if name in ids]
+        ends = _end_ids(tokens, ids.get, known, self.vocab_size)
+        if ends is None:
+            raise UserError(
+                f"{path}: no end-of-document token: expected one of {', '.join(END_OF_DOCUMENT)}, or eos_token in a "
+                f"{TOKENIZER_CONFIG} beside it"
+            )
+        self.eod_id, self.stop_ids = ends
+        # An ordinary token that the files name as an end, such as a newline, remains one.
+        added = self._read_added_tokens()
+        self._mark_special([added[i]["content"] for i in (*self.stop_ids, *beyond) if i in added])
+        self.added_tokens = added = self._read_added_tokens()  # by id
+        self.overrides: dict[str, Any] = {"eod_id": self.eod_id} if [self.eod_id] != known[:1] else {}
+        if added != bare:
+            self.overrides["added_tokens_decoder"] = {str(i): token for i, token in added.items()}
+        if beyond:
+            self.overrides["vocab_size"] = self.vocab_size
         self.backend.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not the end of it
         self.backend.no_truncation()
         self.backend.no_padding()
-        specials = {i: token for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        specials = {i: token for i, token in added.items() if token["special"] and i not in beyond}
         self._special_ids = set(specials)
-        self._inside_special = re.compile(
-            "|".join(f"(?<={re.escape(t.content[0])})(?={re.escape(t.content[1:])})" for t in specials.values())
-        )
-        self.control_tokens: dict[str, int] = {token.content: i for i, token in specials.items()}
-        self.control_pattern = _control_pattern(
-            self.control_tokens,
-            lstrip={token.content for token in specials.values() if token.lstrip},
-            rstrip={token.content for token in specials.values() if token.rstrip},
-        )
+        contents = [token["content"] for token in specials.values()]
+        self._inside_special = re.compile("|".join(f"(?<={re.escape(c[0])})(?={re.escape(c[1:])})" for c in contents))
+        self.control_tokens: dict[str, int] = {token["content"]: i for i, token in specials.items()}
+        self.control_pattern = _control_pattern(specials.values())
+
+    def _read_added_tokens(self) -> dict[int, AddedToken]:
+        tokens = sorted(self.backend.get_added_tokens_decoder().items())
+        return {i: {key: getattr(token, key) for key in ("content", *ADDED_TOKEN_FLAGS)} for i, token in tokens}
+
+    def _add_tokens(self, tokens: dict[int, AddedToken]) -> None:
+        """Adds tokens or changes how existing ones strip whitespace. Raises UserError if one would get another id."""
+        import tokenizers
+
+        for i, token in tokens.items():
+            added = tokenizers.AddedToken(**{"normalized": not token.get("special"), **token})
+            (self.backend.add_special_tokens if added.special else self.backend.add_tokens)([added])
+            if (actual := self.backend.token_to_id(added.content)) != i:
+                raise UserError(
+                    f"{self.files[0]}: the files beside it add {added.content!r} with id {i}, but here it has id "
+                    f"{actual}: expected {TOKENIZER_CONFIG} of the same tokenizer"
+                )
+
+    def _mark_special(self, names: Iterable[str]) -> None:
+        """Makes these tokens of the vocabulary special. Those that are already keep how they strip whitespace: adding
+        one again by name alone would reset that."""
+        import tokenizers
+
+        added = {token["content"]: token for token in self._read_added_tokens().values()}
+        for name in names:
+            token = added.get(name, {"content": name, "special": False, "normalized": False})
+            if not token["special"] and self.backend.token_to_id(name) is not None:
+                self.backend.add_special_tokens([tokenizers.AddedToken(**{**token, "special": True})])
+
+    def start_ids(self) -> list[int] | None:
+        if len(self.files) > 1:  # without a tokenizer.json
+            return _configured_start(self.files[0].parent, self.backend.token_to_id)
+        with_start, plain = (self.backend.encode("a", add_special_tokens=add).ids for add in (True, False))
+        return next(list(with_start[:n]) for n in range(len(with_start) + 1) if with_start[n : n + len(plain)] == plain)
 
     def spec(self) -> dict[str, Any]:
         """The content of a tokenizer.json, including the control tokens that are added when loading."""

@@ -11,7 +11,7 @@ import torch
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig, ModelConfig
 from anarchobot.tokenizers.decoding import TextStream
-from anarchobot.tokenizers.tokenizer import Tokenizer
+from anarchobot.tokenizers.tokenizer import Tokenizer, text_start
 from anarchobot.torch_backend.loss import logits
 from anarchobot.torch_backend.model import Params, head_name, hidden_states
 
@@ -23,11 +23,11 @@ Logits = npt.NDArray[np.float64]
 def generate(weights: Params, model: ModelConfig, tokenizer: Tokenizer, settings: GenerationConfig) -> str:
     """Returns the continuation of settings.prompt, with the stopping rules of `inference.generation.generate`. Raises
     UserError if the prompt leaves no room within max_seq_len."""
-    bos_id = tokenizer.eod_id if model.bos_id is None else model.bos_id
     prompt = tokenizer.encode_batch([settings.prompt])[0].tolist()
+    context = [*text_start(tokenizer, model.bos_id), *prompt] or [tokenizer.eod_id]
     stream = TextStream(tokenizer, prompt, settings.stop)
     parts = []
-    for token in stream_token_ids(weights, model, [bos_id, *prompt], settings, {tokenizer.eod_id}):
+    for token in stream_token_ids(weights, model, context, settings, tokenizer.stop_ids):
         parts.append(stream.add(token))
         if stream.stopped:
             break

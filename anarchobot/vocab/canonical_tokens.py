@@ -66,8 +66,8 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> list[CanonicalToke
         _special(model.id_to_piece(i))
         if model.is_control(i) or model.is_unknown(i)
         else _from_piece(model.id_to_piece(i), is_byte=model.is_byte(i))
-        for i in range(tokenizer.vocab_size)
-    ]
+        for i in range(model.vocab_size())
+    ] + [_special(token["content"]) for token in tokenizer.added_tokens.values()]
 
 
 def _from_hf(tokenizer: HFTokenizer) -> list[CanonicalToken]:

@@ -15,6 +15,7 @@ from anarchobot.tokenizers.tokenizer import (
     HFTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
+    copy_special_tokens,
     load_tokenizer,
     read_sentencepiece_proto,
 )
@@ -31,12 +32,18 @@ def extend(tokenizer: Tokenizer, terms: Sequence[str], folder: Path) -> Tokenize
     Raises UserError unless it is a SentencePiece or a Hugging Face BPE tokenizer.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
+        if tokenizer.added_tokens:
+            raise UserError(
+                f"{tokenizer.files[0]}: a SentencePiece model with added tokens can't be extended: set "
+                "tokenization.target: trained, or models.target_tokenizer"
+            )
         file = folder / "tokenizer.model"
         file.write_bytes(_extend_sentencepiece(tokenizer, terms))
     else:
         assert isinstance(tokenizer, HFTokenizer)
         file = folder / "tokenizer.json"
         file.write_text(_extend_bpe(tokenizer, terms), encoding="utf-8")
+    copy_special_tokens(tokenizer, folder)
     return load_tokenizer(file)
 
 

@@ -12,6 +12,7 @@ class Bytes:
 
     def __init__(self, folder: Path, vocab_size: int = 300, thin: int = 1) -> None:
         self.vocab_size, self.eod_id, self._thin = vocab_size, vocab_size - 1, thin
+        self.stop_ids, self.overrides = frozenset([self.eod_id]), {}
         self.files: tuple[Path, ...] = (folder / "bytes.model",)
         self.files[0].write_text("bytes")
 

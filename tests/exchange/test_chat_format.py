@@ -20,7 +20,7 @@ from anarchobot.inference.model import load_model
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import CHATML, PLAIN, load_template
 from anarchobot.tokenizers.conversation import Conversation
-from anarchobot.tokenizers.tokenizer import load_chat_tokenizer
+from anarchobot.tokenizers.tokenizer import load_tokenizer
 from tests.exchange.random_run import make_run, random_parameters
 from tests.tokenizers.templates import KINDS, NAMES, NO_SYSTEM, TEMPLATES, dialogue, to_dicts
 
@@ -32,7 +32,7 @@ CONVERSATIONS = [
 
 
 def encoder(folder: Path, choice: str = "auto") -> ChatEncoder:
-    tokenizer = load_chat_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     return ChatEncoder(tokenizer, load_template(tokenizer, choice))
 
 
@@ -165,7 +165,7 @@ def test_gguf_chat_template_and_special_tokens(tmp_path: Path, bpe: Path) -> Non
 def test_gguf_of_public_templates(tmp_path: Path, template: str, named: tuple[str, bool, str, str]) -> None:
     folder = hf_folder(tmp_path / "public", "bytelevel", {**NAMES, "chat_template": TEMPLATES[template]})
     import_model(folder, tmp_path / "run")
-    controls = load_chat_tokenizer(tmp_path / "run").control_tokens
+    controls = load_tokenizer(tmp_path / "run").control_tokens
     found = gguf_keys(tmp_path / "run", tmp_path / "gguf")
     bos, add_bos, eos, eot = named
     expected = {"bos": controls[bos], "add_bos": add_bos, "eos": controls[eos], "eot": controls[eot]}

@@ -242,7 +242,11 @@ def test_of_two_tokenizers_the_one_that_fits_is_used(tmp_path: Path, bpe: Path, 
     (folder / "tokenizer.model").write_bytes(b"ranks, not SentencePiece")
     assert import_model(folder, tmp_path / "a")["tokenizer"] == "tokenizer.json"
     shutil.copyfile(bpe, folder / "tokenizer.model")
-    assert import_model(folder, tmp_path / "b")["tokenizer"] == "tokenizer.model"
+    assert import_model(folder, tmp_path / "b")["tokenizer"] == "tokenizer.json"
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    tokens["model"]["vocab"]["more"] = VOCAB
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    assert import_model(folder, tmp_path / "c")["tokenizer"] == "tokenizer.model"
 
 
 def damage(folder: Path, what: str) -> Path:
@@ -304,7 +308,7 @@ def damage(folder: Path, what: str) -> Path:
         ("unknown", r"model.layers.0.self_attn.sinks: unsupported parameter"),
         ("shape", r"model.norm.weight has shape \[49\], but config.json requires \[48\]"),
         ("nan", r"model.norm.weight contains a value that is not finite"),
-        ("no tokenizer", r"hf: no tokenizer: expected one of tokenizer.model, tokenizer.json, vocab.json"),
+        ("no tokenizer", r"hf: no tokenizer: expected one of tokenizer.json, tokenizer.model, vocab.json"),
         ("shard", r"model-00001-of-00002.safetensors: missing, but listed in model.safetensors.index.json"),
         ("path", r"model.safetensors.index.json: expected weight_map, a mapping from tensor names to file names"),
     ],

@@ -16,7 +16,7 @@ from anarchobot.inference.model import Model
 from anarchobot.knowledge.knowledge_base import KnowledgeBase, prompt_with_passages
 from anarchobot.tokenizers.chat_template import CHATML
 from anarchobot.tokenizers.conversation import Message
-from anarchobot.tokenizers.tokenizer import copy_tokenizer, load_chat_tokenizer
+from anarchobot.tokenizers.tokenizer import copy_tokenizer, load_tokenizer
 from tests.inference.conftest import SHAPE, strong_parameters
 
 LONG = SHAPE.model_copy(update={"max_seq_len": 256})
@@ -25,7 +25,7 @@ GREEDY = GenerationConfig(method="greedy", max_new_tokens=12)
 
 @pytest.fixture(scope="module")
 def chat_model(tiny_shards: Path) -> Model:
-    return Model(strong_parameters(LONG), LONG, load_chat_tokenizer(tiny_shards))
+    return Model(strong_parameters(LONG), LONG, load_tokenizer(tiny_shards))
 
 
 class FakeBatch:
@@ -70,7 +70,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KnowledgeB
 
 def chatml(model: Model, *turns: tuple[str, str]) -> list[int]:
     """The ids of these turns and of the start of an answer, assembled by hand."""
-    tokenizer = load_chat_tokenizer(model.tokenizer.files[0])
+    tokenizer = load_tokenizer(model.tokenizer.files[0])
     begin, end = (tokenizer.control_tokens[mark] for mark in ("<|im_start|>", "<|im_end|>"))
 
     def plain(text: str) -> list[int]:
@@ -87,7 +87,7 @@ def chatml(model: Model, *turns: tuple[str, str]) -> list[int]:
 def test_answer_continues_the_conversation(chat_model: Model) -> None:
     session, pieces = ChatSession(chat_model, GREEDY), list[str]()
     answer = session.answer("Who are you?", pieces.append)
-    end = load_chat_tokenizer(chat_model.tokenizer.files[0]).control_tokens["<|im_end|>"]
+    end = load_tokenizer(chat_model.tokenizer.files[0]).control_tokens["<|im_end|>"]
     context = chatml(chat_model, ("user", "Who are you?"))
     ids = list(stream_token_ids(chat_model.params, LONG, context, GREEDY, {chat_model.tokenizer.eod_id, end}))
     assert answer == chat_model.tokenizer.decode(ids).strip() == "".join(pieces).strip() != ""
@@ -218,10 +218,10 @@ def test_saved_conversations_are_read_by_sft(chat_model: Model, fake_batch: type
 def test_a_system_message_that_the_template_rejects_is_not_set(
     tiny_shards: Path, tmp_path: Path, fake_batch: type[FakeBatch]
 ) -> None:
-    copy_tokenizer(load_chat_tokenizer(tiny_shards), tmp_path)
+    copy_tokenizer(load_tokenizer(tiny_shards), tmp_path)
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     (tmp_path / "chat_template.jinja").write_text(refusal + CHATML)
-    session = ChatSession(Model({}, LONG, load_chat_tokenizer(tmp_path)), GREEDY)
+    session = ChatSession(Model({}, LONG, load_tokenizer(tmp_path)), GREEDY)
     with pytest.raises(UserError, match="no system here"):
         session.set_system("Be kind.")
     assert session.answer("Who?") == "Fine, 0."

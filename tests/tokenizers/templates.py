@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from anarchobot.tokenizers.chat_encoder import ChatEncoder, Encoded, TrainOn
 from anarchobot.tokenizers.chat_template import load_template
 from anarchobot.tokenizers.conversation import Conversation, Message
-from anarchobot.tokenizers.tokenizer import load_chat_tokenizer
+from anarchobot.tokenizers.tokenizer import load_tokenizer
 
 QWEN2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -184,7 +184,7 @@ class ChatFixture:
         model.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps({**NAMES, "chat_template": template}))
         self.folder = folder
-        self.ours = load_chat_tokenizer(folder)
+        self.ours = load_tokenizer(folder)
         self.template = load_template(self.ours)
         names: dict[str, Any] = NAMES
         self.theirs = PreTrainedTokenizerFast(

@@ -11,7 +11,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import CHATML, PLAIN, ChatTemplate, load_template
 from anarchobot.tokenizers.conversation import InvalidRow, Message
-from anarchobot.tokenizers.tokenizer import copy_tokenizer, load_chat_tokenizer
+from anarchobot.tokenizers.tokenizer import copy_tokenizer, load_tokenizer
 from tests.tokenizers.templates import (
     NO_SYSTEM,
     QWEN2,
@@ -57,7 +57,7 @@ def test_rendering_matches_transformers(name: str) -> None:
 
 def test_real_template_file_matches_transformers(shared_data: Path) -> None:
     file = shared_data / "artifacts" / "chat_template_mistral_v1.jinja"
-    template = load_template(load_chat_tokenizer(shared_data / "artifacts" / "mistral_v1_tokenizer.model"), str(file))
+    template = load_template(load_tokenizer(shared_data / "artifacts" / "mistral_v1_tokenizer.model"), str(file))
     for conversation in TALKS:
         (expected,), _ = theirs.render_jinja_template(
             [to_dicts(conversation)], chat_template=file.read_text(), bos_token="", eos_token="</s>"
@@ -88,7 +88,7 @@ def test_untrusted_templates_are_sandboxed() -> None:
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_tokenizers_trained_here_use_chatml(trained: dict[str, Path], kind: str) -> None:
-    tokenizer = load_chat_tokenizer(trained[kind])
+    tokenizer = load_tokenizer(trained[kind])
     template = load_template(tokenizer)
     assert template.source == CHATML
     encoder = ChatEncoder(tokenizer, template)
@@ -100,7 +100,7 @@ def test_tokenizers_trained_here_use_chatml(trained: dict[str, Path], kind: str)
 
 
 def test_plain_template_ends_answers_with_end_of_document(shared_data: Path) -> None:
-    tokenizer = load_chat_tokenizer(shared_data / "artifacts" / "gpt2_vocab.json")
+    tokenizer = load_tokenizer(shared_data / "artifacts" / "gpt2_vocab.json")
     template = load_template(tokenizer)
     assert template.render(dialogue("Hi", "Ho"), True) == (
         "### User:\nHi\n\n### Assistant:\nHo<|endoftext|>\n\n### Assistant:\n"
@@ -113,7 +113,7 @@ def test_save_and_load(make_chat: MakeChat, tmp_path: Path) -> None:
     chat = make_chat("bytelevel", "llama3")
     copy_tokenizer(chat.ours, tmp_path)
     chat.template.save(tmp_path)
-    again = load_template(load_chat_tokenizer(tmp_path))
+    again = load_template(load_tokenizer(tmp_path))
     assert (again.source, again.tokens) == (chat.template.source, chat.template.tokens)
     assert again.where == str(tmp_path / "chat_template.jinja")
     from transformers import PreTrainedTokenizerFast
@@ -129,7 +129,7 @@ def test_locations_and_precedence_in_hugging_face_folders(tmp_path: Path) -> Non
     config.write_text(json.dumps({"chat_template": named, "bos_token": {"content": "<s>"}, "add_bos_token": True}))
     assert load_template(chat.ours).render(TALKS[0]) == "<s>"
     (chat.folder / "chat_template.jinja").write_text("from the file{{ eos_token }}")
-    assert load_template(chat.ours).render(TALKS[0]) == "from the file<|endoftext|>"
+    assert load_template(chat.ours).render(TALKS[0]) == "from the file</s>"
     assert load_template(chat.ours, "chatml").source == CHATML
     assert loss_text(chat, chat.encode(TALKS[0])) == "Fine, thanks.<|im_end|>"  # a loaded template does not change
 

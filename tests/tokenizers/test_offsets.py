@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from anarchobot.tokenizers.chat_encoder import ChatEncoder, Encoded
 from anarchobot.tokenizers.chat_template import load_template
 from anarchobot.tokenizers.conversation import Conversation
-from anarchobot.tokenizers.tokenizer import load_chat_tokenizer
+from anarchobot.tokenizers.tokenizer import load_tokenizer
 from tests.tokenizers.templates import dialogue
 
 NAUGHTY = ["a▁b ▁", "e\u0301 吾輩は🙂\n\n x", "</s><|im_end|> <s>", "\t \r\n.", "  two  spaces "]
@@ -27,7 +27,7 @@ def pieces_bytes(model: sentencepiece.SentencePieceProcessor, i: int) -> bytes:
 @settings(max_examples=150, deadline=None)
 @given(text=st.one_of(TEXT, st.sampled_from(NAUGHTY)))
 def test_sentencepiece_offsets_match_the_bytes_of_the_pieces(trained: dict[str, Path], kind: str, text: str) -> None:
-    tokenizer = load_chat_tokenizer(trained[kind])
+    tokenizer = load_tokenizer(trained[kind])
     model = sentencepiece.SentencePieceProcessor(model_file=str(trained[kind]))
     ((ids, offsets),) = tokenizer.encode_with_offsets([text], [True])
     assert ids.tolist() == tokenizer.encode_batch([text])[0].tolist()
@@ -50,7 +50,7 @@ def test_masks_with_tokenizers_trained_here(trained: dict[str, Path], kind: str,
     if any(0xFDD0 <= ord(c) <= 0xFDD2 for c in "".join(contents)):
         return
     conversation: Conversation = dialogue(*contents)
-    tokenizer = load_chat_tokenizer(trained[kind])
+    tokenizer = load_tokenizer(trained[kind])
     (encoded,) = ChatEncoder(tokenizer, load_template(tokenizer)).encode([conversation])
     assert isinstance(encoded, Encoded)
     trained_ids = encoded.ids[encoded.loss_mask].tolist()
@@ -65,7 +65,7 @@ def test_trimmed_offsets_are_extended_to_the_whitespace(shared_data: Path) -> No
     """GPT-2's own tokenizer.json trims offsets."""
     import tokenizers
 
-    tokenizer = load_chat_tokenizer(shared_data / "artifacts" / "tiny_bpe_tokenizer.json")
+    tokenizer = load_tokenizer(shared_data / "artifacts" / "tiny_bpe_tokenizer.json")
     texts = ["Hello  big\n\n world ", " x"]
     expected = [o.tolist() for _, o in tokenizer.encode_with_offsets(texts, [False, False])]
     tokenizer.backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference import generation as mlx_generation
 from anarchobot.inference.model import Model
 from anarchobot.model.parameters import init_parameters
-from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from anarchobot.tokenizers.tokenizer import ChatTokenizer, load_tokenizer
 from tests.inference.conftest import SHAPE
 from tests.inference.test_sampling import LOGITS, SETTINGS, probabilities
 
@@ -22,7 +22,7 @@ from anarchobot.torch_backend.generation import apply_repetition_penalty, genera
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_shards: Path) -> Tokenizer:
+def tokenizer(tiny_shards: Path) -> ChatTokenizer:
     return load_tokenizer(tiny_shards)
 
 
@@ -52,7 +52,7 @@ def test_draws_follow_the_exact_probabilities(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_text_equals_the_mlx_backend(
-    penalty: float, arrays: dict[str, np.ndarray], weights: dict[str, Any], tokenizer: Tokenizer
+    penalty: float, arrays: dict[str, np.ndarray], weights: dict[str, Any], tokenizer: ChatTokenizer
 ) -> None:
     settings = GenerationConfig(prompt="The value", method="greedy", max_new_tokens=30, repetition_penalty=penalty)
     model = Model({n: mx.array(a) for n, a in arrays.items()}, SHAPE, tokenizer)
@@ -101,7 +101,7 @@ def _hidden_after_end_of_document(params: dict[str, Any]) -> Any:
 
 
 def test_seed_determines_the_text_and_training_randomness_is_unaffected(
-    weights: dict[str, Any], tokenizer: Tokenizer
+    weights: dict[str, Any], tokenizer: ChatTokenizer
 ) -> None:
     def text(seed: int) -> str:
         settings = GenerationConfig(prompt="The", method="random", seed=seed, max_new_tokens=20)
@@ -114,7 +114,7 @@ def test_seed_determines_the_text_and_training_randomness_is_unaffected(
 
 
 def test_the_context_starts_with_bos_or_an_end_of_document(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contexts: list[list[int]] = []
 
@@ -133,9 +133,9 @@ def test_leading_space_is_kept_by_tokenizers_that_prepend_one(shared_data: Path)
     """Mistral's tokenizer decodes a single "▁world" as "world"."""
 
     class PrefixTokenizer:
-        eod_id = 2
+        eod_id, stop_ids = 2, frozenset([2])
 
-        def __init__(self, tokenizer: Tokenizer) -> None:
+        def __init__(self, tokenizer: ChatTokenizer) -> None:
             self.encode_batch, self.decode = tokenizer.encode_batch, tokenizer.decode
 
     tokenizer = load_tokenizer(shared_data / "artifacts" / "mistral_v1_tokenizer.model")

@@ -32,6 +32,8 @@ class Named:
     """A tokenizer with tokens of the given names, with the methods that alignment uses."""
 
     eod_id = 0
+    stop_ids = frozenset([0])
+    overrides = {}  # noqa: RUF012
     files = ()
 
     def __init__(self, names: list[str]) -> None:
