@@ -27,7 +27,7 @@ SURFACE = {
     ],
     **{
         command: [
-            "CONFIG", "KEY=VALUE", "--backend", "--batch-size", "--checkpoint-dir", "--dataset", "--epochs", "--lr",
+            "CONFIG?", "KEY=VALUE", "--backend", "--batch-size", "--checkpoint-dir", "--dataset", "--epochs", "--lr",
             "--max-grad-norm", "--model", "--no-supervise", "--resume-from", "--save-every", "--supervise",
             "--warmup-steps",
         ]
@@ -41,8 +41,8 @@ SURFACE = {
     "selftest": ["--faults", "--kills", "--seed"],
     "bench": ["CONFIG", "KEY=VALUE", "--steps", "--device", "--output"],
     "generate": [
-        "--checkpoint", "--max-new-tokens", "--method", "--min-p", "--prompt", "--prompts", "--repetition-penalty",
-        "--seed", "--stop", "--temperature", "--top-k", "--top-p",
+        "--checkpoint", "--max-new-tokens", "--method", "--min-p", "--model", "--prompt", "--prompts",
+        "--repetition-penalty", "--seed", "--stop", "--temperature", "--top-k", "--top-p",
     ],
     "kb add": ["FILE", "--kb", "--text-field"],
     "kb search": ["QUESTION", "--feedback-alpha", "--kb", "-k"],
@@ -50,16 +50,16 @@ SURFACE = {
     "kb remove": ["NAME", "--kb"],
     "kb feedback": ["--bad", "--feedback-alpha", "--good", "--kb", "--passage", "--question"],
     "chat": [
-        "--checkpoint", "--feedback-alpha", "--kb", "--max-new-tokens", "--method", "--min-p", "--repetition-penalty",
-        "--seed", "--stop", "--temperature", "--top-k", "--top-p", "-k",
+        "--checkpoint", "--feedback-alpha", "--kb", "--max-new-tokens", "--method", "--min-p", "--model",
+        "--repetition-penalty", "--seed", "--stop", "--temperature", "--top-k", "--top-p", "-k",
     ],
     "serve": [
-        "--allow-host", "--allow-origin", "--api-key-file", "--checkpoint", "--host", "--max-tokens", "--model-name",
-        "--port", "--queue",
+        "--allow-host", "--allow-origin", "--api-key-file", "--checkpoint", "--host", "--max-tokens", "--model",
+        "--model-name", "--port", "--queue",
     ],
     "evaluate": [
-        "--checkpoint", "--compare", "--include", "--limit", "--num-fewshot", "--output", "--rouge", "--shards",
-        "--tasks", "--text",
+        "--checkpoint", "--compare", "--include", "--limit", "--model", "--num-fewshot", "--output", "--rouge",
+        "--shards", "--tasks", "--text",
     ],
     "report": ["RUN", "--output"],
     "runs": ["DIR?"],
