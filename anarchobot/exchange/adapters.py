@@ -166,25 +166,30 @@ def recorded_base(path: Path) -> RecordedBase | None:
     return RecordedBase(saved.config.train.init_from, f"{saved.folder / 'state.json'}: train.init_from", saved)
 
 
-def check_base(adapter: Adapter, path: str | Path, model: ModelConfig, digest: Callable[[], str], folder: Path) -> None:
-    """Raises UserError if the model in `folder`, with this configuration and digest, is not the one that the adapters
+def check_base(adapter: Adapter, path: str | Path, model: ModelConfig, digest: Callable[[], str], name: str) -> None:
+    """Raises UserError if the model called `name`, with this configuration and digest, is not the one that the adapters
     at `path` were trained on, as far as that is known."""
     if adapter.folder_quantization is not None and adapter.folder_quantization != model.quantization:
         found = "not quantized" if model.quantization is None else f"quantized to {describe(model.quantization)}"
         raise UserError(
             f"{path}: these adapters were trained on weights quantized to {describe(adapter.folder_quantization)} and "
-            f"correct their rounding; those in {folder} are {found}: pass the model that they were trained on"
+            f"correct their rounding; those in {name} are {found}: pass the model that they were trained on"
         )
     if adapter.quantization is not None and model.quantization is not None:
         raise UserError(
             f"{path}: these adapters were trained on float weights quantized to {adapter.quantization.bits} bits by "
-            f"lora.quantize, and {folder} is quantized already: pass the model that they were trained on"
+            f"lora.quantize, and {name} is quantized already: pass the model that they were trained on"
         )
-    if adapter.base is not None and adapter.base != digest():
+    if adapter.base is not None and not same_base(adapter.base, digest()):
         raise UserError(
-            f"{path}: these adapters were not trained on the model in {folder}: pass the model and step that they were "
+            f"{path}: these adapters were not trained on the model in {name}: pass the model and step that they were "
             "trained on"
         )
+
+
+def same_base(recorded: str, digest: str) -> bool:
+    """Whether a recorded digest of a base model is `digest`. Early versions recorded that of its weights alone."""
+    return recorded in (digest, digest.partition(":")[0])
 
 
 def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:

@@ -1,5 +1,6 @@
 """Merges adapters into their base model and writes the result as a run folder with one float32 checkpoint."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
 from anarchobot.runs.write_model import write_model
 from anarchobot.tokenizers import chat_template
-from anarchobot.tokenizers.special_tokens import TOKENIZER_CONFIG
+from anarchobot.tokenizers.special_tokens import TOKENIZER_CONFIG, read_config, read_special_tokens
 
 
 def fuse(model: str | Path, adapter: str | Path, output: str | Path) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def fuse(model: str | Path, adapter: str | Path, output: str | Path) -> dict[str
     output, adapter = Path(output), resolve_model(adapter)
     base = load_pretrained(str(model))
     adapters = read_adapter(adapter, base.model)
-    check_base(adapters, adapter, base.model, lambda: base.digest, base.folder)
+    check_base(adapters, adapter, base.model, lambda: base.digest, base.name)
     base = base.dequantized()
     config = base.config.model_copy(update={"lora": LoraConfig()})
     weights = merge_adapter(dict(base.weights), adapters)
@@ -72,12 +73,13 @@ def merge_adapter(params: dict[str, Float32], adapter: Adapter) -> dict[str, Flo
 
 
 def _copy_template_file(folders: list[Path], output: Path) -> bool:
-    """Copies chat_template.jinja from the first folder that has one; returns whether there was one."""
+    """Copies chat_template.jinja from the first folder that has one, with the names of its special tokens; returns
+    whether there was one."""
     for folder in folders:
         if (folder / chat_template.FILE).is_file():
-            for name in (chat_template.FILE, TOKENIZER_CONFIG):
-                if (folder / name).is_file():
-                    shutil.copyfile(folder / name, output / name)
+            shutil.copyfile(folder / chat_template.FILE, output / chat_template.FILE)
+            config = read_config(output / TOKENIZER_CONFIG) | read_special_tokens(folder).names
+            (output / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
             return True
     return False
 

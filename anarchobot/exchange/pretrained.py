@@ -1,6 +1,7 @@
 """Loads a full model for inference or further training: an AnarchoBot run, or a Hugging Face model folder or name."""
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
+from anarchobot.config.loading import WEIGHT_INDEPENDENT_KEYS
 from anarchobot.config.schema import Config, LoraConfig, ModelConfig
 from anarchobot.exchange.adapters import CONFIG as ADAPTER_CONFIG
 from anarchobot.exchange.adapters import Adapter, check_base, read_adapter, recorded_base
@@ -21,6 +23,7 @@ from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import sha256_file
 from anarchobot.tokenizers import chat_template
 from anarchobot.tokenizers.tokenizer import ChatTokenizer, load_tokenizer
+from anarchobot.tokenizers.tokenizer import digest as tokenizer_digest
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,11 @@ class PretrainedModel:
 
     @cached_property
     def digest(self) -> str:
-        """A SHA-256 digest that identifies the weights."""
-        return self.compute_digest()
+        """Two SHA-256 digests: of the weights, and of the model settings and the tokenizer. Compare them with
+        `same_base`."""
+        settings = self.model.model_dump(exclude={*WEIGHT_INDEPENDENT_KEYS, "quantization"}, exclude_defaults=True)
+        others = json.dumps([settings, tokenizer_digest(self.tokenizer)], sort_keys=True)
+        return f"{self.compute_digest()}:{hashlib.sha256(others.encode()).hexdigest()}"
 
     def dequantized(self) -> "PretrainedModel":
         """The model with all weights in float32 and, if some were quantized, a warning about it."""
@@ -73,7 +79,7 @@ def load_pretrained(path: str) -> PretrainedModel:
     run = checkpoint.find(folder, files=(checkpoint.MODEL_FILE,))
     if run.config.lora.r is not None:
         raise _only_adapters(run.folder, f"lora.r: {run.config.lora.r}")
-    tokenizer = load_tokenizer(run.folder.parent)
+    tokenizer = load_run_tokenizer(run)
     if tokenizer.vocab_size != run.config.model.vocab_size:  # a larger id would read past the embedding
         raise UserError(
             f"{tokenizer.files[0]}: {tokenizer.vocab_size:,} tokens, but the model in {run.folder} has "
@@ -88,6 +94,19 @@ def load_pretrained(path: str) -> PretrainedModel:
         lambda: str(run.state["sha256"][checkpoint.MODEL_FILE]),
         list(run.skipped),
     )
+
+
+def load_run_tokenizer(run: checkpoint.Checkpoint) -> ChatTokenizer:
+    """Loads the tokenizer in the folder of a run. Raises UserError if it is not the one that the model was trained with,
+    as recorded in state.json (not by early versions)."""
+    tokenizer = load_tokenizer(run.folder.parent)
+    expected = run.state.get("tokenizer")
+    if expected is not None and (actual := tokenizer_digest(tokenizer)) != expected:
+        raise UserError(
+            f"{tokenizer.files[0]}: not the tokenizer that the model in {run.folder} was trained with (SHA-256 "
+            f"{actual[:12]}…, expected {expected[:12]}…): put that one, with the files beside it, into {run.folder.parent}"
+        )
+    return tokenizer
 
 
 def load_with_adapter(path: str, base_model: str | None = None) -> PretrainedModel:
@@ -115,12 +134,14 @@ def load_with_adapter(path: str, base_model: str | None = None) -> PretrainedMod
         )
         raise UserError(f"{error}{hint}") from error
     adapter = read_adapter(folder, base.model)
-    check_base(adapter, path, base.model, lambda: base.digest, base.folder)
+    check_base(adapter, path, base.model, lambda: base.digest, base.name)
     config, tokenizer, warnings = base.config, base.tokenizer, list(base.warnings)
     run = folder.parent if recorded.saved is None else recorded.saved.folder.parent
     if recorded.saved is not None:
         config = recorded.saved.config.model_copy(update={"model": base.model, "lora": LoraConfig()})
-    if checkpoint.saved_steps(run):
+    if recorded.saved is not None:
+        tokenizer = load_run_tokenizer(recorded.saved)
+    elif checkpoint.saved_steps(run):
         tokenizer = load_tokenizer(run)
     elif (folder / chat_template.FILE).is_file():
         warnings.append(f"{folder / chat_template.FILE}: not used: the chat template is that of {base.folder}")
