@@ -101,6 +101,8 @@ def _open_torch(config: Config, weights: Weights | None) -> EngineHandle:
         raise UserError("train.backend: torch trains all weights: set train.trainable: all, or train.backend: mlx")
     if config.model.architecture != "llama":
         raise UserError(f"train.backend: torch has no {config.model.architecture}: set train.backend to mlx")
+    if config.model.attention_softcap is not None:
+        raise UserError("train.backend: torch has no model.attention_softcap: set train.backend to mlx")
     engine = TorchEngine(config, weights)
     return EngineHandle(
         engine,

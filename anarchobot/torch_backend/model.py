@@ -8,7 +8,7 @@ Shapes: B batch, L sequence, D d_model, H query heads, K key/value heads, E head
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from anarchobot.config.schema import ModelConfig
+from anarchobot.model.llama.rope import attention_factor, inverse_frequencies
 from anarchobot.model.parameters import by_block
 
 MPS_BLOCK_BYTES = 64 << 20  # of float32 attention scores in a block of queries
@@ -26,12 +27,14 @@ KeepMasks = tuple[Tensor, Tensor]  # bool [B, L, D]: which elements of each half
 
 
 class AttentionContext(NamedTuple):
-    """Shared by the blocks of a pass: cos and sin of the positions' angles [L, E / 2], float32; with several documents
-    in a row, which keys a query may see, bool [B, 1, L, L] (None: causal); the queries per block (None: all); and
+    """Shared by the blocks of a pass that have the same sliding window: cos and sin of the positions' angles
+    [L, rotary_size / 2], float32; what scores are multiplied by (None: 1 / sqrt(E)); with several documents in a row or
+    a window, which keys a query may see, bool [B or 1, 1, L, L] (None: causal); the queries per block (None: all); and
     whether the backward pass recomputes the scores of such a block."""
 
     cos: Tensor
     sin: Tensor
+    scale: float | None
     mask: Tensor | None = None
     block_size: int | None = None
     recompute_scores: bool = True
@@ -66,11 +69,17 @@ def block_forward(
     out = (
         attention(apply_rope(q, context), apply_rope(k, context), v, context).transpose(1, 2).flatten(2)
     )  # [B, L, H E]
-    x = x + _dropout(linear(p, "self_attn.o_proj", out), model, keep and keep[0])
+    out = linear(p, "self_attn.o_proj", out)
+    if model.post_norms:
+        out = rms_norm(out, p["attention_output_layernorm.weight"], model.norm_eps)
+    x = x + _dropout(out, model, keep and keep[0])
     normed = rms_norm(x, p["post_attention_layernorm.weight"], model.norm_eps)
     gate, up = linear(p, "mlp.gate_proj", normed), linear(p, "mlp.up_proj", normed)
     gated = F.silu(gate) if model.ffn_activation == "silu" else F.gelu(gate, approximate="tanh")
-    return x + _dropout(linear(p, "mlp.down_proj", gated * up), model, keep and keep[1]), v
+    out = linear(p, "mlp.down_proj", gated * up)
+    if model.post_norms:
+        out = rms_norm(out, p["mlp_output_layernorm.weight"], model.norm_eps)
+    return x + _dropout(out, model, keep and keep[1]), v
 
 
 @dataclass(frozen=True)
@@ -103,16 +112,20 @@ def hidden_states(
     `segments` [B, L] number the documents of a row: a token sees only its own. `dropout_key` turns dropout on; the same
     key drops the same elements.
     """
-    context = attention_context(tokens, model, segments, options.attention_block)
-    # A recomputed transformer block saves the scores of one layer only, so they need not be recomputed once more.
-    context = context._replace(recompute_scores=not options.recompute)
+    contexts = {
+        # A recomputed transformer block saves the scores of one layer only, so they need not be recomputed once more.
+        window: attention_context(tokens, model, segments, options.attention_block, window)._replace(
+            recompute_scores=not options.recompute
+        )
+        for window in set(model.windows)
+    }
     first_v: Tensor | None = None
 
     def run(p: Params, x: Tensor, i: int, first_v: Tensor | None) -> tuple[Tensor, Tensor]:
         # The masks are drawn here from a key, so that a recomputed block drops the same elements; the state of a
         # generator, which `checkpoint` could restore, is not readable on every device.
         keep = None if dropout_key is None else _keep_masks(x, model, f"{dropout_key}/{i}")
-        return options.block(p, x, model, context, keep, first_v)
+        return options.block(p, x, model, contexts[model.windows[i]], keep, first_v)
 
     with torch.autocast(tokens.device.type, dtype=dtype, enabled=dtype != torch.float32):
         x = F.embedding(tokens, params["model.embed_tokens.weight"])
@@ -146,17 +159,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def attention_context(
-    tokens: Tensor, model: ModelConfig, segments: Tensor | None = None, block_size: int | None = None
+    tokens: Tensor,
+    model: ModelConfig,
+    segments: Tensor | None = None,
+    block_size: int | None = None,
+    window: int | None = None,
 ) -> AttentionContext:
-    """For tokens [B, L]; `segments` [B, L] number the documents of a row: a token sees only its own."""
+    """For tokens [B, L] and the blocks with this sliding window; `segments` [B, L] number the documents of a row: a
+    token sees only its own."""
     rows, length = tokens.shape
-    cos, sin = _angles(length, model.head_size, model.rope_theta, tokens.device)
+    inverse = tuple(inverse_frequencies(model, window, length))
+    cos, sin = _angles(length, inverse, attention_factor(model, window), tokens.device)
     if block_size is None and tokens.device.type == "mps":
         block_size = block_size_by_memory(rows, length, model)
-    if segments is None:
-        return AttentionContext(cos, sin, None, block_size)
-    same = segments[:, None, :, None] == segments[:, None, None, :]  # [B, 1, L, L]
-    return AttentionContext(cos, sin, same & _causal(0, length, tokens.device), block_size)
+    if segments is None and (window is None or window >= length):
+        return AttentionContext(cos, sin, model.attention_scale, None, block_size)
+    mask = _causal(0, length, tokens.device, window)[None, None]
+    if segments is not None:
+        mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+    return AttentionContext(cos, sin, model.attention_scale, mask, block_size)
 
 
 def block_size_by_memory(rows: int, length: int, model: ModelConfig) -> int:
@@ -174,25 +195,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Ten
     # Not enable_gqa: devices without a kernel for it would fall back to one that saves all scores.
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     if context.block_size is None or context.block_size >= length:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=context.mask is None)
+        causal = context.mask is None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=causal, scale=context.scale)
     outs: list[Tensor] = []
     for start in range(0, length, context.block_size):
         end = min(start + context.block_size, length)
         mask = _causal(start, end, q.device) if context.mask is None else context.mask[:, :, start:end, :end]
         block = (q[:, :, start:end], k[:, :, :end], v[:, :, :end], mask)
+        attend = partial(F.scaled_dot_product_attention, scale=context.scale)
         if context.recompute_scores:
-            out = checkpoint(F.scaled_dot_product_attention, *block, use_reentrant=False, preserve_rng_state=False)
+            out = checkpoint(attend, *block, use_reentrant=False, preserve_rng_state=False)
         else:
-            out = F.scaled_dot_product_attention(*block)
+            out = attend(*block)
         outs.append(out)
     return torch.cat(outs, dim=2)
 
 
 def apply_rope(x: Tensor, context: AttentionContext) -> Tensor:
-    """Rotates heads [B, H, L, E] by their positions; the halves of a head are pairs, as in Hugging Face's Llama."""
-    a, b = x.float().chunk(2, dim=-1)
-    rotated = torch.cat([a * context.cos - b * context.sin, b * context.cos + a * context.sin], dim=-1)
-    return rotated.to(x.dtype)
+    """Rotates the first part of heads [B, H, L, E] by their positions; its halves are pairs, as in Hugging Face's
+    Llama."""
+    width = 2 * context.cos.shape[-1]
+    a, b = x[..., :width].float().chunk(2, dim=-1)
+    rotated = torch.cat([a * context.cos - b * context.sin, b * context.cos + a * context.sin], dim=-1).to(x.dtype)
+    return rotated if width == x.shape[-1] else torch.cat([rotated, x[..., width:]], dim=-1)
 
 
 def try_compile(block: BlockForward, try_out: Callable[[BlockForward], object]) -> tuple[BlockForward, str | None]:
@@ -211,16 +236,18 @@ def try_compile(block: BlockForward, try_out: Callable[[BlockForward], object]) 
     return compiled, None
 
 
-def _causal(start: int, end: int, device: torch.device) -> Tensor:
-    """Returns the mask, bool [end - start, end], of the keys that queries start..end may see."""
-    return torch.arange(start, end, device=device)[:, None] >= torch.arange(end, device=device)
+def _causal(start: int, end: int, device: torch.device, window: int | None = None) -> Tensor:
+    """Returns the mask, bool [end - start, end], of the keys that queries start..end may see: the last `window`."""
+    queries, keys = torch.arange(start, end, device=device)[:, None], torch.arange(end, device=device)
+    return queries >= keys if window is None else (queries >= keys) & (queries < keys + window)
 
 
 @lru_cache(maxsize=8)
-def _angles(length: int, width: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def _angles(length: int, inverse: tuple[float, ...], factor: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles [L, pairs], times `factor`, given the pairs' radians per position."""
     # In float64, which MPS lacks, so not on the device.
-    angles = np.arange(length)[:, None] * theta ** (-np.arange(0, width, 2) / width)
-    cos, sin = (torch.tensor(f(angles).astype(np.float32), device=device) for f in (np.cos, np.sin))
+    angles = np.arange(length)[:, None] * np.array(inverse)
+    cos, sin = (torch.tensor((factor * f(angles)).astype(np.float32), device=device) for f in (np.cos, np.sin))
     return cos, sin
 
 

@@ -18,6 +18,24 @@ SHAPES: dict[str, dict[str, Any]] = {  # every model option at least once
     "scaled and capped": {"embedding_scale": 5.0, "logit_softcap": 3.0, "rope_theta": 500.0, "norm_eps": 1e-2},
     "value residual": {"value_residual": True, "n_kv_heads": 1, "mlp_multiple": 2.5, "n_layers": 3},
     "zero_init_proj": {"zero_init_proj": True},
+    "windows, a full layer with scaled RoPE, norms of outputs": {
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_local_theta": 50.0,
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+        "attention_scale": 0.7,
+        "post_norms": True,
+    },
+    "longrope of half a head": {
+        "rotary_fraction": 0.5,
+        "rope_scaling": {
+            "type": "longrope",
+            "factor": 40.0,
+            "original_max_seq_len": 8,
+            "short_factor": [1.0, 1.5],
+            "long_factor": [2.0, 9.0],
+        },
+    },
 }
 
 

@@ -367,3 +367,5 @@ def test_other_architectures_are_refused() -> None:
     other = chosen.model_copy(update={"model": chosen.model.model_copy(update={"architecture": "gemma"})})
     with pytest.raises(UserError, match=r"train\.backend: torch has no gemma: set train\.backend to mlx"):
         open_engine(other)
+    with pytest.raises(UserError, match=r"torch has no model\.attention_softcap: set train\.backend to mlx"):
+        open_engine(config({"attention_softcap": 50.0}, backend="torch"))
