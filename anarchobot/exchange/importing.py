@@ -91,9 +91,12 @@ def _load_own(folder: Path) -> HFModel:
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{file}: not a model config ({error})") from error
     tokenizer = _load_tokenizer(folder, model.vocab_size)
-    stored = _stored_tensors(folder)
+    everything = _stored_tensors(folder)
+    stored = _language_model(everything)
     model = model.model_copy(update=architecture(model.architecture).infer_from_weights(stored))
     warnings = []
+    if len(stored) < len(everything):
+        warnings.append(f"dropping {len(everything) - len(stored)} tensors for images, which are not supported")
     if tokenizer.vocab_size != model.vocab_size:
         warnings.append(
             f"dropping embedding rows without a token: the model has {model.vocab_size:,} rows, its tokenizer "
@@ -232,6 +235,13 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             raise UserError(f"{file}: missing, but listed in {INDEX}: copy the whole folder")
         stored |= safetensors_file.read(file)
     return stored
+
+
+def _language_model(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Returns the tensors of the language model, by their names in a model without images (Gemma 3)."""
+    prefix = "language_model."
+    found = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
+    return found or stored
 
 
 class LazyWeights(Mapping[str, Array]):

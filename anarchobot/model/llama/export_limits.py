@@ -114,6 +114,8 @@ def export_warnings(model: ModelConfig, target: ExportTarget) -> Iterator[str]:
             f"{library} ignores model.sliding_window: its results are this model's for texts of at most "
             f"{model.sliding_window:,} tokens"
         )
+    if target == "mlx" and kind == "gemma":
+        yield "mlx-lm computes this model's GELU without the tanh approximation: its results differ slightly"
     if target == "mlx" and scaling.type == "longrope":
         yield (
             f"{library} uses model.rope_scaling.long_factor at any length: up to "

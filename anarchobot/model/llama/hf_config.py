@@ -309,7 +309,8 @@ def to_hf(model: ModelConfig) -> dict[str, Any]:
             "sliding_window_pattern": window_pattern(model),
         }
     if kind == "phi3":
-        values |= {"partial_rotary_factor": model.rotary_fraction}
+        # Otherwise it is 32000, which transformers' embedding must have.
+        values |= {"partial_rotary_factor": model.rotary_fraction, "pad_token_id": None}
     return values | _hf_scaling(model, kind) | _hf_windows(model, kind)
 
 
