@@ -327,7 +327,7 @@ class TrainConfig(Section):
     save_dir: PathName = Field("runs/default", description="run folder: checkpoints, config.yaml, logs")
     log_path: PathName | None = Field(None, description="folder for metrics and the summary; default: save_dir/logs")
     init_from: PathName | None = Field(
-        None, description="run folder, checkpoint or Hugging Face folder to initialize the weights from"
+        None, description="run, checkpoint, Hugging Face folder or name (ORG/NAME) to initialize the weights from"
     )
     trainable: Literal["all", "embeddings"] = Field(
         "all", description="parameters to train: all, or only the token embedding and output head"
@@ -369,7 +369,7 @@ class TrainConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapters (LoRA), trained instead of the model's weights if lora.r is set."""
 
-    r: Annotated[int, Field(ge=4, le=64), INTEGER] | None = Field(
+    r: Annotated[int, Field(ge=4), INTEGER] | None = Field(
         None, description="rank of the adapters, such as 8; default: no adapters, all weights are trained"
     )
     alpha: PositiveFloat = Field(16.0, description="scale of the adapters is alpha / r")

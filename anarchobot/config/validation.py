@@ -80,6 +80,13 @@ def conflicts(config: Config, given: list[str]) -> Iterator[tuple[tuple[str, ...
         )
     if train.trainable == "embeddings" and config.lora.r is not None:
         yield ("train.trainable", "lora.r"), "cannot be combined: remove lora.r or train.trainable"
+    if model.architecture == "mlx_lm":
+        if data.document_mask:
+            yield ("data.document_mask",), "models that mlx-lm computes have no mask of documents: set it to false"
+        if train.technique != "auto":
+            yield ("train.technique",), "has no effect on models that mlx-lm computes: remove it"
+        if config.lora.adapter_format == "peft":
+            yield ("lora.adapter_format",), "peft: these adapters have mlx-lm's names: set it to mlx"
     yield from _lora_conflicts(config)
 
 
@@ -132,7 +139,7 @@ def attention_conflicts(model: ModelConfig) -> Iterator[tuple[tuple[str, ...], s
 def _lora_conflicts(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
     lora, model = config.lora, config.model
     names = [] if lora.target_modules == "auto" else lora.target_modules
-    for name in names:
+    for name in names if model.architecture == "llama" else ():  # others: model/lora.py
         if name in ("fc1", "fc2"):
             yield ("lora.target_modules",), f"'{name}': the MLP is gated; use gate_proj, up_proj or down_proj"
         elif name not in PROJECTIONS:

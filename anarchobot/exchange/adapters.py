@@ -27,8 +27,8 @@ from anarchobot.exchange import safetensors_file
 from anarchobot.exchange.atomic_folder import atomic_folder
 from anarchobot.exchange.dtypes import Dtype, Float32
 from anarchobot.exchange.importing import read_json
-from anarchobot.model.lora import adapted_matrices, adapter_scale
-from anarchobot.model.parameters import parameter_shapes
+from anarchobot.model.architecture import architecture
+from anarchobot.model.lora import adapted_matrices, adapter_scale, factor_shapes
 from anarchobot.model.quantization import describe
 from anarchobot.runs import checkpoint
 
@@ -98,12 +98,11 @@ def write_adapter(
     if len(ranks) != 1 or len(set(adapter.scales.values())) != 1:
         raise UserError(f"{folder}: different ranks or scales can't be saved in this format: use anarchobot fuse")
     (rank,), scale = ranks, next(iter(adapter.scales.values()))
-    blocks: dict[int, set[str]] = {}
-    for name in adapter.scales:
-        _, _, block, inner = name.split(".", 3)
-        blocks.setdefault(int(block), set()).add(inner)
-    keys, first = blocks[max(blocks)], min(blocks)
-    if blocks != dict.fromkeys(range(first, model.n_layers), keys):
+    matrices = architecture(model.architecture).adaptable_matrices(model)
+    first = min(matrices[name].block for name in adapter.scales)
+    inner = {name: _name_in_block(name) for name, matrix in matrices.items() if matrix.block >= first}
+    keys = {inner[name] for name in adapter.scales}
+    if {name for name, key in inner.items() if key in keys} != set(adapter.scales):
         raise UserError(
             f"{folder}: adapters that differ between blocks or skip the last block can't be saved in this format: "
             "use anarchobot fuse"
@@ -283,21 +282,21 @@ def _check(adapter: Adapter, model: ModelConfig, path: Path) -> None:
     """Raises UserError unless every adapter is complete and fits a matrix in a block of `model`."""
     if not adapter.weights:
         raise UserError(f"{path}: no adapters in this file")
-    model_shapes = parameter_shapes(model)
+    matrices = architecture(model.architecture).adaptable_matrices(model)
     parts = {"lora_a", "lora_b", "m"} if adapter.dora else {"lora_a", "lora_b"}
     for name in adapter.scales:
-        weight_shape = model_shapes.get(f"{name}.weight") if name.endswith("_proj") else None
-        if weight_shape is None:
+        if name not in matrices:
             raise UserError(f"{path}: the model has no matrix {name}: these adapters are for another model")
         if missing := [part for part in parts if f"{name}.{part}" not in adapter.weights]:
             raise UserError(f"{path}: {name} has no {min(missing)}: the file is incomplete")
-        (rows, columns), rank = weight_shape, adapter.weights[f"{name}.lora_a"].shape[-1]
-        expected = {"lora_a": (columns, rank), "lora_b": (rank, rows), "m": (rows,)}
+        shape, (_, rank, *_) = matrices[name].shape, (*adapter.weights[f"{name}.lora_a"].shape, 1, 1)
+        a, b = factor_shapes(shape, rank)
+        expected = {"lora_a": a, "lora_b": b, "m": shape[:1]}
         for part in parts:
-            shape = adapter.weights[f"{name}.{part}"].shape
-            if shape != expected[part]:
+            actual = adapter.weights[f"{name}.{part}"].shape
+            if actual != expected[part]:
                 raise UserError(
-                    f"{path}: {name}.{part} has shape {list(shape)}, but the model requires {list(expected[part])}: "
+                    f"{path}: {name}.{part} has shape {list(actual)}, but the model requires {list(expected[part])}: "
                     "these adapters are for another model"
                 )
     for name, array in adapter.weights.items():
@@ -305,6 +304,11 @@ def _check(adapter: Adapter, model: ModelConfig, path: Path) -> None:
             raise UserError(f"{path}: unexpected tensor {name}")
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {name} contains a value that is not finite")
+
+
+def _name_in_block(name: str) -> str:
+    """The part after the number of the block: "mlp.up_proj" of "model.layers.3.mlp.up_proj"."""
+    return re.sub(r"^.*?\.\d+\.", "", name)
 
 
 def _to_peft(name: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from anarchobot.config.schema import LoraConfig
+from anarchobot.config.schema import LoraConfig, ModelConfig
 from anarchobot.exchange.adapters import Adapter, BaseQuantization, check_base, read_adapter
 from anarchobot.exchange.atomic_folder import atomic_folder
 from anarchobot.exchange.chat_format import copy_chat_template
@@ -15,6 +15,7 @@ from anarchobot.exchange.dtypes import Float32, from_bfloat16, to_dtype
 from anarchobot.exchange.hub import model_name, pinned_name, resolve_model
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.model.lora import GROUP, is_quantized
+from anarchobot.model.mlx_lm.architecture import requantized
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
 from anarchobot.runs.write_model import write_model
@@ -35,7 +36,7 @@ def fuse(model: str | Path, adapter: str | Path, output: str | Path) -> dict[str
     check_base(adapters, adapter, base.model, lambda: base.digest, base.name)
     base = base.dequantized()
     config = base.config.model_copy(update={"lora": LoraConfig()})
-    weights = merge_adapter(dict(base.weights), adapters)
+    weights = merge_adapter(dict(base.weights), adapters, base.model)
     template_folders = [adapter, base.tokenizer.files[0].parent]
     if checkpoint.saved_steps(adapter.parent):  # `adapter` is RUN/adapters or a step
         template_folders.insert(1, adapter.parent)
@@ -57,14 +58,18 @@ def fuse(model: str | Path, adapter: str | Path, output: str | Path) -> dict[str
     }
 
 
-def merge_adapter(params: dict[str, Float32], adapter: Adapter) -> dict[str, Float32]:
-    """Returns float32 parameters with W + s (A B)^T for each adapted W; DoRA also scales its rows to norm m."""
-    if adapter.quantization is not None:
+def merge_adapter(params: dict[str, Float32], adapter: Adapter, model: ModelConfig) -> dict[str, Float32]:
+    """Returns float32 parameters with W + s (A B)^T for each adapted W; DoRA also scales its rows to norm m. Of stacked
+    experts, each W is W + s B A."""
+    if adapter.quantization is not None and model.architecture == "mlx_lm":
+        params = dict(requantized(params, model, adapter.quantization.bits, adapter.quantization.dtype))
+    elif adapter.quantization is not None:
         params = {name: _quantize_dequantize(array, adapter.quantization) for name, array in params.items()}
     merged = dict(params)
     for name, scale in adapter.scales.items():
         a, b = adapter.weights[f"{name}.lora_a"], adapter.weights[f"{name}.lora_b"]
-        weight = params[f"{name}.weight"] + np.float32(scale) * (a @ b).T
+        change = (a @ b).T if a.ndim == 2 else b @ a
+        weight = params[f"{name}.weight"] + np.float32(scale) * change
         if adapter.dora:
             norms = np.linalg.norm(weight, axis=1)
             weight = weight * (adapter.weights[f"{name}.m"] / np.maximum(norms, np.float32(1e-12)))[:, None]

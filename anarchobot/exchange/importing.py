@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from anarchobot.config.validation import conflicts
 from anarchobot.exchange import safetensors_file
 from anarchobot.exchange.atomic_folder import atomic_folder
 from anarchobot.exchange.chat_format import copy_chat_template
+from anarchobot.exchange.dtypes import Float32
 from anarchobot.exchange.hub import model_name, resolve_model
 from anarchobot.exchange.safetensors_file import StoredTensor
 from anarchobot.model.architecture import Shape, TensorSource, architecture, architecture_names
@@ -76,7 +77,7 @@ def _load_with_mlx_lm(folder: Path, reason: str) -> HFModel | None:
     # The module keeps rows without a token; they are not sampled.
     model = model.model_copy(update={"vocab_size": tokenizer.vocab_size, "bos_id": _bos_id(tokenizer, values)})
     warnings = mlx_lm.describe_support(values, model, reason.removeprefix(f"{folder / 'config.json'}: "))
-    return HFModel(values["model_type"], model, tokenizer, weights, files, warnings)
+    return HFModel(values["model_type"], model, tokenizer, cast("Mapping[str, Array]", weights), files, warnings)
 
 
 def _load_own(folder: Path) -> HFModel:
@@ -155,7 +156,7 @@ def import_model(folder: str | Path, output: str | Path) -> dict[str, Any]:
     """
     folder, output = resolve_model(folder), Path(output)
     source = load_hf_folder(folder)
-    weights = dict(Dequantized(source.weights))
+    weights = dict(float_weights(source.weights, source.model))
     with atomic_folder(output) as temporary:
         config = default_config(source.model.model_copy(update={"quantization": None}))
         config = write_model(temporary, config, source.tokenizer, weights, {"imported": model_name(folder)}, output)
@@ -172,6 +173,15 @@ def import_model(folder: str | Path, output: str | Path) -> dict[str, Any]:
         "tokenizer": Path(config.train.tokenizer_path).name,
         "warnings": warnings,
     }
+
+
+def float_weights(weights: Mapping[str, Array], model: ModelConfig) -> Mapping[str, Float32]:
+    """All parameters in float32, converted when they are accessed."""
+    if model.architecture == "mlx_lm":
+        from anarchobot.model.mlx_lm import frozen
+
+        return frozen.Dequantized(weights, model)
+    return Dequantized(weights)
 
 
 def default_config(model: ModelConfig) -> Config:

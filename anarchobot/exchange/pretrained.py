@@ -16,9 +16,9 @@ from anarchobot.config.schema import Config, LoraConfig, ModelConfig
 from anarchobot.exchange.adapters import CONFIG as ADAPTER_CONFIG
 from anarchobot.exchange.adapters import Adapter, check_base, read_adapter, recorded_base
 from anarchobot.exchange.hub import model_name, resolve_model
-from anarchobot.exchange.importing import LazyWeights, default_config, load_hf_folder
+from anarchobot.exchange.importing import LazyWeights, default_config, float_weights, load_hf_folder
 from anarchobot.model.parameters import parameter_shapes
-from anarchobot.model.quantization import Array, Dequantized, describe
+from anarchobot.model.quantization import Array, describe
 from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import sha256_file
 from anarchobot.tokenizers import chat_template
@@ -60,10 +60,12 @@ class PretrainedModel:
     def dequantized(self) -> "PretrainedModel":
         """The model with all weights in float32 and, if some were quantized, a warning about it."""
         if self.model.quantization is None:
-            return self
+            return replace(self, weights=float_weights(self.weights, self.model))
         config = self.config.model_copy(update={"model": self.model.model_copy(update={"quantization": None})})
         warning = f"{self.folder}: weights of {describe(self.model.quantization)} are dequantized to float32"
-        return replace(self, config=config, weights=Dequantized(self.weights), warnings=[*self.warnings, warning])
+        return replace(
+            self, config=config, weights=float_weights(self.weights, self.model), warnings=[*self.warnings, warning]
+        )
 
 
 @lru_cache(maxsize=1)
@@ -97,14 +99,15 @@ def load_pretrained(path: str) -> PretrainedModel:
 
 
 def load_run_tokenizer(run: checkpoint.Checkpoint) -> ChatTokenizer:
-    """Loads the tokenizer in the folder of a run. Raises UserError if it is not the one that the model was trained with,
-    as recorded in state.json (not by early versions)."""
+    """Loads the tokenizer in the folder of a run. Raises UserError if state.json, except of early versions, says that
+    the model was trained with another one."""
     tokenizer = load_tokenizer(run.folder.parent)
     expected = run.state.get("tokenizer")
     if expected is not None and (actual := tokenizer_digest(tokenizer)) != expected:
         raise UserError(
             f"{tokenizer.files[0]}: not the tokenizer that the model in {run.folder} was trained with (SHA-256 "
-            f"{actual[:12]}…, expected {expected[:12]}…): put that one, with the files beside it, into {run.folder.parent}"
+            f"{actual[:12]}…, expected {expected[:12]}…): put that one, and the files beside it, into "
+            f"{run.folder.parent}"
         )
     return tokenizer
 

@@ -40,20 +40,24 @@ def adapted_matrices(model: ModelConfig, lora: LoraConfig) -> list[str]:
     return list(names)
 
 
+def factor_shapes(shape: tuple[int, ...], r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of lora_a and lora_b for a matrix (out, in): [in, r] and [r, out]; for E stacked experts (E, out, in):
+    [E, r, in] and [E, out, r], as in mlx-lm."""
+    *experts, rows, columns = shape
+    return ((*experts, r, columns), (*experts, rows, r)) if experts else ((columns, r), (r, rows))
+
+
 def adapter_shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
-    """Returns the trained and saved shapes: lora_a [in, r], lora_b [r, out] and, with DoRA, m [out] of each matrix; of
-    E stacked experts, lora_a [E, r, in] and lora_b [E, out, r], as in mlx-lm."""
+    """Returns the trained and saved shapes: lora_a and lora_b (`factor_shapes`) and, with DoRA, m [out] of each
+    matrix."""
     assert lora.r is not None
     matrices = architecture(model.architecture).adaptable_matrices(model)
     shapes: Shapes = {}
     for name in adapted_matrices(model, lora):
-        *experts, rows, columns = matrices[name].shape
-        factors = (
-            ((*experts, lora.r, columns), (*experts, rows, lora.r)) if experts else ((columns, lora.r), (lora.r, rows))
-        )
-        shapes[f"{name}.lora_a"], shapes[f"{name}.lora_b"] = factors
+        shape = matrices[name].shape
+        shapes[f"{name}.lora_a"], shapes[f"{name}.lora_b"] = factor_shapes(shape, lora.r)
         if lora.dora:
-            shapes[f"{name}.m"] = (rows,)
+            shapes[f"{name}.m"] = shape[:1]
     return shapes
 
 

@@ -71,7 +71,9 @@ def to_setting(packings: Mapping[str, Packing], model: ModelConfig) -> str | Non
 
 def packings(model: ModelConfig) -> dict[str, Packing]:
     """The inverse of `to_setting`. Raises UserError if model.quantization is not such a text."""
-    return {} if model.quantization is None else _parse(model)
+    if model.quantization is None or model.architecture == "mlx_lm":  # its own form: model/mlx_lm/frozen.py
+        return {}
+    return _parse(model)
 
 
 @lru_cache(maxsize=4)

@@ -29,6 +29,7 @@ def sft(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
     Raises UserError, before anything is written, if data, model, checkpoint and config do not match.
     """
     check_settings(loaded, "sft")
+    loaded, pack_notes = without_packing(loaded)
     loaded, notes = resolve_micro_batch(loaded, several_ranks=detect_launcher() is not None)
     config = loaded.config
     data, chat, train = config.data, config.chat, config.train
@@ -67,6 +68,7 @@ def sft(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
     )
     notes = [
         *notes,
+        *pack_notes,
         *technique_messages,
         *counts.summary(),
         f"{tokenized.train.count:,} training conversations, {tokenized.val.count:,} held out; "
@@ -74,6 +76,17 @@ def sft(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
         *sample_notes,
     ]
     return finetune(run, start, handle, base, encoder, notes=notes, unit="sequences", show=show)
+
+
+def without_packing(loaded: LoadedConfig) -> tuple[LoadedConfig, list[str]]:
+    """Turns chat.pack off for models that mlx-lm computes, whose conversations would see each other."""
+    config = loaded.config
+    if config.model.architecture != "mlx_lm" or not config.chat.pack:
+        return loaded, []
+    config = config.model_copy(update={"chat": config.chat.model_copy(update={"pack": False})})
+    return LoadedConfig(config, loaded.sources), [
+        "chat.pack is off: mlx-lm's models can't mask conversations from each other; each has a sequence of its own"
+    ]
 
 
 def _rouge(handle: EngineHandle, encoder: ChatEncoder, samples: list[Conversation], config: Config) -> dict[str, float]:

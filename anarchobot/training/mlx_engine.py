@@ -346,9 +346,9 @@ def _sum_parts(parts: list[Params]) -> Params:
 
 
 def used_length(targets: npt.NDArray[np.int32]) -> int:
-    """The columns of `targets` [..., L] up to the last one that is scored, as one of LENGTHS multiples: few lengths mean
-    few compilations. Later columns have no effect: attention is causal."""
-    length = targets.shape[-1]
+    """The columns of `targets` [..., L] up to the last one that is scored, rounded up to one of LENGTHS lengths: few
+    lengths mean few compilations. Later columns have no effect: attention is causal."""
+    length: int = targets.shape[-1]
     scored = np.flatnonzero((targets >= 0).reshape(-1, length).any(axis=0))
     unit = -(-length // LENGTHS)
     return min(length, unit * max(1, -(-(int(scored[-1]) + 1 if scored.size else 1) // unit)))

@@ -9,7 +9,7 @@ Shapes: D width of the hidden states, V vocabulary.
 
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -116,8 +116,8 @@ def from_hf(values: dict[str, Any], file: str, tensors: int | None = None) -> di
     except UserError as error:
         raise UserError(f"{file}: {str(error).removeprefix('config.json: ')}") from error
     fields = {key: _first(values, names) for key, names in _KEYS.items()}
-    n_heads = fields["n_heads"] or 1
-    head_dim = _first(values, ("head_dim",))
+    n_heads, n_kv_heads = fields["n_heads"] or 1, fields["n_kv_heads"] or 0
+    head_dim = _first(values, ("head_dim",)) or max(1, facts.d_model // n_heads)
     window = ignored_window(values)
     max_seq_len = fields["max_seq_len"] or DEFAULT_MAX_SEQ_LEN
     return {
@@ -125,8 +125,8 @@ def from_hf(values: dict[str, Any], file: str, tensors: int | None = None) -> di
         "n_layers": facts.n_layers,
         "d_model": facts.d_model,
         "n_heads": n_heads,
-        "n_kv_heads": fields["n_kv_heads"] if (fields["n_kv_heads"] or n_heads) < n_heads else None,
-        "head_dim": head_dim or (None if facts.d_model % n_heads == 0 else max(1, facts.d_model // n_heads)),
+        "n_kv_heads": n_kv_heads if 0 < n_kv_heads < n_heads and n_heads % n_kv_heads == 0 else None,
+        "head_dim": None if head_dim * n_heads == facts.d_model and head_dim % 2 == 0 else -(-head_dim // 2) * 2,
         "mlp_multiple": (fields["mlp_size"] or 4 * facts.d_model) / facts.d_model,
         "dropout": 0.0,
         "max_seq_len": max_seq_len if window is None else min(window, max_seq_len),
@@ -181,6 +181,15 @@ def infer_from_weights(names: Collection[str]) -> dict[str, Any]:
 def tensor_sources(model: ModelConfig, model_type: str) -> dict[str, TensorSource]:
     """mlx-lm converts the tensors (model/mlx_lm/folder.py)."""
     return {name: TensorSource(name) for name in parameter_shapes(model)}
+
+
+def requantized(weights: Mapping[str, Float32], model: ModelConfig, bits: int, dtype: str) -> Mapping[str, Float32]:
+    """What lora.quantize made of these weights in training with products in `dtype`, dequantized."""
+    import mlx.core as mx
+
+    from anarchobot.model.mlx_lm import frozen
+
+    return frozen.Dequantized(frozen.frozen_weights(weights, model, getattr(mx, dtype), bits), model)
 
 
 def to_hf(model: ModelConfig) -> dict[str, Any]:

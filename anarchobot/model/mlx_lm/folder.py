@@ -1,6 +1,7 @@
 """Reads the weights of a Hugging Face or MLX model folder with mlx-lm, which converts names, shapes and formats."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,21 @@ class FolderWeights(Mapping[str, mx.array]):
         return len(self._names)
 
     def note(self, model: ModelConfig) -> ModelConfig:
-        """Adds to model.hf_config what only the weights tell: the parameters of the module that are `absent`, such as
-        an output head that is tied without config.json saying so, and whether the arrays are those of the files (`hf`).
-        Raises UserError if the weights do not fit the module."""
+        """Sets model.quantization, and adds to model.hf_config what only the weights tell: the parameters of the module
+        that are `absent`, such as an output head that is tied without config.json saying so, and whether the arrays are
+        those of the files (`hf`). Raises UserError if the weights do not fit the module."""
         values = json.loads(model.hf_config or "{}")
         absent = [name for name in network(model, {}).shapes if name not in self._names]
         packed = any(name.endswith(".scales") for name in self._names)
         values[NOTES] = {"absent": absent, "hf": self._unconverted and not packed}
         model = model.model_copy(update={"hf_config": json.dumps(values)})
-        shapes = network(model, self._arrays).shapes
+        net = network(model, self._arrays)
+        packings = Counter((layer.bits, layer.group_size) for layer in net.owners.values() if hasattr(layer, "bits"))
+        if packings:
+            ((bits, group_size), _), *_ = packings.most_common(1)
+            quantization = json.dumps({"bits": bits, "group_size": group_size})
+            model = model.model_copy(update={"quantization": quantization})
+        shapes = net.shapes
         for name in {**shapes, **self._names}:
             stored = self._arrays[name].shape if name in self._arrays else None
             if shapes.get(name) != stored:

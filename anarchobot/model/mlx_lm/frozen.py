@@ -89,14 +89,15 @@ class Dequantized(Mapping[str, npt.NDArray[np.float32]]):
 
     def __init__(self, weights: Mapping[str, Any], model: ModelConfig) -> None:
         self._weights, self._model = weights, model
+        self._stored = set(weights)
         self._names = list(network(model, {}).shapes)
 
     def __getitem__(self, name: str) -> npt.NDArray[np.float32]:
         path = name.removesuffix(".weight")
-        parts = [f"{path}.{part}" for part in ("weight", "scales", "biases") if f"{path}.{part}" in set(self._weights)]
-        if path == name or f"{path}.scales" not in parts:
+        if path == name or f"{path}.scales" not in self._stored:
             return np.array(mx.array(self._weights[name]).astype(mx.float32))
-        arrays = {part: mx.array(self._weights[part]) for part in parts}
+        parts = (f"{path}.{part}" for part in ("weight", "scales", "biases", "global_scale"))
+        arrays = {part: mx.array(self._weights[part]) for part in parts if part in self._stored}
         return np.array(dequantize(path, arrays, self._model).astype(mx.float32))
 
     def __iter__(self) -> Iterator[str]:

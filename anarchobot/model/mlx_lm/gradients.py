@@ -38,16 +38,14 @@ def loss_and_gradients(
     def surrogate(trained: Params) -> tuple[mx.array, mx.array]:
         """Returns a scalar with the gradient of the loss: the hidden states times their gradient, with stop_gradient.
         Its value is never computed. Also returns the loss."""
-        used = cast_weights({**weights, **trained}, model, dtype)
-        with net.bound(used, training=True, recomputed=trained if options.recompute else None):
-            net.dropout.key, net.dropout.rate = batch.dropout_key, batch.adapter_dropout
+        with net.bound(cast_weights(trained, model, dtype)):
             hidden = net.hidden_states(batch.tokens)
-            net.dropout.key = None
         hidden = hidden.reshape(-1, hidden.shape[-1])
         total, dhidden, _ = head_loss(mx.stop_gradient(hidden), weights, batch, model, grads, options)
         return mx.sum(hidden * mx.stop_gradient(dhidden)), total
 
-    (_, total), gradients = mx.value_and_grad(surrogate)(params)
+    with net.bound(cast_weights(weights, model, dtype)), net.training(batch, params if options.recompute else None):
+        (_, total), gradients = mx.value_and_grad(surrogate)(params)
     for name, gradient in gradients.items():
         grads.add(name, gradient)
     return total, {name: grads.sums[name] for name in params}

@@ -15,7 +15,7 @@ Shapes: B rows, L tokens, N = B L, D width of the hidden states, V vocabulary.
 
 import json
 import threading
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -29,8 +29,9 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import ModelConfig
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.mlx_lm.adapters import AdapterDropout, make_adaptable
-from anarchobot.model.mlx_lm.checkpointing import Recomputation, make_recomputable
+from anarchobot.model.mlx_lm.checkpointing import Entry, Recomputation, make_recomputable
 from anarchobot.model.mlx_lm.rope import correct_rope
+from anarchobot.model.step_options import MicroBatch
 
 NOTES = "anarchobot"  # key in model.hf_config of what the weights told (model/mlx_lm/folder.py)
 MAX_NETWORKS = 4
@@ -94,31 +95,42 @@ class Network:
     # ---- Calls ----
 
     @contextmanager
-    def bound(
-        self, params: Params, *, training: bool = False, recomputed: Container[str] | None = None
-    ) -> Iterator["Network"]:
-        """Puts `params` into the module; afterwards nothing in it refers to them. `training` selects operations that
-        have gradients; with `recomputed`, the names of the trained parameters, blocks are recomputed for these."""
+    def bound(self, params: Params) -> Iterator["Network"]:
+        """Puts `params` into the module; afterwards nothing in it refers to them."""
         before: list[tuple[Module, str, Any]] = []
-        entries: dict[int, list[tuple[Module, str]]] = {id(block): [] for block in self._blocks}
         try:
-            self.module.train(training)
             for name, array in params.items():
-                path, _, key = name.rpartition(".")
-                owner = self.owners[path]
+                owner, key = self._entry(name)
                 before.append((owner, key, owner.get(key)))
                 dict.__setitem__(owner, key, array)
-                if recomputed is not None and name in recomputed and (block := self.block_of(name)) is not None:
-                    entries[id(self._blocks[block])].append((owner, key))
-            self._recomputation.trained = None if recomputed is None else entries
             yield self
         finally:
-            self._recomputation.trained = None
             for owner, key, array in reversed(before):
                 if array is None:
                     dict.pop(owner, key)
                 else:
                     dict.__setitem__(owner, key, array)
+
+    @contextmanager
+    def training(self, batch: MicroBatch, recomputed: Iterable[str] | None) -> Iterator[None]:
+        """Selects operations that have gradients, and dropout. With `recomputed`, the names of the trained parameters,
+        blocks are computed again when MLX needs their gradients, which must be in this context too."""
+        entries: dict[int, list[Entry]] = {id(block): [] for block in self._blocks}
+        for name in recomputed or ():
+            if (block := self.block_of(name)) is not None:
+                entries[id(self._blocks[block])].append(self._entry(name))
+        try:
+            self.module.train()
+            self.dropout.key, self.dropout.rate = batch.dropout_key, batch.adapter_dropout
+            self._recomputation.trained = None if recomputed is None else entries
+            yield
+        finally:
+            self.module.eval()
+            self.dropout.key = self._recomputation.trained = None
+
+    def _entry(self, name: str) -> Entry:
+        path, _, key = name.rpartition(".")
+        return self.owners[path], key
 
     def hidden_states(self, tokens: mx.array, caches: Sequence[Any] | None = None) -> mx.array:
         """The input of the head [B, L, D], with the arrays that are bound."""
@@ -209,8 +221,7 @@ class Network:
 
     def _is_used_by_head(self, name: str) -> bool:
         """Whether the head fails without this parameter."""
-        path, _, key = name.rpartition(".")
-        owner = self.owners[path]
+        owner, key = self._entry(name)
         array, in_head = owner[key], False
 
         def enter_head(*args: Any, **kwargs: Any) -> mx.array:
