@@ -11,11 +11,12 @@ from anarchobot.exchange.atomic_folder import atomic_folder
 from anarchobot.exchange.chat_format import load_chat_format, stop_ids
 from anarchobot.exchange.dtypes import Dtype
 from anarchobot.exchange.model_card import model_card
+from anarchobot.exchange.pretrained import load_run_tokenizer
 from anarchobot.exchange.tokenizer_json import UNIGRAM_WARNING, find_mismatch, tokenizer_files
 from anarchobot.model.architecture import ExportTarget, architecture
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
-from anarchobot.tokenizers.tokenizer import load_tokenizer, text_start
+from anarchobot.tokenizers.tokenizer import text_start
 
 
 def export(path: str | Path, target: ExportTarget, output: str | Path, dtype: Dtype = "float32") -> dict[str, Any]:
@@ -29,7 +30,7 @@ def export(path: str | Path, target: ExportTarget, output: str | Path, dtype: Dt
     arch = architecture(model.architecture)
     for problem in arch.unsupported_for_export(model, target):
         raise UserError(f"{saved.folder}: can't be exported to {target}: {problem}")
-    tokenizer = load_tokenizer(saved.folder.parent)
+    tokenizer = load_run_tokenizer(saved)
     chat = load_chat_format(tokenizer)
     bos_id = next(iter(text_start(tokenizer, model.bos_id)), None)
     warnings = list(arch.export_warnings(model, target))

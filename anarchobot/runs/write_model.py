@@ -11,7 +11,7 @@ from anarchobot.config.schema import Config
 from anarchobot.config.strict_yaml import dump
 from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import write_atomic
-from anarchobot.tokenizers.tokenizer import Tokenizer, copy_tokenizer
+from anarchobot.tokenizers.tokenizer import Tokenizer, copy_tokenizer, digest
 
 
 def write_model(
@@ -34,5 +34,6 @@ def write_model(
     config = config.model_copy(update={"train": train})
     write_atomic(folder / "config.yaml", dump(config.model_dump()))
     arrays = {f"{checkpoint.PARAMS}{name}": array for name, array in weights.items()}
-    checkpoint.save(folder, 0, arrays, {"tokens": 0, **origin, "config": config.model_dump()})
+    state = {"tokens": 0, "tokenizer": digest(tokenizer), **origin, "config": config.model_dump()}
+    checkpoint.save(folder, 0, arrays, state)
     return config

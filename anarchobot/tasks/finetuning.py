@@ -28,7 +28,7 @@ from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import TRAINING_DAY
 from anarchobot.tokenizers.conversation import Conversation
 from anarchobot.tokenizers.decoding import StopStringFilter
-from anarchobot.tokenizers.tokenizer import copy_tokenizer
+from anarchobot.tokenizers.tokenizer import copy_tokenizer, digest
 from anarchobot.training.loop import Run
 
 # Settings of the commands without CONFIG.
@@ -103,6 +103,7 @@ def resume_identity(
     return {
         "conversations": data_digests,
         "base": base.digest,
+        "tokenizer": digest(base.tokenizer),
         "precision": handle.precision,
         "val_sequences": val_sequences,
     }

@@ -61,6 +61,7 @@ def pretrain(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str
         identity={
             "val_sequences": val_sequences,
             "shards": [stream.manifest.digest() for stream in streams],
+            "tokenizer": digest(tokenizer),
             **({"base": base.digest, "precision": handle.precision} if use_lora and base is not None else {}),
         },
         train=Prefetcher(batches, ranks.rank, ranks.size),

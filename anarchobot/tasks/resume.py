@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
 from anarchobot.config.schema import Config
+from anarchobot.exchange.adapters import same_base
 from anarchobot.optim.schedule import sequences_per_step
 from anarchobot.runs import checkpoint
 from anarchobot.runs.progress import Progress
@@ -30,6 +31,7 @@ IDENTITY = {
     "shards": ("data.shard_dir", "shards"),
     "conversations": ("data.dataset", "conversations"),
     "base": ("train.init_from", "weights"),
+    "tokenizer": ("train.init_from", "tokens"),
 }
 MUTABLE_MODEL_KEYS = ("dropout", "max_seq_len", "bos_id")
 # Settings of how a run is started and where its files are, which don't affect training.
@@ -105,9 +107,14 @@ def check_same_run(saved: checkpoint.Checkpoint, config: Config, identity: Mappi
             f"start a new run with train.init_from={saved.folder.parent} train.save_dir=..."
         )
     for name, (key, what) in IDENTITY.items():
+        if name == "tokenizer" and not (name in identity and name in saved.state):
+            continue  # early versions did not record it
         if name in identity and name not in saved.state:
             raise UserError(f"{saved.folder}: this run was started by another command: start a new run elsewhere")
-        if saved.state.get(name) != identity.get(name):
+        before, now = saved.state.get(name), identity.get(name)
+        if before != now and not (name == "base" and before and now and same_base(before, now)):
+            if name == "base" and str(before).partition(":")[0] == str(now).partition(":")[0]:
+                what = "model settings or tokens"
             given, original = attrgetter(key)(config), attrgetter(key)(saved.config)
             raise UserError(
                 f"{saved.folder}: this run was started with different {what} from those in {given}: set {key} to the "

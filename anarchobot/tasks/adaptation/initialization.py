@@ -43,6 +43,7 @@ class Adaptation:
 
     settings: AdaptConfig
     base: PretrainedModel
+    base_digest: str
     source: Tokenizer
     stages: StageRunner
     quiet: bool
@@ -208,7 +209,7 @@ def initialize_model(run: Adaptation, alignment: StageResult, tokenizer: StageRe
         step = write_adapted_model(folder, params, run.base, target)
         return [step / "model.npz", step / "state.json"], {"zero_initialised": count_zero_rows(params[EMBEDDING])}
 
-    inputs = {"alignment": alignment.digest, "tokenizer": tokenizer.digest, "model": run.base.digest}
+    inputs = {"alignment": alignment.digest, "tokenizer": tokenizer.digest, "model": run.base_digest}
     return run.stages.run("initial", work, settings={"seed": run.seed}, inputs=inputs)
 
 

@@ -15,6 +15,7 @@ from anarchobot.config.adapt_schema import AdaptConfig
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import Loaded
 from anarchobot.data.sources.files import find
+from anarchobot.exchange.adapters import same_base
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.storage.durable import sha256_file, write_atomic
 from anarchobot.storage.lock import FolderLock
@@ -50,9 +51,12 @@ def adapt_vocab(
     root = Path(settings.pipeline.run_root)
     stages = StageRunner(root, settings.pipeline.max_retries, settings.pipeline.retry_backoff, log)
     path = settings.models.source_tokenizer
-    run = Adaptation(settings, base, base.tokenizer if path is None else load_tokenizer(path), stages, quiet)
+    source = base.tokenizer if path is None else load_tokenizer(path)
+    # That of an earlier version remains, so that finished stages remain valid.
+    base_digest = stages.recorded_inputs("initial").get("model", base.digest)
+    run = Adaptation(settings, base, base_digest, source, stages, quiet)
     with FolderLock(root):
-        if stages.recorded_inputs("initial").get("model", base.digest) != base.digest:
+        if not same_base(run.base_digest, base.digest):
             raise UserError(
                 f"{loaded.where('pipeline.run_root')}: {root} contains the adaptation of another model than the one in "
                 f"{base.folder}: choose another folder, or remove it"
@@ -80,7 +84,7 @@ def _run_stages(run: Adaptation) -> dict[str, Any]:
     for text in alignment_report.get("advice", []):
         run.stages.log(f"warning: {text}")
     models = {
-        "before": (run.settings.models.source_model, run.base.digest),
+        "before": (run.settings.models.source_model, run.base_digest),
         "initial": (str(initial.folder), initial.digest),
     }
     finished, result = True, initial
