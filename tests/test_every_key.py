@@ -27,6 +27,7 @@ from anarchobot.data.shards import read_manifest
 from anarchobot.data.sources.documents import Document
 from anarchobot.inference.sampling import sample
 from anarchobot.model.llama.forward import hidden_states
+from anarchobot.model.llama.rope import attention_factor, inverse_frequencies
 from anarchobot.model.lora import adapter_scale
 from anarchobot.model.loss import logits
 from anarchobot.model.parameters import init_parameters, parameter_shapes
@@ -58,13 +59,37 @@ SHAPED: dict[str, tuple[Any, str, tuple[int, ...] | None]] = {
     "tie_embeddings": (False, "lm_head.weight", (40, 16)),
     "qk_norm": (True, "model.layers.0.self_attn.q_norm.weight", (4,)),
     "attention_bias": (True, "model.layers.0.self_attn.k_proj.bias", (16,)),
+    "post_norms": (True, "model.layers.0.mlp_output_layernorm.weight", (16,)),
 }
 
-# Keys that change the output for the same parameters.
+# Keys that change the output for the same parameters, and other settings that they require.
 COMPUTED: dict[str, Any] = {
     "n_heads": 2, "ffn_activation": "gelu", "rope_theta": 100.0, "norm_eps": 0.5, "logit_softcap": 0.1,
-    "embedding_scale": 7.0, "value_residual": True,
+    "embedding_scale": 7.0, "value_residual": True, "rotary_fraction": 0.5, "sliding_window": 2,
+    "rope_local_theta": 2.0, "layer_types": ["full_attention", "sliding_attention"], "attention_scale": 0.01,
+    "attention_softcap": 0.1,
 }  # fmt: skip
+COMPUTED_WITH: dict[str, Any] = {"rope_local_theta": {"sliding_window": 2}, "layer_types": {"sliding_window": 2}}
+
+# Keys of model.rope_scaling that change the frequencies or the factor: a value, and other settings that they require.
+LONGROPE: dict[str, Any] = {
+    "type": "longrope", "original_max_seq_len": 8, "short_factor": [1.0] * 16, "long_factor": [3.0] * 16,
+}  # fmt: skip
+YARN: dict[str, Any] = {"type": "yarn", "original_max_seq_len": 300, "factor": 4.0}
+LLAMA3: dict[str, Any] = {"type": "llama3", "original_max_seq_len": 300, "factor": 4.0}
+ROTATED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "type": ("linear", {"factor": 2.0}),
+    "factor": (2.0, {"type": "linear"}),
+    "original_max_seq_len": (9, LONGROPE),
+    "low_freq_factor": (0.5, LLAMA3),
+    "high_freq_factor": (9.0, LLAMA3),
+    "beta_fast": (8.0, YARN),
+    "beta_slow": (0.01, YARN),
+    "truncate": (False, YARN),
+    "attention_factor": (0.5, YARN),
+    "short_factor": ([2.0] * 16, LONGROPE),
+    "long_factor": ([4.0] * 16, LONGROPE),
+}
 
 # Keys whose effect shows in a run of six steps: settings, and a condition on the default and the changed run.
 TRAINED: dict[str, tuple[dict[str, Any], Any]] = {
@@ -172,6 +197,7 @@ ELSEWHERE = {
         "tests/inference/test_generation.py::test_ends_at_max_new_tokens_max_seq_len_and_end_of_document"
     ),
     "model.zero_init_proj": "tests/model/test_parameters.py::test_zero_init_proj_zeroes_the_residual_projections",
+    "model.quantization": "tests/exchange/test_quantized.py::test_logits_are_those_of_mlx_lm_and_nothing_is_unpacked",
     "model.bos_id": "tests/exchange/test_importing.py::test_stories260k_gives_its_logits_and_published_text",
     "train.init_from": "tests/exchange/test_importing.py::test_training_starts_from_the_imported_weights",
     "train.ckpt_minutes": "tests/training/test_loop.py::test_checkpoint_interval_in_minutes",
@@ -219,6 +245,7 @@ def places() -> dict[str, str]:
     found = {name.replace("__", "."): f"test_key_{name}" for name in here}
     found |= {f"model.{key}": f"test_shape_keys[{key}]" for key in SHAPED}
     found |= {f"model.{key}": f"test_keys_that_change_the_output[{key}]" for key in COMPUTED}
+    found |= {f"model.rope_scaling.{key}": f"test_keys_of_scaled_rope[{key}]" for key in ROTATED}
     found |= {key: f"test_keys_that_change_a_run[{key}]" for key in TRAINED}
     found |= {key: f"test_keys_that_change_tuning[{key}]" for key in TUNED}
     found |= {key: f"test_keys_of_sampling[{key}]" for key in SAMPLED}
@@ -262,7 +289,20 @@ def test_keys_that_change_the_output(key: str) -> None:
         model = ModelConfig(**{**SHAPE, **change})
         return np.array(logits(hidden_states(params, mx.arange(8)[None], model), params, model))
 
-    assert np.abs(outputs() - outputs(**{key: COMPUTED[key]})).max() > 1e-3
+    other = COMPUTED_WITH.get(key, {})
+    assert np.abs(outputs(**other) - outputs(**other, **{key: COMPUTED[key]})).max() > 1e-3
+
+
+@pytest.mark.parametrize("key", ROTATED)
+def test_keys_of_scaled_rope(key: str) -> None:
+    def rotations(**scaling: Any) -> list[float]:
+        model = ModelConfig(head_dim=32, rope_scaling=scaling)  # type: ignore[arg-type]
+        frequencies = [inverse_frequencies(model, None, length) for length in (8, 9)]
+        return [attention_factor(model, None), *np.concatenate(frequencies)]
+
+    value, other = ROTATED[key]
+    ratios = np.divide(rotations(**other), rotations(**{**other, key: value}))
+    assert np.abs(np.log(ratios)).max() > 0.01
 
 
 @pytest.fixture(scope="module")
@@ -383,6 +423,15 @@ def test_key_model__architecture(tmp_path: Path) -> None:
     path.write_text("model:\n  architecture: bert\n")
     with pytest.raises(UserError, match=r':2: model.architecture: expected .*"llama".*, got "bert"$'):
         load_config(path)
+
+
+def test_key_model__hf_config() -> None:
+    def embedding(width: int) -> tuple[int, ...]:
+        values = {"model_type": "gpt2", "n_ctx": 8, "n_embd": width, "n_head": 2, "n_layer": 1, "n_positions": 8}
+        text = json.dumps({**values, "layer_norm_epsilon": 1e-5, "vocab_size": 40})
+        return parameter_shapes(ModelConfig(architecture="mlx_lm", hf_config=text))["model.wte.weight"]
+
+    assert (embedding(8), embedding(16)) == ((40, 8), (40, 16))
 
 
 def test_key_train__log_path(tmp_path: Path, tiny_shards: Path) -> None:
