@@ -36,6 +36,8 @@ from anarchobot.model.parameters import by_block, lowest_trained_block, paramete
 from anarchobot.model.quantization import Packing, packings
 from anarchobot.numerics.cores import CPU_MLP_ROWS, workers_for
 from anarchobot.optim.param_groups import (
+    EMBEDDING,
+    HEAD,
     MIN_SIZE_FOR_STRIPS,
     balanced_shares,
     muon_batches,
@@ -195,7 +197,7 @@ class _Part:
         self._copies = 0
         if itemsize == 2 and not config.lora.r:
             self._copies = itemsize * _size({name: shape for name, shape in trained.items() if len(shape) == 2})
-        self.logits = self._logits(n)
+        self.logits, self._several_chunks = self._logits(n), n > self._loss_chunk
 
     def _bytes(self, counts: _Counts) -> int:
         x, q, kv, mlp, _ = self._sizes
@@ -216,13 +218,17 @@ class _Part:
         saved = self._x if recompute else self._sizes.saved  # by each block
         gradients = 4 * _size(self._trained)
         block_gradients = [4 * _size(block) for block in by_block(self._trained, model)]
-        other_gradients = gradients - sum(block_gradients)  # embedding, head and last norm
+        # Without earlier micro-batches, the head's gradient is the first, and exists from its first chunk on; the
+        # embedding's is the last, unless it is the head's.
+        embedding = 4 * math.prod(self._trained[EMBEDDING]) if HEAD in self._trained else 0
+        other_gradients = gradients - sum(block_gradients) - embedding  # of the head and the last norm
+        before_last_chunk = other_gradients if self._several_chunks else 0
         forward = (gradients if accumulated else 0) + max(0, model.n_layers - 1 - lowest) * saved
         forward += self._x + self._bytes(_FORWARD[self._itemsize]) + self._dequantized + self._copies
-        loss = self._copies + (gradients if accumulated else other_gradients) + (model.n_layers - lowest) * saved
+        loss = self._copies + (gradients if accumulated else before_last_chunk) + (model.n_layers - lowest) * saved
         loss += 3 * self._x + self.logits
 
-        backward = 0
+        backward = self._copies + gradients + 2 * self._x  # at the end
         for i in range(lowest, model.n_layers):
             live = gradients if accumulated else other_gradients + sum(block_gradients[i:])
             live += self._copies + (i - lowest) * saved + 2 * self._x
@@ -259,7 +265,7 @@ def _update(trained: Shapes, by_muon: set[str], train: TrainConfig, workers: int
         matrices = {name: trained[name] for name in share if name in by_muon}
         parts = [
             (
-                _muon_batch([trained[name] for name in names], names[0], train),
+                _muon_batch([trained[name] for name in names], names[0], train, workers),
                 4 * sum(math.prod(trained[name]) for name in names),
             )
             for names in muon_batches(matrices, train.muon_split_heads)
@@ -274,16 +280,19 @@ def _update(trained: Shapes, by_muon: set[str], train: TrainConfig, workers: int
     return peak, net_peak
 
 
-def _muon_batch(shapes: list[tuple[int, ...]], name: str, train: TrainConfig) -> int:
+def _muon_batch(shapes: list[tuple[int, ...]], name: str, train: TrainConfig, workers: int) -> int:
     """For a stack of S bytes with Gram matrices of G bytes: momenta, look-aheads, directions and new weights are 5.5 S,
     and eleven products of [s, s] come between. In strips, these are so many operations that the first arrays are freed
-    before."""
+    before. MLX limits how far it runs ahead over all threads: with several, a batch's look-aheads are freed before its
+    products are computed, and most of these before its weights."""
     rows, cols = shapes[0]
     stack = 4 * len(shapes) * rows * cols
     small, large = sorted((rows, cols))
     if train.muon_split_heads and "self_attn" in name:
         return 11 * stack // 2
     gram = stack * small // large
+    if workers > 1:
+        return max(5 * stack, 2 * stack + 13 * gram)
     return max(8 * stack, 3 * stack + 13 * gram) if small >= MIN_SIZE_FOR_STRIPS else 11 * stack // 2 + 11 * gram
 
 

@@ -55,6 +55,8 @@ MEASURED = [
     config(micro_batch_size=8, grad_accum_steps=1, optimizer="adamw"),
     config({"tie_embeddings": False, "n_kv_heads": 2}, optimizer="adamw"),
     config(lora={"r": 8}),
+    config({"tie_embeddings": False, "vocab_size": 8000}, micro_batch_size=2, grad_accum_steps=1, optimizer="adamw"),
+    config({"d_model": 256}, micro_batch_size=2, cpu_threads=2),
 ]
 
 
