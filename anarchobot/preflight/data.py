@@ -165,4 +165,4 @@ def source_model(context: Context) -> Outcome:
     """Runs the checks of adapt-vocab."""
     base = load_pretrained(context.adapt.config.models.source_model)
     adapt_checks.check(context.adapt, base)
-    return "pass", f"{base.folder}: {parameter_count(base.model):,} parameters, {base.model.vocab_size:,} tokens"
+    return "pass", f"{base.name}: {parameter_count(base.model):,} parameters, {base.model.vocab_size:,} tokens"

@@ -118,13 +118,13 @@ def initial_weights(loaded: LoadedConfig, base: PretrainedModel) -> Weights:
     config's."""
     if base.model.quantization is not None:
         raise UserError(
-            f"{loaded.where('train.init_from')}: the weights of {base.folder} are quantized: import the model first "
+            f"{loaded.where('train.init_from')}: the weights of {base.name} are quantized: import the model first "
             "(anarchobot import), or train adapters for it (anarchobot sft with lora.r)"
         )
     for key in type(base.model).model_fields:
         old, new = getattr(base.model, key), getattr(loaded.config.model, key)
         if old != new and key not in WEIGHT_INDEPENDENT_KEYS:
-            raise UserError(f"{loaded.where(f'model.{key}')}: {new}, but {base.folder} has {old}: set it to {old}")
+            raise UserError(f"{loaded.where(f'model.{key}')}: {new}, but {base.name} has {old}: set it to {old}")
     return base.weights
 
 

@@ -239,7 +239,7 @@ def test_mismatched_inputs_are_rejected(tmp_path: Path, base: Path, chats: Path)
     rejected("no such file", make(data__dataset=str(tmp_path / "none.jsonl")))
     for overrides, match in (
         ({"train__init_from": None}, r"train.init_from \(--model\): expected"),
-        ({"train__init_from": str(tmp_path / "none")}, r"none: .*checkpoint"),
+        ({"train__init_from": str(tmp_path / "none")}, "none: no such folder"),
         ({"model__d_model": 64}, "model.d_model: 64, .* model in .* has 32"),
         ({"data__seq_len": 65}, r"data.seq_len \(65\) must be at most model.max_seq_len \(64\)"),
     ):

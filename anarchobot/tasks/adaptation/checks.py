@@ -41,12 +41,12 @@ def _check_tokenizers(loaded: Loaded[AdaptConfig], base: PretrainedModel) -> Non
         tokenizer, where = load_tokenizer(path), loaded.where("models.source_tokenizer")
         if tokenizer.vocab_size != base.tokenizer.vocab_size:
             raise UserError(
-                f"{where}: {path} has {tokenizer.vocab_size:,} tokens, but the model in {base.folder} was trained with "
+                f"{where}: {path} has {tokenizer.vocab_size:,} tokens, but the model in {base.name} was trained with "
                 f"{base.tokenizer.vocab_size:,}: remove it, or set the model's tokenizer"
             )
         if _same_tokens(tokenizer, base.tokenizer) < MIN_SAME_TOKENS:
             raise UserError(
-                f"{where}: {path} has different tokens from the tokenizer of the model in {base.folder}: remove it, or "
+                f"{where}: {path} has different tokens from the tokenizer of the model in {base.name}: remove it, or "
                 "set the model's tokenizer"
             )
     if models.target_tokenizer is not None:

@@ -226,7 +226,7 @@ def write_adapted_model(folder: Path, weights: Mapping[str, Floats], base: Pretr
     """Writes a run folder with a checkpoint at step 0; returns the checkpoint folder."""
     model = adapted_config(base, target)
     data = DataConfig(seq_len=min(base.config.data.seq_len, model.max_seq_len))
-    write_model(folder, Config(model=model, data=data), target, weights, {"adapted": str(base.folder)})
+    write_model(folder, Config(model=model, data=data), target, weights, {"adapted": base.name})
     return checkpoint.step_folder(folder, 0)
 
 

@@ -59,7 +59,7 @@ def adapt_vocab(
         if not same_base(run.base_digest, base.digest):
             raise UserError(
                 f"{loaded.where('pipeline.run_root')}: {root} contains the adaptation of another model than the one in "
-                f"{base.folder}: choose another folder, or remove it"
+                f"{base.name}: choose another folder, or remove it"
             )
         report = _run_stages(run)
         write_atomic(root / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
