@@ -185,7 +185,10 @@ def write_model(folder: Path, config: dict[str, Any]) -> None:
     if quantization := config.get("quantization"):
         nn.quantize(model, **quantization)
     folder.mkdir()
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    weights = dict(tree_flatten(model.parameters()))
+    if config["tie_word_embeddings"]:
+        weights.pop("lm_head.weight", None)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
     words = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, config["vocab_size"])}
     tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<|endoftext|>")).save(str(folder / "tokenizer.json"))

@@ -29,6 +29,13 @@ import numpy as np
 HERE = Path(__file__).parent
 ROWS, LENGTH, STEPS, RANK, SCALE = 2, 48, 10, 8, 2.0
 GROUP = 32  # columns of a quantized group: tiny models are narrow
+ADAPTED = (
+    ("q_proj", "v_proj"),
+    ("q_proj", "o_proj"),
+    ("o_proj", "down_proj"),
+    ("query_key_value", "dense_h_to_4h"),
+    ("c_attn", "c_fc"),
+)
 PROGRAM = [sys.executable, "-m", "anarchobot"]
 COLUMNS = ("computed by", "logits", "mlx-lm", "sft", "LoRA", "QLoRA", "dpo", "losses", "generate", "serve")
 
@@ -75,6 +82,20 @@ def mlx_lm_logits(folder: Path, ids: Any) -> Any:
     return np.array(mlx_lm_model(folder)(mx.array(ids)[None]))[0]
 
 
+def adapted_modules(folder: Path) -> dict[str, str]:
+    """The matrices to train adapters for: their names within a block, by the last part of the name. The first pair of
+    ADAPTED that mlx-lm's module has."""
+    import mlx.nn as nn
+
+    found = {
+        name.rpartition(".")[2]: name
+        for name, module in mlx_lm_model(folder).layers[0].named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    pair = next(pair for pair in ADAPTED if set(pair) <= set(found))
+    return {name: found[name] for name in pair}
+
+
 def our_losses(folder: Path, rows: Any) -> list[float]:
     from anarchobot.config.schema import Config
     from anarchobot.data.windows import Batch
@@ -85,7 +106,7 @@ def our_losses(folder: Path, rows: Any) -> list[float]:
     train = {"optimizer": "adamw", "micro_batch_size": ROWS, "weight_decay": 0.01, "device": "cpu", "cpu_threads": 1}
     values = {
         "model": base.model.model_dump(), "data": {"seq_len": LENGTH}, "train": train,
-        "lora": {"r": RANK, "alpha": SCALE * RANK, "target_modules": ["q_proj", "v_proj"]},
+        "lora": {"r": RANK, "alpha": SCALE * RANK, "target_modules": list(adapted_modules(folder))},
     }  # fmt: skip
     engine = MLXEngine(Config.model_validate(values), base.weights)
     _start_equal(engine)
@@ -114,13 +135,13 @@ def mlx_lm_losses(folder: Path, rows: Any) -> list[float]:
     from mlx_lm.tuner.trainer import TrainingArgs, train
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
+    from anarchobot.optim.param_groups import ADAMW_BETA2
+
     model = mlx_lm_model(folder)
     model.freeze()
-    keys = [f"self_attn.{name}" for name in ("q_proj", "v_proj")]
+    keys = list(adapted_modules(folder).values())
     linear_to_lora_layers(model, len(model.layers), {"rank": RANK, "scale": SCALE, "dropout": 0.0, "keys": keys})
     trainable = tree_flatten(model.trainable_parameters())
-    if not trainable:
-        raise ValueError("no q_proj and v_proj")
     start = [(name, mx.array(_factors(a.shape))) for name, a in trainable if name.endswith(".lora_a")]
     model.update(tree_unflatten(start))
     losses: list[float] = []
@@ -132,7 +153,7 @@ def mlx_lm_losses(folder: Path, rows: Any) -> list[float]:
     with tempfile.TemporaryDirectory() as out:
         train(
             model,
-            mlx.optimizers.AdamW(1e-3, weight_decay=0.01, bias_correction=True),
+            mlx.optimizers.AdamW(1e-3, betas=[0.9, ADAMW_BETA2], weight_decay=0.01, bias_correction=True),
             [(row, 0) for row in rows.tolist()],
             args=TrainingArgs(
                 batch_size=ROWS, iters=STEPS, val_batches=0, steps_per_report=1, steps_per_save=10**9,
