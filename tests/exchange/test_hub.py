@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -45,7 +46,8 @@ class Worker:
 
     def __init__(self, cwd: Path, **env: str) -> None:
         self.cwd = cwd
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | env
+        private = re.compile(r"HF_|HUGGING|.*_proxy$", re.IGNORECASE)  # the developer's own settings
+        self.env = {name: value for name, value in os.environ.items() if not private.match(name)} | env
         self.process = subprocess.Popen(
             [sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=cwd,
             env=self.env,
@@ -234,9 +236,10 @@ def test_a_run_keeps_the_commit_that_it_started_from(hub: FakeHub, online: Worke
     config = str(run / "config.yaml")
     code, output = online.run("sft", config, "train.total_steps=2", "--resume-from", "auto")
     assert code == 0 and "step 2, " in output
-    # Other programs take the name without the commit, and so does fuse where it is the same.
-    assert online.run("fuse", "--model", f"acme/base@{old}", "--adapter", "runs/sft", "--output", "fused")[0] == 0
-    assert checkpoint.find(online.cwd / "fused").state["fused"] == [f"acme/base@{old}", "runs/sft"]
+    # Adapters have names too.
+    names = [f"acme/base@{old}", f"acme/adapters@{hub.add('acme/adapters', run / 'adapters')}"]
+    assert online.run("fuse", "--model", names[0], "--adapter", "acme/adapters", "--output", "fused")[0] == 0
+    assert checkpoint.find(online.cwd / "fused").state["fused"] == names
 
 
 def test_names_of_folders_in_the_cache(tmp_path: Path) -> None:
