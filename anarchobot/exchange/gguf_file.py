@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from anarchobot.config.errors import UserError
-from anarchobot.config.schema import ModelConfig
+from anarchobot.config.schema import ModelConfig, RopeScaling
 from anarchobot.exchange.chat_format import ChatFormat
 from anarchobot.exchange.dtypes import Dtype, Float32, to_dtype
 from anarchobot.exchange.tokenizer_json import CONTROL
 from anarchobot.model.architecture import architecture
+from anarchobot.model.llama.rope import inverse_frequencies
 from anarchobot.tokenizers.sentencepiece_to_json import NORMAL, UNUSED, USER_DEFINED
 from anarchobot.tokenizers.special_tokens import AddedToken
 from anarchobot.tokenizers.tokenizer import (
@@ -67,6 +68,7 @@ def write(
     """
     gguf = gguf_package()
     model_type = architecture(model.architecture).to_hf(model)["model_type"]
+    model_type = "llama" if model_type == "mistral" else model_type  # to llama.cpp, a Mistral is a Llama
     writer = gguf.GGUFWriter(path, model_type)
     file_types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
     fields = {
@@ -87,6 +89,13 @@ def write(
         "layer_norm_rms_eps": model.norm_eps,
         **tokenizer,
     }
+    if model.rope_scaling.type == "linear":
+        fields["rope_scaling_type"] = gguf.RopeScalingType.LINEAR
+        fields["rope_scaling_factor"] = model.rope_scaling.factor
+    elif model.rope_scaling.type == "llama3":
+        plain = model.model_copy(update={"rope_scaling": RopeScaling()})
+        divisors = inverse_frequencies(plain, None, 1) / inverse_frequencies(model, None, 1)
+        writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
     for key, value in fields.items():
         getattr(writer, f"add_{key}")(value)
     for param_name, array in params.items():

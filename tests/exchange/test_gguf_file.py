@@ -44,6 +44,26 @@ def field(reader: gguf.GGUFReader, name: str) -> Any:
     return None if found is None else found.contents()
 
 
+def test_scaled_rotary_embeddings(tmp_path: Path, bpe: Path) -> None:
+    """llama.cpp divides the frequency of each pair by rope_freqs, or all of them by a factor."""
+    shape = {"head_dim": 16, "rope_theta": 5e5, "sliding_window": 100}
+    scaling = {"type": "llama3", "factor": 8.0, "original_max_seq_len": 512}
+    reader = read(make_run(tmp_path / "a", bpe, **shape, rope_scaling=scaling), tmp_path / "llama3")
+    assert field(reader, "general.architecture") == "llama"  # llama.cpp has no Mistral
+    (found,) = (tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight")
+    expected = []
+    for i in range(8):  # Llama 3.1's reference code, with low_freq_factor 1 and high_freq_factor 4
+        wavelength = 2 * np.pi * 5e5 ** (2 * i / 16)
+        smooth = (512 / wavelength - 1) / (4 - 1)
+        middle = 1 / ((1 - smooth) / 8 + smooth)
+        expected.append(1.0 if wavelength < 512 / 4 else 8.0 if wavelength > 512 else middle)
+    assert 1 < expected[2] < 8
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    scaling = {"type": "linear", "factor": 4.0}
+    reader = read(make_run(tmp_path / "b", bpe, **shape, rope_scaling=scaling), tmp_path / "linear")
+    assert field(reader, "llama.rope.scaling.type") == "linear" and field(reader, "llama.rope.scaling.factor") == 4
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_tensors_equal_the_checkpoint(tmp_path: Path, bpe: Path, dtype: Any, kind: str) -> None:
