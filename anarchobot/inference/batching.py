@@ -53,13 +53,15 @@ class StepOutput(NamedTuple):
 @dataclass
 class _Row:
     """A request. `context` holds the prompt tokens that are not prefilled yet, `recent` the ids for the repetition
-    penalty. Of the `sampled` tokens, the last one may not have been `read` yet."""
+    penalty; `length` is how long its text may become. Of the `sampled` tokens, the last one may not have been `read`
+    yet."""
 
     request: int
     context: list[int]
     settings: GenerationConfig
     stop: frozenset[int]
     limit: int
+    length: int
     recent: mx.array
     caches: list[Any]
     sampled: int = 0
@@ -98,7 +100,8 @@ class Batch:
         caches = self._forward.make_caches(self._params, self._model)
         recent = mx.array(context[-PENALTY_WINDOW:])
         limit = min(settings.max_new_tokens, room)
-        self._waiting.append(_Row(self._requests, context, settings, frozenset(stop), limit, recent, caches))
+        row = _Row(self._requests, context, settings, frozenset(stop), limit, len(context) + limit, recent, caches)
+        self._waiting.append(row)
         return self._requests
 
     def remove(self, request: int) -> None:
@@ -113,7 +116,7 @@ class Batch:
             return []
         tokens = self._next
         if any(row.sampled < row.limit for row in self._rows):
-            self._next = self._sample(self._last_logits(tokens[:, None], self._caches), self._rows)
+            self._next = self._sample(self._last_logits(tokens[:, None], self._caches, self._rows), self._rows)
             mx.async_eval(self._next)  # type: ignore[no-untyped-call]
         self._steps += 1
         if self._steps % _CLEAR_CACHE_EVERY == 0:
@@ -135,7 +138,7 @@ class Batch:
             row = self._waiting[0]
             chunk, row.context = row.context[:left], row.context[left:]
             left -= len(chunk)
-            z = self._last_logits(mx.array([chunk]), row.caches)
+            z = self._last_logits(mx.array([chunk]), row.caches, [row])
             if row.context:
                 mx.eval([cache.state for cache in row.caches])
                 continue
@@ -144,13 +147,14 @@ class Batch:
             mx.async_eval(first)  # type: ignore[no-untyped-call]
             self._join(row, first)
 
-    def _last_logits(self, tokens: mx.array, caches: list[Any]) -> mx.array:
+    def _last_logits(self, tokens: mx.array, caches: list[Any], rows: list[_Row]) -> mx.array:
         """Returns float32 logits [B, V] of the token after tokens [B, L]."""
+        lengths = [row.length for row in rows]
         hidden = self._forward.hidden_states(
-            self._params, tokens, self._model, dtype=self._dtype, caches=caches, wait=unordered
+            self._params, tokens, self._model, dtype=self._dtype, caches=caches, lengths=lengths, wait=unordered
         )
         z = logits(hidden[:, -1], self._params, self._model)
-        return z[:, : self._model.vocab_size]  # mlx-lm's models may have rows without a token
+        return z[:, : self._model.vocab_size]  # an embedding may have rows without a token
 
     def _sample(self, z: mx.array, rows: list[_Row]) -> mx.array:
         """Draws the rows' next ids [B] from logits [B, V]."""

@@ -152,10 +152,12 @@ class ForwardPass(Protocol):
         dtype: "mx.Dtype",
         segments: "mx.array | None" = None,
         caches: "Sequence[Any] | None" = None,
+        lengths: "Sequence[int] | None" = None,
         wait: "EvalOrder" = ...,
     ) -> "mx.array":
         """The input of the output head, [B, L, D], without dropout: for evaluation and generation. `caches` hold each
-        layer's keys and values of earlier tokens: those of `make_caches`, or several rows of them merged."""
+        layer's keys and values of earlier tokens: those of `make_caches`, or several rows of them merged. `lengths` [B]
+        say how long each row with caches may become, prompt and answer."""
 
     def make_caches(self, params: "Params", model: ModelConfig) -> list[Any]:
         """New caches of one row, for `hidden_states`."""

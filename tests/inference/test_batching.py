@@ -19,6 +19,14 @@ OTHER = ModelConfig(
     vocab_size=VOCAB, n_layers=2, d_model=32, n_heads=4, max_seq_len=48, qk_norm=True, value_residual=True
 )
 
+PHI = ModelConfig(
+    vocab_size=VOCAB, n_layers=2, d_model=32, n_heads=4, max_seq_len=48, sliding_window=6,
+    layer_types=["full_attention", "sliding_attention"], rope_scaling={
+        "type": "longrope", "factor": 4.0, "original_max_seq_len": 20, "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [1.0, 2.0, 3.0, 4.0],
+    },
+)  # fmt: skip
+
 
 def contexts(count: int) -> list[list[int]]:
     """Prompts of 1 to 20 tokens; neighbors differ in length."""
@@ -30,7 +38,7 @@ def tokens_of(outputs: list[StepOutput], request: int) -> list[int]:
     return [o.token for o in outputs if o.request == request and o.token is not None]
 
 
-@pytest.mark.parametrize("shape", [SHAPE, OTHER], ids=["grouped", "qk_norm"])
+@pytest.mark.parametrize("shape", [SHAPE, OTHER, PHI], ids=["grouped", "qk_norm", "windows, longrope"])
 @pytest.mark.parametrize("chunk", [512, 5])
 def test_greedy_ids_equal_those_of_each_request_alone(
     shape: ModelConfig, chunk: int, monkeypatch: pytest.MonkeyPatch
