@@ -8,10 +8,12 @@ import pytest
 
 from anarchobot.evaluation.evaluate import EvalRequest, evaluate_tasks
 from anarchobot.exchange.exporting import export
-from anarchobot.inference.model import load_model
+from anarchobot.inference.generation import TextBatch, TextChunk
+from anarchobot.inference.model import Model, load_model
 from tests.exchange.conftest import bpe as bpe
 from tests.exchange.conftest import tokenizers_folder as tokenizers_folder
 from tests.exchange.random_run import make_run
+from tests.inference.conftest import family_model
 
 pytest.importorskip("torch")
 lm_eval = pytest.importorskip("lm_eval")
@@ -78,3 +80,50 @@ def test_local_tasks_match_the_hugging_face_model(
             if "stderr" not in key:
                 assert ours[f"task {name}"][key] == pytest.approx(expected[key], rel=1e-4), (name, key)
     assert 0 < ours["task our_choice"]["acc"] < 1
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {}, {"max_gen_toks": 3}, {"max_new_tokens": 3}, {"max_tokens": 3}, {"max_completion_tokens": "3"},
+        {"max_tokens": 9, "max_gen_toks": 3}, {"max_gen_toks": None, "max_new_tokens": 9},
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("default")  # of lm_eval
+def test_all_names_of_the_token_limit(tmp_path: Path, limits: dict[str, Any]) -> None:
+    """The model never ends by itself. An empty text in `until` is no end."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    model, _ = load_model(family_model("flags", tmp_path / "hf", "a", max_seq_len=300))
+    expected = normalize_gen_kwargs(limits)["max_gen_toks"]
+    for until in ([""], ["", "x"], "", None, [])[: 5 if limits else 1]:
+        assert generate_until(model, until=until, **limits) == "a" * expected
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "until"),
+    [("gemma", "<end_of_turn>", ["x"]), ("llama3", "<|start_header_id|>", ["x", "<|start_header_id|>"])],
+)
+def test_end_tokens_and_control_tokens_in_until(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, says: str, until: list[str]
+) -> None:
+    """Neither is text: only the number of tokens tells that generation has stopped."""
+    model, _ = load_model(family_model(name, tmp_path / "hf", says))
+    step, tokens = TextBatch.step, []
+
+    def recorded(batch: TextBatch) -> list[TextChunk]:
+        chunks = step(batch)
+        tokens.extend(chunk.tokens for chunk in chunks)
+        return chunks
+
+    monkeypatch.setattr(TextBatch, "step", recorded)
+    assert generate_until(model, until=until, max_gen_toks=9) == "" and tokens == [0]
+
+
+def generate_until(model: Model, **settings: Any) -> str:
+    from lm_eval.api.instance import Instance
+
+    from anarchobot.evaluation.harness import HarnessModel
+
+    (text,) = HarnessModel(model).generate_until([Instance("generate_until", {}, ("a", settings), 0)])
+    return text

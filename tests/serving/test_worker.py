@@ -2,15 +2,18 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference.generation import TextBatch, generate, prompt_ids
-from anarchobot.inference.model import Model
+from anarchobot.inference.model import Model, load_model
 from anarchobot.serving.errors import ApiError
 from anarchobot.serving.worker import GenerationStream, Worker
+from tests.inference.conftest import family_model
+from tests.serving.conftest import run_server
 
 GREEDY = GenerationConfig(method="greedy", max_new_tokens=8, prompt="Hello")
 LONG = GREEDY.model_copy(update={"max_new_tokens": 4000})
@@ -125,3 +128,15 @@ def test_requests_beyond_the_queue_are_rejected(model: Model) -> None:
         assert await text_of(submit(worker, model)) == generate(model, GREEDY)
 
     run(model, body)
+
+
+def test_both_kinds_of_completion_stop_at_the_ends_of_a_foreign_model(tmp_path: Path) -> None:
+    foreign, _ = load_model(family_model("phi3", tmp_path / "hf", "<|assistant|>"))  # its second end
+    with run_server(foreign) as server:
+        for path, prompt in (
+            ("/v1/completions", {"prompt": "Hi"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+        ):
+            status, answer = server.post(path, {"model": "tiny", "max_tokens": 5, **prompt})
+            assert status == 200 and answer["choices"][0]["finish_reason"] == "stop"
+            assert answer["usage"]["completion_tokens"] == 0
