@@ -99,7 +99,9 @@ def _snapshot(repo: str, revision: str | None) -> Path:
     except errors.LocalEntryNotFoundError as error:
         raise UserError(f"{name}: no such folder, not fully in the Hub's cache, and {_unreachable(error)}") from error
     except Exception as error:  # the package raises its own, its network library's and built-in exceptions
-        raise UserError(f"{name}: can't be downloaded from the Hugging Face Hub ({_reason(error)})") from error
+        denied = isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403)
+        hint = ": check the token (`hf auth login` or HF_TOKEN)" if denied else ""
+        raise UserError(f"{name}: can't be downloaded from the Hugging Face Hub ({_reason(error)}){hint}") from error
 
 
 def _download(repo: str, revision: str | None, name: str) -> Path:
@@ -191,5 +193,9 @@ def _unreachable(error: Exception) -> str:
 
 def _reason(error: BaseException) -> str:
     """The message in one line, without URLs: those of downloads are signed."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"HTTP {error.response.status_code} {error.server_message or ''}".strip()
     text = re.sub(r"\S+://\S+", "URL", " ".join(str(error).split()))
     return text[:200] or type(error).__name__

@@ -28,7 +28,8 @@ class Repo:
 @dataclass
 class FakeHub:
     """`requests` has the method and path of each request, `ranges` the Range headers. The next transfer of the file
-    `broken` stops halfway; with `stall`, the connection is closed only when `resume` is set."""
+    `broken` stops halfway; with `stall`, the connection is closed only when `resume` is set. `refusal`: the status and
+    message of every answer."""
 
     url: str
     repos: dict[str, Repo] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class FakeHub:
     ranges: list[str] = field(default_factory=list)
     broken: str = ""
     stall: bool = False
+    refusal: tuple[int, str] | None = None
     stalled: threading.Event = field(default_factory=threading.Event)
     resume: threading.Event = field(default_factory=threading.Event)
 
@@ -64,6 +66,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
+        if self.hub.refusal is not None:
+            return self._error(self.hub.refusal[0], "", self.hub.refusal[1])
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", path):
             name, kind, revision = match.groups()
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):

@@ -123,8 +123,7 @@ def test_only_needed_files_are_downloaded_and_only_once(hub: FakeHub, online: Wo
     assert checkpoint.find(online.cwd / "imported").state["imported"] == f"acme/tiny@{commit}"
     # Again: the branch is looked up, and nothing is downloaded.
     hub.requests.clear()
-    code, output = online.run("generate", "--checkpoint", "acme/tiny@main", "--max-new-tokens", "3", "--prompt", "A")
-    assert code == 0 and output.startswith("A")
+    assert online.run("import", "acme/tiny@main", "--output", "main")[0] == 0
     assert [request for request in hub.requests if "acme" in request] == ["GET /api/models/acme/tiny/revision/main"]
     # A commit that is in the cache needs no request.
     hub.requests.clear()
@@ -174,6 +173,18 @@ def test_errors_are_one_line_that_says_what_to_do(hub: FakeHub, online: Worker, 
         code, output = online.run("import", name, "--output", "x")
         assert code == 2 and output.count("\n") == 1 and problem in output, output
         assert bool(hub.requests) == ("acme" in name and "--" not in name)
+    for status, message, problem in (
+        (
+            401,
+            "Invalid credentials in Authorization header",
+            "(HTTP 401 Invalid credentials in Authorization header): ",
+        ),
+        (503, "maintenance", "not fully in the Hub's cache, and the Hugging Face Hub can't be reached (HTTP 503 maint"),
+    ):
+        hub.refusal = (status, message)
+        code, output = online.run("import", "acme/refused", "--output", "x")
+        hub.refusal = None
+        assert code == 2 and output.count("\n") == 1 and problem in output, output
     assert not (online.cwd / "x").exists()
 
 
