@@ -34,7 +34,7 @@ LLAMA = {
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_transformers_reads_our_config(tmp_path: Path, shape: dict[str, Any]) -> None:
     model = ModelConfig(**shape, dropout=0.0)
-    (tmp_path / "config.json").write_text(json.dumps(hf_config(model, 5, 7, "bfloat16")))
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(model, 5, [7], "bfloat16")))
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     assert type(config).__name__ == ("Qwen3Config" if model.qk_norm else "LlamaConfig")
     assert config.rope_parameters["rope_theta"] == model.rope_theta
