@@ -138,31 +138,31 @@ def export_parameters(params: dict[str, Float32], model: ModelConfig) -> dict[st
 # ---- Counts ----
 # Only matrix products are counted, and only the part of them that is computed. Norms, activations, softmax and the
 # products with ones by which a CPU sums rows are not. `blocks` are the query blocks of a sequence: each sees the keys
-# [0, end), so a little of what lies above the diagonal is computed and counted.
+# up to its end, from the first window on, so a little of what is masked is computed and counted.
 
 
 def step_flops(model: ModelConfig, rows: int, blocks: QueryBlocks) -> dict[str, int]:
     tokens, layers = rows * blocks[-1][1], model.n_layers
     projections = 2 * tokens * _attention_weights(model)
-    scores = _queries_by_keys(model, rows, blocks)
+    scores = _queries_by_keys(model, rows, blocks)  # of all layers
     mlp = 6 * tokens * model.d_model * model.mlp_size  # gate, up and down
     return {
         "embedding": 0,  # a lookup
-        "attention forward": layers * (projections + 2 * scores),
+        "attention forward": layers * projections + 2 * scores,
         "MLP forward": layers * mlp,
         "head and loss": 6 * tokens * model.d_model * model.vocab_size,  # logits, and gradients of hidden and weight
         # Checkpointing recomputes a block's forward pass, except down_proj if its output is not normalized.
-        "blocks forward again": layers * (projections + 2 * scores + (mlp if model.post_norms else mlp // 3 * 2)),
+        "blocks forward again": layers * (projections + (mlp if model.post_norms else mlp // 3 * 2)) + 2 * scores,
         "MLP backward": layers * 2 * mlp,
         # Of the five products of queries and keys, four are gradients and one recomputes the scores.
-        "attention backward": layers * (2 * projections + 5 * scores),
+        "attention backward": 2 * layers * projections + 5 * scores,
     }
 
 
 def recomputed_flops(model: ModelConfig, rows: int, blocks: QueryBlocks, checkpointing: bool) -> int:
     """Attention scores are always recomputed; with checkpointing, so are the blocks."""
     again = step_flops(model, rows, blocks)["blocks forward again"] if checkpointing else 0
-    return model.n_layers * _queries_by_keys(model, rows, blocks) + again
+    return _queries_by_keys(model, rows, blocks) + again
 
 
 def activation_sizes(model: ModelConfig, tokens: int, itemsize: int) -> ActivationSizes:
@@ -179,5 +179,10 @@ def _attention_weights(model: ModelConfig) -> int:
 
 
 def _queries_by_keys(model: ModelConfig, rows: int, blocks: Sequence[tuple[int, int]]) -> int:
-    """One product of all queries with the keys that their block sees: 2 B H E sum((end - start) end)."""
-    return 2 * rows * model.n_heads * model.head_size * sum((end - start) * end for start, end in blocks)
+    """One product of all queries with the keys [first, end) that their block sees, in all layers: 2 B H E
+    sum((end - start) (end - first))."""
+    pairs = 0
+    for window in model.windows:
+        first = (0 if window is None else max(0, start - window + 1) for start, _ in blocks)
+        pairs += sum((end - start) * (end - f) for f, (start, end) in zip(first, blocks, strict=True))
+    return 2 * rows * model.n_heads * model.head_size * pairs

@@ -100,9 +100,13 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         ({"n_kv_heads": 1, "n_heads": 2, "head_dim": 4}, {"muon_split_heads": False}),
         ({"ffn_activation": "gelu", "logit_softcap": 10.0}, {"optimizer": "adamw"}),
         ({}, {"gradient_checkpointing": True, "attention_block": 16}),
+        (
+            {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"], "attention_softcap": 50.0},
+            {"attention_block": 16},
+        ),
         ({"d_model": 512, "n_layers": 1, "mlp_multiple": 1.5}, {}),  # wide enough for Muon's products in strips
     ],
-    ids=["plain", "blocks", "whole heads", "one key head", "adamw", "recomputed", "strips"],
+    ids=["plain", "blocks", "whole heads", "one key head", "adamw", "recomputed", "windows", "strips"],
 )
 def test_executed_flops_equal_the_count(
     model: dict[str, Any], train: dict[str, Any], monkeypatch: pytest.MonkeyPatch
