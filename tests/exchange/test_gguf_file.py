@@ -14,6 +14,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.exchange import gguf_file
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.gguf_file import tokenizer_fields
+from anarchobot.exchange.importing import import_model
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from tests.exchange.random_run import make_run
 
@@ -208,3 +209,22 @@ def test_interleaved_rows_give_the_same_attention_scores() -> None:
         iq, ik = gguf_file.interleave(q, E), gguf_file.interleave(k, E)
         pairs = rotated((iq @ x)[rows], t, True) @ rotated((ik @ y)[rows], s, True).conj()
         assert pairs.real == pytest.approx(halves.real, rel=1e-5)
+
+
+def test_imported_sentencepiece_with_added_tokens(tmp_path: Path, bpe: Path) -> None:
+    """An import uses tokenizer.json, which GGUF can't represent, and keeps the tokenizer.model for this."""
+    (source := tmp_path / "source").mkdir()
+    (source / "tokenizer.model").write_bytes(bpe.read_bytes())
+    (source / "added_tokens.json").write_text('{"<|stop|>": 500, "<tool>": 501}')
+    (source / "special_tokens_map.json").write_text('{"additional_special_tokens": ["<|stop|>"]}')
+    run = make_run(tmp_path / "run", source / "tokenizer.model", n_layers=1)
+    expected = read(run, tmp_path / "a")
+    names, types = (field(expected, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(bpe))
+    assert names == [*(pieces.id_to_piece(i) for i in range(500)), "<|stop|>", "<tool>"]
+    assert types[-2:] == [gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED]
+    export(run, "hf", tmp_path / "hf")
+    assert import_model(tmp_path / "hf", tmp_path / "again")["tokenizer"] == "tokenizer.json"
+    found = read(tmp_path / "again", tmp_path / "b")
+    for key in ("tokens", "token_type", "scores", "bos_token_id", "eos_token_id", "add_bos_token", "add_space_prefix"):
+        assert field(found, f"tokenizer.ggml.{key}") == field(expected, f"tokenizer.ggml.{key}"), key
