@@ -20,7 +20,6 @@ from anarchobot.exchange.safetensors_file import StoredTensor
 from anarchobot.model.architecture import Shape, TensorSource, architecture, architecture_names
 from anarchobot.model.parameters import parameter_count, parameter_shapes
 from anarchobot.model.quantization import Array, Dequantized, Packing, find_packing, parts_of, to_setting
-from anarchobot.optim.param_groups import EMBEDDINGS
 from anarchobot.runs.write_model import write_model
 from anarchobot.tokenizers.tokenizer import ChatTokenizer, load_tokenizer
 
@@ -31,7 +30,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 class HFModel(NamedTuple):
     """The contents of a Hugging Face folder. `weights` loads each tensor when it is accessed, in float32; a quantized
-    matrix is three entries (model/quantization.py)."""
+    matrix is three entries (model/quantization.py). An embedding may have more rows than there are tokens."""
 
     architecture: str
     model: ModelConfig
@@ -63,7 +62,7 @@ def _load_with_mlx_lm(folder: Path, reason: str) -> HFModel | None:
     values, own = read_json(folder / "config.json"), architecture("llama").HF_MODEL_TYPES
     if not mlx_lm.supports(values):
         return None
-    stored = _stored_tensors(folder)
+    stored = _stored_tensors(folder, any_dtype=True)
     files = sorted({tensor.path for tensor in stored.values()})
     try:
         fields = mlx_lm.from_hf(values, str(folder / "config.json"), len(stored))
@@ -100,8 +99,8 @@ def _load_own(folder: Path) -> HFModel:
         warnings.append(f"dropping {len(everything) - len(stored)} tensors for images, which are not supported")
     if tokenizer.vocab_size != model.vocab_size:
         warnings.append(
-            f"dropping embedding rows without a token: the model has {model.vocab_size:,} rows, its tokenizer "
-            f"{tokenizer.vocab_size:,} tokens"
+            f"embedding rows without a token: the model has {model.vocab_size:,} rows, its tokenizer "
+            f"{tokenizer.vocab_size:,} tokens: the rest is never generated, and dropped unless the weights stay frozen"
         )
     _check_blocks(folder, stored, model)
     sources = architecture(model.architecture).tensor_sources(model, values["model_type"])
@@ -116,10 +115,7 @@ def _load_own(folder: Path) -> HFModel:
             }
 
     def load(name: str) -> Array:
-        source, is_embedding = entries[name], f"{name.rpartition('.')[0]}.weight" in EMBEDDINGS
-        # An embedding may have rows without a token.
-        rows = tokenizer.vocab_size if is_embedding else None
-        return _load_entry(stored[source.name], source, packings.get(name), rows)
+        return _load_entry(stored[entries[name].name], entries[name], packings.get(name))
 
     weights = LazyWeights(entries, load)
     quantization = to_setting(packings, model)
@@ -176,12 +172,13 @@ def import_model(folder: str | Path, output: str | Path) -> dict[str, Any]:
 
 
 def float_weights(weights: Mapping[str, Array], model: ModelConfig) -> Mapping[str, Float32]:
-    """All parameters in float32, converted when they are accessed."""
+    """All parameters in float32, converted when they are accessed; an embedding without rows that have no token."""
     if model.architecture == "mlx_lm":
         from anarchobot.model.mlx_lm import frozen
 
         return frozen.Dequantized(weights, model)
-    return Dequantized(weights)
+    arrays, shapes = Dequantized(weights), parameter_shapes(model)
+    return LazyWeights(shapes, lambda name: arrays[name][: shapes[name][0]])
 
 
 def default_config(model: ModelConfig) -> Config:
@@ -223,8 +220,8 @@ def _load_tokenizer(folder: Path, vocab_size: int) -> ChatTokenizer:
     return best
 
 
-def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of all safetensors files in the folder."""
+def _stored_tensors(folder: Path, any_dtype: bool = False) -> dict[str, StoredTensor]:
+    """Returns the tensors of all safetensors files in the folder. `any_dtype`: also those that only mlx-lm reads."""
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
@@ -243,7 +240,7 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: missing, but listed in {INDEX}: copy the whole folder")
-        stored |= safetensors_file.read(file)
+        stored |= safetensors_file.read(file, any_dtype)
     return stored
 
 
@@ -331,8 +328,8 @@ def _packing(stored: dict[str, StoredTensor], name: str, shape: Shape) -> Packin
     return packing
 
 
-def _load_entry(tensor: StoredTensor, source: TensorSource, packing: Packing | None, rows: int | None) -> Array:
-    """Loads an entry of the weights: `packing` is that of a quantized matrix's integers; at most `rows` rows."""
+def _load_entry(tensor: StoredTensor, source: TensorSource, packing: Packing | None) -> Array:
+    """Loads an entry of the weights: `packing` is that of a quantized matrix's integers."""
     if packing is not None:
         array = tensor.load_stored()
         array = array.reshape(len(array), -1, packing.bits)
@@ -344,7 +341,7 @@ def _load_entry(tensor: StoredTensor, source: TensorSource, packing: Packing | N
         array = array[slice(*source.rows)].copy()
     if source.offset:
         array += np.float32(source.offset)
-    return array[:rows]
+    return array
 
 
 def read_json(file: Path) -> dict[str, Any]:

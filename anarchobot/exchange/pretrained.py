@@ -58,7 +58,7 @@ class PretrainedModel:
         return f"{self.compute_digest()}:{hashlib.sha256(others.encode()).hexdigest()}"
 
     def dequantized(self) -> "PretrainedModel":
-        """The model with all weights in float32 and, if some were quantized, a warning about it."""
+        """The model with all weights in float32 and a row for each token; with a warning, if some were quantized."""
         if self.model.quantization is None:
             return replace(self, weights=float_weights(self.weights, self.model))
         config = self.config.model_copy(update={"model": self.model.model_copy(update={"quantization": None})})

@@ -62,11 +62,11 @@ class StoredTensor:
         return np.fromfile(self.path, _NUMPY_TYPES[self.code], count, offset=self.offset).reshape(self.shape)
 
 
-def read(path: Path) -> dict[str, StoredTensor]:
+def read(path: Path, any_dtype: bool = False) -> dict[str, StoredTensor]:
     """Returns a file's tensors by name, without loading them.
 
-    Raises UserError if the file is not a safetensors file, is truncated, or has another dtype than float32, float16,
-    bfloat16 and uint32 (quantized matrices).
+    Raises UserError if the file is not a safetensors file, is truncated, or has, unless `any_dtype`, another dtype than
+    float32, float16, bfloat16 and uint32 (quantized matrices).
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -84,6 +84,8 @@ def read(path: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{path}: not a safetensors file ({' '.join(str(error).split())[:100]})") from error
     for name, tensor in tensors.items():
         if tensor.code not in _NUMPY_TYPES:
+            if any_dtype:
+                continue
             raise UserError(f"{path}: {name}: dtype {tensor.code}, expected one of {', '.join(_NUMPY_TYPES)}")
         end = tensor.offset + math.prod(tensor.shape) * np.dtype(_NUMPY_TYPES[tensor.code]).itemsize
         if end > size:

@@ -54,7 +54,9 @@ class TorchEngine(BaseEngine[Tensor]):
         self.dtype = DTYPES[self.precision]
         weights = init_parameters(config.model, train.seed) if weights is None else weights
         self.frozen = {}
-        self.params = {name: self._from_numpy(weights[name]) for name in parameter_shapes(config.model)}
+        shapes = parameter_shapes(config.model)
+        # Cut to the shape: an embedding may have rows without a token.
+        self.params = {name: self._from_numpy(weights[name][: shape[0]]) for name, shape in shapes.items()}
         self.moments = optim.init_state(self.params, train)
         self.average = {n: p.clone() for n, p in self.params.items()} if train.ema_decay else None
         self._after_load()

@@ -63,7 +63,11 @@ class MLXEngine(BaseEngine[mx.array]):
         self.forward = forward_pass(model)
         weights = init_parameters(model, train.seed) if weights is None else weights
         if config.lora.r is None:
-            self.frozen = {name: mx.array(weights[name]).astype(mx.float32) for name in parameter_shapes(model)}
+            # Cut to the shape: an embedding may have rows without a token, which only a frozen base keeps.
+            self.frozen = {
+                name: mx.array(weights[name])[tuple(map(slice, shape))].astype(mx.float32)
+                for name, shape in parameter_shapes(model).items()
+            }
             self.params = {name: self.frozen.pop(name) for name in select_trainable(self.frozen, train.trainable)}
         else:
             self.params, self.frozen = init_adapters(weights, model, config.lora, train.seed, self.dtype)

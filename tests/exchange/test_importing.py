@@ -231,7 +231,7 @@ def test_export_and_import_round_trip(tmp_path: Path, tokenizer_path: Path, shap
 def test_extra_embedding_rows_are_dropped_with_a_warning(tmp_path: Path, bpe: Path) -> None:
     folder = hf_folder(tmp_path / "hf", bpe, vocab_size=512)
     (warning,) = import_model(folder, tmp_path / "run")["warnings"]
-    assert warning.startswith("dropping embedding rows without a token: the model has 512 rows")
+    assert warning.startswith("embedding rows without a token: the model has 512 rows, its tokenizer 500 tokens")
     ids = real_ids(tmp_path / "run", 100)
     np.testing.assert_allclose(our_logits(tmp_path / "run", ids), their_logits(folder, ids)[:, :VOCAB], atol=1e-4)
 
@@ -342,7 +342,7 @@ def test_absurd_sizes_are_rejected(tmp_path: Path, bpe: Path, key: str) -> None:
 
 
 def test_invalid_folders(tmp_path: Path, bpe: Path) -> None:
-    with pytest.raises(UserError, match=r"nothere: no such folder: expected config.json, safetensors files and"):
+    with pytest.raises(UserError, match=r"nothere: no such folder: expected the folder of a run"):
         import_model(tmp_path / "nothere", tmp_path / "run")
     folder = hf_folder(tmp_path / "hf", bpe, vocab_size=400)
     with pytest.raises(UserError, match=r"tokenizer.model: 500 tokens, but the model has 400 rows"):

@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from anarchobot.config.errors import UserError
-from anarchobot.config.schema import Config, ModelConfig
+from anarchobot.config.schema import Config, LoraConfig, ModelConfig
 from anarchobot.data.windows import Batch
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.importing import _load_own, import_model, load_hf_folder
@@ -26,6 +26,7 @@ from anarchobot.model.llama.forward import hidden_states
 from anarchobot.model.loss import logits
 from anarchobot.model.quantization import BITS, GROUP_SIZES, Packing, check_format, dequantize, packings
 from anarchobot.optim.param_groups import ADAMW_BETA1, ADAMW_BETA2
+from anarchobot.system.memory import _frozen_bytes
 from anarchobot.training.mlx_engine import MLXEngine
 from tests.exchange.quantized_folder import quantize_folder
 from tests.exchange.random_run import make_run, our_logits, real_ids
@@ -76,7 +77,9 @@ def test_logits_are_those_of_mlx_lm_and_nothing_is_unpacked(
     for unpacks in (True, False):  # as on a CPU, and as on a GPU
         monkeypatch.setattr(linear_file, "_should_dequantize", lambda x, unpacks=unpacks: unpacks)
         np.testing.assert_allclose(compute_logits(model.params, model.config, ids), expected, atol=1e-4)
-    assert sum(p.nbytes for p in model.params.values()) == sum(p.nbytes for _, p in tree_flatten(theirs.parameters()))
+    size = sum(p.nbytes for p in model.params.values())
+    assert size == sum(p.nbytes for _, p in tree_flatten(theirs.parameters()))
+    assert size == _frozen_bytes(model.config, LoraConfig(), 4)  # the estimate
     layers = {name: layer for name, layer in theirs.named_modules() if hasattr(layer, "scales")}
     assert packings(model.config) == {
         f"{n}.weight": Packing(layer.bits, layer.group_size) for n, layer in layers.items()
@@ -93,8 +96,11 @@ def test_bfloat16_scales_and_an_embedding_with_more_rows_than_tokens(floats: Pat
     folder = quantize_folder(floats, tmp_path / "packed", mx.bfloat16, bits=4, group_size=32)
     model, _ = load_model(folder)
     ids = real_ids(tmp_path / "run", 50)
-    expected = np.array(their_model(folder)(mx.array([ids])))[0, :, :500]
+    expected = np.array(their_model(folder)(mx.array([ids])))[0]
     np.testing.assert_allclose(compute_logits(model.params, model.config, ids), expected, atol=1e-4)
+    assert model.config.vocab_size == 500 and expected.shape == (50, 512)
+    import_model(folder, tmp_path / "imported")  # without the rows that have no token
+    np.testing.assert_allclose(our_logits(tmp_path / "imported", ids), expected[:, :500], atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -26,6 +26,7 @@ from anarchobot.tasks.adaptation.pipeline import adapt_vocab
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
 from anarchobot.training.mlx_engine import MLXEngine
+from tests.exchange.quantized_folder import quantize_folder
 from tests.exchange.random_run import make_run, our_logits, real_ids
 from tests.tasks.adaptation.world import STAGES, command, kill_in, make_world, results, write_config
 
@@ -91,6 +92,16 @@ def test_the_result_is_an_ordinary_run_folder(
         main(["evaluate", "--checkpoint", str(tmp_path / "hf"), "--text", str(done[0] / "corpus/held_out.jsonl")]) == 0
     )
     capsys.readouterr()
+
+
+def test_a_quantized_source_model_is_dequantized_with_a_warning(world: Path, tmp_path: Path) -> None:
+    export(world / "model", "mlx", tmp_path / "floats")
+    packed = quantize_folder(tmp_path / "floats", tmp_path / "packed", bits=4, group_size=32)
+    _, log = adapt(world, tmp_path / "root", models={"source_model": str(packed)}, **QUICK)
+    assert f"warning: {packed}: weights of 4 bits are dequantized to float32" in log
+    source = load_pretrained(str(packed)).dequantized().weights
+    adapted = weights(tmp_path / "root" / "initial")
+    assert all(np.array_equal(adapted[name], array) for name, array in source.items() if name not in TRAINED)
 
 
 def test_stage_1_trains_embedding_and_head_and_stage_2_adapters(done: tuple[Path, dict[str, Any]]) -> None:
