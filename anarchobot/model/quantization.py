@@ -95,7 +95,7 @@ def _parse(model: ModelConfig) -> dict[str, Packing]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problem = " ".join(str(error).split())[:100]
         raise UserError(f"model.quantization: expected JSON with bits and group_size ({problem}): remove it") from error
-    matrices = [name for name, shape in parameter_shapes(model).items() if len(shape) == 2]
+    matrices = [name for name, shape in parameter_shapes(model).items() if len(shape) > 1]  # experts are stacked
     each = {name: found.get(name, found[""]) for name in matrices}
     return {name: packing for name, packing in each.items() if packing is not None}
 
