@@ -83,8 +83,9 @@ def _parse_text(text: str) -> dict[str, Packing | None]:
     found: dict[str, Packing | None] = {"": Packing(values["bits"], values["group_size"])}
     for name, value in overrides.items():
         found[f"{name}.weight"] = Packing(value["bits"], value["group_size"]) if value else None
-    if any(p is not None and (p.bits not in BITS or p.group_size not in GROUP_SIZES) for p in found.values()):
-        raise ValueError(f"bits must be one of {BITS} and group_size one of {GROUP_SIZES}")
+    sizes = (16, *GROUP_SIZES)  # 16 in nvfp4, which mlx-lm's modules compute
+    if any(p is not None and (p.bits not in BITS or p.group_size not in sizes) for p in found.values()):
+        raise ValueError(f"bits must be one of {BITS} and group_size one of {sizes}")
     return found
 
 
