@@ -144,7 +144,7 @@ def _download_weights(repo: str, folder: Path, files: "Sequence[RepoFile]") -> N
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     plan = [hf_hub_download(repo, file.path, revision=folder.name, dry_run=True) for file in files]
-    size = sum(file.file_size or 0 for file in plan if not file.is_cached)  # as a file of another commit, or not
+    size = sum(file.file_size or 0 for file in plan if not file.is_cached)  # a file of another commit may be
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(
@@ -152,7 +152,7 @@ def _download_weights(repo: str, folder: Path, files: "Sequence[RepoFile]") -> N
             f"{folder.parents[2]}: free some space, or set HF_HOME to a folder on another disk"
         )
     console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
-    if show_progress:
+    if show_progress and size:
         console.print(f"downloading {model_name(folder)} ({decimal(size)})", markup=False)
     columns = (BarColumn(20), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not (show_progress and console.is_terminal)) as bar:
