@@ -3,15 +3,19 @@
 Each configuration runs in a separate process: three training steps on random tokens, of which the first is not counted.
 Without arguments, results are written to results/memory.json.
 
+With --random N, N random small configurations are drawn from --seed instead, and nothing is written.
+
 With --metal, the estimate for a Mac's GPU is compared with the peak in metal_model.py, a model of MLX's Metal backend,
 for shipped configurations. Nothing runs on a GPU.
 
     .venv/bin/python benchmarks/memory.py [NAME...]
+    .venv/bin/python benchmarks/memory.py --random 100 --seed 1
     .venv/bin/python benchmarks/memory.py --metal
 """
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -96,6 +100,29 @@ METAL_CONFIGS: dict[str, tuple[str, ...]] = {
     "large": (),
     "large, checkpointed": (CHECKPOINTING,),
 }
+
+
+def random_config(draw: random.Random) -> Values:
+    """A step of 128 to 2,048 tokens in each micro-batch."""
+    heads = draw.choice([2, 4, 8])
+    model = {
+        "vocab_size": draw.choice([512, 2048, 4096, 8192]), "n_layers": draw.randint(1, 6),
+        "d_model": draw.choice([64, 128, 192, 256, 384]), "n_heads": heads,
+        "n_kv_heads": draw.choice([heads, heads // 2]), "mlp_multiple": draw.choice([2.5, 3.0, 4.0]),
+        "dropout": draw.choice([0.0, 0.1]), "tie_embeddings": draw.random() < 0.6, "qk_norm": draw.random() < 0.3,
+        "attention_bias": draw.random() < 0.2, "ffn_activation": draw.choice(["silu", "gelu"]),
+    }  # fmt: skip
+    train = {
+        "device": "cpu", "precision": draw.choice(["float32"] * 4 + ["bfloat16"]), "cpu_threads": draw.choice([1, 2]),
+        "micro_batch_size": draw.choice([1, 2, 4, 8]), "grad_accum_steps": draw.choice([1, 2]),
+        "optimizer": draw.choice(["muon_adamw", "adamw"]), "gradient_checkpointing": draw.random() < 0.4,
+    }  # fmt: skip
+    values: Values = {"model": model, "data": {"seq_len": draw.choice([64, 128, 256, 512])}, "train": train}
+    if draw.random() < 0.2:
+        values["lora"] = {"r": 8, "quantize": draw.choice([None, None, 4])}
+        train["optimizer"] = "adamw"
+    tokens = train["micro_batch_size"] * values["data"]["seq_len"]
+    return values if 128 <= tokens <= 2048 else random_config(draw)
 
 
 def measure(values: Values) -> dict[str, Any]:
@@ -213,6 +240,8 @@ def merged(values: Values) -> Values:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these configurations, without writing results")
+    parser.add_argument("--random", type=int, metavar="N", help="N random configurations")
+    parser.add_argument("--seed", type=int, default=0, help="of --random (default: 0)")
     parser.add_argument("--metal", action="store_true", help="compare with the model of Metal")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -223,17 +252,25 @@ def main() -> None:
         for row in metal_rows():
             print(row, flush=True)
         return
+    configs = {name: merged(values) for name, values in CONFIGS.items()}
+    if arguments.random:
+        draw = random.Random(arguments.seed)
+        configs = {json.dumps(values): values for values in (random_config(draw) for _ in range(arguments.random))}
     rows = {}
     print("| configuration | phase | estimate, MB | MLX peak, MB | ratio |\n| --- | --- | ---: | ---: | ---: |")
-    for name in arguments.names or CONFIGS:
-        command = [sys.executable, __file__, "--worker", json.dumps(merged(CONFIGS[name]))]
+    for name in arguments.names or configs:
+        command = [sys.executable, __file__, "--worker", json.dumps(configs[name])]
         completed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows[name] = row = json.loads(completed.stdout.splitlines()[-1])
         print(
             f"| {name} | {row['phase']} | {row['estimate_mb']:,.1f} | {row['measured_mb']:,.1f} | {row['ratio']:.3f} |",
             flush=True,
         )
-    if not arguments.names:
+    if arguments.random:
+        ratios = sorted(row["ratio"] for row in rows.values())
+        close = sum(abs(ratio - 1) <= 0.1 for ratio in ratios)
+        print(f"{close} of {len(ratios)} within 10%; smallest ratio {ratios[0]:.3f}, largest {ratios[-1]:.3f}")
+    elif not arguments.names:
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
