@@ -179,7 +179,7 @@ def test_errors_are_one_line_that_says_what_to_do(hub: FakeHub, online: Worker, 
         (
             401,
             "Invalid credentials in Authorization header",
-            "(HTTP 401 Invalid credentials in Authorization header): ",
+            "(HTTP 401 Invalid credentials in Authorization header): check the token",
         ),
         (503, "maintenance", "not fully in the Hub's cache, and the Hugging Face Hub can't be reached (HTTP 503 maint"),
     ):
