@@ -308,8 +308,9 @@ def extend_keys(total: mx.array, total_first: int, first: int, end: int) -> mx.a
 
 
 class Cache(Protocol):
-    """The keys and values of a layer's earlier tokens: mlx-lm's KVCache or, for rows of different lengths,
-    BatchKVCache. `offset` is the next token's position, or one for each row [B]."""
+    """The keys and values of a layer's earlier tokens: mlx-lm's KVCache or, of the window, RotatingKVCache; for
+    rows of different lengths, BatchKVCache or BatchRotatingKVCache. `offset` is the next token's position, or one for
+    each row [B]."""
 
     @property
     def offset(self) -> int | mx.array: ...
@@ -331,11 +332,10 @@ class FusedAttention:
         length: int,
         mask: Mask,
         rope: Rope | LongRope,
-        window: int | None = None,
         cache: Cache | None = None,
     ) -> None:
         self._model, self._batch, self._length, self._mask, self._rope = model, batch, length, mask, rope
-        self._window, self._cache = window, cache
+        self._cache = cache
 
     def forward(self, q: mx.array, k: mx.array, v: mx.array, norms: HeadNorms | None) -> AttentionOutput:
         """`q` [N, K G E] and `k`, `v` [N, K E] are the projections, before norm and rotation."""
@@ -343,18 +343,14 @@ class FusedAttention:
         q, k, v = (x.reshape(self._batch, self._length, -1, model.head_size) for x in (q, k, v))
         queries = norm_and_rotate(q, norms and norms.q, model, self._rope, offset)  # [B, H, L, E]
         keys, values = norm_and_rotate(k, norms and norms.k, model, self._rope, offset), v.swapaxes(1, 2)
-        mask = self._mask
         if self._cache is not None:
             keys, values = self._cache.update_and_fetch(keys, values)
-            if self._window is not None and (hidden := keys.shape[2] - self._length - self._window + 1) > 0:
-                keys, values = keys[:, :, hidden:], values[:, :, hidden:]
-                mask = mask[..., hidden:] if isinstance(mask, mx.array) else mask
-        out = self._attend(queries, keys, values, mask)
+        out = self._attend(queries, keys, values)
         return AttentionOutput(out.swapaxes(1, 2).reshape(self._batch * self._length, -1))
 
-    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
+    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         """[B, H, L, E] of queries [B, H, L, E], and keys and values [B, K, S, E]."""
-        scale, cap = self._model.softmax_scale, self._model.attention_softcap
+        mask, scale, cap = self._mask, self._model.softmax_scale, self._model.attention_softcap
         if cap is None:
             return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
         B, H, L, E = queries.shape

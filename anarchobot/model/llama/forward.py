@@ -74,10 +74,10 @@ def hidden_states(
 
 
 def make_caches(params: Params, model: ModelConfig) -> list[Cache]:
-    """One of mlx-lm's KVCache for each block."""
-    from mlx_lm.models.cache import KVCache  # a slow import
+    """One of mlx-lm's for each block, which holds only the window of a block that has one."""
+    from mlx_lm.models.cache import KVCache, RotatingKVCache  # a slow import
 
-    return [KVCache() for _ in range(model.n_layers)]  # type: ignore[no-untyped-call]
+    return [KVCache() if window is None else RotatingKVCache(window) for window in model.windows]  # type: ignore[no-untyped-call]
 
 
 def can_batch(params: Params, model: ModelConfig) -> bool:
@@ -99,13 +99,12 @@ def _with_caches(
     model: ModelConfig, B: int, L: int, caches: Sequence[Cache], lengths: Sequence[int]
 ) -> Sequence[FusedAttention]:
     def mask_and_rope(window: int | None) -> tuple[Mask, Rope | LongRope]:
-        mask = caches[0].make_mask(L, return_array=False, window_size=window)
+        cache = caches[model.windows.index(window)]
+        mask = cache.make_mask(L, return_array=False, window_size=window)
         return mask, rope_of_rows(model, window, lengths)
 
-    return [
-        FusedAttention(model, B, L, *shared, window, cache)
-        for shared, window, cache in zip(per_block(model, mask_and_rope), model.windows, caches, strict=True)
-    ]
+    shared = per_block(model, mask_and_rope)
+    return [FusedAttention(model, B, L, *parts, cache) for parts, cache in zip(shared, caches, strict=True)]
 
 
 def embed(params: Params, tokens: mx.array, model: ModelConfig, dtype: mx.Dtype) -> mx.array:
@@ -125,7 +124,7 @@ def layer(p: Params, carry: list[mx.array], i: int, model: ModelConfig, batch: M
     mask: Mask = "causal"
     if batch.segments is not None or window is not None:
         mask = attention_mask(batch.segments, length, window)
-    attention = FusedAttention(model, rows, length, mask, rope(model, window, length), window)
+    attention = FusedAttention(model, rows, length, mask, rope(model, window, length))
     with elementary.differentiable():
         x, saved = block.attention_forward(
             p, x, model, attention, drop.attention, first_v[0] if first_v else None, drop.attention_inputs

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from anarchobot.config.schema import ModelConfig
-from anarchobot.model.llama.forward import hidden_states
+from anarchobot.model.llama.forward import hidden_states, make_caches
 from anarchobot.model.llama.gradients import loss_and_gradients
 from anarchobot.model.loss import logits, loss_sum
 from anarchobot.model.parameters import init_parameters, parameter_shapes
@@ -34,6 +34,7 @@ SHAPES = {
         "sliding_window": 3,
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_local_theta": 50.0,
+        "attention_scale": 0.9,
         "rope_scaling": {"type": "linear", "factor": 4.0},
     },
     "softcap, scale, windows, partial rotation": {
@@ -206,12 +207,10 @@ GENERATED = {"plain": {"n_kv_heads": 2, "qk_norm": True}, **{name: SHAPES[name] 
 @pytest.mark.parametrize("name", GENERATED)
 def test_kv_cache_equals_the_full_forward_pass(name: str) -> None:
     """A prompt in two parts, then single tokens: catches a wrong RoPE offset or a wrong mask."""
-    from mlx_lm.models.cache import KVCache
-
     model = tiny(**GENERATED[name])
     params, tokens = as_mlx(parameters(model)), random_tokens(model)
     whole = np.array(hidden_states(params, mx.array(tokens), model))
-    caches = [KVCache() for _ in range(model.n_layers)]
+    caches = make_caches(params, model)
     parts = [
         hidden_states(params, mx.array(tokens[:, a:b]), model, caches=caches)
         for a, b in ((0, 5), (5, 9), (9, 10), (10, 11), (11, 12))
@@ -222,17 +221,15 @@ def test_kv_cache_equals_the_full_forward_pass(name: str) -> None:
 @pytest.mark.parametrize("name", GENERATED)
 def test_batched_rows_of_different_lengths_equal_the_full_forward_pass(name: str) -> None:
     """Three tokens after prompts of 9 and 4, of which longrope counts only the first as long."""
-    from mlx_lm.models.cache import KVCache
-
     model = tiny(**GENERATED[name])
     params = as_mlx(parameters(model))
     rows, prompts = [random_tokens(model, 1, 12), random_tokens(model, 1, 7) + 1], [9, 4]
     lengths = [row.shape[1] for row in rows]
     caches = []
     for row, prompt, length in zip(rows, prompts, lengths, strict=True):
-        caches.append([KVCache() for _ in range(model.n_layers)])
+        caches.append(make_caches(params, model))
         hidden_states(params, mx.array(row[:, :prompt]), model, caches=caches[-1], lengths=[length])
-    merged = [KVCache.merge(pair) for pair in zip(*caches, strict=True)]
+    merged: list[Any] = [pair[0].merge(pair) for pair in zip(*caches, strict=True)]
     for i in range(3):
         step = np.concatenate([row[:, prompt + i : prompt + i + 1] for row, prompt in zip(rows, prompts, strict=True)])
         got = np.array(hidden_states(params, mx.array(step), model, caches=merged, lengths=lengths))
