@@ -34,7 +34,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "biases": ({"attention_bias": True}, {}),
     "DoRA, biases": ({"attention_bias": True}, {"dora": True, "target_modules": ["q_proj", "v_proj", "o_proj"]}),
-    "DoRA, gelu": ({"ffn_activation": "gelu"}, {"dora": True}),
+    "DoRA, gelu, norms of outputs": ({"ffn_activation": "gelu", "post_norms": True}, {"dora": True}),
     "the last block, value residual": (
         {"value_residual": True, "embedding_scale": 3.0, "n_layers": 3}, {"num_layers": 1},
     ),
