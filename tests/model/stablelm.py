@@ -65,6 +65,15 @@ def hidden_states(params: Params, tokens: mx.array, model: ModelConfig, *, dtype
     return final_norm(params, carry[0], model).reshape(*tokens.shape, -1)
 
 
+def make_caches(params: Params, model: ModelConfig) -> list[Any]:
+    """None: the next token of a prompt needs no earlier keys and values."""
+    return []
+
+
+def can_batch(params: Params, model: ModelConfig) -> bool:
+    return False
+
+
 def _norm(p: Params, name: str, x: mx.array, model: ModelConfig) -> mx.array:
     weight, bias = (p[f"{name}.{part}"].astype(x.dtype) for part in ("weight", "bias"))
     return mx.fast.layer_norm(x, weight, bias, model.norm_eps)
