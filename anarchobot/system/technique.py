@@ -16,6 +16,7 @@ from anarchobot.storage.durable import write_atomic
 
 DeviceKind = Literal["cpu", "metal", "cuda"]
 Task = Literal["pretrain", "sft", "dpo"]
+ONE_GRAPH_LOSS_CHUNK = 64  # on a CPU, where MLX allocates several chunks ahead if they are evaluated in one call
 CUDNN_MAX_HEAD, CUDNN_TILE = 128, 128  # cuDNN's attention gradient: largest head width, divisor of the length
 
 
@@ -30,6 +31,8 @@ class StepSettings(NamedTuple):
 def default_settings(config: Config, kind: DeviceKind, precision: str) -> StepSettings:
     """The settings of a device without measurements, except for those that the configuration gives."""
     chunk = CPU_LOSS_CHUNK if kind == "cpu" else GPU_LOSS_CHUNK
+    if kind == "cpu" and config.model.architecture == "mlx_lm":
+        chunk = ONE_GRAPH_LOSS_CHUNK
     return given_or(config.train, StepSettings(_default_technique(config, kind, precision), chunk, kind != "cpu"))
 
 
