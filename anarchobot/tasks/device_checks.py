@@ -73,12 +73,15 @@ def check_gradients(
 
 
 def _small_model(model: ModelConfig) -> ModelConfig:
-    """The same features and head size, with one group of query heads or two heads."""
+    """The same features and head size, with one group of query heads or two heads, each kind of block, and windows that
+    hide some tokens."""
     group = model.n_heads // model.kv_heads
     heads = max(2, group)
+    kinds = None if model.layer_types is None else (sorted(set(model.layer_types)) * BLOCKS)[:BLOCKS]
     shape = {
         "vocab_size": VOCAB, "n_layers": BLOCKS, "n_heads": heads, "n_kv_heads": 1 if group > 1 else None,
         "head_dim": None, "d_model": heads * model.head_size, "dropout": 0.0, "max_seq_len": LENGTH,
+        "layer_types": kinds, "sliding_window": model.sliding_window and min(model.sliding_window, LENGTH // 3),
     }  # fmt: skip
     return ModelConfig.model_validate({**model.model_dump(), **shape})
 

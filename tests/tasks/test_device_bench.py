@@ -18,7 +18,7 @@ from mlx_lm.models import llama
 
 from anarchobot.cli.main import main
 from anarchobot.config.loading import load_config
-from anarchobot.config.schema import Config
+from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.model.architecture import architecture
 from anarchobot.model.parameters import parameter_count
 from anarchobot.optim import polar_express
@@ -339,3 +339,10 @@ def test_other_settings_must_be_faster_than_the_default_by_a_margin() -> None:
             other: device_bench.Measured({(1, 1): seconds}),
         }
         assert bench.by_speed(False)[0].settings == fastest
+
+
+def test_the_small_model_has_each_kind_of_block() -> None:
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    model = ModelConfig(n_layers=6, sliding_window=4096, layer_types=kinds)  # type: ignore[arg-type]
+    assert device_checks._small_model(model).windows == [None, device_checks.LENGTH // 3]
+    assert device_checks._small_model(ModelConfig()).windows == [None, None]
