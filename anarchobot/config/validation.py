@@ -38,7 +38,7 @@ def conflicts(config: Config, given: list[str]) -> Iterator[tuple[tuple[str, ...
             ("model.n_kv_heads", "model.n_heads"),
             f"n_heads ({model.n_heads}) must be divisible by n_kv_heads ({model.kv_heads})",
         )
-    yield from attention_conflicts(model)
+    yield from _attention_conflicts(model)
     if model.hf_config is not None and model.architecture == "llama":
         yield ("model.hf_config", "model.architecture"), "has no effect with architecture: llama: remove it"
     if model.bos_id is not None and model.bos_id >= model.vocab_size:
@@ -90,7 +90,7 @@ def conflicts(config: Config, given: list[str]) -> Iterator[tuple[tuple[str, ...
     yield from _lora_conflicts(config)
 
 
-def attention_conflicts(model: ModelConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+def _attention_conflicts(model: ModelConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     """Like `conflicts`, of the settings of rotary embeddings and sliding windows."""
     scaling = model.rope_scaling
     used = () if scaling.type is None else SCALING_KEYS[scaling.type]
@@ -99,13 +99,13 @@ def attention_conflicts(model: ModelConfig) -> Iterator[tuple[tuple[str, ...], s
             without = "without type: set it" if scaling.type is None else f"with type: {scaling.type}: remove it"
             yield (f"model.rope_scaling.{key}",), f"has no effect {without}"
         if key in ("original_max_seq_len", "short_factor", "long_factor") and key in used and not getattr(scaling, key):
-            yield ("model.rope_scaling.type",), f"{scaling.type} requires model.rope_scaling.{key}"
+            yield ("model.rope_scaling.type",), f"{scaling.type} requires {key}"
     for key in ("short_factor", "long_factor"):
         factors = getattr(scaling, key)
         if factors and len(factors) != model.rotary_size // 2:
             yield (
                 (f"model.rope_scaling.{key}",),
-                f"expected one number per rotated pair ({model.rotary_size // 2}), got {len(factors)}",
+                f"{key} must have one number per rotated pair ({model.rotary_size // 2}), but has {len(factors)}",
             )
     if scaling.type == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
         yield (
@@ -127,7 +127,7 @@ def attention_conflicts(model: ModelConfig) -> Iterator[tuple[tuple[str, ...], s
     if model.layer_types is not None and len(model.layer_types) != model.n_layers:
         yield (
             ("model.layer_types", "model.n_layers"),
-            f"expected one layer_types entry per block ({model.n_layers}), got {len(model.layer_types)}",
+            f"layer_types must have one entry per block ({model.n_layers}), but has {len(model.layer_types)}",
         )
     if "sliding_attention" in (model.layer_types or ()) and model.sliding_window is None:
         yield ("model.layer_types",), "sliding_attention requires model.sliding_window"

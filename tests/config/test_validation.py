@@ -36,14 +36,14 @@ CONFLICTS = {
         "c.yaml:5: model.rope_scaling.beta_fast: has no effect with type: linear: remove it"
     ),
     "model:\n  rope_scaling:\n    type: llama3\n": (
-        "c.yaml:3: model.rope_scaling.type: llama3 requires model.rope_scaling.original_max_seq_len"
+        "c.yaml:3: model.rope_scaling.type: llama3 requires original_max_seq_len"
     ),
     "model:\n  rope_scaling: {type: longrope, original_max_seq_len: 8, long_factor: []}\n": (
-        "c.yaml:2: model.rope_scaling.type: longrope requires model.rope_scaling.long_factor"
+        "c.yaml:2: model.rope_scaling.type: longrope requires long_factor"
     ),
     "model:\n  head_dim: 4\n  rope_scaling:\n    type: longrope\n    original_max_seq_len: 8\n"
     "    short_factor: [1, 2]\n    long_factor: [1, 2, 3]\n": (
-        "c.yaml:7: model.rope_scaling.long_factor: expected one number per rotated pair (2), got 3"
+        "c.yaml:7: model.rope_scaling.long_factor: long_factor must have one number per rotated pair (2), but has 3"
     ),
     "model:\n  rope_scaling:\n    type: llama3\n    original_max_seq_len: 8\n    low_freq_factor: 4\n": (
         "c.yaml:5: model.rope_scaling.low_freq_factor: high_freq_factor (4) must be above low_freq_factor (4)"
@@ -56,7 +56,7 @@ CONFLICTS = {
         "embeddings rotate pairs"
     ),
     "model:\n  n_layers: 2\n  layer_types: [full_attention]\n": (
-        "c.yaml:2: model.n_layers: expected one layer_types entry per block (2), got 1"
+        "c.yaml:2: model.n_layers: layer_types must have one entry per block (2), but has 1"
     ),
     "model:\n  n_layers: 1\n  layer_types: [sliding_attention]\n": (
         "c.yaml:3: model.layer_types: sliding_attention requires model.sliding_window"

@@ -215,7 +215,10 @@ def test_the_attention_scale_of_gemma() -> None:
         ({"rope_scaling": {"type": "linear"}}, "factor: expected a number above 0, got None"),
         ({"rope_scaling": {"type": "mrope", "factor": 2.0}}, "mrope RoPE scaling is not supported"),
         ({"rope_scaling": [1]}, "rope_scaling: expected a JSON object"),
-        ({"rope_scaling": {**LONGROPE, "long_factor": [1.0]}}, "expected one number per rotated pair .8., got 1"),
+        (
+            {"rope_scaling": {**LONGROPE, "long_factor": [1.0]}},
+            "long_factor must have one number per rotated pair .8., but has 1",
+        ),
         (
             {
                 "layer_types": [S, F],
