@@ -148,9 +148,9 @@ def test_load_model_accepts_exported_folders(tmp_path: Path, tiny_shards: Path, 
     assert config.generation == GenerationConfig()
 
 
-def test_adapters_alone_are_rejected(tmp_path: Path) -> None:
+def test_adapters_without_a_base_model_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"not a whole model: fuse them with their model first \(anarchobot fuse\)"):
+    with pytest.raises(UserError, match=r"adapter_config.json: names no base model: pass the one .* \(--model\)"):
         load_model(tmp_path)
 
 
