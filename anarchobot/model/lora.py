@@ -73,7 +73,7 @@ def trained_count(model: ModelConfig, lora: LoraConfig) -> int:
 def is_quantized(shape: tuple[int, ...]) -> bool:
     """Whether lora.quantize applies to a parameter of this shape: as in mlx-lm, only to matrices whose width is a
     multiple of GROUP."""
-    return len(shape) == 2 and shape[1] % GROUP == 0
+    return len(shape) >= 2 and shape[-1] % GROUP == 0
 
 
 def adapter_scale(lora: LoraConfig) -> float:

@@ -71,9 +71,19 @@ def to_setting(packings: Mapping[str, Packing], model: ModelConfig) -> str | Non
 
 def packings(model: ModelConfig) -> dict[str, Packing]:
     """The inverse of `to_setting`. Raises UserError if model.quantization is not such a text."""
-    if model.quantization is None or model.architecture == "mlx_lm":  # its own form: model/mlx_lm/frozen.py
+    if model.quantization is None:
         return {}
-    return _parse(model)
+    return _parse(model) if model.architecture == "llama" else _most_frequent(model, model.quantization)
+
+
+def _most_frequent(model: ModelConfig, quantization: str) -> dict[str, Packing]:
+    """Of models that mlx-lm computes, whose folders have more forms: only how most matrices are quantized, for all."""
+    packing = Packing(**json.loads(quantization))
+    return {
+        name: packing
+        for name, shape in parameter_shapes(model).items()
+        if len(shape) >= 2 and name.endswith(".weight") and shape[-1] % packing.group_size == 0
+    }
 
 
 @lru_cache(maxsize=4)

@@ -45,6 +45,7 @@ from anarchobot.optim.param_groups import (
     state_shapes,
 )
 from anarchobot.system.gpu_memory import gpu_phases
+from anarchobot.system.module_memory import module_phases
 
 Device = Literal["gpu", "cpu"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -111,7 +112,7 @@ def estimate(
     on_cpu = (device or expected_device(train)) == "cpu"
     micro_batch = micro_batch_size or train.micro_batch_size
     workers = 1
-    if on_cpu and not train.compile:
+    if on_cpu and not train.compile and model.architecture == "llama":
         workers = workers_for(micro_batch, threads or train.cpu_threads)
     rows = (2 if pairs else 1) * micro_batch // workers
     itemsize = 4 if expected_precision(train, device) == "float32" else 2
@@ -126,15 +127,19 @@ def estimate(
 
     accumulated = train.grad_accum_steps * train.micro_batch_size // micro_batch > 1
     static = weights + optimizer
-    if on_cpu:
+    if model.architecture == "mlx_lm":
+        phases = module_phases(config, trained, rows, itemsize, on_cpu=on_cpu, accumulated=accumulated)
+        activations, logits, forward, loss, backward, norm, update = phases
+        temporaries = update - one_gradient
+    elif on_cpu:
         part = _Part(config, trained, rows, workers, itemsize)
         activations, logits = workers * part.activations, workers * part.logits
         forward, loss, backward = (workers * phase for phase in part.phases(accumulated))
         temporaries, net_update = _update(trained, set(states["muon.momentum"]), train, workers)
         norm, update = one_gradient + max(4 * math.prod(shape) for shape in trained.values()), one_gradient + net_update
     else:
-        phases = gpu_phases(config, trained, rows, itemsize, accumulated=accumulated)
-        activations, logits, forward, loss, backward, norm, update = phases
+        phases_of_gpu = gpu_phases(config, trained, rows, itemsize, accumulated=accumulated)
+        activations, logits, forward, loss, backward, norm, update = phases_of_gpu
         temporaries = update - one_gradient
     if train.technique == "autodiff":
         activations, forward, loss, backward = (AUTODIFF_MEMORY * x for x in (activations, forward, loss, backward))
