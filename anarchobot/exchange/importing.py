@@ -60,7 +60,11 @@ def _load_with_mlx_lm(folder: Path, reason: str) -> HFModel | None:
     from anarchobot.model.mlx_lm.folder import FolderWeights
 
     values, own = read_json(folder / "config.json"), architecture("llama").HF_MODEL_TYPES
+    if values.get("model_file") is not None:
+        raise UserError(f"{folder / 'config.json'}: model_file: {values['model_file']}: code of a model is never run")
     if not mlx_lm.supports(values):
+        if isinstance(values.get("model_type"), str) and values["model_type"] not in own:
+            raise UserError(f"{reason}; mlx-lm has no such model either")
         return None
     stored = _stored_tensors(folder, any_dtype=True)
     files = sorted({tensor.path for tensor in stored.values()})

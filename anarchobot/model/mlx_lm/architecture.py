@@ -111,6 +111,7 @@ def from_hf(values: dict[str, Any], file: str, tensors: int | None = None) -> di
     if layers is not None and tensors is not None and layers > tensors:
         raise UserError(f"{file}: {layers:,} blocks, but the safetensors files have {tensors:,} tensors")
     try:
+        values = with_older_keys(values)
         text = json.dumps(values)
         facts = _facts(text)
     except UserError as error:
@@ -133,6 +134,25 @@ def from_hf(values: dict[str, Any], file: str, tensors: int | None = None) -> di
         "tie_embeddings": bool(_text_values(values).get("tie_word_embeddings", values.get("tie_word_embeddings"))),
         "hf_config": text,
     }
+
+
+def with_older_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """Adds to the contents of a config.json the keys of older versions of transformers, which mlx-lm's modules read:
+    otherwise they would use defaults without a message."""
+    values = dict(values)
+    if isinstance(inner := values.get("text_config"), dict):
+        values["text_config"] = with_older_keys(inner)
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        older = {"rope_theta": rope["rope_theta"], "rotary_emb_base": rope["rope_theta"]}
+        if (fraction := rope.get("partial_rotary_factor")) is not None:
+            older |= {"partial_rotary_factor": fraction, "rotary_pct": fraction}
+        if rope.get("rope_type", "default") != "default":
+            older["rope_scaling"] = {key: value for key, value in rope.items() if key not in older}
+        values = {**older, **{key: value for key, value in values.items() if value is not None}}
+    if values.get("model_type") == "gpt2" and "n_positions" in values:
+        values = {"n_ctx": values["n_positions"], **values}
+    return values
 
 
 def ignored_window(values: dict[str, Any]) -> int | None:

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import ModelConfig
+from anarchobot.model.mlx_lm.architecture import with_older_keys
 from anarchobot.model.mlx_lm.module import NOTES, flatten, network
 
 Module = Any  # of mlx.nn, which has no types
@@ -77,7 +78,10 @@ def _load(folder: Path) -> tuple[Arrays, bool]:
 
     unconverted: list[bool] = []
     try:
-        module, _ = load_model(folder, lazy=True, get_model_classes=lambda config: _classes(config, unconverted))
+        values = with_older_keys(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        module, _ = load_model(
+            folder, lazy=True, model_config=values, get_model_classes=lambda config: _classes(config, unconverted)
+        )
     except Exception as error:  # whatever a module raises for weights that do not fit
         problem = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: mlx-lm can't load this model: {problem}") from error

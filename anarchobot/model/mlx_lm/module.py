@@ -78,7 +78,8 @@ class Network:
         predicate = getattr(self.module, "cast_predicate", None)
         self._may_cast: Callable[[str], bool] = predicate if predicate is not None else lambda name: True
         self.dropout, self._recomputation = AdapterDropout(), Recomputation()
-        self.adaptable = make_adaptable(self.owners, self.dropout)
+        paths_in_order = dict.fromkeys(name.rpartition(".")[0] for name in self.shapes)
+        self.adaptable = make_adaptable({path: self.owners[path] for path in paths_in_order}, self.dropout)
         make_recomputable(self._blocks, self._recomputation)
         for submodule in self.owners.values():  # rotary frequencies and the like: a compiled function may use them
             mx.eval([x for key, x in submodule.items() if key.startswith("_") and isinstance(x, mx.array)])
