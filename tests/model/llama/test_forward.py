@@ -206,16 +206,19 @@ GENERATED = {"plain": {"n_kv_heads": 2, "qk_norm": True}, **{name: SHAPES[name] 
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_kv_cache_equals_the_full_forward_pass(name: str) -> None:
-    """A prompt in two parts, then single tokens: catches a wrong RoPE offset or a wrong mask."""
+    """A prompt in two parts, then single tokens: catches a wrong RoPE offset or a wrong mask. Caches of windows hold no
+    more than the window."""
     model = tiny(**GENERATED[name])
     params, tokens = as_mlx(parameters(model)), random_tokens(model)
     whole = np.array(hidden_states(params, mx.array(tokens), model))
-    caches = make_caches(params, model)
+    caches: list[Any] = make_caches(params, model)
     parts = [
         hidden_states(params, mx.array(tokens[:, a:b]), model, caches=caches)
         for a, b in ((0, 5), (5, 9), (9, 10), (10, 11), (11, 12))
     ]
     np.testing.assert_allclose(np.concatenate([np.array(p) for p in parts], axis=1), whole, atol=2e-5)
+    held = [cache.keys.shape[2] for cache, window in zip(caches, model.windows, strict=True) if window]
+    assert held == [window for window in model.windows if window]
 
 
 @pytest.mark.parametrize("name", GENERATED)
