@@ -99,7 +99,7 @@ def supports(values: dict[str, Any]) -> bool:
         return False
     try:
         _get_classes(values)
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, SystemExit):  # olmo.py exits if a package is missing
         return False
     return True
 
