@@ -13,9 +13,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from anarchobot.config.schema import Config
+from anarchobot.config.errors import UserError
+from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.data.windows import Batch
-from anarchobot.model.architecture import forward_pass, gradients
+from anarchobot.model.architecture import architecture, forward_pass, gradients
 from anarchobot.model.frozen import init_adapters
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.loss import loss_sum
@@ -61,6 +62,10 @@ class MLXEngine(BaseEngine[mx.array]):
         super().__init__(config, train.precision or ("bfloat16" if on_gpu else "float32"), ranks)
         self.dtype = DTYPES[self.precision]
         self.forward = forward_pass(model)
+        if model.architecture == "mlx_lm" and not on_gpu and self.dtype != mx.float32 and has_experts(model):
+            raise UserError(
+                f"train.precision: {self.precision}: on a CPU, MLX multiplies by experts only in float32: remove it"
+            )
         weights = init_parameters(model, train.seed) if weights is None else weights
         if config.lora.r is None:
             # Cut to the shape: an embedding may have rows without a token, which only a frozen base keeps.
@@ -347,6 +352,12 @@ def _sum_parts(parts: list[Params]) -> Params:
             first[name] = first[name] + other.pop(name)
             mx.eval(first[name])
     return first
+
+
+def has_experts(model: ModelConfig) -> bool:
+    """Whether the model has stacked experts."""
+    matrices = architecture(model.architecture).adaptable_matrices(model)
+    return any(len(matrix.shape) == 3 for matrix in matrices.values())
 
 
 def used_length(targets: npt.NDArray[np.int32]) -> int:

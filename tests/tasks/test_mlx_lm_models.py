@@ -96,6 +96,7 @@ def test_dpo_on_weights_that_are_quantized_for_training(
         ({"lora__target_modules": ["k_proj", "query"]}, "the model has no matrix 'query': expected q_proj, k_proj"),
         ({"lora__dora": True}, r"lora\.dora: model\.layers\.0\.mlp\.switch_mlp\.\w+ is a stack of experts"),
         ({"lora__adapter_format": "peft"}, r"lora\.adapter_format: peft"),
+        ({"train__precision": "bfloat16"}, r"train\.precision: bfloat16: on a CPU, MLX multiplies by experts only in"),
         ({"train__technique": "blocked"}, r"train\.technique: has no effect on models that mlx-lm computes"),
     ],
     ids=str,

@@ -20,6 +20,11 @@ MIN_SAME_TOKENS = 0.95  # fraction of equal ids for a file to count as the model
 def check(loaded: Loaded[AdaptConfig], base: PretrainedModel) -> None:
     """Raises UserError if model, tokenizers, files and settings do not match."""
     config = loaded.config
+    if base.model.architecture == "mlx_lm":
+        raise UserError(
+            f"{loaded.where('models.source_model')}: mlx-lm computes {base.name}, and its vocabulary can't be "
+            "adapted: expected a model of the Llama family"
+        )
     _check_tokenizers(loaded, base)
     if config.vocab_adaptation.seq_len > base.model.max_seq_len:
         raise UserError(
