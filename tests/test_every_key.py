@@ -32,7 +32,7 @@ from anarchobot.model.lora import adapter_scale
 from anarchobot.model.loss import logits
 from anarchobot.model.parameters import init_parameters, parameter_shapes
 from anarchobot.runs import checkpoint
-from anarchobot.tasks import pretokenize
+from anarchobot.tasks import engines, pretokenize
 from anarchobot.tasks.dpo import dpo
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tasks.sft import sft
@@ -451,9 +451,12 @@ def test_key_train__log_path(tmp_path: Path, tiny_shards: Path) -> None:
 
 
 def test_key_train__backend(tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)  # not installed
+    def open_torch(*args: Any) -> Any:
+        raise UserError("PyTorch was chosen")
+
+    monkeypatch.setattr(engines, "_open_torch", open_torch)
     config = loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", train__backend="torch")
-    with pytest.raises(UserError, match=r"train.backend: torch"):
+    with pytest.raises(UserError, match="PyTorch was chosen"):
         pretrain(config, show="nothing")
 
 
