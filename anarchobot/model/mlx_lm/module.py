@@ -30,7 +30,7 @@ from anarchobot.config.schema import ModelConfig
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.mlx_lm.adapters import AdapterDropout, make_adaptable
 from anarchobot.model.mlx_lm.checkpointing import Entry, Recomputation, make_recomputable
-from anarchobot.model.mlx_lm.rope import correct_rope
+from anarchobot.model.mlx_lm.corrections import correct
 from anarchobot.model.step_options import MicroBatch
 
 NOTES = "anarchobot"  # key in model.hf_config of what the weights told (model/mlx_lm/folder.py)
@@ -68,7 +68,7 @@ class Network:
     def __init__(self, hf_config: str, params: Params) -> None:
         self.module = _build(hf_config)
         _quantize(self.module, params)
-        correct_rope(self.module, json.loads(hf_config))
+        correct(self.module, json.loads(hf_config))
         self.module.eval()
         self.shapes: dict[str, tuple[int, ...]] = {name: array.shape for name, array in flatten(self.module).items()}
         self.owners: dict[str, Module] = dict(self.module.named_modules())

@@ -1,16 +1,33 @@
-"""RoPE of mlx-lm's modules where it differs from the models' own (mlx-lm 0.32.2): the bounds of YaRN's interpolation
-(Peng et al., 2023) are always rounded, but `truncate: false` says that they are not (gpt-oss)."""
+"""Where mlx-lm's modules (0.32.2) compute something else than config.json says:
+
+- YaRN (Peng et al., 2023): the bounds of the interpolation are always rounded, also with `truncate: false` (gpt-oss)
+- GPT-NeoX: GELU is always the tanh approximation, also with `hidden_act: gelu` (Pythia)
+"""
 
 import math
 from typing import Any
 
 import mlx.core as mx
+from mlx.nn.layers.activations import gelu
 
 Module = Any  # of mlx.nn, which has no types
 
 
-def correct_rope(module: Module, config: dict[str, Any]) -> None:
-    """Recomputes YaRN's frequencies without rounding, if `config`, the contents of config.json, says so."""
+def correct(module: Module, config: dict[str, Any]) -> None:
+    """Changes a module to what `config`, the contents of its config.json, says."""
+    _correct_yarn(module, config)
+    if config.get("model_type") == "gpt_neox" and config.get("hidden_act") == "gelu":
+        for block in module.layers:
+            base = type(block.mlp)
+            block.mlp.__class__ = type(base.__name__, (base,), {"__call__": _mlp_with_exact_gelu})
+
+
+def _mlp_with_exact_gelu(mlp: Module, x: mx.array) -> mx.array:
+    y: mx.array = mlp.dense_4h_to_h(gelu(mlp.dense_h_to_4h(x)))
+    return y
+
+
+def _correct_yarn(module: Module, config: dict[str, Any]) -> None:
     from mlx_lm.models.rope_utils import YarnRoPE  # a slow import
 
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
