@@ -44,11 +44,14 @@ def load_hf_folder(folder: Path) -> HFModel:
     """Reads the folder with an own architecture or, where they do not support the model, with mlx-lm. Raises UserError
     if a file is missing or damaged, or neither supports the model."""
     try:
-        return _load_own(folder)
+        found = _load_own(folder)
     except UserError as error:
-        if (found := _load_with_mlx_lm(folder, str(error))) is None:
+        if (other := _load_with_mlx_lm(folder, str(error))) is None:
             raise
-        return found
+        found = other
+    if len(start := found.tokenizer.start_ids() or []) > 1:
+        found.warnings.append(f"a text starts with {len(start)} tokens in transformers: here only with the last")
+    return found
 
 
 def _load_with_mlx_lm(folder: Path, reason: str) -> HFModel | None:

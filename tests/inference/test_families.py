@@ -81,3 +81,14 @@ def test_tokens_without_a_row_are_not_used(tmp_path: Path) -> None:
         tokenizer = load_model(folder)[0].tokenizer
         (ids,) = tokenizer.encode_batch(text)
         assert tokenizer.vocab_size == rows > ids.max() and tokenizer.decode(ids.tolist()) == text[0]
+
+
+def test_several_tokens_before_a_text(tmp_path: Path) -> None:
+    """As in GLM: model.bos_id is a single token."""
+    source = family_model("mistral", tmp_path / "source", "</s>")
+    tokens = json.loads((source / "tokenizer.json").read_text())
+    first, *others = tokens["post_processor"]["single"]
+    tokens["post_processor"]["single"] = [first, first, *others]
+    (source / "tokenizer.json").write_text(json.dumps(tokens))
+    (warning,) = import_model(source, tmp_path / "run")["warnings"]
+    assert warning == "a text starts with 2 tokens in transformers: here only with the last"
