@@ -20,8 +20,9 @@ SIZES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_estimate_is_near_the_peak(tmp_path: Path, checkpointing: bool) -> None:
+@pytest.mark.parametrize(("checkpointing", "most"), [(False, 1.2), (True, 1.75)])
+def test_estimate_is_near_the_peak(tmp_path: Path, checkpointing: bool, most: float) -> None:
+    """With gradient checkpointing it is an upper bound: MLX computes fewer blocks ahead in small models."""
     folder = write_model(tmp_path, {**CONFIGS["experts"], **SIZES})
     values = json.loads((folder / "config.json").read_text())
     model = ModelConfig(architecture="mlx_lm", **architecture.from_hf(values, "config.json"))
@@ -38,4 +39,4 @@ def test_estimate_is_near_the_peak(tmp_path: Path, checkpointing: bool) -> None:
     for step in (2, 3, 4):
         engine.train_step(batch, step, 1e-3, 0.9)
     peak = mx.get_peak_memory() - others
-    assert 0.6 < estimate(config).peak / peak < 1.6
+    assert 0.9 < estimate(config).peak / peak < most

@@ -69,7 +69,7 @@ def test_sentencepiece_with_dummy_prefix(tmp_path: Path, corpus: list[str], pref
     check_equal(fast(reference), reference, [*corpus, "日本 日", " ", " a", "▁", "▁a ▁ b", *adversarial_texts()])
 
 
-@pytest.mark.parametrize("limit", [300_000, pytest.param(None, marks=pytest.mark.faults)], ids=["beginnings", "whole"])
+@pytest.mark.parametrize("limit", [150_000, pytest.param(None, marks=pytest.mark.faults)], ids=["beginnings", "whole"])
 @pytest.mark.parametrize(
     "name", ["gpt2_vocab.json", "mistral_v1_tokenizer.model", "stories260K/hf/tokenizer.model", "trained here"]
 )
