@@ -27,6 +27,7 @@ from anarchobot.inference.model import Model, load_model
 from anarchobot.model.architecture import forward_pass
 from anarchobot.model.frozen import compute_dtype
 from anarchobot.model.loss import loss_sum
+from anarchobot.runs import checkpoint
 from anarchobot.tokenizers.conversation import InvalidRow
 from anarchobot.tokenizers.tokenizer import digest
 
@@ -58,7 +59,7 @@ def evaluate(
     if request.shards is not None:
         results[f"shards {request.shards}"] = evaluate_shards(model, config, request.shards, log)
     if request.texts:
-        trained = training_streams(model, config)
+        trained = training_streams(path, config)
         results[f"text {' '.join(request.texts)}"] = evaluate_texts(model, request.texts, request.limit, log, trained)
     if request.rouge is not None:
         results[f"answers {request.rouge}"] = evaluate_rouge(model, config, request.rouge, request.limit, log)
@@ -96,13 +97,16 @@ def evaluate_shards(model: Model, config: Config, folder: str, log: Log) -> Metr
     return _loss_metrics(nats, tokens, total_bytes * tokens / stream.manifest.tokens("val"))
 
 
-def training_streams(model: Model, config: Config) -> list[TokenStream]:
-    """The training splits of data.shard_dir that are still there and have the model's tokenizer."""
-    streams = []
-    for folder in [config.data.shard_dir] if isinstance(config.data.shard_dir, str) else config.data.shard_dir:
-        with suppress(UserError):
-            streams.append(TokenStream(folder, "train"))
-    return [stream for stream in streams if stream.manifest.tokenizer["sha256"] == digest(model.tokenizer)]
+def training_streams(path: str, config: Config) -> list[TokenStream]:
+    """The training splits that the run at `path` was pretrained on, as far as they are still there."""
+    streams: list[TokenStream] = []
+    with suppress(UserError):  # another model than a run
+        digests = checkpoint.find(path, files=(checkpoint.MODEL_FILE,)).state.get("shards", ())
+        for folder in config.data.shard_dirs if digests else ():
+            with suppress(UserError):
+                streams.append(TokenStream(folder, "train"))
+        streams = [stream for stream in streams if stream.manifest.digest() in digests]
+    return streams
 
 
 def evaluate_texts(

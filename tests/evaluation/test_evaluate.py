@@ -75,7 +75,7 @@ def test_shard_metrics_match_the_training_log(
 
 
 def test_documents_that_the_model_was_trained_on_are_counted(
-    tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretrain(loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run"), show="nothing")
     stream, tokenizer = TokenStream(tiny_shards, "train"), load_tokenizer(tiny_shards)
@@ -85,6 +85,12 @@ def test_documents_that_the_model_was_trained_on_are_counted(
     words = ["--checkpoint", str(tmp_path / "run"), "--text", str(tmp_path / "t.jsonl")]
     (metrics,) = run_evaluate(capsys, *words)["results"].values()
     assert (metrics["documents"], metrics["documents_trained_on"]) == (3, 2)
+    # A model that was not trained on these shards, though its configuration's data.shard_dir may name them.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").symlink_to(tiny_shards)  # the default
+    other = make_run(tmp_path / "other", next(tiny_shards.glob("*.model")))
+    (metrics,) = run_evaluate(capsys, "--checkpoint", str(other), *words[2:])["results"].values()
+    assert "documents_trained_on" not in metrics
     assert main(["evaluate", *words]) == 0
     assert "the model was trained on 2 of these 3 documents" in "".join(capsys.readouterr())
 

@@ -142,6 +142,17 @@ def test_quantized_layers_stay_quantized(tmp_path: Path, tokenizers_folder: Path
     np.testing.assert_allclose(our_logits(tmp_path / "run"), theirs, atol=1e-4)
 
 
+def test_weights_are_dequantized_in_float32(tmp_path: Path, tokenizers_folder: Path) -> None:
+    """Not in the dtype of the scales, in bfloat16 as mlx_lm.convert writes them: the imported model is the same."""
+    from tests.model.mlx_lm.test_gradients import quantized
+
+    folder = folder_of(tmp_path / "hf", tokenizers_folder)
+    packed = quantized(folder, tmp_path / "packed", mx.bfloat16)
+    shutil.copyfile(folder / "tokenizer.json", packed / "tokenizer.json")
+    import_model(packed, tmp_path / "run")
+    np.testing.assert_allclose(our_logits(tmp_path / "run"), our_logits(packed), atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["GPT2", "GptOss", "GPTNeoX"])
 def test_forms_that_mlx_lm_does_not_read(tmp_path: Path, tokenizers_folder: Path, kind: str) -> None:
     """GPT-2's names have a prefix; gpt-oss's experts are not quantized, and YaRN's bounds are not rounded; GPT-NeoX has

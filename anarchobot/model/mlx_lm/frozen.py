@@ -75,13 +75,15 @@ def adapter_constants(base: Params, model: ModelConfig, scales: Mapping[str, flo
 
 
 def dequantize(path: str, params: Params, model: ModelConfig) -> mx.array:
-    """The weight of a layer, in its dtype or that of its scales."""
+    """The weight of a layer: in its dtype or, if it is quantized, float32. MLX would round it to the dtype of the scales."""
     if f"{path}.scales" not in params:
         return params[f"{path}.weight"]
     layer: Module = network(model, params).owners[path]
     how: dict[str, Any] = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-    biases = params.get(f"{path}.biases")
-    return mx.dequantize(params[f"{path}.weight"], params[f"{path}.scales"], biases, **how)
+    parts = [params[f"{path}.{part}"] for part in ("scales", "biases") if f"{path}.{part}" in params]
+    # The scales of mxfp4 are bits of another format.
+    parts = [part.astype(mx.float32) if mx.issubdtype(part.dtype, mx.floating) else part for part in parts]
+    return mx.dequantize(params[f"{path}.weight"], *parts, **how)
 
 
 class Dequantized(Mapping[str, npt.NDArray[np.float32]]):

@@ -167,11 +167,12 @@ def test_ten_steps_equal_those_of_mlx_lm(
     assert losses == pytest.approx(mlx_lm_losses(folder, lora, start, 10), abs=1e-4)
 
 
-def quantized(folder: Path, output: Path) -> Path:
+def quantized(folder: Path, output: Path, dtype: mx.Dtype = mx.float32) -> Path:
     """As mlx_lm.convert writes it, routers in 8 bits."""
     from mlx_lm.utils import quantize_model, save_config, save_model
 
     module, config = mlx_lm_module(folder), json.loads((folder / "config.json").read_text())
+    module.set_dtype(dtype)
     module, config = quantize_model(module, config, 32, 4, quant_predicate=lambda path, layer: eight_bits(path))
     output.mkdir()
     save_model(output, module)
