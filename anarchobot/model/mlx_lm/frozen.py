@@ -75,15 +75,17 @@ def adapter_constants(base: Params, model: ModelConfig, scales: Mapping[str, flo
 
 
 def dequantize(path: str, params: Params, model: ModelConfig) -> mx.array:
-    """The weight of a layer: in its dtype or, if it is quantized, float32. MLX would round it to the dtype of the scales."""
+    """The weight of a layer: in its dtype or, if quantized, float32. MLX would round it to the dtype of the scales."""
     if f"{path}.scales" not in params:
         return params[f"{path}.weight"]
     layer: Module = network(model, params).owners[path]
     how: dict[str, Any] = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-    parts = [params[f"{path}.{part}"] for part in ("scales", "biases") if f"{path}.{part}" in params]
-    # The scales of mxfp4 are bits of another format.
-    parts = [part.astype(mx.float32) if mx.issubdtype(part.dtype, mx.floating) else part for part in parts]
-    return mx.dequantize(params[f"{path}.weight"], *parts, **how)
+    how |= {key: params[name] for key in ("scales", "biases") if (name := f"{path}.{key}") in params}
+    for key in ("scales", "biases"):  # the scales of mxfp4 are bits of another format
+        if key in how and mx.issubdtype(how[key].dtype, mx.floating):
+            how[key] = how[key].astype(mx.float32)
+    weight: mx.array = mx.dequantize(params[f"{path}.weight"], **how)
+    return weight
 
 
 class Dequantized(Mapping[str, npt.NDArray[np.float32]]):
