@@ -28,7 +28,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @cache
 def theirs(folder: Path) -> Any:
-    """The tokenizer.json as it is: some of transformers' own classes build the steps anew."""
+    """The tokenizer.json as it is: some of transformers' own classes rebuild the steps."""
     return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
 
 
