@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 # What the checks read from the machine, in anarchobot.preflight.
 MACHINE: dict[str, Callable[..., Any]] = {
     "run.load_fast_blas": lambda: "OpenBLAS",
+    "run.blas_warning": lambda: "",
     "run.system_memory": lambda: SimpleNamespace(total=8 * 10**9),
     "run.disk_usage": lambda folder: SimpleNamespace(free=10**9),
 }
@@ -324,8 +325,9 @@ def test_tuning_configuration_gets_the_tuning_checks(setup: Broken) -> None:
 
 
 def test_command_prints_a_table_or_json_and_sets_the_exit_code(
-    setup: Broken, capsys: pytest.CaptureFixture[str]
+    setup: Broken, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("anarchobot.preflight.run.blas_warning", lambda: "")
     setup.verify()  # writes the file
     words = ["verify", str(setup.config), "--no-calibration"]
     assert main(words) == 0

@@ -58,7 +58,7 @@ def test_gradients_equal_those_of_the_cpu_path(shape: str, segments: Segments, t
     with gpu_path():
         for recompute in (False, True):
             actual = gradients(model, params, segments, mx.float32, technique=technique, recompute=recompute)
-            assert largest_error(actual, expected) < 5e-6
+            assert largest_error(actual, expected) < 8e-6  # 5e-6 with a fast BLAS, which rounds less
 
 
 @pytest.mark.parametrize("technique", ["fused", "sdpa"])
