@@ -4,7 +4,6 @@ import tempfile
 from pathlib import Path
 from shutil import disk_usage
 
-from anarchobot.preflight.calibration import step_seconds
 from anarchobot.preflight.check import REDUCE_MEMORY, Context, Outcome, check
 from anarchobot.runs.checkpoint import saved_steps
 from anarchobot.storage.lock import holder
@@ -12,6 +11,7 @@ from anarchobot.system.blas import blas_warning, load_fast_blas
 from anarchobot.system.machine import system_memory
 from anarchobot.system.memory import checkpoint_bytes, estimate
 from anarchobot.system.micro_batch import MEMORY_FRACTION, resolve_micro_batch
+from anarchobot.tasks.calibration import step_seconds
 from anarchobot.tasks.resume import check_same_run, find_start
 from anarchobot.tasks.supervise import CPU_RATE, GPU_RATE
 from anarchobot.training.display import duration

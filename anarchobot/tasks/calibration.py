@@ -23,9 +23,11 @@ MIN_STEPS, MAX_STEPS = 3, 50  # whole steps that are measured
 Method = Literal["measured", "upper bound", "estimate"]
 
 
-def step_seconds(config: Config, base: PretrainedModel | None, rows: int, flops: float) -> tuple[float, Method]:
+def step_seconds(
+    config: Config, base: PretrainedModel | None, rows: int, flops: float, budget: float = BUDGET_SECONDS
+) -> tuple[float, Method]:
     """Seconds per step with micro-batches of `rows` sequences, and how they were obtained. `flops` is the assumed
-    FLOP/s of an estimate.
+    FLOP/s of an estimate; about `budget` seconds are spent.
 
     With A micro-batches of m seconds and an update of u seconds, a step takes A m + u. If whole steps fit into the
     budget, returns their median. Otherwise m and u follow from steps of one and of two micro-batches; if even one
@@ -47,12 +49,12 @@ def step_seconds(config: Config, base: PretrainedModel | None, rows: int, flops:
         return time.perf_counter() - start
 
     first = step(1)  # slower than later steps: compilation and allocation
-    if first * micro_batches * MIN_STEPS <= BUDGET_SECONDS:
+    if first * micro_batches * MIN_STEPS <= budget:
         times = [step(micro_batches) for _ in range(1 + MIN_STEPS)][1:]
-        while sum(times) < BUDGET_SECONDS / 2 and len(times) < MAX_STEPS:
+        while sum(times) < budget / 2 and len(times) < MAX_STEPS:
             times.append(step(micro_batches))
         return statistics.median(times), "measured"
-    if first > BUDGET_SECONDS:
+    if first > budget:
         return micro_batches * first, "upper bound"
     one = step(1)
     per_micro_batch = max(0.0, step(2) - one) if micro_batches > 1 else 0.0
