@@ -112,7 +112,7 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
     result = {"files": [str(f) for f in files], "vocab_size": config.model.vocab_size, "bytes": bytes_read[0]}
     if args.json:
         print(json.dumps(result))
-    elif not args.quiet:
+    else:
         print(f"{files[0]}: {config.model.vocab_size} tokens, trained on {bytes_read[0] / 1e6:.1f} MB of text")
         if counts.details():
             print(counts.summary(), file=sys.stderr)
@@ -140,7 +140,7 @@ def _pretokenize(args: argparse.Namespace) -> int | None:
         is_new = corpus.write_part(part, parts)
         if args.json:
             print(json.dumps({"part": part, "parts": parts, "made": is_new}))
-        elif not args.quiet:
+        else:
             print(f"{folder}: part {part}/{parts} {'finished' if is_new else 'already finished'}")
         return None
     if args.processes and (args.restart or not corpus.is_done()):
@@ -157,7 +157,7 @@ def _pretokenize(args: argparse.Namespace) -> int | None:
         _warn(f"{folder}: all documents are in the validation split; add more text or set data.val_fraction to 0")
     if args.json:
         print(manifest.to_json(), end="")
-    elif not args.quiet:
+    else:
         _print_manifest(folder, manifest)
         for line in (*notes, *corpus.job.counts.details()):
             print(f"  {line}")

@@ -68,7 +68,7 @@ def _add(args: argparse.Namespace) -> None:
     if args.json:
         outcomes = {name: getattr(result, name) for name in ("added", "replaced", "equal", "failed")}
         print(json.dumps(outcomes | {"texts": result.counts.as_manifest(), "passages": passages}))
-    elif not args.quiet:
+    else:
         print(
             f"files: {len(result.added)} added, {len(result.replaced)} replaced, {len(result.equal)} unchanged, "
             f"{len(result.failed)} failed; {passages:,} passages in total"
@@ -89,7 +89,7 @@ def _search(args: argparse.Namespace) -> None:
     for i, hit in enumerate(hits, start=1):
         print(f"[{i}] {_escape(hit.source)}  passage {hit.passage_id}, score {hit.score:.3f}")
         print(f"{_escape(hit.text.strip())}\n")
-    if not hits and not args.quiet:
+    if not hits:
         print("no passage matches any word of the question")
 
 
@@ -102,8 +102,7 @@ def _list(args: argparse.Namespace) -> None:
     for document in documents:
         votes = f", {document.votes:,} votes" if document.votes else ""
         print(f"{_escape(document.name)}: {document.passages:,} passages{votes}")
-    if not args.quiet:
-        print(f"{len(documents):,} documents, {sum(document.passages for document in documents):,} passages")
+    print(f"{len(documents):,} documents, {sum(document.passages for document in documents):,} passages")
 
 
 def _remove(args: argparse.Namespace) -> None:
@@ -111,7 +110,7 @@ def _remove(args: argparse.Namespace) -> None:
     with _open(args) as base:
         for name in args.names:
             removed[name] = base.remove(name)
-            if not (args.json or args.quiet):
+            if not args.json:
                 print(f"{_escape(name)}: {removed[name]:,} passages removed")
     if args.json:
         print(json.dumps({"removed": removed}))
@@ -123,7 +122,7 @@ def _feedback(args: argparse.Namespace) -> None:
         relevances = base.relevances(args.question, args.passage)
     if args.json:
         print(json.dumps({"relevance": relevances}))
-    elif not args.quiet:
+    else:
         for passage, relevance in relevances.items():
             print(f"passage {passage}: relevance to this question {relevance:+.3f} (from -1 to 1)")
 

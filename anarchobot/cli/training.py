@@ -116,18 +116,22 @@ def _show(args: argparse.Namespace) -> "OutputMode":
 
 
 def _print_summary(args: argparse.Namespace, command: str, summary: dict[str, Any]) -> int:
-    """Prints a run's summary, and how to resume it if it was stopped; returns the exit code. Only rank 0 prints."""
+    """Prints a run's summary, and how to use it, or to resume it if it was stopped; returns the exit code. Only rank 0
+    prints."""
     if "rank" in summary:
         return 0 if summary["finished"] else 130
     if args.json:
         print(json.dumps(summary))
-    elif not args.quiet:
+    else:
         best = summary["best_val_loss"]
         print(
             f"{summary['save_dir']}: step {summary['steps']}, {summary['tokens']:,} tokens in {summary['wall_time']}"
             + (f", best validation loss {best:.4f}" if best is not None else "")
         )
     if summary["finished"]:
+        if not (args.json or args.quiet):
+            use = "generate --prompt 'The'" if command == "pretrain" else "chat"
+            print(f"next: anarchobot {use} --checkpoint {shlex.quote(summary['save_dir'])}", file=sys.stderr)
         return 0
     from anarchobot.training.ranks import detect_launcher
 
@@ -189,11 +193,11 @@ def _adapt_vocab(args: argparse.Namespace) -> int:
     report = adapt_vocab(loaded, quiet=args.quiet or args.json)
     if args.json:
         print(json.dumps(report, ensure_ascii=False))
-    elif not args.quiet and report["evaluation"]:
+    elif report["evaluation"]:
         print(to_markdown(report["evaluation"]))
     if not report["finished"]:
         print("stopped; resume with the same command", file=sys.stderr)
         return 130
-    if not (args.quiet or args.json):
+    if not args.json:
         print(f"{report['result']}: adapted model")
     return 0

@@ -51,12 +51,13 @@ class Progress:
         values = {name: state[name] for name in cls.__dataclass_fields__ if name in state and name != "position"}
         return cls(position=state["data_position"], **values)
 
-    def record_train_loss(self, loss: float) -> None:
-        """Records the loss of step `self.step`."""
+    def record_train_loss(self, loss: float) -> float:
+        """Records the loss of step `self.step`. Returns the smoothed loss."""
         self.loss = loss
         before = loss if self.smooth_loss is None else self.smooth_loss
         self.smooth_loss = before + (loss - before) * max(SMOOTHING, 2 / (self.step + 1))
         self.since = (self.since[0] + loss, self.since[1] + 1)
+        return self.smooth_loss
 
     def record_val_loss(self, loss: float) -> bool:
         """Returns whether the model is overfitting: validation loss has risen OVERFITTING_RISES times in a row while

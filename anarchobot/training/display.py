@@ -7,12 +7,21 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+from anarchobot.config.terminal import visible
 
 
 class _Console(Console):
-    """rich exits the program when a pipe is closed; here that must not end the run."""
+    """Also prints what others write to stdout and stderr while the bar is shown."""
+
+    def print(self, *objects: Any, **kwargs: Any) -> None:
+        """Escapes control characters in strings and texts: samples and names of files may have some."""
+        texts = [visible(x.plain if isinstance(x, Text) else x) if isinstance(x, Text | str) else x for x in objects]
+        super().print(*texts, **{"markup": False, **kwargs})
 
     def on_broken_pipe(self) -> None:
+        """rich exits the program when a pipe is closed; here that must not end the run."""
         raise OSError("output is closed")
 
 
@@ -23,14 +32,14 @@ class TerminalDisplay:
         self._steps, self._start, self._quiet = steps, start, quiet
         self._began = time.monotonic()
         self._console = _Console(file=sys.stderr, highlight=False, soft_wrap=True)
-        self._bar = Progress(
+        self._bar = Progress(  # drawn ten times a second
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
+            TextColumn("{task.fields[now]}{task.description}"),
             console=self._console,
             disable=quiet or not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=steps, completed=start)
+        self._task = self._bar.add_task("", total=steps, completed=start, now="")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -40,22 +49,31 @@ class TerminalDisplay:
         with suppress(OSError):
             self._bar.stop()
 
-    def train(self, step: int, values: dict[str, Any]) -> None:
-        per_step = (time.monotonic() - self._began) / max(1, step - self._start)
-        text = (
-            f"loss {values['loss']:.4f} (smooth {values['smooth_loss']:.4f}) | lr {values['lr']:.2e} | "
-            f"norm {values['grad_norm']:.2f} | {values['tokens_per_second']:,.0f} tok/s{_tflops(values)} | "
-            f"{duration(per_step * (self._steps - step))} left | {values['peak_memory_gb']:.2f} GB"
-        )
+    def step(self, step: int, loss: float, smooth_loss: float) -> None:
+        """Advances the bar."""
         if not self._bar.disable:
-            self._bar.update(self._task, completed=step, description=text)
+            self._bar.update(self._task, completed=step, now=self._now(step, loss, smooth_loss))
+
+    def train(self, step: int, values: dict[str, Any]) -> None:
+        """Shows the values of a log line: beside the bar, or as a line of its own."""
+        text = (
+            f" | lr {values['lr']:.2e} | norm {values['grad_norm']:.2f} | {values['tokens_per_second']:,.0f} tok/s"
+            f"{_tflops(values)} | {values['peak_memory_gb']:.2f} GB"
+        )
+        now = self._now(step, values["loss"], values["smooth_loss"])
+        if self._bar.disable:
+            self.message(f"step {step}/{self._steps} | {now}{text}")
         else:
-            self.message(f"step {step}/{self._steps} | {text}")
+            self._bar.update(self._task, completed=step, now=now, description=text)
+
+    def _now(self, step: int, loss: float, smooth_loss: float) -> str:
+        per_step = (time.monotonic() - self._began) / max(1, step - self._start)
+        return f"loss {loss:.4f} (smooth {smooth_loss:.4f}) | {duration(per_step * (self._steps - step))} left"
 
     def message(self, text: str) -> None:
         if not self._quiet:
             try:
-                self._console.print(text, markup=False)
+                self._console.print(text)
             except OSError:
                 self._quiet = True
 

@@ -148,7 +148,8 @@ class _TrainingLoop:
         self._line_tokens += tokens
         if result.applied:
             self._skipped = 0
-            progress.record_train_loss(result.loss)
+            smooth_loss = progress.record_train_loss(result.loss)
+            self._display.step(step, result.loss, smooth_loss)
             if step % train.log_interval == 0 or step == run.steps:
                 self._log_step(result, lr)
         else:

@@ -158,6 +158,7 @@ def test_long_documents_are_shown_by_their_first_200_characters(
 
 def test_shards_verify_names_the_damaged_file(corpus: Path, tokenizer: str, capsys: Captured, tmp_path: Path) -> None:
     main(words(corpus, tokenizer, "--quiet"))
+    capsys.readouterr()
     assert main(["shards", "verify", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == "train_00000.npy: ok\ntrain_00000.offsets: ok\n"
     path = tmp_path / "out" / "train_00000.offsets"

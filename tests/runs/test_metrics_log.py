@@ -40,6 +40,21 @@ def test_closed_terminal_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
             display.train(1, dict.fromkeys(names, 1))
 
 
+def test_the_bar_shows_the_newest_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anarchobot.training.display import TerminalDisplay
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with TerminalDisplay(50, 0) as display:
+        display.step(7, 2.5, 2.75)
+    assert "step 7/50" in sys.stderr.getvalue() and "loss 2.5000 (smooth 2.7500)" in sys.stderr.getvalue()
+
+
 def test_tensorboard_shows_samples_and_config(tmp_path: Path) -> None:
     with MetricsLog(tmp_path) as log:
         log.config(0, "model:\n  d_model: 8\n")

@@ -17,7 +17,7 @@ from anarchobot.runs.progress import Progress
 from anarchobot.system.gpu_watchdog import GPUTimeoutError
 from anarchobot.training.engine import StepResult
 from anarchobot.training.loop import MAX_SKIPPED_STEPS
-from tests.training.fake_engine import FakeEngine, train
+from tests.training.fake_engine import FakeEngine, NullDisplay, train
 
 
 def test_schedule_of_events(tmp_path: Path) -> None:
@@ -46,6 +46,14 @@ def test_steps_positions_and_learning_rates(tmp_path: Path) -> None:
         (8.0, 0.5, 48),
         (7.0, 0.75, 72),
     ]
+
+
+def test_every_step_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its loss and the smoothed loss, whatever train.log_interval says."""
+    shown: list[tuple[float, ...]] = []
+    monkeypatch.setattr(NullDisplay, "step", lambda self, *values: shown.append(values))
+    train(tmp_path, FakeEngine(), 3, log_interval=99)
+    assert shown == [(1, 9.0, 9.0), (2, 8.0, pytest.approx(9 - 2 / 3)), (3, 7.0, pytest.approx((9 - 2 / 3 + 7) / 2))]
 
 
 def test_checkpoint_is_saved_before_validation_and_sample(tmp_path: Path) -> None:
