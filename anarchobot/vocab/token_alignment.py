@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
+from anarchobot.tokenizers.canonical_tokens import CanonicalToken, TokenIndex, canonical_tokens
 from anarchobot.tokenizers.tokenizer import Tokenizer
-from anarchobot.vocab.canonical_tokens import CanonicalToken, TokenIndex, canonical_tokens
 from anarchobot.vocab.vector_alignment import Floats, Ids, Neighbors, map_to_shared_space, nearest_neighbors
 
 ROUTES = ("special", "shared", "aligned", "pieces", "mean", "random")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from anarchobot.data.sources import builtin
+from anarchobot.tokenizers.canonical_tokens import canonical_tokens
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
-from anarchobot.vocab.canonical_tokens import canonical_tokens
 from anarchobot.vocab.target_tokenizer import extend, is_one_token
 
 TERMS = ["carcinoma", "kinase", "endoplasmic", "carcinomatous"]

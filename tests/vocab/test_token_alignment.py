@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from anarchobot.data.sources import builtin
+from anarchobot.tokenizers.canonical_tokens import CanonicalToken, canonical_tokens
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
 from anarchobot.vocab import token_alignment
-from anarchobot.vocab.canonical_tokens import CanonicalToken, canonical_tokens
 from anarchobot.vocab.embedding_init import count_zero_rows, initialize_embeddings, initialize_rows
 from anarchobot.vocab.token_alignment import (
     ALIGNED,

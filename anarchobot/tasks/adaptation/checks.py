@@ -10,8 +10,8 @@ from anarchobot.config.validation import conflicts
 from anarchobot.data.sources.documents import DocumentCounts, from_files
 from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
 from anarchobot.tasks.adaptation.evaluation import read_questions
+from anarchobot.tokenizers.canonical_tokens import canonical_tokens
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from anarchobot.vocab.canonical_tokens import canonical_tokens
 
 PAPER_LR, PAPER_STEP_TOKENS = 6.4e-4, 2.1e6  # TokAlign's stage 1
 MIN_SAME_TOKENS = 0.95  # fraction of equal ids for a file to count as the model's tokenizer

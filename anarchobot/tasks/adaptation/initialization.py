@@ -23,9 +23,9 @@ from anarchobot.runs import checkpoint
 from anarchobot.runs.write_model import write_model
 from anarchobot.storage.durable import write_atomic
 from anarchobot.tasks.adaptation.stages import Output, StageResult, StageRunner, Values
+from anarchobot.tokenizers.canonical_tokens import BEGIN, canonical_tokens
 from anarchobot.tokenizers.tokenizer import Tokenizer, copy_tokenizer, digest, load_tokenizer
 from anarchobot.tokenizers.training import limit_bytes, train_tokenizer
-from anarchobot.vocab.canonical_tokens import BEGIN, canonical_tokens
 from anarchobot.vocab.domain_corpus import read_corpus, write_corpus
 from anarchobot.vocab.domain_terms import mine_terms
 from anarchobot.vocab.embedding_init import count_zero_rows, initialize_embeddings

@@ -7,9 +7,9 @@ import sentencepiece
 import tokenizers
 
 from anarchobot.data.sources import builtin
+from anarchobot.tokenizers.canonical_tokens import CanonicalToken, TokenIndex, canonical_tokens
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
-from anarchobot.vocab.canonical_tokens import CanonicalToken, TokenIndex, canonical_tokens
 from anarchobot.vocab.token_alignment import shared_ids
 
 
