@@ -13,18 +13,24 @@ from rich.live import Live
 from rich.table import Table
 
 from anarchobot.cli.parser import Parser
-from anarchobot.config.errors import UserError
+from anarchobot.config.errors import UserError, one_line
+from anarchobot.config.terminal import visible, visible_output
 from anarchobot.reporting.memory_chart import check_plot_path, plot_memory
 from anarchobot.reporting.monitor import Alarm, CsvWriter, Monitor, Sample, attach
 
 
 def main() -> int:
+    with visible_output():
+        return run()
+
+
+def run() -> int:
     try:
         return monitor(parse_arguments())
     except UserError as error:
         print(f"memory_monitor: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"memory_monitor: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        print(one_line(f"memory_monitor: {error.filename or 'system'}: {error.strerror or error}"), file=sys.stderr)
     except KeyboardInterrupt:
         return 130
     return 2
@@ -102,7 +108,7 @@ class View:
     """A live table on a terminal; otherwise one line per sample."""
 
     def __init__(self, quiet: bool) -> None:
-        self.quiet, self.console = quiet, Console(stderr=True, highlight=False)
+        self.quiet, self.console = quiet, Console(file=sys.stderr, highlight=False)
         self.live = Live(console=self.console, auto_refresh=False, transient=False)
 
     def __enter__(self) -> "View":
@@ -125,7 +131,7 @@ class View:
             print("  ".join(f"{name} {value}" for name, value in rows(sample)), file=sys.stderr, flush=True)
 
     def note(self, line: str, ring: bool = False) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
+        self.console.print(visible(line), markup=False, soft_wrap=True)
         if ring:
             self.console.bell()
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from anarchobot.cli.knowledge import SEARCH_SETTINGS
 from anarchobot.cli.parser import HUB_NAME, Parser, add_command, add_settings, non_negative, overrides, positive
 from anarchobot.config.errors import UserError, did_you_mean
+from anarchobot.config.terminal import write_text
 
 if TYPE_CHECKING:
     from anarchobot.config.schema import Config
@@ -35,7 +36,6 @@ CHAT_HELP = """\
 /good, /bad   rate the knowledge base passages found for the last question
 /help         show this help
 Ctrl-C stops an answer, Ctrl-D ends the chat."""
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def add_commands(commands: Any) -> None:
@@ -136,20 +136,20 @@ def _generate(args: argparse.Namespace) -> None:
     settings = _settings(args, trained).generation
     if prompts is not None:
         for prompt, text in zip(prompts, generate_batch(model, prompts, settings), strict=True):
-            _write(_json_row(prompt, text) if args.json else f"{prompt}{text}\n\n")
+            write_text(_json_row(prompt, text) if args.json else f"{prompt}{text}\n\n")
         return
     if args.json:
-        _write(_json_row(settings.prompt, generate(model, settings)))
+        write_text(_json_row(settings.prompt, generate(model, settings)))
         return
     pending = [settings.prompt]  # printed with the first chunk, so that a prompt that is too long is not echoed
 
     def write(text: str) -> None:
-        _write("".join([*pending, text]))
+        write_text("".join([*pending, text]))
         pending.clear()
 
     generate(model, settings, on_text=write)
     write("")
-    _write("\n")
+    write_text("\n")
 
 
 def _read_prompts(file: Path) -> list[str]:
@@ -178,11 +178,6 @@ def _parse_prompt(line: str, where: str) -> str:
 
 def _json_row(prompt: str, text: str) -> str:
     return json.dumps({"prompt": prompt, "text": text}) + "\n"
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 # --- chat
@@ -247,17 +242,17 @@ def _read_line(is_terminal: bool) -> str | None:
 
 def _answer(session: "ChatSession", question: str, args: argparse.Namespace) -> None:
     dropped = session.dropped_turns
-    text = session.answer(question, on_text=(lambda text: None) if args.json else _write_visible)
+    text = session.answer(question, on_text=(lambda text: None) if args.json else write_text)
     sources = list(dict.fromkeys(hit.source for hit in session.hits))
     if args.json:
         row = {"question": question, "answer": text, "sources": sources, "dropped_passages": session.dropped_hits}
-        _write(json.dumps(row) + "\n")
+        write_text(json.dumps(row) + "\n")
         return
-    _write("\n")
+    write_text("\n")
     if not text and not args.quiet:
         print("(empty answer)", file=sys.stderr)
     if sources and not args.quiet:
-        _write_visible(f"(sources: {', '.join(sources)})\n")
+        print(f"(sources: {', '.join(sources)})", flush=True)
     if session.dropped_hits and not args.quiet:
         total = session.dropped_hits + len(session.hits)
         print(f"({session.dropped_hits} of {total} passages did not fit in the context window)", file=sys.stderr)
@@ -287,11 +282,6 @@ def _run_chat_command(session: "ChatSession", line: str, log: Callable[[str], No
     else:
         near = did_you_mean(command, re.findall(r"/\w+", CHAT_HELP))
         raise UserError(f"unknown command '{command}'{near} (see /help)")
-
-
-def _write_visible(text: str) -> None:
-    """On a terminal, escapes control characters in generated text and file names."""
-    _write(_CONTROLS.sub(lambda match: repr(match[0])[1:-1], text) if sys.stdout.isatty() else text)
 
 
 # --- serve

@@ -87,8 +87,8 @@ def _search(args: argparse.Namespace) -> None:
         print(json.dumps({"question": args.question, "hits": [hit._asdict() for hit in hits]}))
         return
     for i, hit in enumerate(hits, start=1):
-        print(f"[{i}] {_escape(hit.source)}  passage {hit.passage_id}, score {hit.score:.3f}")
-        print(f"{_escape(hit.text.strip())}\n")
+        print(f"[{i}] {hit.source}  passage {hit.passage_id}, score {hit.score:.3f}")
+        print(f"{hit.text.strip()}\n")
     if not hits:
         print("no passage matches any word of the question")
 
@@ -101,7 +101,7 @@ def _list(args: argparse.Namespace) -> None:
         return
     for document in documents:
         votes = f", {document.votes:,} votes" if document.votes else ""
-        print(f"{_escape(document.name)}: {document.passages:,} passages{votes}")
+        print(f"{document.name}: {document.passages:,} passages{votes}")
     print(f"{len(documents):,} documents, {sum(document.passages for document in documents):,} passages")
 
 
@@ -111,7 +111,7 @@ def _remove(args: argparse.Namespace) -> None:
         for name in args.names:
             removed[name] = base.remove(name)
             if not args.json:
-                print(f"{_escape(name)}: {removed[name]:,} passages removed")
+                print(f"{name}: {removed[name]:,} passages removed")
     if args.json:
         print(json.dumps({"removed": removed}))
 
@@ -125,8 +125,3 @@ def _feedback(args: argparse.Namespace) -> None:
     else:
         for passage, relevance in relevances.items():
             print(f"passage {passage}: relevance to this question {relevance:+.3f} (from -1 to 1)")
-
-
-def _escape(text: str) -> str:
-    """Escapes control characters of text from a file, for printing to a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

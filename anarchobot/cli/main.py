@@ -8,7 +8,8 @@ import traceback
 from anarchobot import __version__
 from anarchobot.cli import data, inference, knowledge, models, preflight, runs, training
 from anarchobot.cli.parser import Parser, parse
-from anarchobot.config.errors import UserError
+from anarchobot.config.errors import UserError, one_line
+from anarchobot.config.terminal import visible_output
 from anarchobot.exchange import hub
 from anarchobot.system.gpu_watchdog import as_gpu_timeout, relax_watchdog
 
@@ -34,6 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # characters that the output can't encode are escaped
             stream.reconfigure(errors="backslashreplace")
+    with visible_output():
+        return _run(argv, debug)
+
+
+def _run(argv: list[str], debug: bool) -> int:
     try:
         parser = build_parser()
         args = parse(parser, argv)
@@ -63,5 +69,6 @@ def main(argv: list[str] | None = None) -> int:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"anarchobot: {message}\n", end="", file=sys.stderr, flush=True)  # one write: ranks may print at once
+    line = f"anarchobot: {one_line(message)}\n"
+    print(line, end="", file=sys.stderr, flush=True)  # one write: ranks may print at once
     return code

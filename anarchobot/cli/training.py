@@ -192,7 +192,7 @@ def _adapt_vocab(args: argparse.Namespace) -> int:
 
     report = adapt_vocab(loaded, quiet=args.quiet or args.json)
     if args.json:
-        print(json.dumps(report, ensure_ascii=False))
+        print(json.dumps(report))
     elif report["evaluation"]:
         print(to_markdown(report["evaluation"]))
     if not report["finished"]:

@@ -14,8 +14,12 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        # Messages quote user input: escape line breaks and terminal control codes.
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        super().__init__(one_line(message))
+
+
+def one_line(message: str) -> str:
+    """Escapes line breaks and control codes: messages quote user input and names of files."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 GRACE_SECONDS = 0.5  # after a second Ctrl-C, for KeyboardInterrupt to end the process
-SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
+SHOW_CURSOR = b"\x1b[?25h"  # a progress bar hides it
 PARENT_ENV = "ANARCHOBOT_PARENT"  # environment variable: process id of the parent that supervises this run
 
 
@@ -83,7 +83,10 @@ class StopRequest:
                 )
             elif number == signal.SIGINT and not self._ended.wait(GRACE_SECONDS):
                 # Checkpoints on disk are complete at any moment, so there is nothing to wait for.
-                self._print(f"stopped{SHOW_CURSOR if sys.stderr.isatty() else ''}")
+                self._print("stopped")
+                with suppress(OSError):
+                    if os.isatty(2):
+                        os.write(2, SHOW_CURSOR)
                 os._exit(130)
 
     def _print(self, text: str) -> None:
