@@ -4,7 +4,7 @@ A row's format is detected from its field names. OpenAssistant's message trees, 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from anarchobot.data.sources.rows import Row
@@ -21,20 +21,29 @@ from anarchobot.tokenizers.conversation import (
     parse_message,
 )
 
+_SYSTEM = ("system", "system_prompt", "system_message")
 # Rows with content in these fields are skipped; with tools and reasoning they are kept, without those fields.
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _TOOL_CALLS = ("tool_calls", "function_call")
-_IN_LOSS = ("weight", "train", "training", "loss")  # of OpenAI, Axolotl and others: 0 or false excludes an answer
+# Of OpenAI, Axolotl and others: 0 or false excludes an answer.
+_IN_LOSS = ("weight", "train", "training", "loss", "loss_weight", "loss_mask")
+_LABELS = ("label", "kto_tag")  # of TRL and LLaMA-Factory: false marks a bad answer for KTO
 _TOOLS = ("tools", "functions")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_ANSWERS = ("chosen", "rejected")
+_CHOICES = ("chosen", "rejected")
+_TURN = ("role", "from", "content", "value")
+# Fields of a question and its answer.
+_QUESTIONS = ("prompt", "question", "query", "input")
+_ANSWERS = ("completion", "answer", "response", "output")
 
 
 class Format(NamedTuple):
-    """`matches` looks only at field names; `parse` raises InvalidRow when the values are wrong."""
+    """`matches` looks only at field names; `parse` raises InvalidRow when the values are wrong. `fields` are those that
+    it reads, besides the system prompt's."""
 
     matches: Callable[[Row], bool]
     parse: Callable[[Row], Conversation]
+    fields: tuple[str, ...]
 
 
 def get_field(row: Row, *names: str) -> Any:
@@ -83,8 +92,12 @@ def _has_content(value: Any) -> bool:
     return bool(value) and value != "[]"  # a list as JSON
 
 
+def _system(row: Row) -> Any:
+    return next((row[name] for name in _SYSTEM if row.get(name)), None)
+
+
 def _from_list(row: Row, name: str) -> Conversation:
-    messages = parse_messages(get_field(row, name), name, row.get("system"))
+    messages = parse_messages(get_field(row, name), name, _system(row))
     _check_all_in_loss(row[name], name)
     return check_turns(_without_last_question(messages))
 
@@ -106,29 +119,29 @@ def _without_last_question(messages: list[Message]) -> list[Message]:
 
 def _from_alpaca(row: Row) -> Conversation:
     """Alpaca, or Dolly with its `context` and `response`. `history` holds earlier [user, assistant] turns."""
-    parts = [get_field(row, "instruction"), row.get("input") or row.get("context") or ""]
+    parts = [get_field(row, "instruction"), row.get("input") or "", row.get("context") or ""]
     if not all(isinstance(part, str) for part in parts):
-        raise InvalidRow("content is not text", "'instruction' or 'input'")
+        raise InvalidRow("content is not text", "'instruction', 'input' or 'context'")
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(turns, list) and len(turns) == 2 for turns in history):
         raise InvalidRow("field is not a list", "'history' must be a list of [user, assistant]")
     question = "\n".join(part for part in parts if part.strip())
     earlier = [content for exchange in history for content in exchange]
-    return _alternating(row.get("system"), [*earlier, question, get_field(row, "output", "response")])
+    return _alternating(_system(row), [*earlier, question, get_field(row, *reversed(_ANSWERS))])
 
 
 def _from_prompt_completion(row: Row) -> Conversation:
     """A question and its answer; `context` or `abstract` (SQuAD, PubMedQA) follows the question, as Alpaca's input."""
-    prompt, completion = (join_parts(get_field(row, *names)) for names in zip(*QUESTIONS_AND_ANSWERS, strict=True))
+    prompt, completion = (join_parts(get_field(row, *names)) for names in (_QUESTIONS, _ANSWERS))
     if isinstance(prompt, list) or isinstance(completion, list):  # of messages
-        messages = [*parse_messages(prompt, "prompt", row.get("system")), *parse_messages(completion, "completion")]
+        messages = [*parse_messages(prompt, "prompt", _system(row)), *parse_messages(completion, "completion")]
         for name, items in (("prompt", prompt), ("completion", completion)):
             _check_all_in_loss(items, name)
         return check_turns(_without_last_question(messages))
     context = _context(row)
     if context and isinstance(prompt, str):
         prompt = f"{prompt}\n{context}"
-    return _alternating(row.get("system"), [prompt, completion])
+    return _alternating(_system(row), [prompt, completion])
 
 
 def _context(row: Row) -> str:
@@ -167,45 +180,64 @@ def _check_text_only(row: Row) -> None:
 def check_row(row: Row) -> None:
     """Raises InvalidRow for a row that is not about text alone, and for an answer that KTO's label marks as bad."""
     _check_text_only(row)
-    if row.get("label") is False:
-        raise InvalidRow("bad answer", "label: false")
+    for field in _LABELS:
+        if row.get(field) is False:
+            raise InvalidRow("bad answer", f"{field}: false")
 
 
 def unused_parts(row: Row) -> list[str]:
     """Parts of a valid row that affect what should be learned, and that are not used."""
-    lists = {name: row.get(name) for name in ("messages", "conversations", "prompt", "completion", *_ANSWERS)}
-    turns = [turn for items in lists.values() for turn in (items if isinstance(items, list) else [items])]
-    items = [row, *(turn for turn in turns if isinstance(turn, dict))]
+    items = [row, *_turns(row)]
     fields = [f"'{name}'" for name in _REASONING if any(_has_content(item.get(name)) for item in items)]
     fields += [f"'{name}'" for name in _TOOLS if _has_content(row.get(name))]
-    last = next((lists[name] for name in ("messages", "conversations", "completion") if lists[name]), None)
-    is_conversation = not is_preference_row(row)
-    if is_conversation and isinstance(last, list) and _role(last[-1]) == "user":
+    last = next((row[name] for name in ("messages", "conversations", "completion") if row.get(name)), None)
+    if not is_preference_row(row) and isinstance(last, list) and _role(last[-1]) == "user":
         fields.append("the user's last message, which has no answer")
     return fields
 
 
-# Fields of a question and its answer. The second half is tried last: such rows may have a text as well.
-QUESTIONS_AND_ANSWERS = (("prompt", "completion"), ("question", "answer"), ("query", "response"), ("input", "output"))
+def unused_fields(row: Row, used: tuple[str, ...]) -> list[str]:
+    """All other fields with content that are not among the `used` ones, of the row and of its messages."""
+    parts, labels = (*_REASONING, *_TOOLS), [name for name in _LABELS if isinstance(row.get(name), bool)]
+    in_messages = _other_fields(_turns(row), (*_TURN, *_IN_LOSS, *parts))
+    return _other_fields([row], (*used, *_SYSTEM, *parts, *labels)) + [f"{name} of messages" for name in in_messages]
+
+
+def _other_fields(items: Iterable[Row], known: tuple[str, ...]) -> list[str]:
+    names = {name: None for item in items for name in item if name not in known and _has_content(item[name])}
+    return list(map(repr, names))
+
+
+def _turns(row: Row) -> Iterator[Row]:
+    for name in ("messages", "conversations", "prompt", "completion", *_CHOICES):
+        value = row.get(name)
+        yield from (turn for turn in (value if isinstance(value, list) else [value]) if isinstance(turn, dict))
 
 
 def is_question_and_answer(row: Row) -> bool:
-    return any(question in row and answer in row for question, answer in QUESTIONS_AND_ANSWERS)
+    return all(any(name in row for name in names) for names in (_QUESTIONS, _ANSWERS))
 
 
 # Tried in this order: UltraChat's rows have a prompt as well as messages.
 FORMATS = {
-    "messages": Format(lambda row: "messages" in row, lambda row: _from_list(row, "messages")),
-    "sharegpt": Format(lambda row: "conversations" in row, lambda row: _from_list(row, "conversations")),
-    "alpaca": Format(lambda row: "instruction" in row and ("output" in row or "response" in row), _from_alpaca),
+    "messages": Format(lambda row: "messages" in row, lambda row: _from_list(row, "messages"), ("messages",)),
+    "sharegpt": Format(
+        lambda row: "conversations" in row, lambda row: _from_list(row, "conversations"), ("conversations",)
+    ),
+    "alpaca": Format(
+        lambda row: "instruction" in row and any(name in row for name in _ANSWERS),
+        _from_alpaca,
+        ("instruction", "input", "context", "history", *_ANSWERS),
+    ),
     "prompt_completion": Format(
         lambda row: ("prompt" in row and "completion" in row) or ("question" in row and "answer" in row),
         _from_prompt_completion,
+        ("context", "abstract", *_QUESTIONS, *_ANSWERS),
     ),
 }
 EXPECTED = (
-    "messages, conversations, instruction and output, prompt and completion, question and answer, query and response, "
-    "input and output, OASST message trees, or text"
+    "messages, conversations, instruction and output, a question (prompt, question, query or input) and its answer "
+    "(completion, answer, response or output), OASST message trees, or text"
 )
 
 # Preferences: UltraFeedback, HH-RLHF, ShareGPT and similar.
@@ -213,12 +245,14 @@ EXPECTED = (
 EXPECTED_PAIRS = (
     "chosen and rejected, with a separate prompt or the whole dialogue in each; or OpenAssistant message trees"
 )
+_PROMPTS = ("prompt", "question", "conversations")
+PAIR_FIELDS = (*_PROMPTS, *_CHOICES)
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def is_preference_row(row: Row) -> bool:
-    return all(name in row for name in _ANSWERS)
+    return all(name in row for name in _CHOICES)
 
 
 def parse_pair(row: Row) -> PreferencePair:
@@ -229,17 +263,17 @@ def parse_pair(row: Row) -> PreferencePair:
     HH-RLHF transcripts.
     """
     _check_text_only(row)
-    answers = {name: get_field(row, name) for name in _ANSWERS}
+    answers = {name: get_field(row, name) for name in _CHOICES}
     types = {type(answer) for answer in answers.values()}
     if len(types) > 1 or not types <= {str, dict, list}:
         raise InvalidRow(
             "answers have different types", " and ".join(type(answer).__name__ for answer in answers.values())
         )
-    prompt_fields = [name for name in ("prompt", "question", "conversations") if row.get(name) is not None]
+    prompt_fields = [name for name in _PROMPTS if row.get(name) is not None]
     if types == {str} and not prompt_fields:
         sides = [_parse_transcript(answer, name) for name, answer in answers.items()]
     else:
-        prompt = _parse_prompt(row[prompt_fields[0]], prompt_fields[0], row.get("system")) if prompt_fields else []
+        prompt = _parse_prompt(row[prompt_fields[0]], prompt_fields[0], _system(row)) if prompt_fields else []
         sides = [_parse_dialogue(prompt, answer, name) for name, answer in answers.items()]
     return make_pair(*sides)
 

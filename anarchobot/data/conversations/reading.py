@@ -22,6 +22,7 @@ from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Prefere
 
 RawRows = Iterator[tuple[str, bytes | Row | ValueError]]  # (place, undecoded line, row or error)
 ParsedRows = Iterator[tuple[str, Row]]
+SHOWN_FIELDS = 20
 T = TypeVar("T", Conversation, PreferencePair)
 
 
@@ -48,6 +49,7 @@ class RowCounts:
     first_skipped: dict[str, str] = field(default_factory=dict)  # by reason: place and detail
     places: dict[str, list[str]] = field(default_factory=dict)  # by reason or part: the first SHOWN places
     unused: Counter[str] = field(default_factory=Counter)  # kept rows with each part that is not used
+    other_fields: Counter[str] = field(default_factory=Counter)  # kept rows with each other field that is not used
     unread: list[Unread] = field(default_factory=list)  # files in folders and globs
 
     def skip(self, place: str, error: ValueError) -> None:
@@ -56,9 +58,12 @@ class RowCounts:
         self.first_skipped.setdefault(reason, f"{place}: {error}")
         self._add_place(reason, place)
 
-    def note_unused(self, place: str, part: str) -> None:
-        self.unused[part] += 1
-        self._add_place(part, place)
+    def note_unused(self, place: str, row: Row, used: tuple[str, ...]) -> None:
+        """Counts what is not used of a row that is kept; `used` are the fields that its format reads."""
+        for part in formats.unused_parts(row):
+            self.unused[part] += 1
+            self._add_place(part, place)
+        self.other_fields.update(formats.unused_fields(row, used))
 
     def _add_place(self, kind: str, place: str) -> None:
         places = self.places.setdefault(kind, [])
@@ -89,6 +94,10 @@ class RowCounts:
             lines.append(
                 f"not used in {n:,} rows: {part} ({', '.join(self.places[part])}{', ...' if n > SHOWN else ''})"
             )
+        if self.other_fields:
+            fields = [f"{name} in {n:,} rows" for name, n in self.other_fields.most_common(SHOWN_FIELDS)]
+            more = len(self.other_fields) - len(fields)
+            lines.append(f"other fields not used: {', '.join(fields)}{f', and {more:,} more' if more else ''}")
         return lines + describe_unread(self.unread)
 
 
@@ -113,7 +122,7 @@ def read_conversations(
             else:
                 parsed_row = _parse(detected, row, data.text_field)
                 if detected != "text" and not isinstance(parsed_row, InvalidRow):
-                    _note_unused(place, row, counts)
+                    counts.note_unused(place, row, formats.FORMATS[detected].fields)
                 yield place, parsed_row
         if detected is None:
             problem = f"no row has the fields of a conversation: expected {formats.EXPECTED}"
@@ -139,18 +148,13 @@ def read_pairs(
             except InvalidRow as error:
                 yield place, error
                 continue
-            _note_unused(place, row, counts)
+            counts.note_unused(place, row, formats.PAIR_FIELDS)
             yield place, pair
         if not any_matched:
             problem = f"no row has the fields of a preference pair: expected {formats.EXPECTED_PAIRS}"
             raise UnknownFields(f"{name}: {problem}{_first_error(counts)}")
 
     return _valid_rows(data, counts, parse_file)
-
-
-def _note_unused(place: str, row: Row, counts: RowCounts) -> None:
-    for part in formats.unused_parts(row):
-        counts.note_unused(place, part)
 
 
 def _first_error(counts: RowCounts) -> str:

@@ -48,6 +48,10 @@ FORMATS: dict[str, tuple[Any, Any]] = {
         {"instruction": "c", "input": "", "output": "d", "system": "s", "history": [["a", "b"]]},
         (("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")),
     ),
+    "alpaca with an input and a context": (
+        {"instruction": "a", "input": "b", "context": "c", "output": "d"},
+        (("user", "a\nb\nc"), ("assistant", "d")),
+    ),
     "dolly": ({"instruction": "a", "context": "b", "response": "c"}, (("user", "a\nb"), ("assistant", "c"))),
     "prompt and completion": ({"prompt": QUESTION, "completion": ANSWER}, TWO),
     "prompt and completion in messages": ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, TWO),
@@ -63,6 +67,14 @@ FORMATS: dict[str, tuple[Any, Any]] = {
     "abstract": (
         {"question": QUESTION, "context": [], "abstract": "a", "answer": ANSWER},
         (("user", f"{QUESTION}\na"), ("assistant", ANSWER)),
+    ),
+    "orca": (
+        {"system_prompt": "Be.", "question": QUESTION, "response": ANSWER, "system": ""},
+        (("system", "Be."), *TWO),
+    ),
+    "alpaca with a system message": (
+        {"system_message": "Be.", "instruction": QUESTION, "answer": ANSWER},
+        (("system", "Be."), *TWO),
     ),
     "query and response": ({"query": QUESTION, "response": ANSWER, "context": " "}, TWO),
     "input and output": ({"system": "Be.", "input": QUESTION, "output": ANSWER}, (("system", "Be."), *TWO)),
@@ -159,6 +171,7 @@ def test_invalid_rows_are_counted_and_the_first_is_located(tmp_path: Path, reaso
     ("row", "expected"),
     [
         ({"prompt": QUESTION, "completion": ANSWER, "label": False}, "bad answer (label: false)"),
+        ({"messages": MESSAGES, "kto_tag": False}, "bad answer (kto_tag: false)"),
         ({"messages": MESSAGES, "images": ["a.png"]}, "field can't be used ('images')"),
         ({"instruction": "What is this?", "output": "A cat.", "image": "a.png"}, "field can't be used ('image')"),
         (
@@ -180,6 +193,14 @@ def test_invalid_rows_are_counted_and_the_first_is_located(tmp_path: Path, reaso
         (
             {"prompt": [*MESSAGES[:1], {**MESSAGES[1], "loss": False}, MESSAGES[0]], "completion": MESSAGES[1:]},
             "answer excluded from the loss (loss: False in 'prompt', turn 2)",
+        ),
+        (
+            {"conversations": [MESSAGES[0], {**MESSAGES[1], "loss_mask": 0}]},
+            "answer excluded from the loss (loss_mask: 0 in 'conversations', turn 2)",
+        ),
+        (
+            {"messages": [MESSAGES[0], {**MESSAGES[1], "loss_weight": 0.0}]},
+            "answer excluded from the loss (loss_weight: 0.0 in 'messages', turn 2)",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, MESSAGES[1]]},
@@ -232,6 +253,33 @@ def test_unused_parts_of_kept_rows_are_counted_and_named(tmp_path: Path, name: s
         return
     assert counts.unused == {part: 4}
     assert counts.summary()[-1] == f"not used in 4 rows: {part} ({path}:1, {path}:3, {path}:4, ...)"
+
+
+OTHER_FIELDS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "messages": (
+        {"messages": [{**MESSAGES[0], "name": "Ann"}, {**MESSAGES[1], "refusal": None, "train_detail": [{"train": 0}]}],
+         "context": "Rain.", "id": 1, "score": 0, "label": True, "system": "", "tools": "[]"},
+        ["'context'", "'id'", "'name' of messages", "'train_detail' of messages"],
+    ),
+    "sharegpt": ({"conversations": MESSAGES, "prompt": QUESTION, "label": 1}, ["'prompt'", "'label'"]),
+    "alpaca": ({"instruction": "Why", "input": "?", "output": ANSWER, "rejected": "No."}, ["'rejected'"]),
+    "question": ({"question": QUESTION, "options": ["a"], "cot": "Hm.", "answer": ANSWER}, ["'options'", "'cot'"]),
+    "escaped": ({"query": QUESTION, "output": ANSWER, "\x1b[2J": 1}, ["'\\x1b[2J'"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_FIELDS)
+def test_other_fields_that_are_not_used_are_counted_and_named(tmp_path: Path, name: str) -> None:
+    row, fields = OTHER_FIELDS[name]
+    _, counts = read(jsonl(tmp_path / "data.jsonl", row, {"messages": []}, row))
+    assert counts.kept == 2 and counts.other_fields == dict.fromkeys(fields, 2) and not counts.unused
+    assert counts.summary()[-1] == f"other fields not used: {', '.join(f'{field} in 2 rows' for field in fields)}"
+
+
+def test_many_other_fields_are_counted_and_the_first_are_named(tmp_path: Path) -> None:
+    row = {"messages": MESSAGES, **{f"f{i}": 1 for i in range(1022)}}
+    _, counts = read(jsonl(tmp_path / "data.jsonl", row))
+    assert counts.summary()[-1].endswith(", 'f18' in 1 rows, 'f19' in 1 rows, and 1,002 more")
 
 
 def test_up_to_three_lines_of_each_kind_are_named(tmp_path: Path) -> None:
@@ -396,3 +444,9 @@ def test_unused_reasoning_of_pairs_is_counted(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "pairs.jsonl", row)
     found, counts = read_pairs(path)
     assert found == [PAIR] and counts.summary()[1:] == [f"not used in 1 rows: 'thinking' ({path}:1)"]
+
+
+def test_other_fields_of_pairs_are_counted(tmp_path: Path) -> None:
+    row = {"question": "Why?", "chosen": "Because.", "rejected": "No.", "messages": [QUESTION_TURN], "source": "x"}
+    found, counts = read_pairs(jsonl(tmp_path / "pairs.jsonl", row))
+    assert found == [PAIR] and counts.other_fields == {"'messages'": 1, "'source'": 1}
