@@ -10,6 +10,7 @@ import tty
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ from anarchobot.cli.main import main
 from anarchobot.config.terminal import visible, visible_output
 from anarchobot.inference.generation import generate
 from anarchobot.inference.model import load_model
+from anarchobot.tasks import engines
 from tests.exchange.random_run import make_run
-from tests.tiny import loaded, write_config
+from tests.tiny import write_config
 
 # Sets the title, clears the screen (also with a C1 character), moves to the start of the line, reverses the text.
 HOSTILE = "a\x1b]0;title\x07\x1b[2J\x9b2J\rb\x7f\u202ec\u2066"
@@ -111,10 +113,6 @@ def test_no_command_prints_control_characters(
     Path("runs", HOSTILE, "logs").mkdir(parents=True)
     Path("runs", HOSTILE, "config.yaml").write_text("{}")
     Path("runs", HOSTILE, "logs", "metrics.jsonl").write_text('{"step": 1, "event": "train", "time": 1, "loss": 2}\n')
-    pretrain = write_config(
-        tmp_path / "c.yaml", tiny_shards, tmp_path / "trained", generation__prompt=HOSTILE, train__sample_interval=2,
-        train__total_steps=2, generation__max_new_tokens=4,
-    )  # fmt: skip
     commands: list[tuple[list[str], int, int]] = [  # words, exit code, how often the hostile text is printed
         (["kb", "add", "notes.txt", "--kb", "kb.db"], 0, 0),
         (["kb", "search", "cherries", "--kb", "kb.db"], 0, 1),
@@ -122,7 +120,7 @@ def test_no_command_prints_control_characters(
         (["shards", "info", f"shards{HOSTILE}"], 0, 1),
         (["runs"], 0, 1),
         (["evaluate", "--compare", "report.json", "report.json"], 0, 2),
-        (["config", "show", f"generation.stop={json.dumps([HOSTILE])}"], 0, 1),
+        (["config", "show", f"generation.stop={json.dumps([HOSTILE])}"], 0, 0),
         (["tokenizer", "train", "--input", f"{HOSTILE}.txt", "--output", HOSTILE, "--vocab-size", "290"], 0, 1),
         (["import", HOSTILE, "--output", "x"], 2, 1),
         (["report", HOSTILE], 2, 1),
@@ -136,12 +134,6 @@ def test_no_command_prints_control_characters(
         assert not any(map(is_control, shown)), (words, shown)
         assert shown.replace("\\\\", "\\").count(SHOWN) >= count, (words, shown)
 
-    with terminal(monkeypatch) as printed:
-        assert main(["pretrain", str(pretrain)]) == 0
-        shown = printed()
-    assert f"step 2: sample: {SHOWN}" in shown and HOSTILE not in shown and "\x1b]" not in shown
-    assert "\x1b[" in shown  # the progress bar is drawn
-
 
 def test_progress_bars_are_drawn_and_text_beside_them_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal(monkeypatch) as printed, visible_output():
@@ -152,13 +144,22 @@ def test_progress_bars_are_drawn_and_text_beside_them_is_escaped(monkeypatch: py
     assert shown.startswith("\r 50%|====\\x1b[0m") and "working" in shown and "\x1b[?25h" in shown
 
 
-def test_messages_of_a_run_are_escaped_in_a_log_file(
-    tmp_path: Path, tiny_shards: Path, capfd: pytest.CaptureFixture[str]
+def test_samples_are_escaped_beside_the_progress_bar_and_in_a_log_file(
+    tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"generation__prompt": HOSTILE, "generation__max_new_tokens": 4, "train__total_steps": 1}
-    config = loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", **settings, train__sample_interval=1)
-    assert main(["pretrain", str(tmp_path / "c.yaml")]) == 0 and config
-    assert f"sample: {SHOWN}" in capfd.readouterr().err
-    lines = map(json.loads, (tmp_path / "run" / "logs" / "metrics.jsonl").read_text().splitlines())
-    (sample,) = (line["text"] for line in lines if line["event"] == "sample")
-    assert sample.startswith(HOSTILE)
+    real = engines.open_engine
+    monkeypatch.setattr(
+        "anarchobot.tasks.pretrain.open_engine", lambda *a, **k: replace(real(*a, **k), sample=lambda _: HOSTILE)
+    )
+    settings = {"train__total_steps": 1, "train__sample_interval": 1}
+    config = str(write_config(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", **settings))
+    with terminal(monkeypatch) as printed:
+        assert main(["pretrain", config]) == 0
+        shown = printed()
+    assert f"step 1: sample: {SHOWN}" in shown and HOSTILE not in shown and "\x1b]" not in shown
+    assert "\x1b[?25h" in shown  # the progress bar is drawn
+
+    assert main(["pretrain", config, f"train.save_dir={tmp_path / 'other'}"]) == 0
+    assert f"step 1: sample: {SHOWN}" in capfd.readouterr().err
+    lines = map(json.loads, (tmp_path / "other" / "logs" / "metrics.jsonl").read_text().splitlines())
+    assert [line["text"] for line in lines if line["event"] == "sample"] == [HOSTILE]
