@@ -155,13 +155,13 @@ def _generate(args: argparse.Namespace) -> None:
 def _read_prompts(file: Path) -> list[str]:
     """The prompts in a file, without empty lines."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8; expected text, or JSONL (.jsonl)") from error
     numbered = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise UserError(f"{file}: no prompts; expected one per line")
-    if file.suffix != ".jsonl":
+    if file.suffix.lower() != ".jsonl":
         return [line for _, line in numbered]
     return [_parse_prompt(line, f"{file}:{number}") for number, line in numbered]
 
@@ -274,7 +274,7 @@ def _run_chat_command(session: "ChatSession", line: str, log: Callable[[str], No
     elif command == "/save":
         if not rest:
             raise UserError("/save: missing FILE")
-        session.save(Path(rest))
+        session.save(Path(rest).expanduser())
         log(f"saved to {rest}")
     elif command in ("/good", "/bad"):
         count = session.rate(1.0 if command == "/good" else -1.0)

@@ -35,10 +35,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
 
 
 def test_a_byte_order_mark_is_not_part_of_the_first_prompt(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_bytes("\ufeffdef \r\na\u2028b\n".encode())
-    (tmp_path / "p.jsonl").write_bytes('\ufeff{"prompt": "def "}\n'.encode())
-    assert _read_prompts(tmp_path / "p.txt") == ["def ", "a\u2028b"]
-    assert _read_prompts(tmp_path / "p.jsonl") == ["def "]
+    """And a line ends only at a line feed."""
+    (tmp_path / "p.txt").write_bytes("\ufeffdef \r\na\u2028b\rc\n".encode())
+    (tmp_path / "P.JSONL").write_bytes('\ufeff{"prompt": "def "}\n{"prompt": "a\u2028b"}\n'.encode())
+    assert _read_prompts(tmp_path / "p.txt") == ["def ", "a\u2028b\rc"]
+    assert _read_prompts(tmp_path / "P.JSONL") == ["def ", "a\u2028b"]
 
 
 def test_a_prompt_that_is_too_long_is_not_echoed(
@@ -63,9 +64,12 @@ def chat(run: Path, lines: str, *flags: str) -> int:
         return main(words)
 
 
-def test_a_pipe_is_answered_line_by_line(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_pipe_is_answered_line_by_line(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "out.jsonl"
-    lines = f"Hello\n\n/save {file}\n/reset\nHello\n/system Be kind.\nHello\n/save {file}\n"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines = f"Hello\n\n/save {file}\n/reset\nHello\n/system Be kind.\nHello\n/save ~/out.jsonl\n"
     assert chat(run, lines) == 0
     captured = capsys.readouterr()
     talks = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
@@ -77,7 +81,7 @@ def test_a_pipe_is_answered_line_by_line(run: Path, capsys: pytest.CaptureFixtur
         f"saved to {file}",
         "conversation reset",
         "system prompt set",
-        f"saved to {file}",
+        "saved to ~/out.jsonl",
     ]
 
 

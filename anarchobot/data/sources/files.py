@@ -65,9 +65,9 @@ def find(names: Iterable[str], unread: list[Unread] | None = None, formats: Form
     """The files of all names, in the order given; folders and globs sorted by name.
 
     Hidden files and folders and those that macOS adds to archives are not read, but appended to `unread`, as is
-    everything else that a folder or glob has and that is not in one of the `formats`. Linked folders are read, and each
-    real folder once. Raises UserError for a name that matches nothing, a folder that can't be listed, and when a
-    package needed to read a file is not installed.
+    everything else that a folder or glob has and that is not in one of the `formats`. Links are followed, and each real
+    file and folder is read once. Raises UserError for a name that matches nothing, a folder that can't be listed, and
+    when a package needed to read a file is not installed.
     """
     left_out: list[Unread] = [] if unread is None else unread
     paths = [path for name in names for path in _matches(name, left_out, formats)]
@@ -121,15 +121,20 @@ def _reasons(unread: list[Unread]) -> str:
 
 
 def _supported(paths: Iterable[Path], unread: list[Unread], formats: Formats) -> list[Path]:
-    supported = []
+    """The files that can be read, sorted; of a file and links to it, only the file."""
+    real_paths: dict[Path, Path] = {}
     for path in sorted(paths):
         if not path.is_file():
             unread.append(Unread(str(path), "broken links or special files"))
         elif not path.name.lower().endswith(formats.suffixes):
             unread.append(Unread(str(path), "files of other formats"))
         else:
-            supported.append(path)
-    return supported
+            real_paths[path] = path.resolve()
+    first: dict[Path, Path] = {}
+    for path in sorted(real_paths, key=lambda path: (path.is_symlink(), path)):
+        if first.setdefault(real_paths[path], path) != path:
+            unread.append(Unread(str(path), "further links to a file"))
+    return sorted(first.values())
 
 
 def _files_below(root: Path, unread: list[Unread]) -> Iterator[Path]:

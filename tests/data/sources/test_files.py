@@ -123,7 +123,8 @@ def test_linked_folders_are_read_once(tmp_path: Path) -> None:
     (root / "link").symlink_to(outside)
     (root / "link2").symlink_to(outside / "d")
     (outside / "back").symlink_to(root / "m")
-    (root / "linked file.txt").symlink_to(outside / "c.txt")
+    (root / "linked file.txt").symlink_to(tmp_path / "f.txt")
+    write(tmp_path, "f.txt")
     expected = ["link/c.txt", "link/d/e.txt", "linked file.txt", "m/a.txt", "m/n/b.txt"]
     counts = DocumentCounts()
     assert [str(path.relative_to(root)) for path in files.find([str(root)], counts.unread)] == expected
@@ -135,6 +136,20 @@ def test_linked_folders_are_read_once(tmp_path: Path) -> None:
         assert [str(path.relative_to(tmp_path / "whole")) for path in found] == expected
     assert [str(path.relative_to(root)) for path in files.find([str(root / "0" / "*.txt")])] == ["0/a.txt"]
     assert counts.unread == []
+
+
+def test_a_file_with_several_names_is_read_once(tmp_path: Path) -> None:
+    """Under its own name rather than a link's. Snapshots in a cache of the Hub share files by links."""
+    root = write(tmp_path / "data", "m.txt", "blobs/5f").resolve()
+    for link, target in (("a.txt", "m.txt"), ("1/x.txt", "blobs/5f"), ("2/x.txt", "blobs/5f")):
+        (root / link).parent.mkdir(exist_ok=True)
+        (root / link).symlink_to(root / target)
+    for name in (root, root / "**" / "*"):
+        texts, counts = read(name)
+        assert texts == ["blobs/5f", "m.txt"] and counts.read == 2
+        further = [path for path, reason in counts.unread if reason == "further links to a file"]
+        assert further == [str(root / "2/x.txt"), str(root / "a.txt")]
+    assert read(root / "a.txt", root / "m.txt")[1].read == 2, "named"
 
 
 def test_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
