@@ -89,6 +89,7 @@ def test_chat_with_json_and_a_knowledge_base(run: Path, capsys: pytest.CaptureFi
     (tmp_path / "bees.txt").write_text("Bees have four wings.")
     base = str(tmp_path / "kb.sqlite")
     assert main(["kb", "add", "--kb", base, str(tmp_path / "bees.txt"), "--quiet"]) == 0
+    capsys.readouterr()
     assert chat(run, "How many wings?\n/good\nzzz\n/good\n", "--kb", base, "--json") == 0
     captured = capsys.readouterr()
     first, second = (json.loads(line) for line in captured.out.splitlines())
@@ -102,6 +103,24 @@ def test_chat_with_json_and_a_knowledge_base(run: Path, capsys: pytest.CaptureFi
     assert "1 votes" in capsys.readouterr().out
     assert chat(run, "How many wings?\n", "--kb", base) == 0
     assert capsys.readouterr().out.endswith(f"\n(sources: {tmp_path / 'bees.txt'})\n")
+
+
+def test_chat_says_that_passages_did_not_fit(
+    tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = make_run(tmp_path / "small", next(tiny_shards.glob("*.model")), n_layers=1, max_seq_len=100)
+    (tmp_path / "bees.txt").write_text("Bees have four wings. " * 40)
+    base = str(tmp_path / "kb.sqlite")
+    assert main(["kb", "add", "--kb", base, str(tmp_path / "bees.txt"), "--quiet"]) == 0
+    capsys.readouterr()
+    assert chat(small, "How many wings?\n/good\n", "--kb", base, "--json") == 0
+    captured = capsys.readouterr()
+    row = json.loads(captured.out)
+    assert (row["sources"], row["dropped_passages"]) == ([], 1)
+    told = "anarchobot: none of the passages found for the last question fit in the context window"
+    assert captured.err.splitlines()[-1] == told
+    assert chat(small, "How many wings?\n", "--kb", base) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "(1 of 1 passages did not fit in the context window)"
 
 
 def test_chat_continues_after_an_error(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

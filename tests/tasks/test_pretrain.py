@@ -1,5 +1,6 @@
 """Pretraining from shards to summary: exact resume, the files of a run, and refused configurations."""
 
+import hashlib
 import importlib
 import json
 import math
@@ -134,6 +135,7 @@ def test_run_folder_and_summary(run_with: Any, tmp_path: Path, tiny_shards: Path
     state = json.loads((run / "step_00000006" / "state.json").read_text())
     assert (state["step"], state["tokens"], state["data_position"]) == (6, 768, 24)
     assert state["random_state"] == {"seed": 0, "step": 6}
+    assert state["tokenizer"] == hashlib.sha256((run / "tokenizer.model").read_bytes()).hexdigest()
 
 
 def test_loss_decreases(run_with: Any) -> None:
