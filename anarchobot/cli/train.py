@@ -1,0 +1,127 @@
+"""`anarchobot train`: from a folder of text to a model, in a given time."""
+
+import argparse
+import json
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from anarchobot.cli.parser import HUB_NAME, add_command, parse
+from anarchobot.config.errors import UserError
+
+UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def add_commands(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "train",
+        _train,
+        "train a model on your texts in a given time",
+        epilog="Settings are chosen for the text, the time and this machine (docs/train.md). Ctrl-C stops; the same "
+        "command resumes.",
+    )
+    parser.add_argument(
+        "texts", nargs="*", metavar="TEXTS", help="text, JSONL or Parquet files, folders or globs (default: none)"
+    )
+    parser.add_argument("--time", metavar="T", default="30m", help="total time, such as 90s, 30m or 2h")
+    parser.add_argument(
+        "--chat", metavar="FILE", help="conversations to fine-tune on afterwards (default: no fine-tuning)"
+    )
+    parser.add_argument(
+        "--model",
+        metavar="PATH",
+        help=f"model to train LoRA adapters for: a run, a folder, or {HUB_NAME} (default: train a new model)",
+    )
+    parser.add_argument("--output", metavar="DIR", help="output folder (default: runs/NAME, after the first text)")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
+
+
+def _train(args: argparse.Namespace) -> int:
+    started = time.monotonic()
+    seconds = parse_seconds(args.time)
+    if not args.texts and not (args.model and args.chat):
+        raise UserError(
+            "missing TEXTS: expected text files or folders, such as `anarchobot train notes` (with --model, --chat "
+            "is enough)"
+        )
+    from anarchobot.system.blas import load_fast_blas
+
+    load_fast_blas()  # before MLX is imported
+    from anarchobot.tasks import train
+
+    request = train.Request(args.texts, seconds, args.chat, args.model, _output(args))
+    is_started = train.is_started(request)
+    silent = args.quiet or args.json
+
+    def log(line: str) -> None:
+        if not silent:
+            print(line, file=sys.stderr, flush=True)
+
+    if is_started:
+        log(f"{request.output}: resuming")
+    else:
+        plan = train.plan(request, started)
+        if args.dry_run and args.json:
+            print(json.dumps({"plan": dict(plan.table), "config": plan.sections}))
+        elif args.dry_run or not silent:
+            print("\n".join(_table(plan.table)), file=sys.stdout if args.dry_run else sys.stderr, flush=True)
+        for note in plan.notes:
+            log(note)
+    if args.dry_run:
+        return 0
+    if not is_started:
+        train.start(request, plan.sections)
+    try:
+        result = train.train(request, started, "nothing" if silent else "progress", log)
+    except train.Stopped:
+        print("stopped; resume with the same command", file=sys.stderr)
+        return 130
+    _print_result(args, result, list(train.commands(request)))
+    if result["chat"] and sys.stdin.isatty() and not silent:
+        chat = parse(args.parser, ["chat", "--checkpoint", result["chat"]])
+        return int(chat.run(chat) or 0)
+    return 0
+
+
+def parse_seconds(text: str) -> float:
+    """Parses `90s`, `30m` or `2h`. Raises UserError for anything else."""
+    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)([smh])", text)
+    seconds = float(match[1]) * UNITS[match[2]] if match else 0.0
+    if seconds == 0:
+        raise UserError(f"argument --time: expected a time such as 90s, 30m or 2h, got '{text}'")
+    return seconds
+
+
+def _output(args: argparse.Namespace) -> Path:
+    if args.output is not None:
+        return Path(args.output)
+    first = Path(args.texts[0] if args.texts else args.chat)
+    named = [part for part in first.resolve().parts if not re.search(r"[*?\[]", part)]  # a glob: the folder before it
+    return Path("runs") / named[-1].partition(".")[0]
+
+
+def _table(rows: list[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in rows)
+    return [f"{name.ljust(width)}  {value}" for name, value in rows]
+
+
+def _print_result(args: argparse.Namespace, result: dict[str, Any], commands: list[str]) -> None:
+    if args.json:
+        print(json.dumps(result | {"commands": commands}))
+        return
+    if result["best_val_bpb"] is not None:
+        print(f"{result['model']}: {result['best_val_bpb']:.4f} bits per byte on held-out text")
+    for name in ("samples", "report"):
+        if name in result:
+            print(f"{name}: {result[name]}")
+    if args.quiet:
+        return
+    lines = ["the same, one step at a time (first set another train.save_dir):", *(f"  {line}" for line in commands)]
+    use = f"chat --checkpoint {shlex.quote(result['chat'])}" if result["chat"] else (
+        f"generate --checkpoint {shlex.quote(result['model'])}"
+    )  # fmt: skip
+    print("\n".join([*lines, f"next: anarchobot {use}"]), file=sys.stderr)

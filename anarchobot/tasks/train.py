@@ -1,0 +1,338 @@
+"""`anarchobot train`: from texts to a model in a given time, by the same tasks that the other commands run.
+
+The plan is made once. It is kept in the output folder: config.yaml has the settings, train.json what was asked for. The
+same command resumes: each stage that is already complete is skipped.
+
+The number of steps becomes final after the first part of the run, when the real speed is known: until then the
+learning rate is constant, as it is at the beginning of the wsd schedule for any number of steps.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from anarchobot.config.errors import UserError
+from anarchobot.config.loading import LoadedConfig, load_config
+from anarchobot.config.strict_yaml import dump, parse
+from anarchobot.data.shards import read_manifest
+from anarchobot.data.sources import files
+from anarchobot.data.sources.documents import DocumentCounts
+from anarchobot.exchange.fusing import fuse
+from anarchobot.exchange.pretrained import load_pretrained
+from anarchobot.reporting.html_report import render_report
+from anarchobot.runs.run_log import logs_dir, read_run, read_summary
+from anarchobot.storage.durable import write_atomic
+from anarchobot.system.micro_batch import resolve_micro_batch
+from anarchobot.tasks import supervise
+from anarchobot.tasks.finetuning import DEFAULT_CONFIGS, load_tuning_config
+from anarchobot.tasks.pretokenize import open_corpus, open_documents
+from anarchobot.tasks.pretrain import pretrain
+from anarchobot.tasks.run import OutputMode
+from anarchobot.tasks.sft import sft
+from anarchobot.tasks.training_plan import (
+    ADAPTER_EPOCHS,
+    FIRST_PART,
+    VALIDATIONS,
+    Plan,
+    Sections,
+    measure,
+    overrides,
+    plan_adapters,
+    plan_new_model,
+)
+from anarchobot.tasks.training_rule import DECAY_FRACTION, MAX_EPOCHS, bytes_per_token
+from anarchobot.tokenizers.training import limit_bytes, train_tokenizer
+
+Log = Callable[[str], None]
+
+CONFIG, REQUEST, SAMPLES, REPORT, FUSED = "config.yaml", "train.json", "samples.txt", "report.html", "fused"
+CHAT_SHARE = 0.2  # of the time, for conversations
+CHAT_EPOCHS = 3.0
+END_SHARE, END_SECONDS = 0.02, 2.0  # of the time, reserved for the last validation, samples and the report
+SUPERVISED = 3600.0  # seconds from which a run is resumed if it crashes
+SAMPLE_COUNT, SAMPLE_TOKENS = 3, 120
+# Fine-tuning of all weights, as in configs/tuning/sft.yaml.
+FULL_TUNING: Sections = {
+    "train": {
+        "micro_batch_size": 8, "grad_accum_steps": 1, "lr": 1e-3, "min_lr": 0.0, "schedule": "cosine",
+        "warmup_steps": 20, "patience": 5, "ckpt_interval": 10**6,
+    },
+    "data": {"seq_len": 512, "val_fraction": 0.05},
+}  # fmt: skip
+
+
+class Stopped(Exception):
+    """A stage was asked to stop, and has saved its state."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for. `texts` may be empty if there are a `model` and a `chat`."""
+
+    texts: list[str]
+    seconds: float
+    chat: str | None
+    model: str | None
+    output: Path
+
+    def as_json(self) -> dict[str, Any]:
+        """To compare with an earlier request. Raises UserError for a file that does not exist."""
+        chat = [] if self.chat is None else [self.chat]
+        return {
+            "texts": _fingerprint(self.texts, files.DOCUMENTS),
+            "time": f"{self.seconds:g} s",
+            "chat": _fingerprint(chat, files.CONVERSATIONS),
+            "model": self.model,
+        }
+
+
+def _fingerprint(names: list[str], formats: files.Formats) -> str | None:
+    """Names, number and size of the files, such as `notes (12 files, 34,567 bytes)`."""
+    if not names:
+        return None
+    paths = files.find(names, formats=formats)
+    total = sum(path.stat().st_size for path in paths)
+    return f"{' '.join(names)} ({len(paths):,} files, {total:,} bytes)"
+
+
+def plan(request: Request, started: float) -> Plan:
+    """`started`: when the command began, by time.monotonic(). Raises UserError if text or time are too short."""
+    end = started + _training_seconds(request)
+    if request.model is not None:
+        return plan_adapters(request.model, request.texts, request.output, end, request.seconds)
+    return plan_new_model(request.texts, request.output, end, request.seconds)
+
+
+def commands(request: Request) -> Iterator[str]:
+    """The commands that do the same, one step at a time."""
+    config = request.output / CONFIG
+    if request.texts:
+        if request.model is None:
+            yield f"anarchobot tokenizer train {config}"
+        yield f"anarchobot pretokenize {config}"
+        yield f"anarchobot pretrain {config}"
+        yield f"anarchobot report {request.output}"
+    if request.texts and request.chat and request.model:
+        yield f"anarchobot fuse --model {request.model} --adapter {request.output} --output {request.output / FUSED}"
+    if request.chat:
+        yield f"anarchobot sft {_chat_folder(request) / CONFIG}"
+
+
+def is_started(request: Request) -> bool:
+    """Whether the output folder has a plan. Raises UserError if it was made for another request."""
+    file = request.output / REQUEST
+    if not file.exists():
+        if request.output.exists() and any(request.output.iterdir()):
+            raise UserError(f"{request.output}: already exists and is not empty: choose another folder with --output")
+        return False
+    before, now = json.loads(file.read_text(encoding="utf-8"))["request"], request.as_json()
+    if changed := [f"{key} was {before[key]}, is now {now[key]}" for key in now if before[key] != now[key]]:
+        raise UserError(
+            f"{request.output}: planned for another request: {'; '.join(changed)}: choose another folder with "
+            f"--output, or delete {request.output} to start over"
+        )
+    return True
+
+
+def start(request: Request, sections: Sections | None) -> None:
+    """Writes the plan (None: there are only conversations) into the output folder. The request is written last."""
+    request.output.mkdir(parents=True, exist_ok=True)
+    if sections is not None:
+        train = sections["train"]
+        first = max(1, round(FIRST_PART * train["total_steps"]))
+        train = {**train, "total_steps": first, "schedule": "constant", "supervise": request.seconds > SUPERVISED}
+        write_atomic(request.output / CONFIG, dump({**sections, "train": train}))
+    _write_state(request, {"request": request.as_json(), "preparation_seconds": None})
+
+
+def train(request: Request, started: float, show: OutputMode, log: Log) -> dict[str, Any]:
+    """Carries out the plan in the output folder, and returns the files written and the best validation.
+
+    Raises Stopped after a stop request; the same call resumes.
+    """
+    result: dict[str, Any] = {"model": str(request.output), "chat": None, "best_val_bpb": None}
+    if request.texts:
+        result |= _pretrain(request, started, show, log)
+    if request.chat is not None:
+        result["chat"] = str(_chat(request, started, show))
+    if request.texts:
+        result |= {"samples": str(_write_samples(request)), "report": str(_write_report(request))}
+    return result
+
+
+def _training_seconds(request: Request) -> float:
+    """Until the end of pretraining."""
+    share = 1.0 - (CHAT_SHARE if request.chat is not None else 0.0)
+    return share * request.seconds - END_SHARE * request.seconds - END_SECONDS
+
+
+def _pretrain(request: Request, started: float, show: OutputMode, log: Log) -> dict[str, Any]:
+    path = request.output / CONFIG
+    loaded = load_config(path)
+    _make_shards(loaded, log)
+    state = _read_state(request)
+    if state["preparation_seconds"] is None:
+        _write_state(request, state | {"preparation_seconds": time.monotonic() - started})
+    summary = _run("pretrain", path, show)
+    if load_config(path).config.train.schedule == "constant":
+        _set_length(request, path, summary)
+        summary = _run("pretrain", path, show)
+    return {"best_val_bpb": summary["best_val_bpb"], "steps": summary["steps"], "parameters": summary["parameters"]}
+
+
+def _make_shards(loaded: LoadedConfig, log: Log) -> None:
+    config = loaded.config
+    data, tokenizer = config.data, Path(str(config.train.tokenizer_path))
+    if (Path(str(data.shard_dir)) / "manifest.json").exists():
+        return
+    if not tokenizer.exists():
+        texts = (document.text for document in open_documents(config, None, DocumentCounts(), log)[1])
+        train_tokenizer(
+            limit_bytes(texts, config.tokenizer.max_train_mb, [0]), tokenizer.with_suffix(""), config.model.vocab_size
+        )
+    corpus = open_corpus(loaded, None, lambda line: None, log)
+    corpus.pretokenize(restart=False, progress=lambda size, tokens: None, log=log)
+
+
+def _set_length(request: Request, path: Path, summary: dict[str, Any]) -> None:
+    """Writes the final number of steps, from the speed of the first part, into config.yaml."""
+    config = load_config(path).config
+    resolved = resolve_micro_batch(load_config(path)).loaded.config.train
+    sequences = resolved.micro_batch_size * resolved.grad_accum_steps
+    first, wall = summary["steps"], summary["wall_seconds"]
+    left = _training_seconds(request) - _read_state(request)["preparation_seconds"] - wall
+    tokens = read_manifest(str(config.data.shard_dir)).tokens("train")
+    epochs = MAX_EPOCHS if request.model is None else ADAPTER_EPOCHS
+    most = max(2 * first, int(epochs * tokens / (sequences * config.data.seq_len)))
+    steps = min(most, max(first + first // 10 + 1, first + int(left / (wall / first))))
+    values = config.model_dump()
+    values["train"] |= {
+        "total_steps": steps,
+        "schedule": "wsd",
+        "decay_fraction": round(min(DECAY_FRACTION, 1 - first / steps), 4),
+    }
+    write_atomic(path, dump(values))
+
+
+def _run(command: Literal["pretrain", "sft"], path: Path, show: OutputMode) -> dict[str, Any]:
+    """Trains or resumes the run of a config.yaml, up to its last step; returns the summary."""
+    tuning = command == "sft"
+    loaded = (load_tuning_config if tuning else load_config)(str(path), [("train.checkpoint_path", "auto")])
+    train = loaded.config.train
+    logs = logs_dir(Path(train.save_dir), None)
+    summary = read_summary(logs)
+    if summary.get("finished") and (tuning or summary["steps"] >= train.total_steps):
+        return summary
+    if supervise.should_supervise(loaded.config, tuning=tuning):
+        quiet = [] if show == "progress" else ["--quiet"]
+        words = [sys.executable, "-P", "-m", "anarchobot", command, str(path), "--resume-from", "auto", *quiet]
+        code = supervise.supervise(words, resolve_micro_batch(loaded).loaded.config.train)
+        if code not in (0, 130):
+            raise UserError(f"{path}: training failed: see the message above")
+        summary = read_summary(logs)
+    else:
+        summary = (sft if tuning else pretrain)(loaded, show=show)
+    if not summary.get("finished"):
+        raise Stopped
+    return summary
+
+
+def _chat(request: Request, started: float, show: OutputMode) -> Path:
+    """Fine-tunes on the conversations in what is left of the time; returns the run folder."""
+    folder = _chat_folder(request)
+    path = folder / CONFIG
+    if not path.exists():
+        base = _chat_base(request)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, dump(_chat_sections(request, base, started)))
+    _run("sft", path, show)
+    return folder
+
+
+def _chat_base(request: Request) -> str:
+    """The model to fine-tune: adapters that were trained on the texts are merged into their base first."""
+    if request.model is None:
+        return str(request.output)
+    if not request.texts:
+        return request.model
+    fused = request.output / FUSED
+    if not fused.exists():
+        fuse(request.model, request.output, fused)
+    return str(fused)
+
+
+def _chat_sections(request: Request, model: str, started: float) -> Sections:
+    if request.model is None:
+        sections = FULL_TUNING
+    else:
+        default = Path(DEFAULT_CONFIGS["sft"])
+        sections = parse(default.read_bytes(), str(default)).values
+    base = load_pretrained(model)
+    seq_len = min(sections["data"]["seq_len"], base.model.max_seq_len)
+    train = {**sections["train"], "init_from": model, "save_dir": str(_chat_folder(request)), "ckpt_minutes": 5.0}
+    settings: Sections = {
+        **sections,
+        "data": {**sections["data"], "dataset": request.chat, "seq_len": seq_len},
+        "train": train,
+    }
+    sequences = train["micro_batch_size"] * train["grad_accum_steps"]
+    if request.texts:
+        summary = read_summary(logs_dir(request.output, None))
+        used = _read_state(request)["preparation_seconds"] + summary["wall_seconds"]
+        tokens_per_second = summary["tokens_per_second"]
+    else:
+        loaded = load_tuning_config(None, overrides(settings))
+        tokens_per_second = sequences * seq_len / measure(loaded, base)
+        used = time.monotonic() - started
+    size = sum(path.stat().st_size for path in files.find([str(request.chat)], formats=files.CONVERSATIONS))
+    tokens = size / bytes_per_token(base.model.vocab_size)
+    left = max(1.0, request.seconds * (1 - END_SHARE) - END_SECONDS - used)
+    epochs = min(CHAT_EPOCHS, left * tokens_per_second / tokens)
+    steps = math.ceil(epochs * tokens / (sequences * seq_len))
+    return settings | {
+        "train": {
+            **train,
+            "epochs": round(epochs, 3) or 0.001,
+            "warmup_steps": min(train["warmup_steps"], steps // 10),
+            "eval_interval": max(1, min(50, steps // VALIDATIONS)),
+            "supervise": request.seconds > SUPERVISED,
+        }
+    }
+
+
+def _chat_folder(request: Request) -> Path:
+    return request.output / "chat" if request.texts else request.output
+
+
+def _write_samples(request: Request) -> Path:
+    from anarchobot.inference.generation import generate_batch
+    from anarchobot.inference.model import load_model
+
+    file = request.output / SAMPLES
+    if file.exists():
+        return file
+    model, config = load_model(request.output)
+    settings = config.generation.model_copy(update={"max_new_tokens": SAMPLE_TOKENS})
+    prompts = [settings.prompt] * SAMPLE_COUNT
+    write_atomic(file, "\n\n---\n\n".join(settings.prompt + text for text in generate_batch(model, prompts, settings)))
+    return file
+
+
+def _write_report(request: Request) -> Path:
+    file = request.output / REPORT
+    write_atomic(file, render_report([read_run(request.output)]))
+    return file
+
+
+def _read_state(request: Request) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((request.output / REQUEST).read_text(encoding="utf-8"))
+    return state
+
+
+def _write_state(request: Request, state: dict[str, Any]) -> None:
+    write_atomic(request.output / REQUEST, json.dumps(state, indent=1, ensure_ascii=False) + "\n")

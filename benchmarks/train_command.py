@@ -1,0 +1,138 @@
+"""`anarchobot train` compared with settings made by hand, in the same time: bits per byte of text that neither saw.
+
+For each corpus, the last twentieth of each file is held out. `train` gets the rest and the time. Each hand-made
+configuration gets as many steps as fit: its tokenizer and shards are made and its steps timed first, within the time.
+The runs take turns. Needs a quiet machine, and about TIME x ROUNDS x 5 per corpus.
+
+    .venv/bin/python benchmarks/train_command.py --time 5m
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+CORPORA = {
+    "botchan, 0.3 MB": ["botchan_en.txt"],
+    "chapters, 2.7 MB": ["books_chapters.jsonl"],
+    "books, 5.6 MB": ["books"],
+    "all, 16 MB": ["."],
+}
+HELD_OUT = 0.05
+# What an experienced user would try: `train` has to come within 2% of the best of them.
+BASE: dict[str, Any] = {
+    "model.dropout": 0.0, "model.max_seq_len": 512, "model.tie_embeddings": False, "data.seq_len": 256,
+    "train.micro_batch_size": 4, "train.grad_accum_steps": 1, "train.lr": 8e-3, "train.min_lr": 0.0,
+    "train.momentum": 0.9, "train.schedule": "wsd", "train.decay_fraction": 0.7, "train.warmup_steps": 30,
+    "train.eval_interval": 200, "train.eval_batches": 20, "train.ckpt_interval": 10**6,
+}  # fmt: skip
+HAND_MADE: dict[str, dict[str, Any]] = {
+    "4 x 64, vocabulary 1,024": {"model.n_layers": 4, "model.d_model": 64, "model.vocab_size": 1024},
+    "4 x 96, vocabulary 1,024": {"model.n_layers": 4, "model.d_model": 96, "model.vocab_size": 1024},
+    "4 x 128, vocabulary 2,048": {"model.n_layers": 4, "model.d_model": 128, "model.vocab_size": 2048},
+    "4 x 64, dropout 0.1": {
+        "model.n_layers": 4, "model.d_model": 64, "model.vocab_size": 512, "model.dropout": 0.1,
+        "train.weight_decay": 0.1,
+    },
+}  # fmt: skip
+RESERVED = 3.0  # seconds for the start of the program, the last validation and checkpoint
+
+
+def split(paths: list[Path], folder: Path) -> tuple[Path, Path]:
+    """Writes the files without their last twentieth into a folder, and the text of the rest into a file."""
+    texts = folder / "texts"
+    texts.mkdir()
+    rest = []
+    for path in paths:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        cut = max(1, int(len(lines) * (1 - HELD_OUT)))
+        (texts / path.name).write_text("".join(lines[:cut]), encoding="utf-8")
+        tail = lines[cut:]
+        rest += [json.loads(line)["text"] for line in tail] if path.suffix == ".jsonl" else ["".join(tail)]
+    held_out = folder / "held_out.txt"
+    held_out.write_text("\n".join(rest), encoding="utf-8")
+    return texts, held_out
+
+
+def anarchobot(*words: str) -> Any:
+    command = [sys.executable, "-m", "anarchobot", *words, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def train_by_command(texts: Path, folder: Path, seconds: float) -> Path:
+    return Path(anarchobot("train", str(texts), "--time", f"{seconds:g}s", "--output", str(folder))["model"])
+
+
+def train_by_hand(name: str, texts: Path, folder: Path, seconds: float) -> Path:
+    from anarchobot.config.loading import load_config
+    from anarchobot.tasks.calibration import step_seconds
+
+    began = time.monotonic()
+    folder.mkdir()
+    width = HAND_MADE[name]["model.d_model"]
+    settings = {
+        **BASE, **HAND_MADE[name], "model.n_heads": width // 32, "model.embedding_scale": round(width**0.5, 1),
+        "data.dataset": str(texts), "data.val_fraction": 0.02, "data.shard_dir": str(folder / "shards"),
+        "train.tokenizer_path": str(folder / "shards" / "tokenizer.model"), "train.save_dir": str(folder / "run"),
+    }  # fmt: skip
+    words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    anarchobot("tokenizer", "train", *words)
+    anarchobot("pretokenize", *words)
+    config = load_config(None, list(settings.items())).config
+    step, _ = step_seconds(config, None, config.train.micro_batch_size, 1e11, 4.0)
+    left = seconds - RESERVED - (time.monotonic() - began)
+    file = folder / "config.yaml"
+    file.write_text("")
+    anarchobot("pretrain", str(file), *words, f"train.total_steps={max(10, int(left / step / 1.04))}")
+    return folder / "run"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("ANARCHOBOT_TEST_DATA", "../shared/data")))
+    parser.add_argument("--time", default="5m", help="as of `anarchobot train` (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--corpora", nargs="+", default=list(CORPORA), choices=list(CORPORA), help="default: all")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "train_command.json")
+    arguments = parser.parse_args()
+    from anarchobot.cli.train import parse_seconds
+    from anarchobot.data.sources.files import find
+
+    seconds = parse_seconds(arguments.time)
+    rows = []
+    for corpus in arguments.corpora:
+        names = [str(arguments.data / "text" / name) for name in CORPORA[corpus]]
+        for round_number in range(arguments.rounds):
+            for name in ("train", *HAND_MADE):
+                with tempfile.TemporaryDirectory() as temporary:
+                    folder = Path(temporary)
+                    texts, held_out = split(find(names), folder)
+                    began = time.monotonic()
+                    if name == "train":
+                        run = train_by_command(texts, folder / "run", seconds)
+                    else:
+                        run = train_by_hand(name, texts, folder / "run", seconds)
+                    wall = time.monotonic() - began
+                    found = anarchobot("evaluate", "--checkpoint", str(run), "--text", str(held_out))
+                (metrics,) = found["results"].values()
+                row = {
+                    "corpus": corpus, "round": round_number, "name": name, "seconds": round(wall, 1),
+                    "bits_per_byte": round(metrics["bits_per_byte"], 4),
+                }  # fmt: skip
+                rows.append(row)
+                print(json.dumps(row), file=sys.stderr, flush=True)
+    arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+    print("| corpus | run | seconds | bits per byte |\n| --- | --- | ---: | ---: |")
+    for row in rows:
+        print(f"| {row['corpus']} | {row['name']} | {row['seconds']:.0f} | {row['bits_per_byte']:.4f} |")
+
+
+if __name__ == "__main__":
+    main()
