@@ -33,6 +33,7 @@ SURFACE = {
         ]
         for command in ("sft", "dpo")
     },
+    "train": ["TEXTS", "--chat", "--dry-run", "--model", "--output", "--time"],
     "launch": ["COMMAND", "--backend", "--hostfile", "--hosts", "--ranks"],
     "adapt-vocab": ["CONFIG", "KEY=VALUE"],
     "export": ["--checkpoint", "--dtype", "--output", "--to"],
