@@ -53,8 +53,8 @@ class StepOutput(NamedTuple):
 @dataclass
 class _Row:
     """A request. `context` holds the prompt tokens that are not prefilled yet, `recent` the ids for the repetition
-    penalty; `length` is how long its text may become. Of the `sampled` tokens, the last one may not have been `read`
-    yet."""
+    penalty; `length` is how long its text may become; `first` [V] says which tokens its text may start with. Of the
+    `sampled` tokens, the last one may not have been `read` yet."""
 
     request: int
     context: list[int]
@@ -64,6 +64,7 @@ class _Row:
     length: int
     recent: mx.array
     caches: list[Any]
+    first: mx.array | None
     sampled: int = 0
     read: int = 0
 
@@ -85,8 +86,11 @@ class Batch:
         """The number of unfinished requests."""
         return len(self._waiting) + len(self._rows)
 
-    def insert(self, context: list[int], settings: GenerationConfig, stop: Collection[int]) -> int:
-        """Adds a request to continue `context` until a token in `stop`, max_new_tokens or max_seq_len.
+    def insert(
+        self, context: list[int], settings: GenerationConfig, stop: Collection[int], first: mx.array | None = None
+    ) -> int:
+        """Adds a request to continue `context` until a token in `stop`, max_new_tokens or max_seq_len. The first token
+        is one of `first`, bool [V].
 
         Returns the request's number. Raises UserError if the context leaves no room within max_seq_len.
         """
@@ -100,7 +104,9 @@ class Batch:
         caches = self._forward.make_caches(self._params, self._model)
         recent = mx.array(context[-PENALTY_WINDOW:])
         limit = min(settings.max_new_tokens, room)
-        row = _Row(self._requests, context, settings, frozenset(stop), limit, len(context) + limit, recent, caches)
+        row = _Row(
+            self._requests, context, settings, frozenset(stop), limit, len(context) + limit, recent, caches, first
+        )
         self._waiting.append(row)
         return self._requests
 
@@ -143,6 +149,8 @@ class Batch:
                 mx.eval([cache.state for cache in row.caches])
                 continue
             self._waiting.popleft()
+            if row.first is not None:
+                z = mx.where(row.first, z, -mx.inf)
             first = self._sample(z, [row])
             mx.async_eval(first)  # type: ignore[no-untyped-call]
             self._join(row, first)

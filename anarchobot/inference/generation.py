@@ -3,6 +3,8 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
+import mlx.core as mx
+
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig, ModelConfig
 from anarchobot.inference import batching
@@ -11,6 +13,7 @@ from anarchobot.inference.model import Model
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.tokenizers.decoding import TextStream
 from anarchobot.tokenizers.tokenizer import text_start
+from anarchobot.tokenizers.trailing_space import split_trailing_space, starts_with_space
 
 NUM_SEEDS = 2**32
 
@@ -37,13 +40,17 @@ class TextBatch:
     def __len__(self) -> int:
         return len(self._batch)
 
-    def insert(self, context: list[int], settings: GenerationConfig, stop: Collection[int]) -> int:
+    def insert(
+        self, context: list[int], settings: GenerationConfig, stop: Collection[int], *, after_space: bool = False
+    ) -> int:
         """Adds a request like `Batch.insert`. A string in settings.stop that names a control token ends it at that
-        token: decoded text does not contain it."""
+        token: decoded text does not contain it. `after_space`: the prompt ended in a space that is not in `context`
+        (tokenizers/trailing_space.py)."""
         controls = self._tokenizer.control_tokens
         stop = {*stop, *(controls[text] for text in settings.stop if text in controls)}
-        request = self._batch.insert(context, settings, stop)
-        self._streams[request] = TextStream(self._tokenizer, context, settings.stop)
+        first = mx.array(starts_with_space(self._tokenizer)) if after_space else None
+        request = self._batch.insert(context, settings, stop, first)
+        self._streams[request] = TextStream(self._tokenizer, context, settings.stop, drop_space=after_space)
         self._counts[request] = 0
         return request
 
@@ -78,7 +85,7 @@ def generate(model: Model, settings: GenerationConfig, on_text: Callable[[str], 
     settings give equal text. Raises UserError if the prompt leaves no room within max_seq_len.
     """
     batch = TextBatch(model)
-    batch.insert(prompt_ids(model, settings.prompt), settings, model.tokenizer.stop_ids)
+    _insert_prompt(batch, model, settings)
     parts = []
     while batch:
         for chunk in batch.step():
@@ -99,7 +106,7 @@ def generate_batch(model: Model, prompts: Sequence[str], settings: GenerationCon
     for i, prompt in enumerate(prompts):
         row_settings = settings.model_copy(update={"prompt": prompt, "seed": (settings.seed + i) % NUM_SEEDS})
         try:
-            texts[batch.insert(prompt_ids(model, prompt), row_settings, model.tokenizer.stop_ids)] = []
+            texts[_insert_prompt(batch, model, row_settings)] = []
         except UserError as error:
             raise UserError(f"prompt {i + 1}: {error}") from error
     finished = set()
@@ -110,6 +117,11 @@ def generate_batch(model: Model, prompts: Sequence[str], settings: GenerationCon
                 if chunk.finish_reason is not None:
                     finished.add(chunk.request)
         yield "".join(texts.pop(request))
+
+
+def _insert_prompt(batch: TextBatch, model: Model, settings: GenerationConfig) -> int:
+    prompt, after_space = split_trailing_space(settings.prompt, model.tokenizer)
+    return batch.insert(prompt_ids(model, prompt), settings, model.tokenizer.stop_ids, after_space=after_space)
 
 
 def stream_token_ids(

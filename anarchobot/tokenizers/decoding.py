@@ -81,8 +81,12 @@ class StopStringFilter:
 class TextStream:
     """Token ids to text for display: complete characters, up to the first stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = (), *, drop_space: bool = False
+    ) -> None:
+        """`drop_space`: without the space at the start, which the prompt already has (trailing_space.py)."""
         self._decoder, self._stop = StreamDecoder(tokenizer, prompt_ids), StopStringFilter(stop)
+        self._drop_space = drop_space
 
     @property
     def stopped(self) -> bool:
@@ -90,8 +94,14 @@ class TextStream:
         return self._stop.found
 
     def add(self, token: int) -> str:
-        return self._stop.add(self._decoder.add(token))
+        return self._stop.add(self._without_space(self._decoder.add(token)))
 
     def finish(self) -> str:
         """Returns the remaining text after the last token."""
-        return self._stop.add(self._decoder.finish()) + self._stop.finish()
+        return self._stop.add(self._without_space(self._decoder.finish())) + self._stop.finish()
+
+    def _without_space(self, text: str) -> str:
+        if self._drop_space and text:
+            self._drop_space = False
+            return text.removeprefix(" ")
+        return text

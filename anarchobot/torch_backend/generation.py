@@ -12,6 +12,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig, ModelConfig
 from anarchobot.tokenizers.decoding import TextStream
 from anarchobot.tokenizers.tokenizer import Tokenizer, text_start
+from anarchobot.tokenizers.trailing_space import split_trailing_space, starts_with_space
 from anarchobot.torch_backend.loss import logits
 from anarchobot.torch_backend.model import Params, head_name, hidden_states
 
@@ -23,11 +24,13 @@ Logits = npt.NDArray[np.float64]
 def generate(weights: Params, model: ModelConfig, tokenizer: Tokenizer, settings: GenerationConfig) -> str:
     """Returns the continuation of settings.prompt, with the stopping rules of `inference.generation.generate`. Raises
     UserError if the prompt leaves no room within max_seq_len."""
-    prompt = tokenizer.encode_batch([settings.prompt])[0].tolist()
+    text, after_space = split_trailing_space(settings.prompt, tokenizer)
+    prompt = tokenizer.encode_batch([text])[0].tolist()
     context = [*text_start(tokenizer, model.bos_id), *prompt] or [tokenizer.eod_id]
-    stream = TextStream(tokenizer, prompt, settings.stop)
+    stream = TextStream(tokenizer, prompt, settings.stop, drop_space=after_space)
+    first = starts_with_space(tokenizer) if after_space else None
     parts = []
-    for token in stream_token_ids(weights, model, context, settings, tokenizer.stop_ids):
+    for token in stream_token_ids(weights, model, context, settings, tokenizer.stop_ids, first):
         parts.append(stream.add(token))
         if stream.stopped:
             break
@@ -35,9 +38,15 @@ def generate(weights: Params, model: ModelConfig, tokenizer: Tokenizer, settings
 
 
 def stream_token_ids(
-    weights: Params, model: ModelConfig, context: list[int], settings: GenerationConfig, stop: Collection[int]
+    weights: Params,
+    model: ModelConfig,
+    context: list[int],
+    settings: GenerationConfig,
+    stop: Collection[int],
+    first: npt.NDArray[np.bool_] | None = None,
 ) -> Iterator[int]:
-    """Yields token ids that continue `context`, up to but not including an id in `stop`."""
+    """Yields token ids that continue `context`, up to but not including an id in `stop`. The first one is one of
+    `first` [V]."""
     ids, room = list(context), model.max_seq_len - len(context)
     if room < 1:
         raise UserError(
@@ -49,6 +58,8 @@ def stream_token_ids(
         with torch.no_grad():
             hidden = hidden_states(weights, torch.tensor([ids], device=head.device), model)
             z = np.array(logits(hidden[0, -1:], head, model)[0].cpu(), np.float64)  # [V]
+        if first is not None and len(ids) == len(context):
+            z = np.where(first, z, -np.inf)
         token = sample(apply_repetition_penalty(z, ids, settings.repetition_penalty), settings, rng)
         if token in stop:
             return

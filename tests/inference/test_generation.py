@@ -10,7 +10,7 @@ import pytest
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference import batching
-from anarchobot.inference.generation import TextBatch, generate, generate_batch
+from anarchobot.inference.generation import TextBatch, generate, generate_batch, prompt_ids
 from anarchobot.inference.model import Model, load_model
 from anarchobot.model.llama.forward import hidden_states
 from anarchobot.model.loss import logits
@@ -180,3 +180,20 @@ def test_prompts_from_a_file(tmp_path: Path, tiny_shards: Path, capsys: pytest.C
     rows.write_text('{"prompt": "a"}\n{"promt": "b"}\n')
     assert main([*words, "--prompts", str(rows)]) == 2
     assert capsys.readouterr().err == f'anarchobot: {rows}:2: expected {{"prompt": "..."}}\n'
+
+
+@pytest.mark.parametrize("settings", [{"method": "greedy"}, {"method": "random", "temperature": 3.0}], ids=str)
+def test_a_prompt_may_end_in_a_space(model: Model, settings: dict[str, Any]) -> None:
+    """The tokens are those after the prompt without it, of which the first is limited to tokens that start with a
+    space; the text does not repeat the space."""
+    values = GenerationConfig(prompt="The ", max_new_tokens=8, **settings)
+    batch, ids = batching.Batch(model.params, model.config), []
+    allowed = mx.array([model.tokenizer.decode([40, i])[1:].startswith(" ") for i in range(VOCAB)])
+    batch.insert(prompt_ids(model, "The"), values, model.tokenizer.stop_ids, allowed)
+    while batch:
+        ids += [output.token for output in batch.step() if output.token is not None]
+    context = model.tokenizer.encode_batch(["The"])[0].tolist()
+    whole = model.tokenizer.decode([*context, *ids])
+    assert whole.startswith("The ")
+    assert generate(model, values) == whole.removeprefix("The ")
+    assert list(generate_batch(model, ["The "], values)) == [whole.removeprefix("The ")]
