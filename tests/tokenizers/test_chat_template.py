@@ -134,6 +134,14 @@ def test_locations_and_precedence_in_hugging_face_folders(tmp_path: Path) -> Non
     assert loss_text(chat, chat.encode(TALKS[0])) == "Fine, thanks.<|im_end|>"  # a loaded template does not change
 
 
+def test_a_byte_order_mark_is_not_part_of_a_template(tmp_path: Path) -> None:
+    chat = ChatFixture(tmp_path / "model", bytelevel(), QWEN2)
+    (chat.folder / "chat_template.jinja").write_text("\ufeffa", encoding="utf-8")
+    assert load_template(chat.ours).render(TALKS[0]) == "a"
+    (tmp_path / "b.jinja").write_text("\ufeffb", encoding="utf-8")
+    assert load_template(chat.ours, str(tmp_path / "b.jinja")).render(TALKS[0]) == "b"
+
+
 def test_invalid_templates_are_one_line_errors(make_chat: MakeChat, tmp_path: Path) -> None:
     ours = make_chat("bytelevel", "qwen2").ours
     with pytest.raises(UserError, match=r"none.jinja: cannot read .*: expected auto, chatml, plain or a Jinja file"):
