@@ -1,21 +1,21 @@
 """Jinja chat templates, compatible with Hugging Face's: conversations to the text that the model sees."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import TemplateError, nodes, pass_context
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from anarchobot.config.errors import UserError
 from anarchobot.storage.durable import write_atomic
 from anarchobot.tokenizers.conversation import Conversation, InvalidRow
 from anarchobot.tokenizers.special_tokens import TOKENIZER_CONFIG, read_config, read_special_tokens
+from anarchobot.tokenizers.template_budget import BudgetContext, BudgetEnvironment, compile_source
 from anarchobot.tokenizers.tokenizer import CHAT_TOKENS, ChatTokenizer
 
 FILE = "chat_template.jinja"  # as in Hugging Face folders
@@ -39,21 +39,24 @@ PLAIN = (
 # Mark the start and end of an answer in a marked rendering: Unicode noncharacters, which text never contains.
 BEGIN, END = "\ufdd0", "\ufdd1"
 TRAINING_DAY = datetime(2026, 1, 1)
+_MESSAGE_SIZE = 200  # counted for each message in addition to its characters
+MAX_INDENT = 100
 
 
 class ChatTemplate:
     """A template and the special tokens that it names, such as `bos_token`.
 
     Rendering depends only on the conversation and on `day`, which some templates print. Training uses TRAINING_DAY, so
-    that a run resumed on another day sees the same tokens. Templates are untrusted and run in Jinja's sandbox.
+    that a run resumed on another day sees the same tokens. Templates are untrusted: they run in Jinja's sandbox, and
+    their time and memory are limited (template_budget.py).
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str], where: str) -> None:
         """`where` is shown in messages. Raises UserError if the source is not a valid Jinja template."""
         self.source, self.tokens, self.where = source, dict(tokens), where
         try:
-            self._plain = _environment(_Generation).from_string(source)
-        except (TemplateError, RecursionError, OverflowError) as error:
+            self._plain = compile_source(_environment(_Generation), source)
+        except Exception as error:  # Python's compiler has limits of its own: SyntaxError, MemoryError, RecursionError
             raise UserError(f"{where}: invalid chat template: {_one_line(error)}") from error
 
     @cached_property
@@ -63,8 +66,8 @@ class ChatTemplate:
         return any(data.data == BEGIN for data in tree.find_all(nodes.TemplateData))
 
     @cached_property
-    def _marking(self) -> Template:
-        return _environment(_MarkedGeneration).from_string(self.source)
+    def _marking(self) -> Callable[[Mapping[str, Any], int], str]:
+        return compile_source(_environment(_MarkedGeneration), self.source)
 
     def render(
         self,
@@ -77,16 +80,18 @@ class ChatTemplate:
         """`add_generation_prompt` ends the text with the start of an assistant turn. `day` defaults to today. `marked`
         puts BEGIN and END around {% generation %} blocks. Raises InvalidRow if the template rejects the conversation.
         """
-        template = self._marking if marked else self._plain
+        render = self._marking if marked else self._plain
+        variables = {
+            "messages": [{"role": role, "content": content} for role, content in conversation],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "strftime_now": (day or datetime.now()).strftime,
+            **self.tokens,
+        }
+        size = sum([_MESSAGE_SIZE + len(content) for _, content in conversation])
         try:
-            return template.render(
-                messages=[{"role": role, "content": content} for role, content in conversation],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                strftime_now=(day or datetime.now()).strftime,
-                **self.tokens,
-            )
+            return render(variables, size)
         except Exception as error:  # a template may raise anything, such as ZeroDivisionError or RecursionError
             raise InvalidRow("rejected by the chat template", _one_line(error)) from error
 
@@ -128,16 +133,16 @@ def _template_in(folder: Path, config: dict[str, Any]) -> tuple[str | None, str]
     return source, f"{folder / TOKENIZER_CONFIG}: chat_template"
 
 
-def _environment(generation: type[Extension]) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
+def _environment(generation: type[Extension]) -> BudgetEnvironment:
+    environment = BudgetEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[generation, loopcontrols])
+    environment.add_filter("tojson", _tojson)
     environment.globals["raise_exception"] = _raise_exception
     return environment
 
 
+@pass_context
 def _tojson(
+    context: BudgetContext,
     value: Any,
     ensure_ascii: bool = False,
     indent: int | None = None,
@@ -145,7 +150,16 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    if indent is None and separators is None:
+        return encoder.encode(value)
+    if isinstance(indent, int) and indent > MAX_INDENT:
+        raise TemplateError(f"tojson: indent {indent}, at most {MAX_INDENT}")
+    chunks = []
+    for chunk in encoder.iterencode(value):
+        context.budget.spend(len(chunk))
+        chunks.append(chunk)
+    return "".join(chunks)
 
 
 def _raise_exception(message: str) -> None:

@@ -1,0 +1,190 @@
+"""Hostile templates are rejected before they take time or memory; all others render as in Jinja's own sandbox."""
+
+import tracemalloc
+
+import pytest
+import transformers.utils.chat_template_utils as theirs
+
+from anarchobot.config.errors import UserError
+from anarchobot.tokenizers import template_budget
+from anarchobot.tokenizers.chat_template import ChatTemplate
+from anarchobot.tokenizers.conversation import InvalidRow, Message
+from tests.tokenizers.templates import dialogue, to_dicts
+
+TALK = (Message("user", "a x b x c"),)
+LONG = "{% set a = 'x' * 10000 %}"
+# Containers that hold the previous one twice: 2 ** 60 items, in 60 objects.
+TWINS = (
+    "{% set ns = namespace(a=[1], b=[1], t=(1,)) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}"
+    "{% set ns.b = [ns.b, ns.b] %}{% set ns.t = (ns.t, ns.t) %}{% endfor %}"
+)
+HOSTILE = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "filtered loop": "{% for i in range(9999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+    "recursive loop": "{% for i in [1, 2] recursive %}{{ loop([1, 2]) if loop.depth < 60 }}{% endfor %}",
+    "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "callers": "{% macro f() %}{{ caller() }}{{ caller() }}{% endmacro %}"
+    + "{% call f() %}" * 15
+    + "{% endcall %}" * 15,
+    "blocks": "{% for i in range(99999) %}{% block b scoped %}{% for j in range(99999) %}{% endfor %}{% endblock %}"
+    "{% endfor %}",
+    "generation": "{% generation %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    "{% endgeneration %}",
+    "text": "{% for i in range(99999) %}" + "x" * 10_000 + "{% endfor %}",
+    "linked list": "{% set ns = namespace(t=()) %}{% for i in range(99999) %}{% set ns.t = (ns.t, '"
+    + "x" * 10_000
+    + "' ~ i) %}{% endfor %}",
+    "repetition": "{{ 'x' * 1000000000 }}",
+    "repeated list": "{{ (1000000000 * [1]) | length }}",
+    "sum": "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+    "concatenation": "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    "power": "{{ 10 ** 1000000000 }}",
+    "powers": "{% set ns = namespace(n=9) %}{% for i in range(60) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
+    "printed twins": TWINS + "{{ ns.a }}",
+    "joined twins": TWINS + "{{ 'a' ~ ns.a }}",
+    "equal twins": TWINS + "{{ ns.a == ns.b }}",
+    "searched twins": TWINS + "{{ ns.a in [ns.b] }}",
+    "tested twins": TWINS + "{{ ns.a is eq ns.b }}",
+    "filtered twins": TWINS + "{{ ns.a | string | length }}",
+    "JSON twins": TWINS + "{{ ns.a | tojson | length }}",
+    "twins as a key": TWINS + "{{ {ns.t: 1} | length }}",
+    "twins as an index": TWINS + "{{ messages[0][ns.t] }}",
+    "twins in a call": TWINS + "{{ messages[0].get(ns.t) }}",
+    "indexed twins": TWINS + "{{ [ns.a].index(ns.b) }}",
+    "itself": "{% set ns = namespace() %}{% set ns.n = [ns] %}{{ ns.n }}",
+    "slices": LONG + "{% for i in range(9999) %}{% set b = a[1:] %}{% endfor %}",
+    "searches": LONG + "{% for i in range(9999) %}{% set b = 'yx' in a %}{% endfor %}",
+    "methods": LONG + "{% for i in range(9999) %}{% set b = a.upper() %}{% endfor %}",
+    "width of a filter": "{{ 'x' | center(1000000000) }}",
+    "width of a method": "{{ 'x'.ljust(1000000000) }}",
+    "width in a format": "{{ '%1000000000d' % 1 }}",
+    "width in a format filter": "{{ '%1000000000d' | format(1) }}",
+    "width in a method": "{{ '{:1000000000}'.format(1) }}",
+    "variable width": "{{ '%*d' % (1000000000, 1) }}",
+    "variable width in a method": "{{ '{:{}}'.format(1, 1000000000) }}",
+    "repeated fields": LONG + "{{ ('{0}' * 10000).format(a) | length }}",
+    "replace method": LONG + "{{ a.replace('x', a) | length }}",
+    "replace filter": LONG + "{{ a | replace('x', a) | length }}",
+    "join method": LONG + "{{ a.join(a) | length }}",
+    "join filter": LONG + "{{ a | join(a) | length }}",
+    "indent filter": "{{ ('\n' * 10000) | indent(10000, blank=true) | length }}",
+    "strip": LONG + "{{ a.strip('b' * 10000 + 'x') }}",
+    "trim": LONG + "{{ a | trim('b' * 10000 + 'x') }}",
+    "search from the right": LONG + "{{ a.rfind('b' + 'x' * 5000) }}",
+    "batch": "{{ [1] | batch(1000000000, 0) | list | length }}",
+    "slice": "{{ [1] | slice(1000000000) | list | length }}",
+    "round": "{{ 1 | round(1000000000, 'floor') }}",
+    "JSON indent": "{{ [[1]] | tojson(indent=1000000000) }}",
+    "JSON separators": LONG + "{{ ('xy' * 5000).split('x') | tojson(separators=(a, a)) | length }}",
+    "attributes": "{% set ns = namespace() %}{% set ns.n = ns %}"
+    "{{ ([ns] * 99) | map(attribute='n.' * 999 + 'n') | list }}",
+    "lists of ranges": "{% for i in range(9999) %}{% set x = range(99999) | list %}{% endfor %}",
+    "sums of lists": "{{ ([[1]] * 1000) | sum(start=[]) | length }}",
+    "bytes": "{{ (5).to_bytes(1000000000, 'big') | length }}",
+    "encodings": "{{ ('x' * 1000).encode('punycode') }}",
+    "tabs": "{{ ('\t' * 1000).expandtabs(1000000) }}",
+    "date": "{{ strftime_now('%999999999d' * 1000) | length }}",
+    "large integer": "{{ (('f' * 10000) | int(base=16)) > 1 }}",
+    "lorem ipsum": "{{ lipsum(100000) }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_templates_are_rejected_within_a_few_megabytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_budget, "BASE", 20_000)  # a hundredth, for speed
+    template = ChatTemplate(HOSTILE[name], {}, "t")
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRow, match="rejected by the chat template"):
+            template.render(TALK)
+        assert tracemalloc.get_traced_memory()[1] < 8e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["striptags", "urlize", "wordwrap", "pprint"])
+def test_filters_that_can_take_very_long_are_unknown(name: str) -> None:
+    with pytest.raises(UserError, match=f"^t: invalid chat template: No filter named '{name}'"):
+        ChatTemplate("{{ 'a' | " + name + " }}", {}, "t")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{% for i in [1] %}" * 30 + "{% endfor %}" * 30, "a" * 1_000_001, "{{ [" * 3000 + "] }}" * 3000],
+    ids=["loops", "long", "deep"],
+)
+def test_sources_that_cannot_be_compiled_are_one_line_errors(source: str) -> None:
+    with pytest.raises(UserError, match=r"^t: invalid chat template: .+") as error:
+        ChatTemplate(source, {}, "t")
+    assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+
+
+def test_the_budget_grows_with_the_conversation() -> None:
+    """Each character is paid for many times over, also in long conversations."""
+    source = (
+        "{% set ns = namespace(all='') %}{% for message in messages %}{% for i in range(12) %}"
+        "{% if message.content | trim | upper | lower == 'x' %}{% endif %}{% endfor %}"
+        "{% set ns.all = ns.all + message.content %}{% endfor %}{{ ns.all | length }}"
+    )
+    template = ChatTemplate(source, {}, "t")
+    for turns, characters in ((1, 1_000_000), (300, 200), (100, 2000)):
+        conversation = dialogue(*["a" * characters] * turns)
+        assert template.render(conversation) == str(turns * characters)
+
+
+EXPRESSIONS = """messages | map(attribute='role') | map('upper') | join(', ')
+messages | selectattr('role', 'equalto', 'user') | list | length
+messages | rejectattr('role', 'in', ['user']) | map(attribute='content') | list
+(messages | groupby('role'))[0].grouper
+messages[::-1] | first | tojson(indent=2)
+messages[1:] == messages[-1:]
+messages[-1] in messages
+messages[0] is mapping and messages is not mapping and 'a' is string
+{'b': 1, 'a': [1, 2.5, none, true]} | tojson(separators=(',', ':'), sort_keys=true)
+{'b': 1, 'a': 2} | dictsort
+{'b': 1, 'a': 2}.items() | list
+dict(a=1, b=2).get('c', 3)
+'%05.1f|%s|%-8s|' % (1.25, 'x', 'y')
+'%(a)s' | format(a=3)
+'{:>8}|{a:,}'.format('x', a=1234567)
+('a-b-' * 3).rsplit('-', 1)[0].replace('-', '+').partition('+')
+[3, 1, 2] | sort(reverse=true) | join('<')
+[1, 2, 2] | unique | list + [3] * 2
+['a', 'b'] | batch(3, '-') | list
+[1, 2, 3, 4] | slice(3) | list
+range(5) | sum + 2 ** 10 - 7 // 2 % 3
+('x\\ny' | indent(2, true)) ~ 5 ~ none ~ [1]
+' a ' | trim ~ 'xax' | trim('x')
+'a b' | title | wordcount
+'<a&b>' | e ~ ('<' | safe)
+(3.14159 | round(2)) ~ ('7' | int + 1) ~ ('ff' | int(base=16))
+namespace(a=5000000).a > loop_index | default(10000000)
+cycler('a', 'b').next()
+'a' < 'b' < 'c' and not 1 > 2
+'abc'[1] ~ 'abc'[:-1] ~ ['a', 'b'][1]
+'a,b'.split(',') | last | center(5)
+','.join(messages | map(attribute='role'))
+'x'.startswith(('a', 'x')) and 'x'.isalpha()
+[[1, 2], [3]] | map('sum') | list
+messages | map('length') | max"""
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS.split("\n"))
+def test_honest_expressions_render_as_in_transformers(expression: str) -> None:
+    source = "{% for i in [0] %}{% set x = " + expression + " %}{{ x }}|{{ " + expression + " }}{% endfor %}"
+    talk = dialogue("How are <you>?", "Fine.\n ", "a", "b")
+    expected = theirs.render_jinja_template([to_dicts(talk)], chat_template=source)[0][0]
+    assert ChatTemplate(source, {}, "t").render(talk) == expected
+
+
+def test_honest_statements_render_as_in_transformers() -> None:
+    source = """{% macro show(m, n=2) %}{{ m.role ~ n }}{{ varargs }}{{ caller() if caller }}{% endmacro %}
+    {%- block b %}{% call show(messages[0], 3) %}inside{% endcall %}{% endblock %}{{ self.b() }}
+    {%- filter upper %}{% set x %}a{{ 1 }}{% endset %}{{ x }}{% endfilter %}
+    {%- for a in [[1, [2]], [3]] recursive %}{{ loop(a) if a is sequence else a }}{{ loop.depth }}{% endfor %}
+    {%- for m in messages if m.role == 'user' %}{{ loop.length }}{{ loop.cycle('a', 'b') }}{{ loop.changed(m.role) }}
+    {%- else %}none{% endfor %}{% for x in [] %}{% else %}empty{% endfor %}{% with y = 2 %}{{ y }}{% endwith %}
+    {%- autoescape true %}{{ '<' }}<{{ '<' ~ messages[0].content }}{% endautoescape %}"""
+    talk = dialogue("<a>", "b", "c", "d")
+    expected = theirs.render_jinja_template([to_dicts(talk)], chat_template=source)[0][0]
+    assert ChatTemplate(source, {}, "t").render(talk) == expected
