@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from anarchobot.tokenizers.chat_template import BEGIN, END, TRAINING_DAY, ChatTemplate
 from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message
+from anarchobot.tokenizers.token_pattern import TokenPattern
 
 Span = tuple[int, int]  # [start, end) in characters
 _PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
@@ -28,7 +29,7 @@ class _Skeleton(NamedTuple):
 class AnswerSpans:
     """Finds answers in the output of `template`; `control_pattern` matches control tokens, which may end a turn."""
 
-    def __init__(self, template: ChatTemplate, control_pattern: re.Pattern[str]) -> None:
+    def __init__(self, template: ChatTemplate, control_pattern: TokenPattern) -> None:
         self._template, self._controls = template, control_pattern
         self._skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
 
@@ -89,9 +90,11 @@ class AnswerSpans:
         if control is None:
             suffix = text[content:limit] if turn_ends else ""
             return content + len(suffix.rstrip() or suffix)
-        while turn_ends and (following := self._controls.match(text, control.end(), limit)):
+        while turn_ends and (following := self._controls.search(text, control.end, limit)):
+            if following.start > control.end:
+                break
             control = following
-        return control.start() + len(control.group().rstrip())
+        return control.start + len(text[control.start : control.end].rstrip())
 
     def _spans_by_prompt(self, conversation: Conversation, text: str, last_only: bool) -> list[Span]:
         answers = [i for i, (role, _) in enumerate(conversation) if role == "assistant"]

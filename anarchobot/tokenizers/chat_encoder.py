@@ -126,8 +126,8 @@ class ChatEncoder:
             raise InvalidRow("reserved character", "U+FDD0, U+FDD1 or U+FDD2")
         if not any(self.tokenizer.control_pattern.search(content) for _, content in conversation):
             return conversation
-        inside = "|".join(f"(?<={re.escape(c[0])})(?={re.escape(c[1:])})" for c in self.tokenizer.control_tokens)
-        return tuple(Message(role, re.sub(inside, _SPLIT, content)) for role, content in conversation)
+        pattern = self.tokenizer.control_pattern
+        return tuple(Message(role, _SPLIT.join(pattern.split_inside(content))) for role, content in conversation)
 
     def _segments(self, text: str, spans: list[Span]) -> list[_Segment]:
         """Splits the text at control tokens and removes _SPLIT."""
@@ -137,10 +137,10 @@ class ChatEncoder:
         segments: list[_Segment] = []
         position = 0
         for match in self.tokenizer.control_pattern.finditer(text):
-            segments.append(_text(text[position : match.start()], loss_mask[position : match.start()], position > 0))
-            control = self.tokenizer.control_tokens[match[match.lastindex or 0]]
-            segments.append(_control(control, bool(loss_mask[match.start() : match.end()].any())))
-            position = match.end()
+            segments.append(_text(text[position : match.start], loss_mask[position : match.start], position > 0))
+            control = self.tokenizer.control_tokens[match.content]
+            segments.append(_control(control, bool(loss_mask[match.start : match.end].any())))
+            position = match.end
         segments.append(_text(text[position:], loss_mask[position:], position > 0))
         return [s for s in segments if s.text or s.control is not None]
 

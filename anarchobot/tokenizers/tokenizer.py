@@ -3,10 +3,9 @@ and GPT-2's `vocab.json` with `merges.txt`."""
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,15 +23,16 @@ from anarchobot.tokenizers.special_tokens import (
     read_config,
     read_special_tokens,
 )
+from anarchobot.tokenizers.token_pattern import TokenPattern
 
 Ids = npt.NDArray[np.int32]
-_SPACE = r"[^\S\x1c-\x1f]"  # whitespace as Unicode defines it and the library does
 Offsets = npt.NDArray[np.int32]  # [n, 2]: the character range [start, end) of each of n tokens
 
 # End-of-document tokens as models name them, most likely first. Used for tokenizers without a named end.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")
 # Reserved in tokenizers trained here, so that a pretrained model can be tuned for chat (ChatML) without resizing.
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
+MAX_GAPS = 1024  # ids without a token, beyond as many as there are tokens
 SENTENCEPIECE = "tokenizer.model"  # beside a tokenizer.json, it is only used for GGUF
 
 
@@ -56,7 +56,7 @@ class ChatTokenizer(Tokenizer, Protocol):
     """A tokenizer for chat templates, with control tokens and character offsets."""
 
     control_tokens: dict[str, int]  # ids by token text
-    control_pattern: re.Pattern[str]  # matches control tokens in text, including the whitespace that they absorb
+    control_pattern: TokenPattern
 
     def encode_with_offsets(self, texts: list[str], after_control: Sequence[bool]) -> list[tuple[Ids, Offsets]]:
         """The ids of `encode_batch`, with the characters of each token. A token without characters gets an
@@ -159,17 +159,6 @@ def _standard_name(file: Path) -> str:
     return next((name for name in names if file.name.endswith(name)), f"tokenizer{file.suffix}")
 
 
-def _control_pattern(tokens: Iterable[AddedToken]) -> re.Pattern[str]:
-    """Matches the longest control token, as a group, and the whitespace that it absorbs."""
-    patterns = [
-        (rf"{_SPACE}*" if token.get("lstrip") else "")
-        + (r"(?<!\w)(%s)(?!\w)" if token.get("single_word") else "(%s)") % re.escape(token["content"])
-        + (rf"{_SPACE}*" if token.get("rstrip") else "")
-        for token in sorted(tokens, key=lambda token: len(token["content"]), reverse=True)
-    ]
-    return re.compile("|".join(patterns) or "(?!)")
-
-
 def _end_ids(
     tokens: SpecialTokens, find: Callable[[str], int | None], known: list[int], size: int
 ) -> tuple[int, frozenset[int]] | None:
@@ -248,7 +237,7 @@ class SentencePieceTokenizer:
             for i, token in self.added_tokens.items()
             if token.get("special") or i in self.stop_ids or token["content"] in CHAT_TOKENS
         }
-        self.control_pattern = _control_pattern([*({"content": t} for t in self.control_tokens), *special.values()])
+        self.control_pattern = TokenPattern((*({"content": t} for t in self.control_tokens), *special.values()))
         self.control_tokens |= {token["content"]: i for i, token in special.items()}
         plain = {i: token for i, token in self.added_tokens.items() if i not in special}
         self._fixed = {token["content"]: np.array([i], np.int32) for i, token in plain.items()}
@@ -257,7 +246,7 @@ class SentencePieceTokenizer:
             mark = [self.processor.piece_to_id(f"<0x{b:02X}>") for b in "▁".encode()]
             self._fixed["▁"] = np.array(mark, np.int32)
             fixed.append({"content": "▁"})
-        self._fixed_pattern = _control_pattern(fixed)
+        self._fixed_pattern = TokenPattern(tuple(fixed))
 
     def encode_batch(self, texts: list[str]) -> list[Ids]:
         ids: list[Ids] = self.processor.encode(texts, return_type="numpy", num_threads=1)
@@ -280,15 +269,14 @@ class SentencePieceTokenizer:
 
     def _encode_parts(self, text: str) -> tuple[Ids, Offsets]:
         """Splits the text at strings that have fixed ids."""
-        parts, lengths, position = [], [], 0
-        for match in self._fixed_pattern.finditer(text):
-            ids = self._fixed[match[match.lastindex or 0]]
-            (mapping,) = self._offset_mapping([text[position : match.start()]])
-            parts += [_to_arrays(mapping), (ids, np.array([[0, len(match[0])]] * len(ids), np.int32))]
-            lengths += [match.start() - position, len(match[0])]
-            position = match.end()
-        (mapping,) = self._offset_mapping([text[position:]])
-        return _concatenate([*parts, _to_arrays(mapping)], lengths)
+        matches = list(self._fixed_pattern.finditer(text))
+        bounds = [0, *(place for match in matches for place in match[:2]), len(text)]
+        mappings = self._offset_mapping([text[a:b] for a, b in zip(bounds[::2], bounds[1::2], strict=True)])
+        parts = [_to_arrays(mappings[0])]
+        for match, mapping in zip(matches, mappings[1:], strict=True):
+            ids = self._fixed[match.content]
+            parts += [(ids, np.array([[0, match.end - match.start]] * len(ids), np.int32)), _to_arrays(mapping)]
+        return _concatenate(parts, (b - a for a, b in pairwise(bounds)))
 
     def decode(self, ids: list[int]) -> str:
         if not self.added_tokens:
@@ -353,6 +341,8 @@ class HFTokenizer:
         ids = self.backend.get_vocab(with_added_tokens=True)
         beyond = {i for i in self._read_added_tokens() if tokens.vocab_size is not None and i >= tokens.vocab_size}
         self.vocab_size: int = max((i for i in ids.values() if i not in beyond), default=-1) + 1  # ids may have gaps
+        if self.vocab_size > 2 * len(ids) + MAX_GAPS:  # memory is in proportion to the largest id
+            raise UserError(f"{path}: {len(ids):,} tokens, but ids up to {self.vocab_size - 1:,}: damaged")
         known = [ids[name] for name in END_OF_DOCUMENT if name in ids]
         ends = _end_ids(tokens, ids.get, known, self.vocab_size)
         if ends is None:
@@ -375,10 +365,8 @@ class HFTokenizer:
         self.backend.no_padding()
         specials = {i: token for i, token in added.items() if token["special"] and i not in beyond}
         self._special_ids = set(specials)
-        contents = [token["content"] for token in specials.values()]
-        self._inside_special = re.compile("|".join(f"(?<={re.escape(c[0])})(?={re.escape(c[1:])})" for c in contents))
         self.control_tokens: dict[str, int] = {token["content"]: i for i, token in specials.items()}
-        self.control_pattern = _control_pattern(specials.values())
+        self.control_pattern = TokenPattern(tuple(specials.values()))
 
     def _read_added_tokens(self) -> dict[int, AddedToken]:
         tokens = sorted(self.backend.get_added_tokens_decoder().items())
@@ -428,7 +416,7 @@ class HFTokenizer:
 
     def _encode_split(self, text: str) -> list[int]:
         """Splits "</s>" after its "<": the library's unigram models would encode it as the control token."""
-        encodings = self.backend.encode_batch_fast(self._inside_special.split(text), add_special_tokens=False)
+        encodings = self.backend.encode_batch_fast(self.control_pattern.split_inside(text), add_special_tokens=False)
         return [i for e in encodings for i in e.ids]
 
     @cached_property
@@ -455,7 +443,7 @@ class HFTokenizer:
         return result
 
     def _encode_split_with_offsets(self, text: str, backend: Any) -> tuple[Ids, Offsets]:
-        first, *others = chunks = self._inside_special.split(text)
+        first, *others = chunks = self.control_pattern.split_inside(text)
         encodings = self._backend_after_control.encode_batch(others, add_special_tokens=False)
         encodings.insert(0, backend.encode(first, add_special_tokens=False))
         return _concatenate([_with_offsets(e) for e in encodings], map(len, chunks))
