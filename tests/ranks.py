@@ -15,5 +15,5 @@ def rank_environments(folder: Path, size: int) -> list[dict[str, str]]:
         servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(size)]
         ports = [server.getsockname()[1] for server in servers]
     (folder / "ring.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
-    ring = {"MLX_HOSTFILE": str(folder / "ring.json")}
+    ring = {"MLX_HOSTFILE": str(folder / "ring.json"), "ANARCHOBOT_RANKS_SECRET": "a secret of these ranks"}
     return [{**os.environ, **ring, "MLX_RANK": str(rank)} for rank in range(size)]

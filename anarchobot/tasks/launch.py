@@ -7,6 +7,7 @@ by themselves (training/heartbeat.py).
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from anarchobot.config.errors import UserError
+from anarchobot.training.rendezvous import SECRET_ENV
 from anarchobot.training.signals import PARENT_ENV, forward_signals, print_status
 
 TASKS = ("pretrain", "sft")
@@ -35,7 +37,8 @@ def launch_local(words: Sequence[str], ranks: int) -> int:
     with tempfile.TemporaryDirectory(prefix="anarchobot-ring-") as folder:
         hostfile = Path(folder) / "ring.json"
         hostfile.write_text(json.dumps([[f"{LOCALHOST}:{port}"] for port in free_ports(ranks)]))
-        env = {**os.environ, PARENT_ENV: str(os.getpid()), "MLX_HOSTFILE": str(hostfile)}
+        secret = os.environ.get(SECRET_ENV) or secrets.token_hex(32)
+        env = {**os.environ, PARENT_ENV: str(os.getpid()), "MLX_HOSTFILE": str(hostfile), SECRET_ENV: secret}
         # Each has a separate session, so that a Ctrl-C reaches it only once, through this process.
         children = [
             subprocess.Popen(command, env={**env, "MLX_RANK": str(rank)}, start_new_session=True)

@@ -1,18 +1,15 @@
 """Detects a lost rank and tells all others which one it was.
 
 If a rank dies, MLX's ring fails without saying which rank, and if a machine sleeps or loses its network, it waits
-forever. So every rank keeps a separate connection to rank 0 and sends a heartbeat every second. Each message is one
-byte: ALIVE, DONE, or the number of a lost rank, which rank 0 forwards to all others.
+forever. So every rank keeps its connection to rank 0 (training/rendezvous.py) and sends a heartbeat every second. Each
+message is one byte: ALIVE, DONE, or the number of a lost rank, which rank 0 forwards to all others.
 """
 
-import json
 import os
-import secrets
 import select
 import socket
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 
 from anarchobot.training.signals import print_status
@@ -20,7 +17,6 @@ from anarchobot.training.signals import print_status
 INTERVAL, TIMEOUT = 1.0, 30.0  # seconds between heartbeats; of silence before a rank counts as lost
 GRACE = 2.0  # for all ranks to exit together, as after a second Ctrl-C, before a rank counts as lost
 EXIT_AFTER = 15.0  # after the report, before a hanging step or exchange is aborted
-CONNECT_TIMEOUT, HELLO_TIMEOUT = 60.0, 20.0  # for all ranks to connect; for a connection to authenticate
 ALIVE, DONE = 255, 254
 
 
@@ -86,34 +82,6 @@ class Heartbeat:
         for connection in self._peers.values():
             with suppress(OSError):  # a closed connection is noticed when reading
                 connection.send(bytes([message]))
-
-
-def connect(rank: int, size: int, host: str, broadcast: Callable[[bytes], bytes]) -> Heartbeat:
-    """Connects all ranks to rank 0, which listens on `host`, its address in the ring, until all have connected.
-
-    `broadcast` sends rank 0's bytes to all: the port, and a token that authenticates the other ranks.
-    """
-    if rank > 0:
-        port, token = json.loads(broadcast(b""))
-        connection = socket.create_connection((host, port), timeout=CONNECT_TIMEOUT)
-        connection.sendall(bytes.fromhex(token) + bytes([rank]))
-        return Heartbeat(rank, {0: connection})
-    token = secrets.token_bytes(16)
-    peers: dict[int, socket.socket] = {}
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, 0), family=family) as server:
-        server.settimeout(CONNECT_TIMEOUT)
-        broadcast(json.dumps([server.getsockname()[1], token.hex()]).encode())
-        while len(peers) < size - 1:
-            connection, _ = server.accept()
-            connection.settimeout(HELLO_TIMEOUT)
-            with suppress(OSError):
-                hello = connection.recv(17, socket.MSG_WAITALL)
-                if hello[:-1] == token:
-                    peers[hello[-1]] = connection
-                    continue
-            connection.close()
-    return Heartbeat(0, peers)
 
 
 def _receive(connection: socket.socket) -> bytes:

@@ -7,7 +7,11 @@ ranks get identical bits. A single process exchanges nothing and imports nothing
 import json
 import math
 import os
+import secrets
+import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,7 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
-from anarchobot.training.heartbeat import Heartbeat, connect
+from anarchobot.training.heartbeat import Heartbeat
+from anarchobot.training.rendezvous import JOIN_TIMEOUT, SECRET_ENV, Addresses, gather, join, listen, shared_secret
+from anarchobot.training.signals import print_status
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -175,9 +181,8 @@ def detect_launcher() -> tuple[str, str | None] | None:
     address of rank 0 if known; None for a single process."""
     env = os.environ
     if "MLX_RANK" in env:
-        if hostfile := env.get("MLX_HOSTFILE"):
-            text = Path(hostfile).read_text(encoding="utf-8").strip()  # empty for a single host
-            hosts = json.loads(text) if text else []
+        if env.get("MLX_HOSTFILE"):
+            hosts = _ring_hosts()
             return ("ring", hosts[0][0].rpartition(":")[0]) if len(hosts) > 1 else None
         if coordinator := env.get("MLX_JACCL_COORDINATOR"):
             return "jaccl", coordinator.rpartition(":")[0]
@@ -187,22 +192,90 @@ def detect_launcher() -> tuple[str, str | None] | None:
     return ("mpi", None) if is_mpi else None  # mpirun itself ends the other ranks and names the one that died
 
 
+def _ring_hosts() -> list[Addresses]:
+    """The addresses of each rank, `IP:PORT`; none for a single host."""
+    text = Path(os.environ["MLX_HOSTFILE"]).read_text(encoding="utf-8").strip()
+    hosts: list[Addresses] = json.loads(text) if text else []
+    return hosts
+
+
 def init_distributed() -> Ranks:
     """Joins the process group; waits for all ranks. Raises UserError if that fails."""
     launcher = detect_launcher()
     if launcher is None:
         return SINGLE_PROCESS
+    backend, host = launcher
+    if backend == "ring":
+        with _joined_ring() as heartbeat:
+            return Ranks(_init_group(backend), heartbeat, backend)
+    ranks = Ranks(_init_group(backend), backend=backend)
+    if host is not None and ranks.size > 1:
+        ranks._heartbeat = _join_by_broadcast(ranks, host)
+    return ranks
+
+
+def _init_group(backend: str) -> Any:
     import mlx.core as mx
 
-    backend, host = launcher
     try:
-        group = mx.distributed.init(strict=True, backend=backend)
+        return mx.distributed.init(strict=True, backend=backend)
     except RuntimeError as error:
         raise UserError(f"{backend} backend: can't join the process group: {' '.join(str(error).split())}") from error
-    ranks = Ranks(group, backend=backend)
-    if host is not None and ranks.size > 1:
-        ranks._heartbeat = connect(ranks.rank, ranks.size, host, ranks.broadcast)
-    return ranks
+
+
+@contextmanager
+def _joined_ring() -> Iterator[Heartbeat]:
+    """A context manager in which MLX's ring is formed, on ports that nobody knew before.
+
+    MLX's ring takes the first connection to a port for its neighbor's, whoever it is from. So only rank 0 listens on
+    its port in MLX_HOSTFILE, until all ranks have joined; then each listens on a new port for a few milliseconds.
+    """
+    rank, hosts = int(os.environ["MLX_RANK"]), _ring_hosts()
+    host, _, port = hosts[0][0].rpartition(":")
+    secret, own = shared_secret(), _with_free_ports(hosts[rank])
+    if rank == 0:
+        if not secret:
+            print_status(f"{SECRET_ENV} is not set: anyone who can reach {host} can join this run (docs/scaling.md)")
+        peers, hosts = gather(listen(host, int(port)), len(hosts), secret, own)
+    else:
+        connection, hosts = join(rank, host, int(port), secret, own)
+        peers = {0: connection}
+    timer = threading.Timer(JOIN_TIMEOUT, _give_up)
+    timer.daemon = True
+    given = os.environ["MLX_HOSTFILE"]
+    with tempfile.NamedTemporaryFile("w", prefix="anarchobot-ring-", suffix=".json") as file:
+        json.dump(hosts, file)
+        file.flush()
+        timer.start()
+        os.environ["MLX_HOSTFILE"] = file.name
+        try:
+            yield Heartbeat(rank, peers)
+        finally:
+            os.environ["MLX_HOSTFILE"] = given
+            timer.cancel()
+
+
+def _give_up() -> None:
+    print_status(f"the ring was not formed within {JOIN_TIMEOUT:.0f} s: another program may use its ports: try again")
+    os._exit(1)
+
+
+def _with_free_ports(addresses: Addresses) -> Addresses:
+    """Replaces the ports of a machine's addresses with free ones."""
+    with ExitStack() as stack:
+        hosts = [address.rpartition(":")[0] for address in addresses]
+        servers = [stack.enter_context(listen(host, 0)) for host in hosts]
+        return [f"{host}:{server.getsockname()[1]}" for host, server in zip(hosts, servers, strict=True)]
+
+
+def _join_by_broadcast(ranks: Ranks, host: str) -> Heartbeat:
+    """For groups that are formed otherwise: rank 0 sends its port through the group and, if none is set, a secret."""
+    if ranks.rank == 0:
+        server = listen(host, 0)
+        ranks.broadcast(json.dumps([server.getsockname()[1], secret := secrets.token_hex(32)]).encode())
+        return Heartbeat(0, gather(server, ranks.size, shared_secret() or secret.encode(), [])[0])
+    port, secret = json.loads(ranks.broadcast(b""))
+    return Heartbeat(ranks.rank, {0: join(ranks.rank, host, port, shared_secret() or secret.encode(), [])[0]})
 
 
 def _buffers(sizes: dict[str, int]) -> Iterator[list[str]]:

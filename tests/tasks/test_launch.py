@@ -4,11 +4,14 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.runs import checkpoint
 from anarchobot.tasks import launch
 from anarchobot.tasks.pretrain import pretrain
+from anarchobot.training.rendezvous import join
 from tests.ranks import TIMEOUT, rank_environments
 from tests.tiny import loaded, write_config
 
@@ -185,6 +189,62 @@ def test_out_of_memory_on_one_rank_shrinks_the_micro_batch_on_all(tmp_path: Path
     assert (code, other) == (0, 0), stderr
     assert "step 2: out of memory: continuing with train.micro_batch_size=1 train.grad_accum_steps=2" in stderr
     assert_same_losses(tmp_path / "one", tmp_path / "two")
+
+
+def test_strangers_during_joining_change_nothing(tmp_path: Path, tiny_shards: Path) -> None:
+    """50 silent connections, and some with a wrong secret, while rank 0 waits for rank 1."""
+    settings = {**SETTINGS, "train__total_steps": 2, "train__eval_interval": 2}
+    pretrain(loaded(tmp_path / "one.yaml", tiny_shards, tmp_path / "one", **settings), show="nothing")
+    config = write_config(tmp_path / "c.yaml", tiny_shards, tmp_path / "two", **settings, train__grad_accum_steps=1)
+    command, environments = (
+        [sys.executable, "-m", "anarchobot", "pretrain", str(config)],
+        rank_environments(tmp_path, 2),
+    )
+    port = int(json.loads((tmp_path / "ring.json").read_text())[0][0].rpartition(":")[2])
+
+    def connect() -> socket.socket:
+        return socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT)
+
+    with ExitStack() as stack:
+        zero = stack.enter_context(subprocess.Popen(command, env=environments[0], stderr=subprocess.PIPE, text=True))
+        stack.callback(zero.kill)
+        while True:
+            try:
+                silent = [stack.enter_context(connect())]
+                break
+            except ConnectionRefusedError:
+                assert zero.poll() is None
+                time.sleep(0.05)
+        silent += [stack.enter_context(connect()) for _ in range(49)]
+        for _ in range(3):
+            with pytest.raises(UserError, match="ANARCHOBOT_RANKS_SECRET differs"):
+                join(1, "127.0.0.1", port, b"wrong", [])
+        one = stack.enter_context(subprocess.Popen(command, env=environments[1], stderr=subprocess.PIPE, text=True))
+        stack.callback(one.kill)
+        while silent[0].recv(64):  # until all ranks have joined
+            pass
+        with pytest.raises(ConnectionRefusedError):
+            connect()
+        errors = [process.communicate(timeout=TIMEOUT)[1] for process in (zero, one)]
+        assert (zero.returncode, one.returncode) == (0, 0), errors
+    assert_same_losses(tmp_path / "one", tmp_path / "two")
+
+
+def test_the_secret_is_in_the_environment_of_ranks_only(
+    tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[list[str], dict[str, str]]] = []
+
+    def popen(command: list[str], env: dict[str, str], **options: Any) -> "subprocess.Popen[bytes]":
+        started.append((command, env))
+        return subprocess.Popen([sys.executable, "-c", ""], **options)
+
+    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(Popen=popen))
+    for _ in range(2):
+        assert launch.launch_local(["pretrain", "c.yaml"], 2) == 0
+    secrets = [env["ANARCHOBOT_RANKS_SECRET"] for _, env in started]
+    assert secrets[0] == secrets[1] != secrets[2] == secrets[3] and all(len(s) == 64 for s in secrets)
+    assert not any(secret in word for command, _ in started for word in command for secret in secrets)
 
 
 def test_different_settings_on_ranks_are_refused(tmp_path: Path, tiny_shards: Path) -> None:

@@ -1,20 +1,19 @@
 """Collectives of real ranks over loopback, and the detection of lost ranks."""
 
-import json
 import socket
 import subprocess
 import sys
 import textwrap
 import threading
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
 import pytest
 
 from anarchobot.training import heartbeat
-from anarchobot.training.heartbeat import Heartbeat, connect
+from anarchobot.training.heartbeat import Heartbeat
 from anarchobot.training.ranks import BUFFER_BYTES, SINGLE_PROCESS, _buffers, detect_launcher
+from anarchobot.training.rendezvous import gather, join, listen
 from tests.ranks import TIMEOUT, rank_environments
 
 EXCHANGE = """
@@ -111,20 +110,17 @@ def test_detect_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env: d
 
 def connected(size: int) -> list[Heartbeat]:
     """Returns the heartbeats of several ranks, all in this process."""
-    sent: SimpleQueue[bytes] = SimpleQueue()
-
-    def broadcast(data: bytes) -> bytes:
-        for _ in range(size - 1):
-            sent.put(data)
-        return data
-
     heartbeats: dict[int, Heartbeat] = {}
+    server = listen("127.0.0.1", 0)
+    port = server.getsockname()[1]
 
-    def join(rank: int) -> None:
-        send = broadcast if rank == 0 else lambda data: sent.get(timeout=TIMEOUT)
-        heartbeats[rank] = connect(rank, size, "127.0.0.1", send)
+    def start(rank: int) -> None:
+        if rank == 0:
+            heartbeats[0] = Heartbeat(0, gather(server, size, b"secret", [])[0])
+        else:
+            heartbeats[rank] = Heartbeat(rank, {0: join(rank, "127.0.0.1", port, b"secret", [])[0]})
 
-    threads = [threading.Thread(target=join, args=(rank,)) for rank in range(size)]
+    threads = [threading.Thread(target=start, args=(rank,)) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -171,19 +167,3 @@ def test_silent_rank_is_lost(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
     beat.close(success=False)
     there.close()
     assert "anarchobot: rank 7 has not responded for 1 s: stopping rank 0" in capfd.readouterr().err
-
-
-def test_unauthenticated_connection_is_closed() -> None:
-    sent: SimpleQueue[bytes] = SimpleQueue()
-    heartbeats: list[Heartbeat] = []
-    thread = threading.Thread(target=lambda: heartbeats.append(connect(0, 2, "127.0.0.1", lambda d: sent.put(d) or d)))
-    thread.start()
-    data = sent.get(timeout=TIMEOUT)
-    with socket.create_connection(("127.0.0.1", json.loads(data)[0])) as stranger:
-        stranger.sendall(b"x" * 17)
-        assert stranger.recv(1) == b""  # closed by the server
-    other = connect(1, 2, "127.0.0.1", lambda _: data)
-    thread.join(TIMEOUT)
-    assert list(heartbeats[0]._peers) == [1]
-    other.close(success=True)
-    heartbeats[0].close(success=True)
