@@ -10,7 +10,7 @@ from anarchobot.config.schema import GenerationConfig
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.importing import import_model
 from anarchobot.inference.chat import ChatSession
-from anarchobot.inference.generation import TextBatch, TextChunk, generate, prompt_ids
+from anarchobot.inference.generation import TextBatch, TextChunk, generate, generate_batch, prompt_ids
 from anarchobot.inference.model import Model, load_model
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import load_template
@@ -58,6 +58,24 @@ def test_folder_import_and_export_agree(tmp_path: Path, name: str) -> None:
         assert chunks(model) == [TextChunk(1, "", 0, "stop")], folder
         assert generate(model, GREEDY) == ChatSession(model, GREEDY).answer("Hi") == ""
     assert digest(load_tokenizer(tmp_path / "run")) == digest(tokenizer)
+
+
+def test_generation_ends_at_each_end_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: a control token is no text, so that the text alone does not show it."""
+    model, _ = load_model(family_model("llama3", tmp_path / "hf", FAMILIES["llama3"].ends[-1]))
+    steps: list[list[TextChunk]] = []
+    real = TextBatch.step
+
+    def step(batch: TextBatch) -> list[TextChunk]:
+        steps.append(real(batch))
+        return steps[-1]
+
+    monkeypatch.setattr(TextBatch, "step", step)
+    end = TextChunk(1, "", 0, "stop")
+    generate(model, GREEDY)
+    ChatSession(model, GREEDY).answer("Hi")
+    assert list(generate_batch(model, ["Hi", "there"], GREEDY)) == ["", ""]
+    assert steps == [[end], [end], [end, end._replace(request=2)]]
 
 
 def test_stop_text_that_names_a_control_token(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_compressed_files_parquet_and_jsonl_named_json(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line))
     (tmp_path / "b.jsonl.zst").write_bytes(zstd.compress(line))
     (tmp_path / "c.json").write_bytes(b"\xef\xbb\xbf" + line)
-    (tmp_path / "f.json.gz").write_bytes(gzip.compress(b" [\n" + line + b"]"))
+    (tmp_path / "f.json.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf [\n" + line + b"]"))
     (tmp_path / "g.json.zst").write_bytes(zstd.compress(b"[" + line + b"]"))
     (tmp_path / "h.json.gz").write_bytes(gzip.compress(line))
     rows = [{"prompt": QUESTION, "messages": MESSAGES}, {"prompt": "x", "messages": MESSAGES[:1]}]
