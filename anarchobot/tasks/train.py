@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from anarchobot.data.sources.documents import DocumentCounts
 from anarchobot.exchange.fusing import fuse
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.reporting.html_report import render_report
+from anarchobot.runs import checkpoint
 from anarchobot.runs.run_log import logs_dir, read_run, read_summary
 from anarchobot.storage.durable import write_atomic
 from anarchobot.system.micro_batch import resolve_micro_batch
@@ -47,6 +48,7 @@ from anarchobot.tasks.training_plan import (
 )
 from anarchobot.tasks.training_rule import DECAY_FRACTION, MAX_EPOCHS, bytes_per_token
 from anarchobot.tokenizers.training import limit_bytes, train_tokenizer
+from anarchobot.training.display import duration
 
 Log = Callable[[str], None]
 
@@ -103,9 +105,17 @@ def _fingerprint(names: list[str], formats: files.Formats) -> str | None:
 def plan(request: Request, started: float) -> Plan:
     """`started`: when the command began, by time.monotonic(). Raises UserError if text or time are too short."""
     end = started + _training_seconds(request)
-    if request.model is not None:
-        return plan_adapters(request.model, request.texts, request.output, end, request.seconds)
-    return plan_new_model(request.texts, request.output, end, request.seconds)
+    if not request.texts:
+        found = Plan({}, [("model", f"{request.model}, adapters of rank 8")])
+    elif request.model is not None:
+        found = plan_adapters(request.model, request.texts, request.output, end, request.seconds)
+    else:
+        found = plan_new_model(request.texts, request.output, end, request.seconds)
+    if request.chat is not None:
+        share = "the last fifth" if request.texts else "all"
+        row = f"{request.chat}: at most {CHAT_EPOCHS:g} epochs, in {share} of {duration(request.seconds)}"
+        found = replace(found, table=[*found.table, ("chat", row)])
+    return found
 
 
 def commands(request: Request) -> Iterator[str]:
@@ -124,13 +134,14 @@ def commands(request: Request) -> Iterator[str]:
 
 
 def is_started(request: Request) -> bool:
-    """Whether the output folder has a plan. Raises UserError if it was made for another request."""
-    file = request.output / REQUEST
+    """Whether the output folder has a plan. Raises UserError if it was made for another request, or a file of the
+    request does not exist."""
+    now, file = request.as_json(), request.output / REQUEST
     if not file.exists():
         if request.output.exists() and any(request.output.iterdir()):
             raise UserError(f"{request.output}: already exists and is not empty: choose another folder with --output")
         return False
-    before, now = json.loads(file.read_text(encoding="utf-8"))["request"], request.as_json()
+    before = _read_state(request)["request"]
     if changed := [f"{key} was {before[key]}, is now {now[key]}" for key in now if before[key] != now[key]]:
         raise UserError(
             f"{request.output}: planned for another request: {'; '.join(changed)}: choose another folder with "
@@ -139,10 +150,10 @@ def is_started(request: Request) -> bool:
     return True
 
 
-def start(request: Request, sections: Sections | None) -> None:
-    """Writes the plan (None: there are only conversations) into the output folder. The request is written last."""
+def start(request: Request, sections: Sections) -> None:
+    """Writes the plan into the output folder. The request is written last."""
     request.output.mkdir(parents=True, exist_ok=True)
-    if sections is not None:
+    if request.texts:
         train = sections["train"]
         first = max(1, round(FIRST_PART * train["total_steps"]))
         train = {**train, "total_steps": first, "schedule": "constant", "supervise": request.seconds > SUPERVISED}
@@ -155,11 +166,11 @@ def train(request: Request, started: float, show: OutputMode, log: Log) -> dict[
 
     Raises Stopped after a stop request; the same call resumes.
     """
-    result: dict[str, Any] = {"model": str(request.output), "chat": None, "best_val_bpb": None}
+    result: dict[str, Any] = {"model": None, "chat": None, "best_val_bpb": None}
     if request.texts:
-        result |= _pretrain(request, started, show, log)
+        result |= _pretrain(request, started, show, log) | {"model": _best(request, request.output)}
     if request.chat is not None:
-        result["chat"] = str(_chat(request, started, show))
+        result["chat"] = _best(request, _chat(request, started, show))
     if request.texts:
         result |= {"samples": str(_write_samples(request)), "report": str(_write_report(request))}
     return result
@@ -215,6 +226,8 @@ def _set_length(request: Request, path: Path, summary: dict[str, Any]) -> None:
         "total_steps": steps,
         "schedule": "wsd",
         "decay_fraction": round(min(DECAY_FRACTION, 1 - first / steps), 4),
+        "eval_interval": max(1, steps // VALIDATIONS),
+        "log_interval": max(1, min(25, steps // 40)),
     }
     write_atomic(path, dump(values))
 
@@ -257,7 +270,7 @@ def _chat(request: Request, started: float, show: OutputMode) -> Path:
 def _chat_base(request: Request) -> str:
     """The model to fine-tune: adapters that were trained on the texts are merged into their base first."""
     if request.model is None:
-        return str(request.output)
+        return _best(request, request.output)
     if not request.texts:
         return request.model
     fused = request.output / FUSED
@@ -305,6 +318,13 @@ def _chat_sections(request: Request, model: str, started: float) -> Sections:
     }
 
 
+def _best(request: Request, run: Path) -> str:
+    """What to give as --checkpoint: the best step, if there was a validation. A run of adapters stands for its best
+    step."""
+    best = run / checkpoint.BEST
+    return str(best if request.model is None and best.exists() else run)
+
+
 def _chat_folder(request: Request) -> Path:
     return request.output / "chat" if request.texts else request.output
 
@@ -316,7 +336,7 @@ def _write_samples(request: Request) -> Path:
     file = request.output / SAMPLES
     if file.exists():
         return file
-    model, config = load_model(request.output)
+    model, config = load_model(_best(request, request.output))
     settings = config.generation.model_copy(update={"max_new_tokens": SAMPLE_TOKENS})
     prompts = [settings.prompt] * SAMPLE_COUNT
     write_atomic(file, "\n\n---\n\n".join(settings.prompt + text for text in generate_batch(model, prompts, settings)))

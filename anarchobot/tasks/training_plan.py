@@ -14,6 +14,7 @@ from anarchobot.config.schema import Config, DataConfig
 from anarchobot.data.document_batches import batch_documents, key_words
 from anarchobot.data.sources.documents import Document, DocumentCounts, from_files
 from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
+from anarchobot.numerics.cores import available_cores
 from anarchobot.system.memory import expected_device
 from anarchobot.system.micro_batch import resolve_micro_batch
 from anarchobot.tasks.calibration import step_seconds
@@ -32,6 +33,7 @@ VALIDATIONS = 10
 MIN_HELD_OUT, MAX_HELD_OUT = 0.02, 0.25  # fractions of the text
 HELD_OUT_BYTES = 20_000  # enough to compare the steps of a run
 ADAPTER_EPOCHS = 3
+GPU_BATCH, SEQUENCE = 4096, 256  # tokens per step that keep a GPU busy, and each core of a CPU
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ def plan_new_model(names: list[str], folder: Path, deadline: float, seconds: flo
     """Plans a model of its own. `deadline`: when training has to end, by time.monotonic(); `seconds`: the time that
     was given."""
     survey = survey_texts(names)
-    speed = measure_speed()
+    on_gpu = expected_device(Config().train) == "gpu"
+    speed = measure_speed(on_gpu)
     left = deadline - time.monotonic() - _preparation_seconds(survey)
     settings = choose_settings(survey.train_bytes, max(1.0, left), speed)
     flops = speed.flops(settings.width)
@@ -139,7 +142,7 @@ def plan_new_model(names: list[str], folder: Path, deadline: float, seconds: flo
     sections = _with_files(settings.sections(), survey, names, folder)
     table = [
         ("text", str(survey)),
-        ("machine", f"{'GPU' if speed.on_gpu else 'CPU'}, {flops / 1e9:,.3g} GFLOP/s in training steps of this model"),
+        ("machine", f"{'GPU' if on_gpu else 'CPU'}, {flops / 1e9:,.3g} GFLOP/s in training steps of this model"),
         ("vocabulary", f"{settings.vocab_size:,} tokens"),
         (
             "model",
@@ -162,15 +165,15 @@ def plan_new_model(names: list[str], folder: Path, deadline: float, seconds: flo
     return Plan(sections, table, [*notes, *survey.counts.details()])
 
 
-def measure_speed() -> Speed:
+def measure_speed(on_gpu: bool) -> Speed:
     """Measures training steps of two shapes on this machine."""
-    on_gpu = expected_device(Config().train) == "gpu"
+    min_batch = GPU_BATCH if on_gpu else min(GPU_BATCH, SEQUENCE * 2 ** math.ceil(math.log2(available_cores())))
+    assumed = Speed(1 / (GPU_RATE if on_gpu else CPU_RATE), 0.0, min_batch)
     measured = {}
     for layers, width in MEASURED_SHAPES:
-        assumed = Speed(1 / (GPU_RATE if on_gpu else CPU_RATE), 0.0, on_gpu)
-        settings = settings_for_shape(10**6, 60.0, assumed, layers, width)
+        settings = settings_for_shape(10**8, 60.0, assumed, layers, width)
         measured[width] = settings.flops_per_step / measure(load_config(None, overrides(settings.sections())), None)
-    return Speed.fit(measured, on_gpu=on_gpu)
+    return Speed.fit(measured, min_batch)
 
 
 def plan_adapters(model: str, names: list[str], folder: Path, deadline: float, seconds: float) -> Plan:

@@ -1,13 +1,13 @@
-"""Chooses the settings of a new model from the size of a text and the compute that a time allows (docs/train.md).
+"""Chooses the settings of a new model from the size of a text, the time and the speed of a machine (docs/train.md).
 
-Size: with N parameters, D training tokens in e epochs over U different tokens, and C = 6 N D FLOPs, the loss is assumed
-to be E + A / N'^a + B / D'^a (Hoffmann et al., 2022, arXiv 2203.15556), where repeated tokens and the parameters that
-they would train count less (Muennighoff et al., 2023, arXiv 2305.16264):
+Size: with N parameters, and D training tokens in e epochs over U different tokens, the loss is assumed to be
+E + A / N^a + B / D'^a (Hoffmann et al., 2022, arXiv 2203.15556), where repeated tokens count less (Muennighoff et al.,
+2023, arXiv 2305.16264):
 
-    D' = U + U 15.4 (1 - exp(-(e - 1) / 15.4)),    N' = n + n 5.3 (1 - exp(-(N / n - 1) / 5.3)),  n = U / RATIO
+    D' = U + 15.4 U (1 - exp(-(e - 1) / 15.4))
 
-RATIO = (B / A)^(1/a) is the number of tokens per parameter at which both terms are equal. The shape of SHAPES with the
-lowest loss is chosen. RATIO and the other constants were measured on small texts: docs/train.md has the figures.
+RATIO = (B / A)^(1/a) is the number of tokens per parameter at which both terms are equal. Of the SHAPES, the one with
+the lowest loss is chosen.
 """
 
 import math
@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 EXPONENT = 0.353
-RATIO = 8.0
+RATIO = 40.0
 BYTES_PER_TOKEN = 3.0  # the unit of U and D, because the bytes in a token depend on the vocabulary
-EPOCHS_DECAY, PARAMETERS_DECAY = 15.4, 5.3
+EPOCHS_DECAY = 15.4
+MAX_PARAMETERS = 10.0  # per different token: larger models overfit before they are trained
 SHAPES = (  # layers, width
-    *((3, 64), (4, 96), (4, 128), (5, 192), (6, 256), (7, 320), (8, 384), (9, 448), (10, 512), (10, 640), (12, 768)),
-    *((16, 1024), (20, 1280)),
+    *((2, 64), (3, 64), (4, 96), (4, 128), (5, 160), (6, 192), (6, 256), (7, 320), (8, 384), (9, 448), (10, 512)),
+    *((10, 640), (12, 768), (16, 1024), (20, 1280)),
 )
 MEASURED_SHAPES = ((4, 64), (6, 256))  # two widths, from which a machine's speed at all widths follows
 HEAD_SIZE = 32  # 64 from a width of 512
@@ -29,8 +30,9 @@ VOCAB_SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 VOCAB_SHARE = 0.25  # of the parameters of the blocks, at most, in the embedding
 BYTES_PER_VOCAB = 500  # bytes of text per token of the vocabulary, at least
 MAX_EPOCHS = 40.0
-BATCH, GPU_BATCH = 1024, 4096  # tokens per step of a short run
-SHORT_RUN = 6e5  # training tokens
+SHORT_RUN = 4e5  # training tokens
+BATCH, MAX_BATCH = 512, 2**16  # tokens per step, of a short and of the longest run
+MIN_STEPS = 1000
 LR = 8e-3  # of a short run
 DECAY_FRACTION = 0.7
 
@@ -38,22 +40,23 @@ DECAY_FRACTION = 0.7
 @dataclass(frozen=True)
 class Speed:
     """Time of a training step: each FLOP takes `a + b / width` seconds, because narrow products are slower. FLOPs are
-    counted as six per parameter and token, plus attention."""
+    counted as six per parameter and token, plus attention. `min_batch`: tokens per step, below which part of the device
+    is idle."""
 
     a: float
     b: float
-    on_gpu: bool = False
+    min_batch: int = BATCH
 
     def flops(self, width: int) -> float:
         """FLOP/s of a model of this width."""
         return 1 / (self.a + self.b / width)
 
     @classmethod
-    def fit(cls, measured: Mapping[int, float], *, on_gpu: bool = False) -> Self:
+    def fit(cls, measured: Mapping[int, float], min_batch: int = BATCH) -> Self:
         """From FLOP/s measured at two widths."""
         (narrow, slow), (wide, fast) = sorted(measured.items())
         b = max(0.0, (1 / slow - 1 / fast) / (1 / narrow - 1 / wide))
-        return cls(max(1 / fast - b / wide, 0.2 / fast), b, on_gpu)
+        return cls(max(1 / fast - b / wide, 0.2 / fast), b, min_batch)
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,9 @@ def head_size(width: int) -> int:
 
 def choose_settings(text_bytes: int, seconds: float, speed: Speed) -> Settings:
     """The settings for training `seconds` on this many bytes of text, on a machine of this speed."""
-    options = [settings_for_shape(text_bytes, seconds, speed, layers, width) for layers, width in SHAPES]
+    options = [settings_for_shape(text_bytes, seconds, speed, *shape) for shape in SHAPES]
+    allowed = MAX_PARAMETERS * text_bytes / BYTES_PER_TOKEN
+    options = [option for option in options if option.parameters <= allowed] or options[:1]
     return min(options, key=lambda option: _loss(option, text_bytes))
 
 
@@ -139,7 +144,7 @@ def settings_for_shape(text_bytes: int, seconds: float, speed: Speed, layers: in
     flops = speed.flops(width)
     tokens = min(seconds * flops / flops_per_token, MAX_EPOCHS * unique)
     epochs = tokens / unique
-    sequences = _batch(tokens, speed.on_gpu) // seq_len
+    sequences = max(1, _batch(tokens, speed.min_batch) // seq_len)
     steps = max(1, round(tokens / (sequences * seq_len)))
     return Settings(
         vocab_size=vocab_size,
@@ -148,7 +153,7 @@ def settings_for_shape(text_bytes: int, seconds: float, speed: Speed, layers: in
         seq_len=seq_len,
         sequences=sequences,
         steps=steps,
-        lr=_round(LR * max(1.0, tokens / SHORT_RUN) ** -0.2),
+        lr=_round(LR * max(1.0, tokens / SHORT_RUN) ** -0.12),
         dropout=0.0 if epochs < 3 else 0.1 if epochs < 10 else 0.2,
         weight_decay=0.02 if epochs < 3 else 0.1,
         parameters=blocks + 2 * head,
@@ -164,24 +169,22 @@ def _flops_per_token(vocab_size: int, layers: int, width: int, seq_len: int) -> 
     return 6.0 * (blocks + head + seq_len * layers * width)
 
 
-def _batch(tokens: float, on_gpu: bool) -> int:
-    """Tokens per step: a power of two that grows as the 0.4th power of the training tokens, up to 2^16."""
-    start = GPU_BATCH if on_gpu else BATCH
-    growth = max(1.0, tokens / SHORT_RUN) ** 0.4
-    return int(min(2**16, max(start, BATCH * 2 ** math.floor(math.log2(growth)))))
+def _batch(tokens: float, min_batch: int) -> int:
+    """Tokens per step: a power of two that grows as the 0.4th power of the training tokens; `min_batch`, unless that
+    leaves fewer than MIN_STEPS steps."""
+    growth = math.log2(max(1.0, tokens / SHORT_RUN) ** 0.4)
+    batch = BATCH * 2 ** math.floor(growth)
+    enough_steps = 2 ** math.floor(math.log2(max(1.0, tokens / MIN_STEPS)))
+    return int(min(max(batch, min(min_batch, enough_steps)), MAX_BATCH))
 
 
 def _loss(option: Settings, text_bytes: int) -> float:
     """The part of the loss that depends on size and data, up to a factor: with A = 1, B is RATIO^a."""
-    blocks, head = parameters(option.vocab_size, option.layers, option.width)
-    unique = text_bytes / BYTES_PER_TOKEN
-    size, best = float(blocks + head), unique / RATIO
     passes = option.epochs
     if passes > 1:
         passes = 1 + EPOCHS_DECAY * (1 - math.exp(-(passes - 1) / EPOCHS_DECAY))
-    data = unique * passes
-    if size > best:
-        size = best * (1 + PARAMETERS_DECAY * (1 - math.exp(-(size / best - 1) / PARAMETERS_DECAY)))
+    data = passes * text_bytes / BYTES_PER_TOKEN
+    size = sum(parameters(option.vocab_size, option.layers, option.width))
     return float(size**-EXPONENT + (RATIO / data) ** EXPONENT)
 
 

@@ -11,7 +11,7 @@ from anarchobot.system.peak_flops import training_flops_per_token
 from anarchobot.tasks.training_rule import SHAPES, Settings, Speed, choose_settings, settings_for_shape
 
 CPU = Speed(1e-11, 1.7e-9)  # two cores: 27 GFLOP/s at width 64, 60 at 256
-GPU = Speed(3e-13, 1e-10, on_gpu=True)
+GPU = Speed(3e-13, 1e-10, min_batch=4096)
 BYTES = [50_000, 280_000, 2_700_000, 16_000_000, 500_000_000]
 SECONDS = [60.0, 300.0, 1800.0, 7200.0, 86400.0]
 
@@ -48,11 +48,10 @@ def test_more_time_gives_no_smaller_model_and_more_compute(speed: Speed) -> None
 
 
 @pytest.mark.parametrize("speed", [CPU, GPU], ids=["cpu", "gpu"])
-def test_more_text_gives_fewer_epochs_and_no_smaller_model(speed: Speed) -> None:
+def test_more_text_gives_fewer_epochs(speed: Speed) -> None:
     for seconds in SECONDS:
         found = [choose_settings(text_bytes, seconds, speed) for text_bytes in BYTES]
         for less, more in itertools.pairwise(found):
-            assert more.vocab_size >= less.vocab_size
             assert more.epochs <= less.epochs
             assert more.dropout <= less.dropout
 
@@ -70,4 +69,4 @@ def test_the_batch_is_a_power_of_two_of_tokens() -> None:
             settings: Settings = settings_for_shape(10**9, seconds, GPU, *shape)
             tokens = settings.sequences * settings.seq_len
             assert tokens.bit_count() == 1
-            assert 4096 <= tokens <= 2**16
+            assert 512 <= tokens <= 2**16
