@@ -21,6 +21,8 @@ SUFFIXES = (*PLAIN, *(plain + packed for plain in PLAIN for packed in PACKED), "
 EXPECTED = ".txt, .md, .jsonl (or these with .gz or .zst) or .parquet file"
 _PACKAGES = {".zst": "backports.zstd", ".parquet": "pyarrow"}  # needed to read a suffix; also the module names
 HIDDEN = "hidden or system files"
+# Of archives made on a Mac; deleted files and indexes on disks of Windows, Synology and Linux.
+_SYSTEM_FOLDERS = ("__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "lost+found")
 SHOWN = 3  # examples of each kind in a message
 
 
@@ -64,10 +66,10 @@ class FileRange(NamedTuple):
 def find(names: Iterable[str], unread: list[Unread] | None = None, formats: Formats = DOCUMENTS) -> list[Path]:
     """The files of all names, in the order given; folders and globs sorted by name.
 
-    Hidden files and folders and those that macOS adds to archives are not read, but appended to `unread`, as is
-    everything else that a folder or glob has and that is not in one of the `formats`. Links are followed, and each real
-    file and folder is read once. Raises UserError for a name that matches nothing, a folder that can't be listed, and
-    when a package needed to read a file is not installed.
+    Hidden files and folders and those that systems add to disks and archives are not read, but appended to `unread`, as
+    is everything else that a folder or glob has and that is not in one of the `formats`. Links are followed, and each
+    real file and folder is read once. Raises UserError for a name that matches nothing, a folder that can't be listed,
+    and when a package needed to read a file is not installed.
     """
     left_out: list[Unread] = [] if unread is None else unread
     paths = [path for name in names for path in _matches(name, left_out, formats)]
@@ -162,7 +164,7 @@ def _cannot_list(error: OSError) -> NoReturn:
 
 def _files_of_glob(pattern: str, unread: list[Unread]) -> Iterator[Path]:
     """The files that match. A file that also matches through a linked folder is yielded once. As in a shell, hidden
-    files match only a pattern that has the dot; files that macOS adds to archives are left out nevertheless."""
+    files match only a pattern that has the dot; files that a system added are left out nevertheless."""
     parts = Path(pattern).parts
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     base = Path(*parts[:fixed]).resolve()
@@ -175,7 +177,7 @@ def _files_of_glob(pattern: str, unread: list[Unread]) -> Iterator[Path]:
 
     seen: set[tuple[Path, str]] = set()
     for path in sorted(matched, key=lambda path: (through_link(path), path)):
-        if any(_is_added_by_macos(part) for part in path.parts[fixed:]):
+        if any(_is_added_by_system(part) for part in path.parts[fixed:]):
             unread.append(Unread(str(path), HIDDEN))
         elif path.is_dir():
             if path.resolve() not in read_folders:
@@ -213,12 +215,12 @@ def _folders_below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or _is_added_by_macos(name)
+    return name.startswith(".") or _is_added_by_system(name)
 
 
-def _is_added_by_macos(name: str) -> bool:
-    """Metadata in archives made on a Mac (AppleDouble); the files have the suffix of the file that they describe."""
-    return name.startswith("._") or name == "__MACOSX"
+def _is_added_by_system(name: str) -> bool:
+    """AppleDouble files, which a Mac adds to archives, have the suffix of the file that they describe."""
+    return name.startswith("._") or name in _SYSTEM_FOLDERS
 
 
 def split_files(paths: Iterable[Path], parts: int, data: DataConfig) -> list[list[FileRange]]:

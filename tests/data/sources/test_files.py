@@ -54,14 +54,14 @@ def test_hidden_and_system_files_are_named_not_read(tmp_path: Path) -> None:
     """Hidden folders are named once, whatever they contain. The folder itself may be hidden, and files may be named."""
     root = write(
         tmp_path / ".data", "a.txt", "._a.txt", ".b.txt", "c/d.txt", "c/._d.txt", "__MACOSX/c/e.txt",
-        ".ipynb_checkpoints/f.txt", ".ipynb_checkpoints/g.txt",
+        ".ipynb_checkpoints/f.txt", ".ipynb_checkpoints/g.txt", "$RECYCLE.BIN/h.txt", "c/@eaDir/i.txt",
     )  # fmt: skip
     texts, counts = read(root)
     assert texts == ["a.txt", "c/d.txt"] and counts.read == 2
-    hidden = [".b.txt", ".ipynb_checkpoints", "._a.txt", "__MACOSX", "c/._d.txt"]
+    hidden = [".b.txt", ".ipynb_checkpoints", "._a.txt", "__MACOSX", "c/._d.txt", "$RECYCLE.BIN", "c/@eaDir"]
     assert sorted(counts.unread) == sorted((str(root / name), "hidden or system files") for name in hidden)
     (line,) = counts.details()
-    assert line.startswith("hidden or system files not read: 5 (") and line.count(".data/") == 3 and "..." in line
+    assert line.startswith("hidden or system files not read: 7 (") and line.count(".data/") == 3 and "..." in line
     assert read(root / "._a.txt", root / ".ipynb_checkpoints")[0] == [
         "._a.txt", ".ipynb_checkpoints/f.txt", ".ipynb_checkpoints/g.txt",
     ]  # fmt: skip
