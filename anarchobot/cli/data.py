@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anarchobot.cli.parser import Parser, add_command, add_config, add_group, add_settings, overrides, positive
+from anarchobot.cli.wording import count
 from anarchobot.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -205,10 +206,13 @@ def _print_manifest(folder: str, manifest: "Manifest") -> None:
         shards = manifest.shards_in(split)
         size = sum(s.bytes for s in shards)
         print(
-            f"  {split}: {sum(s.tokens for s in shards):,} tokens, {sum(s.documents for s in shards):,} documents, "
-            f"{size / 1e6:,.2f} MB of text, {len(shards)} shard(s)"
+            f"  {split}: {count(sum(s.tokens for s in shards), 'token')}, "
+            f"{count(sum(s.documents for s in shards), 'document')}, "
+            f"{size / 1e6:,.2f} MB of text, {count(len(shards), 'shard')}"
         )
     print("  documents: " + ", ".join(f"{name} {number:,}" for name, number in manifest.counts.items()))
+    if split_documents := sum(s.documents for s in manifest.shards) - manifest.counts["kept"]:
+        print(f"  in both splits: {count(split_documents, 'document')}, whose end is held out")
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """`anarchobot generate`, `chat` and `serve`."""
 
 import argparse
+import io
 import json
 import re
 import sys
@@ -10,13 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anarchobot.cli.knowledge import SEARCH_SETTINGS
-from anarchobot.cli.parser import HUB_NAME, Parser, add_command, add_settings, non_negative, overrides, positive
+from anarchobot.cli.parser import (
+    HUB_NAME,
+    Parser,
+    add_command,
+    add_overrides,
+    add_settings,
+    non_negative,
+    overrides,
+    positive,
+)
+from anarchobot.cli.wording import count
 from anarchobot.config.errors import UserError, did_you_mean
 from anarchobot.config.terminal import write_text
+from anarchobot.storage.durable import parse_json
 
 if TYPE_CHECKING:
     from anarchobot.config.schema import Config
     from anarchobot.inference.chat import ChatSession
+    from anarchobot.inference.generation import TextChunk
 
 SETTINGS = {
     "--method": "generation.method",
@@ -35,12 +48,14 @@ CHAT_HELP = """\
 /save FILE    append the conversation to a JSONL file for `anarchobot sft`
 /good, /bad   rate the knowledge base passages found for the last question
 /help         show this help
+/quit, /exit  end the chat
 Ctrl-C stops an answer, Ctrl-D ends the chat."""
 
 
 def add_commands(commands: Any) -> None:
     generate = add_command(commands, "generate", _generate, "generate text with a trained model")
     _add_model(generate)
+    add_overrides(generate, "generation")
     add_settings(generate, {"--prompt": "generation.prompt", **SETTINGS}, MODEL_DEFAULT)
     generate.add_argument(
         "--prompts",
@@ -51,6 +66,7 @@ def add_commands(commands: Any) -> None:
 
     chat = add_command(commands, "chat", _chat, "chat with a model in the terminal")
     _add_model(chat)
+    add_overrides(chat, "generation", "knowledge_base")
     add_settings(chat, SETTINGS | SEARCH_SETTINGS, MODEL_DEFAULT)
 
     serve = add_command(commands, "serve", _serve, "serve a model over an OpenAI-compatible HTTP API, with a chat page")
@@ -59,6 +75,13 @@ def add_commands(commands: Any) -> None:
     serve.add_argument("--port", type=_port, default=8080, help="port to listen on; 0: any free port")
     serve.add_argument("--max-tokens", type=positive, default=2048, metavar="N", help="maximum tokens per answer")
     serve.add_argument("--queue", type=non_negative, default=64, metavar="N", help="maximum number of waiting requests")
+    serve.add_argument(
+        "--client-connections",
+        type=positive,
+        default=100,
+        metavar="N",
+        help="maximum connections per client address; behind a reverse proxy, of all its clients",
+    )
     serve.add_argument(
         "--api-key-file",
         type=Path,
@@ -80,6 +103,12 @@ def add_commands(commands: Any) -> None:
         help="other sites whose pages may send requests (default: none)",
     )
     serve.add_argument("--model-name", metavar="NAME", help="model name in the API (default: name of its folder)")
+    serve.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        help="what to log on stderr; info: one line per request (default: info, or warning with --quiet)",
+    )
+    serve.add_argument("--log-prompts", action="store_true", help="log the prompts of requests too (default: off)")
 
 
 def _add_checkpoint(parser: Parser) -> None:
@@ -134,6 +163,8 @@ def _generate(args: argparse.Namespace) -> None:
 
     model, trained = load_model(args.checkpoint, args.model)
     settings = _settings(args, trained).generation
+    if settings.prompt == "-":
+        settings = settings.model_copy(update={"prompt": _read_stdin()})
     if prompts is not None:
         for prompt, text in zip(prompts, generate_batch(model, prompts, settings), strict=True):
             write_text(_json_row(prompt, text) if args.json else f"{prompt}{text}\n\n")
@@ -147,9 +178,21 @@ def _generate(args: argparse.Namespace) -> None:
         write_text("".join([*pending, text]))
         pending.clear()
 
-    generate(model, settings, on_text=write)
+    def end(chunk: "TextChunk") -> None:
+        if chunk.finish_reason == "length" and chunk.tokens < settings.max_new_tokens and not args.quiet:
+            print(f"\n(stopped: the model's max_seq_len is {model.config.max_seq_len} tokens)", file=sys.stderr)
+
+    generate(model, settings, on_text=write, on_end=end)
     write("")
     write_text("\n")
+
+
+def _read_stdin() -> str:
+    """A prompt without the newline at its end, which a shell's `echo` adds."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UserError("--prompt -: standard input is not UTF-8") from error
 
 
 def _read_prompts(file: Path) -> list[str]:
@@ -168,7 +211,7 @@ def _read_prompts(file: Path) -> list[str]:
 
 def _parse_prompt(line: str, where: str) -> str:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
@@ -205,6 +248,8 @@ def _chat(args: argparse.Namespace) -> None:
 def _chat_loop(session: "ChatSession", args: argparse.Namespace) -> None:
     """Reads lines from a terminal or a pipe. An error is printed, and the conversation continues."""
     is_terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a pipe is UTF-8, perhaps with a byte order mark, as files are
+        sys.stdin.reconfigure(encoding=None if is_terminal else "utf-8-sig", errors="surrogateescape")
     if is_terminal:
         with suppress(ImportError):
             import readline  # noqa: F401  gives input() line editing and history
@@ -212,6 +257,10 @@ def _chat_loop(session: "ChatSession", args: argparse.Namespace) -> None:
             print("type /help for a list of commands", file=sys.stderr)
     while (line := _read_line(is_terminal)) is not None:
         try:
+            if any("\udc80" <= character <= "\udcff" for character in line):
+                raise UserError(f"{line!a}: not valid UTF-8")
+            if line in ("/quit", "/exit"):
+                return
             if line.startswith("/"):
                 _run_chat_command(session, line, log=lambda text: None if args.quiet else print(text, file=sys.stderr))
             elif line:
@@ -277,8 +326,8 @@ def _run_chat_command(session: "ChatSession", line: str, log: Callable[[str], No
         session.save(Path(rest).expanduser())
         log(f"saved to {rest}")
     elif command in ("/good", "/bad"):
-        count = session.rate(1.0 if command == "/good" else -1.0)
-        log(f"rated {count} passage(s)")
+        rated = session.rate(1.0 if command == "/good" else -1.0)
+        log(f"rated {count(rated, 'passage')}")
     else:
         near = did_you_mean(command, re.findall(r"/\w+", CHAT_HELP))
         raise UserError(f"unknown command '{command}'{near} (see /help)")
@@ -294,6 +343,8 @@ def _serve(args: argparse.Namespace) -> None:
     try:
         from anarchobot.serving.app import Limits
         from anarchobot.serving.auth import allowed_hosts, allowed_origins, read_api_key
+        from anarchobot.serving.connections import ConnectionLimits
+        from anarchobot.serving.request_log import configure_logging
         from anarchobot.serving.server import ServerOptions, bind, serve
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
@@ -310,7 +361,11 @@ def _serve(args: argparse.Namespace) -> None:
         origins=allowed_origins(args.allow_origin),
         queue_size=args.queue,
         limits=Limits(tokens=args.max_tokens),
+        connections=ConnectionLimits(per_client=args.client_connections),
+        log_prompts=args.log_prompts,
     )
+
+    configure_logging(args.log_level or ("warning" if args.quiet else "info"))
 
     def on_start(url: str) -> None:
         if args.json:

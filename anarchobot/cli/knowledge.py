@@ -5,6 +5,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from anarchobot.cli.parser import add_command, add_group, add_settings, overrides
+from anarchobot.cli.wording import count
 from anarchobot.config.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _add(args: argparse.Namespace) -> None:
     else:
         print(
             f"files: {len(result.added)} added, {len(result.replaced)} replaced, {len(result.equal)} unchanged, "
-            f"{len(result.failed)} failed; {passages:,} passages in total"
+            f"{len(result.failed)} failed; {count(passages, 'passage')} in total"
         )
         for line in (*result.counts.details(), *files.describe_unread(unread)):
             print(f"  {line}")
@@ -100,9 +101,10 @@ def _list(args: argparse.Namespace) -> None:
         print(json.dumps({"documents": [document._asdict() for document in documents]}))
         return
     for document in documents:
-        votes = f", {document.votes:,} votes" if document.votes else ""
-        print(f"{document.name}: {document.passages:,} passages{votes}")
-    print(f"{len(documents):,} documents, {sum(document.passages for document in documents):,} passages")
+        votes = f", {count(document.votes, 'vote')}" if document.votes else ""
+        print(f"{document.name}: {count(document.passages, 'passage')}{votes}")
+    passages = sum(document.passages for document in documents)
+    print(f"{count(len(documents), 'document')}, {count(passages, 'passage')}")
 
 
 def _remove(args: argparse.Namespace) -> None:
@@ -111,7 +113,7 @@ def _remove(args: argparse.Namespace) -> None:
         for name in args.names:
             removed[name] = base.remove(name)
             if not args.json:
-                print(f"{name}: {removed[name]:,} passages removed")
+                print(f"{name}: {count(removed[name], 'passage')} removed")
     if args.json:
         print(json.dumps({"removed": removed}))
 

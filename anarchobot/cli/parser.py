@@ -4,6 +4,7 @@ import argparse
 import json
 import os.path
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -12,6 +13,27 @@ from anarchobot.config.errors import UserError, did_you_mean
 _SETTING = "setting "  # prefix of the dest of a flag that sets a config key
 _PATHS = ("CONFIG", "DIR", "FILE", "PATH", "PREFIX", "RUN")  # metavars of arguments that name files
 HUB_NAME = "ORG/NAME[@REVISION] on the Hugging Face Hub"  # in the help of arguments that name a model
+# Names in mlx-lm, Unsloth, transformers and nanochat, for suggestions.
+COMMANDS_ELSEWHERE = {
+    "merge": "fuse", "convert": "import", "quantize": "export", "lora": "sft", "finetune": "sft", "fine-tune": "sft",
+    "orpo": "dpo", "server": "serve", "run": "chat", "eval": "evaluate", "perplexity": "evaluate",
+    "tokenize": "pretokenize",
+}  # fmt: skip
+FLAGS_ELSEWHERE = {
+    "--temp": ("--temperature",),
+    "--learning-rate": ("--lr",),
+    "--iters": ("--steps",),
+    "--max-steps": ("--steps",),
+    "--num-train-epochs": ("--epochs",),
+    "--data": ("--dataset", "--input"),
+    "--adapter-path": ("--adapter", "--checkpoint"),
+    "--model-path": ("--checkpoint", "--model"),
+    "--model": ("--checkpoint",),
+    "--max-tokens": ("--max-new-tokens",),
+    "--output-dir": ("--output", "--checkpoint-dir"),
+    "--save-dir": ("--checkpoint-dir",),
+    "--resume": ("--resume-from",),
+}
 _KEY_VALUE = re.compile(r"\w[\w.-]*=")  # a file with such a name can be given as ./NAME
 
 
@@ -65,7 +87,10 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            near = did_you_mean(value, action.choices) or f"; expected one of {', '.join(action.choices)}"
+            near = (
+                did_you_mean(COMMANDS_ELSEWHERE.get(value, value), action.choices)
+                or f"; expected one of {', '.join(action.choices)}"
+            )
             self.error(f"unknown command '{value}'{near}")
 
 
@@ -89,15 +114,25 @@ def parse(parser: Parser, argv: list[str]) -> argparse.Namespace:
                 raise UserError(f"argument --input: expected FILE before KEY=VALUE (see {args.prog} --help)")
         args.settings = [word for word in words if word is not None and _KEY_VALUE.match(word)]
         configs = [word for word in words if word is not None and not _KEY_VALUE.match(word)]
-        args.config = configs[0] if configs else None
-        rest += configs[1:]
+        if args.sections:
+            for word in args.settings:
+                if word.partition(".")[0] not in args.sections:
+                    raise UserError(f"'{word}': this command has only settings of {' and '.join(args.sections)}")
+        else:
+            args.config, configs = (configs[0] if configs else None), configs[1:]
+        rest += configs
         if args.config is None and args.needs_config:
             raise UserError(f"missing CONFIG: expected a YAML file, such as those in configs/ (see {args.prog} --help)")
     if rest:
         word = rest[0].partition("=")[0]
-        near = f"; place it after '{args.prog}'" if word in args.options else did_you_mean(word, args.options)
+        near = f"; place it after '{args.prog}'" if word in args.options else _similar_flag(word, args.options)
         raise UserError(f"unrecognized argument '{rest[0]}'{near} (see {args.prog} --help)")
     return args
+
+
+def _similar_flag(word: str, options: Iterable[str]) -> str:
+    names = [name for name in FLAGS_ELSEWHERE.get(word, ()) if name in options]
+    return did_you_mean(names[0] if names else word, options)
 
 
 def add_command(commands: Any, name: str, run: Any, summary: str, **kwargs: Any) -> Parser:
@@ -128,7 +163,19 @@ def add_config(parser: Parser, optional: bool = False, default: str = "") -> Non
     parser.add_argument(
         "settings", nargs="*", default=[], metavar="KEY=VALUE", help="overrides a key of CONFIG, such as train.lr=1e-3"
     )
-    parser.set_defaults(needs_config=not optional)
+    parser.set_defaults(needs_config=not optional, sections=())
+
+
+def add_overrides(parser: Parser, *sections: str) -> None:
+    """Adds KEY=VALUE for keys of `sections` to a command without CONFIG."""
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"a setting of {' or '.join(sections)}, such as generation.top_k=20",
+    )
+    parser.set_defaults(config=None, needs_config=False, sections=sections)
 
 
 def add_settings(parser: Parser, settings: dict[str, str], default: str = "default: ") -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SETTINGS = {
     "--lr": "train.lr",
     "--batch-size": "train.micro_batch_size",
+    "--steps": "train.total_steps",
     "--epochs": "train.epochs",
     "--warmup-steps": "train.warmup_steps",
     "--max-grad-norm": "train.max_grad_norm",
@@ -24,6 +25,7 @@ SETTINGS = {
     "--resume-from": "train.checkpoint_path",
     "--save-every": "train.ckpt_interval",
     "--backend": "train.backend",
+    "--seed": "train.seed",
 }
 FINETUNING_SETTINGS = {"--model": "train.init_from", "--dataset": "data.dataset"} | SETTINGS
 LAUNCH_BACKENDS = ("ring", "mpi", "nccl", "jaccl")

@@ -17,6 +17,7 @@ from anarchobot.config.schema import Config, ModelConfig, Section
 from anarchobot.config.strict_yaml import MAX_BYTES, YamlMapping, parse, parse_scalar
 from anarchobot.config.validation import RUN_LENGTH_KEYS, conflicts
 
+MAX_ERRORS = 3  # in a message
 COMMAND_LINE = "command line"
 # Model settings that do not depend on the weights, and so may differ from a pretrained model's.
 WEIGHT_INDEPENDENT_KEYS = ("dropout", "max_seq_len", "bos_id", "zero_init_proj")
@@ -247,20 +248,23 @@ def _reject_conflicts(loaded: LoadedConfig) -> None:
 
 
 def _describe(error: ValidationError, settings: _Settings) -> str:
-    """Returns the first error in file order, missing keys last, as `file:line: key: what was expected`, and how many
-    more there are."""
+    """Returns the errors in file order, missing keys last, each as `file:line: key: what was expected`: the first
+    MAX_ERRORS, and how many more there are."""
     order = list(settings.sources)
     problems: dict[str, Any] = {}
     for problem in error.errors(include_url=False):
         problems.setdefault(_key_of(problem["loc"], settings.schema), problem)
-    key = min(problems, key=lambda k: order.index(k) if k in order else len(order))
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    parts = [
-        settings.sources.get(key, settings.path),
-        settings.aliases.get(key, key),
-        _describe_problem(key, problems[key], settings.schema),
-    ]
-    return ": ".join(filter(None, parts)) + more
+    keys = sorted(problems, key=lambda k: order.index(k) if k in order else len(order))
+    lines = []
+    for key in keys[:MAX_ERRORS]:
+        parts = [
+            settings.sources.get(key, settings.path),
+            settings.aliases.get(key, key),
+            _describe_problem(key, problems[key], settings.schema),
+        ]
+        lines.append(": ".join(filter(None, parts)))
+    more = f" (and {len(keys) - MAX_ERRORS} more)" if len(keys) > MAX_ERRORS else ""
+    return "; also ".join(lines) + more
 
 
 def _key_of(location: tuple[int | str, ...], schema: type[BaseModel]) -> str:

@@ -458,9 +458,9 @@ class TokenizerConfig(Section):
 class GenerationConfig(Section):
     """How `generate` and training samples choose tokens."""
 
-    prompt: str = Field("", description="text to continue")
+    prompt: str = Field("", description="text to continue; --prompt -: read from standard input")
     method: Literal["greedy", "top_k", "nucleus", "min_p", "random"] = Field("nucleus", description="sampling method")
-    temperature: PositiveFloat = Field(0.8, description="sampling temperature")
+    temperature: Annotated[float, Field(ge=0)] = Field(0.8, description="sampling temperature; 0: greedy")
     top_k: Positive = Field(50, description="method top_k: sample from the k most likely tokens")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         0.95, description="method nucleus: sample from the most likely tokens with this total probability"
@@ -474,6 +474,10 @@ class GenerationConfig(Section):
         [], description="stop strings; the output ends before the first match"
     )
     seed: Seed = Field(0, description="random seed for sampling")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.method == "greedy" or self.temperature == 0
 
 
 class KnowledgeBaseConfig(Section):

@@ -13,7 +13,7 @@ import numpy as np
 from anarchobot.config.errors import UserError
 from anarchobot.data.document_batches import DocumentBatch, TokenizedBatch, batch_documents, id_dtype, tokenize_batches
 from anarchobot.data.duplicates import NearDuplicateIndex
-from anarchobot.data.resume import FinishedDocuments, Provenance, load_progress, save_progress, shard_files
+from anarchobot.data.resume import FinishedDocuments, Provenance, is_complete, load_progress, save_progress, shard_files
 from anarchobot.data.shard_writer import ShardWriter
 from anarchobot.data.shards import Manifest, Shard, write_manifest
 from anarchobot.data.sources.documents import Document, DocumentCounts
@@ -99,7 +99,10 @@ class Pretokenizer:
         provenance, dtype = self.provenance, id_dtype(self.tokenizer)
         finished = load_progress(self.folder, provenance, self.restart)
         if finished:
-            self.log(f"{self.folder}: resuming: {len(finished)} shards already done{note}")
+            state = f"resuming: {len(finished)} shards already done{note}"
+            if is_complete(self.folder, provenance):
+                state = "already finished: reading the documents again to count them"
+            self.log(f"{self.folder}: {state}")
         writer = ShardWriter(self.folder, dtype, self.shard_tokens, finished)
         finished_documents = FinishedDocuments(finished, self.progress)
         try:

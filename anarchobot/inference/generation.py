@@ -78,8 +78,14 @@ class TextBatch:
         return chunks
 
 
-def generate(model: Model, settings: GenerationConfig, on_text: Callable[[str], None] = lambda text: None) -> str:
-    """Returns the continuation of settings.prompt; `on_text` receives it in pieces as it is generated.
+def generate(
+    model: Model,
+    settings: GenerationConfig,
+    on_text: Callable[[str], None] = lambda text: None,
+    on_end: Callable[[TextChunk], None] = lambda chunk: None,
+) -> str:
+    """Returns the continuation of settings.prompt; `on_text` receives it in pieces as it is generated, and `on_end` its
+    last chunk.
 
     Generation ends at max_new_tokens, at the model's end tokens, before the first stop string, or at max_seq_len. Equal
     settings give equal text. Raises UserError if the prompt leaves no room within max_seq_len.
@@ -92,6 +98,8 @@ def generate(model: Model, settings: GenerationConfig, on_text: Callable[[str], 
             if chunk.text:
                 on_text(chunk.text)
                 parts.append(chunk.text)
+            if chunk.finish_reason is not None:
+                on_end(chunk)
     return "".join(parts)
 
 

@@ -55,7 +55,7 @@ def sample(z: mx.array, settings: Sequence[GenerationConfig], positions: Sequenc
 
 
 def _sample(z: mx.array, settings: GenerationConfig, seeds: Sequence[int], positions: Sequence[int]) -> mx.array:
-    if settings.method == "greedy":
+    if settings.is_greedy:
         return mx.argmax(z, axis=-1)
     return mx.argmax(filter_logits(z, settings) + _gumbel_noise(z.shape[-1], seeds, positions), axis=-1)
 

@@ -78,7 +78,7 @@ def apply_repetition_penalty(z: Logits, ids: list[int], penalty: float) -> Logit
 
 def sample(z: Logits, settings: GenerationConfig, rng: np.random.Generator) -> int:
     """Samples an id from logits [V]: applies the temperature, then the method's filter."""
-    if settings.method == "greedy":
+    if settings.is_greedy:
         return int(z.argmax())
     p: npt.NDArray[Any] = np.exp((z - z.max()) / settings.temperature)
     p /= p.sum()

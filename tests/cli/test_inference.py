@@ -54,12 +54,48 @@ def test_a_prompt_that_is_too_long_is_not_echoed(
     assert capsys.readouterr().out.startswith("a word")
 
 
+def test_a_prompt_from_standard_input_and_the_end_of_the_context(
+    tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain(loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run"), show="nothing")
+    words = ["generate", "--checkpoint", str(tmp_path / "run"), "--temperature", "0", "--prompt"]
+    assert main([*words, "a\nword", "--max-new-tokens", "3"]) == 0
+    expected = capsys.readouterr()
+    assert expected.err == "" and expected.out.startswith("a\nword")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\nword\n")))
+    assert main([*words, "-", "generation.max_new_tokens=3"]) == 0
+    assert capsys.readouterr() == expected
+    assert main(["--debug", *words, "a", "--max-new-tokens", "999"]) == 0
+    assert "(stopped: the model's max_seq_len is 64 tokens)" in capsys.readouterr().err
+    assert main([*words, "a", "train.lr=1"]) == 2
+    assert "'train.lr=1': this command has only settings of generation" in capsys.readouterr().err
+
+
+def test_temperature_0_is_greedy(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = set()
+    for words in (
+        ["--temperature", "0"],
+        ["--temperature", "0", "--method", "random", "--seed", "5"],
+        ["--method", "greedy"],
+    ):
+        assert main(["generate", "--checkpoint", str(run), "--max-new-tokens", "9", *words]) == 0
+        texts.add(capsys.readouterr().out)
+    assert len(texts) == 1
+
+
 # --- chat
 
 
-def chat(run: Path, lines: str, *flags: str) -> int:
+@pytest.mark.parametrize("word", ["/quit", "/exit"])
+def test_quit_ends_the_chat(run: Path, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat(run, f"{word}\nHello\n") == 0
+    assert capsys.readouterr().out == ""
+
+
+def chat(run: Path, lines: str | bytes, *flags: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stdin", io.StringIO(lines))
+        pipe = io.TextIOWrapper(io.BytesIO(lines.encode() if isinstance(lines, str) else lines), encoding="ascii")
+        patch.setattr(sys, "stdin", pipe)
         words = ["chat", "--checkpoint", str(run), "--method", "random", "--max-new-tokens", "6", *flags]
         return main(words)
 
@@ -85,6 +121,14 @@ def test_a_pipe_is_answered_line_by_line(
     ]
 
 
+def test_a_pipe_is_utf8_with_or_without_a_byte_order_mark(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat(run, b"\xef\xbb\xbfHi \xc3\xa9\ncaf\xe9\n/system \xff\nHi\n", "--json") == 0
+    captured = capsys.readouterr()
+    assert [json.loads(line)["question"] for line in captured.out.splitlines()] == ["Hi \xe9", "Hi"]
+    lines = [line for line in captured.err.splitlines() if line.startswith("anarchobot: ")]
+    assert lines == [r"anarchobot: 'caf\udce9': not valid UTF-8", r"anarchobot: '/system \udcff': not valid UTF-8"]
+
+
 def test_chat_with_json_and_a_knowledge_base(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "bees.txt").write_text("Bees have four wings.")
     base = str(tmp_path / "kb.sqlite")
@@ -96,11 +140,11 @@ def test_chat_with_json_and_a_knowledge_base(run: Path, capsys: pytest.CaptureFi
     assert first["question"] == "How many wings?" and first["answer"]
     assert first["sources"] == [str(tmp_path / "bees.txt")] and second["sources"] == []
     assert captured.err.splitlines()[1:] == [
-        "rated 1 passage(s)",
+        "rated 1 passage",
         "anarchobot: no passages were found for the last question",
     ]
     assert main(["kb", "list", "--kb", base]) == 0
-    assert "1 votes" in capsys.readouterr().out
+    assert "1 vote" in capsys.readouterr().out
     assert chat(run, "How many wings?\n", "--kb", base) == 0
     assert capsys.readouterr().out.endswith(f"\n(sources: {tmp_path / 'bees.txt'})\n")
 

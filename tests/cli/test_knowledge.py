@@ -68,10 +68,10 @@ def test_text_output(capsys: Captured) -> None:
     )
     assert main(["kb", "list", "--kb", "kb.db"]) == 0
     assert capsys.readouterr().out == (
-        "escape.txt: 1 passages, 1 votes\nfruit.md: 1 passages, 1 votes\n2 documents, 2 passages\n"
+        "escape.txt: 1 passage, 1 vote\nfruit.md: 1 passage, 1 vote\n2 documents, 2 passages\n"
     )
     assert main(["kb", "remove", "fruit.md", "--kb", "kb.db"]) == 0
-    assert capsys.readouterr().out == "fruit.md: 1 passages removed\n"
+    assert capsys.readouterr().out == "fruit.md: 1 passage removed\n"
 
 
 def test_bad_files_are_reported_and_do_not_stop_the_others(capsys: Captured) -> None:

@@ -284,16 +284,20 @@ ERRORS = {
     f"data:\n  seq_len: {'x' * 99}\n": (
         f'c.yaml:2: data.seq_len: expected an integer >= 1, got "{"x" * 56}...'
     ),
-    # several errors: the first in file order, not in schema order
+    # several errors, in file order, not in schema order: up to three
     "train:\n  lr: 0\nmodel:\n  n_layers: 0\n": (
-        "c.yaml:2: train.lr: expected a number > 0, got 0 (and 1 more)"
+        "c.yaml:2: train.lr: expected a number > 0, got 0; also c.yaml:4: model.n_layers: expected an integer >= 1, got 0"
     ),
-    "model:\n  zzz: 1\n  n_layers: 0\n  d_model: 0\n": (
+    "model:\n  n_layers: 0\n  d_model: 0\n  n_heads: 0\n  dropout: 2\n  seq_len: 3\n": (
+        "c.yaml:2: model.n_layers: expected an integer >= 1, got 0; also c.yaml:3: model.d_model: expected an integer "
+        ">= 1, got 0; also c.yaml:4: model.n_heads: expected an integer >= 1, got 0 (and 2 more)"
+    ),
+    "model:\n  zzz: 1\n": (
         "c.yaml:2: model.zzz: unknown key; keys of model: architecture, vocab_size, n_layers, d_model, n_heads, "
         "n_kv_heads, head_dim, mlp_multiple, ffn_activation, dropout, max_seq_len, rope_theta, rope_scaling, "
         "rope_local_theta, rotary_fraction, sliding_window, layer_types, attention_scale, attention_softcap, norm_eps, "
         "post_norms, tie_embeddings, qk_norm, attention_bias, logit_softcap, zero_init_proj, embedding_scale, "
-        "value_residual, bos_id, hf_config, quantization (and 2 more)"
+        "value_residual, bos_id, hf_config, quantization"
     ),
     "model:\n  rope_scaling: {type: yarm}\n": (
         'c.yaml:2: model.rope_scaling.type: expected "linear" | "llama3" | "yarn" | "longrope", or null, got "yarm"'
