@@ -21,6 +21,7 @@ def build_parser() -> Parser:
         epilog="Exit codes: 0 success, 1 internal or GPU error, 2 usage or configuration error, 130 stopped by Ctrl-C.",
     )
     parser.add_argument("--version", action="version", version=f"anarchobot {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     for module in (train, data, preflight, training, inference, knowledge, models, runs):
         module.add_commands(commands)
