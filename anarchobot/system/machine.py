@@ -85,7 +85,8 @@ def _memory_pressure() -> str:
 
 
 def _sysctl(name: str) -> str:
-    return subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False).stdout.strip()
+    command = ["sysctl", "-n", name]  # by PATH, like caffeinate
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def stay_awake() -> str | None:

@@ -77,7 +77,7 @@ class FaultHarness:
     """A folder with shards, a configuration and the uninterrupted reference run."""
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
-        self.folder, self._random = folder, random.Random(seed)
+        self.folder, self._random = folder, random.Random(seed)  # noqa: S311
         texts = list(islice(builtin.topics(), 12))
         (folder / "shards").mkdir(parents=True)
         tokenizer = load_tokenizer(train_tokenizer(texts, folder / "shards" / "tokenizer", VOCAB)[0])

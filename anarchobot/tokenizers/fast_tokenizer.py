@@ -227,7 +227,7 @@ _FRAGMENTS = (
 
 def adversarial_texts() -> list[str]:
     """Texts that engines have encoded wrongly: control tokens, whitespace, repetition, scripts and mixtures."""
-    rng = random.Random(0)
+    rng = random.Random(0)  # noqa: S311
     return [
         "",
         _EVERY_BYTE,

@@ -22,7 +22,7 @@ from typing import Self
 
 from anarchobot.config.errors import UserError
 
-SECRET_ENV = "ANARCHOBOT_RANKS_SECRET"  # environment variable, the same on all ranks
+SECRET_ENV = "ANARCHOBOT_RANKS_SECRET"  # noqa: S105  the name of an environment variable, the same on all ranks
 JOIN_TIMEOUT = 120.0  # seconds for all ranks to join
 HANDSHAKE_TIMEOUT = 10.0  # for a connection to send its message
 MAX_PENDING = 64  # connections that have not sent it; the oldest is dropped for a new one
