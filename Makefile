@@ -4,12 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART := configs/quickstart.yaml
 
-.PHONY: help quickstart test faults check docs bench bench-data quality lock clean
+.PHONY: help quickstart test faults mutants check docs bench bench-data quality lock clean
 
 help:
 	@echo "make quickstart   train a small model on built-in text and generate a sample (5 minutes)"
 	@echo "make test         lint, type checks and the test suite"
 	@echo "make faults       long tests: runs killed at every write, 10 GB of text"
+	@echo "make mutants      change the code in 100 places and report changes that no test notices (hours)"
 	@echo "make check        lint and type checks only"
 	@echo "make bench        compare the training step with mlx-lm and PyTorch: time and memory (1 hour)"
 	@echo "make quality      compare model quality across optimizers and options, 3 seeds (hours)"
@@ -30,6 +31,9 @@ test: check
 
 faults: .venv/dev.done
 	$(BIN)/python -m pytest -m faults -n 2 --timeout 3600
+
+mutants: .venv/dev.done
+	$(BIN)/python scripts/mutants.py
 
 check: .venv/dev.done
 	$(BIN)/ruff check
