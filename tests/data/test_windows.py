@@ -110,6 +110,11 @@ def test_concat_windows() -> None:
     np.testing.assert_array_equal(rows.targets[[2, 0]], b.rows(np.array([0, 1])).targets)
 
 
+def test_a_single_row_of_several_sets() -> None:
+    a, b = StreamWindows(Stream([17]), 4), StreamWindows(Stream([9]), 4)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(ConcatWindows([a, b]).rows(np.array([4])).inputs, b.rows(np.array([0])).inputs)
+
+
 @pytest.mark.parametrize("pack", ["stream", "documents"])
 def test_stream_shorter_than_one_sequence_is_an_error(pack: str) -> None:
     with pytest.raises(UserError, match=r"shards: 8 training tokens are fewer than one sequence of data.seq_len 8"):

@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anarchobot.reporting.chart import MAX_POINTS, Series, downsample, ema_smooth, line_chart, log_ticks, ticks
+from anarchobot.reporting.chart import (
+    LEFT,
+    MAX_POINTS,
+    RIGHT,
+    WIDTH,
+    Series,
+    downsample,
+    ema_smooth,
+    line_chart,
+    log_ticks,
+    ticks,
+)
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))
@@ -37,6 +48,16 @@ def test_nonfinite_points_are_dropped_and_wide_ranges_are_logarithmic() -> None:
     (line,) = [e for e in ET.fromstring(drawing).iter() if e.tag == "polyline"]
     heights = [float(point.split(",")[1]) for point in line.attrib["points"].split()]
     assert [a - b for a, b in pairwise(heights)] == pytest.approx([heights[0] - heights[1]] * 3, abs=0.2)
+
+
+def test_a_line_spans_the_width_and_a_single_point_is_a_circle() -> None:
+    drawing = ET.fromstring(line_chart("x", [Series("a", "c0", [(10, 1.0), (15, 2.0), (20, 3.0)])]))
+    (line,) = [e for e in drawing.iter() if e.tag == "polyline"]
+    across = [float(point.split(",")[0]) for point in line.attrib["points"].split()]
+    assert across == pytest.approx([LEFT, (LEFT + WIDTH - RIGHT) / 2, WIDTH - RIGHT])
+    drawing = ET.fromstring(line_chart("x", [Series("a", "c0", [(10, 1.0)])]))
+    (point,) = [e for e in drawing.iter() if e.tag == "circle"]
+    assert float(point.attrib["cx"]) == LEFT
 
 
 def test_smoothing_is_bias_corrected() -> None:

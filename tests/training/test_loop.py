@@ -371,3 +371,9 @@ def test_smooth_loss_weights_later_steps_more() -> None:
             assert progress.smooth_loss == pytest.approx(np.average(so_far, weights=np.arange(1, len(so_far) + 1)))
     first = 0.98**151 * np.average(losses[:99], weights=np.arange(1, 100))
     assert progress.smooth_loss == pytest.approx(first + 0.02 * 0.98 ** np.arange(150, -1, -1) @ losses[99:])
+
+
+def test_a_save_is_logged_with_its_folder_and_the_removed_steps(tmp_path: Path) -> None:
+    _, lines = train(tmp_path, FakeEngine(), 4, ckpt_interval=2, ckpt_keep=1, eval_interval=99, val=0)
+    saves = [(line["folder"], line["removed"]) for line in lines if line["event"] == "save"]
+    assert saves == [("step_00000002", []), ("step_00000004", [2])]
