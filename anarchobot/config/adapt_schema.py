@@ -123,7 +123,9 @@ class AdaptationConfig(Section):
     stage2_lr: PositiveFloat = Field(5e-5, description="peak learning rate of stage 2")
     micro_batch_size: Positive = Field(4, description="sequences per micro-batch")
     grad_accum_steps: Positive = Field(16, description="micro-batches per optimizer step")
-    seq_len: Positive = Field(2048, description="tokens per training sequence; at most the model's max_seq_len")
+    seq_len: Positive = Field(
+        2048, description="tokens per training sequence; default: 2048, or the model's max_seq_len if that is less"
+    )
     stage2_first_sequence: Count | None = Field(
         None, description="index of the first sequence of stage 2 in the data order; default: continue after stage 1"
     )
@@ -138,7 +140,9 @@ class AdaptationConfig(Section):
         "adamw", description="optimizer of stage 2; stage 1 always uses AdamW"
     )
     seed: Seed = Field(0, description="random seed for corpus order, token vectors, new rows and data order")
-    precision: Literal["float16", "bfloat16", "float32"] = Field("bfloat16", description="dtype of matrix products")
+    precision: Literal["float16", "bfloat16", "float32"] | None = Field(
+        None, description="dtype of matrix products; default: bfloat16 on a GPU, float32 on a CPU"
+    )
     cpu_threads: Positive | None = Field(
         None, description="CPU only: threads that split the sequences of a micro-batch; default: one per core"
     )

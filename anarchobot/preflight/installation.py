@@ -37,7 +37,6 @@ def _training_extras(context: Context) -> list[str]:
     extras = {
         "torch": config.train.backend == "torch",
         "fast": config.tokenizer.engine == "fast",
-        "rouge": config.chat.rouge_samples > 0,
         "hub": any(name != "builtin" and is_hub_name(name) for name in config.data.datasets),
     }
     return [extra for extra, used in extras.items() if used]

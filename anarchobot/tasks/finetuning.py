@@ -12,7 +12,6 @@ from typing import Any, Literal
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, leaf_keys, load_config
 from anarchobot.config.schema import Config, PreferenceConfig
-from anarchobot.evaluation.rouge import rouge_package
 from anarchobot.exchange.adapters import read_adapter, write_adapter
 from anarchobot.exchange.hub import pinned_name, repo_name
 from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
@@ -67,7 +66,7 @@ def pin_base_model(config: Config) -> Config:
 
 
 def check_settings(loaded: LoadedConfig, command: Literal["sft", "dpo"]) -> None:
-    """Raises UserError for settings that the command ignores, a missing dataset and a missing package."""
+    """Raises UserError for settings that the command ignores and for a missing dataset."""
     config, fields = loaded.config, leaf_keys()
     if config.model.quantization is not None and config.lora.r is None:
         raise UserError(
@@ -84,11 +83,6 @@ def check_settings(loaded: LoadedConfig, command: Literal["sft", "dpo"]) -> None
     for key, reason in unused.items():
         if attrgetter(key)(config) != fields[key].default:
             raise UserError(f"{loaded.where(key)}: {reason}: remove it")
-    if config.chat.rouge_samples:
-        try:
-            rouge_package()
-        except UserError as error:
-            raise UserError(f"{loaded.where('chat.rouge_samples')}: {error}, or remove this setting") from error
     if config.data.dataset is None:
         raise UserError(
             f"{loaded.where('data.dataset')}: not set: expected JSONL or Parquet files, or a Hugging Face dataset"

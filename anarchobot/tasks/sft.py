@@ -2,12 +2,13 @@
 
 from typing import Any
 
+from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
 from anarchobot.config.schema import Config
 from anarchobot.data.batches import Prefetcher, TrainBatches, ValBatches
 from anarchobot.data.conversations.reading import RowCounts, read_conversations
 from anarchobot.data.conversations.tokenized import ConversationWindows, tokenize_conversations
-from anarchobot.evaluation.rouge import rouge
+from anarchobot.evaluation.rouge import rouge, rouge_package
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import total_steps
 from anarchobot.system.micro_batch import resolve_micro_batch
@@ -100,9 +101,15 @@ def _rouge(handle: EngineHandle, encoder: ChatEncoder, samples: list[Conversatio
 def _rouge_samples(
     samples: list[Conversation], encoder: ChatEncoder, config: Config
 ) -> tuple[list[Conversation], list[str]]:
-    """The samples whose prompts leave room for an answer, and a note about the others."""
+    """The samples whose prompts leave room for an answer, and a note about the others. None, with a warning, without
+    the package."""
     limit = config.model.max_seq_len
     usable = [s for s in samples if len(encoder.encode_prompt(s[:-1], TRAINING_DAY)) < limit]
+    if config.chat.rouge_samples:
+        try:
+            rouge_package()
+        except UserError as error:
+            return [], [f"warning: no ROUGE (chat.rouge_samples): {error}"]
     if config.chat.rouge_samples and not samples:
         return [], ["no ROUGE (chat.rouge_samples): no held-out conversation ends with an answer"]
     if skipped := len(samples) - len(usable):

@@ -34,6 +34,7 @@ from anarchobot.vocab.token_alignment import BASELINES, AlignmentPlan, Vocabular
 from anarchobot.vocab.token_vectors import VectorSettings, token_sentences, train_vectors
 from anarchobot.vocab.vector_alignment import Floats
 
+MIN_HELD_OUT, MAX_HELD_OUT = 10, 0.25  # documents, and their largest fraction
 DOMAIN, GENERAL, HELD_OUT = "domain.jsonl", "general.jsonl", "held_out.jsonl"
 
 
@@ -52,8 +53,12 @@ class Adaptation:
     def seed(self) -> int:
         return self.settings.vocab_adaptation.seed
 
+    def val_fraction(self, corpus: StageResult) -> float:
+        fraction: float = corpus.notes.get("val_fraction", self.settings.corpus.val_fraction)  # not noted before 0.4.0
+        return fraction
+
     def domain_texts(self, corpus: StageResult) -> Iterator[str]:
-        return read_corpus(corpus.folder / DOMAIN, self.settings.corpus.val_fraction, "train")
+        return read_corpus(corpus.folder / DOMAIN, self.val_fraction(corpus), "train")
 
     def general_texts(self, corpus: StageResult) -> Iterator[str]:
         file = corpus.folder / GENERAL
@@ -82,13 +87,24 @@ def build_corpus(run: Adaptation) -> StageResult:
             )
             for line in counts.details():
                 run.stages.log(line)
-        held_out = [{"text": text} for text in read_corpus(folder / DOMAIN, config.val_fraction, "val")]
+        fraction = _enough_to_hold_out(config.val_fraction, notes[DOMAIN.removesuffix(".jsonl")]["kept"])
+        if fraction != config.val_fraction:
+            run.stages.log(
+                f"corpus.val_fraction: {fraction:.2g} instead of {config.val_fraction:g}: there are few documents"
+            )
+        held_out = [{"text": text} for text in read_corpus(folder / DOMAIN, fraction, "val")]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in held_out]
         (folder / HELD_OUT).write_text("".join(lines), encoding="utf-8")
-        notes["held_out"] = len(held_out)
+        notes |= {"held_out": len(held_out), "val_fraction": fraction}
         return [folder / file for file in (*sources, HELD_OUT)], notes
 
     return run.stages.run("corpus", work, settings=config.model_dump() | {"seed": run.seed}, inputs=inputs)
+
+
+def _enough_to_hold_out(fraction: float, documents: int) -> float:
+    """The fraction, or what holds out about MIN_HELD_OUT documents: documents are assigned by their hashes, so that a
+    small fraction of few documents may be none."""
+    return max(fraction, min(MAX_HELD_OUT, MIN_HELD_OUT / max(1, documents))) if fraction else 0.0
 
 
 def build_tokenizer(run: Adaptation, corpus: StageResult) -> StageResult:

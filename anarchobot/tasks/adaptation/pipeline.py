@@ -8,6 +8,7 @@ Stages, each in a folder of that name in pipeline.run_root:
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,9 @@ def adapt_vocab(
     before anything is written.
     """
     log = log or (lambda text: None if quiet else print(text, file=sys.stderr, flush=True))
+    base = load_pretrained(loaded.config.models.source_model).dequantized()
+    loaded = _with_seq_len(loaded, base.model.max_seq_len)
     settings = loaded.config
-    base = load_pretrained(settings.models.source_model).dequantized()
     check(loaded, base)
     for text in (*base.warnings, *warnings(settings)):
         log(f"warning: {text}")
@@ -66,6 +68,15 @@ def adapt_vocab(
         if report["evaluation"]:
             write_atomic(root / "report.md", to_markdown(report["evaluation"]) + "\n")
     return report
+
+
+def _with_seq_len(loaded: Loaded[AdaptConfig], max_seq_len: int) -> Loaded[AdaptConfig]:
+    """Limits the default of vocab_adaptation.seq_len to what the model supports."""
+    training = loaded.config.vocab_adaptation
+    if "vocab_adaptation.seq_len" in loaded.sources or training.seq_len <= max_seq_len:
+        return loaded
+    training = training.model_copy(update={"seq_len": max_seq_len})
+    return replace(loaded, config=loaded.config.model_copy(update={"vocab_adaptation": training}))
 
 
 def _run_stages(run: Adaptation) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def train(
 
 
 def _tokenize(run: Adaptation, corpus: StageResult, tokenizer: StageResult, target: Tokenizer) -> StageResult:
-    fraction = run.settings.corpus.val_fraction
+    fraction = run.val_fraction(corpus)
     num_workers = run.settings.tokenization.num_workers
 
     def work(folder: Path) -> Output:

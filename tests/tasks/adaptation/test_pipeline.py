@@ -22,7 +22,9 @@ from anarchobot.storage.durable import read_checksummed, write_checksummed
 from anarchobot.tasks.adaptation import evaluation, initialization, pipeline, training
 from anarchobot.tasks.adaptation.checks import warnings
 from anarchobot.tasks.adaptation.evaluation import answer_questions, read_questions, to_markdown
-from anarchobot.tasks.adaptation.pipeline import adapt_vocab
+from anarchobot.tasks.adaptation.initialization import Adaptation, build_corpus
+from anarchobot.tasks.adaptation.pipeline import _with_seq_len, adapt_vocab
+from anarchobot.tasks.adaptation.stages import StageRunner
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
 from anarchobot.training.mlx_engine import MLXEngine
@@ -284,7 +286,7 @@ def test_a_failing_stage_is_retried(world: Path, tmp_path: Path, monkeypatch: py
         ({"vocab_adaptation": {"lora_target_modules": ["k_porj"]}}, "unknown matrix 'k_porj'; did you mean 'k_proj"),
         ({"evaluation": {"datasets": ["nowhere.txt"]}}, "nowhere.txt: no such file"),
         ({"evaluation": {"baseline_model": "nowhere"}}, "nowhere: no such folder"),
-        ({"corpus": {"val_fraction": 1e-6}}, "corpus.val_fraction: none of 140 documents is held out"),
+        ({"corpus": {"val_fraction": 0.0}}, "corpus.val_fraction: no documents are held out for evaluation"),
         ({"models": {"target_tokenizer": "nowhere.model"}}, "no such tokenizer file"),
         ({"vocab_adaptation": {"seq_len": 65}}, "vocab_adaptation.seq_len: 65 is above the model's max_seq_len (64)"),
         ({"corpus": {"domain": "nowhere.txt"}}, "nowhere.txt"),
@@ -302,6 +304,26 @@ def test_invalid_settings_are_one_line_errors(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_few_documents_are_held_out_in_a_larger_fraction(world: Path, tmp_path: Path) -> None:
+    """A thousandth of the world's 140 documents would usually be none."""
+    loaded = load(write_config(world, tmp_path / "r", corpus={"val_fraction": 1e-3}), [], AdaptConfig)
+    stages = StageRunner(tmp_path / "r", 0, 0.0, lambda text: None)
+    base = load_pretrained(loaded.config.models.source_model)
+    run = Adaptation(loaded.config, base, base.digest, base.tokenizer, stages, quiet=True)
+    corpus = build_corpus(run)
+    assert run.val_fraction(corpus) == corpus.notes["val_fraction"] == 10 / 140
+    held_out = (corpus.folder / "held_out.jsonl").read_text().splitlines()
+    assert 3 < len(held_out) == corpus.notes["held_out"] < 25
+    assert len(list(run.domain_texts(corpus))) == 140 - len(held_out)
+
+
+def test_default_sequences_fit_the_model(world: Path, tmp_path: Path) -> None:
+    path = write_config(world, tmp_path / "r")
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "seq_len" not in line))
+    loaded = load(path, [], AdaptConfig)
+    assert [_with_seq_len(loaded, n).config.vocab_adaptation.seq_len for n in (64, 4096)] == [64, 2048]
 
 
 def test_warning_for_the_papers_learning_rate_with_small_steps(world: Path, tmp_path: Path) -> None:
