@@ -14,7 +14,7 @@ the matrices that differ).
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,6 +27,7 @@ from anarchobot.exchange import safetensors_file
 from anarchobot.exchange.atomic_folder import atomic_folder
 from anarchobot.exchange.dtypes import Dtype, Float32
 from anarchobot.exchange.importing import read_json
+from anarchobot.exchange.peft_patterns import ModulePatterns
 from anarchobot.model.architecture import architecture
 from anarchobot.model.lora import adapted_matrices, adapter_scale, factor_shapes
 from anarchobot.model.quantization import describe
@@ -204,10 +205,19 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
         adapter = _from_checkpoint(path)
     else:
         values = read_json(path / CONFIG)
-        stored = {name: tensor.load() for name, tensor in safetensors_file.read(path / FILES[file_format]).items()}
-        read = _from_mlx if file_format == "mlx" else _from_peft
-        adapter = read(stored, values, path / CONFIG)
-    _check(adapter, model, path)
+        stored = safetensors_file.read(path / FILES[file_format])
+        parse = _parse_mlx if file_format == "mlx" else _parse_peft
+        tensors = parse(stored, path / FILES[file_format])
+        # The shapes are checked before anything is loaded.
+        _check_shapes({name: tensor.shape for name, tensor in tensors.items()}, model, path)
+        settings = _mlx_settings if file_format == "mlx" else _peft_settings
+        adapter = settings(tensors, values, path / CONFIG)
+        for name, tensor in tensors.items():
+            adapter.weights[name] = tensor.load()
+    _check_shapes({name: array.shape for name, array in adapter.weights.items()}, model, path)
+    for name, array in adapter.weights.items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{path}: {name} contains a value that is not finite")
     return adapter
 
 
@@ -225,21 +235,55 @@ def _from_checkpoint(path: Path) -> Adapter:
     return replace(adapter, base=state.get("base"), step=saved.step)
 
 
-def _from_mlx(stored: dict[str, Float32], values: dict[str, Any], file: Path) -> Adapter:
+class _Tensor(NamedTuple):
+    """A tensor of an adapter file. In PEFT's format matrices are transposed, and vectors may have two dimensions."""
+
+    stored: safetensors_file.StoredTensor
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    def load(self) -> Float32:
+        array = self.stored.load()
+        return np.ascontiguousarray(array.T) if self.transposed else array.reshape(self.shape)
+
+
+def _parse_mlx(stored: dict[str, safetensors_file.StoredTensor], file: Path) -> dict[str, _Tensor]:
+    return {name: _Tensor(tensor, tensor.shape) for name, tensor in stored.items()}
+
+
+def _parse_peft(stored: dict[str, safetensors_file.StoredTensor], file: Path) -> dict[str, _Tensor]:
+    """Raises UserError for other tensors than adapters."""
+    tensors = {}
+    for peft_name, tensor in stored.items():
+        suffix = next((suffix for suffix in _PEFT_PARTS if peft_name.endswith(suffix)), None)
+        if suffix is None or not peft_name.startswith(_PEFT_PREFIX):
+            raise UserError(f"{file}: unsupported tensor {peft_name}: expected only LoRA or DoRA adapters")
+        name, part = peft_name.removeprefix(_PEFT_PREFIX).removesuffix(suffix), _PEFT_PARTS[suffix]
+        is_vector = part == "m"
+        shape = (math.prod(tensor.shape),) if is_vector else tensor.shape[::-1]
+        tensors[f"{name}.{part}"] = _Tensor(tensor, shape, transposed=not is_vector)
+    return tensors
+
+
+def _matrix_names(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+
+
+def _mlx_settings(tensors: dict[str, _Tensor], values: dict[str, Any], file: Path) -> Adapter:
+    """An adapter without weights."""
     kind = values.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise UserError(f"{file}: unsupported fine_tune_type {kind!r}: expected lora or dora")
     parameters = values.get("lora_parameters")
     if not isinstance(parameters, dict):
         raise UserError(f"{file}: expected lora_parameters with rank, scale and dropout")
-    scale = _number(parameters, "scale", file)
-    names = dict.fromkeys(name.rpartition(".")[0] for name in stored)
+    scales = dict.fromkeys(_matrix_names(tensors), _number(parameters, "scale", file))
     dropout = _dropout(parameters.get("dropout"))
-    base = values.get("base_sha256")
-    return Adapter(stored, dict.fromkeys(names, scale), dropout, *_quantization(values, file), base)
+    return Adapter({}, scales, dropout, *_quantization(values, file), values.get("base_sha256"))
 
 
-def _from_peft(stored: dict[str, Float32], values: dict[str, Any], file: Path) -> Adapter:
+def _peft_settings(tensors: dict[str, _Tensor], values: dict[str, Any], file: Path) -> Adapter:
+    """An adapter without weights."""
     if values.get("peft_type") != "LORA":
         raise UserError(f"{file}: unsupported peft_type {values.get('peft_type')!r}: expected LORA")
     init = values.get("init_lora_weights")
@@ -247,63 +291,45 @@ def _from_peft(stored: dict[str, Float32], values: dict[str, Any], file: Path) -
         raise UserError(
             f"{file}: init_lora_weights {init!r} also changes the base weights: convert the adapter to LoRA with PEFT"
         )
-    weights = {}
-    for peft_name, array in stored.items():
-        suffix = next((suffix for suffix in _PEFT_PARTS if peft_name.endswith(suffix)), None)
-        if suffix is None or not peft_name.startswith(_PEFT_PREFIX):
-            path = file.with_name(FILES["peft"])
-            raise UserError(f"{path}: unsupported tensor {peft_name}: expected only LoRA or DoRA adapters")
-        name = peft_name.removeprefix(_PEFT_PREFIX).removesuffix(suffix)
-        part = _PEFT_PARTS[suffix]
-        weights[f"{name}.{part}"] = array.reshape(-1) if part == "m" else np.ascontiguousarray(array.T)
-    scales, alphas = {}, _alpha_patterns(values, file)
-    for name in dict.fromkeys(name.rpartition(".")[0] for name in weights):
-        pattern = next((key for key, regex in alphas.items() if regex.match(name)), None)
-        alpha = (
-            _number(values, "lora_alpha", file) if pattern is None else _number(values["alpha_pattern"], pattern, file)
-        )
-        rank = weights.get(f"{name}.lora_a", np.zeros((1, 1), np.float32)).shape[-1]
-        scales[name] = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
-    return Adapter(weights, scales, _dropout(values.get("lora_dropout")), *_quantization(values, file))
-
-
-def _alpha_patterns(values: Mapping[str, Any], file: Path) -> dict[str, re.Pattern[str]]:
-    """Compiles the keys of PEFT's alpha_pattern, which match the end of a module's name."""
-    patterns = values.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise UserError(f"{file}: alpha_pattern: expected a mapping from module names to numbers, got {patterns!r}")
+    alphas = values.get("alpha_pattern") or {}
+    if not isinstance(alphas, dict):
+        raise UserError(f"{file}: alpha_pattern: expected a mapping from module names to numbers, got {alphas!r}")
     try:
-        return {key: re.compile(rf"(.*\.)?({key})$") for key in patterns}
-    except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"{file}: alpha_pattern: invalid regular expression: {error}") from error
+        patterns = ModulePatterns(alphas)
+    except ValueError as error:
+        raise UserError(f"{file}: alpha_pattern: {error}") from error
+    scales = {}
+    for name in _matrix_names(tensors):
+        key = patterns.find(name)
+        alpha = _number(values, "lora_alpha", file) if key is None else _number(alphas, key, file)
+        rank = tensors[f"{name}.lora_a"].shape[1]
+        scales[name] = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
+    return Adapter({}, scales, _dropout(values.get("lora_dropout")), *_quantization(values, file))
 
 
-def _check(adapter: Adapter, model: ModelConfig, path: Path) -> None:
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], model: ModelConfig, path: Path) -> None:
     """Raises UserError unless every adapter is complete and fits a matrix in a block of `model`."""
-    if not adapter.weights:
+    if not shapes:
         raise UserError(f"{path}: no adapters in this file")
     matrices = architecture(model.architecture).adaptable_matrices(model)
-    parts = {"lora_a", "lora_b", "m"} if adapter.dora else {"lora_a", "lora_b"}
-    for name in adapter.scales:
+    parts = {"lora_a", "lora_b"} | ({"m"} if any(name.endswith(".m") for name in shapes) else set())
+    for name in shapes:
+        if name.rpartition(".")[2] not in parts:
+            raise UserError(f"{path}: unexpected tensor {name}")
+    for name in _matrix_names(shapes):
         if name not in matrices:
             raise UserError(f"{path}: the model has no matrix {name}: these adapters are for another model")
-        if missing := [part for part in parts if f"{name}.{part}" not in adapter.weights]:
+        if missing := [part for part in parts if f"{name}.{part}" not in shapes]:
             raise UserError(f"{path}: {name} has no {min(missing)}: the file is incomplete")
-        shape, (_, rank, *_) = matrices[name].shape, (*adapter.weights[f"{name}.lora_a"].shape, 1, 1)
+        shape, (_, rank, *_) = matrices[name].shape, (*shapes[f"{name}.lora_a"], 1, 1)
         a, b = factor_shapes(shape, rank)
         expected = {"lora_a": a, "lora_b": b, "m": shape[:1]}
         for part in parts:
-            actual = adapter.weights[f"{name}.{part}"].shape
-            if actual != expected[part]:
+            if (actual := shapes[f"{name}.{part}"]) != expected[part]:
                 raise UserError(
                     f"{path}: {name}.{part} has shape {list(actual)}, but the model requires {list(expected[part])}: "
                     "these adapters are for another model"
                 )
-    for name, array in adapter.weights.items():
-        if name.rpartition(".")[2] not in parts:
-            raise UserError(f"{path}: unexpected tensor {name}")
-        if not np.isfinite(array).all():
-            raise UserError(f"{path}: {name} contains a value that is not finite")
 
 
 def _name_in_block(name: str) -> str:

@@ -7,9 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import WEIGHT_INDEPENDENT_KEYS
 from anarchobot.config.schema import Config, LoraConfig, ModelConfig
@@ -87,12 +84,13 @@ def load_pretrained(path: str) -> PretrainedModel:
             f"{tokenizer.files[0]}: {tokenizer.vocab_size:,} tokens, but the model in {run.folder} has "
             f"{run.config.model.vocab_size:,} rows: put the tokenizer that it was trained with into the run folder"
         )
-    model_file = run.folder / checkpoint.MODEL_FILE
+    shapes = parameter_shapes(run.config.model)
+    checkpoint.check_parameters(run, shapes)
     return PretrainedModel(
         run.folder,
         run.config,
         tokenizer,
-        LazyWeights(parameter_shapes(run.config.model), lambda name: _load_parameter(model_file, name)),
+        LazyWeights(shapes, lambda name: checkpoint.load_parameter(run, name)),
         lambda: str(run.state["sha256"][checkpoint.MODEL_FILE]),
         list(run.skipped),
     )
@@ -159,9 +157,3 @@ def _only_adapters(folder: Path, evidence: str) -> UserError:
 
 def _digest(files: list[Path]) -> str:
     return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
-
-
-def _load_parameter(file: Path, name: str) -> npt.NDArray[np.float32]:
-    with np.load(file, allow_pickle=False) as npz:
-        array: npt.NDArray[np.float32] = npz[name]
-    return array

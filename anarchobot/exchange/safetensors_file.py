@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.exchange.dtypes import Dtype, Float32, from_bfloat16, to_dtype
+from anarchobot.storage.file_ranges import Part, check_parts
 
 _CODES: dict[Dtype, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _NUMPY_TYPES: dict[str, type[np.generic]] = {
@@ -44,12 +45,13 @@ def write(path: Path, tensors: Mapping[str, Float32], dtype: Dtype, metadata: Ma
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file. `code` is its dtype as safetensors names it; `offset` counts bytes from the file's start."""
+    """A tensor in a file. `code` is its dtype as safetensors names it; it takes the bytes [offset, end) of the file."""
 
     path: Path
     code: str
     shape: tuple[int, ...]
     offset: int
+    end: int
 
     def load(self) -> Float32:
         """Converted to float32, if it is not."""
@@ -65,8 +67,8 @@ class StoredTensor:
 def read(path: Path, any_dtype: bool = False) -> dict[str, StoredTensor]:
     """Returns a file's tensors by name, without loading them.
 
-    Raises UserError if the file is not a safetensors file, is truncated, or has, unless `any_dtype`, another dtype than
-    float32, float16, bfloat16 and uint32 (quantized matrices).
+    Raises UserError if the file is not a safetensors file, is truncated, has tensors that overlap, or, unless
+    `any_dtype`, another dtype than float32, float16, bfloat16 and uint32 (quantized matrices).
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -83,20 +85,19 @@ def read(path: Path, any_dtype: bool = False) -> dict[str, StoredTensor]:
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a safetensors file ({' '.join(str(error).split())[:100]})") from error
     for name, tensor in tensors.items():
-        if tensor.code not in _NUMPY_TYPES:
-            if any_dtype:
-                continue
+        if tensor.code not in _NUMPY_TYPES and not any_dtype:
             raise UserError(f"{path}: {name}: dtype {tensor.code}, expected one of {', '.join(_NUMPY_TYPES)}")
-        end = tensor.offset + math.prod(tensor.shape) * np.dtype(_NUMPY_TYPES[tensor.code]).itemsize
-        if end > size:
-            raise UserError(f"{path}: truncated: {size:,} bytes, but {name} ends at byte {end:,}: copy it again")
+    try:
+        check_parts((Part(name, tensor.offset, tensor.end) for name, tensor in tensors.items()), size)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}: copy it again") from error
     return tensors
 
 
 def _parse_entry(path: Path, data_start: int, *, dtype: str, shape: list[int], data_offsets: list[int]) -> StoredTensor:
     """Parses a tensor's header entry. Raises ValueError or TypeError if it is malformed."""
     start, end = data_offsets
-    if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in [*shape, start, end]):
+    if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in [*shape, start, end]) or end < start:
         raise ValueError("malformed header entry")
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"{len(shape)} dimensions, at most {MAX_DIMENSIONS}")
@@ -104,4 +105,4 @@ def _parse_entry(path: Path, data_start: int, *, dtype: str, shape: list[int], d
         raise ValueError("shape too large")
     if dtype in _NUMPY_TYPES and end - start != math.prod(shape) * np.dtype(_NUMPY_TYPES[dtype]).itemsize:
         raise ValueError("shape and data_offsets in the header disagree")
-    return StoredTensor(path, dtype, tuple(shape), data_start + start)
+    return StoredTensor(path, dtype, tuple(shape), data_start + start, data_start + end)

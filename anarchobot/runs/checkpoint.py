@@ -10,7 +10,8 @@ A step is written to a temporary folder, fsynced, read back, verified and rename
 
 import shutil
 import zipfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from anarchobot.config.loading import config_from_dict
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.model.lora import trained_shapes
 from anarchobot.storage.durable import HashedFile, fsync_dir, read_checksummed, sha256_file, write_checksummed
+from anarchobot.storage.npz import NpzReader, open_npz
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -231,8 +233,10 @@ def load_arrays(checkpoint: Checkpoint, model: ModelConfig, *, optimizer: bool) 
             f"{checkpoint.folder}: adapters (lora.r: {lora.r}), not a whole model: fuse them with their model first "
             "(anarchobot fuse)"
         )
-    arrays = _load(checkpoint, ((MODEL_FILE, PARAMS), (OPTIMIZER_FILE, OPTIMIZER))[: 2 if optimizer else 1])
-    _check_shapes(checkpoint.folder, arrays, trained_shapes(model, lora))
+    arrays = _load_parameters(checkpoint, trained_shapes(model, lora))
+    if optimizer:
+        with _open(checkpoint.folder / OPTIMIZER_FILE) as npz:
+            arrays |= {OPTIMIZER + name: npz.load(name) for name in npz.headers}
     return arrays | {name: np.array(value) for name, value in checkpoint.state.get("engine", {}).items()}
 
 
@@ -241,26 +245,39 @@ def load_adapters(checkpoint: Checkpoint) -> Arrays:
     config = checkpoint.config
     if config.lora.r is None:
         raise UserError(f"{checkpoint.folder}: a whole model, not adapters (its config has no lora.r)")
-    arrays = _load(checkpoint, ((MODEL_FILE, PARAMS),))
-    _check_shapes(checkpoint.folder, arrays, trained_shapes(config.model, config.lora))
+    arrays = _load_parameters(checkpoint, trained_shapes(config.model, config.lora))
     return {name.removeprefix(PARAMS): array for name, array in arrays.items()}
 
 
-def _load(checkpoint: Checkpoint, files: Iterable[tuple[str, str]]) -> Arrays:
-    """Loads the arrays of (file, name prefix) pairs."""
-    arrays: Arrays = {}
-    for name, prefix in files:
-        file = checkpoint.folder / name
-        try:
-            with np.load(file, allow_pickle=False) as npz:
-                arrays |= {prefix + key: npz[key] for key in npz.files}
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"{file}: can't be read ({error}): use an older step of this run") from error
-    return arrays
+def check_parameters(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UserError if the parameters do not have these shapes, without loading them."""
+    with _open(checkpoint.folder / MODEL_FILE) as npz:
+        _check_shapes(checkpoint.folder, npz, shapes)
 
 
-def _check_shapes(folder: Path, arrays: Arrays, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    actual = {n.removeprefix(PARAMS): a.shape for n, a in arrays.items() if n.startswith(PARAMS)}
+def load_parameter(checkpoint: Checkpoint, name: str) -> npt.NDArray[Any]:
+    """Loads one parameter. Raises UserError if it can't be read."""
+    with _open(checkpoint.folder / MODEL_FILE) as npz:
+        return npz.load(name)
+
+
+def _load_parameters(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
+    with _open(checkpoint.folder / MODEL_FILE) as npz:
+        _check_shapes(checkpoint.folder, npz, shapes)
+        return {PARAMS + name: npz.load(name) for name in npz.headers}
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[NpzReader]:
+    try:
+        with open_npz(file) as npz:
+            yield npz
+    except (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file}: can't be read ({error}): use an older step of this run") from error
+
+
+def _check_shapes(folder: Path, npz: NpzReader, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    actual = {name: header.shape for name, header in npz.headers.items()}
     for name in [*wanted, *actual]:
         if actual.get(name) != wanted.get(name):
             shapes = [str(list(s)) if s is not None else "none" for s in (actual.get(name), wanted.get(name))]

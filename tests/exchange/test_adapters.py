@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -380,11 +381,15 @@ def test_missing_adapters_and_pickles_are_rejected(run: Path, tmp_path: Path) ->
         ('{"alpha_pattern": ["q_proj"]}', "alpha_pattern: expected a mapping from module names to numbers"),
         ('{"alpha_pattern": "q_proj"}', "alpha_pattern: expected a mapping from module names to numbers"),
         ('{"alpha_pattern": {"(": 1}}', "alpha_pattern: invalid regular expression: missing"),
-        ('{"alpha_pattern": {"' + "(" * 5000 + ")" * 5000 + '": 1}}', "alpha_pattern: invalid regular expression"),
+        (
+            '{"alpha_pattern": {"' + "(" * 5000 + ")" * 5000 + '": 1}}',
+            "alpha_pattern: a key of 10,000 characters, at most 1,000",
+        ),
+        ('{"alpha_pattern": {"(.*)*x": 1}}', "alpha_pattern: '(.*)*x' could take too long to match"),
         ('{"alpha_pattern": {".*": "much"}}', "expected a number, got 'much'"),
         ("[" * 200_000 + "]" * 200_000, "can't be read as JSON"),
     ],
-    ids=["list", "text", "regex", "deep regex", "value", "deep"],
+    ids=["list", "text", "regex", "long regex", "slow regex", "value", "deep"],
 )
 def test_extreme_peft_configs_are_one_line_errors(run: Path, tmp_path: Path, text: str, message: str) -> None:
     model, folder = shape_of(run), tmp_path / "extreme"
@@ -395,3 +400,19 @@ def test_extreme_peft_configs_are_one_line_errors(run: Path, tmp_path: Path, tex
         read_adapter(folder, model)
     assert str(error.value).startswith(f"{file}: ") and message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_files_of_other_models_are_rejected_before_they_are_loaded(run: Path, tmp_path: Path) -> None:
+    """By NumPy's own allocations: a matrix of 4 MB that the model does not have, and one of the wrong shape."""
+    model, folder = shape_of(run), tmp_path / "adapter"
+    write_adapter(folder, adapter_for(model), model, "mlx")
+    file = folder / FILES["mlx"]
+    tensors = {name: tensor.load() for name, tensor in safetensors_file.read(file).items()}
+    for name in ("model.layers.9.mlp.up_proj.lora_a", min(tensors)):
+        safetensors_file.write(file, {**tensors, name: np.zeros((1000, 1000), np.float32)}, "float32", {})
+        tracemalloc.start()
+        with pytest.raises(UserError, match="these adapters are for another model"):
+            read_adapter(folder, model)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < file.stat().st_size / 8

@@ -107,3 +107,27 @@ def test_extreme_headers_are_one_line_errors(tmp_path: Path, header: bytes) -> N
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(UserError, match=r"m: not a safetensors file \(.{5,100}\)$"):
         safetensors_file.read(file)
+
+
+def test_tensors_that_overlap_are_rejected(tmp_path: Path) -> None:
+    """They would take many times the size of the file: here 1,000 tensors of 4 kB in 60 kB."""
+    entry = {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]}
+    file = tmp_path / "m"
+    for others in (
+        {f"w{i}": entry for i in range(999)},
+        {"part": {**entry, "shape": [1], "data_offsets": [3996, 4000]}},
+    ):
+        text = json.dumps({"w": entry, **others}).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4000))
+        for any_dtype in (False, True):
+            with pytest.raises(UserError, match=r"m: \w+ overlaps \w+: it starts at byte [\d,]+, before byte [\d,]+"):
+                safetensors_file.read(file, any_dtype)
+    torch_files.save_file({"a": torch.zeros(0), "b": torch.ones(2), "c": torch.zeros(0, 3)}, file)  # empty ones don't
+    assert safetensors_file.read(file)["b"].load().tolist() == [1, 1]
+
+
+def test_sizes_of_dtypes_that_only_mlx_reads_are_checked(tmp_path: Path) -> None:
+    text = json.dumps({"w": {"dtype": "I64", "shape": [10**9], "data_offsets": [0, 8 * 10**9]}}).encode()
+    (tmp_path / "m").write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    with pytest.raises(UserError, match=r"m: truncated: \d+ bytes, but w ends at byte 8,000,000,0\d\d: copy it again"):
+        safetensors_file.read(tmp_path / "m", any_dtype=True)
