@@ -14,7 +14,7 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         """`prompt_ids`: the preceding ids. Without them, a tokenizer may drop the first space."""
         self._tokenizer = tokenizer
-        self._ids = self._context(list(prompt_ids))
+        self._ids = list(prompt_ids[-CONTEXT:])
         self._shown = tokenizer.decode(self._ids)  # what was returned of the text of `_ids`, or belongs to the prompt
 
     def add(self, token: int) -> str:
@@ -22,7 +22,7 @@ class StreamDecoder:
         self._ids.append(token)
         text = self._unshown(_complete(self._tokenizer.decode(self._ids)))
         if len(self._ids) > 3 * CONTEXT:
-            self._ids = self._context(self._ids)
+            self._ids = self._ids[-CONTEXT:]
             self._shown = _complete(self._tokenizer.decode(self._ids))
         return text
 
@@ -38,12 +38,6 @@ class StreamDecoder:
         if shared < len(text):
             self._shown = text
         return text[shared:]
-
-    def _context(self, ids: list[int]) -> list[int]:
-        """The last CONTEXT ids, or up to OPEN more, so that they don't start inside a character."""
-        lengths = range(CONTEXT, CONTEXT + OPEN + 1)
-        starts = (ids[-n:] for n in lengths if not self._tokenizer.decode(ids[-n:]).startswith("\ufffd"))
-        return next(starts, ids[-CONTEXT:])
 
 
 def _complete(text: str) -> str:

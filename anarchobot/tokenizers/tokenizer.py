@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.storage.durable import write_atomic
+from anarchobot.tokenizers.byte_fallback import separate_invalid_bytes
 from anarchobot.tokenizers.special_tokens import (
     ADDED_TOKEN_FLAGS,
     GENERATION_CONFIG,
@@ -449,7 +450,16 @@ class HFTokenizer:
         return _concatenate([_with_offsets(e) for e in encodings], map(len, chunks))
 
     def decode(self, ids: list[int]) -> str:
-        return str(self.backend.decode(ids, skip_special_tokens=True))
+        text = str(self.backend.decode(ids, skip_special_tokens=True))
+        if "\ufffd" not in text or not self._has_byte_tokens:
+            return text
+        special = {i for i, token in self.added_tokens.items() if token["special"]}
+        tokens = (self.backend.id_to_token(i) for i in ids if i not in special)
+        return str(self.backend.decoder.decode(list(separate_invalid_bytes(filter(None, tokens)))))
+
+    @cached_property
+    def _has_byte_tokens(self) -> bool:
+        return "ByteFallback" in json.dumps(self.spec()["decoder"])
 
 
 def _with_offsets(encoding: Any) -> tuple[Ids, Offsets]:

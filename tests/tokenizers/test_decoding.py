@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from anarchobot.tokenizers.decoding import StopStringFilter, StreamDecoder, TextStream
-from anarchobot.tokenizers.tokenizer import load_tokenizer
+from anarchobot.tokenizers.tokenizer import ChatTokenizer, HFTokenizer, load_tokenizer
+from tests.tokenizers.templates import metaspace
 
 
 @pytest.mark.parametrize(
@@ -41,10 +42,59 @@ def test_invalid_bytes_do_not_block_the_stream(tiny_shards: Path) -> None:
     assert "".join(decoder.add(i) for i in broken * 40) == "\ufffd" * 37 and decoder.finish() == "\ufffd" * 3
 
 
-@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
-def test_streamed_text_is_the_decoded_text_for_any_ids(trained: dict[str, Path], kind: str) -> None:
+@pytest.fixture(scope="module")
+def decoders(trained: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, ChatTokenizer]:
+    """Tokenizers that decode bytes: SentencePiece, byte-level BPE, and "<0xE2>" by Hugging Face's library."""
+    file = tmp_path_factory.mktemp("decoders") / "tokenizer.json"
+    metaspace("first").save(str(file))
+    return {
+        "bpe": load_tokenizer(trained["bpe"]),
+        "gpt2": load_tokenizer(trained["gpt2"]),
+        "json": load_tokenizer(file),
+    }
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2", "json"])
+@pytest.mark.parametrize("text", ["日本語のテキスト、", "🙂" * 20, "é" * 30 + "ü🙂 a"])
+def test_characters_outside_the_vocabulary_are_streamed(
+    decoders: dict[str, ChatTokenizer], kind: str, text: str
+) -> None:
+    """Long runs of tokens that are parts of characters; each character comes when it is complete."""
+    tokenizer = decoders[kind]
+    ids = tokenizer.encode_batch(["a" + text])[0].tolist()
+    decoder, shown = StreamDecoder(tokenizer, []), ""
+    for n, token in enumerate(ids, 1):
+        shown += decoder.add(token)
+        assert shown == tokenizer.decode(ids[:n]).rstrip("\ufffd")
+    assert shown.lstrip() == "a" + text and decoder.finish() == ""
+
+
+def test_bytes_that_are_no_characters_do_not_change_others(decoders: dict[str, ChatTokenizer]) -> None:
+    """As in SentencePiece. Hugging Face's library replaces the whole run."""
+    tokenizer = decoders["json"]
+    assert isinstance(tokenizer, HFTokenizer)
+    tokens = [
+        "a",
+        "<0xC3>",
+        "<0xA9>",
+        "<0x80>",
+        "<0xE2>",
+        "<0x82>",
+        "▁b",
+        "<0xE2>",
+        "<0x96>",
+        "<0x81>",
+        "</s>",
+        "<0xC3>",
+    ]
+    ids = [tokenizer.backend.token_to_id(token) for token in tokens]
+    assert tokenizer.decode(ids) == "aé\ufffd\ufffd\ufffd b▁\ufffd"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2", "json"])
+def test_streamed_text_is_the_decoded_text_for_any_ids(decoders: dict[str, ChatTokenizer], kind: str) -> None:
     """Random ids have many broken characters: bytes without their beginning or end, many in a row."""
-    tokenizer, rng = load_tokenizer(trained[kind]), random.Random(0)
+    tokenizer, rng = decoders[kind], random.Random(0)
     prompt = tokenizer.encode_batch(["def foo(bar): return baz"])[0].tolist()
     for _ in range(40):
         ids = [rng.randrange(5, tokenizer.vocab_size) for _ in range(150)]
@@ -55,9 +105,9 @@ def test_streamed_text_is_the_decoded_text_for_any_ids(trained: dict[str, Path],
         assert decoder.finish() == ""
 
 
-@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
-def test_a_prompt_that_ends_inside_a_character_is_not_repeated(trained: dict[str, Path], kind: str) -> None:
-    tokenizer = load_tokenizer(trained[kind])
+@pytest.mark.parametrize("kind", ["bpe", "gpt2", "json"])
+def test_a_prompt_that_ends_inside_a_character_is_not_repeated(decoders: dict[str, ChatTokenizer], kind: str) -> None:
+    tokenizer = decoders[kind]
     ids = tokenizer.encode_batch(["several words before it \U0010fffd and after it"])[0].tolist()
     whole = next(n for n in range(len(ids)) if "\U0010fffd" in tokenizer.decode(ids[:n]))
     decoder = StreamDecoder(tokenizer, ids[: whole - 1])
