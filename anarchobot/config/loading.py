@@ -240,7 +240,9 @@ def _reject_conflicts(loaded: LoadedConfig) -> None:
     given = [key for key in order if attrgetter(key)(loaded.config) is not None]
     found = []
     for keys, problem in conflicts(loaded.config, given):
-        ranks = [(loaded.sources[key] != COMMAND_LINE, order.index(key)) for key in keys if key in order]
+        # Without a key that was set, a default conflicts with the base model.
+        known = [key for key in keys if key in order] or ["train.init_from"]
+        ranks = [(loaded.sources[key] != COMMAND_LINE, order.index(key)) for key in known]
         found.append((min(ranks)[1], problem))
     if found:
         index, problem = min(found)

@@ -9,7 +9,7 @@ import pytest
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, config_from_dict, leaf_keys, load_config
-from anarchobot.config.schema import Config, RopeScaling
+from anarchobot.config.schema import Config, ModelConfig, RopeScaling
 from anarchobot.config.strict_yaml import dump
 from anarchobot.config.validation import SCALING_KEYS
 
@@ -381,3 +381,13 @@ def test_an_incompatible_checkpoint_is_reported_by_name() -> None:
         with pytest.raises(UserError) as error:
             config_from_dict(values, "state.json")  # type: ignore[arg-type]
         assert str(error.value) == expected
+
+
+def test_a_default_that_conflicts_with_the_base_model_is_one_line(here: Path) -> None:
+    """No key of the conflict was set; the one that was set is the base model."""
+    (here / "c.yaml").write_text("data: {dataset: rows.jsonl}\ntrain:\n  init_from: base\n")
+    model = ModelConfig(vocab_size=16, n_layers=1, d_model=8, n_heads=1, max_seq_len=64)
+    with pytest.raises(
+        UserError, match=r"^c.yaml:3: train.init_from: data.seq_len \(2048\) must be at most .* \(64\)$"
+    ):
+        load_config("c.yaml", base_model=lambda path: model)
