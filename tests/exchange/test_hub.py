@@ -131,6 +131,14 @@ def test_only_needed_files_are_downloaded_and_only_once(hub: FakeHub, online: Wo
     assert not [request for request in hub.requests if "acme" in request]
 
 
+def test_a_download_is_announced_in_one_line(hub: FakeHub, online: Worker, model: Path) -> None:
+    """However long the name is."""
+    name = f"acme/{'-'.join(['long'] * 18)}"
+    commit = hub.add(name, model)
+    code, output = online.run("import", name, "--output", "long")
+    assert code == 0 and re.search(rf"^downloading {name}@{commit} \([\d.]+ .?B\)$", output, re.MULTILINE), output
+
+
 def test_the_cache_is_used_without_a_connection(hub: FakeHub, online: Worker, model: Path) -> None:
     hub.add("acme/cached", model)
     assert online.run("import", "acme/cached", "--output", "cached")[0] == 0

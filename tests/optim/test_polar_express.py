@@ -54,6 +54,13 @@ def test_stacked_matrices_are_independent() -> None:
     np.testing.assert_allclose(np.array(both[1]), iterate(b), atol=5e-5)
 
 
+def test_a_tiny_matrix_is_divided_by_epsilon() -> None:
+    """Rounding errors must not become an update of full size."""
+    g = 1e-9 * svd_matrix(24, 96)[0]
+    got, exact = np.array(orthogonalize(mx.array(g, mx.float32)[None])[0], np.float64), iterate(g)
+    assert np.linalg.norm(got - exact) < 1e-3 * np.linalg.norm(exact)
+
+
 def test_a_zero_matrix_stays_zero() -> None:
     assert not np.array(orthogonalize(mx.zeros((1, 8, 16)))).any()
 

@@ -14,8 +14,10 @@ import yaml
 
 from anarchobot.cli.main import main
 from anarchobot.config.loading import load_config
+from anarchobot.config.schema import DataConfig
 from anarchobot.data.pretokenize import Pretokenizer
 from anarchobot.data.sources.documents import Document
+from anarchobot.preflight import data as preflight_data
 from anarchobot.preflight.check import CheckResult
 from anarchobot.preflight.verify import verify
 from anarchobot.storage.lock import FolderLock
@@ -322,6 +324,27 @@ def test_tuning_configuration_gets_the_tuning_checks(setup: Broken) -> None:
     assert checks["dataset"].found.startswith("3 of the first 3 rows are usable; they end with: 'What assistant")
     (found,) = problems(setup.verify("train.init_from=nowhere")).values()
     assert found.name == "configuration" and "nowhere" in found.found
+
+
+def test_conversations_of_the_hub_are_not_downloaded_to_be_verified(
+    setup: Broken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever data.streaming says: a few rows are enough."""
+    read: list[bool] = []
+
+    def read_conversations(data: DataConfig, *args: Any) -> list[Any]:
+        read.append(data.streaming)
+        return []
+
+    monkeypatch.setattr(preflight_data, "read_conversations", read_conversations)
+    setup.train()
+    setup.values = {
+        "data": {"dataset": "some/dialogues", "streaming": False, "seq_len": 32},
+        "train": {"init_from": str(setup.folder / "run"), "save_dir": str(setup.folder / "sft"), "device": "cpu"},
+        "chat": {"rouge_samples": 0},
+    }
+    (found,) = [check for check in setup.verify() if check.name == "dataset"]
+    assert read == [True] and found.status == "fail" and found.found.startswith("no usable row")
 
 
 def test_command_prints_a_table_or_json_and_sets_the_exit_code(

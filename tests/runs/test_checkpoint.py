@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -244,3 +245,18 @@ def test_failed_save_keeps_older_checkpoints(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match="No space"):
         save(tmp_path, 2)
     assert checkpoint.find(tmp_path).step == 1
+
+
+def test_a_disk_that_returns_other_bytes_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    write = checkpoint._write_npz
+
+    def write_badly(path: Path, arrays: Any) -> str:
+        digest = write(path, arrays)
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        return digest
+
+    monkeypatch.setattr(checkpoint, "_write_npz", write_badly)
+    with pytest.raises(OSError, match=r"model.npz: .*the disk returned different bytes"):
+        save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["step_00000001"]

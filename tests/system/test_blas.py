@@ -84,3 +84,12 @@ def test_macos_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blas.sys, "platform", "darwin")
     monkeypatch.setattr(blas.ctypes, "CDLL", lambda *a: pytest.fail("loaded a library on macOS"))
     assert blas.load_fast_blas.__wrapped__() == "Accelerate"
+
+
+def test_the_library_is_limited_to_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training runs micro-batches on threads of its own."""
+    for name, function in (("OpenBLAS", "openblas_set_num_threads"), ("MKL", "MKL_Set_Num_Threads")):
+        threads: list[int] = []
+        library = SimpleNamespace(**{"cblas_sgemm": None, function: threads.append})
+        monkeypatch.setattr(blas.ctypes, "CDLL", lambda path, library=library: library)
+        assert blas._usable(name, ["lib.so"]) is library and threads == [1]

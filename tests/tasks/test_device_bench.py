@@ -346,3 +346,15 @@ def test_the_small_model_has_each_kind_of_block() -> None:
     model = ModelConfig(n_layers=6, sliding_window=4096, layer_types=kinds)  # type: ignore[arg-type]
     assert device_checks._small_model(model).windows == [None, device_checks.LENGTH // 3]
     assert device_checks._small_model(ModelConfig()).windows == [None, None]
+
+
+def test_peak_memory_of_a_variant_is_not_that_of_an_earlier_one() -> None:
+    default = StepSettings("blocked", 256, False)
+    large, small = (device_bench.Variant(default, peer) for peer in (True, False))
+    config = Config.model_validate({"model": {"n_layers": 1, "d_model": 16, "n_heads": 2, "vocab_size": 32}})
+    bench = device_bench._Bench(config, "pretrain", default, set(), lambda text: None)
+    bench._steps = {large: lambda: mx.eval(mx.zeros(2**22)), small: lambda: mx.eval(mx.zeros(2**8))}
+    found = {variant: device_bench.Measured() for variant in (large, small)}
+    for variant in (large, small):
+        bench._run(variant, found[variant], 1)
+    assert found[small].peak < 2**20 < found[large].peak
