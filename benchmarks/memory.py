@@ -1,7 +1,8 @@
 """Compares the memory estimate of system/memory.py with MLX's measured peak; prints the tables of docs/planning.md.
 
 Each configuration runs in a separate process: three training steps on random tokens, of which the first is not counted.
-Without arguments, results are written to results/memory.json.
+With several threads, more steps for 20 seconds: the peak of a run is that of a step in which all threads reach their
+maxima together. Without arguments, results are written to results/memory.json.
 
 With --random N, N random small configurations are drawn from --seed instead, and nothing is written.
 
@@ -18,6 +19,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
-STEPS = 3
+STEPS, SECONDS = 3, 20
 Values = dict[str, dict[str, Any]]
 # 4.2 million parameters, micro-batches of 2,048 tokens. CONFIGS lists changes to it.
 BASE: Values = {
@@ -145,8 +147,10 @@ def measure(values: Values) -> dict[str, Any]:
     engine = MLXEngine(config)
     engine.train_step(batch, 1, train.lr, train.momentum)
     mx.reset_peak_memory()
-    for step in range(1, STEPS):
-        engine.train_step(batch, 1 + step, train.lr, train.momentum)
+    step, end = 1, time.monotonic() + (SECONDS if engine.workers.count > 1 else 0)
+    while step < STEPS or time.monotonic() < end:
+        step += 1
+        engine.train_step(batch, step, train.lr, train.momentum)
     predicted = estimate(config)
     return {
         "estimate_mb": predicted.peak / 1e6,

@@ -11,11 +11,11 @@ benchmarks/memory.py --metal compares the estimate with that model. Neither has 
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from anarchobot.config.schema import Config
 from anarchobot.model.architecture import GPU_LOSS_CHUNK, architecture, query_blocks
 from anarchobot.model.parameters import by_block, lowest_trained_block, parameter_shapes
+from anarchobot.system.memory_phases import MemoryPhases
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -24,19 +24,7 @@ RUN_AHEAD = {size: round(10 * 40 * 2**20 * size * part) for size, part in ((2, 7
 MUON_ARRAYS = 8  # of a matrix's size, that exist at most while MLX encodes its update
 
 
-class GPUPhases(NamedTuple):
-    """Bytes beside weights and optimizer state: parts and phases of MemoryEstimate."""
-
-    activations: int
-    logits: int
-    forward: int
-    loss: int
-    backward: int
-    norm: int
-    update: int
-
-
-def gpu_phases(config: Config, trained: Shapes, rows: int, itemsize: int, *, accumulated: bool) -> GPUPhases:
+def gpu_phases(config: Config, trained: Shapes, rows: int, itemsize: int, *, accumulated: bool) -> MemoryPhases:
     """A step on micro-batches of `rows` sequences that trains the parameters `trained`, with products in a dtype of
     `itemsize` bytes. `accumulated`: it has several micro-batches, so that the gradients of earlier ones exist."""
     model, train, length = config.model, config.train, config.data.seq_len
@@ -82,7 +70,7 @@ def gpu_phases(config: Config, trained: Shapes, rows: int, itemsize: int, *, acc
         backward = max(backward, live + max(2 * mlp + product, attention))
     sums = 4 * _size(trained)
     update = min(3 * RUN_AHEAD[4] // 4, MUON_ARRAYS * sums) if train.optimizer == "muon_adamw" else 0
-    return GPUPhases(
+    return MemoryPhases(
         activations=all_saved + recomputed,
         logits=logits,
         forward=forward + run_ahead // 2,

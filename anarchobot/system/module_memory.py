@@ -11,31 +11,19 @@ recurrences save arrays of their own, need more.
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from anarchobot.config.schema import Config
 from anarchobot.model.architecture import GPU_LOSS_CHUNK, architecture
 from anarchobot.optim.param_groups import state_shapes
+from anarchobot.system.memory_phases import MemoryPhases
 from anarchobot.system.technique import ONE_GRAPH_LOSS_CHUNK
 
 CHUNKS_AHEAD, BLOCKS_AHEAD = 4, 4
 
 
-class ModulePhases(NamedTuple):
-    """Bytes beside weights and optimizer state: parts and phases of MemoryEstimate."""
-
-    activations: int
-    logits: int
-    forward: int
-    loss: int
-    backward: int
-    norm: int
-    update: int
-
-
 def module_phases(
     config: Config, trained: Mapping[str, tuple[int, ...]], rows: int, itemsize: int, *, on_cpu: bool, accumulated: bool
-) -> ModulePhases:
+) -> MemoryPhases:
     """A step on micro-batches of `rows` sequences that trains the parameters `trained`, with products in a dtype of
     `itemsize` bytes. `accumulated`: it has several micro-batches, so that the gradients of earlier ones exist."""
     model, train, length = config.model, config.train, config.data.seq_len
@@ -49,7 +37,7 @@ def module_phases(
     gradients = sum(sums) if accumulated else 0
     casts = 0 if itemsize == 4 or config.lora.r else itemsize * sum(sums) // 4
     moments = state_shapes(trained, train)["muon.momentum"]
-    return ModulePhases(
+    return MemoryPhases(
         activations=saved + block,
         logits=logits,
         forward=gradients + casts + saved + block,

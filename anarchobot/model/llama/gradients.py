@@ -65,7 +65,7 @@ def loss_and_gradients(
         (x,) = wait([x], halves[0].attention.arrays(x))
         if i >= lowest:
             saved.append(block_input if options.recompute else halves)
-        del halves
+        del block_input, halves
 
     norm = weights["model.norm.weight"]
     hidden = rms_norm(x, norm, model.norm_eps)
@@ -74,7 +74,7 @@ def loss_and_gradients(
     dx, dnorm = rms_norm_backward(x, norm, model.norm_eps, dhidden)
     (dx,) = wait([dx], grads.add("model.norm.weight", dnorm))
     profile.end("head and loss", dx)
-    del x, hidden, dhidden, done
+    del x, hidden, dhidden, dnorm, done  # dnorm, if it is not trained, is not computed and refers to its inputs
 
     dfirst_v = None
     for i in reversed(range(lowest, model.n_layers)):
