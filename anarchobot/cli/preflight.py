@@ -1,4 +1,4 @@
-"""Commands to run before training: `anarchobot config`, `verify`, `plan`, `bench` and `selftest`."""
+"""Commands to run before training: `anarchobot verify`, `plan`, `bench` and `selftest`."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from anarchobot.cli.parser import add_command, add_config, add_group, check_output, overrides, positive
+from anarchobot.cli.parser import add_command, add_config, check_output, overrides, positive
 from anarchobot.config.errors import UserError
 
 CHECK_COUNTS = {"pass": "passed", "warn": "warned", "fail": "failed", "skip": "skipped"}
@@ -21,12 +21,6 @@ MEMORY_PARTS = {
 
 
 def add_commands(commands: Any) -> None:
-    config = add_group(commands, "config", "show|schema", "show the effective configuration, or its JSON Schema")
-    show = add_command(config, "show", _config_show, "show the effective configuration and the source of each value")
-    add_config(show, optional=True)
-    schema = add_command(config, "schema", _config_schema, "print the JSON Schema of a configuration, for editors")
-    add_config(schema, optional=True)
-
     verify = add_command(
         commands,
         "verify",
@@ -70,53 +64,6 @@ def add_commands(commands: Any) -> None:
     )
     selftest.add_argument("--kills", type=positive, default=10, metavar="N", help="number of runs to kill")
     selftest.add_argument("--seed", type=int, default=0, metavar="S", help="random seed for the faults")
-
-
-# --- config
-
-
-def _config_show(args: argparse.Namespace) -> None:
-    from anarchobot.config.loading import dotted_items, load, load_config
-    from anarchobot.config.strict_yaml import dump
-
-    loaded: Any
-    if _is_adapt_config(args):
-        from anarchobot.config.adapt_schema import AdaptConfig
-
-        loaded = load(args.config, overrides(args), AdaptConfig)
-    else:
-        loaded = load_config(args.config, overrides(args))
-    values = loaded.config.model_dump()
-    items = list(dotted_items(values))
-    sources = {key: loaded.sources.get(key, "default") for key, value in items if not isinstance(value, dict)}
-    if args.json:
-        print(json.dumps({"config": values, "sources": sources}, indent=1))
-        return
-    for key, value in items:
-        indent, name = "  " * key.count("."), key.rpartition(".")[2]
-        if isinstance(value, dict):
-            print(f"{indent}{name}:")
-        else:
-            line = indent + dump({name: value}, flow=True).strip()[1:-1]
-            print(f"{line:<42} # {sources[key]}")
-
-
-def _config_schema(args: argparse.Namespace) -> None:
-    from anarchobot.config.adapt_schema import AdaptConfig
-    from anarchobot.config.schema import Config
-
-    json.dump((AdaptConfig if _is_adapt_config(args) else Config).model_json_schema(), sys.stdout, indent=1)
-    print()
-
-
-def _is_adapt_config(args: argparse.Namespace) -> bool:
-    """Whether CONFIG and KEY=VALUE contain sections of adapt-vocab only."""
-    from anarchobot.config.adapt_schema import AdaptConfig
-    from anarchobot.config.loading import sections
-    from anarchobot.config.schema import Config
-
-    given = sections(args.config, args.settings)
-    return bool(given & AdaptConfig.model_fields.keys()) and not given & Config.model_fields.keys()
 
 
 # --- verify
