@@ -60,7 +60,7 @@ MEASURED = [
     config({"tie_embeddings": False, "n_kv_heads": 2}, optimizer="adamw"),
     config(lora={"r": 8}),
     config({"tie_embeddings": False, "vocab_size": 8000}, micro_batch_size=2, grad_accum_steps=1, optimizer="adamw"),
-    config({"n_heads": 32}, optimizer="adamw"),
+    config({"vocab_size": 500, "d_model": 64, "n_layers": 1, "n_heads": 8}, grad_accum_steps=1, optimizer="adamw"),
     config({"d_model": 384, "n_layers": 1}, lora={"r": 8, "quantize": 4}, gradient_checkpointing=True),
     config(micro_batch_size=8, cpu_threads=2, gradient_checkpointing=True),
 ]
