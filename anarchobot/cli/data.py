@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from anarchobot.cli.parser import Parser, add_command, add_config, add_group, add_settings, overrides, positive
 from anarchobot.cli.wording import count
 from anarchobot.config.errors import UserError
+from anarchobot.config.paths import find_path
 
 if TYPE_CHECKING:
     from anarchobot.data.shards import Manifest
@@ -231,7 +232,7 @@ def _info(args: argparse.Namespace) -> None:
     for n, documents in histogram:
         bar = "#" * -(-40 * documents // widest)
         print(f"  {n:>12,} to {2 * n - 1:<12,} {documents:>12,} {bar}".rstrip())
-    tokenizer = load_tokenizer(Path(args.dir) / stream.manifest.tokenizer["file"])
+    tokenizer = load_tokenizer(find_path(str(Path(args.dir, stream.manifest.tokenizer["file"]))))
     for number, ids in enumerate(first_documents(stream, SAMPLE_DOCUMENTS, 4 * SAMPLE_CHARS), start=1):
         print(f"  document {number}: {tokenizer.decode(ids.tolist())[:SAMPLE_CHARS]!r}")
 

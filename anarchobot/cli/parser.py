@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import os.path
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from anarchobot.config.errors import UserError, did_you_mean
+from anarchobot.config.paths import find_path
 
 _SETTING = "setting "  # prefix of the dest of a flag that sets a config key
 _PATHS = ("CONFIG", "DIR", "FILE", "PATH", "PREFIX", "RUN")  # metavars of arguments that name files
@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
     def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:
         """Expands ~ in the arguments that name files: a shell does not where it is quoted or follows `=`."""
         if kwargs.get("metavar") in _PATHS:
-            kwargs["type"] = _expanded if kwargs.get("type") is Path else os.path.expanduser
+            kwargs["type"] = _find if kwargs.get("type") is Path else find_path
         return super().add_argument(*names, **kwargs)
 
     def error(self, message: str) -> NoReturn:
@@ -94,8 +94,8 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown command '{value}'{near}")
 
 
-def _expanded(word: str) -> Path:
-    return Path(word).expanduser()
+def _find(word: str) -> Path:
+    return Path(find_path(word))
 
 
 def parse(parser: Parser, argv: list[str]) -> argparse.Namespace:
@@ -119,15 +119,26 @@ def parse(parser: Parser, argv: list[str]) -> argparse.Namespace:
                 if word.partition(".")[0] not in args.sections:
                     raise UserError(f"'{word}': this command has only settings of {' and '.join(args.sections)}")
         else:
-            args.config, configs = (configs[0] if configs else None), configs[1:]
+            args.config, configs = (_find_config(configs[0]) if configs else None), configs[1:]
         rest += configs
         if args.config is None and args.needs_config:
-            raise UserError(f"missing CONFIG: expected a YAML file, such as those in configs/ (see {args.prog} --help)")
+            raise UserError(
+                f"missing CONFIG: expected a YAML file, or a name such as quickstart (see {args.prog} --help)"
+            )
     if rest:
         word = rest[0].partition("=")[0]
         near = f"; place it after '{args.prog}'" if word in args.options else _similar_flag(word, args.options)
         raise UserError(f"unrecognized argument '{rest[0]}'{near} (see {args.prog} --help)")
     return args
+
+
+def _find_config(word: str) -> str:
+    """A file, or the name of a configuration that comes with AnarchoBot."""
+    if Path(word).is_file():
+        return word
+    from anarchobot.config.templates import shipped_configs
+
+    return str(shipped_configs().get(word, word))
 
 
 def _similar_flag(word: str, options: Iterable[str]) -> str:
@@ -158,7 +169,8 @@ def add_config(parser: Parser, optional: bool = False, default: str = "") -> Non
         "config",
         nargs="?" if optional else None,
         metavar="CONFIG",
-        help="YAML configuration file, such as those in configs/" + (f" (default: {default})" if default else ""),
+        help="YAML file, or the name of one that comes with AnarchoBot, such as quickstart"
+        + (f" (default: {default})" if default else ""),
     )
     parser.add_argument(
         "settings", nargs="*", default=[], metavar="KEY=VALUE", help="overrides a key of CONFIG, such as train.lr=1e-3"

@@ -4,7 +4,6 @@ The loader's checks, command-line overrides, the JSON Schema and docs/configurat
 No other code defines settings.
 """
 
-import os.path
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -19,6 +18,8 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+
+from anarchobot.config.paths import find_path
 
 
 def _float_to_int(value: Any) -> Any:
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 else:
     PositiveOrAuto = Positive | Literal["auto"]
 Names = Annotated[list[str], Field(min_length=1)]
-PathName = Annotated[str, AfterValidator(os.path.expanduser)]  # ~ is the home folder
+PathName = Annotated[str, AfterValidator(find_path)]  # ~ is the home folder
 PathNames = Annotated[list[PathName], Field(min_length=1)]
 Weights = Annotated[list[PositiveFloat], Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

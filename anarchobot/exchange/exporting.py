@@ -16,6 +16,7 @@ from anarchobot.exchange.tokenizer_json import UNIGRAM_WARNING, find_mismatch, t
 from anarchobot.model.architecture import ExportTarget, architecture
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
+from anarchobot.storage.free_space import require_space
 from anarchobot.tokenizers.tokenizer import text_start
 
 
@@ -49,6 +50,8 @@ def export(path: str | Path, target: ExportTarget, output: str | Path, dtype: Dt
     params = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
     params = arch.export_parameters(params, model)
     name = saved.folder.resolve().parent.name
+    itemsize = 4 if dtype == "float32" else 2
+    require_space(Path(output), itemsize * sum(array.size for array in params.values()))
     with atomic_folder(Path(output)) as folder:
         if target == "gguf":
             gguf_file.write(folder / gguf_file.FILE_NAME, name, params, model, fields, dtype)

@@ -12,6 +12,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import TrainConfig
 from anarchobot.runs import checkpoint
 from anarchobot.runs.checkpoint import Arrays
+from anarchobot.storage.free_space import require_space
 
 RETRY_SECONDS = 60.0  # after a failed save during the run
 FINAL_ATTEMPTS, FINAL_PAUSE = 10, 15.0  # at the end of the run: attempts, and seconds between them
@@ -148,6 +149,7 @@ class AsyncCheckpointer:
         began = time.monotonic()
         written, removed, problem, action = False, [], None, "saving"
         try:
+            require_space(self._run, sum(array.nbytes for array in arrays.values()))
             checkpoint.save(self._run, step, arrays, state)
             written, action = True, "removing old checkpoints"
             best = self._best

@@ -11,6 +11,7 @@ from anarchobot.config.schema import Config
 from anarchobot.config.strict_yaml import dump
 from anarchobot.runs import checkpoint
 from anarchobot.storage.durable import write_atomic
+from anarchobot.storage.free_space import require_space
 from anarchobot.tokenizers.tokenizer import Tokenizer, copy_tokenizer, digest
 
 
@@ -26,8 +27,9 @@ def write_model(
 
     `origin` is stored in state.json and says where the model comes from, for example `{"imported": "PATH"}`. `save_dir`
     is the path recorded in the config, if `folder` will be renamed later. Training starts from these weights, so the
-    config's `init_from` and `checkpoint_path` are dropped.
+    config's `init_from` and `checkpoint_path` are dropped. Raises OSError if the weights do not fit on the disk.
     """
+    require_space(folder, sum(array.nbytes for array in weights.values()))
     save_dir = save_dir or folder
     paths = {"save_dir": str(save_dir), "tokenizer_path": str(save_dir / copy_tokenizer(tokenizer, folder))}
     train = config.train.model_copy(update={**paths, "init_from": None, "checkpoint_path": None})

@@ -4,6 +4,7 @@ from typing import Any
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import WEIGHT_INDEPENDENT_KEYS, LoadedConfig
+from anarchobot.config.paths import find_path
 from anarchobot.data.batches import Prefetcher, TrainBatches, ValBatches
 from anarchobot.data.shards import BackgroundVerifier, TokenStream
 from anarchobot.data.windows import ConcatWindows, StreamWindows, open_windows
@@ -94,7 +95,7 @@ def check_tokenizers(loaded: LoadedConfig, streams: list[TokenStream]) -> ChatTo
                 f"{loaded.where('model.vocab_size')}: {config.model.vocab_size}, but the shards in {folder} were made "
                 f"with a tokenizer of {manifest.vocab_size} tokens: set model.vocab_size: {manifest.vocab_size}"
             )
-        tokenizer = load_tokenizer(folder / manifest.tokenizer["file"])
+        tokenizer = load_tokenizer(find_path(str(folder / manifest.tokenizer["file"])))
         if digest(tokenizer) != manifest.tokenizer["sha256"]:
             raise UserError(
                 f"{tokenizer.files[0]}: not the tokenizer that the shards next to it were made with: pretokenize again"

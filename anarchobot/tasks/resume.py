@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
+from anarchobot.config.paths import is_same_folder
 from anarchobot.config.schema import Config
 from anarchobot.exchange.adapters import same_base
 from anarchobot.optim.schedule import sequences_per_step
@@ -64,7 +65,7 @@ def _find_checkpoint(loaded: LoadedConfig, folder: Path, steps: list[int]) -> ch
         return checkpoint.find(folder) if steps else None
     if path is not None:
         saved = checkpoint.find(path)
-        if steps and saved.folder.parent.resolve() != folder.resolve():
+        if steps and not is_same_folder(saved.folder.parent, folder):
             raise UserError(f"{where}: {folder} contains a different run than {path}: choose another folder")
         if steps and max(steps) > saved.step and not saved.skipped:
             raise UserError(
@@ -158,7 +159,7 @@ def changed_settings(old: Config, new: Config) -> dict[str, tuple[object, object
 def clean_up(folder: Path, saved: checkpoint.Checkpoint | None) -> list[str]:
     """Removes the leftovers of a killed run and quarantines damaged checkpoints; returns messages about the latter."""
     checkpoint.clean_up(folder)
-    if saved is None or saved.folder.parent.resolve() != folder.resolve():
+    if saved is None or not is_same_folder(saved.folder.parent, folder):
         return []
     moved = {path.name for path in checkpoint.quarantine(folder, saved.step)}
     return [

@@ -48,22 +48,27 @@ class Heartbeat:
             connection.close()
 
     def _watch(self) -> None:
-        last_seen = dict.fromkeys(self._peers, time.monotonic())
-        last_sent = 0.0
+        last_sent = woken = time.monotonic()
+        last_seen = dict.fromkeys(self._peers, woken)
+        self._send(ALIVE)
         while self._peers and not self._closed.is_set():
-            if time.monotonic() - last_sent >= INTERVAL:
+            now = time.monotonic()
+            if now - woken > TIMEOUT / 2:  # this process was paused, and others on its machine with it
+                last_seen = dict.fromkeys(self._peers, now)
+            woken = now
+            if now - last_sent >= INTERVAL:
                 self._send(ALIVE)
-                last_sent = time.monotonic()
+                last_sent = now
             ready, _, _ = select.select(list(self._peers.values()), [], [], INTERVAL / 4)
             for rank, connection in list(self._peers.items()):
                 if connection in ready:
-                    last_seen[rank] = time.monotonic()
+                    last_seen[rank] = now
                     for message in _receive(connection) or bytes([rank]):
                         if message == DONE:
                             self._peers.pop(rank, None)
                         elif message != ALIVE:
                             return self._report_lost(message, "ended early")
-                elif time.monotonic() - last_seen[rank] > TIMEOUT:
+                elif now - last_seen[rank] > TIMEOUT:
                     return self._report_lost(rank, f"has not responded for {TIMEOUT:.0f} s")
 
     def _report_lost(self, rank: int, reason: str) -> None:

@@ -5,7 +5,9 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -167,3 +169,24 @@ def test_silent_rank_is_lost(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
     beat.close(success=False)
     there.close()
     assert "anarchobot: rank 7 has not responded for 1 s: stopping rank 0" in capfd.readouterr().err
+
+
+def test_ranks_that_were_paused_together_are_not_lost(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As when a virtual machine sleeps and its clock goes on: hours of silence count only while this rank runs."""
+    monkeypatch.setattr(heartbeat, "GRACE", 0.1)
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.1)
+    slept = [0.0]
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + slept[0]))
+    here, there = socket.socketpair()
+    beat = Heartbeat(0, {1: here})
+    for _ in range(3):
+        assert there.recv(1) == bytes([heartbeat.ALIVE])
+        slept[0] += 3600.0
+        assert not beat._reported.wait(0.3)
+    there.sendall(bytes([heartbeat.DONE]))
+    beat._thread.join(TIMEOUT)
+    beat.close(success=True)
+    there.close()
+    assert capfd.readouterr().err == ""

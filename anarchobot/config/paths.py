@@ -1,0 +1,40 @@
+"""Names of files that users give: the home folder, Unicode normalization, and several names of one folder."""
+
+import os
+import unicodedata
+from pathlib import Path
+
+
+def find_path(name: str) -> str:
+    """Expands ~. If there is no such file, but one whose name is the same text in another Unicode normalization,
+    returns that name: é is one character in what is typed, and two in names from some Macs and their archives."""
+    expanded = os.path.expanduser(name)  # noqa: PTH111  Path's drops ./ and a final slash
+    if expanded.isascii() or os.path.lexists(expanded):
+        return expanded
+    path = Path(Path(expanded).anchor)  # the root, or the current folder
+    for part in Path(expanded).relative_to(path).parts:
+        path /= part
+        if not part.isascii() and not os.path.lexists(path):
+            path = path.with_name(_other_normalization(path))
+    return str(path)
+
+
+def _other_normalization(path: Path) -> str:
+    """The name beside `path` that is the same text; its own name if there is none, or several."""
+    try:
+        names = [file.name for file in path.parent.iterdir() if _normalized(file.name) == _normalized(path.name)]
+    except OSError:
+        names = []
+    return names[0] if len(names) == 1 else path.name
+
+
+def _normalized(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def is_same_folder(a: Path, b: Path) -> bool:
+    """Also through links, and in another case where the file system ignores case."""
+    try:
+        return a.samefile(b)
+    except OSError:  # one of them does not exist
+        return a.resolve() == b.resolve()
