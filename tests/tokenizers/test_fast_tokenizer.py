@@ -191,6 +191,12 @@ def test_every_document_of_the_first_megabyte_is_compared(reference: Tokenizer, 
             engine.encode_batch(batch)
 
 
+def test_the_start_ends_after_its_last_character(reference: Tokenizer) -> None:
+    engine = VerifiedTokenizer(reference, Broken(reference, lambda i, text, ids: ids))
+    engine._start_left = 1
+    assert list(engine._choose_sample(["the last one", "not compared"])) == [(0, 1)]
+
+
 def test_late_mismatch_is_sampled_and_falls_back(reference: Tokenizer) -> None:
     """Every id is wrong from document 5,000 on, beyond the first megabyte."""
     late = Broken(reference, lambda i, text, ids: ids + 1 if i >= 5000 else ids)

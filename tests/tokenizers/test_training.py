@@ -123,6 +123,21 @@ def test_exception_while_reading_propagates(tmp_path: Path, how: Any, failure: B
     assert not list(tmp_path.iterdir())
 
 
+@every_kind
+def test_exception_after_enough_text_propagates(tmp_path: Path, corpus: list[str], how: Any) -> None:
+    """A tokenizer of a part of the text must not look like a finished one."""
+    failure = UserError("a.jsonl:1: no field 'text'")
+
+    def texts() -> Iterator[str]:
+        yield from corpus
+        raise failure
+
+    with pytest.raises(UserError) as error:
+        train_tokenizer(texts(), tmp_path / "my", 500, *how)
+    assert error.value is failure
+    assert not list(tmp_path.iterdir())
+
+
 # max_train_mb
 
 
