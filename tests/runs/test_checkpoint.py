@@ -137,7 +137,7 @@ def test_damaged_best_json_is_an_error_and_removes_nothing(tmp_path: Path, damag
 
 def test_order_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step gets its name once all its files and their names are on the disk, and latest.json refers to it after that.
-    A replaced step is moved aside before."""
+    A replaced step is moved aside before, and removed when the new one is on the disk."""
     save(tmp_path, 3, seed=0)
     calls = DiskCalls(monkeypatch, tmp_path)
     save(tmp_path, 3, seed=1)
@@ -151,6 +151,7 @@ def test_order_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         f"rename {final} .{final}.old",
         f"rename {temporary} {final}",
         "fsync .",
+        f"remove .{final}.old",
         "fsync latest.json",
         "rename latest.json.tmp latest.json",
         "fsync .",

@@ -1,6 +1,7 @@
-"""Records in which order files and folders are flushed to the disk and renamed."""
+"""Records in which order files and folders are flushed to the disk, renamed and removed."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from anarchobot.storage import durable
 
 
 class DiskCalls:
-    """`in_order` returns `fsync PATH` and `rename OLD NEW`; a flushed file is named as it is called at the end."""
+    """`in_order` returns `fsync PATH`, `rename OLD NEW` and, for a folder that exists, `remove PATH`; a flushed file is
+    named as it is called at the end."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
         self._root, self._calls = root, list[tuple[Any, ...]]()
@@ -24,13 +26,26 @@ class DiskCalls:
                 call(source, target)
 
             monkeypatch.setattr(os, name, rename)
+        remove = shutil.rmtree
+
+        def rmtree(folder: Path, **settings: Any) -> None:
+            if folder.exists():
+                self._calls.append((folder, None))
+            remove(folder, **settings)
+
+        monkeypatch.setattr(shutil, "rmtree", rmtree)
 
     def in_order(self) -> list[str]:
         names = {path.stat().st_ino: path for path in (self._root, *self._root.rglob("*"))}
-        return [
-            f"fsync {self._name(names[call[0]])}" if len(call) == 1 else f"rename {' '.join(map(self._name, call))}"
-            for call in self._calls
-        ]
+        lines = []
+        for source, *targets in self._calls:
+            if not targets:
+                lines.append(f"fsync {self._name(names[source])}")
+            elif targets == [None]:
+                lines.append(f"remove {self._name(source)}")
+            else:
+                lines.append(f"rename {self._name(source)} {self._name(targets[0])}")
+        return lines
 
     def _name(self, path: Path) -> str:
         return str(Path(path).relative_to(self._root))
