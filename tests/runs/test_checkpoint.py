@@ -167,7 +167,7 @@ def test_rotation_removes_state_json_first(tmp_path: Path, monkeypatch: pytest.M
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        patch.setattr("shutil.rmtree", killed)
         checkpoint.rotate(tmp_path, 1)
     assert (tmp_path / "step_00000001" / "model.npz").exists()
     assert checkpoint.saved_steps(tmp_path) == [2]
