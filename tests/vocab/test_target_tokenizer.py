@@ -8,7 +8,7 @@ import pytest
 
 from anarchobot.data.sources import builtin
 from anarchobot.tokenizers.canonical_tokens import canonical_tokens
-from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from anarchobot.tokenizers.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
 from anarchobot.vocab.target_tokenizer import extend, is_one_token
 
@@ -45,3 +45,18 @@ def test_without_terms_the_tokenizer_is_unchanged(source: Tokenizer, tmp_path: P
     target = extend(source, [], tmp_path)
     assert target.vocab_size == source.vocab_size
     assert canonical_tokens(target) == canonical_tokens(source)
+
+
+def test_pieces_of_a_sentencepiece_model_are_merged_after_all_others(source: Tokenizer, tmp_path: Path) -> None:
+    """In BPE, the score is the order of merges. A term with a letter outside the vocabulary can't be a piece."""
+    if not isinstance(source, SentencePieceTokenizer):
+        pytest.skip("not SentencePiece")
+    target = extend(source, [TERMS[0], "carcinom\N{CYRILLIC SMALL LETTER ZHE}", TERMS[1]], tmp_path)
+    assert isinstance(target, SentencePieceTokenizer)
+    model, size = target.processor, source.vocab_size
+    added = [model.id_to_piece(i) for i in range(size, target.vocab_size)]
+    assert all(piece.removeprefix("▁").isascii() and "<" not in piece for piece in added)
+    assert {f"▁{term}" for term in TERMS[:2]} <= set(added)
+    if len(added) > 2:  # only BPE has intermediate pieces
+        scores = [model.get_score(i) for i in range(target.vocab_size)]
+        assert max(scores[size:]) < min(scores[:size]) and scores[size:] == sorted(scores[size:], reverse=True)
