@@ -19,6 +19,7 @@ from anarchobot.storage.lock import FolderLock
 from anarchobot.tokenizers.tokenizer import Tokenizer, digest, load_tokenizer
 from tests.data.bytes_tokenizer import Bytes
 from tests.data.conftest import SCRIPTS
+from tests.storage.disk_calls import DiskCalls
 
 
 @pytest.fixture
@@ -283,6 +284,21 @@ def test_failed_run_leaves_old_shards_intact(plain: Bytes, tmp_path: Path) -> No
             write(documents, plain, tmp_path / "out", shard_tokens=1, restart=True)
         assert before.items() <= contents(tmp_path / "out").items()
     assert {found for _, found in verify(tmp_path / "out")} == {""}
+
+
+def test_shards_are_on_the_disk_before_the_manifest_names_them(
+    plain: Bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = DiskCalls(monkeypatch, tmp_path / "out")
+    write(["one", "two"], plain, tmp_path / "out")
+    lines = calls.in_order()
+    names = ("train_00000.npy", "train_00000.offsets")
+    flushed, renamed = (
+        [lines.index(line.format(name)) for name in names] for line in ("fsync {0}", "rename {0}.tmp {0}")
+    )
+    manifest = lines.index("rename manifest.json.tmp manifest.json")
+    assert max(flushed) < min(renamed) < max(renamed) < manifest
+    assert lines[max(renamed) + 1] == "fsync ."
 
 
 def test_leftovers_of_a_larger_run_are_removed_and_nothing_else(plain: Bytes, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from anarchobot.storage import durable
 
 class DiskCalls:
     """`in_order` returns `fsync PATH`, `rename OLD NEW` and, for a folder that exists, `remove PATH`; a flushed file is
-    named as it is called at the end."""
+    named as it is called at the end, `-` if it was replaced."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
         self._root, self._calls = root, list[tuple[Any, ...]]()
@@ -40,7 +40,7 @@ class DiskCalls:
         lines = []
         for source, *targets in self._calls:
             if not targets:
-                lines.append(f"fsync {self._name(names[source])}")
+                lines.append(f"fsync {self._name(names[source]) if source in names else '-'}")
             elif targets == [None]:
                 lines.append(f"remove {self._name(source)}")
             else:
