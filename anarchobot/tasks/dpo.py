@@ -27,6 +27,7 @@ from anarchobot.tasks.technique import resolve_technique
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import load_template
 from anarchobot.tokenizers.conversation import Message
+from anarchobot.training.display import count_bar
 from anarchobot.training.loop import Run
 from anarchobot.training.ranks import detect_launcher
 
@@ -86,7 +87,8 @@ def dpo(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
                 print(text, file=sys.stderr, flush=True)
 
         model_key = f"{base.digest} {handle.precision} {config.lora}"
-        values = compute_ref_log_probs(engine, splits, folder, model_key, train.micro_batch_size, log)
+        with count_bar("reference", sum(split.count for split in splits), quiet=show != "progress") as done:
+            values = compute_ref_log_probs(engine, splits, folder, model_key, train.micro_batch_size, log, done)
         for split, log_probs in zip(splits, values, strict=True):
             split.ref_log_probs = log_probs
 
@@ -115,12 +117,13 @@ def compute_ref_log_probs(
     model_key: str,
     batch_size: int,
     log: Callable[[str], object] = lambda text: None,
+    progress: Callable[[int], object] = lambda pairs: None,
 ) -> list[LogProbs]:
     """float32 [pairs, 2] for each split, under the engine's current weights, which must be the initial weights.
 
     Values cached in `folder`, which must be locked, are reused if the pairs and `model_key` match. The rest are
-    computed in batches of `batch_size` pairs, or fewer if memory runs out, and saved there. Raises UserError if not
-    even one pair fits into memory.
+    computed in batches of `batch_size` pairs, or fewer if memory runs out, and saved there. `progress` receives the
+    number of pairs of each batch. Raises UserError if not even one pair fits into memory.
     """
     key = hashlib.sha256(" ".join([model_key, *(split.digest() for split in splits)]).encode()).hexdigest()
     file, total = folder / REF_FILE, sum(split.count for split in splits)
@@ -128,6 +131,7 @@ def compute_ref_log_probs(
     if (done := sum(map(len, values))) == total:
         return values
     log(f"computing reference log-probabilities of {total - done:,} pairs")
+    progress(done)
     saved = time.monotonic()
     for i, split in enumerate(splits):
         while (first := len(values[i])) < split.count:
@@ -144,6 +148,7 @@ def compute_ref_log_probs(
                 log(f"out of memory: continuing with batches of {batch_size} pairs")
                 continue
             values[i] = np.concatenate([values[i], log_probs])[: split.count]
+            progress(len(values[i]) - first)
             if time.monotonic() - saved >= SAVE_SECONDS:
                 _write_log_probs(file, key, values)
                 log(f"{sum(map(len, values)):,} of {total:,} pairs")

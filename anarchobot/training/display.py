@@ -2,11 +2,12 @@
 
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from anarchobot.config.terminal import visible
@@ -76,6 +77,17 @@ class TerminalDisplay:
                 self._console.print(text)
             except OSError:
                 self._quiet = True
+
+
+@contextmanager
+def count_bar(label: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """Shows a bar and the remaining time on a terminal, while work is done that `total` counts. Yields a function that
+    advances it."""
+    console = _Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda count: bar.advance(task, count)
 
 
 def _tflops(values: dict[str, Any]) -> str:

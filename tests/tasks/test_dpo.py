@@ -209,6 +209,21 @@ def test_ref_log_probs_survive_an_interruption(tmp_path: Path, monkeypatch: pyte
     assert log == ["computing reference log-probabilities of 2 pairs", "11 of 11 pairs"]
 
 
+def test_ref_log_probs_report_their_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dpo_task, "SAVE_SECONDS", 0.0)
+    counts: list[int] = []
+
+    def compute(calls: int) -> None:
+        compute_ref_log_probs(FakeEngine(calls=calls), SPLITS, tmp_path, "m", 2, progress=counts.append)  # type: ignore[arg-type]
+
+    with pytest.raises(KeyboardInterrupt):
+        compute(5)
+    assert counts == [0, 2, 2, 2, 1, 2]
+    counts.clear()
+    compute(9)
+    assert counts == [9, 2]
+
+
 def test_ref_log_probs_out_of_memory_lowers_the_batch_size_then_fails_in_one_line(tmp_path: Path) -> None:
     engine, log = FakeEngine(max_pairs=2), list[str]()
     check_log_probs(engine, tmp_path, batch_size=5, log=log)
