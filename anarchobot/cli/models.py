@@ -9,6 +9,7 @@ from typing import Any
 
 from anarchobot.cli.parser import HUB_NAME, add_command, check_output, non_negative, positive
 from anarchobot.config.errors import UserError
+from anarchobot.storage.durable import parse_json
 
 
 def add_commands(commands: Any) -> None:
@@ -128,14 +129,19 @@ def _is_report(path: str) -> bool:
 def _read_report(path: str) -> dict[str, Any]:
     """Reads the result of `evaluate --output` for one model; raises UserError if it is not one."""
     try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
-        if isinstance(report["checkpoint"], str) and isinstance(report["results"], dict):
+        report = parse_json(Path(path).read_bytes())
+        numbers = [number for metrics in report["results"].values() for number in metrics.values()]
+        if isinstance(report["checkpoint"], str) and all(map(_is_number, numbers)):
             return dict(report)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; expected a result of anarchobot evaluate --output") from error
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise UserError(f"{path}: not a result of anarchobot evaluate --output for one model")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -177,5 +183,4 @@ def _print(args: argparse.Namespace, result: dict[str, Any], *lines: str) -> Non
         return
     for warning in result["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
-    if not args.quiet:
-        print("\n".join(lines))
+    print("\n".join(lines))

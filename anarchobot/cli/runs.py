@@ -66,5 +66,5 @@ def _metrics(run: "RunLog") -> dict[str, Any]:
         "best_step": best and best[0],
         "best_val_bpb": bpb and bpb[1],
         "tokens_per_second": run.last("train", "tokens_per_second"),
-        "time": run.events[-1]["time"] if run.events else None,
+        "time": run.events[-1].get("time") if run.events else None,
     }

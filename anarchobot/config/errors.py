@@ -2,6 +2,12 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+MAX_LENGTH = 2000  # characters of a message
 
 
 class UserError(Exception):
@@ -14,12 +20,19 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+        text, half = one_line(message), MAX_LENGTH // 2
+        super().__init__(text if len(text) <= MAX_LENGTH else f"{text[: half - 1]}…{text[-half:]}")
 
 
 def one_line(message: str) -> str:
     """Escapes line breaks and control codes: messages quote user input and names of files."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+
+
+def first_problem(error: "ValidationError") -> str:
+    """Describes the first value that pydantic refused: "shards.0.split: Field required"."""
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:

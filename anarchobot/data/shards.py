@@ -14,18 +14,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from anarchobot.config.errors import UserError
-from anarchobot.storage.durable import CHECKSUM, read_checksummed, sha256_file, write_checksummed
+from anarchobot.config.errors import UserError, first_problem
+from anarchobot.storage.durable import CHECKSUM, parse_json, read_checksummed, sha256_file, write_checksummed
 
 FORMAT_VERSION = 1
-DTYPES = ("uint16", "uint32")
 SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
 Split = Literal["train", "val"]
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**62)]
+_CONFIG = ConfigDict(extra="forbid")  # for pydantic, which checks a manifest that is read
 RawIds = memoryview  # token ids in the dtype of the shards
 PREFIX, PREFIX_ROWS = 16, 2**16  # tokens by which documents are looked up, and documents compared at once
 
@@ -34,11 +36,12 @@ PREFIX, PREFIX_ROWS = 16, 2**16  # tokens by which documents are looked up, and 
 class Shard:
     """One entry of the manifest's list. `bytes` is the size of the raw UTF-8 text."""
 
-    file: str
+    __pydantic_config__: ClassVar = _CONFIG
+    file: Annotated[str, Field(pattern=r"^\w[\w.-]*\.npy$")]
     split: Split
-    tokens: int
-    documents: int
-    bytes: int
+    tokens: Count
+    documents: Count
+    bytes: Count
     sha256: str
     offsets_sha256: str
 
@@ -52,14 +55,21 @@ class Shard:
 class Manifest:
     """The content of `manifest.json`. `tokenizer`: name, file, sha256. `counts`: `DocumentCounts.as_manifest`."""
 
+    __pydantic_config__: ClassVar = _CONFIG
     tokenizer: dict[str, str]
-    vocab_size: int
-    dtype: str
-    eod_id: int
-    seed: int
-    counts: dict[str, int]
+    vocab_size: Count
+    dtype: Annotated[str, Field(pattern="^uint(16|32)$")]
+    eod_id: Count
+    seed: Annotated[int, Field(strict=True)]
+    counts: dict[str, Count]
     shards: list[Shard]
     format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if missing := {"name", "file", "sha256"} - set(self.tokenizer):
+            raise ValueError(f"tokenizer without {min(missing)}")
+        if not self.eod_id < self.vocab_size <= np.iinfo(self.dtype).max + 1:
+            raise ValueError(f"eod_id {self.eod_id}, vocab_size {self.vocab_size} and dtype {self.dtype} disagree")
 
     def shards_in(self, split: Split) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
@@ -83,20 +93,19 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Raises UserError when the folder holds no shards, or the manifest is damaged or of another format version."""
     path = Path(folder) / "manifest.json"
     try:
-        values: dict[str, Any] = json.loads(path.read_bytes())
+        values: dict[str, Any] = parse_json(path.read_bytes())
         if CHECKSUM in values:  # absent when another program wrote the manifest
             values = read_checksummed(path)
         if values.get("format_version") != FORMAT_VERSION:
             raise UserError(
                 f"{path}: format {values.get('format_version')}, expected {FORMAT_VERSION}: pretokenize again"
             )
-        if values["dtype"] not in DTYPES:
-            raise ValueError(f"dtype {values['dtype']}")
-        values["shards"] = [Shard(**shard) for shard in values["shards"]]
-        return Manifest(**values)
+        return TypeAdapter(Manifest).validate_python(values)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{folder}: no token shards here (no manifest.json): run `anarchobot pretokenize`") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except ValidationError as error:
+        raise UserError(f"{path}: damaged ({first_problem(error)}): run `anarchobot pretokenize` again") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}): run `anarchobot pretokenize` again") from error
 
 

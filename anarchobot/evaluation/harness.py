@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
+from pydantic import ValidationError
 
+from anarchobot.config.errors import UserError, first_problem
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.evaluation.loglikelihood import Ids, loglikelihoods, rolling_windows
 from anarchobot.inference.generation import TextBatch, prompt_ids
@@ -72,15 +74,20 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
 
 
 def _generation_config(task_settings: dict[str, Any], max_seq_len: int) -> GenerationConfig:
-    """From a task's `generation_kwargs`, which use Hugging Face's names."""
-    until = task_settings.get("until") or []
-    limits = [task_settings[name] for name in MAX_TOKENS if task_settings.get(name) is not None]
-    temperature = task_settings.get("temperature") or 0.0
-    sampled = task_settings.get("do_sample", temperature > 0) and temperature > 0
-    return GenerationConfig(
-        method="nucleus" if sampled else "greedy",
-        temperature=temperature if sampled else 1.0,
-        top_p=task_settings.get("top_p", 1.0),
-        stop=[text for text in ([until] if isinstance(until, str) else until) if text],
-        max_new_tokens=min(int(next(iter(limits), DEFAULT_MAX_TOKENS)), max_seq_len - 1),
-    )
+    """From a task's `generation_kwargs`, which use Hugging Face's names. Raises UserError for invalid values."""
+    try:
+        until = task_settings.get("until") or []
+        limits = [task_settings[name] for name in MAX_TOKENS if task_settings.get(name) is not None]
+        temperature = task_settings.get("temperature") or 0.0
+        sampled = task_settings.get("do_sample", temperature > 0) and temperature > 0
+        return GenerationConfig(
+            method="nucleus" if sampled else "greedy",
+            temperature=temperature if sampled else 1.0,
+            top_p=task_settings.get("top_p", 1.0),
+            stop=[text for text in ([until] if isinstance(until, str) else until) if text],
+            max_new_tokens=min(int(next(iter(limits), DEFAULT_MAX_TOKENS)), max_seq_len - 1),
+        )
+    except ValidationError as error:
+        raise UserError(f"generation_kwargs of the task: {first_problem(error)}, got {task_settings}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"generation_kwargs of the task: {error}, got {task_settings}") from error

@@ -109,7 +109,8 @@ def _peak_memory(run: RunLog) -> str:
 
 def _time_of(event: int) -> Callable[[RunLog], str]:
     def when(run: RunLog) -> str:
-        return time.strftime("%Y-%m-%d %H:%M", time.localtime(run.events[event]["time"])) if run.events else "-"
+        seconds = run.events[event].get("time") if run.events else None
+        return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
     return when
 

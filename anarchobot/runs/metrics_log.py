@@ -15,26 +15,42 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from anarchobot.storage.durable import write_atomic
+from anarchobot.storage.durable import parse_json, write_atomic
 
 METRICS, SUMMARY, ENVIRONMENT = "metrics.jsonl", "final_training_summary.json", "environment.json"
+LAST_TIME = 253_370_764_800  # seconds since 1970: the year 9999
 SCALAR_EVENTS = ("train", "eval")  # all their values are numbers and go to TensorBoard as well
 
 Event = dict[str, Any]
 
 
 def parse_events(data: bytes) -> tuple[list[Event], int]:
-    """Parses lines of metrics.jsonl. Also returns the number of malformed lines, such as one truncated by a kill."""
+    """Parses lines of metrics.jsonl. Also returns the number of malformed lines, such as one truncated by a kill.
+
+    In each event, `step` is an integer, `event` a string, and `time`, if it has one, a date up to the year 9999.
+    """
     events, malformed = [], 0
     for line in data.splitlines():
         try:
-            event = json.loads(line)
-            int(event["step"]), event["event"]
-        except (ValueError, KeyError, TypeError):
+            event = parse_json(line)
+            if not _is_event(event):
+                raise ValueError("not an event")
+        except ValueError:
             malformed += bool(line.strip())
         else:
             events.append(event)
     return events, malformed
+
+
+def _is_event(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and type(step := value.get("step")) is int
+        and 0 <= step < 2**63
+        and isinstance(value.get("event"), str)
+        and isinstance(when := value.get("time", 0), int | float)
+        and 0 <= when < LAST_TIME
+    )
 
 
 class MetricsLog:

@@ -1,6 +1,5 @@
 """Reads what a run wrote: its configuration, events, environment and summary, and whether it is still running."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from anarchobot.config.errors import UserError
 from anarchobot.config.strict_yaml import parse
 from anarchobot.runs.metrics_log import ENVIRONMENT, METRICS, SUMMARY, Event, parse_events
+from anarchobot.storage.durable import parse_json
 from anarchobot.storage.lock import holder
 
 Point = tuple[int, float]
@@ -38,8 +38,8 @@ class RunLog:
 
     def points(self, event: str, key: str) -> list[Point]:
         """Returns a curve as (step, value) pairs in order of steps, without values that are not finite."""
-        values = {line["step"]: line.get(key) for line in self.events_of(event)}
-        return sorted((s, x) for s, x in values.items() if isinstance(x, int | float) and math.isfinite(x))
+        values = {line["step"]: _finite(line.get(key)) for line in self.events_of(event)}
+        return sorted((step, x) for step, x in values.items() if x is not None)
 
     def last(self, event: str, key: str) -> float | None:
         points = self.points(event, key)
@@ -58,7 +58,7 @@ def read_run(path: str | Path) -> RunLog:
     """Raises UserError if there is no metrics.jsonl."""
     folder = Path(path)
     config = _read_config(folder)
-    logs = logs_dir(folder, config.get("train", {}).get("log_path"))
+    logs = logs_dir(folder, _log_path(config))
     try:
         data = (logs / METRICS).read_bytes()
     except OSError as error:
@@ -99,8 +99,20 @@ def logs_dir(run: Path, log_path: str | None) -> Path:
     return Path(log_path or run / "logs")
 
 
+def _finite(value: Any) -> float | None:
+    try:
+        return value if isinstance(value, int | float) and math.isfinite(value) else None
+    except OverflowError:  # an integer beyond any float
+        return None
+
+
 def metrics_path(run: Path) -> Path:
-    return logs_dir(run, _read_config(run).get("train", {}).get("log_path")) / METRICS
+    return logs_dir(run, _log_path(_read_config(run))) / METRICS
+
+
+def _log_path(config: dict[str, dict[str, Any]]) -> str | None:
+    path = config.get("train", {}).get("log_path")
+    return path if isinstance(path, str) and "\0" not in path else None
 
 
 def read_events(logs: Path) -> list[Event]:
@@ -125,7 +137,7 @@ def _read_config(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_bytes())
+        values = parse_json(file.read_bytes())
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -73,10 +73,18 @@ def with_checksum(values: Mapping[str, Any]) -> str:
     return _dump({**plain, CHECKSUM: hashlib.sha256(_dump(plain).encode()).hexdigest()})
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Like json.loads, but raises ValueError also for JSON that is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def read_checksummed(path: Path) -> dict[str, Any]:
     """Reads what `write_checksummed` wrote. Raises OSError if it can't be read, ValueError if any byte has changed."""
     text = path.read_bytes().decode("utf-8")  # bytes, because newlines count
-    values = json.loads(text)
+    values = parse_json(text)
     if not isinstance(values, dict) or with_checksum(values) != text:
         raise ValueError("content does not match its digest")
     del values[CHECKSUM]

@@ -26,6 +26,7 @@ from anarchobot.data.shards import (
 from anarchobot.storage.durable import write_checksummed
 from tests.data.conftest import write_shards
 
+MADE = {"name": "made", "file": "made", "sha256": ""}  # the tokenizer
 SHARDS = [[5, 6, 7, 0], [0], [1, 2, 0, 4, 5, 0, 7, 0]]  # 0 ends a document
 
 
@@ -81,7 +82,7 @@ def test_shards_are_memory_mapped(tmp_path: Path) -> None:
     path = tmp_path / "train_00000.npy"
     np.lib.format.open_memmap(path, mode="w+", dtype="uint16", shape=(2**32,)).flush()
     shards = [Shard(path.name, "train", 2**32, 1, 1, "", "")]
-    write_manifest(tmp_path, Manifest({}, 10, "uint16", 0, 0, {}, shards))
+    write_manifest(tmp_path, Manifest(MADE, 10, "uint16", 0, 0, {}, shards))
     assert TokenStream(tmp_path, "train").read(2**32 - 3, 2**32).tolist() == [0, 0, 0]
 
 
@@ -159,7 +160,7 @@ def test_manifest_has_the_documented_keys(folder: Path) -> None:
 
 def test_manifest_digest_depends_on_the_shards(folder: Path) -> None:
     manifest = read_manifest(folder)
-    other = Manifest({}, 10, "uint16", 0, 0, {}, manifest.shards[1:])
+    other = Manifest(MADE, 10, "uint16", 0, 0, {}, manifest.shards[1:])
     assert manifest.digest() == read_manifest(folder).digest() != other.digest()
 
 
@@ -174,10 +175,15 @@ def test_folder_without_shards_is_an_error(tmp_path: Path) -> None:
     ("change", "expected"),
     [
         ({"format_version": 2}, "format 2, expected 1: pretokenize again"),
-        ({"dtype": "float32"}, "damaged (dtype float32)"),
-        ({"dtype": "nonsense"}, "damaged (dtype nonsense)"),
-        ({"shards": [{"file": "train_00000.npy"}]}, "damaged (Shard"),
-        ({"unknown": 1}, "damaged (Manifest"),
+        ({"dtype": "float32"}, "damaged (dtype: "),
+        ({"dtype": "nonsense"}, "damaged (dtype: "),
+        ({"shards": [{"file": "train_00000.npy"}]}, "damaged (shards.0.split: "),
+        ({"unknown": 1}, "damaged (unknown: "),
+        ({"tokenizer": {}}, "damaged (: Value error, tokenizer without file)"),
+        ({"eod_id": -(2**63)}, "damaged (eod_id: "),
+        ({"eod_id": 10}, "eod_id 10, vocab_size 10 and dtype uint16 disagree"),
+        ({"counts": {"read": {}}}, "damaged (counts.read: "),
+        ({"seed": True}, "damaged (seed: "),
     ],
 )
 def test_invalid_manifest_is_refused(folder: Path, change: dict[str, Any], expected: str) -> None:

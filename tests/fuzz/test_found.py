@@ -1,0 +1,59 @@
+"""Inputs that made a reader fail in `make fuzz`, cut down to what matters. Each is read, or refused in one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anarchobot.config.errors import UserError
+from tests.fuzz.child import write
+from tests.fuzz.readers import READERS
+
+DEEP = "[" * 100_000
+RESULT = {"checkpoint": "a", "results": {"text": {"loss": 1.5}}}
+EVENT: dict[str, Any] = {"step": 1, "event": "train", "time": 1.7e9, "loss": 5.5}
+TOO_DEEP = "nested too deeply"
+
+
+def _results(**changes: Any) -> dict[str, str]:
+    return {"a.json": json.dumps({**RESULT, **changes}), "b.json": json.dumps(RESULT)}
+
+
+def _log(*events: dict[str, Any], config: str = "", **files: str) -> dict[str, str]:
+    lines = "".join(json.dumps(event) + "\n" for event in events)
+    others = {f"run/logs/{name}.json": text for name, text in files.items()}
+    return {"run/config.yaml": config, "run/logs/metrics.jsonl": lines, **others}
+
+
+def _tokenizer(vocab: dict[str, int]) -> dict[str, str]:
+    return {"tokenizer.json": json.dumps({"model": {"type": "BPE", "vocab": vocab, "merges": []}, "added_tokens": []})}
+
+
+ACCEPTED = ""
+CASES: dict[str, tuple[str, dict[str, str], str]] = {
+    "a prompt nested too deeply": ("prompts", {"a.jsonl": DEEP}, TOO_DEEP),
+    "a result nested too deeply": ("evaluation results", {**_results(), "a.json": DEEP}, "a.json: not a result"),
+    "a result that is a text": ("evaluation results", _results(results={"text": {"loss": "low"}}), "not a result"),
+    "results without datasets": ("evaluation results", _results(results={"text": 1.5}), "not a result"),
+    "an environment nested too deeply": ("run log", _log(EVENT, environment=DEEP), ACCEPTED),
+    "a log path that is a number": ("run log", _log(EVENT, config="train: {log_path: 5}"), ACCEPTED),
+    "a time that is a text": ("run log", _log(EVENT, {**EVENT, "time": "now"}), ACCEPTED),
+    "a time after the last year": ("run log", _log(EVENT, {**EVENT, "time": 1e300}), ACCEPTED),
+    "an event that is a list": ("run log", _log(EVENT, {**EVENT, "event": []}), ACCEPTED),
+    "a step that is a text": ("run log", _log(EVENT, {**EVENT, "step": "2"}), ACCEPTED),
+    "a token with a large id": ("tokenizer.json", _tokenizer({"</s>": 0, "a": 2**31}), "2 tokens, but ids up to"),
+    "a loss beyond any float": ("run log", _log(EVENT, {**EVENT, "step": 2, "loss": 10**400}), ACCEPTED),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_found(tmp_path: Path, case: str) -> None:
+    reader, files, expected = CASES[case]
+    folder = write(tmp_path / "input", {name: text.encode() for name, text in files.items()})
+    if expected == ACCEPTED:
+        READERS[reader].read(folder)
+    else:
+        with pytest.raises(UserError) as error:
+            READERS[reader].read(folder)
+        assert expected in str(error.value)
