@@ -6,7 +6,7 @@ import sys
 import traceback
 
 from anarchobot import __version__
-from anarchobot.cli import config, data, inference, knowledge, models, preflight, runs, train, training
+from anarchobot.cli import completion, config, data, inference, knowledge, models, preflight, runs, train, training
 from anarchobot.cli.parser import Parser, parse
 from anarchobot.config.errors import UserError, one_line
 from anarchobot.config.terminal import visible_output
@@ -23,7 +23,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"anarchobot {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
-    for module in (train, config, data, preflight, training, inference, knowledge, models, runs):
+    for module in (train, config, data, preflight, training, inference, knowledge, models, runs, completion):
         module.add_commands(commands)
     return parser
 
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str], debug: bool) -> int:
     try:
         parser = build_parser()
+        completion.complete(parser)
         args = parse(parser, argv)
         args.argv, args.parser = argv, parser  # for commands that run other commands
         hub.show_progress = not args.quiet
