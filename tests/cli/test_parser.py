@@ -66,6 +66,8 @@ SURFACE = {
     "runs": ["DIR?"],
     "plan": ["CONFIG", "KEY=VALUE", "--deadline"],
     "verify": ["CONFIG", "KEY=VALUE", "--no-calibration"],
+    "completion": ["SHELL"],
+    "config init": ["PURPOSE", "KEY=VALUE", "--output"],
     "config show": ["CONFIG?", "KEY=VALUE"],
     "config schema": ["CONFIG?", "KEY=VALUE"],
 }  # fmt: skip
@@ -237,7 +239,7 @@ ERRORS = {
     "rum": "unknown command 'rum'; did you mean 'run'? (see p --help)",
     "zzz": "unknown command 'zzz'; expected one of run, look (see p --help)",
     "run": "the following arguments are required: CONFIG (see p run --help)",
-    "run train.lr=1": "missing CONFIG: expected a YAML file, such as those in configs/ (see p run --help)",
+    "run train.lr=1": "missing CONFIG: expected a YAML file, or a name such as quickstart (see p run --help)",
     "run c.yaml --lrr 3": "unrecognized argument '--lrr'; did you mean '--lr'? (see p run --help)",
     "run c.yaml --prompts=text": "unrecognized argument '--prompts=text'; did you mean '--prompt'? (see p run --help)",
     "run c.yaml --zzz": "unrecognized argument '--zzz' (see p run --help)",
