@@ -142,7 +142,10 @@ def is_started(request: Request) -> bool:
             raise UserError(f"{request.output}: already exists and is not empty: choose another folder with --output")
         return False
     before = _read_state(request)["request"]
-    if changed := [f"{key} was {before[key]}, is now {now[key]}" for key in now if before[key] != now[key]]:
+    changed = [
+        f"{key} was {before[key] or 'none'}, is now {now[key] or 'none'}" for key in now if before[key] != now[key]
+    ]
+    if changed:
         raise UserError(
             f"{request.output}: planned for another request: {'; '.join(changed)}: choose another folder with "
             f"--output, or delete {request.output} to start over"

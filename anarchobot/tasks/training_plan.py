@@ -26,7 +26,7 @@ from anarchobot.training.display import duration
 Sections = dict[str, dict[str, Any]]
 
 MIN_TEXT = 10_000  # bytes
-MIN_STEPS = 50
+MIN_STEPS, MIN_ADAPTER_STEPS = 50, 10
 MEASURE_SECONDS = 4.0  # per measurement
 FIRST_PART = 0.15  # of the steps, at a constant learning rate, before the number of steps is final
 VALIDATIONS = 10
@@ -138,7 +138,7 @@ def plan_new_model(names: list[str], folder: Path, deadline: float, seconds: flo
     flops = speed.flops(settings.width)
     step = settings.flops_per_step / flops
     if left < MIN_STEPS * step:
-        raise _too_short(seconds, seconds - left, step)
+        raise _too_short(seconds, seconds - left, MIN_STEPS, step)
     sections = _with_files(settings.sections(), survey, names, folder)
     table = [
         ("text", str(survey)),
@@ -194,8 +194,8 @@ def plan_adapters(model: str, names: list[str], folder: Path, deadline: float, s
     initial_weights(loaded, base)
     step = measure(loaded, base)
     left = deadline - time.monotonic() - _preparation_seconds(survey)
-    if left < MIN_STEPS * step:
-        raise _too_short(seconds, seconds - left, step)
+    if left < MIN_ADAPTER_STEPS * step:
+        raise _too_short(seconds, seconds - left, MIN_ADAPTER_STEPS, step)
     sequence_bytes = seq_len * bytes_per_token(base.model.vocab_size)
     most = math.ceil(ADAPTER_EPOCHS * survey.train_bytes / (8 * sequence_bytes))
     steps = max(1, min(most, int(left / step)))
@@ -252,12 +252,12 @@ def _preparation_seconds(survey: TextSurvey) -> float:
     return 2 + 2e-6 * survey.train_bytes
 
 
-def _too_short(seconds: float, preparation: float, step: float) -> UserError:
+def _too_short(seconds: float, preparation: float, steps: int, step: float) -> UserError:
     """`preparation`: seconds for everything but training; `step`: seconds of a training step."""
-    needed = math.ceil((preparation + MIN_STEPS * step) / 30 * 1.2) * 30
+    needed = math.ceil((preparation + steps * step) / 30 * 1.2) * 30
     return UserError(
-        f"--time {seconds:.0f}s: too short: preparation takes {preparation:.0f} s and {MIN_STEPS} training steps "
-        f"{MIN_STEPS * step:.0f} s on this machine: give at least --time {needed}s"
+        f"--time {seconds:.0f}s: too short: preparation takes {preparation:.0f} s and {steps} training steps "
+        f"{steps * step:.0f} s on this machine: give at least --time {needed}s"
     )
 
 

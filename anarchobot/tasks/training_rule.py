@@ -27,9 +27,9 @@ SHAPES = (  # layers, width
 MEASURED_SHAPES = ((4, 64), (6, 256))  # two widths, from which a machine's speed at all widths follows
 HEAD_SIZE = 32  # 64 from a width of 512
 VOCAB_SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-VOCAB_SHARE = 0.25  # of the parameters of the blocks, at most, in the embedding
-BYTES_PER_VOCAB = 500  # bytes of text per token of the vocabulary, at least
-MAX_EPOCHS = 40.0
+VOCAB_SHARE = 0.5  # of the parameters of the blocks, at most, in the embedding
+BYTES_PER_VOCAB = 250  # bytes of text per token of the vocabulary, at least
+MAX_EPOCHS = 20.0
 SHORT_RUN = 4e5  # training tokens
 BATCH, MAX_BATCH = 512, 2**16  # tokens per step, of a short and of the longest run
 MIN_STEPS = 1000
@@ -139,11 +139,12 @@ def settings_for_shape(text_bytes: int, seconds: float, speed: Speed, layers: in
     vocab_size = max(fitting, default=VOCAB_SIZES[0])
     _, head = parameters(vocab_size, layers, width)
     unique = text_bytes / bytes_per_token(vocab_size)
-    seq_len = 256 if width < 512 else 512
+    seq_len = 128 if width < 96 else 256 if width < 256 else 512  # attention: about an eighth of the FLOPs
     flops_per_token = _flops_per_token(vocab_size, layers, width, seq_len)
     flops = speed.flops(width)
     tokens = min(seconds * flops / flops_per_token, MAX_EPOCHS * unique)
     epochs = tokens / unique
+    repetition = epochs * (blocks + 2 * head) / unique
     sequences = max(1, _batch(tokens, speed.min_batch) // seq_len)
     steps = max(1, round(tokens / (sequences * seq_len)))
     return Settings(
@@ -154,8 +155,8 @@ def settings_for_shape(text_bytes: int, seconds: float, speed: Speed, layers: in
         sequences=sequences,
         steps=steps,
         lr=_round(LR * max(1.0, tokens / SHORT_RUN) ** -0.12),
-        dropout=0.0 if epochs < 3 else 0.1 if epochs < 10 else 0.2,
-        weight_decay=0.02 if epochs < 3 else 0.1,
+        dropout=_by_repetition(repetition, 0.0, 0.1, 0.2),
+        weight_decay=_by_repetition(repetition, 0.02, 0.1, 0.3),
         parameters=blocks + 2 * head,
         tokens=steps * sequences * seq_len,
         epochs=epochs,
@@ -167,6 +168,11 @@ def _flops_per_token(vocab_size: int, layers: int, width: int, seq_len: int) -> 
     """Six per parameter, and attention over half the sequence on average."""
     blocks, head = parameters(vocab_size, layers, width)
     return 6.0 * (blocks + head + seq_len * layers * width)
+
+
+def _by_repetition(repetition: float, little: float, some: float, much: float) -> float:
+    """`repetition`: epochs times parameters per different token."""
+    return little if repetition < 20 else some if repetition < 100 else much
 
 
 def _batch(tokens: float, min_batch: int) -> int:

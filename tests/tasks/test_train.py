@@ -1,0 +1,216 @@
+"""`anarchobot train`, end to end on a tiny text: the plan, all stages, resuming, and wrong requests."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anarchobot.cli.main import main
+from anarchobot.config.loading import load_config
+from anarchobot.data.shards import read_manifest
+from anarchobot.data.sources import builtin
+from anarchobot.exchange.pretrained import load_pretrained
+from anarchobot.optim.schedule import sequences_per_step
+from anarchobot.runs import checkpoint
+from anarchobot.tasks import train, training_plan
+from anarchobot.tasks.pretrain import pretrain
+from anarchobot.tasks.training_plan import survey_texts
+from tests.tiny import loaded
+
+STEP_SECONDS = 150.0  # what is measured instead: 50 minutes are enough for a few steps
+
+
+def write_texts(folder: Path, number: int = 12) -> Path:
+    folder.mkdir()
+    for i, text in zip(range(number), builtin.topics(), strict=False):
+        (folder / f"{i}.txt").write_text(text[:4000])
+    return folder
+
+
+def write_chats(file: Path, number: int = 12) -> Path:
+    rows = [
+        [{"role": "user", "content": f"Question {i}"}, {"role": "assistant", "content": f"Answer {i}"}]
+        for i in range(number)
+    ]
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    load_pretrained.cache_clear()  # by paths, which are relative to tmp_path here
+    monkeypatch.setattr(training_plan, "measure", lambda loaded, base: STEP_SECONDS)
+    monkeypatch.setattr(train, "measure", lambda loaded, base: STEP_SECONDS)
+    monkeypatch.setattr(training_plan, "MIN_STEPS", 10)
+    monkeypatch.setattr(training_plan, "VALIDATIONS", 2)
+    monkeypatch.setattr(train, "VALIDATIONS", 2)
+    monkeypatch.setattr(train, "MAX_EPOCHS", 1.0)  # the length does not depend on the speed
+    monkeypatch.setattr(train, "ADAPTER_EPOCHS", 0.5)
+    monkeypatch.setattr(train, "CHAT_EPOCHS", 0.5)
+    monkeypatch.setattr(train, "SAMPLE_TOKENS", 4)
+
+
+def weights(run: Path) -> dict[str, Any]:
+    found = checkpoint.find(run)
+    return dict(np.load(found.folder / checkpoint.MODEL_FILE))
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_texts_and_chats_become_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_texts(tmp_path / "notes")
+    chats = write_chats(tmp_path / "chats.jsonl")
+    words = ["train", "notes", "--time", "50m", "--chat", str(chats), "--json"]
+    assert main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["model"] == "runs/notes/best.json"
+    assert result["chat"] in ("runs/notes/chat", "runs/notes/chat/best.json")  # did a step improve?
+    run = Path("runs/notes")
+    config = load_config(run / "config.yaml").config
+    shards = read_manifest(run / "shards")
+    step_tokens = sequences_per_step(config.train) * config.data.seq_len
+    assert config.train.schedule == "wsd"
+    assert config.train.total_steps == result["steps"] == int(shards.tokens("train") / step_tokens)
+    assert config.data.datasets == ["notes"]
+    assert shards.tokens("val") > 0
+    assert 0 < result["best_val_bpb"] < 8
+    assert Path(result["samples"]).read_text().count(config.generation.prompt) == 3
+    assert "<svg" in Path(result["report"]).read_text()
+    chat = load_config(run / "chat" / "config.yaml").config
+    assert (chat.train.init_from, chat.lora.r, chat.data.dataset) == (result["model"], None, str(chats))
+    assert [command.split()[1] for command in result["commands"]] == [
+        "tokenizer", "pretokenize", "pretrain", "report", "sft"
+    ]  # fmt: skip
+
+    before = (run / "logs" / "metrics.jsonl").read_bytes()
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out) == result
+    assert (run / "logs" / "metrics.jsonl").read_bytes() == before
+
+    assert main(["train", "notes", "--time", "2m", "--chat", str(chats)]) == 2
+    error = capsys.readouterr().err
+    assert "time was 3000 s, is now 120 s" in error
+    assert "texts was" not in error
+    (tmp_path / "notes" / "new.txt").write_text("More text.")
+    assert main(words) == 2
+    assert "texts was notes (12 files, " in capsys.readouterr().err
+
+
+def test_a_run_that_is_interrupted_anywhere_resumes_and_equals_one_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_texts(tmp_path / "notes")
+    words = ["train", "notes", "--time", "50m", "--quiet"]
+    seen = []
+    for name in ("train_tokenizer", "open_corpus", "pretrain", "_set_length", "_write_samples"):
+        original = getattr(train, name)
+
+        def interrupted(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            seen.append(name)
+            if seen.count(name) == 1:
+                raise MemoryError
+            if (name, seen.count(name)) == ("pretrain", 2):  # as after Ctrl-C
+                return original(*args, **kwargs) | {"finished": False}
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(train, name, interrupted)
+    assert [main(words) for _ in range(7)] == [1, 1, 1, 130, 1, 1, 0]
+    assert "stopped; resume with the same command" in capsys.readouterr().err
+    by_hand = load_config("runs/notes/config.yaml", [("train.save_dir", "runs/again")])
+    assert by_hand.config.train.total_steps > 2
+    pretrain(by_hand, show="nothing")
+    expected, found = weights(Path("runs/again")), weights(Path("runs/notes"))
+    assert {name: array.tobytes() for name, array in found.items()} == {
+        name: array.tobytes() for name, array in expected.items()
+    }
+
+
+def test_adapters_for_a_model(tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_texts(tmp_path / "notes")
+    chats = write_chats(tmp_path / "chats.jsonl")
+    base = loaded(tmp_path / "base.yaml", tiny_shards, Path("runs/base"), train__total_steps=1, train__warmup_steps=0)
+    pretrain(base, show="nothing")
+    words = ["train", "notes", "--model", "runs/base", "--chat", str(chats), "--time", "50m", "--json"]
+    assert main([*words, "--output", "runs/both"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert load_config("runs/both/config.yaml").config.lora.r == 8
+    chat = load_config("runs/both/chat/config.yaml").config
+    assert (chat.train.init_from, chat.lora.r) == ("runs/both/fused", 8)
+    assert checkpoint.find(result["chat"]).config.lora.r == 8
+
+    words = ["train", "--model", "runs/base", "--chat", str(chats), "--time", "50m", "--json"]
+    assert main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["chat"] == "runs/chats"
+    assert load_config("runs/chats/config.yaml").config.train.init_from == "runs/base"
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["table", "json"])
+def test_dry_run_writes_nothing(tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    write_texts(tmp_path / "notes")
+    before = files_below(tmp_path)
+    assert main(["train", "notes", "--time", "50m", "--dry-run", *flags]) == 0
+    assert files_below(tmp_path) == before
+    out = capsys.readouterr().out
+    if flags:
+        plan = json.loads(out)
+        assert plan["config"]["data"]["dataset"] == ["notes"]
+        assert plan["config"]["model"]["vocab_size"] == 512
+    else:
+        assert [line.split()[0] for line in out.splitlines()] == [
+            "text", "machine", "vocabulary", "model", "step", "run", "time"
+        ]  # fmt: skip
+
+
+def test_wrong_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    write_texts(tmp_path / "notes")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short.txt").write_text("word " * 400)
+    (tmp_path / "binary.txt").write_bytes(b"\x00\xff" * 10_000)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    for words, expected in (
+        ([], "missing TEXTS"),
+        (["nothing"], "nothing: no such file or folder"),
+        (["empty"], "empty: no .txt, "),
+        (["short.txt"], "short.txt: 2.0 kB of text is too little to train on: expected at least 10.0 kB"),
+        (["binary.txt"], "binary.txt: not UTF-8 text"),
+        (["notes", "--time", "30"], "argument --time: expected a time such as 90s, 30m or 2h, got '30'"),
+        (["notes", "--time", "6s"], "--time 6s: too short: "),
+        (["notes", "--output", "taken"], "taken: already exists and is not empty"),
+        (["--model", "runs/none"], "missing TEXTS"),
+        (["notes", "--chat", "none.jsonl"], "none.jsonl: no such file or folder"),
+    ):
+        before = files_below(tmp_path)
+        assert main(["train", *words]) == 2, words
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"anarchobot: {expected}"), error
+        assert files_below(tmp_path) == before
+
+
+def test_validation_split_of_few_documents(tmp_path: Path) -> None:
+    texts = [text for text in builtin.topics() if len(text) > 6000]
+    (tmp_path / "long.txt").write_text("\n".join(texts)[:200_000])
+    survey = survey_texts([str(tmp_path / "long.txt")])
+    assert survey.documents == "file"
+    assert survey.val_bytes == pytest.approx(20_000, rel=0.1)  # the end of the file
+
+    (tmp_path / "one.md").write_text(texts[0][:3000] + "\n\n" + texts[1][:6000] + "\n\n" + texts[2][:6000])
+    survey = survey_texts([str(tmp_path / "one.md")])
+    assert survey.documents == "paragraphs"
+    assert 0 < survey.val_bytes < survey.train_bytes / 3
+
+    rows = [json.dumps({"text": f"{i} {text[:5000]}"}) for i, text in enumerate(texts[:8])]
+    (tmp_path / "few.jsonl").write_text("\n".join(rows))
+    survey = survey_texts([str(tmp_path / "few.jsonl")])
+    assert 4_900 < survey.val_bytes < 10_100  # one or two of the eight
+
+    (tmp_path / "single.jsonl").write_text(json.dumps({"text": texts[0] + texts[1] + texts[2]}))
+    survey = survey_texts([str(tmp_path / "single.jsonl")])
+    assert (survey.val_fraction, survey.val_bytes) == (0.0, 0)
+    assert "no validation" in str(survey)
