@@ -70,6 +70,8 @@ def _load_with_mlx_lm(folder: Path, reason: str) -> HFModel | None:
             raise UserError(f"{reason}; mlx-lm has no such model either")
         return None
     stored = _stored_tensors(folder, any_dtype=True)
+    for file in folder.glob("model*.safetensors"):  # mlx-lm reads all of them, also those that the index does not list
+        safetensors_file.read(file, any_dtype=True)
     files = sorted({tensor.path for tensor in stored.values()})
     try:
         fields = mlx_lm.from_hf(values, str(folder / "config.json"), len(stored))

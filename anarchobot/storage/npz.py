@@ -42,7 +42,7 @@ class NpzReader:
 
 @contextmanager
 def open_npz(path: Path) -> Iterator[NpzReader]:
-    """Raises OSError, ValueError, RuntimeError or zipfile.BadZipFile if the file can't be read, an array is compressed, or
+    """Raises OSError, ValueError, RuntimeError or BadZipFile if the file can't be read, an array is compressed, or
     its header states another size than it has."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()

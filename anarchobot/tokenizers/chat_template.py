@@ -116,21 +116,31 @@ def load_template(tokenizer: ChatTokenizer, choice: str = "auto") -> ChatTemplat
         choice = "chatml" if all(token in tokenizer.control_tokens for token in CHAT_TOKENS) else "plain"
     if choice in ("chatml", "plain"):
         return ChatTemplate(CHATML if choice == "chatml" else PLAIN, tokens, choice)
-    try:
-        return ChatTemplate(Path(choice).read_text(encoding="utf-8-sig"), tokens, choice)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{choice}: cannot read chat template: expected auto, chatml, plain or a Jinja file") from error
+    return ChatTemplate(_read(Path(choice)), tokens, choice)
 
 
 def _template_in(folder: Path, config: dict[str, Any]) -> tuple[str | None, str]:
     """The template in a tokenizer folder, and its location."""
     if (folder / FILE).is_file():
-        return (folder / FILE).read_text(encoding="utf-8-sig"), str(folder / FILE)
+        return _read(folder / FILE), str(folder / FILE)
+    where = f"{folder / TOKENIZER_CONFIG}: chat_template"
     source = config.get("chat_template")
     if isinstance(source, list):  # several named templates
-        named = {item["name"]: item["template"] for item in source}
+        try:
+            named = {item["name"]: item["template"] for item in source}
+        except (TypeError, KeyError) as error:
+            raise UserError(f"{where}: expected a template, or a list of objects with name and template") from error
         source = named.get("default", next(iter(named.values()), None))
-    return source, f"{folder / TOKENIZER_CONFIG}: chat_template"
+    if not isinstance(source, str | None):
+        raise UserError(f"{where}: expected a template, got {str(source)[:80]!r}")
+    return source, where
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot read chat template: expected auto, chatml, plain or a Jinja file") from error
 
 
 def _environment(generation: type[Extension]) -> BudgetEnvironment:

@@ -30,7 +30,7 @@ from anarchobot.tokenizers.template_costs import (
 )
 from anarchobot.tokenizers.template_payments import CHECKED, COPIED, MODULO, MULTIPLY, POWER, STEP, Payments
 
-MAX_SOURCE = 1_000_000  # characters; real templates have up to 30,000
+MAX_SOURCE = 100_000  # characters; Jinja needs up to 2 kB for each. Real templates have up to 30,000
 BASE, PER_CHARACTER = 2_000_000, 100  # of the conversation
 _CALL = 20  # the cost of a call, without what it does
 # Filters that can take very long and have no use in a chat template; so can the global `lipsum`.

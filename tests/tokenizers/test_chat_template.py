@@ -181,3 +181,15 @@ def test_deeply_nested_tokenizer_config_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[" * 200_000 + "]" * 200_000)
     with pytest.raises(UserError, match=r"tokenizer_config.json: not valid JSON: "):
         ChatTemplate("", {}, "t").save(tmp_path)
+
+
+@pytest.mark.parametrize("source", [5, {}, ["x"], [{"a": 1}], [[]], [{"name": "default", "template": 5}]])
+def test_a_chat_template_that_is_no_template_is_an_error(tmp_path: Path, source: object) -> None:
+    chat = ChatFixture(tmp_path / "model", bytelevel(), QWEN2)
+    file = chat.folder / "tokenizer_config.json"
+    file.write_text(json.dumps({"chat_template": source}))
+    with pytest.raises(UserError, match=r"tokenizer_config.json: chat_template: expected a template"):
+        load_template(chat.ours)
+    (chat.folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"chat_template.jinja: cannot read chat template"):
+        load_template(chat.ours)

@@ -6,6 +6,7 @@ from typing import Any
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
+from anarchobot.data.sources.compressed import most_bytes, too_large
 from anarchobot.data.sources.files import EmptyFile
 from anarchobot.data.sources.rows import Row, check_fields
 
@@ -27,7 +28,7 @@ def read_rows(path: Path, select: Callable[[list[str]], list[str]] = list) -> It
     with text that isn't UTF-8 is replaced by a ValueError.
 
     Memory: the selected columns of one row group, compressed, and BATCH_ROWS decompressed rows. Raises EmptyFile;
-    UserError when the file is damaged; OSError when it can't be read.
+    UserError when the file is damaged or expands too much; OSError when it can't be read.
     """
     import pyarrow as arrow
     from pyarrow.parquet import ParquetFile
@@ -36,17 +37,29 @@ def read_rows(path: Path, select: Callable[[list[str]], list[str]] = list) -> It
     try:
         with path.open("rb") as raw, ParquetFile(raw) as file:
             columns = select(file.schema_arrow.names)
+            _check_expansion(path, file.metadata, columns)
             for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
                 for values in zip(*(batch.column(name) for name in columns), strict=True):
                     yield f"{path}: row {number}", _row(columns, values)
                     number += 1
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # Arrow's own OSErrors have no errno
             raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: damaged or not a Parquet file (row {number}: {reason}): download it again") from error
     if not number:
         raise EmptyFile(f"{path}: the file is empty")
+
+
+def _check_expansion(path: Path, metadata: Any, columns: list[str]) -> None:
+    """Raises UserError if a row group states that the columns expand to far more than the size of the file."""
+    most = most_bytes(path)
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunks = [group.column(i) for i in range(group.num_columns)]
+        sizes = (chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+        if sum(sizes) > most:
+            raise UserError(f"{path}: row group {number} {too_large(path, most)}")
 
 
 def _row(columns: list[str], values: tuple[Any, ...]) -> Row | ValueError:

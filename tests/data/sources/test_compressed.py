@@ -1,9 +1,11 @@
 """Compressed files decompress exactly; a truncated or damaged file gives everything before the damage and says so."""
 
 import gzip
+import tracemalloc
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from backports import zstd
 
@@ -113,3 +115,52 @@ def test_decompression_is_streamed(tmp_path: Path) -> None:
     lines = compressed.read_lines(FileRange(path))
     assert [next(lines) for _ in range(3)] == [(i, b"x" * 999 + b"\n") for i in (1, 2, 3)]
     lines.close()
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compressed, "SMALL", 2**20)  # a 32nd, for speed
+
+
+def pack(raw: bytes, suffix: str) -> bytes:
+    return gzip.compress(raw) if suffix == ".gz" else zstd.compress(raw)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.usefixtures("small")
+def test_a_line_that_expands_too_much_is_broken_and_the_next_is_read(tmp_path: Path, suffix: str) -> None:
+    """Memory: the limit, not the 20 MB of the line."""
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(pack(ROWS + b" " * 20_000_000 + b"\n" + ROWS, suffix))
+    tracemalloc.start()
+    texts, counts = read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert texts == [f"row {i}" for i in range(40)] and counts.as_manifest()["read"] == 81
+    size = path.stat().st_size
+    assert counts.first_broken == (
+        f"{path}:41: expands to more than {max(2**20, 100 * size):,} bytes, which is too much for a file of "
+        f"{size:,} bytes"
+    )
+    assert peak < 2.2 * compressed.most_bytes(path) + 500_000, "a line and the blocks that it is joined from"
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.usefixtures("small")
+def test_a_document_that_expands_too_much_is_broken(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(pack(b"x" * 20_000_000, suffix))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"expands to more than [0-9,]+ bytes, which is too much for a file of"):
+        compressed.read_all(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.2 * compressed.most_bytes(path) + 500_000
+
+
+@pytest.mark.usefixtures("small")
+def test_the_limit_grows_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    noise = np.random.default_rng(0).bytes(20_000)  # can't be compressed
+    path.write_bytes(gzip.compress(noise + b"x" * 1_500_000))
+    assert len(compressed.read_all(path)) == 1_520_000 > compressed.SMALL

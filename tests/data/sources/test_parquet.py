@@ -7,8 +7,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
 
+from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.sources import parquet
+from anarchobot.data.sources import compressed, parquet
 from tests.data.sources.reading import problem, read
 
 SCORED = DataConfig(text_field="content", score_field="score", score_min=0.5)
@@ -84,3 +85,24 @@ def test_memory_is_one_row_group(tmp_path: Path) -> None:
     for _ in parquet.read_text_rows(path, DataConfig()):
         peak = max(peak, pa.total_allocated_bytes())
     assert path.stat().st_size > 10e6 and peak - before < 3e6
+
+
+def test_a_row_group_that_expands_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 MB of text in each of 3 groups are read; 6 MB in one, of a file of 2 kB, are not. Other columns don't count."""
+    monkeypatch.setattr(compressed, "SMALL", 3_000_000)  # a tenth, for speed
+    columns = {"text": ["x" * 2_000_000] * 3, "id": [1, 2, 3]}
+    settings = {"compression": "zstd", "use_dictionary": False}
+    path = write(tmp_path / "a.parquet", columns, row_group_size=1, **settings)
+    assert [len(row["text"]) for _, row in parquet.read_rows(path)] == [2_000_000] * 3  # type: ignore[index]
+    write(path, columns, **settings)
+    before = pa.total_allocated_bytes()
+    with pytest.raises(UserError, match=r"a.parquet: row group 0 expands to more than 3,000,000 bytes"):
+        next(parquet.read_rows(path))
+    assert pa.total_allocated_bytes() - before < 100_000
+    assert len(list(parquet.read_rows(path, lambda names: ["id"]))) == 3
+
+
+def test_column_names_that_are_not_utf8_are_damage(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", {"text": ["a"], "other": ["b"]}, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"other", b"oth\xff\xfe"))
+    assert problem(path).startswith(f"{path}: damaged or not a Parquet file (row 0: ")
