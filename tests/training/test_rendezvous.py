@@ -131,6 +131,8 @@ def test_missing_ranks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "JOIN_TIMEOUT", 0.5)
     with rank_zero(4) as (port, result), connect(port) as only:
         hello(only, 2)
+        with connect(port) as ended:
+            hello(ended, 1)
         assert "rank 1, 3 did not join within 0 s" in str(result())
 
 
