@@ -2,10 +2,13 @@
 
 import socket
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from anarchobot.training.heartbeat import Heartbeat
+from anarchobot.training.ranks import Ranks
 
 
 def test_close_waits_for_the_thread_before_it_closes_the_connections(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,3 +27,13 @@ def test_close_waits_for_the_thread_before_it_closes_the_connections(monkeypatch
     beat._thread.join()
     there.close()
     assert open_at_end == [True]
+
+
+def test_ranks_tell_the_others_whether_they_finished() -> None:
+    ends: list[bool] = []
+    heartbeat: Any = SimpleNamespace(close=lambda success: ends.append(success))
+    with Ranks(heartbeat=heartbeat):
+        pass
+    with pytest.raises(KeyError), Ranks(heartbeat=heartbeat):
+        raise KeyError
+    assert ends == [True, False]
