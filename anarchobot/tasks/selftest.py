@@ -242,7 +242,7 @@ def _fail_operation(folder: Path, error: int, number: int, failures: list[str]) 
             save_test_step(folder, 3)
             checkpoint.rotate(folder, 2)
             code = 0
-        except OSError:
+        except (OSError, UserError):  # UserError: best.json can't be read, so nothing is removed
             code = 2
         finally:
             os._exit(code)

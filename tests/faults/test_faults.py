@@ -3,6 +3,7 @@
 The harness is that of `anarchobot selftest`; the first test shows that it can fail.
 """
 
+import errno
 import json
 import os
 import resource
@@ -56,8 +57,9 @@ def test_damaged_files_are_detected(harness: FaultHarness) -> None:
         assert (outcome.tried, outcome.failures) == (tried, [])
 
 
-def test_kill_at_each_operation_of_a_save(tmp_path: Path) -> None:
-    outcome = selftest.fail_each_operation(tmp_path / "disk", "kill -9", selftest.KILL)
+@pytest.mark.parametrize("error", [selftest.KILL, errno.ENOSPC])
+def test_failure_of_each_operation_of_a_save(tmp_path: Path, error: int) -> None:
+    outcome = selftest.fail_each_operation(tmp_path / "disk", "kill or full disk", error)
     assert outcome.failures == []
     assert outcome.tried > 100
 
