@@ -4,18 +4,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART := configs/quickstart.yaml
 
-.PHONY: help quickstart test faults mutants check docs bench bench-data quality lock clean
+.PHONY: help quickstart test faults fuzz mutants check docs site bench bench-data quality lock clean
 
 help:
 	@echo "make quickstart   train a small model on built-in text and generate a sample (5 minutes)"
 	@echo "make test         lint, type checks and the test suite"
 	@echo "make faults       long tests: runs killed at every write, 10 GB of text"
+	@echo "make fuzz         give 10,000 damaged files to each reader, and requests to the server (hours)"
 	@echo "make mutants      change the code in 100 places and report changes that no test notices (hours)"
 	@echo "make check        lint and type checks only"
 	@echo "make bench        compare the training step with mlx-lm and PyTorch: time and memory (1 hour)"
 	@echo "make quality      compare model quality across optimizers and options, 3 seeds (hours)"
 	@echo "make bench-data   compare data pipeline throughput with other programs (minutes)"
 	@echo "make docs         regenerate docs/configuration.md from the schema"
+	@echo "make site         build the documentation as a site in site/"
 	@echo "make lock         update the pinned dependencies in locks/"
 	@echo "make clean        remove .venv, caches, and the quickstart's run and shards"
 
@@ -31,6 +33,10 @@ test: check
 
 faults: .venv/dev.done
 	$(BIN)/python -m pytest -m faults -n 2 --timeout 3600
+
+# FUZZ_INPUTS=N FUZZ_SEED=N make fuzz: N inputs of each reader (default: 10000), from another seed (default: 0).
+fuzz: .venv/fuzz.done
+	$(BIN)/python -m pytest -m fuzz -rP --timeout 36000 tests/fuzz
 
 mutants: .venv/dev.done
 	$(BIN)/python scripts/mutants.py
@@ -59,6 +65,9 @@ bench-data: .venv/dev.done
 docs: .venv/dev.done
 	$(BIN)/python scripts/write_config_docs.py
 
+site: .venv/dev.done
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lock: .venv/dev.done
 	$(BIN)/pip install --quiet uv
 	for part in run dev blas; do \
@@ -84,6 +93,11 @@ clean:
 .venv/torch.done: .venv/dev.done
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 peft==0.21.2 trl==1.16.0 \
 	  lm-eval==0.4.13 gensim==4.4.0 openai==3.54.0 playwright==1.65.2 datatrove==0.10.1
+	@touch $@
+
+# Schemathesis, which sends requests that follow an OpenAPI description, and the harness.
+.venv/fuzz.done: .venv/dev.done
+	$(BIN)/pip install --quiet --disable-pip-version-check schemathesis==4.32.5 lm-eval==0.4.13
 	@touch $@
 
 # Installs MKL if no fast BLAS is found; without one, training is several times slower.

@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from math import prod
@@ -73,6 +76,18 @@ def test_relative_links_exist(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+def test_the_site_has_all_pages_and_builds_without_warnings(tmp_path: Path) -> None:
+    """Nothing is loaded from another host."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = {path.parent.name for path in (tmp_path / "site").glob("*/index.html")}
+    assert pages == {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    text = (tmp_path / "site" / "index.html").read_text()
+    assert not re.findall(r"(?:src|stylesheet\" href)=\"https?:", text)
 
 
 def test_size_table_is_correct() -> None:
