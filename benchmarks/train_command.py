@@ -2,7 +2,7 @@
 
 For each corpus, the last twentieth of each file is held out. `train` gets the rest and the time. Each hand-made
 configuration gets as many steps as fit: its tokenizer and shards are made and its steps timed first, within the time.
-The runs take turns. Needs a quiet machine, and about TIME x ROUNDS x 5 per corpus.
+The runs take turns. Needs a quiet machine, and about TIME x ROUNDS x 6 per corpus.
 
     .venv/bin/python benchmarks/train_command.py --time 5m
 """
@@ -27,17 +27,18 @@ CORPORA = {
 HELD_OUT = 0.05
 # What an experienced user would try: `train` has to come within 2% of the best of them.
 BASE: dict[str, Any] = {
-    "model.dropout": 0.0, "model.max_seq_len": 512, "model.tie_embeddings": False, "data.seq_len": 256,
-    "train.micro_batch_size": 4, "train.grad_accum_steps": 1, "train.lr": 8e-3, "train.min_lr": 0.0,
+    "model.dropout": 0.0, "model.max_seq_len": 512, "model.tie_embeddings": False, "data.seq_len": 128,
+    "train.micro_batch_size": 8, "train.grad_accum_steps": 1, "train.lr": 8e-3, "train.min_lr": 0.0,
     "train.momentum": 0.9, "train.schedule": "wsd", "train.decay_fraction": 0.7, "train.warmup_steps": 30,
     "train.eval_interval": 200, "train.eval_batches": 20, "train.ckpt_interval": 10**6,
 }  # fmt: skip
 HAND_MADE: dict[str, dict[str, Any]] = {
-    "4 x 64, vocabulary 1,024": {"model.n_layers": 4, "model.d_model": 64, "model.vocab_size": 1024},
-    "4 x 96, vocabulary 1,024": {"model.n_layers": 4, "model.d_model": 96, "model.vocab_size": 1024},
+    "2 x 64": {"model.n_layers": 2, "model.d_model": 64, "model.vocab_size": 1024},
+    "4 x 64": {"model.n_layers": 4, "model.d_model": 64, "model.vocab_size": 1024},
+    "4 x 128, as quickstart": {"model.n_layers": 4, "model.d_model": 128, "model.vocab_size": 1024},
     "4 x 128, vocabulary 2,048": {"model.n_layers": 4, "model.d_model": 128, "model.vocab_size": 2048},
-    "4 x 64, dropout 0.1": {
-        "model.n_layers": 4, "model.d_model": 64, "model.vocab_size": 512, "model.dropout": 0.1,
+    "4 x 96, dropout 0.1": {
+        "model.n_layers": 4, "model.d_model": 96, "model.vocab_size": 1024, "model.dropout": 0.1,
         "train.weight_decay": 0.1,
     },
 }  # fmt: skip

@@ -33,7 +33,7 @@ MAX_EPOCHS = 20.0
 SHORT_RUN = 4e5  # training tokens
 BATCH, MAX_BATCH = 512, 2**16  # tokens per step, of a short and of the longest run
 MIN_STEPS = 1000
-LR = 8e-3  # of a short run
+LR, LR_WIDTH = 1e-2, 256  # of a short run of a model up to this width
 DECAY_FRACTION = 0.7
 
 
@@ -154,7 +154,7 @@ def settings_for_shape(text_bytes: int, seconds: float, speed: Speed, layers: in
         seq_len=seq_len,
         sequences=sequences,
         steps=steps,
-        lr=_round(LR * max(1.0, tokens / SHORT_RUN) ** -0.12),
+        lr=_round(LR * max(1.0, tokens / SHORT_RUN) ** -0.12 * min(1.0, LR_WIDTH / width) ** 0.5),
         dropout=_by_repetition(repetition, 0.0, 0.1, 0.2),
         weight_decay=_by_repetition(repetition, 0.02, 0.1, 0.3),
         parameters=blocks + 2 * head,
