@@ -175,7 +175,7 @@ def run_tests(tree: Path, tests: list[str], seconds: int, *options: str) -> tupl
     """Runs tests in a clone. Returns the exit code, None after the time limit, and the tests that failed."""
     command = [sys.executable, "-m", "pytest", "-rfE", "--tb=no", "-p", "no:cacheprovider", *options, *tests]
     process = subprocess.Popen(
-        command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree), "COLUMNS": "1000"}, text=True,
+        command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:
@@ -207,8 +207,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100, help="number of mutations (default: 100)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
-    parser.add_argument("--seconds", type=int, default=300, help="limit for a mutation's tests (default: 300)")
-    parser.add_argument("--timeout", type=int, default=100, help="limit for one test, then it fails (default: 100)")
+    parser.add_argument("--seconds", type=int, default=120, help="limit for a mutation's tests (default: 120)")
+    parser.add_argument("--timeout", type=int, default=60, help="limit for one test, then it fails (default: 60)")
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="only these numbers (default: all)")
     args = parser.parse_args()
 

@@ -135,7 +135,7 @@ def test_a_download_is_announced_in_one_line(hub: FakeHub, online: Worker, model
     """However long the name is."""
     name = f"acme/{'-'.join(['long'] * 18)}"
     commit = hub.add(name, model)
-    code, output = online.run("import", name, "--output", "long")
+    code, output = online.run("import", name, "--output", "long", COLUMNS="80")
     assert code == 0 and re.search(rf"^downloading {name}@{commit} \([\d.]+ .?B\)$", output, re.MULTILINE), output
 
 
