@@ -27,7 +27,7 @@ SHAPES = (  # layers, width
 MEASURED_SHAPES = ((4, 64), (6, 256))  # two widths, from which a machine's speed at all widths follows
 HEAD_SIZE = 32  # 64 from a width of 512
 VOCAB_SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-VOCAB_SHARE = 0.5  # of the parameters of the blocks, at most, in the embedding
+VOCAB_SCALE, VOCAB_EXPONENT = 7.5, 0.83  # of the parameters of the blocks: how many the embedding may have
 BYTES_PER_VOCAB = 250  # bytes of text per token of the vocabulary, at least
 MAX_EPOCHS = 20.0
 SHORT_RUN = 4e5  # training tokens
@@ -135,7 +135,11 @@ def parameters(vocab_size: int, layers: int, width: int) -> tuple[int, int]:
 def settings_for_shape(text_bytes: int, seconds: float, speed: Speed, layers: int, width: int) -> Settings:
     """Like `choose_settings`, for a given shape."""
     blocks, _ = parameters(0, layers, width)
-    fitting = [v for v in VOCAB_SIZES if v * width <= VOCAB_SHARE * blocks and v * BYTES_PER_VOCAB <= text_bytes]
+    fitting = [
+        v
+        for v in VOCAB_SIZES
+        if v * width <= VOCAB_SCALE * blocks**VOCAB_EXPONENT and v * BYTES_PER_VOCAB <= text_bytes
+    ]
     vocab_size = max(fitting, default=VOCAB_SIZES[0])
     _, head = parameters(vocab_size, layers, width)
     unique = text_bytes / bytes_per_token(vocab_size)
