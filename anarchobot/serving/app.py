@@ -24,10 +24,12 @@ from anarchobot.inference.generation import prompt_ids
 from anarchobot.inference.model import Model
 from anarchobot.serving.auth import ApiKeyMiddleware, HostMiddleware
 from anarchobot.serving.errors import ApiError, json_response
+from anarchobot.serving.request_log import DISCONNECTED, Usage
 from anarchobot.serving.responses import Kind, ResponseWriter
 from anarchobot.serving.schema import ChatRequest, CompletionRequest, parse_request
-from anarchobot.serving.worker import GenerationStream, Worker
+from anarchobot.serving.worker import GenerationStream, Prompt, Worker
 from anarchobot.tokenizers.conversation import InvalidRow
+from anarchobot.tokenizers.trailing_space import split_trailing_space
 
 CHAT_PAGE = Path(__file__).with_name("page.html")
 
@@ -50,6 +52,7 @@ class Service:
         self._model, self._encoder, self._max_seq_len = model, chat_encoder(model), model.config.max_seq_len
         self._text_stop_ids, self._chat_stop_ids = model.tokenizer.stop_ids, self._encoder.stop_ids()
         self._created = int(time.time())
+        self._tokenizing = asyncio.Lock()
 
     def warnings(self) -> list[str]:
         return chat_warnings(self._encoder)
@@ -105,9 +108,15 @@ class Service:
     async def _generate(self, request: Request, parsed: CompletionRequest | ChatRequest, kind: Kind) -> Response:
         self._check_name(parsed.model)
         settings = parsed.settings(self._defaults, self._limits.tokens)
-        ids, stop_ids = await asyncio.to_thread(self._encode, parsed)
-        writer = ResponseWriter(kind, self._name, len(ids))
-        generation = self._worker.submit(ids, settings, stop_ids)
+        generation = self._worker.open()
+        try:
+            prompt = await self._tokenize(request, parsed)
+            request.state.usage = usage = Usage(_prompt_text(parsed), len(prompt.ids))
+            generation.start(prompt, settings)
+        except BaseException:
+            generation.close()
+            raise
+        writer = ResponseWriter(kind, self._name, usage)
         if parsed.stream:
             return _EventStream(writer.stream(generation, parsed.include_usage), generation)
         response = asyncio.ensure_future(writer.complete(generation))
@@ -122,27 +131,38 @@ class Service:
             disconnected.cancel()
             generation.close()
 
-    def _encode(self, parsed: CompletionRequest | ChatRequest) -> tuple[list[int], frozenset[int]]:
-        """Returns the prompt's token ids, and the ids that end the generated text. Thread-safe.
+    async def _tokenize(self, request: Request, parsed: CompletionRequest | ChatRequest) -> Prompt:
+        """`_encode`, in a thread. One at a time, so that long prompts occupy one core, and not for a client that
+        disconnected while it waited."""
+        async with self._tokenizing:
+            if await request.is_disconnected():
+                raise ClientDisconnect
+            return await asyncio.to_thread(self._encode, parsed)
 
-        Raises ApiError (400) if the template or the tokenizer rejects a conversation, or if the prompt fills
-        max_seq_len.
+    def _encode(self, parsed: CompletionRequest | ChatRequest) -> Prompt:
+        """Raises ApiError (400) if the template or the tokenizer rejects a conversation, or if the prompt fills
+        max_seq_len; without tokenizing it if it has too many characters for any text of so many tokens.
         """
+        characters = len(_prompt_text(parsed))
+        if characters > self._max_seq_len * self._model.tokenizer.longest_token:
+            raise self._too_long(parsed, f"{characters} characters")
         if isinstance(parsed, ChatRequest):
-            param, stop_ids = "messages", self._chat_stop_ids
             try:
                 ids = self._encoder.encode_prompt(tuple(parsed.conversation())).tolist()
             except InvalidRow as error:
-                raise ApiError(400, f"messages: {error}", param) from error
+                raise ApiError(400, f"messages: {error}", "messages") from error
+            prompt = Prompt(ids, self._chat_stop_ids)
         else:
-            param, stop_ids = "prompt", self._text_stop_ids
-            ids = prompt_ids(self._model, parsed.prompt)
-        if len(ids) >= self._max_seq_len:
-            message = (
-                f"{param}: {len(ids)} tokens do not fit (the model's max_seq_len is {self._max_seq_len}); shorten it"
-            )
-            raise ApiError(400, message, param, "context_length_exceeded")
-        return ids, stop_ids
+            text, after_space = split_trailing_space(parsed.prompt, self._model.tokenizer)
+            prompt = Prompt(prompt_ids(self._model, text), self._text_stop_ids, after_space)
+        if len(prompt.ids) >= self._max_seq_len:
+            raise self._too_long(parsed, f"{len(prompt.ids)} tokens")
+        return prompt
+
+    def _too_long(self, parsed: CompletionRequest | ChatRequest, size: str) -> ApiError:
+        param = "messages" if isinstance(parsed, ChatRequest) else "prompt"
+        message = f"{param}: {size} do not fit (the model's max_seq_len is {self._max_seq_len}); shorten it"
+        return ApiError(400, message, param, "context_length_exceeded")
 
     def _check_name(self, name: str) -> None:
         if name != self._name:
@@ -151,6 +171,12 @@ class Service:
     def _model_info(self) -> dict[str, object]:
         info = {"id": self._name, "object": "model", "created": self._created, "owned_by": "anarchobot"}
         return info | {"max_model_len": self._max_seq_len}  # vLLM's name
+
+
+def _prompt_text(parsed: CompletionRequest | ChatRequest) -> str:
+    if isinstance(parsed, ChatRequest):
+        return "\n".join(message.content for message in parsed.messages)
+    return parsed.prompt
 
 
 async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:
@@ -226,7 +252,7 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 
 async def _client_disconnected(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # never sent
+    return Response(status_code=DISCONNECTED)  # never sent
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

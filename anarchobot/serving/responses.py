@@ -10,6 +10,7 @@ import orjson
 
 from anarchobot.inference.generation import TextChunk
 from anarchobot.serving.errors import ApiError
+from anarchobot.serving.request_log import Usage
 from anarchobot.serving.worker import GenerationStream
 
 Kind = Literal["text_completion", "chat.completion"]
@@ -17,11 +18,11 @@ Kind = Literal["text_completion", "chat.completion"]
 
 @dataclass(frozen=True)
 class ResponseWriter:
-    """Formats one response. `prompt_tokens`: number of tokens in the request's prompt."""
+    """Formats one response, and counts its tokens in `usage`."""
 
     kind: Kind
     model: str
-    prompt_tokens: int
+    usage: Usage
     created: int = field(default_factory=lambda: int(time.time()))
     number: str = field(default_factory=lambda: secrets.token_hex(12))
 
@@ -34,7 +35,7 @@ class ResponseWriter:
         text = "".join(texts)
         content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
         choices = [_choice(content, last.finish_reason)]
-        return self._head(self.kind) | {"choices": choices, "usage": self._usage(last.tokens)}
+        return self._head(self.kind) | {"choices": choices, "usage": self._usage()}
 
     async def stream(self, generation: GenerationStream, usage: bool) -> AsyncIterator[bytes]:
         """Chunk by chunk; with `usage`, a last chunk has the token counts. The status is already sent when generation
@@ -47,12 +48,10 @@ class ResponseWriter:
             content = {"delta": full_delta} if self._is_chat else {"text": text or ""}
             return _event(head | {"choices": [_choice(content, finish_reason)]} | no_usage)
 
-        tokens = 0
         try:
             if self._is_chat:
                 yield event("", None, role="assistant")
             async for chunk in self._chunks(generation):
-                tokens = chunk.tokens
                 if chunk.text:
                     yield event(chunk.text, None)
                 if chunk.finish_reason is not None:
@@ -61,7 +60,7 @@ class ResponseWriter:
             yield _event(error.body())
             return
         if usage:
-            yield _event(head | {"choices": [], "usage": self._usage(tokens)})
+            yield _event(head | {"choices": [], "usage": self._usage()})
         yield b"data: [DONE]\n\n"
 
     @property
@@ -72,6 +71,7 @@ class ResponseWriter:
         """Strips leading whitespace from chat answers, like `anarchobot chat`."""
         started = not self._is_chat
         async for chunk in generation:
+            self.usage.completion_tokens = chunk.tokens
             text = chunk.text if started else chunk.text.lstrip()
             started = started or bool(text)
             yield chunk._replace(text=text)
@@ -80,9 +80,9 @@ class ResponseWriter:
         prefix = "chatcmpl" if self._is_chat else "cmpl"
         return {"id": f"{prefix}-{self.number}", "object": name, "created": self.created, "model": self.model}
 
-    def _usage(self, tokens: int) -> dict[str, int]:
-        total = self.prompt_tokens + tokens
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": tokens, "total_tokens": total}
+    def _usage(self) -> dict[str, int]:
+        prompt, completion = self.usage.prompt_tokens, self.usage.completion_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def _choice(content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:

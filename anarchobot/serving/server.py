@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import math
 import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -16,9 +18,11 @@ from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference.model import Model
 from anarchobot.serving.app import Limits, Service
 from anarchobot.serving.auth import KEY_VARIABLE, allowed_hosts, is_loopback
+from anarchobot.serving.connections import Connection, ConnectionLimits, Connections, allow_open_files
+from anarchobot.serving.request_log import RequestLogMiddleware
 from anarchobot.serving.worker import Worker
 
-MAX_CONNECTIONS = 1000
+MAX_OTHER_FILES = 100  # open files that are not connections
 GRACE_SECONDS = 5.0  # time for active requests to finish after Ctrl-C
 
 
@@ -34,6 +38,8 @@ class ServerOptions:
     origins: frozenset[str] = frozenset()
     queue_size: int = 64
     limits: Limits = field(default_factory=Limits)
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
+    log_prompts: bool = False
 
 
 def bind(options: ServerOptions) -> socket.socket:
@@ -65,8 +71,9 @@ def serve(
 
     Raises UserError if the chat template cannot be used.
     """
+    allow_open_files(options.connections.total + MAX_OTHER_FILES)
     with Worker(model, options.queue_size) as worker:
-        server = HttpServer(make_app(model, defaults, options, worker), worker)
+        server = HttpServer(make_app(model, defaults, options, worker), worker, options.connections)
         on_start(url(bound))
         server.run([bound])
 
@@ -75,7 +82,9 @@ def make_app(model: Model, defaults: GenerationConfig, options: ServerOptions, w
     service = Service(model, worker, options.name, defaults, options.limits)
     for warning in service.warnings():
         print(f"warning: {warning}", file=sys.stderr)
-    return service.app(options.hosts, options.origins, options.api_key)
+    return RequestLogMiddleware(
+        service.app(options.hosts, options.origins, options.api_key), log_prompts=options.log_prompts
+    )
 
 
 def url(bound: socket.socket) -> str:
@@ -86,19 +95,19 @@ def url(bound: socket.socket) -> str:
 class HttpServer(uvicorn.Server):
     """A uvicorn server that sends an error to requests still active after GRACE_SECONDS instead of cutting them off."""
 
-    def __init__(self, app: ASGIApp, worker: Worker) -> None:
+    def __init__(self, app: ASGIApp, worker: Worker, limits: ConnectionLimits) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=partial(Connection, Connections(limits)),  # type: ignore[arg-type]  # any callable will do
                 ws="none",
                 lifespan="off",
-                log_level="error",
+                log_config=None,
                 access_log=False,
                 server_header=False,
                 headers=[("X-Content-Type-Options", "nosniff")],
                 proxy_headers=False,
-                limit_concurrency=MAX_CONNECTIONS,
+                timeout_keep_alive=math.ceil(limits.idle_seconds),
                 timeout_graceful_shutdown=int(GRACE_SECONDS) + 30,  # time to deliver those errors
             )
         )

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from types import TracebackType
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -23,19 +24,52 @@ _DONE = None  # the last event of a request
 Event = TextChunk | ApiError | None
 
 
+class Prompt(NamedTuple):
+    """A tokenized prompt and the ids that end its continuation. `after_space`: see TextBatch.insert."""
+
+    ids: list[int]
+    stop_ids: Collection[int]
+    after_space: bool = False
+
+
 @dataclass(frozen=True)
 class _Job:
-    context: list[int]
+    prompt: Prompt
     settings: GenerationConfig
-    stop: Collection[int]
     send: Callable[[Event], None]  # called by the model thread
 
 
 class GenerationStream:
-    """The generated text of one request, for the event loop. Iterate over it; always close it."""
+    """A request's place, and then its generated text, for the event loop. Start it and iterate over it; always close
+    it."""
 
-    def __init__(self, events: asyncio.Queue[Event], cancel: Callable[[], None]) -> None:
-        self._events, self.close = events, cancel
+    def __init__(self, worker: "Worker") -> None:
+        self._worker = worker
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._job: _Job | None = None
+        self._is_closed = False
+
+    def start(self, prompt: Prompt, settings: GenerationConfig) -> None:
+        loop = asyncio.get_running_loop()
+
+        def receive(event: Event) -> None:
+            self._worker.active_requests -= event is _DONE
+            self._events.put_nowait(event)
+
+        def send(event: Event) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(receive, event)
+
+        self._job = _Job(prompt, settings, send)
+        self._worker.insert(self._job)
+
+    def close(self) -> None:
+        """Cancels the request, and frees its place at once if it was not started."""
+        if self._job is not None:
+            self._worker.cancel(self._job)
+        elif not self._is_closed:
+            self._worker.active_requests -= 1
+        self._is_closed = True
 
     def __aiter__(self) -> "GenerationStream":
         return self
@@ -57,7 +91,7 @@ class Worker:
         """Generates for `rows` requests at once; `queue_size` more may wait."""
         self._model, self._rows = model, rows
         self.max_requests = rows + queue_size
-        self.active_requests = 0  # submitted and not finished; a closed one counts until the thread has released it
+        self.active_requests = 0  # opened and not finished; a closed one counts until the thread has released it
         self._tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()  # run by the model thread
         self._stopped = False
         self._batch = TextBatch(model, rows)
@@ -74,8 +108,8 @@ class Worker:
         self._tasks.put(self._stop)
         self._thread.join()
 
-    def submit(self, context: list[int], settings: GenerationConfig, stop: Collection[int]) -> GenerationStream:
-        """Arguments as for TextBatch.insert. Raises ApiError (429) if the queue is full."""
+    def open(self) -> GenerationStream:
+        """Takes a place for a request, before its prompt is tokenized. Raises ApiError (429) if there is none."""
         if self.active_requests >= self.max_requests:
             raise ApiError(
                 429,
@@ -84,20 +118,14 @@ class Worker:
                 headers={"Retry-After": "1"},
             )
         self.active_requests += 1
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event] = asyncio.Queue()
+        return GenerationStream(self)
 
-        def receive(event: Event) -> None:
-            self.active_requests -= event is _DONE
-            events.put_nowait(event)
-
-        def send(event: Event) -> None:
-            with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(receive, event)
-
-        job = _Job(context, settings, stop, send)
+    def insert(self, job: _Job) -> None:
         self._tasks.put(lambda: self._insert(job))
-        return GenerationStream(events, lambda: self._tasks.put(lambda: self._cancel(job)))
+
+    def cancel(self, job: _Job) -> None:
+        """Does nothing if the job is finished."""
+        self._tasks.put(lambda: self._cancel(job))
 
     def abort_all(self) -> None:
         """Fails all active requests."""
@@ -131,7 +159,8 @@ class Worker:
 
     def _insert(self, job: _Job) -> None:
         try:
-            self._jobs[self._batch.insert(job.context, job.settings, job.stop)] = job
+            ids, stop_ids, after_space = job.prompt
+            self._jobs[self._batch.insert(ids, job.settings, stop_ids, after_space=after_space)] = job
         except Exception:
             traceback.print_exc()
             job.send(ApiError(500, "generation failed for this request"))

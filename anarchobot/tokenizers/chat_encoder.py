@@ -75,7 +75,10 @@ class ChatEncoder:
         """The context for the assistant's next turn. `day` is for templates that print a date (default: today). Raises
         InvalidRow if the template rejects the conversation."""
         text = self.template.render(self._escape(conversation), add_generation_prompt=True, day=day)
-        return _concatenate(self._tokenize(self._segments(text, []))).ids.astype(np.int32)
+        segments = self._segments(text, [])
+        texts = [s for s in segments if s.control is None]
+        encoded = iter(self.tokenizer.encode_segments([s.text for s in texts], [s.after_control for s in texts]))
+        return np.concatenate([next(encoded) if s.control is None else np.array([s.control]) for s in segments])
 
     def end_of_turn_id(self) -> int | None:
         """The control token that ends an assistant turn; None if the template has none. Independent of `train_on`:

@@ -84,7 +84,7 @@ def run_server(model: Model, limits: Limits | None = None, rows: int = 16, **opt
     bound = bind(chosen)
     port = bound.getsockname()[1]
     with bound, Worker(model, chosen.queue_size, rows) as worker:
-        server = HttpServer(make_app(model, DEFAULTS, chosen, worker), worker)
+        server = HttpServer(make_app(model, DEFAULTS, chosen, worker), worker, chosen.connections)
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
         running = RunningServer(port, worker, server)

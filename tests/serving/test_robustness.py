@@ -2,13 +2,14 @@
 
 import json
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from anarchobot.inference.model import Model
-from anarchobot.serving.app import Limits
+from anarchobot.serving.app import Limits, Service
 from tests.serving.conftest import KEY, RunningServer, run_server, wait_until
 
 PATH = "/v1/completions"
@@ -225,3 +226,64 @@ def test_concurrent_bad_clients_do_not_disturb_good_ones(server: RunningServer) 
     with ThreadPoolExecutor(8) as pool:
         assert all(found == before for found in pool.map(one, range(48)))
     assert server.is_healthy()
+
+
+def test_a_request_beyond_the_queue_is_not_tokenized(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    encode = Service._encode
+
+    def counted(self: Service, parsed: Any) -> Any:
+        encoded.append(parsed.prompt)
+        return encode(self, parsed)
+
+    monkeypatch.setattr(Service, "_encode", counted)
+    with run_server(model, Limits(tokens=4000), rows=1, queue_size=0) as server:
+        body = json.dumps(LONG | {"stream": True}).encode()
+        running = server.raw(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert b"200 OK" in running.recv(1000)
+        assert server.post(PATH, ASK | {"prompt": "a second one"})[0] == 429
+        running.close()
+        wait_until(lambda: server.active_requests() == 0)
+        assert server.post(PATH, ASK | {"prompt": "x y " * 4000})[0] == 400  # fails after it took its place
+        assert server.post(PATH, ASK)[0] == 200
+    assert encoded == ["Hi", "x y " * 4000, "Hi"]
+
+
+def test_tokenizing_blocks_neither_the_server_nor_runs_for_a_client_that_left(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    release = threading.Event()
+    encode = Service._encode
+
+    def blocking(self: Service, parsed: Any) -> Any:
+        encoded.append(parsed.prompt)
+        assert release.wait(100)
+        return encode(self, parsed)
+
+    monkeypatch.setattr(Service, "_encode", blocking)
+    with run_server(model) as server, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(server.post, PATH, ASK)
+        wait_until(lambda: encoded == ["Hi"])
+        body = json.dumps(ASK | {"prompt": "second"}).encode()
+        second = server.raw(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        wait_until(lambda: server.active_requests() == 2)
+        second.close()
+        wait_until(lambda: len(server.server.server_state.connections) == 1)
+        release.set()
+        assert first.result()[0] == 200
+        wait_until(lambda: server.active_requests() == 0)
+    assert encoded == ["Hi"]
+
+
+def test_a_text_that_is_longer_than_any_prompt_is_not_tokenized(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = model.tokenizer.longest_token * model.config.max_seq_len
+    assert size < 2**20
+    with run_server(model) as server, monkeypatch.context() as patch:
+        patch.setattr(model.tokenizer, "encode_batch", None)
+        for path, field in (
+            (PATH, {"prompt": "x" * (size + 1)}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * (size + 1)}]}),
+        ):
+            status, answer = server.post(path, {"model": "tiny", **field})
+            assert status == 400 and answer["error"]["code"] == "context_length_exceeded"

@@ -11,7 +11,7 @@ from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference.generation import TextBatch, generate, prompt_ids
 from anarchobot.inference.model import Model, load_model
 from anarchobot.serving.errors import ApiError
-from anarchobot.serving.worker import GenerationStream, Worker
+from anarchobot.serving.worker import GenerationStream, Prompt, Worker
 from tests.inference.conftest import family_model
 from tests.serving.conftest import run_server
 
@@ -25,7 +25,9 @@ def run(model: Model, body: Callable[[Worker], Awaitable[None]]) -> None:
 
 
 def submit(worker: Worker, model: Model, settings: GenerationConfig = GREEDY) -> GenerationStream:
-    return worker.submit(prompt_ids(model, settings.prompt), settings, {model.tokenizer.eod_id})
+    generation = worker.open()
+    generation.start(Prompt(prompt_ids(model, settings.prompt), {model.tokenizer.eod_id}), settings)
+    return generation
 
 
 async def text_of(answer: GenerationStream) -> str:
@@ -43,10 +45,10 @@ def test_an_error_on_insert_fails_that_request_only(
     expected = generate(model, GREEDY)
     insert = TextBatch.insert
 
-    def broken(self: TextBatch, context: list[int], settings: GenerationConfig, stop: Any) -> int:
+    def broken(self: TextBatch, context: list[int], settings: GenerationConfig, stop: Any, **options: Any) -> int:
         if settings.seed == 13:
             raise RuntimeError("no luck")
-        return insert(self, context, settings, stop)
+        return insert(self, context, settings, stop, **options)
 
     monkeypatch.setattr(TextBatch, "insert", broken)
 
