@@ -202,8 +202,11 @@ def test_worse_validation_after_resume_is_not_best(
     assert (best["step"], best["best_val_loss"]) == (6, 3.0)
 
 
-def test_a_resumed_run_validates_on_the_sequences_that_it_started_with(run_with: Any, tmp_path: Path) -> None:
+def test_a_resumed_run_validates_on_the_sequences_that_it_started_with(
+    run_with: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever its micro-batch size: `best` and train.patience compare all. Other eval_batches start them again."""
+    from anarchobot.training.mlx_engine import MLXEngine
 
     def extend(steps: int, **settings: Any) -> tuple[int, float]:
         settings |= {"train__micro_batch_size": 1, "train__grad_accum_steps": 4, "train__checkpoint_path": "auto"}
@@ -217,6 +220,8 @@ def test_a_resumed_run_validates_on_the_sequences_that_it_started_with(run_with:
     expected = [line for line in straight if line["event"] == "eval"][-1]["val_loss"]
     assert extend(7) == (4, pytest.approx(expected, rel=1e-5))
     assert extend(9)[0] == 4
+    real = MLXEngine.eval_step  # the losses on the other sequence are higher
+    monkeypatch.setattr(MLXEngine, "eval_step", lambda self, batch: real(self, batch) * np.array([3.0, 1.0]))
     sequences, loss = extend(12, train__eval_batches=1)
     assert sequences == 1 and json.loads((tmp_path / "run" / "best.json").read_text())["best_val_loss"] == loss
 
