@@ -37,8 +37,8 @@ def measure(tokens: Iterable[int]) -> Run:
     return Run(times[1] - times[0], (len(generated) - 1) / (times[-1] - times[1]), generated)
 
 
-def export_model(folder: Path) -> Path:
-    """Exports a random model with `--to mlx`."""
+def export_model(folder: Path, shape_of: str = "small") -> Path:
+    """Exports a random model with the shape of a configuration with `--to mlx`."""
     import numpy as np
 
     from anarchobot.config.loading import load_config
@@ -49,7 +49,7 @@ def export_model(folder: Path) -> Path:
     from anarchobot.tokenizers.tokenizer import load_tokenizer
     from anarchobot.tokenizers.training import train_tokenizer
 
-    config = load_config(HERE.parent / "configs" / "small.yaml").config
+    config = load_config(HERE.parent / "configs" / f"{shape_of}.yaml").config
     texts, size = [], 0
     for text in builtin.topics():
         if size < 4e6:
