@@ -204,11 +204,13 @@ def _byte_level(tokenizer: HFTokenizer) -> Fields:
         raise _unsupported(path, f"llama.cpp has no {normalizer['type']} normalizer")
     tokens = [f"[PAD{i}]" for i in range(tokenizer.vocab_size)]
     types = [UNUSED] * tokenizer.vocab_size
-    for token, i in model["vocab"].items():
-        tokens[i], types[i] = token, NORMAL
-    for added in spec["added_tokens"]:
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    named = [(i, token, NORMAL) for token, i in model["vocab"].items()]
+    named += [
+        (added["id"], added["content"], CONTROL if added["special"] else USER_DEFINED) for added in spec["added_tokens"]
+    ]
+    for i, token, kind in named:
+        if i < tokenizer.vocab_size:  # the model has no rows for others
+            tokens[i], types[i] = token, kind
     return {
         "tokenizer_model": "gpt2",
         "tokenizer_pre": _pre_tokenizer(path, spec["pre_tokenizer"]),

@@ -146,8 +146,9 @@ def dequantize(weight: Array, scales: Float32, biases: Float32) -> Float32:
             column |= weight[..., word + 1] << np.uint32(32 - shift)
         values[..., i] = column & np.uint32(2**bits - 1)
     groups = values.reshape(*scales.shape, -1)
-    groups *= scales[..., None]
-    groups += biases[..., None]
+    with np.errstate(over="ignore", invalid="ignore"):  # of damaged scales: callers check for infinities
+        groups *= scales[..., None]
+        groups += biases[..., None]
     return groups.reshape(rows, -1)
 
 

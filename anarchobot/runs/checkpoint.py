@@ -147,7 +147,7 @@ def best_step(run: Path) -> int | None:
         return int(read_checksummed(file)["step"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{file}: damaged ({error}): delete it, and name a step_... folder instead") from error
 
 
@@ -203,7 +203,7 @@ def _verified(folder: Path, files: tuple[str, ...]) -> Checkpoint:
         state = read_checksummed(file)
         digests = dict(state["sha256"])
         checkpoint = Checkpoint(folder, {"step": int(state["step"]), "config": state["config"], **state})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{file}: damaged ({error}): use an older step of this run") from error
     if problem := _damage(folder, digests, files):
         raise UserError(f"{problem}: use an older step of this run")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from anarchobot.config.errors import UserError
+from anarchobot.storage.durable import with_checksum
 from tests.fuzz.child import write
 from tests.fuzz.readers import READERS
 
@@ -30,6 +31,10 @@ def _tokenizer(vocab: dict[str, int]) -> dict[str, str]:
     return {"tokenizer.json": json.dumps({"model": {"type": "BPE", "vocab": vocab, "merges": []}, "added_tokens": []})}
 
 
+def _checksummed(name: str, **values: Any) -> dict[str, str]:
+    return {name: with_checksum(values)}
+
+
 ACCEPTED = ""
 CASES: dict[str, tuple[str, dict[str, str], str]] = {
     "a prompt nested too deeply": ("prompts", {"a.jsonl": DEEP}, TOO_DEEP),
@@ -42,6 +47,7 @@ CASES: dict[str, tuple[str, dict[str, str], str]] = {
     "a time after the last year": ("run log", _log(EVENT, {**EVENT, "time": 1e300}), ACCEPTED),
     "an event that is a list": ("run log", _log(EVENT, {**EVENT, "event": []}), ACCEPTED),
     "a step that is a text": ("run log", _log(EVENT, {**EVENT, "step": "2"}), ACCEPTED),
+    "a best step that is infinite": ("checkpoint", _checksummed("best.json", step=float("inf")), "best.json: damaged"),
     "a token with a large id": ("tokenizer.json", _tokenizer({"</s>": 0, "a": 2**31}), "2 tokens, but ids up to"),
     "a loss beyond any float": ("run log", _log(EVENT, {**EVENT, "step": 2, "loss": 10**400}), ACCEPTED),
 }

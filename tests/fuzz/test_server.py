@@ -27,7 +27,16 @@ def test_schemathesis(server: RunningServer, tmp_path: Path) -> None:
     file.write_text(json.dumps(description()))
     each = max(1, INPUTS // len(description()["paths"]))
     options = ["--checks", CHECKS, "--max-examples", each, "--seed", SEED, "--phases", "examples,coverage,fuzzing"]
-    options += ["--no-shrink", "--continue-on-failure", "--report-json-path", report, "--warnings", "off"]
+    options += [
+        "--no-shrink",
+        "--request-timeout",
+        60,
+        "--continue-on-failure",
+        "--report-json-path",
+        report,
+        "--warnings",
+        "off",
+    ]
     command = [program, "run", file, "--url", server.url, *options]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
     print(done.stdout[-3000:])
