@@ -100,7 +100,8 @@ def test_required_keys(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"c.yaml: models: is required$"):
         load(tmp_path / "c.yaml", [], AdaptConfig)
     (tmp_path / "c.yaml").write_text("model: {}\n")
-    with pytest.raises(UserError, match=r"c.yaml:1: model: unknown section; did you mean 'models'\?; also .*c.yaml: models: is required"):
+    problems = r"c.yaml:1: model: unknown section; did you mean 'models'\?; also .*c.yaml: models: is required"
+        with pytest.raises(UserError, match=problems):
         load(tmp_path / "c.yaml", [], AdaptConfig)
     with pytest.raises(UserError, match=r"^models: is required"):
         load(None, [], AdaptConfig)

@@ -286,7 +286,8 @@ ERRORS = {
     ),
     # several errors, in file order, not in schema order: up to three
     "train:\n  lr: 0\nmodel:\n  n_layers: 0\n": (
-        "c.yaml:2: train.lr: expected a number > 0, got 0; also c.yaml:4: model.n_layers: expected an integer >= 1, got 0"
+        "c.yaml:2: train.lr: expected a number > 0, got 0; also c.yaml:4: model.n_layers: expected an integer >= 1, "
+        "got 0"
     ),
     "model:\n  n_layers: 0\n  d_model: 0\n  n_heads: 0\n  dropout: 2\n  seq_len: 3\n": (
         "c.yaml:2: model.n_layers: expected an integer >= 1, got 0; also c.yaml:3: model.d_model: expected an integer "
