@@ -101,7 +101,7 @@ def test_required_keys(tmp_path: Path) -> None:
         load(tmp_path / "c.yaml", [], AdaptConfig)
     (tmp_path / "c.yaml").write_text("model: {}\n")
     problems = r"c.yaml:1: model: unknown section; did you mean 'models'\?; also .*c.yaml: models: is required"
-        with pytest.raises(UserError, match=problems):
+    with pytest.raises(UserError, match=problems):
         load(tmp_path / "c.yaml", [], AdaptConfig)
     with pytest.raises(UserError, match=r"^models: is required"):
         load(None, [], AdaptConfig)
