@@ -75,7 +75,8 @@ def load_config(
     if base_model is not None:
         _use_base_model(settings, base_model)
     config = _validate(settings, Config)
-    loaded = LoadedConfig(config, {key: source for key, source in settings.sources.items() if "." in key})
+    leaves = leaf_keys()
+    loaded = LoadedConfig(config, {key: source for key, source in settings.sources.items() if key in leaves})
     _reject_conflicts(loaded)
     return loaded
 

@@ -182,6 +182,14 @@ def test_out_of_memory_shrinks_the_micro_batch_and_keeps_the_batch(tmp_path: Pat
         train(tmp_path / "none", TooSmall(), 4)
 
 
+def _wait_and_poll(
+    saver: async_checkpointer.AsyncCheckpointer, poll: Any = async_checkpointer.AsyncCheckpointer.poll
+) -> None:
+    for save in saver._pending:
+        save.exception()
+    poll(saver)
+
+
 def test_failed_save_is_reported_retried_and_keeps_older_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,8 +209,9 @@ def test_failed_save_is_reported_retried_and_keeps_older_checkpoints(
     warnings = [(line["step"], "No space left" in line["text"]) for line in lines if line["event"] == "warning"]
     assert warnings == [(4, True), (6, True)]
     assert checkpoint.saved_steps(tmp_path) == [8]
-    # Retried after RETRY_SECONDS, at any step.
+    # Retried after RETRY_SECONDS, at any step. Each step waits for its save.
     tries.clear()
+    monkeypatch.setattr(async_checkpointer.AsyncCheckpointer, "poll", _wait_and_poll)
     monkeypatch.setattr(async_checkpointer, "RETRY_SECONDS", 0.0)
     train(tmp_path / "again", FakeEngine(), 8, ckpt_interval=4, eval_interval=1000, val=0)
     assert tries == [4, 5, 8]
