@@ -69,7 +69,7 @@ def test_a_draw_has_every_package_in_proportion(script: ModuleType, tmp_path: Pa
     assert drawn == script.draw(tmp_path, 23, 1) != script.draw(tmp_path, 23, 2)
 
 
-def test_tests_of_a_module_begin_with_its_own(script: ModuleType) -> None:
+def test_the_test_file_of_a_module_runs_first(script: ModuleType) -> None:
     tests = script.tests_of(ROOT, "anarchobot/optim/adamw.py")
     assert tests[0] == "tests/optim/test_adamw.py" and "tests/optim/test_muon.py" in tests
     assert "tests/knowledge/test_text.py" not in tests
