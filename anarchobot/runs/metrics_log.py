@@ -4,17 +4,14 @@ Every event is flushed as it is written, so that a killed run loses at most its 
 is counted and never ends the run.
 """
 
-import errno
 import json
 import math
-import os
-import struct
 import time
 from contextlib import suppress
-from io import FileIO
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+from anarchobot.runs.event_file import EventFile, append
 from anarchobot.storage.durable import parse_json, write_atomic
 
 METRICS, SUMMARY, ENVIRONMENT = "metrics.jsonl", "final_training_summary.json", "environment.json"
@@ -65,14 +62,14 @@ class MetricsLog:
         self._file = path.open("ab", buffering=0)
         if truncated:
             self._file.write(b"\n")
-        self._tensorboard = _EventFile(folder / "tensorboard")
+        self._tensorboard = EventFile(folder / "tensorboard")
 
     def event(self, event: str, step: int, **values: Any) -> None:
         """Writes one JSON object: step, event, time (seconds since 1970) and the values. A number that is not finite
         becomes a string, such as "nan"."""
         line = _to_json({"step": step, "event": event, "time": round(time.time(), 3), **values}) + "\n"
         try:
-            _append(self._file, line.encode())
+            append(self._file, line.encode())
             if event in SCALAR_EVENTS:
                 self._tensorboard.add_scalars(step, {f"{event}/{name}": x for name, x in values.items()})
             if event == "sample":
@@ -119,50 +116,3 @@ def _strict(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_strict(x) for x in value]
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class _EventFile:
-    """A TensorBoard event file, written synchronously: tensorboardX's writer thread dies silently on a full disk."""
-
-    def __init__(self, folder: Path) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
-        from tensorboardX.record_writer import masked_crc32c
-        from tensorboardX.summary import text
-
-        self._event, self._summary, self._crc, self._text = Event, Summary, masked_crc32c, text
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / f"events.out.tfevents.{time.time_ns()}.anarchobot").open("xb", buffering=0)
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-
-    def add_scalars(self, step: int, values: dict[str, float]) -> None:
-        if values:
-            points = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-            self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=points)))
-
-    def add_text(self, step: int, tag: str, text: str) -> None:
-        self._write(self._event(wall_time=time.time(), step=step, summary=self._text(tag, text)))
-
-    def _write(self, event: Any) -> None:
-        """Writes one TFRecord: length, CRC of the length, data, CRC of the data."""
-        data = event.SerializeToString()
-        length = struct.pack("<Q", len(data))
-        _append(self._file, length + self._checksum(length) + data + self._checksum(data))
-
-    def _checksum(self, data: bytes) -> bytes:
-        return struct.pack("<I", self._crc(data))
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _append(file: FileIO, data: bytes) -> None:
-    """Writes all of `data` or raises OSError and writes nothing: a partial record would corrupt what follows."""
-    end = file.seek(0, os.SEEK_END)
-    try:
-        if file.write(data) < len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError:
-        with suppress(OSError):
-            file.truncate(end)
-        raise

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
 
 from anarchobot.runs.metrics_log import MetricsLog
 from anarchobot.runs.run_log import read_run
@@ -76,14 +77,33 @@ def test_events_are_echoed(tmp_path: Path) -> None:
 
 
 def tensorboard_events(logs: Path) -> list[Event]:
-    """An independent TFRecord reader: length, checksum, event, checksum."""
-    (file,) = (logs / "tensorboard").iterdir()
-    raw, place, events = file.read_bytes(), 0, []
-    while place < len(raw):
-        size = int.from_bytes(raw[place : place + 8], "little")
-        events.append(Event.FromString(raw[place + 12 : place + 12 + size]))
-        place += 12 + size + 4
+    """An independent TFRecord reader: length, checksum, event, checksum. Events are as protobuf would write them."""
+
+    def take(size: int) -> bytes:
+        data, checksum = file.read(size), file.read(4)
+        assert len(data) == size and int.from_bytes(checksum, "little") == masked_crc32c(data)
+        return data
+
+    (path,) = (logs / "tensorboard").iterdir()
+    events = []
+    with path.open("rb") as file:
+        while file.tell() < path.stat().st_size:
+            data = take(int.from_bytes(take(8), "little"))
+            events.append(Event.FromString(data))
+            assert events[-1].step == 0 or events[-1].SerializeToString() == data
+    assert events[0].file_version == "brain.Event:2"
     return events
+
+
+def test_tensorboard_has_numbers_of_any_size(tmp_path: Path) -> None:
+    values = {"val_loss": float("nan"), "perplexity": 1e300, "delta": -1e300, "loss": 0.0}
+    with MetricsLog(tmp_path) as log:
+        log.event("eval", 2**40, **values)
+    _, event = tensorboard_events(tmp_path)
+    assert event.step == 2**40
+    assert {value.tag: repr(value.simple_value) for value in event.summary.value} == {
+        "eval/val_loss": "nan", "eval/perplexity": "inf", "eval/delta": "-inf", "eval/loss": "0.0"
+    }  # fmt: skip
 
 
 def test_tensorboard_matches_metrics_jsonl(tmp_path: Path) -> None:
