@@ -35,6 +35,7 @@ Positive = Annotated[int, Field(ge=1), INTEGER]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]  # OpenAI's range
 if TYPE_CHECKING:
     PositiveOrAuto = int  # the type after validation: TrainConfig replaces "auto" with a number
 else:
@@ -191,7 +192,9 @@ class DataConfig(Section):
     documents: Literal["file", "paragraphs", "lines"] = Field(
         "file", description="what counts as a document in text files: the whole file, a paragraph, or a line"
     )
-    clean: bool = Field(False, description="remove control characters and trailing whitespace")
+    clean: bool = Field(
+        False, description="remove control characters, trailing whitespace and the license in Project Gutenberg's books"
+    )
     min_chars: Positive = Field(1, description="drop documents with fewer characters")
     max_chars: Positive | None = Field(None, description="drop documents with more characters; default: no limit")
     dedup: bool = Field(True, description="drop exact duplicates of earlier documents")
@@ -460,16 +463,22 @@ class GenerationConfig(Section):
     """How `generate` and training samples choose tokens."""
 
     prompt: str = Field("", description="text to continue; --prompt -: read from standard input")
-    method: Literal["greedy", "top_k", "nucleus", "min_p", "random"] = Field("nucleus", description="sampling method")
+    method: Literal["greedy", "top_k", "nucleus", "min_p", "random", "combined"] = Field(
+        "nucleus", description="sampling method; combined: top_k, then nucleus, then min_p"
+    )
     temperature: Annotated[float, Field(ge=0)] = Field(0.8, description="sampling temperature; 0: greedy")
-    top_k: Positive = Field(50, description="method top_k: sample from the k most likely tokens")
+    top_k: Count = Field(50, description="method top_k: sample from the k most likely tokens; 0: from all")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         0.95, description="method nucleus: sample from the most likely tokens with this total probability"
     )
-    min_p: Annotated[float, Field(gt=0, le=1)] = Field(
+    min_p: Annotated[float, Field(ge=0, le=1)] = Field(
         0.05, description="method min_p: minimum probability, as a fraction of the most likely token's"
     )
     repetition_penalty: PositiveFloat = Field(1.0, description="values above 1 reduce the logits of the last 20 tokens")
+    presence_penalty: Penalty = Field(0.0, description="subtracted from the logits of the tokens generated so far")
+    frequency_penalty: Penalty = Field(
+        0.0, description="subtracted from a token's logit for each time that it was generated so far"
+    )
     max_new_tokens: Positive = Field(200, description="maximum number of new tokens")
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         [], description="stop strings; the output ends before the first match"
@@ -479,6 +488,15 @@ class GenerationConfig(Section):
     @property
     def is_greedy(self) -> bool:
         return self.method == "greedy" or self.temperature == 0
+
+    @property
+    def filters(self) -> tuple[int, float, float]:
+        """top_k, top_p and min_p of the method; 0, 1 and 0 filter nothing."""
+        return (
+            self.top_k if self.method in ("top_k", "combined") else 0,
+            self.top_p if self.method in ("nucleus", "combined") else 1.0,
+            self.min_p if self.method in ("min_p", "combined") else 0.0,
+        )
 
 
 class KnowledgeBaseConfig(Section):

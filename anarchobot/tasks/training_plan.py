@@ -108,7 +108,7 @@ def survey_texts(names: list[str]) -> TextSurvey:
 
 def _read(names: list[str], documents: str, fraction: float) -> _Split:
     counts, prompt = DocumentCounts(), ""
-    config = DataConfig.model_validate({"documents": documents})
+    config = DataConfig.model_validate({"documents": documents, "clean": True})
 
     def read() -> Iterator[Document]:
         nonlocal prompt
@@ -226,6 +226,7 @@ def _with_files(
     data = {
         "dataset": names,
         "documents": survey.documents,
+        "clean": True,
         "val_fraction": survey.val_fraction,
         "shard_dir": str(shards),
     }

@@ -12,6 +12,7 @@ from anarchobot.cli.main import main
 from anarchobot.config.loading import load_config
 from anarchobot.data.shards import read_manifest
 from anarchobot.data.sources import builtin
+from anarchobot.data.sources.documents import clean_text
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import sequences_per_step
 from anarchobot.runs import checkpoint
@@ -195,7 +196,7 @@ def test_wrong_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_validation_split_of_few_documents(tmp_path: Path) -> None:
-    texts = [text for text in builtin.topics() if len(text) > 6000]
+    texts = [clean_text(text) for text in builtin.topics() if len(text) > 6000]
     (tmp_path / "long.txt").write_text("\n".join(texts)[:200_000])
     survey = survey_texts([str(tmp_path / "long.txt")])
     assert survey.documents == "file"
@@ -206,10 +207,10 @@ def test_validation_split_of_few_documents(tmp_path: Path) -> None:
     assert survey.documents == "paragraphs"
     assert 0 < survey.val_bytes < survey.train_bytes / 3
 
-    documents = {int.from_bytes(sha256(text[:n].encode()).digest()[:8]): n for text in texts[:8] for n in (5000, 5900)}
+    cut = [text[:n].rstrip() for text in texts[:8] for n in (5000, 5900)]
+    documents = {int.from_bytes(sha256(row.encode()).digest()[:8]): len(row) for row in cut}
     late = sorted(word for word in documents if word > 0.2 * 2**64)  # none is held out by a fraction of 0.1
-    rows = [text[:n] for text in texts[:8] for n in (5000, 5900)]
-    rows = [row for row in rows if int.from_bytes(sha256(row.encode()).digest()[:8]) in late]
+    rows = [row for row in cut if int.from_bytes(sha256(row.encode()).digest()[:8]) in late]
     (tmp_path / "few.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
     survey = survey_texts([str(tmp_path / "few.jsonl")])
     assert 0.2 < survey.val_fraction < 0.6

@@ -25,6 +25,12 @@ SPLIT_FILE_CHARS = 65536
 _LINE_ENDS = re.compile(r"\r\n|[\r\x0b\x0c\x85]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]+")
 
+# Around the text of each book: https://www.gutenberg.org/policy/license.html
+_GUTENBERG_START, _GUTENBERG_END = (
+    re.compile(rf"^\*\*\* ?{word} OF TH(?:E|IS) PROJECT GUTENBERG EBOOK[^*]{{0,500}}\*\*\*", re.MULTILINE)
+    for word in ("START", "END")
+)
+
 
 class Document(NamedTuple):
     """`splittable`: a long file, whose tail may go to validation."""
@@ -56,6 +62,8 @@ class DocumentCounts:
     broken: int = 0
     first_broken: str = ""  # location and reason
     reasons: Counter[str] = field(default_factory=Counter)  # why documents were filtered
+    gutenberg: int = 0  # books whose header and license were removed
+    gutenberg_bytes: int = 0
     empty_files: int = 0
     first_empty: str = ""
     unread: list[Unread] = field(default_factory=list)  # in folders and globs
@@ -71,6 +79,9 @@ class DocumentCounts:
             lines.append("filtered: " + ", ".join(f"{reason} {n:,}" for reason, n in sorted(self.reasons.items())))
         if self.first_broken:
             lines.append(f"first broken: {self.first_broken}")
+        if self.gutenberg:
+            removed = f"{self.gutenberg:,} ({self.gutenberg_bytes / 1e3:,.1f} kB)"
+            lines.append(f"headers and licenses of Project Gutenberg removed: {removed}")
         if self.empty_files:
             lines.append(f"empty files skipped: {self.empty_files:,} (first: {self.first_empty})")
         lines += files.describe_unread(self.unread)
@@ -210,7 +221,7 @@ def _keep_usable(
         elif text is None:
             counts.add_filtered("low score")
         else:
-            text = clean_text(text) if data.clean else text
+            text = _remove_gutenberg(clean_text(text), counts) if data.clean else text
             if reason := filter_reason(text, data):
                 counts.add_filtered(reason)
             else:
@@ -225,6 +236,17 @@ def clean_text(text: str) -> str:
     """
     text = _CONTROLS.sub("", _LINE_ENDS.sub("\n", text))
     return "\n".join([line.rstrip() for line in text.split("\n")])
+
+
+def _remove_gutenberg(text: str, counts: DocumentCounts) -> str:
+    """Removes the header and the license that Project Gutenberg adds to a book: 19 kB, the same in all of them."""
+    start, end = _GUTENBERG_START.search(text), _GUTENBERG_END.search(text)
+    if not (start and end and start.end() < end.start()):
+        return text
+    body = text[start.end() : end.start()].strip("\n") + "\n"
+    counts.gutenberg += 1
+    counts.gutenberg_bytes += len(text.encode()) - len(body.encode())
+    return body
 
 
 def filter_reason(text: str, data: DataConfig) -> str:

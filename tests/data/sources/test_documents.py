@@ -226,6 +226,20 @@ def test_clean_text(text: str, cleaned: str) -> None:
     assert clean_text(text) == cleaned
 
 
+def test_clean_removes_the_license_of_gutenberg(tmp_path: Path) -> None:
+    start, end = (
+        f"*** {word} OF THIS PROJECT GUTENBERG EBOOK BOTCHAN\n(MASTER DARLING) ***" for word in ("START", "END")
+    )
+    book = f"The Project Gutenberg EBook\n{start}\n\n\nCHAPTER I\n\nText *** more\n\n{end}\nLicense\n"
+    body = "CHAPTER I\n\nText *** more\n"
+    (tmp_path / "a.txt").write_text(book)
+    (tmp_path / "b.txt").write_text(f"{end}\nreversed\n{start}\n")
+    texts, counts = read(tmp_path, data=DataConfig(clean=True))
+    assert texts == [body, f"{end}\nreversed\n{start}\n"]
+    assert (counts.gutenberg, counts.gutenberg_bytes) == (1, len(book) - len(body))
+    assert read(tmp_path)[0][0] == book
+
+
 @given(st.text(alphabet=st.one_of(st.sampled_from("\r\n\t \x0b\x0c\x1c\x85\xa0\u2028ab\0"), st.characters())))
 def test_clean_text_matches_the_unicode_tables(text: str) -> None:
     """Line ends first, then characters by category; a second pass changes nothing."""
