@@ -227,6 +227,8 @@ ELSEWHERE = {
     "train.patience": "tests/tasks/test_sft.py::test_patience_ends_a_run_without_improvement",
     "generation.stop": "tests/inference/test_generation.py::test_ends_before_the_first_stop_string",
     "generation.repetition_penalty": "tests/inference/test_generation.py::test_repetition_penalty",
+    "generation.presence_penalty": "tests/inference/test_generation.py::test_presence_and_frequency_penalties",
+    "generation.frequency_penalty": "tests/inference/test_generation.py::test_presence_and_frequency_penalties",
     "generation.max_new_tokens": (
         "tests/inference/test_generation.py::test_ends_at_max_new_tokens_max_seq_len_and_end_of_document"
     ),

@@ -38,6 +38,8 @@ SETTINGS = {
     "--top-p": "generation.top_p",
     "--min-p": "generation.min_p",
     "--repetition-penalty": "generation.repetition_penalty",
+    "--presence-penalty": "generation.presence_penalty",
+    "--frequency-penalty": "generation.frequency_penalty",
     "--max-new-tokens": "generation.max_new_tokens",
     "--seed": "generation.seed",
 }

@@ -27,7 +27,7 @@ import numpy as np
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig, ModelConfig
-from anarchobot.inference.sampling import PENALTY_WINDOW, apply_repetition_penalty, sample
+from anarchobot.inference.sampling import Penalties, sample
 from anarchobot.model.architecture import forward_pass
 from anarchobot.model.frozen import compute_dtype
 from anarchobot.model.gradient_accumulator import Params
@@ -52,9 +52,9 @@ class StepOutput(NamedTuple):
 
 @dataclass
 class _Row:
-    """A request. `context` holds the prompt tokens that are not prefilled yet, `recent` the ids for the repetition
-    penalty; `length` is how long its text may become; `first` [V] says which tokens its text may start with. Of the
-    `sampled` tokens, the last one may not have been `read` yet."""
+    """A request. `context` holds the prompt tokens that are not prefilled yet; `length` is how long its text may
+    become; `first` [V] says which tokens its text may start with. Of the `sampled` tokens, the last one may not have
+    been `read` yet."""
 
     request: int
     context: list[int]
@@ -62,7 +62,7 @@ class _Row:
     stop: frozenset[int]
     limit: int
     length: int
-    recent: mx.array
+    penalties: Penalties
     caches: list[Any]
     first: mx.array | None
     sampled: int = 0
@@ -102,10 +102,10 @@ class Batch:
             )
         self._requests += 1
         caches = self._forward.make_caches(self._params, self._model)
-        recent = mx.array(context[-PENALTY_WINDOW:])
+        penalties = Penalties(settings, context, self._model.vocab_size)
         limit = min(settings.max_new_tokens, room)
         row = _Row(
-            self._requests, context, settings, frozenset(stop), limit, len(context) + limit, recent, caches, first
+            self._requests, context, settings, frozenset(stop), limit, len(context) + limit, penalties, caches, first
         )
         self._waiting.append(row)
         return self._requests
@@ -166,15 +166,12 @@ class Batch:
 
     def _sample(self, z: mx.array, rows: list[_Row]) -> mx.array:
         """Draws the rows' next ids [B] from logits [B, V]."""
-        penalties = [row.settings.repetition_penalty for row in rows]
-        if any(penalty != 1 for penalty in penalties):
-            pairs = enumerate(zip(rows, penalties, strict=True))
-            z = mx.concatenate([apply_repetition_penalty(z[b : b + 1], row.recent, p) for b, (row, p) in pairs])
+        if any(row.penalties for row in rows):
+            z = mx.concatenate([row.penalties.apply(z[b : b + 1]) for b, row in enumerate(rows)])
         ids = sample(z, [row.settings for row in rows], [row.sampled for row in rows])
-        for b, (row, penalty) in enumerate(zip(rows, penalties, strict=True)):
+        for b, row in enumerate(rows):
             row.sampled += 1
-            if penalty != 1:
-                row.recent = mx.concatenate([row.recent, ids[b : b + 1]])[-PENALTY_WINDOW:]
+            row.penalties.add(ids[b : b + 1])
         return ids
 
     def _join(self, row: _Row, first: mx.array) -> None:

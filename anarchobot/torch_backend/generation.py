@@ -60,35 +60,31 @@ def stream_token_ids(
             z = np.array(logits(hidden[0, -1:], head, model)[0].cpu(), np.float64)  # [V]
         if first is not None and len(ids) == len(context):
             z = np.where(first, z, -np.inf)
-        token = sample(apply_repetition_penalty(z, ids, settings.repetition_penalty), settings, rng)
+        token = sample(apply_penalties(z, ids, len(context), settings), settings, rng)
         if token in stop:
             return
         yield token
         ids.append(token)
 
 
-def apply_repetition_penalty(z: Logits, ids: list[int], penalty: float) -> Logits:
-    """Divides the logits [V] of the most recent ids by `penalty`, or multiplies them if negative (Keskar et al.,
-    2019)."""
-    recent = np.unique(ids[-PENALTY_WINDOW:])
+def apply_penalties(z: Logits, ids: list[int], prompt_length: int, settings: GenerationConfig) -> Logits:
+    """Lowers the logits [V] of the tokens in `ids`, as `inference.sampling.Penalties` does."""
+    recent, penalty = np.unique(ids[-PENALTY_WINDOW:]), settings.repetition_penalty
     z = z.copy()
     z[recent] = np.where(z[recent] < 0, z[recent] * penalty, z[recent] / penalty)
+    counts = np.bincount(ids[prompt_length:], minlength=len(z))
+    z -= settings.frequency_penalty * counts + settings.presence_penalty * (counts > 0)
     return z
 
 
 def sample(z: Logits, settings: GenerationConfig, rng: np.random.Generator) -> int:
-    """Samples an id from logits [V]: applies the temperature, then the method's filter."""
+    """Samples an id from logits [V]: applies the temperature, then top_k, top_p and min_p."""
     if settings.is_greedy:
         return int(z.argmax())
+    top_k, top_p, min_p = settings.filters
     p: npt.NDArray[Any] = np.exp((z - z.max()) / settings.temperature)
-    p /= p.sum()
-    order = np.argsort(-p, kind="stable")  # most likely first
-    kept = len(p)
-    if settings.method == "top_k":
-        kept = settings.top_k
-    elif settings.method == "nucleus":  # the smallest set with a total probability of at least top_p
-        kept = int(np.searchsorted(np.cumsum(p[order]), settings.top_p)) + 1
-    elif settings.method == "min_p":
-        kept = int((p >= settings.min_p * p.max()).sum())
-    candidates = p[order[:kept]]
-    return int(rng.choice(order[:kept], p=candidates / candidates.sum()))
+    order = np.argsort(-p, kind="stable")[: top_k or None]  # most likely first
+    p = p[order] / p[order].sum()
+    p = p[: np.searchsorted(np.cumsum(p), top_p) + 1]  # the smallest set with a total probability of at least top_p
+    p = p[p >= min_p * p[0]]
+    return int(rng.choice(order[: len(p)], p=p / p.sum()))

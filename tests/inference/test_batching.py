@@ -28,6 +28,9 @@ PHI = ModelConfig(
 )  # fmt: skip
 
 
+METHODS: tuple[Any, ...] = ("greedy", "top_k", "nucleus", "min_p", "random", "combined")
+
+
 def contexts(count: int) -> list[list[int]]:
     """Prompts of 1 to 20 tokens; neighbors differ in length."""
     rng = random.Random(0)
@@ -68,10 +71,13 @@ def test_requests_join_and_leave(model: Model, seed: int) -> None:
     outputs: list[StepOutput] = []
     while waiting or batch:
         if waiting and rng.random() < 0.4:
-            method: dict[str, Any] = {"method": rng.choice(["greedy", "top_k", "nucleus", "min_p", "random"])}
+            method: dict[str, Any] = {
+                "method": rng.choice(["greedy", "top_k", "nucleus", "min_p", "random", "combined"])
+            }
             chosen = GenerationConfig(
                 **method, seed=rng.randrange(9), max_new_tokens=rng.randrange(1, 12),
-                repetition_penalty=rng.choice([1.0, 1.5]),
+                repetition_penalty=rng.choice([1.0, 1.5]), presence_penalty=rng.choice([0.0, 2.0]),
+                frequency_penalty=rng.choice([0.0, 1.0]),
             )  # fmt: skip
             context, stop = waiting.pop(), set(rng.choices(range(VOCAB), k=40))
             requests[batch.insert(context, chosen, stop)] = context, chosen, stop

@@ -10,11 +10,12 @@ import pytest
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference import batching
-from anarchobot.inference.generation import TextBatch, generate, generate_batch, prompt_ids
+from anarchobot.inference.generation import TextBatch, generate, generate_batch, prompt_ids, stream_token_ids
 from anarchobot.inference.model import Model, load_model
 from anarchobot.model.llama.forward import hidden_states
 from anarchobot.model.loss import logits
 from tests.inference.conftest import SHAPE, generate_ids
+from tests.inference.test_sampling import penalized_by_mlx_lm
 from tests.tiny import VOCAB
 
 PROMPTS = ["The value", "", "if x is not", "é", "The", "a list of all the words that are in it"]
@@ -68,6 +69,21 @@ def test_repetition_penalty(model: Model) -> None:
     plain = generate_ids(model, GenerationConfig(method="greedy", max_new_tokens=20))
     penalized = generate_ids(model, GenerationConfig(method="greedy", max_new_tokens=20, repetition_penalty=1e6))
     assert len(set(penalized)) == len(penalized) > len(set(plain))
+
+
+def test_presence_and_frequency_penalties(model: Model) -> None:
+    """Greedy decoding picks the likeliest token by the penalized logits of the whole sequence."""
+    prompt, texts = [1, 2, 3], set()
+    choices: list[dict[str, float]] = [{}, {"presence_penalty": 2.0}, {"frequency_penalty": 1.0}]
+    for values in choices:
+        settings = GenerationConfig(method="greedy", max_new_tokens=30, **values)
+        got = list(stream_token_ids(model.params, SHAPE, prompt, settings, ()))
+        for n, token in enumerate(got):
+            hidden = hidden_states(model.params, mx.array([[*prompt, *got[:n]]]), SHAPE)
+            z = np.array(logits(hidden[:, -1], model.params, SHAPE))[0]
+            assert penalized_by_mlx_lm(z, prompt, got[:n], **values).argmax() == token
+        texts.add(tuple(got))
+    assert len(texts) == 3
 
 
 def test_streamed_text_equals_the_returned_text(model: Model) -> None:

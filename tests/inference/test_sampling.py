@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from anarchobot.config.schema import GenerationConfig
-from anarchobot.inference.sampling import apply_repetition_penalty, filter_logits, sample
+from anarchobot.inference.sampling import Penalties, filter_logits, sample
 
 LOGITS = np.array([2.0, 1.5, 1.0, 0.0, -1.0, -4.0])
 SETTINGS: list[dict[str, Any]] = [
@@ -22,6 +22,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"method": "min_p", "min_p": 0.3, "temperature": 1.0},  # e^-1 passes, e^-2 does not
     {"method": "min_p", "min_p": 0.3, "temperature": 2.0},  # e^-1 (the former e^-2) passes too
     {"method": "min_p", "min_p": 1.0, "temperature": 1.0},
+    {"method": "combined", "top_k": 3, "top_p": 0.6, "min_p": 0.01, "temperature": 1.0},  # of three tokens, two pass
+    {"method": "combined", "top_k": 5, "top_p": 0.98, "min_p": 0.2, "temperature": 1.0},
+    {"method": "combined", "top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0},
 ]
 
 
@@ -29,19 +32,18 @@ def probabilities(settings: GenerationConfig, logits: np.ndarray = LOGITS) -> np
     """Token probabilities in float64, by the methods' definitions."""
     z = logits / settings.temperature
     p = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
-    order = np.argsort(-p, kind="stable")
-    rank = np.argsort(order)
-    if settings.method == "greedy":
-        keep = p == p.max()
-    elif settings.method == "top_k":
-        keep = rank < settings.top_k
-    elif settings.method == "nucleus":  # the smallest set of likeliest tokens with total probability top_p
-        keep = rank < np.searchsorted(np.cumsum(p[order]), settings.top_p) + 1
-    elif settings.method == "min_p":
-        keep = p >= settings.min_p * p.max()
-    else:
-        keep = np.ones(len(p), bool)
-    return np.where(keep, p, 0) / p[keep].sum()
+    rank = np.argsort(np.argsort(-p, kind="stable"))
+    method, combined = settings.method, settings.method == "combined"
+    if method == "greedy":
+        p = np.where(rank < 1, p, 0)
+    if method == "top_k" or (combined and settings.top_k):
+        p = np.where(rank < settings.top_k, p, 0)
+    if method == "nucleus" or combined:  # the smallest set of likeliest tokens with total probability top_p
+        p /= p.sum()
+        p = np.where(rank < np.searchsorted(np.cumsum(-np.sort(-p)), settings.top_p - 1e-12) + 1, p, 0)
+    if method == "min_p" or combined:
+        p = np.where(p >= settings.min_p * p.max(), p, 0)
+    return p / p.sum()
 
 
 def chi_square(draws: np.ndarray, p: np.ndarray) -> float:
@@ -67,7 +69,7 @@ def test_filters_equal_numpy(settings: dict[str, Any]) -> None:
     """On a vocabulary of 1,000, with peaked and flat distributions."""
     chosen, rng = GenerationConfig(**settings), np.random.default_rng(0)
     logits = rng.standard_normal((20, 1000)) * np.linspace(0.1, 4, 20)[:, None]
-    got = np.array(mx.softmax(filter_logits(mx.array(logits, mx.float32), chosen), axis=-1))
+    got = np.array(mx.softmax(filter_logits(mx.array(logits, mx.float32), [chosen] * 20), axis=-1))
     expected = np.array([probabilities(chosen, row) for row in logits.astype(np.float32).astype(np.float64)])
     # A token at the threshold may fall on either side due to float32 rounding.
     edges = ((got > 0) != (expected > 0)).sum(axis=1)
@@ -91,13 +93,74 @@ def test_a_draw_depends_only_on_its_row() -> None:
     positions = [7 * i for i in range(len(chosen))]
     together = sample(z, chosen, positions).tolist()
     assert together == [int(sample(z[i : i + 1], [chosen[i]], [positions[i]]).item()) for i in range(len(chosen))]
-    same = sample(mx.concatenate([z, z]), [chosen[1]] * 22, [*positions, *positions]).tolist()
-    assert same[:11] == same[11:] == [int(sample(z[i : i + 1], [chosen[1]], [positions[i]]).item()) for i in range(11)]
+    rows = filter_logits(z, chosen)
+    for b, setting in enumerate(chosen):
+        assert mx.array_equal(rows[b], filter_logits(z[b : b + 1], [setting])[0]), setting
 
 
-def test_repetition_penalty_by_hand() -> None:
-    """Divides if positive, multiplies if negative, once per token, for the last 20 tokens only."""
+def test_combined_filters_equal_those_of_transformers() -> None:
+    torch = pytest.importorskip("torch")
+    warpers = pytest.importorskip("transformers").generation.logits_process
+    rng = np.random.default_rng(1)
+    z = (rng.standard_normal((40, 300)) * np.linspace(0.3, 4, 40)[:, None]).astype(np.float32)
+    for top_k, top_p, min_p in ((50, 0.9, 0.02), (5, 0.7, 0.3), (200, 0.99, 0.001)):
+        settings = GenerationConfig(method="combined", temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p)
+        expected = torch.tensor(z) / 0.7
+        for warper in (
+            warpers.TopKLogitsWarper(top_k), warpers.TopPLogitsWarper(top_p), warpers.MinPLogitsWarper(min_p)
+        ):  # fmt: skip
+            expected = warper(None, expected)
+        got = filter_logits(mx.array(z), [settings] * 40)
+        assert np.array_equal(np.isfinite(np.array(got)), np.isfinite(expected.numpy()))
+        assert 1 < np.isfinite(expected.numpy()).sum(axis=1).mean() < top_k
+
+
+PENALTIES: list[dict[str, float]] = [
+    {"repetition_penalty": 1.7}, {"presence_penalty": 0.7}, {"presence_penalty": -2.0}, {"frequency_penalty": 0.4},
+    {"repetition_penalty": 0.5, "presence_penalty": 1.5, "frequency_penalty": -0.3},
+]  # fmt: skip
+
+
+def penalized_by_mlx_lm(
+    z: np.ndarray, prompt: list[int], answer: list[int], repetition_penalty: float = 1.0, **penalties: float
+) -> np.ndarray:
+    """The logits [V] by mlx-lm's processors: presence and frequency without a window, and of the answer only."""
+    from mlx_lm.sample_utils import make_logits_processors
+
+    contexts = {"presence_context_size": 1000, "frequency_context_size": 1000}
+    values = mx.array(z[None], mx.float32)
+    for processor in make_logits_processors(repetition_penalty=repetition_penalty):
+        values = processor(mx.array(prompt + answer), values)
+    for processor in make_logits_processors(**penalties, **contexts):  # type: ignore[arg-type]
+        values = processor(mx.array(answer, mx.int32), values)
+    return np.array(values)[0]
+
+
+@pytest.mark.parametrize("penalties", PENALTIES, ids=str)
+def test_penalties_equal_mlx_lms(penalties: dict[str, float]) -> None:
+    """While an answer of 50 tokens is generated, of a vocabulary of 40."""
+    rng = np.random.default_rng(0)
+    prompt, answer = rng.integers(0, 40, 30).tolist(), rng.integers(0, 40, 50).tolist()
+    tracked = Penalties(GenerationConfig(**penalties), prompt, 40)
+    for n, token in enumerate(answer):
+        z = rng.standard_normal(40)
+        got = np.array(tracked.apply(mx.array(z[None], mx.float32)))[0]
+        np.testing.assert_allclose(got, penalized_by_mlx_lm(z, prompt, answer[:n], **penalties), rtol=1e-5, atol=1e-6)
+        tracked.add(mx.array([token]))
+
+
+def test_penalties_by_hand() -> None:
+    """The repetition penalty divides if positive, multiplies if negative, once per token, for the last 20 only."""
     z = mx.array([[2.0, -1.0, 3.0, 4.0]])
-    assert apply_repetition_penalty(z, mx.array([0, 1, 1]), 2.0).tolist() == [[1.0, -2.0, 3.0, 4.0]]
-    assert apply_repetition_penalty(z, mx.array([3, *[0] * 20]), 2.0).tolist() == [[1.0, -1.0, 3.0, 4.0]]
-    assert apply_repetition_penalty(z, mx.array([0]), 1.0).tolist() == z.tolist() == [[2.0, -1.0, 3.0, 4.0]]
+
+    def penalized(context: list[int], answer: list[int], **penalties: float) -> list[list[float]]:
+        tracked = Penalties(GenerationConfig(**penalties), context, 4)
+        for token in answer:
+            tracked.add(mx.array([token]))
+        return tracked.apply(z).tolist()
+
+    assert penalized([0, 1, 1], [], repetition_penalty=2.0) == [[1.0, -2.0, 3.0, 4.0]]
+    assert penalized([3, 0], [0] * 19, repetition_penalty=2.0) == [[1.0, -1.0, 3.0, 4.0]]
+    assert penalized([2], [0, 1, 0], presence_penalty=0.5) == [[1.5, -1.5, 3.0, 4.0]]
+    assert penalized([2], [0, 1, 0], frequency_penalty=0.5) == [[1.0, -1.5, 3.0, 4.0]]
+    assert penalized([0], [0, 1, 0]) == z.tolist() == [[2.0, -1.0, 3.0, 4.0]]

@@ -14,11 +14,11 @@ from anarchobot.inference.model import Model
 from anarchobot.model.parameters import init_parameters
 from anarchobot.tokenizers.tokenizer import ChatTokenizer, load_tokenizer
 from tests.inference.conftest import SHAPE
-from tests.inference.test_sampling import LOGITS, SETTINGS, probabilities
+from tests.inference.test_sampling import LOGITS, PENALTIES, SETTINGS, penalized_by_mlx_lm, probabilities
 
 torch = pytest.importorskip("torch")
 
-from anarchobot.torch_backend.generation import apply_repetition_penalty, generate, sample, stream_token_ids  # noqa: E402
+from anarchobot.torch_backend.generation import apply_penalties, generate, sample, stream_token_ids  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,11 @@ def test_draws_follow_the_exact_probabilities(settings: dict[str, Any]) -> None:
     assert chi_square < 25  # five degrees of freedom: exceeded with probability 1 in 7,000
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
+@pytest.mark.parametrize("penalties", [{}, {"repetition_penalty": 1.3}, {"frequency_penalty": 1.0}], ids=str)
 def test_greedy_text_equals_the_mlx_backend(
-    penalty: float, arrays: dict[str, np.ndarray], weights: dict[str, Any], tokenizer: ChatTokenizer
+    penalties: dict[str, float], arrays: dict[str, np.ndarray], weights: dict[str, Any], tokenizer: ChatTokenizer
 ) -> None:
-    settings = GenerationConfig(prompt="The value", method="greedy", max_new_tokens=30, repetition_penalty=penalty)
+    settings = GenerationConfig(prompt="The value", method="greedy", max_new_tokens=30, **penalties)
     model = Model({n: mx.array(a) for n, a in arrays.items()}, SHAPE, tokenizer)
     text = generate(weights, SHAPE, tokenizer, settings)
     assert text == mlx_generation.generate(model, settings) and len(text) > 20
@@ -63,13 +63,13 @@ def test_greedy_text_equals_the_mlx_backend(
     assert cut == mlx_generation.generate(model, stopping) == text[: text.index(text[9:12])]
 
 
-def test_repetition_penalty_matches_mlx_lm() -> None:
-    from mlx_lm.sample_utils import make_repetition_penalty
-
+@pytest.mark.parametrize("penalties", PENALTIES, ids=str)
+def test_penalties_equal_mlx_lms(penalties: dict[str, float]) -> None:
     rng = np.random.default_rng(0)
-    z, ids = rng.standard_normal(40), rng.integers(0, 40, 30).tolist()
-    wanted = make_repetition_penalty(1.7, 20)(mx.array(ids), mx.array(z[None], mx.float32))
-    np.testing.assert_allclose(apply_repetition_penalty(z, ids, 1.7), np.array(wanted)[0], rtol=1e-6)
+    z, prompt, answer = rng.standard_normal(40), rng.integers(0, 40, 10).tolist(), rng.integers(0, 40, 25).tolist()
+    for n in (0, 5, 25):
+        got = apply_penalties(z, prompt + answer[:n], len(prompt), GenerationConfig(**penalties))
+        np.testing.assert_allclose(got, penalized_by_mlx_lm(z, prompt, answer[:n], **penalties), rtol=1e-5, atol=1e-6)
 
 
 def test_generation_ends_at_max_new_tokens_max_seq_len_or_end_of_document(weights: dict[str, Any]) -> None:
