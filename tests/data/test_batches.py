@@ -42,7 +42,8 @@ def test_epoch_has_every_window_once(counts: list[int], seed: int, epoch: int) -
 def test_random_access_matches_sequential_order(start: int, a: int, b: int, weighted: bool) -> None:
     """Also across epochs and order blocks, for any batch shape."""
     sets, weights = [Indexed(700, 0), Indexed(90, 1)], [0.9, 0.1] if weighted else None
-    one_by_one = [w for p in range(start, start + a * b) for w in taken(TrainBatches(sets, 3, weights).at(p, 1, 1))]
+    ones = TrainBatches(sets, 3, weights)
+    one_by_one = [w for p in range(start, start + a * b) for w in taken(ones.at(p, 1, 1))]
     batch = TrainBatches(sets, 3, weights).at(start, a, b)
     assert batch.inputs.shape == (a, b, 2) and batch.inputs.dtype == np.int32
     assert taken(batch) == one_by_one

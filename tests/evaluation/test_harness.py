@@ -1,6 +1,7 @@
 """Scores in lm-evaluation-harness match those of its Hugging Face model with the same weights."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.inference.conftest import family_model
 
 pytest.importorskip("torch")
 lm_eval = pytest.importorskip("lm_eval")
+lm_tasks = pytest.importorskip("lm_eval.tasks")
 
 COMMON = "dataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}}}\ntest_split: test\n"
 TASKS = {
@@ -61,17 +63,20 @@ def test_local_tasks_match_the_hugging_face_model(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+    # Reading the thousands of tasks of the package takes 20 s.
+    monkeypatch.setattr(lm_tasks, "TaskManager", partial(lm_tasks.TaskManager, include_defaults=False))
     run = make_run(tmp_path / "run", bpe, max_seq_len=160)
     export(run, "hf", tmp_path / "hf")
     model, _ = load_model(run)
     ours = evaluate_tasks(model, EvalRequest(tasks=["our_choice", "our_rolling", "our_written"], include=str(tasks)))
 
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+
+    manager = lm_tasks.TaskManager(include_path=str(tasks))
 
     def theirs(name: str, **more: Any) -> dict[str, float]:
         hf = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=4, **more)
-        found = lm_eval.simple_evaluate(hf, tasks=[name], task_manager=TaskManager(include_path=str(tasks)))
+        found = lm_eval.simple_evaluate(hf, tasks=[name], task_manager=manager, bootstrap_iters=0)
         return {key.removesuffix(",none"): value for key, value in found["results"][name].items()}
 
     for name in ("our_choice", "our_rolling", "our_written"):
