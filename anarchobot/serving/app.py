@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+import json
 import re
 import time
 from collections.abc import AsyncIterator, Collection
@@ -32,6 +33,7 @@ from anarchobot.tokenizers.conversation import InvalidRow
 from anarchobot.tokenizers.trailing_space import split_trailing_space
 
 CHAT_PAGE = Path(__file__).with_name("page.html")
+WARNING = "X-Warning"  # header
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Service:
             ],
             middleware=[
                 Middleware(HostMiddleware, hosts, origins),
-                Middleware(CORSMiddleware, [*origins], allow_methods=["GET", "POST"], allow_headers=["*"]),
+                Middleware(CORSMiddleware, [*origins], ["GET", "POST"], ["*"], expose_headers=[WARNING]),
                 Middleware(ApiKeyMiddleware, api_key),
             ],
             exception_handlers={
@@ -91,7 +93,8 @@ class Service:
         return json_response({"object": "list", "data": [self._model_info()]})
 
     async def _get_model(self, request: Request) -> Response:
-        self._check_name(request.path_params["name"])
+        if request.path_params["name"] != self._name:
+            raise ApiError(404, f"model not found; available: '{self._name}'", "model", "model_not_found")
         return json_response(self._model_info())
 
     async def _completions(self, request: Request) -> Response:
@@ -106,7 +109,6 @@ class Service:
         return await read_body(request, self._limits.body_bytes, self._limits.body_seconds)
 
     async def _generate(self, request: Request, parsed: CompletionRequest | ChatRequest, kind: Kind) -> Response:
-        self._check_name(parsed.model)
         settings = parsed.settings(self._defaults, self._limits.tokens)
         generation = self._worker.open()
         try:
@@ -116,16 +118,16 @@ class Service:
         except BaseException:
             generation.close()
             raise
-        writer = ResponseWriter(kind, self._name, usage)
+        writer, headers = ResponseWriter(kind, self._name, usage), self._warning(parsed)
         if parsed.stream:
-            return _EventStream(writer.stream(generation, parsed.include_usage), generation)
+            return _EventStream(writer.stream(generation, parsed.include_usage), generation, headers)
         response = asyncio.ensure_future(writer.complete(generation))
         disconnected = asyncio.ensure_future(wait_for_disconnect(request))
         try:
             await asyncio.wait({response, disconnected}, return_when=asyncio.FIRST_COMPLETED)
             if not response.done():
                 raise ClientDisconnect
-            return json_response(response.result())
+            return json_response(response.result(), headers=headers)
         finally:
             response.cancel()
             disconnected.cancel()
@@ -164,9 +166,11 @@ class Service:
         message = f"{param}: {size} do not fit (the model's max_seq_len is {self._max_seq_len}); shorten it"
         return ApiError(400, message, param, "context_length_exceeded")
 
-    def _check_name(self, name: str) -> None:
-        if name != self._name:
-            raise ApiError(404, f"model not found; available: '{self._name}'", "model", "model_not_found")
+    def _warning(self, parsed: CompletionRequest | ChatRequest) -> dict[str, str]:
+        """The header of an answer to a request for another model; many clients have one of OpenAI's as default."""
+        if parsed.model == self._name:
+            return {}
+        return {WARNING: f"answered by {json.dumps(self._name)}, the only model of this server"}
 
     def _model_info(self) -> dict[str, object]:
         info = {"id": self._name, "object": "model", "created": self._created, "owned_by": "anarchobot"}
@@ -235,8 +239,8 @@ def _csp_hash(text: str, tag: str) -> str:
 class _EventStream(StreamingResponse):
     """Server-sent events; closes the generation when the response ends for any reason."""
 
-    def __init__(self, events: AsyncIterator[bytes], generation: GenerationStream) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-store"}, media_type="text/event-stream")
+    def __init__(self, events: AsyncIterator[bytes], generation: GenerationStream, headers: dict[str, str]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-store", **headers}, media_type="text/event-stream")
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,7 +1,7 @@
-"""Request schemas of OpenAI's API.
+"""Request schemas: the fields of OpenAI's API, and the sampling fields that vLLM, llama.cpp and mlx-lm add to them.
 
 A field that would change the output but is not supported is rejected; a field that has no effect on the output is
-ignored; a field unknown to OpenAI is rejected with OpenAI's error.
+ignored, and null means that a field is omitted; any other field is rejected with OpenAI's error.
 """
 
 import secrets
@@ -9,28 +9,37 @@ from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from anarchobot.config.errors import did_you_mean
-from anarchobot.config.schema import GenerationConfig
+from anarchobot.config.schema import GenerationConfig, Penalty
 from anarchobot.inference.generation import NUM_SEEDS
 from anarchobot.serving.errors import ApiError
 from anarchobot.tokenizers.conversation import Message
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MIN_TEMPERATURE = 1e-3  # below it, decoding is greedy
+_FILTERS = ("top_k", "top_p", "min_p")  # in the order of GenerationConfig.filters
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
-# Unsupported fields, each with the values that are accepted because they have no effect (as is null).
+# Unsupported fields, each with the values that are accepted because they have no effect.
 _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False,), "top_logprobs": (0,), "suffix": ("",),
-    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "modalities": (["text"],),
-    "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
-    "function_call": ("none", "auto"), "audio": (), "prediction": (), "reasoning_effort": (), "verbosity": (),
-    "web_search_options": (), "moderation": (),
+    "logit_bias": ({},), "modalities": (["text"],), "response_format": ({"type": "text"},), "tools": ([],),
+    "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"), "audio": (),
+    "prediction": (), "reasoning_effort": (), "verbosity": (), "web_search_options": (), "moderation": (),
+    # sampling fields of other servers
+    "min_tokens": (0,), "min_length": (0,), "ignore_eos": (False,), "stop_token_ids": ([],), "bad_words": ([],),
+    "prompt_logprobs": (0,), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,), "add_generation_prompt": (True,), "continue_final_message": (False,),
+    "chat_template_kwargs": ({},), "use_beam_search": (False,), "length_penalty": (1,), "early_stopping": (False,),
+    "typical_p": (1,), "tfs_z": (1,), "top_a": (0,), "epsilon_cutoff": (0,), "eta_cutoff": (0,), "mirostat": (0,),
+    "mirostat_mode": (0,), "xtc_probability": (0,), "dry_multiplier": (0,), "dynatemp_range": (0,),
+    "smoothing_factor": (0,), "no_repeat_ngram_size": (0,), "repeat_penalty": (1,), "grammar": ("",),
 }  # fmt: skip
 _IGNORED = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prompt_cache_options", "parallel_tool_calls",
+    "prompt_cache_options", "parallel_tool_calls", "cache_prompt", "keep_alive",
 })  # fmt: skip
 
 
@@ -45,7 +54,7 @@ def _one_prompt(value: object) -> object:
 
 
 def _stops(value: object) -> object:
-    return [value] if isinstance(value, str) else [] if value is None else value
+    return [value] if isinstance(value, str) else value
 
 
 def _text(value: object) -> object:
@@ -88,7 +97,12 @@ class _Request(_StrictModel):
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_k: Annotated[int, Field(ge=-1), AfterValidator(lambda top_k: max(top_k, 0))] | None = None  # vLLM's -1: all
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
     seed: int | None = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=4), BeforeValidator(_stops)
@@ -109,21 +123,18 @@ class _Request(_StrictModel):
             raise ApiError(400, f"max_tokens: {tokens} exceeds the server's limit of {max_tokens}", "max_tokens")
         seed = secrets.randbelow(NUM_SEEDS) if self.seed is None else self.seed % NUM_SEEDS
         limit = min(defaults.max_new_tokens, max_tokens) if tokens is None else tokens
-        update: dict[str, Any] = {"seed": seed, "max_new_tokens": limit, **self._sampling(defaults.method)}
+        update: dict[str, Any] = {"seed": seed, "max_new_tokens": limit, **self._sampling(defaults)}
         if self.stop:
             update["stop"] = self.stop
         return defaults.model_copy(update=update)
 
-    def _sampling(self, method: str) -> dict[str, Any]:
-        top_p = self.top_p
-        if (self.temperature is not None and self.temperature < MIN_TEMPERATURE) or top_p == 0:
-            return {"method": "greedy"}
-        update: dict[str, Any] = {}
-        if self.temperature is not None:
-            update |= {"temperature": self.temperature, "method": "random" if method == "greedy" else method}
-        if top_p is not None:
-            update |= {"top_p": top_p, "method": "nucleus"}
-        return update
+    def _sampling(self, defaults: GenerationConfig) -> dict[str, Any]:
+        """The filters of the method in `defaults`, except for those that the request sets."""
+        given = self.model_dump(include={"temperature", *_FILTERS, *_PENALTIES}, exclude_none=True)
+        samples = defaults.method != "greedy" or not given.keys().isdisjoint(("temperature", *_FILTERS))
+        if not samples or given.get("temperature", 1) < MIN_TEMPERATURE or self.top_p == 0:
+            return given | {"method": "greedy"}
+        return dict(zip(_FILTERS, defaults.filters, strict=True)) | given | {"method": "combined"}
 
 
 class CompletionRequest(_Request):
@@ -152,16 +163,15 @@ def parse_request(body: bytes, schema: type[R]) -> R:
         raise ApiError(400, f"request body is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ApiError(400, "request body is not a JSON object")
+    given = {name: value for name, value in fields.items() if value is not None and name not in _IGNORED}
     for name, accepted in _UNSUPPORTED.items():
-        value = fields.pop(name, None)
+        value = given.pop(name, None)
         if value is not None and not any(_equal(value, other) for other in accepted):
             raise ApiError(400, f"{name}: not supported; omit it", name, "unsupported_parameter")
     try:
-        request = schema.model_validate({name: value for name, value in fields.items() if name not in _IGNORED})
+        request = schema.model_validate(given)
     except ValidationError as error:
         raise _validation_error(error, schema) from error
-    if request.stream_options is not None and not request.stream:
-        raise ApiError(400, "stream_options: only allowed with stream: true", "stream_options")
     if isinstance(request, ChatRequest) and None not in (request.max_tokens, request.max_completion_tokens):
         raise ApiError(400, "max_tokens and max_completion_tokens: expected only one of them", "max_tokens")
     return request

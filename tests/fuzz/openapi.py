@@ -24,7 +24,8 @@ def _completion(kind: str, choice: dict[str, Any]) -> dict[str, Any]:
 def _responses(schema: dict[str, Any], stream: bool = False) -> dict[str, Any]:
     content = {"application/json": {"schema": schema}} | ({"text/event-stream": {}} if stream else {})
     error = {"description": "error", "content": {"application/json": {"schema": _object({"error": _object(_ERROR)})}}}
-    return {"200": {"description": "success", "content": content}, "4XX": error}
+    headers = {"X-Warning": {"schema": _TEXT, "description": "the model that answered, if another one was named"}}
+    return {"200": {"description": "success", "headers": headers, "content": content}, "4XX": error}
 
 
 def description() -> dict[str, Any]:
@@ -44,7 +45,6 @@ def description() -> dict[str, Any]:
     ):
         schema = request.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {})
-        schema["properties"]["model"] = {"const": "tiny"}
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         paths[path] = {"post": {"requestBody": body, "responses": _responses(response, stream=True)}}
     info = {"title": "AnarchoBot", "version": "1"}

@@ -79,8 +79,10 @@ def wait_until(holds: Any, seconds: float = 100) -> None:
 
 
 @contextmanager
-def run_server(model: Model, limits: Limits | None = None, rows: int = 16, **options: Any) -> Iterator[RunningServer]:
-    chosen = ServerOptions(name="tiny", port=0, limits=limits or Limits(), **options)
+def run_server(
+    model: Model, limits: Limits | None = None, rows: int = 16, name: str = "tiny", **options: Any
+) -> Iterator[RunningServer]:
+    chosen = ServerOptions(name=name, port=0, limits=limits or Limits(), **options)
     bound = bind(chosen)
     port = bound.getsockname()[1]
     with bound, Worker(model, chosen.queue_size, rows) as worker:

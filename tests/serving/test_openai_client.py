@@ -1,5 +1,6 @@
 """The official OpenAI client gets the same text as `generate` and `chat`."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -9,7 +10,7 @@ from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference.chat import ChatSession
 from anarchobot.inference.generation import generate
 from anarchobot.inference.model import Model
-from tests.serving.conftest import DEFAULTS, KEY, RunningServer
+from tests.serving.conftest import DEFAULTS, KEY, RunningServer, run_server
 
 openai = pytest.importorskip("openai")
 
@@ -37,6 +38,32 @@ REQUESTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"seed": 8, "temperature": 1.3}, {"seed": 8, "temperature": 1.3}),
     ({"seed": 9, "top_p": 0.5}, {"seed": 9, "top_p": 0.5}),
     ({"seed": 9, "top_p": 0}, {"method": "greedy"}),
+    (
+        {"seed": 9, "temperature": 1, "extra_body": {"top_k": 3}},
+        {"seed": 9, "temperature": 1.0, "method": "combined", "top_k": 3, "min_p": 0.0},
+    ),  # top_p is the model's
+    (
+        {"seed": 9, "temperature": 1, "top_p": 1, "extra_body": {"top_k": -1, "min_p": 0.5}},
+        {"seed": 9, "temperature": 1.0, "method": "min_p", "min_p": 0.5},
+    ),
+    ({"seed": 9, "top_p": 1, "extra_body": {"min_p": 0}}, {"seed": 9, "method": "random"}),
+    ({"seed": 9, "extra_body": {"top_k": 0}}, {"seed": 9}),
+    (
+        {
+            "temperature": 0,
+            "max_tokens": 30,
+            "frequency_penalty": 1.5,
+            "presence_penalty": 0.5,
+            "extra_body": {"repetition_penalty": 1.5},
+        },
+        {
+            "method": "greedy",
+            "max_new_tokens": 30,
+            "frequency_penalty": 1.5,
+            "presence_penalty": 0.5,
+            "repetition_penalty": 1.5,
+        },
+    ),
     ({"seed": 10, "stop": "e", "max_tokens": 40}, {"seed": 10, "stop": ["e"], "max_new_tokens": 40}),
     ({"seed": 11, "stop": ["t", " "], "max_tokens": 40}, {"seed": 11, "stop": ["t", " "], "max_new_tokens": 40}),
 ]
@@ -139,14 +166,28 @@ def test_models_and_unknown_names(client: Any) -> None:
     (only,) = client.models.list().data
     assert (only.id, only.object, only.max_model_len) == ("tiny", "model", 4096)
     assert client.models.retrieve("tiny") == only
-    for ask in (
-        lambda: client.models.retrieve("gpt-5"),
-        lambda: client.completions.create(model="/etc/passwd", prompt="x"),
-        lambda: client.chat.completions.create(model="gpt-5", messages=[{"role": "user", "content": "x"}]),
-    ):
-        with pytest.raises(openai.NotFoundError) as raised:
-            ask()
-        assert raised.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError) as raised:
+        client.models.retrieve("gpt-5")
+    assert raised.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_any_model_name_is_answered_with_a_warning(client: Any, stream: bool) -> None:
+    """The headers name the model that answered, and nothing of the request."""
+    for name in ("gpt-4o", "x\r\nSet-Cookie: a=b", "é" * 1000, ""):
+        chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "stream": stream}
+        raw = client.chat.completions.with_raw_response.create(model=name, **chat)
+        assert raw.headers["x-warning"] == 'answered by "tiny", the only model of this server'
+        assert "set-cookie" not in raw.headers
+        answer = next(iter(raw.parse())) if stream else raw.parse()
+        assert answer.model == "tiny"
+    assert "x-warning" not in client.completions.with_raw_response.create(model="tiny", prompt="x").headers
+
+
+def test_the_name_of_a_model_may_have_any_character(model: Model) -> None:
+    with run_server(model, name='é"\n') as server, client_of(server) as client:
+        headers = client.completions.with_raw_response.create(model="tiny", prompt="x", max_tokens=1).headers
+        assert json.loads(headers["x-warning"].removeprefix("answered by ").partition(",")[0]) == 'é"\n'
 
 
 def test_the_api_key_is_checked(locked_server: RunningServer) -> None:
@@ -168,5 +209,6 @@ def test_errors_match_openai(client: Any) -> None:
     assert error_of(n=2).param == "n"
     assert error_of(logprobs=1).code == "unsupported_parameter"
     assert error_of(extra_body={"temprature": 1}).code == "unknown_parameter"
+    assert error_of(extra_body={"mirostat": 2}).code == "unsupported_parameter"
+    assert error_of(extra_body={"top_k": -2}).param == "top_k"
     assert error_of(prompt=["a", "b"]).param == "prompt"
-    assert error_of(stream_options={"include_usage": True}).param == "stream_options"

@@ -10,6 +10,7 @@ import pytest
 
 from anarchobot.inference.model import Model
 from anarchobot.serving.app import Limits, Service
+from anarchobot.serving.schema import _UNSUPPORTED
 from tests.serving.conftest import KEY, RunningServer, run_server, wait_until
 
 PATH = "/v1/completions"
@@ -37,8 +38,10 @@ def status_of(connection: socket.socket) -> int:
                 {"max_tokens": 10**400}, {"temperature": -1}, {"temperature": 2.1}, {"temperature": "hot"},
                 {"top_p": 1.1}, {"seed": 1.5}, {"seed": True}, {"stop": ""}, {"stop": ["a"] * 5}, {"stop": [1]},
                 {"stop": "x" * 201}, {"stream": "yes"}, {"prompt": [1, 2]}, {"prompt": []}, {"n": 2}, {"n": True},
-                {"best_of": 3}, {"echo": True}, {"logprobs": 0}, {"logit_bias": {"1": 2}}, {"frequency_penalty": 1},
-                {"adapters": "/etc"}, {"stream_options": {}},
+                {"best_of": 3}, {"echo": True}, {"logprobs": 0}, {"logit_bias": {"1": 2}}, {"frequency_penalty": 3},
+                {"presence_penalty": "1"}, {"repetition_penalty": 0}, {"min_p": 2}, {"top_k": 1.5}, {"top_k": True},
+                {"mirostat": 2}, {"min_tokens": 5}, {"typical_p": 0}, {"ignore_eos": 0}, {"adapters": "/etc"},
+                {"temprature": 0}, {"stream_options": 1},
             )
         ),
     ],
@@ -67,9 +70,19 @@ def test_bad_messages_are_a_bad_request(server: RunningServer, messages: Any) ->
 
 
 def test_unsupported_fields_without_effect_are_accepted(server: RunningServer) -> None:
+    """With the defaults of other servers' fields; null is accepted for any field that need not be there."""
     fields = {"n": 1, "logprobs": None, "echo": False, "user": "me", "frequency_penalty": 0.0, "logit_bias": {}}
-    status, answer = server.post(PATH, ASK | fields | {"stop": None, "seed": None, "stream": False})
-    assert status == 200, answer
+    fields |= {"top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "stream_options": {}}
+    fields |= {"mirostat": 0, "min_tokens": 0, "typical_p": 1.0, "ignore_eos": False, "nonsense": None}
+    expected = server.post(PATH, ASK | {"temperature": 0})[1]["choices"]
+    fields |= {"stop": None, "seed": None, "stream": False, "temperature": 0}
+    status, answer = server.post(PATH, ASK | fields)
+    assert status == 200 and answer["choices"] == expected, answer
+    for name, accepted in _UNSUPPORTED.items():
+        for value in (None, *accepted):
+            assert server.post(PATH, ASK | {"max_tokens": 1, name: value})[0] == 200, (name, value)
+        status, answer = server.post(PATH, ASK | {name: 0.625})
+        assert (status, answer["error"]["param"]) == (400, name)
 
 
 def test_a_body_of_a_hundred_megabytes(server: RunningServer) -> None:
