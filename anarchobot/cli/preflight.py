@@ -143,7 +143,7 @@ def _plan_lines(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _run_lines(result: dict[str, Any]) -> Iterator[str]:
-    from anarchobot.preflight.plan import CHINCHILLA
+    from anarchobot.preflight.plan import CHINCHILLA, many_epochs
 
     yield f"compute: {result['flops_per_token'] / 1e6:,.1f} MFLOP per token"
     if result["steps"] is None:
@@ -153,6 +153,8 @@ def _run_lines(result: dict[str, Any]) -> Iterator[str]:
         f"run: {result['steps']:,} steps, {result['tokens']:,} tokens, {result['flops']:.3g} FLOP, "
         f"{result['tokens_per_parameter']:.1f} tokens per parameter (Chinchilla: {CHINCHILLA})"
     )
+    if (epochs := result["epochs"]) is not None:
+        yield f"passes over the shards: {many_epochs(epochs) or f'{epochs:.2f} epochs'}"
     if result["tokens_per_second"] is not None:
         yield f"to finish in {result['deadline_hours']:g} h: {result['tokens_per_second']:,.0f} tokens/s"
 

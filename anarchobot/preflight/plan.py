@@ -21,6 +21,7 @@ from anarchobot.system.peak_flops import training_flops_per_token
 
 PRECISIONS: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")  # float16 needs the same as bfloat16
 CHINCHILLA = 20  # compute-optimal training tokens per parameter (Hoffmann et al., 2022)
+MANY_EPOCHS = 4  # up to here, repeated text is worth almost as much as new text (Muennighoff et al., 2023)
 
 
 def load_plan(path: str | None, overrides: Sequence[str | tuple[str, Any]]) -> LoadedConfig:
@@ -42,7 +43,11 @@ def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str,
     model, train, length = config.model, config.train, config.data.seq_len
     sequences = sequences_per_step(train)
     tokens_per_step = sequences * length * (2 if pairs else 1)
-    steps, unknown = _steps(config, tokens_per_step // sequences)
+    windows, unknown = _windows(config)
+    if train.epochs is not None and windows is None:
+        steps = None
+    else:
+        steps, unknown = total_steps(train, tokens_per_step // sequences, windows or 0), None
     tokens = None if steps is None else steps * tokens_per_step
     parameters, flops = parameter_count(model), training_flops_per_token(model, length)
     budget = memory_budget(config)
@@ -68,6 +73,7 @@ def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str,
         "steps_unknown": unknown,
         "tokens_per_step": tokens_per_step,
         "tokens": tokens,
+        "epochs": None if steps is None or windows is None else steps * sequences / windows,
         "tokens_per_parameter": None if tokens is None else tokens / parameters,
         "flops_per_token": flops,
         "flops": None if tokens is None else flops * tokens,
@@ -101,14 +107,11 @@ def _peak(config: Config, precision: str, checkpointing: bool, pairs: bool) -> d
     return {"precision": precision, "gradient_checkpointing": checkpointing, **_memory_values(memory)}
 
 
-def _steps(config: Config, tokens_per_sequence: int) -> tuple[int | None, str | None]:
-    """The number of steps, or why it is unknown. `tokens_per_sequence` is what a token budget counts for a row."""
-    data, train = config.data, config.train
-    if train.epochs is None:
-        return total_steps(train, tokens_per_sequence, 0), None
-    if train.init_from is not None and data.dataset is not None:
+def _windows(config: Config) -> tuple[int | None, str | None]:
+    """The number of training sequences in an epoch of the shards, or why it is unknown."""
+    data, folders = config.data, config.data.shard_dirs
+    if config.train.init_from is not None and data.dataset is not None:
         return None, "the run's length is given in epochs, and conversations are only counted when it starts"
-    folders = data.shard_dirs
     missing = [folder for folder in folders if not (Path(folder) / "manifest.json").exists()]
     if missing:
         return None, f"the run's length is given in epochs, and there are no shards in {missing[0]}: run pretokenize"
@@ -117,5 +120,13 @@ def _steps(config: Config, tokens_per_sequence: int) -> tuple[int | None, str | 
         raise UserError(
             f"{folders[0]}: {sum(tokens)} training tokens are fewer than one sequence (data.seq_len: {data.seq_len})"
         )
-    windows = sum(math.ceil((count - 1) / data.seq_len) for count in tokens)
-    return total_steps(train, tokens_per_sequence, windows), None
+    return sum(math.ceil((count - 1) / data.seq_len) for count in tokens), None
+
+
+def many_epochs(epochs: float) -> str | None:
+    """A warning about a long run on little text."""
+    if epochs <= MANY_EPOCHS:
+        return None
+    return (
+        f"{epochs:,.1f} epochs: beyond {MANY_EPOCHS}, repeated text helps less than new text, and a model may overfit"
+    )

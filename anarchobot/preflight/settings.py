@@ -9,9 +9,9 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import leaf_keys, load, load_config, sections
 from anarchobot.config.schema import Config
 from anarchobot.exchange.pretrained import load_pretrained
-from anarchobot.optim.schedule import total_steps
+from anarchobot.optim.schedule import sequences_per_step, total_steps
 from anarchobot.preflight.check import Context, Outcome, check
-from anarchobot.preflight.plan import is_preference_config
+from anarchobot.preflight.plan import is_preference_config, many_epochs
 from anarchobot.tasks.adaptation.checks import warnings
 from anarchobot.tasks.finetuning import check_settings, load_tuning_config
 
@@ -105,7 +105,18 @@ def schedule(context: Context) -> Outcome:
             f"lr_decay_steps ({end:,}) differs from total_steps ({steps:,}): {effect}",
             "remove train.lr_decay_steps; its default is the last step",
         )
-    return "pass", f"{steps:,} steps, {train.warmup_steps:,} of warmup, lr {train.lr:g}, then {train.schedule}"
+    found = f"{steps:,} steps, {train.warmup_steps:,} of warmup, lr {train.lr:g}, then {train.schedule}"
+    if context.windows is None:
+        return "pass", found
+    epochs = steps * sequences_per_step(train) / context.windows
+    if warning := many_epochs(epochs):
+        steps_per_epoch = max(1, round(steps / epochs))
+        return (
+            "warn",
+            f"{found}; {warning}",
+            f"add text, or lower train.total_steps ({steps_per_epoch:,} steps are one epoch); the best step is kept",
+        )
+    return "pass", f"{found}; {epochs:.2f} epochs"
 
 
 @check("learning rate", ("configuration",))

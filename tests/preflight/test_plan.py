@@ -35,6 +35,7 @@ def test_figures_counted_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert found["parameters"] == found["trained_parameters"] == parameters
     assert (found["steps"], found["tokens_per_step"], found["tokens"]) == (6, 4 * 32, 6 * 4 * 32)
     assert found["tokens_per_parameter"] == pytest.approx(768 / parameters)
+    assert found["epochs"] is None  # no shards
     assert found["tokens_per_second"] == pytest.approx(768 / (48 * 3600))
     # 6 per matrix weight; 12 D for each of the 16.5 keys that a token attends to on average.
     assert found["flops_per_token"] == 6 * (parameters - 3 * 32) + 12 * 32 * 16.5
@@ -52,6 +53,11 @@ def test_epochs_need_shards(tmp_path: Path, tiny_shards: Path, capsys: pytest.Ca
     found = planned(write_config(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", **epochs), capsys)
     windows = -(-(read_manifest(tiny_shards).tokens("train") - 1) // 32)
     assert found["steps"] == -(-2 * windows // 4)
+    assert found["epochs"] == found["steps"] * 4 / windows
+    found = planned(write_config(tmp_path / "e.yaml", tiny_shards, tmp_path / "run", train__total_steps=2000), capsys)
+    assert found["epochs"] == 8000 / windows > 4
+    assert main(["plan", str(tmp_path / "e.yaml")]) == 0
+    assert f"{8000 / windows:,.1f} epochs: beyond 4, repeated text" in capsys.readouterr().out
     without = write_config(tmp_path / "d.yaml", tmp_path / "none", tmp_path / "run", **epochs)
     assert (unknown := planned(without, capsys))["steps"] is None
     assert "no shards" in unknown["steps_unknown"]
