@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
 from anarchobot.config.strict_yaml import dump
 from anarchobot.runs import checkpoint
@@ -27,7 +28,8 @@ def write_model(
 
     `origin` is stored in state.json and says where the model comes from, for example `{"imported": "PATH"}`. `save_dir`
     is the path recorded in the config, if `folder` will be renamed later. Training starts from these weights, so the
-    config's `init_from` and `checkpoint_path` are dropped. Raises OSError if the weights do not fit on the disk.
+    config's `init_from` and `checkpoint_path` are dropped. Raises OSError if the weights do not fit on the disk, and
+    UserError if one is not finite.
     """
     require_space(folder, sum(array.nbytes for array in weights.values()))
     save_dir = save_dir or folder
@@ -37,5 +39,8 @@ def write_model(
     write_atomic(folder / "config.yaml", dump(config.model_dump()))
     arrays = {f"{checkpoint.PARAMS}{name}": array for name, array in weights.items()}
     state = {"tokens": 0, "tokenizer": digest(tokenizer), **origin, "config": config.model_dump()}
-    checkpoint.save(folder, 0, arrays, state)
+    try:
+        checkpoint.save(folder, 0, arrays, state)
+    except FloatingPointError as error:
+        raise UserError(f"{save_dir}: not written: {error}: its sources are damaged: copy them again") from error
     return config

@@ -210,6 +210,17 @@ def test_parts_that_do_not_fit_are_rejected_by_name(floats: Path, tmp_path: Path
         _load_own(folder)
 
 
+def test_damaged_scales_are_rejected_without_a_warning(floats: Path, tmp_path: Path) -> None:
+    folder = quantize_folder(floats, tmp_path / "packed", bits=4, group_size=32)
+    tensors = dict(mx.load(str(folder / "model.safetensors")))
+    name = "model.layers.0.mlp.up_proj"
+    tensors[f"{name}.scales"] = mx.full(tensors[f"{name}.scales"].shape, 3e38)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    with pytest.raises(UserError, match=rf"imported: not written: {name}.weight is not finite: "):
+        import_model(folder, tmp_path / "imported")
+    assert not (tmp_path / "imported").exists()
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"bits": 4}', '{"bits": 7, "group_size": 64}', '{"bits": 4, "group_size": 1}']
 )
