@@ -1,12 +1,15 @@
 """Scores in lm-evaluation-harness match those of its Hugging Face model with the same weights."""
 
 import json
+import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from anarchobot.config.errors import UserError
 from anarchobot.evaluation.evaluate import EvalRequest, evaluate_tasks
 from anarchobot.exchange.exporting import export
 from anarchobot.inference.generation import TextBatch, TextChunk
@@ -103,6 +106,22 @@ def test_all_names_of_the_token_limit(tmp_path: Path, limits: dict[str, Any]) ->
     expected = normalize_gen_kwargs(limits)["max_gen_toks"]
     for until in ([""], ["", "x"], "", None, [])[: 5 if limits else 1]:
         assert generate_until(model, until=until, **limits) == "a" * expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_gen_toks": math.inf}, {"max_gen_toks": math.nan}, {"max_gen_toks": "many"}, {"max_gen_toks": 0},
+        {"max_gen_toks": [3]}, {"temperature": "hot"}, {"top_p": 2}, {"until": 5}, {"until": [5]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_invalid_settings_of_a_task_are_one_line_errors(settings: dict[str, Any]) -> None:
+    from anarchobot.evaluation.harness import _generation_config
+
+    with pytest.raises(UserError, match=re.escape(f"got {settings}")) as error:
+        _generation_config(settings, 100)
+    assert str(error.value).startswith("generation_kwargs of the task: ")
 
 
 @pytest.mark.parametrize(

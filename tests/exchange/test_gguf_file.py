@@ -176,6 +176,17 @@ def test_pre_tokenizers(tmp_path: Path, tokenizers_folder: Path) -> None:
         of(words + rest, {"type": "Lowercase"})
 
 
+def test_tokens_beyond_the_rows_of_the_model_are_left_out(tmp_path: Path, tokenizers_folder: Path) -> None:
+    """Such as Gemma's image token in a model for text."""
+    plain = tokenizers_folder / "json" / "tokenizer.json"
+    spec = json.loads(plain.read_text())
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": 500, "content": "<image>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "config.json").write_text('{"vocab_size": 500}')
+    found, expected = (tokenizer_fields(load_tokenizer(file), 0, None) for file in (tmp_path, plain))
+    assert found == expected and len(found["token_list"]) == 500
+
+
 def test_unigram_is_rejected(tmp_path: Path, tokenizers_folder: Path) -> None:
     run = make_run(tmp_path / "run", tokenizers_folder / "unigram" / "tokenizer.model", n_layers=1)
     with pytest.raises(

@@ -98,6 +98,15 @@ def test_what_does_not_fit_is_named(tmp_path: Path, tokenizers_folder: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+def test_files_that_no_index_lists_are_checked_too(tmp_path: Path, tokenizers_folder: Path) -> None:
+    """mlx-lm reads all files model*.safetensors."""
+    folder = folder_of(tmp_path / "hf", tokenizers_folder)
+    header = b'{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}'
+    (folder / "model-2.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(UserError, match=r"model-2\.safetensors: truncated"):
+        load_hf_folder(folder)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

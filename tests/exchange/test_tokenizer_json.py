@@ -93,6 +93,14 @@ def test_public_sentencepiece_tokenizers_give_equal_ids(shared_data: Path, tmp_p
     assert differing(tokenizer, hugging_face(tmp_path), texts) == []
 
 
+def test_merges_of_unknown_tokens_are_a_one_line_error(tmp_path: Path) -> None:
+    """Of two tokens with the same id, the library keeps one."""
+    (tmp_path / "vocab.json").write_text('{"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3, "ba": 3}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\nb a\n")
+    with pytest.raises(UserError, match=r"vocab\.json: this tokenizer can't be exported: Token `(ab|ba)` out of voc"):
+        tokenizer_files(load_tokenizer(tmp_path), 64, 0)
+
+
 def test_find_mismatch_detects_another_tokenizer(tokenizers_folder: Path, bpe: Path) -> None:
     written = tokenizer_files(load_tokenizer(tokenizers_folder / "gpt2" / "tiny-vocab.json"), 64, 0)["tokenizer.json"]
     warning = find_mismatch(load_tokenizer(bpe), written)
