@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from anarchobot.config.errors import UserError
-from anarchobot.data import document_batches
+from anarchobot.data import document_batches, pretokenize
 from anarchobot.data.pretokenize import Pretokenizer
 from anarchobot.data.resume import is_complete
 from anarchobot.data.shard_writer import NpyStream
@@ -250,6 +250,25 @@ def test_shards_of_a_shorter_corpus_are_not_those_of_an_interrupted_longer_one(
     assert is_complete(tmp_path / "out", longer.provenance)
     (tmp_path / "out" / "manifest.json").write_text("{}")
     assert not is_complete(tmp_path / "out", longer.provenance)
+
+
+def test_finished_shards_that_are_not_in_place_are_not_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All new shards are finished, but the manifest is still that of the old ones."""
+    old = Pretokenizer(Bytes(tmp_path), tmp_path / "out", val_fraction=0.0, source={"a.txt": "old"})
+    new = replace(old, source={"a.txt": "new"}, restart=True)
+    old.run([Document("old")])
+
+    def stopped(*args: object) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(pretokenize, "_install", stopped)
+        new.run([Document("new")])
+    assert not is_complete(tmp_path / "out", new.provenance)
+    replace(new, restart=False).run([Document("new")])
+    assert is_complete(tmp_path / "out", new.provenance)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,10 @@ def test_documents_that_the_model_was_trained_on_are_counted(
     assert "documents_trained_on" not in metrics
     assert main(["evaluate", *words]) == 0
     assert "the model was trained on 2 of these 3 documents" in "".join(capsys.readouterr())
+    (tmp_path / "t.jsonl").write_text(json.dumps(rows[2]) + "\n")
+    assert main(["evaluate", *words]) == 0
+    printed = "".join(capsys.readouterr())
+    assert "warning" not in printed and "documents_trained_on" in printed
 
 
 def test_rouge_and_comparison_of_two_models(tmp_path: Path, bpe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -385,11 +385,20 @@ def test_missing_adapters_and_pickles_are_rejected(run: Path, tmp_path: Path) ->
             '{"alpha_pattern": {"' + "(" * 5000 + ")" * 5000 + '": 1}}',
             "alpha_pattern: a key of 10,000 characters, at most 1,000",
         ),
+        (
+            '{"alpha_pattern": {"' + "(" * 500 + ")" * 500 + '": 1}}',
+            "alpha_pattern: invalid regular expression: maximum",
+        ),
+        ('{"alpha_pattern": {"a{9999999999}": 1}}', "alpha_pattern: invalid regular expression: the repetition number"),
+        (
+            json.dumps({"alpha_pattern": {f".*{i}": 1 for i in range(101)}}),
+            "alpha_pattern: 101 expressions with repetitions, at most 100",
+        ),
         ('{"alpha_pattern": {"(.*)*x": 1}}', "alpha_pattern: '(.*)*x' could take too long to match"),
         ('{"alpha_pattern": {".*": "much"}}', "expected a number, got 'much'"),
         ("[" * 200_000 + "]" * 200_000, "can't be read as JSON"),
     ],
-    ids=["list", "text", "regex", "long regex", "slow regex", "value", "deep"],
+    ids=["list", "text", "regex", "long regex", "deep regex", "repetition", "many", "slow regex", "value", "deep"],
 )
 def test_extreme_peft_configs_are_one_line_errors(run: Path, tmp_path: Path, text: str, message: str) -> None:
     model, folder = shape_of(run), tmp_path / "extreme"
