@@ -128,6 +128,7 @@ def test_datasets_in_shipped_config_comments_are_valid() -> None:
     settings = [DataConfig(**yaml.safe_load(block)) for block in comments.split("\n\n")[1:] if block]
     names = {data.dataset: data.text_field for data in settings if hub.is_hub_name(str(data.dataset))}
     assert names == {
+        "HuggingFaceFW/fineweb-edu": "text",
         "HuggingFaceFW/fineweb": "text",
         "allenai/c4": "text",
         "openbmb/Ultra-FineWeb": "content",
