@@ -203,6 +203,7 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
         if (path / "adapter_model.bin").is_file():
             raise UserError(f"{path / 'adapter_model.bin'}: a pickle, which can run code: save it as safetensors")
         adapter = _from_checkpoint(path)
+        _check_shapes({name: array.shape for name, array in adapter.weights.items()}, model, path)
     else:
         values = read_json(path / CONFIG)
         stored = safetensors_file.read(path / FILES[file_format])
@@ -214,7 +215,6 @@ def read_adapter(path: str | Path, model: ModelConfig) -> Adapter:
         adapter = settings(tensors, values, path / CONFIG)
         for name, tensor in tensors.items():
             adapter.weights[name] = tensor.load()
-    _check_shapes({name: array.shape for name, array in adapter.weights.items()}, model, path)
     for name, array in adapter.weights.items():
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {name} contains a value that is not finite")

@@ -286,6 +286,8 @@ def test_adapters_of_another_model_are_rejected_by_digest(run: Path, tmp_path: P
     checkpoint.save(tmp_path / "tuned", 7, arrays, {"base": load_pretrained(str(run)).digest, **state})
     read = read_adapter(tmp_path / "tuned", shape)
     assert read.step == 7 and read.base == load_pretrained(str(run)).digest
+    with pytest.raises(UserError, match=r"tuned: .* has shape .*: these adapters are for another model"):
+        read_adapter(tmp_path / "tuned", shape.model_copy(update={"d_model": 64}))
     write_adapter(tmp_path / "mlx", read, shape, "mlx")
     write_adapter(tmp_path / "unknown", adapter, shape, "mlx")
     for i, name in enumerate(("tuned", "mlx")):
