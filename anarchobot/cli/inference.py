@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from anarchobot.config.schema import Config
     from anarchobot.inference.chat import ChatSession
     from anarchobot.inference.generation import TextChunk
+    from anarchobot.inference.model import Model
 
 SETTINGS = {
     "--method": "generation.method",
@@ -68,11 +69,12 @@ def add_commands(commands: Any) -> None:
 
     chat = add_command(commands, "chat", _chat, "chat with a model in the terminal")
     _add_model(chat)
-    add_overrides(chat, "generation", "knowledge_base")
+    add_overrides(chat, "generation", "knowledge_base", unused=["generation.prompt"])
     add_settings(chat, SETTINGS | SEARCH_SETTINGS, MODEL_DEFAULT)
 
     serve = add_command(commands, "serve", _serve, "serve a model over an OpenAI-compatible HTTP API, with a chat page")
     _add_checkpoint(serve)
+    add_overrides(serve, "generation", unused=["generation.prompt", "generation.seed"])  # each request has its own
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on; the default serves this machine only")
     serve.add_argument("--port", type=_port, default=8080, help="port to listen on; 0: any free port")
     serve.add_argument("--max-tokens", type=positive, default=2048, metavar="N", help="maximum tokens per answer")
@@ -141,15 +143,16 @@ def _port(word: str) -> int:
     return number
 
 
-def _settings(args: argparse.Namespace, trained: "Config") -> "Config":
-    """The sections used for inference: the model's settings, overridden by flags."""
-    from anarchobot.config.loading import load_config
+def _load(args: argparse.Namespace) -> "tuple[Model, Config]":
+    """The model, and the sections used for inference: the model's settings, overridden by KEY=VALUE and flags."""
+    from anarchobot.config.loading import load_config, override
+    from anarchobot.inference.model import load_model
 
-    sections = {name: getattr(trained, name).model_dump() for name in ("generation", "knowledge_base")}
-    base = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
-    if args.stop is not None:
-        base["generation.stop"] = args.stop
-    return load_config(None, overrides(args, base)).config
+    stop = getattr(args, "stop", None)
+    given = overrides(args, {} if stop is None else {"generation.stop": stop})
+    load_config(None, given)  # before loading the model, to fail early
+    model, trained = load_model(args.checkpoint, args.model)
+    return model, override(trained, ("generation", "knowledge_base"), given)
 
 
 # --- generate
@@ -161,10 +164,9 @@ def _generate(args: argparse.Namespace) -> None:
 
     load_fast_blas()  # before MLX is imported
     from anarchobot.inference.generation import generate, generate_batch
-    from anarchobot.inference.model import load_model
 
-    model, trained = load_model(args.checkpoint, args.model)
-    settings = _settings(args, trained).generation
+    model, config = _load(args)
+    settings = config.generation
     if settings.prompt == "-":
         settings = settings.model_copy(update={"prompt": _read_stdin()})
     if prompts is not None:
@@ -233,11 +235,9 @@ def _chat(args: argparse.Namespace) -> None:
 
     load_fast_blas()  # before MLX is imported
     from anarchobot.inference.chat import ChatSession
-    from anarchobot.inference.model import load_model
     from anarchobot.knowledge.knowledge_base import KnowledgeBase
 
-    model, trained = load_model(args.checkpoint, args.model)
-    config = _settings(args, trained)
+    model, config = _load(args)
     settings = config.knowledge_base
     with ExitStack() as stack:
         base = None if settings.path is None else stack.enter_context(KnowledgeBase(settings.path, settings))
@@ -352,8 +352,6 @@ def _serve(args: argparse.Namespace) -> None:
         if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
             raise
         raise UserError("serve requires starlette and uvicorn: pip install 'anarchobot[serve]'") from error
-    from anarchobot.inference.model import load_model
-
     options = ServerOptions(
         name=args.model_name or Path(args.checkpoint).resolve().name,
         host=args.host,
@@ -376,5 +374,5 @@ def _serve(args: argparse.Namespace) -> None:
             print(f"serving {options.name} at {url} (Ctrl-C to stop)", flush=True)
 
     with bind(options) as bound:  # before loading the model, to fail early
-        model, trained = load_model(args.checkpoint, args.model)
-        serve(model, trained.generation, options, bound, on_start)
+        model, config = _load(args)
+        serve(model, config.generation, options, bound, on_start)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from anarchobot.cli.parser import HUB_NAME, add_command, check_output, non_negative, positive
+from anarchobot.cli.parser import HUB_NAME, add_command, add_overrides, check_output, non_negative, overrides, positive
 from anarchobot.config.errors import UserError
 from anarchobot.storage.durable import parse_json
 
@@ -54,6 +54,7 @@ def add_commands(commands: Any) -> None:
         "--limit", type=positive, metavar="N", help="maximum number of documents, answers or questions (default: all)"
     )
     evaluate.add_argument("--output", metavar="FILE", help="write the result as JSON (default: print only)")
+    add_overrides(evaluate, "generation", unused=["generation.prompt"])
 
     export = add_command(commands, "export", _export, "export a model to transformers, mlx-lm or llama.cpp")
     export.add_argument("--checkpoint", required=True, metavar="PATH", help="run folder or step_… folder")
@@ -99,16 +100,24 @@ def _evaluate(args: argparse.Namespace) -> None:
         raise UserError("argument --compare: --shards, --text, --rouge and --tasks are not allowed with .json results")
     if args.model is not None and args.compare is not None:
         raise UserError("argument --model: only with --checkpoint: with --compare, adapters must name their base model")
+    if args.settings and not args.rouge:
+        raise UserError(f"'{args.settings[0]}': only --rouge generates answers with these settings")
     if args.output is not None:
         check_output(Path(args.output))
+    from anarchobot.config.loading import load_config
     from anarchobot.system.blas import load_fast_blas
+
+    generation = overrides(args)
+    load_config(None, generation)  # before loading the model, to fail early
 
     load_fast_blas()  # before MLX is imported
     from anarchobot.evaluation.evaluate import EvalRequest, evaluate, metrics_table
     from anarchobot.storage.durable import write_atomic
 
     names = [name for name in (args.tasks or "").split(",") if name]
-    request = EvalRequest(args.shards, args.text, args.rouge, names, args.num_fewshot, args.include, args.limit)
+    request = EvalRequest(
+        args.shards, args.text, args.rouge, generation, names, args.num_fewshot, args.include, args.limit
+    )
     log = _log_to(args.quiet)
     reports = [_read_report(path) if _is_report(path) else evaluate(path, request, log, args.model) for path in paths]
     result = json.dumps(reports[0] if len(reports) == 1 else reports, indent=1)

@@ -3,7 +3,7 @@
 import argparse
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -33,6 +33,7 @@ FLAGS_ELSEWHERE = {
     "--output-dir": ("--output", "--checkpoint-dir"),
     "--save-dir": ("--checkpoint-dir",),
     "--resume": ("--resume-from",),
+    "--report-to": ("--log-to",),
 }
 _KEY_VALUE = re.compile(r"\w[\w.-]*=")  # a file with such a name can be given as ./NAME
 
@@ -107,17 +108,22 @@ def parse(parser: Parser, argv: list[str]) -> argparse.Namespace:
     if hasattr(args, "settings"):
         words = [args.config, *args.settings, *(word for word in rest if not word.startswith("-"))]
         rest = [word for word in rest if word.startswith("-")]
-        if getattr(args, "input", None):  # `--input FILE...` consumes all positional arguments after it
-            words += [word for word in args.input if _KEY_VALUE.match(word)]
-            args.input = [word for word in args.input if not _KEY_VALUE.match(word)]
-            if not args.input:
-                raise UserError(f"argument --input: expected FILE before KEY=VALUE (see {args.prog} --help)")
+        for option in {action.dest: action for action in args.options.values() if action.nargs == "+"}.values():
+            given = getattr(args, option.dest) or []  # such an option consumes all positional arguments after it
+            files = [word for word in given if not _KEY_VALUE.match(word)]
+            if given and not files:
+                name = option.option_strings[0]
+                raise UserError(f"argument {name}: expected {option.metavar} before KEY=VALUE (see {args.prog} --help)")
+            words += [word for word in given if word not in files]
+            setattr(args, option.dest, files)
         args.settings = [word for word in words if word is not None and _KEY_VALUE.match(word)]
         configs = [word for word in words if word is not None and not _KEY_VALUE.match(word)]
         if args.sections:
             for word in args.settings:
                 if word.partition(".")[0] not in args.sections:
                     raise UserError(f"'{word}': this command has only settings of {' and '.join(args.sections)}")
+                if word.partition("=")[0] in args.unused:
+                    raise UserError(f"'{word}': this command does not use {word.partition('=')[0]}")
         else:
             args.config, configs = (_find_config(configs[0]) if configs else None), configs[1:]
         rest += configs
@@ -178,8 +184,8 @@ def add_config(parser: Parser, optional: bool = False, default: str = "") -> Non
     parser.set_defaults(needs_config=not optional, sections=())
 
 
-def add_overrides(parser: Parser, *sections: str) -> None:
-    """Adds KEY=VALUE for keys of `sections` to a command without CONFIG."""
+def add_overrides(parser: Parser, *sections: str, unused: Sequence[str] = ()) -> None:
+    """Adds KEY=VALUE for keys of `sections`, except for those in `unused`, to a command without CONFIG."""
     parser.add_argument(
         "settings",
         nargs="*",
@@ -187,7 +193,7 @@ def add_overrides(parser: Parser, *sections: str) -> None:
         metavar="KEY=VALUE",
         help=f"a setting of {' or '.join(sections)}, such as generation.top_k=20",
     )
-    parser.set_defaults(config=None, needs_config=False, sections=sections)
+    parser.set_defaults(config=None, needs_config=False, sections=sections, unused=unused)
 
 
 def add_settings(parser: Parser, settings: dict[str, str], default: str = "default: ") -> None:

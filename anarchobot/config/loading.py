@@ -81,6 +81,13 @@ def load_config(
     return loaded
 
 
+def override(config: Config, section_names: Sequence[str], overrides: Sequence[Override]) -> Config:
+    """A valid configuration's sections, overridden; all other sections have their defaults. Raises UserError."""
+    sections = {name: getattr(config, name).model_dump() for name in section_names}
+    values = [(f"{name}.{key}", value) for name, section in sections.items() for key, value in section.items()]
+    return load_config(None, [*values, *overrides]).config
+
+
 def sections(path: str | Path | None, words: Sequence[str]) -> set[str]:
     """Returns the names of the sections set by a file and KEY=VALUE words. Raises UserError for an unreadable file."""
     in_file = {} if path is None else parse(_read(Path(path)), str(path)).values

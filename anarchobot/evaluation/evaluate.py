@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from anarchobot.config.errors import UserError
+from anarchobot.config.loading import Override, override
 from anarchobot.config.schema import Config, DataConfig
 from anarchobot.data.batches import ValBatches
 from anarchobot.data.conversations.reading import RowCounts, read_conversations
@@ -22,7 +23,7 @@ from anarchobot.data.windows import StreamWindows
 from anarchobot.evaluation.loglikelihood import loglikelihoods, rolling_windows
 from anarchobot.evaluation.rouge import rouge
 from anarchobot.inference.chat import chat_encoder
-from anarchobot.inference.generation import TextBatch
+from anarchobot.inference.generation import NUM_SEEDS, TextBatch
 from anarchobot.inference.model import Model, load_model
 from anarchobot.model.architecture import forward_pass
 from anarchobot.model.frozen import compute_dtype
@@ -43,6 +44,7 @@ class EvalRequest:
     shards: str | None = None
     texts: Sequence[str] = ()
     rouge: str | None = None
+    generation: Sequence[Override] = ()  # for `rouge`, whose answers are greedy by default
     tasks: Sequence[str] = ()
     few_shot: int | None = None
     include: str | None = None  # a folder of custom task files
@@ -62,7 +64,7 @@ def evaluate(
         trained = training_streams(path, config)
         results[f"text {' '.join(request.texts)}"] = evaluate_texts(model, request.texts, request.limit, log, trained)
     if request.rouge is not None:
-        results[f"answers {request.rouge}"] = evaluate_rouge(model, config, request.rouge, request.limit, log)
+        results[f"answers {request.rouge}"] = evaluate_rouge(model, config, request, log)
     if request.tasks:
         results |= evaluate_tasks(model, request)
     return {"checkpoint": path, "results": results}
@@ -137,9 +139,10 @@ def evaluate_texts(
     return metrics | {"documents_trained_on": seen} if trained else metrics
 
 
-def evaluate_rouge(model: Model, config: Config, name: str, limit: int | None, log: Log) -> Metrics:
-    """ROUGE between the last answers of conversations and the model's greedy answers."""
-    counts, encoder = RowCounts(), chat_encoder(model, config.chat.template)
+def evaluate_rouge(model: Model, config: Config, request: EvalRequest, log: Log) -> Metrics:
+    """ROUGE between the last answers of the conversations in `request.rouge` and the model's answers."""
+    counts, encoder, name, limit = RowCounts(), chat_encoder(model, config.chat.template), request.rouge, request.limit
+    settings = override(config, ["generation"], [("generation.method", "greedy"), *request.generation]).generation
     questions: list[tuple[list[int], str]] = []  # prompt ids and reference answer
     too_long = 0
     for place, conversation in read_conversations(DataConfig(dataset=name), counts):
@@ -160,9 +163,11 @@ def evaluate_rouge(model: Model, config: Config, name: str, limit: int | None, l
         log(line)
     if not questions:
         raise UserError(f"{name}: no answers to compare with ({counts.read:,} rows read)")
-    settings = config.generation.model_copy(update={"method": "greedy"})
     batch = TextBatch(model)
-    generated: dict[int, list[str]] = {batch.insert(ids, settings, encoder.stop_ids()): [] for ids, _ in questions}
+    generated: dict[int, list[str]] = {}
+    for i, (ids, _) in enumerate(questions):
+        own = settings.model_copy(update={"seed": (settings.seed + i) % NUM_SEEDS})
+        generated[batch.insert(ids, own, encoder.stop_ids())] = []
     done = 0
     while batch:
         for chunk in batch.step():

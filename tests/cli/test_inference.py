@@ -23,6 +23,8 @@ import pytest
 from anarchobot.cli.inference import _read_prompts
 from anarchobot.cli.main import build_parser, main
 from anarchobot.cli.parser import parse
+from anarchobot.inference.generation import generate
+from anarchobot.inference.model import load_model
 from anarchobot.tasks.pretrain import pretrain
 from tests.exchange.random_run import make_run
 from tests.tiny import loaded
@@ -267,17 +269,26 @@ def test_ctrl_c_ends_active_requests(run: Path) -> None:
         connection.close()
 
 
-def test_an_exported_model_and_a_key_from_a_file(run: Path, tmp_path: Path) -> None:
+def test_an_exported_model_a_key_from_a_file_and_settings(run: Path, tmp_path: Path) -> None:
     exported = tmp_path / "chat"
     assert main(["export", "--checkpoint", str(run), "--to", "hf", "--output", str(exported), "--quiet"]) == 0
     (tmp_path / "key").write_text("sesame\n")
-    with server(exported, "--api-key-file", str(tmp_path / "key"), "--host", "0.0.0.0") as (process, connection):
+    settings = ("--allow-host", "x", "generation.method=greedy", "generation.max_new_tokens=3")
+    flags = ("--api-key-file", str(tmp_path / "key"), "--host", "0.0.0.0", *settings)
+    with server(exported, *flags) as (process, connection):
         connection = HTTPConnection("127.0.0.1", connection.port, timeout=100)
         for headers, expected in (({}, 401), ({"Authorization": "Bearer sesame"}, 200)):
             connection.request("GET", "/v1/models", headers=headers)
             response = connection.getresponse()
             response.read()
             assert response.status == expected
+        model, trained = load_model(exported)
+        own = {"prompt": "Hello", "method": "greedy", "max_new_tokens": 3}
+        body = json.dumps({"model": "any", "prompt": "Hello"})
+        connection.request("POST", "/v1/completions", body, {"Authorization": "Bearer sesame"})
+        answer = json.loads(connection.getresponse().read())
+        assert answer["choices"][0]["text"] == generate(model, trained.generation.model_copy(update=own))
+        assert answer["usage"]["completion_tokens"] == 3
         connection.close()
         process.terminate()
         assert process.wait(100) == -signal.SIGTERM
@@ -309,6 +320,10 @@ def test_serve_errors_are_one_line(
     assert "--allow-host" in error_of(capsys, *here, "--port", "0", "--allow-host", "http://x")
     assert "--allow-origin" in error_of(capsys, *here, "--port", "0", "--allow-origin", "*")
     assert "none" in error_of(capsys, "--checkpoint", str(tmp_path / "none"), "--port", "0")
+    free = ("--checkpoint", str(tmp_path / "none"), "--port", "0")  # settings are checked before the model is loaded
+    assert "generation.top_k" in error_of(capsys, *free, "generation.top_k=x")
+    for word in ("generation.seed=1", "generation.prompt=x", "train.lr=1", "knowledge_base.path=x"):
+        assert f"'{word}'" in error_of(capsys, *free, word)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "uvicorn", None)
         patch.delitem(sys.modules, "anarchobot.serving.server", raising=False)

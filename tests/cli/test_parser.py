@@ -43,7 +43,8 @@ SURFACE = {
     "bench": ["CONFIG", "KEY=VALUE", "--steps", "--device", "--output"],
     "generate": [
         "KEY=VALUE", "--checkpoint", "--max-new-tokens", "--method", "--min-p", "--model", "--prompt", "--prompts",
-        "--repetition-penalty", "--seed", "--stop", "--temperature", "--top-k", "--top-p",
+        "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--seed", "--stop", "--temperature",
+        "--top-k", "--top-p",
     ],
     "kb add": ["FILE", "--kb", "--text-field"],
     "kb search": ["QUESTION", "--feedback-alpha", "--kb", "-k"],
@@ -52,15 +53,16 @@ SURFACE = {
     "kb feedback": ["--bad", "--feedback-alpha", "--good", "--kb", "--passage", "--question"],
     "chat": [
         "KEY=VALUE", "--checkpoint", "--feedback-alpha", "--kb", "--max-new-tokens", "--method", "--min-p", "--model",
-        "--repetition-penalty", "--seed", "--stop", "--temperature", "--top-k", "--top-p", "-k",
+        "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--seed", "--stop", "--temperature",
+        "--top-k", "--top-p", "-k",
     ],
     "serve": [
-        "--allow-host", "--allow-origin", "--api-key-file", "--checkpoint", "--client-connections", "--host",
-        "--log-level", "--log-prompts", "--max-tokens", "--model", "--model-name", "--port", "--queue",
+        "KEY=VALUE", "--allow-host", "--allow-origin", "--api-key-file", "--checkpoint", "--client-connections",
+        "--host", "--log-level", "--log-prompts", "--max-tokens", "--model", "--model-name", "--port", "--queue",
     ],
     "evaluate": [
-        "--checkpoint", "--compare", "--include", "--limit", "--model", "--num-fewshot", "--output", "--rouge",
-        "--shards", "--tasks", "--text",
+        "KEY=VALUE", "--checkpoint", "--compare", "--include", "--limit", "--model", "--num-fewshot", "--output",
+        "--rouge", "--shards", "--tasks", "--text",
     ],
     "report": ["RUN", "--output"],
     "runs": ["DIR?"],
@@ -113,8 +115,8 @@ def test_help_describes_settings_by_the_schema(
         "pretrain": 12,
         "sft": 14,
         "dpo": 14,
-        "generate": 9,
-        "chat": 11,
+        "generate": 11,
+        "chat": 13,
         "pretokenize": 5,
         "tokenizer train": 3,
         "kb add": 2,
@@ -165,7 +167,7 @@ def small() -> Parser:
     commands = parser.add_subparsers(required=True, parser_class=Parser)
     run = add_command(commands, "run", lambda args: 0, "runs")
     add_config(run)
-    run.add_argument("--input", nargs="+")
+    run.add_argument("--input", nargs="+", metavar="FILE")
     add_settings(run, {"--lr": "train.lr", "--prompt": "generation.prompt", "--resume-from": "train.checkpoint_path"})
     look = add_command(commands, "look", lambda args: 0, "looks")
     add_config(look, optional=True)
@@ -217,6 +219,9 @@ def test_config_may_be_omitted_if_optional(words: str, config: str | None, setti
 def test_input_does_not_consume_overrides() -> None:
     args = parse(small(), ["run", "c.yaml", "--input", "a.txt", "b.txt", "train.seed=1"])
     assert (args.input, args.settings) == (["a.txt", "b.txt"], ["train.seed=1"])
+    words = ["evaluate", "--checkpoint", "a", "--text", "a.txt", "generation.seed=1", "--rouge", "b.jsonl"]
+    args = parse(build_parser(), words)
+    assert (args.text, args.settings) == (["a.txt"], ["generation.seed=1"])
 
 
 @pytest.mark.parametrize("text", ["a: [b", "3", "null", "- x", "😀 \x7f\u2028", "a=b", "100 %", ""])

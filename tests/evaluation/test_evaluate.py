@@ -136,6 +136,16 @@ def test_rouge_and_comparison_of_two_models(tmp_path: Path, bpe: Path, capsys: p
     first, second, difference = (float(cell) for cell in line.split("|")[2:5])
     assert first == 1.0 and second < 1.0 and difference == pytest.approx(second - first, abs=1e-3)
 
+    def score(*settings: str) -> float:
+        assert main(["evaluate", "--checkpoint", str(run), *words[:2], *settings, "--json", "--quiet"]) == 0
+        (metrics,) = json.loads(capsys.readouterr().out)["results"].values()
+        return float(metrics["rougeL"])
+
+    assert score("generation.max_new_tokens=1") < 1
+    sampled = ("generation.method=random", "generation.temperature=3")
+    assert score(*sampled) == score(*sampled) < 1
+    assert score(*sampled, "generation.seed=5") != score(*sampled)
+
 
 def test_errors_are_one_line(tmp_path: Path, bpe: Path, tiny_shards: Path, capsys: Any) -> None:
     run = str(make_run(tmp_path / "run", bpe))
@@ -154,6 +164,9 @@ def test_errors_are_one_line(tmp_path: Path, bpe: Path, tiny_shards: Path, capsy
             ["--compare", str(tmp_path / "result.json"), run, "--text", "README.md"],
             "not a result of anarchobot evaluate",
         ),
+        (["--checkpoint", run, "--text", "README.md", "generation.top_k=3"], "'generation.top_k=3': only --rouge"),
+        (["--checkpoint", "none", "--rouge", "a.jsonl", "generation.top_k=x"], "generation.top_k"),
+        (["--checkpoint", run, "--rouge", "a.jsonl", "generation.prompt=x"], "'generation.prompt=x'"),
         (["--compare", "none.json", "none.json"], "none.json: no such file; expected a result of anarchobot evaluate"),
         (["--compare", "a.json", "b.json", "--text", "README.md"], "not allowed with .json results"),
         (["--checkpoint", run, "--text", "README.md", "--output", str(tmp_path)], "is a folder; expected a file"),
