@@ -33,7 +33,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         return self._model.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        ids: list[int] = self._model.tokenizer.encode_batch([string])[0].tolist()
+        ids: list[int] = self._model.tokenizer.encode_batch([_checked(string)])[0].tolist()
         return ids if add_special_tokens is False else prompt_ids(self._model, string)
 
     def _loglikelihood_tokens(
@@ -65,12 +65,21 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         limit = self._model.config.max_seq_len
         for context, task_settings in (request.args for request in requests):
             settings = _generation_config(task_settings, limit)
-            ids = prompt_ids(self._model, context)[-(limit - settings.max_new_tokens) :]
+            ids = prompt_ids(self._model, _checked(context))[-(limit - settings.max_new_tokens) :]
             texts[batch.insert(ids, settings, self._model.tokenizer.stop_ids)] = []
         while batch:
             for chunk in batch.step():
                 texts[chunk.request].append(chunk.text)
         return ["".join(parts) for parts in texts.values()]
+
+
+def _checked(text: str) -> str:
+    """Raises UserError for surrogates, which JSON can hold and no tokenizer can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"a text of the task is not valid Unicode: {error}") from error
+    return text
 
 
 def _generation_config(task_settings: dict[str, Any], max_seq_len: int) -> GenerationConfig:

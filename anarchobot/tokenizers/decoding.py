@@ -62,7 +62,11 @@ class StopStringFilter:
         if ends:  # the first to end, and the longest of those that end together
             self.found = True
             return self._held[: min(ends)[1]]
-        length = max((n for stop in self._stop for n in range(len(stop)) if self._held.endswith(stop[:n])), default=0)
+        longest = len(self._held) + 1
+        length = max(
+            (n for stop in self._stop for n in range(min(len(stop), longest)) if self._held.endswith(stop[:n])),
+            default=0,
+        )
         released = len(self._held) - length
         text, self._held = self._held[:released], self._held[released:]
         return text

@@ -124,6 +124,19 @@ def test_invalid_settings_of_a_task_are_one_line_errors(settings: dict[str, Any]
     assert str(error.value).startswith("generation_kwargs of the task: ")
 
 
+def test_half_a_character_in_a_task_is_a_one_line_error(tmp_path: Path, bpe: Path) -> None:
+    from lm_eval.api.instance import Instance
+
+    from anarchobot.evaluation.harness import HarnessModel
+
+    model = HarnessModel(load_model(make_run(tmp_path / "run", bpe))[0])
+    with pytest.raises(UserError, match="not valid Unicode"):
+        model.generate_until([Instance("generate_until", {}, ("\ud800", {}), 0)])
+    for pair in (("\ud800", "x"), ("x", "\ud800")):
+        with pytest.raises(UserError, match="not valid Unicode"):
+            model.loglikelihood([Instance("loglikelihood", {}, pair, 0)])
+
+
 @pytest.mark.parametrize(
     ("name", "says", "until"),
     [("gemma", "<end_of_turn>", ["x"]), ("llama3", "<|start_header_id|>", ["x", "<|start_header_id|>"])],

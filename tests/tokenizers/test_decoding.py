@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -141,6 +142,21 @@ def test_text_ends_before_a_stop_string_for_any_chunks(stop: list[str], text: st
         out = [stopping.add(chunk) for chunk in chunks]
         assert "".join(out) + stopping.finish() == shown
         assert stopping.found == (shown != text)
+
+
+def test_work_on_a_stop_string_does_not_grow_with_its_length() -> None:
+    """A request may hold a megabyte. Each prefix of it was compared with each piece of text."""
+
+    class Counted(str):
+        slices = 0
+
+        def __getitem__(self, key: Any) -> str:
+            Counted.slices += 1
+            return super().__getitem__(key)
+
+    stopping = StopStringFilter([Counted("ab" * 5000)])
+    assert stopping.add("xab") + stopping.add("a") + stopping.finish() == "xaba"
+    assert Counted.slices <= 10
 
 
 def test_text_that_cannot_become_a_stop_string_is_released() -> None:
