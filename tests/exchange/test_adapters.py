@@ -322,6 +322,8 @@ def damage(folder: Path, form: AdapterFormat, what: str) -> None:
         tensors[name][0, 0] = np.nan
     elif what == "head":
         tensors["lm_head.lora_a" if form == "mlx" else "base_model.model.lm_head.lora_A.weight"] = tensors[name]
+    elif what == "bias":
+        tensors[("" if form == "mlx" else "base_model.model.") + "model.layers.0.mlp.up_proj.bias"] = tensors[name]
     elif what == "none":
         tensors = {}
     elif what == "no config":
@@ -348,6 +350,7 @@ def damage(folder: Path, form: AdapterFormat, what: str) -> None:
         *[(form, "half", "has no lora_a: the file is incomplete") for form in FORMATS],
         *[(form, "nan", "not finite") for form in FORMATS],
         *[(form, "head", "the model has no matrix lm_head") for form in FORMATS],
+        *[(form, "bias", "un.*ed tensor .*up_proj.bias") for form in FORMATS],
         *[(form, "none", "no adapters in this file") for form in FORMATS],
         *[(form, "no config", "adapter_config.json: can't be read as JSON") for form in FORMATS],
         ("mlx", "full", "unsupported fine_tune_type 'full': expected lora or dora"),
