@@ -32,6 +32,7 @@ from anarchobot.model.lora import adapter_scale
 from anarchobot.model.loss import logits
 from anarchobot.model.parameters import init_parameters, parameter_shapes
 from anarchobot.runs import checkpoint
+from anarchobot.runs.trackers import TRACKERS
 from anarchobot.tasks import engines, pretokenize
 from anarchobot.tasks.dpo import dpo
 from anarchobot.tasks.pretrain import pretrain
@@ -40,6 +41,7 @@ from anarchobot.tokenizers.fast_tokenizer import VerifiedTokenizer
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.training.mlx_engine import MLXEngine
 from tests.data.conversations.test_oasst import post, tree
+from tests.runs.test_trackers import Fake
 from tests.tasks.tuning import base as base
 from tests.tasks.tuning import events, tuning
 from tests.tiny import LEFT_OUT, loaded, make_shards
@@ -450,6 +452,18 @@ def test_key_train__log_path(tmp_path: Path, tiny_shards: Path) -> None:
         "metrics.jsonl", "tensorboard", "final_training_summary.json", "environment.json"
     }  # fmt: skip
     assert not (tmp_path / "run" / "logs").exists()
+
+
+def test_key_train__log_to(tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake()
+    monkeypatch.setitem(TRACKERS, "mlflow", fake)
+    config = loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", train__total_steps=1, train__log_to="mlflow")
+    pretrain(config, show="nothing")
+    assert fake.calls[0] == ("run", config.config.model.d_model, None)
+    assert [call[0] for call in fake.calls[1:]] == [0, 1, 1, "finished"]  # validation, training, validation
+    assert {p.name for p in (tmp_path / "run" / "logs").iterdir()} == {
+        "metrics.jsonl", "trackers.json", "final_training_summary.json", "environment.json"
+    }  # fmt: skip
 
 
 def test_key_train__backend(tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

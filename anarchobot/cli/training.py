@@ -26,6 +26,7 @@ SETTINGS = {
     "--save-every": "train.ckpt_interval",
     "--backend": "train.backend",
     "--seed": "train.seed",
+    "--log-to": "train.log_to",
 }
 FINETUNING_SETTINGS = {"--model": "train.init_from", "--dataset": "data.dataset"} | SETTINGS
 LAUNCH_BACKENDS = ("ring", "mpi", "nccl", "jaccl")

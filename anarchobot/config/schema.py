@@ -27,6 +27,10 @@ def _float_to_int(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 INTEGER = BeforeValidator(_float_to_int)
 # Bounds must come before the validator; after it, they would be missing from the JSON Schema.
 Count = Annotated[int, Field(ge=0), INTEGER]
@@ -45,6 +49,7 @@ PathName = Annotated[str, AfterValidator(find_path)]  # ~ is the home folder
 PathNames = Annotated[list[PathName], Field(min_length=1)]
 Weights = Annotated[list[PositiveFloat], Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+LogTo = Annotated[list[Literal["tensorboard", "wandb", "trackio", "mlflow"]], BeforeValidator(_as_list)]
 
 
 class Alias(NamedTuple):
@@ -330,6 +335,10 @@ class TrainConfig(Section):
     ckpt_keep: Positive = Field(3, description="number of recent checkpoints to keep, in addition to the best")
     save_dir: PathName = Field("runs/default", description="run folder: checkpoints, config.yaml, logs")
     log_path: PathName | None = Field(None, description="folder for metrics and the summary; default: save_dir/logs")
+    log_to: LogTo = Field(
+        ["tensorboard"],
+        description="where metrics are logged in addition to metrics.jsonl; all but tensorboard need their package",
+    )
     init_from: PathName | None = Field(
         None, description="run, checkpoint, Hugging Face folder or name (ORG/NAME) to initialize the weights from"
     )

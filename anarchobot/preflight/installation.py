@@ -32,12 +32,14 @@ def optional_packages(context: Context) -> Outcome:
 
 def _training_extras(context: Context) -> list[str]:
     from anarchobot.data.sources.hub import is_hub_name
+    from anarchobot.runs.trackers import TRACKERS
 
     config = context.loaded.config
     extras = {
         "torch": config.train.backend == "torch",
         "fast": config.tokenizer.engine == "fast",
         "hub": any(name != "builtin" and is_hub_name(name) for name in config.data.datasets),
+        **{name: name in config.train.log_to for name in TRACKERS},
     }
     return [extra for extra, used in extras.items() if used]
 

@@ -1,4 +1,4 @@
-"""A run's metrics: metrics.jsonl, TensorBoard event files and, at the end, a JSON summary.
+"""A run's metrics: metrics.jsonl, TensorBoard event files, trackers and, at the end, a JSON summary.
 
 Every event is flushed as it is written, so that a killed run loses at most its last line. A failed write (a full disk)
 is counted and never ends the run.
@@ -7,16 +7,18 @@ is counted and never ends the run.
 import json
 import math
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 from anarchobot.runs.event_file import EventFile, append
+from anarchobot.runs.trackers import End, TrackerThread
 from anarchobot.storage.durable import parse_json, write_atomic
 
 METRICS, SUMMARY, ENVIRONMENT = "metrics.jsonl", "final_training_summary.json", "environment.json"
 LAST_TIME = 253_370_764_800  # seconds since 1970: the year 9999
-SCALAR_EVENTS = ("train", "eval")  # all their values are numbers and go to TensorBoard as well
+SCALAR_EVENTS = ("train", "eval")  # all their values are numbers and go to TensorBoard and trackers as well
 
 Event = dict[str, Any]
 
@@ -51,28 +53,39 @@ def _is_event(value: Any) -> bool:
 
 
 class MetricsLog:
-    """Appends events to `folder`/metrics.jsonl, to `folder`/tensorboard and to `echo`. A context manager.
-    `lost` is the number of events that could not be written."""
+    """Appends events to `folder`/metrics.jsonl, `folder`/tensorboard, `echo` and `trackers`. A context manager. `lost`
+    is the number of events that could not be written. `warn` is called if a tracker fails."""
 
-    def __init__(self, folder: Path, echo: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        echo: TextIO | None = None,
+        *,
+        tensorboard: bool = True,
+        trackers: Sequence[TrackerThread] = (),
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.lost, self._echo = folder, 0, echo
+        self._trackers, self._warn = trackers, warn
+        self._end: End = "failed"
         path = folder / METRICS
         truncated = path.exists() and not path.read_bytes().endswith(b"\n")  # the previous run was killed while writing
         self._file = path.open("ab", buffering=0)
         if truncated:
             self._file.write(b"\n")
-        self._tensorboard = EventFile(folder / "tensorboard")
+        self._tensorboard = EventFile(folder / "tensorboard") if tensorboard else None
 
     def event(self, event: str, step: int, **values: Any) -> None:
         """Writes one JSON object: step, event, time (seconds since 1970) and the values. A number that is not finite
         becomes a string, such as "nan"."""
         line = _to_json({"step": step, "event": event, "time": round(time.time(), 3), **values}) + "\n"
+        scalars = {f"{event}/{name}": x for name, x in values.items()} if event in SCALAR_EVENTS else {}
         try:
             append(self._file, line.encode())
-            if event in SCALAR_EVENTS:
-                self._tensorboard.add_scalars(step, {f"{event}/{name}": x for name, x in values.items()})
-            if event == "sample":
+            if self._tensorboard is not None and scalars:
+                self._tensorboard.add_scalars(step, scalars)
+            if self._tensorboard is not None and event == "sample":
                 self._tensorboard.add_text(step, "sample", values["text"])
         except OSError:
             self.lost += 1
@@ -80,11 +93,22 @@ class MetricsLog:
             with suppress(OSError):  # the reader has closed the pipe
                 self._echo.write(line)
                 self._echo.flush()
+        if event == "end":
+            self._end = "finished" if values["finished"] else "stopped"
+        for tracker in self._trackers:
+            if scalars:
+                tracker.log(step, scalars)
+            if event == "sample":
+                tracker.log_text(step, "sample", values["text"])
+            if text := tracker.first_error():
+                self._warn(text)
+                self.event("warning", step, text=text)
 
     def config(self, step: int, text: str) -> None:
         """Shows the configuration in TensorBoard, as Markdown."""
         with suppress(OSError):
-            self._tensorboard.add_text(step, "config", f"```yaml\n{text}```")
+            if self._tensorboard is not None:
+                self._tensorboard.add_text(step, "config", f"```yaml\n{text}```")
 
     def steps_of(self, event: str) -> set[int]:
         """Returns the steps at which this kind of event was logged, including before a resume."""
@@ -101,8 +125,12 @@ class MetricsLog:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        for tracker in self._trackers:
+            if text := tracker.close(self._end):
+                self._warn(text)
         self._file.close()
-        self._tensorboard.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
 
 def _to_json(values: dict[str, Any], indent: int | None = None) -> str:

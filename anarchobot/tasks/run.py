@@ -16,6 +16,7 @@ from anarchobot.runs import checkpoint
 from anarchobot.runs.metrics_log import ENVIRONMENT, MetricsLog
 from anarchobot.runs.progress import Progress
 from anarchobot.runs.run_log import logs_dir
+from anarchobot.runs.trackers import open_trackers
 from anarchobot.storage.durable import write_atomic
 from anarchobot.storage.lock import FolderLock
 from anarchobot.system.machine import stay_awake
@@ -82,13 +83,18 @@ def execute_run(
         if progress.step <= run.steps:
             write_atomic(run.folder / "config.yaml", settings)
         run = replace(run, throughput=_throughput(config, handle.peak_tflops and run.ranks.size * handle.peak_tflops))
-        echo = sys.stderr if show == "json" else None
-        with (
-            run.train,
-            MetricsLog(logs_dir(run.folder, config.train.log_path), echo) as log,
-            TerminalDisplay(run.steps, progress.step, quiet=show != "progress") as display,
-        ):
-            for line in [*messages, *description]:
+        logs = logs_dir(run.folder, config.train.log_path)
+        trackers, tracker_messages = open_trackers(config.train.log_to, logs, run.folder.name, config.model_dump())
+        display = TerminalDisplay(run.steps, progress.step, quiet=show != "progress")
+        log = MetricsLog(
+            logs,
+            echo=sys.stderr if show == "json" else None,
+            tensorboard="tensorboard" in config.train.log_to,
+            trackers=trackers,
+            warn=lambda text: display.message(f"warning: {text}"),
+        )
+        with run.train, display, log:
+            for line in [*messages, *description, *tracker_messages]:
                 display.message(line)
             if saved is not None:
                 display.message(f"resuming from {saved.folder} at step {saved.step}")

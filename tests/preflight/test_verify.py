@@ -204,6 +204,8 @@ FAULTS: dict[str, tuple[Callable[[Broken], Any], str, str, str, str]] = {
                          "pip install"),
     "no PyTorch": (lambda b: (b.set(train__backend="torch"), b.without("torch")), "optional packages", "fail",
                    "torch>=", "anarchobot[torch]"),
+    "no wandb": (lambda b: (b.set(train__log_to="wandb"), b.without("wandb")), "optional packages", "fail",
+                 "wandb>=", "anarchobot[wandb]"),
 }  # fmt: skip
 
 
