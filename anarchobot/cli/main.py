@@ -8,7 +8,7 @@ import traceback
 from anarchobot import __version__
 from anarchobot.cli import completion, config, data, inference, knowledge, models, preflight, runs, train, training
 from anarchobot.cli.parser import Parser, parse
-from anarchobot.config.errors import UserError, one_line
+from anarchobot.config.errors import UserError, first_to_report, one_line
 from anarchobot.config.terminal import visible_output
 from anarchobot.exchange import hub
 from anarchobot.system.gpu_watchdog import as_gpu_timeout, relax_watchdog
@@ -69,6 +69,8 @@ def _run(argv: list[str], debug: bool) -> int:
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
+    if not first_to_report(message):
+        return code
     if debug:
         traceback.print_exc()
     line = f"anarchobot: {one_line(message)}\n"

@@ -1,13 +1,17 @@
 """Errors that the user can fix: one line and no traceback."""
 
 import difflib
+import hashlib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
 MAX_LENGTH = 2000  # characters of a message
+REPORTS_ENV = "ANARCHOBOT_REPORTS"  # environment variable: a folder that the ranks of `launch` on a machine share
 
 
 class UserError(Exception):
@@ -27,6 +31,18 @@ class UserError(Exception):
 def one_line(message: str) -> str:
     """Escapes line breaks and control codes: messages quote user input and names of files."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+
+
+def first_to_report(message: str) -> bool:
+    """Returns False if another rank on this machine has reported the same error."""
+    folder = os.environ.get(REPORTS_ENV)
+    if folder is None:
+        return True
+    try:
+        Path(folder, hashlib.sha256(message.encode(errors="replace")).hexdigest()).touch(exist_ok=False)
+    except OSError as error:
+        return not isinstance(error, FileExistsError)
+    return True
 
 
 def first_problem(error: "ValidationError") -> str:

@@ -19,7 +19,7 @@ from contextlib import ExitStack, suppress
 from itertools import pairwise
 from pathlib import Path
 
-from anarchobot.config.errors import UserError
+from anarchobot.config.errors import REPORTS_ENV, UserError
 from anarchobot.training.rendezvous import SECRET_ENV
 from anarchobot.training.signals import PARENT_ENV, forward_signals, print_status
 
@@ -39,6 +39,7 @@ def launch_local(words: Sequence[str], ranks: int) -> int:
         hostfile.write_text(json.dumps([[f"{LOCALHOST}:{port}"] for port in free_ports(ranks)]))
         secret = os.environ.get(SECRET_ENV) or secrets.token_hex(32)
         env = {**os.environ, PARENT_ENV: str(os.getpid()), "MLX_HOSTFILE": str(hostfile), SECRET_ENV: secret}
+        env[REPORTS_ENV] = folder
         # Each has a separate session, so that a Ctrl-C reaches it only once, through this process.
         children = [
             subprocess.Popen(command, env={**env, "MLX_RANK": str(rank)}, start_new_session=True)
@@ -61,7 +62,7 @@ def launch_with_mlx(words: Sequence[str], options: Sequence[str]) -> int:
             raise UserError(f"--hostfile {file}: no such file: create one with mlx.distributed_config")
     launcher = Path(sys.executable).with_name("mlx.launch")
     command = [sys.executable, "-P", str(launcher), *options, "--", *_command(words)]
-    code = 0
+    code, reported = 0, set[str]()
     # mlx.launch spins on stdin once that is closed, so it gets a pipe that stays open.
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as child:
         assert child.stderr is not None
@@ -70,6 +71,10 @@ def launch_with_mlx(words: Sequence[str], options: Sequence[str]) -> int:
                 text = line.decode(errors="replace")
                 if (found := _ENDED.search(text)) and code == 0:
                     code = int(found[2] or 1)
+                if text.startswith("anarchobot: "):
+                    if text in reported:
+                        continue  # by another rank
+                    reported.add(text)
                 with suppress(OSError):
                     sys.stderr.write(text)
                     sys.stderr.flush()

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -256,6 +257,24 @@ def test_different_settings_on_ranks_are_refused(tmp_path: Path, tiny_shards: Pa
     assert second == 2 and "rank 1: train.lr is 0.5, but rank 0 has 0.01" in reason
     assert first == 1 and "rank 1 ended early" in stderr
     assert not checkpoint.saved_steps(tmp_path / "run")
+
+
+def test_an_error_of_all_ranks_is_printed_once(
+    tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the ranks on this machine, and by mlx.launch, whose output is that of all ranks."""
+    config = write_config(tmp_path / "config.yaml", tmp_path / "nothing", tmp_path / "run", **SETTINGS)
+    done = run_ranks(config, ranks=3)
+    assert done.returncode == 2
+    assert "no token shards here" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.stdout == ""
+
+    lines = ["anarchobot: no shards", "Node with rank 1 exited with code 2", "anarchobot: no shards", "x", "x"]
+    popen = partial(subprocess.Popen, [sys.executable, "-c", f"import sys; sys.stderr.write({chr(10).join(lines)!r})"])
+    replacement = SimpleNamespace(Popen=lambda command, **options: popen(**options), PIPE=subprocess.PIPE)
+    monkeypatch.setattr(launch, "subprocess", replacement)
+    assert launch.launch_with_mlx(["pretrain", "c.yaml"], []) == 2
+    assert capsys.readouterr().err.split("\n") == [*lines[:2], "x", "x"]
 
 
 def test_single_process_tasks_are_refused(tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
