@@ -265,7 +265,9 @@ def test_ctrl_c_ends_active_requests(run: Path) -> None:
         assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the server is shutting down"
         assert process.wait(100) == 130
         assert process.stderr is not None
-        assert process.stderr.read().splitlines()[-1] == "anarchobot: stopped"
+        *_, request, end = process.stderr.read().splitlines()
+        assert "POST /v1/completions 200" in request and "Hello" not in request
+        assert end == "anarchobot: stopped"
         connection.close()
 
 
@@ -274,7 +276,7 @@ def test_an_exported_model_a_key_from_a_file_and_settings(run: Path, tmp_path: P
     assert main(["export", "--checkpoint", str(run), "--to", "hf", "--output", str(exported), "--quiet"]) == 0
     (tmp_path / "key").write_text("sesame\n")
     settings = ("--allow-host", "x", "generation.method=greedy", "generation.max_new_tokens=3")
-    flags = ("--api-key-file", str(tmp_path / "key"), "--host", "0.0.0.0", *settings)
+    flags = ("--api-key-file", str(tmp_path / "key"), "--host", "0.0.0.0", "--log-prompts", *settings)
     with server(exported, *flags) as (process, connection):
         connection = HTTPConnection("127.0.0.1", connection.port, timeout=100)
         for headers, expected in (({}, 401), ({"Authorization": "Bearer sesame"}, 200)):
@@ -292,6 +294,7 @@ def test_an_exported_model_a_key_from_a_file_and_settings(run: Path, tmp_path: P
         connection.close()
         process.terminate()
         assert process.wait(100) == -signal.SIGTERM
+        assert process.stderr is not None and 'prompt="Hello"' in process.stderr.read()
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
@@ -350,6 +353,6 @@ def test_the_documented_examples_run(run: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(100) == 130  # without active requests, and without an abort by MLX
     lines = [line for line in page.splitlines() if line.startswith("anarchobot serve")]
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line in lines:
         assert parse(build_parser(), shlex.split(line)[1:]).checkpoint == "runs/chat"
