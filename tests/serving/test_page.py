@@ -101,6 +101,72 @@ def test_messages_are_plain_text(page: Any, chatty: RunningServer) -> None:
     assert page.title() == "tiny" and page.complaints == []
 
 
+def test_settings_are_sent_and_answers_copied(page: Any, chatty: RunningServer) -> None:
+    """Without settings, those of the model are used. A wrong temperature is not sent."""
+    sent: list[dict[str, Any]] = []
+    stream = 'data: {"choices": [{"delta": {"content": "One\\n two"}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
+
+    def answer(route: Any) -> None:
+        sent.append(json.loads(route.request.post_data))
+        route.fulfill(body=stream, content_type="text/event-stream")
+
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.route("**/v1/chat/completions", answer)
+    page.goto(chatty.url)
+    question = page.get_by_role("textbox", name="Your message")
+    question.fill("Hello")
+    question.press("Enter")
+    wait_for_answers(page, 1)
+    page.get_by_text("Settings").click()
+    page.get_by_label("System prompt").fill(" Be\nbrief. ")
+    temperature = page.get_by_label("Temperature")
+    temperature.fill("3")
+    question.fill("And now?")
+    question.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "temperature" and len(sent) == 1
+    page.get_by_text("Settings").click()
+    temperature.evaluate("field => field.value = '0.3'")
+    question.press("Enter")
+    wait_for_answers(page, 2)
+    first, second = [{"role": "user", "content": "Hello"}], [{"role": "assistant", "content": "One\n two"}]
+    system, last = [{"role": "system", "content": "Be\nbrief."}], [{"role": "user", "content": "And now?"}]
+    assert [body["messages"] for body in sent] == [first, system + first + second + last]
+    assert [body["temperature"] for body in sent] == [None, 0.3]
+    page.get_by_role("button", name="Copy this answer").first.click()
+    wait_until(lambda: page.evaluate("navigator.clipboard.readText()") == "One\n two")
+    assert page.get_by_role("button", name="Copied").count() == 1
+    assert page.get_by_role("group", name="You").count() == page.get_by_role("group", name="tiny").count() == 2
+    assert page.complaints == []
+
+
+def test_dark_mode_and_labels(page: Any, chatty: RunningServer) -> None:
+    """The colors follow the system's, and the text is readable in both: contrast as in WCAG 2.2. Everything that can
+    be operated has a name for screen readers, also what is hidden at first."""
+    page.goto(chatty.url)
+    page.wait_for_selector("#ask:not([hidden])")
+    light = {}
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        style = "getComputedStyle(document.body)"
+        colors = [page.evaluate(f"{style}.{name}") for name in ("backgroundColor", "color")]
+        ground, text = (luminance([int(n) for n in re.findall(r"\d+", color)]) for color in colors)
+        light[scheme] = ground > text
+        assert (max(ground, text) + 0.05) / (min(ground, text) + 0.05) > 7
+    assert light == {"light": True, "dark": False}
+    page.evaluate("document.querySelectorAll('[hidden]').forEach(e => e.hidden = false); settings.open = true")
+    fields = page.locator("input, textarea, button").all()
+    assert len(fields) == 8
+    for field in fields:
+        snapshot = field.aria_snapshot()
+        assert re.match(r'- (button|textbox|spinbutton) "\w.*"', snapshot), snapshot
+
+
+def luminance(color: list[int]) -> float:
+    """https://www.w3.org/TR/WCAG22/#dfn-relative-luminance"""
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (value / 255 for value in color)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
 @pytest.mark.parametrize("how", ["Escape", "button"])
 def test_an_answer_can_be_stopped(page: Any, chatty: RunningServer, how: str) -> None:
     def longer(route: Any) -> None:
