@@ -29,6 +29,7 @@ def settings(**changes: Any) -> GenerationConfig:
     return GenerationConfig(**DEFAULTS.model_dump() | changes)
 
 
+PENALTIES = {"frequency_penalty": 1.5, "presence_penalty": 0.5}
 # Request fields, and the settings they mean.
 REQUESTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"temperature": 0}, {"method": "greedy"}),
@@ -38,32 +39,12 @@ REQUESTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"seed": 8, "temperature": 1.3}, {"seed": 8, "temperature": 1.3}),
     ({"seed": 9, "top_p": 0.5}, {"seed": 9, "top_p": 0.5}),
     ({"seed": 9, "top_p": 0}, {"method": "greedy"}),
-    (
-        {"seed": 9, "temperature": 1, "extra_body": {"top_k": 3}},
-        {"seed": 9, "temperature": 1.0, "method": "combined", "top_k": 3, "min_p": 0.0},
-    ),  # top_p is the model's
-    (
-        {"seed": 9, "temperature": 1, "top_p": 1, "extra_body": {"top_k": -1, "min_p": 0.5}},
-        {"seed": 9, "temperature": 1.0, "method": "min_p", "min_p": 0.5},
-    ),
+    ({"seed": 9, "extra_body": {"top_k": 3}}, {"seed": 9, "method": "combined", "top_k": 3, "min_p": 0.0}),
+    ({"seed": 9, "top_p": 1, "extra_body": {"top_k": -1, "min_p": 0.5}}, {"seed": 9, "method": "min_p", "min_p": 0.5}),
     ({"seed": 9, "top_p": 1, "extra_body": {"min_p": 0}}, {"seed": 9, "method": "random"}),
     ({"seed": 9, "extra_body": {"top_k": 0}}, {"seed": 9}),
-    (
-        {
-            "temperature": 0,
-            "max_tokens": 30,
-            "frequency_penalty": 1.5,
-            "presence_penalty": 0.5,
-            "extra_body": {"repetition_penalty": 1.5},
-        },
-        {
-            "method": "greedy",
-            "max_new_tokens": 30,
-            "frequency_penalty": 1.5,
-            "presence_penalty": 0.5,
-            "repetition_penalty": 1.5,
-        },
-    ),
+    ({"temperature": 0, "max_tokens": 30} | PENALTIES, {"method": "greedy", "max_new_tokens": 30} | PENALTIES),
+    ({"temperature": 0, "extra_body": {"repetition_penalty": 9}}, {"method": "greedy", "repetition_penalty": 9.0}),
     ({"seed": 10, "stop": "e", "max_tokens": 40}, {"seed": 10, "stop": ["e"], "max_new_tokens": 40}),
     ({"seed": 11, "stop": ["t", " "], "max_tokens": 40}, {"seed": 11, "stop": ["t", " "], "max_new_tokens": 40}),
 ]
