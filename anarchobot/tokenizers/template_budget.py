@@ -3,14 +3,14 @@
 Jinja's sandbox limits what a template can reach, and a single `range`, but not loops in loops, repeated strings, or
 lists of lists of lists. Here each rendering has a budget in proportion to its conversation, and pays in advance:
 
-- for each pass through the body of a loop, macro or block: the number of its nodes and the characters of its text;
+- for each pass through the body of a loop, macro or block: 1, the number of its nodes and the characters of its text;
 - for each operation: the size of its operands, that is, characters of strings and, recursively, items of containers;
 - for an operation whose result can be larger than its operands, such as replacing or repeating: the size of the result.
 
 Time and memory are therefore bounded, without a clock. The output of other templates is unchanged.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jinja2 import TemplateError, pass_context
@@ -174,6 +174,8 @@ def _paid_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @pass_context
     def paid(context: BudgetContext, value: Any, *args: Any, **kwargs: Any) -> Any:
         budget = context.budget
+        if isinstance(value, Iterator):
+            value = list(value)  # each of a chain of lazy filters pays for its items
         if type(value) is str:
             budget.spend(len(value))
         else:

@@ -105,10 +105,9 @@ def _replace(budget: Budget, value: Any, old: Any, new: Any, *args: Any) -> Any:
     return value
 
 
-def _join(budget: Budget, value: Any, d: str = "", *args: Any, **kwargs: Any) -> list[Any]:
-    items = list(value)
-    budget.spend(len(items) * len(str(d)))
-    return items
+def _join(budget: Budget, value: Any, d: str = "", *args: Any, **kwargs: Any) -> Any:
+    budget.spend(length(value) * len(str(d)))
+    return value
 
 
 def _indent(budget: Budget, value: Any, width: Any = 4, *args: Any, **kwargs: Any) -> Any:

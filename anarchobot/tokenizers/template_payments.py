@@ -18,7 +18,7 @@ class Payments(NodeTransformer):
 
     def _body(self, node: Any) -> Any:
         self.generic_visit(node)
-        cost = sum(1 + _constant_size(inner) for statement in node.body for inner in _all_nodes(statement))
+        cost = 1 + sum(1 + _constant_size(inner) for statement in node.body for inner in _all_nodes(statement))
         node.body.insert(0, nodes.ExprStmt(_filter(nodes.Const(cost), STEP), lineno=node.lineno))
         return node
 
