@@ -212,7 +212,8 @@ def _print_manifest(folder: str, manifest: "Manifest") -> None:
             f"{size / 1e6:,.2f} MB of text, {count(len(shards), 'shard')}"
         )
     print("  documents: " + ", ".join(f"{name} {number:,}" for name, number in manifest.counts.items()))
-    if split_documents := sum(s.documents for s in manifest.shards) - manifest.counts["kept"]:
+    documents = sum(s.documents for s in manifest.shards)
+    if split_documents := documents - manifest.counts.get("kept", documents):  # absent if another program wrote it
         print(f"  in both splits: {count(split_documents, 'document')}, whose end is held out")
 
 

@@ -220,7 +220,12 @@ def _parse_prompt(line: str, where: str) -> str:
         raise UserError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UserError(f'{where}: expected {{"prompt": "..."}}')
-    return str(row["prompt"])
+    prompt: str = row["prompt"]
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: the prompt is not valid Unicode: {error}") from error
+    return prompt
 
 
 def _json_row(prompt: str, text: str) -> str:

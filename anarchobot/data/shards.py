@@ -22,6 +22,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from anarchobot.config.errors import UserError, first_problem
 from anarchobot.storage.durable import CHECKSUM, parse_json, read_checksummed, sha256_file, write_checksummed
+from anarchobot.storage.npz import read_header
 
 FORMAT_VERSION = 1
 SPLITS: tuple[Literal["train", "val"], ...] = ("train", "val")
@@ -172,6 +173,8 @@ class TokenStream:
 
 def _open(path: Path, dtype: str, length: int) -> npt.NDArray[Any]:
     try:
+        with path.open("rb") as file:
+            read_header(file, path.stat().st_size)  # NumPy divides by a size of zero, which ends the process
         array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError as error:
         raise UserError(f"{path}: listed in the manifest, but missing: pretokenize again") from error

@@ -57,20 +57,25 @@ def open_npz(path: Path) -> Iterator[NpzReader]:
         headers = {}
         for member in members:
             with archive.open(member) as file:
-                headers[member.filename.removesuffix(".npy")] = _read_header(file, member)
+                name = member.filename.removesuffix(".npy")
+                try:
+                    headers[name] = read_header(file, member.file_size)
+                except ValueError as error:
+                    raise ValueError(f"{member.filename}: {error}") from error
         yield NpzReader(archive, headers)
 
 
-def _read_header(file: IO[bytes], member: zipfile.ZipInfo) -> Header:
-    """Raises ValueError if there is none, or it does not state the size of the array."""
+def read_header(file: IO[bytes], size: int) -> Header:
+    """Reads the header of an open .npy file of `size` bytes. Raises ValueError if there is none, or it does not state
+    the size of the array."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"{member.filename}: format version {version[0]}.{version[1]}, expected 1.0 or 2.0")
+        raise ValueError(f"format version {version[0]}.{version[1]}, expected 1.0 or 2.0")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
     if dtype.kind not in _KINDS:
-        raise ValueError(f"{member.filename}: dtype {dtype}, expected numbers")
-    stated, actual = math.prod(shape) * dtype.itemsize, member.file_size - file.tell()
+        raise ValueError(f"dtype {dtype}, expected numbers")
+    stated, actual = math.prod(shape) * dtype.itemsize, size - file.tell()
     if stated != actual:
-        raise ValueError(f"{member.filename}: shape {list(shape)} takes {stated:,} bytes, but it has {actual:,}")
+        raise ValueError(f"shape {list(shape)} takes {stated:,} bytes, but it has {actual:,}")
     return Header(shape, dtype)

@@ -92,7 +92,10 @@ def load_tokenizer(path: str | Path) -> ChatTokenizer:
             return HFTokenizer(path)
     except UserError:
         raise
-    except Exception as error:  # the libraries raise plain Exception
+    except BaseException as error:
+        # The libraries raise plain Exception, and Rust's panics are no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(f"{path}: not a supported tokenizer: {' '.join(str(error).split())[:200]}") from error
     raise UserError(f"{path}: expected a tokenizer: a .model, tokenizer.json or vocab.json file")
 
@@ -379,6 +382,7 @@ class HFTokenizer:
         self._special_ids = set(specials)
         self.control_tokens: dict[str, int] = {token["content"]: i for i, token in specials.items()}
         self.control_pattern = TokenPattern(tuple(specials.values()))
+        self._start_ids = self._read_start_ids()
 
     def _read_added_tokens(self) -> dict[int, AddedToken]:
         tokens = sorted(self.backend.get_added_tokens_decoder().items())
@@ -408,11 +412,18 @@ class HFTokenizer:
             if not token["special"] and self.backend.token_to_id(name) is not None:
                 self.backend.add_special_tokens([tokenizers.AddedToken(**{**token, "special": True})])
 
-    def start_ids(self) -> list[int] | None:
+    def _read_start_ids(self) -> list[int] | None:
+        """Raises UserError if the tokens of a text are not among those with start and end."""
         if len(self.files) > 1:  # without a tokenizer.json
             return _configured_start(self.files[0].parent, self.backend.token_to_id)
         with_start, plain = (self.backend.encode("a", add_special_tokens=add).ids for add in (True, False))
-        return next(list(with_start[:n]) for n in range(len(with_start) + 1) if with_start[n : n + len(plain)] == plain)
+        for n in range(len(with_start) + 1):
+            if with_start[n : n + len(plain)] == plain:
+                return list(with_start[:n])
+        raise UserError(f"{self.files[0]}: its post-processor changes the tokens of a text: damaged")
+
+    def start_ids(self) -> list[int] | None:
+        return self._start_ids
 
     def spec(self) -> dict[str, Any]:
         """The content of a tokenizer.json, including the control tokens that are added when loading."""

@@ -136,6 +136,10 @@ def test_shards_info(corpus: Path, tokenizer: str, capsys: Captured, tmp_path: P
     assert main(["shards", "info", "--json", str(tmp_path / "out")]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["counts"]["kept"] == 32 and len(values["shards"]) == 1
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text()) | {"counts": {}}  # by another program
+    manifest.pop("content_sha256")
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["shards", "info", str(tmp_path / "out")]) == 0
     lengths = [len(ids) + 1 for ids in load_tokenizer(tokenizer).encode_batch(TEXTS)]
     assert [b["documents"] for b in values["histogram"]] == np.histogram(
         lengths, [*(b["from"] for b in values["histogram"]), 2 * values["histogram"][-1]["from"]]

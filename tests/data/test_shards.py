@@ -236,6 +236,11 @@ def objects(path: Path) -> None:
     np.save(path, np.array([{}] * 4), allow_pickle=True)
 
 
+def empty_dtype(path: Path) -> None:
+    header = "{'descr': '|V0', 'fortran_order': False, 'shape': (-1,), }".ljust(117) + "\n"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + b"\0" * 8)
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
@@ -244,6 +249,7 @@ def objects(path: Path) -> None:
         (lambda path: path.write_bytes(b""), "damaged"),
         (lambda path: path.write_bytes(b"some text, and more of it"), "damaged"),
         (archive, "damaged"),
+        (empty_dtype, "damaged"),
         (objects, "damaged"),
         (longer, "holds uint16 (9,), the manifest says uint16 (4,)"),
         (other_dtype, "holds uint32 (4,), the manifest says uint16 (4,)"),

@@ -1,7 +1,8 @@
 """Reads damaged files in a process of its own, so that a crash of a library, a hang or an allocation without end is
 detected and named. `python -m tests.fuzz.child SAMPLES SEED FIRST LAST READER...` prints JSON lines.
 
-Bounds per input: SECONDS of processor time, WAIT of wall time, and MEMORY_BASE plus MEMORY_FACTOR times its size.
+Bounds per input: the reader's seconds of processor time, WAIT of wall time, and MEMORY_BASE plus the reader's memory
+factor times its size.
 """
 
 import faulthandler
@@ -14,17 +15,18 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from anarchobot.config.errors import MAX_LENGTH, UserError
 from tests.fuzz.mutation import Files, make_input
 
-SECONDS = 10
+if TYPE_CHECKING:
+    from tests.fuzz.readers import Reader
+
 WAIT = 300
 MEMORY_BASE = 2**26
-MEMORY_FACTOR = 64
 ADDRESS_SPACE = 2**32  # bytes beyond those in use at the start; more raises MemoryError (Linux)
 
 
@@ -49,7 +51,7 @@ def main(samples: Path, seed: int, first: int, last: int, names: list[str]) -> N
             print(json.dumps({"begin": number}), file=out)
             with tempfile.TemporaryDirectory() as scratch:
                 folder = write(Path(scratch) / "input", files)
-                outcome = check(reader.read, folder, None if number < 0 else size_of(files))
+                outcome = check(reader, folder, None if number < 0 else size_of(files))
             if isinstance(outcome, dict):
                 print(json.dumps({"reader": name, "input": number, **outcome}), file=out)
             accepted += outcome is True
@@ -60,16 +62,16 @@ def main(samples: Path, seed: int, first: int, last: int, names: list[str]) -> N
     os._exit(0)  # without the threads of a server
 
 
-def check(read: Callable[[Path], None], folder: Path, size: int | None) -> bool | dict[str, str]:
+def check(reader: "Reader", folder: Path, size: int | None) -> bool | dict[str, str]:
     """Whether the input was accepted, or the problem with it. Without `size`, a valid input: without bounds."""
     before = peak_memory(reset=True)
     if size is not None:
-        limit_time(SECONDS)
+        limit_time(reader.seconds)
         faulthandler.dump_traceback_later(WAIT, exit=True)
     outcome: bool | dict[str, str] = True
     with open(os.devnull, "w", errors="backslashreplace") as null, redirect_stdout(null), redirect_stderr(null):
         try:
-            read(folder)
+            reader.read(folder)
         except UserError as error:
             outcome = False
             if len(str(error).splitlines()) != 1 or len(str(error)) > MAX_LENGTH:
@@ -78,7 +80,7 @@ def check(read: Callable[[Path], None], folder: Path, size: int | None) -> bool 
             outcome = describe(error)
     faulthandler.cancel_dump_traceback_later()
     grown = peak_memory() - before
-    if size is not None and isinstance(outcome, bool) and grown > MEMORY_BASE + MEMORY_FACTOR * size:
+    if size is not None and isinstance(outcome, bool) and grown > MEMORY_BASE + reader.memory_factor * size:
         outcome = {"kind": "memory", "what": f"{grown / 1e6:.0f} MB for an input of {size:,} bytes", "where": ""}
     return outcome
 

@@ -43,17 +43,21 @@ from anarchobot.tokenizers.fast_tokenizer import select_engine
 from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePieceTokenizer, digest, load_tokenizer
 
 Read = Callable[[Path], None]
+SENTENCEPIECE_BYTES = 400  # of memory that it takes per byte of a text to tokenize
 PROBE = ["Hello there, 12 x", "", "  Grüße\n\n<s> 吾輩 <|end|></s> \x00"]
 CONVERSATION = (Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Hello </s>."))
 
 
 class Reader(NamedTuple):
-    """`samples`: the folder of samples, if it is not the reader's name; `changed`: suffixes of the files to damage."""
+    """`samples`: the folder of samples, if it is not the reader's name; `changed`: suffixes of the files to damage;
+    `seconds` and `memory_factor`: bounds, the latter as a multiple of the input's size."""
 
     read: Read
     command: str
     samples: str = ""
     changed: tuple[str, ...] = ("",)
+    seconds: int = 10
+    memory_factor: int = 64
 
 
 @cache
@@ -293,10 +297,10 @@ READERS: dict[str, Reader] = {
     "config": Reader(_config, "config show FILE"),
     "text": Reader(_documents, "pretokenize --input FILE"),
     "rows": Reader(_documents, "pretokenize --input FILE"),
-    "compressed": Reader(_documents, "pretokenize --input FILE"),
+    "compressed": Reader(_documents, "pretokenize --input FILE", seconds=60),  # may expand to 32 MB of empty lines
     "parquet": Reader(_parquet, "pretokenize, sft, dpo"),
-    "conversations": Reader(_conversations, "sft"),
-    "preference pairs": Reader(_pairs, "dpo"),
+    "conversations": Reader(_conversations, "sft", memory_factor=SENTENCEPIECE_BYTES),
+    "preference pairs": Reader(_pairs, "dpo", memory_factor=SENTENCEPIECE_BYTES),
     "prompts": Reader(_prompts, "generate --prompts FILE"),
     "evaluation results": Reader(_results, "evaluate --compare A B"),
     "harness requests": Reader(_harness, "evaluate --tasks"),

@@ -31,6 +31,16 @@ def _tokenizer(vocab: dict[str, int]) -> dict[str, str]:
     return {"tokenizer.json": json.dumps({"model": {"type": "BPE", "vocab": vocab, "merges": []}, "added_tokens": []})}
 
 
+def _processed(template: str) -> dict[str, str]:
+    """A tokenizer with a template for texts: `A` is the text, other words are special tokens."""
+    spec = json.loads(_tokenizer({"</s>": 0, "a": 1})["tokenizer.json"])
+    kinds = {True: "Sequence", False: "SpecialToken"}
+    single = [{kinds[word == "A"]: {"id": word, "type_id": 0}} for word in template.split()]
+    specials = {"</s>": {"id": "</s>", "ids": [0], "tokens": ["</s>"]}}
+    spec["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": specials}
+    return {"tokenizer.json": json.dumps(spec)}
+
+
 def _checksummed(name: str, **values: Any) -> dict[str, str]:
     return {name: with_checksum(values)}
 
@@ -48,6 +58,13 @@ CASES: dict[str, tuple[str, dict[str, str], str]] = {
     "a step that is a text": ("run log", _log(EVENT, {**EVENT, "step": "2"}), ACCEPTED),
     "a best step that is infinite": ("checkpoint", _checksummed("best.json", step=float("inf")), "best.json: damaged"),
     "a token with a large id": ("tokenizer.json", _tokenizer({"</s>": 0, "a": 2**31}), "2 tokens, but ids up to"),
+    "a prompt with half a character": ("prompts", {"a.jsonl": '{"prompt": "\\ud800"}'}, "not valid Unicode"),
+    "a post-processor that replaces the text": (
+        "tokenizer.json",
+        _processed("</s> A </s> A"),
+        "changes the tokens of a text",
+    ),
+    "a post-processor with an unknown token": ("tokenizer.json", _processed("<x> A"), "not a supported tokenizer: "),
     "a loss beyond any float": ("run log", _log(EVENT, {**EVENT, "step": 2, "loss": 10**400}), ACCEPTED),
 }
 
