@@ -1,8 +1,10 @@
 """`anarchobot config init`, and configurations that are found by name."""
 
-import tomllib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 
@@ -89,7 +91,16 @@ def test_shipped_configurations_are_found_by_name(tmp_path: Path, monkeypatch: p
     assert parse(build_parser(), ["pretrain", "nothing"]).config == "nothing"
 
 
-def test_a_wheel_contains_the_configurations() -> None:
-    build = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    ((source, target),) = build["force-include"].items()
-    assert (REPOSITORY / target, REPOSITORY / source) == FOLDERS
+def test_a_wheel_contains_every_file_of_the_package_and_the_configurations(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    installed, checkout = FOLDERS
+    files = {file: file for file in (REPOSITORY / "anarchobot").rglob("*")}
+    files |= {installed / file.relative_to(checkout): file for file in checkout.rglob("*")}
+    assert names == {
+        place.relative_to(REPOSITORY).as_posix()
+        for place, file in files.items()
+        if file.is_file() and file.suffix != ".pyc"
+    }
