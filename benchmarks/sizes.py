@@ -1,4 +1,4 @@
-"""Parameters, checkpoint size and memory of the shipped configurations. Writes the table of README.md.
+"""Parameters, checkpoint size and memory of the shipped configurations. Writes the table of docs/recipes.md.
 
 Everything is computed from the configuration. Memory is the estimated peak of a training step on a Mac's GPU, in
 bfloat16.
@@ -33,10 +33,10 @@ def gb(size: int) -> str:
 
 
 def main() -> None:
-    page = ROOT / "README.md"
+    page = ROOT / "docs" / "recipes.md"
     lines = page.read_text(encoding="utf-8").split("\n")
     for i, line in enumerate(lines):
-        if found := re.match(r"\| \[(\w+)\]\(configs/", line):
+        if found := re.match(r"\| \[(\w+)\]\(../configs/", line):
             first, *_, last = line.strip("|").split("|")
             lines[i] = f"|{first}| {' | '.join(cells(found[1]))} |{last}|"
     page.write_text("\n".join(lines), encoding="utf-8")

@@ -118,6 +118,11 @@ def _print_result(args: argparse.Namespace, result: dict[str, Any], commands: li
     for name in ("samples", "report"):
         if name in result:
             print(f"{name}: {result[name]}")
+    if "samples" in result and not args.quiet:
+        from anarchobot.tasks.train import SAMPLE_SEPARATOR
+
+        sample, *_ = Path(result["samples"]).read_text(encoding="utf-8").split(SAMPLE_SEPARATOR)
+        print(f"\n{sample.strip()}\n", file=sys.stderr)
     if args.quiet:
         return
     lines = ["the same, one step at a time (first set another train.save_dir):", *(f"  {line}" for line in commands)]

@@ -83,7 +83,7 @@ def _open_mlx(engine: "MLXEngine", config: Config, *, pairs: bool = False) -> En
     return EngineHandle(
         engine,
         engine.precision,
-        f"{engine.precision} on {engine.device}",
+        f"{engine.precision} on the {'GPU' if on_gpu else 'CPU'} (MLX)",
         lambda tokenizer: generate(Model(engine.weights, config.model, tokenizer), config.generation),
         lambda context, settings, stop: list(stream_token_ids(engine.weights, config.model, context, settings, stop)),
         [warning] if not on_gpu and (warning := blas_warning()) else [],

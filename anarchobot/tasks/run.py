@@ -94,7 +94,8 @@ def execute_run(
             warn=lambda text: display.message(f"warning: {text}"),
         )
         with run.train, display, log:
-            for line in [*messages, *description, *tracker_messages]:
+            known = _made_of(log.folder) if saved is not None else []
+            for line in [*messages, *(line for line in description if line not in known), *tracker_messages]:
                 display.message(line)
             if saved is not None:
                 display.message(f"resuming from {saved.folder} at step {saved.step}")
@@ -115,6 +116,14 @@ def execute_run(
             if log.lost:
                 display.message(f"warning: {log.lost} events could not be written to {log.folder}/metrics.jsonl")
     return summary
+
+
+def _made_of(logs: Path) -> list[str]:
+    """The description of the run when it was last started; empty if it can't be read."""
+    try:
+        return list(json.loads((logs / ENVIRONMENT).read_text(encoding="utf-8"))["made of"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
 def _train(engine: Engine, run: Run, progress: Progress, log: MetricsLog | None, display: TerminalDisplay) -> bool:

@@ -58,6 +58,7 @@ CHAT_EPOCHS = 3.0
 END_SHARE, END_SECONDS = 0.02, 2.0  # of the time, reserved for the last validation, samples and the report
 SUPERVISED = 3600.0  # seconds from which a run is resumed if it crashes
 SAMPLE_COUNT, SAMPLE_TOKENS = 3, 120
+SAMPLE_SEPARATOR = "\n\n---\n\n"
 # Fine-tuning of all weights, as in configs/tuning/sft.yaml.
 FULL_TUNING: Sections = {
     "train": {
@@ -342,7 +343,9 @@ def _write_samples(request: Request) -> Path:
     model, config = load_model(_best(request, request.output))
     settings = config.generation.model_copy(update={"max_new_tokens": SAMPLE_TOKENS})
     prompts = [settings.prompt] * SAMPLE_COUNT
-    write_atomic(file, "\n\n---\n\n".join(settings.prompt + text for text in generate_batch(model, prompts, settings)))
+    write_atomic(
+        file, SAMPLE_SEPARATOR.join(settings.prompt + text for text in generate_batch(model, prompts, settings))
+    )
     return file
 
 
