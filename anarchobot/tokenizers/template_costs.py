@@ -1,7 +1,7 @@
 """What the operations of a chat template cost: the size of their operands, or of a result that can be larger."""
 
 import re
-from collections.abc import Callable, ItemsView, KeysView, Mapping, ValuesView
+from collections.abc import Callable, Collection, ItemsView, KeysView, Mapping, ValuesView
 from typing import Any
 
 from jinja2 import TemplateError
@@ -9,7 +9,11 @@ from jinja2.utils import Namespace
 
 MAX_INTEGER_BITS = 4096
 _ITEM = 5  # the cost of an item of a container
-_REFUSED_METHODS = ("encode", "expandtabs", "format_map", "fromkeys", "maketrans", "translate")
+MAX_DEPTH = 100
+# Of strings, integers and types. Without `encode` and `to_bytes` there are no bytes.
+_REFUSED_METHODS = (
+    "encode", "expandtabs", "format_map", "from_bytes", "fromkeys", "maketrans", "striptags", "to_bytes", "translate",
+)  # fmt: skip
 
 
 class Budget:
@@ -50,7 +54,7 @@ def pay_call(budget: Budget, function: Any, args: tuple[Any, ...], kwargs: Mappi
     """Returns the arguments to call with: `join` gets a list, whose length is known."""
     method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
     owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-    if name in _REFUSED_METHODS and isinstance(owner, str | bytes | type):
+    if name in _REFUSED_METHODS and isinstance(owner, str | int | type):
         raise TemplateError(f"{name} is not supported in chat templates")
     if name == "join" and args:
         args = (list(args[0]),)
@@ -66,7 +70,7 @@ def pay_call(budget: Budget, function: Any, args: tuple[Any, ...], kwargs: Mappi
             pay_format(budget, owner, "{", [*args, *kwargs.values()])
         elif (cost := STRING_COSTS.get(name)) is not None:  # a Markup
             budget.spend(cost(owner, *args, *kwargs.values()))
-    elif isinstance(owner, list | tuple | Mapping):
+    elif isinstance(owner, Collection):
         budget.spend(size(owner, budget.left) if name in ("count", "index") else len(owner))
     elif name == "strftime":  # C libraries fill a field to any width; Python stops at 256 times the format's length
         budget.spend(256 * length(args[0] if args else ""))
@@ -147,19 +151,28 @@ def length(value: Any) -> int:
 
 
 def size(value: Any, limit: int) -> int:
-    """Characters and items, recursively and with repetitions; stops counting beyond `limit`."""
-    total, pending = _ITEM, [value]
-    while pending and total <= limit:
-        value = pending.pop()
-        if isinstance(value, str | bytes | range):
-            total += len(value)
-        elif isinstance(value, Mapping):
-            total += 2 * _ITEM * len(value)
-            pending += [*value, *value.values()]
-        elif isinstance(value, list | tuple | set | frozenset | KeysView | ValuesView | ItemsView):
-            total += _ITEM * len(value)
-            pending += value
-        elif isinstance(value, Namespace):
-            total += _ITEM
-            pending.append(value._Namespace__attrs)
-    return total
+    """Characters and items, recursively and with repetitions; stops counting beyond `limit`.
+
+    Raises TemplateError for containers that are nested too deeply: the hash of such a tuple would overflow the stack.
+    """
+    total, level = _ITEM, [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, str | range):
+                total += len(value)
+            elif isinstance(value, Mapping):
+                total += 2 * _ITEM * len(value)
+                inner += [*value, *value.values()]
+            elif isinstance(value, list | tuple | set | frozenset | KeysView | ValuesView | ItemsView):
+                total += _ITEM * len(value)
+                inner += value
+            elif isinstance(value, Namespace):
+                total += _ITEM
+                inner.append(value._Namespace__attrs)
+            if total > limit:
+                return total
+        if not inner:
+            return total
+        level = inner
+    raise TemplateError("containers nested too deeply")

@@ -78,6 +78,8 @@ HOSTILE = {
     "searches": TEXT + HUNDRED + "{% set b = 'yx' in a %}" + END,
     "methods": TEXT + HUNDRED + "{% set b = a.upper() %}" + END,
     "other methods": TEXT + HUNDRED + "{% set b = a.isalnum() %}" + END,
+    "methods of ranges": "{% set r = range(1000) %}" + HUNDRED + "{% set b = r.count('x') %}" + END,
+    "methods of views": DICT + "{% set view = d.keys() %}" + HUNDRED + "{% set b = view.isdisjoint([]) %}" + END,
     "methods of dictionaries": DICT + HUNDRED + "{% set b = d.copy() %}" + END,
     "filters": TEXT + HUNDRED + "{% set b = a | upper %}" + END,
     "filters of lists": LIST + HUNDRED + "{% set b = r | list %}" + END,
@@ -112,7 +114,10 @@ HOSTILE = {
     "{% set x = [" + "ns, " * 99 + "] | map(attribute='n.' * 999 + 'n') | list %}",
     "lists of ranges": HUNDRED + "{% set x = range(300) | list %}" + END,
     "sums of lists": "{{ ([[1]] * 100) | sum(start=[]) | length }}",
-    "bytes": "{{ (5).to_bytes(1000000, 'big') | length }}",
+    "bytes": "{{ (5).to_bytes(9, 'big') | length }}",
+    "integers of bytes": "{{ (5).from_bytes([255] * 9, 'big') > 1 }}",
+    "tags in safe text": "{{ ('<>' | safe).striptags() }}",
+    "deep tuple": "{% set ns = namespace(t=()) %}" + HUNDRED + "{% set ns.t = (ns.t,) %}" + END + "{{ ns.t in {} }}",
     "encodings": "{{ ('x' * 1000).encode('punycode') }}",
     "tabs": "{{ ('\t' * 1000).expandtabs(1000) | length }}",
     "date": "{{ strftime_now('%999d' * 100) | length }}",
@@ -123,7 +128,7 @@ HOSTILE = {
 
 REASONS = (
     "it takes too much work", "an integer that is too large", "a format whose widths", r"\w+ is not supported",
-    "sum is only supported", "tojson: indent", "'lipsum' is undefined",
+    "sum is only supported", "tojson: indent", "containers nested too deeply", "'lipsum' is undefined",
 )  # fmt: skip
 
 
