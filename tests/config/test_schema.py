@@ -64,7 +64,7 @@ CHOICES = {
     "chat.train_on": '"assistant" | "all"',
     "chat.too_long": '"cut" | "drop"',
     "preference.loss": '"sigmoid" | "ipo" | "orpo"',
-    "generation.method": '"greedy" | "top_k" | "nucleus" | "min_p" | "random"',
+    "generation.method": '"greedy" | "top_k" | "nucleus" | "min_p" | "random" | "combined"',
 }
 
 
