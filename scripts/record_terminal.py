@@ -6,6 +6,7 @@ python scripts/record_terminal.py docs/terminal.svg -- anarchobot train notes --
 The picture shows the last lines of the terminal when the command ends, with colors, below the command.
 """
 
+import io
 import os
 import pty
 import shlex
@@ -56,7 +57,7 @@ def _line(cells: dict[int, pyte.screens.Char]) -> Text:
 def main() -> None:
     output, separator, *command = sys.argv[1:]
     assert separator == "--"
-    console = Console(record=True, width=COLUMNS, file=Path(os.devnull).open("w", encoding="utf-8"))
+    console = Console(record=True, width=COLUMNS, file=io.StringIO())
     console.print(Text(f"$ {shlex.join(command)}", "bold"))
     for line in record(command):
         console.print(line, overflow="crop", no_wrap=True)

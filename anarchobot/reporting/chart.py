@@ -1,6 +1,7 @@
 """Line charts as SVG, without scripts or a plotting library."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -89,9 +90,9 @@ def downsample(points: Sequence[tuple[float, float]]) -> list[tuple[float, float
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Returns about `count` round numbers in [low, high], spaced by 1, 2 or 5 times a power of ten."""
-    if high <= low:
-        return [low]
     raw = (high - low) / count
+    if raw < sys.float_info.min:  # also for subnormal differences
+        return [low]
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
     first = math.ceil(low / step - 1e-9)

@@ -26,7 +26,7 @@ def render_report(runs: Sequence[RunLog]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["plain"] = _plain
-    return environment.get_template("report.html.jinja").render(
+    page = environment.get_template("report.html.jinja").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         runs=runs,
         palette=PALETTE,
@@ -38,6 +38,7 @@ def render_report(runs: Sequence[RunLog]) -> str:
         max_events=MAX_EVENTS,
         max_samples=MAX_SAMPLES,
     )
+    return page.encode("utf-8", "backslashreplace").decode()  # surrogates, which JSON can hold
 
 
 def _charts(runs: Sequence[RunLog]) -> Iterable[tuple[str, str]]:

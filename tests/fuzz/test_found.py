@@ -55,6 +55,12 @@ CASES: dict[str, tuple[str, dict[str, str], str]] = {
     "a log path that is a number": ("run log", _log(EVENT, config="train: {log_path: 5}"), ACCEPTED),
     "a time that is a text": ("run log", _log(EVENT, {**EVENT, "time": "now"}), ACCEPTED),
     "a time after the last year": ("run log", _log(EVENT, {**EVENT, "time": 1e300}), ACCEPTED),
+    "losses that hardly differ": (
+        "run log",
+        _log(EVENT | {"loss": 0.0}, {**EVENT, "step": 2, "loss": 5e-324}),
+        ACCEPTED,
+    ),
+    "half a character": ("run log", _log(EVENT, environment='{"python": "\\ud800"}'), ACCEPTED),
     "a step that is a text": ("run log", _log(EVENT, {**EVENT, "step": "2"}), ACCEPTED),
     "a best step that is infinite": ("checkpoint", _checksummed("best.json", step=float("inf")), "best.json: damaged"),
     "a token with a large id": ("tokenizer.json", _tokenizer({"</s>": 0, "a": 2**31}), "2 tokens, but ids up to"),
