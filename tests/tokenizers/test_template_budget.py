@@ -56,6 +56,7 @@ HOSTILE = {
     "powers": "{% set ns = namespace(n=9) %}{% for i in range(12) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
     "output": TEXT + HUNDRED + "{{ a }}" + END,
     "printed twins": TWINS + "{{ ns.a }}",
+    "more twins": TWINS.replace("range(16)", "range(20)") + "{{ ns.a }}",
     "printed namespace": TWINS + "{{ ns }}",
     "printed keys": "{% set d = {'" + X + "': 1} %}" + HUNDRED + "{{ d }}" + END,
     "printed values": TWINS + "{{ {1: ns.t} }}",
