@@ -59,7 +59,7 @@ def test_products_are_added_in_float32(dtype: mx.Dtype) -> None:
     twice = add_product(mx.full((4, 5), 1e-4), left, right)
     assert once.dtype == twice.dtype == mx.float32
     np.testing.assert_array_equal(np.array(once), a @ b)
-    np.testing.assert_allclose(np.array(twice), a @ b + 1e-4, rtol=1e-7)
+    np.testing.assert_allclose(np.array(twice), a @ b + 1e-4, rtol=1e-6)  # a few units of rounding in float32
 
 
 def test_evaluation_order_does_not_change_arrays() -> None:
