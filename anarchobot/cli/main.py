@@ -6,7 +6,19 @@ import sys
 import traceback
 
 from anarchobot import __version__
-from anarchobot.cli import completion, config, data, inference, knowledge, models, preflight, runs, train, training
+from anarchobot.cli import (
+    completion,
+    config,
+    data,
+    inference,
+    knowledge,
+    models,
+    monitor,
+    preflight,
+    runs,
+    train,
+    training,
+)
 from anarchobot.cli.parser import Parser, parse
 from anarchobot.config.errors import UserError, first_to_report, one_line
 from anarchobot.config.terminal import visible_output
@@ -23,7 +35,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"anarchobot {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
-    for module in (train, config, data, preflight, training, inference, knowledge, models, runs, completion):
+    for module in (train, config, data, preflight, training, inference, knowledge, models, monitor, runs, completion):
         module.add_commands(commands)
     return parser
 

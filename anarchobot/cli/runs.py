@@ -38,13 +38,13 @@ def _runs(args: argparse.Namespace) -> None:
 
     runs = list(find_runs(args.dir))
     if args.json:
-        print(json.dumps([_metrics(run) for run in runs], indent=1))
+        print(json.dumps([run_metrics(run) for run in runs], indent=1))
         return
     if not runs:
         raise UserError(f"{args.dir}: no runs found; expected folders written by anarchobot pretrain")
     rows = [["run", "state", "step", "loss", "best val loss", "bits per byte", "tokens/s", "last update"]]
     for run in runs:
-        metrics = _metrics(run)
+        metrics = run_metrics(run)
         losses = [metrics[key] for key in ("loss", "best_val_loss", "best_val_bpb")]
         shown = ["-" if loss is None else f"{loss:.4f}" for loss in losses]
         speed = "-" if metrics["tokens_per_second"] is None else f"{metrics['tokens_per_second']:,.0f}"
@@ -55,7 +55,7 @@ def _runs(args: argparse.Namespace) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _metrics(run: "RunLog") -> dict[str, Any]:
+def run_metrics(run: "RunLog") -> dict[str, Any]:
     best, bpb = run.best("val_loss"), run.best("val_bpb")
     return {
         "run": str(run.folder),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from anarchobot.config.errors import UserError
-from anarchobot.runs.metrics_log import parse_events
+from anarchobot.runs.metrics_log import Event, parse_events
 from anarchobot.runs.run_log import metrics_path, read_run
 from anarchobot.storage.lock import holder, last_holder
 from anarchobot.system.machine import process_memory, system_memory
@@ -48,20 +48,23 @@ class LogTail:
         self.read()
         self.finished: bool | None = None  # an end logged so far is from an earlier run
 
-    def read(self) -> None:
+    def read(self) -> list[Event]:
+        """Returns the events that were appended."""
         if self._file is None:
             path = metrics_path(self._folder)  # only once: it reads config.yaml
             if not path.is_file():
-                return
+                return []
             self._file, self._offset = path, max(0, path.stat().st_size - TAIL_BYTES)
         with self._file.open("rb") as file:
             file.seek(self._offset)
             lines, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(lines + newline)
-        for event in parse_events(lines)[0]:
+        events = parse_events(lines)[0]
+        for event in events:
             if event["event"] == "train":
                 self.metrics = {name: event.get(name) for name in LOGGED}
             self.finished = bool(event.get("finished")) if event["event"] == "end" else None
+        return events
 
 
 class Monitor:
@@ -113,7 +116,7 @@ def attach(folder: Path, *, wait: bool, timeout: float | None = None) -> Monitor
     """Attaches to the run that writes to `folder`; with `wait`, to the next one that does. Returns None after `timeout`
     seconds. Raises UserError if there is no run, or if it is on another machine."""
     deadline = None if timeout is None else time.monotonic() + timeout
-    while (pid := _running_pid(folder)) is None:
+    while (pid := running_pid(folder)) is None:
         if not wait:
             run = read_run(folder)  # raises UserError if the folder holds no run
             raise UserError(f"{folder}: not running ({run.state} at step {run.step}): --wait waits for the next run")
@@ -123,7 +126,7 @@ def attach(folder: Path, *, wait: bool, timeout: float | None = None) -> Monitor
     return Monitor(pid, folder)
 
 
-def _running_pid(folder: Path) -> int | None:
+def running_pid(folder: Path) -> int | None:
     match = re.fullmatch(r"process (\d+) on (\S+)", last_holder(folder) or "")
     if match is None:
         return None

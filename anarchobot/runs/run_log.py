@@ -38,7 +38,7 @@ class RunLog:
 
     def points(self, event: str, key: str) -> list[Point]:
         """Returns a curve as (step, value) pairs in order of steps, without values that are not finite."""
-        values = {line["step"]: _finite(line.get(key)) for line in self.events_of(event)}
+        values = {line["step"]: finite(line.get(key)) for line in self.events_of(event)}
         return sorted((step, x) for step, x in values.items() if x is not None)
 
     def last(self, event: str, key: str) -> float | None:
@@ -99,7 +99,7 @@ def logs_dir(run: Path, log_path: str | None) -> Path:
     return Path(log_path or run / "logs")
 
 
-def _finite(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
     try:
         return value if isinstance(value, int | float) and math.isfinite(value) else None
     except OverflowError:  # an integer beyond any float

@@ -104,7 +104,7 @@ def execute_run(
             log.config(progress.step, settings)
             if saved is not None:
                 _log_resume(run, saved, progress, log, display)
-            environment = {**environment_info(handle.device), "made of": list(description)}
+            environment = {**environment_info(handle.device), "steps": run.steps, "made of": list(description)}
             write_atomic(log.folder / ENVIRONMENT, json.dumps(environment, indent=1) + "\n")
             for text in (*handle.warnings, *_warnings(run, trained_parameters)):
                 display.message(f"warning: {text}")
