@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from tests.tiny import make_shards
 load_fast_blas()
 
 import mlx.core as mx  # noqa: E402
+
+UNCOMPILED = ("exchange", "inference", "serving", "cli", "evaluation", "test_mlx_lm_models")
 
 # Background jobs of a shell ignore Ctrl-C, and so would the programs that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,6 +32,18 @@ settings.load_profile("suite")
 def cpu_by_default() -> None:
     """On a Mac as well: expected values are a CPU's. `anarchobot bench --device` checks a GPU."""
     mx.set_default_device(mx.cpu)
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In UNCOMPILED (folders and files), functions are not compiled: on a CPU, MLX runs the C++ compiler for half a second for
+    each new kernel, and mlx-lm's modules alone have hundreds."""
+    if not {request.path.parent.name, request.path.stem} & set(UNCOMPILED):
+        yield
+        return
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 def shared_data_folder() -> Path | None:
