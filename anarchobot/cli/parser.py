@@ -11,7 +11,7 @@ from anarchobot.config.errors import UserError, did_you_mean
 from anarchobot.config.paths import find_path
 
 _SETTING = "setting "  # prefix of the dest of a flag that sets a config key
-_PATHS = ("CONFIG", "DIR", "FILE", "PATH", "PREFIX", "RUN")  # metavars of arguments that name files
+_PATHS = ("CONFIG", "DIR", "FILE", "PATH", "PREFIX", "RUN", "TEXTS")  # metavars of arguments that name files
 HUB_NAME = "ORG/NAME[@REVISION] on the Hugging Face Hub"  # in the help of arguments that name a model
 # Names in mlx-lm, Unsloth, transformers and nanochat, for suggestions.
 COMMANDS_ELSEWHERE = {

@@ -22,14 +22,15 @@ SURFACE = {
     "shards info": ["DIR"],
     "shards verify": ["DIR"],
     "pretrain": [
-        "CONFIG", "KEY=VALUE", "--backend", "--batch-size", "--checkpoint-dir", "--epochs", "--lr", "--max-grad-norm",
-        "--no-supervise", "--resume-from", "--save-every", "--seed", "--steps", "--supervise", "--warmup-steps",
+        "CONFIG", "KEY=VALUE", "--backend", "--batch-size", "--checkpoint-dir", "--epochs", "--log-to", "--lr",
+        "--max-grad-norm", "--no-supervise", "--resume-from", "--save-every", "--seed", "--steps", "--supervise",
+        "--warmup-steps",
     ],
     **{
         command: [
-            "CONFIG?", "KEY=VALUE", "--backend", "--batch-size", "--checkpoint-dir", "--dataset", "--epochs", "--lr",
-            "--max-grad-norm", "--model", "--no-supervise", "--resume-from", "--save-every", "--seed", "--steps",
-            "--supervise", "--warmup-steps",
+            "CONFIG?", "KEY=VALUE", "--backend", "--batch-size", "--checkpoint-dir", "--dataset", "--epochs",
+            "--log-to", "--lr", "--max-grad-norm", "--model", "--no-supervise", "--resume-from", "--save-every",
+            "--seed", "--steps", "--supervise", "--warmup-steps",
         ]
         for command in ("sft", "dpo")
     },
@@ -65,6 +66,7 @@ SURFACE = {
         "--rouge", "--shards", "--tasks", "--text",
     ],
     "report": ["RUN", "--output"],
+    "monitor": ["RUN", "--wait"],
     "runs": ["DIR?"],
     "plan": ["CONFIG", "KEY=VALUE", "--deadline"],
     "verify": ["CONFIG", "KEY=VALUE", "--no-calibration"],
@@ -112,9 +114,9 @@ def test_help_describes_settings_by_the_schema(
     assert text.startswith(f"usage: anarchobot {command} ")
     settings = [a.dest.removeprefix("setting ") for a in leaves(build_parser())[command]._actions if " " in a.dest]
     assert len(settings) == {
-        "pretrain": 12,
-        "sft": 14,
-        "dpo": 14,
+        "pretrain": 13,
+        "sft": 15,
+        "dpo": 15,
         "generate": 11,
         "chat": 13,
         "pretokenize": 5,
@@ -180,6 +182,7 @@ def test_the_home_folder_is_expanded_in_arguments_that_name_files(monkeypatch: p
     assert (args.checkpoint, str(args.prompts)) == ("/home/me/run", "/home/me/p.txt")
     assert overrides(args) == [("generation.prompt", "~/x")]
     assert parse(build_parser(), ["pretrain", "~/c.yaml"]).config == "/home/me/c.yaml"
+    assert parse(build_parser(), ["train", "~/notes", "x"]).texts == ["/home/me/notes", "x"]
 
 
 @pytest.mark.parametrize(
