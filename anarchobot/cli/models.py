@@ -167,9 +167,13 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
+    from anarchobot.exchange.hub import resolve_model
     from anarchobot.exchange.importing import import_model
+    from anarchobot.training.display import activity_bar
 
-    done = import_model(args.folder, args.output)
+    folder = resolve_model(args.folder)  # a download has its own bar
+    with activity_bar("importing", args.quiet or args.json):
+        done = import_model(folder, args.output)
     _print(args, done, f"{done['output']}: {done['architecture']}, {done['parameters']:,} parameters")
 
 

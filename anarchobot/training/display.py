@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from anarchobot.config.terminal import visible
@@ -88,6 +88,16 @@ def count_bar(label: str, total: int, quiet: bool = False) -> Iterator[Callable[
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task(label, total=total)
         yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def activity_bar(label: str, quiet: bool = False) -> Iterator[None]:
+    """Shows a moving bar and the elapsed time on a terminal, while work of unknown length is done. Then it vanishes."""
+    console = _Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
+        bar.add_task(label, total=None)
+        yield
 
 
 def _tflops(values: dict[str, Any]) -> str:

@@ -41,12 +41,25 @@ def test_closed_terminal_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
             display.train(1, dict.fromkeys(names, 1))
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_an_activity_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anarchobot.training.display import activity_bar
+
+    monkeypatch.setenv("TERM", "xterm")
+    for stream, quiet, shown in ((Terminal(), False, True), (Terminal(), True, False), (io.StringIO(), False, False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with activity_bar("importing", quiet):
+            print("line", file=sys.stderr)
+        assert ("importing" in stream.getvalue()) == shown
+        assert "line" in stream.getvalue()
+
+
 def test_the_bar_shows_the_newest_step(monkeypatch: pytest.MonkeyPatch) -> None:
     from anarchobot.training.display import TerminalDisplay
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")

@@ -33,6 +33,7 @@ from anarchobot.tasks.adaptation.initialization import (
 from anarchobot.tasks.adaptation.stages import Output, StageInterrupted, StageResult, StageRunner
 from anarchobot.tasks.adaptation.training import train
 from anarchobot.tokenizers.tokenizer import load_tokenizer
+from anarchobot.training.display import activity_bar
 
 
 def adapt_vocab(
@@ -51,7 +52,13 @@ def adapt_vocab(
     for text in (*base.warnings, *warnings(settings)):
         log(f"warning: {text}")
     root = Path(settings.pipeline.run_root)
-    stages = StageRunner(root, settings.pipeline.max_retries, settings.pipeline.retry_backoff, log)
+    stages = StageRunner(
+        root,
+        settings.pipeline.max_retries,
+        settings.pipeline.retry_backoff,
+        log,
+        busy=lambda name: activity_bar(name, quiet or name in ("stage1", "stage2")),  # training has its own bar
+    )
     path = settings.models.source_tokenizer
     source = base.tokenizer if path is None else load_tokenizer(path)
     # That of an earlier version remains, so that finished stages remain valid.

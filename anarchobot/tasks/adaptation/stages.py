@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,14 @@ class StageResult:
 @dataclass(frozen=True)
 class StageRunner:
     """Runs stages in `root`. A stage that fails with anything but a UserError is retried `retries` times, `backoff`
-    seconds apart. `log` receives messages."""
+    seconds apart. `log` receives messages. A stage runs inside `busy(name)`."""
 
     root: Path
     retries: int
     backoff: float
     log: Callable[[str], None]
     sleep: Callable[[float], None] = time.sleep
+    busy: Callable[[str], AbstractContextManager[object]] = nullcontext
 
     def recorded_inputs(self, name: str) -> Values:
         """Returns the inputs of a stage that was started before; empty if it was not."""
@@ -80,7 +82,8 @@ class StageRunner:
         done.unlink(missing_ok=True)
         write_checksummed(begun, provenance)
         started = time.monotonic()
-        files, notes = self._run_with_retries(name, folder, work)
+        with self.busy(name):
+            files, notes = self._run_with_retries(name, folder, work)
         record = {
             **provenance,
             "outputs": {str(file.relative_to(folder)): sha256_file(file) for file in files},

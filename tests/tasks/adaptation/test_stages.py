@@ -1,5 +1,7 @@
 """Pipeline stages: cached by their record, retried, resumed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,20 @@ def test_a_failing_stage_is_retried(tmp_path: Path, log: list[Any]) -> None:
     assert done.record["settings"] == {"a": 1}
     assert done.record["inputs"] == {"x": "d"}
     assert done.record["seconds"] >= 0
+
+
+def test_a_stage_that_runs_is_shown(tmp_path: Path, log: list[Any]) -> None:
+    @contextmanager
+    def busy(name: str) -> Iterator[None]:
+        log.append(f"{name} begins")
+        yield
+        log.append(f"{name} ends")
+
+    runner = StageRunner(tmp_path, 0, 0.0, log.append, busy=busy)
+    for _ in range(2):
+        runner.run("one", Work(), settings={}, inputs={})
+    assert log[:2] == ["one begins", "one ends"]
+    assert [line.split(":")[0] for line in log[2:]] == ["one", "one"] and "already done" in log[3]
 
 
 def test_the_number_of_retries_is_limited(tmp_path: Path, log: list[Any]) -> None:
