@@ -36,8 +36,8 @@ def cpu_by_default() -> None:
 
 @pytest.fixture(autouse=True)
 def no_compiler(request: pytest.FixtureRequest) -> Iterator[None]:
-    """In UNCOMPILED (folders and files), functions are not compiled: on a CPU, MLX runs the C++ compiler for half a second for
-    each new kernel, and mlx-lm's modules alone have hundreds."""
+    """In UNCOMPILED (folders and files), functions are not compiled: on a CPU, MLX runs the C++ compiler for half a
+    second for each new kernel, and mlx-lm's modules alone have hundreds."""
     if not {request.path.parent.name, request.path.stem} & set(UNCOMPILED):
         yield
         return

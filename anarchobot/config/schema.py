@@ -93,7 +93,7 @@ class ModelConfig(Section):
 
     architecture: Literal["llama", "mlx_lm"] = Field("llama", description="model architecture (model/architecture.py)")
     vocab_size: Positive = Field(32000, description="number of token ids; must match the tokenizer")
-    n_layers: Positive = Field(12, description="number of transformer blocks")
+    n_layers: Annotated[int, Field(ge=1, le=10_000), INTEGER] = Field(12, description="number of transformer blocks")
     d_model: Positive = Field(768, description="width of the residual stream")
     n_heads: Positive = Field(12, description="number of query heads")
     n_kv_heads: Positive | None = Field(

@@ -202,6 +202,8 @@ def _verified(folder: Path, files: tuple[str, ...]) -> Checkpoint:
     try:
         state = read_checksummed(file)
         digests = dict(state["sha256"])
+        if not isinstance(state.get("engine", {}), dict):
+            raise TypeError("engine: not a mapping")
         checkpoint = Checkpoint(folder, {"step": int(state["step"]), "config": state["config"], **state})
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{file}: damaged ({error}): use an older step of this run") from error

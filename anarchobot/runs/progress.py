@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, Self
 
+from anarchobot.config.errors import UserError
+
 SMOOTHING = 0.02  # weight of the newest step in the smoothed loss
 OVERFITTING_RISES = 3  # consecutive rises of validation loss that count as overfitting
 
@@ -48,6 +50,9 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Self:
+        """Raises UserError if `state` has no data position."""
+        if "data_position" not in state:
+            raise UserError("state.json has no data_position: the checkpoint can't be resumed")
         values = {name: state[name] for name in cls.__dataclass_fields__ if name in state and name != "position"}
         return cls(position=state["data_position"], **values)
 

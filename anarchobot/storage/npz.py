@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from anarchobot.storage.file_ranges import Part, check_parts
 
-_KINDS = "biufc"  # of dtypes: numbers
+_KINDS, _MAX_ITEM = "biuf", 8  # dtypes: numbers of at most 64 bits
 
 
 class Header(NamedTuple):
@@ -37,7 +37,7 @@ class NpzReader:
         """Raises ValueError or zipfile.BadZipFile if the array is damaged, KeyError if there is none."""
         with self._archive.open(f"{name}.npy") as member:
             array: npt.NDArray[Any] = np.lib.format.read_array(member, allow_pickle=False)
-            return array
+            return array.astype(array.dtype.newbyteorder("="), copy=False)  # MLX has no other byte order
 
 
 @contextmanager
@@ -72,8 +72,11 @@ def read_header(file: IO[bytes], size: int) -> Header:
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"format version {version[0]}.{version[1]}, expected 1.0 or 2.0")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
-    if dtype.kind not in _KINDS:
+    try:
+        shape, _, dtype = read(file)
+    except Exception as error:  # NumPy evaluates the header as Python, so damage can raise anything
+        raise ValueError(f"damaged header ({error})") from error
+    if dtype.kind not in _KINDS or dtype.itemsize > _MAX_ITEM:
         raise ValueError(f"dtype {dtype}, expected numbers")
     stated, actual = math.prod(shape) * dtype.itemsize, size - file.tell()
     if stated != actual:

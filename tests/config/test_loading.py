@@ -243,15 +243,15 @@ ERRORS = {
     "model: [n_layers]\n": 'c.yaml:1: model: expected a mapping, got ["n_layers"]',
     # types
     "model:\n  n_layers: twelve\n": (
-        'c.yaml:2: model.n_layers: expected an integer >= 1, got "twelve"'
+        'c.yaml:2: model.n_layers: expected an integer >= 1 and <= 10000, got "twelve"'
     ),
-    "model:\n  n_layers: zwölf\n": 'c.yaml:2: model.n_layers: expected an integer >= 1, got "zwölf"',
-    "model:\n  n_layers: '12'\n": 'c.yaml:2: model.n_layers: expected an integer >= 1, got "12"',
-    "model:\n  n_layers: 1.5\n": "c.yaml:2: model.n_layers: expected an integer >= 1, got 1.5",
-    "model:\n  n_layers: true\n": "c.yaml:2: model.n_layers: expected an integer >= 1, got true",
-    "model:\n  n_layers:\n": "c.yaml:2: model.n_layers: expected an integer >= 1, got null",
-    "model:\n  n_layers: 0123\n": 'c.yaml:2: model.n_layers: expected an integer >= 1, got "0123"',
-    "model:\n  n_layers: .inf\n": "c.yaml:2: model.n_layers: expected an integer >= 1, got Infinity",
+    "model:\n  n_layers: zwölf\n": 'c.yaml:2: model.n_layers: expected an integer >= 1 and <= 10000, got "zwölf"',
+    "model:\n  n_layers: '12'\n": 'c.yaml:2: model.n_layers: expected an integer >= 1 and <= 10000, got "12"',
+    "model:\n  n_layers: 1.5\n": "c.yaml:2: model.n_layers: expected an integer >= 1 and <= 10000, got 1.5",
+    "model:\n  n_layers: true\n": "c.yaml:2: model.n_layers: expected an integer >= 1 and <= 10000, got true",
+    "model:\n  n_layers:\n": "c.yaml:2: model.n_layers: expected an integer >= 1 and <= 10000, got null",
+    "model:\n  n_layers: 0123\n": 'c.yaml:2: model.n_layers: expected an integer >= 1 and <= 10000, got "0123"',
+    "model:\n  n_layers: .inf\n": "c.yaml:2: model.n_layers: expected an integer >= 1 and <= 10000, got Infinity",
     "model:\n  tie_embeddings: yes\n": 'c.yaml:2: model.tie_embeddings: expected true or false, got "yes"',
     "model:\n  tie_embeddings: 1\n": "c.yaml:2: model.tie_embeddings: expected true or false, got 1",
     "train:\n  lr: true\n": "c.yaml:2: train.lr: expected a number > 0, got true",
@@ -262,7 +262,7 @@ ERRORS = {
         'c.yaml:2: data.dataset: expected a string, or a list of strings, or null, got ["a", 1]'
     ),
     # ranges
-    "model:\n  n_layers: 0\n": "c.yaml:2: model.n_layers: expected an integer >= 1, got 0",
+    "model:\n  n_layers: 0\n": "c.yaml:2: model.n_layers: expected an integer >= 1 and <= 10000, got 0",
     "model:\n  dropout: 1\n": "c.yaml:2: model.dropout: expected a number >= 0 and < 1, got 1",
     "model:\n  dropout: .nan\n": "c.yaml:2: model.dropout: expected a number >= 0 and < 1, got NaN",
     "train:\n  lr: 0\n": "c.yaml:2: train.lr: expected a number > 0, got 0",
@@ -287,12 +287,12 @@ ERRORS = {
     ),
     # several errors, in file order, not in schema order: up to three
     "train:\n  lr: 0\nmodel:\n  n_layers: 0\n": (
-        "c.yaml:2: train.lr: expected a number > 0, got 0; also c.yaml:4: model.n_layers: expected an integer >= 1, "
-        "got 0"
+        "c.yaml:2: train.lr: expected a number > 0, got 0; also c.yaml:4: model.n_layers: expected an "
+        "integer >= 1 and <= 10000, got 0"
     ),
     "model:\n  n_layers: 0\n  d_model: 0\n  n_heads: 0\n  dropout: 2\n  seq_len: 3\n": (
-        "c.yaml:2: model.n_layers: expected an integer >= 1, got 0; also c.yaml:3: model.d_model: expected an integer "
-        ">= 1, got 0; also c.yaml:4: model.n_heads: expected an integer >= 1, got 0 (and 2 more)"
+        "c.yaml:2: model.n_layers: expected an integer >= 1 and <= 10000, got 0; also c.yaml:3: model.d_model: "
+        "expected an integer >= 1, got 0; also c.yaml:4: model.n_heads: expected an integer >= 1, got 0 (and 2 more)"
     ),
     "model:\n  zzz: 1\n": (
         "c.yaml:2: model.zzz: unknown key; keys of model: architecture, vocab_size, n_layers, d_model, n_heads, "

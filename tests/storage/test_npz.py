@@ -26,12 +26,13 @@ def test_files_of_numpy_are_read(tmp_path: Path) -> None:
     arrays = {
         "a": np.arange(6, dtype=np.float32).reshape(2, 3), "b/c": np.array(7), "bytes": np.zeros(3, np.uint8),
         "empty": np.zeros((0, 4)), "fortran": np.asfortranarray(np.eye(3)[:2]), "half": np.ones(2, np.float16),
+        "other byte order": np.arange(3, dtype=">f4"),
     }  # fmt: skip
     np.savez(tmp_path / "a.npz", allow_pickle=False, **arrays)
     found = read_all(tmp_path / "a.npz")
     assert list(found) == list(arrays)
     for name, array in arrays.items():
-        assert found[name].dtype == array.dtype
+        assert found[name].dtype == array.dtype.newbyteorder("=")
         np.testing.assert_array_equal(found[name], array)
 
 
@@ -67,10 +68,25 @@ def overlapping() -> bytes:
         ({"w.npy": npy("(4611686018427387904, 0)")}, "."),
         ({"w.npy": npy("(1,)", bytes(8), "|O")}, "w.npy: dtype object, expected numbers"),
         ({"w.npy": npy("(1,)", bytes(8), "<U2")}, "w.npy: dtype <U2, expected numbers"),
+        ({"w.npy": npy("(1,)", bytes(16), "<c16")}, "w.npy: dtype complex128, expected numbers"),
+        ({"w.npy": npy("(1,)", bytes(16), "<f16")}, "w.npy: dtype float128, expected numbers"),
+        ({"w.npy": npy("(1,", bytes(8))}, "w.npy: damaged header"),
         ({"w.npy": b"hello"}, "magic string"),
         ({"w.npy": b"\x93NUMPY\x03\x00" + bytes(20)}, "w.npy: format version 3.0"),
     ],
-    ids=["large shape", "small shape", "negative", "empty", "object", "text", "other", "version"],
+    ids=[
+        "large shape",
+        "small shape",
+        "negative",
+        "empty",
+        "object",
+        "text",
+        "complex",
+        "long",
+        "header",
+        "other",
+        "version",
+    ],
 )
 def test_headers_that_state_another_size_are_refused(tmp_path: Path, content: dict[str, bytes], message: str) -> None:
     file = write(tmp_path / "a.npz", content)
