@@ -38,6 +38,7 @@ STABLE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 CHOICES = {
+    "train.log_to": 'a list of "tensorboard" | "wandb" | "trackio" | "mlflow"',
     "train.technique": '"auto" | "blocked" | "fused" | "sdpa" | "autodiff"',
     "model.architecture": '"llama" | "mlx_lm"',
     "model.rope_scaling.type": '"linear" | "llama3" | "yarn" | "longrope", or null',
@@ -88,7 +89,7 @@ def test_keys_of_the_stable_sections() -> None:
     added_train_keys = {
         "decay_fraction", "adamw_lr", "normuon", "muon_split_heads", "muon_scale", "cautious_weight_decay", "ema_decay",
         "attention_block", "loss_chunk", "technique", "cpu_threads", "ckpt_minutes", "supervise", "init_from",
-        "patience", "trainable", "first_sequence", "memory_budget_gb", "share_muon",
+        "patience", "trainable", "first_sequence", "memory_budget_gb", "share_muon", "log_to",
     }  # fmt: skip
     added_model_keys = {
         "architecture", "embedding_scale", "value_residual", "bos_id", "rope_local_theta", "rotary_fraction",
