@@ -475,7 +475,7 @@ class GenerationConfig(Section):
     method: Literal["greedy", "top_k", "nucleus", "min_p", "random", "combined"] = Field(
         "nucleus", description="sampling method; combined: top_k, then nucleus, then min_p"
     )
-    temperature: Annotated[float, Field(ge=0)] = Field(0.8, description="sampling temperature; 0: greedy")
+    temperature: NonNegativeFloat = Field(0.8, description="sampling temperature; 0: greedy")
     top_k: Count = Field(50, description="method top_k: sample from the k most likely tokens; 0: from all")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(
         0.95, description="method nucleus: sample from the most likely tokens with this total probability"

@@ -66,7 +66,7 @@ def evaluate(
     if request.rouge is not None:
         results[f"answers {request.rouge}"] = evaluate_rouge(model, config, request, log)
     if request.tasks:
-        results |= evaluate_tasks(model, request)
+        results |= evaluate_tasks(model, request, log)
     return {"checkpoint": path, "results": results}
 
 
@@ -182,7 +182,7 @@ def evaluate_rouge(model: Model, config: Config, request: EvalRequest, log: Log)
     return rouge(pairs) | {"answers": len(questions), "too_long": too_long}
 
 
-def evaluate_tasks(model: Model, request: EvalRequest) -> dict[str, Metrics]:
+def evaluate_tasks(model: Model, request: EvalRequest, log: Log) -> dict[str, Metrics]:
     """Runs lm-evaluation-harness tasks; each reports its own metrics."""
     try:
         harness = importlib.import_module("lm_eval")
@@ -199,13 +199,17 @@ def evaluate_tasks(model: Model, request: EvalRequest) -> dict[str, Metrics]:
             f"--tasks {', '.join(unknown)}: unknown task: not in lm-evaluation-harness or in --include "
             f"{request.include or '(not set)'}"
         )
+    evaluated = HarnessModel(model)
     report = harness.simple_evaluate(
-        HarnessModel(model),
+        evaluated,
         tasks=list(request.tasks),
         num_fewshot=request.few_shot,
         limit=request.limit,
         task_manager=manager,
     )
+    if evaluated.unused:
+        unused = ", ".join(f"{name}: {value}" for name, value in evaluated.unused.items())
+        log(f"warning: settings of the tasks that have no effect here: {unused}")
     return {f"task {name}": _task_metrics(values) for name, values in report["results"].items()}
 
 

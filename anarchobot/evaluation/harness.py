@@ -14,6 +14,8 @@ from anarchobot.inference.model import Model
 
 DEFAULT_MAX_TOKENS = 256  # generated when a task sets no limit
 MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of the limit
+SETTINGS = ("until", "temperature", "do_sample", "top_k", "top_p", "min_p", "repetition_penalty", *MAX_TOKENS)
+NEUTRAL: dict[str, Any] = {"num_beams": 1, "use_cache": True, "early_stopping": False}  # they change nothing here
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
@@ -23,6 +25,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
     def __init__(self, model: Model) -> None:
         super().__init__()
         self._model = model
+        self.unused: dict[str, Any] = {}  # settings of the tasks that have no effect
 
     @property
     def eot_token_id(self) -> int:
@@ -65,6 +68,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
         limit = self._model.config.max_seq_len
         for context, task_settings in (request.args for request in requests):
             settings = _generation_config(task_settings, limit)
+            self.unused |= {
+                name: value
+                for name, value in task_settings.items()
+                if name not in SETTINGS and value is not None and value != NEUTRAL.get(name)
+            }
             ids = prompt_ids(self._model, _checked(context))[-(limit - settings.max_new_tokens) :]
             texts[batch.insert(ids, settings, self._model.tokenizer.stop_ids)] = []
         while batch:
@@ -88,11 +96,14 @@ def _generation_config(task_settings: dict[str, Any], max_seq_len: int) -> Gener
         until = task_settings.get("until") or []
         limits = [task_settings[name] for name in MAX_TOKENS if task_settings.get(name) is not None]
         temperature = task_settings.get("temperature") or 0.0
-        sampled = task_settings.get("do_sample", temperature > 0) and temperature > 0
+        sampled = task_settings.get("do_sample", temperature != 0) and temperature != 0
         return GenerationConfig(
-            method="nucleus" if sampled else "greedy",
+            method="combined" if sampled else "greedy",
             temperature=temperature if sampled else 1.0,
+            top_k=max(0, task_settings.get("top_k") or 0),
             top_p=task_settings.get("top_p", 1.0),
+            min_p=task_settings.get("min_p") or 0.0,
+            repetition_penalty=task_settings.get("repetition_penalty") or 1.0,
             stop=[text for text in ([until] if isinstance(until, str) else until) if text],
             max_new_tokens=min(int(next(iter(limits), DEFAULT_MAX_TOKENS)), max_seq_len - 1),
         )

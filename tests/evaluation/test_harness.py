@@ -71,7 +71,9 @@ def test_local_tasks_match_the_hugging_face_model(
     run = make_run(tmp_path / "run", bpe, max_seq_len=160)
     export(run, "hf", tmp_path / "hf")
     model, _ = load_model(run)
-    ours = evaluate_tasks(model, EvalRequest(tasks=["our_choice", "our_rolling", "our_written"], include=str(tasks)))
+    request, lines = EvalRequest(tasks=["our_choice", "our_rolling", "our_written"], include=str(tasks)), list[str]()
+    ours = evaluate_tasks(model, request, lines.append)
+    assert lines == []
 
     from lm_eval.models.huggingface import HFLM
 
@@ -113,6 +115,7 @@ def test_all_names_of_the_token_limit(tmp_path: Path, limits: dict[str, Any]) ->
     [
         {"max_gen_toks": math.inf}, {"max_gen_toks": math.nan}, {"max_gen_toks": "many"}, {"max_gen_toks": 0},
         {"max_gen_toks": [3]}, {"temperature": "hot"}, {"top_p": 2}, {"until": 5}, {"until": [5]},
+        {"temperature": math.nan}, {"temperature": math.inf},
     ],
     ids=str,
 )  # fmt: skip
@@ -123,6 +126,37 @@ def test_invalid_settings_of_a_task_are_one_line_errors(settings: dict[str, Any]
         _generation_config(settings, 100)
     assert str(error.value).startswith("generation_kwargs of the task: ")
     assert "validation error" not in str(error.value)  # of pydantic, in several lines
+
+
+def test_sampling_settings_of_a_task() -> None:
+    from anarchobot.evaluation.harness import _generation_config
+
+    sampled = {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.8,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+    }
+    found = _generation_config(sampled, 100)
+    assert (found.method, found.temperature, found.filters) == ("combined", 0.7, (20, 0.8, 0.1))
+    assert found.repetition_penalty == 1.1
+    found = _generation_config({"temperature": 0.7, "top_k": -1}, 100)
+    assert (found.method, found.filters) == ("combined", (0, 1.0, 0.0))
+    assert _generation_config(sampled | {"do_sample": False}, 100).is_greedy
+    assert _generation_config({"top_k": 20}, 100).is_greedy
+
+
+def test_settings_of_a_task_without_effect_are_named(tmp_path: Path, bpe: Path) -> None:
+    from lm_eval.api.instance import Instance
+
+    from anarchobot.evaluation.harness import HarnessModel
+
+    model = HarnessModel(load_model(make_run(tmp_path / "run", bpe))[0])
+    settings = {"until": ["x"], "max_gen_toks": 2, "num_beams": 3, "use_cache": True, "early_stopping": None}
+    model.generate_until([Instance("generate_until", {}, ("a", settings), 0)])
+    assert model.unused == {"num_beams": 3}
 
 
 def test_half_a_character_in_a_task_is_a_one_line_error(tmp_path: Path, bpe: Path) -> None:
