@@ -27,6 +27,8 @@ SHORTER = {
     r"vocab_size: \d+": "vocab_size: 600",
     r"(total_steps|epochs): [\d.]+": "total_steps: 2",
     r"warmup_steps: \d+": "warmup_steps: 1",
+    r"d_model: \d+": "d_model: 64",
+    r"micro_batch_size: \d+": "micro_batch_size: 2",
 }
 
 
