@@ -72,6 +72,7 @@ def _load_with_mlx_lm(folder: Path, reason: str) -> HFModel | None:
     stored = _stored_tensors(folder, any_dtype=True)
     for file in folder.glob("model*.safetensors"):  # mlx-lm reads all of them, also those that the index does not list
         safetensors_file.read(file, any_dtype=True)
+    _check_scales(stored)
     files = sorted({tensor.path for tensor in stored.values()})
     try:
         fields = mlx_lm.from_hf(values, str(folder / "config.json"), len(stored))
@@ -247,10 +248,28 @@ def _stored_tensors(folder: Path, any_dtype: bool = False) -> dict[str, StoredTe
         raise UserError(f"{folder}: no weights: expected model.safetensors, or {INDEX} and its files")
     stored: dict[str, StoredTensor] = {}
     for file in files:
-        if not file.is_file():
+        if not _is_file(file):
             raise UserError(f"{file}: missing, but listed in {INDEX}: copy the whole folder")
         stored |= safetensors_file.read(file, any_dtype)
     return stored
+
+
+def _check_scales(stored: dict[str, StoredTensor]) -> None:
+    """Raises UserError for scales that don't fit their quantized matrix: mlx-lm infers a group size from them, and MLX
+    ends the process for one of zero."""
+    for name, scales in stored.items():
+        weight = stored.get(f"{name.removesuffix('scales')}weight") if name.endswith(".scales") else None
+        if weight is not None and not (
+            scales.shape[:-1] == weight.shape[:-1] and 0 < scales.shape[-1] <= weight.shape[-1]
+        ):
+            raise UserError(f"{scales.path}: {name} {list(scales.shape)} does not fit its matrix {list(weight.shape)}")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # the name is too long
+        return False
 
 
 def _language_model(stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -100,7 +100,11 @@ class ChatEncoder:
             problems.append(
                 f"{self.template.where}: no control token ends an answer, so generation cannot detect its end"
             )
-        probe, prompt = self._probe().ids, self.encode_prompt(_PROBE[:1], TRAINING_DAY)
+        probe = self._probe().ids
+        try:
+            prompt = self.encode_prompt(_PROBE[:1], TRAINING_DAY)
+        except InvalidRow as error:
+            raise UserError(f"{self.template.where}: unusable chat template: {error}") from error
         if not np.array_equal(probe[: len(prompt)], prompt):
             problems.append(
                 f"{self.template.where}: the tokenizer merges the end of the prompt with the answer, so prompts are "
@@ -133,7 +137,7 @@ class ChatEncoder:
         return tuple(Message(role, _SPLIT.join(pattern.split_inside(content))) for role, content in conversation)
 
     def _segments(self, text: str, spans: list[Span]) -> list[_Segment]:
-        """Splits the text at control tokens and removes _SPLIT."""
+        """Splits the text at control tokens and removes _SPLIT. Raises InvalidRow if nothing is left."""
         loss_mask = np.zeros(len(text), bool)
         for start, end in spans:
             loss_mask[start:end] = True
@@ -145,7 +149,9 @@ class ChatEncoder:
             segments.append(_control(control, bool(loss_mask[match.start : match.end].any())))
             position = match.end
         segments.append(_text(text[position:], loss_mask[position:], position > 0))
-        return [s for s in segments if s.text or s.control is not None]
+        if not (segments := [s for s in segments if s.text or s.control is not None]):
+            raise InvalidRow("rejected by the chat template", "it writes nothing")
+        return segments
 
     def _tokenize(self, segments: list[_Segment]) -> list[Encoded]:
         texts = [s for s in segments if s.control is None]

@@ -91,7 +91,9 @@ class ChatTemplate:
         }
         size = sum([_MESSAGE_SIZE + len(content) for _, content in conversation])
         try:
-            return render(variables, size)
+            text = render(variables, size)
+            text.encode()  # surrogates, which JSON can hold and tokenizers can't encode
+            return text
         except Exception as error:  # a template may raise anything, such as ZeroDivisionError or RecursionError
             raise InvalidRow("rejected by the chat template", _one_line(error)) from error
 

@@ -58,6 +58,9 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
                 added[int(i)] = {"content": text, "special": special, "normalized": not special}
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{file}: expected added tokens with their ids and contents, as transformers saves") from error
+    texts = [*names.values(), *others, *(token["content"] for token in added.values())]
+    if damaged := [text for text in texts if text is not None and not _is_unicode(text)]:
+        raise UserError(f"{folder / TOKENIZER_CONFIG}: token {damaged[0]!a} is not valid Unicode")
     generation, model = (read_config(folder / name) for name in (GENERATION_CONFIG, "config.json"))
     vocab_size = model.get("vocab_size", generation.get("vocab_size"))
     return SpecialTokens(
@@ -67,6 +70,11 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
         [*_eos_ids(generation), *_eos_ids(model)],
         vocab_size if type(vocab_size) is int else None,
     )
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no surrogates, which JSON can hold and tokenizers can't encode."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -221,6 +221,17 @@ def test_damaged_scales_are_rejected_without_a_warning(floats: Path, tmp_path: P
     assert not (tmp_path / "imported").exists()
 
 
+def test_scales_that_do_not_fit_are_rejected_before_mlx_lm_reads_them(floats: Path, tmp_path: Path) -> None:
+    """With a group size of zero, MLX ends the process."""
+    folder = quantize_folder(floats, tmp_path / "packed", bits=4, group_size=32)
+    tensors = dict(mx.load(str(folder / "model.safetensors")))
+    name = "model.layers.0.mlp.up_proj.scales"
+    tensors[name] = mx.zeros(tensors[name].shape[:1])
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    with pytest.raises(UserError, match=rf"{name} \[.*\] does not fit its matrix"):
+        load_pretrained(str(folder))
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"bits": 4}', '{"bits": 7, "group_size": 64}', '{"bits": 4, "group_size": 1}']
 )

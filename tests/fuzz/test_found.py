@@ -41,6 +41,10 @@ def _processed(template: str) -> dict[str, str]:
     return {"tokenizer.json": json.dumps(spec)}
 
 
+def _template(source: str, **others: str) -> dict[str, str]:
+    return {**_tokenizer({"</s>": 0, "a": 1}), "chat_template.jinja": source, **others}
+
+
 def _checksummed(name: str, **values: Any) -> dict[str, str]:
     return {name: with_checksum(values)}
 
@@ -71,6 +75,22 @@ CASES: dict[str, tuple[str, dict[str, str], str]] = {
         "changes the tokens of a text",
     ),
     "a post-processor with an unknown token": ("tokenizer.json", _processed("<x> A"), "not a supported tokenizer: "),
+    "a template that writes nothing": ("chat template", _template("{# #}"), "unusable chat template: "),
+    "a template that writes half a character": (
+        "chat template",
+        _template("{{ '\\ud800' }}"),
+        "unusable chat template",
+    ),
+    "a template that fails for questions alone": (
+        "chat template",
+        _template("{{ messages[1].role }}"),
+        "unusable chat",
+    ),
+    "a token with half a character": (
+        "chat template",
+        _template("a", **{"tokenizer_config.json": '{"bos_token": "\\ud800"}'}),
+        "token '\\ud800' is not valid Unicode",
+    ),
     "a loss beyond any float": ("run log", _log(EVENT, {**EVENT, "step": 2, "loss": 10**400}), ACCEPTED),
 }
 
