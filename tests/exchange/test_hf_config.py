@@ -236,7 +236,7 @@ def test_the_attention_scale_of_gemma() -> None:
         ({"quantization_config": {"bits": 4}}, "weights quantized by unknown are not supported"),
         ({"hidden_size": None}, "hidden_size: expected a number above 0, got None"),
         ({"hidden_size": -64}, "hidden_size: expected a number above 0, got -64"),
-        ({"num_hidden_layers": 1.5}, "model.n_layers: expected an integer >= 1, got 1.5"),
+        ({"num_hidden_layers": 1.5}, "model.n_layers: expected an integer >= 1 and <= 10000, got 1.5"),
         ({"num_attention_heads": 7}, "d_model .64. must be divisible by n_heads .7."),
         ({"num_key_value_heads": 3}, "n_heads .4. must be divisible by n_kv_heads .3."),
         ({"tie_word_embeddings": "yes"}, "model.tie_embeddings: expected true or false"),
