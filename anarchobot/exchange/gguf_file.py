@@ -17,7 +17,7 @@ from anarchobot.exchange.dtypes import Dtype, Float32, to_dtype
 from anarchobot.exchange.tokenizer_json import CONTROL
 from anarchobot.model.architecture import architecture
 from anarchobot.model.llama.rope import inverse_frequencies
-from anarchobot.tokenizers.sentencepiece_to_json import NORMAL, UNUSED, USER_DEFINED
+from anarchobot.tokenizers.sentencepiece_to_json import NORMAL, UNUSED, USER_DEFINED, unknown_id
 from anarchobot.tokenizers.special_tokens import AddedToken
 from anarchobot.tokenizers.tokenizer import (
     SENTENCEPIECE,
@@ -189,7 +189,7 @@ def _sentencepiece(path: Path, added: dict[int, AddedToken]) -> tuple[Fields, bo
             *(CONTROL if token.get("special") else USER_DEFINED for token in beyond),
         ],
         "token_scores": [*(piece.score for piece in proto.pieces), *(ADDED_SCORE for _ in beyond)],
-        "unk_token_id": trainer.unk_id,
+        "unk_token_id": unknown_id(proto),
     }
     return fields, normalizer.add_dummy_prefix
 

@@ -17,11 +17,11 @@ from anarchobot.config.errors import UserError
 from anarchobot.exchange.chat_format import ChatFormat
 from anarchobot.tokenizers.chat_template import FILE
 from anarchobot.tokenizers.fast_tokenizer import adversarial_texts
-from anarchobot.tokenizers.sentencepiece_to_json import BYTE, NORMAL, NotConvertible, spm_to_json
+from anarchobot.tokenizers.sentencepiece_to_json import BYTE, NORMAL, UNKNOWN, NotConvertible, spm_to_json, unknown_id
 from anarchobot.tokenizers.special_tokens import ADDED_TOKEN_FLAGS
 from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer, read_sentencepiece_proto
 
-UNKNOWN, CONTROL = 2, 3  # SentencePiece piece types, in addition to those in sentencepiece_to_json
+CONTROL = 3  # a SentencePiece piece type, in addition to those in sentencepiece_to_json
 UNIGRAM_WARNING = (
     "unigram tokenizer in tokenizer.json: where several segmentations of a text are equally likely, transformers and "
     "mlx-lm may choose a different one than SentencePiece; tokenizer.model is exact"
@@ -120,7 +120,7 @@ def _bpe(path: Path, proto: Any) -> dict[str, Any]:
     model["vocab"] = {_with_spaces(piece.piece): i for i, piece in enumerate(proto.pieces)}
     if len(model["vocab"]) < len(proto.pieces):
         raise NotConvertible("it has pieces that differ only in the kind of space")
-    model["unk_token"] = proto.pieces[proto.trainer_spec.unk_id].piece
+    model["unk_token"] = proto.pieces[unknown_id(proto)].piece
     dummy = proto.normalizer_spec.add_dummy_prefix
     spaces = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "Prepend", "prepend": " "}]
     spec["normalizer"] = {"type": "Sequence", "normalizers": spaces} if dummy else None
@@ -156,7 +156,7 @@ def _unigram(proto: Any) -> dict[str, Any]:
         "decoder": _decoder(dummy_prefix=False),
         "model": {
             "type": "Unigram",
-            "unk_id": trainer.unk_id,
+            "unk_id": unknown_id(proto),
             "byte_fallback": True,
             "vocab": [[_with_spaces(piece.piece), score] for piece, score in zip(proto.pieces, scores, strict=True)],
         },

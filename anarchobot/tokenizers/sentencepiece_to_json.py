@@ -8,11 +8,16 @@ import orjson
 
 from anarchobot.tokenizers.tokenizer import read_sentencepiece_proto
 
-NORMAL, USER_DEFINED, UNUSED, BYTE = 1, 4, 5, 6  # piece types in SentencePiece's files
+NORMAL, UNKNOWN, USER_DEFINED, UNUSED, BYTE = 1, 2, 4, 5, 6  # piece types in SentencePiece's files
 
 
 class NotConvertible(Exception):
     """Its message completes the sentence "can't be converted: ..."."""
+
+
+def unknown_id(proto: Any) -> int:
+    """The id of the only unknown piece. `trainer_spec.unk_id` says what was asked for in training."""
+    return next(i for i, piece in enumerate(proto.pieces) if piece.type == UNKNOWN)
 
 
 def spm_to_json(path: Path) -> tuple[str, int]:
@@ -52,7 +57,7 @@ def spm_to_json(path: Path) -> tuple[str, int]:
     model = {
         "type": "BPE",
         "dropout": None,
-        "unk_token": f"piece {trainer.unk_id}",
+        "unk_token": f"piece {unknown_id(proto)}",
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
         "fuse_unk": True,

@@ -11,7 +11,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.tokenizer_json import find_mismatch, tokenizer_files
 from anarchobot.tokenizers.fast_tokenizer import adversarial_texts
-from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer, read_sentencepiece_proto
 from tests.conftest import shared_data_folder
 from tests.exchange.random_run import ROOT, STORIES, make_run
 
@@ -99,6 +99,17 @@ def test_merges_of_unknown_tokens_are_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\nb a\n")
     with pytest.raises(UserError, match=r"vocab\.json: this tokenizer can't be exported: Token `(ab|ba)` out of voc"):
         tokenizer_files(load_tokenizer(tmp_path), 64, 0)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_the_unknown_piece_is_found_by_its_type(tokenizers_folder: Path, tmp_path: Path, kind: str) -> None:
+    """`unk_id` only says what the training was asked for; SentencePiece does not read it."""
+    path = tokenizers_folder / kind / "tokenizer.model"
+    proto = read_sentencepiece_proto(path)
+    proto.trainer_spec.unk_id = 99_999
+    (tmp_path / path.name).write_bytes(proto.SerializeToString())
+    before, after = (tokenizer_files(load_tokenizer(file), 64, 0) for file in (path, tmp_path / path.name))
+    assert before["tokenizer.json"] == after["tokenizer.json"]
 
 
 def test_find_mismatch_detects_another_tokenizer(tokenizers_folder: Path, bpe: Path) -> None:
