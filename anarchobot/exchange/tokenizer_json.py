@@ -54,7 +54,10 @@ def tokenizer_files(
         assert isinstance(tokenizer, HFTokenizer)
         effective = tokenizer.spec()
         is_gpt2 = len(tokenizer.files) > 1  # vocab.json and merges.txt
-        original = effective if is_gpt2 else json.loads(tokenizer.files[0].read_bytes())
+        try:
+            original = effective if is_gpt2 else json.loads(tokenizer.files[0].read_bytes())
+        except ValueError as error:  # the library's parser is more lenient
+            raise UserError(f"{tokenizer.files[0]}: this tokenizer can't be exported: {error}") from error
         # End-of-document and chat tokens must be control tokens, even if the original file has them as text.
         spec = {**original, "added_tokens": effective["added_tokens"]}
     try:

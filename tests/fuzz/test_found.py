@@ -91,6 +91,11 @@ CASES: dict[str, tuple[str, dict[str, str], str]] = {
         _template("a", **{"tokenizer_config.json": '{"bos_token": "\\ud800"}'}),
         "token '\\ud800' is not valid Unicode",
     ),
+    "JSON that only the tokenizer's library reads": (
+        "exported tokenizer",
+        {"tokenizer.json": _tokenizer({"</s>": 0, "a": 1})["tokenizer.json"].replace('{"model"', '{"v", "model"')},
+        "can't be exported",
+    ),
     "a loss beyond any float": ("run log", _log(EVENT, {**EVENT, "step": 2, "loss": 10**400}), ACCEPTED),
 }
 
