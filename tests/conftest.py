@@ -1,5 +1,6 @@
 """Shared fixtures. A fast BLAS, if there is one, is loaded before MLX is imported; it only makes tests faster."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -44,6 +45,12 @@ def no_compiler(request: pytest.FixtureRequest) -> Iterator[None]:
     mx.disable_compile()
     yield
     mx.enable_compile()
+
+
+@pytest.fixture
+def without_garbage() -> None:
+    """For tests that measure MLX's memory: arrays of earlier tests that are freed meanwhile would be subtracted."""
+    gc.collect()
 
 
 def shared_data_folder() -> Path | None:

@@ -156,6 +156,7 @@ def test_import_dequantizes_and_says_so(floats: Path, tmp_path: Path) -> None:
     assert load_pretrained(str(tmp_path / "imported")).model.quantization is None
 
 
+@pytest.mark.usefixtures("without_garbage")
 def test_weights_are_read_and_converted_one_at_a_time(tmp_path: Path, bpe: Path) -> None:
     """At most a float32 copy of the largest matrix exists beside the converted weights."""
     run = make_run(tmp_path / "run", bpe, d_model=256, n_layers=4)

@@ -103,6 +103,7 @@ def test_hand_written_gradients_are_preferred() -> None:
     assert gradients(model, "autodiff") is autodiff.loss_and_gradients
 
 
+@pytest.mark.usefixtures("without_garbage")
 def test_memory() -> None:
     """With eight blocks, activations are most of the memory: checkpointing saves only block inputs. Evaluation on a CPU
     happens outside the differentiated function, where it would keep all intermediate arrays."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from anarchobot.config.schema import ModelConfig
 from anarchobot.model.frozen import inference_weights
@@ -25,6 +26,7 @@ class Weights(Mapping[str, Any]):
         return COUNT
 
 
+@pytest.mark.usefixtures("without_garbage")
 def test_one_float32_weight_is_in_memory_at_a_time() -> None:
     before = mx.get_active_memory()
     mx.reset_peak_memory()

@@ -20,6 +20,7 @@ SIZES = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("without_garbage")
 @pytest.mark.parametrize(("checkpointing", "most"), [(False, 1.2), (True, 1.75)])
 def test_estimate_is_near_the_peak(tmp_path: Path, checkpointing: bool, most: float) -> None:
     """With gradient checkpointing it is an upper bound: MLX computes fewer blocks ahead in small models."""

@@ -162,6 +162,7 @@ def test_weights_include_the_adapters_and_frozen_is_the_base_model() -> None:
     np.testing.assert_allclose(z(engine.frozen), untouched, atol=1e-5)  # the reference model of DPO
 
 
+@pytest.mark.usefixtures("without_garbage")
 def test_weights_are_loaded_one_at_a_time() -> None:
     """So that a model as large as memory can be loaded and quantized."""
     settings = config()

@@ -102,6 +102,7 @@ def test_document_mask_trains_like_separate_rows(how: dict[str, bool]) -> None:
     assert a.eval_step(rows)[0] == pytest.approx(b.eval_step(joined)[0], rel=1e-4)
 
 
+@pytest.mark.usefixtures("without_garbage")
 def test_gradient_checkpointing_uses_less_memory() -> None:
     def peak(**how: Any) -> int:
         gc.collect()
