@@ -17,6 +17,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
+MAX_TOKEN = 10_000  # characters; the library takes microseconds for each
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 ADDED_TOKEN_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
@@ -59,8 +60,11 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{file}: expected added tokens with their ids and contents, as transformers saves") from error
     texts = [*names.values(), *others, *(token["content"] for token in added.values())]
-    if damaged := [text for text in texts if text is not None and not _is_unicode(text)]:
-        raise UserError(f"{folder / TOKENIZER_CONFIG}: token {damaged[0]!a} is not valid Unicode")
+    for text in filter(None, texts):
+        if len(text) > MAX_TOKEN:
+            raise UserError(f"{folder}: a token of {len(text):,} characters: damaged (at most {MAX_TOKEN:,} are read)")
+        if not _is_unicode(text):
+            raise UserError(f"{folder / TOKENIZER_CONFIG}: token {text!a} is not valid Unicode")
     generation, model = (read_config(folder / name) for name in (GENERATION_CONFIG, "config.json"))
     vocab_size = model.get("vocab_size", generation.get("vocab_size"))
     return SpecialTokens(

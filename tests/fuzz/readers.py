@@ -43,7 +43,7 @@ from anarchobot.tokenizers.fast_tokenizer import select_engine
 from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePieceTokenizer, digest, load_tokenizer
 
 Read = Callable[[Path], None]
-SENTENCEPIECE_BYTES = 400  # of memory that it takes per byte of a text to tokenize
+TOKENIZER_BYTES = 400  # of memory that libraries take per byte of a text to tokenize, or of a token
 PROBE = ["Hello there, 12 x", "", "  Grüße\n\n<s> 吾輩 <|end|></s> \x00"]
 CONVERSATION = (Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Hello </s>."))
 
@@ -299,8 +299,8 @@ READERS: dict[str, Reader] = {
     "rows": Reader(_documents, "pretokenize --input FILE"),
     "compressed": Reader(_documents, "pretokenize --input FILE", seconds=60),  # may expand to 32 MB of empty lines
     "parquet": Reader(_parquet, "pretokenize, sft, dpo"),
-    "conversations": Reader(_conversations, "sft", memory_factor=SENTENCEPIECE_BYTES),
-    "preference pairs": Reader(_pairs, "dpo", memory_factor=SENTENCEPIECE_BYTES),
+    "conversations": Reader(_conversations, "sft", memory_factor=TOKENIZER_BYTES),
+    "preference pairs": Reader(_pairs, "dpo", memory_factor=TOKENIZER_BYTES),
     "prompts": Reader(_prompts, "generate --prompts FILE"),
     "evaluation results": Reader(_results, "evaluate --compare A B"),
     "harness requests": Reader(_harness, "evaluate --tasks"),
@@ -312,7 +312,7 @@ READERS: dict[str, Reader] = {
         _tokenizer, "pretokenize --tokenizer FILE",
         changed=("config.json", "_map.json", "added_tokens.json"),
     ),
-    "fast tokenizer": Reader(_fast_tokenizer, "pretokenize", "tokenizer.json"),
+    "fast tokenizer": Reader(_fast_tokenizer, "pretokenize", "tokenizer.json", memory_factor=TOKENIZER_BYTES),
     "exported tokenizer": Reader(_exported_tokenizer, "export --to hf|mlx|gguf", "tokenizer.json"),
     "exported SentencePiece": Reader(_exported_tokenizer, "export --to hf|mlx|gguf", "tokenizer.model"),
     "chat template": Reader(_template, "sft, chat, serve", changed=(".jinja", "tokenizer_config.json")),

@@ -96,6 +96,11 @@ CASES: dict[str, tuple[str, dict[str, str], str]] = {
         {"tokenizer.json": _tokenizer({"</s>": 0, "a": 1})["tokenizer.json"].replace('{"model"', '{"v", "model"')},
         "can't be exported",
     ),
+    "a token of a megabyte": (
+        "chat template",
+        _template("a", **{"tokenizer_config.json": json.dumps({"bos_token": "x" * 1_000_000})}),
+        "a token of 1,000,000 characters",
+    ),
     "a loss beyond any float": ("run log", _log(EVENT, {**EVENT, "step": 2, "loss": 10**400}), ACCEPTED),
 }
 
