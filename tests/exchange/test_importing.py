@@ -322,6 +322,14 @@ def test_damaged_folders_are_rejected_and_nothing_is_written(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
 
+def test_a_file_name_that_is_too_long_is_a_missing_file(tmp_path: Path, bpe: Path) -> None:
+    folder = hf_folder(tmp_path / "hf", bpe)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))
+    with pytest.raises(UserError, match="missing, but listed in"):
+        import_model(folder, tmp_path / "run")
+
+
 @pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 10_000), ("num_hidden_layers", 1)])
 def test_blocks_are_counted_before_their_names_are_built(tmp_path: Path, bpe: Path, key: str, value: int) -> None:
     folder = hf_folder(tmp_path / "hf", bpe)

@@ -12,7 +12,8 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.model.parameters import init_parameters
 from anarchobot.runs import checkpoint
-from anarchobot.storage.durable import write_checksummed
+from anarchobot.runs.progress import Progress
+from anarchobot.storage.durable import CHECKSUM, write_checksummed
 from tests.storage.disk_calls import DiskCalls
 
 MODEL = ModelConfig(vocab_size=11, n_layers=1, d_model=4, n_heads=2)
@@ -234,6 +235,18 @@ def test_errors(tmp_path: Path) -> None:
     (folder / "state.json").write_text(json.dumps({"step": "x"}))
     with pytest.raises(UserError, match=r"state.json: damaged"):
         checkpoint.find(folder)
+
+
+def test_states_of_another_form_are_refused(tmp_path: Path) -> None:
+    """With a valid checksum, as another program may write."""
+    folder = save(tmp_path, 1)
+    state = json.loads((folder / "state.json").read_text())
+    state.pop(CHECKSUM)
+    write_checksummed(folder / "state.json", state | {"engine": [1]})
+    with pytest.raises(UserError, match=r"state.json: damaged \(engine: not a mapping\)"):
+        checkpoint.find(folder)
+    with pytest.raises(UserError, match="no data_position"):
+        Progress.from_state({"step": 1})
 
 
 def test_failed_save_keeps_older_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
