@@ -2,7 +2,8 @@
 
 For each corpus, the last twentieth of each file is held out. `train` gets the rest and the time. Each hand-made
 configuration gets as many steps as fit: its tokenizer and shards are made and its steps timed first, within the time.
-The runs take turns. Needs a quiet machine, and about TIME x ROUNDS x 6 per corpus.
+The runs take turns. Needs a quiet machine, and about TIME x ROUNDS x (1 + number of hand-made configurations) per
+corpus.
 
     .venv/bin/python benchmarks/train_command.py --time 5m
 """
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("--time", default="5m", help="as of `anarchobot train` (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--corpora", nargs="+", default=list(CORPORA), choices=list(CORPORA), help="default: all")
+    parser.add_argument("--runs", nargs="+", default=list(HAND_MADE), choices=list(HAND_MADE), help="default: all")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "train_command.json")
     arguments = parser.parse_args()
     from anarchobot.cli.train import parse_seconds
@@ -111,7 +113,7 @@ def main() -> None:
     for corpus in arguments.corpora:
         names = [str(arguments.data / "text" / name) for name in CORPORA[corpus]]
         for round_number in range(arguments.rounds):
-            for name in ("train", *HAND_MADE):
+            for name in ("train", *arguments.runs):
                 with tempfile.TemporaryDirectory() as temporary:
                     folder = Path(temporary)
                     texts, held_out = split(find(names), folder)
