@@ -5,11 +5,16 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anarchobot.cli.parser import HUB_NAME, add_command, add_overrides, check_output, non_negative, overrides, positive
 from anarchobot.config.errors import UserError
 from anarchobot.storage.durable import parse_json
+
+if TYPE_CHECKING:
+    from anarchobot.evaluation.comparison import Report
+
+DATA_FLAGS = "--shards, --text, --chats, --preferences or --tasks"
 
 
 def add_commands(commands: Any) -> None:
@@ -41,7 +46,13 @@ def add_commands(commands: Any) -> None:
         help="evaluate on .txt, .jsonl or .parquet files (default: none)",
     )
     evaluate.add_argument(
-        "--rouge", metavar="FILE", help="generate answers to a file of conversations and score ROUGE (default: none)"
+        "--chats",
+        "--rouge",
+        metavar="FILE",
+        help="answer a file of conversations; measures the loss of its answers, and ROUGE (default: none)",
+    )
+    evaluate.add_argument(
+        "--preferences", metavar="FILE", help="score the pairs of answers in a file of preferences (default: none)"
     )
     evaluate.add_argument(
         "--tasks", metavar="NAMES", help="comma-separated lm-evaluation-harness tasks (default: none)"
@@ -51,9 +62,19 @@ def add_commands(commands: Any) -> None:
         "--num-fewshot", type=non_negative, metavar="N", help="few-shot examples per question (default: the task's)"
     )
     evaluate.add_argument(
-        "--limit", type=positive, metavar="N", help="maximum number of documents, answers or questions (default: all)"
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="maximum number of documents, answers, pairs or questions (default: all)",
     )
-    evaluate.add_argument("--output", metavar="FILE", help="write the result as JSON (default: print only)")
+    evaluate.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write the result as JSON, with the values of each document, answer and question (default: print only)",
+    )
+    evaluate.add_argument(
+        "--page", metavar="FILE", help="write an HTML page with all answers side by side (default: none)"
+    )
     add_overrides(evaluate, "generation", unused=["generation.prompt"])
 
     export = add_command(commands, "export", _export, "export a model to transformers, mlx-lm or llama.cpp")
@@ -92,18 +113,19 @@ def add_commands(commands: Any) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     paths = [args.checkpoint] if args.compare is None else args.compare
-    has_data = bool(args.shards or args.text or args.rouge or args.tasks)
+    has_data = bool(args.shards or args.text or args.chats or args.preferences or args.tasks)
     only_reports = all(_is_report(path) for path in paths)
     if not has_data and not only_reports:
-        raise UserError("missing data to evaluate on: expected --shards, --text, --rouge or --tasks")
+        raise UserError(f"missing data to evaluate on: expected {DATA_FLAGS}")
     if has_data and only_reports:
-        raise UserError("argument --compare: --shards, --text, --rouge and --tasks are not allowed with .json results")
+        raise UserError("argument --compare: data is not allowed with two .json results")
     if args.model is not None and args.compare is not None:
         raise UserError("argument --model: only with --checkpoint: with --compare, adapters must name their base model")
-    if args.settings and not args.rouge:
-        raise UserError(f"'{args.settings[0]}': only --rouge generates answers with these settings")
-    if args.output is not None:
-        check_output(Path(args.output))
+    if args.settings and not args.chats:
+        raise UserError(f"'{args.settings[0]}': only --chats generates answers with these settings")
+    for output in (args.output, args.page):
+        if output is not None:
+            check_output(Path(output))
     from anarchobot.config.loading import load_config
     from anarchobot.system.blas import load_fast_blas
 
@@ -111,19 +133,26 @@ def _evaluate(args: argparse.Namespace) -> None:
     load_config(None, generation)  # before loading the model, to fail early
 
     load_fast_blas()  # before MLX is imported
-    from anarchobot.evaluation.evaluate import EvalRequest, evaluate, metrics_table
+    from anarchobot.evaluation.comparison import Report, html_report, json_report, text_report
+    from anarchobot.evaluation.evaluate import EvalRequest, evaluate
     from anarchobot.storage.durable import write_atomic
 
     names = [name for name in (args.tasks or "").split(",") if name]
     request = EvalRequest(
-        args.shards, args.text, args.rouge, generation, names, args.num_fewshot, args.include, args.limit
-    )
+        args.shards, args.text, args.chats, generation, args.preferences, names, args.num_fewshot, args.include,
+        args.limit,
+    )  # fmt: skip
     log = _log_to(args.quiet)
-    reports = [_read_report(path) if _is_report(path) else evaluate(path, request, log, args.model) for path in paths]
-    result = json.dumps(reports[0] if len(reports) == 1 else reports, indent=1)
-    print(result if args.json else metrics_table(reports), flush=True)
+    reports = [
+        _read_report(path) if _is_report(path) else Report(path, evaluate(path, request, log, args.model))
+        for path in paths
+    ]
+
+    print(json_report(reports, units=False) if args.json else text_report(reports), flush=True)
     if args.output is not None:
-        write_atomic(Path(args.output), result + "\n")
+        write_atomic(Path(args.output), json_report(reports, units=True) + "\n")
+    if args.page is not None:
+        write_atomic(Path(args.page), html_report(reports))
 
 
 def _log_to(quiet: bool) -> Callable[[str], None]:
@@ -135,22 +164,16 @@ def _is_report(path: str) -> bool:
     return path.endswith(".json") and Path(path).name not in ("best.json", "latest.json")
 
 
-def _read_report(path: str) -> dict[str, Any]:
+def _read_report(path: str) -> "Report":
     """Reads the result of `evaluate --output` for one model; raises UserError if it is not one."""
+    from anarchobot.evaluation.comparison import from_json
+
     try:
-        report = parse_json(Path(path).read_bytes())
-        numbers = [number for metrics in report["results"].values() for number in metrics.values()]
-        if isinstance(report["checkpoint"], str) and all(map(_is_number, numbers)):
-            return dict(report)
+        return from_json(parse_json(Path(path).read_bytes()))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; expected a result of anarchobot evaluate --output") from error
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise UserError(f"{path}: not a result of anarchobot evaluate --output for one model")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a result of anarchobot evaluate --output for one model") from error
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -1,4 +1,5 @@
-"""Evaluates a model on held-out shards, text files, conversation answers (ROUGE) and lm-evaluation-harness tasks."""
+"""Evaluates a model on held-out shards, text files, answers to conversations, preferences and lm-evaluation-harness
+tasks."""
 
 import importlib
 import math
@@ -7,32 +8,33 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import Override, override
-from anarchobot.config.schema import Config, DataConfig
+from anarchobot.config.schema import Config, DataConfig, GenerationConfig
 from anarchobot.data.batches import ValBatches
-from anarchobot.data.conversations.reading import RowCounts, read_conversations
+from anarchobot.data.conversations.reading import RowCounts, read_conversations, read_pairs
 from anarchobot.data.shards import TokenStream, contains_documents
 from anarchobot.data.sources.documents import DocumentCounts, from_files
 from anarchobot.data.windows import StreamWindows
-from anarchobot.evaluation.loglikelihood import loglikelihoods, rolling_windows
-from anarchobot.evaluation.rouge import rouge
+from anarchobot.evaluation.loglikelihood import Ids, loglikelihoods, rolling_windows
+from anarchobot.evaluation.metrics import Result, loss_ratios, mean_of
+from anarchobot.evaluation.rouge import rouge_scores
 from anarchobot.inference.chat import chat_encoder
 from anarchobot.inference.generation import NUM_SEEDS, TextBatch
 from anarchobot.inference.model import Model, load_model
 from anarchobot.model.architecture import forward_pass
 from anarchobot.model.frozen import compute_dtype
-from anarchobot.model.loss import loss_sum
+from anarchobot.model.loss import token_losses
 from anarchobot.runs import checkpoint
-from anarchobot.tokenizers.conversation import InvalidRow
+from anarchobot.tokenizers.chat_encoder import ChatEncoder
+from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message
 from anarchobot.tokenizers.tokenizer import digest
 
-Metrics = dict[str, float]
 Log = Callable[[str], None]  # receives progress lines
 DOCUMENT_BATCH = 256  # documents scored between progress lines
 SHARD_TOKENS = 8192  # per batch of windows
@@ -43,34 +45,38 @@ LOG_BATCHES, LOG_ANSWERS = 32, 16  # batches of windows, and answers, between pr
 class EvalRequest:
     shards: str | None = None
     texts: Sequence[str] = ()
-    rouge: str | None = None
-    generation: Sequence[Override] = ()  # for `rouge`, whose answers are greedy by default
+    chats: str | None = None
+    generation: Sequence[Override] = ()  # for the answers to `chats`, which are greedy by default
+    preferences: str | None = None
     tasks: Sequence[str] = ()
     few_shot: int | None = None
     include: str | None = None  # a folder of custom task files
-    limit: int | None = None  # maximum documents, answers or questions per task
+    limit: int | None = None  # maximum documents, answers, pairs or questions per task
 
 
 def evaluate(
     path: str, request: EvalRequest, log: Log = lambda text: None, base_model: str | None = None
-) -> dict[str, Any]:
-    """Returns `checkpoint` and `results`, which maps each data set to its metrics. `base_model` is that of the adapters
-    at `path`, if not recorded with them. Raises UserError if the model or the data cannot be read or do not match."""
+) -> dict[str, Result]:
+    """Returns the result for each data set. `base_model` is that of the adapters at `path`, if not recorded with them.
+    Raises UserError if the model or the data cannot be read or do not match."""
     model, config = load_model(path, base_model)
-    results: dict[str, Metrics] = {}
+    results: dict[str, Result] = {}
     if request.shards is not None:
         results[f"shards {request.shards}"] = evaluate_shards(model, config, request.shards, log)
     if request.texts:
         trained = training_streams(path, config)
         results[f"text {' '.join(request.texts)}"] = evaluate_texts(model, request.texts, request.limit, log, trained)
-    if request.rouge is not None:
-        results[f"answers {request.rouge}"] = evaluate_rouge(model, config, request, log)
+    if request.chats is not None:
+        results[f"answers {request.chats}"] = evaluate_answers(model, config, request, log)
+    if request.preferences is not None:
+        name = f"preferences {request.preferences}"
+        results[name] = evaluate_preferences(model, config, request.preferences, request.limit, log)
     if request.tasks:
         results |= evaluate_tasks(model, request, log)
-    return {"checkpoint": path, "results": results}
+    return results
 
 
-def evaluate_shards(model: Model, config: Config, folder: str, log: Log) -> Metrics:
+def evaluate_shards(model: Model, config: Config, folder: str, log: Log) -> Result:
     """The validation split as in training: windows of data.seq_len over documents and end-of-document tokens."""
     stream = TokenStream(folder, "val")
     if stream.manifest.tokenizer["sha256"] != digest(model.tokenizer):
@@ -83,20 +89,25 @@ def evaluate_shards(model: Model, config: Config, folder: str, log: Log) -> Metr
     if windows.count == 0:
         raise UserError(f"{folder}: the validation split is empty: pretokenize with data.val_fraction, or use --text")
     params, shape, forward = model.params, model.config, forward_pass(model.config)
-    dtype, nats, tokens = compute_dtype(params), 0.0, 0
+    dtype, nats, tokens = compute_dtype(params), list[float](), list[int]()
     val = ValBatches(windows, max(1, SHARD_TOKENS // seq_len), None)
     for i in range(len(val)):
         batch = val[i]
         segments = None if batch.segments is None else mx.array(batch.segments[0])
         hidden = forward.hidden_states(params, mx.array(batch.inputs[0]), shape, dtype=dtype, segments=segments)
         flat, targets = hidden.reshape(-1, hidden.shape[-1]), mx.array(batch.targets[0].reshape(-1))
-        nats += float(np.array(loss_sum(flat, params, targets, shape)))
-        tokens += int(np.count_nonzero(batch.targets >= 0))
+        losses = token_losses(flat, params, targets, shape).reshape(batch.targets[0].shape).sum(axis=1)
+        nats += np.array(losses, np.float64).tolist()
+        tokens += np.count_nonzero(batch.targets[0] >= 0, axis=1).tolist()
         if (i + 1) % LOG_BATCHES == 0 or i + 1 == len(val):
-            log(f"{tokens:,} tokens, {(i + 1) / len(val):.0%}")
+            log(f"{sum(tokens):,} tokens, {(i + 1) / len(val):.0%}")
+    scored = [i for i, count in enumerate(tokens) if count]  # the last batch is padded
     total_bytes = sum(shard.bytes for shard in stream.manifest.shards_in("val"))
     # The very first token is not scored.
-    return _loss_metrics(nats, tokens, total_bytes * tokens / stream.manifest.tokens("val"))
+    bytes_per_token = total_bytes / stream.manifest.tokens("val")
+    return _loss_result(
+        [f"window {i}" for i in scored], [nats[i] for i in scored], [tokens[i] for i in scored], bytes_per_token
+    )
 
 
 def training_streams(path: str, config: Config) -> list[TokenStream]:
@@ -113,10 +124,11 @@ def training_streams(path: str, config: Config) -> list[TokenStream]:
 
 def evaluate_texts(
     model: Model, names: Sequence[str], limit: int | None, log: Log, trained: Sequence[TokenStream] = ()
-) -> Metrics:
+) -> Result:
     """Text, JSONL or Parquet files. Documents are scored separately, each token once. With `trained`, the shards that
     the model was trained on, also counts the documents among them."""
-    counts, nats, tokens, size = DocumentCounts(), 0.0, 0, 0
+    counts, units = DocumentCounts(), list[str]()
+    nats, tokens, size = list[float](), list[int](), list[float]()
     max_seq_len = model.config.max_seq_len
     texts = [document.text for document in islice(from_files(names, DataConfig(), counts), limit)]
     seen = 0
@@ -124,26 +136,81 @@ def evaluate_texts(
         batch = texts[start : start + DOCUMENT_BATCH]
         ids = model.tokenizer.encode_batch(batch)
         seen += sum(map(any, zip(*(contains_documents(stream, ids) for stream in trained), strict=True)))
-        windows = [window for row in ids for window in rolling_windows(row.tolist(), model.bos_id, max_seq_len)]
-        nats -= sum(score.log_prob for score in loglikelihoods(model, windows))
-        tokens += sum(map(len, ids))
-        size += sum(len(text.encode()) for text in batch)
+        windows: list[tuple[Ids, Ids]] = []
+        for number, (row, text) in enumerate(zip(ids, batch, strict=True), start):
+            own = list(rolling_windows(row.tolist(), model.bos_id, max_seq_len))
+            units += [f"document {number} window {i}" for i in range(len(own))]
+            size += [len(text.encode()) * len(scored) / len(row) for _, scored in own]
+            windows += own
+        nats += [-score.log_prob for score in loglikelihoods(model, windows)]
+        tokens += [len(scored) for _, scored in windows]
         log(f"{min(start + DOCUMENT_BATCH, len(texts)):,} of {len(texts):,} documents")
-    if tokens == 0:
+    if not tokens:
         raise UserError(f"{' '.join(names)}: no documents to evaluate ({counts.read:,} read)")
     for line in counts.details():
         log(line)
     if seen:
         log(f"warning: the model was trained on {seen:,} of these {len(texts):,} documents")
-    metrics = _loss_metrics(nats, tokens, size) | {"documents": len(texts)}
-    return metrics | {"documents_trained_on": seen} if trained else metrics
+    result = _loss_result(units, nats, tokens, size)
+    result.counts["documents"] = len(texts)
+    if trained:
+        result.counts["documents_trained_on"] = seen
+    return result
 
 
-def evaluate_rouge(model: Model, config: Config, request: EvalRequest, log: Log) -> Metrics:
-    """ROUGE between the last answers of the conversations in `request.rouge` and the model's answers."""
-    counts, encoder, name, limit = RowCounts(), chat_encoder(model, config.chat.template), request.rouge, request.limit
+class _Question(NamedTuple):
+    """A conversation up to its last answer, `reference`. `scored` are the token ids before and of that answer."""
+
+    place: str
+    conversation: Conversation
+    prompt: list[int]
+    scored: tuple[Ids, Ids]
+
+    @property
+    def reference(self) -> str:
+        return self.conversation[-1].content
+
+
+def evaluate_answers(model: Model, config: Config, request: EvalRequest, log: Log) -> Result:
+    """The last answers of the conversations in `request.chats`: their loss, and the model's own answers, compared by
+    ROUGE if `rouge-score` is installed."""
+    counts, encoder = RowCounts(), chat_encoder(model, config.chat.template, "answer")
     settings = override(config, ["generation"], [("generation.method", "greedy"), *request.generation]).generation
-    questions: list[tuple[list[int], str]] = []  # prompt ids and reference answer
+    assert request.chats is not None
+    questions, too_long = _read_questions(model, encoder, request.chats, request.limit, counts)
+    for line in counts.summary():
+        log(line)
+    if not questions:
+        raise UserError(f"{request.chats}: no answers to compare with ({counts.read:,} rows read)")
+    nats = [-score.log_prob for score in loglikelihoods(model, [question.scored for question in questions])]
+    tokens = [len(question.scored[1]) for question in questions]
+    result = Result(
+        [question.place for question in questions],
+        loss_ratios(nats, tokens, [len(question.reference.encode()) for question in questions]),
+    )
+    texts = _generate(model, encoder, settings, questions, log)
+    rows = zip(questions, texts, strict=True)
+    result.answers = [
+        {"row": q.place, "question": q.conversation[-2].content, "reference": q.reference, "answer": text}
+        for q, text in rows
+    ]
+    try:
+        scores = rouge_scores([(question.reference, text) for question, text in zip(questions, texts, strict=True)])
+    except UserError as error:
+        log(f"warning: no ROUGE: {error}")
+    else:
+        result.ratios |= {kind: mean_of(values) for kind, values in scores.items()}
+        for answer, score in zip(result.answers, scores["rougeL"], strict=True):
+            answer["rougeL"] = score
+    result.counts = {"answers": len(questions), "tokens": sum(tokens), "too_long": too_long}
+    return result
+
+
+def _read_questions(
+    model: Model, encoder: ChatEncoder, name: str, limit: int | None, counts: RowCounts
+) -> tuple[list[_Question], int]:
+    """Returns the questions, and how many others do not fit into the context window."""
+    questions: list[_Question] = []
     too_long = 0
     for place, conversation in read_conversations(DataConfig(dataset=name), counts):
         if len(questions) + too_long == limit:
@@ -152,22 +219,35 @@ def evaluate_rouge(model: Model, config: Config, request: EvalRequest, log: Log)
             continue
         try:
             prompt = encoder.encode_prompt(conversation[:-1]).tolist()
+            scored = _context_and_answer(encoder, conversation)
         except InvalidRow as error:
             counts.skip_kept(place, error)
             continue
         if len(prompt) < model.config.max_seq_len:
-            questions.append((prompt, conversation[-1].content))
+            questions.append(_Question(place, conversation, prompt, scored))
         else:
             too_long += 1
-    for line in counts.summary():
-        log(line)
-    if not questions:
-        raise UserError(f"{name}: no answers to compare with ({counts.read:,} rows read)")
+    return questions, too_long
+
+
+def _context_and_answer(encoder: ChatEncoder, conversation: Conversation) -> tuple[Ids, Ids]:
+    """Token ids before the last answer, and of it with its end of turn. Raises InvalidRow."""
+    (encoded,) = encoder.encode([conversation])
+    if isinstance(encoded, InvalidRow):
+        raise encoded
+    first, *_, last = np.flatnonzero(encoded.loss_mask).tolist()
+    return encoded.ids[:first].tolist(), encoded.ids[first : last + 1].tolist()
+
+
+def _generate(
+    model: Model, encoder: ChatEncoder, settings: GenerationConfig, questions: Sequence[_Question], log: Log
+) -> list[str]:
+    """The model's answers."""
     batch = TextBatch(model)
     generated: dict[int, list[str]] = {}
-    for i, (ids, _) in enumerate(questions):
+    for i, question in enumerate(questions):
         own = settings.model_copy(update={"seed": (settings.seed + i) % NUM_SEEDS})
-        generated[batch.insert(ids, own, encoder.stop_ids())] = []
+        generated[batch.insert(question.prompt, own, encoder.stop_ids())] = []
     done = 0
     while batch:
         for chunk in batch.step():
@@ -176,13 +256,37 @@ def evaluate_rouge(model: Model, config: Config, request: EvalRequest, log: Log)
                 done += 1
                 if done % LOG_ANSWERS == 0 or done == len(questions):
                     log(f"{done:,} of {len(questions):,} answers")
-    pairs = (
-        (reference, "".join(parts).strip()) for (_, reference), parts in zip(questions, generated.values(), strict=True)
-    )
-    return rouge(pairs) | {"answers": len(questions), "too_long": too_long}
+    return ["".join(parts).strip() for parts in generated.values()]
 
 
-def evaluate_tasks(model: Model, request: EvalRequest, log: Log) -> dict[str, Metrics]:
+def evaluate_preferences(model: Model, config: Config, name: str, limit: int | None, log: Log) -> Result:
+    """Pairs of answers: `accuracy`, the share of pairs whose chosen answer is the more likely one, and the mean
+    `log_prob_margin` in nats."""
+    counts, encoder = RowCounts(), chat_encoder(model, config.chat.template, "answer")
+    units: list[str] = []
+    sides: list[tuple[Ids, Ids]] = []
+    for place, pair in read_pairs(DataConfig(dataset=name), counts):
+        if len(units) == limit:
+            break
+        answers = (Message("assistant", answer) for answer in (pair.chosen, pair.rejected))
+        try:
+            both = [_context_and_answer(encoder, (*pair.prompt, answer)) for answer in answers]
+        except InvalidRow as error:
+            counts.skip_kept(place, error)
+            continue
+        units.append(place)
+        sides += both
+    for line in counts.summary():
+        log(line)
+    if not units:
+        raise UserError(f"{name}: no preference pairs to score ({counts.read:,} rows read)")
+    log_probs = np.array([score.log_prob for score in loglikelihoods(model, sides)]).reshape(-1, 2)
+    margins = log_probs[:, 0] - log_probs[:, 1]
+    ratios = {"accuracy": mean_of(margins > 0), "log_prob_margin": mean_of(margins)}
+    return Result(units, ratios, {"pairs": len(units)})
+
+
+def evaluate_tasks(model: Model, request: EvalRequest, log: Log) -> dict[str, Result]:
     """Runs lm-evaluation-harness tasks; each reports its own metrics."""
     try:
         harness = importlib.import_module("lm_eval")
@@ -210,45 +314,37 @@ def evaluate_tasks(model: Model, request: EvalRequest, log: Log) -> dict[str, Me
     if evaluated.unused:
         unused = ", ".join(f"{name}: {value}" for name, value in evaluated.unused.items())
         log(f"warning: settings of the tasks that have no effect here: {unused}")
-    return {f"task {name}": _task_metrics(values) for name, values in report["results"].items()}
+    samples = report.get("samples", {})
+    return {f"task {name}": _task_result(values, samples.get(name, ())) for name, values in report["results"].items()}
 
 
-def _task_metrics(values: dict[str, Any]) -> Metrics:
-    """Numeric metrics, without the name of an empty filter: "acc,none" becomes "acc"."""
-    numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-    return {key.removesuffix(",none"): float(value) for key, value in numbers.items()}
+def _task_result(values: dict[str, Any], samples: Sequence[dict[str, Any]]) -> Result:
+    """Numeric metrics, without the name of an empty filter: "acc,none" becomes "acc". Those that are means over
+    questions have an interval."""
+    result = Result()
+    for key, value in values.items():
+        if not isinstance(value, int | float):
+            continue
+        metric, _, filter_name = key.partition(",")
+        name = key.removesuffix(",none")
+        rows = [row for row in samples if row.get("filter", "none") == filter_name]
+        scores = [row.get(metric) for row in rows]
+        if scores and all(isinstance(score, int | float) for score in scores):
+            ratio = mean_of(scores)
+            if math.isclose(ratio.mean, value, rel_tol=1e-9, abs_tol=1e-12):
+                result.ratios[name] = ratio
+                result.units = [f"question {row['doc_id']}" for row in rows]
+                continue
+        result.counts[name] = float(value)
+    return result
 
 
-def _loss_metrics(nats: float, tokens: int, size: float) -> Metrics:
-    """Metrics from the cross-entropy summed over `tokens`, covering `size` bytes of text."""
-    loss = nats / tokens
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": nats / math.log(2) / size,
-        "tokens": tokens,
-        "bytes": round(size),
-    }
-
-
-def metrics_table(reports: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table with a row per metric and a column per model; for two models, also their difference."""
-    names = [report["checkpoint"] for report in reports]
-    extra = ["difference"] if len(reports) == 2 else []
-    lines = [f"| | {' | '.join([*names, *extra])} |", f"| --- |{' ---: |' * len([*names, *extra])}"]
-    for dataset in dict.fromkeys(key for report in reports for key in report["results"]):
-        results = [report["results"].get(dataset, {}) for report in reports]
-        for metric in dict.fromkeys(key for metrics in results for key in metrics):
-            values = [metrics.get(metric) for metrics in results]
-            cells = [_format(value) for value in values]
-            if extra:
-                a, b = values
-                cells.append("" if a is None or b is None else f"{b - a:+.4g}")
-            lines.append(f"| {dataset}: {metric} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _format(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+def _loss_result(units: list[str], nats: Any, tokens: Any, size: Any) -> Result:
+    """`size` is the bytes of each unit, or the bytes per token of all."""
+    counts = np.asarray(tokens, np.float64)
+    sizes = np.asarray(size, np.float64) if np.ndim(size) else counts * size
+    return Result(
+        units,
+        loss_ratios(nats, counts, sizes),
+        {"tokens": int(counts.sum()), "bytes": round(float(sizes.sum()))},
+    )

@@ -1,6 +1,5 @@
 """Adapter for EleutherAI's lm-evaluation-harness (`lm_eval`, the `harness` extra)."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -8,7 +7,7 @@ from pydantic import ValidationError
 
 from anarchobot.config.errors import UserError, first_problem
 from anarchobot.config.schema import GenerationConfig
-from anarchobot.evaluation.loglikelihood import Ids, loglikelihoods, rolling_windows
+from anarchobot.evaluation.loglikelihood import loglikelihoods
 from anarchobot.inference.generation import TextBatch, prompt_ids
 from anarchobot.inference.model import Model
 
@@ -42,25 +41,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is untyped
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """A continuation longer than max_seq_len is scored in windows after the last token of the context."""
-        limit = self._model.config.max_seq_len
-        return self._sum_windows(
-            [(context, ids)] if len(ids) <= limit else list(rolling_windows(ids, context[-1], limit))
-            for _, context, ids in requests
-        )
+        return list(loglikelihoods(self._model, [(context, ids) for _, context, ids in requests]))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        texts = (self.tok_encode(request.args[0], add_special_tokens=False) for request in requests)
-        limit = self._model.config.max_seq_len
-        windows = (list(rolling_windows(ids, self._model.bos_id, limit)) for ids in texts)
-        return [log_prob for log_prob, _ in self._sum_windows(windows)]
-
-    def _sum_windows(self, requests: Iterable[list[tuple[Ids, Ids]]]) -> list[tuple[float, bool]]:
-        """For each list of windows, the summed log-probability and whether all windows are greedy."""
-        window_lists = list(requests)
-        scores = iter(loglikelihoods(self._model, [window for windows in window_lists for window in windows]))
-        grouped = [[next(scores) for _ in windows] for windows in window_lists]
-        return [(sum(s.log_prob for s in group), all(s.is_greedy for s in group)) for group in grouped]
+        texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
+        return [score.log_prob for score in loglikelihoods(self._model, [([self._model.bos_id], ids) for ids in texts])]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         batch = TextBatch(self._model)

@@ -3,7 +3,7 @@
 Shapes: B rows, L sequence, N scored positions, D d_model, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -26,29 +26,20 @@ class LogLikelihood(NamedTuple):
     is_greedy: bool  # every token of the continuation was the argmax
 
 
-def loglikelihoods(
-    model: Model, requests: Sequence[tuple[Ids, Ids]], progress: Callable[[int], None] = lambda done: None
-) -> list[LogLikelihood]:
-    """Returns one score per (context, continuation) of token ids, neither of which may be empty.
+def loglikelihoods(model: Model, requests: Sequence[tuple[Ids, Ids]]) -> list[LogLikelihood]:
+    """Returns one score per (context, continuation) of token ids; the context may not be empty.
 
-    A context that does not fit into max_seq_len loses its beginning. `progress` is called with the number of finished
-    requests. Raises ValueError for a continuation longer than max_seq_len.
+    A context that does not fit into max_seq_len loses its beginning. A longer continuation is scored in windows after
+    the last token of its context.
     """
     limit = model.config.max_seq_len
-    if (longest := max((len(continuation) for _, continuation in requests), default=0)) > limit:
-        raise ValueError(f"continuation of {longest} tokens exceeds max_seq_len ({limit})")
-    rows = [np.array([*context, *continuation], np.int32)[-(limit + 1) :] for context, continuation in requests]
-    scores: list[LogLikelihood] = [LogLikelihood(0.0, True)] * len(rows)
-    pending = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # longest first, similar lengths together
-    while pending:
-        length = -(-(len(rows[pending[0]]) - 1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        batch_size = max(1, BATCH_TOKENS // length)
-        batch, pending = pending[:batch_size], pending[batch_size:]
-        counts = [len(requests[i][1]) for i in batch]
-        for i, score in zip(batch, _score_rows(model, [rows[i] for i in batch], counts, length), strict=True):
-            scores[i] = score
-        progress(len(rows) - len(pending))
-    return scores
+    windows = [
+        [(context, ids)] if 0 < len(ids) <= limit else list(rolling_windows(ids, context[-1], limit))
+        for context, ids in requests
+    ]
+    scores = iter(_score(model, [window for each in windows for window in each]))
+    grouped = [[next(scores) for _ in each] for each in windows]
+    return [LogLikelihood(sum(s.log_prob for s in group), all(s.is_greedy for s in group)) for group in grouped]
 
 
 def rolling_windows(ids: Ids, prefix: int, max_seq_len: int) -> Iterator[tuple[Ids, Ids]]:
@@ -61,6 +52,21 @@ def rolling_windows(ids: Ids, prefix: int, max_seq_len: int) -> Iterator[tuple[I
     for start in range(1, len(all_ids), max_seq_len):
         stop = min(start + max_seq_len, len(all_ids))
         yield all_ids[max(0, stop - 1 - max_seq_len) : start], all_ids[start:stop]
+
+
+def _score(model: Model, windows: Sequence[tuple[Ids, Ids]]) -> list[LogLikelihood]:
+    limit = model.config.max_seq_len
+    rows = [np.array([*context, *continuation], np.int32)[-(limit + 1) :] for context, continuation in windows]
+    scores: list[LogLikelihood] = [LogLikelihood(0.0, True)] * len(rows)
+    pending = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # longest first, similar lengths together
+    while pending:
+        length = -(-(len(rows[pending[0]]) - 1) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        batch_size = max(1, BATCH_TOKENS // length)
+        batch, pending = pending[:batch_size], pending[batch_size:]
+        counts = [len(windows[i][1]) for i in batch]
+        for i, score in zip(batch, _score_rows(model, [rows[i] for i in batch], counts, length), strict=True):
+            scores[i] = score
+    return scores
 
 
 def _score_rows(

@@ -33,9 +33,14 @@ def words(text: str) -> list[str]:
 def rouge(pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
     """Mean F1 of `rouge1`, `rouge2` and `rougeL` over (reference, text) pairs; 0 without pairs. Raises UserError if the
     package is missing."""
+    return {kind: sum(scores) / max(1, len(scores)) for kind, scores in rouge_scores(pairs).items()}
+
+
+def rouge_scores(pairs: Iterable[tuple[str, str]]) -> dict[str, list[float]]:
+    """The F1 of each pair, otherwise like `rouge`."""
     scorer = rouge_package().RougeScorer(list(KINDS), tokenizer=_Tokenizer())
     scores = [scorer.score(reference, text) for reference, text in pairs]
-    return {kind: sum(score[kind].fmeasure for score in scores) / max(1, len(scores)) for kind in KINDS}
+    return {kind: [score[kind].fmeasure for score in scores] for kind in KINDS}
 
 
 def rouge_package() -> Any:

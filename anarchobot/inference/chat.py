@@ -9,17 +9,17 @@ from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference.generation import NUM_SEEDS, TextBatch
 from anarchobot.inference.model import Model
 from anarchobot.knowledge.knowledge_base import Hit, KnowledgeBase, prompt_with_passages
-from anarchobot.tokenizers.chat_encoder import ChatEncoder
+from anarchobot.tokenizers.chat_encoder import ChatEncoder, TrainOn
 from anarchobot.tokenizers.chat_template import load_template
 from anarchobot.tokenizers.conversation import InvalidRow, Message, check_encodable
 
 
-def chat_encoder(model: Model, template: str = "auto") -> ChatEncoder:
+def chat_encoder(model: Model, template: str = "auto", train_on: TrainOn = "assistant") -> ChatEncoder:
     """Combines the model's tokenizer with a chat template: "auto" is the one next to the tokenizer, or else a default.
 
     Raises UserError for an unusable template.
     """
-    return ChatEncoder(model.tokenizer, load_template(model.tokenizer, template))
+    return ChatEncoder(model.tokenizer, load_template(model.tokenizer, template), train_on)
 
 
 def chat_warnings(encoder: ChatEncoder) -> list[str]:

@@ -16,8 +16,8 @@ NOTABLE_EVENTS = ("skip", "resume", "warning", "end")
 PALETTE = ("#2563eb", "#d9480f", "#2b8a3e", "#9c36b5", "#c2255c", "#0b7285", "#8a6d00", "#5f3dc4")  # cycled
 
 
-def render_report(runs: Sequence[RunLog]) -> str:
-    """Returns the page. The template escapes everything that comes from the runs."""
+def render_page(template: str, **values: Any) -> str:
+    """The page of a template in this package. Everything in `values` is escaped."""
     environment = Environment(
         loader=PackageLoader("anarchobot", "reporting"),
         autoescape=True,
@@ -26,7 +26,14 @@ def render_report(runs: Sequence[RunLog]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["plain"] = _plain
-    page = environment.get_template("report.html.jinja").render(
+    page = environment.get_template(template).render(values)
+    return page.encode("utf-8", "backslashreplace").decode()  # surrogates, which JSON can hold
+
+
+def render_report(runs: Sequence[RunLog]) -> str:
+    """Returns the page."""
+    return render_page(
+        "report.html.jinja",
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         runs=runs,
         palette=PALETTE,
@@ -38,7 +45,6 @@ def render_report(runs: Sequence[RunLog]) -> str:
         max_events=MAX_EVENTS,
         max_samples=MAX_SAMPLES,
     )
-    return page.encode("utf-8", "backslashreplace").decode()  # surrogates, which JSON can hold
 
 
 def _charts(runs: Sequence[RunLog]) -> Iterable[tuple[str, str]]:

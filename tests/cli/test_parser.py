@@ -62,8 +62,8 @@ SURFACE = {
         "--host", "--log-level", "--log-prompts", "--max-tokens", "--model", "--model-name", "--port", "--queue",
     ],
     "evaluate": [
-        "KEY=VALUE", "--checkpoint", "--compare", "--include", "--limit", "--model", "--num-fewshot", "--output",
-        "--rouge", "--shards", "--tasks", "--text",
+        "KEY=VALUE", "--chats", "--checkpoint", "--compare", "--include", "--limit", "--model", "--num-fewshot",
+        "--output", "--page", "--preferences", "--rouge", "--shards", "--tasks", "--text",
     ],
     "report": ["RUN", "--output"],
     "monitor": ["RUN", "--wait"],
@@ -222,7 +222,7 @@ def test_config_may_be_omitted_if_optional(words: str, config: str | None, setti
 def test_input_does_not_consume_overrides() -> None:
     args = parse(small(), ["run", "c.yaml", "--input", "a.txt", "b.txt", "train.seed=1"])
     assert (args.input, args.settings) == (["a.txt", "b.txt"], ["train.seed=1"])
-    words = ["evaluate", "--checkpoint", "a", "--text", "a.txt", "generation.seed=1", "--rouge", "b.jsonl"]
+    words = ["evaluate", "--checkpoint", "a", "--text", "a.txt", "generation.seed=1", "--chats", "b.jsonl"]
     args = parse(build_parser(), words)
     assert (args.text, args.settings) == (["a.txt"], ["generation.seed=1"])
 

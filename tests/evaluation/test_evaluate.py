@@ -123,7 +123,7 @@ def test_rouge_and_comparison_of_two_models(tmp_path: Path, bpe: Path, capsys: p
     rows.append({"prompt": "x " * 300, "completion": "too long a question"})
     rows.append({"prompt": "a reserved character: \ufdd0", "completion": "skipped"})
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ("--rouge", str(tmp_path / "answers.jsonl"), "--output")
+    words = ("--chats", str(tmp_path / "answers.jsonl"), "--output")
     assert main(["evaluate", "--checkpoint", str(run), *words, str(tmp_path / "a.json"), "--quiet"]) == 0
     (metrics,) = json.loads((tmp_path / "a.json").read_text())["results"].values()
     assert metrics["rougeL"] == pytest.approx(1.0) and (metrics["answers"], metrics["too_long"]) == (len(rows) - 2, 1)
@@ -133,7 +133,7 @@ def test_rouge_and_comparison_of_two_models(tmp_path: Path, bpe: Path, capsys: p
     table, log = capsys.readouterr()
     assert f"{len(rows) - 2} of {len(rows) - 2} answers" in log
     (line,) = [line for line in table.splitlines() if "rougeL" in line]
-    first, second, difference = (float(cell) for cell in line.split("|")[2:5])
+    first, second, difference = (float(cell.partition("±")[0]) for cell in line.split("|")[2:5])
     assert first == 1.0 and second < 1.0 and difference == pytest.approx(second - first, abs=1e-3)
 
     def score(*settings: str) -> float:
@@ -153,7 +153,7 @@ def test_errors_are_one_line(tmp_path: Path, bpe: Path, tiny_shards: Path, capsy
     (tmp_path / "result.json").write_text("[1]")
     for words, message in (
         ([], "one of the arguments --checkpoint --compare is required"),
-        (["--checkpoint", run], "expected --shards, --text, --rouge or --tasks"),
+        (["--checkpoint", run], "expected --shards, --text, --chats, --preferences or --tasks"),
         (["--checkpoint", str(tmp_path / "none"), "--text", "README.md"], "none: no such folder"),
         (["--checkpoint", run, "--text", "none.txt"], "none.txt: no such file"),
         (["--checkpoint", run, "--text", str(tmp_path / "empty.jsonl")], "no documents to evaluate (1 read)"),
@@ -164,11 +164,11 @@ def test_errors_are_one_line(tmp_path: Path, bpe: Path, tiny_shards: Path, capsy
             ["--compare", str(tmp_path / "result.json"), run, "--text", "README.md"],
             "not a result of anarchobot evaluate",
         ),
-        (["--checkpoint", run, "--text", "README.md", "generation.top_k=3"], "'generation.top_k=3': only --rouge"),
-        (["--checkpoint", "none", "--rouge", "a.jsonl", "generation.top_k=x"], "generation.top_k"),
-        (["--checkpoint", run, "--rouge", "a.jsonl", "generation.prompt=x"], "'generation.prompt=x'"),
+        (["--checkpoint", run, "--text", "README.md", "generation.top_k=3"], "'generation.top_k=3': only --chats"),
+        (["--checkpoint", "none", "--chats", "a.jsonl", "generation.top_k=x"], "generation.top_k"),
+        (["--checkpoint", run, "--chats", "a.jsonl", "generation.prompt=x"], "'generation.prompt=x'"),
         (["--compare", "none.json", "none.json"], "none.json: no such file; expected a result of anarchobot evaluate"),
-        (["--compare", "a.json", "b.json", "--text", "README.md"], "not allowed with .json results"),
+        (["--compare", "a.json", "b.json", "--text", "README.md"], "not allowed with two .json results"),
         (["--checkpoint", run, "--text", "README.md", "--output", str(tmp_path)], "is a folder; expected a file"),
         (["--checkpoint", run, "--text", "README.md", "--output", "none/a.json"], "none/a.json: no such folder"),
     ):

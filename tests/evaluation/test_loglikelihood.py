@@ -37,16 +37,15 @@ def test_loglikelihoods_of_mixed_lengths(model: Model, monkeypatch: pytest.Monke
     # Only the argmax of the float64 model is greedy.
     best = int(np.argmax(logits(params, np.array(requests[1][0]), SHAPE)[-1]))
     requests += [(requests[1][0], [best]), (requests[1][0], [(best + 1) % SHAPE.vocab_size])]
-    done: list[int] = []
-    found = loglikelihoods(model, requests, done.append)
+    found = loglikelihoods(model, requests)
     np.testing.assert_allclose([one.log_prob for one in found[:-2]], expected, rtol=1e-5)
     assert [one.is_greedy for one in found[-2:]] == [True, False]
-    assert done[-1] == len(requests) and done == sorted(done)
-
-
-def test_continuation_longer_than_the_context_is_an_error(model: Model) -> None:
-    with pytest.raises(ValueError, match=r"continuation of 49 tokens exceeds max_seq_len \(48\)"):
-        loglikelihoods(model, [([1], [2] * 49)])
+    # A continuation longer than the context is the sum of its windows; an empty one has probability 1.
+    long = ids(LONGEST + 10)
+    windows = [([7], long[:LONGEST]), (long[9:LONGEST], long[LONGEST:])]
+    total = sum(one.log_prob for one in loglikelihoods(model, windows))
+    several = loglikelihoods(model, [([3, 7], long), ([7], [])])
+    assert several[0].log_prob == pytest.approx(total, rel=1e-5) and several[1] == (0, True)
     assert loglikelihoods(model, []) == []
 
 

@@ -23,7 +23,7 @@ def evaluate_model(
     Raises UserError if a file cannot be read.
     """
     model, _ = load_model(path)
-    totals = evaluate_texts(model, texts, limit, log)
+    totals = evaluate_texts(model, texts, limit, log).metrics
     metrics = {
         "bits_per_byte": round(totals["bits_per_byte"], 5),
         "tokens_per_byte": round(totals["tokens"] / totals["bytes"], 5),
