@@ -139,8 +139,8 @@ def _log_resume(
     changed = {key: list(values) for key, values in changed_settings(saved.config, run.config).items()}
     if (ranks := saved.state.get("ranks", 1)) != run.ranks.size:
         changed["ranks"] = [ranks, run.ranks.size]
-    for key, (old, new) in changed.items():
-        display.message(f"changed: {key} was {old}, is now {new}")
+    if changed:
+        display.message("changed: " + ", ".join(f"{key} from {old} to {new}" for key, (old, new) in changed.items()))
     log.event("resume", progress.step, folder=str(saved.folder), changed=changed)
 
 

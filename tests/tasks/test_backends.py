@@ -52,7 +52,7 @@ def test_resume_with_the_other_backend(
     run("straight", train__backend=first)
     run("changed", train__backend=first, train__total_steps=3)
     run("changed", show="progress", train__backend=then, train__checkpoint_path="auto")
-    assert f"changed: train.backend was {first}, is now {then}" in capsys.readouterr().err
+    assert f"train.backend from {first} to {then}" in capsys.readouterr().err
     straight, changed = losses(tmp_path / "straight"), losses(tmp_path / "changed")
     assert list(straight) == list(changed) == [1, 2, 3, 4, 5, 6]
     assert changed == pytest.approx(straight, abs=1e-5)
