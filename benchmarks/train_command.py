@@ -34,10 +34,10 @@ BASE: dict[str, Any] = {
     "train.eval_interval": 200, "train.eval_batches": 20, "train.ckpt_interval": 10**6,
 }  # fmt: skip
 HAND_MADE: dict[str, dict[str, Any]] = {
-    "2 x 64": {"model.n_layers": 2, "model.d_model": 64, "model.vocab_size": 1024},
     "4 x 64": {"model.n_layers": 4, "model.d_model": 64, "model.vocab_size": 1024},
     "4 x 128, as quickstart": {"model.n_layers": 4, "model.d_model": 128, "model.vocab_size": 1024},
     "4 x 128, vocabulary 2,048": {"model.n_layers": 4, "model.d_model": 128, "model.vocab_size": 2048},
+    "4 x 128, vocabulary 4,096": {"model.n_layers": 4, "model.d_model": 128, "model.vocab_size": 4096},
     "4 x 96, dropout 0.1": {
         "model.n_layers": 4, "model.d_model": 96, "model.vocab_size": 1024, "model.dropout": 0.1,
         "train.weight_decay": 0.1,
@@ -47,16 +47,22 @@ RESERVED = 3.0  # seconds for the start of the program, the last validation and 
 
 
 def split(paths: list[Path], folder: Path) -> tuple[Path, Path]:
-    """Writes the files without their last twentieth into a folder, and the text of the rest into a file."""
+    """Writes the files without their last twentieth into a folder, and the text of the rest into a file. Licenses of
+    Project Gutenberg, which are at the ends of books, are removed first."""
+    from anarchobot.config.schema import DataConfig
+    from anarchobot.data.sources.documents import DocumentCounts, from_files
+
     texts = folder / "texts"
     texts.mkdir()
     rest = []
     for path in paths:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        cut = max(1, int(len(lines) * (1 - HELD_OUT)))
-        (texts / path.name).write_text("".join(lines[:cut]), encoding="utf-8")
-        tail = lines[cut:]
-        rest += [json.loads(line)["text"] for line in tail] if path.suffix == ".jsonl" else ["".join(tail)]
+        documents = [document.text for document in from_files([str(path)], DataConfig(clean=True), DocumentCounts())]
+        is_text = path.suffix == ".txt"
+        parts = documents[0].splitlines(keepends=True) if is_text else documents
+        cut = max(1, int(len(parts) * (1 - HELD_OUT)))
+        lines = parts[:cut] if is_text else [json.dumps({"text": text}) + "\n" for text in parts[:cut]]
+        (texts / path.name).write_text("".join(lines), encoding="utf-8")
+        rest.append(("" if is_text else "\n").join(parts[cut:]))
     held_out = folder / "held_out.txt"
     held_out.write_text("\n".join(rest), encoding="utf-8")
     return texts, held_out

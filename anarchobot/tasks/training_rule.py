@@ -1,13 +1,12 @@
 """Chooses the settings of a new model from the size of a text, the time and the speed of a machine (docs/train.md).
 
 Size: with N parameters, and D training tokens in e epochs over U different tokens, the loss is assumed to be
-E + A / N^a + B / D'^a (Hoffmann et al., 2022, arXiv 2203.15556), where repeated tokens count less (Muennighoff et al.,
-2023, arXiv 2305.16264):
+E + A / N^a + B / D'^b with the exponents of Hoffmann et al. (2022, arXiv 2203.15556, approach 3), where repeated tokens
+count less (Muennighoff et al., 2023, arXiv 2305.16264):
 
     D' = U + 15.4 U (1 - exp(-(e - 1) / 15.4))
 
-RATIO = (B / A)^(1/a) is the number of tokens per parameter at which both terms are equal. Of the SHAPES, the one with
-the lowest loss is chosen.
+B / A is fitted to short runs (docs/train.md). Of the SHAPES, the one with the lowest loss is chosen.
 """
 
 import math
@@ -15,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-EXPONENT = 0.353
-RATIO = 40.0
+SIZE_EXPONENT, DATA_EXPONENT = 0.34, 0.28
+DATA_WEIGHT = 0.6  # B / A
 BYTES_PER_TOKEN = 3.0  # the unit of U and D, because the bytes in a token depend on the vocabulary
 EPOCHS_DECAY = 15.4
 MAX_PARAMETERS = 10.0  # per different token: larger models overfit before they are trained
@@ -28,6 +27,7 @@ MEASURED_SHAPES = ((4, 64), (6, 256))  # two widths, from which a machine's spee
 HEAD_SIZE = 32  # 64 from a width of 512
 VOCAB_SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 VOCAB_SCALE, VOCAB_EXPONENT = 7.5, 0.83  # of the parameters of the blocks: how many the embedding may have
+SMALL_VOCAB = 4096  # which any model may have
 BYTES_PER_VOCAB = 250  # bytes of text per token of the vocabulary, at least
 MAX_EPOCHS = 20.0
 SHORT_RUN = 4e5  # training tokens
@@ -138,7 +138,8 @@ def settings_for_shape(text_bytes: int, seconds: float, speed: Speed, layers: in
     fitting = [
         v
         for v in VOCAB_SIZES
-        if v * width <= VOCAB_SCALE * blocks**VOCAB_EXPONENT and v * BYTES_PER_VOCAB <= text_bytes
+        if v * width <= max(SMALL_VOCAB * width, VOCAB_SCALE * blocks**VOCAB_EXPONENT)
+        and v * BYTES_PER_VOCAB <= text_bytes
     ]
     vocab_size = max(fitting, default=VOCAB_SIZES[0])
     _, head = parameters(vocab_size, layers, width)
@@ -189,13 +190,13 @@ def _batch(tokens: float, min_batch: int) -> int:
 
 
 def _loss(option: Settings, text_bytes: int) -> float:
-    """The part of the loss that depends on size and data, up to a factor: with A = 1, B is RATIO^a."""
+    """The part of the loss that depends on size and data, divided by A."""
     passes = option.epochs
     if passes > 1:
         passes = 1 + EPOCHS_DECAY * (1 - math.exp(-(passes - 1) / EPOCHS_DECAY))
     data = passes * text_bytes / BYTES_PER_TOKEN
     size = sum(parameters(option.vocab_size, option.layers, option.width))
-    return float(size**-EXPONENT + (RATIO / data) ** EXPONENT)
+    return float(size**-SIZE_EXPONENT + DATA_WEIGHT * data**-DATA_EXPONENT)
 
 
 def _round(value: float) -> float:
