@@ -18,7 +18,9 @@ from typing import Any, Literal
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, load_config
+from anarchobot.config.schema import DataConfig
 from anarchobot.config.strict_yaml import dump, parse
+from anarchobot.data.conversations.reading import RowCounts, read_conversations
 from anarchobot.data.shards import read_manifest
 from anarchobot.data.sources import files
 from anarchobot.data.sources.documents import DocumentCounts
@@ -100,13 +102,16 @@ def _fingerprint(names: list[str], formats: files.Formats) -> str | None:
         return None
     paths = files.find(names, formats=formats)
     total = sum(path.stat().st_size for path in paths)
-    return f"{' '.join(names)} ({len(paths):,} files, {total:,} bytes)"
+    return f"{' '.join(names)} ({len(paths):,} file{'' if len(paths) == 1 else 's'}, {total:,} bytes)"
 
 
 def plan(request: Request, started: float) -> Plan:
-    """`started`: when the command began, by time.monotonic(). Raises UserError if text or time are too short."""
+    """`started`: when the command began, by time.monotonic(). Raises UserError if text or time are too short, there is
+    no conversation in `chat`, or `model` is not a model."""
     end = started + _training_seconds(request)
+    chat_notes = [] if request.chat is None else _check_conversations(request.chat)
     if not request.texts:
+        load_pretrained(str(request.model))
         found = Plan({}, [("model", f"{request.model}, adapters of rank 8")])
     elif request.model is not None:
         found = plan_adapters(request.model, request.texts, request.output, end, request.seconds)
@@ -115,8 +120,18 @@ def plan(request: Request, started: float) -> Plan:
     if request.chat is not None:
         share = "the last fifth" if request.texts else "all"
         row = f"{request.chat}: at most {CHAT_EPOCHS:g} epochs, in {share} of {duration(request.seconds)}"
-        found = replace(found, table=[*found.table, ("chat", row)])
+        found = replace(found, table=[*found.table, ("chat", row)], notes=[*found.notes, *chat_notes])
     return found
+
+
+def _check_conversations(name: str) -> list[str]:
+    """What was read and skipped. Raises UserError if there is no conversation."""
+    counts = RowCounts()
+    for _ in read_conversations(DataConfig(dataset=name), counts):
+        pass
+    if not counts.kept:
+        raise UserError(f"{name}: no conversation can be used: {'; '.join(counts.summary())}")
+    return counts.summary()
 
 
 def commands(request: Request) -> Iterator[str]:
@@ -142,13 +157,17 @@ def is_started(request: Request) -> bool:
         if request.output.exists() and any(request.output.iterdir()):
             raise UserError(f"{request.output}: already exists and is not empty: choose another folder with --output")
         return False
-    before = _read_state(request)["request"]
+    state = _read_state(request)
+    before = state["request"]
+    if before["chat"] != now["chat"] and request.texts and not (_chat_folder(request) / CONFIG).exists():
+        before = before | {"chat": now["chat"]}  # tuning has not begun
+        _write_state(request, state | {"request": before})
     changed = [
         f"{key} was {before[key] or 'none'}, is now {now[key] or 'none'}" for key in now if before[key] != now[key]
     ]
     if changed:
         raise UserError(
-            f"{request.output}: planned for another request: {'; '.join(changed)}: choose another folder with "
+            f"{request.output}: was started with other arguments: {'; '.join(changed)}: choose another folder with "
             f"--output, or delete {request.output} to start over"
         )
     return True
@@ -174,7 +193,7 @@ def train(request: Request, started: float, show: OutputMode, log: Log) -> dict[
     if request.texts:
         result |= _pretrain(request, started, show, log) | {"model": _best(request, request.output)}
     if request.chat is not None:
-        result["chat"] = _best(request, _chat(request, started, show))
+        result["chat"] = _best(request, _chat(request, started, show, log))
     if request.texts:
         result |= {"samples": str(_write_samples(request)), "report": str(_write_report(request))}
     return result
@@ -195,7 +214,8 @@ def _pretrain(request: Request, started: float, show: OutputMode, log: Log) -> d
         _write_state(request, state | {"preparation_seconds": time.monotonic() - started})
     summary = _run("pretrain", path, show)
     if load_config(path).config.train.schedule == "constant":
-        _set_length(request, path, summary)
+        steps = _set_length(request, path, summary)
+        log(f"the speed is known now: the run has {steps:,} steps")
         summary = _run("pretrain", path, show)
     return {"best_val_bpb": summary["best_val_bpb"], "steps": summary["steps"], "parameters": summary["parameters"]}
 
@@ -214,8 +234,8 @@ def _make_shards(loaded: LoadedConfig, log: Log) -> None:
     corpus.pretokenize(restart=False, progress=lambda size, tokens: None, log=log)
 
 
-def _set_length(request: Request, path: Path, summary: dict[str, Any]) -> None:
-    """Writes the final number of steps, from the speed of the first part, into config.yaml."""
+def _set_length(request: Request, path: Path, summary: dict[str, Any]) -> int:
+    """Writes the final number of steps, from the speed of the first part, into config.yaml, and returns it."""
     config = load_config(path).config
     resolved = resolve_micro_batch(load_config(path)).loaded.config.train
     sequences = resolved.micro_batch_size * resolved.grad_accum_steps
@@ -224,7 +244,7 @@ def _set_length(request: Request, path: Path, summary: dict[str, Any]) -> None:
     tokens = read_manifest(str(config.data.shard_dir)).tokens("train")
     epochs = MAX_EPOCHS if request.model is None else ADAPTER_EPOCHS
     most = max(2 * first, int(epochs * tokens / (sequences * config.data.seq_len)))
-    steps = min(most, max(first + first // 10 + 1, first + int(left / (wall / first))))
+    steps: int = min(most, max(first + first // 10 + 1, first + int(left / (wall / first))))
     values = config.model_dump()
     values["train"] |= {
         "total_steps": steps,
@@ -234,6 +254,7 @@ def _set_length(request: Request, path: Path, summary: dict[str, Any]) -> None:
         "log_interval": max(1, min(25, steps // 40)),
     }
     write_atomic(path, dump(values))
+    return steps
 
 
 def _run(command: Literal["pretrain", "sft"], path: Path, show: OutputMode) -> dict[str, Any]:
@@ -259,14 +280,18 @@ def _run(command: Literal["pretrain", "sft"], path: Path, show: OutputMode) -> d
     return summary
 
 
-def _chat(request: Request, started: float, show: OutputMode) -> Path:
-    """Fine-tunes on the conversations in what is left of the time; returns the run folder."""
+def _chat(request: Request, started: float, show: OutputMode, log: Log) -> Path:
+    """Fine-tunes on the conversations in what is left of the time, or CHAT_SHARE of it if that is more; returns the run
+    folder."""
     folder = _chat_folder(request)
     path = folder / CONFIG
     if not path.exists():
         base = _chat_base(request)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, dump(_chat_sections(request, base, started)))
+        sections = _chat_sections(request, base, started)
+        if (epochs := sections["train"]["epochs"]) < 1:
+            log(f"warning: {request.chat}: time for {epochs:g} epochs only: answers need more --time, or fewer texts")
+        write_atomic(path, dump(sections))
     _run("sft", path, show)
     return folder
 
@@ -308,8 +333,9 @@ def _chat_sections(request: Request, model: str, started: float) -> Sections:
         used = time.monotonic() - started
     size = sum(path.stat().st_size for path in files.find([str(request.chat)], formats=files.CONVERSATIONS))
     tokens = size / bytes_per_token(base.model.vocab_size)
-    left = max(1.0, request.seconds * (1 - END_SHARE) - END_SECONDS - used)
-    epochs = min(CHAT_EPOCHS, left * tokens_per_second / tokens)
+    share = CHAT_SHARE if request.texts else 1.0
+    left = max(share * request.seconds, request.seconds - used) - END_SHARE * request.seconds - END_SECONDS
+    epochs = min(CHAT_EPOCHS, max(1.0, left) * tokens_per_second / tokens)
     steps = math.ceil(epochs * tokens / (sequences * seq_len))
     return settings | {
         "train": {

@@ -103,6 +103,46 @@ def test_texts_and_chats_become_a_model(tmp_path: Path, capsys: pytest.CaptureFi
     assert "texts was notes (12 files, " in capsys.readouterr().err
 
 
+def test_conversations_and_model_are_checked_before_the_texts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_texts(tmp_path / "notes")
+    (tmp_path / "bad.jsonl").write_text('{"foo": 1}\n')
+    (tmp_path / "half.jsonl").write_text('{"prompt": "a", "completion": ""}\n')
+    (tmp_path / "folder").mkdir()
+    for words in (
+        ["notes", "--chat", "bad.jsonl"],
+        ["notes", "--chat", "half.jsonl"],
+        ["--chat", str(write_chats(tmp_path / "chats.jsonl")), "--model", "folder", "--output", "runs/notes"],
+    ):
+        for more in ([], ["--dry-run"]):
+            assert main(["train", *words, "--time", "50m", *more]) == 2
+            assert capsys.readouterr().err.count("\n") == 1
+            assert not Path("runs").exists()
+    # Conversations can be replaced until tuning begins. They get their share of the time though texts have used it up.
+    original = train._run
+
+    def slow(command: str, *args: Any) -> Any:
+        if command == "sft":
+            raise train.Stopped
+        return original(command, *args) | {"wall_seconds": 3000.0}
+
+    monkeypatch.setattr(train, "_run", slow)
+    monkeypatch.setattr(train, "_set_length", lambda request, path, summary: summary["steps"])
+    (tmp_path / "few.jsonl").write_text((tmp_path / "chats.jsonl").read_text().partition("\n")[0] + "\n")
+    words = ["train", "notes", "--time", "50m", "--quiet", "--chat"]
+    monkeypatch.setattr(train, "_pretrain", lambda *args: (_ for _ in ()).throw(train.Stopped))
+    assert main([*words, "few.jsonl"]) == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "_run", slow)
+    assert main([*words, "chats.jsonl"]) == 130
+    chat = load_config("runs/notes/chat/config.yaml").config
+    assert chat.data.dataset == "chats.jsonl" and chat.train.epochs is not None and chat.train.epochs > 0.001
+    assert main([*words, "few.jsonl"]) == 2
+    assert "chat was chats.jsonl" in capsys.readouterr().err
+
+
 def test_a_run_that_is_interrupted_anywhere_resumes_and_equals_one_by_hand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
