@@ -215,7 +215,7 @@ def _read_questions(
     for place, conversation in read_conversations(DataConfig(dataset=name), counts):
         if len(questions) + too_long == limit:
             break
-        if conversation[-1].role != "assistant":
+        if conversation[-1].role != "assistant" or not conversation[-1].content:
             continue
         try:
             prompt = encoder.encode_prompt(conversation[:-1]).tolist()

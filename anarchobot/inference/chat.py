@@ -104,7 +104,7 @@ class ChatSession:
         """Appends the conversation to a JSONL file as a row for `sft`. Raises UserError if there is none."""
         if not self.turns:
             raise UserError("there is no conversation to save yet")
-        messages = [message._asdict() for message in (*self._system, *self.turns)]
+        messages = [{"role": role, "content": content} for role, content, *_ in (*self._system, *self.turns)]
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 

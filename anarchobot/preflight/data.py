@@ -92,7 +92,7 @@ def conversations(context: Context) -> Outcome:
     data = config.data.model_copy(update={"shuffle_buffer": 0, "streaming": True})
     if context.pairs:
         pairs = read_pairs(data, counts, config.chat.language)
-        first = [pair.chosen for _, pair in islice(pairs, SAMPLE)]
+        first = [pair.chosen.content for _, pair in islice(pairs, SAMPLE)]
     else:
         items = read_conversations(data, counts, config.chat.format, config.chat.language)
         first = [conversation[-1].content for _, conversation in islice(items, SAMPLE)]

@@ -3,19 +3,23 @@
 Templates that mark answers with {% generation %} are trusted. Any other template is first rendered with
 placeholders for the contents, once per sequence of roles. In that skeleton an answer starts where the generation prompt
 for it would end, and ends with its turn. If filling in the contents reproduces the rendered text exactly, the spans are
-known exactly. If not, because the template inspects contents (reasoning in Qwen3), each answer must follow its
-generation prompt in the text; templates that rewrite earlier answers are rejected.
+known exactly. If not, because the template inspects contents (reasoning in Qwen3) or messages have more than a content
+(tools, calls), each answer must follow its generation prompt in the text, and its end is found by adding a mark to it
+and rendering again. Templates that rewrite earlier answers are rejected.
 """
 
 import re
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from anarchobot.tokenizers.chat_template import BEGIN, END, TRAINING_DAY, ChatTemplate
-from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message
+from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message, turn
+from anarchobot.tokenizers.rendered_parts import mark_end
 from anarchobot.tokenizers.token_pattern import TokenPattern
 
 Span = tuple[int, int]  # [start, end) in characters
+_CLOSING = 100  # characters
 _PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 
 
@@ -33,22 +37,31 @@ class AnswerSpans:
         self._template, self._controls = template, control_pattern
         self._skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
 
-    def find(self, conversation: Conversation, last_only: bool = False) -> tuple[str, list[Span]]:
-        """The rendered text, and a span per answer or only of the last. Raises InvalidRow if the template rejects
-        the conversation or the answers cannot be located."""
-        text, spans = self._find(conversation, last_only)
-        return text, spans[-1:] if last_only else spans
-
-    def _find(self, conversation: Conversation, last_only: bool) -> tuple[str, list[Span]]:
+    def find(self, conversation: Conversation, answers: Sequence[int]) -> tuple[str, list[Span]]:
+        """The rendered text, and the spans of the messages `answers`, which are in ascending order. Raises InvalidRow
+        if the template rejects the conversation or the answers cannot be located."""
+        every = [i for i, message in enumerate(conversation) if message.role == "assistant"]
         if self._template.marks_answers:
-            return _split_marked(self._template.render(conversation, day=TRAINING_DAY, marked=True))
+            text, spans = _split_marked(self._template.render(conversation, day=TRAINING_DAY, marked=True))
+            if list(answers) == every:
+                return text, spans
+            if len(spans) != len(every):
+                raise InvalidRow("other number of {% generation %} marks than answers", self._template.where)
+            return text, [spans[every.index(i)] for i in answers]
         text = self._render(conversation)
-        roles = tuple(role for role, _ in conversation)
+        known = self._spans_by_skeleton(conversation, text)
+        if known is not None:
+            return text, [known[every.index(i)] for i in answers]
+        return text, [self._span_by_prompt(conversation, i, text) for i in answers]
+
+    def _spans_by_skeleton(self, conversation: Conversation, text: str) -> list[Span] | None:
+        if any(message.reasoning or message.fields or message.role == "tool" for message in conversation):
+            return None
+        roles = tuple(message.role for message in conversation)
         if roles not in self._skeletons:
             self._skeletons[roles] = self._make_skeleton(roles)
         skeleton = self._skeletons[roles]
-        spans = None if skeleton is None else _fill(skeleton, conversation, text)
-        return text, self._spans_by_prompt(conversation, text, last_only) if spans is None else spans
+        return None if skeleton is None else _fill(skeleton, conversation, text)
 
     def _render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
         return self._template.render(conversation, add_generation_prompt, day=TRAINING_DAY)
@@ -65,7 +78,8 @@ class AnswerSpans:
             if role == "assistant":
                 next_content = matches[i + 1].start() if i + 1 in matches else len(text)
                 start = self._start(text, placeholders[:i], matches[i].start())
-                spans.append((start, self._end(text, placeholders[: i + 1], matches[i].end(), next_content)))
+                end = self._turn_end(text, placeholders[: i + 1], matches[i].end(), next_content)
+                spans.append((start, self._end(text, matches[i].end(), next_content, end)))
         return _Skeleton(text, spans)
 
     def _start(self, text: str, before: Conversation, content: int) -> int:
@@ -77,41 +91,74 @@ class AnswerSpans:
             return content
         return len(prompt) if len(prompt) <= content and text.startswith(prompt) else content
 
-    def _end(self, text: str, turns: Conversation, content: int, next_content: int) -> int:
-        """The end of the control tokens that follow the content in its turn, where generation stops; without any, the
-        end of the turn. Trailing whitespace is excluded, unless there is nothing else."""
+    def _turn_end(self, text: str, turns: Conversation, content: int, next_content: int) -> int | None:
+        """The end of the last of `turns` in `text`; None if the template renders it in another way when it is last."""
         try:
             rendered = self._render(turns)
         except InvalidRow:
-            rendered = ""
-        turn_ends = text.startswith(rendered) and content <= len(rendered) <= next_content
-        limit = len(rendered) if turn_ends else next_content
+            return None
+        return len(rendered) if text.startswith(rendered) and content <= len(rendered) <= next_content else None
+
+    def _end(self, text: str, content: int, next_content: int, turn_end: int | None) -> int:
+        """The end of the control tokens that follow the content in its turn, where generation stops; without any, the
+        end of the turn. Trailing whitespace is excluded, unless there is nothing else."""
+        limit = next_content if turn_end is None else turn_end
         control = self._controls.search(text, content, limit)
         if control is None:
-            suffix = text[content:limit] if turn_ends else ""
+            suffix = text[content:limit] if turn_end is not None else ""
             return content + len(suffix.rstrip() or suffix)
-        while turn_ends and (following := self._controls.search(text, control.end, limit)):
+        while turn_end is not None and (following := self._controls.search(text, control.end, limit)):
             if following.start > control.end:
                 break
             control = following
         return control.start + len(text[control.start : control.end].rstrip())
 
-    def _spans_by_prompt(self, conversation: Conversation, text: str, last_only: bool) -> list[Span]:
-        answers = [i for i, (role, _) in enumerate(conversation) if role == "assistant"]
-        return [self._span_by_prompt(conversation, i, text) for i in (answers[-1:] if last_only else answers)]
-
     def _span_by_prompt(self, conversation: Conversation, i: int, text: str) -> Span:
-        """The span of answer i. It must follow its generation prompt, either verbatim or as the template renders it
-        when it is the last turn."""
+        """The span of message i, which the template renders as it is, or as it does when it is the last."""
+        turns = conversation[: i + 1]
+        rendered = self._render(turns)
+        start = self._prompt_end(conversation, i, text)
+        if text.startswith(rendered) and start < len(rendered):
+            return start, self._end(text, self._content_end(turns, i, rendered), len(text), len(rendered))
+        content = self._content_end(conversation, i, text)
+        if conversation[i].content.strip() not in text[start:content]:
+            raise self._rewritten(conversation, i)
+        rest = rendered[self._content_end(turns, i, rendered) :]
+        return start, self._end(
+            text, content, len(text), content + len(rest) if text.startswith(rest, content) else None
+        )
+
+    def _prompt_end(self, conversation: Conversation, i: int, text: str) -> int:
+        """The end of the generation prompt for message i in `text`."""
         prompt = self._render(conversation[:i], add_generation_prompt=True)
         if text.startswith(prompt):
-            verbatim = re.compile(rf"\s*{re.escape(conversation[i].content.strip())}").match(text, len(prompt))
-            if verbatim:
-                return len(prompt), self._end(text, conversation[: i + 1], verbatim.end(), len(text))
-            rendered = self._render(conversation[: i + 1])
-            if text.startswith(rendered) and len(prompt) < len(rendered):
-                return len(prompt), len(rendered.rstrip())
-        raise InvalidRow("rewritten by the chat template", f"turn {i + 1}; {self._template.where}")
+            return len(prompt)
+        # The template renders something before in another way. The prompt has to follow the previous message.
+        if i and conversation[i - 1].role != "tools":
+            rest = prompt[self._content_end(conversation[:i], i - 1, prompt, add_generation_prompt=True) :]
+            previous = self._content_end(conversation, i - 1, text)
+            if text.startswith(rest, previous):
+                return previous + len(rest)
+        # The prompt has text that is not before earlier answers, as in Qwen3.5.
+        other = self._render((*conversation[:i], Message("assistant", BEGIN), *conversation[i + 1 :]))
+        before, mark, _ = other.partition(BEGIN)
+        if mark and text.startswith(before):
+            return len(before)
+        raise self._rewritten(conversation, i)
+
+    def _content_end(self, conversation: Conversation, i: int, text: str, add_generation_prompt: bool = False) -> int:
+        """Where the content and the calls of message i end in `text`, the rendered conversation."""
+        message, _ = mark_end(conversation[i], END)
+        marked = self._render((*conversation[:i], message, *conversation[i + 1 :]), add_generation_prompt)
+        _, mark, rest = marked.rpartition(END)
+        # A mark in the arguments of a call adds what closes an argument, such as a quote.
+        for end in range(_CLOSING if mark else 0):
+            if text.endswith(rest[end:]):
+                return len(text) - len(rest[end:])
+        raise self._rewritten(conversation, i)
+
+    def _rewritten(self, conversation: Conversation, i: int) -> InvalidRow:
+        return InvalidRow("rewritten by the chat template", f"turn {turn(conversation, i)}; {self._template.where}")
 
 
 def _fill(skeleton: _Skeleton, conversation: Conversation, text: str) -> list[Span] | None:

@@ -14,25 +14,23 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.tokenizers.answer_spans import AnswerSpans, Span
-from anarchobot.tokenizers.chat_template import BEGIN, END, TRAINING_DAY, ChatTemplate
+from anarchobot.tokenizers.chat_template import BEGIN, END, SPLIT, TRAINING_DAY, ChatTemplate
 from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message
+from anarchobot.tokenizers.rendered_parts import RenderedParts, map_text, texts
 from anarchobot.tokenizers.tokenizer import ChatTokenizer, Ids
 
 TrainOn = Literal["assistant", "answer", "all"]
 
-# Splits what looks like a control token in a message; removed before tokenizing. Like the template's marks, a
-# Unicode noncharacter.
-_SPLIT = "\ufdd2"
-_RESERVED = re.compile(f"[{BEGIN}{END}{_SPLIT}]")
-
+_RESERVED = re.compile(f"[{BEGIN}{END}{SPLIT}]")
 _PROBE = (Message("user", "Hi"), Message("assistant", "Hi"))
 
 
 class Encoded(NamedTuple):
-    """Both of length n."""
+    """`ids` and `loss_mask` of length n. `unused` names the parts of the conversation that are not used."""
 
     ids: npt.NDArray[np.integer]  # int32; uint16 in stored datasets if the vocabulary fits
     loss_mask: npt.NDArray[np.bool_]
+    unused: tuple[str, ...] = ()
 
 
 class _Segment(NamedTuple):
@@ -44,30 +42,38 @@ class _Segment(NamedTuple):
     after_control: bool = False
 
 
+class _Layout(NamedTuple):
+    segments: list[_Segment]
+    unused: tuple[str, ...]
+
+
 class ChatEncoder:
     """A tokenizer with a chat template.
 
     `train_on` selects the loss tokens: every assistant turn with its end-of-turn token, only the last such turn
-    ("answer"), or everything ("all"). A document (role text) bypasses the template: it is put between two
-    end-of-document tokens, and everything after the first is in the loss.
+    ("answer"), or everything ("all"). An answer that is not `in_loss` is never among them. A document (role text)
+    bypasses the template: it is put between two end-of-document tokens, and everything after the first is in the loss.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, template: ChatTemplate, train_on: TrainOn = "assistant") -> None:
         self.tokenizer, self.template, self.train_on = tokenizer, template, train_on
         self._spans = AnswerSpans(template, tokenizer.control_pattern)
+        self._parts = RenderedParts(template)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Encoded | InvalidRow]:
         """One result per conversation; InvalidRow where the template rejects it."""
-        layouts: list[list[_Segment] | InvalidRow] = []
+        layouts: list[_Layout | InvalidRow] = []
         for conversation in conversations:
             try:
                 layouts.append(self._layout(conversation))
             except InvalidRow as error:
                 layouts.append(error)
-        segments = [s for layout in layouts if not isinstance(layout, InvalidRow) for s in layout]
+        segments = [s for layout in layouts if not isinstance(layout, InvalidRow) for s in layout.segments]
         pieces = iter(self._tokenize(segments))
         return [
-            layout if isinstance(layout, InvalidRow) else _concatenate([next(pieces) for _ in layout])
+            layout
+            if isinstance(layout, InvalidRow)
+            else _concatenate([next(pieces) for _ in layout.segments], layout.unused)
             for layout in layouts
         ]
 
@@ -119,28 +125,49 @@ class ChatEncoder:
             raise UserError(f"{self.template.where}: unusable chat template: {probe}")
         return probe
 
-    def _layout(self, conversation: Conversation) -> list[_Segment]:
+    def _layout(self, conversation: Conversation) -> _Layout:
         if conversation[0].role == "text":
             eod = self.tokenizer.eod_id
             text = conversation[0].content
-            return [_control(eod, False), _Segment(text, None, np.ones(len(text), bool), True), _control(eod, True)]
-        text, spans = self._spans.find(self._escape(conversation), last_only=self.train_on == "answer")
-        return self._segments(text, [(0, len(text))] if self.train_on == "all" else spans)
+            document = _Segment(text, None, np.ones(len(text), bool), True)
+            return _Layout([_control(eod, False), document, _control(eod, True)], ())
+        conversation, unused = self._parts.check(self._escape(conversation))
+        answers = [i for i, message in enumerate(conversation) if message.role == "assistant"]
+        excluded = [i for i in answers if not conversation[i].in_loss]
+        if self.train_on == "all":
+            text, spans = self._spans.find(conversation, excluded)
+            return _Layout(self._segments(text, spans, inverted=True), unused)
+        answers = answers[-1:] if self.train_on == "answer" else answers
+        text, spans = self._spans.find(conversation, [i for i in answers if i not in excluded])
+        return _Layout(self._segments(text, spans), unused)
 
     def _escape(self, conversation: Conversation) -> Conversation:
-        """Inserts _SPLIT after the first character of everything that looks like a control token."""
-        if any(_RESERVED.search(content) for _, content in conversation):
-            raise InvalidRow("reserved character", "U+FDD0, U+FDD1 or U+FDD2")
-        if not any(self.tokenizer.control_pattern.search(content) for _, content in conversation):
-            return conversation
+        """Inserts SPLIT after the first character of everything that looks like a control token."""
         pattern = self.tokenizer.control_pattern
-        return tuple(Message(role, _SPLIT.join(pattern.split_inside(content))) for role, content in conversation)
+        text = "\n".join(map(_all_text, conversation))
+        if _RESERVED.search(text):
+            raise InvalidRow("reserved character", "U+FDD0, U+FDD1 or U+FDD2")
+        if not pattern.search(text):
+            return conversation
 
-    def _segments(self, text: str, spans: list[Span]) -> list[_Segment]:
-        """Splits the text at control tokens and removes _SPLIT. Raises InvalidRow if nothing is left."""
-        loss_mask = np.zeros(len(text), bool)
+        def escape(text: str) -> str:
+            return SPLIT.join(pattern.split_inside(text))
+
+        return tuple(
+            message._replace(
+                content=escape(message.content),
+                reasoning=escape(message.reasoning),
+                fields=map_text(message.fields, escape),
+            )
+            for message in conversation
+        )
+
+    def _segments(self, text: str, spans: list[Span], inverted: bool = False) -> list[_Segment]:
+        """Splits the text at control tokens and removes SPLIT. The loss is on `spans`, or on all but these. Raises
+        InvalidRow if nothing is left."""
+        loss_mask = np.full(len(text), inverted)
         for start, end in spans:
-            loss_mask[start:end] = True
+            loss_mask[start:end] = not inverted
         segments: list[_Segment] = []
         position = 0
         for match in self.tokenizer.control_pattern.finditer(text):
@@ -164,14 +191,18 @@ class ChatEncoder:
         ]
 
 
+def _all_text(message: Message) -> str:
+    return "\n".join((message.content, message.reasoning, *texts(message.fields)))
+
+
 def _control(control: int, in_loss: bool) -> _Segment:
     return _Segment("", control, np.array([in_loss]))
 
 
 def _text(text: str, loss_mask: npt.NDArray[np.bool_], after_control: bool) -> _Segment:
-    if _SPLIT in text:
-        loss_mask = loss_mask[[character != _SPLIT for character in text]]
-        text = text.replace(_SPLIT, "")
+    if SPLIT in text:
+        loss_mask = loss_mask[[character != SPLIT for character in text]]
+        text = text.replace(SPLIT, "")
     return _Segment(text, None, loss_mask, after_control)
 
 
@@ -184,6 +215,6 @@ def _token_mask(segment: _Segment, ids: Ids, offsets: npt.NDArray[np.int32]) -> 
     return Encoded(ids, before[ends] > before[starts])
 
 
-def _concatenate(pieces: Sequence[Encoded]) -> Encoded:
+def _concatenate(pieces: Sequence[Encoded], unused: tuple[str, ...]) -> Encoded:
     ids = np.concatenate([piece.ids for piece in pieces])
-    return Encoded(ids, np.concatenate([piece.loss_mask for piece in pieces]))
+    return Encoded(ids, np.concatenate([piece.loss_mask for piece in pieces]), unused)

@@ -1,11 +1,13 @@
 """Jinja chat templates, compatible with Hugging Face's: conversations to the text that the model sees."""
 
 import json
+import re
+import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError, nodes, pass_context
 from jinja2.ext import Extension, loopcontrols
@@ -13,9 +15,10 @@ from jinja2.parser import Parser
 
 from anarchobot.config.errors import UserError
 from anarchobot.storage.durable import write_atomic
-from anarchobot.tokenizers.conversation import Conversation, InvalidRow
+from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message
 from anarchobot.tokenizers.special_tokens import TOKENIZER_CONFIG, read_config, read_special_tokens
 from anarchobot.tokenizers.template_budget import BudgetContext, BudgetEnvironment, compile_source
+from anarchobot.tokenizers.template_costs import size
 from anarchobot.tokenizers.tokenizer import CHAT_TOKENS, ChatTokenizer
 
 FILE = "chat_template.jinja"  # as in Hugging Face folders
@@ -36,11 +39,26 @@ PLAIN = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
-# Mark the start and end of an answer in a marked rendering: Unicode noncharacters, which text never contains.
-BEGIN, END = "\ufdd0", "\ufdd1"
+# Mark the start and end of an answer in a marked rendering. SPLIT is removed from a rendered text. All are Unicode
+# noncharacters, which text never contains.
+BEGIN, END, SPLIT = "\ufdd0", "\ufdd1", "\ufdd2"
 TRAINING_DAY = datetime(2026, 1, 1)
 _MESSAGE_SIZE = 200  # counted for each message in addition to its characters
 MAX_INDENT = 100
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # names of the same in different templates
+_NOT_ASCII = re.compile(f"[^\\x00-\\x7f{BEGIN}{END}{SPLIT}]")
+
+
+class CallForm(NamedTuple):
+    """How a template expects calls: `blank` is the content of a message without text, and `as_text` is whether the
+    arguments are JSON text."""
+
+    blank: dict[str, str | None]
+    as_text: bool
+
+
+_BLANKS: tuple[dict[str, str | None], ...] = ({"content": ""}, {}, {"content": None})
+_CALL_FORMS = [CallForm(blank, as_text) for as_text in (False, True) for blank in _BLANKS]
 
 
 class ChatTemplate:
@@ -80,18 +98,45 @@ class ChatTemplate:
         """`add_generation_prompt` ends the text with the start of an assistant turn. `day` defaults to today. `marked`
         puts BEGIN and END around {% generation %} blocks. Raises InvalidRow if the template rejects the conversation.
         """
-        render = self._marking if marked else self._plain
+        form = self._call_form if any(message.tool_calls for message in conversation) else _CALL_FORMS[0]
+        return self._render(conversation, form, add_generation_prompt, day, marked)
+
+    @cached_property
+    def _call_form(self) -> CallForm:
+        """The first form in which the template renders a call; if it renders none, the first form."""
+        call = {"type": "function", "id": "call00000", "function": {"name": "f", "arguments": {"x": END}}}
+        messages = (Message("user", "Hi"), Message("assistant", "", fields={"tool_calls": [call]}))
+        for form in _CALL_FORMS:
+            try:
+                if END in self._render(messages, form, False, TRAINING_DAY, False):
+                    return form
+            except InvalidRow:
+                pass
+        return _CALL_FORMS[0]
+
+    def _render(
+        self,
+        conversation: Conversation,
+        form: CallForm,
+        add_generation_prompt: bool,
+        day: datetime | None,
+        marked: bool,
+    ) -> str:
+        tools = conversation[0].fields["tools"] if conversation and conversation[0].role == "tools" else None
         variables = {
-            "messages": [{"role": role, "content": content} for role, content in conversation],
-            "tools": None,
+            "messages": [_variables(message, form) for message in conversation if message.role != "tools"],
+            "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             "strftime_now": (day or datetime.now()).strftime,
             **self.tokens,
         }
-        size = sum([_MESSAGE_SIZE + len(content) for _, content in conversation])
+        characters = sum([_MESSAGE_SIZE + len(message.content) for message in conversation])
         try:
-            text = render(variables, size)
+            characters += sum(
+                [len(m.reasoning) + size(m.fields, sys.maxsize) for m in conversation if m.reasoning or m.fields]
+            )
+            text = (self._marking if marked else self._plain)(variables, characters)
             text.encode()  # surrogates, which JSON can hold and tokenizers can't encode
             return text
         except Exception as error:  # a template may raise anything, such as ZeroDivisionError or RecursionError
@@ -102,6 +147,27 @@ class ChatTemplate:
         write_atomic(folder / FILE, self.source)
         config = read_config(folder / TOKENIZER_CONFIG) | self.tokens
         write_atomic(folder / TOKENIZER_CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _variables(message: Message, form: CallForm) -> dict[str, Any]:
+    """A message as templates expect it."""
+    variables = {"role": message.role, "content": message.content} | dict(message.fields)
+    if message.reasoning:
+        variables |= dict.fromkeys(_REASONING, message.reasoning)
+    if message.tool_calls:
+        if not message.content:
+            del variables["content"]
+            variables |= form.blank
+        if form.as_text:
+            variables["tool_calls"] = [
+                call | {"function": call["function"] | {"arguments": json_text(call["function"]["arguments"])}}
+                for call in message.tool_calls
+            ]
+    return variables
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def load_template(tokenizer: ChatTokenizer, choice: str = "auto") -> ChatTemplate:
@@ -162,16 +228,19 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own filter escapes HTML."""
-    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    encoder = json.JSONEncoder(ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
     if indent is None and separators is None:
-        return encoder.encode(value)
-    if isinstance(indent, int) and indent > MAX_INDENT:
-        raise TemplateError(f"tojson: indent {indent}, at most {MAX_INDENT}")
-    chunks = []
-    for chunk in encoder.iterencode(value):
-        context.budget.spend(len(chunk))
-        chunks.append(chunk)
-    return "".join(chunks)
+        text = encoder.encode(value)
+    else:
+        if isinstance(indent, int) and indent > MAX_INDENT:
+            raise TemplateError(f"tojson: indent {indent}, at most {MAX_INDENT}")
+        chunks = []
+        for chunk in encoder.iterencode(value):
+            context.budget.spend(len(chunk))
+            chunks.append(chunk)
+        text = "".join(chunks)
+    # The marks stay as they are.
+    return _NOT_ASCII.sub(lambda match: json.dumps(match[0])[1:-1], text) if ensure_ascii else text
 
 
 def _raise_exception(message: str) -> None:

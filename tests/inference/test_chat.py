@@ -79,7 +79,7 @@ def chatml(model: Model, *turns: tuple[str, str]) -> list[int]:
 
     turn_ids = [
         [begin, *plain(f"{role}\n{text}"), end, *plain("\n")] if text else [begin, *plain(f"{role}\n")]
-        for role, text in (*turns, ("assistant", ""))
+        for role, text, *_ in (*turns, ("assistant", ""))
     ]
     return [i for ids in turn_ids for i in ids]
 

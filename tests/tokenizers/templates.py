@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from anarchobot.tokenizers.chat_encoder import ChatEncoder, Encoded, TrainOn
 from anarchobot.tokenizers.chat_template import load_template
-from anarchobot.tokenizers.conversation import Conversation, Message
+from anarchobot.tokenizers.conversation import Conversation, Message, PreferencePair
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 
 QWEN2 = (
@@ -220,8 +220,18 @@ def dialogue(*contents: str, system: str = "") -> Conversation:
     return (Message("system", system), *turns) if system else tuple(turns)
 
 
-def to_dicts(conversation: Conversation) -> list[dict[str, str]]:
-    return [{"role": role, "content": content} for role, content in conversation]
+def preference(prompt: Conversation, chosen: str, rejected: str) -> PreferencePair:
+    return PreferencePair(prompt, Message("assistant", chosen), Message("assistant", rejected))
+
+
+def to_dicts(conversation: Conversation) -> list[dict[str, Any]]:
+    """The messages as transformers expects them, without the tools."""
+    return [
+        {"role": message.role, "content": message.content, **message.fields}
+        | ({"reasoning_content": message.reasoning} if message.reasoning else {})
+        for message in conversation
+        if message.role != "tools"
+    ]
 
 
 def loss_text(chat: ChatFixture, encoded: Encoded) -> str:

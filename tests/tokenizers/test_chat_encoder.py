@@ -78,7 +78,7 @@ def test_messages_cannot_contain_control_tokens(make_chat: MakeChat, kind: str, 
     # The messages decode to what they were.
     decoded = chat.ours.decode(encoded.ids.tolist())
     assert kind != "bytelevel" or decoded == "system\nYou are a helpful assistant.\n" + "".join(
-        f"{role}\n{content}\n" for role, content in conversation
+        f"{message.role}\n{message.content}\n" for message in conversation
     )
 
 

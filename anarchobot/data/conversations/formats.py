@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from anarchobot.data.conversations import tool_calls
 from anarchobot.data.sources.rows import Row
 from anarchobot.tokenizers.conversation import (
     ROLES,
@@ -19,17 +20,19 @@ from anarchobot.tokenizers.conversation import (
     join_parts,
     make_pair,
     parse_message,
+    parse_role,
+    parse_text,
 )
 
 _SYSTEM = ("system", "system_prompt", "system_message")
-# Rows with content in these fields are skipped; with tools and reasoning they are kept, without those fields.
-_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-_TOOL_CALLS = ("tool_calls", "function_call")
-# Of OpenAI, Axolotl and others: 0 or false excludes an answer.
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # rows with content in these fields are skipped
+# Of OpenAI, Axolotl and others: 0 or false excludes an answer from the loss.
 _IN_LOSS = ("weight", "train", "training", "loss", "loss_weight", "loss_mask")
 _LABELS = ("label", "kto_tag")  # of TRL and LLaMA-Factory: false marks a bad answer for KTO
 _TOOLS = ("tools", "functions")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_CALLS = ("tool_calls", "function_call")
+_RESULT = ("name", "tool_call_id")
 _CHOICES = ("chosen", "rejected")
 _TURN = ("role", "from", "content", "value")
 # Fields of a question and its answer.
@@ -58,10 +61,10 @@ def get_field(row: Row, *names: str) -> Any:
     )
 
 
-def parse_messages(items: Any, name: str, system: Any = None) -> list[Message]:
-    """Messages from a list of {role, content} or ShareGPT's {from, value}.
+def parse_messages(items: Any, name: str, row: Row) -> list[Message]:
+    """Messages from a list of {role, content} or ShareGPT's {from, value}, in the field `name` of `row`.
 
-    The row's own `system` prompt goes first unless the list starts with one. Blank system prompts are ignored.
+    The row's tools go first, then its system prompt unless the list starts with one. Blank system prompts are ignored.
     """
     if not isinstance(items, list):
         raise InvalidRow("field is not a list", f"{type(items).__name__} in '{name}'")
@@ -70,16 +73,53 @@ def parse_messages(items: Any, name: str, system: Any = None) -> list[Message]:
         place = f"'{name}', turn {i + 1}"
         if not isinstance(item, dict):
             raise InvalidRow("turn is not an object", f"{type(item).__name__} in {place}")
-        for field in (*_TOOL_CALLS, *_MEDIA):
-            if _has_content(item.get(field)):
-                raise InvalidRow("field can't be used", f"{field!r} in {place}")
         content = join_parts(item.get("content", item.get("value")))
         if _role(item) == "system" and isinstance(content, str) and not content.strip():
             continue
-        messages.append(parse_message(item.get("role", item.get("from")), content, place))
+        messages.append(_parse_turn(item, content, place))
+    return with_preamble(messages, row)
+
+
+def with_preamble(messages: list[Message], row: Row) -> list[Message]:
+    """The messages after the row's tools, and after its system prompt unless they start with one."""
+    system = next((row[name] for name in _SYSTEM if row.get(name)), None)
     if isinstance(system, str) and system.strip() and not (messages and messages[0].role == "system"):
-        messages.insert(0, Message("system", system))
-    return messages
+        messages = [Message("system", system), *messages]
+    tools = next((tool_calls.parse_tools(row[name], name) for name in _TOOLS if _has_content(row.get(name))), None)
+    return [Message("tools", "", fields={"tools": tools}), *messages] if tools else messages
+
+
+def _parse_turn(item: Row, content: Any, place: str) -> Message:
+    for field in _MEDIA:
+        if _has_content(item.get(field)):
+            raise InvalidRow("field can't be used", f"{field!r} in {place}")
+    given = item.get("role", item.get("from"))
+    role = parse_role(given, place)
+    if role == "tool":
+        fields = {name: parse_text(item[name], f"{name!r} of {place}") for name in _RESULT if item.get(name)}
+        return Message("tool", parse_text(content, place), fields=fields)
+    if role != "assistant":
+        return parse_message(given, content, place)
+    calls = [call for name in _CALLS for call in tool_calls.parse_calls(item.get(name), f"{name!r} of {place}")]
+    if str(given).lower() in tool_calls.CALL_ROLES:
+        calls, content = [*tool_calls.parse_calls(content, place), *calls], None
+    is_blank = content is None or (isinstance(content, str) and not content.strip())
+    message = Message("assistant", "") if calls and is_blank else parse_message(given, content, place)
+    reasoning = {parse_text(item[name], f"{name!r} of {place}") for name in _REASONING if _has_content(item.get(name))}
+    if len(reasoning) > 1:
+        raise InvalidRow("different reasoning in several fields", place)
+    return message._replace(
+        reasoning=next((text for text in reasoning if text.strip()), ""),
+        fields={"tool_calls": calls} if calls else {},
+        in_loss=all(_is_in_loss(item, name, place) for name in _IN_LOSS),
+    )
+
+
+def _is_in_loss(item: Row, name: str, place: str) -> bool:
+    """0 and false exclude an answer from the loss; there is nothing between them and 1."""
+    if (value := item.get(name)) not in (None, 0, 1):
+        raise InvalidRow("weight is not 0 or 1", f"{name}: {value!r} in {place}")
+    return value != 0
 
 
 def _role(item: Any) -> str | None:
@@ -92,28 +132,14 @@ def _has_content(value: Any) -> bool:
     return bool(value) and value != "[]"  # a list as JSON
 
 
-def _system(row: Row) -> Any:
-    return next((row[name] for name in _SYSTEM if row.get(name)), None)
-
-
 def _from_list(row: Row, name: str) -> Conversation:
-    messages = parse_messages(get_field(row, name), name, _system(row))
-    _check_all_in_loss(row[name], name)
-    return check_turns(_without_last_question(messages))
-
-
-def _check_all_in_loss(items: list[Row], name: str) -> None:
-    """Raises InvalidRow for an answer that the data excludes from the loss, because all answers are trained on."""
-    for i, item in enumerate(items):
-        for field in _IN_LOSS if _role(item) == "assistant" else ():
-            if item.get(field) not in (None, 1):
-                raise InvalidRow("answer excluded from the loss", f"{field}: {item[field]!r} in '{name}', turn {i + 1}")
+    return check_turns(_without_last_question(parse_messages(get_field(row, name), name, row)))
 
 
 def _without_last_question(messages: list[Message]) -> list[Message]:
-    """Without what the user says after the last answer; unchanged if there is no answer."""
+    """Without the questions and results of tools after the last answer; unchanged if there is no answer."""
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
-    is_question = answers and all(message.role == "user" for message in messages[answers[-1] + 1 :])
+    is_question = answers and all(message.role in ("user", "tool") for message in messages[answers[-1] + 1 :])
     return messages[: answers[-1] + 1] if is_question else messages
 
 
@@ -127,21 +153,19 @@ def _from_alpaca(row: Row) -> Conversation:
         raise InvalidRow("field is not a list", "'history' must be a list of [user, assistant]")
     question = "\n".join(part for part in parts if part.strip())
     earlier = [content for exchange in history for content in exchange]
-    return _alternating(_system(row), [*earlier, question, get_field(row, *reversed(_ANSWERS))])
+    return _alternating(row, [*earlier, question, get_field(row, *reversed(_ANSWERS))])
 
 
 def _from_prompt_completion(row: Row) -> Conversation:
     """A question and its answer; `context` or `abstract` (SQuAD, PubMedQA) follows the question, as Alpaca's input."""
     prompt, completion = (join_parts(get_field(row, *names)) for names in (_QUESTIONS, _ANSWERS))
     if isinstance(prompt, list) or isinstance(completion, list):  # of messages
-        messages = [*parse_messages(prompt, "prompt", _system(row)), *parse_messages(completion, "completion")]
-        for name, items in (("prompt", prompt), ("completion", completion)):
-            _check_all_in_loss(items, name)
+        messages = [*parse_messages(prompt, "prompt", row), *parse_messages(completion, "completion", {})]
         return check_turns(_without_last_question(messages))
     context = _context(row)
     if context and isinstance(prompt, str):
         prompt = f"{prompt}\n{context}"
-    return _alternating(_system(row), [prompt, completion])
+    return _alternating(row, [prompt, completion])
 
 
 def _context(row: Row) -> str:
@@ -154,9 +178,9 @@ def _context(row: Row) -> str:
     return "\n".join(part for part in parts if part.strip())
 
 
-def _alternating(system: Any, contents: list[Any]) -> Conversation:
+def _alternating(row: Row, contents: list[Any]) -> Conversation:
     turns = [parse_message(("user", "assistant")[i % 2], text, f"turn {i + 1}") for i, text in enumerate(contents)]
-    return check_turns([*parse_messages([], "", system), *turns])
+    return check_turns(with_preamble(turns, row))
 
 
 def from_text(row: Row, text_field: str) -> Conversation:
@@ -187,20 +211,28 @@ def check_row(row: Row) -> None:
 
 def unused_parts(row: Row) -> list[str]:
     """Parts of a valid row that affect what should be learned, and that are not used."""
-    items = [row, *_turns(row)]
-    fields = [f"'{name}'" for name in _REASONING if any(_has_content(item.get(name)) for item in items)]
-    fields += [f"'{name}'" for name in _TOOLS if _has_content(row.get(name))]
+    fields = [f"'{name}'" for name in _REASONING if _has_content(row.get(name))]
     last = next((row[name] for name in ("messages", "conversations", "completion") if row.get(name)), None)
-    if not is_preference_row(row) and isinstance(last, list) and _role(last[-1]) == "user":
-        fields.append("the user's last message, which has no answer")
+    if not is_preference_row(row) and isinstance(last, list) and (role := _role(last[-1])) in ("user", "tool"):
+        fields.append(f"the {role}'s last message, which has no answer")
     return fields
 
 
 def unused_fields(row: Row, used: tuple[str, ...]) -> list[str]:
-    """All other fields with content that are not among the `used` ones, of the row and of its messages."""
-    parts, labels = (*_REASONING, *_TOOLS), [name for name in _LABELS if isinstance(row.get(name), bool)]
-    in_messages = _other_fields(_turns(row), (*_TURN, *_IN_LOSS, *parts))
-    return _other_fields([row], (*used, *_SYSTEM, *parts, *labels)) + [f"{name} of messages" for name in in_messages]
+    """All other fields with content that are not among the `used` ones, of the row, its messages and their calls."""
+    labels, turns = [name for name in _LABELS if isinstance(row.get(name), bool)], list(_turns(row))
+    calls = [call for turn in turns for call in tool_calls.items(turn.get("tool_calls"))]
+    in_messages = dict.fromkeys(name for turn in turns for name in _other_fields([turn], _known_fields(turn)))
+    return [
+        *_other_fields([row], (*used, *_SYSTEM, *_TOOLS, *_REASONING, *labels)),
+        *(f"{name} of messages" for name in in_messages),
+        *(f"{name} of tool calls" for name in _other_fields(calls, tool_calls.FIELDS)),
+    ]
+
+
+def _known_fields(turn: Row) -> tuple[str, ...]:
+    by_role = {"assistant": (*_CALLS, *_REASONING), "tool": _RESULT}
+    return (*_TURN, *_IN_LOSS, *by_role.get(_role(turn) or "", ()))
 
 
 def _other_fields(items: Iterable[Row], known: tuple[str, ...]) -> list[str]:
@@ -273,22 +305,23 @@ def parse_pair(row: Row) -> PreferencePair:
     if types == {str} and not prompt_fields:
         sides = [_parse_transcript(answer, name) for name, answer in answers.items()]
     else:
-        prompt = _parse_prompt(row[prompt_fields[0]], prompt_fields[0], _system(row)) if prompt_fields else []
-        sides = [_parse_dialogue(prompt, answer, name) for name, answer in answers.items()]
+        prompt = _parse_prompt(row[prompt_fields[0]], prompt_fields[0], row) if prompt_fields else []
+        sides = [_parse_dialogue(prompt, answer, name, row) for name, answer in answers.items()]
     return make_pair(*sides)
 
 
-def _parse_prompt(value: Any, name: str, system: Any) -> list[Message]:
+def _parse_prompt(value: Any, name: str, row: Row) -> list[Message]:
     items = value if isinstance(value, list) else [{"role": "user", "content": value}]
-    return parse_messages(items, name, system)
+    return parse_messages(items, name, row)
 
 
-def _parse_dialogue(prompt: list[Message], answer: Any, name: str) -> Conversation:
+def _parse_dialogue(prompt: list[Message], answer: Any, name: str, row: Row) -> Conversation:
     """The prompt followed by the answer."""
     if isinstance(answer, str):
         return check_turns([*prompt, parse_message("assistant", answer, f"'{name}'")])
-    turns = parse_messages(answer if isinstance(answer, list) else [answer], name)
-    return check_turns(turns if turns and turns[0].role != "assistant" else [*prompt, *turns])
+    turns = parse_messages(answer if isinstance(answer, list) else [answer], name, {})
+    is_whole = turns and turns[0].role != "assistant"
+    return check_turns(with_preamble(turns, row) if is_whole else [*prompt, *turns])
 
 
 def _parse_transcript(text: str, name: str) -> Conversation:

@@ -23,7 +23,7 @@ from anarchobot.data.conversations.tokenized import (
 )
 from anarchobot.data.windows import Batch
 from anarchobot.tokenizers.chat_encoder import ChatEncoder, Encoded
-from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message, PreferencePair, is_held_out
+from anarchobot.tokenizers.conversation import Conversation, InvalidRow, PreferencePair, is_held_out, preamble
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ def tokenize_pairs(
             except InvalidRow as error:
                 counts.skip_kept(place, error)
                 continue
+            counts.note_parts(place, sides[0].unused)
             counts.truncated += truncated
             splits[is_held_out(opening(pair.prompt), val_fraction)].append(sides)
     check_not_empty(len(splits[0]), len(splits[1]), counts)
@@ -112,16 +113,17 @@ def _fit_pair(
         try:
             return (fit_to_length(chosen, limit, "drop"), fit_to_length(rejected, limit, "drop")), truncated
         except InvalidRow:
-            first = int(pair.prompt[0].role == "system")
-            if too_long == "drop" or len(pair.prompt) - first < 3:  # a single question is never cut
+            first = preamble(pair.prompt)
+            questions = [i for i, message in enumerate(pair.prompt) if message.role == "user"]
+            if too_long == "drop" or len(questions) < 2:  # a single question is never cut
                 raise
-            pair = pair._replace(prompt=pair.prompt[:first] + pair.prompt[first + 2 :])
+            pair = pair._replace(prompt=pair.prompt[:first] + pair.prompt[questions[1] :])
             truncated = True
             chosen, rejected = encoder.encode(_dialogues(pair))
 
 
 def _dialogues(pair: PreferencePair) -> list[Conversation]:
-    return [(*pair.prompt, Message("assistant", answer)) for answer in (pair.chosen, pair.rejected)]
+    return [(*pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
 
 
 def _pair_dataset(sides: list[tuple[Encoded, Encoded]], encoder: ChatEncoder, seq_len: int) -> PairDataset:

@@ -4,7 +4,7 @@ Every row that is skipped is counted by reason in RowCounts, and the first of ea
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -60,10 +60,14 @@ class RowCounts:
 
     def note_unused(self, place: str, row: Row, used: tuple[str, ...]) -> None:
         """Counts what is not used of a row that is kept; `used` are the fields that its format reads."""
-        for part in formats.unused_parts(row):
+        self.note_parts(place, formats.unused_parts(row))
+        self.other_fields.update(formats.unused_fields(row, used))
+
+    def note_parts(self, place: str, parts: Iterable[str]) -> None:
+        """Counts parts of a row that are not used."""
+        for part in parts:
             self.unused[part] += 1
             self._add_place(part, place)
-        self.other_fields.update(formats.unused_fields(row, used))
 
     def _add_place(self, kind: str, place: str) -> None:
         places = self.places.setdefault(kind, [])

@@ -132,13 +132,15 @@ def tokenize_conversations(
             except InvalidRow as error:
                 counts.skip_kept(place, error)
                 continue
+            counts.note_parts(place, encoded.unused)
             counts.truncated += len(encoded.ids) > seq_len + 1
             loss_tokens = int(encoded.loss_mask.sum())
             counts.loss_tokens += loss_tokens
             counts.truncated_loss_tokens += loss_tokens - int(fitted.loss_mask.sum())
             held_out = is_held_out(opening(conversation), val_fraction)
             (val if held_out else train).append(narrow_ids(fitted, vocab_size))
-            if held_out and len(sampled) < samples and conversation[-1].role == "assistant":
+            last = conversation[-1]
+            if held_out and len(sampled) < samples and last.role == "assistant" and last.content:
                 sampled.append(conversation)
     check_not_empty(len(train), len(val), counts)
     return TokenizedSplits(
@@ -147,7 +149,7 @@ def tokenize_conversations(
 
 
 def opening(conversation: Conversation) -> Conversation:
-    """The turns up to the first question. Rows from the same dialogue share them: other answers to the question, and
+    """The messages up to the first question. Rows from the same dialogue share them: other answers to the question, and
     the dialogue with more turns."""
     end = next((i for i, turn in enumerate(conversation, start=1) if turn.role == "user"), len(conversation))
     return conversation[:end]

@@ -7,7 +7,7 @@ from typing import Any
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.conversations import reading
 from anarchobot.data.conversations.reading import RowCounts
-from anarchobot.tokenizers.conversation import Conversation, PreferencePair
+from anarchobot.tokenizers.conversation import Conversation, Message, PreferencePair
 
 QUESTION, ANSWER = "Why?", "Because."
 TWO = (("user", QUESTION), ("assistant", ANSWER))
@@ -19,17 +19,30 @@ def jsonl(path: Path, *rows: Any) -> Path:
     return path
 
 
-def read(*names: Path | str, format: str = "auto", language: str | None = None) -> tuple[list[Conversation], RowCounts]:
+def plain(conversation: Conversation) -> tuple[Any, ...]:
+    """(role, content) of each message that has nothing else; the others as they are."""
+    return tuple(
+        message[:2] if message == Message(message.role, message.content) else message for message in conversation
+    )
+
+
+def read(*names: Path | str, format: str = "auto", language: str | None = None) -> tuple[list[Any], RowCounts]:
     counts = RowCounts()
     data = DataConfig(dataset=[str(n) for n in names])
-    found = [c for _, c in reading.read_conversations(data, counts, format, language)]
+    found = [plain(c) for _, c in reading.read_conversations(data, counts, format, language)]
     check(counts, len(found))
     return found, counts
 
 
-def read_pairs(*names: Path | str) -> tuple[list[PreferencePair], RowCounts]:
+def plain_pair(pair: PreferencePair) -> tuple[Any, ...]:
+    """(prompt, chosen, rejected), with the text of answers that have nothing else."""
+    answers = [answer.content if plain((answer,)) != (answer,) else answer for answer in (pair.chosen, pair.rejected)]
+    return plain(pair.prompt), *answers
+
+
+def read_pairs(*names: Path | str) -> tuple[list[Any], RowCounts]:
     counts = RowCounts()
-    found = [pair for _, pair in reading.read_pairs(DataConfig(dataset=[str(n) for n in names]), counts)]
+    found = [plain_pair(p) for _, p in reading.read_pairs(DataConfig(dataset=[str(n) for n in names]), counts)]
     check(counts, len(found))
     return found, counts
 

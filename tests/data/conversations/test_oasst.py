@@ -91,7 +91,7 @@ def test_pairs_by_rank(tmp_path: Path, name: str, as_rows: bool) -> None:
     path = jsonl(tmp_path / "oasst.jsonl", *(flat(root) if as_rows else [tree(root)]))
     counts = RowCounts()
     found = [pair for _, pair in read_pairs(DataConfig(dataset=str(path)), counts, "en")]
-    described = [f"{' '.join(m.content for m in p.prompt)}: {p.chosen} > {p.rejected}" for p in found]
+    described = [f"{' '.join(m.content for m in p.prompt)}: {p.chosen.content} > {p.rejected.content}" for p in found]
     assert [*described, *counts.skipped] == expected
     assert counts.read == len(expected)
 

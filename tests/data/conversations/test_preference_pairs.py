@@ -11,14 +11,14 @@ from anarchobot.data.conversations.preference_pairs import PairDataset, tokenize
 from anarchobot.data.conversations.reading import RowCounts
 from anarchobot.data.windows import IGNORE
 from anarchobot.tokenizers.conversation import PreferencePair
-from tests.tokenizers.templates import ChatFixture, MakeChat, dialogue, loss_text
+from tests.tokenizers.templates import ChatFixture, MakeChat, dialogue, loss_text, preference
 from tests.tokenizers.templates import make_chat as make_chat
 
 LENGTH = 64
 
 
 def some(n: int) -> list[tuple[str, PreferencePair]]:
-    return [(f"f:{i}", PreferencePair(dialogue(f"question {i}"), f"good {i}", f"bad {i}!")) for i in range(n)]
+    return [(f"f:{i}", preference(dialogue(f"question {i}"), f"good {i}", f"bad {i}!")) for i in range(n)]
 
 
 def questions(chat: ChatFixture, pairs: PairDataset) -> set[str]:
@@ -30,7 +30,7 @@ def questions(chat: ChatFixture, pairs: PairDataset) -> set[str]:
 
 def test_pair_has_the_prompt_with_both_answers(make_chat: MakeChat) -> None:
     chat = make_chat("bytelevel", "qwen2")
-    pair = PreferencePair(dialogue("a", "b", "Why?", system="Be."), "Because.", "No, never.")
+    pair = preference(dialogue("a", "b", "Why?", system="Be."), "Because.", "No, never.")
     train, val = tokenize_pairs([("", pair)], chat.encoder("answer"), RowCounts(1, 1), seq_len=LENGTH)
     batch = train.rows(np.array([0])).micro_batches(1, 1)
     assert batch.inputs.shape == batch.targets.shape == (1, 1, 2, LENGTH) and batch.indices.tolist() == [[0]]
@@ -73,16 +73,16 @@ def test_truncation_drops_old_turns_but_never_answers(make_chat: MakeChat) -> No
     chat = make_chat("bytelevel", "qwen2")
     old = dialogue("old question " * 9, "old answer " * 9, "Why?", system="Be.")
     found = [
-        ("f:1", PreferencePair(old, "Because.", "No.")),
-        ("f:2", PreferencePair(dialogue("Why?"), "long " * 99, "No.")),
-        ("f:3", PreferencePair(dialogue("Why?"), "Because.", "No.")),
+        ("f:1", preference(old, "Because.", "No.")),
+        ("f:2", preference(dialogue("Why?"), "long " * 99, "No.")),
+        ("f:3", preference(dialogue("Why?"), "Because.", "No.")),
     ]
     counts = RowCounts(3, 3)
     train, _ = tokenize_pairs(found, chat.encoder("answer"), counts, seq_len=LENGTH)
     assert train.count == counts.kept == 2 and counts.truncated == 1
     assert counts.skipped == {"too long": 1} and counts.first_skipped["too long"].startswith("f:2: ")
     short, _ = tokenize_pairs(
-        [("", PreferencePair(dialogue("Why?", system="Be."), "Because.", "No."))],
+        [("", preference(dialogue("Why?", system="Be."), "Because.", "No."))],
         chat.encoder("answer"),
         RowCounts(1, 1),
         seq_len=LENGTH,
@@ -106,14 +106,16 @@ def test_templates_may_rewrite_earlier_answers(make_chat: MakeChat) -> None:
         said = thought if answer == thought else "<think>\n\n</think>\n\nNo."
         assert loss_text(chat, encoded) == f"{said}<|im_end|>"
     counts = RowCounts(1, 1)
-    pair = PreferencePair(dialogue("Well?", thought, "And?"), "Yes.", "No.")
+    pair = preference(dialogue("Well?", thought, "And?"), "Yes.", "No.")
     train, _ = tokenize_pairs([("f:1", pair)], chat.encoder("answer"), counts, seq_len=99)
     assert train.count == 1 and not counts.skipped
 
 
 def test_pairs_with_the_same_prompt_are_in_one_split(make_chat: MakeChat) -> None:
     chat = make_chat("bytelevel", "qwen2")
-    found = [("", pair._replace(chosen=f"{pair.chosen} {i}")) for _, pair in some(60) for i in range(3)]
+    found = [
+        (f"f:{i}", preference(pair.prompt, f"{pair.chosen.content} {i}", "bad")) for _, pair in some(60) for i in "012"
+    ]
     train, val = tokenize_pairs(found, chat.encoder("answer"), RowCounts(180, 180), seq_len=LENGTH, val_fraction=0.3)
     assert train.count + val.count == 180 and 10 < val.count < 100
     assert not questions(chat, train) & questions(chat, val)
@@ -128,7 +130,7 @@ def test_pairs_from_the_same_dialogue_are_in_one_split(make_chat: MakeChat) -> N
     found = []
     for i in range(60):
         for prompt in (dialogue(f"question {i}"), dialogue(f"question {i}", "yes", "and then?")):
-            found.append(("", PreferencePair(prompt, f"good {i}", f"bad {i}")))
+            found.append(("", preference(prompt, f"good {i}", f"bad {i}")))
     train, val = tokenize_pairs(found, chat.encoder("answer"), RowCounts(120, 120), seq_len=LENGTH, val_fraction=0.3)
     assert train.count + val.count == 120 and 10 < val.count < 70
     assert not questions(chat, train) & questions(chat, val)

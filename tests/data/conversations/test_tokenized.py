@@ -22,7 +22,7 @@ from anarchobot.data.conversations.tokenized import (
 from anarchobot.data.windows import IGNORE
 from anarchobot.tokenizers.chat_encoder import Encoded
 from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message
-from tests.tokenizers.templates import MakeChat, dialogue
+from tests.tokenizers.templates import MakeChat, dialogue, to_dicts
 from tests.tokenizers.templates import make_chat as make_chat
 
 PAD = 0
@@ -277,8 +277,9 @@ def test_real_conversations_end_to_end(make_chat: MakeChat, shared_data: Path) -
         found = list(islice(read_conversations(data, RowCounts()), 25))
         tokenized = tokenize_conversations(found, chat.encoder(), RowCounts(25, 25), seq_len=100_000).train
         for i, (_, conversation) in enumerate(found):
-            messages = [{"role": role, "content": content} for role, content in conversation]
-            expected = marked.theirs.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+            expected = marked.theirs.apply_chat_template(
+                to_dicts(conversation), return_assistant_tokens_mask=True, return_dict=True
+            )
             begin, end = tokenized.offsets[i], tokenized.offsets[i + 1]
             length = int(end - begin)
             assert tokenized.ids[begin:end].tolist() == expected["input_ids"][:length]
