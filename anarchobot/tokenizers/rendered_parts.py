@@ -12,8 +12,8 @@ from anarchobot.tokenizers.chat_template import END, TRAINING_DAY, ChatTemplate
 from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message, turn
 
 NO_TOOLS = "the tools, which the chat template leaves out"
-NO_REASONING = "reasoning, which the chat template leaves out"
-EARLIER_REASONING = "answers whose reasoning the chat template leaves out before the last question"
+NO_REASONING = "the reasoning, which the chat template leaves out"
+ANSWERS = "the answers whose reasoning the chat template leaves out"
 _MARK = re.compile(f"{END}([^{END}]*){END}")
 _FORM = ("tools", "tool_calls", "tool_call_id", "id", "type", "function", "name", "arguments")
 _REASONING_PROBE = (Message("user", "Hi"), Message("assistant", "Hi", END))
@@ -33,8 +33,8 @@ class RenderedParts:
         """The conversation with the answers that can be in the loss, and what is not used of it.
 
         Raises InvalidRow if a call, text beside a call or a result is left out or repeated, because the messages after
-        it would teach something else. Qwen3 and others leave reasoning out before the last question. Such answers are
-        not in the loss, because they would teach to answer the same prompts without reasoning. Templates with
+        it would teach something else. Qwen3 and others leave out the reasoning before the last question. Such answers
+        are not in the loss, because they would teach to answer the same prompts without reasoning. Templates with
         {% generation %} marks decide that themselves.
         """
         if not any(message.reasoning or message.fields or message.role == "tool" for message in conversation):
@@ -48,14 +48,14 @@ class RenderedParts:
                 kind = "result of a tool" if conversation[i].role == "tool" else "tool call"
                 remedy = f"{self._template.where}: set chat.template to a template with tools"
                 raise InvalidRow(f"{kind} left out by the chat template", f"turn {turn(conversation, i)}; {remedy}")
-        numbers = [int(mark) for mark in order if mark.isdigit()]
-        if numbers != sorted(numbers):
+        turns = [int(mark) for mark in order if mark.isdigit() and marked[int(mark)][1]]
+        if turns != sorted(turns):
             raise InvalidRow("rewritten by the chat template", f"in another order; {self._template.where}")
         lost = [i for i, message in enumerate(conversation) if message.reasoning and not found[f"r{i}"]]
         if lost and self._keeps_reasoning and not self._template.marks_answers:
             kept = enumerate(conversation)
             conversation = tuple(message._replace(in_loss=False) if i in lost else message for i, message in kept)
-            notes.append(EARLIER_REASONING)
+            notes.append(ANSWERS)
         elif lost:
             notes.append(NO_REASONING)
         return conversation, tuple(notes)

@@ -14,6 +14,7 @@ from anarchobot.tokenizers.chat_encoder import ChatEncoder, Encoded, TrainOn
 from anarchobot.tokenizers.chat_template import load_template
 from anarchobot.tokenizers.conversation import Conversation, Message, PreferencePair
 from anarchobot.tokenizers.tokenizer import load_tokenizer
+from tests.tokenizers.tool_templates import TOOL_TEMPLATES
 
 QWEN2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -207,10 +208,11 @@ MakeChat = Callable[[str, str], ChatFixture]
 def make_chat(tmp_path_factory: pytest.TempPathFactory) -> MakeChat:
     """Makes a fixture from the names of a tokenizer and a template, once for each combination."""
     models = {kind: make() for kind, make in KINDS.items()}
+    sources = {**TEMPLATES, **TOOL_TEMPLATES}
 
     @cache
     def make_cached(kind: str, template: str) -> ChatFixture:
-        return ChatFixture(tmp_path_factory.mktemp("chat") / "model", models[kind], TEMPLATES[template])
+        return ChatFixture(tmp_path_factory.mktemp("chat") / "model", models[kind], sources[template])
 
     return make_cached
 

@@ -110,6 +110,8 @@ def _fit_pair(
             if isinstance(side, InvalidRow):
                 raise side
         assert isinstance(chosen, Encoded) and isinstance(rejected, Encoded)
+        if np.array_equal(chosen.ids, rejected.ids):
+            raise InvalidRow("identical answers", "in the chat template")
         try:
             return (fit_to_length(chosen, limit, "drop"), fit_to_length(rejected, limit, "drop")), truncated
         except InvalidRow:
