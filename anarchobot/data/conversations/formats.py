@@ -221,12 +221,12 @@ def unused_parts(row: Row) -> list[str]:
 def unused_fields(row: Row, used: tuple[str, ...]) -> list[str]:
     """All other fields with content that are not among the `used` ones, of the row, its messages and their calls."""
     labels, turns = [name for name in _LABELS if isinstance(row.get(name), bool)], list(_turns(row))
-    calls = [call for turn in turns for call in tool_calls.items(turn.get("tool_calls"))]
+    in_calls = {name for turn in turns for field in _CALLS for name in tool_calls.unused_fields(turn.get(field))}
     in_messages = dict.fromkeys(name for turn in turns for name in _other_fields([turn], _known_fields(turn)))
     return [
         *_other_fields([row], (*used, *_SYSTEM, *_TOOLS, *_REASONING, *labels)),
         *(f"{name} of messages" for name in in_messages),
-        *(f"{name} of tool calls" for name in _other_fields(calls, tool_calls.FIELDS)),
+        *(f"{name!r} of tool calls" for name in sorted(in_calls)),
     ]
 
 

@@ -87,7 +87,8 @@ def tokenize_pairs(
             except InvalidRow as error:
                 counts.skip_kept(place, error)
                 continue
-            counts.note_parts(place, sides[0].unused)
+            parts = [part for side in (chosen, rejected) if isinstance(side, Encoded) for part in side.unused]
+            counts.note_parts(place, dict.fromkeys(parts))
             counts.truncated += truncated
             splits[is_held_out(opening(pair.prompt), val_fraction)].append(sides)
     check_not_empty(len(splits[0]), len(splits[1]), counts)

@@ -12,12 +12,16 @@ from anarchobot.data.sources.rows import Row
 from anarchobot.tokenizers.conversation import InvalidRow, check_json
 
 CALL_ROLES = ("function_call", "tool_call")  # of ShareGPT; such a message is a call as JSON
-FIELDS = ("id", "type", "function", "name", "arguments")  # of a call
+_FIELDS = ("id", "type", "function", "name", "arguments")  # of a call
 
 
 def parse_tools(value: Any, place: str) -> list[Row]:
     """[{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}]. Raises InvalidRow."""
-    tools = [{"type": "function", "function": _function(item, place)} for item in _list(value, place)]
+    tools = []
+    for item in _list(value, place):
+        tool, function = _parsed(item, place), _function(item, place)
+        bare = {name: value for name, value in function.items() if name != "type"}
+        tools.append(tool if function is not tool else {"type": "function", "function": bare})
     check_json(tools, place)
     return tools
 
@@ -38,9 +42,15 @@ def parse_calls(value: Any, place: str) -> list[Row]:
     return calls
 
 
-def items(value: Any) -> list[Row]:
-    """The objects in a list of valid calls."""
-    return [_parsed(item, "") for item in _list(value, "")]
+def unused_fields(value: Any) -> set[str]:
+    """The names of fields of calls that are not used."""
+    try:
+        calls = [_parsed(item, "") for item in _list(value, "")]
+    except InvalidRow:  # in a field that is not used
+        return set()
+    objects = [call for call in calls if isinstance(call, dict)]
+    objects += [call["function"] for call in objects if isinstance(call.get("function"), dict)]
+    return {name for one in objects for name in one if name not in _FIELDS}
 
 
 def _list(value: Any, place: str) -> list[Any]:

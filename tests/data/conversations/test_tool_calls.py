@@ -117,6 +117,10 @@ FORMS: dict[str, tuple[dict[str, Any], Any]] = {
         (USER, CALLING, ("tool", ""), ASSISTANT),
     ),
     "tools of a question": ({"question": QUESTION, "answer": ANSWER, "tools": [TOOL]}, (TOOLS, *TWO)),
+    "tools with other fields": (
+        {"messages": MESSAGES, "tools": [{**TOOL, "strict": True}, {"type": "function", **BARE}]},
+        (Message("tools", "", fields={"tools": [{**TOOL, "strict": True}, TOOL]}), *TWO),
+    ),
     "tools and a system": (
         {"messages": MESSAGES, "tools": [TOOL], "system": "Be."}, (TOOLS, ("system", "Be."), *TWO),
     ),
@@ -235,10 +239,10 @@ def test_values_that_are_not_json_are_refused(tmp_path: Path) -> None:
 
 def test_fields_of_other_roles_and_of_calls_are_named(tmp_path: Path) -> None:
     turns = rows(calling(tool_calls=[{**CALL, "index": 3}]), {**TOOL_TURN, "name": "weather", "weight": 1})
-    turns[0] = {**turns[0], "thinking": "Hm.", "tool_call_id": "c1"}
+    turns[0] = {**turns[0], "thinking": "Hm.", "tool_calls": "no JSON"}
     _, counts = read(jsonl(tmp_path / "data.jsonl", {"messages": turns}))
     assert counts.other_fields == {
-        "'thinking' of messages": 1, "'tool_call_id' of messages": 1, "'index' of tool calls": 1,
+        "'thinking' of messages": 1, "'tool_calls' of messages": 1, "'index' of tool calls": 1,
     }  # fmt: skip
 
 
@@ -287,6 +291,17 @@ def test_tokens_of_pairs_with_calls(make_chat: MakeChat) -> None:
         said = chat.theirs.decode(batch.targets[0, side][trained].tolist())
         assert said.startswith("<think>\n\n</think>\n\n" + ("No idea." if side else "<tool_call>\n"))
         assert said.endswith("<|im_end|>")
+
+
+def test_what_a_template_leaves_out_of_pairs_is_counted(make_chat: MakeChat) -> None:
+    chat = make_chat("bytelevel", "qwen2")
+    counts = RowCounts(2, 2)
+    pairs = [
+        ("f:1", preference((TOOLS, ask("Hi")), "b", "c")),
+        ("f:2", PreferencePair((ask("Hi"),), say("b"), call({}))),
+    ]
+    tokenize_pairs(pairs, chat.encoder("answer"), counts, seq_len=99)
+    assert counts.unused == {NO_TOOLS: 1} and counts.skipped == {"tool call left out by the chat template": 1}
 
 
 def test_what_a_template_leaves_out_is_counted_and_named(make_chat: MakeChat) -> None:
