@@ -10,6 +10,7 @@ and rendering again. Templates that rewrite earlier answers are rejected.
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -99,11 +100,25 @@ class AnswerSpans:
             return None
         return len(rendered) if text.startswith(rendered) and content <= len(rendered) <= next_content else None
 
-    def _end(self, text: str, content: int, next_content: int, turn_end: int | None) -> int:
+    @cached_property
+    def _answer_end(self) -> str | None:
+        """The first control token after an answer without calls."""
+        try:
+            skeleton = self._make_skeleton(("user", "assistant"))
+        except InvalidRow:
+            return None
+        match = skeleton and self._controls.search(skeleton.text, skeleton.text.rindex("\ue001"), skeleton.spans[0][1])
+        return match.content if match else None
+
+    def _end(self, text: str, content: int, next_content: int, turn_end: int | None, has_calls: bool = False) -> int:
         """The end of the control tokens that follow the content in its turn, where generation stops; without any, the
-        end of the turn. Trailing whitespace is excluded, unless there is nothing else."""
+        end of the turn. Trailing whitespace is excluded, unless there is nothing else. Calls may be followed by control
+        tokens of their own."""
         limit = next_content if turn_end is None else turn_end
         control = self._controls.search(text, content, limit)
+        if has_calls and turn_end is not None:
+            controls = self._controls.finditer(text, content, limit)
+            control = next((match for match in controls if match.content == self._answer_end), control)
         if control is None:
             suffix = text[content:limit] if turn_end is not None else ""
             return content + len(suffix.rstrip() or suffix)
@@ -115,18 +130,18 @@ class AnswerSpans:
 
     def _span_by_prompt(self, conversation: Conversation, i: int, text: str) -> Span:
         """The span of message i, which the template renders as it is, or as it does when it is the last."""
-        turns = conversation[: i + 1]
+        turns, has_calls = conversation[: i + 1], bool(conversation[i].tool_calls)
         rendered = self._render(turns)
         start = self._prompt_end(conversation, i, text)
         if text.startswith(rendered) and start < len(rendered):
-            return start, self._end(text, self._content_end(turns, i, rendered), len(text), len(rendered))
+            content = self._content_end(turns, i, rendered)
+            return start, self._end(text, content, len(text), len(rendered), has_calls)
         content = self._content_end(conversation, i, text)
         if conversation[i].content.strip() not in text[start:content]:
             raise self._rewritten(conversation, i)
         rest = rendered[self._content_end(turns, i, rendered) :]
-        return start, self._end(
-            text, content, len(text), content + len(rest) if text.startswith(rest, content) else None
-        )
+        turn_end = content + len(rest) if text.startswith(rest, content) else None
+        return start, self._end(text, content, len(text), turn_end, has_calls)
 
     def _prompt_end(self, conversation: Conversation, i: int, text: str) -> int:
         """The end of the generation prompt for message i in `text`."""

@@ -94,6 +94,10 @@ LOSS = {
         "<think>\nRain.\n</think>\n\nYes.<|im_end|>",
         (ANSWERS,),
     ),
+    ("qwen3 tokens", "one call"): (
+        f"<tool_call>\n{CALL}\n<|end|>\n<|im_end|><think>\n\n</think>\n\nNo.<|im_end|>",
+        (),
+    ),
     ("qwen3.5 tools", "two turns"): (
         "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call><|im_end|>"
         "No.<|im_end|>\n\n</think>\n\n<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n"
@@ -248,8 +252,8 @@ def test_reserved_characters_in_arguments_are_refused(make_chat: MakeChat) -> No
 def test_many_tools_and_long_arguments_are_within_the_budget(make_chat: MakeChat) -> None:
     for name in ("qwen3 tools", "llama tools", "mistral tools"):
         chat = make_chat("bytelevel", name)
-        tools = Message("tools", "", fields={"tools": [TOOL] * 300})
-        long = call({"items": [{"name": "x" * 50, "value": i} for i in range(1000)]})
+        tools = Message("tools", "", fields={"tools": [TOOL] * 100})
+        long = call({"items": [{"name": "x" * 50, "value": i} for i in range(400)]})
         nested: Any = "deep"
         for _ in range(40):
             nested = {"in": [nested]}
@@ -258,7 +262,7 @@ def test_many_tools_and_long_arguments_are_within_the_budget(make_chat: MakeChat
 
 
 HOSTILE = {
-    "loops over tools": "{% for a in tools %}{% for b in tools %}{% for c in tools %}" + "{% endfor %}" * 3,
+    "loops over tools": "{% for a in tools %}{% for b in tools %}{% for c in tools %}{% for d in tools %}" + "{% endfor %}" * 4,
     "JSON of tools": "{% for a in tools %}{% for b in tools %}{{ tools | tojson }}{% endfor %}{% endfor %}",
     "indented JSON": "{% for a in tools %}{{ tools | tojson(indent=100) }}{% endfor %}" * 3,
     "repeated arguments": "{% set a = messages[1].tool_calls[0].function.arguments %}"
@@ -268,7 +272,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates_are_stopped(name: str) -> None:
-    conversation = (Message("tools", "", fields={"tools": [TOOL] * 80}), ask("Hi"), call({"a": [[["b"]]]}))
+    conversation = (Message("tools", "", fields={"tools": [TOOL] * 40}), ask("Hi"), call({"a": [[["b"]]]}))
     with pytest.raises(InvalidRow, match="too much work or memory"):
         ChatTemplate(HOSTILE[name], {}, "hostile").render(conversation)
     with pytest.raises(InvalidRow, match="unsafe"):

@@ -159,6 +159,8 @@ TOOL_TEMPLATES = {
     **{f"{name} tools marked": _marks(source, True) for name, source in (("qwen3", _QWEN), ("qwen3.5", _QWEN35))},
     "llama tools": _marks(_LLAMA, False),
     "llama tools marked": _marks(_LLAMA, True),
+    # A token ends the calls, before the end of the turn.
+    "qwen3 tokens": _marks(_QWEN, False).replace("}\\n</tool_call>", "}\\n<|end|>\\n"),
     "mistral tools": MISTRAL,
     "deepseek tools": DEEPSEEK,
     "harmony": HARMONY,
