@@ -47,6 +47,27 @@ def test_model_learns_to_answer(tmp_path: Path, base: Path, chats: Path) -> None
     assert config.train.init_from == str(base) and model.config.d_model == 32
 
 
+def test_calls_are_trained(tmp_path: Path, base: Path) -> None:
+    """With a template that has tools the loss falls; with ChatML the rows are skipped."""
+    answer = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
+    talk = [answer, {"role": "tool", "content": "2"}, {"role": "assistant", "content": "Two."}]
+    rows = [{"messages": [{"role": "user", "content": f"Add {i}"}, *talk]} for i in range(40)]
+    (tmp_path / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tools.jinja").write_text(
+        "{% for m in messages %}{{ m.role[0] + ':' }}{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}"
+        "{{ m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+    )
+    settings = {
+        "data__seq_len": 64, "train__total_steps": 20, "train__eval_interval": 20, "train__grad_accum_steps": 1,
+        "chat__template": str(tmp_path / "tools.jinja"),
+    }  # fmt: skip
+    sft(tuning(tmp_path, "run", base, tmp_path / "calls.jsonl", **settings), show="nothing")
+    before, after = events(tmp_path / "run", "eval")
+    assert after["val_loss"] < 0.5 * before["val_loss"]
+    with pytest.raises(UserError, match=r"40 rows read, 0 kept; skipped 40: .*tool call left out by the chat template"):
+        sft(tuning(tmp_path, "none", base, tmp_path / "calls.jsonl"), show="nothing")
+
+
 @pytest.mark.parametrize("settings", [{}, {"lora__r": 4, "lora__dropout": 0.1}], ids=["all weights", "adapters"])
 def test_resumed_run_equals_uninterrupted_run(
     tmp_path: Path, base: Path, chats: Path, settings: dict[str, Any]

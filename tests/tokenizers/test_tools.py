@@ -258,15 +258,15 @@ def test_many_tools_and_long_arguments_are_within_the_budget(make_chat: MakeChat
         for _ in range(40):
             nested = {"in": [nested]}
         for one in (long, call({"nested": nested})):
-            chat.encode((tools, ask("Hi"), one, result("y" * 50_000), say("Ho"), ask("Hi"), call(ROME)))
+            chat.encode((tools, ask("Hi"), one, result("y" * 5_000), say("Ho"), ask("Hi"), call(ROME)))
 
 
 HOSTILE = {
-    "loops over tools": "{% for a in tools %}{% for b in tools %}{% for c in tools %}{% for d in tools %}" + "{% endfor %}" * 4,
+    "loops over tools": "{% for a in tools %}" * 4 + "{% endfor %}" * 4,
     "JSON of tools": "{% for a in tools %}{% for b in tools %}{{ tools | tojson }}{% endfor %}{% endfor %}",
     "indented JSON": "{% for a in tools %}{{ tools | tojson(indent=100) }}{% endfor %}" * 3,
     "repeated arguments": "{% set a = messages[1].tool_calls[0].function.arguments %}"
-    "{% for b in range(1000) %}{% for c in range(1000) %}{{ a }}{% endfor %}{% endfor %}",
+    "{% for b in range(1000) %}{% for c in range(1000) %}" + "{{ a }}" * 20 + "{% endfor %}{% endfor %}",
 }  # fmt: skip
 
 
