@@ -261,6 +261,19 @@ def test_many_tools_and_long_arguments_are_within_the_budget(make_chat: MakeChat
             chat.encode((tools, ask("Hi"), one, result("y" * 5_000), say("Ho"), ask("Hi"), call(ROME)))
 
 
+def test_budget_grows_with_tools_calls_and_reasoning() -> None:
+    source = "{% for i in range(30) %}{{ PART | tojson | length }}{% endfor %}"
+    long = "x" * 100_000
+    for part, conversation in (
+        ("tools", (Message("tools", "", fields={"tools": [TOOL | {"x": long}]}), ask("Hi"))),
+        ("messages[1].tool_calls", (ask("Hi"), call({"x": long}))),
+        ("messages[1].thinking", (ask("Hi"), say("Ho", long))),
+    ):
+        assert ChatTemplate(source.replace("PART", part), {}, "t").render(conversation).startswith("100")
+        with pytest.raises(InvalidRow, match="too much work or memory"):
+            ChatTemplate(source.replace("PART", f"'{long[:90_000]}'"), {}, "t").render((ask("Hi"), say("Ho")))
+
+
 HOSTILE = {
     "loops over tools": "{% for a in tools %}" * 4 + "{% endfor %}" * 4,
     "JSON of tools": "{% for a in tools %}{% for b in tools %}{{ tools | tojson }}{% endfor %}{% endfor %}",

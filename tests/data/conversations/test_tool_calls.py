@@ -1,5 +1,6 @@
 """Tools, calls, results, reasoning and weights in datasets: forms, what is refused, and the tokens of real rows."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ import pytest
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.conversations.preference_pairs import tokenize_pairs
 from anarchobot.data.conversations.reading import RowCounts, read_conversations
-from anarchobot.data.conversations.tokenized import tokenize_conversations
+from anarchobot.data.conversations.tokenized import opening, tokenize_conversations
 from anarchobot.data.windows import IGNORE
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.chat_template import CHATML, ChatTemplate
-from anarchobot.tokenizers.conversation import Message, PreferencePair
+from anarchobot.tokenizers.conversation import Message, PreferencePair, is_held_out
 from anarchobot.tokenizers.rendered_parts import NO_TOOLS
 from tests.data.conversations.rows import ANSWER, MESSAGES, QUESTION, TWO, jsonl, read, read_pairs
 from tests.tokenizers.templates import MakeChat, dialogue, loss_text, preference, to_dicts
@@ -321,6 +322,18 @@ def test_what_a_template_leaves_out_is_counted_and_named(make_chat: MakeChat) ->
         "tools)",
         f"not used in 1 rows: {NO_TOOLS} (f:1)",
     ]
+
+
+def test_tools_are_part_of_the_opening() -> None:
+    """Rows with the same question and other tools may be in other splits; rows without are where they were before."""
+    held_out = [
+        is_held_out(opening((Message("tools", "", fields={"tools": [{"name": str(i)}]}), ask("Hi"), say("Ho"))), 0.5)
+        for i in range(60)
+    ]
+    assert 10 < sum(held_out) < 50
+    hashed = hashlib.sha256(b"user 2\nHi").digest()
+    share = int.from_bytes(hashed[:8], "big") / 2**64
+    assert [is_held_out((ask("Hi"),), share + change) for change in (-1e-6, 1e-6)] == [False, True]
 
 
 def test_rows_without_any_answer_in_the_loss_are_skipped(make_chat: MakeChat) -> None:
