@@ -32,7 +32,7 @@ from anarchobot.model.frozen import compute_dtype
 from anarchobot.model.loss import token_losses
 from anarchobot.runs import checkpoint
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
-from anarchobot.tokenizers.conversation import Conversation, InvalidRow, Message
+from anarchobot.tokenizers.conversation import Conversation, InvalidRow
 from anarchobot.tokenizers.tokenizer import digest
 
 Log = Callable[[str], None]  # receives progress lines
@@ -215,9 +215,11 @@ def _read_questions(
     for place, conversation in read_conversations(DataConfig(dataset=name), counts):
         if len(questions) + too_long == limit:
             break
-        if conversation[-1].role != "assistant" or not conversation[-1].content:
+        if conversation[-1].role != "assistant":
             continue
         try:
+            if not conversation[-1].content:
+                raise InvalidRow("the last answer has no text", "only calls")
             prompt = encoder.encode_prompt(conversation[:-1]).tolist()
             scored = _context_and_answer(encoder, conversation)
         except InvalidRow as error:
@@ -235,6 +237,8 @@ def _context_and_answer(encoder: ChatEncoder, conversation: Conversation) -> tup
     (encoded,) = encoder.encode([conversation])
     if isinstance(encoded, InvalidRow):
         raise encoded
+    if not encoded.loss_mask.any():
+        raise InvalidRow("no loss tokens")
     first, *_, last = np.flatnonzero(encoded.loss_mask).tolist()
     return encoded.ids[:first].tolist(), encoded.ids[first : last + 1].tolist()
 
@@ -268,9 +272,8 @@ def evaluate_preferences(model: Model, config: Config, name: str, limit: int | N
     for place, pair in read_pairs(DataConfig(dataset=name), counts):
         if len(units) == limit:
             break
-        answers = (Message("assistant", answer) for answer in (pair.chosen, pair.rejected))
         try:
-            both = [_context_and_answer(encoder, (*pair.prompt, answer)) for answer in answers]
+            both = [_context_and_answer(encoder, (*pair.prompt, answer)) for answer in (pair.chosen, pair.rejected)]
         except InvalidRow as error:
             counts.skip_kept(place, error)
             continue

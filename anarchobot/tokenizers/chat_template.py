@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError, nodes, pass_context
 from jinja2.ext import Extension, loopcontrols
@@ -50,14 +50,14 @@ _NOT_ASCII = re.compile(f"[^\\x00-\\x7f{BEGIN}{END}{SPLIT}]")
 
 
 class CallForm(NamedTuple):
-    """How a template expects calls: `blank` is the content of a message without text, and `as_text` is whether the
-    arguments are JSON text."""
+    """How a template expects calls: `blank` is the content of a message without text, which may be missing, and
+    `as_text` is whether the arguments are JSON text."""
 
-    blank: dict[str, str | None]
+    blank: Literal["", "missing"] | None
     as_text: bool
 
 
-_BLANKS: tuple[dict[str, str | None], ...] = ({"content": ""}, {}, {"content": None})
+_BLANKS: tuple[Literal["", "missing"] | None, ...] = ("", "missing", None)
 _CALL_FORMS = [CallForm(blank, as_text) for as_text in (False, True) for blank in _BLANKS]
 
 
@@ -103,16 +103,19 @@ class ChatTemplate:
 
     @cached_property
     def _call_form(self) -> CallForm:
-        """The first form in which the template renders a call; if it renders none, the first form."""
+        """The form in which the template renders a call, with the least text around it; arguments are an object if it
+        accepts them."""
         call = {"type": "function", "id": "call00000", "function": {"name": "f", "arguments": {"x": END}}}
         messages = (Message("user", "Hi"), Message("assistant", "", fields={"tool_calls": [call]}))
+        lengths: dict[CallForm, int] = {}
         for form in _CALL_FORMS:
             try:
-                if END in self._render(messages, form, False, TRAINING_DAY, False):
-                    return form
+                text = self._render(messages, form, False, TRAINING_DAY, False)
             except InvalidRow:
-                pass
-        return _CALL_FORMS[0]
+                continue
+            if END in text:
+                lengths[form] = len(text)
+        return min(lengths, key=lambda form: (form.as_text, lengths[form]), default=_CALL_FORMS[0])
 
     def _render(
         self,
@@ -156,8 +159,9 @@ def _variables(message: Message, form: CallForm) -> dict[str, Any]:
         variables |= dict.fromkeys(_REASONING, message.reasoning)
     if message.tool_calls:
         if not message.content:
-            del variables["content"]
-            variables |= form.blank
+            variables["content"] = form.blank
+            if form.blank == "missing":
+                del variables["content"]
         if form.as_text:
             variables["tool_calls"] = [
                 call | {"function": call["function"] | {"arguments": json_text(call["function"]["arguments"])}}

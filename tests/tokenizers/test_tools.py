@@ -32,7 +32,6 @@ REFUSED = {
     ("llama tools marked", "two calls"): "rejected by the chat template",
     ("llama tools marked", "text and a call"): "tool call left out by the chat template",
     ("mistral tools", "text and a call"): "tool call left out by the chat template",
-    ("deepseek tools", "text and a call"): "tool call left out by the chat template",
     ("harmony", "two calls"): "tool call left out by the chat template",
     ("harmony", "text and a call"): "tool call left out by the chat template",
 }

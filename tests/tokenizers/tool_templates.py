@@ -107,21 +107,23 @@ MISTRAL = """{{- bos_token }}{%- set questions = messages | selectattr('role', '
         {{- '<|user|>{"content": ' + message.content | tojson + ', "call_id": "' + message.tool_call_id + '"}<|end|>' }}
     {%- endif %}
 {%- endfor %}"""
-# DeepSeek: no content and JSON text in calls, several tokens at their end; the tools are left out.
+# DeepSeek: content that is null and arguments that are text in calls, several tokens at their end; no tools.
 DEEPSEEK = """{%- for message in messages %}
     {%- if message.role == 'user' %}
         {{- '<|user|>' + message.content }}
-    {%- elif message.role == 'assistant' and message.content is none %}
+    {%- elif message.role == 'tool' %}
+        {{- '<|system|>' + message.content }}
+    {%- endif %}
+    {%- if message.tool_calls %}
         {{- '<|assistant|>' }}
         {%- for call in message.tool_calls %}
             {{- '<|start_header_id|>' + call.function.name + '\\n```json\\n' }}
             {{- call.function.arguments + '\\n```<|end|>' }}
         {%- endfor %}
         {{- '<|eot_id|>' + eos_token }}
-    {%- elif message.role == 'assistant' %}
+    {%- endif %}
+    {%- if message.role == 'assistant' and message.content is not none %}
         {{- '<|assistant|>' + message.content + eos_token }}
-    {%- elif message.role == 'tool' %}
-        {{- '<|system|>' + message.content }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"""
