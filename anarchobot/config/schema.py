@@ -427,15 +427,24 @@ class ChatConfig(Section):
 class PreferenceConfig(Section):
     """The loss of `dpo`."""
 
-    loss: Literal["sigmoid", "ipo", "orpo"] = Field(
-        "sigmoid", description="sigmoid: DPO; ipo: squared margin, per token; orpo: no reference model"
+    loss: Literal["sigmoid", "sigmoid_norm", "ipo", "simpo", "cpo", "orpo"] = Field(
+        "sigmoid",
+        description="sigmoid: DPO; sigmoid_norm: DPO per token; ipo: squared margin, per token; simpo, cpo, orpo: no "
+        "reference model",
     )
     beta: PositiveFloat = Field(
-        0.1, description="strength of the KL penalty (DPO beta); orpo: weight of the odds ratio"
+        0.1, description="scale of the rewards (DPO: strength of the KL penalty); orpo: weight of the odds ratio"
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        0.0, description="assumed fraction of pairs with swapped labels (sigmoid only)"
+        0.0, description="assumed fraction of pairs with swapped labels (sigmoid, sigmoid_norm, simpo and cpo only)"
     )
+    simpo_gamma: NonNegativeFloat = Field(0.5, description="target reward margin (simpo only)")
+    cpo_alpha: NonNegativeFloat = Field(1.0, description="weight of the chosen answer's loss per token (cpo only)")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares the model with the reference model, the model before tuning."""
+        return self.loss not in ("simpo", "cpo", "orpo")
 
 
 class GuardConfig(Section):

@@ -1,4 +1,4 @@
-"""Preference tuning on pairs of answers: DPO, IPO or ORPO (model/preference.py)."""
+"""Preference tuning on pairs of answers, with the losses of model/preference.py."""
 
 import hashlib
 import sys
@@ -79,7 +79,7 @@ def dpo(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
     )
 
     def set_ref_log_probs(folder: Path) -> None:
-        if config.preference.loss == "orpo":
+        if not config.preference.needs_reference:
             return
 
         def log(text: str) -> None:

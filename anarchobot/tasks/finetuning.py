@@ -51,6 +51,12 @@ UNUSED_KEYS = {
         "data.text_field": "applies only to sft",
     },
 }
+# Settings of preference that apply only to some losses.
+_LOSSES_WITH = {
+    "label_smoothing": ("sigmoid", "sigmoid_norm", "simpo", "cpo"),
+    "simpo_gamma": ("simpo",),
+    "cpo_alpha": ("cpo",),
+}
 
 
 def load_tuning_config(path: str | None, overrides: Sequence[str | tuple[str, Any]]) -> LoadedConfig:
@@ -78,8 +84,9 @@ def check_settings(loaded: LoadedConfig, command: Literal["sft", "dpo"]) -> None
             f"{loaded.where('lora.quantize')}: the weights of {config.train.init_from} are quantized already: remove it"
         )
     unused = dict(UNUSED_KEYS[command])
-    if command == "dpo" and config.preference.loss != "sigmoid":
-        unused["preference.label_smoothing"] = "applies only to preference.loss: sigmoid"
+    for name, losses in _LOSSES_WITH.items() if command == "dpo" else ():
+        if config.preference.loss not in losses:
+            unused[f"preference.{name}"] = f"applies only to preference.loss: {', '.join(losses)}"
     for key, reason in unused.items():
         if attrgetter(key)(config) != fields[key].default:
             raise UserError(f"{loaded.where(key)}: {reason}: remove it")

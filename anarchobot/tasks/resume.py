@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
 from anarchobot.config.paths import is_same_folder
-from anarchobot.config.schema import Config
+from anarchobot.config.schema import Config, PreferenceConfig
 from anarchobot.exchange.adapters import same_base
 from anarchobot.optim.schedule import sequences_per_step
 from anarchobot.runs import checkpoint
@@ -25,7 +25,7 @@ FIXED = (
     *("train.seed", "train.trainable", "train.optimizer", "train.normuon", "train.muon_split_heads"),
     *("data.seq_len", "data.pack", "data.document_mask", "data.shard_weights"),
     *("lora.r", "lora.alpha", "lora.target_modules", "lora.num_layers", "lora.dora", "lora.rslora", "lora.quantize"),
-    *("preference.loss", "preference.beta", "preference.label_smoothing"),
+    *(f"preference.{name}" for name in PreferenceConfig.model_fields),
 )
 # Keys of Run.identity: the setting each comes from, and its name in messages.
 IDENTITY = {

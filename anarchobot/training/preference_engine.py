@@ -112,8 +112,8 @@ class PreferenceEngine(MLXEngine):
 
         def objective(log_probs: mx.array) -> tuple[mx.array, mx.array]:
             pairs = Preferences(log_probs.reshape(-1, 2), mx.maximum(lengths, 1), reference)
-            losses, grads = losses_and_grads(pairs, settings.loss, settings.beta, settings.label_smoothing)
-            implicit_rewards = rewards(pairs, settings.loss, settings.beta)
+            losses, grads = losses_and_grads(pairs, settings)
+            implicit_rewards = rewards(pairs, settings)
             margins = implicit_rewards[:, 0] - implicit_rewards[:, 1]
             metrics = [losses, margins, margins > 0, pairs.log_probs[:, 0], pairs.log_probs[:, 1]]
             return mx.stack([mx.sum(mx.where(real, x, 0.0)) for x in metrics]), grads.reshape(-1)

@@ -23,14 +23,22 @@ from tests.tiny import LEFT_OUT
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"lora__r": 4}, {"preference__loss": "ipo"}, {"preference__loss": "orpo"}], ids=str
-)
+    "settings",
+    [
+        {}, {"lora__r": 4}, {"preference__loss": "ipo"}, {"preference__loss": "orpo"}, {"preference__loss": "cpo"},
+        {"preference__loss": "simpo", "preference__beta": 2.0},
+        {"preference__loss": "sigmoid_norm", "preference__beta": 5.0},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_model_learns_preferences(tmp_path: Path, base: Path, preferences: Path, settings: dict[str, Any]) -> None:
     summary = dpo(tuning(tmp_path, "run", base, preferences, train__total_steps=30, **settings), show="nothing")
     first, *_, last = events(tmp_path / "run", "eval")
     if "preference__loss" not in settings:
         assert first["val_loss"] == pytest.approx(np.log(2), abs=1e-6) and first["val_reward_margin"] == 0.0
     assert last["val_loss"] < first["val_loss"] and last["val_reward_accuracy"] > 0.9
+    no_reference = settings.get("preference__loss") in ("simpo", "cpo", "orpo")
+    assert (tmp_path / "run" / "reference.json").exists() != no_reference
     gap = [e["val_chosen_log_prob"] - e["val_rejected_log_prob"] for e in (first, last)]
     assert gap[1] > gap[0]
     line = events(tmp_path / "run", "train")[-1]
@@ -137,6 +145,8 @@ def test_identical_answers_are_counted_and_unused_settings_rejected(
             {"preference__loss": "orpo", "preference__label_smoothing": 0.1},
             "label_smoothing: applies only to preference.loss: s",
         ),
+        ({"preference__simpo_gamma": 0.1}, "preference.simpo_gamma: applies only to preference.loss: simpo: remove it"),
+        ({"preference__cpo_alpha": 0.1}, "preference.cpo_alpha: applies only to preference.loss: cpo: remove it"),
     ):
         with pytest.raises(UserError, match=match):
             dpo(tuning(tmp_path, "other", base, preferences, **overrides), show="nothing")

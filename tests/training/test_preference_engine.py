@@ -23,7 +23,10 @@ def config(loss: str = "sigmoid", **train: Any) -> Config:
                 "device": "cpu", "micro_batch_size": 2, "lr": 0.01, "min_lr": 0.0, "cpu_threads": 1,
                 "optimizer": "adamw", "max_grad_norm": None, "weight_decay": 0.0, **train,
             },
-            "preference": {"loss": loss, "beta": 0.3, "label_smoothing": 0.1 if loss == "sigmoid" else 0.0},
+            "preference": {
+                "loss": loss, "beta": 0.3, "label_smoothing": 0.1 if loss in ("sigmoid", "simpo") else 0.0,
+                "simpo_gamma": 0.7, "cpo_alpha": 0.4,
+            },
         }
     )  # fmt: skip
 
@@ -42,7 +45,7 @@ def pairs(micro_batches: int = 2, rows: int = 2, none: int = 0) -> PairBatch:
     return PairBatch(inputs, targets, indices=numbers, ref_log_probs=reference)
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "orpo"])
+@pytest.mark.parametrize("loss", ["sigmoid", "sigmoid_norm", "ipo", "simpo", "cpo", "orpo"])
 def test_loss_and_gradients_match_pytorch(loss: str) -> None:
     """After one AdamW step, the first moment is a tenth of the gradient, which can so be read from the state."""
     torch = pytest.importorskip("torch")
@@ -66,6 +69,13 @@ def test_loss_and_gradients_match_pytorch(loss: str) -> None:
     if loss == "sigmoid":
         h = 0.3 * (gained[:, 0] - gained[:, 1])
         losses = -0.9 * sigmoid(h) - 0.1 * sigmoid(-h)
+    elif loss == "sigmoid_norm":
+        losses = -sigmoid(0.3 * ((gained / lengths)[:, 0] - (gained / lengths)[:, 1]))
+    elif loss == "simpo":
+        h = 0.3 * ((log_probs / lengths)[:, 0] - (log_probs / lengths)[:, 1]) - 0.7
+        losses = -0.9 * sigmoid(h) - 0.1 * sigmoid(-h)
+    elif loss == "cpo":
+        losses = -sigmoid(0.3 * (log_probs[:, 0] - log_probs[:, 1])) - 0.4 * (log_probs / lengths)[:, 0]
     elif loss == "ipo":
         losses = ((gained / lengths)[:, 0] - (gained / lengths)[:, 1] - 1 / 0.6) ** 2
     else:
@@ -92,7 +102,9 @@ def test_metrics_are_means_over_pairs_without_padding() -> None:
     assert judged["val_reward_margin"] == pytest.approx(float(margins.mean()), rel=1e-4)
     assert judged["val_reward_accuracy"] == pytest.approx(float((margins > 0).mean()))
     assert engine.eval_metrics()["val_reward_margin"] == 0.0
-    assert all(math.isfinite(PreferenceEngine(config(loss)).eval_step(batch)[0]) for loss in ("ipo", "orpo"))
+    assert all(
+        math.isfinite(PreferenceEngine(config(loss)).eval_step(batch)[0]) for loss in ("ipo", "simpo", "cpo", "orpo")
+    )
 
 
 @pytest.mark.parametrize("settings", [{"cpu_threads": 2}, {"gradient_checkpointing": True}, {"compile": True}], ids=str)
