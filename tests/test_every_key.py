@@ -227,6 +227,8 @@ ELSEWHERE = {
     "preference.beta": "tests/training/test_preference_engine.py::test_loss_and_gradients_match_pytorch",
     "preference.simpo_gamma": "tests/training/test_preference_engine.py::test_loss_and_gradients_match_pytorch",
     "preference.cpo_alpha": "tests/training/test_preference_engine.py::test_loss_and_gradients_match_pytorch",
+    "preference.desirable_weight": "tests/training/test_kto_engine.py::test_loss_and_gradients_match_pytorch",
+    "preference.undesirable_weight": "tests/training/test_kto_engine.py::test_loss_and_gradients_match_pytorch",
     "preference.label_smoothing": "tests/training/test_preference_engine.py::test_loss_and_gradients_match_pytorch",
     "train.patience": "tests/tasks/test_sft.py::test_patience_ends_a_run_without_improvement",
     "generation.stop": "tests/inference/test_generation.py::test_ends_before_the_first_stop_string",

@@ -62,7 +62,7 @@ def add_commands(commands: Any) -> None:
         "--backend", metavar="NAME", help=f"communication backend: {', '.join(LAUNCH_BACKENDS)} (default: ring)"
     )
     launch.add_argument(
-        "task", nargs="+", metavar="COMMAND", help="command to run, after --: pretrain or sft and its arguments"
+        "task", nargs="+", metavar="COMMAND", help="command to run, after --: pretrain, sft or dpo and its arguments"
     )
 
     adapt = add_command(commands, "adapt-vocab", _adapt_vocab, "adapt a model to a new tokenizer and vocabulary")

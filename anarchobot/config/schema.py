@@ -427,10 +427,10 @@ class ChatConfig(Section):
 class PreferenceConfig(Section):
     """The loss of `dpo`."""
 
-    loss: Literal["sigmoid", "sigmoid_norm", "ipo", "simpo", "cpo", "orpo"] = Field(
+    loss: Literal["sigmoid", "sigmoid_norm", "ipo", "simpo", "cpo", "orpo", "kto"] = Field(
         "sigmoid",
         description="sigmoid: DPO; sigmoid_norm: DPO per token; ipo: squared margin, per token; simpo, cpo, orpo: no "
-        "reference model",
+        "reference model; kto: single answers labeled good or bad",
     )
     beta: PositiveFloat = Field(
         0.1, description="scale of the rewards (DPO: strength of the KL penalty); orpo: weight of the odds ratio"
@@ -440,6 +440,8 @@ class PreferenceConfig(Section):
     )
     simpo_gamma: NonNegativeFloat = Field(0.5, description="target reward margin (simpo only)")
     cpo_alpha: NonNegativeFloat = Field(1.0, description="weight of the chosen answer's loss per token (cpo only)")
+    desirable_weight: PositiveFloat = Field(1.0, description="weight of the loss of good answers (kto only)")
+    undesirable_weight: PositiveFloat = Field(1.0, description="weight of the loss of bad answers (kto only)")
 
     @property
     def needs_reference(self) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.batches import TrainBatches
-from anarchobot.data.conversations.reading import RowCounts, read_conversations, read_pairs
+from anarchobot.data.conversations.reading import RowCounts, read_conversations, read_labeled, read_pairs
 from anarchobot.data.shards import TokenStream, verify
 from anarchobot.data.sources.documents import DocumentCounts, open_source
 from anarchobot.data.windows import StreamWindows, open_windows
@@ -16,6 +16,7 @@ from anarchobot.optim.schedule import sequences_per_step
 from anarchobot.preflight.check import Context, Outcome, check
 from anarchobot.tasks.adaptation import checks as adapt_checks
 from anarchobot.tasks.pretrain import check_tokenizers, initial_weights
+from anarchobot.tokenizers.conversation import PreferencePair
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 
 SAMPLE = 100  # documents or rows that are read
@@ -87,15 +88,18 @@ def _excerpts(texts: Iterable[str]) -> str:
 
 @check("dataset", ("optional packages",), "correct data.dataset: docs/tuning.md")
 def conversations(context: Context) -> Outcome:
-    """Reads the first conversations (sft) or preference pairs (dpo)."""
+    """Reads the first conversations (sft), preference pairs or labeled answers (dpo)."""
     config, counts = context.loaded.config, RowCounts()
     data = config.data.model_copy(update={"shuffle_buffer": 0, "streaming": True})
     if context.pairs:
-        pairs = read_pairs(data, counts, config.chat.language)
-        first = [pair.chosen.content for _, pair in islice(pairs, SAMPLE)]
+        items = (read_labeled if config.preference.loss == "kto" else read_pairs)(data, counts, config.chat.language)
+        first = [
+            (item.chosen if isinstance(item, PreferencePair) else item.conversation[-1]).content
+            for _, item in islice(items, SAMPLE)
+        ]
     else:
-        items = read_conversations(data, counts, config.chat.format, config.chat.language)
-        first = [conversation[-1].content for _, conversation in islice(items, SAMPLE)]
+        conversations = read_conversations(data, counts, config.chat.format, config.chat.language)
+        first = [conversation[-1].content for _, conversation in islice(conversations, SAMPLE)]
     if not first:
         return "fail", f"no usable row; {'; '.join(counts.summary())}", "fix data.dataset: docs/tuning.md"
     return "pass", f"{counts.kept} of the first {counts.read} rows are usable; they end with: {_excerpts(first)}"

@@ -60,14 +60,17 @@ def open_engine(config: Config, weights: Weights | None = None, ranks: Ranks = S
     return _open_mlx(MLXEngine(config, weights, ranks), config)
 
 
-def open_preference_engine(config: Config, weights: Weights) -> "tuple[EngineHandle, PreferenceEngine]":
-    """The engine for preference pairs, in MLX only. Raises UserError for PyTorch."""
+def open_preference_engine(
+    config: Config, weights: Weights, ranks: Ranks = SINGLE_PROCESS
+) -> "tuple[EngineHandle, PreferenceEngine]":
+    """The engine for preference pairs or labeled answers, in MLX only. Raises UserError for PyTorch."""
     if config.train.backend == "torch":
         raise UserError("train.backend: torch has no preference tuning: set train.backend to mlx")
     load_fast_blas()  # before MLX, which the next line imports
+    from anarchobot.training.kto_engine import KTOEngine
     from anarchobot.training.preference_engine import PreferenceEngine
 
-    engine = PreferenceEngine(config, weights)
+    engine = (KTOEngine if config.preference.loss == "kto" else PreferenceEngine)(config, weights, ranks)
     return _open_mlx(engine, config, pairs=True), engine
 
 

@@ -56,6 +56,8 @@ _LOSSES_WITH = {
     "label_smoothing": ("sigmoid", "sigmoid_norm", "simpo", "cpo"),
     "simpo_gamma": ("simpo",),
     "cpo_alpha": ("cpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
 }
 
 
@@ -118,20 +120,19 @@ def finetune(
     encoder: ChatEncoder,
     *,
     notes: Sequence[str],
-    unit: Literal["sequences", "pairs"],
-    before_training: Callable[[Path], object] = lambda folder: None,
+    unit: str,
+    on_every_rank: Callable[[Path], object] = lambda folder: None,
     show: OutputMode,
 ) -> dict[str, Any]:
     """Trains `base`, already loaded into the engine, and returns the run summary.
 
-    `notes` describe the data; `unit` is what a batch consists of. `before_training` is called with the run folder once
+    `notes` describe the data; `unit` is what a batch consists of. `on_every_rank` is called with the run folder once
     that is locked. Raises UserError as `execute_run` does.
     """
 
     def prepare_folder(folder: Path) -> None:
         copy_tokenizer(base.tokenizer, folder)  # for `generate`, `export` and other programs
         encoder.template.save(folder)
-        before_training(folder)
 
     config, trained = run.config, trained_count(run.config.model, run.config.lora)
     warnings = [f"warning: {text}" for text in (*base.warnings, *encoder.warnings())]
@@ -147,6 +148,7 @@ def finetune(
         start,
         handle,
         before_training=prepare_folder,
+        on_every_rank=on_every_rank,
         description=description,
         trained_parameters=trained,
         show=show,

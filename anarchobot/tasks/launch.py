@@ -23,7 +23,7 @@ from anarchobot.config.errors import REPORTS_ENV, UserError
 from anarchobot.training.rendezvous import SECRET_ENV
 from anarchobot.training.signals import PARENT_ENV, forward_signals, print_status
 
-TASKS = ("pretrain", "sft")
+TASKS = ("pretrain", "sft", "dpo")
 LOCALHOST = "127.0.0.1"
 # Seconds after a rank's end: SIGTERM, for ranks still connecting, which have no heartbeat; after a death, SIGKILL.
 TERM_AFTER, KILL_AFTER = 10.0, 50.0
@@ -83,7 +83,7 @@ def launch_with_mlx(words: Sequence[str], options: Sequence[str]) -> int:
 
 def _command(words: Sequence[str]) -> list[str]:
     if not words or words[0] not in TASKS:
-        raise UserError(f"launch: expected a command after --: {' or '.join(TASKS)}, with CONFIG and settings")
+        raise UserError(f"launch: expected a command after --: one of {', '.join(TASKS)}, with CONFIG and settings")
     return [sys.executable, "-P", "-m", "anarchobot", *words]  # -P: don't import from the current folder
 
 

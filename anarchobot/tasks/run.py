@@ -49,12 +49,13 @@ def execute_run(
     description: Sequence[str],
     trained_parameters: int,
     show: OutputMode,
+    on_every_rank: Callable[[Path], object] = lambda folder: None,
 ) -> dict[str, Any]:
     """Trains and returns the summary, which is also written to the logs; `finished` is False if the run was stopped.
 
     For a new run, the engine holds the initial weights. `before_training` is called with the run folder once it is
-    locked. `description` is shown at the start and stored in environment.json. Ranks other than 0 write nothing and
-    return only `finished` and `rank`.
+    locked, on rank 0, and then `on_every_rank` on all ranks. `description` is shown at the start and stored in
+    environment.json. Ranks other than 0 write nothing and return only `finished` and `rank`.
 
     Raises UserError if the checkpoint does not match the config, another process writes to the folder, or the ranks
     differ.
@@ -64,6 +65,7 @@ def execute_run(
         check_same_run(saved, config, run.identity)
     check_same_on_all_ranks(run)
     if run.ranks.rank > 0:
+        on_every_rank(run.folder)
         with run.train, TerminalDisplay(0, 0, quiet=True) as display:
             return {"finished": _train(engine, run, Progress(), None, display), "rank": run.ranks.rank}
     with FolderLock(run.folder):
@@ -71,6 +73,7 @@ def execute_run(
             raise UserError(f"{run.folder}: another run wrote to this folder in the meantime: retry")
         messages = clean_up(run.folder, saved)
         before_training(run.folder)
+        on_every_rank(run.folder)
         progress = Progress(position=config.train.first_sequence)
         if saved is not None:
             run, progress = restore(engine, run, saved)

@@ -54,6 +54,13 @@ class PreferencePair(NamedTuple):
     rejected: Message
 
 
+class LabeledConversation(NamedTuple):
+    """A conversation, and whether its last answer is desirable."""
+
+    conversation: Conversation
+    desirable: bool
+
+
 class InvalidRow(ValueError):
     """A row that cannot be used. Rows are counted by `reason`; `detail` is shown for the first of each."""
 

@@ -2,6 +2,7 @@
 worker, L tokens."""
 
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -15,41 +16,52 @@ from anarchobot.model.loss import token_losses
 from anarchobot.model.preference import Preferences, losses_and_grads, rewards
 from anarchobot.model.step_options import Objective
 from anarchobot.training.mlx_engine import Metrics, MicroBatchSlice, MLXEngine, used_length
-
-PREFERENCE_METRICS = ("reward_margin", "reward_accuracy", "chosen_log_prob", "rejected_log_prob")
+from anarchobot.training.ranks import SINGLE_PROCESS, Ranks
 
 
 class PreferenceEngine(MLXEngine):
-    """Trains on PairBatches. The loss is the mean over pairs; PREFERENCE_METRICS are means too: reward margin, reward
-    accuracy, and both log-probabilities."""
+    """Trains on PairBatches. The loss is the mean over pairs; METRICS are means too: reward margin, reward accuracy,
+    and both log-probabilities."""
 
-    def __init__(self, config: Config, weights: Mapping[str, npt.NDArray[np.float32]] | None = None) -> None:
-        super().__init__(config, weights)
+    METRICS: ClassVar[tuple[str, ...]] = ("reward_margin", "reward_accuracy", "chosen_log_prob", "rejected_log_prob")
+
+    def __init__(
+        self,
+        config: Config,
+        weights: Mapping[str, npt.NDArray[np.float32]] | None = None,
+        ranks: Ranks = SINGLE_PROCESS,
+    ) -> None:
+        super().__init__(config, weights, ranks)
         self._evaluated: list[tuple[int, Metrics, int]] = []  # per batch: its first pair, metrics, and number of pairs
 
     def log_probs(self, batch: PairBatch) -> npt.NDArray[np.float32]:
         """Log-probabilities of the answers under the current weights, without dropout: [A, B, 2]. Raises
         MemoryError."""
+        return self._sequence_log_probs(self.weights, batch.inputs, batch.targets)
+
+    def _sequence_log_probs(
+        self, weights: Params, inputs: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.float32]:
+        """Log-probabilities of the targets of S sequences per row, [A, B, S, L], without dropout: [A, B, S]."""
 
         def part(worker: int) -> list[npt.NDArray[np.float32]]:
-            weights, parts = self.weights, []
-            for i in range(len(batch.inputs)):
-                inputs, targets, _ = self._slice(batch, i, worker)
-                assert inputs is not None and targets is not None
-                log_probs = self._log_probs(weights, inputs, targets) if inputs.size else mx.zeros(0)
-                parts.append(np.array(log_probs, np.float32).reshape(-1, 2))
+            parts = []
+            for i in range(len(inputs)):
+                own_inputs, own_targets = self._sequences(inputs, targets, i, worker)
+                log_probs = self._log_probs(weights, own_inputs, own_targets) if own_inputs.size else mx.zeros(0)
+                parts.append(np.array(log_probs, np.float32).reshape(-1, inputs.shape[2]))
             return parts
 
         parts = self._run_on_workers(part)
-        return np.stack([np.concatenate([part[i] for part in parts]) for i in range(len(batch.inputs))])
+        return np.stack([np.concatenate([part[i] for part in parts]) for i in range(len(inputs))])
 
     def eval_metrics(self) -> dict[str, float]:
         """Returns the extra metrics of the `eval_step` calls since the last call."""
         evaluated, self._evaluated = self._evaluated, []
-        sums: Metrics = sum((metrics for _, metrics, _ in evaluated), np.zeros(1 + len(PREFERENCE_METRICS)))
+        sums: Metrics = sum((metrics for _, metrics, _ in evaluated), np.zeros(1 + len(self.METRICS)))
         *totals, count = self._ranks.all_reduce_scalars([*sums, sum(count for _, _, count in evaluated)]).tolist()
         means = [x / max(1, count) for x in totals]
-        return {f"val_{name}": mean for name, mean in zip(PREFERENCE_METRICS, means[1:], strict=True)}
+        return {f"val_{name}": mean for name, mean in self._named_metrics(means[1:]).items()}
 
     def eval_step(self, batch: Batch) -> tuple[float, int]:
         """Returns the summed loss of the batch's pairs, and their number; no dropout.
@@ -73,19 +85,27 @@ class PreferenceEngine(MLXEngine):
         return int(np.count_nonzero(batch.indices >= 0))
 
     def _named_metrics(self, others: list[float]) -> dict[str, float]:
-        return dict(zip(PREFERENCE_METRICS, others, strict=True))
+        return dict(zip(self.METRICS, others, strict=True))
 
     def _slice(self, batch: Batch, i: int, worker: int) -> MicroBatchSlice:
         """A worker's pairs of micro-batch `i`: inputs and targets [2 b, L], chosen and rejected alternating, and the
         log-probabilities of the reference model [b, 2]."""
         assert isinstance(batch, PairBatch)
+        reference = mx.array(self._part(batch.ref_log_probs[i], worker))
+        return *self._sequences(batch.inputs, batch.targets, i, worker), reference
 
-        def part(x: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-            return np.array_split(x[i], self.workers.count)[worker]
+    def _sequences(
+        self, inputs: npt.NDArray[np.int32], targets: npt.NDArray[np.int32], i: int, worker: int
+    ) -> tuple[mx.array, mx.array]:
+        """A worker's part of micro-batch `i` of [A, B, S, L] as [b S, L], cut where only padding follows."""
+        length, used = inputs.shape[-1], used_length(targets[i])
+        own_inputs, own_targets = (
+            mx.array(self._part(x[i], worker).reshape(-1, length)[:, :used]) for x in (inputs, targets)
+        )
+        return own_inputs, own_targets
 
-        length, used = batch.inputs.shape[-1], used_length(batch.targets[i])
-        inputs, targets = (mx.array(part(x).reshape(-1, length)[:, :used]) for x in (batch.inputs, batch.targets))
-        return inputs, targets, mx.array(part(batch.ref_log_probs))
+    def _part(self, rows: npt.NDArray[Any], worker: int) -> npt.NDArray[Any]:
+        return np.array_split(rows, self.workers.count)[worker]
 
     def _segments_and_objective(
         self, targets: mx.array, extra: mx.array | None

@@ -96,6 +96,14 @@ class Ranks:
         mx.eval(gathered)
         return gathered
 
+    def all_gather_rows(self, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Returns the rows [n, ...] of all ranks in the order of the ranks, [size * n, ...]; all have equally many."""
+        if self.size == 1:
+            return rows
+        import mlx.core as mx
+
+        return np.array(self._exchange(mx.distributed.all_gather(mx.array(rows), group=self._group)))
+
     def all_gather_scalars(self, values: Sequence[float] | npt.NDArray[np.float64] | None) -> npt.NDArray[np.float64]:
         """Returns the values of all ranks, [size, n]. If a rank passes None (out of memory), all raise MemoryError."""
         if self.size == 1:

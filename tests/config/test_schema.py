@@ -64,7 +64,7 @@ CHOICES = {
     "chat.format": '"auto" | "messages" | "sharegpt" | "oasst" | "alpaca" | "prompt_completion" | "text"',
     "chat.train_on": '"assistant" | "all"',
     "chat.too_long": '"cut" | "drop"',
-    "preference.loss": '"sigmoid" | "sigmoid_norm" | "ipo" | "simpo" | "cpo" | "orpo"',
+    "preference.loss": '"sigmoid" | "sigmoid_norm" | "ipo" | "simpo" | "cpo" | "orpo" | "kto"',
     "generation.method": '"greedy" | "top_k" | "nucleus" | "min_p" | "random" | "combined"',
 }
 

@@ -1,5 +1,7 @@
 """Preference tuning end to end: it learns, resumes exactly and computes reference log-probabilities once."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from anarchobot.tasks import dpo as dpo_task
 from anarchobot.tasks.dpo import compute_ref_log_probs, dpo
 from anarchobot.tokenizers.chat_encoder import Encoded
 from anarchobot.training.preference_engine import PreferenceEngine
+from tests.ranks import TIMEOUT
 from tests.tasks.test_pretrain import assert_same_state
 from tests.tasks.tuning import base as base
 from tests.tasks.tuning import events, tuning
+from tests.tasks.tuning import labeled as labeled
 from tests.tasks.tuning import preferences as preferences
 from tests.tiny import LEFT_OUT
 
@@ -25,19 +29,21 @@ from tests.tiny import LEFT_OUT
 @pytest.mark.parametrize(
     "settings",
     [
-        {}, {"lora__r": 4}, {"preference__loss": "ipo"}, {"preference__loss": "orpo"}, {"preference__loss": "cpo"},
+        {},
+        {"lora__r": 4},
+        {"preference__loss": "ipo"},
+        {"preference__loss": "orpo"},
         {"preference__loss": "simpo", "preference__beta": 2.0},
-        {"preference__loss": "sigmoid_norm", "preference__beta": 5.0},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_model_learns_preferences(tmp_path: Path, base: Path, preferences: Path, settings: dict[str, Any]) -> None:
     summary = dpo(tuning(tmp_path, "run", base, preferences, train__total_steps=30, **settings), show="nothing")
     first, *_, last = events(tmp_path / "run", "eval")
     if "preference__loss" not in settings:
         assert first["val_loss"] == pytest.approx(np.log(2), abs=1e-6) and first["val_reward_margin"] == 0.0
     assert last["val_loss"] < first["val_loss"] and last["val_reward_accuracy"] > 0.9
-    no_reference = settings.get("preference__loss") in ("simpo", "cpo", "orpo")
+    no_reference = settings.get("preference__loss") in ("simpo", "orpo")
     assert (tmp_path / "run" / "reference.json").exists() != no_reference
     gap = [e["val_chosen_log_prob"] - e["val_rejected_log_prob"] for e in (first, last)]
     assert gap[1] > gap[0]
@@ -46,7 +52,41 @@ def test_model_learns_preferences(tmp_path: Path, base: Path, preferences: Path,
     assert summary["best_val_loss"] == min(e["val_loss"] for e in events(tmp_path / "run", "eval"))
 
 
-@pytest.mark.parametrize("settings", [{}, {"lora__r": 4, "lora__dropout": 0.1}], ids=["all weights", "adapters"])
+def test_model_learns_from_labeled_answers(
+    tmp_path: Path, base: Path, labeled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dpo(tuning(tmp_path, "run", base, labeled, train__total_steps=30, preference__loss="kto"))
+    output = capsys.readouterr().err
+    assert "60 rows read, 58 kept" in output and "labeled.jsonl:59: label is not" in output
+    assert "training answers" in output and "set preference.desirable_weight between" in output
+    first, *_, last = events(tmp_path / "run", "eval")
+    assert first["val_loss"] == pytest.approx(0.5, abs=1e-6) and first["val_kl"] == pytest.approx(0.0, abs=1e-4)
+    assert last["val_loss"] < first["val_loss"] and last["val_reward_accuracy"] > 0.9
+    assert last["val_desirable_reward"] > 0 > last["val_undesirable_reward"] and last["val_reward_margin"] > 0
+    steps = events(tmp_path / "run", "train")
+    assert all("kl" in e for e in steps) and any("reward_margin" in e for e in steps)
+
+
+def test_pairs_give_two_labeled_answers_each(
+    tmp_path: Path, base: Path, preferences: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"preference__loss": "kto", "data__val_fraction": 0.0, "train__total_steps": 1}
+    dpo(tuning(tmp_path, "run", base, preferences, **settings))
+    output = capsys.readouterr().err
+    assert "60 rows read, 58 kept" in output and "116 training answers, 0 held out; 58 desirable" in output
+    assert "set preference.desirable_weight" not in output
+
+
+def test_labeled_answers_need_kto(tmp_path: Path, base: Path, labeled: Path) -> None:
+    with pytest.raises(UserError, match=r"no row has the fields of a preference: .* preference.loss: kto"):
+        dpo(tuning(tmp_path, "run", base, labeled), show="nothing")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"lora__r": 4, "lora__dropout": 0.1}, {"preference__loss": "kto", "train__ema_decay": 0.9}],
+    ids=["all weights", "adapters", "kto"],
+)
 def test_resumed_run_equals_uninterrupted_run_and_reuses_ref_log_probs(
     tmp_path: Path, base: Path, preferences: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,12 +186,43 @@ def test_identical_answers_are_counted_and_unused_settings_rejected(
             "label_smoothing: applies only to preference.loss: s",
         ),
         ({"preference__simpo_gamma": 0.1}, "preference.simpo_gamma: applies only to preference.loss: simpo: remove it"),
+        ({"preference__desirable_weight": 2.0}, "preference.desirable_weight: applies only to preference.loss: kto"),
         ({"preference__cpo_alpha": 0.1}, "preference.cpo_alpha: applies only to preference.loss: cpo: remove it"),
     ):
         with pytest.raises(UserError, match=match):
             dpo(tuning(tmp_path, "other", base, preferences, **overrides), show="nothing")
     assert main(["dpo", str(tmp_path / "run.yaml"), "--dataset", str(tmp_path / "none.jsonl"), "train.save_dir=x"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_two_ranks_equal_one_process(tmp_path: Path, base: Path, preferences: Path, labeled: Path) -> None:
+    """Losses, reference log-probabilities and, for KTO, the KL divergence; with half the accumulation."""
+    for loss, data in (("sigmoid", preferences), ("kto", labeled)):
+        settings = {"preference__loss": loss, "train__cpu_threads": 1}
+        dpo(tuning(tmp_path, f"{loss}1", base, data, **settings), show="nothing")
+        tuning(tmp_path, f"{loss}2", base, data, **settings, train__grad_accum_steps=1)
+        words = ["launch", "-n", "2", "--", "dpo", str(tmp_path / f"{loss}2.yaml")]
+        done = subprocess.run(
+            [sys.executable, "-m", "anarchobot", *words], capture_output=True, text=True, timeout=TIMEOUT, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        one, two = (tmp_path / f"{loss}{n}" for n in (1, 2))
+        assert (one / "reference.json").read_bytes() == (two / "reference.json").read_bytes()
+        assert done.stderr.count("computing reference log-probabilities") == 1
+        ignored = {
+            "event",
+            "time",
+            "tokens_per_second",
+            "peak_memory_gb",
+            "active_memory_gb",
+            "cache_memory_gb",
+            "tflops",
+        }
+        for event in ("train", "eval"):
+            for a, b in zip(*(events(run, event) for run in (one, two)), strict=True):
+                assert {k: b[k] for k in b.keys() - ignored} == pytest.approx(
+                    {k: a[k] for k in a.keys() - ignored}, rel=1e-4, abs=1e-5
+                )
 
 
 # Reference log-probabilities

@@ -51,6 +51,21 @@ def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The answers of `preferences` one by one, in TRL's form; two have a label that can't be read."""
+    path = tmp_path_factory.mktemp("labeled") / "labeled.jsonl"
+    draw = random.Random(0)
+    rows: list[dict[str, Any]] = []
+    for i in range(58):
+        color, good = draw.choice(COLORS), draw.random() < 0.65
+        answer = f"{color} please" if good else f"no {color}"
+        rows.append({"prompt": f"Say {color} {i}", "completion": answer, "label": good})
+    rows += [{"prompt": "Hello", "completion": "Hi", "label": "good"}] * 2
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def tuning(folder: Path, name: str, base: Path, dataset: Path, **overrides: Any) -> LoadedConfig:
     """A config for sft or dpo with save_dir folder/name; `overrides` as in tests/tiny.py."""
     config: dict[str, dict[str, Any]] = {

@@ -4,6 +4,7 @@ A row's format is detected from its field names. OpenAssistant's message trees, 
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from anarchobot.tokenizers.conversation import (
     ROLES,
     Conversation,
     InvalidRow,
+    LabeledConversation,
     Message,
     PreferencePair,
     check_encodable,
@@ -275,10 +277,12 @@ EXPECTED = (
 # Preferences: UltraFeedback, HH-RLHF, ShareGPT and similar.
 
 EXPECTED_PAIRS = (
-    "chosen and rejected, with a separate prompt or the whole dialogue in each; or OpenAssistant message trees"
+    "chosen and rejected, with a separate prompt or the whole dialogue in each; LLMBar; PandaLM; or OpenAssistant "
+    "message trees"
 )
 _PROMPTS = ("prompt", "question", "conversations")
 PAIR_FIELDS = (*_PROMPTS, *_CHOICES)
+_VOTES = ("label", "annotator1", "annotator2", "annotator3")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -334,3 +338,79 @@ def _parse_transcript(text: str, name: str) -> Conversation:
         parse_message(_HH_ROLES[speaker], content.strip(), f"'{name}', turn {i + 1}")
         for i, (speaker, content) in enumerate(turns)
     )
+
+
+def _from_llmbar(row: Row) -> PreferencePair:
+    return _judged(row, get_field(row, "input"), ("output_1", "output_2"), [get_field(row, "label")])
+
+
+def _from_pandalm(row: Row) -> PreferencePair:
+    parts = [get_field(row, "instruction"), row.get("input") or ""]
+    question = "\n".join(part for part in parts if part) if all(isinstance(part, str) for part in parts) else None
+    votes = [row[name] for name in _VOTES if row.get(name) is not None] or [get_field(row, *_VOTES)]
+    return _judged(row, question, ("response1", "response2"), votes)
+
+
+def _judged(row: Row, question: Any, fields: tuple[str, str], votes: list[Any]) -> PreferencePair:
+    """Two answers, and what one or more people preferred: 1, 2 or 0, for neither. Raises InvalidRow without a
+    majority."""
+    if unknown := [vote for vote in votes if vote not in (0, 1, 2)]:
+        raise InvalidRow("preference is not 0, 1 or 2", repr(unknown[0]))
+    preferred, count = Counter(votes).most_common(1)[0]
+    if preferred == 0 or 2 * count <= len(votes):
+        raise InvalidRow("tie", f"preferred: {', '.join(map(str, votes))}")
+    prompt = _parse_prompt(question, "the question", _system(row))
+    sides = [_parse_dialogue(prompt, get_field(row, name), name) for name in fields]
+    return make_pair(*sides) if preferred == 1 else make_pair(*reversed(sides))
+
+
+class PreferenceFormat(NamedTuple):
+    """As Format, of a pair or of a conversation with a label."""
+
+    matches: Callable[[Row], bool]
+    parse: Callable[[Row], PreferencePair | LabeledConversation]
+    fields: tuple[str, ...]
+
+
+def _has_all(*names: str) -> Callable[[Row], bool]:
+    return lambda row: all(name in row for name in names)
+
+
+PAIR_FORMATS = (
+    PreferenceFormat(is_preference_row, parse_pair, PAIR_FIELDS),
+    PreferenceFormat(
+        _has_all("input", "output_1", "output_2", "label"), _from_llmbar, ("input", "output_1", "output_2", "label")
+    ),
+    PreferenceFormat(
+        _has_all("instruction", "response1", "response2"),
+        _from_pandalm,
+        ("instruction", "input", "response1", "response2", *_VOTES),
+    ),
+)
+
+# Single answers with a label (KTO): any conversation.
+
+EXPECTED_LABELED = (
+    "a conversation, or a prompt and its completion, with a label or kto_tag of true or false; or preference pairs: "
+    f"{EXPECTED_PAIRS}"
+)
+
+
+def _labeled(format: Format) -> PreferenceFormat:
+    """The format with a label, which is true or false (1 or 0)."""
+
+    def parse(row: Row) -> LabeledConversation:
+        _check_text_only(row)
+        label = get_field(row, *_LABELS)
+        if label not in (True, False):
+            raise InvalidRow("label is not true or false", repr(label))
+        return LabeledConversation(format.parse(row), bool(label))
+
+    def matches(row: Row) -> bool:
+        return any(name in row for name in _LABELS) and format.matches(row)
+
+    return PreferenceFormat(matches, parse, (*format.fields, *_LABELS))
+
+
+_QUESTION_AND_ANSWER = FORMATS["prompt_completion"]._replace(matches=is_question_and_answer)
+LABELED_FORMATS = (*map(_labeled, (*FORMATS.values(), _QUESTION_AND_ANSWER)), *PAIR_FORMATS)

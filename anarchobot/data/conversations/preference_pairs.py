@@ -5,7 +5,7 @@ tokens, including its end-of-turn token.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +41,8 @@ class PairDataset:
     `ref_log_probs`, float32 [count, 2], is copied into the batches. It is zero until the caller sets it.
     """
 
+    unit = "pairs"
+
     def __init__(self, chosen: TokenTable, rejected: TokenTable, seq_len: int, pad_id: int) -> None:
         assert chosen.count == rejected.count
         self.count, self.seq_len = chosen.count, seq_len
@@ -56,6 +58,12 @@ class PairDataset:
         ref_log_probs = np.zeros((len(indices), 2), np.float32)
         ref_log_probs[valid] = self.ref_log_probs[indices[valid]]
         return PairBatch(inputs, targets, indices=np.where(valid, indices, -1), ref_log_probs=ref_log_probs)
+
+    def describe(self) -> str:
+        """The mean lengths, because a preference for long answers is learned as readily as any other."""
+        rows = self.rows(np.arange(min(self.count, 1000)))
+        chosen, rejected = np.count_nonzero(rows.targets >= 0, axis=2).mean(axis=0)
+        return f"mean answer length: chosen {chosen:.0f} tokens, rejected {rejected:.0f}"
 
     def digest(self) -> str:
         """sha256 of the pairs; must match on resume and for cached log-probabilities."""
@@ -78,12 +86,12 @@ def tokenize_pairs(
     Raises UserError if no training pair is left.
     """
     assert encoder.train_on == "answer"
-    splits: tuple[list[tuple[Encoded, Encoded]], ...] = ([], [])
+    splits: tuple[list[list[Encoded]], ...] = ([], [])
     for batch in batches(pairs):
-        encoded = encoder.encode([dialogue for _, pair in batch for dialogue in _dialogues(pair)])
+        encoded = encoder.encode([dialogue for _, pair in batch for dialogue in dialogues(pair)])
         for (place, pair), chosen, rejected in zip(batch, encoded[::2], encoded[1::2], strict=True):
             try:
-                sides, truncated = _fit_pair(pair, chosen, rejected, encoder, seq_len + 1, too_long)
+                sides, truncated = fit_answers(dialogues(pair), (chosen, rejected), encoder, seq_len + 1, too_long)
             except InvalidRow as error:
                 counts.skip_kept(place, error)
                 continue
@@ -96,40 +104,43 @@ def tokenize_pairs(
     return train, val
 
 
-def _fit_pair(
-    pair: PreferencePair,
-    chosen: Encoded | InvalidRow,
-    rejected: Encoded | InvalidRow,
+def fit_answers(
+    answers: Sequence[Conversation],
+    encoded: Sequence[Encoded | InvalidRow],
     encoder: ChatEncoder,
     limit: int,
     too_long: TooLong,
-) -> tuple[tuple[Encoded, Encoded], bool]:
-    """Both sides within `limit` tokens, and whether the prompt was truncated."""
+) -> tuple[list[Encoded], bool]:
+    """The conversations, which differ only in the last answer, within `limit` tokens, and whether their prompt was
+    truncated. Raises InvalidRow if one does not fit."""
     truncated = False
     while True:
-        for side in (chosen, rejected):
+        sides: list[Encoded] = []
+        for side in encoded:
             if isinstance(side, InvalidRow):
                 raise side
-        assert isinstance(chosen, Encoded) and isinstance(rejected, Encoded)
-        if np.array_equal(chosen.ids, rejected.ids):
+            sides.append(side)
+        if len(sides) == 2 and np.array_equal(sides[0].ids, sides[1].ids):
             raise InvalidRow("identical answers", "in the chat template")
         try:
-            return (fit_to_length(chosen, limit, "drop"), fit_to_length(rejected, limit, "drop")), truncated
+            return [fit_to_length(side, limit, "drop") for side in sides], truncated
         except InvalidRow:
-            first = preamble(pair.prompt)
-            questions = [i for i, message in enumerate(pair.prompt) if message.role == "user"]
+            prompt = answers[0][:-1]
+            first = preamble(prompt)
+            questions = [i for i, message in enumerate(prompt) if message.role == "user"]
             if too_long == "drop" or len(questions) < 2:  # a single question is never cut
                 raise
-            pair = pair._replace(prompt=pair.prompt[:first] + pair.prompt[questions[1] :])
+            answers = [(*prompt[:first], *prompt[questions[1] :], answer[-1]) for answer in answers]
             truncated = True
-            chosen, rejected = encoder.encode(_dialogues(pair))
+            encoded = encoder.encode(answers)
 
 
-def _dialogues(pair: PreferencePair) -> list[Conversation]:
+def dialogues(pair: PreferencePair) -> list[Conversation]:
+    """The prompt with the chosen and with the rejected answer."""
     return [(*pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
 
 
-def _pair_dataset(sides: list[tuple[Encoded, Encoded]], encoder: ChatEncoder, seq_len: int) -> PairDataset:
+def _pair_dataset(sides: list[list[Encoded]], encoder: ChatEncoder, seq_len: int) -> PairDataset:
     tokenizer = encoder.tokenizer
     chosen, rejected = (TokenTable.from_encoded((side[i] for side in sides), tokenizer.vocab_size) for i in range(2))
     return PairDataset(chosen, rejected, seq_len, tokenizer.eod_id)

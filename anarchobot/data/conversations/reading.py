@@ -4,7 +4,7 @@ Every row that is skipped is counted by reason in RowCounts, and the first of ea
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -18,12 +18,12 @@ from anarchobot.data.conversations import formats, oasst
 from anarchobot.data.sources import compressed, files, hub, parquet, rows
 from anarchobot.data.sources.files import SHOWN, EmptyFile, FileRange, Unread, describe_unread
 from anarchobot.data.sources.rows import Row
-from anarchobot.tokenizers.conversation import Conversation, InvalidRow, PreferencePair
+from anarchobot.tokenizers.conversation import Conversation, InvalidRow, LabeledConversation, PreferencePair
 
 RawRows = Iterator[tuple[str, bytes | Row | ValueError]]  # (place, undecoded line, row or error)
 ParsedRows = Iterator[tuple[str, Row]]
 SHOWN_FIELDS = 20
-T = TypeVar("T", Conversation, PreferencePair)
+T = TypeVar("T", Conversation, PreferencePair, PreferencePair | LabeledConversation)
 
 
 class UnknownFields(UserError):
@@ -139,23 +139,49 @@ def read_pairs(
     data: DataConfig, counts: RowCounts, language: str | None = None
 ) -> Iterator[tuple[str, PreferencePair]]:
     """(place, pair) of each valid row of `data.dataset`; arguments and errors as for `read_conversations`."""
+    expected = f"{formats.EXPECTED_PAIRS}; labels of single answers are for preference.loss: kto"
+    for place, item in _read_preferences(data, counts, language, formats.PAIR_FORMATS, expected):
+        assert isinstance(item, PreferencePair)
+        yield place, item
 
-    def parse_file(name: str, parsed: ParsedRows) -> Iterator[tuple[str, PreferencePair | InvalidRow]]:
+
+def read_labeled(
+    data: DataConfig, counts: RowCounts, language: str | None = None
+) -> Iterator[tuple[str, PreferencePair | LabeledConversation]]:
+    """(place, item) of each valid row of `data.dataset`: a conversation with a label, or a pair; arguments and errors
+    as for `read_conversations`."""
+    return _read_preferences(data, counts, language, formats.LABELED_FORMATS, formats.EXPECTED_LABELED)
+
+
+def _read_preferences(
+    data: DataConfig,
+    counts: RowCounts,
+    language: str | None,
+    known: Sequence[formats.PreferenceFormat],
+    expected: str,
+) -> Iterator[tuple[str, PreferencePair | LabeledConversation]]:
+    """Rows in the first of the `known` formats that matches; OASST trees become pairs."""
+
+    def parse_file(
+        name: str, parsed: ParsedRows
+    ) -> Iterator[tuple[str, PreferencePair | LabeledConversation | InvalidRow]]:
         any_matched = False
         for place, row in parsed:
             if not any_matched and oasst.is_oasst_row(row):
                 yield from _count_trees(oasst.ranked_pairs(chain([(place, row)], parsed), language), counts)
                 return
-            any_matched = any_matched or formats.is_preference_row(row)
+            matching = next((format for format in known if format.matches(row)), None)
+            any_matched = any_matched or matching is not None
+            format = matching or known[0]  # whose error names a missing field
             try:
-                pair = formats.parse_pair(row)
+                item = format.parse(row)
             except InvalidRow as error:
                 yield place, error
                 continue
-            counts.note_unused(place, row, formats.PAIR_FIELDS)
-            yield place, pair
+            counts.note_unused(place, row, format.fields)
+            yield place, item
         if not any_matched:
-            problem = f"no row has the fields of a preference pair: expected {formats.EXPECTED_PAIRS}"
+            problem = f"no row has the fields of a preference: expected {expected}"
             raise UnknownFields(f"{name}: {problem}{_first_error(counts)}")
 
     return _valid_rows(data, counts, parse_file)

@@ -7,7 +7,7 @@ from typing import Any
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.conversations import reading
 from anarchobot.data.conversations.reading import RowCounts
-from anarchobot.tokenizers.conversation import Conversation, Message, PreferencePair
+from anarchobot.tokenizers.conversation import Conversation, LabeledConversation, Message, PreferencePair
 
 QUESTION, ANSWER = "Why?", "Because."
 TWO = (("user", QUESTION), ("assistant", ANSWER))
@@ -43,6 +43,13 @@ def plain_pair(pair: PreferencePair) -> tuple[Any, ...]:
 def read_pairs(*names: Path | str) -> tuple[list[Any], RowCounts]:
     counts = RowCounts()
     found = [plain_pair(p) for _, p in reading.read_pairs(DataConfig(dataset=[str(n) for n in names]), counts)]
+    check(counts, len(found))
+    return found, counts
+
+
+def read_labeled(*names: Path | str) -> tuple[list[PreferencePair | LabeledConversation], RowCounts]:
+    counts = RowCounts()
+    found = [item for _, item in reading.read_labeled(DataConfig(dataset=[str(n) for n in names]), counts)]
     check(counts, len(found))
     return found, counts
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.data.conversations.rows import ANSWER, MESSAGES, QUESTION, TWO, jsonl, read, read_pairs
+from tests.data.conversations.rows import ANSWER, MESSAGES, QUESTION, TWO, jsonl, read, read_labeled, read_pairs
 
 OASST = {"user_id": "u", "lang": "en", "deleted": False, "rank": None, "review_result": True, "tree_state": "ready"}
 FORMATS: dict[str, tuple[Any, Any]] = {
@@ -411,3 +411,97 @@ def test_other_fields_of_pairs_are_counted(tmp_path: Path) -> None:
     row = {"question": "Why?", "chosen": "Because.", "rejected": "No.", "messages": [QUESTION_TURN], "source": "x"}
     found, counts = read_pairs(jsonl(tmp_path / "pairs.jsonl", row))
     assert found == [PAIR] and counts.other_fields == {"'messages'": 1, "'source'": 1}
+
+
+# Judged pairs
+
+
+LLMBAR = {"input": "Why?", "output_1": "No.", "output_2": "Because.", "label": 2}
+PANDALM = {
+    "instruction": "Why?", "input": "", "response1": "Because.", "response2": "No.", "annotator1": 1, "annotator2": 0,
+    "annotator3": 1,
+}  # fmt: skip
+JUDGED: dict[str, dict[str, Any]] = {
+    "llmbar": LLMBAR,
+    "llmbar, the first": {**LLMBAR, "output_1": "Because.", "output_2": "No.", "label": 1},
+    "pandalm": PANDALM,
+    "pandalm, the second": {
+        **PANDALM, "response1": "No.", "response2": "Because.", "annotator1": 2, "annotator2": 2, "annotator3": 2
+    },
+    "pandalm, one judge": {"instruction": "Why?", "response1": "Because.", "response2": "No.", "label": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_judged_pairs(tmp_path: Path, name: str) -> None:
+    found, counts = read_pairs(jsonl(tmp_path / "pairs.jsonl", {**JUDGED[name], "idx": 1}))
+    assert found == [PAIR] and counts.other_fields == {"'idx'": 1}
+
+
+def test_input_of_pandalm_follows_the_instruction(tmp_path: Path) -> None:
+    found, _ = read_pairs(jsonl(tmp_path / "pairs.jsonl", {**PANDALM, "input": "Is it so?"}))
+    assert found[0].prompt[0].content == "Why?\nIs it so?"
+
+
+INVALID_JUDGED: dict[str, tuple[dict[str, Any], str]] = {
+    "tie": ({**PANDALM, "annotator1": 0}, "tie"),
+    "no majority": ({**PANDALM, "annotator3": 2}, "tie"),
+    "two judges": ({**PANDALM, "annotator2": 2, "annotator3": None}, "tie"),
+    "llmbar, no answer is better": ({**LLMBAR, "label": 0}, "tie"),
+    "unknown preference": ({**LLMBAR, "label": "first"}, "preference is not 0, 1 or 2"),
+    "no preference": ({**LLMBAR, "label": None}, "field is null"),
+    "no judges": ({"instruction": "Why?", "response1": "a", "response2": "b"}, "missing field"),
+    "no question": ({**PANDALM, "instruction": ["Why?"]}, "content is not text"),
+    "no answer": ({**LLMBAR, "output_1": None}, "field is null"),
+    "identical": ({**LLMBAR, "output_1": "Because."}, "identical answers"),
+}
+
+
+@pytest.mark.parametrize("name", INVALID_JUDGED)
+def test_invalid_judged_pairs_are_counted(tmp_path: Path, name: str) -> None:
+    row, reason = INVALID_JUDGED[name]
+    found, counts = read_pairs(jsonl(tmp_path / "pairs.jsonl", LLMBAR, row))
+    assert found == [PAIR] and counts.skipped == {reason: 1}
+
+
+# Labeled answers
+
+
+LABELED: dict[str, dict[str, Any]] = {
+    "trl": {"prompt": QUESTION, "completion": ANSWER},
+    "trl, messages": {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
+    "messages": {"messages": MESSAGES},
+    "sharegpt": {"conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]},
+    "alpaca": {"instruction": QUESTION, "input": "", "output": ANSWER},
+    "question and answer": {"query": QUESTION, "response": ANSWER},
+}
+
+
+@pytest.mark.parametrize("field", ["label", "kto_tag"])
+@pytest.mark.parametrize("name", LABELED)
+def test_labeled_answers(tmp_path: Path, name: str, field: str) -> None:
+    rows = [{**LABELED[name], field: label, "source": "x"} for label in (True, False, 1, 0)]
+    found, counts = read_labeled(jsonl(tmp_path / "rows.jsonl", *rows))
+    assert found == [LabeledConversation(TWO, label) for label in (True, False, True, False)]
+    assert counts.other_fields == {"'source'": 4}
+
+
+def test_labeled_answers_and_pairs_in_one_file(tmp_path: Path) -> None:
+    pair = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
+    found, _ = read_labeled(jsonl(tmp_path / "rows.jsonl", {**LABELED["trl"], "label": True}, pair, LLMBAR))
+    assert found == [LabeledConversation(TWO, True), PAIR, PAIR]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({**LABELED["trl"], "label": "yes"}, "label is not true or false"),
+        ({**LABELED["trl"], "label": None}, "field is null"),
+        (LABELED["trl"], "missing field"),
+        ({"prompt": QUESTION, "completion": " ", "label": True}, "empty content"),
+        ({**LABELED["trl"], "label": True, "images": ["a.png"]}, "field can't be used"),
+    ],
+)
+def test_invalid_labeled_answers_are_counted(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    found, counts = read_labeled(jsonl(tmp_path / "rows.jsonl", {**LABELED["trl"], "label": True}, row))
+    assert len(found) == 1 and counts.skipped == {reason: 1}

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from anarchobot.config.errors import UserError
-from tests.data.conversations.rows import MESSAGES, QUESTION, TWO, jsonl, read, read_pairs
+from anarchobot.tokenizers.conversation import LabeledConversation
+from tests.data.conversations.rows import MESSAGES, QUESTION, TWO, jsonl, read, read_labeled, read_pairs
 
 
 def test_unusable_files_are_errors(tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_invalid_rows_of_a_messy_file(shared_data: Path) -> None:
 
 def test_file_without_preferences_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"a.jsonl: no row has the fields of a preference pair: expected chosen and rejected"
+        UserError, match=r"a.jsonl: no row has the fields of a preference: expected chosen and rejected"
     ):
         read_pairs(jsonl(tmp_path / "a.jsonl", {"text": "a"}))
 
@@ -163,11 +164,23 @@ def test_file_without_preferences_is_an_error(tmp_path: Path) -> None:
         ("ultrafeedback_1000.jsonl", 994, {"identical answers": 4, "empty content": 2}),
         ("hh_harmless_part.jsonl", 1691, {"roles out of order": 5, "empty content": 4}),
         ("dpo_sharegpt_en.json", 210, {}),
+        ("llmbar.jsonl", 234, {}),
     ],
 )
 def test_real_pairs(shared_data: Path, name: str, kept: int, skipped: dict[str, int]) -> None:
     found, counts = read_pairs(shared_data / "preference" / name)
     assert (len(found), counts.skipped) == (kept, skipped)
+
+
+def test_real_labeled_answers(shared_data: Path) -> None:
+    found, counts = read_labeled(shared_data / "preference" / "kto_messages_en.json")
+    labels = [item.desirable for item in found if isinstance(item, LabeledConversation)]
+    assert (len(labels), sum(labels), counts.skipped) == (210, 107, {})
+
+
+def test_real_pairs_are_read_for_kto(shared_data: Path) -> None:
+    found, counts = read_labeled(shared_data / "preference" / "llmbar.jsonl")
+    assert (len(found), counts.skipped) == (234, {})
 
 
 def test_hh_transcripts_round_trip(shared_data: Path) -> None:
