@@ -20,8 +20,9 @@ from anarchobot.config.adapt_schema import AdaptConfig
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import load, load_config
 from anarchobot.config.schema import DataConfig, KnowledgeBaseConfig
+from anarchobot.data.conversations.labeled_answers import tokenize_labeled
 from anarchobot.data.conversations.preference_pairs import tokenize_pairs
-from anarchobot.data.conversations.reading import RowCounts, read_conversations, read_pairs
+from anarchobot.data.conversations.reading import RowCounts, read_conversations, read_labeled, read_pairs
 from anarchobot.data.conversations.tokenized import tokenize_conversations
 from anarchobot.data.shards import SPLITS, TokenStream
 from anarchobot.data.sources.documents import DocumentCounts, from_files
@@ -142,6 +143,16 @@ def _pairs(folder: Path) -> None:
         pairs = read_pairs(DataConfig(dataset=str(file)), counts)
         try:
             tokenize_pairs(pairs, _Common.encoder("answer"), counts, seq_len=64)
+        finally:
+            counts.summary()
+
+
+def _labeled(folder: Path) -> None:
+    for file in _files(folder):
+        counts = RowCounts()
+        answers = read_labeled(DataConfig(dataset=str(file)), counts)
+        try:
+            tokenize_labeled(answers, _Common.encoder("answer"), counts, seq_len=64)
         finally:
             counts.summary()
 
@@ -301,6 +312,7 @@ READERS: dict[str, Reader] = {
     "parquet": Reader(_parquet, "pretokenize, sft, dpo"),
     "conversations": Reader(_conversations, "sft", memory_factor=TOKENIZER_BYTES),
     "preference pairs": Reader(_pairs, "dpo", memory_factor=TOKENIZER_BYTES),
+    "labeled answers": Reader(_labeled, "dpo", memory_factor=TOKENIZER_BYTES),
     "prompts": Reader(_prompts, "generate --prompts FILE"),
     "evaluation results": Reader(_results, "evaluate --compare A B"),
     "harness requests": Reader(_harness, "evaluate --tasks"),

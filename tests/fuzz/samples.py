@@ -55,7 +55,14 @@ PAIRS: list[list[dict[str, Any]]] = [
     [{"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "No"}]}],
     [{"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [{"role": "assistant", "content": "No"}], "score": 1}],
     [{"prompt": TREE}],
+    [{"input": "Hi", "output_1": "No", "output_2": "Hello", "label": 2},
+     {"instruction": "Hi", "input": "", "response1": "Hello", "response2": "No", "annotator1": 1, "annotator2": 0,
+      "annotator3": 1}],
 ]  # fmt: skip
+LABELED: list[list[dict[str, Any]]] = [
+    [{"prompt": "Hi", "completion": "Hello", "label": True}, {"prompt": "Hi", "completion": "No", "label": False}],
+    [{"messages": TURNS, "kto_tag": True}, {"prompt": "Hi", "chosen": "Hello", "rejected": "No"}],
+]
 REQUESTS = [
     {"context": "The first", "continuation": " line", "generate": {"until": ["\n"], "max_gen_toks": 3}},
     {"context": "", "continuation": "x", "generate": {"until": "a", "do_sample": True, "temperature": 0.7, "top_p": 1}},
@@ -92,6 +99,7 @@ def build(folder: Path, with_mlx_lm: bool = True) -> None:
     chats += [{"a.json": json.dumps(rows).encode()} for rows in CONVERSATIONS]
     _write(folder, "conversations", *chats)
     _write(folder, "preference pairs", *({"a.jsonl": _lines(rows)} for rows in PAIRS))
+    _write(folder, "labeled answers", *({"a.jsonl": _lines(rows)} for rows in LABELED))
     _write(folder, "prompts", {"a.txt": TEXT.encode()}, {"a.jsonl": _lines([{"prompt": "Hi"}, {"prompt": "é\n"}])})
     _write(folder, "harness requests", *({"a.json": json.dumps(request).encode()} for request in REQUESTS))
     _write(folder, "evaluation results", {name: json.dumps(REPORT).encode() for name in ("a.json", "b.json")})

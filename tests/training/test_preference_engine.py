@@ -158,3 +158,36 @@ def test_micro_batches_of_pairs_give_the_gradient_of_the_whole_batch() -> None:
     )  # fmt: skip
     a, b = (PreferenceEngine(config()).train_step(x, 1, 0.01, 0.9, math.inf) for x in (whole, halves))
     assert b.loss == pytest.approx(a.loss, rel=1e-6) and b.grad_norm == pytest.approx(a.grad_norm, rel=1e-5)
+
+
+def test_rows_are_padded_to_a_few_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of pairs of about 130 tokens with data.seq_len 256. A compiled step is traced once for each length."""
+    rng = np.random.default_rng(0)
+    prompts, answers, positions = rng.integers(20, 61, (32, 1, 1)), rng.integers(10, 171, (32, 1, 2)), np.arange(256)
+    ends = prompts + answers
+    scored = (positions >= prompts[..., None]) & (positions < ends[..., None])
+    batch = PairBatch(
+        np.zeros(scored.shape, np.int32), np.where(scored, 1, -100).astype(np.int32),
+        indices=np.arange(32)[:, None], ref_log_probs=np.zeros((32, 1, 2), np.float32),
+    )  # fmt: skip
+    long = config(compile=True, micro_batch_size=1)
+    engine = PreferenceEngine(
+        long.model_copy(
+            update={
+                "data": long.data.model_copy(update={"seq_len": 256}),
+                "model": long.model.model_copy(update={"n_layers": 1}),
+            }
+        )
+    )
+    step, lengths = engine._micro_step, list[int]()
+
+    def record(params: Any, frozen: Any, inputs: Any, *rest: Any) -> Any:
+        lengths.append(inputs.shape[1])
+        return step(params, frozen, inputs, *rest)
+
+    monkeypatch.setattr(engine, "_micro_step", record)
+    engine.train_step(batch, 1, 0.0, 0.9, math.inf)
+    assert lengths == [32 * -(-int(end.max()) // 32) for end in ends]
+    assert (2 * sum(lengths), int(ends.sum()), batch.inputs.size) == (11_008, 8_506, 16_384)
+    assert set(lengths) == {64, 128, 160, 192, 224}
+    assert engine.traces == 1 + 5 + 1  # without existing sums, with them, the update
