@@ -144,25 +144,30 @@ def compute_ref_log_probs(
     """float32 [pairs, 2] for each split, under the engine's current weights, which must be the initial weights.
 
     Values cached in `folder`, which must be locked, are reused if the pairs and `model_key` match. The rest are
-    computed in batches of `batch_size` pairs, or fewer if memory runs out, by all ranks in turn, and saved there by
-    rank 0. `progress` receives the number of pairs of each batch. Raises UserError if not even one pair fits into
-    memory.
+    computed, longest first, in batches of `batch_size` pairs, or fewer if memory runs out, by all ranks in turn, and
+    saved there by rank 0. `progress` receives the number of pairs of each batch. Raises UserError if not even one pair
+    fits into memory.
     """
-    key = hashlib.sha256(" ".join([model_key, *(split.digest() for split in splits)]).encode()).hexdigest()
+    key = hashlib.sha256(
+        " ".join(["longest first", model_key, *(split.digest() for split in splits)]).encode()
+    ).hexdigest()
     file, total, unit = folder / REF_FILE, sum(split.count for split in splits), splits[0].unit
     cached = [] if ranks.rank > 0 else _read_log_probs(file, key) or [[]] * len(splits)
     values = [
         np.array(log_probs, np.float32).reshape(-1, 2)
         for log_probs in json.loads(ranks.broadcast(json.dumps(cached).encode()))
     ]
+    orders = [split.longest_first() for split in splits]
     if (done := sum(map(len, values))) == total:
-        return values
+        return _in_data_order(values, orders)
     log(f"computing reference log-probabilities of {total - done:,} {unit}")
     progress(done)
     saved = time.monotonic()
     for i, split in enumerate(splits):
         while (first := len(values[i])) < split.count:
-            own = first + ranks.rank * batch_size + np.arange(batch_size)  # past the end is padding
+            own = np.full(batch_size, split.count)  # past the end is padding
+            part = orders[i][first + ranks.rank * batch_size :][:batch_size]
+            own[: len(part)] = part
             try:
                 log_probs = engine.log_probs(split.rows(own).micro_batches(1, batch_size))[0]
             except MemoryError:
@@ -186,7 +191,12 @@ def compute_ref_log_probs(
                 saved = time.monotonic()
     if ranks.rank == 0:
         _write_log_probs(file, key, values)
-    return values
+    return _in_data_order(values, orders)
+
+
+def _in_data_order(values: Sequence[LogProbs], orders: Sequence[npt.NDArray[np.int64]]) -> list[LogProbs]:
+    """Values of each split at the indices `orders`."""
+    return [log_probs[np.argsort(order)] for log_probs, order in zip(values, orders, strict=True)]
 
 
 def _write_log_probs(file: Path, key: str, values: list[LogProbs]) -> None:
@@ -194,7 +204,8 @@ def _write_log_probs(file: Path, key: str, values: list[LogProbs]) -> None:
 
 
 def _read_log_probs(file: Path, key: str) -> list[list[list[float]]] | None:
-    """The first log-probabilities of each split; None if the file is missing, damaged or has another key."""
+    """The log-probabilities of the longest pairs of each split; None if the file is missing, damaged or has another
+    key."""
     try:
         cached = read_checksummed(file)
         return cached["log_probs"] if cached["of"] == key else None

@@ -271,6 +271,26 @@ def test_ref_log_probs_are_computed_once_and_cached(tmp_path: Path) -> None:
     check_log_probs(engine, tmp_path)
 
 
+def test_ref_log_probs_are_computed_from_the_longest_to_the_shortest(tmp_path: Path) -> None:
+    """The answers of pair n are n + 1 and 9 - n tokens n; the pairs keep their order in the result."""
+    sides = (
+        [Encoded(np.full(length + 1, n), np.arange(length + 1) > 0) for n, length in enumerate(lengths)]
+        for lengths in (range(1, 9), range(9, 1, -1))
+    )
+    pairs = PairDataset(*(TokenTable.from_encoded(side, 99) for side in sides), seq_len=10, pad_id=0)
+    batches: list[list[int]] = []
+
+    class Engine:
+        def log_probs(self, batch: PairBatch) -> Any:
+            batches.append(batch.indices[0].tolist())
+            return -np.count_nonzero(batch.targets >= 0, axis=-1).astype(np.float32)
+
+    for _ in range(2):  # the second time from the cache
+        (values,) = compute_ref_log_probs(Engine(), [pairs], tmp_path, "m", 3)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(values, [[-n - 1, n - 9] for n in range(8)])
+    assert batches == [[0, 1, 7], [2, 6, 3], [5, 4, -1]]
+
+
 def test_ref_log_probs_survive_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dpo_task, "SAVE_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):

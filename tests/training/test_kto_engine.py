@@ -71,9 +71,11 @@ def test_loss_and_gradients_match_pytorch(kl: float) -> None:
     assert result.extra["reward_accuracy"] == pytest.approx(right.item())
 
 
-@pytest.mark.parametrize("settings", [{"cpu_threads": 2}, {"gradient_checkpointing": True}, {"compile": True}], ids=str)
-def test_threads_checkpointing_and_compilation_give_the_same_result(settings: dict[str, Any]) -> None:
-    """The KL divergence changes from step to step, also in a compiled step."""
+@pytest.mark.parametrize(
+    "settings", [{"cpu_threads": 2}, {"gradient_checkpointing": True}, {"compile": True}, {"ema_decay": 0.9}], ids=str
+)
+def test_threads_checkpointing_compilation_and_averaging_give_the_same_result(settings: dict[str, Any]) -> None:
+    """The KL divergence changes from step to step, also in a compiled step, and is that of the trained weights."""
     batch, engines = labeled(), [KTOEngine(kto_config(**more)) for more in ({}, settings)]
     results = [[e.train_step(batch, step, 0.01, 0.9, math.inf) for step in range(1, 4)] for e in engines]
     assert len({r.extra["kl"] for r in results[0]}) == 3
@@ -99,6 +101,8 @@ def test_validation_counts_answers_and_leaves_out_what_it_has_no_answers_for() -
     trained = KTOEngine(kto_config()).train_step(batch, 1, 0.0, 0.9, math.inf)
     assert count == 3 and total / count == pytest.approx(trained.loss, rel=1e-5)
     assert found == pytest.approx({f"val_{name}": x for name, x in trained.extra.items()}, rel=1e-5)
+    engine.eval_step(batch.rows(0, 3))
+    assert engine.eval_metrics() == pytest.approx(found, rel=1e-5)
     engine.eval_step(replace(batch, labels=np.ones_like(batch.labels)))
     assert set(engine.eval_metrics()) == {
         "val_reward_accuracy", "val_kl", "val_desirable_reward", "val_desirable_log_prob"

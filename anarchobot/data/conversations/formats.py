@@ -360,7 +360,8 @@ def _judged(row: Row, question: Any, fields: tuple[str, str], votes: list[Any]) 
     if preferred == 0 or 2 * count <= len(votes):
         raise InvalidRow("tie", f"preferred: {', '.join(map(str, votes))}")
     prompt = _parse_prompt(question, "the question", _system(row))
-    sides = [_parse_dialogue(prompt, get_field(row, name), name) for name in fields]
+    answers = [parse_message("assistant", get_field(row, name), f"'{name}'") for name in fields]
+    sides = [check_turns([*prompt, answer]) for answer in answers]
     return make_pair(*sides) if preferred == 1 else make_pair(*reversed(sides))
 
 

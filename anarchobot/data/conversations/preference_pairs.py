@@ -47,6 +47,7 @@ class PairDataset:
         assert chosen.count == rejected.count
         self.count, self.seq_len = chosen.count, seq_len
         self.ref_log_probs: npt.NDArray[np.float32] = np.zeros((self.count, 2), np.float32)
+        self._lengths = np.maximum(*(np.diff(side.offsets) for side in (chosen, rejected)))
         self._sides = [ConversationWindows(side, seq_len, pack=False, pad_id=pad_id) for side in (chosen, rejected)]
 
     def rows(self, indices: npt.NDArray[np.int64]) -> PairBatch:
@@ -58,6 +59,10 @@ class PairDataset:
         ref_log_probs = np.zeros((len(indices), 2), np.float32)
         ref_log_probs[valid] = self.ref_log_probs[indices[valid]]
         return PairBatch(inputs, targets, indices=np.where(valid, indices, -1), ref_log_probs=ref_log_probs)
+
+    def longest_first(self) -> npt.NDArray[np.int64]:
+        """The indices in the order of the lengths: batches of them have little padding."""
+        return np.argsort(-self._lengths, kind="stable")
 
     def describe(self) -> str:
         """The mean lengths, because a preference for long answers is learned as readily as any other."""

@@ -453,6 +453,7 @@ INVALID_JUDGED: dict[str, tuple[dict[str, Any], str]] = {
     "no judges": ({"instruction": "Why?", "response1": "a", "response2": "b"}, "missing field"),
     "no question": ({**PANDALM, "instruction": ["Why?"]}, "content is not text"),
     "no answer": ({**LLMBAR, "output_1": None}, "field is null"),
+    "an answer that is true": ({**PANDALM, "response2": True}, "content is not text"),
     "identical": ({**LLMBAR, "output_1": "Because."}, "identical answers"),
 }
 
