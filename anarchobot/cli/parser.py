@@ -16,8 +16,8 @@ HUB_NAME = "ORG/NAME[@REVISION] on the Hugging Face Hub"  # in the help of argum
 # Names in mlx-lm, Unsloth, transformers and nanochat, for suggestions.
 COMMANDS_ELSEWHERE = {
     "merge": "fuse", "convert": "import", "quantize": "export", "lora": "sft", "finetune": "sft", "fine-tune": "sft",
-    "orpo": "dpo", "server": "serve", "run": "chat", "eval": "evaluate", "perplexity": "evaluate",
-    "tokenize": "pretokenize",
+    "orpo": "dpo", "kto": "dpo", "simpo": "dpo", "cpo": "dpo", "server": "serve", "run": "chat", "eval": "evaluate",
+    "perplexity": "evaluate", "tokenize": "pretokenize",
 }  # fmt: skip
 FLAGS_ELSEWHERE = {
     "--temp": ("--temperature",),

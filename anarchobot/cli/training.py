@@ -36,7 +36,7 @@ def add_commands(commands: Any) -> None:
     for name, run, summary, settings in (
         ("pretrain", _pretrain, "pretrain on token shards, from scratch or from train.init_from", SETTINGS),
         ("sft", _sft, "fine-tune a model on conversations", FINETUNING_SETTINGS),
-        ("dpo", _dpo, "fine-tune a model on preference pairs", FINETUNING_SETTINGS),
+        ("dpo", _dpo, "fine-tune a model on preference pairs or labeled answers", FINETUNING_SETTINGS),
     ):
         parser = add_command(commands, name, run, summary)
         default = "" if name == "pretrain" else "LoRA of rank 8"

@@ -429,8 +429,7 @@ class PreferenceConfig(Section):
 
     loss: Literal["sigmoid", "sigmoid_norm", "ipo", "simpo", "cpo", "orpo", "kto"] = Field(
         "sigmoid",
-        description="sigmoid: DPO; sigmoid_norm: DPO per token; ipo: squared margin, per token; simpo, cpo, orpo: no "
-        "reference model; kto: single answers labeled good or bad",
+        description="sigmoid: DPO; sigmoid_norm: per token; simpo, cpo, orpo: no reference; kto: labeled answers",
     )
     beta: PositiveFloat = Field(
         0.1, description="scale of the rewards (DPO: strength of the KL penalty); orpo: weight of the odds ratio"

@@ -330,6 +330,10 @@ def test_tuning_configuration_gets_the_tuning_checks(setup: Broken) -> None:
     assert checks["dataset"].found.startswith("3 of the first 3 rows are usable; they end with: 'What assistant")
     (found,) = problems(setup.verify("train.init_from=nowhere")).values()
     assert found.name == "configuration" and "nowhere" in found.found
+    setup.rows.write_text(json.dumps({"messages": turns, "label": False}) + "\n")
+    setup.values = {**setup.values, "preference": {"loss": "kto"}, "chat": {}}
+    (found,) = (check for check in setup.verify() if check.name == "dataset")
+    assert found.found.startswith("1 of the first 1 rows are usable; they end with: 'What assistant")
 
 
 def test_conversations_of_the_hub_are_not_downloaded_to_be_verified(
