@@ -359,7 +359,7 @@ def _judged(row: Row, question: Any, fields: tuple[str, str], votes: list[Any]) 
     preferred, count = Counter(votes).most_common(1)[0]
     if preferred == 0 or 2 * count <= len(votes):
         raise InvalidRow("tie", f"preferred: {', '.join(map(str, votes))}")
-    prompt = _parse_prompt(question, "the question", _system(row))
+    prompt = _parse_prompt(question, "the question", row)
     answers = [parse_message("assistant", get_field(row, name), f"'{name}'") for name in fields]
     sides = [check_turns([*prompt, answer]) for answer in answers]
     return make_pair(*sides) if preferred == 1 else make_pair(*reversed(sides))
@@ -405,7 +405,10 @@ def _labeled(format: Format) -> PreferenceFormat:
         label = get_field(row, *_LABELS)
         if label not in (True, False):
             raise InvalidRow("label is not true or false", repr(label))
-        return LabeledConversation(format.parse(row), bool(label))
+        conversation = format.parse(row)
+        if not conversation[-1].in_loss:
+            raise InvalidRow("answer excluded from the loss", "of a conversation with a label")
+        return LabeledConversation(conversation, bool(label))
 
     def matches(row: Row) -> bool:
         return any(name in row for name in _LABELS) and format.matches(row)

@@ -91,6 +91,8 @@ def tokenize_labeled(
             except InvalidRow as error:
                 counts.skip_kept(place, error)
                 continue
+            parts = [part for side in own if isinstance(side, Encoded) for part in side.unused]
+            counts.note_parts(place, dict.fromkeys(parts))
             counts.truncated += truncated
             labels = (True, False) if isinstance(item, PreferencePair) else (item.desirable,)
             split = splits[is_held_out(opening(answers[0]), val_fraction)]
@@ -121,8 +123,8 @@ def with_other_answers(answers: Sequence[Encoded], limit: int) -> list[Encoded]:
         following[i] = after if prompts[after] != prompts[i] else following[after]
     others = []
     for i, j in enumerate(following):
-        (ids, mask), (other_ids, other_mask) = answers[i], answers[j]
-        mixed_ids = np.concatenate([ids[: firsts[i]], other_ids[firsts[j] :]])
-        mixed_mask = np.concatenate([mask[: firsts[i]], other_mask[firsts[j] :]])
-        others.append(fit_to_length(Encoded(mixed_ids, mixed_mask), limit, "cut"))
+        own, other = answers[i], answers[j]
+        ids = np.concatenate([own.ids[: firsts[i]], other.ids[firsts[j] :]])
+        mask = np.concatenate([own.loss_mask[: firsts[i]], other.loss_mask[firsts[j] :]])
+        others.append(fit_to_length(Encoded(ids, mask), limit, "cut"))
     return others

@@ -47,9 +47,12 @@ def read_pairs(*names: Path | str) -> tuple[list[Any], RowCounts]:
     return found, counts
 
 
-def read_labeled(*names: Path | str) -> tuple[list[PreferencePair | LabeledConversation], RowCounts]:
+def read_labeled(*names: Path | str) -> tuple[list[Any], RowCounts]:
     counts = RowCounts()
-    found = [item for _, item in reading.read_labeled(DataConfig(dataset=[str(n) for n in names]), counts)]
+    found = [
+        plain_pair(item) if isinstance(item, PreferencePair) else LabeledConversation(plain(item[0]), item.desirable)
+        for _, item in reading.read_labeled(DataConfig(dataset=[str(n) for n in names]), counts)
+    ]
     check(counts, len(found))
     return found, counts
 

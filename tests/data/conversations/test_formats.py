@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from anarchobot.tokenizers.conversation import LabeledConversation
 from tests.data.conversations.rows import ANSWER, MESSAGES, QUESTION, TWO, jsonl, read, read_labeled, read_pairs
 
 OASST = {"user_id": "u", "lang": "en", "deleted": False, "rank": None, "review_result": True, "tree_state": "ready"}
@@ -440,7 +441,7 @@ def test_judged_pairs(tmp_path: Path, name: str) -> None:
 
 def test_input_of_pandalm_follows_the_instruction(tmp_path: Path) -> None:
     found, _ = read_pairs(jsonl(tmp_path / "pairs.jsonl", {**PANDALM, "input": "Is it so?"}))
-    assert found[0].prompt[0].content == "Why?\nIs it so?"
+    assert found[0][0][0][1] == "Why?\nIs it so?"
 
 
 INVALID_JUDGED: dict[str, tuple[dict[str, Any], str]] = {
@@ -501,6 +502,7 @@ def test_labeled_answers_and_pairs_in_one_file(tmp_path: Path) -> None:
         (LABELED["trl"], "missing field"),
         ({"prompt": QUESTION, "completion": " ", "label": True}, "empty content"),
         ({**LABELED["trl"], "label": True, "images": ["a.png"]}, "field can't be used"),
+        ({"messages": [MESSAGES[0], {**MESSAGES[1], "weight": 0}], "label": True}, "answer excluded from the loss"),
     ],
 )
 def test_invalid_labeled_answers_are_counted(tmp_path: Path, row: dict[str, Any], reason: str) -> None:

@@ -10,7 +10,7 @@ from anarchobot.data.conversations.reading import RowCounts
 from anarchobot.data.windows import IGNORE
 from anarchobot.tokenizers.chat_encoder import Encoded
 from anarchobot.tokenizers.conversation import LabeledConversation, PreferencePair
-from tests.tokenizers.templates import ChatFixture, MakeChat, dialogue
+from tests.tokenizers.templates import ChatFixture, MakeChat, dialogue, preference
 from tests.tokenizers.templates import make_chat as make_chat
 
 LENGTH = 64
@@ -30,7 +30,7 @@ def answer_of(chat: ChatFixture, targets: np.ndarray) -> str:
 
 def test_rows_have_the_answer_then_that_to_another_prompt(make_chat: MakeChat) -> None:
     chat = make_chat("bytelevel", "qwen2")
-    pair = PreferencePair(dialogue("b"), "three", "four")
+    pair = preference(dialogue("b"), "three", "four")
     items = [
         LabeledConversation(dialogue("a", "one"), True),
         LabeledConversation(dialogue("a", "two"), False),
