@@ -89,7 +89,7 @@ def test_two_ranks_equal_one_process_with_twice_the_accumulation(tmp_path: Path,
         if steps == 6:
             done = run_ranks(tmp_path / "two.yaml", f"train.save_dir={mixed}", "train.checkpoint_path=auto",
                             "train.total_steps=4", "train.eval_interval=100")  # fmt: skip
-            assert done.returncode == 0 and "changed: ranks from 1 to 2" in done.stderr, done.stderr
+            assert done.returncode == 0 and "ranks from 1 to 2" in done.stderr, done.stderr
         pretrain(config, show="nothing")
     steps_of = [[e[:1] + e[2:] for e in losses(run) if e[1] == "train"] for run in (tmp_path / "one", mixed)]
     np.testing.assert_allclose(*steps_of, rtol=0, atol=1e-5)
