@@ -134,7 +134,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     load_fast_blas()  # before MLX is imported
     from anarchobot.evaluation.comparison import Report, html_report, json_report, text_report
-    from anarchobot.evaluation.evaluate import EvalRequest, evaluate
+    from anarchobot.evaluation.evaluate import EvalRequest, check_inputs, evaluate
     from anarchobot.storage.durable import write_atomic
 
     names = [name for name in (args.tasks or "").split(",") if name]
@@ -143,10 +143,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         args.limit,
     )  # fmt: skip
     log = _log_to(args.quiet)
-    reports = [
-        _read_report(path) if _is_report(path) else Report(path, evaluate(path, request, log, args.model))
-        for path in paths
-    ]
+    read = {path: _read_report(path) for path in paths if _is_report(path)}
+    check_inputs([path for path in paths if path not in read], request, args.model)
+    reports = [read.get(path) or Report(path, evaluate(path, request, log, args.model)) for path in paths]
 
     print(json_report(reports, units=False) if args.json else text_report(reports), flush=True)
     if args.output is not None:

@@ -19,11 +19,13 @@ from anarchobot.config.schema import Config, DataConfig, GenerationConfig
 from anarchobot.data.batches import ValBatches
 from anarchobot.data.conversations.reading import RowCounts, read_conversations, read_pairs
 from anarchobot.data.shards import TokenStream, contains_documents
+from anarchobot.data.sources import files, hub
 from anarchobot.data.sources.documents import DocumentCounts, from_files
 from anarchobot.data.windows import StreamWindows
 from anarchobot.evaluation.loglikelihood import Ids, loglikelihoods, rolling_windows
 from anarchobot.evaluation.metrics import Result, loss_ratios, mean_of
 from anarchobot.evaluation.rouge import rouge_scores
+from anarchobot.exchange.pretrained import load_with_adapter
 from anarchobot.inference.chat import chat_encoder
 from anarchobot.inference.generation import NUM_SEEDS, TextBatch
 from anarchobot.inference.model import Model, load_model
@@ -52,6 +54,18 @@ class EvalRequest:
     few_shot: int | None = None
     include: str | None = None  # a folder of custom task files
     limit: int | None = None  # maximum documents, answers, pairs or questions per task
+
+
+def check_inputs(paths: Sequence[str], request: EvalRequest, base_model: str | None = None) -> None:
+    """Raises UserError if a model or a data set does not exist: before anything is evaluated."""
+    for path in paths:
+        load_with_adapter(path, base_model)
+    if request.shards is not None:
+        TokenStream(request.shards, "val")
+    files.find(list(request.texts))
+    for name in (request.chats, request.preferences):
+        if name is not None and not hub.is_hub_name(name):
+            files.find([name], formats=files.CONVERSATIONS)
 
 
 def evaluate(

@@ -149,3 +149,28 @@ def test_answers_and_preferences_match_transformers(tmp_path: Path, bpe: Path, c
     assert compared["log_prob_margin"]["half_width"] == pytest.approx(1.96 * moved.std(ddof=1) / 3**0.5, rel=1e-3)
     assert compared["reward_accuracy"]["value"] == pytest.approx((moved > 0).mean())
     assert "My old friend from school" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--compare", "RUN", "none", "--text", "t.txt"], "none: no such folder"),
+        (["--compare", "RUN", "none.json", "--text", "t.txt"], "none.json: no such file"),
+        (["--checkpoint", "RUN", "--text", "t.txt", "--chats", "none.jsonl"], "none.jsonl: no such file"),
+        (["--checkpoint", "RUN", "--text", "t.txt", "--preferences", "none.jsonl"], "none.jsonl: no such file"),
+    ],
+    ids=str,
+)
+def test_inputs_are_checked_before_anything_is_evaluated(
+    tmp_path: Path, bpe: Path, words: list[str], message: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anarchobot.evaluation import evaluate
+
+    run = make_run(tmp_path / "run", bpe)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("A text.")
+    evaluated: list[str] = []
+    monkeypatch.setattr(evaluate, "evaluate_texts", lambda *args: evaluated.append("text"))
+    assert main(["evaluate", *[str(run) if word == "RUN" else word for word in words]]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and evaluated == []
