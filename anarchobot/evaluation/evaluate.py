@@ -78,8 +78,10 @@ def evaluate(
     if request.shards is not None:
         results[f"shards {request.shards}"] = evaluate_shards(model, config, request.shards, log)
     if request.texts:
-        trained = training_streams(path, config)
-        results[f"text {' '.join(request.texts)}"] = evaluate_texts(model, request.texts, request.limit, log, trained)
+        result = evaluate_texts(model, request.texts, request.limit, log)
+        if trained := training_streams(path, config):
+            result.counts["documents_trained_on"] = _count_known(model, request, trained, config, log)
+        results[f"text {' '.join(request.texts)}"] = result
     if request.chats is not None:
         results[f"answers {request.chats}"] = evaluate_answers(model, config, request, log)
     if request.preferences is not None:
@@ -136,20 +138,28 @@ def training_streams(path: str, config: Config) -> list[TokenStream]:
     return streams
 
 
-def evaluate_texts(
-    model: Model, names: Sequence[str], limit: int | None, log: Log, trained: Sequence[TokenStream] = ()
-) -> Result:
-    """Text, JSONL or Parquet files. Documents are scored separately, each token once. With `trained`, the shards that
-    the model was trained on, also counts the documents among them."""
+def _count_known(model: Model, request: EvalRequest, trained: Sequence[TokenStream], config: Config, log: Log) -> int:
+    """How many of the texts are in the shards that the model was trained on, which may have been cleaned."""
+    data = DataConfig(clean=config.data.clean)
+    documents = [document.text for document in islice(from_files(request.texts, data, DocumentCounts()), request.limit)]
+    known = 0
+    for start in range(0, len(documents), DOCUMENT_BATCH):
+        ids = model.tokenizer.encode_batch(documents[start : start + DOCUMENT_BATCH])
+        known += sum(map(any, zip(*(contains_documents(stream, ids) for stream in trained), strict=True)))
+    if known:
+        log(f"warning: the model was trained on {known:,} of these {len(documents):,} documents")
+    return known
+
+
+def evaluate_texts(model: Model, names: Sequence[str], limit: int | None, log: Log) -> Result:
+    """Text, JSONL or Parquet files. Documents are scored separately, each token once."""
     counts, units = DocumentCounts(), list[str]()
     nats, tokens, size = list[float](), list[int](), list[float]()
     max_seq_len = model.config.max_seq_len
     texts = [document.text for document in islice(from_files(names, DataConfig(), counts), limit)]
-    seen = 0
     for start in range(0, len(texts), DOCUMENT_BATCH):
         batch = texts[start : start + DOCUMENT_BATCH]
         ids = model.tokenizer.encode_batch(batch)
-        seen += sum(map(any, zip(*(contains_documents(stream, ids) for stream in trained), strict=True)))
         windows: list[tuple[Ids, Ids]] = []
         for number, (row, text) in enumerate(zip(ids, batch, strict=True), start):
             own = list(rolling_windows(row.tolist(), model.bos_id, max_seq_len))
@@ -163,12 +173,8 @@ def evaluate_texts(
         raise UserError(f"{' '.join(names)}: no documents to evaluate ({counts.read:,} read)")
     for line in counts.details():
         log(line)
-    if seen:
-        log(f"warning: the model was trained on {seen:,} of these {len(texts):,} documents")
     result = _loss_result(units, nats, tokens, size)
     result.counts["documents"] = len(texts)
-    if trained:
-        result.counts["documents_trained_on"] = seen
     return result
 
 

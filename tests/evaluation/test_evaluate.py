@@ -100,6 +100,28 @@ def test_documents_that_the_model_was_trained_on_are_counted(
     assert "warning" not in printed and "documents_trained_on" in printed
 
 
+def test_a_book_that_was_cleaned_for_training_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anarchobot.data.sources import builtin
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for i, text in zip(range(4), builtin.topics(), strict=False):
+        head, tail = (f"*** {word} OF THE PROJECT GUTENBERG EBOOK X ***" for word in ("START", "END"))
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"A license.\n\n{head}\n\n{text[:3000]}\n\n{tail}\nMore.\n")
+    words = ["model.vocab_size=400", "data.dataset=texts", "data.clean=true", "data.shard_dir=shards"]
+    words += ["data.val_fraction=0", "train.tokenizer_path=shards/tokenizer.model", "train.save_dir=run"]
+    assert main(["tokenizer", "train", *words, "--quiet"]) == 0
+    assert main(["pretokenize", *words, "--quiet"]) == 0
+    small = ["model.n_layers=1", "model.d_model=16", "model.n_heads=2", "model.max_seq_len=64", "data.seq_len=32"]
+    (tmp_path / "c.yaml").write_text("")
+    assert main(["pretrain", "c.yaml", *words, *small, "--steps", "1", "--quiet"]) == 0
+    capsys.readouterr()
+    (metrics,) = run_evaluate(capsys, "--checkpoint", "run", "--text", "texts")["results"].values()
+    assert (metrics["documents"], metrics["documents_trained_on"]) == (4, 4)
+
+
 def test_rouge_and_comparison_of_two_models(tmp_path: Path, bpe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A model's own greedy answers as references score 1; another model scores less."""
     run = make_run(tmp_path / "run", bpe, max_seq_len=128)

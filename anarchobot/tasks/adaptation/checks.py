@@ -26,7 +26,8 @@ def check(loaded: Loaded[AdaptConfig], base: PretrainedModel) -> None:
             "adapted: expected a model of the Llama family"
         )
     _check_tokenizers(loaded, base)
-    if config.vocab_adaptation.seq_len > base.model.max_seq_len:
+    seq_len_is_set = "vocab_adaptation.seq_len" in loaded.sources  # the default is limited to the model's
+    if seq_len_is_set and config.vocab_adaptation.seq_len > base.model.max_seq_len:
         raise UserError(
             f"{loaded.where('vocab_adaptation.seq_len')}: {config.vocab_adaptation.seq_len} is above the model's "
             f"max_seq_len ({base.model.max_seq_len}): lower it"
