@@ -72,7 +72,7 @@ def _add_input(parser: Parser) -> None:
         "--input",
         nargs="+",
         metavar="FILE",
-        help="text, JSONL or Parquet files, folders or globs (default: data.dataset)",
+        help="text, JSONL, Parquet, PDF, DOCX, EPUB, HTML or PPTX files, folders or globs (default: data.dataset)",
     )
 
 
@@ -173,7 +173,7 @@ def _size_of(names: list[str]) -> int | None:
     if any(name == "builtin" or hub.is_hub_name(name) for name in names):
         return None
     paths = files.find(names)
-    compressed = any(files.lower_suffix(path) in (".gz", ".zst", ".parquet") for path in paths)
+    compressed = any(files.lower_suffix(path) in (".gz", ".zst", ".parquet", *files.DOCUMENT_FILES) for path in paths)
     return None if compressed else sum(path.stat().st_size for path in paths)
 
 

@@ -20,7 +20,12 @@ def add_commands(commands: Any) -> None:
     kb = add_group(commands, "kb", "add|search|list|remove|feedback", "manage a knowledge base of your files")
 
     add = add_command(kb, "add", _add, "add files, or update files that have changed")
-    add.add_argument("files", nargs="+", metavar="FILE", help="text, JSONL or Parquet files, folders or globs")
+    add.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="text, JSONL, Parquet, PDF, DOCX, EPUB, HTML or PPTX files, folders or globs",
+    )
     add_settings(add, PATH | {"--text-field": "data.text_field"})
 
     search = add_command(kb, "search", _search, "find the passages that best match a question")

@@ -25,7 +25,10 @@ def add_commands(commands: Any) -> None:
         "command resumes.",
     )
     parser.add_argument(
-        "texts", nargs="*", metavar="TEXTS", help="text, JSONL or Parquet files, folders or globs (default: none)"
+        "texts",
+        nargs="*",
+        metavar="TEXTS",
+        help="text, JSONL, Parquet, PDF, DOCX, EPUB, HTML or PPTX files, folders or globs (default: none)",
     )
     parser.add_argument("--time", metavar="T", default="30m", help="total time, such as 90s, 30m or 2h")
     parser.add_argument(

@@ -184,7 +184,9 @@ class DataConfig(Section):
     """Where the text comes from and how it is split into training sequences."""
 
     dataset: PathName | PathNames | None = Field(
-        None, description="text, JSONL or Parquet files, folders, globs, a Hugging Face dataset name, or 'builtin'"
+        None,
+        description="text, JSONL, Parquet, PDF, DOCX, EPUB, HTML or PPTX files, folders, globs, a Hugging Face dataset "
+        "name, or 'builtin'",
     )
     weights: Weights | None = Field(
         None, description="mixture weights, one per dataset; the mixture ends when the first dataset is exhausted"

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, Self
 from anarchobot.config.errors import UserError, did_you_mean
 from anarchobot.config.schema import DataConfig, KnowledgeBaseConfig
 from anarchobot.data.sources.documents import DocumentCounts
-from anarchobot.data.sources.files import EmptyFile
+from anarchobot.data.sources.files import EmptyFile, Unread, UnreadableFile
 from anarchobot.knowledge.database import KnowledgeBaseError, open_database, transaction, translate_errors
 from anarchobot.knowledge.retrieval import (
     MAX_MATCHES,
@@ -250,7 +250,8 @@ class AddResult:
 def add_files(
     base: KnowledgeBase, paths: Iterable[Path], named: Iterable[str], data: DataConfig, log: Callable[[str], None]
 ) -> AddResult:
-    """Adds files. A file that fails does not stop the others; an empty file is skipped unless it is in `named`.
+    """Adds files. A file that fails does not stop the others. Unless it is in `named`, an empty file or a
+    PDF, DOCX, EPUB, HTML or PPTX file without text is counted, not a failure.
 
     Raises KnowledgeBaseError if the knowledge base itself fails; the files before it have been added.
     """
@@ -266,6 +267,11 @@ def add_files(
             else:
                 result.counts.empty_files += 1
                 result.counts.first_empty = result.counts.first_empty or str(path)
+        except UnreadableFile as error:
+            if path in required:
+                result.failed.append(str(error))
+            else:
+                result.counts.unread.append(Unread(str(path), error.kind))
         except UserError as error:
             result.failed.append(str(error))
         except OSError as error:

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
-from anarchobot.data.sources import builtin, files, hub, parquet, rows, text_files
+from anarchobot.data.sources import builtin, document_files, files, hub, parquet, rows, text_files
 from anarchobot.data.sources.files import FileRange, Unread
 
 Item = TypeVar("Item")
@@ -66,7 +66,7 @@ class DocumentCounts:
     gutenberg_bytes: int = 0
     empty_files: int = 0
     first_empty: str = ""
-    unread: list[Unread] = field(default_factory=list)  # in folders and globs
+    unread: list[Unread] = field(default_factory=list)  # in folders and globs; some are found while reading
     used: list[SourceUsage] = field(default_factory=list)  # of a mixture's sources
 
     def as_manifest(self) -> dict[str, int]:
@@ -166,7 +166,7 @@ def from_ranges(
 
 
 def _from_range(file_range: FileRange, data: DataConfig, counts: DocumentCounts, is_named: bool) -> Iterator[Document]:
-    """An empty file that was named itself is an error; in a folder or glob it is skipped and counted."""
+    """A file that is empty or unreadable is an error if it was named itself; in a folder or glob it is counted."""
     path = file_range.path
     splittable = data.documents == "file" and not (files.is_parquet(path) or files.is_jsonl(path))
     try:
@@ -176,17 +176,24 @@ def _from_range(file_range: FileRange, data: DataConfig, counts: DocumentCounts,
             raise
         counts.empty_files += 1
         counts.first_empty = counts.first_empty or str(path)
+    except files.UnreadableFile as error:
+        if is_named:
+            raise
+        counts.unread.append(Unread(str(path), error.kind))
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror}") from error
 
 
 def read_texts(file_range: FileRange, data: DataConfig) -> Texts:
-    """Reads a file of any format. Raises EmptyFile, UserError for a damaged file or a missing field, and OSError."""
+    """Reads a file of any format. Raises EmptyFile, UnreadableFile, UserError for a damaged file or a missing field,
+    and OSError."""
     path = file_range.path
     if files.is_parquet(path):
         return _row_texts(parquet.read_text_rows(path, data), data)
     if files.is_jsonl(path):
         return _row_texts(rows.read_jsonl(file_range), data, any_valid=file_range.start > 0)
+    if files.is_document_file(path):
+        return [(str(path), document_files.read_text(path))]
     return text_files.read_texts(file_range, data)
 
 

@@ -1,4 +1,4 @@
-"""Finds input files by name (text, JSONL, JSON and Parquet, compressed or not) and splits them into byte ranges.
+"""Finds input files by name (text, JSONL, JSON, Parquet, PDF and others) and splits them into byte ranges.
 
 What lies in a folder and is not read is listed with the reason. Suffixes may be in capitals.
 """
@@ -17,9 +17,19 @@ from anarchobot.config.schema import DataConfig
 PACKED = (".gz", ".zst")
 PLAIN = (".txt", ".md", ".jsonl")
 JSON = (".json", *(".json" + packed for packed in PACKED))
-SUFFIXES = (*PLAIN, *(plain + packed for plain in PLAIN for packed in PACKED), ".parquet")
-EXPECTED = ".txt, .md, .jsonl (or these with .gz or .zst) or .parquet file"
-_PACKAGES = {".zst": "backports.zstd", ".parquet": "pyarrow"}  # needed to read a suffix; also the module names
+DOCUMENT_FILES = (".pdf", ".docx", ".epub", ".html", ".htm", ".pptx")
+SUFFIXES = (*PLAIN, *(plain + packed for plain in PLAIN for packed in PACKED), ".parquet", *DOCUMENT_FILES)
+EXPECTED = ".txt, .md, .jsonl (or these with .gz or .zst), .parquet, .pdf, .docx, .epub, .html or .pptx file"
+_MODULES = {  # needed to read a suffix
+    ".zst": "backports.zstd",
+    ".parquet": "pyarrow",
+    ".pdf": "pypdf",
+    ".html": "trafilatura",
+    ".htm": "trafilatura",
+    **dict.fromkeys((".docx", ".epub", ".pptx"), "markitdown"),
+}
+_DOCUMENTS_EXTRA = "'anarchobot[documents]'"
+_WITHOUT_EXTRA = f"PDF, DOCX, EPUB, HTML and PPTX files (to read them: pip install {_DOCUMENTS_EXTRA})"
 HIDDEN = "hidden or system files"
 # Of archives made on a Mac; deleted files and indexes on disks of Windows, Synology and Linux.
 _SYSTEM_FOLDERS = ("__MACOSX", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "lost+found")
@@ -51,6 +61,14 @@ class EmptyFile(UserError):
     """A file without any document."""
 
 
+class UnreadableFile(UserError):
+    """A PDF, DOCX, EPUB, HTML or PPTX file without text that can be read. `kind`: such files, in a list of them."""
+
+    def __init__(self, path: Path, kind: str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.kind = kind
+
+
 class FileRange(NamedTuple):
     """The lines of a file that begin in bytes [start, end); `end` None: to the end of the file."""
 
@@ -67,20 +85,27 @@ def find(names: Iterable[str], unread: list[Unread] | None = None, formats: Form
     """The files of all names, in the order given; folders and globs sorted by name.
 
     Hidden files and folders and those that systems add to disks and archives are not read, but appended to `unread`, as
-    is everything else that a folder or glob has and that is not in one of the `formats`. Links are followed, and each
-    real file and folder is read once. Raises UserError for a name that matches nothing, a folder that can't be listed,
-    and when a package needed to read a file is not installed.
+    is everything else that a folder or glob has and that is not in one of the `formats`, or needs the extra `documents`
+    where it is not installed. Links are followed, and each real file and folder is read once. Raises UserError for a
+    name that matches nothing, a folder that can't be listed, and when another package needed to read a file, or the
+    extra for a file that is named itself, is not installed.
     """
     left_out: list[Unread] = [] if unread is None else unread
     paths = [path for name in names for path in _matches(name, left_out, formats)]
-    for suffix, package in _PACKAGES.items():
+    for suffix, module in _MODULES.items():
         first = next((path for path in paths if lower_suffix(path) == suffix), None)
-        if first is not None:
-            try:
-                importlib.import_module(package)
-            except ImportError as error:
-                raise UserError(f"{first}: to read {suffix} files: pip install {package}") from error
+        if first is not None and not _is_installed(module):
+            package = _DOCUMENTS_EXTRA if suffix in DOCUMENT_FILES else module
+            raise UserError(f"{first}: to read {suffix} files: pip install {package}")
     return paths
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def describe_unread(unread: Iterable[Unread]) -> list[str]:
@@ -130,6 +155,8 @@ def _supported(paths: Iterable[Path], unread: list[Unread], formats: Formats) ->
             unread.append(Unread(str(path), "broken links or special files"))
         elif not path.name.lower().endswith(formats.suffixes):
             unread.append(Unread(str(path), "files of other formats"))
+        elif is_document_file(path) and not _is_installed(_MODULES[lower_suffix(path)]):
+            unread.append(Unread(str(path), _WITHOUT_EXTRA))
         else:
             real_paths[path] = path.resolve()
     first: dict[Path, Path] = {}
@@ -248,6 +275,10 @@ def split_files(paths: Iterable[Path], parts: int, data: DataConfig) -> list[lis
 
 def is_parquet(path: Path) -> bool:
     return lower_suffix(path) == ".parquet"
+
+
+def is_document_file(path: Path) -> bool:
+    return lower_suffix(path) in DOCUMENT_FILES
 
 
 def is_jsonl(path: Path) -> bool:

@@ -24,8 +24,8 @@ def test_missing_file_is_an_error_with_a_suggestion(tmp_path: Path) -> None:
 
 
 def test_unknown_suffix_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.pdf").write_text("x")
-    assert "expected a .txt, .md, .jsonl (or these with .gz or .zst) or .parquet file" in problem(tmp_path / "a.pdf")
+    (tmp_path / "a.odt").write_text("x")
+    assert f"expected a {files.EXPECTED}" in problem(tmp_path / "a.odt")
 
 
 def test_folders_and_globs_are_sorted_by_name(tmp_path: Path) -> None:
@@ -81,10 +81,10 @@ def test_globs_match_hidden_files_like_a_shell_but_no_files_of_macos(tmp_path: P
 
 
 def test_everything_else_in_a_folder_or_glob_is_named(tmp_path: Path) -> None:
-    root = write(tmp_path, "a.txt", "b.csv", "c/d.pdf", "c/e", "f.txt~", "g/i.txt")
+    root = write(tmp_path, "a.txt", "b.csv", "c/d.odt", "c/e", "f.txt~", "g/i.txt")
     (root / "h.txt").symlink_to("gone.txt")
     os.mkfifo(root / "pipe.txt")
-    others = ["b.csv", "c/d.pdf", "c/e", "f.txt~"]
+    others = ["b.csv", "c/d.odt", "c/e", "f.txt~"]
     special = ["h.txt", "pipe.txt"]
     texts, counts = read(root)
     assert texts == ["a.txt", "g/i.txt"]
@@ -95,7 +95,7 @@ def test_everything_else_in_a_folder_or_glob_is_named(tmp_path: Path) -> None:
         ]
     )
     assert counts.details() == [
-        f"files of other formats not read: 4 ({root / 'b.csv'}, {root / 'c/d.pdf'}, {root / 'c/e'}, ...)",
+        f"files of other formats not read: 4 ({root / 'b.csv'}, {root / 'c/d.odt'}, {root / 'c/e'}, ...)",
         f"broken links or special files not read: 2 ({root / 'h.txt'}, {root / 'pipe.txt'})",
     ]
     texts, counts = read(root / "*")
@@ -110,7 +110,7 @@ def test_everything_else_in_a_folder_or_glob_is_named(tmp_path: Path) -> None:
     texts, counts = read(root / "**")
     assert texts == ["a.txt", "g/i.txt"] and len(counts.unread) == len(others) + len(special)
     assert problem(root / "c").endswith(
-        f"in this folder; files of other formats not read: 2 ({root / 'c/d.pdf'}, {root / 'c/e'})"
+        f"in this folder; files of other formats not read: 2 ({root / 'c/d.odt'}, {root / 'c/e'})"
     )
 
 
@@ -233,3 +233,19 @@ def test_empty_files_in_folders_and_globs_are_skipped(tmp_path: Path) -> None:
         assert counts.details() == [f"empty files skipped: 3 (first: {tmp_path / 'a.txt'})"]
     for name in ("a.txt", "b.jsonl", "c.md.gz"):
         assert problem(tmp_path / "d.txt", tmp_path / name) == f"{tmp_path / name}: the file is empty"
+
+
+def test_files_that_need_the_documents_extra_are_counted_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("markitdown", "pypdf", "trafilatura"):
+        monkeypatch.setitem(sys.modules, module, None)
+    root = write(tmp_path, "a.pdf", "b.docx", "c.epub", "d.html", "e.HTM", "f.pptx", "g.txt")
+    texts, counts = read(root)
+    assert texts == ["g.txt"] and len(counts.unread) == 6
+    (line,) = counts.details()
+    shown = ", ".join(str(root / name) for name in ("a.pdf", "b.docx", "c.epub"))
+    assert line.endswith(f"pip install 'anarchobot[documents]') not read: 6 ({shown}, ...)")
+    assert problem(root / "a.pdf") == f"{root / 'a.pdf'}: to read .pdf files: pip install 'anarchobot[documents]'"
+    (root / "g.txt").unlink()
+    assert "pip install 'anarchobot[documents]') not read: 6" in problem(root)
