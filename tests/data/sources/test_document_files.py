@@ -242,3 +242,14 @@ def test_knowledge_base_counts_unreadable_files_of_a_folder(tmp_path: Path) -> N
     assert result.added == [str(tmp_path / "files" / "good.pdf")]
     assert len(result.failed) == 1 and result.failed[0].startswith(f"{named}: no text found")
     assert sorted(Path(path).name for path, _ in result.counts.unread) == sorted(messages.keys() - {"scan.pdf"})
+
+
+def test_text_that_is_not_valid_unicode_is_replaced(tmp_path: Path) -> None:
+    """The font of a PDF file may map its characters to anything."""
+    raw = pdf(tmp_path / "a.pdf", line("A b")).read_bytes()
+    codes = b"1 begincodespacerange <00> <FF> endcodespacerange 1 beginbfchar <41> <D800> endbfchar"
+    cmap = b"begincmap %s endcmap" % codes
+    table = b"9 0 obj\n<</Length %d>>stream\n%s\nendstream\nendobj\nxref\n" % (len(cmap), cmap)
+    raw = raw.replace(b"/WinAnsiEncoding>>", b"/WinAnsiEncoding/ToUnicode 9 0 R>>").replace(b"xref\n", table, 1)
+    (tmp_path / "a.pdf").write_bytes(raw)
+    assert read(tmp_path / "a.pdf")[0] == ["\ufffd b"]
