@@ -310,6 +310,7 @@ READERS: dict[str, Reader] = {
     "rows": Reader(_documents, "pretokenize --input FILE"),
     "compressed": Reader(_documents, "pretokenize --input FILE", seconds=60),  # may expand to 32 MB of empty lines
     "parquet": Reader(_parquet, "pretokenize, sft, dpo"),
+    "documents": Reader(_documents, "pretokenize --input FILE", seconds=60, memory_factor=2048),  # parsed XML is large
     "conversations": Reader(_conversations, "sft", memory_factor=TOKENIZER_BYTES),
     "preference pairs": Reader(_pairs, "dpo", memory_factor=TOKENIZER_BYTES),
     "labeled answers": Reader(_labeled, "dpo", memory_factor=TOKENIZER_BYTES),

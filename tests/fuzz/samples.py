@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from anarchobot.runs import checkpoint
 from anarchobot.tokenizers.chat_template import CHATML, PLAIN
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
+from tests.data.sources.document_formats import docx, epub, line, paragraph, pdf, pptx
 from tests.exchange.conftest import random_words
 from tests.exchange.quantized_folder import quantize_folder
 from tests.exchange.random_run import make_run
@@ -95,6 +97,7 @@ def build(folder: Path, with_mlx_lm: bool = True) -> None:
     _write(folder, "rows", {"a.jsonl": _lines(ROWS)})
     _write(folder, "compressed", *_compressed("a.txt", TEXT.encode()), *_compressed("a.jsonl", _lines(ROWS)))
     _write(folder, "parquet", *({"a.parquet": _parquet(rows)} for rows in (ROWS, *CONVERSATIONS[:3], PAIRS[0])))
+    _write(folder, "documents", *_documents(folder))
     chats = [{"a.jsonl": _lines(rows)} for rows in CONVERSATIONS]
     chats += [{"a.json": json.dumps(rows).encode()} for rows in CONVERSATIONS]
     _write(folder, "conversations", *chats)
@@ -256,6 +259,24 @@ def _compressed(name: str, content: bytes) -> list[Files]:
     from backports import zstd
 
     return [{f"{name}.gz": gzip.compress(content)}, {f"{name}.zst": zstd.compress(content)}]
+
+
+def _documents(folder: Path) -> Iterator[dict[str, bytes]]:
+    paths = [
+        pdf(folder / "a.pdf", line("The first page"), line("and the second")),
+        docx(
+            folder / "a.docx", paragraph("Some text") * 3 + f"<w:tbl><w:tr><w:tc>{paragraph('1')}</w:tc></w:tr></w:tbl>"
+        ),
+        epub(folder / "a.epub", "<h1>One</h1><p>A <a href='x'>link</a></p>", "<ul><li>Two</li></ul>"),
+        pptx(folder / "a.pptx", "first", "second"),
+        folder / "a.html",
+    ]
+    paths[-1].write_text(
+        "<html><body><nav>Home</nav><p>Some <b>text</b></p><table><tr><td>1</td></tr></table></body></html>"
+    )
+    for path in paths:
+        yield {path.name: path.read_bytes()}
+        path.unlink()
 
 
 def _parquet(rows: list[dict[str, Any]]) -> bytes:

@@ -1,7 +1,8 @@
 """Reads PDF, DOCX, EPUB, HTML and PPTX files with the packages of the extra `documents`. Each file is one document.
 
-Headings, lists and tables become Markdown, except those of PDF files, which do not mark them. Of a web page, only the
-main text is kept. Images and link targets are left out. The same file gives the same text; nothing is downloaded.
+Lists and tables become Markdown, and so do headings except in web pages; PDF files mark none of them. Of a web page,
+only the main text is kept. Images and link targets are left out. The same file gives the same text; nothing is
+downloaded.
 """
 
 import logging
@@ -61,7 +62,8 @@ def _read_pdf(path: Path) -> str:
 def _read_html(path: Path) -> str:
     from trafilatura import extract
 
-    return extract(path.read_bytes(), output_format="markdown", include_comments=False) or ""
+    # The format "markdown" would have a backslash before each _, * and <.
+    return extract(path.read_bytes(), output_format="txt", include_comments=False) or ""
 
 
 def _read_archive(path: Path) -> str:
