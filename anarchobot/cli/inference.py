@@ -10,7 +10,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anarchobot.cli.knowledge import SEARCH_SETTINGS
+from anarchobot.cli.knowledge import SEARCH_SETTINGS, open_knowledge_base, warn_of_missing_embeddings
 from anarchobot.cli.parser import (
     HUB_NAME,
     Parser,
@@ -240,12 +240,13 @@ def _chat(args: argparse.Namespace) -> None:
 
     load_fast_blas()  # before MLX is imported
     from anarchobot.inference.chat import ChatSession
-    from anarchobot.knowledge.knowledge_base import KnowledgeBase
 
     model, config = _load(args)
     settings = config.knowledge_base
     with ExitStack() as stack:
-        base = None if settings.path is None else stack.enter_context(KnowledgeBase(settings.path, settings))
+        base = None if settings.path is None else stack.enter_context(open_knowledge_base(settings))
+        if base is not None:
+            warn_of_missing_embeddings(base)
         session = ChatSession(model, config.generation, base)
         for warning in session.warnings():
             print(f"warning: {warning}", file=sys.stderr)

@@ -1,7 +1,8 @@
-"""`anarchobot kb add | search | list | remove | feedback`."""
+"""`anarchobot kb add | embed | search | list | remove | feedback`."""
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from anarchobot.cli.parser import add_command, add_group, add_settings, overrides
@@ -9,15 +10,17 @@ from anarchobot.cli.wording import count
 from anarchobot.config.errors import UserError
 
 if TYPE_CHECKING:
+    from anarchobot.config.schema import KnowledgeBaseConfig
     from anarchobot.knowledge.knowledge_base import KnowledgeBase
 
 PATH = {"--kb": "knowledge_base.path"}
 ALPHA = {"--feedback-alpha": "knowledge_base.feedback_alpha"}
-SEARCH_SETTINGS = PATH | ALPHA | {"-k": "knowledge_base.retrieval_k"}
+MODEL = {"--embedding-model": "knowledge_base.embedding_model"}
+SEARCH_SETTINGS = PATH | ALPHA | MODEL | {"-k": "knowledge_base.retrieval_k"}
 
 
 def add_commands(commands: Any) -> None:
-    kb = add_group(commands, "kb", "add|search|list|remove|feedback", "manage a knowledge base of your files")
+    kb = add_group(commands, "kb", "add|embed|search|list|remove|feedback", "manage a knowledge base of your files")
 
     add = add_command(kb, "add", _add, "add files, or update files that have changed")
     add.add_argument(
@@ -26,7 +29,11 @@ def add_commands(commands: Any) -> None:
         metavar="FILE",
         help="text, JSONL, Parquet, PDF, DOCX, EPUB, HTML or PPTX files, folders or globs",
     )
-    add_settings(add, PATH | {"--text-field": "data.text_field"})
+    add_settings(add, PATH | MODEL | {"--text-field": "data.text_field"})
+
+    embed = add_command(kb, "embed", _embed, "embed the passages that have no embedding yet")
+    embed.add_argument("--rebuild", action="store_true", help="remove the existing embeddings first (default: off)")
+    add_settings(embed, PATH | MODEL)
 
     search = add_command(kb, "search", _search, "find the passages that best match a question")
     search.add_argument("question", metavar="QUESTION", help="text to search for")
@@ -49,14 +56,65 @@ def add_commands(commands: Any) -> None:
     add_settings(feedback, PATH | ALPHA)
 
 
-def _open(args: argparse.Namespace, create: bool = False) -> "KnowledgeBase":
-    from anarchobot.config.loading import load_config
+def open_knowledge_base(
+    settings: "KnowledgeBaseConfig", create: bool = False, rebuild: bool = False
+) -> "KnowledgeBase":
+    """Opens `settings.path` with its embedding model, if there is one."""
     from anarchobot.knowledge.knowledge_base import KnowledgeBase
+
+    assert settings.path is not None
+    if settings.embedding_model is None:
+        return KnowledgeBase(settings.path, settings, create)
+    from anarchobot.system.blas import load_fast_blas
+
+    load_fast_blas()  # before MLX is imported
+    from anarchobot.inference.text_encoder import TextEncoder
+
+    return KnowledgeBase(settings.path, settings, create, TextEncoder(settings.embedding_model), rebuild)
+
+
+def warn_of_missing_embeddings(base: "KnowledgeBase") -> None:
+    if missing := base.without_embedding():
+        advice = "embed them with: anarchobot kb embed"
+        print(f"warning: {count(missing, 'passage')} found by keyword only: {advice}", file=sys.stderr)
+
+
+def _open(args: argparse.Namespace, create: bool = False, rebuild: bool = False) -> "KnowledgeBase":
+    from anarchobot.config.loading import load_config
 
     settings = load_config(None, overrides(args)).config.knowledge_base
     if settings.path is None:
         raise UserError(f"missing --kb FILE (see {args.prog} --help)")
-    return KnowledgeBase(settings.path, settings, create)
+    return open_knowledge_base(settings, create, rebuild)
+
+
+def _embed_passages(base: "KnowledgeBase", quiet: bool) -> int:
+    """Returns the number of passages that were embedded."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(file=sys.stderr)
+    embedded = 0
+    with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("embedding", total=base.without_embedding())
+        for number in base.embed():
+            embedded += number
+            bar.update(task, advance=number)
+    return embedded
+
+
+def _embed(args: argparse.Namespace) -> None:
+    from anarchobot.config.loading import load_config
+
+    if load_config(None, overrides(args)).config.knowledge_base.embedding_model is None:
+        raise UserError(f"missing --embedding-model MODEL (see {args.prog} --help)")
+    with _open(args, rebuild=args.rebuild) as base:
+        embedded = _embed_passages(base, args.quiet)
+        passages = sum(document.passages for document in base.documents())
+    if args.json:
+        print(json.dumps({"embedded": embedded, "passages": passages}))
+    else:
+        print(f"{count(embedded, 'passage')} embedded; {count(passages, 'passage')} in total")
 
 
 def _add(args: argparse.Namespace) -> None:
@@ -70,14 +128,17 @@ def _add(args: argparse.Namespace) -> None:
     silent = args.quiet or args.json
     with _open(args, create=True) as base:
         result = add_files(base, paths, args.files, data, log=lambda line: None if silent else print(line))
+        embedded = _embed_passages(base, silent)
         passages = sum(document.passages for document in base.documents())
     if args.json:
         outcomes = {name: getattr(result, name) for name in ("added", "replaced", "equal", "failed")}
-        print(json.dumps(outcomes | {"texts": result.counts.as_manifest(), "passages": passages}))
+        counts = {"texts": result.counts.as_manifest(), "passages": passages, "embedded": embedded}
+        print(json.dumps(outcomes | counts))
     else:
         print(
             f"files: {len(result.added)} added, {len(result.replaced)} replaced, {len(result.equal)} unchanged, "
             f"{len(result.failed)} failed; {count(passages, 'passage')} in total"
+            + (f", {embedded:,} embedded" if embedded else "")
         )
         for line in (*result.counts.details(), *files.describe_unread(unread)):
             print(f"  {line}")
@@ -88,6 +149,7 @@ def _add(args: argparse.Namespace) -> None:
 
 def _search(args: argparse.Namespace) -> None:
     with _open(args) as base:
+        warn_of_missing_embeddings(base)
         hits = base.search(args.question)
     if args.json:
         print(json.dumps({"question": args.question, "hits": [hit._asdict() for hit in hits]}))

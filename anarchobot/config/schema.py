@@ -530,6 +530,11 @@ class KnowledgeBaseConfig(Section):
     feedback_alpha: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1, description="learning rate of feedback votes; 0: votes have no effect"
     )
+    embedding_model: PathName | None = Field(
+        None,
+        description="model for search by meaning: folder or Hugging Face name of a sentence-transformers model, such "
+        "as sentence-transformers/all-MiniLM-L6-v2; default: search by keyword only",
+    )
 
 
 class Config(Section):

@@ -18,13 +18,15 @@ from anarchobot.config.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
-# Only files of the repository's top level: subfolders hold copies in other formats.
+# Only files of the repository's top level, because subfolders hold copies in other formats; and a setting of
+# sentence-transformers.
 CONFIGS = ("config.json", "adapter_config.json")
 SMALL_FILES = (
     *CONFIGS,
     *("generation_config.json", "model.safetensors.index.json", "chat_template.jinja", "chat_template.json"),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json"),
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"),
     ".gitattributes",  # every repository has it: huggingface_hub warns if there is none of the files
 )
 WEIGHTS = ("model*.safetensors", "adapter*.safetensors")

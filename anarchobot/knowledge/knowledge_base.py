@@ -1,4 +1,4 @@
-"""A knowledge base: files split into passages, keyword search over them, and user feedback on the results.
+"""A knowledge base: files split into passages, search over them, and user feedback on the results.
 
 Everything is stored in one SQLite file (database.py). A document is one file; it is added, replaced or removed in one
 transaction.
@@ -7,7 +7,7 @@ transaction.
 import hashlib
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
@@ -17,11 +17,13 @@ from anarchobot.config.schema import DataConfig, KnowledgeBaseConfig
 from anarchobot.data.sources.documents import DocumentCounts
 from anarchobot.data.sources.files import EmptyFile, Unread, UnreadableFile
 from anarchobot.knowledge.database import KnowledgeBaseError, open_database, transaction, translate_errors
+from anarchobot.knowledge.embeddings import Encoder, VectorIndex, remove_vectors
 from anarchobot.knowledge.retrieval import (
     MAX_MATCHES,
     MAX_TERMS,
     NUM_CANDIDATES,
     fts_query,
+    fuse,
     idf,
     question_similarity,
     rank_passages,
@@ -51,12 +53,31 @@ class Document(NamedTuple):
 class KnowledgeBase:
     """An open knowledge base; a context manager. `create` creates the file if there is none.
 
-    The constructor and every method raise KnowledgeBaseError (a UserError) if the file is missing, corrupt or locked.
+    With an `encoder`, passages are also searched by their embeddings. `rebuild` removes those that exist; otherwise
+    they must be of the same model. The constructor and every method raise KnowledgeBaseError (a UserError) if the file
+    is missing, corrupt or locked, or has embeddings of another model.
     """
 
-    def __init__(self, path: str | Path, settings: KnowledgeBaseConfig, create: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        settings: KnowledgeBaseConfig,
+        create: bool = False,
+        encoder: Encoder | None = None,
+        rebuild: bool = False,
+    ) -> None:
         self._path, self._settings = Path(path), settings
+        self._vectors: VectorIndex | None = None
         self._database = open_database(self._path, create)
+        try:
+            if rebuild:
+                with translate_errors(self._path):
+                    remove_vectors(self._database)
+            if encoder is not None:
+                self._vectors = VectorIndex(self._database, self._path, encoder)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -156,22 +177,36 @@ class KnowledgeBase:
                 raise sqlite3.DatabaseError("a document's name is missing")
         return documents
 
+    # --- Embeddings
+
+    def without_embedding(self) -> int:
+        """The number of passages that only a search by keyword finds; 0 without an encoder."""
+        return 0 if self._vectors is None else self._vectors.missing()
+
+    def embed(self) -> Iterator[int]:
+        """Embeds the passages that have no embedding yet, and yields the number of each batch; none without an
+        encoder."""
+        return iter(()) if self._vectors is None else self._vectors.embed()
+
     # --- Search
 
     def search(self, question: str, k: int | None = None) -> list[Hit]:
-        """The best `k` passages (default: `retrieval_k`) that share a word with the question, best first."""
+        """The best `k` passages (default: `retrieval_k`), best first: those that share a word with the question and,
+        with an encoder, those with the most similar embeddings."""
         k = self._settings.retrieval_k if k is None else k
         with translate_errors(self._path), transaction(self._database, "DEFERRED"):
             counts = self._passage_counts(question)
-            if not (match := fts_query(counts)):
-                return []
             # The inner limit only takes effect if even the question's rarest word matches that many passages.
             select = """SELECT number, bm25 FROM (
                 SELECT rowid AS number, -rank AS bm25 FROM passage_words WHERE passage_words MATCH ? LIMIT ?
             ) ORDER BY bm25 DESC LIMIT ?"""
-            bm25 = dict(self._database.execute(select, (match, MAX_MATCHES, max(k, NUM_CANDIDATES))).fetchall())
+            candidates, match = max(k, NUM_CANDIDATES), fts_query(counts)
+            rows = self._database.execute(select, (match, MAX_MATCHES, candidates)).fetchall() if match else []
+            values: dict[int, float] = dict(rows)
+            if self._vectors is not None:
+                values = fuse(values, self._vectors.nearest(question, candidates))
             hits = []
-            for number, score in rank_passages(bm25, self._relevances(counts, list(bm25)))[:k]:
+            for number, score in rank_passages(values, self._relevances(counts, list(values)))[:k]:
                 text, source = self._passage(number)
                 hits.append(Hit(number, text, source, score))
         return hits

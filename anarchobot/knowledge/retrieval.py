@@ -1,4 +1,4 @@
-"""Ranking: BM25 scaled by user feedback.
+"""Ranking: BM25, or BM25 and embeddings, scaled by user feedback.
 
 BM25 is FTS5's (k1 1.2, b 0.75). Rare words are weighted heavily, common words barely, so no stop word list is needed.
 The best NUM_CANDIDATES passages by BM25 are ranked by
@@ -6,6 +6,9 @@ The best NUM_CANDIDATES passages by BM25 are ranked by
     score = BM25 / (BM25 of the best passage) · (1 + s)
 
 where s, from -1 to 1, is the passage's relevance: feedback can at most double the score, or reduce it to 0.
+
+With embeddings, the sum of reciprocal ranks takes the place of BM25: 1 / (RANK_OFFSET + rank), summed over the best
+NUM_CANDIDATES by BM25 and those by embeddings (Cormack et al. 2009, https://doi.org/10.1145/1571941.1572114).
 
 Relevance is a fold over the log of votes. It starts at 0; each vote with reward 1 or -1, in log order, updates it:
 
@@ -20,6 +23,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 NUM_CANDIDATES = 100
+RANK_OFFSET = 2  # with 60, as in the paper, a middling rank in both outweighs the first in one (docs/knowledge.md)
 # Terms are added to a query, starting with the rarest, until they match this many passages. The remaining, most common
 # terms barely change the ranking but take nearly all the time. This bounds the time of a search.
 MAX_MATCHES = 10_000
@@ -48,11 +52,21 @@ def fts_query(passage_counts: Mapping[str, int]) -> str:
     return " OR ".join(f'"{term}"' for term in terms)
 
 
-def rank_passages(bm25: Mapping[int, float], relevances: Mapping[int, float]) -> list[RankedPassage]:
-    """The candidates with their scores, best first; ties go to the passage added first. BM25 values are positive."""
-    best = max(bm25.values(), default=1.0)
+def fuse(*rankings: Iterable[int]) -> dict[int, float]:
+    """The sum of reciprocal ranks of each passage; a ranking has the best passage first."""
+    sums: dict[int, float] = {}
+    for ranking in rankings:
+        for rank, passage in enumerate(ranking, start=1):
+            sums[passage] = sums.get(passage, 0.0) + 1 / (RANK_OFFSET + rank)
+    return sums
+
+
+def rank_passages(values: Mapping[int, float], relevances: Mapping[int, float]) -> list[RankedPassage]:
+    """The candidates with their scores, best first; ties go to the passage added first. `values`: BM25 or reciprocal
+    ranks, positive."""
+    best = max(values.values(), default=1.0)
     scored = [
-        RankedPassage(passage, value / best * (1 + relevances.get(passage, 0.0))) for passage, value in bm25.items()
+        RankedPassage(passage, value / best * (1 + relevances.get(passage, 0.0))) for passage, value in values.items()
     ]
     return sorted(scored, key=lambda ranked: (-ranked.score, ranked.passage))
 

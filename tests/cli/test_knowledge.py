@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from anarchobot.cli.main import main
+from tests.inference.encoder_folders import write_encoder
 
 Captured = pytest.CaptureFixture[str]
 
@@ -49,6 +50,30 @@ def test_all_subcommands(capsys: Captured) -> None:
     ]  # fmt: skip
     assert result(["kb", "remove", "fruit.md", *base], capsys) == {"removed": {"fruit.md": 1}}
     assert [held["name"] for held in result(["kb", "list", *base], capsys)["documents"]] == ["rows.jsonl"]
+
+
+def test_search_by_meaning(capsys: Captured) -> None:
+    """A random encoder: what counts is which passages are embedded, and that all are found."""
+    base, model = ["--kb", "kb.db"], ["--embedding-model", str(write_encoder(Path("encoder")))]
+    Path("more.txt").write_text("The beaver builds a dam.")
+    assert result(["kb", "add", "fruit.md", *base], capsys)["embedded"] == 0
+    assert main(["kb", "search", "river", *base, *model]) == 0
+    assert "warning: 1 passage found by keyword only" in capsys.readouterr().err
+    done = result(["kb", "add", "fruit.md", "more.txt", *base, *model], capsys)
+    assert (done["equal"], done["added"], done["embedded"]) == (["fruit.md"], ["more.txt"], 2)
+    assert result(["kb", "search", "river", *base], capsys)["hits"] == []
+    hits = result(["kb", "search", "river", *base, *model], capsys)["hits"]
+    assert sorted(hit["source"] for hit in hits) == ["fruit.md", "more.txt"] and hits[0]["score"] == 1
+    assert main(["kb", "search", "river", *base, *model]) == 0
+    assert capsys.readouterr().err == ""
+
+    other = ["--embedding-model", str(write_encoder(Path("other"), seed=1))]
+    assert main(["kb", "search", "river", *base, *other]) == 2
+    assert "rebuild with: anarchobot kb embed --rebuild" in capsys.readouterr().err
+    assert result(["kb", "embed", *base, *other, "--rebuild"], capsys) == {"embedded": 2, "passages": 2}
+    assert result(["kb", "embed", *base, *other], capsys) == {"embedded": 0, "passages": 2}
+    assert main(["kb", "embed", *base]) == 2
+    assert "missing --embedding-model MODEL" in capsys.readouterr().err
 
 
 def test_text_output(capsys: Captured) -> None:

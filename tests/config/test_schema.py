@@ -101,6 +101,7 @@ def test_keys_of_the_stable_sections() -> None:
         {f"data.{key}" for key in added_data_keys}
         | {f"train.{key}" for key in added_train_keys}
         | {f"model.{key}" for key in added_model_keys}
+        | {"knowledge_base.embedding_model"}
     )
     assert stable - own == set()
 
