@@ -532,8 +532,7 @@ class KnowledgeBaseConfig(Section):
     )
     embedding_model: PathName | None = Field(
         None,
-        description="model for search by meaning: folder or Hugging Face name of a sentence-transformers model, such "
-        "as sentence-transformers/all-MiniLM-L6-v2; default: search by keyword only",
+        description="also search by meaning: folder or Hugging Face name of a sentence-transformers model; default: by keyword only",
     )
 
 
