@@ -532,7 +532,8 @@ class KnowledgeBaseConfig(Section):
     )
     embedding_model: PathName | None = Field(
         None,
-        description="also search by meaning: folder or Hugging Face name of a sentence-transformers model; default: by keyword only",
+        description="also search by meaning: folder or Hugging Face name of a sentence-transformers model; "
+        "default: by keyword only",
     )
 
 
