@@ -93,10 +93,12 @@ def _embed_passages(base: "KnowledgeBase", quiet: bool) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    if not (missing := base.without_embedding()):
+        return 0
     console = Console(file=sys.stderr)
     embedded = 0
     with Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("embedding", total=base.without_embedding())
+        task = bar.add_task("embedding", total=missing)
         for number in base.embed():
             embedded += number
             bar.update(task, advance=number)

@@ -55,8 +55,8 @@ SURFACE = {
     "kb feedback": ["--bad", "--feedback-alpha", "--good", "--kb", "--passage", "--question"],
     "chat": [
         "KEY=VALUE", "--checkpoint", "--embedding-model", "--feedback-alpha", "--kb", "--max-new-tokens", "--method",
-        "--min-p", "--model", "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--seed", "--stop", "--temperature",
-        "--top-k", "--top-p", "-k",
+        "--min-p", "--model", "--repetition-penalty", "--presence-penalty", "--frequency-penalty", "--seed", "--stop",
+        "--temperature", "--top-k", "--top-p", "-k",
     ],
     "serve": [
         "KEY=VALUE", "--allow-host", "--allow-origin", "--api-key-file", "--checkpoint", "--client-connections",
