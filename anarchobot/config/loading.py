@@ -13,11 +13,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from anarchobot.config.errors import UserError, did_you_mean
+from anarchobot.config.names_elsewhere import KEYS_ELSEWHERE
 from anarchobot.config.schema import Config, ModelConfig, Section
 from anarchobot.config.strict_yaml import MAX_BYTES, YamlMapping, parse, parse_scalar
 from anarchobot.config.validation import RUN_LENGTH_KEYS, conflicts
 
-MAX_ERRORS = 3  # in a message
+MAX_ERRORS, MAX_KEYS = 3, 10  # in a message
 COMMAND_LINE = "command line"
 # Model settings that do not depend on the weights, and so may differ from a pretrained model's.
 WEIGHT_INDEPENDENT_KEYS = ("dropout", "max_seq_len", "bos_id", "zero_init_proj")
@@ -114,6 +115,14 @@ def leaf_keys(schema: type[BaseModel] = Config) -> dict[str, FieldInfo]:
     return keys
 
 
+def find_key(name: str, schema: type[BaseModel] = Config) -> str | None:
+    """Returns the dotted key of a setting named without its section, or with its name in another program."""
+    keys = leaf_keys(schema)
+    found = [key for key in keys if key.endswith(f".{name}")]
+    elsewhere = KEYS_ELSEWHERE.get(name)
+    return found[0] if found else elsewhere if elsewhere in keys else None
+
+
 def dotted_items(values: dict[str, Any], parents: str = "") -> Iterator[tuple[str, Any]]:
     """Yields every dotted key with its value, each section before its keys."""
     for name, value in values.items():
@@ -185,8 +194,8 @@ def _parse_override(word: str, schema: type[BaseModel]) -> tuple[str, Any]:
     key, equals, text = word.partition("=")
     section, _, leaf = key.partition(".")
     if not (equals and section and leaf):
-        full = [k for k in leaf_keys(schema) if k.endswith(f".{key}")] if equals else []
-        hint = f"; did you mean '{full[0]}={text}'?" if full else ", such as train.lr=1e-3"
+        full = find_key(key, schema) if equals else None
+        hint = f"; did you mean '{full}={text}'?" if full else ", such as train.lr=1e-3"
         raise UserError(f"{COMMAND_LINE}: '{word}': expected SECTION.KEY=VALUE{hint}")
     return key, parse_scalar(text, key)
 
@@ -314,16 +323,20 @@ def _describe_problem(key: str, problem: Any, schema: type[BaseModel]) -> str:
 def _unknown(key: str, schema: type[BaseModel]) -> str:
     section, leaf = _split(key, schema)
     keys = leaf_keys(schema)
-    elsewhere = [k for k in keys if k.endswith(f".{leaf or section}")]
     if not leaf:
-        hint = f"; move it under '{elsewhere[0].split('.')[0]}:'" if elsewhere else ""
+        elsewhere = find_key(section, schema)
+        hint = f"; move it under '{elsewhere.split('.')[0]}:'" if elsewhere else ""
         return f"unknown section{hint or did_you_mean(section, schema.model_fields)}"
-    if elsewhere:
-        return f"unknown key; did you mean '{elsewhere[0]}'?"
+    synonym = KEYS_ELSEWHERE.get(leaf, "")
+    if near := synonym if synonym in keys and synonym.startswith(f"{section}.") else find_key(leaf, schema):
+        return f"unknown key; did you mean '{near}'?"
     known = [k.removeprefix(f"{section}.").partition(".")[0] for k in keys if k.startswith(f"{section}.")]
     known = list(dict.fromkeys(known))
-    hint = did_you_mean(leaf, known) or did_you_mean(leaf, keys)
-    return "unknown key" + (hint or f"; keys of {section}: {', '.join(known)}")
+    if hint := did_you_mean(leaf, known) or did_you_mean(leaf, keys):
+        return f"unknown key{hint}"
+    if len(known) <= MAX_KEYS:
+        return f"unknown key; keys of {section}: {', '.join(known)}"
+    return "unknown key; all keys: docs/configuration.md"
 
 
 def describe_type(info: FieldInfo) -> str:
