@@ -56,6 +56,9 @@ def _run(argv: list[str], debug: bool) -> int:
     try:
         parser = build_parser()
         completion.complete(parser)
+        if not argv:
+            parser.print_help(sys.stderr)
+            return 2
         args = parse(parser, argv)
         args.argv, args.parser = argv, parser  # for commands that run other commands
         hub.show_progress = not args.quiet

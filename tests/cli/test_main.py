@@ -12,7 +12,7 @@ import pytest
 
 from anarchobot import __version__
 from anarchobot.cli import training
-from anarchobot.cli.main import main
+from anarchobot.cli.main import build_parser, main
 from anarchobot.config.adapt_schema import AdaptConfig
 from anarchobot.config.loading import leaf_keys, load, load_config
 from anarchobot.config.schema import Config
@@ -25,7 +25,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "the following arguments are required: COMMAND (see anarchobot --help)"),
+        ("shards", "the following arguments are required: info|verify (see anarchobot shards --help)"),
         ("pretrian c.yaml", "unknown command 'pretrian'; did you mean 'pretrain'? (see anarchobot --help)"),
         (
             "config shwo",
@@ -49,6 +49,12 @@ def test_a_usage_error_is_one_line_and_exit_code_2(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == f"anarchobot: {message}\n"
+
+
+def test_the_bare_program_shows_its_help_as_an_error(capsys: Captured) -> None:
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == build_parser().format_help()
 
 
 def test_debug_shows_the_traceback_and_ends_with_the_same_line(capsys: Captured) -> None:
