@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -13,29 +14,29 @@ from anarchobot.config.paths import find_path
 _SETTING = "setting "  # prefix of the dest of a flag that sets a config key
 _PATHS = ("CONFIG", "DIR", "FILE", "PATH", "PREFIX", "RUN", "TEXTS")  # metavars of arguments that name files
 HUB_NAME = "ORG/NAME[@REVISION] on the Hugging Face Hub"  # in the help of arguments that name a model
-# Names in mlx-lm, Unsloth, transformers and nanochat, for suggestions.
+# Names in mlx-lm, Unsloth, transformers, nanochat, Ollama and Hugging Face's hf, for suggestions; those of settings are
+# in config/names_elsewhere.py.
 COMMANDS_ELSEWHERE = {
     "merge": "fuse", "convert": "import", "quantize": "export", "lora": "sft", "finetune": "sft", "fine-tune": "sft",
     "orpo": "dpo", "kto": "dpo", "simpo": "dpo", "cpo": "dpo", "server": "serve", "run": "chat", "eval": "evaluate",
-    "perplexity": "evaluate", "tokenize": "pretokenize",
+    "perplexity": "evaluate", "tokenize": "pretokenize", "prepare": "pretokenize", "sample": "generate",
+    "upload": "export", "list": "runs", "ls": "runs", "init": "config init",
+    "resume": "pretrain CONFIG --resume-from auto", "help": "--help",
 }  # fmt: skip
+DOWNLOADS_ELSEWHERE = ("pull", "download")
 FLAGS_ELSEWHERE = {
-    "--temp": ("--temperature",),
-    "--learning-rate": ("--lr",),
     "--iters": ("--steps",),
     "--max-steps": ("--steps",),
-    "--num-train-epochs": ("--epochs",),
     "--data": ("--dataset", "--input"),
-    "--adapter-path": ("--adapter", "--checkpoint"),
+    "--adapter-path": ("--adapter", "--checkpoint", "--checkpoint-dir"),
     "--model-path": ("--checkpoint", "--model"),
     "--model": ("--checkpoint",),
-    "--max-tokens": ("--max-new-tokens",),
+    "--output": ("--checkpoint-dir",),
     "--output-dir": ("--output", "--checkpoint-dir"),
     "--save-dir": ("--checkpoint-dir",),
     "--resume": ("--resume-from",),
-    "--report-to": ("--log-to",),
 }
-_KEY_VALUE = re.compile(r"\w[\w.-]*=")  # a file with such a name can be given as ./NAME
+KEY_VALUE = re.compile(r"\w[\w.-]*=")  # a file with such a name can be given as ./NAME
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -84,15 +85,18 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
+        raise _UsageError(message, self)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            near = (
-                did_you_mean(COMMANDS_ELSEWHERE.get(value, value), action.choices)
-                or f"; expected one of {', '.join(action.choices)}"
-            )
+            near = _similar_command(value, action.choices) or f"; expected one of {', '.join(action.choices)}"
             self.error(f"unknown command '{value}'{near}")
+
+
+class _UsageError(UserError):
+    def __init__(self, message: str, parser: Parser) -> None:
+        super().__init__(f"{message} (see {parser.prog} --help)")
+        self.message, self.parser = message, parser
 
 
 def _find(word: str) -> Path:
@@ -104,20 +108,25 @@ def parse(parser: Parser, argv: list[str]) -> argparse.Namespace:
     for word in argv:
         if not word.isprintable() and any("\ud800" <= c <= "\udfff" for c in word):
             raise UserError(f"argument {word!a} is not valid UTF-8")
-    args, rest = parser.parse_known_args(argv)
+    try:
+        args, rest = parser.parse_known_args(argv)
+    except _UsageError as error:
+        if "required" not in error.message:
+            raise
+        raise _missing_arguments(error, argv) from error
     if hasattr(args, "settings"):
         words = [args.config, *args.settings, *(word for word in rest if not word.startswith("-"))]
         rest = [word for word in rest if word.startswith("-")]
         for option in {action.dest: action for action in args.options.values() if action.nargs == "+"}.values():
             given = getattr(args, option.dest) or []  # such an option consumes all positional arguments after it
-            files = [word for word in given if not _KEY_VALUE.match(word)]
+            files = [word for word in given if not KEY_VALUE.match(word)]
             if given and not files:
                 name = option.option_strings[0]
                 raise UserError(f"argument {name}: expected {option.metavar} before KEY=VALUE (see {args.prog} --help)")
             words += [word for word in given if word not in files]
             setattr(args, option.dest, files)
-        args.settings = [word for word in words if word is not None and _KEY_VALUE.match(word)]
-        configs = [word for word in words if word is not None and not _KEY_VALUE.match(word)]
+        args.settings = [word for word in words if word is not None and KEY_VALUE.match(word)]
+        configs = [word for word in words if word is not None and not KEY_VALUE.match(word)]
         if args.sections:
             for word in args.settings:
                 if word.partition(".")[0] not in args.sections:
@@ -133,7 +142,7 @@ def parse(parser: Parser, argv: list[str]) -> argparse.Namespace:
             )
     if rest:
         word = rest[0].partition("=")[0]
-        near = f"; place it after '{args.prog}'" if word in args.options else _similar_flag(word, args.options)
+        near = f"; place it after '{args.prog}'" if word in args.options else _similar_flag(word, args)
         raise UserError(f"unrecognized argument '{rest[0]}'{near} (see {args.prog} --help)")
     return args
 
@@ -147,9 +156,47 @@ def _find_config(word: str) -> str:
     return str(shipped_configs().get(word, word))
 
 
-def _similar_flag(word: str, options: Iterable[str]) -> str:
-    names = [name for name in FLAGS_ELSEWHERE.get(word, ()) if name in options]
-    return did_you_mean(names[0] if names else word, options)
+def _missing_arguments(error: _UsageError, argv: Sequence[str]) -> UserError:
+    """The error for missing arguments, or for an unknown flag, which is the likely reason that one is missing."""
+    flags = [word.partition("=")[0] for word in takewhile(lambda word: word != "--", argv) if word.startswith("--")]
+    args = argparse.Namespace(options=error.parser._option_string_actions)
+    unknown = next((flag for flag in flags if flag not in args.options), None)
+    if unknown is not None:
+        near = _similar_flag(unknown, args)
+        return UserError(f"unrecognized argument '{unknown}'{near} (see {error.parser.prog} --help)")
+    if "--checkpoint" in error.message and "--model" in flags:  # mlx-lm's name
+        return _UsageError(
+            f"{error.message}; use --checkpoint instead of --model, the base model of adapters", error.parser
+        )
+    return error
+
+
+def _similar_command(word: str, commands: Iterable[str]) -> str:
+    name = COMMANDS_ELSEWHERE.get(word, word)
+    if name.startswith("-") or name.split()[0] in commands:
+        return f"; did you mean '{name}'?"
+    if word in DOWNLOADS_ELSEWHERE:
+        return "; models are downloaded when they are named, as in chat --checkpoint ORG/NAME"
+    return did_you_mean(word, commands)
+
+
+def _similar_flag(word: str, args: argparse.Namespace) -> str:
+    """The flag or the KEY=VALUE that the user may have meant, or why there is none."""
+    from anarchobot.config.loading import find_key
+
+    names = [name for name in FLAGS_ELSEWHERE.get(word, ()) if name in args.options]
+    if not names and (key := find_key(word.lstrip("-").replace("-", "_"))) is not None:
+        names = [name for name, action in args.options.items() if action.dest == f"{_SETTING}{key}"]
+        names += [f"{key}=VALUE"] if _accepts(args, key) else []
+        if not names and hasattr(args, "why_no_settings") and key != "data.dataset":
+            return f"; {args.why_no_settings}"
+    return f"; did you mean '{names[0]}'?" if names else did_you_mean(word, args.options)
+
+
+def _accepts(args: argparse.Namespace, key: str) -> bool:
+    """Whether KEY=VALUE can set `key`."""
+    sections = getattr(args, "sections", None)
+    return sections is not None and (not sections or (key.partition(".")[0] in sections and key not in args.unused))
 
 
 def add_command(commands: Any, name: str, run: Any, summary: str, **kwargs: Any) -> Parser:

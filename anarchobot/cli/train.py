@@ -9,10 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from anarchobot.cli.parser import HUB_NAME, add_command, parse
+from anarchobot.cli.parser import HUB_NAME, KEY_VALUE, add_command, parse
 from anarchobot.config.errors import UserError
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
+NUMBER = r"([0-9]{1,6}(?:\.[0-9]{1,6})?)"
+WHY_NO_SETTINGS = (
+    "train chooses the settings: to change one, edit a copy of config.yaml from its output folder and run anarchobot "
+    "pretrain with it"
+)
 
 
 def add_commands(commands: Any) -> None:
@@ -39,6 +44,7 @@ def add_commands(commands: Any) -> None:
         metavar="PATH",
         help=f"model to train LoRA adapters for: a run, a folder, or {HUB_NAME} (default: train a new model)",
     )
+    parser.set_defaults(why_no_settings=WHY_NO_SETTINGS)
     parser.add_argument("--output", metavar="DIR", help="output folder (default: runs/NAME, after the first text)")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
 
@@ -46,6 +52,9 @@ def add_commands(commands: Any) -> None:
 def _train(args: argparse.Namespace) -> int:
     started = time.monotonic()
     seconds = parse_seconds(args.time)
+    for word in args.texts:
+        if KEY_VALUE.match(word) and not Path(word).exists():
+            raise UserError(f"'{word}': {WHY_NO_SETTINGS}")
     if not args.texts and not (args.model and args.chat):
         raise UserError(
             "missing TEXTS: expected text files or folders, such as `anarchobot train notes` (with --model, --chat "
@@ -92,10 +101,12 @@ def _train(args: argparse.Namespace) -> int:
 
 def parse_seconds(text: str) -> float:
     """Parses `90s`, `30m` or `2h`. Raises UserError for anything else."""
-    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)([smh])", text)
+    match = re.fullmatch(rf"{NUMBER}([smh])", text)
     seconds = float(match[1]) * UNITS[match[2]] if match else 0.0
     if seconds == 0:
-        raise UserError(f"argument --time: expected a time such as 90s, 30m or 2h, got '{text}'")
+        like = re.fullmatch(rf"{NUMBER} ?(|s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?)", text.lower())
+        near = f"; did you mean '{like[1]}{like[2][:1] or 'm'}'?" if like and float(like[1]) else ""
+        raise UserError(f"argument --time: expected a time such as 90s, 30m or 2h, got '{text}'{near}")
     return seconds
 
 
@@ -125,7 +136,7 @@ def _print_result(args: argparse.Namespace, result: dict[str, Any], commands: li
         from anarchobot.tasks.train import SAMPLE_SEPARATOR
 
         sample, *_ = Path(result["samples"]).read_text(encoding="utf-8").split(SAMPLE_SEPARATOR)
-        print(f"\n{sample.strip()}\n", file=sys.stderr)
+        print(f"\nsample:\n{sample.strip()}\n", file=sys.stderr)
     if args.quiet:
         return
     lines = ["the same, one step at a time (first set another train.save_dir):", *(f"  {line}" for line in commands)]

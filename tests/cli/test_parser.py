@@ -9,6 +9,7 @@ from anarchobot.cli.main import build_parser
 from anarchobot.cli.parser import Parser, add_command, add_config, add_settings, overrides, parse
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import leaf_keys, load_config
+from anarchobot.config.names_elsewhere import KEYS_ELSEWHERE
 
 EVERYWHERE = ["--debug", "--help", "--json", "--quiet"]
 
@@ -284,6 +285,25 @@ def test_errors_suggest_the_nearest_name(words: str, message: str) -> None:
         ("sft --data d", "--dataset"),
         ("pretokenize --data d", "--input"),
         ("serve --model-path d", "--checkpoint"),
+        ("sft --adapter-path a", "--checkpoint-dir"),
+        ("sft --output a", "--checkpoint-dir"),
+        ("sft --num-layers 4", "lora.num_layers=VALUE"),
+        ("sft --max-seq-length 4", "data.seq_len=VALUE"),
+        ("pretrain tiny --weight-decay 0.1", "train.weight_decay=VALUE"),
+        ("sft --batchsize 4", "--batch-size"),
+        ("generate --length 9", "--max-new-tokens"),
+        ("serve --temp 0", "generation.temperature=VALUE"),
+        ("chat --chekpoint c", "--checkpoint"),  # the reason why the required flag is missing
+        ("export --model c", "--checkpoint"),
+        ("list", "runs"),
+        ("ls", "runs"),
+        ("kb ls", "list"),
+        ("init", "config init"),
+        ("resume", "pretrain CONFIG --resume-from auto"),
+        ("help", "--help"),
+        ("upload", "export"),
+        ("prepare", "pretokenize"),
+        ("sample", "generate"),
     ],
 )
 def test_names_of_other_programs_are_known(words: str, suggestion: str) -> None:
@@ -292,6 +312,37 @@ def test_names_of_other_programs_are_known(words: str, suggestion: str) -> None:
             build_parser(),
             words.replace("generate", "generate --checkpoint c").replace("serve", "serve --checkpoint c").split(),
         )
+
+
+@pytest.mark.parametrize("word", KEYS_ELSEWHERE)
+def test_names_of_settings_in_other_programs_are_of_existing_keys(word: str) -> None:
+    assert KEYS_ELSEWHERE[word] in leaf_keys()
+
+
+@pytest.mark.parametrize("flag", ["--model m", "--model=m"])
+@pytest.mark.parametrize("command", ["generate", "chat", "serve", "evaluate"])
+def test_a_model_without_a_checkpoint_is_explained(command: str, flag: str) -> None:
+    with pytest.raises(UserError, match=f"required.*; use --checkpoint .* \\(see anarchobot {command} --help"):
+        parse(build_parser(), [command, *flag.split()])
+
+
+@pytest.mark.parametrize("words", ["train notes --lr 1e-3", "train notes --batch-size=8", "train notes train.lr=1e-3"])
+def test_train_explains_that_it_chooses_the_settings(words: str) -> None:
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        args = parse(build_parser(), words.split())
+        args.run(args)
+
+
+def test_a_flag_of_another_commands_setting_is_not_suggested_to_a_command_without_it() -> None:
+    with pytest.raises(UserError) as error:
+        parse(build_parser(), ["generate", "--checkpoint", "c", "--weight-decay", "1"])
+    assert "train.weight_decay" not in str(error.value)
+
+
+def test_downloads_need_no_command() -> None:
+    for word in ("pull", "download"):
+        with pytest.raises(UserError, match="models are downloaded when they are named"):
+            parse(build_parser(), [word, "ORG/NAME"])
 
 
 def test_settings_of_a_command_without_a_config() -> None:

@@ -1,6 +1,7 @@
 """`anarchobot train`, end to end on a tiny text: the plan, all stages, resuming, and wrong requests."""
 
 import json
+from argparse import Namespace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from anarchobot.cli.main import main
+from anarchobot.cli.train import _print_result, parse_seconds
+from anarchobot.config.errors import UserError
 from anarchobot.config.loading import load_config
 from anarchobot.data.shards import read_manifest
 from anarchobot.data.sources import builtin
@@ -209,11 +212,29 @@ def test_dry_run_writes_nothing(tmp_path: Path, flags: list[str], capsys: pytest
         ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [("5", "5m"), ("5min", "5m"), ("1.5 hours", "1.5h"), ("90 sec", "90s"), ("2H", "2h"), ("0", ""), ("soon", "")],
+)
+def test_a_time_in_another_notation_is_suggested(text: str, near: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_seconds(text)
+    assert str(error.value).partition("did you mean ")[2] == (near and f"'{near}'?")
+
+
+def test_the_sample_that_is_printed_has_a_heading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "samples.txt").write_text(f"Once.{train.SAMPLE_SEPARATOR}Twice.")
+    result = {"model": "m", "chat": None, "best_val_bpb": None, "samples": str(tmp_path / "samples.txt")}
+    _print_result(Namespace(json=False, quiet=False), result, [])
+    assert "\nsample:\nOnce.\n" in capsys.readouterr().err
+
+
 def test_wrong_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     write_texts(tmp_path / "notes")
     (tmp_path / "empty").mkdir()
     (tmp_path / "short.txt").write_text("word " * 400)
     (tmp_path / "binary.txt").write_bytes(b"\x00\xff" * 10_000)
+    (tmp_path / "chats.jsonl").write_text('{"messages": []}\n' * 1000)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     for words, expected in (
@@ -223,6 +244,7 @@ def test_wrong_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         (["short.txt"], "short.txt: 2.0 kB of text is too little to train on: expected at least 10.0 kB"),
         (["binary.txt"], "binary.txt: not UTF-8 text"),
         (["notes", "--time", "30"], "argument --time: expected a time such as 90s, 30m or 2h, got '30'"),
+        (["chats.jsonl"], "chats.jsonl:1: no field 'text' (it has messages): conversations are read by train --chat "),
         (["notes", "--time", "6s"], "--time 6s: too short: "),
         (["notes", "--output", "taken"], "taken: already exists and is not empty"),
         (["--model", "runs/none"], "missing TEXTS"),

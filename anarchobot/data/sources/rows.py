@@ -12,6 +12,7 @@ from anarchobot.data.sources.files import EmptyFile, FileRange
 
 Row = dict[str, Any]
 BOM = b"\xef\xbb\xbf"
+_CONVERSATIONS = {"messages", "conversations"}  # fields of rows for fine-tuning
 
 
 def read_jsonl(file_range: FileRange) -> Iterator[tuple[str, bytes | ValueError]]:
@@ -43,9 +44,15 @@ def parse(line: bytes) -> Row:
 def check_fields(fields: Iterable[str], location: str, data: DataConfig) -> None:
     """Raises UserError when a field that the config names is missing."""
     fields = sorted(fields)
+    found = f"(it has {', '.join(fields) or 'none'})"
+    if data.text_field not in fields and _CONVERSATIONS & {*fields}:
+        raise UserError(
+            f"{location}: no field '{data.text_field}' {found}: conversations are read by train --chat and sft "
+            "--dataset; for a field of text, set data.text_field"
+        )
     for key, field in (("text_field", data.text_field), ("score_field", data.score_field)):
         if field is not None and field not in fields:
-            raise UserError(f"{location}: no field '{field}' (it has {', '.join(fields) or 'none'}): set data.{key}")
+            raise UserError(f"{location}: no field '{field}' {found}: set data.{key}")
 
 
 def get_text(row: Row, data: DataConfig) -> str:

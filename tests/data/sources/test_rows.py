@@ -57,6 +57,9 @@ def test_reason_of_a_broken_line(tmp_path: Path, line: bytes, reason: str) -> No
 def test_missing_field_in_the_first_row_is_an_error(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", "broken", {"title": "t", "content": "c"})
     assert problem(path) == f"{path}:2: no field 'text' (it has content, title): set data.text_field"
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"messages": []}')
+    assert "--chat" in problem(chats) and "--dataset" in problem(chats)
     assert read(path, data=DataConfig(text_field="content"))[0] == ["c"]
     data = DataConfig(text_field="content", score_field="score", score_min=0.5)
     assert problem(path, data=data) == f"{path}:2: no field 'score' (it has content, title): set data.score_field"
