@@ -1,5 +1,6 @@
 """Configurations to start from: those in configs/, by name, and the commented ones of `anarchobot config init`."""
 
+import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,32 +20,34 @@ WIDTH = 110
 
 @dataclass(frozen=True)
 class Purpose:
-    """What `config init` writes: the shipped `config` with `settings`; `asks` are keys without a useful default."""
+    """What `config init` writes: the shipped `config` with `settings`; `asks` are keys without a useful default,
+    with an example of each."""
 
     config: str
     command: str
-    asks: tuple[str, ...]
+    asks: dict[str, str]
     settings: dict[str, Any] = field(default_factory=dict)
     schema: type[Section] = Config
 
 
+_MODEL = {"train.init_from": "ORG/NAME"}
 PURPOSES = {
     "pretrain": Purpose(
         "tiny",
         "anarchobot tokenizer train {file}, then pretokenize, verify and pretrain",
-        ("data.dataset",),
+        {"data.dataset": "notes/"},
         {
             "data.shard_dir": "shards/mine", "train.tokenizer_path": "shards/mine/tokenizer.model",
             "train.save_dir": "runs/mine", "train.epochs": 4, "generation.prompt": "The",
         },
     ),
-    "sft": Purpose("tuning/sft", "anarchobot sft {file}", ("train.init_from", "data.dataset")),
-    "lora": Purpose("tuning/lora_balanced", "anarchobot sft {file}", ("train.init_from", "data.dataset")),
-    "dpo": Purpose("tuning/dpo", "anarchobot dpo {file}", ("train.init_from", "data.dataset")),
+    "sft": Purpose("tuning/sft", "anarchobot sft {file}", _MODEL | {"data.dataset": "chats.jsonl"}),
+    "lora": Purpose("tuning/lora_balanced", "anarchobot sft {file}", _MODEL | {"data.dataset": "chats.jsonl"}),
+    "dpo": Purpose("tuning/dpo", "anarchobot dpo {file}", _MODEL | {"data.dataset": "pairs.jsonl"}),
     "adapt-vocab": Purpose(
         "adapt_stable",
         "anarchobot adapt-vocab {file}",
-        ("models.source_model", "corpus.domain"),
+        {"models.source_model": "ORG/NAME", "corpus.domain": "notes/"},
         {"pipeline.run_root": "runs/adapt"},
         AdaptConfig,
     ),
@@ -75,9 +78,10 @@ def write_template(purpose: str, settings: Sequence[str], file: Path) -> None:
     wanted = PURPOSES[purpose]
     given = {word.partition("=")[0] for word in settings}
     if missing := [key for key in wanted.asks if key not in given]:
-        raise UserError(
-            f"missing {' and '.join(f'{key}=VALUE' for key in missing)}: {required_keys(purpose)[missing[0]]}"
-        )
+        descriptions = required_keys(purpose)
+        wanted_keys = " and ".join(f"{key}=VALUE ({descriptions[key]})" for key in missing)
+        example = shlex.join([*settings, *(f"{key}={wanted.asks[key]}" for key in missing)])
+        raise UserError(f"missing {wanted_keys}; for example: anarchobot config init {purpose} {example}")
     if file.exists():
         raise UserError(f"{file}: exists already: choose another name with --output")
     path = shipped_configs()[wanted.config]

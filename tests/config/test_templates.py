@@ -65,7 +65,10 @@ def test_answers_are_asked_for_at_a_terminal(tmp_path: Path, monkeypatch: pytest
     ("words", "message"),
     [
         ("lra", "unknown purpose 'lra'; did you mean 'lora'?"),
-        ("lora", "missing train.init_from=VALUE and data.dataset=VALUE: "),
+        ("lora", "; for example: anarchobot config init lora train.init_from=ORG/NAME data.dataset=chats.jsonl"),
+        ("lora", "missing train.init_from=VALUE (run, checkpoint, Hugging Face folder or name"),
+        ("lora", " and data.dataset=VALUE (text, "),
+        ("dpo data.dataset=a", "example: anarchobot config init dpo data.dataset=a train.init_from=ORG/NAME"),
         ("pretrain data.dataset=a train.lrr=1", "train.lrr: unknown key; did you mean 'lr'?"),
         ("pretrain data.dataset=a --output old.yaml", "old.yaml: exists already: choose another name with --output"),
     ],
