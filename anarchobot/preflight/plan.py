@@ -21,6 +21,7 @@ from anarchobot.system.peak_flops import training_flops_per_token
 
 PRECISIONS: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")  # float16 needs the same as bfloat16
 CHINCHILLA = 20  # compute-optimal training tokens per parameter (Hoffmann et al., 2022)
+CONVERSATIONS_UNCOUNTED = "the run's length is given in epochs, and conversations are only counted when it starts"
 MANY_EPOCHS = 4  # up to here, repeated text is worth almost as much as new text (Muennighoff et al., 2023)
 
 
@@ -43,7 +44,7 @@ def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str,
     model, train, length = config.model, config.train, config.data.seq_len
     sequences = sequences_per_step(train)
     tokens_per_step = sequences * length * (2 if pairs else 1)
-    windows, unknown = _windows(config)
+    windows, unknown = _windows(loaded)
     if train.epochs is not None and windows is None:
         steps = None
     else:
@@ -107,11 +108,13 @@ def _peak(config: Config, precision: str, checkpointing: bool, pairs: bool) -> d
     return {"precision": precision, "gradient_checkpointing": checkpointing, **_memory_values(memory)}
 
 
-def _windows(config: Config) -> tuple[int | None, str | None]:
+def _windows(loaded: LoadedConfig) -> tuple[int | None, str | None]:
     """The number of training sequences in an epoch of the shards, or why it is unknown."""
-    data, folders = config.data, config.data.shard_dirs
-    if config.train.init_from is not None and data.dataset is not None:
-        return None, "the run's length is given in epochs, and conversations are only counted when it starts"
+    data, folders = loaded.config.data, loaded.config.data.shard_dirs
+    sections = {key.partition(".")[0] for key in loaded.sources}
+    is_tuning = bool(sections & {"lora", "chat", "preference"}) and "data.shard_dir" not in loaded.sources
+    if is_tuning or (loaded.config.train.init_from is not None and data.dataset is not None):
+        return None, CONVERSATIONS_UNCOUNTED
     missing = [folder for folder in folders if not (Path(folder) / "manifest.json").exists()]
     if missing:
         return None, f"the run's length is given in epochs, and there are no shards in {missing[0]}: run pretokenize"

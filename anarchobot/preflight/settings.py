@@ -11,7 +11,7 @@ from anarchobot.config.schema import Config
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import sequences_per_step, total_steps
 from anarchobot.preflight.check import Context, Outcome, check
-from anarchobot.preflight.plan import is_preference_config, many_epochs
+from anarchobot.preflight.plan import CONVERSATIONS_UNCOUNTED, is_preference_config, many_epochs
 from anarchobot.tasks.adaptation.checks import warnings
 from anarchobot.tasks.finetuning import check_settings, load_tuning_config
 
@@ -88,6 +88,8 @@ def required_fields(context: Context) -> Outcome:
 def schedule(context: Context) -> Outcome:
     config, train = context.loaded.config, context.loaded.config.train
     if train.epochs is not None and context.windows is None:
+        if command_for(context) in ("sft", "dpo"):
+            return "skip", CONVERSATIONS_UNCOUNTED
         return "skip", "needs: model and data (the run's length is given in epochs)"
     tokens_per_row = (2 if context.pairs else 1) * config.data.seq_len
     context.steps = steps = total_steps(train, tokens_per_row, context.windows or 0)

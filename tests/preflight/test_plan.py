@@ -111,6 +111,13 @@ def test_auto_counts_sequences_in_sft_and_pairs_in_dpo(
         assert checkpoint.find(run).state["data_position"] == 6
 
 
+@pytest.mark.parametrize("name", ["tuning/sft", "tuning/lora_balanced"])
+def test_tuning_needs_no_shards(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also without the model and the data, which the shipped configurations leave to the command line."""
+    found = planned(Path(name), capsys)
+    assert found["steps"] is None and "conversations" in found["steps_unknown"]
+
+
 def test_tuning_takes_the_pretrained_model_and_counts_pairs_as_two_sequences(
     tmp_path: Path, base: Path, preferences: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -328,6 +328,8 @@ def test_tuning_configuration_gets_the_tuning_checks(setup: Broken) -> None:
     checks = {check.name: check for check in setup.verify()}
     assert not problems(list(checks.values()))
     assert checks["dataset"].found.startswith("3 of the first 3 rows are usable; they end with: 'What assistant")
+    (found,) = [check for check in setup.verify("train.epochs=1") if check.name == "schedule"]
+    assert found.status == "skip" and "conversations are only counted when it starts" in found.found
     (found,) = problems(setup.verify("train.init_from=nowhere")).values()
     assert found.name == "configuration" and "nowhere" in found.found
     setup.rows.write_text(json.dumps({"messages": turns, "label": False}) + "\n")
