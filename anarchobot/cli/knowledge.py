@@ -5,7 +5,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from anarchobot.cli.parser import add_command, add_group, add_settings, overrides
+from anarchobot.cli.parser import REQUIRED, Parser, add_command, add_group, add_settings, overrides
 from anarchobot.cli.wording import count
 from anarchobot.config.errors import UserError
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 PATH = {"--kb": "knowledge_base.path"}
 ALPHA = {"--feedback-alpha": "knowledge_base.feedback_alpha"}
 MODEL = {"--embedding-model": "knowledge_base.embedding_model"}
-SEARCH_SETTINGS = PATH | ALPHA | MODEL | {"-k": "knowledge_base.retrieval_k"}
+RANKING = ALPHA | MODEL | {"-k": "knowledge_base.retrieval_k"}
+SEARCH_SETTINGS = PATH | RANKING
 
 
 def add_commands(commands: Any) -> None:
@@ -29,21 +30,21 @@ def add_commands(commands: Any) -> None:
         metavar="FILE",
         help="text, JSONL, Parquet, PDF, DOCX, EPUB, HTML or PPTX files, folders or globs",
     )
-    add_settings(add, PATH | MODEL | {"--text-field": "data.text_field"})
+    _add_settings(add, MODEL | {"--text-field": "data.text_field"})
 
     embed = add_command(kb, "embed", _embed, "embed the passages that have no embedding yet")
     embed.add_argument("--rebuild", action="store_true", help="remove the existing embeddings first (default: off)")
-    add_settings(embed, PATH | MODEL)
+    _add_settings(embed, MODEL)
 
     search = add_command(kb, "search", _search, "find the passages that best match a question")
     search.add_argument("question", metavar="QUESTION", help="text to search for")
-    add_settings(search, SEARCH_SETTINGS)
+    _add_settings(search, RANKING)
 
-    add_settings(add_command(kb, "list", _list, "list the documents"), PATH)
+    _add_settings(add_command(kb, "list", _list, "list the documents"))
 
     remove = add_command(kb, "remove", _remove, "remove documents")
     remove.add_argument("names", nargs="+", metavar="NAME", help="document name as shown by kb list")
-    add_settings(remove, PATH)
+    _add_settings(remove)
 
     feedback = add_command(kb, "feedback", _feedback, "record whether passages helped with a question")
     feedback.add_argument("--question", required=True, metavar="QUESTION", help="the question that was asked")
@@ -53,7 +54,13 @@ def add_commands(commands: Any) -> None:
     vote = feedback.add_mutually_exclusive_group(required=True)
     vote.add_argument("--good", action="store_true", help="the passages helped")
     vote.add_argument("--bad", action="store_true", help="the passages did not help")
-    add_settings(feedback, PATH | ALPHA)
+    _add_settings(feedback, ALPHA)
+
+
+def _add_settings(parser: Parser, settings: dict[str, str] | None = None) -> None:
+    """Adds --kb and flags for `settings`."""
+    add_settings(parser, PATH, REQUIRED)
+    add_settings(parser, settings or {})
 
 
 def open_knowledge_base(

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, get_args
 from anarchobot.config.errors import UserError, did_you_mean
 from anarchobot.config.paths import find_path
 
+REQUIRED = "required"  # in place of the default, in the help of a flag that sets a config key
 _SETTING = "setting "  # prefix of the dest of a flag that sets a config key
 _PATHS = ("CONFIG", "DIR", "FILE", "PATH", "PREFIX", "RUN", "TEXTS")  # metavars of arguments that name files
 HUB_NAME = "ORG/NAME[@REVISION] on the Hugging Face Hub"  # in the help of arguments that name a model
@@ -63,6 +64,7 @@ def _setting_help(action: argparse.Action) -> str:
     key = action.dest.removeprefix(_SETTING)
     info = leaf_keys()[key]
     default = "" if "default:" in (info.description or "") else f"; {action.help}{_shown(info.default)}"
+    default = f"; {REQUIRED}" if action.help == REQUIRED else default
     return f"{info.description} [{key}: {describe_type(info)}{default}]"
 
 
@@ -244,7 +246,8 @@ def add_overrides(parser: Parser, *sections: str, unused: Sequence[str] = ()) ->
 
 
 def add_settings(parser: Parser, settings: dict[str, str], default: str = "default: ") -> None:
-    """Adds flags that set config keys: {"--lr": "train.lr"}. `default` precedes the schema's default in the help."""
+    """Adds flags that set config keys: {"--lr": "train.lr"}. `default` precedes the schema's default in the help;
+    REQUIRED replaces it."""
     for flag, key in settings.items():
         metavar = flag.strip("-").replace("-", "_").upper()
         parser.add_argument(flag, metavar=metavar, dest=f"{_SETTING}{key}", help=default)

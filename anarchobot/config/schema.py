@@ -523,9 +523,7 @@ class GenerationConfig(Section):
 class KnowledgeBaseConfig(Section):
     """The knowledge base of `kb` and `chat`: passages of your files, added to the prompt."""
 
-    path: PathName | None = Field(
-        None, description="SQLite file of the knowledge base, created by `kb add`; default: none"
-    )
+    path: PathName | None = Field(None, description="SQLite file of the knowledge base, created by `kb add`")
     retrieval_k: Positive = Field(3, description="number of passages to retrieve for a question")
     feedback_alpha: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1, description="learning rate of feedback votes; 0: votes have no effect"

@@ -156,6 +156,8 @@ def test_help_shows_the_default_of_every_option(command: str) -> None:
         ("generate", "--top-k", "default: the model's setting, else 50]"),
         ("generate", "--checkpoint", "(required)"),
         ("serve", "--port", "(default: 8080)"),
+        ("kb search", "--kb", "; required]"),
+        ("chat", "--kb", "default: the model's setting, else none]"),
         ("export", "--dtype", "(default: float32)"),
         ("tokenizer train", "--output", "(default: train.tokenizer_path)"),
     ],
