@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.cli.parser import add_command, add_config, check_output, overrides, positive
+from anarchobot.cli.wording import count
 from anarchobot.config.errors import UserError
 
 CHECK_COUNTS = {"pass": "passed", "warn": "warned", "fail": "failed", "skip": "skipped"}
@@ -150,7 +151,7 @@ def _run_lines(result: dict[str, Any]) -> Iterator[str]:
         yield f"steps, tokens and time unknown: {result['steps_unknown']}"
         return
     yield (
-        f"run: {result['steps']:,} steps, {result['tokens']:,} tokens, {result['flops']:.3g} FLOP, "
+        f"run: {count(result['steps'], 'step')}, {result['tokens']:,} tokens, {result['flops']:.3g} FLOP, "
         f"{result['tokens_per_parameter']:.1f} tokens per parameter (Chinchilla: {CHINCHILLA})"
     )
     if (epochs := result["epochs"]) is not None:

@@ -27,7 +27,7 @@ def total_steps(train: TrainConfig, seq_len: int, windows: int, ranks: int = 1) 
 def describe_length(train: TrainConfig, steps: int, windows: int, unit: str, ranks: int = 1) -> str:
     """Returns the length of a run for the user, such as `100 steps of 8 sequences = 1.50 epochs`."""
     per_step = sequences_per_step(train, ranks)
-    return f"{steps:,} steps of {per_step} {unit} = {steps * per_step / windows:.2f} epochs"
+    return f"{steps:,} step{'' if steps == 1 else 's'} of {per_step} {unit} = {steps * per_step / windows:.2f} epochs"
 
 
 def split_micro_batch(micro_batch_size: int, grad_accum_steps: int) -> tuple[int, int]:

@@ -67,3 +67,4 @@ def test_split_micro_batch_keeps_the_batch() -> None:
 def test_describe_length() -> None:
     train = config(micro_batch_size=3, grad_accum_steps=4)
     assert describe_length(train, 1000, 48_000, "pairs", ranks=2) == "1,000 steps of 24 pairs = 0.50 epochs"
+    assert describe_length(train, 1, 24, "pairs", ranks=2) == "1 step of 24 pairs = 1.00 epochs"
