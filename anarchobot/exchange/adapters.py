@@ -36,6 +36,7 @@ from anarchobot.runs import checkpoint
 AdapterFormat = Literal["mlx", "peft"]
 FORMATS: tuple[AdapterFormat, ...] = ("mlx", "peft")
 CONFIG = "adapter_config.json"
+OR_HUGGING_FACE = f", or the folder of a Hugging Face model (config.json) or adapter ({CONFIG})"  # in errors
 FILES: dict[AdapterFormat, str] = {"mlx": "adapters.safetensors", "peft": "adapter_model.safetensors"}
 _PEFT_PREFIX = "base_model.model."
 _PEFT_PARTS = {
@@ -160,7 +161,7 @@ def recorded_base(path: Path) -> RecordedBase | None:
         return RecordedBase(name if isinstance(name, str) else None, str(path / CONFIG), None)
     if (path / "config.json").is_file():
         return None
-    saved = checkpoint.find(path, files=(checkpoint.MODEL_FILE,))
+    saved = checkpoint.find(path, files=(checkpoint.MODEL_FILE,), also_expected=OR_HUGGING_FACE)
     if saved.config.lora.r is None:
         return None
     return RecordedBase(saved.config.train.init_from, f"{saved.folder / 'state.json'}: train.init_from", saved)

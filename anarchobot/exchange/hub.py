@@ -102,8 +102,10 @@ def _snapshot(repo: str, revision: str | None) -> Path:
         raise UserError(f"{name}: no such folder, not fully in the Hub's cache, and {_unreachable(error)}") from error
     except Exception as error:  # the package raises its own, its network library's and built-in exceptions
         denied = isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403)
-        hint = ": check the token (`hf auth login` or HF_TOKEN)" if denied else ""
-        raise UserError(f"{name}: can't be downloaded from the Hugging Face Hub ({_reason(error)}){hint}") from error
+        hint = "check the token (`hf auth login` or HF_TOKEN)" if denied else "try again"
+        raise UserError(
+            f"{name}: can't be downloaded from the Hugging Face Hub ({_reason(error)}): {hint}, or give a local folder"
+        ) from error
 
 
 def _download(repo: str, revision: str | None, name: str) -> Path:
@@ -188,9 +190,9 @@ def _unreachable(error: Exception) -> str:
     from huggingface_hub import is_offline_mode
 
     if is_offline_mode():
-        return "HF_HUB_OFFLINE is set: unset it to download the model"
+        return "HF_HUB_OFFLINE is set: unset it to download the model, or give a local folder"
     cause = error.__cause__ or error
-    return f"the Hugging Face Hub can't be reached ({_reason(cause)}): check the network"
+    return f"the Hugging Face Hub can't be reached ({_reason(cause)}): check the network, or give a local folder"
 
 
 def _reason(error: BaseException) -> str:

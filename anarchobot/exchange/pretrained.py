@@ -11,7 +11,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import WEIGHT_INDEPENDENT_KEYS
 from anarchobot.config.schema import Config, LoraConfig, ModelConfig
 from anarchobot.exchange.adapters import CONFIG as ADAPTER_CONFIG
-from anarchobot.exchange.adapters import Adapter, check_base, read_adapter, recorded_base
+from anarchobot.exchange.adapters import OR_HUGGING_FACE, Adapter, check_base, read_adapter, recorded_base
 from anarchobot.exchange.hub import model_name, resolve_model
 from anarchobot.exchange.importing import LazyWeights, default_config, float_weights, load_hf_folder
 from anarchobot.model.parameters import parameter_shapes
@@ -75,7 +75,7 @@ def load_pretrained(path: str) -> PretrainedModel:
         hf = load_hf_folder(folder)
         config, tokenizer = default_config(hf.model), load_tokenizer(hf.tokenizer.files[0])
         return PretrainedModel(folder, config, tokenizer, hf.weights, lambda: _digest(hf.files), hf.warnings)
-    run = checkpoint.find(folder, files=(checkpoint.MODEL_FILE,))
+    run = checkpoint.find(folder, files=(checkpoint.MODEL_FILE,), also_expected=OR_HUGGING_FACE)
     if run.config.lora.r is not None:
         raise _only_adapters(run.folder, f"lora.r: {run.config.lora.r}")
     tokenizer = load_run_tokenizer(run)

@@ -166,9 +166,10 @@ def write_best(run: Path, step: int, values: Mapping[str, Any]) -> None:
     write_checksummed(run / BEST, {"step": step, "folder": step_folder(run, step).name, **values})
 
 
-def find(path: str | Path, *, files: tuple[str, ...] = FILES) -> Checkpoint:
+def find(path: str | Path, *, files: tuple[str, ...] = FILES, also_expected: str = "") -> Checkpoint:
     """Finds and verifies the checkpoint at `path`: a step folder, a file in it, or a run's best.json. A run folder or
-    its latest.json selects the newest undamaged step. `files` are the files to verify.
+    its latest.json selects the newest undamaged step. `files` are the files to verify; `also_expected`
+    ends the error if there is no checkpoint.
 
     Raises UserError if there is no checkpoint, or the requested one or best.json is damaged.
     """
@@ -181,7 +182,9 @@ def find(path: str | Path, *, files: tuple[str, ...] = FILES) -> Checkpoint:
         return _verified(folder, files)
     steps = sorted(saved_steps(folder), reverse=True) if folder.is_dir() else []
     if not steps:
-        raise UserError(f"{path}: no checkpoint here: expected a run folder or one of its step_… folders")
+        raise UserError(
+            f"{path}: no checkpoint here: expected a run folder or one of its step_… folders{also_expected}"
+        )
     damaged: list[str] = []
     for step in steps:
         try:

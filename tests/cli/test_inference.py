@@ -182,6 +182,15 @@ def test_chat_continues_after_an_error(run: Path, capsys: pytest.CaptureFixture[
     assert "/reset        forget the conversation" in captured.err
 
 
+def test_a_folder_without_a_model_is_refused_with_all_that_is_expected(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for more in ([], ["--model", str(tmp_path)]):
+        assert main(["generate", "--checkpoint", str(tmp_path), *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "a run folder or one of its step_… folders" in line and "Hugging Face model (config.json)" in line
+
+
 def test_chat_requires_a_model_and_an_existing_knowledge_base(
     run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -143,7 +143,11 @@ def test_the_cache_is_used_without_a_connection(hub: FakeHub, online: Worker, mo
     hub.add("acme/cached", model)
     assert online.run("import", "acme/cached", "--output", "cached")[0] == 0
     for output, env, problem in (
-        ("offline", {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set: unset it to download the"),
+        (
+            "offline",
+            {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"},
+            "HF_HUB_OFFLINE is set: unset it to download the model, or give a local folder",
+        ),
         ("refused", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the Hugging Face Hub can't be reached ([Errno "),
     ):
         if output == "refused":  # as if an older version had filled the cache: without a list of the files
@@ -154,6 +158,7 @@ def test_the_cache_is_used_without_a_connection(hub: FakeHub, online: Worker, mo
             code, message = worker.run("import", "acme/other", "--output", "x")
             assert code == 2 and message.count("\n") == 1
             assert f"acme/other: no such folder, not fully in the Hub's cache, and {problem}" in message
+            assert message.endswith(", or give a local folder\n")
 
 
 def test_errors_are_one_line_that_says_what_to_do(hub: FakeHub, online: Worker, model: Path, tmp_path: Path) -> None:
