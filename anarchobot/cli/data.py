@@ -249,5 +249,5 @@ def _verify(args: argparse.Namespace) -> int:
         for name, problem in results:
             print(f"{name}: {problem or 'ok'}")
     if bad:
-        raise UserError(f"{args.dir}: {len(bad)} of {len(results)} files are corrupt; run pretokenize again")
+        raise UserError(f"{args.dir}: {len(bad)} of {count(len(results), 'file')} corrupt; run pretokenize again")
     return 0

@@ -152,7 +152,7 @@ def _add(args: argparse.Namespace) -> None:
         for line in (*result.counts.details(), *files.describe_unread(unread)):
             print(f"  {line}")
     if result.failed:
-        more = f" ({len(result.failed) - 1} more files failed)" if len(result.failed) > 1 else ""
+        more = f" ({count(len(result.failed) - 1, 'more file')} failed)" if len(result.failed) > 1 else ""
         raise UserError(f"{result.failed[0]}{more}")
 
 

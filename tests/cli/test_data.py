@@ -170,7 +170,7 @@ def test_shards_verify_names_the_damaged_file(corpus: Path, tokenizer: str, caps
     assert main(["shards", "verify", "--json", str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()
     assert json.loads(captured.out)["checked"] == 2 and list(json.loads(captured.out)["damaged"]) == [path.name]
-    assert captured.err == f"anarchobot: {tmp_path / 'out'}: 1 of 2 files are corrupt; run pretokenize again\n"
+    assert captured.err == f"anarchobot: {tmp_path / 'out'}: 1 of 2 files corrupt; run pretokenize again\n"
 
 
 def test_broken_training_text_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,8 @@ import pytest
 from anarchobot.cli.inference import _read_prompts
 from anarchobot.cli.main import build_parser, main
 from anarchobot.cli.parser import parse
+from anarchobot.config.errors import UserError
+from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.inference.generation import generate
 from anarchobot.inference.model import load_model
 from anarchobot.tasks.pretrain import pretrain
@@ -189,6 +191,8 @@ def test_a_folder_without_a_model_is_refused_with_all_that_is_expected(
         assert main(["generate", "--checkpoint", str(tmp_path), *more]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert "a run folder or one of its step_… folders" in line and "Hugging Face model (config.json)" in line
+    with pytest.raises(UserError, match=r"Hugging Face model \(config\.json\)"):  # sft --model
+        load_pretrained(str(tmp_path))
 
 
 def test_chat_requires_a_model_and_an_existing_knowledge_base(
