@@ -182,7 +182,8 @@ def _export(args: argparse.Namespace) -> None:
 
     for flag, value, choices in (("--to", args.to, tuple(EXPORT_LIBRARIES)), ("--dtype", args.dtype, DTYPES)):
         if value not in choices:
-            raise UserError(f"argument {flag}: expected one of {', '.join(choices)}, got '{value}'")
+            hint = "; Ollama reads gguf" if value == "ollama" else ""
+            raise UserError(f"argument {flag}: expected one of {', '.join(choices)}, got '{value}'{hint}")
     done = export(args.checkpoint, args.to, args.output, args.dtype)
     size = sum(done["files"].values())
     _print(args, done, f"{done['output']}: {done['parameters']:,} parameters, {done['dtype']}, {size / 1e6:,.1f} MB")
