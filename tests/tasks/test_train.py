@@ -128,20 +128,21 @@ def test_conversations_and_model_are_checked_before_the_texts(
     def slow(command: str, *args: Any) -> Any:
         if command == "sft":
             raise train.Stopped
-        return original(command, *args) | {"wall_seconds": 3000.0}
+        return original(command, *args)
 
     monkeypatch.setattr(train, "_run", slow)
     monkeypatch.setattr(train, "_set_length", lambda request, path, summary: summary["steps"])
     (tmp_path / "few.jsonl").write_text((tmp_path / "chats.jsonl").read_text().partition("\n")[0] + "\n")
     words = ["train", "notes", "--time", "50m", "--quiet", "--chat"]
-    monkeypatch.setattr(train, "_pretrain", lambda *args: (_ for _ in ()).throw(train.Stopped))
-    assert main([*words, "few.jsonl"]) == 130
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "_run", slow)
+    with monkeypatch.context() as stopped:
+        stopped.setattr(train, "_pretrain", lambda *args: (_ for _ in ()).throw(train.Stopped))
+        assert main([*words, "few.jsonl"]) == 130
+    summary = train.read_summary
+    used_up = {"wall_seconds": 3000.0, "tokens_per_second": 1.0}
+    monkeypatch.setattr(train, "read_summary", lambda logs: summary(logs) | used_up)
     assert main([*words, "chats.jsonl"]) == 130
     chat = load_config("runs/notes/chat/config.yaml").config
-    assert chat.data.dataset == "chats.jsonl" and chat.train.epochs is not None and chat.train.epochs > 0.001
+    assert chat.data.dataset == "chats.jsonl" and chat.train.epochs == train.CHAT_EPOCHS
     assert main([*words, "few.jsonl"]) == 2
     assert "chat was chats.jsonl" in capsys.readouterr().err
 
