@@ -2,8 +2,8 @@
 
 For each corpus, the last twentieth of each file is held out. `train` gets the rest and the time. Each hand-made
 configuration gets as many steps as fit: its tokenizer and shards are made and its steps timed first, within the time.
-The runs take turns. Needs a quiet machine, and about TIME x ROUNDS x (1 + number of hand-made configurations) per
-corpus.
+The best step by validation is judged, of both. The runs take turns. Needs a quiet machine, and about
+TIME x ROUNDS x (1 + number of hand-made configurations) per corpus.
 
     .venv/bin/python benchmarks/train_command.py --time 5m
 """
@@ -31,7 +31,7 @@ BASE: dict[str, Any] = {
     "model.dropout": 0.0, "model.max_seq_len": 512, "model.tie_embeddings": False, "data.seq_len": 128,
     "train.micro_batch_size": 8, "train.grad_accum_steps": 1, "train.lr": 8e-3, "train.min_lr": 0.0,
     "train.momentum": 0.9, "train.schedule": "wsd", "train.decay_fraction": 0.7, "train.warmup_steps": 30,
-    "train.eval_interval": 200, "train.eval_batches": 20, "train.ckpt_interval": 10**6,
+    "train.eval_interval": 200, "train.eval_batches": 20, "train.ckpt_interval": 200,
 }  # fmt: skip
 HAND_MADE: dict[str, dict[str, Any]] = {
     "4 x 64": {"model.n_layers": 4, "model.d_model": 64, "model.vocab_size": 1024},
@@ -99,7 +99,7 @@ def train_by_hand(name: str, texts: Path, folder: Path, seconds: float) -> Path:
     file = folder / "config.yaml"
     file.write_text("")
     anarchobot("pretrain", str(file), *words, f"train.total_steps={max(10, int(left / step / 1.04))}")
-    return folder / "run"
+    return folder / "run" / "best.json"
 
 
 def main() -> None:
