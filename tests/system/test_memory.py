@@ -67,11 +67,12 @@ MEASURED = [
 ]
 
 
+@pytest.mark.timeout(900)  # 170 s of processor time without a BLAS and with kernels still to compile
 def test_predicted_peak_is_that_of_mlx() -> None:
     """Measured in a separate process: memory that other tests hold or free would be counted. On a busy machine MLX does
     not always run ahead as far as it can, so the measured peak may be lower: benchmarks/memory.py has the 10%."""
     command = [sys.executable, "-c", "import tests.conftest, tests.system.test_memory as module; module.measure()"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ratios = [estimate(settings).peak / p for settings, p in zip(MEASURED, json.loads(done.stdout), strict=True)]
     assert all(0.9 <= ratio <= 1.18 for ratio in ratios), ratios
