@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anarchobot.cli.parser import Parser, add_command, add_config, add_group, add_settings, overrides, positive
-from anarchobot.cli.wording import count
 from anarchobot.config.errors import UserError
 from anarchobot.config.paths import find_path
+from anarchobot.config.wording import count
 
 if TYPE_CHECKING:
     from anarchobot.data.shards import Manifest

@@ -21,9 +21,9 @@ from anarchobot.cli.parser import (
     overrides,
     positive,
 )
-from anarchobot.cli.wording import count
 from anarchobot.config.errors import UserError, did_you_mean
 from anarchobot.config.terminal import write_text
+from anarchobot.config.wording import count
 from anarchobot.storage.durable import parse_json
 
 if TYPE_CHECKING:

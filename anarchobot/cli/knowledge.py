@@ -6,8 +6,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from anarchobot.cli.parser import REQUIRED, Parser, add_command, add_group, add_settings, overrides
-from anarchobot.cli.wording import count
 from anarchobot.config.errors import UserError
+from anarchobot.config.wording import count
 
 if TYPE_CHECKING:
     from anarchobot.config.schema import KnowledgeBaseConfig

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from anarchobot.cli.parser import add_command, add_config, check_output, overrides, positive
-from anarchobot.cli.wording import count
 from anarchobot.config.errors import UserError
+from anarchobot.config.wording import count
 
 CHECK_COUNTS = {"pass": "passed", "warn": "warned", "fail": "failed", "skip": "skipped"}
 DEVICE_FILE = Path("anarchobot-device.json")
