@@ -62,7 +62,8 @@ class EmptyFile(UserError):
 
 
 class UnreadableFile(UserError):
-    """A PDF, DOCX, EPUB, HTML or PPTX file without text that can be read. `kind`: such files, in a list of them."""
+    """A file without text that can be read: damaged, encrypted, or in another encoding than UTF-8. `kind`: such files,
+    in a list of them."""
 
     def __init__(self, path: Path, kind: str, problem: str) -> None:
         super().__init__(f"{path}: {problem}")

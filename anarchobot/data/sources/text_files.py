@@ -6,16 +6,19 @@ from pathlib import Path
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import DataConfig
 from anarchobot.data.sources import compressed
-from anarchobot.data.sources.files import EmptyFile, FileRange
+from anarchobot.data.sources.files import EmptyFile, FileRange, UnreadableFile
 from anarchobot.data.sources.rows import BOM
+
+NOT_TEXT = "files that are not UTF-8 text (convert them first, for example with iconv -f latin1 -t utf-8)"
 
 
 def read_texts(file_range: FileRange, data: DataConfig) -> Iterator[tuple[str, str | ValueError]]:
     """Yields (location, text) for each document of a UTF-8 file, unchanged except for the byte order mark.
 
     Lines and paragraphs come without their final line end; blank lines (ASCII whitespace) separate or are skipped. A
-    broken document is replaced by a ValueError that says why. Raises EmptyFile, and UserError when the first document
-    shows that the file is not UTF-8 text; OSError when it can't be read.
+    broken document is replaced by a ValueError that says why. Raises EmptyFile; when the first document shows that the
+    file is not UTF-8 text, UnreadableFile, or UserError if lines are documents: other parts of the file may be read by
+    other processes. OSError when it can't be read.
     """
     path = file_range.path
     first = file_range.start == 0
@@ -26,8 +29,10 @@ def read_texts(file_range: FileRange, data: DataConfig) -> Iterator[tuple[str, s
         try:
             text = raw if isinstance(raw, ValueError) else _decode(raw.removeprefix(BOM) if first else raw, data)
         except ValueError as error:
-            if first:
+            if first and data.documents == "lines":
                 raise UserError(f"{path}: {error}") from error
+            if first:
+                raise UnreadableFile(path, NOT_TEXT, str(error)) from error
             text = error
         first = False
         yield location, text

@@ -47,6 +47,24 @@ def test_files_that_are_not_text_are_refused(tmp_path: Path, raw: bytes, expecte
     assert message.startswith(f"{path}: ") and expected in message
 
 
+@pytest.mark.parametrize("data", [DataConfig(), PARAGRAPHS])
+def test_files_that_are_not_text_are_counted_in_a_folder(tmp_path: Path, data: DataConfig) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9\n\nok\n")
+    (tmp_path / "b.txt").write_text("good")
+    (tmp_path / "c.md").write_bytes("text".encode("utf-16"))
+    texts, counts = read(tmp_path, data=data)
+    assert (texts, counts.read, counts.broken) == (["good"], 1, 0)
+    assert [path for path, _ in counts.unread] == [str(tmp_path / name) for name in ("a.txt", "c.md")]
+    (line,) = [line for line in counts.details() if "UTF-8" in line]
+    assert line.endswith(f"not read: 2 ({tmp_path / 'a.txt'}, {tmp_path / 'c.md'})")
+
+
+def test_files_whose_lines_are_documents_are_refused_in_a_folder(tmp_path: Path) -> None:
+    """Another process may read the end of the same file."""
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9\nok\n")
+    assert "not UTF-8 text (byte 4)" in problem(tmp_path, data=LINES)
+
+
 def test_paragraphs_are_separated_by_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeff\n\none\ntwo \n\n \t\r\nthree\r\n  four\r\n\r\n\u3000\n\x0c\nfive\u2028six".encode())
