@@ -43,7 +43,7 @@ class RunStatus:
                 self._recent = [*self._recent, (step, self.train.get("time", 0.0))][-RECENT:]
             elif name == "eval" and "val_loss" in _numbers(event):
                 self.evals[step] = _numbers(event)
-            elif name in ("warning", "skip"):
+            elif name == "warning" or (name == "skip" and event.get("reason") != "spike"):
                 self.warning = f"step {step}: {event.get('text') or event.get('reason')}"
             self.step = step
 

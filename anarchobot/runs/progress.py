@@ -15,13 +15,14 @@ OVERFITTING_RISES = 3  # consecutive rises of validation loss that count as over
 class Progress:
     """The fields are keys of state.json.
 
-    position:     windows consumed (`data_position` in state.json)
-    norms:        last gradient norms, for spike detection
-    smooth_loss:  running mean of the training loss, weighted toward later steps
-    since:        sum and count of training losses since the last validation
-    curve:        last validations: (validation loss, mean training loss before it)
-    returns:      consecutive rollbacks to step `returned_to`
-    stale:        validations since the best one
+    position:       windows consumed (`data_position` in state.json)
+    norms:          last gradient norms, for spike detection
+    smooth_loss:    running mean of the training loss, weighted toward later steps
+    since:          sum and count of training losses since the last validation
+    curve:          last validations: (validation loss, mean training loss before it)
+    returns:        consecutive rollbacks to step `returned_to`
+    stale:          validations since the best one
+    skipped_steps:  steps whose update was not applied
     """
 
     step: int = 0
@@ -38,6 +39,7 @@ class Progress:
     returns: int = 0
     returned_to: int = 0
     stale: int = 0
+    skipped_steps: int = 0
 
     def to_state(self, seed: int) -> dict[str, Any]:
         """Returns the keys of state.json, except for the step. There is no generator state to save: dropout and data

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
 from anarchobot.config.strict_yaml import dump
+from anarchobot.config.wording import count
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
 from anarchobot.runs.metrics_log import ENVIRONMENT, MetricsLog
@@ -113,6 +114,9 @@ def execute_run(
                 display.message(f"warning: {text}")
                 log.event("warning", progress.step, text=text)
             finished = _train(engine, run, progress, log, display)
+            if progress.skipped_steps:
+                skipped = f"{progress.skipped_steps:,} of {count(progress.step, 'update')} skipped"
+                display.message(f"{skipped}: gradients far above the mean or not finite (listed in metrics.jsonl)")
             summary = _summary(run, progress, engine, finished)
             log.event("end", progress.step, finished=finished)
             log.summary(summary)
@@ -190,6 +194,7 @@ def _summary(run: Run, progress: Progress, engine: Engine, finished: bool) -> di
         "best_val_loss": progress.best_val_loss,
         "best_val_bpb": progress.best_val_bpb,
         "best_step": best and best["step"],
+        "skipped_steps": progress.skipped_steps,
         "wall_seconds": round(progress.wall_seconds, 3),
         "wall_time": duration(progress.wall_seconds),
         "tokens_per_second": round(progress.tokens / max(1e-9, progress.wall_seconds), 1),

@@ -28,6 +28,7 @@ from anarchobot.training.signals import StopRequest
 
 MAX_SKIPPED_STEPS = 30  # consecutive non-finite steps; float16's loss scale falls from its maximum to 1 in fewer
 MAX_ROLLBACKS = 3  # to the same checkpoint
+MANY_SPIKES = 5  # within guard.spike_window steps: fewer are normal, and only counted
 VAL_NAMES = {"val_loss": "validation loss", "val_bpb": "bits per byte"}
 
 
@@ -92,6 +93,7 @@ class _TrainingLoop:
         self._began = time.monotonic() - progress.wall_seconds
         self._line_seconds, self._line_tokens = 0.0, 0  # since the last log line, without validation and saving
         self._skipped = 0  # consecutive non-finite steps
+        self._spikes: list[int] = []  # steps of the spikes since the last warning, of the last guard.spike_window steps
 
     def run(self, stop: StopRequest, saver: AsyncCheckpointer) -> bool:
         """Returns whether everything is done, including the last validation."""
@@ -153,7 +155,7 @@ class _TrainingLoop:
             if step % train.log_interval == 0 or step == run.steps:
                 self._log_step(result, lr)
         else:
-            self._log_skipped(result, position, norm_limit)
+            self._log_skipped(result, position)
 
     def _log_step(self, result: StepResult, lr: float) -> None:
         tokens_per_second = round(self._line_tokens / max(1e-9, self._line_seconds), 1)
@@ -173,24 +175,33 @@ class _TrainingLoop:
         self._display.train(self._progress.step, values)
         self._line_seconds, self._line_tokens = 0.0, 0
 
-    def _log_skipped(self, result: StepResult, position: int, norm_limit: float) -> None:
+    def _log_skipped(self, result: StepResult, position: int) -> None:
         step = self._progress.step
         # Identifies the batch: the run's windows are numbered from 0.
         batch = {"first_window": position, "windows": self._progress.position - position}
         values = {"loss": repr(result.loss), "grad_norm": repr(result.grad_norm), **batch}
         self._log_event("skip", step, reason="spike" if result.finite else "not finite", **values)
-        reason = (
-            f"gradient norm spike ({result.grad_norm:.4g}, limit {norm_limit:.4g})"
-            if result.finite
-            else "loss or gradient is not finite"
-        )
-        self._display.message(f"step {step}: {reason}: update skipped")
+        self._progress.skipped_steps += 1
+        if result.finite:
+            self._record_spike(step)
+        elif not result.overflow:  # float16's loss scale was too large: normal at the start of a run
+            self._display.message(f"step {step}: loss or gradient is not finite: update skipped")
         self._skipped = 0 if result.finite else self._skipped + 1
         if self._skipped == MAX_SKIPPED_STEPS:
             self._wait_for_saves()
             raise UserError(
                 f"step {step}: loss or gradient not finite for {self._skipped} consecutive steps: lower train.lr, or "
                 f"resume from an earlier step (newest checkpoint: step {self._saver.newest})"
+            )
+
+    def _record_spike(self, step: int) -> None:
+        window = self._run.config.guard.spike_window
+        self._spikes = [*(earlier for earlier in self._spikes if earlier > step - window), step]
+        if len(self._spikes) == MANY_SPIKES:
+            self._spikes = []
+            self._warn(
+                f"{MANY_SPIKES} of the last {window} updates were skipped, because the norm of the gradient was far "
+                "above its mean: lower train.lr, or check the data at the skipped steps in metrics.jsonl"
             )
 
     def _roll_back(self) -> None:
@@ -227,6 +238,7 @@ class _TrainingLoop:
         self._display.message(text)
         self._log_event("resume", newest.step, folder=str(newest.folder), reason=text)
         restored.position, restored.wall_seconds = progress.position, progress.wall_seconds
+        restored.skipped_steps = progress.skipped_steps
         restored.best_val_loss, restored.best_val_bpb = progress.best_val_loss, progress.best_val_bpb
         vars(progress).update(vars(restored))
 

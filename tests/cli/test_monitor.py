@@ -62,10 +62,12 @@ def test_what_a_run_has_logged(tmp_path: Path) -> None:
     assert shown["validation"] == "4.5000 at step 20, best 4.5000 at step 20  █▁"
     assert shown["speed"] == "2,000 tokens/s"
     assert {"1.25", "0.50", "2.0", "16.0"} <= set(shown["memory"].split())
-    assert shown["warning"] == "step 25: spike"
+    assert "warning" not in shown
     with (run / "logs" / "metrics.jsonl").open("a") as log:
         log.write(json.dumps(event("train", 40, 3695, loss=2.0, smooth_loss=3.0)) + "\n")
+        log.write(json.dumps(event("skip", 40, reason="not finite")) + "\n")
     status.update()
+    assert status.warning == "step 40: not finite"
     assert (status.step, status.seconds_left) == (40, 60 * 25 / 20)
 
 

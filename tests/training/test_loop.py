@@ -151,8 +151,39 @@ def test_spike_is_skipped_and_its_batch_logged(tmp_path: Path) -> None:
     _, lines = train(tmp_path, Spiking(), 100, eval_interval=1000, ckpt_interval=1000)
     (skip,) = [line for line in lines if line["event"] == "skip"]
     assert (skip["step"], skip["reason"], skip["first_window"], skip["windows"]) == (90, "spike", 89 * 6, 6)
-    norms = checkpoint.find(tmp_path).state["norms"]
-    assert (len(norms), norms[89]) == (100, 100.0)
+    state = checkpoint.find(tmp_path).state
+    assert (len(state["norms"]), state["norms"][89], state["skipped_steps"]) == (100, 100.0, 1)
+
+
+def test_skipped_updates_are_shown_only_if_they_call_for_action(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values that are not finite, and MANY_SPIKES spikes within the window; not single spikes, and not float16's loss
+    scale, which is too large at first."""
+    shown: list[str] = []
+    monkeypatch.setattr(NullDisplay, "message", lambda self, text: shown.append(text))
+
+    class Skipping(FakeEngine):
+        def __init__(self, *steps: int, loss: float = 1.0, overflow: bool = False) -> None:
+            super().__init__()
+            self._steps, self._loss, self._overflow = steps, loss, overflow
+
+        def train_step(self, batch: Batch, step: int, *rest: float) -> StepResult:
+            bad = step in self._steps
+            return StepResult(self._loss if bad else 1.0, 9.0, 1, applied=not bad, overflow=bad and self._overflow)
+
+    def shown_by(engine: FakeEngine) -> list[str]:
+        shown.clear()
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        train(folder, engine, 300, eval_interval=1000, ckpt_interval=1000, val=0)
+        assert checkpoint.find(folder).state["skipped_steps"] == len(engine._steps)  # type: ignore[attr-defined]
+        return list(shown)
+
+    assert shown_by(Skipping(1, 50, 100, 129, 260)) == []
+    (warning,) = shown_by(Skipping(1, 20, 50, 100, 128, 200))
+    assert warning.startswith("warning: step 128: ") and "lower train.lr" in warning
+    assert [text.partition(":")[0] for text in shown_by(Skipping(3, 5, loss=float("inf")))] == ["step 3", "step 5"]
+    assert shown_by(Skipping(3, 4, loss=float("inf"), overflow=True)) == []
 
 
 def test_out_of_memory_shrinks_the_micro_batch_and_keeps_the_batch(tmp_path: Path) -> None:
