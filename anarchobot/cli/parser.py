@@ -58,14 +58,44 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return action.help
 
 
+class _Setting(argparse.Action):
+    """A flag that sets a config key. `defaults_of`: the command whose own default applies, if it has one."""
+
+    def __init__(self, *, defaults_of: str = "", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.defaults_of = defaults_of
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+
+
 def _setting_help(action: argparse.Action) -> str:
     from anarchobot.config.loading import describe_type, leaf_keys
 
     key = action.dest.removeprefix(_SETTING)
     info = leaf_keys()[key]
-    default = "" if "default:" in (info.description or "") else f"; {action.help}{_shown(info.default)}"
+    value = info.default
+    if isinstance(action, _Setting) and action.defaults_of:
+        value = _command_default(action.defaults_of, key, value)
+    default = "" if "default:" in (info.description or "") else f"; {action.help}{_shown(value)}"
     default = f"; {REQUIRED}" if action.help == REQUIRED else default
     return f"{info.description} [{key}: {describe_type(info)}{default}]"
+
+
+def _command_default(command: str, key: str, default: Any) -> Any:
+    """The value of a key in a command without CONFIG."""
+    from anarchobot.config.strict_yaml import parse
+    from anarchobot.config.templates import DEFAULT_CONFIGS
+    from anarchobot.config.validation import RUN_LENGTH_KEYS
+
+    path = Path(DEFAULT_CONFIGS[command])
+    values = {
+        f"{section}.{name}": value
+        for section, of_section in parse(path.read_bytes(), str(path)).values.items()
+        for name, value in of_section.items()
+    }
+    is_other_length = key in RUN_LENGTH_KEYS and not values.keys().isdisjoint(RUN_LENGTH_KEYS)
+    return values.get(key, None if is_other_length else default)
 
 
 def _shown(default: Any) -> str:
@@ -136,6 +166,7 @@ def parse(parser: Parser, argv: list[str]) -> argparse.Namespace:
                 if word.partition("=")[0] in args.unused:
                     raise UserError(f"'{word}': this command does not use {word.partition('=')[0]}")
         else:
+            args.config_name = configs[0] if configs else None
             args.config, configs = (_find_config(configs[0]) if configs else None), configs[1:]
         rest += configs
         if args.config is None and args.needs_config:
@@ -186,11 +217,13 @@ def _similar_flag(word: str, args: argparse.Namespace) -> str:
     """The flag or the KEY=VALUE that the user may have meant, or why there is none."""
     from anarchobot.config.loading import find_key
 
+    if word in getattr(args, "instead", {}):
+        return f"; {args.instead[word]}"
     names = [name for name in FLAGS_ELSEWHERE.get(word, ()) if name in args.options]
     if not names and (key := find_key(word.lstrip("-").replace("-", "_"))) is not None:
         names = [name for name, action in args.options.items() if action.dest == f"{_SETTING}{key}"]
         names += [f"{key}=VALUE"] if _accepts(args, key) else []
-        if not names and hasattr(args, "why_no_settings") and key != "data.dataset":
+        if not names and hasattr(args, "why_no_settings"):
             return f"; {args.why_no_settings}"
     return f"; did you mean '{names[0]}'?" if names else did_you_mean(word, args.options)
 
@@ -245,12 +278,13 @@ def add_overrides(parser: Parser, *sections: str, unused: Sequence[str] = ()) ->
     parser.set_defaults(config=None, needs_config=False, sections=sections, unused=unused)
 
 
-def add_settings(parser: Parser, settings: dict[str, str], default: str = "default: ") -> None:
-    """Adds flags that set config keys: {"--lr": "train.lr"}. `default` precedes the schema's default in the help;
-    REQUIRED replaces it."""
+def add_settings(parser: Parser, settings: dict[str, str], default: str = "default: ", defaults_of: str = "") -> None:
+    """Adds flags that set config keys: {"--lr": "train.lr"}. `default` precedes the default in the help; REQUIRED
+    replaces it. The default is the schema's, or that of the command `defaults_of` without CONFIG."""
     for flag, key in settings.items():
         metavar = flag.strip("-").replace("-", "_").upper()
-        parser.add_argument(flag, metavar=metavar, dest=f"{_SETTING}{key}", help=default)
+        dest = f"{_SETTING}{key}"
+        parser.add_argument(flag, metavar=metavar, dest=dest, help=default, action=_Setting, defaults_of=defaults_of)
 
 
 def add_switch(parser: Parser, flag: str, key: str) -> None:

@@ -74,7 +74,7 @@ def _verify(args: argparse.Namespace) -> int:
     from anarchobot.preflight.verify import verify
 
     # args.settings rather than `overrides`, which imports packages that may be missing.
-    checks = verify(args.config, args.settings, calibrate=not args.no_calibration)
+    checks = verify(args.config, args.settings, calibrate=not args.no_calibration, name=args.config_name)
     counts = {word: sum(check.status == status for check in checks) for status, word in CHECK_COUNTS.items()}
     if args.json:
         print(json.dumps({**counts, "checks": [check._asdict() for check in checks]}, indent=1))

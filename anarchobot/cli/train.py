@@ -6,18 +6,27 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from anarchobot.cli.parser import HUB_NAME, KEY_VALUE, add_command, parse
 from anarchobot.config.errors import UserError
 
+DEFAULT_SECONDS = 1800.0
 UNITS = {"s": 1, "m": 60, "h": 3600}
 NUMBER = r"([0-9]{1,6}(?:\.[0-9]{1,6})?)"
 WHY_NO_SETTINGS = (
     "train chooses the settings: to change one, edit a copy of config.yaml from its output folder and run anarchobot "
     "pretrain with it"
 )
+
+
+_TEXTS = "texts are named without a flag, and conversations with --chat"
+INSTEAD = {  # of flags elsewhere
+    **dict.fromkeys(("--dataset", "--data", "--input", "--text", "--texts", "--file", "--files"), _TEXTS),
+    **dict.fromkeys(("--hours", "--minutes", "--duration"), "did you mean '--time'?"),
+}
 
 
 def add_commands(commands: Any) -> None:
@@ -35,7 +44,11 @@ def add_commands(commands: Any) -> None:
         metavar="TEXTS",
         help="text, JSONL, Parquet, PDF, DOCX, EPUB, HTML or PPTX files, folders or globs (default: none)",
     )
-    parser.add_argument("--time", metavar="T", default="30m", help="total time, such as 90s, 30m or 2h")
+    parser.add_argument(
+        "--time",
+        metavar="T",
+        help="total time, such as 90s, 30m or 2h (default: 30m; to resume, that of the run)",
+    )
     parser.add_argument(
         "--chat", metavar="FILE", help="conversations to fine-tune on afterwards (default: no fine-tuning)"
     )
@@ -44,14 +57,14 @@ def add_commands(commands: Any) -> None:
         metavar="PATH",
         help=f"model to train LoRA adapters for: a run, a folder, or {HUB_NAME} (default: train a new model)",
     )
-    parser.set_defaults(why_no_settings=WHY_NO_SETTINGS)
+    parser.set_defaults(why_no_settings=WHY_NO_SETTINGS, instead=INSTEAD)
     parser.add_argument("--output", metavar="DIR", help="output folder (default: runs/NAME, after the first text)")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and write nothing")
 
 
 def _train(args: argparse.Namespace) -> int:
     started = time.monotonic()
-    seconds = parse_seconds(args.time)
+    seconds = None if args.time is None else parse_seconds(args.time)
     for word in args.texts:
         if KEY_VALUE.match(word) and not Path(word).exists():
             raise UserError(f"'{word}': {WHY_NO_SETTINGS}")
@@ -65,14 +78,19 @@ def _train(args: argparse.Namespace) -> int:
     load_fast_blas()  # before MLX is imported
     from anarchobot.tasks import train
 
-    request = train.Request(args.texts, seconds, args.chat, args.model, _output(args))
-    is_started = train.is_started(request)
     silent = args.quiet or args.json
 
     def log(line: str) -> None:
         if not silent:
             print(line, file=sys.stderr, flush=True)
 
+    output = _output(args)
+    planned = train.planned_seconds(output)
+    seconds = seconds or planned or DEFAULT_SECONDS
+    if planned not in (None, seconds):
+        output = _other_output(args, output, planned, seconds, log)
+    request = train.Request(args.texts, seconds, args.chat, args.model, output)
+    is_started = train.is_started(request)
     if is_started:
         log(f"{request.output}: resuming")
     else:
@@ -86,7 +104,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         return 0
     if not is_started:
-        train.start(request, plan.sections)
+        train.start(request, plan)
     try:
         result = train.train(request, started, "nothing" if silent else "progress", log)
     except train.Stopped:
@@ -118,6 +136,28 @@ def _output(args: argparse.Namespace) -> Path:
     return Path("runs") / named[-1].partition(".")[0]
 
 
+def _other_output(
+    args: argparse.Namespace, output: Path, planned: float, seconds: float, log: Callable[[str], None]
+) -> Path:
+    """The folder for a run of another time than that of the run in `output`: settings are chosen for the time. Raises
+    UserError if the user has chosen `output`."""
+    before, now = format_seconds(planned), format_seconds(seconds)
+    other = output.with_name(f"{output.name}-{now}")
+    if args.output is not None:
+        raise UserError(
+            f"--output {output}: has a run of --time {before}: resume it without --time, or train a new model, chosen "
+            f"for {now}, with --output {other}"
+        )
+    log(f"{output}: has a run of --time {before}, which is kept; a new model, chosen for {now}, goes to {other}")
+    return other
+
+
+def format_seconds(seconds: float) -> str:
+    """`90s`, `30m`, `2h`: as `parse_seconds` reads it, in the largest unit without a fraction."""
+    unit = next((unit for unit in "hm" if seconds % UNITS[unit] == 0), "s")
+    return f"{seconds / UNITS[unit]:g}{unit}"
+
+
 def _table(rows: list[tuple[str, str]]) -> list[str]:
     width = max(len(name) for name, _ in rows)
     return [f"{name.ljust(width)}  {value}" for name, value in rows]
@@ -129,16 +169,17 @@ def _print_result(args: argparse.Namespace, result: dict[str, Any], commands: li
         return
     if result["best_val_bpb"] is not None:
         print(f"{result['model']}: {result['best_val_bpb']:.4f} bits per byte on held-out text")
-    for name in ("samples", "report"):
-        if name in result:
+    for name in ("chat", "samples", "report"):
+        if result[name]:
             print(f"{name}: {result[name]}")
-    if "samples" in result and not args.quiet:
-        from anarchobot.tasks.train import SAMPLE_SEPARATOR
-
-        sample, *_ = Path(result["samples"]).read_text(encoding="utf-8").split(SAMPLE_SEPARATOR)
-        print(f"\nsample:\n{sample.strip()}\n", file=sys.stderr)
     if args.quiet:
         return
+    from anarchobot.tasks.training_samples import SEPARATOR
+
+    sample, *_ = Path(result["samples"]).read_text(encoding="utf-8").split(SEPARATOR)
+    print(f"\nsample:\n{sample.strip()}\n", file=sys.stderr)
+    for line in result["not_read"]:
+        print(line, file=sys.stderr)
     lines = ["the same, one step at a time (first set another train.save_dir):", *(f"  {line}" for line in commands)]
     use = f"chat --checkpoint {shlex.quote(result['chat'])}" if result["chat"] else (
         f"generate --checkpoint {shlex.quote(result['model'])}"

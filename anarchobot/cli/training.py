@@ -41,7 +41,7 @@ def add_commands(commands: Any) -> None:
         parser = add_command(commands, name, run, summary)
         default = "" if name == "pretrain" else "LoRA of rank 8"
         add_config(parser, optional=bool(default), default=default)
-        add_settings(parser, settings)
+        add_settings(parser, settings, defaults_of=name if default else "")
         add_switch(parser, "--supervise", "train.supervise")
 
     launch = add_command(
@@ -94,8 +94,9 @@ def _dpo(args: argparse.Namespace) -> int:
 
 
 def _finetune(args: argparse.Namespace, name: str, task: Any) -> int:
+    from anarchobot.config.templates import DEFAULT_CONFIGS
     from anarchobot.tasks import supervise
-    from anarchobot.tasks.finetuning import DEFAULT_CONFIGS, load_tuning_config
+    from anarchobot.tasks.finetuning import load_tuning_config
 
     loaded = load_tuning_config(args.config or DEFAULT_CONFIGS[name], overrides(args))
     if supervise.should_supervise(loaded.config, tuning=True):
@@ -174,7 +175,8 @@ def _launch(args: argparse.Namespace) -> int:
 def _check_task(args: argparse.Namespace, argv: list[str]) -> None:
     """Raises UserError for a wrong command line or config, which otherwise every rank would report."""
     from anarchobot.config.loading import load_config
-    from anarchobot.tasks.finetuning import DEFAULT_CONFIGS, load_tuning_config
+    from anarchobot.config.templates import DEFAULT_CONFIGS
+    from anarchobot.tasks.finetuning import load_tuning_config
     from anarchobot.tasks.launch import TASKS
 
     if argv[0] in TASKS:

@@ -15,6 +15,8 @@ from anarchobot.config.strict_yaml import dump
 
 _PACKAGE = Path(__file__).parents[1]
 FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # of an installed package, and of a source checkout
+# Settings of the commands without CONFIG.
+DEFAULT_CONFIGS = {command: str(Path(__file__).with_name(f"default_{command}.yaml")) for command in ("sft", "dpo")}
 WIDTH = 110
 
 

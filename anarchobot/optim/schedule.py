@@ -3,6 +3,7 @@
 import math
 
 from anarchobot.config.schema import TrainConfig
+from anarchobot.config.wording import count
 
 MOMENTUM_START, MOMENTUM_WARMUP = 0.85, 300
 
@@ -27,7 +28,7 @@ def total_steps(train: TrainConfig, seq_len: int, windows: int, ranks: int = 1) 
 def describe_length(train: TrainConfig, steps: int, windows: int, unit: str, ranks: int = 1) -> str:
     """Returns the length of a run for the user, such as `100 steps of 8 sequences = 1.50 epochs`."""
     per_step = sequences_per_step(train, ranks)
-    return f"{steps:,} step{'' if steps == 1 else 's'} of {per_step} {unit} = {steps * per_step / windows:.2f} epochs"
+    return f"{count(steps, 'step')} of {per_step} {unit} = {steps * per_step / windows:.2f} epochs"
 
 
 def split_micro_batch(micro_batch_size: int, grad_accum_steps: int) -> tuple[int, int]:

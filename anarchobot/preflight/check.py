@@ -35,11 +35,13 @@ class CheckResult(NamedTuple):
 
 @dataclass
 class Context:
-    """The inputs of `verify` and, below the line, results shared between checks."""
+    """The inputs of `verify` and, below the line, results shared between checks. `name`: of the configuration, in
+    advice."""
 
     path: str
     overrides: Sequence[str]
     calibrate: bool
+    name: str = ""
     # ---
     loaded: "LoadedConfig" = field(init=False)
     adapt: "Loaded[AdaptConfig]" = field(init=False)  # set for adapt-vocab only
@@ -65,7 +67,7 @@ class Check(NamedTuple):
 def check(
     name: str, requires: tuple[str, ...] = (), advice: str = ""
 ) -> Callable[[Callable[[Context], Outcome]], Check]:
-    """Decorator that makes a Check of a function. `CONFIG` in `advice` stands for the configuration's path."""
+    """Decorator that makes a Check of a function. `CONFIG` in `advice` stands for the configuration's name."""
     return lambda function: Check(name, function, requires, advice)
 
 
@@ -77,10 +79,10 @@ def run_checks(checks: Sequence[Check], context: Context, unavailable: set[str])
         try:
             outcome = ("skip", f"needs: {', '.join(missing)}") if missing else run(context)
         except UserError as error:
-            outcome = "fail", str(error), advice.replace("CONFIG", context.path)
+            outcome = "fail", str(error), advice.replace("CONFIG", context.name)
         except OSError as error:
             message = f"{error.filename or 'system'}: {error.strerror or error}"
-            outcome = "fail", message, advice.replace("CONFIG", context.path)
+            outcome = "fail", message, advice.replace("CONFIG", context.name)
         except ImportError as error:
             outcome = "fail", f"import failed: {error}", f"pip install --upgrade {PACKAGE}"
         except MemoryError:

@@ -5,6 +5,7 @@ from itertools import islice
 from pathlib import Path
 
 from anarchobot.config.schema import DataConfig
+from anarchobot.config.wording import count
 from anarchobot.data.batches import TrainBatches
 from anarchobot.data.conversations.reading import RowCounts, read_conversations, read_labeled, read_pairs
 from anarchobot.data.shards import TokenStream, verify
@@ -115,15 +116,15 @@ def shards(context: Context) -> Outcome:
                 return (
                     "fail",
                     f"{Path(folder) / file}: {problem.partition(': pretokenize')[0]}",
-                    f"anarchobot pretokenize {context.path} --restart",
+                    f"anarchobot pretokenize {context.name} --restart",
                 )
     context.streams = [TokenStream(folder, "train") for folder in folders]
     validation = sum(stream.manifest.tokens("val") for stream in context.streams)
     training = sum(stream.tokens for stream in context.streams)
     return (
         "pass",
-        f"{files} files in {', '.join(folders)} are intact: {training:,} training tokens, {validation:,} validation "
-        "tokens",
+        f"{count(files, 'intact file')} in {', '.join(folders)}: {training:,} training tokens, {validation:,} "
+        "validation tokens",
     )
 
 
@@ -148,7 +149,7 @@ def model_and_data(context: Context) -> Outcome:
         return (
             "warn",
             "the validation split has no sequence: no validation, no best checkpoint",
-            f"raise data.val_fraction or add text, then anarchobot pretokenize {context.path} --restart",
+            f"raise data.val_fraction or add text, then anarchobot pretokenize {context.name} --restart",
         )
     per_step = sequences_per_step(train)
     if per_step > context.windows:

@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 from shutil import disk_usage
 
+from anarchobot.config.wording import count
 from anarchobot.preflight.check import REDUCE_MEMORY, Context, Outcome, check
 from anarchobot.runs.checkpoint import saved_steps
 from anarchobot.storage.lock import holder
@@ -152,7 +153,7 @@ def run_time(context: Context) -> Outcome:
     found = f"{prefix}{seconds:.3g} s per step, {tokens / seconds:,.0f} tokens/s"
     if context.steps is not None:
         total = duration(seconds * context.steps)
-        found = f"{total} for {context.steps:,} steps, without validation and checkpoints: {found}"
+        found = f"{total} for {count(context.steps, 'step')}, without validation and checkpoints: {found}"
     return "pass", found
 
 

@@ -8,6 +8,7 @@ from anarchobot.config.adapt_schema import AdaptConfig
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import leaf_keys, load, load_config, sections
 from anarchobot.config.schema import Config
+from anarchobot.config.wording import count
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import sequences_per_step, total_steps
 from anarchobot.preflight.check import Context, Outcome, check
@@ -61,7 +62,7 @@ def adapt_configuration(context: Context) -> Outcome:
 
 
 def _settings_given(keys: Collection[str]) -> Outcome:
-    return "pass", f"{len(keys)} settings given"
+    return "pass", f"{count(len(keys), 'setting')} given"
 
 
 @check("required fields", ("configuration",))
@@ -107,7 +108,7 @@ def schedule(context: Context) -> Outcome:
             f"lr_decay_steps ({end:,}) differs from total_steps ({steps:,}): {effect}",
             "remove train.lr_decay_steps; its default is the last step",
         )
-    found = f"{steps:,} steps, {train.warmup_steps:,} of warmup, lr {train.lr:g}, then {train.schedule}"
+    found = f"{count(steps, 'step')}, {train.warmup_steps:,} of warmup, lr {train.lr:g}, then {train.schedule}"
     if context.windows is None:
         return "pass", found
     epochs = steps * sequences_per_step(train) / context.windows

@@ -7,12 +7,15 @@ from anarchobot.preflight.check import CheckResult, Context, run_checks
 from anarchobot.system.blas import load_fast_blas
 
 
-def verify(path: str, overrides: Sequence[str] = (), *, calibrate: bool = True) -> list[CheckResult]:
+def verify(
+    path: str, overrides: Sequence[str] = (), *, calibrate: bool = True, name: str | None = None
+) -> list[CheckResult]:
     """Runs the checks of the command that the configuration is for: pretrain, sft, dpo or adapt-vocab.
 
     Checks that depend on a failed one are skipped. `calibrate` measures a few training steps to predict the run's time.
+    `name`: how advice refers to the configuration (default: by its path).
     """
-    context, unavailable = Context(path, overrides, calibrate), set[str]()
+    context, unavailable = Context(path, overrides, calibrate, name or path), set[str]()
     results = list(run_checks((installation.python, installation.packages), context, unavailable))
     if "packages" in unavailable:
         return [*results, CheckResult("all others", "skip", "needs: packages")]

@@ -30,8 +30,6 @@ from anarchobot.tokenizers.decoding import StopStringFilter
 from anarchobot.tokenizers.tokenizer import copy_tokenizer, digest
 from anarchobot.training.loop import Run
 
-# Settings of the commands without CONFIG.
-DEFAULT_CONFIGS = {command: str(Path(__file__).with_name(f"default_{command}.yaml")) for command in ("sft", "dpo")}
 _DOCUMENT_KEYS = {
     **{
         f"data.{key}": "applies to documents, not conversations"

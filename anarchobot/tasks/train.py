@@ -20,6 +20,8 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, load_config
 from anarchobot.config.schema import DataConfig
 from anarchobot.config.strict_yaml import dump, parse
+from anarchobot.config.templates import DEFAULT_CONFIGS
+from anarchobot.config.wording import count
 from anarchobot.data.conversations.reading import RowCounts, read_conversations
 from anarchobot.data.shards import read_manifest
 from anarchobot.data.sources import files
@@ -31,8 +33,9 @@ from anarchobot.runs import checkpoint
 from anarchobot.runs.run_log import logs_dir, read_run, read_summary
 from anarchobot.storage.durable import write_atomic
 from anarchobot.system.micro_batch import resolve_micro_batch
-from anarchobot.tasks import supervise
-from anarchobot.tasks.finetuning import DEFAULT_CONFIGS, load_tuning_config
+from anarchobot.tasks import supervise, training_samples
+from anarchobot.tasks.finetuning import load_tuning_config
+from anarchobot.tasks.pace import warn_if_late
 from anarchobot.tasks.pretokenize import open_corpus, open_documents
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tasks.run import OutputMode
@@ -58,9 +61,8 @@ CONFIG, REQUEST, SAMPLES, REPORT, FUSED = "config.yaml", "train.json", "samples.
 CHAT_SHARE = 0.2  # of the time, for conversations
 CHAT_EPOCHS = 3.0
 END_SHARE, END_SECONDS = 0.02, 2.0  # of the time, reserved for the last validation, samples and the report
+LATE = 0.2  # of the time: a longer delay is reported
 SUPERVISED = 3600.0  # seconds from which a run is resumed if it crashes
-SAMPLE_COUNT, SAMPLE_TOKENS = 3, 120
-SAMPLE_SEPARATOR = "\n\n---\n\n"
 # Fine-tuning of all weights, as in configs/tuning/sft.yaml.
 FULL_TUNING: Sections = {
     "train": {
@@ -102,7 +104,7 @@ def _fingerprint(names: list[str], formats: files.Formats) -> str | None:
         return None
     paths = files.find(names, formats=formats)
     total = sum(path.stat().st_size for path in paths)
-    return f"{' '.join(names)} ({len(paths):,} file{'' if len(paths) == 1 else 's'}, {total:,} bytes)"
+    return f"{' '.join(names)} ({count(len(paths), 'file')}, {total:,} bytes)"
 
 
 def plan(request: Request, started: float) -> Plan:
@@ -147,6 +149,14 @@ def commands(request: Request) -> Iterator[str]:
         yield f"anarchobot fuse --model {request.model} --adapter {request.output} --output {request.output / FUSED}"
     if request.chat:
         yield f"anarchobot sft {_chat_folder(request) / CONFIG}"
+        if not request.texts:
+            yield f"anarchobot report {request.output}"
+
+
+def planned_seconds(output: Path) -> float | None:
+    """The time that the plan in the output folder was made for; None if there is no plan."""
+    file = output / REQUEST
+    return float(_read_state(output)["request"]["time"].removesuffix(" s")) if file.exists() else None
 
 
 def is_started(request: Request) -> bool:
@@ -157,11 +167,11 @@ def is_started(request: Request) -> bool:
         if request.output.exists() and any(request.output.iterdir()):
             raise UserError(f"{request.output}: already exists and is not empty: choose another folder with --output")
         return False
-    state = _read_state(request)
+    state = _read_state(request.output)
     before = state["request"]
     if before["chat"] != now["chat"] and request.texts and not (_chat_folder(request) / CONFIG).exists():
         before = before | {"chat": now["chat"]}  # tuning has not begun
-        _write_state(request, state | {"request": before})
+        _update_state(request.output, request=before)
     changed = [
         f"{key} was {before[key] or 'none'}, is now {now[key] or 'none'}" for key in now if before[key] != now[key]
     ]
@@ -173,15 +183,17 @@ def is_started(request: Request) -> bool:
     return True
 
 
-def start(request: Request, sections: Sections) -> None:
+def start(request: Request, plan: Plan) -> None:
     """Writes the plan into the output folder. The request is written last."""
+    sections = plan.sections
     request.output.mkdir(parents=True, exist_ok=True)
     if request.texts:
         train = sections["train"]
         first = max(1, round(FIRST_PART * train["total_steps"]))
         train = {**train, "total_steps": first, "schedule": "constant", "supervise": request.seconds > SUPERVISED}
         write_atomic(request.output / CONFIG, dump({**sections, "train": train}))
-    _write_state(request, {"request": request.as_json(), "preparation_seconds": None})
+    found = {"step_seconds": plan.step_seconds, "not_read": plan.not_read}
+    _write_state(request.output, {"request": request.as_json(), "preparation_seconds": None, **found})
 
 
 def train(request: Request, started: float, show: OutputMode, log: Log) -> dict[str, Any]:
@@ -194,9 +206,8 @@ def train(request: Request, started: float, show: OutputMode, log: Log) -> dict[
         result |= _pretrain(request, started, show, log) | {"model": _best(request, request.output)}
     if request.chat is not None:
         result["chat"] = _best(request, _chat(request, started, show, log))
-    if request.texts:
-        result |= {"samples": str(_write_samples(request)), "report": str(_write_report(request))}
-    return result
+    files = {"samples": str(_write_samples(request)), "report": str(_write_report(request))}
+    return result | files | {"not_read": _read_state(request.output)["not_read"]}
 
 
 def _training_seconds(request: Request) -> float:
@@ -205,18 +216,27 @@ def _training_seconds(request: Request) -> float:
     return share * request.seconds - END_SHARE * request.seconds - END_SECONDS
 
 
+def _seconds_left(request: Request, summary: dict[str, Any]) -> float:
+    """Until the end of pretraining, after the part of it that has the `summary`."""
+    used: float = _read_state(request.output)["preparation_seconds"] + summary["wall_seconds"]
+    return _training_seconds(request) - used
+
+
 def _pretrain(request: Request, started: float, show: OutputMode, log: Log) -> dict[str, Any]:
     path = request.output / CONFIG
     loaded = load_config(path)
     _make_shards(loaded, log)
-    state = _read_state(request)
-    if state["preparation_seconds"] is None:
-        _write_state(request, state | {"preparation_seconds": time.monotonic() - started})
-    summary = _run("pretrain", path, show)
+    if _read_state(request.output)["preparation_seconds"] is None:
+        _update_state(request.output, preparation_seconds=time.monotonic() - started)
+    summary = _run("pretrain", path, request, show, log)
     if load_config(path).config.train.schedule == "constant":
         steps = _set_length(request, path, summary)
-        log(f"the speed is known now: the run has {steps:,} steps")
-        summary = _run("pretrain", path, show)
+        left = (steps - summary["steps"]) * summary["wall_seconds"] / summary["steps"]
+        log(f"the speed is known now: the run has {count(steps, 'step')}, and training takes {duration(left)} more")
+        late = left - _seconds_left(request, summary)
+        if late > LATE * request.seconds:
+            log(f"warning: it ends {duration(late)} late, because steps take much longer than when they were measured")
+        summary = _run("pretrain", path, request, show, log)
     return {"best_val_bpb": summary["best_val_bpb"], "steps": summary["steps"], "parameters": summary["parameters"]}
 
 
@@ -239,12 +259,11 @@ def _set_length(request: Request, path: Path, summary: dict[str, Any]) -> int:
     config = load_config(path).config
     resolved = resolve_micro_batch(load_config(path)).loaded.config.train
     sequences = resolved.micro_batch_size * resolved.grad_accum_steps
-    first, wall = summary["steps"], summary["wall_seconds"]
-    left = _training_seconds(request) - _read_state(request)["preparation_seconds"] - wall
+    first, step_seconds = summary["steps"], summary["wall_seconds"] / summary["steps"]
     tokens = read_manifest(str(config.data.shard_dir)).tokens("train")
     epochs = MAX_EPOCHS if request.model is None else ADAPTER_EPOCHS
     most = max(2 * first, int(epochs * tokens / (sequences * config.data.seq_len)))
-    steps: int = min(most, max(first + first // 10 + 1, first + int(left / (wall / first))))
+    steps: int = min(most, max(first + first // 10 + 1, first + int(_seconds_left(request, summary) / step_seconds)))
     values = config.model_dump()
     values["train"] |= {
         "total_steps": steps,
@@ -253,11 +272,14 @@ def _set_length(request: Request, path: Path, summary: dict[str, Any]) -> int:
         "eval_interval": max(1, steps // VALIDATIONS),
         "log_interval": max(1, min(25, steps // 40)),
     }
+    _update_state(request.output, step_seconds=step_seconds)
     write_atomic(path, dump(values))
     return steps
 
 
-def _run(command: Literal["pretrain", "sft"], path: Path, show: OutputMode) -> dict[str, Any]:
+def _run(
+    command: Literal["pretrain", "sft"], path: Path, request: Request, show: OutputMode, log: Log
+) -> dict[str, Any]:
     """Trains or resumes the run of a config.yaml, up to its last step; returns the summary."""
     tuning = command == "sft"
     loaded = (load_tuning_config if tuning else load_config)(str(path), [("train.checkpoint_path", "auto")])
@@ -266,15 +288,18 @@ def _run(command: Literal["pretrain", "sft"], path: Path, show: OutputMode) -> d
     summary = read_summary(logs)
     if summary.get("finished") and (tuning or summary["steps"] >= train.total_steps):
         return summary
-    if supervise.should_supervise(loaded.config, tuning=tuning):
-        quiet = [] if show == "progress" else ["--quiet"]
-        words = [sys.executable, "-P", "-m", "anarchobot", command, str(path), "--resume-from", "auto", *quiet]
-        code = supervise.supervise(words, resolve_micro_batch(loaded).loaded.config.train)
-        if code not in (0, 130):
-            raise UserError(f"{path}: training failed: see the message above")
-        summary = read_summary(logs)
-    else:
-        summary = (sft if tuning else pretrain)(loaded, show=show)
+    is_final = train.schedule != "constant" or tuning
+    step_seconds = _read_state(request.output)["step_seconds"] or math.inf
+    with warn_if_late(path.parent, step_seconds, LATE * request.seconds, is_final, log):
+        if supervise.should_supervise(loaded.config, tuning=tuning):
+            quiet = [] if show == "progress" else ["--quiet"]
+            words = [sys.executable, "-P", "-m", "anarchobot", command, str(path), "--resume-from", "auto", *quiet]
+            code = supervise.supervise(words, resolve_micro_batch(loaded).loaded.config.train)
+            if code not in (0, 130):
+                raise UserError(f"{path}: training failed: see the message above")
+            summary = read_summary(logs)
+        else:
+            summary = (sft if tuning else pretrain)(loaded, show=show)
     if not summary.get("finished"):
         raise Stopped
     return summary
@@ -288,11 +313,12 @@ def _chat(request: Request, started: float, show: OutputMode, log: Log) -> Path:
     if not path.exists():
         base = _chat_base(request)
         folder.mkdir(parents=True, exist_ok=True)
-        sections = _chat_sections(request, base, started)
+        sections, step_seconds = _chat_sections(request, base, started)
         if (epochs := sections["train"]["epochs"]) < 1:
             log(f"warning: {request.chat}: time for {epochs:g} epochs only: answers need more --time, or fewer texts")
+        _update_state(request.output, step_seconds=step_seconds)
         write_atomic(path, dump(sections))
-    _run("sft", path, show)
+    _run("sft", path, request, show, log)
     return folder
 
 
@@ -308,7 +334,8 @@ def _chat_base(request: Request) -> str:
     return str(fused)
 
 
-def _chat_sections(request: Request, model: str, started: float) -> Sections:
+def _chat_sections(request: Request, model: str, started: float) -> tuple[Sections, float]:
+    """The settings, and the expected seconds per step."""
     if request.model is None:
         sections = FULL_TUNING
     else:
@@ -325,7 +352,7 @@ def _chat_sections(request: Request, model: str, started: float) -> Sections:
     sequences = train["micro_batch_size"] * train["grad_accum_steps"]
     if request.texts:
         summary = read_summary(logs_dir(request.output, None))
-        used = _read_state(request)["preparation_seconds"] + summary["wall_seconds"]
+        used = _read_state(request.output)["preparation_seconds"] + summary["wall_seconds"]
         tokens_per_second = summary["tokens_per_second"]
     else:
         loaded = load_tuning_config(None, overrides(settings))
@@ -337,15 +364,13 @@ def _chat_sections(request: Request, model: str, started: float) -> Sections:
     left = max(share * request.seconds, request.seconds - used) - END_SHARE * request.seconds - END_SECONDS
     epochs = min(CHAT_EPOCHS, max(1.0, left) * tokens_per_second / tokens)
     steps = math.ceil(epochs * tokens / (sequences * seq_len))
-    return settings | {
-        "train": {
-            **train,
-            "epochs": round(epochs, 3) or 0.001,
-            "warmup_steps": min(train["warmup_steps"], steps // 10),
-            "eval_interval": max(1, min(50, steps // VALIDATIONS)),
-            "supervise": request.seconds > SUPERVISED,
-        }
+    train |= {
+        "epochs": round(epochs, 3) or 0.001,
+        "warmup_steps": min(train["warmup_steps"], steps // 10),
+        "eval_interval": max(1, min(50, steps // VALIDATIONS)),
+        "supervise": request.seconds > SUPERVISED,
     }
+    return settings | {"train": train}, sequences * seq_len / tokens_per_second
 
 
 def _best(request: Request, run: Path) -> str:
@@ -360,18 +385,9 @@ def _chat_folder(request: Request) -> Path:
 
 
 def _write_samples(request: Request) -> Path:
-    from anarchobot.inference.generation import generate_batch
-    from anarchobot.inference.model import load_model
-
-    file = request.output / SAMPLES
-    if file.exists():
-        return file
-    model, config = load_model(_best(request, request.output))
-    settings = config.generation.model_copy(update={"max_new_tokens": SAMPLE_TOKENS})
-    prompts = [settings.prompt] * SAMPLE_COUNT
-    write_atomic(
-        file, SAMPLE_SEPARATOR.join(settings.prompt + text for text in generate_batch(model, prompts, settings))
-    )
+    file, model = request.output / SAMPLES, _best(request, request.output)
+    if not file.exists():
+        write_atomic(file, training_samples.continuations(model) if request.texts else training_samples.answers(model))
     return file
 
 
@@ -381,10 +397,15 @@ def _write_report(request: Request) -> Path:
     return file
 
 
-def _read_state(request: Request) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((request.output / REQUEST).read_text(encoding="utf-8"))
-    return state
+def _read_state(output: Path) -> dict[str, Any]:
+    """`step_seconds`: what a training step is expected to take, or None; `not_read`: messages about files."""
+    state: dict[str, Any] = json.loads((output / REQUEST).read_text(encoding="utf-8"))
+    return {"step_seconds": None, "not_read": []} | state
 
 
-def _write_state(request: Request, state: dict[str, Any]) -> None:
-    write_atomic(request.output / REQUEST, json.dumps(state, indent=1, ensure_ascii=False) + "\n")
+def _update_state(output: Path, **values: Any) -> None:
+    _write_state(output, _read_state(output) | values)
+
+
+def _write_state(output: Path, state: dict[str, Any]) -> None:
+    write_atomic(output / REQUEST, json.dumps(state, indent=1, ensure_ascii=False) + "\n")

@@ -2,8 +2,8 @@
 configuration."""
 
 import math
+import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, load_config
 from anarchobot.config.schema import Config, DataConfig
-from anarchobot.data.document_batches import batch_documents, key_words
-from anarchobot.data.sources.documents import Document, DocumentCounts, from_files
+from anarchobot.config.wording import count
+from anarchobot.data.document_batches import DocumentBatch, batch_documents, key_words
+from anarchobot.data.sources import files
+from anarchobot.data.sources.documents import DocumentCounts, from_files
 from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
 from anarchobot.numerics.cores import available_cores
 from anarchobot.system.memory import expected_device
@@ -33,6 +35,9 @@ VALIDATIONS = 10
 MIN_HELD_OUT, MAX_HELD_OUT = 0.02, 0.25  # fractions of the text
 HELD_OUT_BYTES = 20_000  # enough to compare the steps of a run
 ADAPTER_EPOCHS = 3
+PROMPT_WORDS, PROMPT_CHARS = 3, 30  # of samples; the words of some languages have no spaces between them
+PASSAGE, SENTENCE = 120, 40  # characters: shorter ones are headings or fragments
+SEARCHED = 200_000  # characters, for a prompt
 GPU_BATCH, SEQUENCE = 4096, 256  # tokens per step that keep a GPU busy, and each core of a CPU
 
 
@@ -45,12 +50,12 @@ class TextSurvey:
     number: int
     val_fraction: float
     documents: str
-    prompt: str  # the first words
+    prompt: str  # the first words of a paragraph, held out if there are any
     counts: DocumentCounts
 
     def __str__(self) -> str:
-        unit = {"file": "document", "paragraphs": "paragraph"}[self.documents] + ("" if self.number == 1 else "s")
-        text = f"{size(self.train_bytes)} in {self.number:,} {unit}"
+        unit = {"file": "document", "paragraphs": "paragraph"}[self.documents]
+        text = f"{size(self.train_bytes)} in {count(self.number, unit)}"
         if not self.val_bytes:
             return f"{text}; no validation: a single document can't be divided"
         held_out = f"{size(self.val_bytes)} held out for validation"
@@ -61,11 +66,14 @@ class TextSurvey:
 
 @dataclass(frozen=True)
 class Plan:
-    """`sections` are the configuration; `table` describes it in rows of name and value."""
+    """`sections` are the configuration; `table` describes it in rows of name and value. `step_seconds`: what a training
+    step is expected to take, or None; `not_read`: those of the notes that name files left out."""
 
     sections: Sections
     table: list[tuple[str, str]]
     notes: list[str] = field(default_factory=list)
+    step_seconds: float | None = None
+    not_read: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -107,24 +115,32 @@ def survey_texts(names: list[str]) -> TextSurvey:
 
 
 def _read(names: list[str], documents: str, fraction: float) -> _Split:
-    counts, prompt = DocumentCounts(), ""
-    config = DataConfig.model_validate({"documents": documents, "clean": True})
-
-    def read() -> Iterator[Document]:
-        nonlocal prompt
-        for document in from_files(names, config, counts):
-            prompt = prompt or " ".join(document.text[:1000].split()[:3])
-            yield document
-
+    counts, config = DocumentCounts(), DataConfig.model_validate({"documents": documents, "clean": True})
     train_bytes = val_bytes = number = 0
     whole: list[tuple[int, int]] = []
-    for batch in batch_documents(read(), counts, True, fraction):
+    prompts = ["", ""]  # of training and held-out text
+    for batch in batch_documents(from_files(names, config, counts), counts, True, fraction):
         held = int(batch.sizes[batch.is_val].sum())
         train_bytes, val_bytes = train_bytes + int(batch.sizes.sum()) - held, val_bytes + held
         number += len(batch) - int(batch.is_tail.sum())
         if not batch.is_tail.any():
             whole += zip(key_words(batch.keys)[:, 0].tolist(), batch.sizes.tolist(), strict=True)
-    return _Split(TextSurvey(train_bytes, val_bytes, number, fraction, documents, prompt, counts), whole)
+        for is_val in (False, True):
+            prompts[is_val] = prompts[is_val] or _prompt(batch.select(batch.is_val == is_val))
+    survey = TextSurvey(train_bytes, val_bytes, number, fraction, documents, prompts[1] or prompts[0], counts)
+    return _Split(survey, whole)
+
+
+def _prompt(batch: DocumentBatch) -> str:
+    """The first words of a paragraph, or of a sentence where a text has no paragraphs, in the middle of the longest
+    document: titles and lists of contents are at its start. Empty for an empty batch."""
+    text = max(batch.texts, key=len, default="")[:SEARCHED]
+    passages = [part.strip() for part in re.split(r"\n\s*\n", text)]
+    prose = [part for part in passages if len(part) >= PASSAGE and part[0].isalpha()]
+    if len(prose) < 3:
+        sentences = re.split(r"(?:(?<=[.!?…])[\"'”’»]?\s+|(?<=[。！？]))(?=\w)", " ".join(text.split()))
+        prose = [part for part in sentences[1:-1] if len(part) >= SENTENCE and not part[0].islower()] or prose or [text]
+    return " ".join(prose[len(prose) // 2].split()[:PROMPT_WORDS])[:PROMPT_CHARS]
 
 
 def plan_new_model(names: list[str], folder: Path, deadline: float, seconds: float) -> Plan:
@@ -150,10 +166,10 @@ def plan_new_model(names: list[str], folder: Path, deadline: float, seconds: flo
         ),
         (
             "step",
-            f"{settings.sequences} sequences of {settings.seq_len} tokens; learning rate {settings.lr:g}, weight decay "
-            f"{settings.weight_decay:g}, dropout {settings.dropout:g}",
+            f"{count(settings.sequences, 'sequence')} of {settings.seq_len} tokens; learning rate {settings.lr:g}, "
+            f"weight decay {settings.weight_decay:g}, dropout {settings.dropout:g}",
         ),
-        ("run", f"about {settings.steps:,} steps, {settings.tokens:,} tokens, {settings.epochs:.1f} epochs"),
+        ("run", f"about {count(settings.steps, 'step')}, {settings.tokens:,} tokens, {settings.epochs:.1f} epochs"),
         ("time", f"{duration(settings.seconds)} of training in {duration(seconds)}"),
     ]
     notes = []
@@ -162,7 +178,7 @@ def plan_new_model(names: list[str], folder: Path, deadline: float, seconds: flo
             f"more than {settings.epochs:.0f} epochs of this text would not help: training takes "
             f"{duration(settings.seconds)} of the {duration(left)} left"
         )
-    return Plan(sections, table, [*notes, *survey.counts.details()])
+    return _plan(sections, table, step, survey, notes)
 
 
 def measure_speed(on_gpu: bool) -> Speed:
@@ -204,10 +220,15 @@ def plan_adapters(model: str, names: list[str], folder: Path, deadline: float, s
         ("text", str(survey)),
         ("model", f"{base.name}, adapters of rank 8"),
         ("step", f"8 sequences of {seq_len} tokens, {step:.3g} s; learning rate 0.0002"),
-        ("run", f"about {steps:,} steps, {ADAPTER_EPOCHS * steps / most:.1f} epochs"),
+        ("run", f"about {count(steps, 'step')}, {ADAPTER_EPOCHS * steps / most:.1f} epochs"),
         ("time", f"{duration(steps * step)} of training in {duration(seconds)}"),
     ]
-    return Plan(_with_files(settings, survey, names, folder, base), table, survey.counts.details())
+    return _plan(_with_files(settings, survey, names, folder, base), table, step, survey, [])
+
+
+def _plan(sections: Sections, table: list[tuple[str, str]], step: float, survey: TextSurvey, notes: list[str]) -> Plan:
+    counts = survey.counts
+    return Plan(sections, table, [*notes, *counts.details()], step, files.describe_unread(counts.unread))
 
 
 def measure(loaded: LoadedConfig, base: PretrainedModel | None) -> float:

@@ -153,6 +153,11 @@ def test_help_shows_the_default_of_every_option(command: str) -> None:
     [
         ("pretrain", "--lr", "default: 0.0003]"),
         ("pretrain", "--supervise", "default: on for runs over 1 hour"),
+        ("sft", "--lr", "default: 0.0002]"),  # of the command without CONFIG
+        ("sft", "--epochs", "default: 2]"),
+        ("sft", "--steps", "default: none]"),
+        ("sft", "--seed", "default: 0]"),
+        ("dpo", "--checkpoint-dir", "default: runs/dpo]"),
         ("generate", "--top-k", "default: the model's setting, else 50]"),
         ("generate", "--checkpoint", "(required)"),
         ("serve", "--port", "(default: 8080)"),
@@ -333,6 +338,20 @@ def test_train_explains_that_it_chooses_the_settings(words: str) -> None:
     with pytest.raises(UserError, match=r"config\.yaml"):
         args = parse(build_parser(), words.split())
         args.run(args)
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        ("--dataset notes", "--chat"),
+        ("--data=notes", "--chat"),
+        ("notes --minutes 5", "--time"),
+        ("--text n", "--chat"),
+    ],
+)
+def test_train_explains_flags_of_other_commands(words: str, instead: str) -> None:
+    with pytest.raises(UserError, match=f"^unrecognized argument '--.*; .*{instead}.* \\(see anarchobot train --help"):
+        parse(build_parser(), ["train", *words.split()])
 
 
 def test_a_flag_of_another_commands_setting_is_not_suggested_to_a_command_without_it() -> None:

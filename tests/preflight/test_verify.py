@@ -379,6 +379,13 @@ def test_command_prints_a_table_or_json_and_sets_the_exit_code(
     assert main(["verify"]) == 2
 
 
+def test_advice_names_a_configuration_as_the_user_does(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["verify", "quickstart", "--no-calibration", "--json", "train.tokenizer_path=none"]
+    assert main(words) == 1
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["tokenizer"]["advice"] == "train it: anarchobot tokenizer train quickstart"
+
+
 def test_setup_verification_script_runs_the_command(setup: Broken) -> None:
     setup.verify()
     script = [sys.executable, str(ROOT / "scripts" / "setup_verification.py"), str(setup.config), "--no-calibration"]

@@ -9,11 +9,11 @@ import yaml
 
 from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
+from anarchobot.config.templates import DEFAULT_CONFIGS
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.runs import checkpoint
 from anarchobot.tasks.dpo import dpo
-from anarchobot.tasks.finetuning import DEFAULT_CONFIGS
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tasks.sft import sft
 from tests.exchange.quantized_folder import quantize_folder

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from anarchobot.cli.main import main
-from anarchobot.cli.train import _print_result, parse_seconds
+from anarchobot.cli.train import _print_result, format_seconds, parse_seconds
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import load_config
 from anarchobot.data.shards import read_manifest
@@ -19,7 +19,7 @@ from anarchobot.data.sources.documents import clean_text
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import sequences_per_step
 from anarchobot.runs import checkpoint
-from anarchobot.tasks import train, training_plan
+from anarchobot.tasks import train, training_plan, training_samples
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tasks.training_plan import survey_texts
 from tests.tiny import loaded
@@ -55,7 +55,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(train, "MAX_EPOCHS", 0.9)  # the length does not depend on the speed
     monkeypatch.setattr(train, "ADAPTER_EPOCHS", 0.5)
     monkeypatch.setattr(train, "CHAT_EPOCHS", 0.5)
-    monkeypatch.setattr(train, "SAMPLE_TOKENS", 4)
+    monkeypatch.setattr(training_samples, "MAX_TOKENS", 4)
 
 
 def weights(run: Path) -> dict[str, Any]:
@@ -69,6 +69,7 @@ def files_below(folder: Path) -> list[str]:
 
 def test_texts_and_chats_become_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_texts(tmp_path / "notes")
+    (tmp_path / "notes" / "old.txt").write_bytes("é".encode("latin1"))
     chats = write_chats(tmp_path / "chats.jsonl")
     words = ["train", "notes", "--time", "50m", "--chat", str(chats), "--json"]
     assert main(words) == 0
@@ -86,6 +87,8 @@ def test_texts_and_chats_become_a_model(tmp_path: Path, capsys: pytest.CaptureFi
     assert 0 < result["best_val_bpb"] < 8
     assert Path(result["samples"]).read_text().count(config.generation.prompt) == 3
     assert "<svg" in Path(result["report"]).read_text()
+    (not_read,) = result["not_read"]
+    assert "not UTF-8" in not_read and not_read.endswith("not read: 1 (notes/old.txt)")
     chat = load_config(run / "chat" / "config.yaml").config
     assert (chat.train.init_from, chat.lora.r, chat.data.dataset) == (result["model"], None, str(chats))
     assert [command.split()[1] for command in result["commands"]] == [
@@ -97,13 +100,59 @@ def test_texts_and_chats_become_a_model(tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out) == result
     assert (run / "logs" / "metrics.jsonl").read_bytes() == before
 
-    assert main(["train", "notes", "--time", "2m", "--chat", str(chats)]) == 2
-    error = capsys.readouterr().err
-    assert "time was 3000 s, is now 120 s" in error
-    assert "texts was" not in error
     (tmp_path / "notes" / "new.txt").write_text("More text.")
     assert main(words) == 2
-    assert "texts was notes (12 files, " in capsys.readouterr().err
+    assert "texts was notes (13 files, " in capsys.readouterr().err
+
+
+def test_another_time_is_a_new_run_beside_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_texts(tmp_path / "notes")
+    requests: list[train.Request] = []
+
+    def stopped(request: train.Request, *args: Any) -> None:
+        requests.append(request)
+        raise train.Stopped
+
+    monkeypatch.setattr(train, "train", stopped)
+    for more in (["--time", "50m"], ["--time", "1h"], [], ["--time", "60m"], ["--output", "runs/notes"]):
+        assert main(["train", "notes", *more]) == 130
+    first, second = (Path("runs/notes"), 3000.0), (Path("runs/notes-1h"), 3600.0)
+    assert [(request.output, request.seconds) for request in requests] == [first, second, first, second, first]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("runs/notes: has a run")]
+    assert len(said) == 2 and all("--time 50m" in line and line.endswith("runs/notes-1h") for line in said)
+    assert load_config("runs/notes-1h/config.yaml").config.train.save_dir == "runs/notes-1h"
+    # A folder that was chosen is not replaced by another one.
+    assert main(["train", "notes", "--time", "1h", "--output", "runs/notes"]) == 2
+    assert "resume it without --time" in (error := capsys.readouterr().err) and "--output runs/notes-1h" in error
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1, 90, 60, 5400, 3600, 86400])
+def test_times_are_written_as_they_are_read(seconds: float) -> None:
+    assert parse_seconds(format_seconds(seconds)) == seconds
+
+
+def test_a_run_that_will_be_late_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three steps have taken nearly all of the time, and the decay needs seven more."""
+    write_texts(tmp_path / "notes")
+    summaries = iter([{"steps": 3, "wall_seconds": 2900.0}])
+
+    def run(*args: Any) -> dict[str, Any]:
+        for summary in summaries:
+            return summary
+        raise train.Stopped
+
+    monkeypatch.setattr(train, "_make_shards", lambda *args: None)
+    monkeypatch.setattr(train, "_run", run)
+    monkeypatch.setattr(train, "_set_length", lambda *args: 10)
+    assert main(["train", "notes", "--time", "50m"]) == 130
+    lines = capsys.readouterr().err.splitlines()
+    assert any("10 steps" in line and "1:52:47 more" in line for line in lines)
+    (warning,) = [line for line in lines if line.startswith("warning: it ends ")]
+    assert warning.startswith("warning: it ends 1:52:")
 
 
 def test_conversations_and_model_are_checked_before_the_texts(
@@ -194,6 +243,8 @@ def test_adapters_for_a_model(tmp_path: Path, tiny_shards: Path, capsys: pytest.
     result = json.loads(capsys.readouterr().out)
     assert result["chat"] == "runs/chats"
     assert load_config("runs/chats/config.yaml").config.train.init_from == "runs/base"
+    assert Path(result["samples"]).read_text().count("user: Question ") == 3
+    assert "<svg" in Path(result["report"]).read_text()
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["table", "json"])
@@ -224,8 +275,9 @@ def test_a_time_in_another_notation_is_suggested(text: str, near: str) -> None:
 
 
 def test_the_sample_that_is_printed_has_a_heading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "samples.txt").write_text(f"Once.{train.SAMPLE_SEPARATOR}Twice.")
-    result = {"model": "m", "chat": None, "best_val_bpb": None, "samples": str(tmp_path / "samples.txt")}
+    (tmp_path / "samples.txt").write_text(f"Once.{training_samples.SEPARATOR}Twice.")
+    result = {"model": "m", "chat": None, "best_val_bpb": None, "report": "r.html", "not_read": []}
+    result["samples"] = str(tmp_path / "samples.txt")
     _print_result(Namespace(json=False, quiet=False), result, [])
     assert "\nsample:\nOnce.\n" in capsys.readouterr().err
 
@@ -284,3 +336,45 @@ def test_validation_split_of_few_documents(tmp_path: Path) -> None:
     survey = survey_texts([str(tmp_path / "single.jsonl")])
     assert (survey.val_fraction, survey.val_bytes) == (0.0, 0)
     assert "no validation" in str(survey)
+
+
+def test_samples_begin_with_words_of_held_out_text(tmp_path: Path) -> None:
+    """Not with a title or a heading, but with a paragraph, or a sentence where there are no paragraphs."""
+    body = [f"Part{i} of this tale tells what the sailor saw. " + "The sea was calm. " * 20 for i in range(400)]
+    (tmp_path / "book.txt").write_text(
+        "THE TALE\n\nby Nobody\n\n" + "\n\n".join(f"CHAPTER {i}\n\n{p}" for i, p in enumerate(body))
+    )
+    survey = survey_texts([str(tmp_path / "book.txt")])
+    held_out = round(400 * survey.val_bytes / (survey.val_bytes + survey.train_bytes))
+    number, *rest = survey.prompt.removeprefix("Part").split()
+    assert rest == ["of", "this"] and 400 - held_out <= int(number) < 400
+
+    (tmp_path / "one_line.txt").write_text("THE TALE by Nobody. " + " ".join(body))
+    prompt = survey_texts([str(tmp_path / "one_line.txt")]).prompt
+    assert prompt.startswith("Part") and prompt.endswith(" of this")
+
+    (tmp_path / "row.jsonl").write_text(json.dumps({"text": "THE TALE\n\n" + "\n\n".join(body)}))
+    prompt = survey_texts([str(tmp_path / "row.jsonl")]).prompt  # nothing is held out
+    assert prompt.endswith(" of this")
+
+    (tmp_path / "chinese.txt").write_text(
+        "标题\n"
+        + "".join(
+            f"第{i}个人在河边走了很久很久，看见了一条很大很大的鱼和很多别的东西，然后慢慢地回到了自己的家里去了。"
+            for i in range(900)
+        )
+    )
+    prompt = survey_texts([str(tmp_path / "chinese.txt")]).prompt
+    assert prompt.startswith("第") and len(prompt) <= 30
+
+
+def test_files_in_another_encoding_are_named_in_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notes = write_texts(tmp_path / "notes")
+    for name in ("a.txt", "b.md"):
+        (notes / name).write_bytes("Größe und Maß. ".encode("latin1") * 1000)
+    (notes / "c.txt").write_bytes("Größe und Maß. ".encode("utf-16"))
+    assert main(["train", "notes", "--time", "50m", "--dry-run"]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "UTF-8" in line]
+    assert line.endswith("not read: 3 (notes/a.txt, notes/b.md, notes/c.txt)")
+    assert main(["train", "notes/a.txt", "--time", "50m", "--dry-run"]) == 2
+    assert capsys.readouterr().err.startswith("anarchobot: notes/a.txt: not UTF-8 text (byte 3)")
