@@ -27,6 +27,10 @@ quickstart: .venv/run.done
 	$(BIN)/anarchobot pretokenize $(QUICKSTART)
 	$(BIN)/anarchobot pretrain $(QUICKSTART) --resume-from auto
 	$(BIN)/anarchobot generate --checkpoint runs/quickstart
+	@echo
+	@echo "next, a model of your own texts:"
+	@echo "  source .venv/bin/activate"
+	@echo "  anarchobot train FOLDER --time 30m"
 
 test: check
 	$(BIN)/python -m pytest -n 2

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -71,6 +72,23 @@ def test_documented_commands_run(page: str, tmp_path: Path, monkeypatch: pytest.
         assert main(words) == 0, command
         if words[:2] == ["config", "init"]:
             (tmp_path / "my.yaml").write_text(shorten((tmp_path / "my.yaml").read_text()))
+
+
+def test_git_ignores_the_files_of_documented_commands() -> None:
+    """What a reader brings along, and what the commands write."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    pages = [ROOT / "README.md", ROOT / "docs" / "quickstart.md", *(ROOT / "docs").glob("tutorial-*.md")]
+    words = [
+        word.rpartition("=")[2]
+        for page in pages
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        for word in shlex.split(block, comments=True)
+    ]
+    files = {word for word in words if re.fullmatch(r"[\w-]+\.(yaml|jsonl|html|db|txt)|(runs|shards|exports)/.*", word)}
+    assert {"my.yaml", "chats.jsonl", "notes.db", "report.html", "runs/notes"} < files
+    done = subprocess.run(["git", "check-ignore", *files], cwd=ROOT, capture_output=True, text=True)
+    assert files - set(done.stdout.split()) == set()
 
 
 def test_dependencies_page_lists_exactly_the_dependencies() -> None:
