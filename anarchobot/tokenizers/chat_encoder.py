@@ -119,10 +119,12 @@ class ChatEncoder:
         return problems
 
     def _probe(self) -> Encoded:
-        """Raises UserError if the template rejects the simplest conversation."""
+        """Raises UserError if the template rejects the simplest conversation, or its answer has no tokens."""
         (probe,) = self.encode([_PROBE])
         if isinstance(probe, InvalidRow):
             raise UserError(f"{self.template.where}: unusable chat template: {probe}")
+        if not probe.loss_mask.any():
+            raise UserError(f'{self.template.where}: the tokenizer has no tokens for the answer "{_PROBE[1].content}"')
         return probe
 
     def _layout(self, conversation: Conversation) -> _Layout:

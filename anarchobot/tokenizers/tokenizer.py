@@ -3,7 +3,7 @@ and GPT-2's `vocab.json` with `merges.txt`."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
@@ -98,6 +98,15 @@ def load_tokenizer(path: str | Path) -> ChatTokenizer:
             raise
         raise UserError(f"{path}: not a supported tokenizer: {' '.join(str(error).split())[:200]}") from error
     raise UserError(f"{path}: expected a tokenizer: a .model, tokenizer.json or vocab.json file")
+
+
+def _check_ids(path: Path, vocab: Mapping[str, int]) -> None:
+    """Raises UserError if two tokens have the same id: the library saves one of them, at random."""
+    tokens = {i: token for token, i in vocab.items()}
+    for token, i in vocab.items() if len(tokens) < len(vocab) else ():
+        if tokens[i] != token:
+            first, second = sorted((token, tokens[i]))
+            raise UserError(f"{path}: the tokens {first!r} and {second!r} have the id {i}: damaged")
 
 
 def _find_in_folder(folder: Path) -> Path:
@@ -347,6 +356,7 @@ class HFTokenizer:
             self.backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
             self.backend.decoder = tokenizers.decoders.ByteLevel()
             self.files = (path, merges)
+        _check_ids(path, self.backend.get_vocab(with_added_tokens=False))
         self._mark_special([*END_OF_DOCUMENT, *CHAT_TOKENS])
         bare = self._read_added_tokens()
         tokens = read_special_tokens(path.parent)

@@ -313,7 +313,7 @@ READERS: dict[str, Reader] = {
     "documents": Reader(_documents, "pretokenize --input FILE", seconds=60, memory_factor=2048),  # parsed XML is large
     "conversations": Reader(_conversations, "sft", memory_factor=TOKENIZER_BYTES),
     "preference pairs": Reader(_pairs, "dpo", memory_factor=TOKENIZER_BYTES),
-    "labeled answers": Reader(_labeled, "dpo", memory_factor=TOKENIZER_BYTES),
+    "labeled answers": Reader(_labeled, "dpo", seconds=30, memory_factor=TOKENIZER_BYTES),
     "prompts": Reader(_prompts, "generate --prompts FILE"),
     "evaluation results": Reader(_results, "evaluate --compare A B"),
     "harness requests": Reader(_harness, "evaluate --tasks"),

@@ -41,8 +41,9 @@ def _processed(template: str) -> dict[str, str]:
     return {"tokenizer.json": json.dumps(spec)}
 
 
-def _template(source: str, **others: str) -> dict[str, str]:
-    return {**_tokenizer({"</s>": 0, "a": 1}), "chat_template.jinja": source, **others}
+def _template(source: str, vocab: str = "aHi", **others: str) -> dict[str, str]:
+    ids = {token: i for i, token in enumerate(("</s>", *vocab))}
+    return {**_tokenizer(ids), "chat_template.jinja": source, **others}
 
 
 def _checksummed(name: str, **values: Any) -> dict[str, str]:
@@ -68,6 +69,7 @@ CASES: dict[str, tuple[str, dict[str, str], str]] = {
     "a step that is a text": ("run log", _log(EVENT, {**EVENT, "step": "2"}), ACCEPTED),
     "a best step that is infinite": ("checkpoint", _checksummed("best.json", step=float("inf")), "best.json: damaged"),
     "a token with a large id": ("tokenizer.json", _tokenizer({"</s>": 0, "a": 2**31}), "2 tokens, but ids up to"),
+    "two tokens with one id": ("tokenizer.json", _tokenizer({"</s>": 0, "a": 1, "b": 1}), "'a' and 'b' have the id 1"),
     "a prompt with half a character": ("prompts", {"a.jsonl": '{"prompt": "\\ud800"}'}, "not valid Unicode"),
     "a post-processor that replaces the text": (
         "tokenizer.json",
@@ -76,15 +78,25 @@ CASES: dict[str, tuple[str, dict[str, str], str]] = {
     ),
     "a post-processor with an unknown token": ("tokenizer.json", _processed("<x> A"), "not a supported tokenizer: "),
     "a template that writes nothing": ("chat template", _template("{# #}"), "unusable chat template: "),
+    "a template that writes nothing for a question": (
+        "chat template",
+        _template("{% if messages[1] is defined %}{{ messages[0].content }}{{ messages[1].content }}{% endif %}"),
+        "unusable chat template: rejected by the chat template (it writes nothing)",
+    ),
     "a template that writes half a character": (
         "chat template",
-        _template("{{ '\\ud800' }}"),
+        _template("{{ messages | map(attribute='content') | join }}{{ '\\ud800' }}"),
         "unusable chat template",
     ),
     "a template that fails for questions alone": (
         "chat template",
-        _template("{{ messages[1].role }}"),
+        _template("{{ messages[0].content }}{{ messages[1].content }}"),
         "unusable chat",
+    ),
+    "an answer without tokens": (
+        "chat template",
+        _template("{{ messages | map(attribute='content') | join }}", vocab="a"),
+        "no tokens for the answer",
     ),
     "a token with half a character": (
         "chat template",

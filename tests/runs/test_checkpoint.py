@@ -245,6 +245,9 @@ def test_states_of_another_form_are_refused(tmp_path: Path) -> None:
     write_checksummed(folder / "state.json", state | {"engine": [1]})
     with pytest.raises(UserError, match=r"state.json: damaged \(engine: not a mapping\)"):
         checkpoint.find(folder)
+    write_checksummed(folder / "state.json", state | {"step": float("inf")})
+    with pytest.raises(UserError, match=r"state.json: damaged \(cannot convert float infinity"):
+        checkpoint.find(folder)
     with pytest.raises(UserError, match="no data_position"):
         Progress.from_state({"step": 1})
 

@@ -128,6 +128,9 @@ DAMAGED_STATISTICS = (
 
 def test_damaged_statistics_do_not_end_the_process(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(zlib.decompress(base64.b85decode(DAMAGED_STATISTICS)))
-    code = "import sys; from tests.data.sources.reading import problem; print(problem(sys.argv[1]))"
+    code = (
+        "import sys; from tests.data.sources.reading import DataConfig, problem; "
+        "problem(sys.argv[1], data=DataConfig(text_field='messages'))"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.parquet")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
