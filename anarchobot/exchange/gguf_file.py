@@ -17,7 +17,7 @@ from anarchobot.exchange.dtypes import Dtype, Float32, to_dtype
 from anarchobot.exchange.tokenizer_json import CONTROL
 from anarchobot.model.architecture import architecture
 from anarchobot.model.llama.rope import inverse_frequencies
-from anarchobot.tokenizers.sentencepiece_to_json import NORMAL, UNUSED, USER_DEFINED, unknown_id
+from anarchobot.tokenizers.sentencepiece_to_json import NORMAL, UNUSED, USER_DEFINED, NotConvertible, unknown_id
 from anarchobot.tokenizers.special_tokens import AddedToken
 from anarchobot.tokenizers.tokenizer import (
     SENTENCEPIECE,
@@ -179,6 +179,10 @@ def _sentencepiece(path: Path, added: dict[int, AddedToken]) -> tuple[Fields, bo
         raise _unsupported(path, "llama.cpp supports only SentencePiece BPE with byte fallback")
     if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
         raise _unsupported(path, "it has a normalizer, which llama.cpp's BPE does not support")
+    try:
+        unknown = unknown_id(proto)
+    except NotConvertible as reason:
+        raise _unsupported(path, str(reason)) from reason
     beyond = [token for i, token in added.items() if i >= len(proto.pieces)]
     fields = {
         "tokenizer_model": "llama",
@@ -189,7 +193,7 @@ def _sentencepiece(path: Path, added: dict[int, AddedToken]) -> tuple[Fields, bo
             *(CONTROL if token.get("special") else USER_DEFINED for token in beyond),
         ],
         "token_scores": [*(piece.score for piece in proto.pieces), *(ADDED_SCORE for _ in beyond)],
-        "unk_token_id": unknown_id(proto),
+        "unk_token_id": unknown,
     }
     return fields, normalizer.add_dummy_prefix
 

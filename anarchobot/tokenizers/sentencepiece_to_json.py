@@ -16,8 +16,12 @@ class NotConvertible(Exception):
 
 
 def unknown_id(proto: Any) -> int:
-    """The id of the only unknown piece. `trainer_spec.unk_id` says what was asked for in training."""
-    return next(i for i, piece in enumerate(proto.pieces) if piece.type == UNKNOWN)
+    """The id of the only unknown piece. `trainer_spec.unk_id` says what was asked for in training. Raises
+    NotConvertible if there is none, which SentencePiece allows with byte fallback."""
+    for i, piece in enumerate(proto.pieces):
+        if piece.type == UNKNOWN:
+            return i
+    raise NotConvertible("it has no unknown piece")
 
 
 def spm_to_json(path: Path) -> tuple[str, int]:

@@ -9,8 +9,10 @@ from transformers import AutoTokenizer
 
 from anarchobot.config.errors import UserError
 from anarchobot.exchange.exporting import export
-from anarchobot.exchange.tokenizer_json import find_mismatch, tokenizer_files
+from anarchobot.exchange.gguf_file import tokenizer_fields
+from anarchobot.exchange.tokenizer_json import CONTROL, find_mismatch, tokenizer_files
 from anarchobot.tokenizers.fast_tokenizer import adversarial_texts
+from anarchobot.tokenizers.sentencepiece_to_json import unknown_id
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer, read_sentencepiece_proto
 from tests.conftest import shared_data_folder
 from tests.exchange.random_run import ROOT, STORIES, make_run
@@ -93,14 +95,6 @@ def test_public_sentencepiece_tokenizers_give_equal_ids(shared_data: Path, tmp_p
     assert differing(tokenizer, hugging_face(tmp_path), texts) == []
 
 
-def test_merges_of_unknown_tokens_are_a_one_line_error(tmp_path: Path) -> None:
-    """Of two tokens with the same id, the library keeps one."""
-    (tmp_path / "vocab.json").write_text('{"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3, "ba": 3}')
-    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\nb a\n")
-    with pytest.raises(UserError, match=r"vocab\.json: this tokenizer can't be exported: Token `(ab|ba)` out of voc"):
-        tokenizer_files(load_tokenizer(tmp_path), 64, 0)
-
-
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_the_unknown_piece_is_found_by_its_type(tokenizers_folder: Path, tmp_path: Path, kind: str) -> None:
     """`unk_id` only says what the training was asked for; SentencePiece does not read it."""
@@ -110,6 +104,17 @@ def test_the_unknown_piece_is_found_by_its_type(tokenizers_folder: Path, tmp_pat
     (tmp_path / path.name).write_bytes(proto.SerializeToString())
     before, after = (tokenizer_files(load_tokenizer(file), 64, 0) for file in (path, tmp_path / path.name))
     assert before["tokenizer.json"] == after["tokenizer.json"]
+
+
+def test_a_model_without_an_unknown_piece_is_refused(tokenizers_folder: Path, tmp_path: Path) -> None:
+    proto = read_sentencepiece_proto(tokenizers_folder / "bpe" / "tokenizer.model")
+    proto.pieces[unknown_id(proto)].type = CONTROL
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=r"can't be converted to tokenizer\.json: it has no unknown piece"):
+        tokenizer_files(tokenizer, 64, 0)
+    with pytest.raises(UserError, match="can't be exported to GGUF: it has no unknown piece"):
+        tokenizer_fields(tokenizer, None, None)
 
 
 def test_find_mismatch_detects_another_tokenizer(tokenizers_folder: Path, bpe: Path) -> None:
