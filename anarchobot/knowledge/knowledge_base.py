@@ -285,8 +285,8 @@ class AddResult:
 def add_files(
     base: KnowledgeBase, paths: Iterable[Path], named: Iterable[str], data: DataConfig, log: Callable[[str], None]
 ) -> AddResult:
-    """Adds files. A file that fails does not stop the others. Unless it is in `named`, an empty file or a
-    PDF, DOCX, EPUB, HTML or PPTX file without text is counted, not a failure.
+    """Adds files. A file that fails does not stop the others. Unless it is in `named`, a file that is
+    empty or unreadable (`UnreadableFile`) is counted, not a failure.
 
     Raises KnowledgeBaseError if the knowledge base itself fails; the files before it have been added.
     """
