@@ -1,6 +1,14 @@
-"""`python -m anarchobot` is the same program as `anarchobot`."""
+"""The program's entry point. `python -m anarchobot` is the same program as `anarchobot`."""
 
-from anarchobot.cli.main import main
+
+def main() -> int:
+    """Runs the command in sys.argv. Ctrl-C while modules are imported ends it without a traceback."""
+    try:
+        from anarchobot.cli.main import main as run_command
+    except KeyboardInterrupt:
+        return 130
+    return run_command()
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -90,15 +90,17 @@ def _train(args: argparse.Namespace) -> int:
     if planned not in (None, seconds):
         output = _other_output(args, output, planned, seconds, log)
     request = train.Request(args.texts, seconds, args.chat, args.model, output)
-    is_started = train.is_started(request)
+    is_started = train.is_started(request, log)
     if is_started:
         log(f"{request.output}: resuming")
     else:
+        log("reading the texts and measuring this machine" if args.texts else "reading the conversations")
         plan = train.plan(request, started)
         if args.dry_run and args.json:
             print(json.dumps({"plan": dict(plan.table), "config": plan.sections}))
         elif args.dry_run or not silent:
-            print("\n".join(_table(plan.table)), file=sys.stdout if args.dry_run else sys.stderr, flush=True)
+            lines = _table([*plan.table, ("output", str(output))])
+            print("\n".join(lines), file=sys.stdout if args.dry_run else sys.stderr, flush=True)
         for note in plan.notes:
             log(note)
     if args.dry_run:
@@ -118,9 +120,10 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def parse_seconds(text: str) -> float:
-    """Parses `90s`, `30m` or `2h`. Raises UserError for anything else."""
-    match = re.fullmatch(rf"{NUMBER}([smh])", text)
-    seconds = float(match[1]) * UNITS[match[2]] if match else 0.0
+    """Parses `90s`, `30m`, `2h` or `1h30m`. Raises UserError for anything else."""
+    match = re.fullmatch(rf"(?:{NUMBER}h)?(?:{NUMBER}m)?(?:{NUMBER}s)?", text)
+    parts = zip("hms", match.groups(default="0"), strict=True) if match else ()
+    seconds = sum(float(number) * UNITS[unit] for unit, number in parts)
     if seconds == 0:
         like = re.fullmatch(rf"{NUMBER} ?(|s|secs?|seconds?|m|mins?|minutes?|h|hrs?|hours?)", text.lower())
         near = f"; did you mean '{like[1]}{like[2][:1] or 'm'}'?" if like and float(like[1]) else ""
@@ -169,9 +172,12 @@ def _print_result(args: argparse.Namespace, result: dict[str, Any], commands: li
         return
     if result["best_val_bpb"] is not None:
         print(f"{result['model']}: {result['best_val_bpb']:.4f} bits per byte on held-out text")
-    for name in ("chat", "samples", "report"):
-        if result[name]:
-            print(f"{name}: {result[name]}")
+    if result["chat_val_loss"] is not None:
+        print(f"{result['chat']}: loss {result['chat_val_loss']:.4f} on held-out conversations")
+    elif result["chat"]:
+        print(f"chat: {result['chat']}")
+    for name in ("samples", "report"):
+        print(f"{name}: {result[name]}")
     if args.quiet:
         return
     from anarchobot.tasks.training_samples import SEPARATOR

@@ -116,7 +116,9 @@ def execute_run(
             finished = _train(engine, run, progress, log, display)
             if progress.skipped_steps:
                 skipped = f"{progress.skipped_steps:,} of {count(progress.step, 'update')} skipped"
-                display.message(f"{skipped}: gradients far above the mean or not finite (listed in metrics.jsonl)")
+                display.message(
+                    f"{skipped}: gradients far above the mean or not finite (listed in metrics.jsonl; a few are normal)"
+                )
             summary = _summary(run, progress, engine, finished)
             log.event("end", progress.step, finished=finished)
             log.summary(summary)

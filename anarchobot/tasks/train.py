@@ -63,10 +63,11 @@ CHAT_EPOCHS = 3.0
 END_SHARE, END_SECONDS = 0.02, 2.0  # of the time, reserved for the last validation, samples and the report
 LATE = 0.2  # of the time: a longer delay is reported
 SUPERVISED = 3600.0  # seconds from which a run is resumed if it crashes
-# Fine-tuning of all weights, as in configs/tuning/sft.yaml.
+# Fine-tuning of all weights, as in configs/tuning/sft.yaml, but with the learning rate of pretraining: a model that was
+# trained for minutes has to learn more than one that is to keep what it knows.
 FULL_TUNING: Sections = {
     "train": {
-        "micro_batch_size": 8, "grad_accum_steps": 1, "lr": 1e-3, "min_lr": 0.0, "schedule": "cosine",
+        "micro_batch_size": 8, "grad_accum_steps": 1, "min_lr": 0.0, "schedule": "cosine",
         "warmup_steps": 20, "patience": 5, "ckpt_interval": 10**6,
     },
     "data": {"seq_len": 512, "val_fraction": 0.05},
@@ -159,9 +160,10 @@ def planned_seconds(output: Path) -> float | None:
     return float(_read_state(output)["request"]["time"].removesuffix(" s")) if file.exists() else None
 
 
-def is_started(request: Request) -> bool:
-    """Whether the output folder has a plan. Raises UserError if it was made for another request, or a file of the
-    request does not exist."""
+def is_started(request: Request, log: Log) -> bool:
+    """Whether the output folder has a plan. Other conversations take the place of those in the plan until tuning
+    begins, and are named. Raises UserError if the plan was made for another request, or a file of the request does not
+    exist."""
     now, file = request.as_json(), request.output / REQUEST
     if not file.exists():
         if request.output.exists() and any(request.output.iterdir()):
@@ -170,7 +172,8 @@ def is_started(request: Request) -> bool:
     state = _read_state(request.output)
     before = state["request"]
     if before["chat"] != now["chat"] and request.texts and not (_chat_folder(request) / CONFIG).exists():
-        before = before | {"chat": now["chat"]}  # tuning has not begun
+        log(f"conversations: {now['chat'] or 'none'}; before: {before['chat'] or 'none'}")
+        before = before | {"chat": now["chat"]}
         _update_state(request.output, request=before)
     changed = [
         f"{key} was {before[key] or 'none'}, is now {now[key] or 'none'}" for key in now if before[key] != now[key]
@@ -201,12 +204,14 @@ def train(request: Request, started: float, show: OutputMode, log: Log) -> dict[
 
     Raises Stopped after a stop request; the same call resumes.
     """
-    result: dict[str, Any] = {"model": None, "chat": None, "best_val_bpb": None}
+    result: dict[str, Any] = {"model": None, "best_val_bpb": None, "chat": None, "chat_val_loss": None}
     if request.texts:
         result |= _pretrain(request, started, show, log) | {"model": _best(request, request.output)}
     if request.chat is not None:
-        result["chat"] = _best(request, _chat(request, started, show, log))
-    files = {"samples": str(_write_samples(request)), "report": str(_write_report(request))}
+        summary = _chat(request, started, show, log)
+        result |= {"chat": _best(request, _chat_folder(request)), "chat_val_loss": summary["best_val_loss"]}
+    log("writing samples and the report")
+    files = {"samples": str(_write_samples(request, result["chat"])), "report": str(_write_report(request))}
     return result | files | {"not_read": _read_state(request.output)["not_read"]}
 
 
@@ -228,6 +233,8 @@ def _pretrain(request: Request, started: float, show: OutputMode, log: Log) -> d
     _make_shards(loaded, log)
     if _read_state(request.output)["preparation_seconds"] is None:
         _update_state(request.output, preparation_seconds=time.monotonic() - started)
+    if loaded.config.train.schedule == "constant":
+        log(f"the first {count(loaded.config.train.total_steps, 'step')} show how fast training is")
     summary = _run("pretrain", path, request, show, log)
     if load_config(path).config.train.schedule == "constant":
         steps = _set_length(request, path, summary)
@@ -305,9 +312,9 @@ def _run(
     return summary
 
 
-def _chat(request: Request, started: float, show: OutputMode, log: Log) -> Path:
-    """Fine-tunes on the conversations in what is left of the time, or CHAT_SHARE of it if that is more; returns the run
-    folder."""
+def _chat(request: Request, started: float, show: OutputMode, log: Log) -> dict[str, Any]:
+    """Fine-tunes on the conversations in what is left of the time, or CHAT_SHARE of it if that is more; returns the
+    summary."""
     folder = _chat_folder(request)
     path = folder / CONFIG
     if not path.exists():
@@ -318,8 +325,7 @@ def _chat(request: Request, started: float, show: OutputMode, log: Log) -> Path:
             log(f"warning: {request.chat}: time for {epochs:g} epochs only: answers need more --time, or fewer texts")
         _update_state(request.output, step_seconds=step_seconds)
         write_atomic(path, dump(sections))
-    _run("sft", path, request, show, log)
-    return folder
+    return _run("sft", path, request, show, log)
 
 
 def _chat_base(request: Request) -> str:
@@ -344,6 +350,8 @@ def _chat_sections(request: Request, model: str, started: float) -> tuple[Sectio
     base = load_pretrained(model)
     seq_len = min(sections["data"]["seq_len"], base.model.max_seq_len)
     train = {**sections["train"], "init_from": model, "save_dir": str(_chat_folder(request)), "ckpt_minutes": 5.0}
+    if request.model is None:
+        train["lr"] = load_config(request.output / CONFIG).config.train.lr
     settings: Sections = {
         **sections,
         "data": {**sections["data"], "dataset": request.chat, "seq_len": seq_len},
@@ -367,7 +375,7 @@ def _chat_sections(request: Request, model: str, started: float) -> tuple[Sectio
     train |= {
         "epochs": round(epochs, 3) or 0.001,
         "warmup_steps": min(train["warmup_steps"], steps // 10),
-        "eval_interval": max(1, min(50, steps // VALIDATIONS)),
+        "eval_interval": max(10, min(50, steps // VALIDATIONS)),
         "supervise": request.seconds > SUPERVISED,
     }
     return settings | {"train": train}, sequences * seq_len / tokens_per_second
@@ -384,10 +392,13 @@ def _chat_folder(request: Request) -> Path:
     return request.output / "chat" if request.texts else request.output
 
 
-def _write_samples(request: Request) -> Path:
-    file, model = request.output / SAMPLES, _best(request, request.output)
-    if not file.exists():
-        write_atomic(file, training_samples.continuations(model) if request.texts else training_samples.answers(model))
+def _write_samples(request: Request, chat: str | None) -> Path:
+    """Answers of the `chat` model, if there is one; continuations by a model that was trained on texts."""
+    file = request.output / SAMPLES
+    if request.texts and not file.exists():
+        write_atomic(file, training_samples.continuations(_best(request, request.output)))
+    if chat is not None and not (file := _chat_folder(request) / SAMPLES).exists():
+        write_atomic(file, training_samples.answers(chat))
     return file
 
 

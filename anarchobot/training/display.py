@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from anarchobot.config.terminal import visible
@@ -36,8 +37,10 @@ class TerminalDisplay:
         self._bar = Progress(  # drawn ten times a second
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=20),
-            TextColumn("{task.fields[now]}{task.description}"),
+            # Takes what is left of the line, and is cut if that is too little.
+            TextColumn("{task.fields[now]}{task.description}", table_column=Column(ratio=1, no_wrap=True)),
             console=self._console,
+            expand=True,
             disable=quiet or not self._console.is_terminal,
         )
         self._task = self._bar.add_task("", total=steps, completed=start, now="")

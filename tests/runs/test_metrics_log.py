@@ -69,6 +69,26 @@ def test_the_bar_shows_the_newest_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "step 7/50" in sys.stderr.getvalue() and "loss 2.5000 (smooth 2.7500)" in sys.stderr.getvalue()
 
 
+def test_a_narrow_terminal_cuts_the_end_of_the_line_that_the_bar_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anarchobot.training.display import TerminalDisplay
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "70")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    values = {
+        "loss": 2.5,
+        "smooth_loss": 2.75,
+        "lr": 1e-3,
+        "grad_norm": 1,
+        "tokens_per_second": 900,
+        "peak_memory_gb": 1,
+    }
+    with TerminalDisplay(50, 0) as display:
+        display.train(7, values)
+    assert "step 7/50 " in sys.stderr.getvalue() and "loss 2.5000 (smooth" in sys.stderr.getvalue()
+    assert "peak" not in sys.stderr.getvalue()
+
+
 def test_tensorboard_shows_samples_and_config(tmp_path: Path) -> None:
     with MetricsLog(tmp_path) as log:
         log.config(0, "model:\n  d_model: 8\n")

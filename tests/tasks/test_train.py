@@ -19,6 +19,7 @@ from anarchobot.data.sources.documents import clean_text
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import sequences_per_step
 from anarchobot.runs import checkpoint
+from anarchobot.runs.run_log import read_summary
 from anarchobot.tasks import train, training_plan, training_samples
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tasks.training_plan import survey_texts
@@ -85,12 +86,16 @@ def test_texts_and_chats_become_a_model(tmp_path: Path, capsys: pytest.CaptureFi
     assert config.data.datasets == ["notes"]
     assert shards.tokens("val") > 0
     assert 0 < result["best_val_bpb"] < 8
-    assert Path(result["samples"]).read_text().count(config.generation.prompt) == 3
+    assert (run / "samples.txt").read_text().count(config.generation.prompt) == 3
+    assert result["samples"] == "runs/notes/chat/samples.txt"
+    assert Path(result["samples"]).read_text().count("assistant: ") == 3
     assert "<svg" in Path(result["report"]).read_text()
     (not_read,) = result["not_read"]
     assert "not UTF-8" in not_read and not_read.endswith("not read: 1 (notes/old.txt)")
     chat = load_config(run / "chat" / "config.yaml").config
     assert (chat.train.init_from, chat.lora.r, chat.data.dataset) == (result["model"], None, str(chats))
+    assert chat.train.lr == config.train.lr
+    assert result["chat_val_loss"] == read_summary(run / "chat" / "logs")["best_val_loss"]
     assert [command.split()[1] for command in result["commands"]] == [
         "tokenizer", "pretokenize", "pretrain", "report", "sft"
     ]  # fmt: skip
@@ -168,7 +173,7 @@ def test_conversations_and_model_are_checked_before_the_texts(
         ["--chat", str(write_chats(tmp_path / "chats.jsonl")), "--model", "folder", "--output", "runs/notes"],
     ):
         for more in ([], ["--dry-run"]):
-            assert main(["train", *words, "--time", "50m", *more]) == 2
+            assert main(["train", *words, "--time", "50m", "--quiet", *more]) == 2
             assert capsys.readouterr().err.count("\n") == 1
             assert not Path("runs").exists()
     # Conversations can be replaced until tuning begins. They get their share of the time though texts have used it up.
@@ -189,7 +194,10 @@ def test_conversations_and_model_are_checked_before_the_texts(
     summary = train.read_summary
     used_up = {"wall_seconds": 3000.0, "tokens_per_second": 1.0}
     monkeypatch.setattr(train, "read_summary", lambda logs: summary(logs) | used_up)
-    assert main([*words, "chats.jsonl"]) == 130
+    capsys.readouterr()
+    assert main([word for word in words if word != "--quiet"] + ["chats.jsonl"]) == 130
+    error = capsys.readouterr().err
+    assert "conversations: chats.jsonl (" in error and "; before: few.jsonl (" in error
     chat = load_config("runs/notes/chat/config.yaml").config
     assert chat.data.dataset == "chats.jsonl" and chat.train.epochs == train.CHAT_EPOCHS
     assert main([*words, "few.jsonl"]) == 2
@@ -260,7 +268,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, flags: list[str], capsys: pytest
         assert plan["config"]["model"]["vocab_size"] == 512
     else:
         assert [line.split()[0] for line in out.splitlines()] == [
-            "text", "machine", "vocabulary", "model", "step", "run", "time"
+            "text", "machine", "vocabulary", "model", "step", "run", "time", "output"
         ]  # fmt: skip
 
 
@@ -274,9 +282,20 @@ def test_a_time_in_another_notation_is_suggested(text: str, near: str) -> None:
     assert str(error.value).partition("did you mean ")[2] == (near and f"'{near}'?")
 
 
+def test_times_of_several_units() -> None:
+    assert [parse_seconds(text) for text in ("1h30m", "1.5h", "90m", "1m30s")] == [5400, 5400, 5400, 90]
+
+
 def test_the_sample_that_is_printed_has_a_heading(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "samples.txt").write_text(f"Once.{training_samples.SEPARATOR}Twice.")
-    result = {"model": "m", "chat": None, "best_val_bpb": None, "report": "r.html", "not_read": []}
+    result = {
+        "model": "m",
+        "chat": None,
+        "best_val_bpb": None,
+        "chat_val_loss": None,
+        "report": "r.html",
+        "not_read": [],
+    }
     result["samples"] = str(tmp_path / "samples.txt")
     _print_result(Namespace(json=False, quiet=False), result, [])
     assert "\nsample:\nOnce.\n" in capsys.readouterr().err
@@ -375,6 +394,6 @@ def test_files_in_another_encoding_are_named_in_the_plan(tmp_path: Path, capsys:
     (notes / "c.txt").write_bytes("Größe und Maß. ".encode("utf-16"))
     assert main(["train", "notes", "--time", "50m", "--dry-run"]) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "UTF-8" in line]
-    assert line.endswith("not read: 3 (notes/a.txt, notes/b.md, notes/c.txt)")
-    assert main(["train", "notes/a.txt", "--time", "50m", "--dry-run"]) == 2
+    assert line.endswith("not read: 2 (notes/a.txt, notes/b.md)")
+    assert main(["train", "notes/a.txt", "--time", "50m", "--quiet"]) == 2
     assert capsys.readouterr().err.startswith("anarchobot: notes/a.txt: not UTF-8 text (byte 3)")

@@ -10,6 +10,8 @@ from anarchobot.data.sources.files import EmptyFile, FileRange, UnreadableFile
 from anarchobot.data.sources.rows import BOM
 
 NOT_TEXT = "files that are not UTF-8 text (convert them first, for example with iconv -f latin1 -t utf-8)"
+UTF_16 = "files that are UTF-16 text (convert them first: iconv -f utf-16 -t utf-8)"
+UTF_16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def read_texts(file_range: FileRange, data: DataConfig) -> Iterator[tuple[str, str | ValueError]]:
@@ -32,7 +34,8 @@ def read_texts(file_range: FileRange, data: DataConfig) -> Iterator[tuple[str, s
             if first and data.documents == "lines":
                 raise UserError(f"{path}: {error}") from error
             if first:
-                raise UnreadableFile(path, NOT_TEXT, str(error)) from error
+                is_utf_16 = isinstance(raw, bytes) and raw.startswith(UTF_16_BOMS)
+                raise UnreadableFile(path, UTF_16 if is_utf_16 else NOT_TEXT, str(error)) from error
             text = error
         first = False
         yield location, text
@@ -95,7 +98,7 @@ def _decode(raw: bytes, data: DataConfig) -> str:
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin1"  # latin1 is only an example
+        encoding = "utf-16" if raw.startswith(UTF_16_BOMS) else "latin1"  # latin1 is only an example
         raise ValueError(
             f"not UTF-8 text (byte {error.start + 1}): convert it first, for example with iconv -f {encoding} -t utf-8"
         ) from error
