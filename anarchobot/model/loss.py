@@ -55,13 +55,12 @@ def head_loss(
     and the arrays that later work must wait for.
     """
     wait, chunk, metrics = options.wait, options.loss_chunk, None
-    rows, length = batch.targets.shape
     targets, scale = batch.targets.reshape(-1), batch.scale
     if batch.objective is not None:
         losses = token_losses(hidden, weights, targets, model, chunk)
-        metrics, dlog_probs = batch.objective(-losses.reshape(rows, length).sum(axis=1))
+        metrics, dlog_probs = batch.objective(-losses.reshape(batch.targets.shape))
         (hidden,) = wait([hidden], [dlog_probs])
-        metrics, scale = scale * metrics, mx.repeat(-scale * dlog_probs, length)  # [N]
+        metrics, scale = scale * metrics, -scale * dlog_probs.reshape(-1)  # [N]
     name, weight = forward_pass(model).head_name(model), _head_matrix(weights, model)
     if name is None or weight is None:
         total, dhidden = _function_gradients(hidden, weights, targets, model, scale, grads, chunk, wait)

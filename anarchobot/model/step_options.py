@@ -12,8 +12,8 @@ from anarchobot.numerics.eval_order import EvalOrder, depend
 from anarchobot.numerics.profiling import NO_PROFILE, Profile
 
 Objective = Callable[[mx.array], tuple[mx.array, mx.array]]
-"""Maps the log-probabilities of the rows' targets [B] to a vector of the summed loss and any extra metrics, and the
-gradient [B] of the loss."""
+"""Maps the log-probabilities of the targets [B, L], 0 where there is none, to a vector of the summed loss and any extra
+metrics, and the gradient [B, L] of the loss."""
 
 
 class MicroBatch(NamedTuple):
@@ -22,7 +22,7 @@ class MicroBatch(NamedTuple):
 
     `segments` [B, L] number the documents of a row: a token sees only its own. `dropout_key` turns dropout on,
     including `adapter_dropout` of the adapters' inputs; the same key drops the same elements. With an `objective`, the
-    loss is a function of each row's log-probability instead of the tokens' cross-entropy.
+    loss is that of the objective instead of the tokens' cross-entropy.
     """
 
     tokens: mx.array

@@ -15,7 +15,7 @@ from anarchobot.model.kto import LabeledAnswers, kto
 from anarchobot.model.step_options import Objective
 from anarchobot.system.gpu_watchdog import GPUTimeoutError
 from anarchobot.training.mlx_engine import Metrics, MicroBatchSlice
-from anarchobot.training.preference_engine import PreferenceEngine
+from anarchobot.training.preference_engine import PreferenceEngine, by_sequence
 from anarchobot.training.ranks import SINGLE_PROCESS, Ranks
 
 
@@ -75,7 +75,7 @@ class KTOEngine(PreferenceEngine):
             sums = [result.losses, desirable, *rewards, result.values > 0, *by_label, kl]
             return mx.stack([mx.sum(mx.where(real, x, 0.0)) for x in sums]), result.grads
 
-        return objective
+        return by_sequence(objective)
 
     def _named_metrics(self, others: list[float]) -> dict[str, float]:
         """Means over the desirable and over the undesirable answers; without either, what depends on them is left

@@ -2,7 +2,7 @@
 worker, L tokens."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -12,14 +12,14 @@ from anarchobot.config.schema import Config
 from anarchobot.data.conversations.preference_pairs import PairBatch
 from anarchobot.data.windows import Batch
 from anarchobot.model.gradient_accumulator import Params
-from anarchobot.model.loss import token_losses
 from anarchobot.model.preference import Preferences, losses_and_grads, rewards
 from anarchobot.model.step_options import Objective
-from anarchobot.training.mlx_engine import Metrics, MicroBatchSlice, MLXEngine, used_length
+from anarchobot.training.mlx_engine import Metrics, MicroBatchSlice, used_length
+from anarchobot.training.objective_engine import ObjectiveEngine
 from anarchobot.training.ranks import SINGLE_PROCESS, Ranks
 
 
-class PreferenceEngine(MLXEngine):
+class PreferenceEngine(ObjectiveEngine):
     """Trains on PairBatches. The loss is the mean over pairs; METRICS are means too: reward margin, reward accuracy,
     and both log-probabilities."""
 
@@ -48,7 +48,10 @@ class PreferenceEngine(MLXEngine):
             parts = []
             for i in range(len(inputs)):
                 own_inputs, own_targets = self._sequences(inputs, targets, i, worker)
-                log_probs = self._log_probs(weights, own_inputs, own_targets) if own_inputs.size else mx.zeros(0)
+                if own_inputs.size:
+                    log_probs = self._token_log_probs(weights, own_inputs, own_targets).sum(axis=1)
+                else:
+                    log_probs = mx.zeros(0)
                 parts.append(np.array(log_probs, np.float32).reshape(-1, inputs.shape[2]))
             return parts
 
@@ -77,9 +80,6 @@ class PreferenceEngine(MLXEngine):
             self._evaluated.append((first, metrics, count))
         return float(metrics[0]), count
 
-    def _loss_denominator(self, batch: Batch) -> int:
-        return int(batch.inputs.shape[1])
-
     def _count(self, batch: Batch) -> int:
         assert isinstance(batch, PairBatch)
         return int(np.count_nonzero(batch.indices >= 0))
@@ -104,26 +104,6 @@ class PreferenceEngine(MLXEngine):
         )
         return own_inputs, own_targets
 
-    def _part(self, rows: npt.NDArray[Any], worker: int) -> npt.NDArray[Any]:
-        return np.array_split(rows, self.workers.count)[worker]
-
-    def _segments_and_objective(
-        self, targets: mx.array, extra: mx.array | None
-    ) -> tuple[mx.array | None, Objective | None]:
-        return None, self._objective(targets, extra)
-
-    def _evaluate(self, params: Params, inputs: mx.array, targets: mx.array, reference: mx.array | None) -> mx.array:
-        self.traces += 1
-        return self._objective(targets, reference)(self._log_probs(params, inputs, targets))[0]
-
-    def _log_probs(self, params: Params, inputs: mx.array, targets: mx.array) -> mx.array:
-        """Log-probabilities of the rows' targets: [2 b]."""
-        model, forward = self._config.model, self.forward
-        hidden = forward.hidden_states(params, inputs, model, dtype=self.dtype, wait=self.options.wait)
-        hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        losses = token_losses(hidden, params, targets, model, self.options.loss_chunk)
-        return -losses.reshape(inputs.shape).sum(axis=1)
-
     def _objective(self, targets: mx.array, reference: mx.array | None) -> Objective:
         settings = self._config.preference
         assert reference is not None
@@ -138,4 +118,14 @@ class PreferenceEngine(MLXEngine):
             metrics = [losses, margins, margins > 0, pairs.log_probs[:, 0], pairs.log_probs[:, 1]]
             return mx.stack([mx.sum(mx.where(real, x, 0.0)) for x in metrics]), grads.reshape(-1)
 
-        return objective
+        return by_sequence(objective)
+
+
+def by_sequence(objective: Objective) -> Objective:
+    """The Objective of a function of whole answers: of their log-probabilities, the sums [B] over their tokens."""
+
+    def by_token(log_probs: mx.array) -> tuple[mx.array, mx.array]:
+        metrics, grads = objective(log_probs.sum(axis=1))
+        return metrics, mx.broadcast_to(grads[:, None], log_probs.shape)
+
+    return by_token

@@ -73,7 +73,7 @@ def test_embedding_and_head_only(tied: bool, options: str) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_objective_on_row_log_probabilities(options: str) -> None:
+def test_objective_on_log_probabilities(options: str) -> None:
     model = tiny()
 
     def objective(log_probs: mx.array) -> tuple[mx.array, mx.array]:

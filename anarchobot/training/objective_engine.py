@@ -1,0 +1,45 @@
+"""The MLX step with an objective of log-probabilities instead of cross-entropy. Shapes: b rows per worker, L tokens."""
+
+from abc import abstractmethod
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from anarchobot.data.windows import Batch
+from anarchobot.model.gradient_accumulator import Params
+from anarchobot.model.loss import token_losses
+from anarchobot.model.step_options import Objective
+from anarchobot.training.mlx_engine import MLXEngine
+
+
+class ObjectiveEngine(MLXEngine):
+    """The loss is the mean over the rows of a batch."""
+
+    @abstractmethod
+    def _objective(self, targets: mx.array, extra: mx.array | None) -> Objective:
+        """The objective of a worker's rows, from the second and third array of `_slice`."""
+
+    def _loss_denominator(self, batch: Batch) -> int:
+        return int(batch.inputs.shape[1])
+
+    def _segments_and_objective(
+        self, targets: mx.array, extra: mx.array | None
+    ) -> tuple[mx.array | None, Objective | None]:
+        return None, self._objective(targets, extra)
+
+    def _evaluate(self, params: Params, inputs: mx.array, targets: mx.array, extra: mx.array | None) -> mx.array:
+        self.traces += 1
+        return self._objective(targets, extra)(self._token_log_probs(params, inputs, targets))[0]
+
+    def _token_log_probs(self, params: Params, inputs: mx.array, targets: mx.array) -> mx.array:
+        """Log-probabilities of the targets [b, L], without dropout; 0 where there is none."""
+        model, forward = self._config.model, self.forward
+        hidden = forward.hidden_states(params, inputs, model, dtype=self.dtype, wait=self.options.wait)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        losses = token_losses(hidden, params, targets.reshape(-1), model, self.options.loss_chunk)
+        return -losses.reshape(inputs.shape)
+
+    def _part(self, rows: npt.NDArray[Any], worker: int) -> npt.NDArray[Any]:
+        return np.array_split(rows, self.workers.count)[worker]
