@@ -28,6 +28,8 @@ _NAMES = {
     "lora.r": ("rank", "lora_r", "lora_rank"),
     "lora.alpha": ("lora_alpha",),
     "lora.num_layers": ("lora_layers",),
+    "grpo.rewards": ("reward_funcs",),
+    "grpo.num_generations": ("group_size",),
     "generation.temperature": ("temp",),
     "generation.max_new_tokens": ("max_tokens", "length"),
 }

@@ -50,6 +50,8 @@ PathNames = Annotated[list[PathName], Field(min_length=1)]
 Weights = Annotated[list[PositiveFloat], Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 LogTo = Annotated[list[Literal["tensorboard", "wandb", "trackio", "mlflow"]], BeforeValidator(_as_list)]
+RewardName = Literal["exact_match", "number", "regex", "json_schema", "function"]
+RewardNames = Annotated[list[RewardName], Field(min_length=1), BeforeValidator(_as_list)]
 
 
 class Alias(NamedTuple):
@@ -406,7 +408,7 @@ class LoraConfig(Section):
 
 
 class ChatConfig(Section):
-    """Conversations and preference pairs for `sft` and `dpo`."""
+    """Conversations, preference pairs and prompts for `sft`, `dpo` and `grpo`."""
 
     format: Literal["auto", "messages", "sharegpt", "oasst", "alpaca", "prompt_completion", "text"] = Field(
         "auto", description="format of the rows; auto: detected from their fields, per file"
@@ -448,6 +450,53 @@ class PreferenceConfig(Section):
     def needs_reference(self) -> bool:
         """Whether the loss compares the model with the reference model, the model before tuning."""
         return self.loss not in ("simpo", "cpo", "orpo")
+
+
+class GRPOConfig(Section):
+    """Rewards and loss of `grpo`. Names and defaults are those of TRL, except for max_completion_length and rewards."""
+
+    rewards: RewardNames | None = Field(
+        None, description="what completions are rewarded for, one or several; required by `grpo`"
+    )
+    reward_weights: list[Finite] | None = Field(None, description="weight of each reward; default: 1 each")
+    regex: str | None = Field(
+        None,
+        description="reward regex: searched in the completion; with a group, its last match must equal the answer",
+    )
+    json_schema: PathName | None = Field(
+        None, description="reward json_schema: file of the JSON Schema that the completion must satisfy"
+    )
+    function: str | None = Field(
+        None, description="reward function: Python code that is run, as FILE.py:FUNCTION or MODULE:FUNCTION"
+    )
+    num_generations: Annotated[int, Field(ge=2), INTEGER] = Field(
+        8, description="completions per prompt, whose rewards are compared"
+    )
+    max_completion_length: Positive = Field(256, description="maximum number of tokens of a completion")
+    num_iterations: Positive = Field(1, description="optimizer steps on the same completions")
+    beta: NonNegativeFloat = Field(
+        0.0, description="weight of the KL divergence from the model before tuning; 0: no reference model in memory"
+    )
+    use_bias_correction_kl: bool = Field(
+        True, description="multiply the KL term by the probability ratio, so that its gradient is unbiased"
+    )
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="the probability ratio is clipped at 1 - epsilon"
+    )
+    epsilon_high: PositiveFloat | None = Field(
+        None, description="the probability ratio is clipped at 1 + epsilon_high (DAPO: 0.28); default: epsilon"
+    )
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = Field(
+        "dapo",
+        description="mean over tokens of each completion (grpo), of a micro-batch (bnpo), of the step (dapo), or sum "
+        "divided by max_completion_length (dr_grpo)",
+    )
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group", description="divide advantages by the standard deviation of the group's or the batch's rewards"
+    )
+    mask_truncated_completions: bool = Field(
+        False, description="leave completions without an end out of the loss (as in DAPO)"
+    )
 
 
 class GuardConfig(Section):
@@ -544,6 +593,7 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     chat: ChatConfig = ChatConfig()
     preference: PreferenceConfig = PreferenceConfig()
+    grpo: GRPOConfig = GRPOConfig()
     guard: GuardConfig = GuardConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     generation: GenerationConfig = GenerationConfig()

@@ -13,6 +13,7 @@ SCALING_KEYS = {  # the keys of model.rope_scaling that each type uses
     "yarn": (*_WITH_ORIGINAL, "beta_fast", "beta_slow", "truncate", "attention_factor"),
     "longrope": (*_WITH_ORIGINAL, "attention_factor", "short_factor", "long_factor"),
 }
+REWARD_KEYS = ("regex", "json_schema", "function")  # the rewards of the same names use them
 RUN_LENGTH_KEYS = ("train.total_steps", "train.epochs", "train.token_budget")
 
 
@@ -93,6 +94,7 @@ def conflicts(config: Config, given: list[str]) -> Iterator[tuple[tuple[str, ...
         if config.lora.adapter_format == "peft":
             yield ("lora.adapter_format",), "peft: these adapters have mlx-lm's names: set it to mlx"
     yield from _lora_conflicts(config)
+    yield from _grpo_conflicts(config)
 
 
 def _attention_conflicts(model: ModelConfig) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -168,4 +170,34 @@ def _lora_conflicts(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (
             tuple(f"lora.{key}" for key in changed),
             "has no effect without lora.r: set it (such as lora.r=8), or remove the lora section",
+        )
+
+
+def _grpo_conflicts(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
+    grpo, data = config.grpo, config.data
+    rewards = grpo.rewards or []
+    if len(set(rewards)) < len(rewards):
+        yield ("grpo.rewards",), "duplicate name"
+    for key in REWARD_KEYS:
+        if getattr(grpo, key) is None and key in rewards:
+            yield ("grpo.rewards",), f"{key} requires grpo.{key}"
+        if getattr(grpo, key) is not None and key not in rewards:
+            yield (f"grpo.{key}",), f"has no effect without {key} in grpo.rewards"
+    if grpo.reward_weights is not None and len(grpo.reward_weights) != len(rewards):
+        yield (
+            ("grpo.reward_weights", "grpo.rewards"),
+            f"expected one weight per reward ({len(rewards)}), got {len(grpo.reward_weights)}",
+        )
+    if rewards and grpo.max_completion_length >= data.seq_len:
+        yield (
+            ("grpo.max_completion_length", "data.seq_len"),
+            f"max_completion_length ({grpo.max_completion_length}) must be below data.seq_len ({data.seq_len}), which "
+            "includes the prompt",
+        )
+    sequences = config.train.micro_batch_size * config.train.grad_accum_steps
+    if rewards and sequences % grpo.num_generations:
+        yield (
+            ("train.micro_batch_size", "train.grad_accum_steps", "grpo.num_generations"),
+            f"completions per step, micro_batch_size x grad_accum_steps ({sequences}), must be a multiple of "
+            f"num_generations ({grpo.num_generations})",
         )
