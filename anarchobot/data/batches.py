@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,24 @@ from anarchobot.data.windows import Batch, ConcatWindows, Windows, gather
 ORDER_BLOCK = 4096  # positions permuted at once; one at a time would cost more than reading
 MIXTURE_PATTERN = 4096  # windows after which a mixture repeats; weights are accurate to 1 in 4,096
 _ROUNDS = 6  # of the Feistel network
+
+
+class TrainSource(Protocol):
+    """Where a run gets its batches from. `windows` is the number of training sequences in an epoch; `at` returns the
+    batch that starts at a position, which counts them over the whole run."""
+
+    windows: int
+
+    def __enter__(self) -> object: ...
+    def __exit__(self, *exc: object) -> None: ...
+    def at(self, position: int, micro_batches: int, micro_batch_size: int) -> Batch: ...
+
+
+class ValSource(Protocol):
+    """Validation batches [1, B, ...] by index."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Batch: ...
 
 
 class TrainBatches:

@@ -61,6 +61,14 @@ class LabeledConversation(NamedTuple):
     desirable: bool
 
 
+class Question(NamedTuple):
+    """A prompt, which ends with a turn of the user or with the result of a call, and the answer that completions are
+    compared with, in any type of JSON; None if the data has none."""
+
+    prompt: Conversation
+    answer: Any
+
+
 class InvalidRow(ValueError):
     """A row that cannot be used. Rows are counted by `reason`; `detail` is shown for the first of each."""
 

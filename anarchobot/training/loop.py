@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
-from anarchobot.data.batches import Prefetcher, ValBatches
+from anarchobot.data.batches import TrainSource, ValSource
 from anarchobot.data.windows import Batch
 from anarchobot.optim.schedule import learning_rate, muon_momentum, split_micro_batch
 from anarchobot.runs import checkpoint
@@ -48,8 +48,8 @@ class Run:
     config: Config
     steps: int
     identity: dict[str, Any]
-    train: Prefetcher
-    val: ValBatches
+    train: TrainSource
+    val: ValSource
     bytes_per_token: float | None
     folder: Path
     sample: Callable[[], str] | None = None

@@ -19,10 +19,17 @@ from anarchobot.cli.parser import parse
 from anarchobot.config.adapt_schema import AdaptConfig
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import load, load_config
-from anarchobot.config.schema import DataConfig, KnowledgeBaseConfig
+from anarchobot.config.schema import DataConfig, GRPOConfig, KnowledgeBaseConfig
 from anarchobot.data.conversations.labeled_answers import tokenize_labeled
 from anarchobot.data.conversations.preference_pairs import tokenize_pairs
-from anarchobot.data.conversations.reading import RowCounts, read_conversations, read_labeled, read_pairs
+from anarchobot.data.conversations.questions import tokenize_questions
+from anarchobot.data.conversations.reading import (
+    RowCounts,
+    read_conversations,
+    read_labeled,
+    read_pairs,
+    read_questions,
+)
 from anarchobot.data.conversations.tokenized import tokenize_conversations
 from anarchobot.data.shards import SPLITS, TokenStream
 from anarchobot.data.sources.documents import DocumentCounts, from_files
@@ -42,6 +49,7 @@ from anarchobot.tokenizers.chat_template import load_template
 from anarchobot.tokenizers.conversation import Message
 from anarchobot.tokenizers.fast_tokenizer import select_engine
 from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePieceTokenizer, digest, load_tokenizer
+from anarchobot.training.rewards import Rewards
 
 Read = Callable[[Path], None]
 TOKENIZER_BYTES = 400  # of memory that libraries take per byte of a text to tokenize, or of a token
@@ -153,6 +161,16 @@ def _labeled(folder: Path) -> None:
         answers = read_labeled(DataConfig(dataset=str(file)), counts)
         try:
             tokenize_labeled(answers, _Common.encoder("answer"), counts, seq_len=64)
+        finally:
+            counts.summary()
+
+
+def _questions(folder: Path) -> None:
+    for file in _files(folder):
+        counts, rewards = RowCounts(), Rewards(GRPOConfig(rewards=["number"]))
+        questions = read_questions(DataConfig(dataset=str(file)), counts, rewards.check_answer)
+        try:
+            tokenize_questions(questions, _Common.encoder("answer"), counts, max_prompt=64)
         finally:
             counts.summary()
 
@@ -314,6 +332,7 @@ READERS: dict[str, Reader] = {
     "conversations": Reader(_conversations, "sft", memory_factor=TOKENIZER_BYTES),
     "preference pairs": Reader(_pairs, "dpo", memory_factor=TOKENIZER_BYTES),
     "labeled answers": Reader(_labeled, "dpo", seconds=30, memory_factor=TOKENIZER_BYTES),
+    "questions": Reader(_questions, "grpo", memory_factor=TOKENIZER_BYTES),
     "prompts": Reader(_prompts, "generate --prompts FILE"),
     "evaluation results": Reader(_results, "evaluate --compare A B"),
     "harness requests": Reader(_harness, "evaluate --tasks"),

@@ -65,6 +65,10 @@ LABELED: list[list[dict[str, Any]]] = [
     [{"prompt": "Hi", "completion": "Hello", "label": True}, {"prompt": "Hi", "completion": "No", "label": False}],
     [{"messages": TURNS, "kto_tag": True}, {"prompt": "Hi", "chosen": "Hello", "rejected": "No"}],
 ]
+QUESTIONS: list[list[dict[str, Any]]] = [
+    [{"question": "How many?", "answer": "2 + 2 = 4\n#### 4"}, {"prompt": TURNS[:1], "ground_truth": 7}],
+    [{"messages": TURNS[:1], "answer": ["1"]}, {"system": "Add.", "problem": "1 + 1", "solution": "2"}],
+]
 REQUESTS = [
     {"context": "The first", "continuation": " line", "generate": {"until": ["\n"], "max_gen_toks": 3}},
     {"context": "", "continuation": "x", "generate": {"until": "a", "do_sample": True, "temperature": 0.7, "top_p": 1}},
@@ -103,6 +107,7 @@ def build(folder: Path, with_mlx_lm: bool = True) -> None:
     _write(folder, "conversations", *chats)
     _write(folder, "preference pairs", *({"a.jsonl": _lines(rows)} for rows in PAIRS))
     _write(folder, "labeled answers", *({"a.jsonl": _lines(rows)} for rows in LABELED))
+    _write(folder, "questions", *({"a.jsonl": _lines(rows)} for rows in QUESTIONS))
     _write(folder, "prompts", {"a.txt": TEXT.encode()}, {"a.jsonl": _lines([{"prompt": "Hi"}, {"prompt": "é\n"}])})
     _write(folder, "harness requests", *({"a.json": json.dumps(request).encode()} for request in REQUESTS))
     _write(folder, "evaluation results", {name: json.dumps(REPORT).encode() for name in ("a.json", "b.json")})

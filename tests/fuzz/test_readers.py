@@ -15,8 +15,8 @@ from tests.fuzz.samples import build
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "10000"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 QUICK = (
-    "config", "text", "rows", "parquet", "conversations", "preference pairs", "labeled answers", "tokenizer.json",
-    "tokenizer.model", "shards", "safetensors", "adapters", "knowledge base",
+    "config", "text", "rows", "parquet", "conversations", "preference pairs", "labeled answers", "questions",
+    "tokenizer.json", "tokenizer.model", "shards", "safetensors", "adapters", "knowledge base",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from anarchobot.tokenizers.conversation import (
     LabeledConversation,
     Message,
     PreferencePair,
+    Question,
     check_encodable,
     check_turns,
     join_parts,
@@ -418,3 +419,36 @@ def _labeled(format: Format) -> PreferenceFormat:
 
 _QUESTION_AND_ANSWER = FORMATS["prompt_completion"]._replace(matches=is_question_and_answer)
 LABELED_FORMATS = (*map(_labeled, (*FORMATS.values(), _QUESTION_AND_ANSWER)), *PAIR_FORMATS)
+
+# Prompts and the answers that rewards compare with (GRPO).
+
+EXPECTED_QUESTIONS = (
+    "a prompt (prompt, question, problem, query, input or messages) and its answer (answer, ground_truth, solution, "
+    "completion, response or output)"
+)
+_PROMPT_FIELDS = (*_QUESTIONS, "problem", "messages")
+_ANSWER_FIELDS = ("answer", "ground_truth", "solution", *_ANSWERS)
+QUESTION_FIELDS = (*_PROMPT_FIELDS, *_ANSWER_FIELDS)
+_FINAL = "####"  # in GSM8K's answers, before the final one
+
+
+def has_prompt(row: Row) -> bool:
+    return any(name in row for name in _PROMPT_FIELDS)
+
+
+def parse_question(row: Row) -> Question:
+    """A prompt, which is a text or a list of messages, and its answer, which of a text with #### is what follows the
+    last of them. Without a field for the answer, it is the assistant's message at the end of the prompt."""
+    _check_text_only(row)
+    get_field(row, *_PROMPT_FIELDS)
+    name = next(name for name in _PROMPT_FIELDS if row.get(name) is not None)
+    messages = _parse_prompt(join_parts(row[name]), name, row)
+    answer = next((row[name] for name in _ANSWER_FIELDS if row.get(name) is not None), None)
+    if messages and messages[-1].role == "assistant":
+        last = messages.pop()
+        answer = last.content if answer is None else answer
+    prompt = check_turns([*messages, Message("assistant", "")])[:-1]
+    if isinstance(answer, str):
+        check_encodable(answer, "the answer")
+        answer = answer.rpartition(_FINAL)[2].strip()
+    return Question(prompt, answer)

@@ -1,4 +1,5 @@
-"""Reads tuning datasets: conversations and preference pairs from JSONL, JSON arrays, Parquet or the Hugging Face Hub.
+"""Reads tuning datasets: conversations, preference pairs and questions, from JSONL, JSON arrays, Parquet or the Hugging
+Face Hub.
 
 Every row that is skipped is counted by reason in RowCounts, and the first of each reason is reported with its line.
 """
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import orjson
 
@@ -18,12 +19,18 @@ from anarchobot.data.conversations import formats, oasst
 from anarchobot.data.sources import compressed, files, hub, parquet, rows
 from anarchobot.data.sources.files import SHOWN, EmptyFile, FileRange, Unread, describe_unread
 from anarchobot.data.sources.rows import Row
-from anarchobot.tokenizers.conversation import Conversation, InvalidRow, LabeledConversation, PreferencePair
+from anarchobot.tokenizers.conversation import (
+    Conversation,
+    InvalidRow,
+    LabeledConversation,
+    PreferencePair,
+    Question,
+)
 
 RawRows = Iterator[tuple[str, bytes | Row | ValueError]]  # (place, undecoded line, row or error)
 ParsedRows = Iterator[tuple[str, Row]]
 SHOWN_FIELDS = 20
-T = TypeVar("T", Conversation, PreferencePair, PreferencePair | LabeledConversation)
+T = TypeVar("T", Conversation, PreferencePair, PreferencePair | LabeledConversation, Question)
 
 
 class UnknownFields(UserError):
@@ -151,6 +158,31 @@ def read_labeled(
     """(place, item) of each valid row of `data.dataset`: a conversation with a label, or a pair; arguments and errors
     as for `read_conversations`."""
     return _read_preferences(data, counts, language, formats.LABELED_FORMATS, formats.EXPECTED_LABELED)
+
+
+def read_questions(
+    data: DataConfig, counts: RowCounts, check_answer: Callable[[Any], None] = lambda answer: None
+) -> Iterator[tuple[str, Question]]:
+    """(place, question) of each valid row of `data.dataset`; errors as for `read_conversations`. `check_answer` raises
+    InvalidRow for an answer that can't be used."""
+
+    def parse_file(name: str, parsed: ParsedRows) -> Iterator[tuple[str, Question | InvalidRow]]:
+        any_matched = False
+        for place, row in parsed:
+            any_matched = any_matched or formats.has_prompt(row)
+            try:
+                question = formats.parse_question(row)
+                check_answer(question.answer)
+            except InvalidRow as error:
+                yield place, error
+                continue
+            counts.note_unused(place, row, formats.QUESTION_FIELDS)
+            yield place, question
+        if not any_matched:
+            problem = f"no row has a prompt: expected {formats.EXPECTED_QUESTIONS}"
+            raise UnknownFields(f"{name}: {problem}{_first_error(counts)}")
+
+    return _valid_rows(data, counts, parse_file)
 
 
 def _read_preferences(
