@@ -32,8 +32,8 @@ Precedence, from highest to lowest: flags, `KEY=VALUE`, the file, the default. A
 `train.epochs`, `train.token_budget`) on the command line replaces the one in the file; two in the same place are an
 error.
 
-- `anarchobot config init PURPOSE` writes a commented file to start from, for `pretrain`, `sft`, `lora`, `dpo` or
-  `adapt-vocab`. It asks for what has no useful default.
+- `anarchobot config init PURPOSE` writes a commented file to start from, for `pretrain`, `sft`, `lora`, `dpo`,
+  `grpo` or `adapt-vocab`. It asks for what has no useful default.
 - `anarchobot config show [CONFIG] [KEY=VALUE ...]` prints every setting and where it is set.
 - `anarchobot config schema [CONFIG]` prints a JSON Schema for editors.
 

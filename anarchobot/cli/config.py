@@ -9,7 +9,7 @@ from typing import Any
 from anarchobot.cli.parser import add_command, add_config, add_group, overrides
 from anarchobot.config.errors import UserError, did_you_mean
 
-PURPOSES = ("pretrain", "sft", "lora", "dpo", "adapt-vocab")
+PURPOSES = ("pretrain", "sft", "lora", "dpo", "grpo", "adapt-vocab")
 
 
 def add_commands(commands: Any) -> None:

@@ -19,8 +19,9 @@ HUB_NAME = "ORG/NAME[@REVISION] on the Hugging Face Hub"  # in the help of argum
 # in config/names_elsewhere.py.
 COMMANDS_ELSEWHERE = {
     "merge": "fuse", "convert": "import", "quantize": "export", "lora": "sft", "finetune": "sft", "fine-tune": "sft",
-    "orpo": "dpo", "kto": "dpo", "simpo": "dpo", "cpo": "dpo", "server": "serve", "run": "chat", "eval": "evaluate",
-    "perplexity": "evaluate", "tokenize": "pretokenize", "prepare": "pretokenize", "sample": "generate",
+    "orpo": "dpo", "kto": "dpo", "simpo": "dpo", "cpo": "dpo", "ppo": "grpo", "rl": "grpo",
+    "server": "serve", "run": "chat", "eval": "evaluate", "perplexity": "evaluate", "tokenize": "pretokenize",
+    "prepare": "pretokenize", "sample": "generate",
     "upload": "export", "list": "runs", "ls": "runs", "init": "config init",
     "resume": "pretrain CONFIG --resume-from auto", "help": "--help",
 }  # fmt: skip

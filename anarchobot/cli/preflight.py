@@ -232,7 +232,7 @@ def _bench_device(args: argparse.Namespace) -> None:
     from anarchobot.tasks.finetuning import load_tuning_config
 
     command = command_for(Context(args.config, args.settings, calibrate=False))
-    task = command if command in ("sft", "dpo") else "pretrain"
+    task = command if command in ("sft", "dpo", "grpo") else "pretrain"
     loaded = (load_config if task == "pretrain" else load_tuning_config)(args.config, overrides(args))
 
     def log(text: str) -> None:

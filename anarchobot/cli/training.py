@@ -1,4 +1,4 @@
-"""`anarchobot pretrain`, `sft`, `dpo`, `launch` and `adapt-vocab`."""
+"""`anarchobot pretrain`, `sft`, `dpo`, `grpo`, `launch` and `adapt-vocab`."""
 
 import argparse
 import json
@@ -37,6 +37,7 @@ def add_commands(commands: Any) -> None:
         ("pretrain", _pretrain, "pretrain on token shards, from scratch or from train.init_from", SETTINGS),
         ("sft", _sft, "fine-tune a model on conversations", FINETUNING_SETTINGS),
         ("dpo", _dpo, "fine-tune a model on preference pairs or labeled answers", FINETUNING_SETTINGS),
+        ("grpo", _grpo, "train a model on its own completions, by rewards (GRPO)", FINETUNING_SETTINGS),
     ):
         parser = add_command(commands, name, run, summary)
         default = "" if name == "pretrain" else "LoRA of rank 8"
@@ -93,6 +94,12 @@ def _dpo(args: argparse.Namespace) -> int:
     return _finetune(args, "dpo", dpo)
 
 
+def _grpo(args: argparse.Namespace) -> int:
+    from anarchobot.tasks.grpo import grpo
+
+    return _finetune(args, "grpo", grpo)
+
+
 def _finetune(args: argparse.Namespace, name: str, task: Any) -> int:
     from anarchobot.config.templates import DEFAULT_CONFIGS
     from anarchobot.tasks import supervise
@@ -130,7 +137,7 @@ def _print_summary(args: argparse.Namespace, command: str, summary: dict[str, An
         best = summary["best_val_loss"]
         print(
             f"{summary['save_dir']}: step {summary['steps']}, {summary['tokens']:,} tokens in {summary['wall_time']}"
-            + (f", best validation loss {best:.4f}" if best is not None else "")
+            + ("" if best is None else f", best {_best(command, best)}")
         )
     if summary["finished"]:
         if not (args.json or args.quiet):
@@ -146,6 +153,11 @@ def _print_summary(args: argparse.Namespace, command: str, summary: dict[str, An
         file=sys.stderr,
     )
     return 130
+
+
+def _best(command: str, loss: float) -> str:
+    """GRPO's validation loss is the negative mean reward."""
+    return f"validation reward {-loss:.4f}" if command == "grpo" else f"validation loss {loss:.4f}"
 
 
 def _launch(args: argparse.Namespace) -> int:

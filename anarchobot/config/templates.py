@@ -16,7 +16,9 @@ from anarchobot.config.strict_yaml import dump
 _PACKAGE = Path(__file__).parents[1]
 FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # of an installed package, and of a source checkout
 # Settings of the commands without CONFIG.
-DEFAULT_CONFIGS = {command: str(Path(__file__).with_name(f"default_{command}.yaml")) for command in ("sft", "dpo")}
+DEFAULT_CONFIGS = {
+    command: str(Path(__file__).with_name(f"default_{command}.yaml")) for command in ("sft", "dpo", "grpo")
+}
 WIDTH = 110
 
 
@@ -46,6 +48,7 @@ PURPOSES = {
     "sft": Purpose("tuning/sft", "anarchobot sft {file}", _MODEL | {"data.dataset": "chats.jsonl"}),
     "lora": Purpose("tuning/lora_balanced", "anarchobot sft {file}", _MODEL | {"data.dataset": "chats.jsonl"}),
     "dpo": Purpose("tuning/dpo", "anarchobot dpo {file}", _MODEL | {"data.dataset": "pairs.jsonl"}),
+    "grpo": Purpose("tuning/grpo", "anarchobot grpo {file}", _MODEL | {"data.dataset": "questions.jsonl"}),
     "adapt-vocab": Purpose(
         "adapt_stable",
         "anarchobot adapt-vocab {file}",

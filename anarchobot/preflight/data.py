@@ -7,7 +7,13 @@ from pathlib import Path
 from anarchobot.config.schema import DataConfig
 from anarchobot.config.wording import count
 from anarchobot.data.batches import TrainBatches
-from anarchobot.data.conversations.reading import RowCounts, read_conversations, read_labeled, read_pairs
+from anarchobot.data.conversations.reading import (
+    RowCounts,
+    read_conversations,
+    read_labeled,
+    read_pairs,
+    read_questions,
+)
 from anarchobot.data.shards import TokenStream, verify
 from anarchobot.data.sources.documents import DocumentCounts, open_source
 from anarchobot.data.windows import StreamWindows, open_windows
@@ -19,6 +25,7 @@ from anarchobot.tasks.adaptation import checks as adapt_checks
 from anarchobot.tasks.pretrain import check_tokenizers, initial_weights
 from anarchobot.tokenizers.conversation import PreferencePair
 from anarchobot.tokenizers.tokenizer import load_tokenizer
+from anarchobot.training.rewards import Rewards, without_function
 
 SAMPLE = 100  # documents or rows that are read
 SHOWN, SHOWN_CHARS = 2, 60  # of those, how many are shown, and how many characters of each
@@ -89,10 +96,14 @@ def _excerpts(texts: Iterable[str]) -> str:
 
 @check("dataset", ("optional packages",), "correct data.dataset: docs/tuning.md")
 def conversations(context: Context) -> Outcome:
-    """Reads the first conversations (sft), preference pairs or labeled answers (dpo)."""
+    """Reads the first conversations (sft), preference pairs or labeled answers (dpo), or questions (grpo)."""
     config, counts = context.loaded.config, RowCounts()
     data = config.data.model_copy(update={"shuffle_buffer": 0, "streaming": True})
-    if context.pairs:
+    if config.grpo.rewards is not None:
+        rewards = Rewards(without_function(config.grpo))
+        questions = read_questions(data, counts, rewards.check_answer)
+        first = [question.prompt[-1].content for _, question in islice(questions, SAMPLE)]
+    elif context.pairs:
         items = (read_labeled if config.preference.loss == "kto" else read_pairs)(data, counts, config.chat.language)
         first = [
             (item.chosen if isinstance(item, PreferencePair) else item.conversation[-1]).content

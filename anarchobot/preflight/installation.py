@@ -37,6 +37,7 @@ def _training_extras(context: Context) -> list[str]:
     config = context.loaded.config
     extras = {
         "torch": config.train.backend == "torch",
+        "jsonschema": config.grpo.json_schema is not None,
         "fast": config.tokenizer.engine == "fast",
         "hub": any(name != "builtin" and is_hub_name(name) for name in config.data.datasets),
         **{name: name in config.train.log_to for name in TRACKERS},

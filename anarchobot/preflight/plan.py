@@ -37,7 +37,8 @@ def load_plan(path: str | None, overrides: Sequence[str | tuple[str, Any]]) -> L
 
 def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str, Any]:
     """The values of `anarchobot plan --json`, in bytes, tokens and FLOPs; None if unknown. A configuration with a
-    preference section is assumed to be for dpo, whose micro-batches count pairs."""
+    preference section is assumed to be for dpo, whose micro-batches count pairs. FLOPs of grpo are without those of
+    sampling."""
     pairs = is_preference_config(loaded)
     loaded, _ = resolve_micro_batch(loaded, pairs=pairs)
     config = loaded.config
@@ -61,7 +62,7 @@ def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str,
         "precision": expected_precision(train),
         "micro_batch_size": train.micro_batch_size,
         "grad_accum_steps": train.grad_accum_steps,
-        "unit": "pairs" if pairs else "sequences",
+        "unit": "pairs" if pairs else "sequences" if config.grpo.rewards is None else "completions",
         "memory": _memory_values(estimate(config, pairs=pairs)),
         "peaks": [
             _peak(config, precision, checkpointing, pairs)
@@ -93,9 +94,14 @@ def is_preference_config(loaded: LoadedConfig) -> bool:
     """Whether it is for dpo, that is, has a preference section. A run's config.yaml has all sections: pretrain's
     has no train.init_from, and sft's has the default preference section."""
     given = {key.partition(".")[0] for key in loaded.sources}
-    if given >= set(Config.model_fields):
+    if is_run_config(given):
         return loaded.config.train.init_from is not None and loaded.config.preference != PreferenceConfig()
     return "preference" in given
+
+
+def is_run_config(sections: set[str]) -> bool:
+    """Whether it is a run's config.yaml, which has all sections; in version 0.5 there was no grpo."""
+    return sections >= set(Config.model_fields) - {"grpo"}
 
 
 def _memory_values(memory: MemoryEstimate) -> dict[str, Any]:
@@ -112,7 +118,7 @@ def _windows(loaded: LoadedConfig) -> tuple[int | None, str | None]:
     """The number of training sequences in an epoch of the shards, or why it is unknown."""
     data, folders = loaded.config.data, loaded.config.data.shard_dirs
     sections = {key.partition(".")[0] for key in loaded.sources}
-    is_tuning = bool(sections & {"lora", "chat", "preference"}) and "data.shard_dir" not in loaded.sources
+    is_tuning = bool(sections & {"lora", "chat", "preference", "grpo"}) and "data.shard_dir" not in loaded.sources
     if is_tuning or (loaded.config.train.init_from is not None and data.dataset is not None):
         return None, CONVERSATIONS_UNCOUNTED
     missing = [folder for folder in folders if not (Path(folder) / "manifest.json").exists()]

@@ -7,16 +7,15 @@ from typing import Literal
 from anarchobot.config.adapt_schema import AdaptConfig
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import leaf_keys, load, load_config, sections
-from anarchobot.config.schema import Config
 from anarchobot.config.wording import count
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import sequences_per_step, total_steps
 from anarchobot.preflight.check import Context, Outcome, check
-from anarchobot.preflight.plan import CONVERSATIONS_UNCOUNTED, is_preference_config, many_epochs
+from anarchobot.preflight.plan import CONVERSATIONS_UNCOUNTED, is_preference_config, is_run_config, many_epochs
 from anarchobot.tasks.adaptation.checks import warnings
 from anarchobot.tasks.finetuning import check_settings, load_tuning_config
 
-Command = Literal["pretrain", "sft", "dpo", "adapt-vocab"]
+Command = Literal["pretrain", "sft", "dpo", "grpo", "adapt-vocab"]
 FIX_CONFIG = "fix it in CONFIG; all keys: docs/configuration.md"
 
 
@@ -26,11 +25,15 @@ def command_for(context: Context) -> Command:
         given = sections(context.path, context.overrides)
         if given & {"models", "corpus"}:
             return "adapt-vocab"
-        if given >= set(Config.model_fields):  # a run's config.yaml has all sections
+        if is_run_config(given):
             loaded = load_config(context.path, context.overrides)
             if loaded.config.train.init_from is None:
                 return "pretrain"
+            if loaded.config.grpo.rewards is not None:
+                return "grpo"
             return "dpo" if is_preference_config(loaded) else "sft"
+        if "grpo" in given:
+            return "grpo"
         if given & {"preference", "chat"}:
             return "dpo" if "preference" in given else "sft"
         if "lora" in given and "data.shard_dir" not in load_config(context.path, context.overrides).sources:
@@ -49,8 +52,10 @@ def configuration(context: Context) -> Outcome:
 @check("configuration", advice=FIX_CONFIG)
 def tuning_configuration(context: Context) -> Outcome:
     context.loaded = load_tuning_config(context.path, context.overrides)
-    context.pairs = command_for(context) == "dpo"
-    check_settings(context.loaded, "dpo" if context.pairs else "sft")
+    command = command_for(context)
+    assert command in ("sft", "dpo", "grpo")
+    context.pairs = command == "dpo"
+    check_settings(context.loaded, command)
     context.base = load_pretrained(str(context.loaded.config.train.init_from))
     return _settings_given(context.loaded.sources)
 
@@ -89,7 +94,7 @@ def required_fields(context: Context) -> Outcome:
 def schedule(context: Context) -> Outcome:
     config, train = context.loaded.config, context.loaded.config.train
     if train.epochs is not None and context.windows is None:
-        if command_for(context) in ("sft", "dpo"):
+        if command_for(context) in ("sft", "dpo", "grpo"):
             return "skip", CONVERSATIONS_UNCOUNTED
         return "skip", "needs: model and data (the run's length is given in epochs)"
     tokens_per_row = (2 if context.pairs else 1) * config.data.seq_len

@@ -10,7 +10,7 @@ from anarchobot.system.blas import load_fast_blas
 def verify(
     path: str, overrides: Sequence[str] = (), *, calibrate: bool = True, name: str | None = None
 ) -> list[CheckResult]:
-    """Runs the checks of the command that the configuration is for: pretrain, sft, dpo or adapt-vocab.
+    """Runs the checks of the command that the configuration is for: pretrain, sft, dpo, grpo or adapt-vocab.
 
     Checks that depend on a failed one are skipped. `calibrate` measures a few training steps to predict the run's time.
     `name`: how advice refers to the configuration (default: by its path).
@@ -35,6 +35,7 @@ def verify(
         ),
         "sft": tuning,
         "dpo": tuning,
+        "grpo": tuning,
         "adapt-vocab": (
             settings.adapt_configuration, installation.optional_packages, data.source_model, data.corpus, run.run_root,
             settings.learning_rate,

@@ -67,6 +67,9 @@ def _charts(runs: Sequence[RunLog]) -> Iterable[tuple[str, str]]:
         ("gradient norm", series("train", "grad_norm")),
         ("tokens per second", series("train", "tokens_per_second")),
         ("peak memory, GB", series("train", "peak_memory_gb")),
+        ("reward", series("train", "reward")),
+        ("validation reward", series("eval", "val_reward")),
+        ("tokens per completion", series("train", "completion_length")),
         ("validation reward accuracy", series("eval", "val_reward_accuracy")),
         ("ROUGE-L", series("eval", "rougeL")),
     ):

@@ -24,6 +24,7 @@ from anarchobot.optim.param_groups import (
 from anarchobot.system.cpu_memory import cpu_phases
 from anarchobot.system.gpu_memory import gpu_phases
 from anarchobot.system.module_memory import module_phases
+from anarchobot.system.sampling_memory import reference_bytes, sampling_bytes
 
 Device = Literal["gpu", "cpu"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -33,8 +34,9 @@ AUTODIFF_MEMORY = 3
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by part. `weights` include the running average; `gradients` and the parts below cover all threads.
-    `activations`: peak before the head; `logits`: one chunk of the head; `update`: the optimizer's temporaries.
+    """Bytes by part. `weights` include the running average and grpo's reference model; `gradients` and the parts below
+    cover all threads. `activations`: peak before the head; `logits`: one chunk of the head; `update`: the optimizer's
+    temporaries.
 
     `peak` is the highest phase and `phase` its name. The parts do not add up to it: not all exist at the same time.
     """
@@ -84,6 +86,7 @@ def estimate(
     optimizer = 4 * sum(_size(state) for state in states.values())
 
     accumulated = train.grad_accum_steps * train.micro_batch_size // micro_batch > 1
+    weights += reference_bytes(config, trained, itemsize)
     static = weights + optimizer
     if model.architecture == "mlx_lm":
         phases = module_phases(config, trained, rows, itemsize, on_cpu=on_cpu, accumulated=accumulated)
@@ -107,6 +110,7 @@ def estimate(
             "backward": static + backward,
             "norm": static + norm,
             "update": static + update,
+            **({} if config.grpo.rewards is None else {"sampling": static + sampling_bytes(config, itemsize)}),
         },
     )
 

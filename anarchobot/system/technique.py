@@ -15,7 +15,7 @@ from anarchobot.model.architecture import CPU_LOSS_CHUNK, GPU_LOSS_CHUNK
 from anarchobot.storage.durable import write_atomic
 
 DeviceKind = Literal["cpu", "metal", "cuda"]
-Task = Literal["pretrain", "sft", "dpo"]
+Task = Literal["pretrain", "sft", "dpo", "grpo"]
 ONE_GRAPH_LOSS_CHUNK = 64  # on a CPU, where MLX allocates several chunks ahead if they are evaluated in one call
 CUDNN_MAX_HEAD, CUDNN_TILE = 128, 128  # cuDNN's attention gradient: largest head width, divisor of the length
 
@@ -73,7 +73,7 @@ def cache_file() -> Path:
 
 def has_segments(config: Config, task: Task) -> bool:
     """Whether the task's sequences hold several documents or conversations that do not see each other."""
-    return {"pretrain": config.data.document_mask, "sft": config.chat.pack, "dpo": False}[task]
+    return {"pretrain": config.data.document_mask, "sft": config.chat.pack, "dpo": False, "grpo": False}[task]
 
 
 def cache_key(config: Config, task: Task, device: str, mlx_version: str, precision: str) -> str:

@@ -15,6 +15,7 @@ from anarchobot.training.engine import Engine
 from anarchobot.training.ranks import SINGLE_PROCESS, Ranks, detect_launcher, init_distributed
 
 if TYPE_CHECKING:
+    from anarchobot.training.grpo_engine import GRPOEngine
     from anarchobot.training.mlx_engine import MLXEngine
     from anarchobot.training.preference_engine import PreferenceEngine
 
@@ -72,6 +73,17 @@ def open_preference_engine(
 
     engine = (KTOEngine if config.preference.loss == "kto" else PreferenceEngine)(config, weights, ranks)
     return _open_mlx(engine, config, pairs=True), engine
+
+
+def open_grpo_engine(config: Config, weights: Weights) -> "tuple[EngineHandle, GRPOEngine]":
+    """The engine for sampled completions, in MLX only. Raises UserError for PyTorch."""
+    if config.train.backend == "torch":
+        raise UserError("train.backend: torch has no grpo: set train.backend to mlx")
+    load_fast_blas()  # before MLX, which the next line imports
+    from anarchobot.training.grpo_engine import GRPOEngine
+
+    engine = GRPOEngine(config, weights)
+    return _open_mlx(engine, config), engine
 
 
 def _open_mlx(engine: "MLXEngine", config: Config, *, pairs: bool = False) -> EngineHandle:

@@ -1,4 +1,4 @@
-"""Shared by sft and dpo: config checks, the run itself, and adapters written at its end."""
+"""Shared by sft, dpo and grpo: config checks, the run itself, and adapters written at its end."""
 
 import math
 import shutil
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, leaf_keys, load_config
-from anarchobot.config.schema import Config, PreferenceConfig
+from anarchobot.config.schema import Config, GRPOConfig, PreferenceConfig
 from anarchobot.exchange.adapters import read_adapter, write_adapter
 from anarchobot.exchange.hub import pinned_name, repo_name
 from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
@@ -40,13 +40,25 @@ _DOCUMENT_KEYS = {
     },
     **{f"train.{key}": "applies only to pretrain" for key in ("trainable", "first_sequence")},
 }
+_PREFERENCE_KEYS = {f"preference.{key}": "applies only to dpo" for key in PreferenceConfig.model_fields}
+_GRPO_KEYS = {f"grpo.{key}": "applies only to grpo" for key in GRPOConfig.model_fields}
 # Settings that a command would silently ignore, and why.
 UNUSED_KEYS = {
-    "sft": {**_DOCUMENT_KEYS, **{f"preference.{key}": "applies only to dpo" for key in PreferenceConfig.model_fields}},
+    "sft": {**_DOCUMENT_KEYS, **_PREFERENCE_KEYS, **_GRPO_KEYS},
     "dpo": {
         **_DOCUMENT_KEYS,
+        **_GRPO_KEYS,
         **{f"chat.{key}": "applies only to sft" for key in ("train_on", "format", "rouge_samples", "pack")},
         "data.text_field": "applies only to sft",
+    },
+    "grpo": {
+        **_DOCUMENT_KEYS,
+        **_PREFERENCE_KEYS,
+        **{f"chat.{key}": "applies only to sft" for key in ("train_on", "format", "rouge_samples", "pack")},
+        **{f"chat.{key}": "applies only to sft and dpo" for key in ("too_long", "language")},
+        "data.text_field": "applies only to sft",
+        "lora.dropout": "would change the probabilities that grpo compares",
+        "train.token_budget": "completions have no fixed length: set train.total_steps or train.epochs",
     },
 }
 # Settings of preference that apply only to some losses.
@@ -71,7 +83,7 @@ def pin_base_model(config: Config) -> Config:
     return config.model_copy(update={"train": train})
 
 
-def check_settings(loaded: LoadedConfig, command: Literal["sft", "dpo"]) -> None:
+def check_settings(loaded: LoadedConfig, command: Literal["sft", "dpo", "grpo"]) -> None:
     """Raises UserError for settings that the command ignores and for a missing dataset."""
     config, fields = loaded.config, leaf_keys()
     if config.model.quantization is not None and config.lora.r is None:

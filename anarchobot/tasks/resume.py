@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig
 from anarchobot.config.paths import is_same_folder
-from anarchobot.config.schema import Config, PreferenceConfig
+from anarchobot.config.schema import Config, GRPOConfig, PreferenceConfig
 from anarchobot.exchange.adapters import same_base
 from anarchobot.optim.schedule import sequences_per_step
 from anarchobot.runs import checkpoint
@@ -26,6 +26,7 @@ FIXED = (
     *("data.seq_len", "data.pack", "data.document_mask", "data.shard_weights"),
     *("lora.r", "lora.alpha", "lora.target_modules", "lora.num_layers", "lora.dora", "lora.rslora", "lora.quantize"),
     *(f"preference.{name}" for name in PreferenceConfig.model_fields),
+    *(f"grpo.{name}" for name in GRPOConfig.model_fields),
 )
 # Keys of Run.identity: the setting each comes from, and its name in messages.
 IDENTITY = {

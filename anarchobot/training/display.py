@@ -62,7 +62,7 @@ class TerminalDisplay:
         """Shows the values of a log line: beside the bar, or as a line of its own."""
         text = (
             f" | lr {values['lr']:.2e} | norm {values['grad_norm']:.2f} | {values['tokens_per_second']:,.0f} tok/s"
-            f"{_tflops(values)} | {values['peak_memory_gb']:.2f} GB"
+            f"{_tflops(values)} | {values['peak_memory_gb']:.2f} GB{_reward(values)}"
         )
         now = self._now(step, values["loss"], values["smooth_loss"])
         if self._bar.disable:
@@ -101,6 +101,10 @@ def activity_bar(label: str, quiet: bool = False) -> Iterator[None]:
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
         bar.add_task(label, total=None)
         yield
+
+
+def _reward(values: dict[str, Any]) -> str:
+    return f" | reward {values['reward']:.3f}" if "reward" in values else ""
 
 
 def _tflops(values: dict[str, Any]) -> str:

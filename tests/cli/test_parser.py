@@ -33,7 +33,7 @@ SURFACE = {
             "--log-to", "--lr", "--max-grad-norm", "--model", "--no-supervise", "--resume-from", "--save-every",
             "--seed", "--steps", "--supervise", "--warmup-steps",
         ]
-        for command in ("sft", "dpo")
+        for command in ("sft", "dpo", "grpo")
     },
     "train": ["TEXTS", "--chat", "--dry-run", "--model", "--output", "--time"],
     "launch": ["COMMAND", "--backend", "--hostfile", "--hosts", "--ranks"],
@@ -119,6 +119,7 @@ def test_help_describes_settings_by_the_schema(
         "pretrain": 13,
         "sft": 15,
         "dpo": 15,
+        "grpo": 15,
         "generate": 11,
         "chat": 14,
         "pretokenize": 5,

@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parents[2]
 ANSWERS = {
     "pretrain": {"data.dataset": "notes.txt"},
     "adapt-vocab": {"models.source_model": "runs/a", "corpus.domain": "field.txt"},
-} | {key: {"train.init_from": "ORG/NAME", "data.dataset": "chats.jsonl"} for key in ("sft", "lora", "dpo")}
+} | {key: {"train.init_from": "ORG/NAME", "data.dataset": "chats.jsonl"} for key in ("sft", "lora", "dpo", "grpo")}
 
 
 @pytest.mark.parametrize("purpose", PURPOSES)
