@@ -111,7 +111,7 @@ def test_auto_counts_sequences_in_sft_and_pairs_in_dpo(
         assert checkpoint.find(run).state["data_position"] == 6
 
 
-@pytest.mark.parametrize("name", ["tuning/sft", "tuning/lora_balanced"])
+@pytest.mark.parametrize("name", ["tuning/sft", "tuning/lora_balanced", "tuning/grpo"])
 def test_tuning_needs_no_shards(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Also without the model and the data, which the shipped configurations leave to the command line."""
     found = planned(Path(name), capsys)

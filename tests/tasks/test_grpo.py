@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
-from anarchobot.config.loading import LoadedConfig
+from anarchobot.config.loading import LoadedConfig, load_config
+from anarchobot.model.parameters import parameter_count
+from anarchobot.preflight.check import Context
+from anarchobot.preflight.settings import command_for
+from anarchobot.system.memory import estimate
 from anarchobot.tasks.grpo import grpo
 from anarchobot.tasks.sft import sft
 from anarchobot.training.grpo_engine import GRPOEngine
@@ -181,3 +186,29 @@ def test_command(tmp_path: Path, guesser: Path, questions: Path, capsys: pytest.
     assert "8 completions" in capsys.readouterr().out
     assert main(["report", str(tmp_path / "run")]) == 0
     assert "validation reward" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_command_of_a_configuration(tmp_path: Path, guesser: Path, questions: Path) -> None:
+    """Also of a run's config.yaml, which has all sections; those of version 0.5 have no grpo."""
+    config(tmp_path, "mine", guesser, questions)
+    written = yaml.safe_load((guesser / "config.yaml").read_text())
+    del written["grpo"]
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(written))
+    grpo(config(tmp_path, "run", guesser, questions, train__total_steps=1), show="nothing")
+    for path, command in (
+        (tmp_path / "mine.yaml", "grpo"),
+        (tmp_path / "run" / "config.yaml", "grpo"),
+        (guesser / "config.yaml", "sft"),
+        (tmp_path / "old.yaml", "sft"),
+    ):
+        assert command_for(Context(str(path), [], calibrate=False)) == command
+
+
+def test_memory_of_the_reference_and_of_sampling(tmp_path: Path, guesser: Path, questions: Path) -> None:
+    plain, with_reference = (
+        estimate(config(tmp_path, "run", guesser, questions, grpo__beta=beta).config) for beta in (0.0, 0.1)
+    )
+    parameters = parameter_count(load_config(guesser / "config.yaml").config.model)
+    assert with_reference.weights - plain.weights == 4 * parameters
+    cache = 2 * 4 * 16 * 48 * 32  # keys and values of a layer: 16 completions of 48 tokens, width 32
+    assert plain.phases["sampling"] - plain.weights - plain.optimizer > 2 * cache
