@@ -134,8 +134,8 @@ class _TrainingLoop:
         lr, momentum = learning_rate(step, train, run.steps), muon_momentum(step, train)
         norm_limit = self._guard.norm_limit
         while True:
-            batch = run.train.at(progress.position, self._micro_batches, self._rows)
             try:
+                batch = run.train.at(progress.position, self._micro_batches, self._rows)
                 result = self._engine.train_step(batch, step, lr, momentum, norm_limit)
                 break
             except (MemoryError, GPUTimeoutError) as error:

@@ -109,7 +109,7 @@ def test_resumed_run_equals_uninterrupted_run(
 
 def test_refused_settings(tmp_path: Path, guesser: Path, questions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for settings, problem in (
-        ({"grpo__rewards": LEFT_OUT}, "grpo.rewards: not set"),
+        ({"grpo__rewards": LEFT_OUT}, "not set: name a reward"),
         ({"train__backend": "torch"}, "torch has no grpo"),
         ({"grpo__num_generations": 3}, r"\(16\), must be a multiple of num_generations \(3\)"),
         ({"grpo__max_completion_length": 48}, "must be below data.seq_len"),
