@@ -19,15 +19,17 @@ Shapes: B rows, L sequence, V vocabulary.
 
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig, ModelConfig
-from anarchobot.inference.sampling import Penalties, sample
+from anarchobot.inference.prefixes import KeptPrefixes
+from anarchobot.inference.sampling import Penalties, TokenScores, sample
 from anarchobot.model.architecture import forward_pass
 from anarchobot.model.frozen import compute_dtype
 from anarchobot.model.gradient_accumulator import Params
@@ -38,44 +40,71 @@ PREFILL_TOKENS = 512  # prompt tokens per step
 MAX_ROWS = 16  # rows in a batch
 _CLEAR_CACHE_EVERY = 256  # steps between releases of buffers whose sizes no longer occur
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
+
+
+class Constraint(Protocol):
+    """What a text may be, such as JSON. `error`: why it could not be followed to the end; empty without an error."""
+
+    error: str
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """Which tokens may come next, bool [V]. Never none."""
+
+    def accept(self, token: int) -> None:
+        """Adds a token to the text; never one that ends it."""
 
 
 class StepOutput(NamedTuple):
     """A request's result of one step. `finish_reason` is set in its last one; with "stop", the token was a stop token
-    and is None here."""
+    and is None here, and with "error", its constraint failed. `scores` are those of the token, if requested; `reused`
+    is how many tokens of the prompt were not prefilled, because an earlier prompt started with them."""
 
     request: int
     token: int | None
     finish_reason: FinishReason | None
+    scores: TokenScores | None = None
+    reused: int = 0
 
 
 @dataclass
 class _Row:
-    """A request. `context` holds the prompt tokens that are not prefilled yet; `length` is how long its text may
-    become; `first` [V] says which tokens its text may start with. Of the `sampled` tokens, the last one may not have
-    been `read` yet."""
+    """A request. `context` holds the tokens of the prompt that are not prefilled yet; `length` is how long its text may
+    become; `first` [V] says which tokens its text may start with; `top_logprobs` is how many tokens have scores at each
+    position. Of the `sampled` tokens, the last one may not have been `read` yet."""
 
     request: int
-    context: list[int]
+    prompt: list[int]
     settings: GenerationConfig
     stop: frozenset[int]
     limit: int
     length: int
     penalties: Penalties
-    caches: list[Any]
     first: mx.array | None
+    constraint: Constraint | None
+    top_logprobs: int | None
+    context: list[int] = field(default_factory=list)
+    caches: list[Any] = field(default_factory=list)
+    scores: deque[TokenScores] = field(default_factory=deque)  # of the tokens that are sampled and not read
+    reused: int = 0
     sampled: int = 0
     read: int = 0
 
+    def allowed(self) -> mx.array | None:
+        """Which tokens may be sampled next, bool [V]; None: all."""
+        allowed = None if self.constraint is None else mx.array(self.constraint.allowed())
+        return self.first if self.sampled == 0 and allowed is None else allowed
+
 
 class Batch:
-    """Waiting and running requests. Not thread-safe. Computes in the dtype of the norm parameters."""
+    """Waiting and running requests. Not thread-safe. Computes in the dtype of the norm parameters. `prefix_bytes`: for
+    keys and values of earlier prompts (prefixes.py)."""
 
-    def __init__(self, params: Params, model: ModelConfig, max_rows: int = MAX_ROWS) -> None:
+    def __init__(self, params: Params, model: ModelConfig, max_rows: int = MAX_ROWS, *, prefix_bytes: int = 0) -> None:
         self._params, self._model, self._forward = params, model, forward_pass(model)
         self._max_rows = max_rows if self._forward.can_batch(params, model) else 1
         self._dtype = compute_dtype(params)
+        self._prefixes = KeptPrefixes(prefix_bytes)
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
         self._caches: list[Any] = []  # one per layer, for all rows
@@ -87,10 +116,18 @@ class Batch:
         return len(self._waiting) + len(self._rows)
 
     def insert(
-        self, context: list[int], settings: GenerationConfig, stop: Collection[int], first: mx.array | None = None
+        self,
+        context: list[int],
+        settings: GenerationConfig,
+        stop: Collection[int],
+        first: mx.array | None = None,
+        *,
+        constraint: Constraint | None = None,
+        top_logprobs: int | None = None,
     ) -> int:
         """Adds a request to continue `context` until a token in `stop`, max_new_tokens or max_seq_len. The first token
-        is one of `first`, bool [V].
+        is one of `first`, bool [V], unless there is a constraint, which the text follows. `top_logprobs`: each token
+        has scores, with those of so many likely tokens.
 
         Returns the request's number. Raises UserError if the context leaves no room within max_seq_len.
         """
@@ -101,13 +138,22 @@ class Batch:
                 "shorten it"
             )
         self._requests += 1
-        caches = self._forward.make_caches(self._params, self._model)
         penalties = Penalties(settings, context, self._model.vocab_size)
         limit = min(settings.max_new_tokens, room)
-        row = _Row(
-            self._requests, context, settings, frozenset(stop), limit, len(context) + limit, penalties, caches, first
+        self._waiting.append(
+            _Row(
+                self._requests,
+                context,
+                settings,
+                frozenset(stop),
+                limit,
+                len(context) + limit,
+                penalties,
+                first,
+                constraint,
+                top_logprobs,
+            )
         )
-        self._waiting.append(row)
         return self._requests
 
     def remove(self, request: int) -> None:
@@ -121,9 +167,11 @@ class Batch:
         if not self._rows:
             return []
         tokens = self._next
+        scores = [row.scores.popleft() if row.scores else None for row in self._rows]
         if any(row.sampled < row.limit for row in self._rows):
-            self._next = self._sample(self._last_logits(tokens[:, None], self._caches, self._rows), self._rows)
-            mx.async_eval(self._next)  # type: ignore[no-untyped-call]
+            z = self._last_logits(tokens[:, None], self._caches, self._rows)
+            self._accept(tokens, z)
+            self._next = self._sample(z, self._rows)
         self._steps += 1
         if self._steps % _CLEAR_CACHE_EVERY == 0:
             mx.clear_cache()
@@ -131,7 +179,9 @@ class Batch:
         for i, (row, token) in enumerate(zip(self._rows, np.array(tokens).tolist(), strict=True)):
             row.read += 1
             reason: FinishReason | None = "stop" if token in row.stop else "length" if row.read == row.limit else None
-            outputs.append(StepOutput(row.request, None if reason == "stop" else token, reason))
+            if row.constraint is not None and row.constraint.error:
+                reason = "error"
+            outputs.append(StepOutput(row.request, None if reason == "stop" else token, reason, scores[i], row.reused))
             if reason is None:
                 unfinished.append(i)
         self._keep(unfinished)
@@ -142,6 +192,8 @@ class Batch:
         left = PREFILL_TOKENS
         while left and self._waiting and len(self._rows) < self._max_rows:
             row = self._waiting[0]
+            if not row.caches:
+                self._start(row)
             chunk, row.context = row.context[:left], row.context[left:]
             left -= len(chunk)
             z = self._last_logits(mx.array([chunk]), row.caches, [row])
@@ -149,11 +201,30 @@ class Batch:
                 mx.eval([cache.state for cache in row.caches])
                 continue
             self._waiting.popleft()
-            if row.first is not None:
-                z = mx.where(row.first, z, -mx.inf)
-            first = self._sample(z, [row])
-            mx.async_eval(first)  # type: ignore[no-untyped-call]
-            self._join(row, first)
+            self._prefixes.keep(row.prompt, self._kind(row), row.caches)
+            self._join(row, self._sample(z, [row]))
+
+    def _start(self, row: _Row) -> None:
+        """Gives a row its caches: those of an earlier prompt that starts like it, or new ones."""
+        row.caches, row.reused = self._prefixes.find(row.prompt, self._kind(row))
+        row.caches = row.caches or self._forward.make_caches(self._params, self._model)
+        row.context = row.prompt[row.reused :]
+
+    def _kind(self, row: _Row) -> bool:
+        """Rows of different kinds have different keys for the same tokens: longrope rotates those of long rows by other
+        frequencies."""
+        scaling = self._model.rope_scaling
+        original = scaling.original_max_seq_len
+        return scaling.type == "longrope" and original is not None and row.length > original
+
+    def _accept(self, tokens: mx.array, z: mx.array) -> None:
+        """Adds the last tokens [B] to their rows' constraints, while the logits `z` of the next are being computed."""
+        if not any(row.constraint for row in self._rows):
+            return
+        mx.async_eval(z)  # type: ignore[no-untyped-call]
+        for row, token in zip(self._rows, np.array(tokens).tolist(), strict=True):
+            if row.constraint is not None and token not in row.stop:
+                row.constraint.accept(token)
 
     def _last_logits(self, tokens: mx.array, caches: list[Any], rows: list[_Row]) -> mx.array:
         """Returns float32 logits [B, V] of the token after tokens [B, L]."""
@@ -165,13 +236,25 @@ class Batch:
         return z[:, : self._model.vocab_size]  # an embedding may have rows without a token
 
     def _sample(self, z: mx.array, rows: list[_Row]) -> mx.array:
-        """Draws the rows' next ids [B] from logits [B, V]."""
+        """Draws the rows' next ids [B] from logits [B, V], and starts to compute them."""
+        model_logits = z
         if any(row.penalties for row in rows):
             z = mx.concatenate([row.penalties.apply(z[b : b + 1]) for b, row in enumerate(rows)])
+        allowed = [row.allowed() for row in rows]
+        if any(mask is not None for mask in allowed):
+            z = mx.concatenate(
+                [
+                    z[b : b + 1] if mask is None else mx.where(mask, z[b : b + 1], -mx.inf)
+                    for b, mask in enumerate(allowed)
+                ]
+            )
         ids = sample(z, [row.settings for row in rows], [row.sampled for row in rows])
         for b, row in enumerate(rows):
             row.sampled += 1
             row.penalties.add(ids[b : b + 1])
+            if row.top_logprobs is not None:
+                row.scores.append(TokenScores.of(model_logits[b], ids[b], row.top_logprobs))
+        mx.async_eval(ids, [list(row.scores) for row in rows])  # type: ignore[no-untyped-call]
         return ids
 
     def _join(self, row: _Row, first: mx.array) -> None:

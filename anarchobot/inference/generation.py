@@ -1,6 +1,7 @@
 """Text generation: prompts are encoded, tokens are sampled with a KV cache, and text is streamed."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -8,40 +9,72 @@ import mlx.core as mx
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig, ModelConfig
 from anarchobot.inference import batching
-from anarchobot.inference.batching import Batch, FinishReason
+from anarchobot.inference.batching import Batch, Constraint, FinishReason
 from anarchobot.inference.model import Model
+from anarchobot.inference.sampling import TokenScores
 from anarchobot.model.gradient_accumulator import Params
+from anarchobot.tokenizers.canonical_tokens import token_bytes
 from anarchobot.tokenizers.decoding import TextStream
-from anarchobot.tokenizers.tokenizer import text_start
+from anarchobot.tokenizers.tokenizer import ChatTokenizer, text_start
 from anarchobot.tokenizers.trailing_space import split_trailing_space, starts_with_space
 
 NUM_SEEDS = 2**32
 
 
+class ScoredToken(NamedTuple):
+    """A token of a text, its log-probability, and those of the most likely tokens at its position, by id."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
 class TextChunk(NamedTuple):
     """New text of a request. `tokens` counts all tokens generated so far. `finish_reason` is set in the last chunk: a
-    stop token or string ("stop") or a limit ("length")."""
+    stop token or string ("stop"), a limit ("length"), or a constraint that failed ("error"). `stop_string` is the one
+    that was found. `scored` are the tokens since the last chunk, if requested; `reused` is how many tokens of the
+    prompt were not prefilled."""
 
     request: int
     text: str
     tokens: int
     finish_reason: FinishReason | None
+    stop_string: str | None = None
+    scored: tuple[ScoredToken, ...] = ()
+    reused: int = 0
+
+
+@dataclass
+class _Text:
+    """The text of a request. `scored` are the tokens that were in no chunk yet."""
+
+    stream: TextStream
+    tokens: int = 0
+    scored: list[ScoredToken] = field(default_factory=list)
 
 
 class TextBatch:
     """A `Batch` whose requests produce text and also end at a string in settings.stop."""
 
-    def __init__(self, model: Model, max_rows: int | None = None) -> None:
+    def __init__(self, model: Model, max_rows: int | None = None, *, prefix_bytes: int = 0) -> None:
+        """`prefix_bytes`: see `Batch`."""
         self._tokenizer = model.tokenizer
-        self._batch = Batch(model.params, model.config, max_rows or batching.MAX_ROWS)
-        self._streams: dict[int, TextStream] = {}
-        self._counts: dict[int, int] = {}
+        rows = max_rows or batching.MAX_ROWS
+        self._batch = Batch(model.params, model.config, rows, prefix_bytes=prefix_bytes)
+        self._texts: dict[int, _Text] = {}
 
     def __len__(self) -> int:
         return len(self._batch)
 
     def insert(
-        self, context: list[int], settings: GenerationConfig, stop: Collection[int], *, after_space: bool = False
+        self,
+        context: list[int],
+        settings: GenerationConfig,
+        stop: Collection[int],
+        *,
+        after_space: bool = False,
+        constraint: Constraint | None = None,
+        top_logprobs: int | None = None,
     ) -> int:
         """Adds a request like `Batch.insert`. A string in settings.stop that names a control token ends it at that
         token: decoded text does not contain it. `after_space`: the prompt ended in a space that is not in `context`
@@ -49,33 +82,52 @@ class TextBatch:
         controls = self._tokenizer.control_tokens
         stop = {*stop, *(controls[text] for text in settings.stop if text in controls)}
         first = mx.array(starts_with_space(self._tokenizer)) if after_space else None
-        request = self._batch.insert(context, settings, stop, first)
-        self._streams[request] = TextStream(self._tokenizer, context, settings.stop, drop_space=after_space)
-        self._counts[request] = 0
+        request = self._batch.insert(context, settings, stop, first, constraint=constraint, top_logprobs=top_logprobs)
+        self._texts[request] = _Text(TextStream(self._tokenizer, context, settings.stop, drop_space=after_space))
         return request
 
     def remove(self, request: int) -> None:
         self._batch.remove(request)
-        self._streams.pop(request, None)
-        self._counts.pop(request, None)
+        self._texts.pop(request, None)
 
     def step(self) -> list[TextChunk]:
         """Generates one token per request and returns the text that is final; requests without new text are omitted."""
         chunks = []
-        for request, token, finish_reason in self._batch.step():
-            stream, text = self._streams[request], ""
+        for request, token, finish_reason, scores, reused in self._batch.step():
+            text, new = self._texts[request], ""
             if token is not None:
-                self._counts[request] += 1
-                text = stream.add(token)
+                text.tokens += 1
+                new = text.stream.add(token)
+                if scores is not None:
+                    text.scored.append(_scored(token, scores))
             if finish_reason is not None:
-                text += stream.finish()
-            if stream.stopped:
+                new += text.stream.finish()
+            if text.stream.stop_string is not None and finish_reason != "error":
                 finish_reason = "stop"
-            if text or finish_reason:
-                chunks.append(TextChunk(request, text, self._counts[request], finish_reason))
+            if new or finish_reason:
+                scored = _in_text(text.scored, new, self._tokenizer) if text.stream.stop_string else text.scored
+                stop_string = text.stream.stop_string
+                chunks.append(TextChunk(request, new, text.tokens, finish_reason, stop_string, tuple(scored), reused))
+                text.scored = []
             if finish_reason is not None:
                 self.remove(request)
         return chunks
+
+
+def _scored(token: int, scores: TokenScores) -> ScoredToken:
+    top = zip(scores.top_ids.tolist(), scores.top_logprobs.tolist(), strict=True)  # type: ignore[arg-type]
+    return ScoredToken(token, scores.logprob.item(), list(top))  # type: ignore[arg-type]
+
+
+def _in_text(scored: list[ScoredToken], text: str, tokenizer: ChatTokenizer) -> list[ScoredToken]:
+    """The tokens that are in `text`, which ends before a stop string, at least in part."""
+    kept, left = [], len(text.encode())
+    for token in scored:
+        if left <= 0:
+            break
+        kept.append(token)
+        left -= len(token_bytes(tokenizer)[token.token])
+    return kept
 
 
 def generate(

@@ -7,6 +7,7 @@ Shapes: B rows, V vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -48,6 +49,22 @@ class Penalties:
             self._recent = mx.concatenate([self._recent, token])[-PENALTY_WINDOW:]
         if self._counts is not None:
             self._counts = self._counts.at[token].add(1)
+
+
+class TokenScores(NamedTuple):
+    """The log-probability of a sampled token, and the ids [k] and log-probabilities [k] of the most likely tokens at
+    its position, the most likely first. They are the model's: before penalties, temperature and filters."""
+
+    logprob: mx.array
+    top_ids: mx.array
+    top_logprobs: mx.array
+
+    @classmethod
+    def of(cls, z: mx.array, token: mx.array, k: int) -> "TokenScores":
+        """From logits [V]."""
+        logprobs = z - mx.logsumexp(z)
+        top = mx.argsort(-logprobs)[:k]
+        return cls(logprobs[token], top, logprobs[top])
 
 
 def sample(z: mx.array, settings: Sequence[GenerationConfig], positions: Sequence[int]) -> mx.array:

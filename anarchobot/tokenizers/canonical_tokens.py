@@ -7,9 +7,10 @@ token has no text; its form is its role, or its own name if it has no common rol
 
 import json
 import re
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
-from anarchobot.tokenizers.tokenizer import HFTokenizer, SentencePieceTokenizer, Tokenizer
+from anarchobot.tokenizers.tokenizer import ChatTokenizer, HFTokenizer, SentencePieceTokenizer, Tokenizer
 
 _ROLES = {
     **dict.fromkeys(("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]"), "begin"),
@@ -40,6 +41,17 @@ def canonical_tokens(tokenizer: Tokenizer) -> list[CanonicalToken]:
         tokens = _from_hf(tokenizer)
     tokens[tokenizer.eod_id] = CanonicalToken(b"end of document", "special")
     return tokens
+
+
+def token_bytes(tokenizer: ChatTokenizer) -> list[bytes]:
+    """What each id stands for in a text; for a control token, its name."""
+    return _token_bytes(tokenizer)  # type: ignore[arg-type]  # mypy takes no protocol for Hashable
+
+
+@lru_cache(maxsize=1)
+def _token_bytes(tokenizer: ChatTokenizer) -> list[bytes]:
+    names = {i: name.encode() for name, i in tokenizer.control_tokens.items()}
+    return [names.get(i, token.raw) for i, token in enumerate(canonical_tokens(tokenizer))]
 
 
 class TokenIndex:

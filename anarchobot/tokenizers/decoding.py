@@ -51,17 +51,18 @@ class StopStringFilter:
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop, self._held = stop, ""
-        self.found = False
+        self.found: str | None = None  # the stop string that ended the text
 
     def add(self, text: str) -> str:
         """Returns the text that is certainly not part of a stop string; empty once one was found."""
-        if self.found:
+        if self.found is not None:
             return ""
         self._held += text
         ends = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if ends:  # the first to end, and the longest of those that end together
-            self.found = True
-            return self._held[: min(ends)[1]]
+            end, at = min(ends)
+            self.found = self._held[at:end]
+            return self._held[:at]
         longest = len(self._held) + 1
         length = max(
             (n for stop in self._stop for n in range(min(len(stop), longest)) if self._held.endswith(stop[:n])),
@@ -73,7 +74,7 @@ class StopStringFilter:
 
     def finish(self) -> str:
         """Returns the text that was held back and did not become a stop string."""
-        return "" if self.found else self._held
+        return "" if self.found is not None else self._held
 
 
 class TextStream:
@@ -87,8 +88,8 @@ class TextStream:
         self._drop_space = drop_space
 
     @property
-    def stopped(self) -> bool:
-        """Whether a stop string was found."""
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text; None if there was none."""
         return self._stop.found
 
     def add(self, token: int) -> str:

@@ -32,7 +32,7 @@ def generate(weights: Params, model: ModelConfig, tokenizer: Tokenizer, settings
     parts = []
     for token in stream_token_ids(weights, model, context, settings, tokenizer.stop_ids, first):
         parts.append(stream.add(token))
-        if stream.stopped:
+        if stream.stop_string is not None:
             break
     return "".join([*parts, stream.finish()])
 
