@@ -86,6 +86,10 @@ class ChatEncoder:
         encoded = iter(self.tokenizer.encode_segments([s.text for s in texts], [s.after_control for s in texts]))
         return np.concatenate([next(encoded) if s.control is None else np.array([s.control]) for s in segments])
 
+    def unused(self, conversation: Conversation) -> tuple[str, ...]:
+        """What the template leaves out of a conversation. Raises InvalidRow if it leaves out a call or a result."""
+        return self._parts.check(self._escape(conversation))[1]
+
     def end_of_turn_id(self) -> int | None:
         """The control token that ends an assistant turn; None if the template has none. Independent of `train_on`:
         with "all", the loss also covers what follows that token."""
