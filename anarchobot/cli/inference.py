@@ -80,6 +80,14 @@ def add_commands(commands: Any) -> None:
     serve.add_argument("--max-tokens", type=positive, default=2048, metavar="N", help="maximum tokens per answer")
     serve.add_argument("--queue", type=non_negative, default=64, metavar="N", help="maximum number of waiting requests")
     serve.add_argument(
+        "--prefix-cache",
+        type=non_negative,
+        default=1024,
+        metavar="MIB",
+        help="memory for the keys and values of earlier prompts, so that the next turn of a conversation is prefilled "
+        "from there on; 0: none",
+    )
+    serve.add_argument(
         "--client-connections",
         type=positive,
         default=100,
@@ -366,6 +374,7 @@ def _serve(args: argparse.Namespace) -> None:
         hosts=allowed_hosts(args.host, args.allow_host),
         origins=allowed_origins(args.allow_origin),
         queue_size=args.queue,
+        prefix_bytes=args.prefix_cache * 2**20,
         limits=Limits(tokens=args.max_tokens),
         connections=ConnectionLimits(per_client=args.client_connections),
         log_prompts=args.log_prompts,

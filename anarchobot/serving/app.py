@@ -1,4 +1,5 @@
-"""The HTTP application: OpenAI's /v1/models, /v1/completions and /v1/chat/completions; the chat page at /; /health."""
+"""The HTTP application: OpenAI's /v1/models, /v1/completions and /v1/chat/completions; Anthropic's /v1/messages; the
+chat page at /; /health."""
 
 import asyncio
 import base64
@@ -20,17 +21,18 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from anarchobot.config.schema import GenerationConfig
-from anarchobot.inference.chat import chat_encoder, chat_warnings
-from anarchobot.inference.generation import prompt_ids
+from anarchobot.inference.generation import NUM_SEEDS
 from anarchobot.inference.model import Model
 from anarchobot.serving.auth import ApiKeyMiddleware, HostMiddleware
+from anarchobot.serving.chat_schema import ChatRequest
 from anarchobot.serving.errors import ApiError, json_response
+from anarchobot.serving.messages_schema import CountRequest, MessagesRequest
+from anarchobot.serving.messages_writer import MessagesWriter
+from anarchobot.serving.prompts import EncodedPrompt, PromptEncoder
 from anarchobot.serving.request_log import DISCONNECTED, Usage
-from anarchobot.serving.responses import Kind, ResponseWriter
-from anarchobot.serving.schema import ChatRequest, CompletionRequest, parse_request
-from anarchobot.serving.worker import GenerationStream, Prompt, Worker
-from anarchobot.tokenizers.conversation import InvalidRow
-from anarchobot.tokenizers.trailing_space import split_trailing_space
+from anarchobot.serving.responses import ResponseWriter
+from anarchobot.serving.schema import CompletionRequest, ConversationRequest, parse_request
+from anarchobot.serving.worker import GenerationStream, Worker
 
 CHAT_PAGE = Path(__file__).with_name("page.html")
 WARNING = "X-Warning"  # header
@@ -51,13 +53,12 @@ class Service:
     def __init__(self, model: Model, worker: Worker, name: str, defaults: GenerationConfig, limits: Limits) -> None:
         """Raises UserError if the chat template cannot be used."""
         self._worker, self._name, self._defaults, self._limits = worker, name, defaults, limits
-        self._model, self._encoder, self._max_seq_len = model, chat_encoder(model), model.config.max_seq_len
-        self._text_stop_ids, self._chat_stop_ids = model.tokenizer.stop_ids, self._encoder.stop_ids()
+        self._model, self._prompts = model, PromptEncoder(model)
         self._created = int(time.time())
         self._tokenizing = asyncio.Lock()
 
     def warnings(self) -> list[str]:
-        return chat_warnings(self._encoder)
+        return self._prompts.warnings()
 
     def app(self, hosts: Collection[str], origins: Collection[str], api_key: str | None) -> Starlette:
         """`hosts`: accepted Host names; `origins`: other sites whose pages may send requests."""
@@ -69,6 +70,8 @@ class Service:
                 Route("/v1/models/{name:path}", self._get_model),
                 Route("/v1/completions", self._completions, methods=["POST"]),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/messages", self._messages, methods=["POST"]),
+                Route("/v1/messages/count_tokens", self._count_tokens, methods=["POST"]),
             ],
             middleware=[
                 Middleware(HostMiddleware, hosts, origins),
@@ -98,29 +101,40 @@ class Service:
         return json_response(self._model_info())
 
     async def _completions(self, request: Request) -> Response:
-        parsed = parse_request(await self._body(request), CompletionRequest)
-        return await self._generate(request, parsed, "text_completion")
+        return await self._generate(request, parse_request(await self._body(request), CompletionRequest))
 
     async def _chat(self, request: Request) -> Response:
-        parsed = parse_request(await self._body(request), ChatRequest)
-        return await self._generate(request, parsed, "chat.completion")
+        return await self._generate(request, parse_request(await self._body(request), ChatRequest))
+
+    async def _messages(self, request: Request) -> Response:
+        return await self._generate(request, parse_request(await self._body(request), MessagesRequest))
+
+    async def _count_tokens(self, request: Request) -> Response:
+        parsed = parse_request(await self._body(request), CountRequest)
+        place = self._worker.open()
+        try:
+            encoded = await self._tokenize(request, parsed)
+        finally:
+            place.close()
+        return json_response({"input_tokens": len(encoded.prompt.ids)}, headers=self._warning(parsed))
 
     async def _body(self, request: Request) -> bytes:
         return await read_body(request, self._limits.body_bytes, self._limits.body_seconds)
 
-    async def _generate(self, request: Request, parsed: CompletionRequest | ChatRequest, kind: Kind) -> Response:
+    async def _generate(self, request: Request, parsed: CompletionRequest | ChatRequest | MessagesRequest) -> Response:
         settings = parsed.settings(self._defaults, self._limits.tokens)
-        generation = self._worker.open()
+        generation = self._worker.open(parsed.choices())
         try:
-            prompt = await self._tokenize(request, parsed)
-            request.state.usage = usage = Usage(_prompt_text(parsed), len(prompt.ids))
-            generation.start(prompt, settings)
+            encoded = await self._tokenize(request, parsed)
+            request.state.usage = usage = Usage(encoded.text, len(encoded.prompt.ids))
+            seeds = [(settings.seed + i) % NUM_SEEDS for i in range(parsed.choices())]
+            generation.start(encoded.prompt, [settings.model_copy(update={"seed": seed}) for seed in seeds])
         except BaseException:
             generation.close()
             raise
-        writer, headers = ResponseWriter(kind, self._name, usage), self._warning(parsed)
+        writer, headers = self._writer(parsed, encoded, usage), self._warning(parsed)
         if parsed.stream:
-            return _EventStream(writer.stream(generation, parsed.include_usage), generation, headers)
+            return _EventStream(writer.stream(generation), generation, headers)
         response = asyncio.ensure_future(writer.complete(generation))
         disconnected = asyncio.ensure_future(wait_for_disconnect(request))
         try:
@@ -133,40 +147,32 @@ class Service:
             disconnected.cancel()
             generation.close()
 
-    async def _tokenize(self, request: Request, parsed: CompletionRequest | ChatRequest) -> Prompt:
-        """`_encode`, in a thread. One at a time, so that long prompts occupy one core, and not for a client that
-        disconnected while it waited."""
+    def _writer(
+        self, parsed: CompletionRequest | ChatRequest | MessagesRequest, encoded: EncodedPrompt, usage: Usage
+    ) -> ResponseWriter | MessagesWriter:
+        if isinstance(parsed, MessagesRequest):
+            return MessagesWriter(self._name, usage, encoded.calls)
+        return ResponseWriter(
+            "chat.completion" if isinstance(parsed, ChatRequest) else "text_completion",
+            self._name,
+            usage,
+            self._model.tokenizer,
+            parsed.n,
+            encoded.calls,
+            encoded.prompt.top_logprobs is not None,
+            encoded.prompt.after_space,
+            parsed.include_usage,
+        )
+
+    async def _tokenize(self, request: Request, parsed: CompletionRequest | ConversationRequest) -> EncodedPrompt:
+        """Encodes the prompt in a thread. One at a time, so that long prompts occupy one core, and not for a client
+        that disconnected while it waited."""
         async with self._tokenizing:
             if await request.is_disconnected():
                 raise ClientDisconnect
-            return await asyncio.to_thread(self._encode, parsed)
+            return await asyncio.to_thread(self._prompts.encode, parsed)
 
-    def _encode(self, parsed: CompletionRequest | ChatRequest) -> Prompt:
-        """Raises ApiError (400) if the template or the tokenizer rejects a conversation, or if the prompt fills
-        max_seq_len; without tokenizing it if it has too many characters for any text of so many tokens.
-        """
-        characters = len(_prompt_text(parsed))
-        if characters > self._max_seq_len * self._model.tokenizer.longest_token:
-            raise self._too_long(parsed, f"{characters} characters")
-        if isinstance(parsed, ChatRequest):
-            try:
-                ids = self._encoder.encode_prompt(tuple(parsed.conversation())).tolist()
-            except InvalidRow as error:
-                raise ApiError(400, f"messages: {error}", "messages") from error
-            prompt = Prompt(ids, self._chat_stop_ids)
-        else:
-            text, after_space = split_trailing_space(parsed.prompt, self._model.tokenizer)
-            prompt = Prompt(prompt_ids(self._model, text), self._text_stop_ids, after_space)
-        if len(prompt.ids) >= self._max_seq_len:
-            raise self._too_long(parsed, f"{len(prompt.ids)} tokens")
-        return prompt
-
-    def _too_long(self, parsed: CompletionRequest | ChatRequest, size: str) -> ApiError:
-        param = "messages" if isinstance(parsed, ChatRequest) else "prompt"
-        message = f"{param}: {size} do not fit (the model's max_seq_len is {self._max_seq_len}); shorten it"
-        return ApiError(400, message, param, "context_length_exceeded")
-
-    def _warning(self, parsed: CompletionRequest | ChatRequest) -> dict[str, str]:
+    def _warning(self, parsed: CompletionRequest | ConversationRequest) -> dict[str, str]:
         """The header of an answer to a request for another model; many clients have one of OpenAI's as default."""
         if parsed.model == self._name:
             return {}
@@ -174,13 +180,7 @@ class Service:
 
     def _model_info(self) -> dict[str, object]:
         info = {"id": self._name, "object": "model", "created": self._created, "owned_by": "anarchobot"}
-        return info | {"max_model_len": self._max_seq_len}  # vLLM's name
-
-
-def _prompt_text(parsed: CompletionRequest | ChatRequest) -> str:
-    if isinstance(parsed, ChatRequest):
-        return "\n".join(message.content for message in parsed.messages)
-    return parsed.prompt
+        return info | {"max_model_len": self._model.config.max_seq_len}  # vLLM's name
 
 
 async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:

@@ -53,17 +53,21 @@ class ApiKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_public = self._digest is None or scope["path"] in ("/", "/health")
-        if is_public or self._is_authorized(Headers(scope=scope).getlist("authorization")):
+        if is_public or self._is_authorized(Headers(scope=scope)):
             return await self._app(scope, receive, send)
         message = "missing or invalid API key; expected the header Authorization: Bearer KEY"
         error = ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         await error.response()(scope, receive, send)
 
-    def _is_authorized(self, headers: list[str]) -> bool:
-        scheme, _, key = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
+    def _is_authorized(self, headers: Headers) -> bool:
+        """By the header of OpenAI's clients, or that of Anthropic's."""
+        given, anthropic = headers.getlist("authorization"), headers.getlist("x-api-key")
+        scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+        bearer = key.strip() if scheme.lower() == "bearer" else ""
+        keys = [bearer, anthropic[0] if len(anthropic) == 1 else ""]
         # Compares digests, so that timing reveals nothing about the key, not even its length.
-        matches = hmac.compare_digest(_digest(key.strip().encode("latin-1")), self._digest or b"")
-        return matches and scheme.lower() == "bearer"
+        matches = [hmac.compare_digest(_digest(key.encode("latin-1")), self._digest or b"") for key in keys]
+        return any(matches)
 
 
 def _digest(key: bytes) -> bytes:

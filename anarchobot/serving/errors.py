@@ -1,4 +1,6 @@
-"""Error responses in OpenAI's format."""
+"""Error responses in OpenAI's format, with the field that Anthropic's has in addition."""
+
+from typing import Any
 
 import orjson
 from starlette.responses import Response
@@ -20,9 +22,12 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
 
-    def body(self) -> dict[str, dict[str, str | None]]:
+    def body(self) -> dict[str, Any]:
         kind = "server_error" if self.status >= 500 else _TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {
+            "type": "error",
+            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code},
+        }
 
     def response(self) -> Response:
         return json_response(self.body(), self.status, self.headers)

@@ -14,11 +14,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Usage:
-    """Tokens of one request so far. The application puts it into `request.state.usage`."""
+    """Tokens of one request so far. The application puts it into `request.state.usage`. `cached_tokens` are those of
+    the prompt that were not computed, because an earlier prompt started with them."""
 
     prompt: str
     prompt_tokens: int
     completion_tokens: int = 0
+    cached_tokens: int = 0
 
 
 def configure_logging(level: str) -> None:
@@ -58,7 +60,9 @@ class RequestLogMiddleware:
         client = scope["client"][0] if scope["client"] else "-"
         path = scope["raw_path"].decode("ascii", "backslashreplace")[:200]  # still percent-encoded: it is one word
         usage = scope["state"].get("usage")
-        tokens = f" in={usage.prompt_tokens} out={usage.completion_tokens}" if usage else ""
+        tokens = (
+            f" in={usage.prompt_tokens} cached={usage.cached_tokens} out={usage.completion_tokens}" if usage else ""
+        )
         # ASCII only, so that a prompt cannot forge a line or reach the terminal as an escape sequence.
         prompt = f" prompt={json.dumps(usage.prompt)}" if usage and self._log_prompts else ""
         logger.info("%s %s %s %d%s %.0f ms%s", client, scope["method"], path, status, tokens, seconds * 1000, prompt)

@@ -6,7 +6,7 @@ ignored, and null means that a field is omitted; any other field is rejected wit
 
 import secrets
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -17,17 +17,18 @@ from anarchobot.inference.generation import NUM_SEEDS
 from anarchobot.serving.errors import ApiError
 from anarchobot.tokenizers.conversation import Message
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MIN_TEMPERATURE = 1e-3  # below it, decoding is greedy
+MAX_CHOICES = 16  # per request
+MAX_TOP_LOGPROBS = 20
 _FILTERS = ("top_k", "top_p", "min_p")  # in the order of GenerationConfig.filters
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 # Unsupported fields, each with the values that are accepted because they have no effect.
-_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "logprobs": (False,), "top_logprobs": (0,), "suffix": ("",),
-    "logit_bias": ({},), "modalities": (["text"],), "response_format": ({"type": "text"},), "tools": ([],),
-    "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"), "audio": (),
-    "prediction": (), "reasoning_effort": (), "verbosity": (), "web_search_options": (), "moderation": (),
+_Accepted = Mapping[str, tuple[object, ...]]
+_UNSUPPORTED: _Accepted = {
+    "best_of": (1,), "echo": (False,), "suffix": ("",), "logit_bias": ({},), "modalities": (["text"],),
+    "functions": ([],), "function_call": ("none", "auto"), "audio": (), "prediction": (), "reasoning_effort": (),
+    "verbosity": (), "web_search_options": (), "moderation": (),
     # sampling fields of other servers
     "min_tokens": (0,), "min_length": (0,), "ignore_eos": (False,), "stop_token_ids": ([],), "bad_words": ([],),
     "prompt_logprobs": (0,), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,),
@@ -39,7 +40,7 @@ _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 }  # fmt: skip
 _IGNORED = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prompt_cache_options", "parallel_tool_calls", "cache_prompt", "keep_alive",
+    "prompt_cache_options", "cache_prompt", "keep_alive",
 })  # fmt: skip
 
 
@@ -57,63 +58,72 @@ def _stops(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _text(value: object) -> object:
-    """Message content: a string, or a list of text parts."""
-    if isinstance(value, list):
-        if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in value):
-            raise ValueError('expected parts {"type": "text", "text": ...}; only text is supported')
-        return "".join(part["text"] for part in value)
-    if not isinstance(value, str):
-        raise ValueError("expected a string")
-    return value
+def _no_logprobs(value: object) -> object:
+    return None if value is False else value
 
 
-def _role(value: object) -> object:
-    if not isinstance(value, str) or value not in ROLES:
-        raise ValueError(f"expected one of {', '.join(ROLES)}")
-    return ROLES[value]
+class ToolUse(NamedTuple):
+    """The functions that an answer may call, in OpenAI's form. It has to call one of those named in `required`, if any;
+    with `parallel`, it may have several calls."""
+
+    tools: list[dict[str, Any]]
+    required: tuple[str, ...] = ()
+    parallel: bool = True
+
+    @property
+    def names(self) -> list[str]:
+        return [tool["function"]["name"] for tool in self.tools]
 
 
-class _StrictModel(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-class StreamOptions(_StrictModel):
+StopString = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class StreamOptions(StrictModel):
     include_usage: bool = False
     include_obfuscation: bool = False  # ignored: there is none
 
 
-class ChatMessage(_StrictModel):
-    """Clients send back assistant messages with extra fields (`refusal`, `annotations`, ...), which are ignored."""
+class Request(StrictModel):
+    """What all requests have in common."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
-    role: Annotated[str, BeforeValidator(_role)]
-    content: Annotated[str, BeforeValidator(_text)]
+    UNSUPPORTED: ClassVar[_Accepted] = _UNSUPPORTED
+    IGNORED: ClassVar[frozenset[str]] = _IGNORED
 
-
-class _Request(_StrictModel):
     model: str
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_k: Annotated[int, Field(ge=-1), AfterValidator(lambda top_k: max(top_k, 0))] | None = None  # vLLM's -1: all
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    seed: int | None = None
-    stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=4), BeforeValidator(_stops)
-    ] = []
 
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def check(self) -> None:
+        """Raises ApiError (400) for fields that contradict each other."""
 
     def requested_tokens(self) -> int | None:
         return self.max_tokens
+
+    def seed_and_stops(self) -> tuple[int | None, list[str]]:
+        return None, []
+
+    def choices(self) -> int:
+        """How many answers to give."""
+        return 1
+
+    def scores(self) -> int | None:
+        """How many log-probabilities to give at each position beside that of the token; None: not even that."""
+        return None
+
+    def tool_use(self) -> ToolUse | None:
+        """None if the answer can call no functions."""
+        return None
+
+    def json_schema(self) -> dict[str, Any] | None:
+        """The schema that the answer has to follow."""
+        return None
 
     def settings(self, defaults: GenerationConfig, max_tokens: int) -> GenerationConfig:
         """Omitted fields take their value from `defaults`, except for the seed, which is random. Raises ApiError (400)
@@ -121,11 +131,12 @@ class _Request(_StrictModel):
         tokens = self.requested_tokens()
         if tokens is not None and tokens > max_tokens:
             raise ApiError(400, f"max_tokens: {tokens} exceeds the server's limit of {max_tokens}", "max_tokens")
-        seed = secrets.randbelow(NUM_SEEDS) if self.seed is None else self.seed % NUM_SEEDS
+        seed, stop = self.seed_and_stops()
+        seed = secrets.randbelow(NUM_SEEDS) if seed is None else seed % NUM_SEEDS
         limit = min(defaults.max_new_tokens, max_tokens) if tokens is None else tokens
         update: dict[str, Any] = {"seed": seed, "max_new_tokens": limit, **self._sampling(defaults)}
-        if self.stop:
-            update["stop"] = self.stop
+        if stop:
+            update["stop"] = stop
         return defaults.model_copy(update=update)
 
     def _sampling(self, defaults: GenerationConfig) -> dict[str, Any]:
@@ -137,22 +148,63 @@ class _Request(_StrictModel):
         return dict(zip(_FILTERS, defaults.filters, strict=True)) | given | {"method": "combined"}
 
 
-class CompletionRequest(_Request):
-    prompt: Annotated[str, BeforeValidator(_one_prompt)]
+class OpenAIRequest(Request):
+    """What OpenAI's requests have in common."""
+
+    stream_options: StreamOptions | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: int | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    stop: Annotated[
+        list[StopString],
+        Field(max_length=4),
+        BeforeValidator(_stops, json_schema_input_type=StopString | Annotated[list[StopString], Field(max_length=4)]),
+    ] = Field([])
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def seed_and_stops(self) -> tuple[int | None, list[str]]:
+        return self.seed, self.stop
+
+    def choices(self) -> int:
+        return self.n
 
 
-class ChatRequest(_Request):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+class CompletionRequest(OpenAIRequest):
+    UNSUPPORTED: ClassVar[_Accepted] = {
+        **_UNSUPPORTED, "top_logprobs": (0,), "response_format": ({"type": "text"},), "tools": ([],),
+        "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
+    }  # fmt: skip
 
-    def requested_tokens(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+    prompt: Annotated[
+        str,
+        BeforeValidator(
+            _one_prompt, json_schema_input_type=str | Annotated[list[str], Field(min_length=1, max_length=1)]
+        ),
+    ]
+    logprobs: Annotated[Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None, BeforeValidator(_no_logprobs)] = None
+
+    def scores(self) -> int | None:
+        return self.logprobs
+
+    def text(self) -> str:
+        return self.prompt
+
+
+class ConversationRequest(Request):
+    """A request whose prompt is a conversation."""
 
     def conversation(self) -> list[Message]:
-        return [Message(message.role, message.content) for message in self.messages]
+        """Raises InvalidRow."""
+        raise NotImplementedError
 
 
-R = TypeVar("R", CompletionRequest, ChatRequest)
+R = TypeVar("R", bound=Request)
 
 
 def parse_request(body: bytes, schema: type[R]) -> R:
@@ -163,8 +215,8 @@ def parse_request(body: bytes, schema: type[R]) -> R:
         raise ApiError(400, f"request body is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ApiError(400, "request body is not a JSON object")
-    given = {name: value for name, value in fields.items() if value is not None and name not in _IGNORED}
-    for name, accepted in _UNSUPPORTED.items():
+    given = {name: value for name, value in fields.items() if value is not None and name not in schema.IGNORED}
+    for name, accepted in schema.UNSUPPORTED.items():
         value = given.pop(name, None)
         if value is not None and not any(_equal(value, other) for other in accepted):
             raise ApiError(400, f"{name}: not supported; omit it", name, "unsupported_parameter")
@@ -172,8 +224,7 @@ def parse_request(body: bytes, schema: type[R]) -> R:
         request = schema.model_validate(given)
     except ValidationError as error:
         raise _validation_error(error, schema) from error
-    if isinstance(request, ChatRequest) and None not in (request.max_tokens, request.max_completion_tokens):
-        raise ApiError(400, "max_tokens and max_completion_tokens: expected only one of them", "max_tokens")
+    request.check()
     return request
 
 

@@ -28,7 +28,8 @@ GRACE_SECONDS = 5.0  # time for active requests to finish after Ctrl-C
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """`queue_size`: requests that may wait for the batch; `hosts` and `origins`: see auth.HostMiddleware."""
+    """`queue_size`: requests that may wait for the batch; `hosts` and `origins`: see auth.HostMiddleware;
+    `prefix_bytes`: see batching.Batch."""
 
     name: str
     host: str = "127.0.0.1"
@@ -37,6 +38,7 @@ class ServerOptions:
     hosts: frozenset[str] = allowed_hosts("127.0.0.1")
     origins: frozenset[str] = frozenset()
     queue_size: int = 64
+    prefix_bytes: int = 2**30
     limits: Limits = field(default_factory=Limits)
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     log_prompts: bool = False
@@ -72,7 +74,7 @@ def serve(
     Raises UserError if the chat template cannot be used.
     """
     allow_open_files(options.connections.total + MAX_OTHER_FILES)
-    with Worker(model, options.queue_size) as worker:
+    with Worker(model, options.queue_size, prefix_bytes=options.prefix_bytes) as worker:
         server = HttpServer(make_app(model, defaults, options, worker), worker, options.connections)
         on_start(url(bound))
         server.run([bound])

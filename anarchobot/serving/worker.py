@@ -4,7 +4,7 @@ to the event loop chunk by chunk."""
 import asyncio
 import threading
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -16,6 +16,7 @@ import mlx.core as mx
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference.batching import MAX_ROWS
 from anarchobot.inference.generation import TextBatch, TextChunk
+from anarchobot.inference.grammar import Grammar
 from anarchobot.inference.model import Model
 from anarchobot.serving.errors import ApiError
 
@@ -25,11 +26,14 @@ Event = TextChunk | ApiError | None
 
 
 class Prompt(NamedTuple):
-    """A tokenized prompt and the ids that end its continuation. `after_space`: see TextBatch.insert."""
+    """A tokenized prompt and the ids that end its continuation, which follows `grammar`. `after_space` and
+    `top_logprobs`: see TextBatch.insert."""
 
     ids: list[int]
     stop_ids: Collection[int]
     after_space: bool = False
+    grammar: Grammar | None = None
+    top_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,35 +44,44 @@ class _Job:
 
 
 class GenerationStream:
-    """A request's place, and then its generated text, for the event loop. Start it and iterate over it; always close
-    it."""
+    """A request's places, one for each of its answers, and then their generated text, for the event loop. Start it and
+    iterate over it; always close it. The `request` of a chunk is the number of its answer."""
 
-    def __init__(self, worker: "Worker") -> None:
-        self._worker = worker
+    def __init__(self, worker: "Worker", answers: int) -> None:
+        self._worker, self._answers, self._running = worker, answers, answers
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._job: _Job | None = None
+        self._jobs: list[_Job] = []
         self._is_closed = False
 
-    def start(self, prompt: Prompt, settings: GenerationConfig) -> None:
+    def start(self, prompt: Prompt, settings: Sequence[GenerationConfig]) -> None:
+        """`settings`: of each answer."""
+        self._jobs = [_Job(prompt, chosen, self._sender(i)) for i, chosen in enumerate(settings)]
+        for job in self._jobs:
+            self._worker.insert(job)
+
+    def _sender(self, answer: int) -> Callable[[Event], None]:
         loop = asyncio.get_running_loop()
 
         def receive(event: Event) -> None:
             self._worker.active_requests -= event is _DONE
-            self._events.put_nowait(event)
+            self._events.put_nowait(event._replace(request=answer) if isinstance(event, TextChunk) else event)
 
         def send(event: Event) -> None:
             with suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(receive, event)
 
-        self._job = _Job(prompt, settings, send)
-        self._worker.insert(self._job)
+        return send
+
+    def cancel(self, answer: int) -> None:
+        """Ends one of the answers."""
+        self._worker.cancel(self._jobs[answer])
 
     def close(self) -> None:
-        """Cancels the request, and frees its place at once if it was not started."""
-        if self._job is not None:
-            self._worker.cancel(self._job)
-        elif not self._is_closed:
-            self._worker.active_requests -= 1
+        """Cancels the request, and frees its places at once if it was not started."""
+        for job in self._jobs:
+            self._worker.cancel(job)
+        if not self._jobs and not self._is_closed:
+            self._worker.active_requests -= self._answers
         self._is_closed = True
 
     def __aiter__(self) -> "GenerationStream":
@@ -76,25 +89,27 @@ class GenerationStream:
 
     async def __anext__(self) -> TextChunk:
         """Raises ApiError if generation fails."""
-        event = await self._events.get()
-        if isinstance(event, ApiError):
-            raise event
-        if event is _DONE:
-            raise StopAsyncIteration
-        return event
+        while self._running:
+            event = await self._events.get()
+            if isinstance(event, ApiError):
+                raise event
+            if event is not _DONE:
+                return event
+            self._running -= 1
+        raise StopAsyncIteration
 
 
 class Worker:
     """A context manager that runs the model thread. Call all methods from the thread of one event loop."""
 
-    def __init__(self, model: Model, queue_size: int, rows: int = MAX_ROWS) -> None:
-        """Generates for `rows` requests at once; `queue_size` more may wait."""
-        self._model, self._rows = model, rows
+    def __init__(self, model: Model, queue_size: int, rows: int = MAX_ROWS, *, prefix_bytes: int = 0) -> None:
+        """Generates for `rows` requests at once; `queue_size` more may wait. `prefix_bytes`: see batching.Batch."""
+        self._model, self._rows, self._prefix_bytes = model, rows, prefix_bytes
         self.max_requests = rows + queue_size
         self.active_requests = 0  # opened and not finished; a closed one counts until the thread has released it
         self._tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()  # run by the model thread
         self._stopped = False
-        self._batch = TextBatch(model, rows)
+        self._batch = TextBatch(model, rows, prefix_bytes=prefix_bytes)
         self._jobs: dict[int, _Job] = {}
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
@@ -108,17 +123,20 @@ class Worker:
         self._tasks.put(self._stop)
         self._thread.join()
 
-    def open(self) -> GenerationStream:
-        """Takes a place for a request, before its prompt is tokenized. Raises ApiError (429) if there is none."""
-        if self.active_requests >= self.max_requests:
+    def open(self, answers: int = 1) -> GenerationStream:
+        """Takes a place for each answer of a request, before its prompt is tokenized. Raises ApiError (429) if there
+        are not as many, and (400) if there never are."""
+        if answers > self.max_requests:
+            raise ApiError(400, f"n: {answers} exceeds the server's limit of {self.max_requests}", "n")
+        if self.active_requests + answers > self.max_requests:
             raise ApiError(
                 429,
                 f"too many requests: {self.active_requests} active, the limit is {self.max_requests}; try again later",
                 code="rate_limit_exceeded",
                 headers={"Retry-After": "1"},
             )
-        self.active_requests += 1
-        return GenerationStream(self)
+        self.active_requests += answers
+        return GenerationStream(self, answers)
 
     def insert(self, job: _Job) -> None:
         self._tasks.put(lambda: self._insert(job))
@@ -159,8 +177,16 @@ class Worker:
 
     def _insert(self, job: _Job) -> None:
         try:
-            ids, stop_ids, after_space = job.prompt
-            self._jobs[self._batch.insert(ids, job.settings, stop_ids, after_space=after_space)] = job
+            prompt, size = job.prompt, self._model.config.vocab_size
+            request = self._batch.insert(
+                prompt.ids,
+                job.settings,
+                prompt.stop_ids,
+                after_space=prompt.after_space,
+                constraint=None if prompt.grammar is None else prompt.grammar.start(prompt.stop_ids, size),
+                top_logprobs=prompt.top_logprobs,
+            )
+            self._jobs[request] = job
         except Exception:
             traceback.print_exc()
             job.send(ApiError(500, "generation failed for this request"))
@@ -186,4 +212,4 @@ class Worker:
             job.send(error)
             job.send(_DONE)
         self._jobs.clear()
-        self._batch = TextBatch(self._model, self._rows)
+        self._batch = TextBatch(self._model, self._rows, prefix_bytes=self._prefix_bytes)

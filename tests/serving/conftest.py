@@ -85,7 +85,7 @@ def run_server(
     chosen = ServerOptions(name=name, port=0, limits=limits or Limits(), **options)
     bound = bind(chosen)
     port = bound.getsockname()[1]
-    with bound, Worker(model, chosen.queue_size, rows) as worker:
+    with bound, Worker(model, chosen.queue_size, rows, prefix_bytes=chosen.prefix_bytes) as worker:
         server = HttpServer(make_app(model, DEFAULTS, chosen, worker), worker, chosen.connections)
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()

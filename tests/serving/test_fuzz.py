@@ -6,10 +6,17 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from anarchobot.serving.schema import _IGNORED, _UNSUPPORTED, ChatRequest, CompletionRequest
+from anarchobot.serving.chat_schema import ChatRequest
+from anarchobot.serving.messages_schema import MessagesRequest
+from anarchobot.serving.schema import CompletionRequest
 from tests.serving.conftest import RunningServer
 
-FIELDS = sorted({*_UNSUPPORTED, *_IGNORED, *ChatRequest.model_fields, *CompletionRequest.model_fields, "nonsense"})
+REQUESTS = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest, "/v1/messages": MessagesRequest}
+FIELDS = sorted(
+    {"nonsense"}.union(
+        *({*r.UNSUPPORTED, *r.IGNORED, *r.model_fields} for r in (CompletionRequest, ChatRequest, MessagesRequest))
+    )
+)
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -58,7 +65,7 @@ def test_any_conversation(server: RunningServer, conversation: list[dict[str, st
 
 
 @fuzzed
-@given(wild, st.sampled_from(["/v1/completions", "/v1/chat/completions"]))
+@given(wild, st.sampled_from(sorted(REQUESTS)))
 def test_any_value_in_any_field(server: RunningServer, fields: dict[str, Any], path: str) -> None:
     plain = {"prompt": "Hi"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "Hi"}]}
     check(server, path, {"model": "tiny", "max_tokens": 2, **plain} | fields)

@@ -187,8 +187,8 @@ def test_errors_match_openai(client: Any) -> None:
     error = error_of(prompt="x y " * 4000)
     assert error.code == "context_length_exceeded" and "4096" in error.message
     assert "4000" in error_of(max_tokens=4001).message
-    assert error_of(n=2).param == "n"
-    assert error_of(logprobs=1).code == "unsupported_parameter"
+    assert error_of(best_of=2).param == "best_of"
+    assert error_of(logit_bias={"1": 2}).code == "unsupported_parameter"
     assert error_of(extra_body={"temprature": 1}).code == "unknown_parameter"
     assert error_of(extra_body={"mirostat": 2}).code == "unsupported_parameter"
     assert error_of(extra_body={"top_k": -2}).param == "top_k"

@@ -32,8 +32,9 @@ def test_one_line_per_request(server: RunningServer, caplog: pytest.LogCaptureFi
     server.post("/v1/chat/completions", {"model": "tiny", "messages": []})
     server.request("GET", "/a%0Ab?key=secret")
     used = answer["usage"]
+    cached = used["prompt_tokens_details"]["cached_tokens"]
     assert lines(caplog, 3) == [
-        f"127.0.0.1 POST {PATH} 200 in={used['prompt_tokens']} out={used['completion_tokens']}",
+        f"127.0.0.1 POST {PATH} 200 in={used['prompt_tokens']} cached={cached} out={used['completion_tokens']}",
         "127.0.0.1 POST /v1/chat/completions 400",
         "127.0.0.1 GET /a%0Ab 404",
     ]
@@ -46,7 +47,7 @@ def test_a_disconnect_is_logged_with_the_tokens_so_far(server: RunningServer, ca
     connection.close()
     wait_until(lambda: server.worker.active_requests == 0)
     (line,) = lines(caplog, 1)
-    match = re.fullmatch(rf"127.0.0.1 POST {PATH} 499 in=(\d+) out=(\d+)", line)
+    match = re.fullmatch(rf"127.0.0.1 POST {PATH} 499 in=(\d+) cached=(?:\d+) out=(\d+)", line)
     assert match and int(match[1]) >= 1 and 1 <= int(match[2]) < 4000
 
 

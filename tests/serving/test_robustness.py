@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from anarchobot.inference.model import Model
-from anarchobot.serving.app import Limits, Service
-from anarchobot.serving.schema import _UNSUPPORTED
+from anarchobot.serving.app import Limits
+from anarchobot.serving.prompts import PromptEncoder
+from anarchobot.serving.schema import CompletionRequest
 from tests.serving.conftest import KEY, RunningServer, run_server, wait_until
 
 PATH = "/v1/completions"
@@ -37,8 +38,10 @@ def status_of(connection: socket.socket) -> int:
                 {"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": 1.5}, {"max_tokens": "2"}, {"max_tokens": True},
                 {"max_tokens": 10**400}, {"temperature": -1}, {"temperature": 2.1}, {"temperature": "hot"},
                 {"top_p": 1.1}, {"seed": 1.5}, {"seed": True}, {"stop": ""}, {"stop": ["a"] * 5}, {"stop": [1]},
-                {"stop": "x" * 201}, {"stream": "yes"}, {"prompt": [1, 2]}, {"prompt": []}, {"n": 2}, {"n": True},
-                {"best_of": 3}, {"echo": True}, {"logprobs": 0}, {"logit_bias": {"1": 2}}, {"frequency_penalty": 3},
+                {"stop": "x" * 201}, {"stream": "yes"}, {"prompt": [1, 2]}, {"prompt": []}, {"n": 0},
+                {"n": 17}, {"n": True}, {"best_of": 3}, {"echo": True}, {"logprobs": 21}, {"logprobs": True},
+                {"tools": [{}]}, {"response_format": {"type": "json_object"}}, {"tool_choice": "required"},
+                {"top_logprobs": 1}, {"logit_bias": {"1": 2}}, {"frequency_penalty": 3},
                 {"presence_penalty": "1"}, {"repetition_penalty": 0}, {"min_p": 2}, {"top_k": 1.5}, {"top_k": True},
                 {"mirostat": 2}, {"min_tokens": 5}, {"typical_p": 0}, {"ignore_eos": 0}, {"adapters": "/etc"},
                 {"temprature": 0}, {"stream_options": 1},
@@ -58,7 +61,8 @@ def test_a_bad_body_is_a_bad_request(server: RunningServer, body: bytes) -> None
     "messages",
     [
         None, [], "Hi", [1], [{}], [{"role": "user"}], [{"role": "user", "content": None}],
-        [{"role": "robot", "content": "x"}], [{"role": "tool", "content": "x"}], [{"role": ["user"], "content": "x"}],
+        [{"role": "robot", "content": "x"}], [{"role": "tool", "content": "x"}],
+        [{"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}], [{"role": ["user"], "content": "x"}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}],
         [{"role": "user", "content": [1]}], [{"role": "user", "content": "\ufdd0"}],
     ],
@@ -78,7 +82,7 @@ def test_unsupported_fields_without_effect_are_accepted(server: RunningServer) -
     fields |= {"stop": None, "seed": None, "stream": False, "temperature": 0}
     status, answer = server.post(PATH, ASK | fields)
     assert status == 200 and answer["choices"] == expected, answer
-    for name, accepted in _UNSUPPORTED.items():
+    for name, accepted in CompletionRequest.UNSUPPORTED.items():
         for value in (None, *accepted):
             assert server.post(PATH, ASK | {"max_tokens": 1, name: value})[0] == 200, (name, value)
         status, answer = server.post(PATH, ASK | {name: 0.625})
@@ -243,13 +247,13 @@ def test_concurrent_bad_clients_do_not_disturb_good_ones(server: RunningServer) 
 
 def test_a_request_beyond_the_queue_is_not_tokenized(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[str] = []
-    encode = Service._encode
+    encode = PromptEncoder.encode
 
-    def counted(self: Service, parsed: Any) -> Any:
+    def counted(self: PromptEncoder, parsed: Any) -> Any:
         encoded.append(parsed.prompt)
         return encode(self, parsed)
 
-    monkeypatch.setattr(Service, "_encode", counted)
+    monkeypatch.setattr(PromptEncoder, "encode", counted)
     with run_server(model, Limits(tokens=4000), rows=1, queue_size=0) as server:
         body = json.dumps(LONG | {"stream": True}).encode()
         running = server.raw(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
@@ -267,14 +271,14 @@ def test_tokenizing_blocks_neither_the_server_nor_runs_for_a_client_that_left(
 ) -> None:
     encoded: list[str] = []
     release = threading.Event()
-    encode = Service._encode
+    encode = PromptEncoder.encode
 
-    def blocking(self: Service, parsed: Any) -> Any:
+    def blocking(self: PromptEncoder, parsed: Any) -> Any:
         encoded.append(parsed.prompt)
         assert release.wait(100)
         return encode(self, parsed)
 
-    monkeypatch.setattr(Service, "_encode", blocking)
+    monkeypatch.setattr(PromptEncoder, "encode", blocking)
     with run_server(model) as server, ThreadPoolExecutor(1) as pool:
         first = pool.submit(server.post, PATH, ASK)
         wait_until(lambda: encoded == ["Hi"])

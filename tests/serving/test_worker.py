@@ -26,7 +26,7 @@ def run(model: Model, body: Callable[[Worker], Awaitable[None]]) -> None:
 
 def submit(worker: Worker, model: Model, settings: GenerationConfig = GREEDY) -> GenerationStream:
     generation = worker.open()
-    generation.start(Prompt(prompt_ids(model, settings.prompt), {model.tokenizer.eod_id}), settings)
+    generation.start(Prompt(prompt_ids(model, settings.prompt), {model.tokenizer.eod_id}), [settings])
     return generation
 
 

@@ -1,0 +1,108 @@
+"""Responses of /v1/messages, in Anthropic's form: complete, or as a stream of server-sent events."""
+
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from anarchobot.inference.tool_calls import ToolCall
+from anarchobot.serving.answers import Calls, Part, answer_parts, new_call_id
+from anarchobot.serving.errors import ApiError
+from anarchobot.serving.request_log import Usage
+from anarchobot.serving.worker import GenerationStream
+
+_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+
+@dataclass(frozen=True)
+class MessagesWriter:
+    """Formats one response, and counts its tokens in `usage`."""
+
+    model: str
+    usage: Usage
+    calls: Calls | None = None
+    number: str = field(default_factory=lambda: secrets.token_hex(12))
+
+    async def complete(self, generation: GenerationStream) -> dict[str, Any]:
+        """The whole response. Raises ApiError if generation fails."""
+        content: list[dict[str, Any]] = []
+        end = None
+        async for part in self._parts(generation):
+            if part.call is not None:
+                content.append(_tool_use(part.call) | {"input": orjson.loads(part.call.arguments)})
+            elif part.text and content and content[-1]["type"] == "text":
+                content[-1]["text"] += part.text
+            elif part.text:
+                content.append({"type": "text", "text": part.text})
+            end = part if part.end else end
+        assert end is not None  # the last part
+        return self._message(content) | _end(end) | {"usage": self._usage()}
+
+    async def stream(self, generation: GenerationStream) -> AsyncIterator[bytes]:
+        """Event by event: each text and each call is a content block. The first one waits for the first token, because
+        it has the counts of the prompt."""
+        blocks, open_text, started = 0, False, False
+        try:
+            async for part in self._parts(generation):
+                if not started:
+                    started = True
+                    yield _event("message_start", message=self._message([]) | _NO_END | {"usage": self._usage()})
+                if open_text and (part.call is not None or part.end):
+                    open_text = False
+                    yield _event("content_block_stop", index=blocks - 1)
+                if part.text:
+                    if not open_text:
+                        open_text, blocks = True, blocks + 1
+                        yield _event(
+                            "content_block_start", index=blocks - 1, content_block={"type": "text", "text": ""}
+                        )
+                    delta = {"type": "text_delta", "text": part.text}
+                    yield _event("content_block_delta", index=blocks - 1, delta=delta)
+                if part.call is not None:
+                    block = _tool_use(part.call) | {"input": {}}
+                    yield _event("content_block_start", index=blocks, content_block=block)
+                    delta = {"type": "input_json_delta", "partial_json": part.call.arguments}
+                    yield _event("content_block_delta", index=blocks, delta=delta)
+                    yield _event("content_block_stop", index=blocks)
+                    blocks += 1
+                if part.end:
+                    usage = {"output_tokens": self.usage.completion_tokens}
+                    yield _event("message_delta", delta=_end(part), usage=usage)
+        except ApiError as error:
+            yield _event("error", **error.body())
+            return
+        yield _event("message_stop")
+
+    def _parts(self, generation: GenerationStream) -> AsyncIterator[Part]:
+        return answer_parts(generation, self.usage, 1, True, self.calls)
+
+    def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
+        head = {"id": f"msg_{self.number}", "type": "message", "role": "assistant", "model": self.model}
+        return {**head, "content": content}
+
+    def _usage(self) -> dict[str, int]:
+        cached = self.usage.cached_tokens
+        return {
+            "input_tokens": self.usage.prompt_tokens - cached,
+            "cache_read_input_tokens": cached,
+            "cache_creation_input_tokens": 0,
+            "output_tokens": self.usage.completion_tokens,
+        }
+
+
+_NO_END: dict[str, str | None] = {"stop_reason": None, "stop_sequence": None}
+
+
+def _end(part: Part) -> dict[str, str | None]:
+    reason = "stop_sequence" if part.stop_string is not None else _STOP_REASONS[part.end or "stop"]
+    return {"stop_reason": reason, "stop_sequence": part.stop_string}
+
+
+def _tool_use(call: ToolCall) -> dict[str, Any]:
+    return {"type": "tool_use", "id": new_call_id(), "name": call.name}
+
+
+def _event(kind: str, **content: Any) -> bytes:
+    return f"event: {kind}\n".encode() + b"data: " + orjson.dumps({"type": kind, **content}) + b"\n\n"

@@ -1,0 +1,118 @@
+"""Requests to tokenized prompts, and what their answers may be."""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+from anarchobot.config.errors import UserError
+from anarchobot.inference.chat import chat_encoder, chat_warnings
+from anarchobot.inference.generation import prompt_ids
+from anarchobot.inference.grammar import Grammar, calls_grammar, schema_grammar
+from anarchobot.inference.model import Model
+from anarchobot.inference.tool_calls import call_syntax
+from anarchobot.serving.answers import Calls
+from anarchobot.serving.errors import ApiError
+from anarchobot.serving.schema import CompletionRequest, ConversationRequest, ToolUse
+from anarchobot.serving.worker import Prompt
+from anarchobot.tokenizers.conversation import InvalidRow, Message, check_json
+from anarchobot.tokenizers.rendered_parts import NO_TOOLS, texts
+from anarchobot.tokenizers.trailing_space import split_trailing_space
+
+NO_CALLS = (
+    "tools: not supported by this model: its chat template has no tools, or calls of another form than JSON; use a "
+    "model with the calls of Hermes, Qwen, Llama 3 or Mistral"
+)
+T = TypeVar("T")
+
+
+class EncodedPrompt(NamedTuple):
+    """A prompt as text, without the template, and as tokens, and the calls that its answers may have."""
+
+    text: str
+    prompt: Prompt
+    calls: Calls | None = None
+
+
+class PromptEncoder:
+    """Encodes the prompts of requests for one model."""
+
+    def __init__(self, model: Model) -> None:
+        """Raises UserError if the chat template cannot be used."""
+        self._model, self._encoder, self._max_seq_len = model, chat_encoder(model), model.config.max_seq_len
+        self._text_stop_ids, self._chat_stop_ids = model.tokenizer.stop_ids, self._encoder.stop_ids()
+        self._call_syntax = call_syntax(self._encoder.template, model.tokenizer.control_pattern)
+
+    def warnings(self) -> list[str]:
+        return chat_warnings(self._encoder)
+
+    def encode(self, parsed: CompletionRequest | ConversationRequest) -> EncodedPrompt:
+        """Raises ApiError (400) if the template or the tokenizer rejects a conversation, if the answer cannot be
+        restricted as requested, or if the prompt fills max_seq_len; without tokenizing it if it has too many characters
+        for any text of so many tokens.
+        """
+        if isinstance(parsed, ConversationRequest):
+            field, encoded = "messages", self._encode_conversation(parsed)
+        else:
+            field, encoded = "prompt", self._encode_text(parsed)
+        if (count := len(encoded.prompt.ids)) >= self._max_seq_len:
+            raise self._too_long(f"{count} tokens", field)
+        return encoded
+
+    def _encode_text(self, parsed: CompletionRequest) -> EncodedPrompt:
+        self._check_characters(parsed.prompt, "prompt")
+        text, after_space = split_trailing_space(parsed.prompt, self._model.tokenizer)
+        ids = prompt_ids(self._model, text)
+        return EncodedPrompt(parsed.prompt, Prompt(ids, self._text_stop_ids, after_space, top_logprobs=parsed.scores()))
+
+    def _encode_conversation(self, parsed: ConversationRequest) -> EncodedPrompt:
+        tools = _read(parsed.tool_use, "tools")
+        conversation = tuple(_read(parsed.conversation, "messages"))
+        if tools is not None:
+            if self._call_syntax is None:
+                raise ApiError(400, NO_CALLS, "tools", "unsupported_parameter")
+            conversation = (Message("tools", "", fields={"tools": tools.tools}), *conversation)
+        text = "\n".join(part for message in conversation for part in (message.content, *texts(message.fields)) if part)
+        self._check_characters(text, "messages")
+        try:
+            if any(message.fields for message in conversation) and NO_TOOLS in self._encoder.unused(conversation):
+                raise ApiError(400, NO_CALLS, "tools", "unsupported_parameter")
+        except InvalidRow as error:
+            raise ApiError(400, f"messages: {error.reason}", "messages") from error
+        ids = _read(lambda: self._encoder.encode_prompt(conversation).tolist(), "messages")
+        prompt = Prompt(ids, self._chat_stop_ids, False, self._grammar(parsed, tools), parsed.scores())
+        if tools is None or self._call_syntax is None:
+            return EncodedPrompt(text, prompt)
+        return EncodedPrompt(text, prompt, Calls(self._call_syntax, tools.names, tools.parallel))
+
+    def _grammar(self, parsed: ConversationRequest, tools: ToolUse | None) -> Grammar | None:
+        """What an answer must be. Raises ApiError (400) if it cannot be enforced."""
+        schema, tokenizer = parsed.json_schema(), self._model.tokenizer
+        field = "tool_choice" if schema is None else "response_format"
+        try:
+            if schema is not None:
+                check_json(schema, "the schema")
+                return Grammar(schema_grammar(schema), tokenizer)
+            if tools is None or not tools.required or self._call_syntax is None:
+                return None
+            functions = [tool["function"] for tool in tools.tools if tool["function"]["name"] in tools.required]
+            source = calls_grammar(self._call_syntax, functions, tools.parallel, tokenizer.control_tokens)
+            return Grammar(source, tokenizer)
+        except UserError as error:
+            raise ApiError(400, f"{field}: {error}", field, "unsupported_parameter") from error
+        except ValueError as error:
+            raise ApiError(400, f"{field}: {error}", field) from error
+
+    def _check_characters(self, text: str, field: str) -> None:
+        if len(text) > self._max_seq_len * self._model.tokenizer.longest_token:
+            raise self._too_long(f"{len(text)} characters", field)
+
+    def _too_long(self, size: str, field: str) -> ApiError:
+        message = f"{field}: {size} do not fit (the model's max_seq_len is {self._max_seq_len}); shorten it"
+        return ApiError(400, message, field, "context_length_exceeded")
+
+
+def _read(convert: Callable[[], T], field: str) -> T:
+    """`convert()`. Raises ApiError (400) that names `field`."""
+    try:
+        return convert()
+    except InvalidRow as error:
+        raise ApiError(400, f"{field}: {error}", field) from error
