@@ -70,7 +70,8 @@ def call_syntax(template: ChatTemplate, controls: TokenPattern) -> CallSyntax | 
         return CallSyntax(prefix, suffix, field, False, _visible(OPEN_TAG, controls), _visible(suffix, controls))
     is_list = before.rstrip().endswith("[")
     prefix = before.rstrip()[:-1] if is_list else before
-    return CallSyntax(prefix, "", field, is_list, _visible(prefix, controls), "")
+    opening = _visible(prefix, controls)
+    return None if "{" in opening else CallSyntax(prefix, "", field, is_list, opening, "")
 
 
 def _visible(text: str, controls: TokenPattern) -> str:

@@ -39,6 +39,7 @@ def test_syntax_of_templates(name: str, expected: CallSyntax | None) -> None:
 
 def test_syntax_of_templates_without_tools_or_tokens_for_them() -> None:
     assert syntax_of(CHATML) is syntax_of(PLAIN) is syntax_of("{{ raise_exception('no') }}") is None
+    assert syntax_of(TOOL_TEMPLATES["llama tools"].replace('\'{"name"', '\'{"function": {"name"')) is None
     text = syntax_of(TOOL_TEMPLATES["mistral tools"].replace("<|system|>[", "[TOOL_CALLS]["))
     assert text == CallSyntax("[TOOL_CALLS]", "", "arguments", True, "[TOOL_CALLS]", "")
 
