@@ -35,7 +35,7 @@ PERSON = {
     "$defs": {"point": {"type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"],
                         "additionalProperties": False}},
 }  # fmt: skip
-RANDOM = GenerationConfig(method="random", temperature=1.0, max_new_tokens=400)
+RANDOM = GenerationConfig(method="random", temperature=1.0, max_new_tokens=150)
 
 
 def random_model(tokenizer: Any) -> Model:
@@ -72,12 +72,12 @@ def answers(model: Model, grammar: Grammar, count: int) -> list[tuple[str, str |
 
 
 def test_answers_follow_the_schema(model: Model) -> None:
-    found = answers(model, Grammar(schema_grammar(PERSON), model.tokenizer), 12)
+    found = answers(model, Grammar(schema_grammar(PERSON), model.tokenizer), 8)
     complete = [json.loads(text) for text, reason in found if reason == "stop"]
-    assert len(complete) >= 6, found
+    assert len(complete) >= 4, found
     for value in complete:
         jsonschema.validate(value, PERSON)
-    assert len({json.dumps(value) for value in complete}) > 3
+    assert len({json.dumps(value) for value in complete}) > 1
     assert all(reason in ("stop", "length") for _, reason in found)
 
 
@@ -88,7 +88,7 @@ def test_calls_follow_their_parameters(tiny_shards: Path, syntax: CallSyntax, pa
     controls = model.tokenizer.control_tokens | {"<|system|>": model.tokenizer.control_tokens["<|im_start|>"]}
     functions = [{"name": "register", "parameters": PERSON}, {"name": "stop", "parameters": {"properties": {}}}]
     source = calls_grammar(syntax, functions, parallel, controls)
-    found = answers(model, Grammar(source, model.tokenizer), 12)
+    found = answers(model, Grammar(source, model.tokenizer), 8)
     counts, names = set(), set()
     for text, reason in found:
         if reason != "stop":

@@ -29,7 +29,7 @@ def formatted(schema: Any) -> dict[str, Any]:
 
 
 def ask(client: Any, **fields: Any) -> Any:
-    return client.chat.completions.create(model="tiny", messages=ASK, max_tokens=1000, **fields)
+    return client.chat.completions.create(model="tiny", messages=ASK, max_tokens=200, **fields)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -68,7 +68,7 @@ def test_required_calls(client: Any, choice: Any) -> None:
 
 
 def test_any_tool_of_messages(tool_server: RunningServer) -> None:
-    ask = {"model": "tiny", "max_tokens": 1000, "messages": ASK, "tools": [MESSAGES_TOOL]}
+    ask = {"model": "tiny", "max_tokens": 200, "messages": ASK, "tools": [MESSAGES_TOOL]}
     ask["tool_choice"] = {"type": "any", "disable_parallel_tool_use": True}
     status, message = tool_server.post("/v1/messages", ask)
     assert status == 200
