@@ -54,14 +54,14 @@ def model(request: pytest.FixtureRequest, tiny_shards: Path, tmp_path_factory: p
     return random_model(load_tokenizer(folder))
 
 
-def answers(model: Model, grammar: Grammar, count: int) -> list[tuple[str, str | None]]:
+def answers(model: Model, grammar: Grammar, count: int, tokens: int = 150) -> list[tuple[str, str | None]]:
     """Texts and finish reasons of as many seeds, in one batch."""
     batch = TextBatch(model)
     stop = model.tokenizer.stop_ids
     texts: dict[int, list[str]] = {}
     reasons: dict[int, str | None] = {}
     for seed in range(count):
-        settings = RANDOM.model_copy(update={"seed": seed})
+        settings = RANDOM.model_copy(update={"seed": seed, "max_new_tokens": tokens})
         constraint = grammar.start(stop, model.config.vocab_size)
         texts[batch.insert([model.bos_id], settings, stop, constraint=constraint)] = []
     while batch:
@@ -88,7 +88,7 @@ def test_calls_follow_their_parameters(tiny_shards: Path, syntax: CallSyntax, pa
     controls = model.tokenizer.control_tokens | {"<|system|>": model.tokenizer.control_tokens["<|im_start|>"]}
     functions = [{"name": "register", "parameters": PERSON}, {"name": "stop", "parameters": {"properties": {}}}]
     source = calls_grammar(syntax, functions, parallel, controls)
-    found = answers(model, Grammar(source, model.tokenizer), 8)
+    found = answers(model, Grammar(source, model.tokenizer), 12, 400 if parallel else 150)
     counts, names = set(), set()
     for text, reason in found:
         if reason != "stop":
