@@ -34,7 +34,7 @@ from anarchobot.serving.responses import ResponseWriter
 from anarchobot.serving.schema import CompletionRequest, ConversationRequest, parse_request
 from anarchobot.serving.worker import GenerationStream, Worker
 
-CHAT_PAGE = Path(__file__).with_name("page.html")
+CHAT_PAGE = Path(__file__).parent / "static" / "page.html"
 WARNING = "X-Warning"  # header
 
 
