@@ -2,14 +2,10 @@
 chat page at /; /health."""
 
 import asyncio
-import base64
-import hashlib
 import json
-import re
 import time
 from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
-from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -23,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference.generation import NUM_SEEDS
 from anarchobot.inference.model import Model
+from anarchobot.serving import page
 from anarchobot.serving.auth import ApiKeyMiddleware, HostMiddleware
 from anarchobot.serving.chat_schema import ChatRequest
 from anarchobot.serving.errors import ApiError, json_response
@@ -34,7 +31,6 @@ from anarchobot.serving.responses import ResponseWriter
 from anarchobot.serving.schema import CompletionRequest, ConversationRequest, parse_request
 from anarchobot.serving.worker import GenerationStream, Worker
 
-CHAT_PAGE = Path(__file__).parent / "static" / "page.html"
 WARNING = "X-Warning"  # header
 
 
@@ -64,7 +60,7 @@ class Service:
         """`hosts`: accepted Host names; `origins`: other sites whose pages may send requests."""
         return Starlette(
             routes=[
-                Route("/", self._page),
+                *page.routes(),
                 Route("/health", self._health),
                 Route("/v1/models", self._list_models),
                 Route("/v1/models/{name:path}", self._get_model),
@@ -76,7 +72,7 @@ class Service:
             middleware=[
                 Middleware(HostMiddleware, hosts, origins),
                 Middleware(CORSMiddleware, [*origins], ["GET", "POST"], ["*"], expose_headers=[WARNING]),
-                Middleware(ApiKeyMiddleware, api_key),
+                Middleware(ApiKeyMiddleware, api_key, {*page.FILES, "/health"}),  # the page asks for the key
             ],
             exception_handlers={
                 ApiError: _api_error,
@@ -85,9 +81,6 @@ class Service:
                 Exception: _internal_error,
             },
         )
-
-    async def _page(self, request: Request) -> Response:
-        return chat_page()
 
     async def _health(self, request: Request) -> Response:
         return json_response({"status": "ok", "under_way": self._worker.active_requests})
@@ -210,30 +203,6 @@ async def wait_for_disconnect(request: Request) -> None:
     """Returns when the client disconnects; call it after reading the body."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def chat_page() -> Response:
-    """The chat page: a single file. Its content security policy allows only its own script and style."""
-    text = CHAT_PAGE.read_text(encoding="utf-8")
-    policy = (
-        f"default-src 'none'; script-src {_csp_hash(text, 'script')}; style-src {_csp_hash(text, 'style')}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    headers = {
-        "Content-Security-Policy": policy,
-        "Cross-Origin-Opener-Policy": "same-origin",
-        "Cross-Origin-Resource-Policy": "same-origin",
-        "Referrer-Policy": "no-referrer",
-        "X-Frame-Options": "DENY",
-        "Cache-Control": "no-cache",
-    }
-    return Response(text, headers=headers, media_type="text/html")
-
-
-def _csp_hash(text: str, tag: str) -> str:
-    """The CSP hash source for the content of the page's only `tag` element."""
-    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
 class _EventStream(StreamingResponse):

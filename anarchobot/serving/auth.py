@@ -46,13 +46,14 @@ class HostMiddleware:
 
 
 class ApiKeyMiddleware:
-    """Requires the API key, except for /health and the chat page, which asks for it."""
+    """Requires the API key, except for `public` paths."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
-        self._app, self._digest = app, None if api_key is None else _digest(api_key.encode())
+    def __init__(self, app: ASGIApp, api_key: str | None, public: Collection[str]) -> None:
+        self._app, self._public = app, public
+        self._digest = None if api_key is None else _digest(api_key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_public = self._digest is None or scope["path"] in ("/", "/health")
+        is_public = self._digest is None or scope["path"] in self._public
         if is_public or self._is_authorized(Headers(scope=scope)):
             return await self._app(scope, receive, send)
         message = "missing or invalid API key; expected the header Authorization: Bearer KEY"
