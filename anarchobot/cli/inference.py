@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from anarchobot.inference.chat import ChatSession
     from anarchobot.inference.generation import TextChunk
     from anarchobot.inference.model import Model
+    from anarchobot.knowledge.knowledge_base import KnowledgeBase
 
 SETTINGS = {
     "--method": "generation.method",
@@ -74,7 +75,9 @@ def add_commands(commands: Any) -> None:
 
     serve = add_command(commands, "serve", _serve, "serve a model over an OpenAI-compatible HTTP API, with a chat page")
     _add_checkpoint(serve)
-    add_overrides(serve, "generation", unused=["generation.prompt", "generation.seed"])  # each request has its own
+    unused = ["generation.prompt", "generation.seed"]  # each request has its own
+    add_overrides(serve, "generation", "knowledge_base", unused=unused)
+    add_settings(serve, SEARCH_SETTINGS, MODEL_DEFAULT)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on; the default serves this machine only")
     serve.add_argument("--port", type=_port, default=8080, help="port to listen on; 0: any free port")
     serve.add_argument("--max-tokens", type=positive, default=2048, metavar="N", help="maximum tokens per answer")
@@ -360,6 +363,7 @@ def _serve(args: argparse.Namespace) -> None:
         from anarchobot.serving.app import Limits
         from anarchobot.serving.auth import allowed_hosts, allowed_origins, read_api_key
         from anarchobot.serving.connections import ConnectionLimits
+        from anarchobot.serving.passages import PassageSearch
         from anarchobot.serving.request_log import configure_logging
         from anarchobot.serving.server import ServerOptions, bind, serve
     except ModuleNotFoundError as error:
@@ -388,6 +392,13 @@ def _serve(args: argparse.Namespace) -> None:
         elif not args.quiet:
             print(f"serving {options.name} at {url} (Ctrl-C to stop)", flush=True)
 
-    with bind(options) as bound:  # before loading the model, to fail early
+    def open_base() -> "KnowledgeBase":
+        base = open_knowledge_base(config.knowledge_base)
+        warn_of_missing_embeddings(base)
+        return base
+
+    with ExitStack() as stack:
+        bound = stack.enter_context(bind(options))  # before loading the model, to fail early
         model, config = _load(args)
-        serve(model, config.generation, options, bound, on_start)
+        passages = None if config.knowledge_base.path is None else stack.enter_context(PassageSearch(open_base))
+        serve(model, config.generation, options, bound, on_start, passages)

@@ -570,7 +570,7 @@ class GenerationConfig(Section):
 
 
 class KnowledgeBaseConfig(Section):
-    """The knowledge base of `kb` and `chat`: passages of your files, added to the prompt."""
+    """The knowledge base of `kb`, `chat` and `serve`: passages of your files, added to the prompt."""
 
     path: PathName | None = Field(None, description="SQLite file of the knowledge base, created by `kb add`")
     retrieval_k: Positive = Field(3, description="number of passages to retrieve for a question")

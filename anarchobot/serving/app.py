@@ -25,6 +25,7 @@ from anarchobot.serving.chat_schema import ChatRequest
 from anarchobot.serving.errors import ApiError, json_response
 from anarchobot.serving.messages_schema import CountRequest, MessagesRequest
 from anarchobot.serving.messages_writer import MessagesWriter
+from anarchobot.serving.passages import PassageSearch
 from anarchobot.serving.prompts import EncodedPrompt, PromptEncoder
 from anarchobot.serving.request_log import DISCONNECTED, Usage
 from anarchobot.serving.responses import ResponseWriter
@@ -44,12 +45,21 @@ class Limits:
 
 
 class Service:
-    """Serves one model as `name`. `defaults`: settings for fields that a request omits."""
+    """Serves one model as `name`. `defaults`: settings for fields that a request omits. Questions of chats are answered
+    with passages from `knowledge_base`."""
 
-    def __init__(self, model: Model, worker: Worker, name: str, defaults: GenerationConfig, limits: Limits) -> None:
+    def __init__(
+        self,
+        model: Model,
+        worker: Worker,
+        name: str,
+        defaults: GenerationConfig,
+        limits: Limits,
+        knowledge_base: PassageSearch | None = None,
+    ) -> None:
         """Raises UserError if the chat template cannot be used."""
         self._worker, self._name, self._defaults, self._limits = worker, name, defaults, limits
-        self._model, self._prompts = model, PromptEncoder(model)
+        self._model, self._prompts = model, PromptEncoder(model, knowledge_base)
         self._created = int(time.time())
         self._tokenizing = asyncio.Lock()
 
@@ -118,7 +128,7 @@ class Service:
         settings = parsed.settings(self._defaults, self._limits.tokens)
         generation = self._worker.open(parsed.choices())
         try:
-            encoded = await self._tokenize(request, parsed)
+            encoded = await self._tokenize(request, parsed, settings.max_new_tokens)
             request.state.usage = usage = Usage(encoded.text, len(encoded.prompt.ids))
             seeds = [(settings.seed + i) % NUM_SEEDS for i in range(parsed.choices())]
             generation.start(encoded.prompt, [settings.model_copy(update={"seed": seed}) for seed in seeds])
@@ -155,15 +165,18 @@ class Service:
             encoded.prompt.top_logprobs is not None,
             encoded.prompt.after_space,
             parsed.include_usage,
+            {} if encoded.passages is None else encoded.passages.fields(),
         )
 
-    async def _tokenize(self, request: Request, parsed: CompletionRequest | ConversationRequest) -> EncodedPrompt:
+    async def _tokenize(
+        self, request: Request, parsed: CompletionRequest | ConversationRequest, new_tokens: int = 0
+    ) -> EncodedPrompt:
         """Encodes the prompt in a thread. One at a time, so that long prompts occupy one core, and not for a client
         that disconnected while it waited."""
         async with self._tokenizing:
             if await request.is_disconnected():
                 raise ClientDisconnect
-            return await asyncio.to_thread(self._prompts.encode, parsed)
+            return await asyncio.to_thread(self._prompts.encode, parsed, new_tokens)
 
     def _warning(self, parsed: CompletionRequest | ConversationRequest) -> dict[str, str]:
         """The header of an answer to a request for another model; many clients have one of OpenAI's as default."""

@@ -1,6 +1,6 @@
 """Requests to tokenized prompts, and what their answers may be."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from anarchobot.config.errors import UserError
@@ -11,6 +11,7 @@ from anarchobot.inference.model import Model
 from anarchobot.inference.tool_calls import call_syntax
 from anarchobot.serving.answers import Calls
 from anarchobot.serving.errors import ApiError
+from anarchobot.serving.passages import Passages, PassageSearch
 from anarchobot.serving.schema import CompletionRequest, ConversationRequest, ToolUse
 from anarchobot.serving.worker import Prompt
 from anarchobot.tokenizers.conversation import InvalidRow, Message, check_json
@@ -25,32 +26,37 @@ T = TypeVar("T")
 
 
 class EncodedPrompt(NamedTuple):
-    """A prompt as text, without the template, and as tokens, and the calls that its answers may have."""
+    """A prompt as text, without the template, and as tokens, the calls that its answers may have, and the passages of a
+    knowledge base in it."""
 
     text: str
     prompt: Prompt
     calls: Calls | None = None
+    passages: Passages | None = None
 
 
 class PromptEncoder:
-    """Encodes the prompts of requests for one model."""
+    """Encodes the prompts of requests for one model, with passages from `knowledge_base` for the questions of chats."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, knowledge_base: PassageSearch | None = None) -> None:
         """Raises UserError if the chat template cannot be used."""
         self._model, self._encoder, self._max_seq_len = model, chat_encoder(model), model.config.max_seq_len
+        self._knowledge_base = knowledge_base
         self._text_stop_ids, self._chat_stop_ids = model.tokenizer.stop_ids, self._encoder.stop_ids()
         self._call_syntax = call_syntax(self._encoder.template, model.tokenizer.control_pattern)
 
     def warnings(self) -> list[str]:
         return chat_warnings(self._encoder)
 
-    def encode(self, parsed: CompletionRequest | ConversationRequest) -> EncodedPrompt:
-        """Raises ApiError (400) if the template or the tokenizer rejects a conversation, if the answer cannot be
+    def encode(self, parsed: CompletionRequest | ConversationRequest, new_tokens: int = 0) -> EncodedPrompt:
+        """`new_tokens`: the most that an answer may have; passages leave room for so many, up to half of max_seq_len.
+
+        Raises ApiError (400) if the template or the tokenizer rejects a conversation, if the answer cannot be
         restricted as requested, or if the prompt fills max_seq_len; without tokenizing it if it has too many characters
         for any text of so many tokens.
         """
         if isinstance(parsed, ConversationRequest):
-            field, encoded = "messages", self._encode_conversation(parsed)
+            field, encoded = "messages", self._encode_conversation(parsed, new_tokens)
         else:
             field, encoded = "prompt", self._encode_text(parsed)
         if (count := len(encoded.prompt.ids)) >= self._max_seq_len:
@@ -63,7 +69,7 @@ class PromptEncoder:
         ids = prompt_ids(self._model, text)
         return EncodedPrompt(parsed.prompt, Prompt(ids, self._text_stop_ids, after_space, top_logprobs=parsed.scores()))
 
-    def _encode_conversation(self, parsed: ConversationRequest) -> EncodedPrompt:
+    def _encode_conversation(self, parsed: ConversationRequest, new_tokens: int) -> EncodedPrompt:
         tools = _read(parsed.tool_use, "tools")
         conversation = tuple(_read(parsed.conversation, "messages"))
         if tools is not None:
@@ -77,11 +83,20 @@ class PromptEncoder:
                 raise ApiError(400, NO_CALLS, "tools", "unsupported_parameter")
         except InvalidRow as error:
             raise ApiError(400, f"messages: {error.reason}", "messages") from error
-        ids = _read(lambda: self._encoder.encode_prompt(conversation).tolist(), "messages")
+        ids, passages = self._with_passages(conversation, new_tokens)
         prompt = Prompt(ids, self._chat_stop_ids, False, self._grammar(parsed, tools), parsed.scores())
         if tools is None or self._call_syntax is None:
-            return EncodedPrompt(text, prompt)
-        return EncodedPrompt(text, prompt, Calls(self._call_syntax, tools.names, tools.parallel))
+            return EncodedPrompt(text, prompt, passages=passages)
+        return EncodedPrompt(text, prompt, Calls(self._call_syntax, tools.names, tools.parallel), passages)
+
+    def _with_passages(self, conversation: Sequence[Message], new_tokens: int) -> tuple[list[int], Passages | None]:
+        def encode(messages: Sequence[Message]) -> list[int]:
+            return _read(lambda: self._encoder.encode_prompt(tuple(messages)).tolist(), "messages")
+
+        if self._knowledge_base is None:
+            return encode(conversation), None
+        room = min(new_tokens, self._max_seq_len // 2)  # for the answer, as in `anarchobot chat`
+        return self._knowledge_base.encode(conversation, encode, self._max_seq_len - room)
 
     def _grammar(self, parsed: ConversationRequest, tools: ToolUse | None) -> Grammar | None:
         """What an answer must be. Raises ApiError (400) if it cannot be enforced."""

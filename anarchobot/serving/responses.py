@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,7 +35,8 @@ class _Choice:
 @dataclass(frozen=True)
 class ResponseWriter:
     """Formats one response, and counts its tokens in `usage`. `with_usage`: a stream ends with the counts.
-    `after_space`: the prompt's last space is that of the first token."""
+    `after_space`: the prompt's last space is that of the first token. `extra_fields` are added to the response, or to
+    the first chunk."""
 
     kind: Kind
     model: str
@@ -46,6 +47,7 @@ class ResponseWriter:
     scores: bool = False
     after_space: bool = False
     with_usage: bool = False
+    extra_fields: Mapping[str, object] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
     number: str = field(default_factory=lambda: secrets.token_hex(12))
 
@@ -62,7 +64,7 @@ class ResponseWriter:
             self._choice(i, self._content(answer), self._logprobs(answer, answer.scored), answer.end)
             for i, answer in enumerate(answers)
         ]
-        return self._head(self.kind) | {"choices": choices, "usage": self._usage()}
+        return self._head(self.kind) | {"choices": choices, "usage": self._usage()} | dict(self.extra_fields)
 
     def _content(self, answer: _Choice) -> dict[str, Any]:
         text = "".join(answer.texts)
@@ -80,7 +82,8 @@ class ResponseWriter:
         try:
             if self._is_chat:
                 for i in range(self.choices):
-                    yield self._event(i, {"delta": {"role": "assistant", "content": ""}})
+                    extra = self.extra_fields if i == 0 else None
+                    yield self._event(i, {"delta": {"role": "assistant", "content": ""}}, extra=extra)
             async for part in self._parts(generation):
                 answer = answers[part.answer]
                 if part.text or part.call or part.scored:
@@ -105,11 +108,16 @@ class ResponseWriter:
         return {"delta": {"tool_calls": [call]}}
 
     def _event(
-        self, i: int, content: dict[str, Any], logprobs: dict[str, Any] | None = None, end: str | None = None
+        self,
+        i: int,
+        content: dict[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        end: str | None = None,
+        extra: Mapping[str, object] | None = None,
     ) -> bytes:
         no_usage = {"usage": None} if self.with_usage else {}
         choices = [self._choice(i, content, logprobs, end)]
-        return _event(self._head(self._chunk_kind) | {"choices": choices} | no_usage)
+        return _event(self._head(self._chunk_kind) | {"choices": choices} | no_usage | dict(extra or {}))
 
     @staticmethod
     def _choice(i: int, content: dict[str, Any], logprobs: dict[str, Any] | None, end: str | None) -> dict[str, Any]:

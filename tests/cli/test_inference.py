@@ -338,7 +338,7 @@ def test_serve_errors_are_one_line(
     assert "none" in error_of(capsys, "--checkpoint", str(tmp_path / "none"), "--port", "0")
     free = ("--checkpoint", str(tmp_path / "none"), "--port", "0")  # settings are checked before the model is loaded
     assert "generation.top_k" in error_of(capsys, *free, "generation.top_k=x")
-    for word in ("generation.seed=1", "generation.prompt=x", "train.lr=1", "knowledge_base.path=x"):
+    for word in ("generation.seed=1", "generation.prompt=x", "train.lr=1"):
         assert f"'{word}'" in error_of(capsys, *free, word)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "uvicorn", None)
@@ -366,6 +366,6 @@ def test_the_documented_examples_run(run: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(100) == 130  # without active requests, and without an abort by MLX
     lines = [line for line in page.splitlines() if line.startswith("anarchobot serve")]
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         assert parse(build_parser(), shlex.split(line)[1:]).checkpoint == "runs/chat"

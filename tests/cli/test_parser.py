@@ -61,7 +61,8 @@ SURFACE = {
     ],
     "serve": [
         "KEY=VALUE", "--allow-host", "--allow-origin", "--api-key-file", "--checkpoint", "--client-connections",
-        "--host", "--log-level", "--log-prompts", "--max-tokens", "--model", "--model-name", "--port", "--queue",
+        "--embedding-model", "--feedback-alpha", "--host", "--kb", "--log-level", "--log-prompts", "--max-tokens",
+        "--model", "--model-name", "--port", "--queue", "-k",
     ],
     "evaluate": [
         "KEY=VALUE", "--chats", "--checkpoint", "--compare", "--include", "--limit", "--model", "--num-fewshot",
@@ -122,6 +123,7 @@ def test_help_describes_settings_by_the_schema(
         "grpo": 15,
         "generate": 11,
         "chat": 14,
+        "serve": 4,
         "pretokenize": 5,
         "tokenizer train": 3,
         "kb add": 3,
