@@ -1,13 +1,12 @@
-"""`anarchobot evaluate`, `export`, `import` and `fuse`."""
+"""`anarchobot evaluate`, `import` and `fuse`."""
 
 import argparse
-import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anarchobot.cli.export import add_export
 from anarchobot.cli.parser import HUB_NAME, add_command, add_overrides, check_output, non_negative, overrides, positive
+from anarchobot.cli.results import log_to, print_result
 from anarchobot.config.errors import UserError
 from anarchobot.storage.durable import parse_json
 
@@ -77,15 +76,7 @@ def add_commands(commands: Any) -> None:
     )
     add_overrides(evaluate, "generation", unused=["generation.prompt"])
 
-    export = add_command(commands, "export", _export, "export a model to transformers, mlx-lm or llama.cpp")
-    export.add_argument("--checkpoint", required=True, metavar="PATH", help="run folder or step_… folder")
-    export.add_argument(
-        "--to", required=True, metavar="hf|mlx|gguf", help="hf: transformers; mlx: mlx-lm; gguf: llama.cpp and Ollama"
-    )
-    export.add_argument("--output", required=True, metavar="DIR", help="new or empty folder to write")
-    export.add_argument(
-        "--dtype", metavar="float32|float16|bfloat16", default="float32", help="dtype of the exported weights"
-    )
+    add_export(commands)
 
     importer = add_command(commands, "import", _import, "import a Hugging Face model to use or train it")
     importer.add_argument(
@@ -142,7 +133,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         args.shards, args.text, args.chats, generation, args.preferences, names, args.num_fewshot, args.include,
         args.limit,
     )  # fmt: skip
-    log = _log_to(args.quiet)
+    log = log_to(args.quiet)
     read = {path: _read_report(path) for path in paths if _is_report(path)}
     check_inputs([path for path in paths if path not in read], request, args.model)
     reports = [read.get(path) or Report(path, evaluate(path, request, log, args.model)) for path in paths]
@@ -152,10 +143,6 @@ def _evaluate(args: argparse.Namespace) -> None:
         write_atomic(Path(args.output), json_report(reports, units=True) + "\n")
     if args.page is not None:
         write_atomic(Path(args.page), html_report(reports))
-
-
-def _log_to(quiet: bool) -> Callable[[str], None]:
-    return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
 
 
 def _is_report(path: str) -> bool:
@@ -175,20 +162,6 @@ def _read_report(path: str) -> "Report":
         raise UserError(f"{path}: not a result of anarchobot evaluate --output for one model") from error
 
 
-def _export(args: argparse.Namespace) -> None:
-    from anarchobot.exchange.dtypes import DTYPES
-    from anarchobot.exchange.exporting import export
-    from anarchobot.model.architecture import EXPORT_LIBRARIES
-
-    for flag, value, choices in (("--to", args.to, tuple(EXPORT_LIBRARIES)), ("--dtype", args.dtype, DTYPES)):
-        if value not in choices:
-            hint = "; Ollama reads gguf" if value == "ollama" else ""
-            raise UserError(f"argument {flag}: expected one of {', '.join(choices)}, got '{value}'{hint}")
-    done = export(args.checkpoint, args.to, args.output, args.dtype)
-    size = sum(done["files"].values())
-    _print(args, done, f"{done['output']}: {done['parameters']:,} parameters, {done['dtype']}, {size / 1e6:,.1f} MB")
-
-
 def _import(args: argparse.Namespace) -> None:
     from anarchobot.exchange.hub import resolve_model
     from anarchobot.exchange.importing import import_model
@@ -197,7 +170,7 @@ def _import(args: argparse.Namespace) -> None:
     folder = resolve_model(args.folder)  # a download has its own bar
     with activity_bar("importing", args.quiet or args.json):
         done = import_model(folder, args.output)
-    _print(args, done, f"{done['output']}: {done['architecture']}, {done['parameters']:,} parameters")
+    print_result(args, done, f"{done['output']}: {done['architecture']}, {done['parameters']:,} parameters")
 
 
 def _fuse(args: argparse.Namespace) -> None:
@@ -205,18 +178,9 @@ def _fuse(args: argparse.Namespace) -> None:
 
     done = fuse(args.model, args.adapter, args.output)
     step = "" if done["step"] is None else f"; {args.adapter}: step {done['step']}"
-    _print(
+    print_result(
         args,
         done,
         f"{done['model']}{step}",
         f"{done['output']}: {done['parameters']:,} parameters, adapters merged into {done['adapted']} matrices",
     )
-
-
-def _print(args: argparse.Namespace, result: dict[str, Any], *lines: str) -> None:
-    if args.json:
-        print(json.dumps(result))
-        return
-    for warning in result["warnings"]:
-        print(f"warning: {warning}", file=sys.stderr)
-    print("\n".join(lines))

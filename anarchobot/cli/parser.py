@@ -37,6 +37,10 @@ FLAGS_ELSEWHERE = {
     "--output-dir": ("--output", "--checkpoint-dir"),
     "--save-dir": ("--checkpoint-dir",),
     "--resume": ("--resume-from",),
+    "--q-bits": ("--bits",),
+    "--q-group-size": ("--group-size",),
+    "--quant-predicate": ("--mixed",),
+    "--outtype": ("--type",),
 }
 KEY_VALUE = re.compile(r"\w[\w.-]*=")  # a file with such a name can be given as ./NAME
 

@@ -92,8 +92,9 @@ def evaluate(
     return results
 
 
-def evaluate_shards(model: Model, config: Config, folder: str, log: Log) -> Result:
-    """The validation split as in training: windows of data.seq_len over documents and end-of-document tokens."""
+def evaluate_shards(model: Model, config: Config, folder: str, log: Log, max_tokens: int | None = None) -> Result:
+    """The validation split, or the windows of its first `max_tokens`, as in training: windows of data.seq_len over
+    documents and end-of-document tokens."""
     stream = TokenStream(folder, "val")
     if stream.manifest.tokenizer["sha256"] != digest(model.tokenizer):
         raise UserError(
@@ -106,7 +107,8 @@ def evaluate_shards(model: Model, config: Config, folder: str, log: Log) -> Resu
         raise UserError(f"{folder}: the validation split is empty: pretokenize with data.val_fraction, or use --text")
     params, shape, forward = model.params, model.config, forward_pass(model.config)
     dtype, nats, tokens = compute_dtype(params), list[float](), list[int]()
-    val = ValBatches(windows, max(1, SHARD_TOKENS // seq_len), None)
+    limit = None if max_tokens is None else max(1, max_tokens // seq_len)
+    val = ValBatches(windows, max(1, SHARD_TOKENS // seq_len), limit)
     for i in range(len(val)):
         batch = val[i]
         segments = None if batch.segments is None else mx.array(batch.segments[0])

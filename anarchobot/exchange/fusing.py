@@ -11,12 +11,13 @@ from anarchobot.config.schema import LoraConfig, ModelConfig
 from anarchobot.exchange.adapters import Adapter, BaseQuantization, check_base, read_adapter
 from anarchobot.exchange.atomic_folder import atomic_folder
 from anarchobot.exchange.chat_format import copy_chat_template
-from anarchobot.exchange.dtypes import Float32, from_bfloat16, to_dtype
+from anarchobot.exchange.dtypes import Float32, rounded
 from anarchobot.exchange.hub import model_name, pinned_name, resolve_model
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.model.lora import GROUP, is_quantized
 from anarchobot.model.mlx_lm.architecture import requantized
 from anarchobot.model.parameters import parameter_count
+from anarchobot.model.quantization import Packing, dequantize, quantize
 from anarchobot.runs import checkpoint
 from anarchobot.runs.write_model import write_model
 from anarchobot.tokenizers import chat_template
@@ -90,29 +91,9 @@ def _copy_template_file(folders: list[Path], output: Path) -> bool:
 
 
 def _quantize_dequantize(array: Float32, quantization: BaseQuantization) -> Float32:
-    """Returns what `mx.quantize` and `mx.dequantize` make of `array`, without MLX.
-
-    Each group of columns becomes integer multiples of a scale, counted from the end of its range with the larger
-    magnitude; the scale is adjusted so that zero stays exactly zero.
-    """
+    """Returns what `mx.quantize` and `mx.dequantize` make of `array`, without MLX."""
     if not is_quantized(array.shape):
         return array
-    groups = array.reshape(len(array), -1, GROUP)
-    low, high = groups.min(axis=2), groups.max(axis=2)
-    steps = np.float32(2**quantization.bits - 1)
-    scale = np.maximum((high - low) / steps, np.float32(1e-7))
-    far_low = np.abs(low) > np.abs(high)
-    scale, edge = np.where(far_low, scale, -scale), np.where(far_low, low, high)
-    at_zero = np.rint(edge / scale)
-    scale = np.where(at_zero != 0, edge / np.where(at_zero != 0, at_zero, 1), scale)
-    bias = np.where(at_zero != 0, edge, np.float32(0))
-    integers = np.clip(np.rint((groups - bias[..., None]) / scale[..., None]), 0, steps)
-    scale, bias = (_round_trip(x.astype(np.float32), quantization) for x in (scale, bias))
-    result: Float32 = (integers * scale[..., None] + bias[..., None]).reshape(array.shape)
-    return result
-
-
-def _round_trip(array: Float32, quantization: BaseQuantization) -> Float32:
-    """Rounds to the dtype of the scales and biases and back to float32."""
-    rounded = to_dtype("weights", array, quantization.dtype)
-    return from_bfloat16(rounded) if quantization.dtype == "bfloat16" else rounded.astype(np.float32)
+    weight, scales, biases = quantize(array, Packing(quantization.bits, GROUP))
+    scales, biases = (rounded("weights", part, quantization.dtype) for part in (scales, biases))
+    return dequantize(weight, scales, biases)

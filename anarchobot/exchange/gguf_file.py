@@ -12,11 +12,13 @@ import numpy as np
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import ModelConfig, RopeScaling
+from anarchobot.exchange import gguf_types
 from anarchobot.exchange.chat_format import ChatFormat
-from anarchobot.exchange.dtypes import Dtype, Float32, to_dtype
+from anarchobot.exchange.dtypes import Float32, check_float16
 from anarchobot.exchange.tokenizer_json import CONTROL
 from anarchobot.model.architecture import architecture
 from anarchobot.model.llama.rope import inverse_frequencies
+from anarchobot.model.parameters import parameter_shapes
 from anarchobot.tokenizers.sentencepiece_to_json import NORMAL, UNUSED, USER_DEFINED, NotConvertible, unknown_id
 from anarchobot.tokenizers.special_tokens import AddedToken
 from anarchobot.tokenizers.tokenizer import (
@@ -28,6 +30,7 @@ from anarchobot.tokenizers.tokenizer import (
 )
 
 FILE_NAME = "model.gguf"
+ROPE_FREQUENCIES = "rope_freqs.weight"
 ADDED_SCORE = -1000.0  # of tokens that are not pieces of the SentencePiece model, as llama.cpp's own converter writes
 Fields = dict[str, Any]  # by the name of a GGUFWriter.add_… method
 _IN_BLOCK = {
@@ -60,20 +63,25 @@ def gguf_package() -> Any:
 
 
 def write(
-    path: Path, name: str, params: dict[str, Float32], model: ModelConfig, tokenizer: Fields, dtype: Dtype
+    path: Path, name: str, params: dict[str, Float32], model: ModelConfig, tokenizer: Fields, file_type: str
 ) -> None:
-    """Writes matrices as `dtype`, norms and biases as float32, as llama.cpp requires.
+    """Writes a file of one of the types of gguf_types.py.
 
-    `tokenizer` is the result of `tokenizer_fields`. Raises UserError if a value overflows `dtype`.
+    `tokenizer` is the result of `tokenizer_fields`. Raises UserError if a value overflows the type, and, for K-quants,
+    if llama.cpp is missing or fails.
     """
+    if file_type in gguf_types.K_QUANTS:
+        source = path.with_suffix(".f32.gguf")
+        write(source, name, params, model, tokenizer, "f32")
+        gguf_types.quantize_file(source, path, file_type)
+        source.unlink()
+        return
     gguf = gguf_package()
-    model_type = architecture(model.architecture).to_hf(model)["model_type"]
-    model_type = "llama" if model_type == "mistral" else model_type  # to llama.cpp, a Mistral is a Llama
+    model_type = _model_type(model)
     writer = gguf.GGUFWriter(path, model_type)
-    file_types = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
     fields = {
         "name": name,
-        "file_type": gguf.LlamaFileType[file_types[dtype]],
+        "file_type": gguf.LlamaFileType[gguf_types.file_type(file_type)],
         "quantization_version": gguf.GGML_QUANT_VERSION,
         "vocab_size": model.vocab_size,
         "context_length": model.max_seq_len,
@@ -95,22 +103,53 @@ def write(
     elif model.rope_scaling.type == "llama3":
         plain = model.model_copy(update={"rope_scaling": RopeScaling()})
         divisors = inverse_frequencies(plain, None, 1) / inverse_frequencies(model, None, 1)
-        writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
+        writer.add_tensor(ROPE_FREQUENCIES, divisors.astype(np.float32))
     for key, value in fields.items():
         getattr(writer, f"add_{key}")(value)
     for param_name, array in params.items():
-        if model_type == "llama" and param_name.endswith((".q_proj.weight", ".k_proj.weight")):
+        if _is_interleaved(param_name, model_type):
             array = interleave(array, model.head_size)
-        stored = to_dtype(param_name, array, dtype) if array.ndim == 2 else array
-        if stored.dtype == np.uint16:  # bfloat16, which the package expects as bytes
-            bits = np.ascontiguousarray(stored).view(np.uint8)
-            writer.add_tensor(tensor_name(param_name), bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
-        else:
-            writer.add_tensor(tensor_name(param_name), np.ascontiguousarray(stored))
+        kind = gguf_types.tensor_type(param_name, array.shape, params, file_type)
+        if kind not in ("f32", "bf16"):
+            check_float16(param_name, array)  # of weights, or of the scale of a block
+        stored_type = gguf.GGMLQuantizationType[kind.upper()]
+        stored = gguf.quants.quantize(np.ascontiguousarray(array), stored_type)
+        writer.add_tensor(tensor_name(param_name), stored, raw_dtype=stored_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def read_parameters(path: Path, model: ModelConfig) -> dict[str, Float32]:
+    """The parameters of a file that `write` wrote, dequantized."""
+    gguf = gguf_package()
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    params: dict[str, Float32] = {}
+    for name in parameter_shapes(model):
+        tensor = tensors[tensor_name(name)]
+        array = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        params[name] = deinterleave(array, model.head_size) if _is_interleaved(name, _model_type(model)) else array
+    return params
+
+
+def stored_types(path: Path) -> dict[str, tuple[str, int]]:
+    """The type and the number of bytes of each matrix, norm and bias in a file, by tensor name."""
+    tensors = gguf_package().GGUFReader(path).tensors
+    return {
+        tensor.name: (tensor.tensor_type.name.lower(), int(tensor.n_bytes))
+        for tensor in tensors
+        if tensor.name != ROPE_FREQUENCIES
+    }
+
+
+def _model_type(model: ModelConfig) -> str:
+    model_type: str = architecture(model.architecture).to_hf(model)["model_type"]
+    return "llama" if model_type == "mistral" else model_type  # to llama.cpp, a Mistral is a Llama
+
+
+def _is_interleaved(name: str, model_type: str) -> bool:
+    return model_type == "llama" and name.endswith((".q_proj.weight", ".k_proj.weight"))
 
 
 def tensor_name(name: str) -> str:
@@ -129,6 +168,12 @@ def interleave(projection: Float32, head_size: int) -> Float32:
     """
     halves = projection.reshape(-1, 2, head_size // 2, projection.shape[1])  # [H, 2, E/2, D]
     return halves.swapaxes(1, 2).reshape(projection.shape)
+
+
+def deinterleave(projection: Float32, head_size: int) -> Float32:
+    """The inverse of `interleave`."""
+    pairs = projection.reshape(-1, head_size // 2, 2, projection.shape[1])  # [H, E/2, 2, D]
+    return pairs.swapaxes(1, 2).reshape(projection.shape)
 
 
 def tokenizer_fields(tokenizer: Tokenizer, bos_id: int | None, chat: ChatFormat | None) -> Fields:

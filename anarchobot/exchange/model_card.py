@@ -9,7 +9,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from anarchobot.config.strict_yaml import dump
 from anarchobot.exchange.chat_format import ChatFormat
-from anarchobot.exchange.dtypes import Dtype
 from anarchobot.model.architecture import EXPORT_LIBRARIES, ExportTarget
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs.checkpoint import Checkpoint, read_best
@@ -35,12 +34,14 @@ def model_card(
     name: str,
     saved: Checkpoint,
     target: ExportTarget,
-    dtype: Dtype,
+    precision: str,
     tokenizer: Tokenizer,
     chat: ChatFormat | None,
     warnings: list[str],
+    stored: dict[str, str],
 ) -> str:
-    """Returns Markdown with the YAML front matter that model hubs read."""
+    """Returns Markdown with the YAML front matter that model hubs read. `precision` describes the weights, and `stored`
+    has the rows of a table about the files."""
     config, run = saved.config, saved.folder.parent
     logs = logs_dir(run, config.train.log_path)
     if not logs.is_dir():
@@ -61,7 +62,8 @@ def model_card(
         name=name,
         library=EXPORT_LIBRARIES[target],
         target=target,
-        dtype=dtype,
+        precision=precision,
+        stored=stored,
         parameters=f"{parameter_count(config.model):,}",
         state=saved.state,
         step=saved.step,

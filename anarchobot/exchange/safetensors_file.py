@@ -22,16 +22,19 @@ _CODES: dict[Dtype, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF1
 _NUMPY_TYPES: dict[str, type[np.generic]] = {
     "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32
 }  # fmt: skip
+Array = npt.NDArray[Any]
 MAX_ELEMENTS = 2**48
 MAX_DIMENSIONS = 8  # models have at most 2; NumPy's limit depends on its version
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
-def write(path: Path, tensors: Mapping[str, Float32], dtype: Dtype, metadata: Mapping[str, str]) -> None:
-    """Writes all `tensors` as `dtype`. Raises UserError if a value overflows it."""
+def write(path: Path, tensors: Mapping[str, Array], dtype: Dtype, metadata: Mapping[str, str]) -> None:
+    """Writes float32 arrays as `dtype` and uint32 arrays, the integers of quantized matrices, as they are. Raises
+    UserError if a value overflows `dtype`."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    code, start = _CODES[dtype], 0
+    start = 0
     for name, array in tensors.items():
+        code = "U32" if array.dtype == np.uint32 else _CODES[dtype]
         end = start + array.size * np.dtype(_NUMPY_TYPES[code]).itemsize
         header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [start, end]}
         start = end
@@ -40,7 +43,8 @@ def write(path: Path, tensors: Mapping[str, Float32], dtype: Dtype, metadata: Ma
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, array in tensors.items():
-            file.write(np.ascontiguousarray(to_dtype(name, array, dtype)).data)
+            stored = array if array.dtype == np.uint32 else to_dtype(name, array, dtype)
+            file.write(np.ascontiguousarray(stored).data)
 
 
 @dataclass(frozen=True)

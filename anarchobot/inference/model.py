@@ -40,9 +40,14 @@ def load_model(path: str | Path, base_model: str | None = None) -> tuple[Model, 
     pretrained = load_with_adapter(str(path), base_model)
     for warning in pretrained.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    return to_device(pretrained), pretrained.config
+
+
+def to_device(pretrained: PretrainedModel) -> Model:
+    """The model with its parameters as MLX arrays, in the dtype of `load_model`."""
     dtype = mx.float32 if on_cpu() else getattr(mx, pretrained.config.train.precision or "bfloat16")
     wire_memory()
-    return Model(_load_params(pretrained, dtype), pretrained.model, pretrained.tokenizer), pretrained.config
+    return Model(_load_params(pretrained, dtype), pretrained.model, pretrained.tokenizer)
 
 
 def _load_params(pretrained: PretrainedModel, dtype: mx.Dtype) -> Params:

@@ -135,6 +135,36 @@ def check_format(values: Mapping[str, Any], file: str) -> None:
             raise UserError(f"{file}: quantization: mode {mode!r} is not supported: expected affine")
 
 
+def quantize(array: Float32, packing: Packing) -> tuple[Array, Float32, Float32]:
+    """The integers, in memory form, scales and biases that `mx.quantize` makes of a matrix [out, in].
+
+    The integers of a group of columns count multiples of its scale from the end of its range with the larger magnitude,
+    the bias. The scale is adjusted so that zero stays exactly zero.
+    """
+    groups = array.reshape(len(array), -1, packing.group_size)
+    low, high = groups.min(axis=2), groups.max(axis=2)
+    steps = np.float32(2**packing.bits - 1)
+    scales = np.maximum((high - low) / steps, np.float32(1e-7))
+    far_low = np.abs(low) > np.abs(high)
+    scales, edges = np.where(far_low, scales, -scales), np.where(far_low, low, high)
+    at_zero = np.rint(edges / scales)
+    scales = np.where(at_zero != 0, edges / np.where(at_zero != 0, at_zero, 1), scales)
+    biases = np.where(at_zero != 0, edges, np.float32(0))
+    integers = np.clip(np.rint((groups - biases[..., None]) / scales[..., None]), 0, steps).astype(np.uint32)
+    return _pack(integers.reshape(len(array), -1, 32), packing.bits), scales, biases
+
+
+def _pack(columns: Array, bits: int) -> Array:
+    """Integers of `bits` bits [out, in / 32, 32] as words [out, in / 32, bits]."""
+    words = np.zeros((*columns.shape[:2], bits), np.uint32)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        words[..., word] |= columns[..., i] << np.uint32(shift)
+        if shift + bits > 32:  # continues in the next word
+            words[..., word + 1] |= columns[..., i] >> np.uint32(32 - shift)
+    return words
+
+
 def dequantize(weight: Array, scales: Float32, biases: Float32) -> Float32:
     """float32 [out, in] of integers in memory form, [out, in / 32, bits]."""
     rows, blocks, bits = weight.shape

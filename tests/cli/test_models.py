@@ -1,6 +1,7 @@
 """`anarchobot export` and `import`: output, and one-line errors with exit code 2."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,47 @@ def test_export_and_import_round_trip(run: Path, tmp_path: Path, capsys: Capture
     assert (tmp_path / "gguf" / "model.gguf").stat().st_size > 10000
 
 
+def test_quantized_exports_print_bits_and_losses(run: Path, tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "text.txt").write_text("Some words to score.\n" * 20)
+    text = ["--eval-text", str(tmp_path / "text.txt")]
+    words = ["export", "--checkpoint", str(run), "--output", str(tmp_path / "mlx"), "--to", "mlx", "--bits", "4"]
+    assert main([*words, "--group-size", "32", *text]) == 0
+    captured = capsys.readouterr()
+    first, second = captured.out.splitlines()
+    assert first.startswith(f"{tmp_path / 'mlx'}: ") and ", 4 bits in groups of 32, " in first
+    assert re.fullmatch(r"bits per byte on text\.txt: \d\.\d{4} before, \d\.\d{4} after", second)
+    assert "1 of 1 documents" in captured.err and "warning: " in captured.err
+    words = ["export", "--checkpoint", str(run), "--output", str(tmp_path / "gguf"), "--to", "gguf", "--type", "Q8_0"]
+    assert main([*words, "--json"]) == 0
+    captured = capsys.readouterr()
+    done: dict[str, Any] = json.loads(captured.out)
+    assert done["dtype"] == "q8_0" and done["bits_per_byte"] is None and captured.err == ""  # the run has no shards
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("export --checkpoint nothere --to hf --output out", "nothere: no checkpoint"),
-        ("export --checkpoint RUN --to onnx --output out", "argument --to: expected one of hf, mlx, gguf, got 'onnx'"),
+        ("export --checkpoint RUN --to onnx --output out", "argument --to: expected one of hf, mlx, gguf, "),
+        (
+            "export --checkpoint RUN --to mlx --bits 7 --output out",
+            "argument --bits: expected one of 2, 3, 4, 5, 6, 8, got '7'",
+        ),
+        (
+            "export --checkpoint RUN --to mlx --bits 4 --group-size 16 --output out",
+            "argument --group-size: expected one of 32, 64, 128, got '16'",
+        ),
+        ("export --checkpoint RUN --to mlx --bits 4 --mixed 4 --output out", "argument --mixed: expected more bits"),
+        ("export --checkpoint RUN --to mlx --group-size 32 --output out", "argument --group-size: only with --bits"),
+        ("export --checkpoint RUN --to hf --bits 4 --output out", "argument --bits: only with --to mlx"),
+        ("export --checkpoint RUN --to gguf --bits 4 --output out", "a GGUF file has --type"),
+        ("export --checkpoint RUN --to mlx --type q4_0 --output out", "argument --type: only with --to gguf"),
+        ("export --checkpoint RUN --to gguf --type q4_k --output out", "got 'q4_k'; did you mean 'q4_k_"),
+        (
+            "export --checkpoint RUN --to gguf --type q4_0 --dtype float16 --output out",
+            "argument --dtype: not with --type",
+        ),
+        ("export --checkpoint RUN --to mlx --bits 4 --eval-text nothere.txt --output out", "nothere.txt"),
         (
             "export --checkpoint RUN --to hf --output out --dtype int8",
             "argument --dtype: expected one of float32",

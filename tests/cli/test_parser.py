@@ -38,7 +38,9 @@ SURFACE = {
     "train": ["TEXTS", "--chat", "--dry-run", "--model", "--output", "--time"],
     "launch": ["COMMAND", "--backend", "--hostfile", "--hosts", "--ranks"],
     "adapt-vocab": ["CONFIG", "KEY=VALUE"],
-    "export": ["--checkpoint", "--dtype", "--output", "--to"],
+    "export": [
+        "--bits", "--checkpoint", "--dtype", "--eval-text", "--group-size", "--mixed", "--output", "--to", "--type",
+    ],
     "import": ["DIR", "--output"],
     "fuse": ["--adapter", "--model", "--output"],
     "selftest": ["--faults", "--kills", "--seed"],
@@ -166,7 +168,7 @@ def test_help_shows_the_default_of_every_option(command: str) -> None:
         ("serve", "--port", "(default: 8080)"),
         ("kb search", "--kb", "; required]"),
         ("chat", "--kb", "default: the model's setting, else none]"),
-        ("export", "--dtype", "(default: float32)"),
+        ("export", "--dtype", "(default: float32, or bfloat16 with --bits)"),
         ("tokenizer train", "--output", "(default: train.tokenizer_path)"),
     ],
 )
@@ -305,6 +307,10 @@ def test_errors_suggest_the_nearest_name(words: str, message: str) -> None:
         ("serve --temp 0", "generation.temperature=VALUE"),
         ("chat --chekpoint c", "--checkpoint"),  # the reason why the required flag is missing
         ("export --model c", "--checkpoint"),
+        ("export --checkpoint c --to mlx --output o --q-bits 4", "--bits"),
+        ("export --checkpoint c --to mlx --output o --q-group-size 32", "--group-size"),
+        ("export --checkpoint c --to mlx --output o --quant-predicate mixed_4_6", "--mixed"),
+        ("export --checkpoint c --to gguf --output o --outtype q8_0", "--type"),
         ("list", "runs"),
         ("ls", "runs"),
         ("kb ls", "list"),
