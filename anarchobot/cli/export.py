@@ -16,7 +16,11 @@ def add_export(commands: Any) -> None:
     export = add_command(commands, "export", _export, "export a model to transformers, mlx-lm or llama.cpp")
     export.add_argument("--checkpoint", required=True, metavar="PATH", help="run folder or step_… folder")
     export.add_argument(
-        "--to", required=True, metavar="hf|mlx|gguf", help="hf: transformers; mlx: mlx-lm; gguf: llama.cpp and Ollama"
+        "--to",
+        required=True,
+        metavar="hf|mlx|gguf|ollama|lmstudio",
+        help="hf: transformers; mlx: mlx-lm; gguf: llama.cpp; ollama: a GGUF file and a Modelfile; lmstudio: a GGUF "
+        "file named as in LM Studio's folder",
     )
     export.add_argument("--output", required=True, metavar="DIR", help="new or empty folder to write")
     export.add_argument(
@@ -56,12 +60,13 @@ def add_export(commands: Any) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from anarchobot.exchange.dtypes import DTYPES
+    from anarchobot.exchange.exporting import FORMATS, export
     from anarchobot.exchange.gguf_types import TYPES
-    from anarchobot.model.architecture import EXPORT_LIBRARIES
+    from anarchobot.exchange.mlx_quantization import MlxQuantization
     from anarchobot.model.quantization import BITS, GROUP_SIZES
 
     for flag, value, choices in (
-        ("--to", args.to, tuple(EXPORT_LIBRARIES)),
+        ("--to", args.to, tuple(FORMATS)),
         ("--dtype", args.dtype, DTYPES),
         ("--bits", args.bits, BITS),
         ("--group-size", args.group_size, GROUP_SIZES),
@@ -70,13 +75,9 @@ def _export(args: argparse.Namespace) -> None:
     ):
         if value is not None and value not in choices:
             names = [str(choice) for choice in choices]
-            hint = "; Ollama reads gguf" if value == "ollama" else did_you_mean(str(value), names)
-            raise UserError(f"argument {flag}: expected one of {', '.join(names)}, got '{value}'{hint}")
-    _check_combination(args)
-
-    from anarchobot.exchange.exporting import export
-    from anarchobot.exchange.mlx_quantization import MlxQuantization
-
+            near = did_you_mean(str(value), names)
+            raise UserError(f"argument {flag}: expected one of {', '.join(names)}, got '{value}'{near}")
+    _check_combination(args, FORMATS[args.to])
     quantization = None if args.bits is None else MlxQuantization(args.bits, args.group_size or 64, args.mixed)
     dtype: Dtype = args.dtype or ("float32" if quantization is None else "bfloat16")
     held_out = _held_out(args)
@@ -94,12 +95,12 @@ def _export(args: argparse.Namespace) -> None:
     print_result(args, done, *lines)
 
 
-def _check_combination(args: argparse.Namespace) -> None:
+def _check_combination(args: argparse.Namespace, target: str) -> None:
     """Raises UserError for flags that do not go together."""
-    if args.bits is not None and args.to != "mlx":
+    if args.bits is not None and target != "mlx":
         raise UserError("argument --bits: only with --to mlx; a GGUF file has --type")
-    if args.type is not None and args.to != "gguf":
-        raise UserError("argument --type: only with --to gguf; for mlx-lm there is --bits")
+    if args.type is not None and target != "gguf":
+        raise UserError("argument --type: only with --to gguf, ollama or lmstudio; for mlx-lm there is --bits")
     if args.type is not None and args.dtype is not None:
         raise UserError("argument --dtype: not with --type, which says how all weights are stored: remove one")
     for flag, value in (("--group-size", args.group_size), ("--mixed", args.mixed)):

@@ -4,11 +4,11 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import ModelConfig
-from anarchobot.exchange import gguf_file, gguf_types
+from anarchobot.exchange import gguf_file, gguf_types, ollama
 from anarchobot.exchange.atomic_folder import atomic_folder
 from anarchobot.exchange.chat_format import load_chat_format, stop_ids
 from anarchobot.exchange.dtypes import Dtype, Float32
@@ -24,6 +24,11 @@ from anarchobot.runs import checkpoint
 from anarchobot.storage.free_space import require_space
 from anarchobot.tokenizers.tokenizer import text_start
 
+Program = Literal["hf", "mlx", "gguf", "ollama", "lmstudio"]
+FORMATS: dict[Program, ExportTarget] = {
+    "hf": "hf", "mlx": "mlx", "gguf": "gguf", "ollama": "gguf", "lmstudio": "gguf"
+}  # fmt: skip
+
 
 class HeldOut(NamedTuple):
     """Text that was not trained on: `bits_per_byte` is the loss of a model on it. `name` describes it."""
@@ -34,7 +39,7 @@ class HeldOut(NamedTuple):
 
 def export(
     path: str | Path,
-    target: ExportTarget,
+    program: Program,
     output: str | Path,
     dtype: Dtype = "float32",
     *,
@@ -42,16 +47,17 @@ def export(
     gguf_type: str | None = None,
     held_out: HeldOut | None = None,
 ) -> dict[str, Any]:
-    """Writes the checkpoint at `path` to the new or empty folder `output`; returns a summary with warnings.
+    """Writes the checkpoint at `path` for `program` to the new or empty folder `output`; returns a summary with
+    warnings.
 
-    `quantization` is for target mlx. `gguf_type` is one of gguf_types.TYPES; by default, that of `dtype`. With
+    `quantization` is for program mlx. `gguf_type` is one of gguf_types.TYPES; by default, that of `dtype`. With
     `held_out`, the loss of the model is measured before and after.
 
-    Raises UserError, before anything is written, if there is no checkpoint, `target` does not support the model or its
-    tokenizer, or `output` is not empty.
+    Raises UserError, before anything is written, if there is no checkpoint, the format does not support the model or
+    its tokenizer, or `output` is not empty.
     """
     saved = checkpoint.find(path, files=(checkpoint.MODEL_FILE,))
-    model = saved.config.model
+    model, target = saved.config.model, FORMATS[program]
     arch = architecture(model.architecture)
     for problem in arch.unsupported_for_export(model, target):
         raise UserError(f"{saved.folder}: can't be exported to {target}: {problem}")
@@ -70,7 +76,12 @@ def export(
         if gguf_type in gguf_types.K_QUANTS:
             gguf_types.llama_cpp()
         fields = gguf_file.tokenizer_fields(tokenizer, bos_id, chat)
+        gguf_name = f"{Path(output).name}-{gguf_type}.gguf" if program == "lmstudio" else gguf_file.FILE_NAME
         files = {}
+        if program == "ollama":
+            text, differences = ollama.modelfile(gguf_name, tokenizer, chat, saved.config)
+            files[ollama.FILE] = text.encode()
+            warnings += differences
     else:
         files = tokenizer_files(tokenizer, model.max_seq_len, bos_id, chat)
         if json.loads(files["tokenizer.json"])["model"]["type"] == "Unigram":
@@ -83,8 +94,8 @@ def export(
     require_space(Path(output), bits * sum(array.size for array in params.values()) // 8)
     with atomic_folder(Path(output)) as folder:
         if gguf_type is not None:
-            gguf_file.write(folder / gguf_file.FILE_NAME, name, params, model, fields, gguf_type)
-            weights = weights_in_gguf(folder / gguf_file.FILE_NAME, params, gguf_type)
+            gguf_file.write(folder / gguf_name, name, params, model, fields, gguf_type)
+            weights = weights_in_gguf(folder / gguf_name, params, gguf_type)
         else:
             weights = write_safetensors(folder, params, target, dtype, quantization, model.n_layers)
             ends = stop_ids(tokenizer) if chat is None else chat.stop_ids
@@ -94,13 +105,15 @@ def export(
             (folder / file_name).write_bytes(content)
         del params  # frees them before the model is computed
         warnings += weights.warnings
-        losses = None if held_out is None else _measure(saved, folder, target, held_out)
-        card = model_card(name, saved, target, weights.precision, tokenizer, chat, warnings, _stored(weights, losses))
+        losses = None if held_out is None else _measure(saved, folder, held_out)
+        card = model_card(
+            name, saved, program, target, weights.precision, tokenizer, chat, warnings, _stored(weights, losses)
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
         sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     return {
         "output": str(output),
-        "format": target,
+        "format": program,
         "dtype": weights.precision,
         "bits_per_weight": weights.bits_per_weight,
         "types": weights.types,
@@ -120,12 +133,12 @@ def _load_parameters(saved: checkpoint.Checkpoint) -> dict[str, Float32]:
     return architecture(model.architecture).export_parameters(params, model)
 
 
-def _measure(saved: checkpoint.Checkpoint, folder: Path, target: ExportTarget, held_out: HeldOut) -> dict[str, Any]:
+def _measure(saved: checkpoint.Checkpoint, folder: Path, held_out: HeldOut) -> dict[str, Any]:
     """The loss of the checkpoint and of the exported model in `folder`."""
     original = load_pretrained(str(saved.folder))
-    if target == "gguf":
+    if files := list(folder.glob("*.gguf")):
         model = original.model.model_copy(update={"embedding_scale": None})  # multiplied into the embedding
-        weights: Mapping[str, Array] = gguf_file.read_parameters(folder / gguf_file.FILE_NAME, original.model)
+        weights: Mapping[str, Array] = gguf_file.read_parameters(files[0], original.model)
     else:
         read = load_pretrained(str(folder))
         model, weights = read.model.model_copy(update={"bos_id": original.model.bos_id}), read.weights

@@ -33,6 +33,7 @@ class Curve(NamedTuple):
 def model_card(
     name: str,
     saved: Checkpoint,
+    program: str,
     target: ExportTarget,
     precision: str,
     tokenizer: Tokenizer,
@@ -40,8 +41,8 @@ def model_card(
     warnings: list[str],
     stored: dict[str, str],
 ) -> str:
-    """Returns Markdown with the YAML front matter that model hubs read. `precision` describes the weights, and `stored`
-    has the rows of a table about the files."""
+    """Returns Markdown with the YAML front matter that model hubs read. `program` is the one that the files
+    are for, `precision` describes the weights, and `stored` has the rows of a table about the files."""
     config, run = saved.config, saved.folder.parent
     logs = logs_dir(run, config.train.log_path)
     if not logs.is_dir():
@@ -62,6 +63,7 @@ def model_card(
         name=name,
         library=EXPORT_LIBRARIES[target],
         target=target,
+        program=program,
         precision=precision,
         stored=stored,
         parameters=f"{parameter_count(config.model):,}",
