@@ -1,6 +1,7 @@
 """`anarchobot export`."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anarchobot.cli.parser import add_command, non_negative
@@ -56,6 +57,10 @@ def add_export(commands: Any) -> None:
         help="measure bits per byte before and after on text files (default: if quantized, on the run's validation "
         "shards)",
     )
+    export.add_argument(
+        "--push", metavar="ORG/NAME", help="upload the folder to the Hugging Face Hub, as a private model (default: no)"
+    )
+    export.add_argument("--public", action="store_true", help="upload as a public model (default: private)")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -63,6 +68,7 @@ def _export(args: argparse.Namespace) -> None:
     from anarchobot.exchange.exporting import FORMATS, export
     from anarchobot.exchange.gguf_types import TYPES
     from anarchobot.exchange.mlx_quantization import MlxQuantization
+    from anarchobot.exchange.upload import check_paths, check_repo, upload
     from anarchobot.model.quantization import BITS, GROUP_SIZES
 
     for flag, value, choices in (
@@ -79,6 +85,8 @@ def _export(args: argparse.Namespace) -> None:
             raise UserError(f"argument {flag}: expected one of {', '.join(names)}, got '{value}'{near}")
     _check_combination(args, FORMATS[args.to])
     quantization = None if args.bits is None else MlxQuantization(args.bits, args.group_size or 64, args.mixed)
+    if args.push is not None:
+        check_repo(args.push)  # before the work
     dtype: Dtype = args.dtype or ("float32" if quantization is None else "bfloat16")
     held_out = _held_out(args)
     done = export(
@@ -92,7 +100,15 @@ def _export(args: argparse.Namespace) -> None:
     if done["bits_per_byte"] is not None:
         text, before, after = done["bits_per_byte"].values()
         lines.append(f"bits per byte on {text}: {before:.4f} before, {after:.4f} after")
-    print_result(args, done, *lines)
+    if not args.json:  # before the upload, which may fail
+        print_result(args, done, *lines)
+    if args.push is not None:
+        check_paths(Path(args.output))
+        done["pushed"] = upload(Path(args.output), args.push, args.public)
+    if args.json:
+        print_result(args, done)
+    elif args.push is not None:
+        print(f"uploaded to {done['pushed']} ({'public' if args.public else 'private'})")
 
 
 def _check_combination(args: argparse.Namespace, target: str) -> None:
@@ -106,6 +122,8 @@ def _check_combination(args: argparse.Namespace, target: str) -> None:
     for flag, value in (("--group-size", args.group_size), ("--mixed", args.mixed)):
         if value is not None and args.bits is None:
             raise UserError(f"argument {flag}: only with --bits")
+    if args.public and args.push is None:
+        raise UserError("argument --public: only with --push")
     if args.mixed is not None and args.mixed <= args.bits:
         raise UserError(f"argument --mixed: expected more bits than --bits ({args.bits}), got {args.mixed}")
 

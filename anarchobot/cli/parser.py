@@ -41,6 +41,7 @@ FLAGS_ELSEWHERE = {
     "--q-group-size": ("--group-size",),
     "--quant-predicate": ("--mixed",),
     "--outtype": ("--type",),
+    "--upload-repo": ("--push",),
 }
 KEY_VALUE = re.compile(r"\w[\w.-]*=")  # a file with such a name can be given as ./NAME
 

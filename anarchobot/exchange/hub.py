@@ -27,6 +27,7 @@ SMALL_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"),
+    "README.md",  # with the license
     ".gitattributes",  # every repository has it: huggingface_hub warns if there is none of the files
 )
 WEIGHTS = ("model*.safetensors", "adapter*.safetensors")
@@ -70,6 +71,20 @@ def repo_name(folder: Path) -> str:
     return name if name == str(folder) else name.partition("@")[0]
 
 
+def hub_name(text: str) -> str | None:
+    """Returns `text` if it is ORG/NAME or ORG/NAME@REVISION."""
+    return text if _NAME.fullmatch(text) else None
+
+
+def cached_file(name: str, file: str) -> Path | None:
+    """A file of the model ORG/NAME[@REVISION], if it is in the Hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repo, _, revision = name.partition("@")
+    path = try_to_load_from_cache(repo, file, revision=revision or None)
+    return Path(path) if isinstance(path, str) else None
+
+
 def pinned_name(path: str) -> str:
     """Returns ORG/NAME@COMMIT for a name of the Hub, so that it means the same files later, and a path as it is."""
     return path if Path(path).exists() else model_name(resolve_model(path))
@@ -104,7 +119,7 @@ def _snapshot(repo: str, revision: str | None) -> Path:
         denied = isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403)
         hint = "check the token (`hf auth login` or HF_TOKEN)" if denied else "try again"
         raise UserError(
-            f"{name}: can't be downloaded from the Hugging Face Hub ({_reason(error)}): {hint}, or give a local folder"
+            f"{name}: can't be downloaded from the Hugging Face Hub ({reason(error)}): {hint}, or give a local folder"
         ) from error
 
 
@@ -192,10 +207,10 @@ def _unreachable(error: Exception) -> str:
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set: unset it to download the model, or give a local folder"
     cause = error.__cause__ or error
-    return f"the Hugging Face Hub can't be reached ({_reason(cause)}): check the network, or give a local folder"
+    return f"the Hugging Face Hub can't be reached ({reason(cause)}): check the network, or give a local folder"
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The message in one line, without URLs: those of downloads are signed."""
     from huggingface_hub import errors
 

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from anarchobot.config.strict_yaml import dump
+from anarchobot.exchange.base_model import find_base_model
 from anarchobot.exchange.chat_format import ChatFormat
 from anarchobot.model.architecture import EXPORT_LIBRARIES, ExportTarget
 from anarchobot.model.parameters import parameter_count
@@ -41,8 +43,9 @@ def model_card(
     warnings: list[str],
     stored: dict[str, str],
 ) -> str:
-    """Returns Markdown with the YAML front matter that model hubs read. `program` is the one that the files
-    are for, `precision` describes the weights, and `stored` has the rows of a table about the files."""
+    """Returns Markdown with the YAML front matter that model hubs read. `program` is the one that the files are for,
+    `precision` describes the weights, and `stored` has the rows of a table about the files. Of absolute paths, only the
+    last part is shown: a card is made to be published."""
     config, run = saved.config, saved.folder.parent
     logs = logs_dir(run, config.train.log_path)
     if not logs.is_dir():
@@ -66,6 +69,7 @@ def model_card(
         program=program,
         precision=precision,
         stored=stored,
+        base=find_base_model(saved),
         parameters=f"{parameter_count(config.model):,}",
         state=saved.state,
         step=saved.step,
@@ -81,7 +85,7 @@ def model_card(
             if key not in ("step", "event", "time")
         },
         validations=[validations[step] for step in _evenly_spaced(sorted(validations), MAX_ROWS)],
-        settings=dump(config.model_dump()).rstrip(),
+        settings=dump(_without_folders(config.model_dump())).rstrip(),
     )
 
 
@@ -106,23 +110,32 @@ def _facts(
     }
     for i, sha256 in enumerate(state.get("shards", [])):
         folder = config.data.shard_dirs[i] if i < len(config.data.shard_dirs) else "?"
-        facts[f"data in `{folder}` (SHA-256 of its manifest)"] = f"`{sha256}`"
+        facts[f"data in `{_without_folders(folder)}` (SHA-256 of its manifest)"] = f"`{sha256}`"
     if "conversations" in state:
-        facts["training data"] = ", ".join(f"`{name}`" for name in config.data.datasets)
+        facts["training data"] = ", ".join(f"`{_without_folders(name)}`" for name in config.data.datasets)
         for label, sha256 in zip(("training data", "validation data"), state["conversations"], strict=False):
             facts[f"{label} (SHA-256)"] = f"`{sha256}`"
     if config.train.init_from is not None:
-        facts["initialized from"] = f"`{config.train.init_from}`"
+        facts["initialized from"] = f"`{_without_folders(config.train.init_from)}`"
     if "base" in state:
         facts["initialized from (SHA-256 of the weights)"] = f"`{state['base']}`"
     if config.lora.r is not None:
         facts["trained parameters"] = f"adapters of rank {config.lora.r}"
     if "imported" in state:
-        facts["imported from"] = f"`{state['imported']}`"
+        facts["imported from"] = f"`{_without_folders(state['imported'])}`"
     if "fused" in state:
-        model, adapter = state["fused"]
+        model, adapter = _without_folders(state["fused"])
         facts["fused from"] = f"`{model}` and the adapters in `{adapter}`"
     return facts
+
+
+def _without_folders(value: Any) -> Any:
+    """The value of a setting with the last part of each absolute path in it."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _best_validation(saved: Checkpoint, validations: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:

@@ -79,7 +79,8 @@ def modelfile(gguf: str, tokenizer: ChatTokenizer, chat: ChatFormat | None, conf
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     else:
         names = {i: text for text, i in tokenizer.control_tokens.items()}
-        stops = [names[i] for i in chat.stop_ids]
+        stops = [names[i] for i in chat.stop_ids if i in names]
+        warnings += [f"Ollama does not stop at token {i}, which is plain text" for i in chat.stop_ids if i not in names]
         bos = "" if chat.bos_id is None else chat.special_tokens["bos_token"]  # Ollama adds it, as the GGUF file says
         if (turns := find_turn_format(chat.template, bos)) is None:
             warnings.append(

@@ -39,7 +39,8 @@ SURFACE = {
     "launch": ["COMMAND", "--backend", "--hostfile", "--hosts", "--ranks"],
     "adapt-vocab": ["CONFIG", "KEY=VALUE"],
     "export": [
-        "--bits", "--checkpoint", "--dtype", "--eval-text", "--group-size", "--mixed", "--output", "--to", "--type",
+        "--bits", "--checkpoint", "--dtype", "--eval-text", "--group-size", "--mixed", "--output", "--public", "--push",
+        "--to", "--type",
     ],
     "import": ["DIR", "--output"],
     "fuse": ["--adapter", "--model", "--output"],
@@ -311,6 +312,7 @@ def test_errors_suggest_the_nearest_name(words: str, message: str) -> None:
         ("export --checkpoint c --to mlx --output o --q-group-size 32", "--group-size"),
         ("export --checkpoint c --to mlx --output o --quant-predicate mixed_4_6", "--mixed"),
         ("export --checkpoint c --to gguf --output o --outtype q8_0", "--type"),
+        ("export --checkpoint c --to hf --output o --upload-repo a/b", "--push"),
         ("list", "runs"),
         ("ls", "runs"),
         ("kb ls", "list"),

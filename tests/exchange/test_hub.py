@@ -16,7 +16,7 @@ import pytest
 
 from anarchobot.exchange import safetensors_file
 from anarchobot.exchange.exporting import export
-from anarchobot.exchange.hub import _reason, model_name, pinned_name, repo_name
+from anarchobot.exchange.hub import model_name, pinned_name, reason, repo_name
 from anarchobot.runs import checkpoint
 from tests.exchange.fake_hub import TOKEN, FakeHub, serve_hub
 from tests.exchange.random_run import make_run, random_parameters
@@ -117,7 +117,7 @@ def assert_imported(run: Path, model: Path) -> None:
 def test_only_needed_files_are_downloaded_and_only_once(hub: FakeHub, online: Worker, model: Path) -> None:
     commit = hub.add("acme/tiny", model)
     assert online.run("import", "acme/tiny", "--output", "imported")[0] == 0
-    unneeded = {"README.md", "pytorch_model.bin", "consolidated.safetensors", "modeling_tiny.py", "model-fp16"}
+    unneeded = {"pytorch_model.bin", "consolidated.safetensors", "modeling_tiny.py", "model-fp16"}
     assert hub.downloads("acme/tiny") == sorted({file.name for file in model.iterdir()} - unneeded)
     assert_imported(online.cwd / "imported", model)
     assert checkpoint.find(online.cwd / "imported").state["imported"] == f"acme/tiny@{commit}"
@@ -276,6 +276,6 @@ def test_names_of_folders_in_the_cache(tmp_path: Path) -> None:
     assert pinned_name(str(tmp_path)) == str(tmp_path)
 
 
-def test_reasons_do_not_contain_signed_urls() -> None:
-    assert _reason(OSError("no route to\nhttps://cdn.hf.co/a?signature=0123 now")) == "no route to URL now"
-    assert _reason(TimeoutError()) == "TimeoutError"
+def testreasons_do_not_contain_signed_urls() -> None:
+    assert reason(OSError("no route to\nhttps://cdn.hf.co/a?signature=0123 now")) == "no route to URL now"
+    assert reason(TimeoutError()) == "TimeoutError"
