@@ -13,7 +13,7 @@ from typing import Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from anarchobot.data.windows import Batch, ConcatWindows, Windows, gather
+from anarchobot.data.windows import Batch, ConcatWindows, Ints, Windows, gather
 
 ORDER_BLOCK = 4096  # positions permuted at once; one at a time would cost more than reading
 MIXTURE_PATTERN = 4096  # windows after which a mixture repeats; weights are accurate to 1 in 4,096
@@ -54,14 +54,29 @@ class TrainBatches:
 
     def at(self, position: int, micro_batches: int, micro_batch_size: int) -> Batch:
         """The batch that starts at window `position`, counted over the whole run, not the epoch."""
-        positions = np.arange(position, position + micro_batches * micro_batch_size)
+        owners, indices = self._draw(np.arange(position, position + micro_batches * micro_batch_size))
+        return gather(self._sets, owners, indices).micro_batches(micro_batches, micro_batch_size)
+
+    def drawn(self, first: int, end: int) -> Ints:
+        """The windows at positions [first, end), each once: sorted indices into the concatenation of all sets."""
+        starts = np.cumsum([0, *(s.count for s in self._sets)])
+        seen = np.zeros(starts[-1], bool)
+        for position in range(first, end, ORDER_BLOCK):
+            owners, indices = self._draw(np.arange(position, min(end, position + ORDER_BLOCK)))
+            seen[starts[owners] + indices] = True
+            if seen.all():
+                break
+        return np.flatnonzero(seen)
+
+    def _draw(self, positions: Ints) -> tuple[Ints, Ints]:
+        """The set and the window of each of increasing positions."""
         if len(self._sets) == 1:
-            return self._sets[0].rows(self._shuffle(positions, 0)).micro_batches(micro_batches, micro_batch_size)
+            return np.zeros_like(positions), self._shuffle(positions, 0)
         owners, positions = self._assign_sets(positions)
         indices = np.empty_like(positions)
         for s in np.unique(owners).tolist():
             indices[owners == s] = self._shuffle(positions[owners == s], s)
-        return gather(self._sets, owners, indices).micro_batches(micro_batches, micro_batch_size)
+        return owners, indices
 
     def _assign_sets(self, positions: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """The set that each position draws from, and the position within that set's sequence."""

@@ -7,7 +7,7 @@ Positions that are not targets hold IGNORE.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol, Self
 
@@ -33,15 +33,20 @@ class Batch:
 
     def micro_batches(self, count: int, size: int) -> Self:
         """[n, ...] as `count` micro-batches of `size` sequences."""
-        return self._map(lambda x: np.ascontiguousarray(x).reshape(count, size, *x.shape[1:]))
+        return self.map(lambda x: np.ascontiguousarray(x).reshape(count, size, *x.shape[1:]))
 
     def rows(self, start: int, stop: int) -> Self:
         """Sequences [start, stop) of every micro-batch."""
-        return self._map(lambda x: x[:, start:stop])
+        return self.map(lambda x: x[:, start:stop])
 
-    def _map(self, function: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Self:
-        arrays = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return replace(self, **{name: function(x) for name, x in arrays if x is not None})
+    def map(self, function: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Self:
+        return replace(self, **{name: function(x) for name, x in self.arrays()})
+
+    def arrays(self) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        """The fields that are set, by name."""
+        for field in fields(self):
+            if (x := getattr(self, field.name)) is not None:
+                yield field.name, x
 
 
 class Windows(Protocol):
@@ -69,13 +74,11 @@ def gather(sets: Sequence[Windows], owners: Ints, indices: Ints) -> Batch:
     if (owners == owners[0]).all():
         return sets[int(owners[0])].rows(indices)
     parts = [(owners == s, sets[s].rows(indices[owners == s])) for s in np.unique(owners).tolist()]
-    inputs, targets = (np.empty((len(owners), parts[0][1].inputs.shape[1]), np.int32) for _ in range(2))
-    segments = None if parts[0][1].segments is None else np.empty_like(inputs)
+    merged: Batch = parts[0][1].map(lambda x: np.empty((len(owners), *x.shape[1:]), x.dtype))
     for mask, rows in parts:
-        inputs[mask], targets[mask] = rows.inputs, rows.targets
-        if segments is not None and rows.segments is not None:
-            segments[mask] = rows.segments
-    return Batch(inputs, targets, segments)
+        for name, x in merged.arrays():
+            x[mask] = getattr(rows, name)
+    return merged
 
 
 def open_windows(

@@ -22,7 +22,7 @@ from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.loss import loss_sum
 from anarchobot.model.mlx_lm.frozen import cast_weights
 from anarchobot.model.parameters import init_parameters, parameter_shapes
-from anarchobot.model.step_options import MicroBatch, Objective, StepOptions
+from anarchobot.model.step_options import MicroBatch, StepOptions
 from anarchobot.numerics import eval_order
 from anarchobot.numerics.cores import CPU_MLP_ROWS, workers_for
 from anarchobot.numerics.device import on_cpu
@@ -39,7 +39,7 @@ from anarchobot.training.sharded_muon import ShardedMuon
 from anarchobot.training.workers import Workers
 
 Metrics = npt.NDArray[np.float64]  # the loss, and any extra metrics of an objective
-MicroBatchSlice = tuple[mx.array | None, ...]  # a worker's part of a micro-batch
+MicroBatchSlice = tuple[mx.array, mx.array, Any]  # a worker's inputs, targets and what `_with_extra` reads
 T = TypeVar("T")
 LENGTHS = 8  # to which rows with padding at the end are cut
 
@@ -162,15 +162,15 @@ class MLXEngine(BaseEngine[mx.array]):
         frozen: Params,
         inputs: mx.array,
         targets: mx.array,
-        extra: mx.array | None,
+        extra: Any,
         key: mx.array,
         scale: mx.array,
         sums: Params,
     ) -> tuple[mx.array, Params]:
         self.traces += 1
         self.options.profile.start()
-        segments, objective = self._segments_and_objective(targets, extra)
-        batch = MicroBatch(inputs, targets, scale, segments, key, self._config.lora.dropout, objective)
+        batch = MicroBatch(inputs, targets, scale, None, key, self._config.lora.dropout)
+        batch = self._with_extra(batch, extra)
         model, options = self._config.model, self.options
         loss_and_gradients = gradients(model, options.technique)
         return loss_and_gradients(params, batch, model, frozen=frozen, sums=sums, dtype=self.dtype, options=options)
@@ -179,17 +179,16 @@ class MLXEngine(BaseEngine[mx.array]):
         """A worker's rows of micro-batch `i`: inputs, targets and segments, [B / workers, L]. Rows of one text each are
         cut where only padding follows."""
         length = used_length(batch.targets[i]) if batch.segments is None else None
+        inputs, targets = (mx.array(self._part(x[i], worker)[:, :length]) for x in (batch.inputs, batch.targets))
+        return inputs, targets, None if batch.segments is None else mx.array(self._part(batch.segments[i], worker))
 
-        def part(x: npt.NDArray[np.int32]) -> mx.array:
-            return mx.array(np.array_split(x[i], self.workers.count)[worker][:, :length])
+    def _part(self, rows: npt.NDArray[Any], worker: int) -> npt.NDArray[Any]:
+        """A worker's part of the rows of a micro-batch."""
+        return np.array_split(rows, self.workers.count)[worker]
 
-        return part(batch.inputs), part(batch.targets), None if batch.segments is None else part(batch.segments)
-
-    def _segments_and_objective(
-        self, targets: mx.array, extra: mx.array | None
-    ) -> tuple[mx.array | None, Objective | None]:
-        """From the third array of `_slice`: segments, and the objective (None: cross-entropy)."""
-        return extra, None
+    def _with_extra(self, batch: MicroBatch, extra: Any) -> MicroBatch:
+        """Adds what the third of `_slice` holds: the segments."""
+        return batch._replace(segments=extra)
 
     def _all_reduce(self, grads: Params) -> Params:
         return self._sharded_muon.timed("exchange", lambda: self._ranks.all_reduce(grads))
@@ -370,7 +369,7 @@ def used_length(targets: npt.NDArray[np.int32]) -> int:
 
 
 def _any(rows: MicroBatchSlice) -> bool:
-    return rows[0] is not None and rows[0].size > 0
+    return bool(rows[0].size > 0)
 
 
 def _dropout_key(seed: int, step: int, micro_batch: int, worker: int) -> mx.array:

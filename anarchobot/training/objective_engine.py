@@ -4,13 +4,11 @@ from abc import abstractmethod
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-import numpy.typing as npt
 
 from anarchobot.data.windows import Batch
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.model.loss import token_losses
-from anarchobot.model.step_options import Objective
+from anarchobot.model.step_options import MicroBatch, Objective
 from anarchobot.training.mlx_engine import MLXEngine
 
 
@@ -19,15 +17,13 @@ class ObjectiveEngine(MLXEngine):
 
     @abstractmethod
     def _objective(self, targets: mx.array, extra: mx.array | None) -> Objective:
-        """The objective of a worker's rows, from the second and third array of `_slice`."""
+        """The objective of a worker's rows, from the targets and the third of `_slice`."""
 
     def _loss_denominator(self, batch: Batch) -> int:
         return int(batch.inputs.shape[1])
 
-    def _segments_and_objective(
-        self, targets: mx.array, extra: mx.array | None
-    ) -> tuple[mx.array | None, Objective | None]:
-        return None, self._objective(targets, extra)
+    def _with_extra(self, batch: MicroBatch, extra: Any) -> MicroBatch:
+        return batch._replace(objective=self._objective(batch.targets, extra))
 
     def _evaluate(self, params: Params, inputs: mx.array, targets: mx.array, extra: mx.array | None) -> mx.array:
         self.traces += 1
@@ -40,6 +36,3 @@ class ObjectiveEngine(MLXEngine):
         hidden = hidden.reshape(-1, hidden.shape[-1])
         losses = token_losses(hidden, params, targets.reshape(-1), model, self.options.loss_chunk)
         return -losses.reshape(inputs.shape)
-
-    def _part(self, rows: npt.NDArray[Any], worker: int) -> npt.NDArray[Any]:
-        return np.array_split(rows, self.workers.count)[worker]

@@ -91,8 +91,8 @@ class PreferenceEngine(ObjectiveEngine):
         """A worker's pairs of micro-batch `i`: inputs and targets [2 b, L], chosen and rejected alternating, and the
         log-probabilities of the reference model [b, 2]."""
         assert isinstance(batch, PairBatch)
-        reference = mx.array(self._part(batch.ref_log_probs[i], worker))
-        return *self._sequences(batch.inputs, batch.targets, i, worker), reference
+        inputs, targets = self._sequences(batch.inputs, batch.targets, i, worker)
+        return inputs, targets, mx.array(self._part(batch.ref_log_probs[i], worker))
 
     def _sequences(
         self, inputs: npt.NDArray[np.int32], targets: npt.NDArray[np.int32], i: int, worker: int
