@@ -245,6 +245,14 @@ ELSEWHERE = {
     "grpo.loss_type": "tests/model/test_grpo.py::test_loss_and_gradients_match_the_formulas",
     "grpo.scale_rewards": "tests/model/test_grpo.py::test_advantages",
     "grpo.mask_truncated_completions": "tests/training/test_grpo_engine.py::test_loss_and_gradients_match_pytorch",
+    "train.teacher": "tests/tasks/test_distillation.py::test_the_model_comes_close_to_its_teacher",
+    "distillation.loss": "tests/training/test_distillation_engine.py::test_loss_and_gradients_match_pytorch",
+    "distillation.weight": "tests/training/test_distillation_engine.py::test_loss_and_gradients_match_pytorch",
+    "distillation.temperature": "tests/training/test_distillation_engine.py::test_loss_and_gradients_match_pytorch",
+    "distillation.top_k": "tests/training/test_distillation_engine.py::test_loss_and_gradients_match_pytorch",
+    "distillation.cache_dir": (
+        "tests/tasks/test_distillation.py::test_predictions_are_computed_once_and_shared_by_seeds"
+    ),
     "train.patience": "tests/tasks/test_sft.py::test_patience_ends_a_run_without_improvement",
     "generation.stop": "tests/inference/test_generation.py::test_ends_before_the_first_stop_string",
     "generation.repetition_penalty": "tests/inference/test_generation.py::test_repetition_penalty",

@@ -137,6 +137,10 @@ def _plan_lines(result: dict[str, Any]) -> Iterator[str]:
     found = f"{largest} {unit}{whole}" if largest else "none fits"
     yield f"largest micro-batch within {budget} of this machine's {machine}: {found}"
     yield from _run_lines(result)
+    if result["teacher"] is not None:
+        cached = result["teacher_cache_bytes"]
+        size = "" if cached is None else f" of at most {_size(cached)}"
+        yield f"teacher: {result['teacher']}, a cache{size}; memory and time for computing it are not included"
     yield (
         f"checkpoint: {_size(checkpoint['model_bytes'])} model, {_size(checkpoint['optimizer_bytes'])} optimizer; "
         f"up to {checkpoint['most']} on disk, {_size(checkpoint['disk_bytes'])}"

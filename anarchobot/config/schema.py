@@ -346,6 +346,10 @@ class TrainConfig(Section):
     init_from: PathName | None = Field(
         None, description="run, checkpoint, Hugging Face folder or name (ORG/NAME) to initialize the weights from"
     )
+    teacher: PathName | None = Field(
+        None,
+        description="model with the same tokenizer whose predictions are learned too (distillation): as for init_from",
+    )
     trainable: Literal["all", "embeddings"] = Field(
         "all", description="parameters to train: all, or only the token embedding and output head"
     )
@@ -404,6 +408,24 @@ class LoraConfig(Section):
     )
     quantize: Literal[4, 8] | None = Field(
         None, description="bits per weight of the quantized frozen weights (QLoRA); default: train.precision"
+    )
+
+
+class DistillationConfig(Section):
+    """How `pretrain` and `sft` learn from the predictions of train.teacher."""
+
+    loss: Literal["forward_kl", "reverse_kl"] = Field(
+        "forward_kl", description="Kullback-Leibler divergence: KL(teacher, model), or reverse_kl: KL(model, teacher)"
+    )
+    weight: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="weight of the divergence in the loss; that of the cross-entropy is 1 - weight"
+    )
+    temperature: PositiveFloat = Field(1.0, description="divides the logits of both models before the divergence")
+    top_k: Positive = Field(
+        32, description="tokens per position whose probabilities are cached; all others count as one"
+    )
+    cache_dir: PathName | None = Field(
+        None, description="folder of cached predictions, which several runs can share; default: RUN/teacher"
     )
 
 
@@ -591,6 +613,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
+    distillation: DistillationConfig = DistillationConfig()
     chat: ChatConfig = ChatConfig()
     preference: PreferenceConfig = PreferenceConfig()
     grpo: GRPOConfig = GRPOConfig()

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from anarchobot.config.errors import did_you_mean
-from anarchobot.config.schema import Config, LoraConfig, ModelConfig, RopeScaling
+from anarchobot.config.schema import Config, DistillationConfig, LoraConfig, ModelConfig, RopeScaling, Section
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _WITH_ORIGINAL = ("factor", "original_max_seq_len")
@@ -95,6 +95,16 @@ def conflicts(config: Config, given: list[str]) -> Iterator[tuple[tuple[str, ...
             yield ("lora.adapter_format",), "peft: these adapters have mlx-lm's names: set it to mlx"
     yield from _lora_conflicts(config)
     yield from _grpo_conflicts(config)
+    if train.teacher is None and (changed := _changed(config.distillation, DistillationConfig())):
+        yield (
+            tuple(f"distillation.{key}" for key in changed),
+            "has no effect without train.teacher: set it, or remove the distillation section",
+        )
+    if train.teacher is not None and config.distillation.top_k > model.vocab_size:
+        yield (
+            ("distillation.top_k", "model.vocab_size"),
+            f"top_k ({config.distillation.top_k}) must be at most model.vocab_size ({model.vocab_size})",
+        )
 
 
 def _attention_conflicts(model: ModelConfig) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -164,9 +174,7 @@ def _lora_conflicts(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             ("lora.quantize", "model.d_model"),
             f"quantization requires d_model ({model.d_model}) to be a multiple of 64: remove lora.quantize",
         )
-    defaults = LoraConfig()
-    changed = [key for key in LoraConfig.model_fields if getattr(lora, key) != getattr(defaults, key)]
-    if lora.r is None and changed:
+    if lora.r is None and (changed := _changed(lora, LoraConfig())):
         yield (
             tuple(f"lora.{key}" for key in changed),
             "has no effect without lora.r: set it (such as lora.r=8), or remove the lora section",
@@ -201,3 +209,8 @@ def _grpo_conflicts(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
             f"completions per step, micro_batch_size x grad_accum_steps ({sequences}), must be a multiple of "
             f"num_generations ({grpo.num_generations})",
         )
+
+
+def _changed(section: Section, defaults: Section) -> list[str]:
+    """The keys of `section` whose values are not the default."""
+    return [key for key in type(section).model_fields if getattr(section, key) != getattr(defaults, key)]

@@ -119,6 +119,10 @@ def _facts(
         facts["initialized from"] = f"`{_without_folders(config.train.init_from)}`"
     if "base" in state:
         facts["initialized from (SHA-256 of the weights)"] = f"`{state['base']}`"
+    if config.train.teacher is not None:
+        facts["teacher"] = f"`{config.train.teacher}`"
+    if "teacher" in state:
+        facts["teacher (SHA-256 of the weights)"] = f"`{state['teacher']}`"
     if config.lora.r is not None:
         facts["trained parameters"] = f"adapters of rank {config.lora.r}"
     if "imported" in state:

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from anarchobot.config.schema import Technique
 from anarchobot.model.architecture import CPU_LOSS_CHUNK
+from anarchobot.model.distillation import TeacherTargets
 from anarchobot.numerics.eval_order import EvalOrder, depend
 from anarchobot.numerics.profiling import NO_PROFILE, Profile
 
@@ -22,7 +23,8 @@ class MicroBatch(NamedTuple):
 
     `segments` [B, L] number the documents of a row: a token sees only its own. `dropout_key` turns dropout on,
     including `adapter_dropout` of the adapters' inputs; the same key drops the same elements. With an `objective`, the
-    loss is that of the objective instead of the tokens' cross-entropy.
+    loss is that of the objective instead of the tokens' cross-entropy; with a `teacher` of [B, L, k], it also has the
+    divergence from the teacher (model/distillation.py).
     """
 
     tokens: mx.array
@@ -32,6 +34,7 @@ class MicroBatch(NamedTuple):
     dropout_key: mx.array | None = None
     adapter_dropout: float = 0.0
     objective: Objective | None = None
+    teacher: TeacherTargets | None = None
 
 
 @dataclass(frozen=True)

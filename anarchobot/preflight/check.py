@@ -46,6 +46,7 @@ class Context:
     loaded: "LoadedConfig" = field(init=False)
     adapt: "Loaded[AdaptConfig]" = field(init=False)  # set for adapt-vocab only
     base: "PretrainedModel | None" = None
+    teacher: "PretrainedModel | None" = None
     streams: "list[TokenStream]" = field(default_factory=list)
     windows: int | None = None  # training sequences per epoch
     steps: int | None = None

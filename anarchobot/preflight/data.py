@@ -22,6 +22,7 @@ from anarchobot.model.parameters import parameter_count
 from anarchobot.optim.schedule import sequences_per_step
 from anarchobot.preflight.check import Context, Outcome, check
 from anarchobot.tasks.adaptation import checks as adapt_checks
+from anarchobot.tasks.distillation import describe_teacher, open_teacher
 from anarchobot.tasks.pretrain import check_tokenizers, initial_weights
 from anarchobot.tokenizers.conversation import PreferencePair
 from anarchobot.tokenizers.tokenizer import load_tokenizer
@@ -147,7 +148,7 @@ def shards(context: Context) -> Outcome:
 def model_and_data(context: Context) -> Outcome:
     loaded, config = context.loaded, context.loaded.config
     data, train = config.data, config.train
-    check_tokenizers(loaded, context.streams)
+    context.teacher = open_teacher(loaded, check_tokenizers(loaded, context.streams))
     sets = [open_windows(stream, data.seq_len, data.pack, data.document_mask) for stream in context.streams]
     context.windows = TrainBatches(sets, train.seed, data.shard_weights).windows
     if train.init_from is not None:
@@ -172,7 +173,7 @@ def model_and_data(context: Context) -> Outcome:
     return (
         "pass",
         f"{parameter_count(config.model):,} parameters; sequences of {data.seq_len}: {context.windows:,} for training, "
-        f"{validation:,} for validation",
+        f"{validation:,} for validation{describe_teacher(loaded, context.teacher)}",
     )
 
 

@@ -11,6 +11,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.loading import LoadedConfig, load_config
 from anarchobot.config.schema import Config, PreferenceConfig
 from anarchobot.data.shards import read_manifest
+from anarchobot.data.teacher_cache import record_bytes
 from anarchobot.model.lora import trained_count
 from anarchobot.model.parameters import parameter_count
 from anarchobot.optim.schedule import sequences_per_step, total_steps
@@ -55,6 +56,10 @@ def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str,
     budget = memory_budget(config)
     fits = largest_micro_batch_size(config, budget, pairs=pairs)
     model_bytes, optimizer_bytes = checkpoint_bytes(config)
+    cached = None
+    if train.teacher is not None and tokens is not None:
+        available = tokens if windows is None else min(tokens, windows * length)
+        cached = available * record_bytes(config.distillation.top_k, model.vocab_size)
     return {
         "parameters": parameters,
         "trained_parameters": trained_count(model, config.lora),
@@ -81,6 +86,8 @@ def plan(loaded: LoadedConfig, deadline_hours: float | None = None) -> dict[str,
         "flops": None if tokens is None else flops * tokens,
         "deadline_hours": deadline_hours,
         "tokens_per_second": None if tokens is None or deadline_hours is None else tokens / (3600 * deadline_hours),
+        "teacher": train.teacher,
+        "teacher_cache_bytes": cached,  # at most
         "checkpoint": {
             "model_bytes": model_bytes,
             "optimizer_bytes": optimizer_bytes,
@@ -100,8 +107,8 @@ def is_preference_config(loaded: LoadedConfig) -> bool:
 
 
 def is_run_config(sections: set[str]) -> bool:
-    """Whether it is a run's config.yaml, which has all sections; in version 0.5 there was no grpo."""
-    return sections >= set(Config.model_fields) - {"grpo"}
+    """Whether it is a run's config.yaml, which has all sections; earlier versions had no distillation and no grpo."""
+    return sections >= set(Config.model_fields) - {"distillation", "grpo"}
 
 
 def _memory_values(memory: MemoryEstimate) -> dict[str, Any]:

@@ -107,6 +107,8 @@ def resumed_run(context: Context) -> Outcome:
     identity: dict[str, object] = {"shards": [stream.manifest.digest() for stream in context.streams]}
     if context.loaded.config.lora.r is not None and context.base is not None:
         identity["base"] = context.base.digest
+    if context.teacher is not None:
+        identity["teacher"] = context.teacher.digest
     check_same_run(start, context.loaded.config, identity)
     return "pass", f"resumes at step {start.step:,} from {start.folder}"
 

@@ -13,6 +13,7 @@ from anarchobot.optim.schedule import sequences_per_step, total_steps
 from anarchobot.preflight.check import Context, Outcome, check
 from anarchobot.preflight.plan import CONVERSATIONS_UNCOUNTED, is_preference_config, is_run_config, many_epochs
 from anarchobot.tasks.adaptation.checks import warnings
+from anarchobot.tasks.distillation import describe_teacher, open_teacher
 from anarchobot.tasks.finetuning import check_settings, load_tuning_config
 
 Command = Literal["pretrain", "sft", "dpo", "grpo", "adapt-vocab"]
@@ -57,7 +58,8 @@ def tuning_configuration(context: Context) -> Outcome:
     context.pairs = command == "dpo"
     check_settings(context.loaded, command)
     context.base = load_pretrained(str(context.loaded.config.train.init_from))
-    return _settings_given(context.loaded.sources)
+    context.teacher = open_teacher(context.loaded, context.base.tokenizer)
+    return _settings_given(context.loaded.sources, describe_teacher(context.loaded, context.teacher))
 
 
 @check("configuration", advice=FIX_CONFIG)
@@ -66,8 +68,8 @@ def adapt_configuration(context: Context) -> Outcome:
     return _settings_given({key for key in context.adapt.sources if key in leaf_keys(AdaptConfig)})
 
 
-def _settings_given(keys: Collection[str]) -> Outcome:
-    return "pass", f"{count(len(keys), 'setting')} given"
+def _settings_given(keys: Collection[str], more: str = "") -> Outcome:
+    return "pass", f"{count(len(keys), 'setting')} given{more}"
 
 
 @check("required fields", ("configuration",))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from anarchobot.config.schema import Config, LoraConfig, ModelConfig, TrainConfig
+from anarchobot.model.architecture import CPU_LOSS_CHUNK, GPU_LOSS_CHUNK
 from anarchobot.model.lora import GROUP, adapted_matrices, is_quantized, trained_shapes
 from anarchobot.model.parameters import parameter_shapes
 from anarchobot.model.quantization import Packing, packings
@@ -30,6 +31,7 @@ Device = Literal["gpu", "cpu"]
 Shapes = Mapping[str, tuple[int, ...]]
 # Automatic differentiation saves more than the hand-written gradients that are estimated: at most about so many times.
 AUTODIFF_MEMORY = 3
+TEACHER_ARRAYS = (1, 5)  # with a teacher, at temperature 1 and at others: more float32 arrays of a chunk of logits
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,11 @@ def estimate(
     activations, logits, forward, loss, backward, norm, update = phases
     if train.technique == "autodiff":
         activations, forward, loss, backward = (AUTODIFF_MEMORY * x for x in (activations, forward, loss, backward))
+    if train.teacher is not None:
+        chunk = -(-(train.loss_chunk or (CPU_LOSS_CHUNK if on_cpu else GPU_LOSS_CHUNK)) // workers)
+        arrays = TEACHER_ARRAYS[config.distillation.temperature != 1]
+        more = 4 * arrays * workers * min(rows * config.data.seq_len, chunk) * model.vocab_size
+        logits, loss = logits + more, loss + more
     return MemoryEstimate(
         weights=weights,
         gradients=workers * one_gradient,

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from anarchobot.config.schema import Config
+from anarchobot.data.teacher_cache import with_uniform_teacher
 from anarchobot.data.windows import Batch
 from anarchobot.exchange.pretrained import PretrainedModel
 from anarchobot.model.parameters import model_flops
@@ -44,6 +45,8 @@ def step_seconds(
         ids = rng.integers(0, config.model.vocab_size, (count, rows, length + 1), np.int32)
         segments = np.zeros(ids[..., 1:].shape, np.int32) if config.data.document_mask else None
         batch = Batch(ids[..., :-1].copy(), ids[..., 1:].copy(), segments)
+        if train.teacher is not None:
+            batch = with_uniform_teacher(batch, config.distillation.top_k)
         start = time.perf_counter()
         engine.train_step(batch, 1, 0.0, train.momentum, float("inf"))  # lr 0: everything runs, no weight changes
         return time.perf_counter() - start

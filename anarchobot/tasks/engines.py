@@ -55,10 +55,12 @@ def open_engine(config: Config, weights: Weights | None = None, ranks: Ranks = S
     device or package is missing."""
     if config.train.backend == "torch":
         return _open_torch(config, weights)
-    load_fast_blas()  # before MLX, which the next line imports
+    load_fast_blas()  # before MLX, which the next lines import
+    from anarchobot.training.distillation_engine import DistillationEngine
     from anarchobot.training.mlx_engine import MLXEngine
 
-    return _open_mlx(MLXEngine(config, weights, ranks), config)
+    engine = MLXEngine if config.train.teacher is None else DistillationEngine
+    return _open_mlx(engine(config, weights, ranks), config)
 
 
 def open_preference_engine(
@@ -110,6 +112,8 @@ def _open_torch(config: Config, weights: Weights | None) -> EngineHandle:
     from anarchobot.torch_backend.engine import TorchEngine
     from anarchobot.torch_backend.generation import generate, stream_token_ids
 
+    if config.train.teacher is not None:
+        raise UserError("train.backend: torch has no distillation: remove train.teacher, or set train.backend to mlx")
     if config.lora.r is not None:
         raise UserError("train.backend: torch has no LoRA: remove lora.r, or set train.backend to mlx")
     if config.train.trainable != "all":

@@ -50,6 +50,7 @@ UNUSED_KEYS = {
         **_GRPO_KEYS,
         **{f"chat.{key}": "applies only to sft" for key in ("train_on", "format", "rouge_samples", "pack")},
         "data.text_field": "applies only to sft",
+        "train.teacher": "applies only to pretrain and sft",
     },
     "grpo": {
         **_DOCUMENT_KEYS,
@@ -74,12 +75,13 @@ _LOSSES_WITH = {
 def load_tuning_config(path: str | None, overrides: Sequence[str | tuple[str, Any]]) -> LoadedConfig:
     """Loads a config whose model section is taken from the model in train.init_from."""
     loaded = load_config(path, overrides, base_model=lambda folder: load_pretrained(folder).model)
-    return replace(loaded, config=pin_base_model(loaded.config))
+    return replace(loaded, config=pin_models(loaded.config))
 
 
-def pin_base_model(config: Config) -> Config:
-    """Adds the commit to a model of the Hub in train.init_from: a run is resumed with the files it started from."""
-    train = config.train.model_copy(update={"init_from": pinned_name(str(config.train.init_from))})
+def pin_models(config: Config, keys: Sequence[str] = ("init_from", "teacher")) -> Config:
+    """Adds the commit to models of the Hub in `keys` of train: a run is resumed with the files it started from."""
+    paths = {key: path for key in keys if (path := getattr(config.train, key)) is not None}
+    train = config.train.model_copy(update={key: pinned_name(path) for key, path in paths.items()})
     return config.model_copy(update={"train": train})
 
 

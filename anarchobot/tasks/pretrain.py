@@ -14,8 +14,9 @@ from anarchobot.model.parameters import parameter_count
 from anarchobot.optim.param_groups import describe_groups, select_trainable
 from anarchobot.optim.schedule import describe_length, total_steps
 from anarchobot.system.micro_batch import resolve_micro_batch
+from anarchobot.tasks.distillation import Distillation, open_teacher
 from anarchobot.tasks.engines import Weights, open_engine, open_ranks
-from anarchobot.tasks.finetuning import pin_base_model
+from anarchobot.tasks.finetuning import pin_models
 from anarchobot.tasks.resume import find_start, validation_sequences
 from anarchobot.tasks.run import OutputMode, execute_run
 from anarchobot.tasks.technique import resolve_technique
@@ -40,7 +41,10 @@ def pretrain(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str
     streams = [TokenStream(folder, "train") for folder in data.shard_dirs]
     tokenizer = check_tokenizers(loaded, streams)
     train_sets = [open_windows(stream, data.seq_len, data.pack, data.document_mask) for stream in streams]
-    batches = TrainBatches(train_sets, train.seed, data.shard_weights)
+    shards = [stream.manifest.digest() for stream in streams]
+    teacher = open_teacher(loaded, tokenizer)
+    distillation = Distillation(loaded, teacher, train_sets, [*shards, data.seq_len, data.pack, data.document_mask])
+    batches = TrainBatches(distillation.sets, train.seed, data.shard_weights)
     val_set = ConcatWindows(
         [StreamWindows(TokenStream(folder, "val"), data.seq_len, data.document_mask) for folder in data.shard_dirs]
     )
@@ -52,7 +56,7 @@ def pretrain(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str
     # LoRA always needs the frozen base. Otherwise a checkpoint has all weights, and other ranks get them from rank 0.
     load_base = train.init_from is not None and (use_lora or (start.checkpoint is None and ranks.rank == 0))
     base = load_pretrained(str(train.init_from)) if load_base else None
-    config = config if base is None else pin_base_model(config)
+    config = pin_models(config, ["teacher", *([] if base is None else ["init_from"])])
     handle = open_engine(config, initial_weights(loaded, base) if base is not None else None, ranks)
 
     verifier = BackgroundVerifier(data.shard_dirs)
@@ -61,9 +65,10 @@ def pretrain(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str
         steps=total_steps(train, data.seq_len, batches.windows, ranks.size),
         identity={
             "val_sequences": val_sequences,
-            "shards": [stream.manifest.digest() for stream in streams],
+            "shards": shards,
             "tokenizer": digest(tokenizer),
             **({"base": base.digest, "precision": handle.precision} if use_lora and base is not None else {}),
+            **distillation.identity,
         },
         train=Prefetcher(batches, ranks.rank, ranks.size),
         val=ValBatches(val_set, train.micro_batch_size, val_sequences),
@@ -78,6 +83,7 @@ def pretrain(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str
         start,
         handle,
         before_training=lambda folder: copy_tokenizer(tokenizer, folder),
+        on_every_rank=lambda folder: distillation.prepare(run, start.checkpoint, batches, handle.precision, show),
         description=[*fit_messages, *technique_messages, *_describe(run, streams, handle.device, base)],
         trained_parameters=trained_count(config.model, config.lora),
         show=show,

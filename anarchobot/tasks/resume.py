@@ -25,6 +25,7 @@ FIXED = (
     *("train.seed", "train.trainable", "train.optimizer", "train.normuon", "train.muon_split_heads"),
     *("data.seq_len", "data.pack", "data.document_mask", "data.shard_weights"),
     *("lora.r", "lora.alpha", "lora.target_modules", "lora.num_layers", "lora.dora", "lora.rslora", "lora.quantize"),
+    *(f"distillation.{name}" for name in ("loss", "weight", "temperature", "top_k")),
     *(f"preference.{name}" for name in PreferenceConfig.model_fields),
     *(f"grpo.{name}" for name in GRPOConfig.model_fields),
 )
@@ -34,10 +35,14 @@ IDENTITY = {
     "conversations": ("data.dataset", "conversations"),
     "base": ("train.init_from", "weights"),
     "tokenizer": ("train.init_from", "tokens"),
+    "teacher": ("train.teacher", "teacher"),
 }
 MUTABLE_MODEL_KEYS = ("dropout", "max_seq_len", "bos_id")
 # Settings of how a run is started and where its files are, which don't affect training.
-UNTRACKED = ("train.checkpoint_path", "train.save_dir", "train.log_path", "train.supervise", "train.init_from")
+UNTRACKED = (
+    *("train.checkpoint_path", "train.save_dir", "train.log_path", "train.supervise", "train.init_from"),
+    *("train.teacher", "distillation.cache_dir"),
+)
 # Settings that may differ between the machines of several ranks.
 PER_MACHINE = ("data.shard_dir", "data.dataset", "train.tokenizer_path", "train.cpu_threads")
 
@@ -111,6 +116,8 @@ def check_same_run(saved: checkpoint.Checkpoint, config: Config, identity: Mappi
     for name, (key, what) in IDENTITY.items():
         if name == "tokenizer" and not (name in identity and name in saved.state):
             continue  # early versions did not record it
+        if name == "teacher" and name in identity and name not in saved.state:
+            raise UserError(f"{saved.folder}: this run was started without a teacher: remove {key}, or start a new run")
         if name in identity and name not in saved.state:
             raise UserError(f"{saved.folder}: this run was started by another command: start a new run elsewhere")
         before, now = saved.state.get(name), identity.get(name)
@@ -174,7 +181,7 @@ def restore(engine: Engine, run: Run, saved: checkpoint.Checkpoint) -> tuple[Run
     progress. Raises UserError if the checkpoint can't be read."""
     engine.load_state(checkpoint.load_arrays(saved, run.config.model, optimizer=True))
     progress = Progress.from_state(saved.state)
-    run = replace(run, steps=_total_steps(run, saved, progress))
+    run = replace(run, steps=resumed_steps(run, saved, progress))
     if run.identity.get("val_sequences") == saved.state.get("val_sequences", _eval_sequences(saved.config)):
         _restore_best(run, progress)
     else:  # a loss on other sequences can't be compared
@@ -182,8 +189,9 @@ def restore(engine: Engine, run: Run, saved: checkpoint.Checkpoint) -> tuple[Run
     return run, progress
 
 
-def _total_steps(run: Run, saved: checkpoint.Checkpoint, progress: Progress) -> int:
-    """If the batch size changed and the length is given in epochs or tokens, it applies to the remaining data."""
+def resumed_steps(run: Run, saved: checkpoint.Checkpoint, progress: Progress) -> int:
+    """The length of a resumed run in steps, from its start. If the batch size changed and the length is given in epochs
+    or tokens, it applies to the remaining data."""
     train = run.config.train
     before = sequences_per_step(saved.config.train, saved.state.get("ranks", 1))
     now = sequences_per_step(train, run.ranks.size)

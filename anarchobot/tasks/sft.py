@@ -9,9 +9,10 @@ from anarchobot.data.batches import Prefetcher, TrainBatches, ValBatches
 from anarchobot.data.conversations.reading import RowCounts, read_conversations
 from anarchobot.data.conversations.tokenized import ConversationWindows, tokenize_conversations
 from anarchobot.evaluation.rouge import rouge, rouge_package
-from anarchobot.exchange.pretrained import load_pretrained
+from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
 from anarchobot.optim.schedule import total_steps
 from anarchobot.system.micro_batch import resolve_micro_batch
+from anarchobot.tasks.distillation import Distillation, open_teacher
 from anarchobot.tasks.engines import EngineHandle, open_engine, open_ranks
 from anarchobot.tasks.finetuning import check_settings, finetune, generate_reply, resume_identity
 from anarchobot.tasks.resume import find_start, validation_sequences
@@ -30,12 +31,14 @@ def sft(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
     Raises UserError, before anything is written, if data, model, checkpoint and config do not match.
     """
     check_settings(loaded, "sft")
-    loaded, pack_notes = without_packing(loaded)
+    base = load_pretrained(str(loaded.config.train.init_from))
+    teacher = open_teacher(loaded, base.tokenizer)
+    loaded, pack_notes = without_packing(loaded, teacher)
     loaded, notes = resolve_micro_batch(loaded, several_ranks=detect_launcher() is not None)
     config = loaded.config
     data, chat, train = config.data, config.chat, config.train
     ranks = open_ranks(config)
-    base, start = load_pretrained(str(train.init_from)), find_start(loaded, ranks)
+    start = find_start(loaded, ranks)
     config, technique_messages = resolve_technique(config, "sft", start.checkpoint, ranks)
     val_sequences = validation_sequences(config, start.checkpoint, ranks)
     encoder = ChatEncoder(base.tokenizer, load_template(base.tokenizer, chat.template), chat.train_on)
@@ -54,12 +57,17 @@ def sft(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
         for table in (tokenized.train, tokenized.val)
     )
     samples, sample_notes = _rouge_samples(tokenized.samples, encoder, config)
+    distillation = Distillation(loaded, teacher, [train_windows], [train_windows.digest()])
+    batches = TrainBatches(distillation.sets, train.seed)
     handle = open_engine(config, base.weights, ranks)
     run = Run(
         config=config,
         steps=total_steps(train, data.seq_len, train_windows.count, ranks.size),
-        identity=resume_identity([train_windows.digest(), val_windows.digest()], base, handle, val_sequences),
-        train=Prefetcher(TrainBatches([train_windows], train.seed), ranks.rank, ranks.size),
+        identity={
+            **resume_identity([train_windows.digest(), val_windows.digest()], base, handle, val_sequences),
+            **distillation.identity,
+        },
+        train=Prefetcher(batches, ranks.rank, ranks.size),
         val=ValBatches(val_windows, train.micro_batch_size, val_sequences),
         bytes_per_token=tokenized.val.bytes_per_loss_token(base.tokenizer) if tokenized.val.count else 1.0,
         folder=start.folder,
@@ -76,13 +84,24 @@ def sft(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
         f"{tokenized.train.loss_tokens:,} loss tokens; sequences of {data.seq_len} are {train_windows.fill:.0%} full",
         *sample_notes,
     ]
-    return finetune(run, start, handle, base, encoder, notes=notes, unit="sequences", show=show)
+    return finetune(
+        run,
+        start,
+        handle,
+        base,
+        encoder,
+        notes=notes,
+        unit="sequences",
+        on_every_rank=lambda folder: distillation.prepare(run, start.checkpoint, batches, handle.precision, show),
+        show=show,
+    )
 
 
-def without_packing(loaded: LoadedConfig) -> tuple[LoadedConfig, list[str]]:
-    """Turns chat.pack off for models that mlx-lm computes, whose conversations would see each other."""
+def without_packing(loaded: LoadedConfig, teacher: PretrainedModel | None = None) -> tuple[LoadedConfig, list[str]]:
+    """Turns chat.pack off for models and teachers that mlx-lm computes, whose conversations would see each other."""
     config = loaded.config
-    if config.model.architecture != "mlx_lm" or not config.chat.pack:
+    models = [config.model, *([] if teacher is None else [teacher.model])]
+    if all(model.architecture != "mlx_lm" for model in models) or not config.chat.pack:
         return loaded, []
     config = config.model_copy(update={"chat": config.chat.model_copy(update={"pack": False})})
     return LoadedConfig(config, loaded.sources), [

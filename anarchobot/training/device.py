@@ -1,6 +1,8 @@
 """Selects the MLX device, limits its memory and recognizes the errors of a GPU."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 
@@ -59,6 +61,21 @@ def limit_memory(config: Config, *, pairs: bool = False) -> None:
     mx.set_memory_limit(limit)
     mx.set_cache_limit(limit)
     wire_memory(limit)
+
+
+@contextmanager
+def without_memory_limit(config: Config) -> Iterator[None]:
+    """A context manager for work before training that `limit_memory` does not know of: on Metal, the limit is the
+    budget."""
+    if on_cpu() or not mx.metal.is_available():
+        yield
+        return
+    budget = min(memory_budget(config), int(mx.device_info()["max_recommended_working_set_size"]))
+    limit = mx.set_memory_limit(budget)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(limit)
 
 
 def wire_memory(limit: int | None = None) -> None:

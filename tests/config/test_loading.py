@@ -151,7 +151,7 @@ def another_value(key: str, default: Any) -> Any:
         "model.rope_scaling.attention_factor": 1.25, "model.rope_scaling.short_factor": [1.5] * 32,
         "model.rope_scaling.long_factor": [2.5] * 32, "model.rope_local_theta": 100.0, "model.sliding_window": 512,
         "model.layer_types": ["full_attention", "sliding_attention"] * 6, "model.attention_scale": 0.5,
-        "model.attention_softcap": 50.0,
+        "model.attention_softcap": 50.0, "distillation.loss": "reverse_kl",
     }  # fmt: skip
     if key in special:
         return special[key]
@@ -177,6 +177,7 @@ PARTNERS = {
     "data.score_field": ["data.score_min=1"],
     "model.hf_config": ["model.architecture=mlx_lm"],
     **{key: ["model.sliding_window=8"] for key in ("model.rope_local_theta", "model.layer_types")},
+    **{key: ["train.teacher=a"] for key in leaf_keys() if key.startswith("distillation.")},
     **{key: ["lora.r=8"] for key in leaf_keys() if key.startswith("lora.") and key != "lora.r"},
     **{
         f"model.rope_scaling.{key}": next(SCALING[type] for type, keys in SCALING_KEYS.items() if key in keys)

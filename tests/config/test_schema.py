@@ -64,6 +64,7 @@ CHOICES = {
     "chat.format": '"auto" | "messages" | "sharegpt" | "oasst" | "alpaca" | "prompt_completion" | "text"',
     "chat.train_on": '"assistant" | "all"',
     "chat.too_long": '"cut" | "drop"',
+    "distillation.loss": '"forward_kl" | "reverse_kl"',
     "preference.loss": '"sigmoid" | "sigmoid_norm" | "ipo" | "simpo" | "cpo" | "orpo" | "kto"',
     "generation.method": '"greedy" | "top_k" | "nucleus" | "min_p" | "random" | "combined"',
 }
@@ -89,7 +90,7 @@ def test_keys_of_the_stable_sections() -> None:
     added_train_keys = {
         "decay_fraction", "adamw_lr", "normuon", "muon_split_heads", "muon_scale", "cautious_weight_decay", "ema_decay",
         "attention_block", "loss_chunk", "technique", "cpu_threads", "ckpt_minutes", "supervise", "init_from",
-        "patience", "trainable", "first_sequence", "memory_budget_gb", "share_muon", "log_to",
+        "patience", "trainable", "first_sequence", "memory_budget_gb", "share_muon", "log_to", "teacher",
     }  # fmt: skip
     added_model_keys = {
         "architecture", "embedding_scale", "value_residual", "bos_id", "rope_local_theta", "rotary_fraction",

@@ -16,11 +16,13 @@ import pytest
 
 from anarchobot.config.loading import load_config
 from anarchobot.config.schema import Config
+from anarchobot.data.teacher_cache import with_uniform_teacher
 from anarchobot.data.windows import Batch
 from anarchobot.model.architecture import gradients
 from anarchobot.model.step_options import MicroBatch
 from anarchobot.runs import checkpoint
 from anarchobot.system.memory import checkpoint_bytes, estimate
+from anarchobot.training.distillation_engine import DistillationEngine
 from anarchobot.training.mlx_engine import MLXEngine
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -43,7 +45,9 @@ def peak(settings: Config) -> int:
     train, length = settings.train, settings.data.seq_len
     shape = (train.grad_accum_steps, train.micro_batch_size, length + 1)
     ids = np.random.default_rng(0).integers(0, settings.model.vocab_size, shape, np.int32)
-    batch, engine = Batch(ids[..., :-1].copy(), ids[..., 1:].copy()), MLXEngine(settings)
+    batch, engine = Batch(ids[..., :-1].copy(), ids[..., 1:].copy()), DistillationEngine(settings)
+    if train.teacher is not None:
+        batch = with_uniform_teacher(batch, settings.distillation.top_k)
     engine.train_step(batch, 1, train.lr, train.momentum)
     mx.reset_peak_memory()
     is_small = train.micro_batch_size == 1 or settings.model.n_layers == 1
@@ -64,6 +68,7 @@ MEASURED = [
     config({"vocab_size": 500, "d_model": 64, "n_layers": 1, "n_heads": 8}, grad_accum_steps=1, optimizer="adamw"),
     config({"d_model": 384, "n_layers": 1}, lora={"r": 8, "quantize": 4}, gradient_checkpointing=True),
     config(micro_batch_size=8, cpu_threads=2, gradient_checkpointing=True),
+    config({"vocab_size": 8000, "d_model": 64, "n_layers": 1}, grad_accum_steps=1, optimizer="adamw", teacher="x"),
 ]
 
 
