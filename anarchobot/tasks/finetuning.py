@@ -59,6 +59,7 @@ UNUSED_KEYS = {
         **{f"chat.{key}": "applies only to sft and dpo" for key in ("too_long", "language")},
         "data.text_field": "applies only to sft",
         "lora.dropout": "would change the probabilities that grpo compares",
+        "train.teacher": "applies only to pretrain and sft",
         "train.token_budget": "completions have no fixed length: set train.total_steps or train.epochs",
     },
 }
