@@ -122,6 +122,7 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
 
 def _pretokenize(args: argparse.Namespace) -> int | None:
     from anarchobot.config.loading import load_config
+    from anarchobot.data.sources.documents import total_bytes
     from anarchobot.tasks.pretokenize import open_corpus, run_part_processes
 
     notes: list[str] = []
@@ -150,7 +151,7 @@ def _pretokenize(args: argparse.Namespace) -> int | None:
         command = [sys.executable, "-P", "-m", "anarchobot", *args.argv, "--workers", "1"]
         if failed := run_part_processes(command, args.processes):
             return failed
-    with _byte_progress(silent, _size_of(corpus.names)) as progress:
+    with _byte_progress(silent, total_bytes(corpus.names)) as progress:
         if parts := args.join or args.processes:
             manifest = corpus.join(parts, restart=args.restart, progress=progress, log=log)
         else:
@@ -164,17 +165,6 @@ def _pretokenize(args: argparse.Namespace) -> int | None:
         for line in (*notes, *corpus.job.counts.details()):
             print(f"  {line}")
     return None
-
-
-def _size_of(names: list[str]) -> int | None:
-    """Total bytes of the files, for the progress bar; None if they are compressed or not files."""
-    from anarchobot.data.sources import files, hub
-
-    if any(name == "builtin" or hub.is_hub_name(name) for name in names):
-        return None
-    paths = files.find(names)
-    compressed = any(files.lower_suffix(path) in (".gz", ".zst", ".parquet", *files.DOCUMENT_FILES) for path in paths)
-    return None if compressed else sum(path.stat().st_size for path in paths)
 
 
 @contextmanager

@@ -153,8 +153,15 @@ def _count_known(model: Model, request: EvalRequest, trained: Sequence[TokenStre
     return known
 
 
-def evaluate_texts(model: Model, names: Sequence[str], limit: int | None, log: Log) -> Result:
-    """Text, JSONL or Parquet files. Documents are scored separately, each token once."""
+def evaluate_texts(
+    model: Model,
+    names: Sequence[str],
+    limit: int | None,
+    log: Log,
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> Result:
+    """Text, JSONL or Parquet files. Documents are scored separately, each token once. `progress` is called with the
+    fraction of the work that is done."""
     counts, units = DocumentCounts(), list[str]()
     nats, tokens, size = list[float](), list[int](), list[float]()
     max_seq_len = model.config.max_seq_len
@@ -168,7 +175,11 @@ def evaluate_texts(model: Model, names: Sequence[str], limit: int | None, log: L
             units += [f"document {number} window {i}" for i in range(len(own))]
             size += [len(text.encode()) * len(scored) / len(row) for _, scored in own]
             windows += own
-        nats += [-score.log_prob for score in loglikelihoods(model, windows)]
+
+        def report(fraction: float, start: int = start, size: int = len(batch)) -> None:
+            progress((start + fraction * size) / len(texts))
+
+        nats += [-score.log_prob for score in loglikelihoods(model, windows, report)]
         tokens += [len(scored) for _, scored in windows]
         log(f"{min(start + DOCUMENT_BATCH, len(texts)):,} of {len(texts):,} documents")
     if not tokens:

@@ -3,7 +3,7 @@
 Shapes: B rows, L sequence, N scored positions, D d_model, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -26,8 +26,11 @@ class LogLikelihood(NamedTuple):
     is_greedy: bool  # every token of the continuation was the argmax
 
 
-def loglikelihoods(model: Model, requests: Sequence[tuple[Ids, Ids]]) -> list[LogLikelihood]:
-    """Returns one score per (context, continuation) of token ids; the context may not be empty.
+def loglikelihoods(
+    model: Model, requests: Sequence[tuple[Ids, Ids]], progress: Callable[[float], None] = lambda fraction: None
+) -> list[LogLikelihood]:
+    """Returns one score per (context, continuation) of token ids; the context may not be empty. `progress` is called
+    with the fraction of the work that is done.
 
     A context that does not fit into max_seq_len loses its beginning. A longer continuation is scored in windows after
     the last token of its context.
@@ -37,7 +40,7 @@ def loglikelihoods(model: Model, requests: Sequence[tuple[Ids, Ids]]) -> list[Lo
         [(context, ids)] if 0 < len(ids) <= limit else list(rolling_windows(ids, context[-1], limit))
         for context, ids in requests
     ]
-    scores = iter(_score(model, [window for each in windows for window in each]))
+    scores = iter(_score(model, [window for each in windows for window in each], progress))
     grouped = [[next(scores) for _ in each] for each in windows]
     return [LogLikelihood(sum(s.log_prob for s in group), all(s.is_greedy for s in group)) for group in grouped]
 
@@ -54,7 +57,7 @@ def rolling_windows(ids: Ids, prefix: int, max_seq_len: int) -> Iterator[tuple[I
         yield all_ids[max(0, stop - 1 - max_seq_len) : start], all_ids[start:stop]
 
 
-def _score(model: Model, windows: Sequence[tuple[Ids, Ids]]) -> list[LogLikelihood]:
+def _score(model: Model, windows: Sequence[tuple[Ids, Ids]], progress: Callable[[float], None]) -> list[LogLikelihood]:
     limit = model.config.max_seq_len
     rows = [np.array([*context, *continuation], np.int32)[-(limit + 1) :] for context, continuation in windows]
     scores: list[LogLikelihood] = [LogLikelihood(0.0, True)] * len(rows)
@@ -66,6 +69,7 @@ def _score(model: Model, windows: Sequence[tuple[Ids, Ids]]) -> list[LogLikeliho
         counts = [len(windows[i][1]) for i in batch]
         for i, score in zip(batch, _score_rows(model, [rows[i] for i in batch], counts, length), strict=True):
             scores[i] = score
+        progress(1 - len(pending) / len(rows))
     return scores
 
 

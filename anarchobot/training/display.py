@@ -7,7 +7,15 @@ from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column
 from rich.text import Text
 
@@ -94,13 +102,18 @@ def count_bar(label: str, total: int, quiet: bool = False) -> Iterator[Callable[
 
 
 @contextmanager
-def activity_bar(label: str, quiet: bool = False) -> Iterator[None]:
-    """Shows a moving bar and the elapsed time on a terminal, while work of unknown length is done. Then it vanishes."""
+def activity_bar(label: str, quiet: bool = False) -> Iterator[Callable[[float], None]]:
+    """Shows a moving bar and the elapsed time on a terminal while work is done; then it vanishes. Yields a function
+    that takes the fraction of the work that is done: from its first call on, the bar shows that and the remaining
+    time."""
     console = _Console(file=sys.stderr, highlight=False, soft_wrap=True)
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn(),
+        TaskProgressColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
-        bar.add_task(label, total=None)
-        yield
+        task = bar.add_task(label, total=None)
+        yield lambda fraction: bar.update(task, total=1, completed=min(1, fraction))
 
 
 def _reward(values: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ shards and in the training of tokenizer, terms and vectors.
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import compress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -23,13 +23,20 @@ MAX_PART_CHARS = 8192  # about 2,000 tokens
 
 
 def write_corpus(
-    documents: Iterable[Document], file: Path, *, byte_budget: int, deduplicate: bool, seed: int
+    documents: Iterable[Document],
+    file: Path,
+    *,
+    byte_budget: int,
+    deduplicate: bool,
+    seed: int,
+    progress: Callable[[int], None] = lambda size: None,
 ) -> dict[str, int]:
     """Writes documents as JSON lines ({"text": ...}) in an order that depends on `seed`, up to `byte_budget` bytes.
 
     Documents are first written to a temporary file, so memory use is about 30 bytes per document. Long text files are
     split into documents of about MAX_PART_CHARS characters; otherwise a file would be held out completely or not at
-    all. Returns the counts `read`, `duplicates`, `kept` and `bytes`. Raises UserError if no document is left.
+    all. `progress` is called with the bytes so far. Returns the counts `read`, `duplicates`, `kept` and `bytes`. Raises
+    UserError if no document is left.
     """
     counts, size = DocumentCounts(), 0
     starts = array("q", [0])
@@ -41,6 +48,7 @@ def write_corpus(
                 line = json.dumps({"text": text}, ensure_ascii=False) + "\n"
                 starts.append(starts[-1] + unordered.write(line.encode()))
             size = int(ends[fitting - 1]) if fitting else size
+            progress(size)
             if fitting < len(batch):
                 break
         kept = len(starts) - 1

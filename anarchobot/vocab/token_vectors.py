@@ -7,7 +7,7 @@ import importlib
 import logging
 import os
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any, Literal, NamedTuple
@@ -19,8 +19,9 @@ from anarchobot.config.errors import UserError
 from anarchobot.tokenizers.tokenizer import Ids, Tokenizer
 
 MAX_SENTENCE_TOKENS = 1000  # gensim ignores everything after 10,000
-LINES_PER_BATCH = 4096
+LINES_PER_BATCH, SENTENCES_PER_REPORT = 4096, 1024
 
+Progress = Callable[[float], None]
 Vectors = npt.NDArray[np.float32]
 
 
@@ -54,10 +55,12 @@ def _tokenize(lines: list[str], tokenizer: Tokenizer) -> Iterator[Ids]:
 
 
 class _Sentences:
-    """Restartable iterable of sentences in gensim's form, lists of strings. Stored in a file, 4 bytes per id."""
+    """Restartable iterable of sentences in gensim's form, lists of strings. Stored in a file, 4 bytes per id. gensim
+    reads them once to count the ids and once per epoch: `progress` is called with the number of passes so far."""
 
-    def __init__(self, sentences: Iterable[Ids], vocab_size: int, file: IO[bytes]) -> None:
+    def __init__(self, sentences: Iterable[Ids], vocab_size: int, file: IO[bytes], progress: Progress) -> None:
         self._file, self._lengths = file, array("i")
+        self._progress, self._passes = progress, 0
         self._names = [str(i) for i in range(vocab_size)]
         self.counts = np.zeros(vocab_size, np.int64)
         for ids in sentences:
@@ -68,16 +71,26 @@ class _Sentences:
     def __iter__(self) -> Iterator[list[str]]:
         names = self._names
         self._file.seek(0)
-        for length in self._lengths:
+        for number, length in enumerate(self._lengths, 1):
             yield [names[i] for i in np.frombuffer(self._file.read(4 * length), np.int32).tolist()]
+            if number % SENTENCES_PER_REPORT == 0:
+                self._progress(self._passes + number / len(self._lengths))
+        self._passes += 1
+        self._progress(self._passes)
 
 
 def train_vectors(
-    sentences: Iterable[Ids], vocab_size: int, settings: VectorSettings, seed: int, scratch: Path
+    sentences: Iterable[Ids],
+    vocab_size: int,
+    settings: VectorSettings,
+    seed: int,
+    scratch: Path,
+    progress: Progress = lambda fraction: None,
 ) -> tuple[Vectors, npt.NDArray[np.int64]]:
     """Returns vectors [V, dim], zero for ids with fewer than `mincount` occurrences, and the counts [V] of the ids.
 
-    The ids are kept in a temporary file in `scratch`. Raises UserError if gensim is not installed or no id is frequent
+    The ids are kept in a temporary file in `scratch`. Once they are there, `progress` is called with the fraction of
+    the work that is done. Raises UserError if gensim is not installed or no id is frequent
     enough.
     """
     try:
@@ -86,7 +99,7 @@ def train_vectors(
         raise UserError("token vectors require gensim: pip install 'anarchobot[vocab]'") from error
     logging.getLogger("gensim").setLevel(logging.ERROR)
     with TemporaryFile(dir=scratch) as file:
-        corpus = _Sentences(sentences, vocab_size, file)
+        corpus = _Sentences(sentences, vocab_size, file, lambda passes: progress(passes / (1 + settings.epochs)))
         return _train(models, corpus, settings, seed), corpus.counts
 
 

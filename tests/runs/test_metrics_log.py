@@ -52,9 +52,11 @@ def test_an_activity_is_shown_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TERM", "xterm")
     for stream, quiet, shown in ((Terminal(), False, True), (Terminal(), True, False), (io.StringIO(), False, False)):
         monkeypatch.setattr(sys, "stderr", stream)
-        with activity_bar("importing", quiet):
+        with activity_bar("importing", quiet) as progress:
             print("line", file=sys.stderr)
+            progress(0.42)
         assert ("importing" in stream.getvalue()) == shown
+        assert ("42%" in stream.getvalue()) == shown
         assert "line" in stream.getvalue()
 
 

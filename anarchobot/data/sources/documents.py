@@ -133,6 +133,15 @@ def open_source(
     return ", ".join(names), _mixture(names, sources, data.weights, counts)
 
 
+def total_bytes(names: Sequence[str]) -> int | None:
+    """Bytes of all datasets, for progress bars; None if some are compressed or not files."""
+    if any(name == "builtin" or hub.is_hub_name(name) for name in names):
+        return None
+    paths = files.find(names)
+    compressed = any(files.lower_suffix(path) in (".gz", ".zst", ".parquet", *files.DOCUMENT_FILES) for path in paths)
+    return None if compressed else sum(path.stat().st_size for path in paths)
+
+
 def _open(name: str, data: DataConfig, seed: int, counts: DocumentCounts) -> Iterator[Document]:
     if name == "builtin":
         return _keep_usable((("builtin", text) for text in builtin.texts()), data, counts, splittable=True)

@@ -16,14 +16,19 @@ Metrics = dict[str, Any]
 
 
 def evaluate_model(
-    path: str, texts: Sequence[str], limit: int | None, qa: str | None, log: Callable[[str], None] = lambda text: None
+    path: str,
+    texts: Sequence[str],
+    limit: int | None,
+    qa: str | None,
+    progress: Callable[[float], None] = lambda fraction: None,
 ) -> Metrics:
     """Returns `bits_per_byte` and `tokens_per_byte` of text files and, with `qa`, the results of `answer_questions`.
+    `progress` is called with the fraction of the texts that is done.
 
     Raises UserError if a file cannot be read.
     """
     model, _ = load_model(path)
-    totals = evaluate_texts(model, texts, limit, log).metrics
+    totals = evaluate_texts(model, texts, limit, lambda text: None, progress).metrics
     metrics = {
         "bits_per_byte": round(totals["bits_per_byte"], 5),
         "tokens_per_byte": round(totals["tokens"] / totals["bytes"], 5),

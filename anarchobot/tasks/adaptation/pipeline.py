@@ -134,7 +134,7 @@ def _evaluate(run: Adaptation, corpus: StageResult, models: dict[str, tuple[str,
     for name, (path, model_digest) in models.items():
 
         def work(folder: Path, path: str = path) -> Output:
-            metrics = evaluate_model(path, texts, evaluation.max_samples, evaluation.qa)
+            metrics = evaluate_model(path, texts, evaluation.max_samples, evaluation.qa, run.stages.progress)
             write_atomic(folder / "figures.json", json.dumps(metrics, indent=1) + "\n")
             return [folder / "figures.json"], metrics
 

@@ -27,6 +27,11 @@ MAX_CHANGES = 3  # changed settings that a message lists
 Values = dict[str, Any]
 Output = tuple[Sequence[Path], Values]  # result files, metrics
 Work = Callable[[Path], Output]
+Progress = Callable[[float], None]
+
+
+def _ignore(fraction: float) -> None:
+    """Shows no progress."""
 
 
 class StageInterrupted(Exception):
@@ -50,17 +55,19 @@ class StageResult:
         return hashlib.sha256(json.dumps(self.record["outputs"], sort_keys=True).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass
 class StageRunner:
     """Runs stages in `root`. A stage that fails with anything but a UserError is retried `retries` times, `backoff`
-    seconds apart. `log` receives messages. A stage runs inside `busy(name)`."""
+    seconds apart. `log` receives messages. A stage runs inside `busy(name)`, and may call `progress` with the fraction
+    of its work that is done."""
 
     root: Path
     retries: int
     backoff: float
     log: Callable[[str], None]
     sleep: Callable[[float], None] = time.sleep
-    busy: Callable[[str], AbstractContextManager[object]] = nullcontext
+    busy: Callable[[str], AbstractContextManager[Progress]] = lambda name: nullcontext(_ignore)
+    progress: Progress = _ignore
 
     def recorded_inputs(self, name: str) -> Values:
         """Returns the inputs of a stage that was started before; empty if it was not."""
@@ -82,7 +89,7 @@ class StageRunner:
         done.unlink(missing_ok=True)
         write_checksummed(begun, provenance)
         started = time.monotonic()
-        with self.busy(name):
+        with self.busy(name) as self.progress:
             files, notes = self._run_with_retries(name, folder, work)
         record = {
             **provenance,

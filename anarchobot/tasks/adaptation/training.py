@@ -52,8 +52,17 @@ def _tokenize(run: Adaptation, corpus: StageResult, tokenizer: StageResult, targ
     num_workers = run.settings.tokenization.num_workers
 
     def work(folder: Path) -> Output:
+        done, total = 0, corpus.notes["domain"]["bytes"]
+
+        def progress(size: int, tokens: int) -> None:
+            nonlocal done
+            done += size
+            run.stages.progress(done / total)
+
         documents = map(Document, read_corpus(corpus.folder / DOMAIN, 0.0, "train"))
-        manifest = Pretokenizer(target, folder, fraction, num_workers, dedup=False, seed=run.seed).run(documents)
+        manifest = Pretokenizer(
+            target, folder, fraction, num_workers, dedup=False, seed=run.seed, progress=progress
+        ).run(documents)
         files = [folder / "manifest.json", *(folder / name for shard in manifest.shards for name in shard.files)]
         return files, {"train_tokens": manifest.tokens("train"), "val_tokens": manifest.tokens("val")}
 

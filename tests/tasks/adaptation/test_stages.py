@@ -1,6 +1,6 @@
 """Pipeline stages: cached by their record, retried, resumed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,9 @@ def test_a_failing_stage_is_retried(tmp_path: Path, log: list[Any]) -> None:
 
 def test_a_stage_that_runs_is_shown(tmp_path: Path, log: list[Any]) -> None:
     @contextmanager
-    def busy(name: str) -> Iterator[None]:
+    def busy(name: str) -> Iterator[Callable[[float], None]]:
         log.append(f"{name} begins")
-        yield
+        yield log.append
         log.append(f"{name} ends")
 
     runner = StageRunner(tmp_path, 0, 0.0, log.append, busy=busy)
