@@ -87,16 +87,19 @@ class EmbeddingConfig(Section):
 class AlignmentConfig(Section):
     """How the embedding row of each target token is built from rows of source tokens."""
 
-    method: Literal["procrustes", "relative", "pieces", "mean", "random"] = Field(
-        "procrustes", description="procrustes (with CSLS), relative (TokAlign's), or a baseline without alignment"
+    method: Literal["procrustes", "relative", "focus", "omp", "pieces", "mean", "random"] = Field(
+        "procrustes",
+        description="procrustes (with CSLS), relative (TokAlign's), focus, omp (tokensurgeon's), pieces, mean, random",
     )
     pivot_count: Annotated[int, Field(ge=2)] = Field(
-        2000, description="number of pivots: the most frequent tokens that both vocabularies share"
+        2000, description="procrustes, relative: number of pivots, the most frequent tokens of both vocabularies"
     )
     similarity_threshold: Annotated[float, Field(ge=-1, le=1)] = Field(
-        0.4, description="minimum cosine similarity; tokens below it are averaged from their source pieces"
+        0.4, description="procrustes, relative: minimum cosine similarity; tokens below it are the mean of their pieces"
     )
-    top_k: Positive = Field(10, description="number of source tokens in the weighted mean; 1 reproduces TokAlign")
+    top_k: Positive = Field(
+        10, description="procrustes, relative, omp: number of source tokens of a row; TokAlign: 1, tokensurgeon: 64"
+    )
 
 
 class TokenizationConfig(Section):

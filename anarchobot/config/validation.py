@@ -86,11 +86,6 @@ def conflicts(config: Config, given: list[str]) -> Iterator[tuple[tuple[str, ...
             yield ("data.document_mask",), "models that mlx-lm computes have no mask of documents: set it to false"
         if train.technique != "auto":
             yield ("train.technique",), "has no effect on models that mlx-lm computes: remove it"
-        if train.trainable == "embeddings":
-            yield (
-                ("train.trainable",),
-                "embeddings: not for models that mlx-lm computes: set it to all",
-            )
         if config.lora.adapter_format == "peft":
             yield ("lora.adapter_format",), "peft: these adapters have mlx-lm's names: set it to mlx"
     yield from _lora_conflicts(config)

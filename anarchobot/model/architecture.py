@@ -77,6 +77,12 @@ class Architecture(Protocol):
         """Hugging Face's names and shapes, matrices as (out, in), in the order of the forward pass. The parameters of
         block i are named model.layers.I.*"""
 
+    def token_parameters(self, model: ModelConfig) -> list[str]:
+        """The names of the parameters with one row for each token: the embedding, then those of the head."""
+
+    def with_vocab_size(self, model: ModelConfig, vocab_size: int) -> ModelConfig:
+        """The same model with another vocabulary. Raises UserError if that is not possible."""
+
     def adaptable_matrices(self, model: ModelConfig) -> dict[str, AdaptableMatrix]:
         """The matrices that can have adapters, by parameter name without ".weight"."""
 

@@ -2,7 +2,7 @@
 this file, so that a checkpoint of one is a checkpoint of the other."""
 
 import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -27,7 +27,6 @@ STRIPS, MIN_SIZE_FOR_STRIPS = 4, 512  # on a CPU, symmetric products of this siz
 MAX_BATCH_ELEMENTS = 2**21  # in a batch of matrices for Muon; its temporaries are many times larger
 RAW_PARAMS = "optimizer/trained/"  # checkpoint prefix of the trained weights when params/ holds their running average
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-EMBEDDINGS = (EMBEDDING, HEAD)  # one row per token
 Shape = tuple[int, ...]
 
 
@@ -45,9 +44,14 @@ def is_decayed(name: str, ndim: int) -> bool:
     return ndim > 1 and not name.endswith(("bias", ".A_log"))
 
 
-def select_trainable(names: Iterable[str], trainable: Literal["all", "embeddings"]) -> list[str]:
-    """Returns the parameter names that train.trainable selects."""
-    return [name for name in names if trainable == "all" or name in EMBEDDINGS]
+def select_trainable(shapes: Mapping[str, Shape], trainable: Literal["all", "embeddings"]) -> list[str]:
+    """Returns the parameter names that train.trainable selects. Embeddings and the head are the matrices outside the
+    blocks, which have numbers in their names."""
+    return [
+        name
+        for name, shape in shapes.items()
+        if trainable == "all" or (len(shape) == 2 and not any(part.isdigit() for part in name.split(".")))
+    ]
 
 
 def describe_groups(shapes: Mapping[str, Shape], optimizer: Literal["muon_adamw", "adamw"]) -> list[str]:

@@ -73,7 +73,8 @@ class MLXEngine(BaseEngine[mx.array]):
                 name: mx.array(weights[name])[tuple(map(slice, shape))].astype(mx.float32)
                 for name, shape in parameter_shapes(model).items()
             }
-            self.params = {name: self.frozen.pop(name) for name in select_trainable(self.frozen, train.trainable)}
+            shapes = {name: array.shape for name, array in self.frozen.items()}
+            self.params = {name: self.frozen.pop(name) for name in select_trainable(shapes, train.trainable)}
         else:
             self.params, self.frozen = init_adapters(weights, model, config.lora, train.seed, self.dtype)
         del weights

@@ -2,12 +2,19 @@
 
     special   a control token with the same role; if the source has none, its end-of-document token
     shared    the token with the same canonical form: its row is copied
-    aligned   a weighted mean of the nearest source tokens, if its similarity reaches the threshold
+    aligned   a combination of source tokens that occur in similar contexts, by `method`
     pieces    the mean of the source tokens that spell the token
     mean      the mean of all rows, for ids without a token or spelling
     random    a sample with the mean and standard deviation of all rows
 
-The baselines `pieces`, `mean` and `random` skip the alignment: tokens that are not shared take that route.
+Methods of the route `aligned`:
+
+    procrustes  the weighted mean of the nearest source tokens, if its similarity reaches the threshold: both spaces of
+    relative    token vectors are mapped into one (vector_alignment.py)
+    focus       combinations of shared tokens, from vectors of the target tokenizer's tokens alone
+    omp         (sparse_combination.py)
+
+With `pieces`, `mean` and `random`, no token is aligned: tokens that are not shared take that route.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,28 +28,36 @@ import numpy.typing as npt
 from anarchobot.config.errors import UserError
 from anarchobot.tokenizers.canonical_tokens import CanonicalToken, TokenIndex, canonical_tokens
 from anarchobot.tokenizers.tokenizer import Tokenizer
+from anarchobot.vocab.sparse_combination import matching_pursuit, sparsemax_combination
 from anarchobot.vocab.vector_alignment import Floats, Ids, Neighbors, map_to_shared_space, nearest_neighbors
 
 ROUTES = ("special", "shared", "aligned", "pieces", "mean", "random")
 SPECIAL, SHARED, ALIGNED, PIECES, MEAN, RANDOM = range(len(ROUTES))
-Method = Literal["procrustes", "relative", "pieces", "mean", "random"]
+Method = Literal["procrustes", "relative", "focus", "omp", "pieces", "mean", "random"]
 BASELINES: tuple[Method, ...] = ("pieces", "mean", "random")  # methods without token vectors
 
 MAX_HELD_OUT, HELD_OUT_FRACTION = 1000, 0.1  # shared tokens that are not pivots and measure the alignment
 MIN_COVERAGE, MIN_PRECISION = 0.95, 0.6  # below these, the report has advice
-MAX_EXAMPLES = 40
+MAX_EXAMPLES, MAX_EXAMPLE_SOURCES = 40, 10
 
 
 @dataclass(frozen=True)
 class AlignmentPlan:
-    """The route of each target id, and the source ids and weights [V, k] whose weighted mean is its row.
+    """The route of each target id, and the source tokens that its row is a combination of.
 
-    The weights of a row sum to 1, or to 0 for the routes mean and random.
+    The source ids and weights of target id i are those from `ends[i - 1]` to `ends[i]`: none for the routes mean and
+    random. The weights sum to 1, except for the method `omp`.
     """
 
     routes: npt.NDArray[np.int8]
+    ends: Ids
     ids: Ids
     weights: Floats
+
+    def combination(self, i: int) -> tuple[Ids, Floats]:
+        """The source ids and weights of a target id."""
+        part = slice(self.ends[i - 1] if i else 0, self.ends[i])
+        return self.ids[part], self.weights[part]
 
 
 @dataclass(frozen=True)
@@ -59,8 +74,9 @@ class Vocabulary:
 
     @cached_property
     def has_vector(self) -> npt.NDArray[np.bool_]:
+        """Which tokens are text that occurs often enough for a vector: others are zero."""
         is_text = np.array([token.kind in ("text", "byte") for token in self.tokens], np.bool_)
-        return is_text & (self.counts > 0)
+        return is_text & (self.counts > 0) & self.vectors.any(axis=1)
 
 
 def align(
@@ -79,7 +95,7 @@ def align(
     `precision_at_1` on held-out shared tokens, `examples`, and `advice` if a metric is low. Raises UserError if too few
     tokens are shared to map one space to the other.
     """
-    size, width = len(target.tokens), top_k
+    size = len(target.tokens)
     routes = np.full(size, RANDOM if method == "random" else MEAN, np.int8)
     sources: list[tuple[Sequence[int], Sequence[float]]] = [((), ())] * size
     shared = shared_ids(source.tokens, target.tokens)
@@ -89,22 +105,28 @@ def align(
         elif shared[i] >= 0:
             routes[i], sources[i] = SHARED, ((int(shared[i]),), (1.0,))
     report: dict[str, Any] = {}
+    unmatched = np.flatnonzero(routes == MEAN)
     if method in ("procrustes", "relative"):
-        unmatched = np.flatnonzero(routes == MEAN)
         neighbors, report = _match(source, target, shared, unmatched, method, pivot_count, top_k, seed)
         for row, i in enumerate(unmatched.tolist()):
             if target.counts[i] and neighbors.similarity[row] >= similarity_threshold:
                 routes[i], sources[i] = ALIGNED, (neighbors.ids[row].tolist(), neighbors.weights[row].tolist())
+    elif method in ("focus", "omp"):
+        rows = unmatched[target.has_vector[unmatched]]
+        for i, combination in zip(rows.tolist(), _combine(target, shared, rows, method, top_k), strict=True):
+            routes[i], sources[i] = ALIGNED, combination
     if method not in ("mean", "random"):
         for i in np.flatnonzero(routes == MEAN).tolist():
             if pieces := _spell(target.tokens[i], source):
                 routes[i], sources[i] = PIECES, (pieces, [1 / len(pieces)] * len(pieces))
-                width = max(width, len(pieces))
-    plan = AlignmentPlan(routes, np.zeros((size, width), np.int64), np.zeros((size, width), np.float32))
-    for i, (ids, weights) in enumerate(sources):
-        plan.ids[i, : len(ids)], plan.weights[i, : len(ids)] = ids, weights
+    plan = AlignmentPlan(
+        routes,
+        np.cumsum([len(ids) for ids, _ in sources]),
+        np.array([i for ids, _ in sources for i in ids], np.int64),
+        np.array([weight for _, weights in sources for weight in weights], np.float32),
+    )
     report |= _summarize(plan, source.tokens, target.tokens)
-    return plan, report | {"advice": [] if method in BASELINES else list(_advice(report))}
+    return plan, report | {"advice": list(_advice(report)) if method in ("procrustes", "relative") else []}
 
 
 def shared_ids(source: list[CanonicalToken], target: list[CanonicalToken]) -> Ids:
@@ -126,7 +148,7 @@ def _match(
 ) -> tuple[Neighbors, dict[str, Any]]:
     """Finds the nearest source tokens of `unmatched`, and measures how often this finds held-out shared tokens."""
     usable = np.flatnonzero(target.has_vector & (shared >= 0))
-    usable = usable[source.counts[shared[usable]] > 0]
+    usable = usable[source.has_vector[shared[usable]]]
     held_out_size = min(MAX_HELD_OUT, int(HELD_OUT_FRACTION * len(usable)))
     held_out = np.random.default_rng(seed).permutation(usable)[:held_out_size]
     rest = np.setdiff1d(usable, held_out)
@@ -150,6 +172,21 @@ def _match(
         "precision_at_1": round(float(hits.mean()), 4) if len(held_out) else None,
     }
     return Neighbors(neighbors.ids[:n], neighbors.weights[:n], neighbors.similarity[:n]), report
+
+
+def _combine(
+    target: Vocabulary, shared: Ids, rows: Ids, method: Literal["focus", "omp"], top_k: int
+) -> Iterator[tuple[list[int], list[float]]]:
+    """Yields, for each of `rows`, the source tokens and weights of its combination of shared tokens."""
+    overlap = np.flatnonzero(target.has_vector & (shared >= 0))
+    if not len(overlap):
+        raise UserError(
+            "alignment: no token with a vector is in both vocabularies: use more text, or set alignment.method: pieces"
+        )
+    vectors, atoms = target.vectors[rows], target.vectors[overlap]
+    found = sparsemax_combination(vectors, atoms) if method == "focus" else matching_pursuit(vectors, atoms, top_k)
+    for ids, weights in found:
+        yield shared[overlap[ids]].tolist(), weights.tolist()
 
 
 def _spell(token: CanonicalToken, source: Vocabulary) -> list[int]:
@@ -192,11 +229,11 @@ def _advice(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _example(plan: AlignmentPlan, i: int, source: list[CanonicalToken], target: list[CanonicalToken]) -> dict[str, Any]:
-    parts = zip(plan.ids[i].tolist(), plan.weights[i].tolist(), strict=True)
+    parts = sorted(zip(*(part.tolist() for part in plan.combination(i)), strict=True), key=lambda part: -abs(part[1]))
     return {
         "token": _display(target[i]),
         "route": ROUTES[plan.routes[i]],
-        "from": {_display(source[j]): round(weight, 3) for j, weight in parts if weight > 0},
+        "from": {_display(source[j]): round(weight, 3) for j, weight in parts[:MAX_EXAMPLE_SOURCES]},
     }
 
 

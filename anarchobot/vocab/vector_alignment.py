@@ -83,7 +83,7 @@ def nearest_neighbors(
     hubness: Floats | float = _mean_top_cosine(s, target[rows]) if method == "procrustes" else 0.0  # per candidate
     directions = normalize_rows(s)
     blocks = []
-    for block in _blocks(rows, len(s)):
+    for block in row_blocks(rows, len(s)):
         scores = 2 * (target[block] @ s.T) - hubness  # r(t) is constant per row and does not change the order
         best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
         order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1, kind="stable")
@@ -100,12 +100,12 @@ def nearest_neighbors(
 def _mean_top_cosine(vectors: Floats, others: Floats) -> Floats:
     """Mean cosine of each row to its CSLS_NEIGHBORS nearest rows of `others`; all rows have unit norm."""
     k = min(CSLS_NEIGHBORS, len(others))
-    blocks = _blocks(np.arange(len(vectors)), len(others))
+    blocks = row_blocks(np.arange(len(vectors)), len(others))
     means = [-np.partition(-(vectors[block] @ others.T), k - 1, axis=1)[:, :k].mean(axis=1) for block in blocks]
     return np.concatenate(means).astype(np.float32)
 
 
-def _blocks(rows: Ids, columns: int) -> Iterator[Ids]:
+def row_blocks(rows: Ids, columns: int) -> Iterator[Ids]:
     """Splits rows into blocks for which a matrix with that many columns has at most MAX_BLOCK_CELLS."""
     size = max(1, MAX_BLOCK_CELLS // columns)
     return (rows[at : at + size] for at in range(0, len(rows), size))

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from anarchobot.config.errors import UserError
 from anarchobot.data.sources import builtin
 from anarchobot.tokenizers.canonical_tokens import CanonicalToken, canonical_tokens
 from anarchobot.tokenizers.tokenizer import load_tokenizer
@@ -65,6 +66,11 @@ def settings(**change: Any) -> dict[str, Any]:
     return plain | change
 
 
+def first_sources(plan: AlignmentPlan) -> np.ndarray:
+    """The first source id of each target id."""
+    return np.array([plan.combination(i)[0][0] for i in range(len(plan.routes))])
+
+
 @pytest.fixture(scope="module")
 def permuted() -> tuple[Vocabulary, Vocabulary, np.ndarray]:
     """A vocabulary, and a permuted, rotated, noisy copy of it; three quarters of its tokens are renamed."""
@@ -81,7 +87,7 @@ def test_a_known_permutation_is_recovered(permuted: tuple[Vocabulary, Vocabulary
     source, target, order = permuted
     plan, report = align(source, target, **settings())
     renamed = order % 4 != 0
-    found = plan.ids[:, 0] == order
+    found = first_sources(plan) == order
     assert found[renamed].mean() >= 0.99
     assert found[~renamed].all()
     assert set(plan.routes[renamed]) == {ALIGNED}
@@ -115,8 +121,8 @@ def test_pivots_are_the_most_frequent_shared_tokens(permuted: tuple[Vocabulary, 
     few, report = align(source, spoiled, **settings(pivot_count=40))
     many, _ = align(source, spoiled, **settings(pivot_count=2000))
     assert report["pivots"] == 40
-    assert (few.ids[:, 0] == order)[renamed].mean() > 0.9
-    assert (many.ids[:, 0] == order)[renamed].mean() < 0.5
+    assert (first_sources(few) == order)[renamed].mean() > 0.9
+    assert (first_sources(many) == order)[renamed].mean() < 0.5
 
 
 def test_tokens_below_the_threshold_are_the_mean_of_their_pieces() -> None:
@@ -135,8 +141,7 @@ def test_tokens_below_the_threshold_are_the_mean_of_their_pieces() -> None:
     plan, report = align(
         vocabulary(names, source), vocabulary([*names, "t3,t5"], far), **settings(similarity_threshold=0.9)
     )
-    assert plan.ids[100].tolist() == [3, 5]
-    assert plan.weights[100].tolist() == [0.5, 0.5]
+    assert [part.tolist() for part in plan.combination(100)] == [[3, 5], [0.5, 0.5]]
     assert report["coverage"] == round(100 / 101, 4)
     assert report["advice"] == []
     others = [f"t{i},t3" for i in range(6)]
@@ -153,17 +158,18 @@ def test_weights_of_the_top_k(permuted: tuple[Vocabulary, Vocabulary, np.ndarray
     source, target, order = permuted
     plan, _ = align(source, target, **settings(top_k=4))
     row = int(np.flatnonzero(order % 4 == 1)[0])
-    assert plan.ids[row, 0] == order[row]
-    assert np.isclose(plan.weights[row].sum(), 1)
-    assert plan.weights[row, 0] > 0.9  # softmax with temperature 0.1: the others are far away
-    assert len(set(plan.ids[row].tolist())) == 4
+    ids, weights = plan.combination(row)
+    assert ids[0] == order[row]
+    assert np.isclose(weights.sum(), 1)
+    assert weights[0] > 0.9  # softmax with temperature 0.1: the others are far away
+    assert len(set(ids.tolist())) == 4
 
 
 def test_a_missing_role_falls_back_to_end_of_document() -> None:
     vectors = np.random.default_rng(5).standard_normal((50, DIM))
     names = ["<end>", *(f"t{i}" for i in range(49))]
     plan, _ = align(vocabulary(names, vectors), vocabulary(["<pad>", *names[1:]], vectors), **settings())
-    assert (plan.routes[0], plan.ids[0, 0], plan.weights[0, 0]) == (SPECIAL, 0, 1.0)
+    assert (plan.routes[0], *(part.tolist() for part in plan.combination(0))) == (SPECIAL, [0], [1.0])
 
 
 @pytest.mark.parametrize(("method", "route"), [("mean", MEAN), ("random", RANDOM), ("pieces", PIECES)])
@@ -176,25 +182,67 @@ def test_the_baselines_copy_shared_tokens(method: str, route: int) -> None:
     assert "precision_at_1" not in report
 
 
+@pytest.mark.parametrize("method", ["focus", "omp"])
+def test_new_tokens_are_combinations_of_shared_tokens(method: str) -> None:
+    """t0 to t9 are shared, in another order; n0 is between t2 and t7; the others do not occur, or too rarely for a
+    vector: their pieces count."""
+    rng = np.random.default_rng(7)
+    names = [f"t{i}" for i in range(20)]
+    target_names = [*(f"t{i}" for i in reversed(range(10))), "n0", "t11,t3", "t4,t5"]
+    vectors = rng.standard_normal((13, DIM))
+    vectors[12] = 0
+    vectors[10] = vectors[9 - 2] / np.linalg.norm(vectors[9 - 2]) + vectors[9 - 7] / np.linalg.norm(vectors[9 - 7])
+    counts = np.array([10] * 11 + [0, 1])
+    source = vocabulary(names, np.zeros((20, 1)), np.zeros(20, np.int64))  # its vectors are not used
+    plan, report = align(source, vocabulary(target_names, vectors, counts), **settings(method=method, top_k=2))
+    assert plan.routes.tolist() == [SHARED] * 10 + [ALIGNED, PIECES, PIECES]
+    ids, weights = plan.combination(10)
+    best = np.argsort(-weights)[:2]
+    assert set(ids[best].tolist()) == {2, 7}
+    assert plan.combination(11)[0].tolist() == [11, 3]
+    assert report["advice"] == []
+    assert "precision_at_1" not in report
+    example = report["examples"][0]
+    assert set(list(example["from"])[:2]) == {"t2", "t7"}
+    if method == "omp":
+        assert len(ids) == 2
+
+
+@pytest.mark.parametrize("method", ["focus", "omp"])
+def test_without_shared_tokens_nothing_can_be_combined(method: str) -> None:
+    one, other = vocabulary(["a", "b"], np.eye(2)), vocabulary(["c", "d"], np.eye(2))
+    with pytest.raises(UserError, match="no token with a vector is in both vocabularies"):
+        align(one, other, **settings(method=method))
+
+
 def test_rows_by_hand() -> None:
+    """A copy, a mean of two, a difference, and rows without source tokens."""
     old = np.array([[3, 4], [0, 2], [1, 0], [-1, 0]], np.float32)
     plan = AlignmentPlan(
-        np.array([SHARED, ALIGNED, MEAN, RANDOM], np.int8),
-        np.array([[1, 0], [0, 1], [0, 0], [0, 0]]),
-        np.array([[1, 0], [0.5, 0.5], [0, 0], [0, 0]], np.float32),
+        np.array([SHARED, ALIGNED, ALIGNED, MEAN, RANDOM], np.int8),
+        np.array([1, 3, 5, 5, 5]),
+        np.array([1, 0, 1, 0, 2]),
+        np.array([1, 0.5, 0.5, 1, -2], np.float32),
     )
     new = initialize_rows(old, plan, 0)
-    assert new[0].tolist() == [0, 2]
-    assert np.allclose(new[1], np.array([1.5, 3]) / np.hypot(1.5, 3) * 3.5)  # the mean of the norms 5 and 2
-    assert np.allclose(new[2], np.array([0.75, 1.5]) / np.hypot(0.75, 1.5) * 2.25)
-    assert np.isclose(np.linalg.norm(new[3]), 2.25)
+    assert new[:4].tolist() == [[0, 2], [1.5, 3], [1, 4], [0.75, 1.5]]
     assert np.array_equal(new, initialize_rows(old, plan, 0))
-    assert not np.array_equal(new[3], initialize_rows(old, plan, 1)[3])
+    assert not np.array_equal(new[4], initialize_rows(old, plan, 1)[4])
     assert count_zero_rows(new) == 0
     params = {"model.embed_tokens.weight": old, "lm_head.weight": -old, "model.norm.weight": np.ones(2, np.float32)}
-    made = initialize_embeddings(params, plan, 0)
-    assert np.array_equal(made["lm_head.weight"][:3], -new[:3])
+    made = initialize_embeddings(params, ("model.embed_tokens.weight", "lm_head.weight"), 4, plan, 0)
+    assert np.array_equal(made["lm_head.weight"][:4], -new[:4])
     assert made["model.norm.weight"] is params["model.norm.weight"]
+
+
+def test_random_rows_have_the_mean_and_deviation_of_the_old_rows() -> None:
+    old = np.random.default_rng(8).normal([3, -1], [0.5, 2], (5000, 2)).astype(np.float32)
+    plan = AlignmentPlan(
+        np.full(5000, RANDOM, np.int8), np.zeros(5000, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
+    )
+    new = initialize_rows(old, plan, 0)
+    assert np.allclose(new.mean(axis=0), [3, -1], atol=0.15)
+    assert np.allclose(new.std(axis=0), [0.5, 2], rtol=0.05)
 
 
 def test_the_same_tokenizer_gives_the_same_rows(tmp_path: Path) -> None:

@@ -63,6 +63,14 @@ def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
+def token_parameters(model: ModelConfig) -> list[str]:
+    return ["model.embed_tokens.weight", *([] if model.tie_embeddings else ["lm_head.weight"])]
+
+
+def with_vocab_size(model: ModelConfig, vocab_size: int) -> ModelConfig:
+    return model.model_copy(update={"vocab_size": vocab_size})
+
+
 def adaptable_matrices(model: ModelConfig) -> dict[str, AdaptableMatrix]:
     """All matrices of the blocks."""
     return {

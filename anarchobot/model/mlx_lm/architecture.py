@@ -79,6 +79,28 @@ def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
     return _facts_of(model).shapes
 
 
+def token_parameters(model: ModelConfig) -> list[str]:
+    """Those whose shape changes with the vocabulary."""
+    other = parameter_shapes(with_vocab_size(model, _facts_of(model).vocab_size + 1))
+    return [name for name, shape in parameter_shapes(model).items() if shape != other[name]]
+
+
+def with_vocab_size(model: ModelConfig, vocab_size: int) -> ModelConfig:
+    values = json.loads(model.hf_config or "{}")
+    kind = values.get("model_type")
+    if any("embed_tokens_per_layer" in name for name in parameter_shapes(model)):
+        raise UserError(f"{kind}: each block has embeddings of tokens too: its vocabulary can't be changed")
+    if "vocab_size" in values:
+        values["vocab_size"] = vocab_size
+    _text_values(values)["vocab_size"] = vocab_size
+    resized = model.model_copy(update={"hf_config": json.dumps(values), "vocab_size": vocab_size})
+    old, new = _facts_of(model), _facts_of(resized)
+    changed = [name for name, shape in old.shapes.items() if shape != new.shapes[name]]
+    if any(new.shapes[name] != (vocab_size, *old.shapes[name][1:]) for name in changed) or new.vocab_size != vocab_size:
+        raise UserError(f"{kind}: its vocabulary can't be changed: vocab_size in config.json does not set it")
+    return resized
+
+
 def adaptable_matrices(model: ModelConfig) -> dict[str, AdaptableMatrix]:
     """All linear layers of the blocks except routers. Stacked experts are [experts, out, in]."""
     return _facts_of(model).adaptable

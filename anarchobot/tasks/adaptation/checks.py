@@ -9,6 +9,7 @@ from anarchobot.config.schema import Config, DataConfig, LoraConfig
 from anarchobot.config.validation import conflicts
 from anarchobot.data.sources.documents import DocumentCounts, from_files
 from anarchobot.exchange.pretrained import PretrainedModel, load_pretrained
+from anarchobot.model.architecture import architecture
 from anarchobot.tasks.adaptation.evaluation import read_questions
 from anarchobot.tokenizers.canonical_tokens import canonical_tokens
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -20,11 +21,10 @@ MIN_SAME_TOKENS = 0.95  # fraction of equal ids for a file to count as the model
 def check(loaded: Loaded[AdaptConfig], base: PretrainedModel) -> None:
     """Raises UserError if model, tokenizers, files and settings do not match."""
     config = loaded.config
-    if base.model.architecture == "mlx_lm":
-        raise UserError(
-            f"{loaded.where('models.source_model')}: mlx-lm computes {base.name}, and its vocabulary can't be "
-            "adapted: expected a model of the Llama family"
-        )
+    try:
+        architecture(base.model.architecture).with_vocab_size(base.model, base.tokenizer.vocab_size + 1)
+    except UserError as error:
+        raise UserError(f"{loaded.where('models.source_model')}: {base.name}: {error}") from error
     _check_tokenizers(loaded, base)
     seq_len_is_set = "vocab_adaptation.seq_len" in loaded.sources  # the default is limited to the model's
     if seq_len_is_set and config.vocab_adaptation.seq_len > base.model.max_seq_len:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from anarchobot.config.adapt_schema import AdaptConfig
+from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config, DataConfig, ModelConfig, TokenizerConfig
 from anarchobot.data.document_batches import batch_documents
 from anarchobot.data.resume import source_provenance
-from anarchobot.data.sources.documents import DocumentCounts, from_files, open_source
+from anarchobot.data.sources.documents import DocumentCounts, from_files, open_source, total_bytes
 from anarchobot.exchange.pretrained import PretrainedModel
-from anarchobot.optim.param_groups import EMBEDDING
+from anarchobot.model.architecture import architecture
 from anarchobot.runs import checkpoint
 from anarchobot.runs.write_model import write_model
 from anarchobot.storage.durable import write_atomic
@@ -79,11 +80,22 @@ def build_corpus(run: Adaptation) -> StageResult:
 
     def work(folder: Path) -> Output:
         notes: Values = {}
-        for file, data in sources.items():
+        sizes = [total_bytes(data.datasets) for data in sources.values()]
+        for number, (file, data) in enumerate(sources.items()):
             counts = DocumentCounts()
+            size = min(sizes[number] or config.budget, config.budget)
+
+            def progress(written: int, number: int = number, size: int = size) -> None:
+                run.stages.progress((number + written / size) / len(sources))
+
             _, documents = open_source(data, run.seed, counts, warn=run.stages.log)
             notes[file.removesuffix(".jsonl")] = write_corpus(
-                documents, folder / file, byte_budget=config.budget, deduplicate=config.dedup, seed=run.seed
+                documents,
+                folder / file,
+                byte_budget=config.budget,
+                deduplicate=config.dedup,
+                seed=run.seed,
+                progress=progress,
             )
             for line in counts.details():
                 run.stages.log(line)
@@ -137,11 +149,19 @@ def build_tokenizer(run: Adaptation, corpus: StageResult) -> StageResult:
 
 def _mine_terms(run: Adaptation, corpus: StageResult) -> StageResult:
     options = run.settings.term_mining
+    done, total = 0, sum(corpus.notes[name]["bytes"] for name in ("domain", "general") if name in corpus.notes)
+
+    def counted(texts: Iterator[str]) -> Iterator[str]:
+        nonlocal done
+        for text in texts:
+            yield text
+            done += len(text.encode())
+            run.stages.progress(done / total)
 
     def work(folder: Path) -> Output:
         terms = mine_terms(
-            run.domain_texts(corpus),
-            run.general_texts(corpus),
+            counted(run.domain_texts(corpus)),
+            counted(run.general_texts(corpus)),
             **options.model_dump(),
             is_known=lambda word: is_one_token(run.source, word),
         )
@@ -200,11 +220,15 @@ def _train_vectors(run: Adaptation, corpus: StageResult, tokenizer: StageResult,
 
     def work(folder: Path) -> Output:
         arrays: dict[str, Any] = {}
-        for name, vocab_tokenizer in (("source", run.source), ("target", target)):
+        for number, (name, vocab_tokenizer) in enumerate((("source", run.source), ("target", target))):
+
+            def progress(fraction: float, number: int = number) -> None:
+                run.stages.progress((number + fraction) / 2)
+
             texts = chain(run.domain_texts(corpus), run.general_texts(corpus))
             sentences = token_sentences(texts, vocab_tokenizer, min_line_length)
             arrays[name], arrays[f"{name}_counts"] = train_vectors(
-                sentences, vocab_tokenizer.vocab_size, vector_settings, run.seed, folder
+                sentences, vocab_tokenizer.vocab_size, vector_settings, run.seed, folder, progress
             )
         np.savez(folder / "vectors.npz", allow_pickle=False, **arrays)
         tokens = {f"{name}_tokens": int(arrays[f"{name}_counts"].sum()) for name in ("source", "target")}
@@ -220,22 +244,27 @@ def initialize_model(run: Adaptation, alignment: StageResult, tokenizer: StageRe
 
     def work(folder: Path) -> Output:
         with np.load(alignment.folder / "plan.npz", allow_pickle=False) as arrays:
+            if "ends" not in arrays.files:
+                raise UserError(f"{alignment.folder}: written by an earlier version: remove this folder")
             plan = AlignmentPlan(**{name: arrays[name] for name in arrays.files})
-        params = initialize_embeddings(run.base.weights, plan, run.seed)
+        by_token = architecture(run.base.model.architecture).token_parameters(run.base.model)
+        params = initialize_embeddings(run.base.weights, by_token, run.source.vocab_size, plan, run.seed)
         step = write_adapted_model(folder, params, run.base, target)
-        return [step / "model.npz", step / "state.json"], {"zero_initialised": count_zero_rows(params[EMBEDDING])}
+        return [step / "model.npz", step / "state.json"], {"zero_initialised": count_zero_rows(params[by_token[0]])}
 
     inputs = {"alignment": alignment.digest, "tokenizer": tokenizer.digest, "model": run.base_digest}
     return run.stages.run("initial", work, settings={"seed": run.seed}, inputs=inputs)
 
 
 def adapted_config(base: PretrainedModel, target: Tokenizer) -> ModelConfig:
-    """The model's configuration with the vocabulary size and begin token of the target tokenizer."""
-    bos_id = None
-    if base.model.bos_id is not None:
+    """The model's configuration with the vocabulary size and begin token of the target tokenizer. Raises UserError if
+    the model's vocabulary can't be changed."""
+    bos_id = base.model.bos_id
+    if bos_id is not None and bos_id >= 0:
         begin_ids = (i for i, token in enumerate(canonical_tokens(target)) if token == BEGIN)
         bos_id = next(begin_ids, target.eod_id)
-    return base.model.model_copy(update={"vocab_size": target.vocab_size, "bos_id": bos_id})
+    resized = architecture(base.model.architecture).with_vocab_size(base.model, target.vocab_size)
+    return resized.model_copy(update={"bos_id": bos_id})
 
 
 def write_adapted_model(folder: Path, weights: Mapping[str, Floats], base: PretrainedModel, target: Tokenizer) -> Path:

@@ -3,6 +3,8 @@
 import json
 import random
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from anarchobot.data.sources import builtin
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.runs import checkpoint
-from anarchobot.storage.durable import read_checksummed, write_checksummed
+from anarchobot.storage.durable import read_checksummed, sha256_file, write_checksummed
 from anarchobot.tasks.adaptation import evaluation, initialization, pipeline, training
 from anarchobot.tasks.adaptation.checks import warnings
 from anarchobot.tasks.adaptation.evaluation import answer_questions, read_questions, to_markdown
@@ -37,6 +39,7 @@ pytest.importorskip("gensim")
 QUICK: dict[str, Any] = {
     "vocab_adaptation": {"enabled": False}, "evaluation": {"enabled": False}, "alignment": {"method": "mean"}
 }  # fmt: skip
+CONFIGS = Path(__file__).parents[3] / "configs"
 TRAINED = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -124,6 +127,25 @@ def test_stage_2_continues_in_the_data_after_stage_1(
     assert checkpoint.find(tmp_path / "r" / "stage2").state["data_position"] == 108
 
 
+def test_the_progress_of_long_stages_is_shown(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fractions rise and reach the end, or what the held-out documents leave of it."""
+    fractions: dict[str, list[float]] = {}
+
+    @contextmanager
+    def bar(name: str, quiet: bool) -> Iterator[Callable[[float], None]]:
+        yield fractions.setdefault(name, []).append
+
+    monkeypatch.setattr(pipeline, "activity_bar", bar)
+    general = {"general": str(world / "general.jsonl"), "val_fraction": 0.1}
+    adapt(world, tmp_path / "r", corpus=general, tokenization={"target": "extended"}, term_mining={"top_k": 5},
+          vocab_adaptation={"stage1_steps": 1, "stage2_steps": 0}, alignment={"method": "procrustes"})  # fmt: skip
+    for stage in ("corpus", "terms", "vectors", "shards", "evaluate_before", "evaluate_stage1"):
+        assert 0 < fractions[stage][0] < 1 or len(fractions[stage]) == 1, stage
+        assert fractions[stage] == sorted(fractions[stage]), stage
+        assert 0.8 < fractions[stage][-1] <= 1, stage
+    assert len(fractions["vectors"]) >= 4
+
+
 def test_a_second_run_skips_all_stages(done: tuple[Path, dict[str, Any]], world: Path) -> None:
     report, log = adapt(world, done[0])
     assert report == done[1]
@@ -173,6 +195,17 @@ def test_a_run_begun_with_former_keys_is_resumed(world: Path, tmp_path: Path) ->
     _, log = adapt(world, tmp_path / "r", **QUICK)
     assert [line for line in log if "already done" not in line and "warning" not in line] == []
     assert len(log) >= 5
+
+
+def test_an_alignment_of_an_earlier_version_is_named(world: Path, tmp_path: Path) -> None:
+    adapt(world, tmp_path / "r", **QUICK)
+    record, plan = tmp_path / "r" / "records" / "alignment.json", tmp_path / "r" / "alignment" / "plan.npz"
+    np.savez(plan, routes=np.zeros(420, np.int8), ids=np.zeros((420, 1), np.int64), weights=np.ones((420, 1)))
+    found = read_checksummed(record)
+    found["outputs"]["plan.npz"] = sha256_file(plan)
+    write_checksummed(record, found)
+    with pytest.raises(UserError, match="alignment: written by an earlier version: remove this folder"):
+        adapt(world, tmp_path / "r", **QUICK)
 
 
 def test_records_of_training_stages_have_only_non_default_settings(done: tuple[Path, dict[str, Any]]) -> None:
@@ -317,6 +350,19 @@ def test_few_documents_are_held_out_in_a_larger_fraction(world: Path, tmp_path: 
     held_out = (corpus.folder / "held_out.jsonl").read_text().splitlines()
     assert 3 < len(held_out) == corpus.notes["held_out"] < 25
     assert len(list(run.domain_texts(corpus))) == 140 - len(held_out)
+
+
+def test_the_quick_recipe_fits_a_small_model_and_one_text_file(world: Path, tmp_path: Path) -> None:
+    texts = [json.loads(line)["text"] for line in (world / "domain.jsonl").read_text().splitlines()]
+    (tmp_path / "field.txt").write_text("\n".join(3 * texts))
+    words = [f"models.source_model={world / 'model'}", f"corpus.domain={tmp_path / 'field.txt'}", "corpus.dedup=false",
+             f"pipeline.run_root={tmp_path / 'r'}", "term_mining.top_k=9", "vocab_adaptation.stage1_steps=2",
+             "vocab_adaptation.stage2_steps=2"]  # fmt: skip
+    report = adapt_vocab(load(CONFIGS / "adapt_quick.yaml", words, AdaptConfig), quiet=True)
+    assert report["finished"]
+    assert list(report["evaluation"]) == ["before", "initial", "stage 1", "stage 2"]
+    config = checkpoint.find(tmp_path / "r" / "stage2").config
+    assert (config.data.seq_len, config.train.micro_batch_size) == (64, 2)
 
 
 def test_default_sequences_fit_the_model(world: Path, tmp_path: Path) -> None:
