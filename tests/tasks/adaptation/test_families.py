@@ -88,6 +88,7 @@ EMBEDDINGS_PER_LAYER = {
     "model_type": "gemma4_text", "vocab_size": 96, "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 4,
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_kv_shared_layers": 0, "head_dim": 8,
     "global_head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
 OTHER_KEY = {
     "model_type": "phixtral", "num_vocab": 96, "model_dim": 32, "num_heads": 4, "num_layers": 2, "rotary_dim": 4
