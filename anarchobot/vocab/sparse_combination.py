@@ -11,6 +11,7 @@ Both compute in blocks, never a full matrix of cosines.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +22,14 @@ Combination = tuple[Ids, Floats]  # rows of the shared tokens and their weights
 VANISHED = 1e-6  # relative to a vector of norm 1, a residual of this size is a rounding error
 
 
-def sparsemax(scores: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+def sparsemax(scores: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
     """Returns the point of the simplex nearest to each row of `scores` [n, m] (Martins and Astudillo, 2016)."""
     falling = -np.sort(-scores.astype(np.float64), axis=1)
     sums = falling.cumsum(axis=1)
     support = np.count_nonzero(1 + np.arange(1, scores.shape[1] + 1) * falling > sums, axis=1)[:, None]
     threshold = (np.take_along_axis(sums, support - 1, axis=1) - 1) / support
-    return np.maximum(scores - threshold, 0)
+    weights: npt.NDArray[np.float64] = np.maximum(scores - threshold, 0)
+    return weights
 
 
 def sparsemax_combination(vectors: Floats, shared: Floats) -> Iterator[Combination]:
@@ -42,10 +44,10 @@ def sparsemax_combination(vectors: Floats, shared: Floats) -> Iterator[Combinati
 def matching_pursuit(vectors: Floats, shared: Floats, k: int) -> Iterator[Combination]:
     """Yields the weights of each of `vectors` [n, d] over at most `k` rows of `shared` [m, d], of any sign: all vectors
     are scaled to norm 1 first. A vector that fewer rows represent exactly gets fewer."""
-    units, shared = (normalize_rows(x).astype(np.float64) for x in (vectors, shared))
-    k = min(k, *shared.shape)
-    for block in row_blocks(np.arange(len(units)), max(len(shared), k * (k + shared.shape[1]))):
-        ids, weights = _pursue(units[block], shared, k)
+    targets, atoms = (normalize_rows(x).astype(np.float64) for x in (vectors, shared))
+    k = min(k, *atoms.shape)
+    for block in row_blocks(np.arange(len(targets)), max(len(atoms), k * (k + atoms.shape[1]))):
+        ids, weights = _pursue(targets[block], atoms, k)
         for row_ids, row_weights in zip(ids, weights, strict=True):
             used = np.flatnonzero(row_weights)
             yield row_ids[used], row_weights[used].astype(np.float32)

@@ -354,10 +354,10 @@ def test_few_documents_are_held_out_in_a_larger_fraction(world: Path, tmp_path: 
 
 def test_the_quick_recipe_fits_a_small_model_and_one_text_file(world: Path, tmp_path: Path) -> None:
     texts = [json.loads(line)["text"] for line in (world / "domain.jsonl").read_text().splitlines()]
-    (tmp_path / "field.txt").write_text("\n".join(3 * texts))
+    (tmp_path / "field.txt").write_text("\n".join(6 * texts))
     words = [f"models.source_model={world / 'model'}", f"corpus.domain={tmp_path / 'field.txt'}", "corpus.dedup=false",
              f"pipeline.run_root={tmp_path / 'r'}", "term_mining.top_k=9", "vocab_adaptation.stage1_steps=2",
-             "vocab_adaptation.stage2_steps=2"]  # fmt: skip
+             "vocab_adaptation.stage2_steps=2", "embedding.fasttext.epochs=1"]  # fmt: skip
     report = adapt_vocab(load(CONFIGS / "adapt_quick.yaml", words, AdaptConfig), quiet=True)
     assert report["finished"]
     assert list(report["evaluation"]) == ["before", "initial", "stage 1", "stage 2"]
