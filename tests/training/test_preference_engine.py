@@ -145,7 +145,7 @@ def test_out_of_memory_in_log_probabilities_raises_memory_error(monkeypatch: pyt
     def fails(*args: Any) -> Any:
         raise RuntimeError("[malloc] Unable to allocate 8 bytes.")
 
-    monkeypatch.setattr(engine, "_log_probs", fails)
+    monkeypatch.setattr(engine, "_token_log_probs", fails)
     with pytest.raises(MemoryError):
         engine.log_probs(pairs())
 
