@@ -59,7 +59,6 @@ def config(folder: Path, name: str, base: Path, dataset: Path, **overrides: Any)
 @pytest.mark.parametrize(
     ("settings", "reward"),
     [
-        ({}, 0.8),
         ({"lora__r": 4, "grpo__beta": 0.01, "train__lr": 0.01}, 0.5),
         ({"grpo__num_iterations": 2, "grpo__loss_type": "grpo"}, 0.8),
     ],
