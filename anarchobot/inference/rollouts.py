@@ -182,11 +182,11 @@ def generate(
     pairs = zip(prompts, settings, strict=True)
     indices = {batch.insert(prompt, one, ()): i for i, (prompt, one) in enumerate(pairs)}
     while batch:
-        for request, token, _ in batch.step():
-            assert token is not None  # the batch has no stop tokens
-            ids[indices[request]].append(token)
-            if token in stop:
-                batch.remove(request)
+        for output in batch.step():
+            assert output.token is not None  # the batch has no stop tokens
+            ids[indices[output.request]].append(output.token)
+            if output.token in stop:
+                batch.remove(output.request)
     return [Completion(found, found[-1] not in stop) for found in ids]
 
 
