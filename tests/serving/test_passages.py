@@ -96,20 +96,6 @@ def test_passages_that_do_not_fit_are_dropped_from_the_last(file: Path) -> None:
             assert "".join(map(chr, ids)) == prompt_with_passages(question, hits[:used])
 
 
-def test_passages_leave_room_for_the_answer(with_passages: RunningServer) -> None:
-    """For the tokens that are asked for, up to half of the context window of 4096."""
-
-    def answer(words: int, max_tokens: int) -> Any:
-        return with_passages.post(PATH, ask("legs" + " well" * words, max_tokens=max_tokens, stop=[" ", "e", "a"]))[1]
-
-    words = 100 * 3300 // answer(100, 1)["usage"]["prompt_tokens"]
-    size = answer(words, 1)["usage"]["prompt_tokens"]
-    assert 2048 < size < 4000
-    for max_tokens, used in ((4096 - size, 2), (4096 - size + 1, 1)):
-        found = answer(words, max_tokens)
-        assert len(found["sources"]) == used and found["dropped_passages"] == 2 - used
-
-
 def test_search_by_meaning(model: Model, tmp_path: Path) -> None:
     """MLX and SQLite work in the thread of the knowledge base, while the model has its own."""
     encoder = write_encoder(tmp_path / "encoder")
