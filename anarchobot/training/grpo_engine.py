@@ -48,11 +48,11 @@ class CompletionBatch(Batch):
 
     def flat(self) -> Self:
         """[A, B, ...] as [n, ...]."""
-        return self._map(lambda x: x.reshape(-1, *x.shape[2:]))
+        return self.map(lambda x: x.reshape(-1, *x.shape[2:]))
 
     def first(self, count: int) -> Self:
         """The first completions of [n, ...]."""
-        return self._map(lambda x: x[:count])
+        return self.map(lambda x: x[:count])
 
     def metrics(self, names: Sequence[str]) -> dict[str, float]:
         """Means over completions, also of each reward if there are several; `names` are theirs."""
