@@ -79,5 +79,4 @@ def _pursue(
         q[:, step] = np.where(active, 1 / np.where(active, norm, 1), 0)[:, None] * newest
         parts[:, step] = np.einsum("nd,nd->n", q[:, step], residual)
         residual -= parts[:, step, None] * q[:, step]
-    weights: npt.NDArray[np.float64] = np.linalg.solve(r, parts[:, :, None])[:, :, 0]
-    return ids, weights
+    return ids, np.asarray(np.linalg.solve(r, parts[:, :, None])[:, :, 0], np.float64)
