@@ -302,8 +302,8 @@ def _server() -> tuple[Any, ExitStack]:
     from anarchobot.serving.app import Limits
     from tests.serving.conftest import run_server
 
-    stack = ExitStack()
-    return stack.enter_context(run_server(_Common.model(), Limits(tokens=4, body_bytes=2**16, body_seconds=1))), stack
+    stack, limits = ExitStack(), Limits(tokens=4, body_bytes=2**16, body_seconds=1)
+    return stack.enter_context(run_server(_Common.model(), limits, prefix_bytes=2**22)), stack  # keeps little
 
 
 def _http(folder: Path) -> None:
