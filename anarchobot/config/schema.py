@@ -510,8 +510,7 @@ class GRPOConfig(Section):
     )
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = Field(
         "dapo",
-        description="mean over tokens of each completion (grpo), of a micro-batch (bnpo), of the step (dapo), or sum "
-        "divided by max_completion_length (dr_grpo)",
+        description="mean over tokens per completion (grpo), micro-batch (bnpo), step (dapo), or scaled sum (dr_grpo)",
     )
     scale_rewards: Literal["group", "batch", "none"] = Field(
         "group", description="divide advantages by the standard deviation of the group's or the batch's rewards"

@@ -193,14 +193,14 @@ def _grpo_conflicts(config: Config) -> Iterator[tuple[tuple[str, ...], str]]:
         )
     if rewards and grpo.max_completion_length >= data.seq_len:
         yield (
-            ("grpo.max_completion_length", "data.seq_len"),
+            ("grpo.max_completion_length", "data.seq_len", "grpo.rewards"),
             f"max_completion_length ({grpo.max_completion_length}) must be below data.seq_len ({data.seq_len}), which "
             "includes the prompt",
         )
     sequences = config.train.micro_batch_size * config.train.grad_accum_steps
     if rewards and sequences % grpo.num_generations:
         yield (
-            ("train.micro_batch_size", "train.grad_accum_steps", "grpo.num_generations"),
+            ("train.micro_batch_size", "train.grad_accum_steps", "grpo.num_generations", "grpo.rewards"),
             f"completions per step, micro_batch_size x grad_accum_steps ({sequences}), must be a multiple of "
             f"num_generations ({grpo.num_generations})",
         )

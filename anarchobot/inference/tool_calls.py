@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
-from anarchobot.tokenizers.chat_template import TRAINING_DAY, ChatTemplate, json_text
+from anarchobot.tokenizers.chat_template import TRAINING_DAY, ChatTemplate
 from anarchobot.tokenizers.conversation import InvalidRow, Message, check_encodable
 from anarchobot.tokenizers.token_pattern import TokenPattern
 
@@ -173,8 +173,9 @@ class CallParser:
             if not isinstance(arguments, dict):
                 return None
             try:
-                check_encodable(text := json_text(arguments), "arguments")
-            except InvalidRow:
+                # Python reads 1e999 as infinity, which JSON has not.
+                check_encodable(text := json.dumps(arguments, ensure_ascii=False, allow_nan=False), "arguments")
+            except (InvalidRow, ValueError):
                 return None
             calls.append(ToolCall(item["name"], text))
         return calls or None

@@ -15,6 +15,7 @@ import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -357,12 +358,13 @@ def test_the_documented_examples_run(run: Path, tmp_path: Path) -> None:
         done = subprocess.run(["sh", "-ec", shell.replace("127.0.0.1:8080", address)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert '"text_completion"' in done.stdout and "data: [DONE]" in done.stdout
-        pytest.importorskip("openai")
-        (python,) = [block.partition("```")[0] for block in page.split("```python\n")[1:]]
-        (tmp_path / "example.py").write_text(python.replace("127.0.0.1:8080", address))
-        done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip()
+        examples = [block.partition("```")[0] for block in page.split("```python\n")[1:]]
+        for package, example in zip(("openai", "anthropic"), examples, strict=True):
+            assert f"from {package} import " in example
+            if find_spec(package):
+                (tmp_path / "example.py").write_text(example.replace("127.0.0.1:8080", address))
+                done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)
+                assert done.returncode == 0, done.stderr
         process.send_signal(signal.SIGINT)
         assert process.wait(100) == 130  # without active requests, and without an abort by MLX
     lines = [line for line in page.splitlines() if line.startswith("anarchobot serve")]

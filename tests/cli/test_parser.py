@@ -65,7 +65,7 @@ SURFACE = {
     "serve": [
         "KEY=VALUE", "--allow-host", "--allow-origin", "--api-key-file", "--checkpoint", "--client-connections",
         "--embedding-model", "--feedback-alpha", "--host", "--kb", "--log-level", "--log-prompts", "--max-tokens",
-        "--model", "--model-name", "--port", "--queue", "-k",
+        "--model", "--model-name", "--port", "--prefix-cache", "--queue", "-k",
     ],
     "evaluate": [
         "KEY=VALUE", "--chats", "--checkpoint", "--compare", "--include", "--limit", "--model", "--num-fewshot",

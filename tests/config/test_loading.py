@@ -152,6 +152,8 @@ def another_value(key: str, default: Any) -> Any:
         "model.rope_scaling.long_factor": [2.5] * 32, "model.rope_local_theta": 100.0, "model.sliding_window": 512,
         "model.layer_types": ["full_attention", "sliding_attention"] * 6, "model.attention_scale": 0.5,
         "model.attention_softcap": 50.0, "distillation.loss": "reverse_kl",
+        "grpo.rewards": ["number"], "grpo.reward_weights": [1.0, 0.5], "grpo.epsilon_high": 0.28,
+        "grpo.loss_type": "grpo", "grpo.scale_rewards": "none",
     }  # fmt: skip
     if key in special:
         return special[key]
@@ -177,6 +179,12 @@ PARTNERS = {
     "data.score_field": ["data.score_min=1"],
     "model.hf_config": ["model.architecture=mlx_lm"],
     **{key: ["model.sliding_window=8"] for key in ("model.rope_local_theta", "model.layer_types")},
+    **{
+        f"grpo.{key}": [f"grpo.rewards=[{key}]", "train.micro_batch_size=8"]
+        for key in ("regex", "json_schema", "function")
+    },
+    "grpo.reward_weights": ["grpo.rewards=[number, regex]", "grpo.regex=a", "train.micro_batch_size=8"],
+    "grpo.rewards": ["train.micro_batch_size=8"],
     **{key: ["train.teacher=a"] for key in leaf_keys() if key.startswith("distillation.")},
     **{key: ["lora.r=8"] for key in leaf_keys() if key.startswith("lora.") and key != "lora.r"},
     **{

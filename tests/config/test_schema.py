@@ -66,6 +66,9 @@ CHOICES = {
     "chat.too_long": '"cut" | "drop"',
     "distillation.loss": '"forward_kl" | "reverse_kl"',
     "preference.loss": '"sigmoid" | "sigmoid_norm" | "ipo" | "simpo" | "cpo" | "orpo" | "kto"',
+    "grpo.rewards": 'a list of "exact_match" | "number" | "regex" | "json_schema" | "function", or null',
+    "grpo.loss_type": '"grpo" | "bnpo" | "dr_grpo" | "dapo"',
+    "grpo.scale_rewards": '"group" | "batch" | "none"',
     "generation.method": '"greedy" | "top_k" | "nucleus" | "min_p" | "random" | "combined"',
 }
 

@@ -145,7 +145,7 @@ def test_samples_show_the_best_and_the_worst_completion(
 ) -> None:
     engine, source = rollouts(num_generations=4, scale_rewards="none")
     batch = source.at(0, 2, 2).flat()
-    engine.completions = 0, batch._map(lambda x: x)
+    engine.completions = 0, batch.map(lambda x: x)
     object.__setattr__(engine.completions[1], "rewards", np.array([0.0, 0.5, 1.0, 0.25], np.float32))
     prompt, best, worst = source.sample().rsplit("\nreward ", 2)
     assert questions(chat).shuffled(0, 1, 0)[0].answer in prompt

@@ -119,8 +119,8 @@ def test_the_conversation_is_that_of_openai(tool_server: RunningServer, monkeypa
     prompts: list[list[int]] = []
     encode = PromptEncoder.encode
 
-    def noted(self: PromptEncoder, parsed: Any) -> Any:
-        encoded = encode(self, parsed)
+    def noted(self: PromptEncoder, parsed: Any, *rest: Any) -> Any:
+        encoded = encode(self, parsed, *rest)
         prompts.append(encoded.prompt.ids)
         return encoded
 

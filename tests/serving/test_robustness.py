@@ -249,9 +249,9 @@ def test_a_request_beyond_the_queue_is_not_tokenized(model: Model, monkeypatch: 
     encoded: list[str] = []
     encode = PromptEncoder.encode
 
-    def counted(self: PromptEncoder, parsed: Any) -> Any:
+    def counted(self: PromptEncoder, parsed: Any, *rest: Any) -> Any:
         encoded.append(parsed.prompt)
-        return encode(self, parsed)
+        return encode(self, parsed, *rest)
 
     monkeypatch.setattr(PromptEncoder, "encode", counted)
     with run_server(model, Limits(tokens=4000), rows=1, queue_size=0) as server:
@@ -273,10 +273,10 @@ def test_tokenizing_blocks_neither_the_server_nor_runs_for_a_client_that_left(
     release = threading.Event()
     encode = PromptEncoder.encode
 
-    def blocking(self: PromptEncoder, parsed: Any) -> Any:
+    def blocking(self: PromptEncoder, parsed: Any, *rest: Any) -> Any:
         encoded.append(parsed.prompt)
         assert release.wait(100)
-        return encode(self, parsed)
+        return encode(self, parsed, *rest)
 
     monkeypatch.setattr(PromptEncoder, "encode", blocking)
     with run_server(model) as server, ThreadPoolExecutor(1) as pool:

@@ -90,8 +90,8 @@ def test_the_template_renders_tools_calls_and_results(
     prompts: list[str] = []
     encode = PromptEncoder.encode
 
-    def noted(self: PromptEncoder, parsed: Any) -> Any:
-        encoded = encode(self, parsed)
+    def noted(self: PromptEncoder, parsed: Any, *rest: Any) -> Any:
+        encoded = encode(self, parsed, *rest)
         prompts.append(self._model.tokenizer.decode(encoded.prompt.ids))
         return encoded
 
