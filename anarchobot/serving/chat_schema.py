@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from anarchobot.data.conversations.tool_calls import parse_calls
 from anarchobot.serving.errors import ApiError
-from anarchobot.serving.schema import MAX_TOP_LOGPROBS, ConversationRequest, OpenAIRequest, StrictModel, ToolUse
+from anarchobot.serving.schema import MAX_TOP_LOGPROBS, ConversationRequest, Items, OpenAIRequest, StrictModel, ToolUse
 from anarchobot.tokenizers.conversation import InvalidRow, Message, check_json
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -68,7 +68,7 @@ class ChatMessage(StrictModel):
     model_config = ConfigDict(strict=True, extra="ignore")
     role: Annotated[str, BeforeValidator(_role, json_schema_input_type=Role)]
     content: Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[TextPart])]
-    tool_calls: list[SentCall] | None = None
+    tool_calls: Items[SentCall] | None = None
     tool_call_id: str | None = None
 
 
@@ -113,7 +113,7 @@ class ResponseFormat(StrictModel):
 
 
 class ChatRequest(OpenAIRequest, ConversationRequest):
-    messages: Annotated[list[Annotated[ChatMessage, BeforeValidator(_with_content)]], Field(min_length=1)]
+    messages: Annotated[Items[Annotated[ChatMessage, BeforeValidator(_with_content)]], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None

@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from anarchobot.serving.chat_schema import MAX_TOOLS, FunctionName, function_tool, tool_result
 from anarchobot.serving.errors import ApiError
-from anarchobot.serving.schema import ConversationRequest, StopString, StrictModel, ToolUse
+from anarchobot.serving.schema import ConversationRequest, Items, StopString, StrictModel, ToolUse
 from anarchobot.tokenizers.conversation import InvalidRow, Message
 
 
@@ -25,7 +25,7 @@ class TextBlock(_Block):
     text: str
 
 
-Texts = Annotated[list[TextBlock], BeforeValidator(_blocks, json_schema_input_type=str | list[TextBlock])]
+Texts = Annotated[Items[TextBlock], BeforeValidator(_blocks, json_schema_input_type=str | list[TextBlock])]
 
 
 class ToolUseBlock(_Block):
@@ -48,7 +48,7 @@ Block = Annotated[TextBlock | ToolUseBlock | ToolResultBlock, Field(discriminato
 class SentMessage(StrictModel):
     role: Literal["user", "assistant"]
     content: Annotated[
-        list[Block], Field(min_length=1), BeforeValidator(_blocks, json_schema_input_type=str | list[Block])
+        Items[Block], Field(min_length=1), BeforeValidator(_blocks, json_schema_input_type=str | list[Block])
     ]
 
 
@@ -75,7 +75,7 @@ class CountRequest(ConversationRequest):
     IGNORED: ClassVar = frozenset({"metadata", "service_tier", "cache_control", "inference_geo"})
 
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
-    messages: Annotated[list[SentMessage], Field(min_length=1)]
+    messages: Annotated[Items[SentMessage], Field(min_length=1)]
     system: Texts = Field([])
     tools: Annotated[list[MessagesTool], Field(max_length=MAX_TOOLS)] = Field([])
     tool_choice: MessagesToolChoice = MessagesToolChoice(type="auto")

@@ -205,6 +205,9 @@ class ConversationRequest(Request):
 
 
 R = TypeVar("R", bound=Request)
+T = TypeVar("T")
+# Stops at the first invalid item: pydantic takes about 2 kB and 30 microseconds for each.
+Items = Annotated[list[T], Field(fail_fast=True)]
 
 
 def parse_request(body: bytes, schema: type[R]) -> R:

@@ -6,12 +6,17 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import orjson
 import pytest
+from pydantic import ValidationError
 
 from anarchobot.inference.model import Model
 from anarchobot.serving.app import Limits
+from anarchobot.serving.chat_schema import ChatRequest
+from anarchobot.serving.errors import ApiError
+from anarchobot.serving.messages_schema import MessagesRequest
 from anarchobot.serving.prompts import PromptEncoder
-from anarchobot.serving.schema import CompletionRequest
+from anarchobot.serving.schema import CompletionRequest, Request, parse_request
 from tests.serving.conftest import KEY, RunningServer, run_server, wait_until
 
 PATH = "/v1/completions"
@@ -304,3 +309,21 @@ def test_a_text_that_is_longer_than_any_prompt_is_not_tokenized(model: Model, mo
         ):
             status, answer = server.post(path, {"model": "tiny", **field})
             assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("schema", "fields"),
+    [
+        (ChatRequest, {"messages": [{}] * 1000}),
+        (ChatRequest, {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}] * 1000}]}),
+        (MessagesRequest, {"max_tokens": 1, "messages": [1] * 1000}),
+        (MessagesRequest, {"max_tokens": 1, "messages": [{"role": "user", "content": [{}] * 1000}]}),
+        (MessagesRequest, {"max_tokens": 1, "messages": [], "system": [{}] * 1000}),
+    ],
+)
+def test_only_the_first_of_many_invalid_items_is_looked_at(schema: type[Request], fields: dict[str, Any]) -> None:
+    """Otherwise a request of 60 kB takes 38 MB, and the server's only thread 0.6 s."""
+    with pytest.raises(ApiError) as error:
+        parse_request(orjson.dumps({"model": "tiny", **fields}), schema)
+    assert isinstance(error.value.__cause__, ValidationError)
+    assert error.value.__cause__.error_count() < 10
