@@ -157,7 +157,7 @@ def _print_summary(args: argparse.Namespace, command: str, summary: dict[str, An
 
 def _best(command: str, loss: float) -> str:
     """GRPO's validation loss is the negative mean reward."""
-    return f"validation reward {-loss:.4f}" if command == "grpo" else f"validation loss {loss:.4f}"
+    return f"validation reward {0.0 - loss:.4f}" if command == "grpo" else f"validation loss {loss:.4f}"
 
 
 def _launch(args: argparse.Namespace) -> int:
