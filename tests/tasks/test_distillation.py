@@ -174,6 +174,12 @@ def test_a_resumed_run_keeps_its_teacher_and_settings(
         shutil.move(moved, teacher)
 
 
+def test_torch_has_no_distillation(tmp_path: Path, tiny_shards: Path, teacher: Path) -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(UserError, match="torch has no distillation: remove train.teacher"):
+        student(tmp_path, "run", tiny_shards, teacher, train__backend="torch")
+
+
 def test_unusable_teachers_are_refused_before_anything_is_written(
     tmp_path: Path, tiny_shards: Path, teacher: Path, base: Path, chats: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -190,7 +196,6 @@ def test_unusable_teachers_are_refused_before_anything_is_written(
             r"data.seq_len: 64, but .*short.* reads at most 32 tokens: lower it",
         ),
         (tmp_path / "none", {}, "none: no such folder"),
-        (teacher, {"train__backend": "torch"}, "torch has no distillation: remove train.teacher"),
     ):
         with pytest.raises(UserError, match=match) as error:
             student(tmp_path, "run", tiny_shards, path, **settings)
