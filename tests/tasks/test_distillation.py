@@ -176,7 +176,7 @@ def test_a_resumed_run_keeps_its_teacher_and_settings(
 
 def test_torch_has_no_distillation(tmp_path: Path, tiny_shards: Path, teacher: Path) -> None:
     pytest.importorskip("torch")
-    with pytest.raises(UserError, match="torch has no distillation: remove train.teacher"):
+    with pytest.raises(UserError, match=r"torch has no distillation: remove train\.teacher"):
         student(tmp_path, "run", tiny_shards, teacher, train__backend="torch")
 
 
