@@ -4,8 +4,9 @@ import argparse
 import io
 import json
 import re
+import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,7 +132,8 @@ def _add_checkpoint(parser: Parser) -> None:
         "--checkpoint",
         required=True,
         metavar="PATH",
-        help=f"run folder, step_… folder, folder of a Hugging Face model or adapter, or {HUB_NAME}",
+        help="run folder (its newest step), best.json or a step_… folder in it, folder of a Hugging Face model or "
+        f"adapter, or {HUB_NAME}",
     )
     parser.add_argument(
         "--model", metavar="PATH", help="base model, if --checkpoint is adapters (default: the one that they name)"
@@ -154,13 +156,14 @@ def _port(word: str) -> int:
     return number
 
 
-def _load(args: argparse.Namespace) -> "tuple[Model, Config]":
-    """The model, and the sections used for inference: the model's settings, overridden by KEY=VALUE and flags."""
+def _load(args: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> "tuple[Model, Config]":
+    """The model, and the sections used for inference: the model's settings, overridden by `defaults`, KEY=VALUE and
+    flags."""
     from anarchobot.config.loading import load_config, override
     from anarchobot.inference.model import load_model
 
     stop = getattr(args, "stop", None)
-    given = overrides(args, {} if stop is None else {"generation.stop": stop})
+    given = overrides(args, {**(defaults or {}), **({} if stop is None else {"generation.stop": stop})})
     load_config(None, given)  # before loading the model, to fail early
     model, trained = load_model(args.checkpoint, args.model)
     return model, override(trained, ("generation", "knowledge_base"), given)
@@ -252,7 +255,8 @@ def _chat(args: argparse.Namespace) -> None:
     load_fast_blas()  # before MLX is imported
     from anarchobot.inference.chat import ChatSession
 
-    model, config = _load(args)
+    # At a terminal, a chat does not repeat the last one.
+    model, config = _load(args, {"generation.seed": secrets.randbelow(2**31)} if sys.stdin.isatty() else {})
     settings = config.knowledge_base
     with ExitStack() as stack:
         base = None if settings.path is None else stack.enter_context(open_knowledge_base(settings))

@@ -108,7 +108,7 @@ def _train(args: argparse.Namespace) -> int:
     if not is_started:
         train.start(request, plan)
     try:
-        result = train.train(request, started, "nothing" if silent else "progress", log)
+        result = train.train(request, started, "nothing" if silent else "brief", log)
     except train.Stopped:
         print("stopped; resume with the same command", file=sys.stderr)
         return 130
@@ -166,14 +166,24 @@ def _table(rows: list[tuple[str, str]]) -> list[str]:
     return [f"{name.ljust(width)}  {value}" for name, value in rows]
 
 
+def _before(value: float | None) -> str:
+    return "" if value is None else f" ({value:.4f} before)"
+
+
 def _print_result(args: argparse.Namespace, result: dict[str, Any], commands: list[str]) -> None:
     if args.json:
         print(json.dumps(result | {"commands": commands}))
         return
     if result["best_val_bpb"] is not None:
-        print(f"{result['model']}: {result['best_val_bpb']:.4f} bits per byte on held-out text")
+        print(
+            f"{result['model']}: {result['best_val_bpb']:.4f} bits per byte on held-out text"
+            + _before(result["val_bpb_before"])
+        )
     if result["chat_val_loss"] is not None:
-        print(f"{result['chat']}: loss {result['chat_val_loss']:.4f} on held-out conversations")
+        print(
+            f"{result['chat']}: loss {result['chat_val_loss']:.4f} on held-out conversations"
+            + _before(result["chat_val_loss_before"])
+        )
     elif result["chat"]:
         print(f"chat: {result['chat']}")
     for name in ("samples", "report"):

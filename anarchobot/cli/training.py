@@ -44,6 +44,11 @@ def add_commands(commands: Any) -> None:
         add_config(parser, optional=bool(default), default=default)
         add_settings(parser, settings, defaults_of=name if default else "")
         add_switch(parser, "--supervise", "train.supervise")
+        parser.add_argument(
+            "--brief",
+            action="store_true",
+            help="show progress, warnings and counts of the data, but no description of the run (default: off)",
+        )
 
     launch = add_command(
         commands,
@@ -123,7 +128,7 @@ def _supervise(args: argparse.Namespace, loaded: "LoadedConfig", pairs: bool = F
 
 
 def _show(args: argparse.Namespace) -> "OutputMode":
-    return "nothing" if args.quiet else "json" if args.json else "progress"
+    return "nothing" if args.quiet else "json" if args.json else "brief" if args.brief else "progress"
 
 
 def _print_summary(args: argparse.Namespace, command: str, summary: dict[str, Any]) -> int:

@@ -4,6 +4,8 @@ import os
 import unicodedata
 from pathlib import Path
 
+RUNS = Path("runs")  # the folder of run folders
+
 
 def find_path(name: str) -> str:
     """Expands ~. If there is no such file, but one whose name is the same text in another Unicode normalization,
@@ -17,6 +19,12 @@ def find_path(name: str) -> str:
         if not part.isascii() and not os.path.lexists(path):
             path = path.with_name(_other_normalization(path))
     return str(path)
+
+
+def did_you_mean_run(path: Path) -> str:
+    """`; did you mean 'runs/notes'?` for `notes`, if that exists: run folders are in runs/ by default; else empty."""
+    inside = RUNS / path
+    return f"; did you mean '{inside}'?" if not path.is_absolute() and inside.exists() else ""
 
 
 def _other_normalization(path: Path) -> str:

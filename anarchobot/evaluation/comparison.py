@@ -11,6 +11,13 @@ from anarchobot.evaluation.metrics import Ratio, Result, mean_of
 from anarchobot.reporting.html_report import render_page
 
 SHOWN_ANSWERS = 3
+LABELS = {  # of metrics whose names are keys
+    "bits_per_byte": "bits per byte",
+    "documents_trained_on": "documents trained on",
+    "log_prob_margin": "margin of log-probability",
+    "reward_accuracy": "reward accuracy",
+    "too_long": "left out: too long",
+}
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ def table_rows(reports: Sequence[Report]) -> list[Row]:
                 difference = compared.get(dataset, {}).get(metric)
                 sign = "" if metric == "reward_accuracy" else "+"
                 cells.append("" if difference is None else _cell(*difference, sign))
-            rows.append(Row(dataset, metric, cells))
+            rows.append(Row(dataset, LABELS.get(metric, metric), cells))
     return rows
 
 

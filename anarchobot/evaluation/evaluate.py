@@ -3,6 +3,7 @@ tasks."""
 
 import importlib
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,11 +37,13 @@ from anarchobot.runs import checkpoint
 from anarchobot.tokenizers.chat_encoder import ChatEncoder
 from anarchobot.tokenizers.conversation import Conversation, InvalidRow
 from anarchobot.tokenizers.tokenizer import digest
+from anarchobot.training.display import duration
 
 Log = Callable[[str], None]  # receives progress lines
 DOCUMENT_BATCH = 256  # documents scored between progress lines
 SHARD_TOKENS = 8192  # per batch of windows
-LOG_BATCHES, LOG_ANSWERS = 32, 16  # batches of windows, and answers, between progress lines
+LOG_BATCHES = 32  # batches of windows between progress lines
+LOG_SECONDS = 10.0  # between progress lines of answers
 
 
 @dataclass(frozen=True)
@@ -285,14 +288,18 @@ def _generate(
     for i, question in enumerate(questions):
         own = settings.model_copy(update={"seed": (settings.seed + i) % NUM_SEEDS})
         generated[batch.insert(question.prompt, own, encoder.stop_ids())] = []
-    done = 0
+    done, began = 0, time.monotonic()
+    logged = began
     while batch:
         for chunk in batch.step():
             generated[chunk.request].append(chunk.text)
             if chunk.finish_reason is not None:
                 done += 1
-                if done % LOG_ANSWERS == 0 or done == len(questions):
-                    log(f"{done:,} of {len(questions):,} answers")
+                now = time.monotonic()
+                if now - logged > LOG_SECONDS or done == len(questions):
+                    left = duration((now - began) / done * (len(questions) - done))
+                    log(f"{done:,} of {len(questions):,} answers, {left} left")
+                    logged = now
     return ["".join(parts).strip() for parts in generated.values()]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from anarchobot.config.errors import UserError, did_you_mean
+from anarchobot.config.paths import did_you_mean_run
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -47,9 +48,10 @@ def resolve_model(path: str | Path) -> Path:
     if path.exists():
         return path
     match = _NAME.fullmatch(str(path))
-    if match is not None and (match[2] is not None or not path.parent.is_dir()):
+    near = did_you_mean_run(path)
+    if not near and match is not None and (match[2] is not None or not path.parent.is_dir()):
         return _snapshot(match[1], match[2])
-    near = did_you_mean(path.name, [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else [])
+    near = near or did_you_mean(path.name, [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else [])
     hub_name = "ORG/NAME" if match is None else f"{path}@main"
     raise UserError(
         f"{path}: no such folder"

@@ -141,7 +141,20 @@ SUMMARY: dict[str, Callable[[RunLog], str]] = {
 
 
 def _describe(event: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {_plain(value)}" for key, value in event.items() if key not in ("step", "event", "time"))
+    """The text of a notable event."""
+    kind = event["event"]
+    if kind == "skip":
+        why = "its gradient was far above the mean" if event.get("reason") == "spike" else "its gradient was not finite"
+        return f"update skipped: {why} (loss {event.get('loss', '-')}, norm {event.get('grad_norm', '-')})"
+    if kind == "resume":
+        reason, changed = event.get("reason") or f"resumed from {event.get('folder', '-')}", event.get("changed")
+        if not isinstance(changed, dict) or not changed:
+            return str(reason)
+        lines = [f"{key} {' to '.join(map(_plain, x if isinstance(x, list) else [x]))}" for key, x in changed.items()]
+        return f"{reason}; changed: {', '.join(lines)}"
+    if kind == "end":
+        return "finished" if event.get("finished") else "stopped"
+    return str(event.get("text"))
 
 
 def _plain(value: Any) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from anarchobot.config.errors import UserError
+from anarchobot.config.paths import did_you_mean_run
 from anarchobot.config.strict_yaml import parse
 from anarchobot.runs.metrics_log import ENVIRONMENT, METRICS, SUMMARY, Event, parse_events
 from anarchobot.storage.durable import parse_json
@@ -62,7 +63,8 @@ def read_run(path: str | Path) -> RunLog:
     try:
         data = (logs / METRICS).read_bytes()
     except OSError as error:
-        raise UserError(f"{folder}: no run here (no {logs / METRICS}): expected a run folder") from error
+        near = did_you_mean_run(folder) or f" (no {logs / METRICS}): expected a run folder"
+        raise UserError(f"{folder}: no run here{near}") from error
     lines, malformed = parse_events(data)
     events: list[Event] = []
     ended = None

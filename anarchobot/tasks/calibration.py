@@ -52,6 +52,8 @@ def step_seconds(
         return time.perf_counter() - start
 
     first = step(1)  # slower than later steps: compilation and allocation
+    if first > budget / MIN_STEPS and predicted < budget / MIN_STEPS:  # above all, where kernels were never compiled
+        first = step(1)
     if first * micro_batches * MIN_STEPS <= budget:
         times = [step(micro_batches) for _ in range(1 + MIN_STEPS)][1:]
         while sum(times) < budget / 2 and len(times) < MAX_STEPS:

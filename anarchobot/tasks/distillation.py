@@ -117,7 +117,7 @@ class Distillation:
             missing = cache.missing(needed)
             if missing.size:
                 require_space(folder, cache.size(missing))
-                self._compute(cache, missing, folder, precision, quiet=show != "progress")
+                self._compute(cache, missing, folder, precision, quiet=show not in ("progress", "brief"))
         for windows in self.sets:
             assert isinstance(windows, TeacherWindows)
             windows.cache = cache

@@ -54,7 +54,7 @@ def dpo(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
     and cached in the run folder, so only one model is ever in memory.
     """
     check_settings(loaded, "dpo")
-    loaded, notes = resolve_micro_batch(loaded, pairs=True, several_ranks=detect_launcher() is not None)
+    loaded, fit_messages = resolve_micro_batch(loaded, pairs=True, several_ranks=detect_launcher() is not None)
     config = loaded.config
     chat, train = config.chat, config.train
     ranks = open_ranks(config)
@@ -81,7 +81,7 @@ def dpo(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
     def set_ref_log_probs(folder: Path) -> None:
         if not config.preference.needs_reference:
             return
-        quiet = show != "progress" or ranks.rank > 0
+        quiet = show not in ("progress", "brief") or ranks.rank > 0
 
         def log(text: str) -> None:
             if not quiet:
@@ -94,14 +94,21 @@ def dpo(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
             split.ref_log_probs = log_probs
 
     notes = [
-        *notes,
-        *technique_messages,
         *counts.summary(),
         f"{train_set.count:,} training {train_set.unit}, {val_set.count:,} held out; {train_set.describe()}",
         *_weight_notes(train_set, config.preference),
     ]
     return finetune(
-        run, start, handle, base, encoder, notes=notes, unit=train_set.unit, on_every_rank=set_ref_log_probs, show=show
+        run,
+        start,
+        handle,
+        base,
+        encoder,
+        details=[*fit_messages, *technique_messages],
+        notes=notes,
+        unit=train_set.unit,
+        on_every_rank=set_ref_log_probs,
+        show=show,
     )
 
 

@@ -132,6 +132,7 @@ def finetune(
     base: PretrainedModel,
     encoder: ChatEncoder,
     *,
+    details: Sequence[str],
     notes: Sequence[str],
     unit: str,
     on_every_rank: Callable[[Path], object] = lambda folder: None,
@@ -139,8 +140,8 @@ def finetune(
 ) -> dict[str, Any]:
     """Trains `base`, already loaded into the engine, and returns the run summary.
 
-    `notes` describe the data; `unit` is what a batch consists of. `on_every_rank` is called with the run folder once
-    that is locked. Raises UserError as `execute_run` does.
+    `details` describe the step, `notes` the data; `unit` is what a batch consists of. `on_every_rank` is called with
+    the run folder once that is locked. Raises UserError as `execute_run` does.
     """
 
     def prepare_folder(folder: Path) -> None:
@@ -152,9 +153,8 @@ def finetune(
     description = [
         f"{base.name}: {parameter_count(config.model):,} parameters, {handle.device}{run.ranks}",
         _trained_parameters(config, trained),
-        *notes,
+        *details,
         describe_length(config.train, run.steps, run.train.windows, unit, run.ranks.size),
-        *warnings,
     ]
     summary = execute_run(
         run,
@@ -163,6 +163,7 @@ def finetune(
         before_training=prepare_folder,
         on_every_rank=on_every_rank,
         description=description,
+        notes=[*notes, *warnings],
         trained_parameters=trained,
         show=show,
     )
@@ -170,7 +171,8 @@ def finetune(
         return summary
     summary |= _write_adapters(run, base)
     initial_loss = summary["best_val_loss"]
-    if summary["finished"] and summary["best_step"] is None and initial_loss is not None and show == "progress":
+    is_worse = summary["finished"] and summary["best_step"] is None and initial_loss is not None
+    if is_worse and show in ("progress", "brief"):
         saved = f"; adapters are from step {summary['adapters_step']}" if "adapters" in summary else ""
         print(f"warning: no step improved on the initial validation loss ({initial_loss:.4f}){saved}", file=sys.stderr)
     return summary

@@ -33,8 +33,8 @@ def grpo(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, An
         raise UserError(f"{loaded.where('grpo.rewards')}: not set: name a reward, such as grpo.rewards=[number]")
     if detect_launcher() is not None:
         raise UserError("grpo trains in a single process: start it without launch")
-    loaded, notes = without_dropout(loaded)
-    loaded, size_notes = resolve_micro_batch(loaded)
+    loaded, dropout_notes = without_dropout(loaded)
+    loaded, fit_messages = resolve_micro_batch(loaded)
     config = loaded.config
     data, settings, train = config.data, config.grpo, config.train
     if settings.function is not None and show != "json":
@@ -69,14 +69,13 @@ def grpo(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, An
         val_metrics=validation.metrics,
     )
     notes = [
-        *notes,
-        *size_notes,
-        *technique_messages,
+        *dropout_notes,
         *counts.summary(),
         f"{train_set.count:,} training prompts, {val_set.count:,} held out; {train_set.describe()}",
         f"rewards: {', '.join(rewards.names)}; {settings.num_generations} completions of each prompt",
     ]
-    return finetune(run, start, handle, base, encoder, notes=notes, unit="completions", show=show)
+    details = [*fit_messages, *technique_messages]
+    return finetune(run, start, handle, base, encoder, details=details, notes=notes, unit="completions", show=show)
 
 
 def without_dropout(loaded: LoadedConfig) -> tuple[LoadedConfig, list[str]]:

@@ -36,9 +36,9 @@ from anarchobot.training.display import TerminalDisplay, duration
 from anarchobot.training.engine import Engine
 from anarchobot.training.loop import Run, run_training
 
-OutputMode = Literal[
-    "progress", "json", "nothing"
-]  # what to print on stderr; json: the log's lines as they are written
+# What to print on stderr. brief: progress, notes and warnings, but no description of the run; json: the log's lines as
+# they are written.
+OutputMode = Literal["progress", "brief", "json", "nothing"]
 
 
 def execute_run(
@@ -48,6 +48,7 @@ def execute_run(
     *,
     before_training: Callable[[Path], object],
     description: Sequence[str],
+    notes: Sequence[str] = (),
     trained_parameters: int,
     show: OutputMode,
     on_every_rank: Callable[[Path], object] = lambda folder: None,
@@ -55,8 +56,9 @@ def execute_run(
     """Trains and returns the summary, which is also written to the logs; `finished` is False if the run was stopped.
 
     For a new run, the engine holds the initial weights. `before_training` is called with the run folder once it is
-    locked, on rank 0, and then `on_every_rank` on all ranks. `description` is shown at the start and stored in
-    environment.json. Ranks other than 0 write nothing and return only `finished` and `rank`.
+    locked, on rank 0, and then `on_every_rank` on all ranks. `description` (of model and run) and `notes` (warnings,
+    and what was left out of the data) are shown at the start and stored in environment.json. Ranks other than 0 write
+    nothing and return only `finished` and `rank`.
 
     Raises UserError if the checkpoint does not match the config, another process writes to the folder, or the ranks
     differ.
@@ -89,7 +91,7 @@ def execute_run(
         run = replace(run, throughput=_throughput(config, handle.peak_tflops and run.ranks.size * handle.peak_tflops))
         logs = logs_dir(run.folder, config.train.log_path)
         trackers, tracker_messages = open_trackers(config.train.log_to, logs, run.folder.name, config.model_dump())
-        display = TerminalDisplay(run.steps, progress.step, quiet=show != "progress")
+        display = TerminalDisplay(run.steps, progress.step, quiet=show not in ("progress", "brief"))
         log = MetricsLog(
             logs,
             echo=sys.stderr if show == "json" else None,
@@ -99,32 +101,39 @@ def execute_run(
         )
         with run.train, display, log:
             known = _made_of(log.folder) if saved is not None else []
-            for line in [*messages, *(line for line in description if line not in known), *tracker_messages]:
+            about = [line for line in description if show != "brief" or line.startswith("warning:")]
+            for line in [*messages, *(line for line in [*about, *notes] if line not in known), *tracker_messages]:
                 display.message(line)
-            if saved is not None:
-                display.message(f"resuming from {saved.folder} at step {saved.step}")
-            if awake := stay_awake():
+            awake = stay_awake()
+            if awake and show != "brief":
                 display.message(awake)
             log.config(progress.step, settings)
             if saved is not None:
-                _log_resume(run, saved, progress, log, display)
-            environment = {**environment_info(handle.device), "steps": run.steps, "made of": list(description)}
+                changed = _log_resume(run, saved, progress, log)
+                if show != "brief":
+                    display.message(f"resuming from {saved.folder} at step {saved.step}{changed}")
+            environment = {**environment_info(handle.device), "steps": run.steps, "made of": [*description, *notes]}
             write_atomic(log.folder / ENVIRONMENT, json.dumps(environment, indent=1) + "\n")
             for text in (*handle.warnings, *_warnings(run, trained_parameters)):
                 display.message(f"warning: {text}")
                 log.event("warning", progress.step, text=text)
             finished = _train(engine, run, progress, log, display)
-            if progress.skipped_steps:
-                skipped = f"{progress.skipped_steps:,} of {count(progress.step, 'update')} skipped"
-                display.message(
-                    f"{skipped}: gradients far above the mean or not finite (listed in metrics.jsonl; a few are normal)"
-                )
             summary = _summary(run, progress, engine, finished)
+            if (skipped := describe_skipped(summary)) and show != "brief":
+                display.message(skipped)
             log.event("end", progress.step, finished=finished)
             log.summary(summary)
             if log.lost:
                 display.message(f"warning: {log.lost} events could not be written to {log.folder}/metrics.jsonl")
     return summary
+
+
+def describe_skipped(summary: Mapping[str, Any]) -> str:
+    """Empty if no update was skipped."""
+    if not summary["skipped_steps"]:
+        return ""
+    skipped = f"{summary['skipped_steps']:,} of {count(summary['steps'], 'update')} skipped"
+    return f"{skipped}: gradients far above the mean or not finite (listed in metrics.jsonl; a few are normal)"
 
 
 def _made_of(logs: Path) -> list[str]:
@@ -142,15 +151,14 @@ def _train(engine: Engine, run: Run, progress: Progress, log: MetricsLog | None,
     return run_training(engine, run, progress, log, display)
 
 
-def _log_resume(
-    run: Run, saved: checkpoint.Checkpoint, progress: Progress, log: MetricsLog, display: TerminalDisplay
-) -> None:
+def _log_resume(run: Run, saved: checkpoint.Checkpoint, progress: Progress, log: MetricsLog) -> str:
+    """Returns a line about changed settings, or an empty string."""
     changed = {key: list(values) for key, values in changed_settings(saved.config, run.config).items()}
     if (ranks := saved.state.get("ranks", 1)) != run.ranks.size:
         changed["ranks"] = [ranks, run.ranks.size]
-    if changed:
-        display.message("changed: " + ", ".join(f"{key} from {old} to {new}" for key, (old, new) in changed.items()))
     log.event("resume", progress.step, folder=str(saved.folder), changed=changed)
+    lines = ", ".join(f"{key} from {old} to {new}" for key, (old, new) in changed.items())
+    return f"\nchanged: {lines}" if lines else ""
 
 
 def _throughput(config: Config, peak: float | None) -> Callable[[float], Mapping[str, float]]:

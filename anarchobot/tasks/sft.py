@@ -34,7 +34,7 @@ def sft(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
     base = load_pretrained(str(loaded.config.train.init_from))
     teacher = open_teacher(loaded, base.tokenizer)
     loaded, pack_notes = without_packing(loaded, teacher)
-    loaded, notes = resolve_micro_batch(loaded, several_ranks=detect_launcher() is not None)
+    loaded, fit_messages = resolve_micro_batch(loaded, several_ranks=detect_launcher() is not None)
     config = loaded.config
     data, chat, train = config.data, config.chat, config.train
     ranks = open_ranks(config)
@@ -76,9 +76,7 @@ def sft(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
         ranks=ranks,
     )
     notes = [
-        *notes,
         *pack_notes,
-        *technique_messages,
         *counts.summary(),
         f"{tokenized.train.count:,} training conversations, {tokenized.val.count:,} held out; "
         f"{tokenized.train.loss_tokens:,} loss tokens; sequences of {data.seq_len} are {train_windows.fill:.0%} full",
@@ -90,6 +88,7 @@ def sft(loaded: LoadedConfig, *, show: OutputMode = "progress") -> dict[str, Any
         handle,
         base,
         encoder,
+        details=[*fit_messages, *technique_messages],
         notes=notes,
         unit="sequences",
         on_every_rank=lambda folder: distillation.prepare(run, start.checkpoint, batches, handle.precision, show),

@@ -38,7 +38,7 @@ from anarchobot.tasks.finetuning import load_tuning_config
 from anarchobot.tasks.pace import warn_if_late
 from anarchobot.tasks.pretokenize import open_corpus, open_documents
 from anarchobot.tasks.pretrain import pretrain
-from anarchobot.tasks.run import OutputMode
+from anarchobot.tasks.run import OutputMode, describe_skipped
 from anarchobot.tasks.sft import sft
 from anarchobot.tasks.training_plan import (
     ADAPTER_EPOCHS,
@@ -200,19 +200,30 @@ def start(request: Request, plan: Plan) -> None:
 
 
 def train(request: Request, started: float, show: OutputMode, log: Log) -> dict[str, Any]:
-    """Carries out the plan in the output folder, and returns the files written and the best validation.
+    """Carries out the plan in the output folder, and returns the files written, and the best validation with that of
+    the model that training began with (`..._before`; None for a new model).
 
     Raises Stopped after a stop request; the same call resumes.
     """
-    result: dict[str, Any] = {"model": None, "best_val_bpb": None, "chat": None, "chat_val_loss": None}
+    result: dict[str, Any] = dict.fromkeys(
+        ("model", "best_val_bpb", "val_bpb_before", "chat", "chat_val_loss", "chat_val_loss_before")
+    )
     if request.texts:
         result |= _pretrain(request, started, show, log) | {"model": _best(request, request.output)}
+        if request.model is not None:
+            result["val_bpb_before"] = _first_validation(request.output, "val_bpb")
     if request.chat is not None:
         summary = _chat(request, started, show, log)
         result |= {"chat": _best(request, _chat_folder(request)), "chat_val_loss": summary["best_val_loss"]}
+        result["chat_val_loss_before"] = _first_validation(_chat_folder(request), "val_loss")
     log("writing samples and the report")
     files = {"samples": str(_write_samples(request, result["chat"])), "report": str(_write_report(request))}
     return result | files | {"not_read": _read_state(request.output)["not_read"]}
+
+
+def _first_validation(run: Path, metric: str) -> float | None:
+    points = read_run(run).points("eval", metric)
+    return points[0][1] if points else None
 
 
 def _training_seconds(request: Request) -> float:
@@ -234,16 +245,18 @@ def _pretrain(request: Request, started: float, show: OutputMode, log: Log) -> d
     if _read_state(request.output)["preparation_seconds"] is None:
         _update_state(request.output, preparation_seconds=time.monotonic() - started)
     if loaded.config.train.schedule == "constant":
-        log(f"the first {count(loaded.config.train.total_steps, 'step')} show how fast training is")
+        log(f"the first {count(loaded.config.train.total_steps, 'step')} measure the speed of the run")
     summary = _run("pretrain", path, request, show, log)
     if load_config(path).config.train.schedule == "constant":
         steps = _set_length(request, path, summary)
         left = (steps - summary["steps"]) * summary["wall_seconds"] / summary["steps"]
-        log(f"the speed is known now: the run has {count(steps, 'step')}, and training takes {duration(left)} more")
+        log(f"the run has {count(steps, 'step')}: about {duration(left)} left")
         late = left - _seconds_left(request, summary)
         if late > LATE * request.seconds:
             log(f"warning: it ends {duration(late)} late, because steps take much longer than when they were measured")
         summary = _run("pretrain", path, request, show, log)
+    if skipped := describe_skipped(summary):
+        log(skipped)
     return {"best_val_bpb": summary["best_val_bpb"], "steps": summary["steps"], "parameters": summary["parameters"]}
 
 
@@ -299,8 +312,8 @@ def _run(
     step_seconds = _read_state(request.output)["step_seconds"] or math.inf
     with warn_if_late(path.parent, step_seconds, LATE * request.seconds, is_final, log):
         if supervise.should_supervise(loaded.config, tuning=tuning):
-            quiet = [] if show == "progress" else ["--quiet"]
-            words = [sys.executable, "-P", "-m", "anarchobot", command, str(path), "--resume-from", "auto", *quiet]
+            mode = "--quiet" if show == "nothing" else f"--{show}"
+            words = [sys.executable, "-P", "-m", "anarchobot", command, str(path), "--resume-from", "auto", mode]
             code = supervise.supervise(words, resolve_micro_batch(loaded).loaded.config.train)
             if code not in (0, 130):
                 raise UserError(f"{path}: training failed: see the message above")

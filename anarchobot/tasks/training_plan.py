@@ -158,7 +158,6 @@ def plan_new_model(names: list[str], folder: Path, deadline: float, seconds: flo
     sections = _with_files(settings.sections(), survey, names, folder)
     table = [
         ("text", str(survey)),
-        ("machine", f"{'GPU' if on_gpu else 'CPU'}, {flops / 1e9:,.3g} GFLOP/s in training steps of this model"),
         ("vocabulary", f"{settings.vocab_size:,} tokens"),
         (
             "model",
@@ -166,8 +165,9 @@ def plan_new_model(names: list[str], folder: Path, deadline: float, seconds: flo
         ),
         (
             "step",
-            f"{count(settings.sequences, 'sequence')} of {settings.seq_len} tokens; learning rate {settings.lr:g}, "
-            f"weight decay {settings.weight_decay:g}, dropout {settings.dropout:g}",
+            f"{count(settings.sequences, 'sequence')} of {settings.seq_len} tokens, about {1000 * step:,.0f} ms on the "
+            f"{'GPU' if on_gpu else 'CPU'}; learning rate {settings.lr:g}, weight decay {settings.weight_decay:g}, "
+            f"dropout {settings.dropout:g}",
         ),
         ("run", f"about {count(settings.steps, 'step')}, {settings.tokens:,} tokens, {settings.epochs:.1f} epochs"),
         ("time", f"{duration(settings.seconds)} of training in {duration(seconds)}"),

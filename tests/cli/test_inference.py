@@ -25,6 +25,7 @@ from anarchobot.cli.inference import _read_prompts
 from anarchobot.cli.main import build_parser, main
 from anarchobot.cli.parser import parse
 from anarchobot.config.errors import UserError
+from anarchobot.config.schema import GenerationConfig
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.inference.generation import generate
 from anarchobot.inference.model import load_model
@@ -45,6 +46,31 @@ def test_a_byte_order_mark_is_not_part_of_the_first_prompt(tmp_path: Path) -> No
     (tmp_path / "P.JSONL").write_bytes('\ufeff{"prompt": "def "}\n{"prompt": "a\u2028b"}\n'.encode())
     assert _read_prompts(tmp_path / "p.txt") == ["def ", "a\u2028b\rc"]
     assert _read_prompts(tmp_path / "P.JSONL") == ["def ", "a\u2028b"]
+
+
+def test_a_chat_at_a_terminal_has_a_random_seed_unless_one_is_given(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def seeds(*words: str) -> list[int]:
+        found = []
+
+        def session(model: object, settings: GenerationConfig, base: None) -> None:
+            found.append(settings.seed)
+            raise UserError("no chat here")
+
+        monkeypatch.setattr("anarchobot.inference.chat.ChatSession", session)
+        for _ in range(2):
+            assert main(["chat", "--checkpoint", str(run), *words]) == 2
+            capsys.readouterr()
+        return found
+
+    numbers = iter(range(11, 20))
+    monkeypatch.setattr("secrets.randbelow", lambda limit: next(numbers))
+    assert seeds() == [0, 0]  # through a pipe
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert seeds() == [11, 12]
+    assert seeds("--seed", "3") == [3, 3]
+    assert seeds("generation.seed=4") == [4, 4]
 
 
 def test_a_prompt_that_is_too_long_is_not_echoed(

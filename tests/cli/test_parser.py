@@ -23,15 +23,15 @@ SURFACE = {
     "shards info": ["DIR"],
     "shards verify": ["DIR"],
     "pretrain": [
-        "CONFIG", "KEY=VALUE", "--backend", "--batch-size", "--checkpoint-dir", "--epochs", "--log-to", "--lr",
-        "--max-grad-norm", "--no-supervise", "--resume-from", "--save-every", "--seed", "--steps", "--supervise",
-        "--warmup-steps",
+        "CONFIG", "KEY=VALUE", "--backend", "--batch-size", "--brief", "--checkpoint-dir", "--epochs", "--log-to",
+        "--lr", "--max-grad-norm", "--no-supervise", "--resume-from", "--save-every", "--seed", "--steps",
+        "--supervise", "--warmup-steps",
     ],
     **{
         command: [
-            "CONFIG?", "KEY=VALUE", "--backend", "--batch-size", "--checkpoint-dir", "--dataset", "--epochs",
-            "--log-to", "--lr", "--max-grad-norm", "--model", "--no-supervise", "--resume-from", "--save-every",
-            "--seed", "--steps", "--supervise", "--warmup-steps",
+            "CONFIG?", "KEY=VALUE", "--backend", "--batch-size", "--brief", "--checkpoint-dir", "--dataset",
+            "--epochs", "--log-to", "--lr", "--max-grad-norm", "--model", "--no-supervise", "--resume-from",
+            "--save-every", "--seed", "--steps", "--supervise", "--warmup-steps",
         ]
         for command in ("sft", "dpo", "grpo")
     },

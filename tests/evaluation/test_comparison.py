@@ -60,8 +60,8 @@ def test_comparison_of_two_reports() -> None:
         assert found["perplexity"] == (0.0, None)
         assert (found["pairs"].value, found["loss"].half_width) == (0, 0.0)
     text = text_report([a, b])
-    assert "| preferences p: log_prob_margin | 0.5000 ± 1.2652 | 1.0000 ± 2.1170 | +0.5000 ± 0.9800 |" in text
-    assert "| preferences p: reward_accuracy | - | - | 0.7500 ± 0.4900 |" in text
+    assert "| preferences p: margin of log-probability | 0.5000 ± 1.2652 | 1.0000 ± 2.1170 | +0.5000 ± 0.9800 |" in text
+    assert "| preferences p: reward accuracy | - | - | 0.7500 ± 0.4900 |" in text
     assert text.count("question: ") == 3 and "\na: a 1\nb: b 1" in text
     page = html_report([a, b])
     assert page.count("&lt;b&gt;?") == 4 and "<b>" not in page and "b 4" in page and "https?:" not in page

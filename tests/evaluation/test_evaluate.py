@@ -97,7 +97,7 @@ def test_documents_that_the_model_was_trained_on_are_counted(
     (tmp_path / "t.jsonl").write_text(json.dumps(rows[2]) + "\n")
     assert main(["evaluate", *words]) == 0
     printed = "".join(capsys.readouterr())
-    assert "warning" not in printed and "documents_trained_on" in printed
+    assert "warning" not in printed and "documents trained on" in printed
 
 
 def test_a_book_that_was_cleaned_for_training_is_known(

@@ -165,6 +165,7 @@ def test_errors_are_one_line_that_says_what_to_do(hub: FakeHub, online: Worker, 
     hub.add("acme/gated", model, gated=True)
     hub.add("acme/huge", model, huge=True)
     hub.add("acme/tagged", model)
+    (online.cwd / "runs" / "notes" / "chat").mkdir(parents=True)
     for kind, name in (("pickles", "pytorch_model.bin"), ("gguf", "model-Q4_K_M.gguf"), ("empty", "README.md")):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / name).write_bytes(b"x")
@@ -180,7 +181,8 @@ def test_errors_are_one_line_that_says_what_to_do(hub: FakeHub, online: Worker, 
         ("acme/empty", "the repository has no weights at all"),
         ("acme/not--valid", "acme/not--valid: no such folder, and not a valid name on the Hugging Face Hub"),
         ("runs/smal", "runs/smal: no such folder; did you mean 'small'?"),
-        ("runs/other", "runs/other: no such folder: expected the folder of a run, model or adapter, or a name on the"),
+        ("notes/chat", "notes/chat: no such folder; did you mean 'runs/notes/chat'?"),
+        ("runs/qqqq", "runs/qqqq: no such folder: expected the folder of a run, model or adapter, or a name on the"),
         ("tiny", "or a name on the Hugging Face Hub (ORG/NAME)"),
         ("a/b/c", "or a name on the Hugging Face Hub (ORG/NAME)"),
     ):

@@ -40,7 +40,9 @@ def a_run(folder: Path, name: str, rate: float) -> Path:
     rest: list[dict[str, Any]] = [
         {"step": 20, "event": "eval", "val_loss": 3.25, "val_bpb": 1.5, "perplexity": 25.8},
         {"step": 20, "event": "sample", "text": HOSTILE},
-        {"step": 21, "event": "skip", "reason": "spike", "loss": "nan"},
+        {"step": 21, "event": "skip", "reason": "spike", "loss": "7.5", "grad_norm": "31.0"},
+        {"step": 39, "event": "resume", "folder": "step_22", "changed": {"train.lr": [0.1, rate], "ranks": [1, 2]}},
+        {"step": 39, "event": "warning", "text": "nearly full"},
         {"step": 30, "event": "save", "folder": "step_00000030"},
         {"step": 39, "event": "end", "finished": True},
     ]
@@ -59,8 +61,16 @@ def test_report_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     tags.feed(html)
     assert "script" not in tags.found and "img" not in tags.found and "b" not in tags.found
     assert HOSTILE in tags.text and "two<b>" in tags.text
-    for wanted in ("3.2500 at step 20", "39 of 39", "train.lr", "reason spike", "last at step 30", "finished"):
+    for wanted in ("3.2500 at step 20", "39 of 39", "train.lr", "last at step 30"):
         assert wanted in tags.text, wanted
+    for event in (
+        "skip update skipped: its gradient was far above the mean (loss 7.5, norm 31.0)",
+        "resume resumed from step_22; changed: train.lr 0.1 to 0.3, ranks 1 to 2",
+        "warning nearly full",
+        "end finished",
+    ):
+        kind, _, text = event.partition(" ")
+        assert f"<td>{kind}</td><td>{text}</td>" in html, event
     assert "model.d_model" not in tags.text  # equal in both runs
     drawings = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
     assert len(drawings) == 7

@@ -38,7 +38,7 @@ def test_steps_trained_again_replace_the_old_ones(tmp_path: Path) -> None:
     assert (run.best("val_loss"), run.malformed, run.step, run.state) == ((3, 2.0), 1, 3, "died")
 
 
-def test_read_and_find_real_runs(tmp_path: Path, tiny_shards: Path) -> None:
+def test_read_and_find_real_runs(tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = tmp_path / "runs"
     summary = pretrain(loaded(tmp_path / "c.yaml", tiny_shards, runs / "a" / "first"), show="nothing")
     write(runs / "second", {"step": 1, "event": "end", "finished": False})
@@ -54,6 +54,9 @@ def test_read_and_find_real_runs(tmp_path: Path, tiny_shards: Path) -> None:
         assert read_run(first.folder).state == "running"
     with pytest.raises(UserError, match="no run here"):
         read_run(runs)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="did you mean 'runs/a/first'"):
+        read_run("a/first")
     with pytest.raises(UserError, match="no such folder"):
         list(find_runs(runs / "none"))
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 
+from anarchobot.cli.main import main
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import load_config
 from anarchobot.data.shards import read_manifest
@@ -271,6 +272,23 @@ def test_finished_run_can_be_extended(run_with: Any, tmp_path: Path) -> None:
     run_with("run")
     summary, _ = run_with("run", train__total_steps=8, train__checkpoint_path=str(tmp_path / "run" / "step_00000006"))
     assert summary["steps"] == 8
+
+
+def test_brief_output_has_progress_and_warnings_only(
+    tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a new run and of one that goes on; the description is in the log."""
+    config = write_config(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", train__warmup_steps=6)
+    for steps in (6, 8):
+        assert main(["pretrain", str(config), "--brief", "--steps", str(steps), "--resume-from", "auto"]) == 0
+        first = [line.split()[0] for line in capsys.readouterr().err.splitlines()]
+        assert set(first) <= {"step", "warning:", "next:"} and ("warning:" in first) == (steps == 6), first
+    made_of = json.loads((tmp_path / "run" / "logs" / "environment.json").read_text())["made of"]
+    assert any("parameters" in line for line in made_of)
+    resumed = [
+        line for line in (tmp_path / "run" / "logs" / "metrics.jsonl").read_text().splitlines() if "resume" in line
+    ]
+    assert json.loads(resumed[0])["changed"] == {"train.total_steps": [6, 8]}
 
 
 def test_samples_do_not_affect_training(run_with: Any, tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_a_run_that_will_be_late_says_so(
     monkeypatch.setattr(train, "_set_length", lambda *args: 10)
     assert main(["train", "notes", "--time", "50m"]) == 130
     lines = capsys.readouterr().err.splitlines()
-    assert any("10 steps" in line and "1:52:47 more" in line for line in lines)
+    assert any("10 steps" in line and "1:52:47 left" in line for line in lines)
     (warning,) = [line for line in lines if line.startswith("warning: it ends ")]
     assert warning.startswith("warning: it ends 1:52:")
 
@@ -268,7 +268,7 @@ def test_dry_run_writes_nothing(tmp_path: Path, flags: list[str], capsys: pytest
         assert plan["config"]["model"]["vocab_size"] == 512
     else:
         assert [line.split()[0] for line in out.splitlines()] == [
-            "text", "machine", "vocabulary", "model", "step", "run", "time", "output"
+            "text", "vocabulary", "model", "step", "run", "time", "output"
         ]  # fmt: skip
 
 
@@ -292,7 +292,9 @@ def test_the_sample_that_is_printed_has_a_heading(tmp_path: Path, capsys: pytest
         "model": "m",
         "chat": None,
         "best_val_bpb": None,
+        "val_bpb_before": None,
         "chat_val_loss": None,
+        "chat_val_loss_before": None,
         "report": "r.html",
         "not_read": [],
     }
