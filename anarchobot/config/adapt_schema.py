@@ -87,9 +87,10 @@ class EmbeddingConfig(Section):
 class AlignmentConfig(Section):
     """How the embedding row of each target token is built from rows of source tokens."""
 
-    method: Literal["procrustes", "relative", "focus", "omp", "pieces", "mean", "random"] = Field(
-        "procrustes",
-        description="procrustes (with CSLS), relative (TokAlign's), focus, omp (tokensurgeon's), pieces, mean, random",
+    method: Literal["procrustes", "relative", "focus", "omp", "pieces", "mean", "random"] | None = Field(
+        None,
+        description="procrustes (with CSLS), relative (TokAlign's), focus, omp (tokensurgeon's), pieces, mean, random; "
+        "null: focus if the output head is the embedding (tie_embeddings), otherwise pieces",
     )
     pivot_count: Annotated[int, Field(ge=2)] = Field(
         2000, description="procrustes, relative: number of pivots, the most frequent tokens of both vocabularies"

@@ -17,6 +17,19 @@ REWARD_KEYS = ("regex", "json_schema", "function")  # the rewards of the same na
 RUN_LENGTH_KEYS = ("train.total_steps", "train.epochs", "train.token_budget")
 
 
+def untrained_distances(config: Config) -> str | None:
+    """A warning, with `; ` before the remedy, if a model that is trained from random weights may see tokens further
+    apart than any training sequence is long: what it writes from there on is bad."""
+    model, seq_len = config.model, config.data.seq_len
+    reach = min(model.max_seq_len, max(window or model.max_seq_len for window in model.windows))
+    if config.train.init_from is not None or reach <= seq_len:
+        return None
+    return (
+        f"data.seq_len ({seq_len}) is less than model.max_seq_len ({model.max_seq_len}): the model will write poorly "
+        f"after {seq_len} tokens; set model.sliding_window: {seq_len}, or model.max_seq_len: {seq_len}"
+    )
+
+
 def conflicts(config: Config, given: list[str]) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yields (conflicting keys, what is wrong and how to fix it).
 

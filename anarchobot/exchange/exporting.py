@@ -70,6 +70,7 @@ def export(
     chat = load_chat_format(tokenizer)
     bos_id = next(iter(text_start(tokenizer, model.bos_id)), None)
     warnings = list(arch.export_warnings(model, target))
+    model = model.model_copy(update={"max_seq_len": arch.exported_length(model, target)})
     if target == "gguf":
         gguf_file.gguf_package()
         gguf_type = gguf_type or gguf_types.DTYPES[dtype]
@@ -79,7 +80,9 @@ def export(
         gguf_name = f"{Path(output).name}-{gguf_type}.gguf" if program == "lmstudio" else gguf_file.FILE_NAME
         files = {}
         if program == "ollama":
-            text, differences = ollama.modelfile(gguf_name, tokenizer, chat, saved.config)
+            text, differences = ollama.modelfile(
+                gguf_name, tokenizer, chat, saved.config.model_copy(update={"model": model})
+            )
             files[ollama.FILE] = text.encode()
             warnings += differences
     else:

@@ -107,6 +107,9 @@ class Architecture(Protocol):
     def export_warnings(self, model: ModelConfig, target: ExportTarget) -> Iterator[str]:
         """Yields what the library of `target` computes differently, though not in every use."""
 
+    def exported_length(self, model: ModelConfig, target: ExportTarget) -> int:
+        """The maximum sequence length to write for the library of `target`."""
+
     def export_parameters(self, params: dict[str, Float32], model: ModelConfig) -> dict[str, Float32]:
         """Converts the parameters to the form that other libraries expect."""
 

@@ -5,6 +5,7 @@ from itertools import islice
 from pathlib import Path
 
 from anarchobot.config.schema import DataConfig
+from anarchobot.config.validation import untrained_distances
 from anarchobot.config.wording import count
 from anarchobot.data.batches import TrainBatches
 from anarchobot.data.conversations.reading import (
@@ -163,6 +164,9 @@ def model_and_data(context: Context) -> Outcome:
             "the validation split has no sequence: no validation, no best checkpoint",
             f"raise data.val_fraction or add text, then anarchobot pretokenize {context.name} --restart",
         )
+    if text := untrained_distances(config):
+        problem, _, remedy = text.partition("; ")
+        return "warn", problem, remedy
     per_step = sequences_per_step(train)
     if per_step > context.windows:
         return (

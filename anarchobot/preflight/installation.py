@@ -46,9 +46,12 @@ def _training_extras(context: Context) -> list[str]:
 
 
 def _adapt_extras(context: Context) -> list[str]:
-    from anarchobot.vocab.token_alignment import BASELINES
+    from anarchobot.exchange.pretrained import load_pretrained
+    from anarchobot.vocab.token_alignment import BASELINES, choose_method
 
-    return [] if context.adapt.config.alignment.method in BASELINES else ["vocab"]
+    config = context.adapt.config
+    method = config.alignment.method or choose_method(load_pretrained(config.models.source_model).model.tie_embeddings)
+    return [] if method in BASELINES else ["vocab"]
 
 
 def _installed(context: Context, extras: Collection[str] | None) -> Outcome:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import Config
 from anarchobot.config.strict_yaml import dump
+from anarchobot.config.validation import untrained_distances
 from anarchobot.config.wording import count
 from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
@@ -182,6 +183,8 @@ def _warnings(run: Run, trained_parameters: int) -> Iterator[str]:
             f"train.warmup_steps ({train.warmup_steps}) is not below total_steps ({run.steps}): lr never reaches its "
             "peak"
         )
+    if text := untrained_distances(run.config):
+        yield text
     if len(run.val) == 0:
         yield "the validation split is empty: no validation and no best checkpoint (see data.val_fraction)"
     # Weights and AdamW's two moments in float32 (Muon has one); the best checkpoint, and the one being written.

@@ -91,6 +91,7 @@ class Settings:
                 "n_heads": self.width // head_size(self.width),
                 "dropout": self.dropout,
                 "max_seq_len": max(512, 2 * self.seq_len),
+                "sliding_window": self.seq_len,
                 "tie_embeddings": False,
                 "embedding_scale": round(math.sqrt(self.width), 1),
             },

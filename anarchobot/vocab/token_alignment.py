@@ -35,6 +35,7 @@ ROUTES = ("special", "shared", "aligned", "pieces", "mean", "random")
 SPECIAL, SHARED, ALIGNED, PIECES, MEAN, RANDOM = range(len(ROUTES))
 Method = Literal["procrustes", "relative", "focus", "omp", "pieces", "mean", "random"]
 BASELINES: tuple[Method, ...] = ("pieces", "mean", "random")  # methods without token vectors
+WITHOUT_SOURCE_VECTORS: tuple[Method, ...] = ("focus", "omp")
 
 MAX_HELD_OUT, HELD_OUT_FRACTION = 1000, 0.1  # shared tokens that are not pivots and measure the alignment
 MIN_COVERAGE, MIN_PRECISION = 0.95, 0.6  # below these, the report has advice
@@ -127,6 +128,11 @@ def align(
     )
     report |= _summarize(plan, source.tokens, target.tokens)
     return plan, report | {"advice": list(_advice(report)) if method in ("procrustes", "relative") else []}
+
+
+def choose_method(tied: bool) -> Method:
+    """The best initialization for a model whose output head is, or is not, its embedding (docs/vocabulary.md)."""
+    return "focus" if tied else "pieces"
 
 
 def shared_ids(source: list[CanonicalToken], target: list[CanonicalToken]) -> Ids:

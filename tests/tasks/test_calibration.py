@@ -19,6 +19,7 @@ from anarchobot.tasks import calibration
 def test_compilation_is_not_part_of_a_step(
     times: list[float], expected: tuple[float, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = Config.model_validate({"train": {"micro_batch_size": 1, "grad_accum_steps": 1}})
     clock = [0.0]
     durations = iter(times)
 
@@ -28,5 +29,5 @@ def test_compilation_is_not_part_of_a_step(
     engine = SimpleNamespace(engine=SimpleNamespace(train_step=train_step))
     monkeypatch.setattr(calibration, "open_engine", lambda *args: engine)
     monkeypatch.setattr(calibration.time, "perf_counter", lambda: clock[0])
-    seconds, method = calibration.step_seconds(Config(), None, 1, 1e15, 4.0)
+    seconds, method = calibration.step_seconds(config, None, 1, 1e15, 4.0)
     assert (seconds, method) == (pytest.approx(expected[0]), expected[1])

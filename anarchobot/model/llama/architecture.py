@@ -21,10 +21,11 @@ from anarchobot.model.architecture import (
     Shape,
     TensorSource,
 )
-from anarchobot.model.llama.export_limits import export_warnings, unsupported_for_export
+from anarchobot.model.llama.export_limits import export_warnings, exported_length, unsupported_for_export
 from anarchobot.model.llama.hf_config import CLASSES, embedding_factor, from_hf, hf_type, to_hf
 
-__all__ = ["export_warnings", "from_hf", "to_hf", "unsupported_for_export"]  # parts of Architecture, in other files
+# Parts of Architecture in other files.
+__all__ = ["export_warnings", "exported_length", "from_hf", "to_hf", "unsupported_for_export"]
 
 HF_MODEL_TYPES = tuple(CLASSES)
 INIT_STD = 0.02

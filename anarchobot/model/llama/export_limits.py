@@ -105,11 +105,24 @@ def _unsupported_rope(model: ModelConfig, kind: str, target: ExportTarget) -> It
         yield f"model.rope_scaling.truncate: false: {library} always rounds: export to hf"
 
 
+def exported_length(model: ModelConfig, target: ExportTarget) -> int:
+    """The longest text, in tokens, that the library of `target` computes as this model does: if it ignores a sliding
+    window that all blocks have, the window."""
+    if model.sliding_window is None or None in model.windows or not _ignores_window(model, target):
+        return model.max_seq_len
+    return min(model.sliding_window, model.max_seq_len)
+
+
+def _ignores_window(model: ModelConfig, target: ExportTarget) -> bool:
+    kind = hf_type(model)
+    layered = kind == "mistral" and model.layer_types is not None and target == "mlx"  # read as Llama with layer types
+    return target != "hf" and model.sliding_window is not None and kind != "gemma3_text" and not layered
+
+
 def export_warnings(model: ModelConfig, target: ExportTarget) -> Iterator[str]:
     """Differences that don't matter for every use of the exported model."""
     kind, library, scaling = hf_type(model), EXPORT_LIBRARIES[target], model.rope_scaling
-    layered = kind == "mistral" and model.layer_types is not None and target == "mlx"  # read as Llama with layer types
-    if target != "hf" and model.sliding_window is not None and kind != "gemma3_text" and not layered:
+    if _ignores_window(model, target):
         yield (
             f"{library} ignores model.sliding_window: its results are this model's for texts of at most "
             f"{model.sliding_window:,} tokens"

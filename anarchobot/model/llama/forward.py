@@ -122,7 +122,7 @@ def layer(p: Params, carry: list[mx.array], i: int, model: ModelConfig, batch: M
     rows, length = batch.tokens.shape
     window = model.windows[i]
     mask: Mask = "causal"
-    if batch.segments is not None or window is not None:
+    if batch.segments is not None or (window is not None and window < length):
         mask = attention_mask(batch.segments, length, window)
     attention = FusedAttention(model, rows, length, mask, rope(model, window, length))
     with elementary.differentiable():

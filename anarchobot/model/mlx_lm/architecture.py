@@ -257,6 +257,10 @@ def export_warnings(model: ModelConfig, target: ExportTarget) -> Iterator[str]:
     return iter(())
 
 
+def exported_length(model: ModelConfig, target: ExportTarget) -> int:
+    return model.max_seq_len
+
+
 def export_parameters(params: dict[str, Float32], model: ModelConfig) -> dict[str, Float32]:
     return params
 

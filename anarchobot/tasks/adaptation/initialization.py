@@ -31,7 +31,15 @@ from anarchobot.vocab.domain_corpus import read_corpus, write_corpus
 from anarchobot.vocab.domain_terms import mine_terms
 from anarchobot.vocab.embedding_init import count_zero_rows, initialize_embeddings
 from anarchobot.vocab.target_tokenizer import extend, is_one_token
-from anarchobot.vocab.token_alignment import BASELINES, AlignmentPlan, Vocabulary, align
+from anarchobot.vocab.token_alignment import (
+    BASELINES,
+    WITHOUT_SOURCE_VECTORS,
+    AlignmentPlan,
+    Method,
+    Vocabulary,
+    align,
+    choose_method,
+)
 from anarchobot.vocab.token_vectors import VectorSettings, token_sentences, train_vectors
 from anarchobot.vocab.vector_alignment import Floats
 
@@ -188,42 +196,48 @@ def _tokens_per_byte(run: Adaptation, corpus: StageResult, target: Tokenizer) ->
 
 def align_tokens(run: Adaptation, corpus: StageResult, tokenizer: StageResult, target: Tokenizer) -> StageResult:
     """Chooses the source tokens of each target token: plan.npz and report.json."""
-    options = run.settings.alignment
+    method = run.settings.alignment.method or choose_method(run.base.model.tie_embeddings)
+    options = run.settings.alignment.model_dump() | {"method": method}
     inputs = {"tokenizer": tokenizer.digest, "source": digest(run.source)}
-    vectors = None if options.method in BASELINES else _train_vectors(run, corpus, tokenizer, target)
+    vectors = None if method in BASELINES else _train_vectors(run, corpus, tokenizer, target, method)
     if vectors is not None:
         inputs["vectors"] = vectors.digest
 
     def vocabulary(name: str, tokenizer: Tokenizer) -> Vocabulary:
-        if vectors is None:
-            size = tokenizer.vocab_size
-            return Vocabulary(tokenizer, np.zeros((size, 1), np.float32), np.zeros(size, np.int64))
-        with np.load(vectors.folder / "vectors.npz", allow_pickle=False) as arrays:
-            return Vocabulary(tokenizer, arrays[name], arrays[f"{name}_counts"])
+        if vectors is not None:
+            with np.load(vectors.folder / "vectors.npz", allow_pickle=False) as arrays:
+                if name in arrays.files:
+                    return Vocabulary(tokenizer, arrays[name], arrays[f"{name}_counts"])
+        size = tokenizer.vocab_size
+        return Vocabulary(tokenizer, np.zeros((size, 1), np.float32), np.zeros(size, np.int64))
 
     def work(folder: Path) -> Output:
-        plan, report = align(
-            vocabulary("source", run.source), vocabulary("target", target), **options.model_dump(), seed=run.seed
-        )
+        plan, report = align(vocabulary("source", run.source), vocabulary("target", target), **options, seed=run.seed)
+        report |= {"method": method}
         np.savez(folder / "plan.npz", allow_pickle=False, **vars(plan))
         _write_json(folder / "report.json", report)
         notes = {key: value for key, value in report.items() if key not in ("examples", "routes")}
         return [folder / "plan.npz", folder / "report.json"], notes
 
-    return run.stages.run("alignment", work, settings=options.model_dump() | {"seed": run.seed}, inputs=inputs)
+    return run.stages.run("alignment", work, settings=options | {"seed": run.seed}, inputs=inputs)
 
 
-def _train_vectors(run: Adaptation, corpus: StageResult, tokenizer: StageResult, target: Tokenizer) -> StageResult:
+def _train_vectors(
+    run: Adaptation, corpus: StageResult, tokenizer: StageResult, target: Tokenizer, method: Method
+) -> StageResult:
     embedding, min_line_length = run.settings.embedding, run.settings.tokenization.min_line_length
     options = embedding.fasttext.model_dump()
     vector_settings = VectorSettings(embedding.backend, threads=options.pop("thread"), **options)
+    tokenizers = {"source": run.source, "target": target}
+    if method in WITHOUT_SOURCE_VECTORS:
+        del tokenizers["source"]
 
     def work(folder: Path) -> Output:
         arrays: dict[str, Any] = {}
-        for number, (name, vocab_tokenizer) in enumerate((("source", run.source), ("target", target))):
+        for number, (name, vocab_tokenizer) in enumerate(tokenizers.items()):
 
             def progress(fraction: float, number: int = number) -> None:
-                run.stages.progress((number + fraction) / 2)
+                run.stages.progress((number + fraction) / len(tokenizers))
 
             texts = chain(run.domain_texts(corpus), run.general_texts(corpus))
             sentences = token_sentences(texts, vocab_tokenizer, min_line_length)
@@ -231,10 +245,10 @@ def _train_vectors(run: Adaptation, corpus: StageResult, tokenizer: StageResult,
                 sentences, vocab_tokenizer.vocab_size, vector_settings, run.seed, folder, progress
             )
         np.savez(folder / "vectors.npz", allow_pickle=False, **arrays)
-        tokens = {f"{name}_tokens": int(arrays[f"{name}_counts"].sum()) for name in ("source", "target")}
+        tokens = {f"{name}_tokens": int(arrays[f"{name}_counts"].sum()) for name in tokenizers}
         return [folder / "vectors.npz"], tokens
 
-    settings = embedding.model_dump() | {"min_line_length": min_line_length, "seed": run.seed}
+    settings = embedding.model_dump() | {"min_line_length": min_line_length, "seed": run.seed, "of": list(tokenizers)}
     inputs = {"corpus": corpus.digest, "tokenizer": tokenizer.digest, "source": digest(run.source)}
     return run.stages.run("vectors", work, settings=settings, inputs=inputs)
 

@@ -197,6 +197,23 @@ def test_a_run_begun_with_former_keys_is_resumed(world: Path, tmp_path: Path) ->
     assert len(log) >= 5
 
 
+@pytest.mark.parametrize(("tied", "method", "vectors"), [(False, "pieces", None), (True, "focus", ["target"])])
+def test_the_default_method_is_that_of_the_head(
+    tied: bool, method: str, vectors: list[str] | None, world: Path, tmp_path: Path
+) -> None:
+    """With the vectors of only those tokens that the method compares."""
+    make_run(tmp_path / "model", world / "own.model", tie_embeddings=tied, n_layers=1, d_model=32, max_seq_len=64)
+    change = QUICK | {"alignment": {"method": None}, "models": {"source_model": str(tmp_path / "model")}}
+    report, _ = adapt(world, tmp_path / "r", **change)
+    assert report["alignment"]["method"] == method
+    found = tmp_path / "r" / "vectors" / "vectors.npz"
+    assert found.exists() == (vectors is not None)
+    if vectors is not None:
+        with np.load(found) as arrays:
+            assert arrays.files == [name for kind in vectors for name in (kind, f"{kind}_counts")]
+        assert report["alignment"]["routes"]["aligned"] > 0
+
+
 def test_an_alignment_of_an_earlier_version_is_named(world: Path, tmp_path: Path) -> None:
     adapt(world, tmp_path / "r", **QUICK)
     record, plan = tmp_path / "r" / "records" / "alignment.json", tmp_path / "r" / "alignment" / "plan.npz"

@@ -43,6 +43,7 @@ def write_config(world: Path, root: Path, **change: dict[str, Any]) -> Path:
             "domain": str(world / "domain.jsonl"), "general": str(world / "general.jsonl"), "val_fraction": 0.1
         },
         "embedding": {"fasttext": {"epochs": 1, "thread": 1, "dim": 8}},
+        "alignment": {"method": "procrustes"},
         "tokenization": {"target": "trained", "vocab_size": 420, "num_workers": 1},
         "vocab_adaptation": {
             "stage1_steps": 4, "stage2_steps": 4, "stage1_lr": 1e-3, "stage2_lr": 1e-3, "micro_batch_size": 2,
