@@ -51,6 +51,7 @@ def test_scaled_rotary_embeddings(tmp_path: Path, bpe: Path) -> None:
     scaling = {"type": "llama3", "factor": 8.0, "original_max_seq_len": 512}
     reader = read(make_run(tmp_path / "a", bpe, **shape, rope_scaling=scaling), tmp_path / "llama3")
     assert field(reader, "general.architecture") == "llama"  # llama.cpp has no Mistral
+    assert field(reader, "llama.context_length") == 100  # nor its window, so longer texts would differ
     (found,) = (tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight")
     expected = []
     for i in range(8):  # Llama 3.1's reference code, with low_freq_factor 1 and high_freq_factor 4

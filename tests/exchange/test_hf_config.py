@@ -11,6 +11,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import ModelConfig
 from anarchobot.exchange.exporting import hf_config
 from anarchobot.exchange.importing import model_config_from_hf
+from anarchobot.model.llama import architecture as llama
 
 SHAPES: list[dict[str, Any]] = [
     {},
@@ -246,3 +247,18 @@ def test_the_attention_scale_of_gemma() -> None:
 def test_unsupported_features_are_rejected_by_name(change: dict[str, Any], problem: str) -> None:
     with pytest.raises(UserError, match=f"^DIR/config.json: .*{problem}"):
         model_config_from_hf({**LLAMA, **change}, "DIR/config.json")
+
+
+@pytest.mark.parametrize(
+    ("model", "lengths"),  # for hf, mlx and gguf
+    [
+        ({}, (512, 512, 512)),
+        ({"sliding_window": 64}, (512, 64, 64)),
+        ({"sliding_window": 64, "layer_types": [S, F]}, (512, 512, 512)),
+        ({"sliding_window": 64, "qk_norm": True}, (512, 64, 64)),
+        ({"sliding_window": 1024}, (512, 512, 512)),
+    ],
+)
+def test_the_exported_length_is_that_of_equal_results(model: dict[str, Any], lengths: tuple[int, ...]) -> None:
+    config = ModelConfig.model_validate({"n_layers": 2, "max_seq_len": 512, **model})
+    assert tuple(llama.exported_length(config, target) for target in ("hf", "mlx", "gguf")) == lengths
