@@ -1,5 +1,5 @@
-"""Distances between tokens that training sequences do not have: a sliding window excludes them in shipped configurations
-and in those of `train`; others get a warning."""
+"""Distances between tokens that no training sequence has: a sliding window excludes them in shipped configurations and in
+those of `train`; others get a warning."""
 
 import itertools
 from typing import Any
