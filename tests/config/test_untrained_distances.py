@@ -1,5 +1,5 @@
-"""Distances between tokens that no training sequence has: a sliding window excludes them in shipped configurations and in
-those of `train`; others get a warning."""
+"""Distances between tokens that no training sequence has: shipped configurations and those of `train` exclude them by a
+sliding window; others get a warning."""
 
 import itertools
 from typing import Any
