@@ -28,7 +28,8 @@ CORPORA = {
 HELD_OUT = 0.05
 # What an experienced user would try: `train` has to come within 2% of the best of them.
 BASE: dict[str, Any] = {
-    "model.dropout": 0.0, "model.max_seq_len": 512, "model.tie_embeddings": False, "data.seq_len": 128,
+    "model.dropout": 0.0, "model.max_seq_len": 512, "model.sliding_window": 128, "model.tie_embeddings": False,
+    "data.seq_len": 128,
     "train.micro_batch_size": 8, "train.grad_accum_steps": 1, "train.lr": 8e-3, "train.min_lr": 0.0,
     "train.momentum": 0.9, "train.schedule": "wsd", "train.decay_fraction": 0.7, "train.warmup_steps": 30,
     "train.eval_interval": 200, "train.eval_batches": 20, "train.ckpt_interval": 200,
@@ -38,11 +39,12 @@ HAND_MADE: dict[str, dict[str, Any]] = {
     "4 x 128, as quickstart": {"model.n_layers": 4, "model.d_model": 128, "model.vocab_size": 1024},
     "4 x 128, vocabulary 2,048": {"model.n_layers": 4, "model.d_model": 128, "model.vocab_size": 2048},
     "4 x 128, vocabulary 4,096": {"model.n_layers": 4, "model.d_model": 128, "model.vocab_size": 4096},
-    "4 x 96, dropout 0.1": {
-        "model.n_layers": 4, "model.d_model": 96, "model.vocab_size": 1024, "model.dropout": 0.1,
-        "train.weight_decay": 0.1,
+    "4 x 96, vocabulary 512, dropout 0.3": {
+        "model.n_layers": 4, "model.d_model": 96, "model.vocab_size": 512, "model.dropout": 0.3,
+        "train.weight_decay": 0.3,
     },
 }  # fmt: skip
+MAX_EPOCHS = 10
 RESERVED = 3.0  # seconds for the start of the program, the last validation and checkpoint
 
 
@@ -80,6 +82,7 @@ def train_by_command(texts: Path, folder: Path, seconds: float) -> Path:
 
 def train_by_hand(name: str, texts: Path, folder: Path, seconds: float) -> Path:
     from anarchobot.config.loading import load_config
+    from anarchobot.data.shards import read_manifest
     from anarchobot.tasks.calibration import step_seconds
 
     began = time.monotonic()
@@ -96,9 +99,11 @@ def train_by_hand(name: str, texts: Path, folder: Path, seconds: float) -> Path:
     config = load_config(None, list(settings.items())).config
     step, _ = step_seconds(config, None, config.train.micro_batch_size, 1e11, 4.0)
     left = seconds - RESERVED - (time.monotonic() - began)
+    windows = read_manifest(folder / "shards").tokens("train") // config.data.seq_len
+    steps = min(int(left / step / 1.04), MAX_EPOCHS * windows // config.train.micro_batch_size)
     file = folder / "config.yaml"
     file.write_text("")
-    anarchobot("pretrain", str(file), *words, f"train.total_steps={max(10, int(left / step / 1.04))}")
+    anarchobot("pretrain", str(file), *words, f"train.total_steps={max(10, steps)}")
     return folder / "run" / "best.json"
 
 
