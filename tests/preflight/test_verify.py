@@ -48,7 +48,7 @@ class Broken:
         self.tokenizer = self.shards / "made.model"
         write_config(
             self.config, self.shards, folder / "run",
-            data__dataset=str(self.rows), train__tokenizer_path=str(self.tokenizer),
+            data__dataset=str(self.rows), train__tokenizer_path=str(self.tokenizer), model__max_seq_len=32,
         )  # fmt: skip
         self.values: dict[str, Any] = yaml.safe_load(self.config.read_text())
         self.text: str | None = None  # replaces the values
@@ -182,6 +182,8 @@ FAULTS: dict[str, tuple[Callable[[Broken], Any], str, str, str, str]] = {
                                "model.d_model was 32 and is now 64", "config.yaml"),
     "resumed with other shards": (_resumed_with_other_shards, "resumed run", "fail", "different shards",
                                   "train.save_dir"),
+    "distances that are not trained": (lambda b: b.set(model__max_seq_len=64), "model and data", "warn",
+                                       "will write poorly after 32 tokens", "model.sliding_window: 32"),
     "warmup exceeds the run": (lambda b: b.set(train__warmup_steps=6), "schedule", "warn", "never reaches its peak",
                             "train.warmup_steps"),
     "the decay ends early": (lambda b: b.set(train__lr_decay_steps=4), "schedule", "warn", "min_lr for the last 2",

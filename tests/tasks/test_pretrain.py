@@ -278,7 +278,9 @@ def test_brief_output_has_progress_and_warnings_only(
     tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a new run and of one that goes on; the description is in the log."""
-    config = write_config(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", train__warmup_steps=6)
+    config = write_config(
+        tmp_path / "c.yaml", tiny_shards, tmp_path / "run", train__warmup_steps=6, model__sliding_window=32
+    )
     for steps in (6, 8):
         assert main(["pretrain", str(config), "--brief", "--steps", str(steps), "--resume-from", "auto"]) == 0
         first = [line.split()[0] for line in capsys.readouterr().err.splitlines()]
