@@ -28,6 +28,6 @@ def test_compilation_is_not_part_of_a_step(
 
     engine = SimpleNamespace(engine=SimpleNamespace(train_step=train_step))
     monkeypatch.setattr(calibration, "open_engine", lambda *args: engine)
-    monkeypatch.setattr(calibration.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(calibration, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     seconds, method = calibration.step_seconds(config, None, 1, 1e15, 4.0)
     assert (seconds, method) == (pytest.approx(expected[0]), expected[1])
