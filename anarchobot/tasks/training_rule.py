@@ -145,7 +145,7 @@ def settings_for_shape(text_bytes: int, seconds: float, speed: Speed, layers: in
     vocab_size = max(fitting, default=VOCAB_SIZES[0])
     _, head = parameters(vocab_size, layers, width)
     unique = text_bytes / bytes_per_token(vocab_size)
-    seq_len = 128 if width < 96 else 256 if width < 256 else 512  # attention: about an eighth of the FLOPs
+    seq_len = 128 if width < 160 else 256 if width < 256 else 512  # attention: at most an eighth of the FLOPs
     flops_per_token = _flops_per_token(vocab_size, layers, width, seq_len)
     flops = speed.flops(width)
     tokens = min(seconds * flops / flops_per_token, MAX_EPOCHS * unique)
