@@ -1,7 +1,8 @@
 """Text generation: prompts are encoded, tokens are sampled with a KV cache, and text is streamed."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -75,15 +76,17 @@ class TextBatch:
         after_space: bool = False,
         constraint: Constraint | None = None,
         top_logprobs: int | None = None,
+        shown: Mapping[int, str] = MappingProxyType({}),
     ) -> int:
         """Adds a request like `Batch.insert`. A string in settings.stop that names a control token ends it at that
         token: decoded text does not contain it. `after_space`: the prompt ended in a space that is not in `context`
-        (tokenizers/trailing_space.py)."""
+        (tokenizers/trailing_space.py). `shown`: control tokens that are part of the text, by id."""
         controls = self._tokenizer.control_tokens
         stop = {*stop, *(controls[text] for text in settings.stop if text in controls)}
         first = mx.array(starts_with_space(self._tokenizer)) if after_space else None
         request = self._batch.insert(context, settings, stop, first, constraint=constraint, top_logprobs=top_logprobs)
-        self._texts[request] = _Text(TextStream(self._tokenizer, context, settings.stop, drop_space=after_space))
+        stream = TextStream(self._tokenizer, context, settings.stop, drop_space=after_space, shown=shown)
+        self._texts[request] = _Text(stream)
         return request
 
     def remove(self, request: int) -> None:

@@ -5,15 +5,17 @@ At each token, the grammar says which tokens may come next; the others are not s
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
-from anarchobot.inference.tool_calls import CallSyntax
+from anarchobot.inference.call_syntax import CALL_ID, CallSyntax
+from anarchobot.inference.tool_calls import value_types
 from anarchobot.tokenizers.canonical_tokens import canonical_tokens, token_bytes
 from anarchobot.tokenizers.tokenizer import ChatTokenizer
 
@@ -60,35 +62,62 @@ class GrammarConstraint:
         self._matcher.consume_token(token)
 
 
-def schema_grammar(schema: dict[str, Any]) -> str:
-    """Lark source of the JSON values that follow `schema`."""
-    return f"start: %json {json.dumps(schema)}"
+def schema_grammar(schema: dict[str, Any], prefix: str = "", controls: Mapping[str, int] = MappingProxyType({})) -> str:
+    """Lark source of the JSON values that follow `schema`, after `prefix`, which may have `controls`."""
+    return f"start: {_literals(prefix, controls)} %json {json.dumps(schema)}"
 
 
 def calls_grammar(
-    syntax: CallSyntax, functions: Sequence[dict[str, Any]], parallel: bool, controls: dict[str, int]
+    syntax: CallSyntax, functions: Sequence[dict[str, Any]], parallel: bool, controls: Mapping[str, int]
 ) -> str:
     """Lark source of one call of one of `functions`, in OpenAI's form, or with `parallel` of one or more. `controls`:
-    the ids of control tokens."""
-    numbers = range(len(functions))
-    one = "(" + " | ".join(f"call{i}" for i in numbers) + ")"
-    prefix, suffix = _literals(syntax.prefix, controls), _literals(syntax.suffix, controls)
-    if syntax.is_list:
-        more = f'(", " {one})*' if parallel else ""
-        start = f'{prefix} "[" {one} {more} "]" {suffix}'
-    else:
-        start = f"{prefix} {one} {suffix}"
-        if parallel and syntax.opening:
-            start += f' ("\\n" {start})*'
-    rules = [f"start: {start}"]
+    the ids of control tokens. Raises ValueError if the parameters cannot be enforced in this syntax."""
+    one = "(" + " | ".join(f"call{i}" for i in range(len(functions))) + ")"
+    more = f"({_literals(syntax.between, controls)} {one})*" if parallel and syntax.between is not None else ""
+    rules = [f"start: {_literals(syntax.prefix, controls)} {one} {more} {_literals(syntax.suffix, controls)}"]
+    before_id, call_id, after_id = syntax.separator.partition(CALL_ID)
+    separator = (
+        f"{_literals(before_id, controls)} {'/[a-zA-Z0-9]{9}/' if call_id else ''} {_literals(after_id, controls)}"
+    )
     for i, function in enumerate(functions):
-        head = f'{{"name": {json.dumps(function["name"])}, "{syntax.arguments_field}": '
-        rules.append(f'call{i}: {json.dumps(head)} arguments{i} "}}"')
-        rules.append(f"arguments{i}: %json {json.dumps({'type': 'object'} | function['parameters'])}")
+        name, parameters = json.dumps(function["name"]), {"type": "object"} | function["parameters"]
+        if syntax.form == "parameters":
+            rules += _parameter_rules(syntax, f"call{i}", f"{name} {separator}", parameters, controls)
+            continue
+        rules.append(f"arguments{i}: %json {json.dumps(parameters)}")
+        if syntax.form == "json":
+            rules.append(f"call{i}: {name} {separator} arguments{i}")
+        else:
+            head = f'{{"name": {name}, "{syntax.arguments_field}": '
+            rules.append(f'call{i}: {json.dumps(head)} arguments{i} "}}"')
     return "\n".join(rules)
 
 
-def _literals(text: str, controls: dict[str, int]) -> str:
+def _parameter_rules(
+    syntax: CallSyntax, call: str, head: str, schema: dict[str, Any], controls: Mapping[str, int]
+) -> list[str]:
+    """A call with marked-up parameters, in the order of their schema. A text ends where the closing begins."""
+    before, middle, after = (_literals(text, controls) for text in syntax.parameter)
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    rules, items = [], [head]
+    for i, (name, value) in enumerate(schema.get("properties", {}).items()):
+        rule, end = f"{call}_{i}", after
+        if value_types(value) != {"string"}:
+            rules.append(f"{rule}_value: %json {json.dumps(value | shared if isinstance(value, dict) else value)}")
+        elif "enum" in value:
+            rules.append(f"{rule}_value: {' | '.join(map(json.dumps, value['enum']))}")
+        elif limits := sorted({"pattern", "format", "const"} & value.keys()):
+            raise ValueError(f"{limits[0]} of {name!r} cannot be enforced in the calls of this model")
+        else:
+            length = f"{{{value.get('minLength', 0)},{value.get('maxLength', '')}}}"
+            rules.append(f"{rule}_value[suffix={json.dumps(syntax.parameter[2])}]: /(?s:.{length})/")
+            end = ""
+        rules.append(f"{rule}: {before} {json.dumps(name)} {middle} {rule}_value {end}")
+        items.append(rule if name in schema.get("required", []) else f"{rule}?")
+    return [*rules, f"{call}: {' '.join(items)}"]
+
+
+def _literals(text: str, controls: Mapping[str, int]) -> str:
     """Text with control tokens as Lark source."""
     parts: list[str] = []
     while text:

@@ -1,21 +1,21 @@
-"""Calls of tools in generated text.
-
-A model writes calls as its chat template does, so the form is read from a rendered call. Supported are the forms whose
-calls are JSON: in <tool_call> tags (Hermes, Qwen), as a list after a token (Mistral), or alone as the whole answer
-(Llama 3).
-"""
+"""Calls of tools in generated text."""
 
 import json
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from anarchobot.tokenizers.chat_template import TRAINING_DAY, ChatTemplate
-from anarchobot.tokenizers.conversation import InvalidRow, Message, check_encodable
-from anarchobot.tokenizers.token_pattern import TokenPattern
+from anarchobot.inference.call_syntax import ARGUMENT_FIELDS, CALL_ID, CallSyntax
+from anarchobot.tokenizers.conversation import InvalidRow, check_encodable
 
-OPEN_TAG, CLOSE_TAG = "<tool_call>", "</tool_call>"
-_QUESTION, _NAME, _ARGUMENTS = "Which question?", "probe_function", {"x": "y"}
-_ARGUMENT_FIELDS = ("arguments", "parameters")
+_NAME = r"\s*([^\s<>\[\]{}\"`]+)"
+_JSON_TYPES = {
+    bool: {"boolean"}, int: {"integer", "number"}, float: {"number"}, type(None): {"null"}, list: {"array"},
+    dict: {"object"},
+}  # fmt: skip
+_PYTHON_CONSTANTS = {"true": True, "false": False, "none": None}  # in lowercase; some templates print them
+
+Functions = Mapping[str, Mapping[str, Any]]  # by name, the JSON schema of the parameters
 
 
 class ToolCall(NamedTuple):
@@ -25,81 +25,31 @@ class ToolCall(NamedTuple):
     arguments: str
 
 
-class CallSyntax(NamedTuple):
-    """What a model writes for calls: `prefix`, with control tokens, then a JSON object with the fields name and
-    `arguments_field`, or a list of such objects, then `suffix`. `opening` and `closing` are what of prefix and suffix
-    is in decoded text; without an opening, calls are only at the start of an answer."""
-
-    prefix: str
-    suffix: str
-    arguments_field: str
-    is_list: bool
-    opening: str
-    closing: str
-
-
-def call_syntax(template: ChatTemplate, controls: TokenPattern) -> CallSyntax | None:
-    """How the template writes calls; None if it has no tools, or calls of another form."""
-    function = {"name": _NAME, "description": "A function.", "parameters": {"type": "object", "properties": {}}}
-    call = {"type": "function", "id": "call00000", "function": {"name": _NAME, "arguments": _ARGUMENTS}}
-    messages = (
-        Message("tools", "", fields={"tools": [{"type": "function", "function": function}]}),
-        Message("user", _QUESTION),
-        Message("assistant", "", fields={"tool_calls": [call]}),
-    )
-    try:
-        prompt = template.render(messages[:2], add_generation_prompt=True, day=TRAINING_DAY)
-        rendered = template.render(messages, day=TRAINING_DAY)
-    except InvalidRow:
-        return None
-    turn = rendered.rpartition(_QUESTION)[2].removeprefix(prompt.rpartition(_QUESTION)[2])
-    start = turn.rfind("{", 0, turn.find(f'"{_NAME}"') + 1)
-    if prompt.count(_NAME) == 0 or start < 0:
-        return None
-    try:
-        value, end = json.JSONDecoder().raw_decode(turn, start)
-    except ValueError:
-        return None
-    field = next((name for name in _ARGUMENT_FIELDS if value.get(name) == _ARGUMENTS), None)
-    if field is None or value.get("name") != _NAME:
-        return None
-    before, after = turn[:start], turn[end:]
-    if before.rstrip().endswith(OPEN_TAG):
-        close = after.find(CLOSE_TAG)
-        prefix, suffix = before[before.rindex(OPEN_TAG) :], after[: close + len(CLOSE_TAG)] if close >= 0 else ""
-        return CallSyntax(prefix, suffix, field, False, _visible(OPEN_TAG, controls), _visible(suffix, controls))
-    is_list = before.rstrip().endswith("[")
-    prefix = before.rstrip()[:-1] if is_list else before
-    opening = _visible(prefix, controls)
-    return None if "{" in opening else CallSyntax(prefix, "", field, is_list, opening, "")
-
-
-def _visible(text: str, controls: TokenPattern) -> str:
-    """What remains of `text` in decoded text, without whitespace around it."""
-    position, parts = 0, []
-    for match in controls.finditer(text):
-        parts.append(text[position : match.start])
-        position = match.end
-    return "".join([*parts, text[position:]]).strip()
-
-
 class CallParser:
-    """Separates the calls of the functions `names` from the text of an answer, which arrives in pieces.
+    """Separates the calls of `functions` from the text of an answer, which arrives in pieces.
 
-    Text that may become a call is held back. A call that is not JSON, or of another function, remains text.
+    Text that may become a call is held back. A call that is incomplete, or of another function, remains text.
     """
 
-    def __init__(self, syntax: CallSyntax, names: Collection[str]) -> None:
-        self._syntax, self._names = syntax, names
+    def __init__(self, syntax: CallSyntax, functions: Functions) -> None:
+        self._syntax, self._functions = syntax, functions
+        # The first word of each opening begins a call; what follows it there is before the name or the object.
+        head = (
+            "" if syntax.form == "object" else _NAME + r"\s*" + _pattern(syntax.separator).replace(CALL_ID, r"[\w-]+")
+        )
+        openings = [text.split() for text in syntax.openings]
+        self._heads = {words[0]: re.compile(r"\s*" + _pattern(" ".join(words[1:])) + head) for words in openings}
+        self._heads = self._heads or {"": re.compile(head)}
+        self._closings = [("".join(text.split()), re.compile(r"\s*" + _pattern(text))) for text in syntax.closings]
         self._held = ""
-        self._space = ""  # between the text and the opening after it
+        self._opening, self._space = "", ""  # of the call that is held, and the space before it
         self._is_call = self._is_closing = False  # whether what is held follows an opening, or a call
         self._has_text = self._follows_call = False  # whether there was text, and whether the next one follows a call
 
     def add(self, text: str) -> list[str | ToolCall]:
         """Text and calls that are now complete."""
         self._held += text
-        if self._is_call and not any(bracket in text for bracket in "}]"):
+        if self._is_call and not any(bracket in text for bracket in "}]>"):
             return []
         return list(self._parse(is_end=False))
 
@@ -118,12 +68,11 @@ class CallParser:
                     yield text
                 if not self._is_call:
                     return
-            value, end = _read_json(self._held)
+            calls, end = self._read_calls()
             if end < 0 and not is_end:
                 return
-            calls = self._calls(value) if end >= 0 else None
             taken = end if end >= 0 else len(self._held)
-            text = self._space + self._syntax.opening + self._held[:taken]
+            text = self._space + self._opening + self._held[:taken]
             self._space, self._held, self._is_call = "", self._held[taken:], False
             if calls is None:
                 self._has_text = True
@@ -134,25 +83,31 @@ class CallParser:
 
     def _skip_closing(self, is_end: bool) -> bool:
         """Removes the closing after a call. False if it may still be incomplete."""
-        rest, closing = self._held.lstrip(), self._syntax.closing
-        if not is_end and len(rest) < len(closing) and closing.startswith(rest):
-            return False
-        if rest.startswith(closing):
-            self._held = rest[len(closing) :]
+        held = "".join(self._held.split())
+        for closing, pattern in self._closings:
+            if found := pattern.match(self._held):
+                self._held = self._held[found.end() :]
+                break
+            if closing.startswith(held):
+                if not is_end:
+                    return False
+                self._held = ""
         self._is_closing = False
         return True
 
     def _take_text(self, is_end: bool) -> str:
         """Removes text before a call from what is held; `_is_call` becomes true where a call may start."""
-        held, opening = self._held, self._syntax.opening
-        if opening and (at := held.find(opening)) >= 0:
+        held = self._held
+        openings = [word for word in self._heads if word]
+        if places := [(at, -len(word), word) for word in openings if (at := held.find(word)) >= 0]:
+            at, _, self._opening = min(places)
             text = held[:at].rstrip()
-            self._space, self._held, self._is_call = held[len(text) : at], held[at + len(opening) :], True
+            self._space, self._held, self._is_call = held[len(text) : at], held[at + len(self._opening) :], True
             return text
-        if is_end or (self._has_text and not opening):
+        if is_end or (self._has_text and not openings):
             end = len(held)
-        elif opening:
-            partial = max((n for n in range(len(opening)) if held.endswith(opening[:n])), default=0)
+        elif openings:
+            partial = max(n for word in openings for n in range(len(word)) if held.endswith(word[:n]))
             end = len(held[: len(held) - partial].rstrip())
         else:
             start = held.lstrip()
@@ -161,29 +116,98 @@ class CallParser:
         self._held = held[end:]
         return held[:end]
 
-    def _calls(self, value: Any) -> list[ToolCall] | None:
-        """None if it is not a call, or a list of calls."""
-        calls = []
-        for item in value if isinstance(value, list) else [value]:
-            if not isinstance(item, dict) or item.get("name") not in self._names:
-                return None
-            arguments = next((item[field] for field in _ARGUMENT_FIELDS if field in item), None)
-            if isinstance(arguments, str):
-                arguments, _ = _read_json(arguments)
-            if not isinstance(arguments, dict):
-                return None
-            try:
-                # Python reads 1e999 as infinity, which JSON has not.
-                check_encodable(text := json.dumps(arguments, ensure_ascii=False, allow_nan=False), "arguments")
-            except (InvalidRow, ValueError):
-                return None
-            calls.append(ToolCall(item["name"], text))
-        return calls or None
+    def _read_calls(self) -> tuple[list[ToolCall] | None, int]:
+        """The calls at the start of what is held, and where they end: -1 if they are incomplete. None if they are no
+        calls."""
+        head = self._heads[self._opening].match(self._held)
+        if head is None:
+            return None, -1
+        if self._syntax.form == "parameters":
+            texts, end = self._read_parameters(head.end())
+            calls = [read_call(head[1], self._typed(head[1], texts), self._functions)] if end >= 0 else []
+        else:
+            value, end = _read_json(self._held, head.end())
+            if self._syntax.form == "json":
+                calls = [read_call(head[1], value, self._functions)]
+            else:
+                calls = [_read_object(one, self._functions) for one in (value if isinstance(value, list) else [value])]
+        found = [call for call in calls if call is not None]
+        return (found if found and len(found) == len(calls) else None), end
+
+    def _read_parameters(self, at: int) -> tuple[dict[str, str], int]:
+        """The values by name, and where they end; -1 if the closing does not follow yet."""
+        before, middle, after = self._syntax.parameter
+        end = _pattern(self._syntax.suffix.split()[0])
+        line = r"\n?"  # templates put a value between two newlines
+        name = re.compile(rf"\s*{_pattern(before)}\s*([^<>\s]+?)\s*{_pattern(middle)}{line}")
+        close = re.compile(rf"{line}{_pattern(after)}(?=\s*(?:{_pattern(before)}|{end}))")
+        values = {}
+        while found := name.match(self._held, at):
+            closing = close.search(self._held, found.end())
+            if closing is None:
+                return {}, -1
+            values[found[1]] = self._held[found.end() : closing.start()]
+            at = closing.end()
+        return values, at if re.compile(rf"\s*{end}").match(self._held, at) else -1
+
+    def _typed(self, name: str, values: dict[str, str]) -> dict[str, Any]:
+        properties = self._functions.get(name, {}).get("properties")
+        properties = properties if isinstance(properties, Mapping) else {}
+        return {key: _typed(text, properties[key]) if key in properties else text for key, text in values.items()}
 
 
-def _read_json(text: str) -> tuple[Any, int]:
-    """The JSON value at the start of `text`, and where it ends; -1 if there is none."""
-    start = len(text) - len(text.lstrip())
+def read_call(name: object, arguments: object, functions: Functions) -> ToolCall | None:
+    """A call with these arguments, which may also be a JSON object as text. None if it is not one of `functions`."""
+    if isinstance(arguments, str):
+        arguments, _ = _read_json(arguments)
+    if not isinstance(name, str) or name not in functions or not isinstance(arguments, dict):
+        return None
+    try:
+        # Python reads 1e999 as infinity, which JSON has not.
+        check_encodable(text := json.dumps(arguments, ensure_ascii=False, allow_nan=False), "arguments")
+    except (InvalidRow, ValueError):
+        return None
+    return ToolCall(name, text)
+
+
+def _read_object(value: object, functions: Functions) -> ToolCall | None:
+    if not isinstance(value, dict):
+        return None
+    arguments = next((value[field] for field in ARGUMENT_FIELDS if field in value), None)
+    return read_call(value.get("name"), arguments, functions)
+
+
+def _pattern(text: str) -> str:
+    """A regular expression for `text` with any whitespace between its words."""
+    return r"\s*".join(map(re.escape, text.split()))
+
+
+def _typed(text: str, schema: Any) -> Any:
+    """The value of a parameter, whose type is in its schema only: a text, or anything else as JSON."""
+    types = value_types(schema)
+    value, end = _read_json(text)
+    if end < 0 or text[end:].strip():
+        value = _PYTHON_CONSTANTS.get(text.strip().lower(), text)
+    if isinstance(value, float) and "integer" in types and value.is_integer():
+        value = int(value)
+    fits = _JSON_TYPES.get(type(value), set()) & (types or {"array", "object"})
+    return value if fits or (types and "string" not in types) else text
+
+
+def value_types(schema: Any) -> set[str]:
+    """The JSON types that a schema names."""
+    if not isinstance(schema, Mapping):
+        return set()
+    named = schema.get("type")
+    types = {one for one in (named if isinstance(named, list) else [named]) if isinstance(one, str)}
+    for alternatives in (schema.get("anyOf"), schema.get("oneOf")):
+        types = types.union(*map(value_types, alternatives if isinstance(alternatives, list) else []))
+    return types
+
+
+def _read_json(text: str, start: int = 0) -> tuple[Any, int]:
+    """The JSON value in text[start:], and where it ends; -1 if there is none."""
+    start += len(text[start:]) - len(text[start:].lstrip())
     try:
         return _DECODER.raw_decode(text, start)
     except (ValueError, RecursionError):
@@ -194,4 +218,4 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, strict=False)

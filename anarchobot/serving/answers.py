@@ -1,12 +1,15 @@
-"""What answers consist of, whatever the form of the response: text, calls of tools, and why they end."""
+"""What answers consist of, whatever the form of the response: text, reasoning, calls of tools, and why they end."""
 
 import secrets
 import string
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
+from anarchobot.inference.call_syntax import CallSyntax
 from anarchobot.inference.generation import ScoredToken, TextChunk
-from anarchobot.inference.tool_calls import CallParser, CallSyntax, ToolCall
+from anarchobot.inference.harmony import HarmonyParser, Reasoning
+from anarchobot.inference.tool_calls import CallParser, Functions, ToolCall
 from anarchobot.serving.errors import ApiError
 from anarchobot.serving.request_log import Usage
 from anarchobot.serving.worker import GenerationStream
@@ -15,30 +18,40 @@ EndReason = Literal["stop", "length", "tool_calls"]
 
 
 class Part(NamedTuple):
-    """The next text or call of an answer. `end` is set in the last part of an answer."""
+    """The next text, reasoning or call of an answer. `end` is set in the last part of an answer."""
 
     answer: int
     text: str = ""
+    reasoning: str = ""
     call: ToolCall | None = None
     scored: tuple[ScoredToken, ...] = ()
     end: EndReason | None = None
     stop_string: str | None = None
 
 
-class Calls(NamedTuple):
-    """Which calls an answer may have."""
+class AnswerForm(NamedTuple):
+    """How an answer is written: the calls of `functions`, several if `parallel`, and whether it is in channels."""
 
-    syntax: CallSyntax
-    names: list[str]
-    parallel: bool
+    syntax: CallSyntax | None = None
+    functions: Functions = MappingProxyType({})
+    parallel: bool = True
+    has_channels: bool = False
+
+    def parser(self) -> CallParser | HarmonyParser | None:
+        if self.has_channels:
+            return HarmonyParser(self.functions)
+        return CallParser(self.syntax, self.functions) if self.syntax and self.functions else None
+
+
+PLAIN = AnswerForm()
 
 
 async def answer_parts(
-    generation: GenerationStream, usage: Usage, answers: int, is_chat: bool, calls: Calls | None
+    generation: GenerationStream, usage: Usage, answers: int, is_chat: bool, form: AnswerForm
 ) -> AsyncIterator[Part]:
     """The parts of all answers, as they are generated, and counts their tokens in `usage`. Chat answers lose leading
     whitespace, as with `anarchobot chat`. Raises ApiError if generation fails."""
-    parsers = [CallParser(calls.syntax, calls.names) if calls else None for _ in range(answers)]
+    parsers = [form.parser() for _ in range(answers)]
     started, called, ended = [not is_chat] * answers, [False] * answers, [False] * answers
     tokens = [0] * answers
     async for chunk in generation:
@@ -57,11 +70,11 @@ async def answer_parts(
         pieces = _pieces(parsers[i], text, chunk)
         scored = chunk.scored
         for piece in pieces:
-            part = Part(i, call=piece) if isinstance(piece, ToolCall) else Part(i, piece)
+            part = _part(i, piece)
             called[i] = called[i] or part.call is not None
             yield part._replace(scored=scored)
             scored = ()
-            if part.call is not None and calls is not None and not calls.parallel:
+            if part.call is not None and not form.parallel:
                 ended[i] = True
                 generation.cancel(i)
                 yield Part(i, end="tool_calls")
@@ -74,10 +87,18 @@ async def answer_parts(
             yield Part(i, scored=scored)
 
 
-def _pieces(parser: CallParser | None, text: str, chunk: TextChunk) -> list[str | ToolCall]:
+def _pieces(
+    parser: CallParser | HarmonyParser | None, text: str, chunk: TextChunk
+) -> Sequence[str | Reasoning | ToolCall]:
     if parser is None:
         return [text] if text else []
     return [*parser.add(text), *(parser.finish() if chunk.finish_reason else [])]
+
+
+def _part(answer: int, piece: str | Reasoning | ToolCall) -> Part:
+    if isinstance(piece, ToolCall):
+        return Part(answer, call=piece)
+    return Part(answer, reasoning=piece.text) if isinstance(piece, Reasoning) else Part(answer, piece)
 
 
 def new_call_id() -> str:

@@ -154,14 +154,14 @@ class Service:
         self, parsed: CompletionRequest | ChatRequest | MessagesRequest, encoded: EncodedPrompt, usage: Usage
     ) -> ResponseWriter | MessagesWriter:
         if isinstance(parsed, MessagesRequest):
-            return MessagesWriter(self._name, usage, encoded.calls)
+            return MessagesWriter(self._name, usage, encoded.form)
         return ResponseWriter(
             "chat.completion" if isinstance(parsed, ChatRequest) else "text_completion",
             self._name,
             usage,
             self._model.tokenizer,
             parsed.n,
-            encoded.calls,
+            encoded.form,
             encoded.prompt.top_logprobs is not None,
             encoded.prompt.after_space,
             parsed.include_usage,

@@ -70,6 +70,7 @@ class ChatMessage(StrictModel):
     content: Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[TextPart])]
     tool_calls: Items[SentCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
 
 def _with_content(value: object) -> object:
@@ -174,11 +175,14 @@ class ChatRequest(OpenAIRequest, ConversationRequest):
     def _message(message: ChatMessage, place: str, names: dict[str, str]) -> Message:
         if message.role == "tool":
             return tool_result(message.tool_call_id or "", message.content, names, place)
-        if message.role != "assistant" or not message.tool_calls:
+        if message.role != "assistant":
             return Message(message.role, message.content)
+        reasoning = message.reasoning_content or ""
+        if not message.tool_calls:
+            return Message("assistant", message.content, reasoning)
         calls = parse_calls([call.model_dump() for call in message.tool_calls], place)
         names |= {call["id"]: call["function"]["name"] for call in calls}
-        return Message("assistant", message.content, fields={"tool_calls": calls})
+        return Message("assistant", message.content, reasoning, {"tool_calls": calls})
 
 
 def function_tool(name: str, description: str | None, parameters: Mapping[str, Any] | None) -> dict[str, Any]:

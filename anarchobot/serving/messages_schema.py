@@ -42,7 +42,12 @@ class ToolResultBlock(_Block):
     is_error: bool = False
 
 
-Block = Annotated[TextBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
+class ThinkingBlock(_Block):
+    type: Literal["thinking"]
+    thinking: str
+
+
+Block = Annotated[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
 
 
 class SentMessage(StrictModel):
@@ -113,7 +118,8 @@ class CountRequest(ConversationRequest):
             for message in _messages(sent, f"turn {i + 1}", names):
                 last = messages[-1] if messages else None
                 if last is not None and last.role == message.role and not (last.fields or message.fields):
-                    messages[-1] = last._replace(content=f"{last.content}\n{message.content}")
+                    reasoning = "\n".join(filter(None, (last.reasoning, message.reasoning)))
+                    messages[-1] = last._replace(content=f"{last.content}\n{message.content}", reasoning=reasoning)
                 else:
                     messages.append(message)
         return messages
@@ -130,20 +136,22 @@ class MessagesRequest(CountRequest):
 def _messages(sent: SentMessage, place: str, names: dict[str, str]) -> list[Message]:
     """Results of tools become messages of their own, before the text. `names`: of the called tools, by id."""
     text = "\n".join(block.text for block in sent.content if isinstance(block, TextBlock))
+    reasoning = "\n".join(block.thinking for block in sent.content if isinstance(block, ThinkingBlock))
     uses = [block for block in sent.content if isinstance(block, ToolUseBlock)]
     results = [block for block in sent.content if isinstance(block, ToolResultBlock)]
-    if (sent.role == "user" and uses) or (sent.role == "assistant" and results):
+    if (sent.role == "user" and (uses or reasoning)) or (sent.role == "assistant" and results):
         raise InvalidRow(
-            "content block in the wrong role", f"{place}: tool_use is the assistant's, tool_result the user's"
+            "content block in the wrong role",
+            f"{place}: tool_use and thinking are the assistant's, tool_result the user's",
         )
     if uses:
         calls = [
             {"type": "function", "id": use.id, "function": {"name": use.name, "arguments": use.input}} for use in uses
         ]
         names |= {use.id: use.name for use in uses}
-        return [Message("assistant", text, fields={"tool_calls": calls})]
+        return [Message("assistant", text, reasoning, {"tool_calls": calls})]
     messages = [tool_result(block.tool_use_id, _result_text(block), names, place) for block in results]
-    return [*messages, Message(sent.role, text)] if text or not results else messages
+    return [*messages, Message(sent.role, text, reasoning)] if text or not results else messages
 
 
 def _result_text(block: ToolResultBlock) -> str:

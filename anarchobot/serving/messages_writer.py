@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from anarchobot.inference.tool_calls import ToolCall
-from anarchobot.serving.answers import Calls, Part, answer_parts, new_call_id
+from anarchobot.serving.answers import PLAIN, AnswerForm, Part, answer_parts, new_call_id
 from anarchobot.serving.errors import ApiError
 from anarchobot.serving.request_log import Usage
 from anarchobot.serving.worker import GenerationStream
@@ -22,7 +22,7 @@ class MessagesWriter:
 
     model: str
     usage: Usage
-    calls: Calls | None = None
+    form: AnswerForm = PLAIN
     number: str = field(default_factory=lambda: secrets.token_hex(12))
 
     async def complete(self, generation: GenerationStream) -> dict[str, Any]:
@@ -30,35 +30,35 @@ class MessagesWriter:
         content: list[dict[str, Any]] = []
         end = None
         async for part in self._parts(generation):
+            kind = _kind(part)
             if part.call is not None:
                 content.append(_tool_use(part.call) | {"input": orjson.loads(part.call.arguments)})
-            elif part.text and content and content[-1]["type"] == "text":
-                content[-1]["text"] += part.text
-            elif part.text:
-                content.append({"type": "text", "text": part.text})
+            elif kind is not None:
+                if not content or content[-1]["type"] != kind:
+                    content.append(_empty(kind))
+                content[-1][kind] += part.text + part.reasoning
             end = part if part.end else end
         assert end is not None  # the last part
         return self._message(content) | _end(end) | {"usage": self._usage()}
 
     async def stream(self, generation: GenerationStream) -> AsyncIterator[bytes]:
-        """Event by event: each text and each call is a content block. The first one waits for the first token, because
-        it has the counts of the prompt."""
-        blocks, open_text, started = 0, False, False
+        """Event by event: each text, reasoning and call is a content block. The first one waits for the first token,
+        because it has the counts of the prompt."""
+        blocks, is_open, started = 0, "", False
         try:
             async for part in self._parts(generation):
                 if not started:
                     started = True
                     yield _event("message_start", message=self._message([]) | _NO_END | {"usage": self._usage()})
-                if open_text and (part.call is not None or part.end):
-                    open_text = False
+                kind = _kind(part)
+                if is_open and (part.call is not None or part.end or kind not in (None, is_open)):
+                    is_open = ""
                     yield _event("content_block_stop", index=blocks - 1)
-                if part.text:
-                    if not open_text:
-                        open_text, blocks = True, blocks + 1
-                        yield _event(
-                            "content_block_start", index=blocks - 1, content_block={"type": "text", "text": ""}
-                        )
-                    delta = {"type": "text_delta", "text": part.text}
+                if kind is not None:
+                    if not is_open:
+                        is_open, blocks = kind, blocks + 1
+                        yield _event("content_block_start", index=blocks - 1, content_block=_empty(kind))
+                    delta = {"type": f"{kind}_delta", kind: part.text + part.reasoning}
                     yield _event("content_block_delta", index=blocks - 1, delta=delta)
                 if part.call is not None:
                     block = _tool_use(part.call) | {"input": {}}
@@ -76,7 +76,7 @@ class MessagesWriter:
         yield _event("message_stop")
 
     def _parts(self, generation: GenerationStream) -> AsyncIterator[Part]:
-        return answer_parts(generation, self.usage, 1, True, self.calls)
+        return answer_parts(generation, self.usage, 1, True, self.form)
 
     def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
         head = {"id": f"msg_{self.number}", "type": "message", "role": "assistant", "model": self.model}
@@ -98,6 +98,16 @@ _NO_END: dict[str, str | None] = {"stop_reason": None, "stop_sequence": None}
 def _end(part: Part) -> dict[str, str | None]:
     reason = "stop_sequence" if part.stop_string is not None else _STOP_REASONS[part.end or "stop"]
     return {"stop_reason": reason, "stop_sequence": part.stop_string}
+
+
+def _kind(part: Part) -> str | None:
+    """The type of block, and its field, that the text or the reasoning of a part is in."""
+    return "text" if part.text else "thinking" if part.reasoning else None
+
+
+def _empty(kind: str) -> dict[str, Any]:
+    """The signature is how Anthropic's server recognizes its own reasoning."""
+    return {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
 
 
 def _tool_use(call: ToolCall) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from anarchobot.config.errors import UserError
+from anarchobot.inference.call_syntax import call_syntax
 from anarchobot.inference.chat import chat_encoder, chat_warnings
 from anarchobot.inference.generation import prompt_ids
 from anarchobot.inference.grammar import Grammar, calls_grammar, schema_grammar
+from anarchobot.inference.harmony import END_OF_CALL, FINAL, MARKS, has_channels
 from anarchobot.inference.model import Model
-from anarchobot.inference.tool_calls import call_syntax
-from anarchobot.serving.answers import Calls
+from anarchobot.serving.answers import PLAIN, AnswerForm
 from anarchobot.serving.errors import ApiError
 from anarchobot.serving.passages import Passages, PassageSearch
 from anarchobot.serving.schema import CompletionRequest, ConversationRequest, ToolUse
@@ -19,19 +20,19 @@ from anarchobot.tokenizers.rendered_parts import NO_TOOLS, texts
 from anarchobot.tokenizers.trailing_space import split_trailing_space
 
 NO_CALLS = (
-    "tools: not supported by this model: its chat template has no tools, or calls of another form than JSON; use a "
-    "model with the calls of Hermes, Qwen, Llama 3 or Mistral"
+    "tools: not supported by this model: its chat template has no tools, or calls of an unknown form; use a model with "
+    "the calls of Hermes, Qwen, Llama 3, Mistral, DeepSeek or gpt-oss"
 )
 T = TypeVar("T")
 
 
 class EncodedPrompt(NamedTuple):
-    """A prompt as text, without the template, and as tokens, the calls that its answers may have, and the passages of a
+    """A prompt as text, without the template, and as tokens, how its answers are written, and the passages of a
     knowledge base in it."""
 
     text: str
     prompt: Prompt
-    calls: Calls | None = None
+    form: AnswerForm = PLAIN
     passages: Passages | None = None
 
 
@@ -42,8 +43,12 @@ class PromptEncoder:
         """Raises UserError if the chat template cannot be used."""
         self._model, self._encoder, self._max_seq_len = model, chat_encoder(model), model.config.max_seq_len
         self._knowledge_base = knowledge_base
-        self._text_stop_ids, self._chat_stop_ids = model.tokenizer.stop_ids, self._encoder.stop_ids()
-        self._call_syntax = call_syntax(self._encoder.template, model.tokenizer.control_pattern)
+        controls, stop_ids = model.tokenizer.control_tokens, self._encoder.stop_ids()
+        self._has_channels = has_channels(self._encoder.template)
+        if self._has_channels and END_OF_CALL in controls:
+            stop_ids |= {controls[END_OF_CALL]}
+        self._text_stop_ids, self._chat_stop_ids = model.tokenizer.stop_ids, stop_ids
+        self._call_syntax = call_syntax(self._encoder.template, [name for name, i in controls.items() if i in stop_ids])
 
     def warnings(self) -> list[str]:
         return chat_warnings(self._encoder)
@@ -84,10 +89,17 @@ class PromptEncoder:
         except InvalidRow as error:
             raise ApiError(400, f"messages: {error.reason}", "messages") from error
         ids, passages = self._with_passages(conversation, new_tokens)
-        prompt = Prompt(ids, self._chat_stop_ids, False, self._grammar(parsed, tools), parsed.scores())
-        if tools is None or self._call_syntax is None:
-            return EncodedPrompt(text, prompt, passages=passages)
-        return EncodedPrompt(text, prompt, Calls(self._call_syntax, tools.names, tools.parallel), passages)
+        form = AnswerForm(has_channels=self._has_channels)
+        if tools is not None:
+            form = AnswerForm(self._call_syntax, tools.functions, tools.parallel, self._has_channels)
+        grammar, shown = self._grammar(parsed, tools), self._shown(form)
+        prompt = Prompt(ids, self._chat_stop_ids, False, grammar, parsed.scores(), shown)
+        return EncodedPrompt(text, prompt, form, passages)
+
+    def _shown(self, form: AnswerForm) -> dict[int, str]:
+        """The control tokens that parsers of answers need."""
+        marks = "".join(MARKS) if form.has_channels else "" if form.syntax is None else form.syntax.marks
+        return {i: name for name, i in self._model.tokenizer.control_tokens.items() if name and name in marks}
 
     def _with_passages(self, conversation: Sequence[Message], new_tokens: int) -> tuple[list[int], Passages | None]:
         def encode(messages: Sequence[Message]) -> list[int]:
@@ -105,7 +117,8 @@ class PromptEncoder:
         try:
             if schema is not None:
                 check_json(schema, "the schema")
-                return Grammar(schema_grammar(schema), tokenizer)
+                prefix = FINAL if self._has_channels else ""
+                return Grammar(schema_grammar(schema, prefix, tokenizer.control_tokens), tokenizer)
             if tools is None or not tools.required or self._call_syntax is None:
                 return None
             functions = [tool["function"] for tool in tools.tools if tool["function"]["name"] in tools.required]

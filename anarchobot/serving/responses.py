@@ -10,7 +10,7 @@ import orjson
 
 from anarchobot.inference.generation import ScoredToken
 from anarchobot.inference.tool_calls import ToolCall
-from anarchobot.serving.answers import Calls, Part, answer_parts, new_call_id
+from anarchobot.serving.answers import PLAIN, AnswerForm, Part, answer_parts, new_call_id
 from anarchobot.serving.errors import ApiError
 from anarchobot.serving.logprobs import chat_logprobs, completion_logprobs, text_length
 from anarchobot.serving.request_log import Usage
@@ -27,6 +27,7 @@ class _Choice:
 
     offset: int
     texts: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
     scored: list[ScoredToken] = field(default_factory=list)
     end: str | None = None
@@ -43,7 +44,7 @@ class ResponseWriter:
     usage: Usage
     tokenizer: ChatTokenizer
     choices: int = 1
-    calls: Calls | None = None
+    form: AnswerForm = PLAIN
     scores: bool = False
     after_space: bool = False
     with_usage: bool = False
@@ -57,6 +58,7 @@ class ResponseWriter:
         async for part in self._parts(generation):
             answer = answers[part.answer]
             answer.texts.append(part.text)
+            answer.reasoning.append(part.reasoning)
             answer.scored += part.scored
             answer.calls += [_call(part.call)] if part.call else []
             answer.end = part.end or answer.end
@@ -71,6 +73,8 @@ class ResponseWriter:
         if not self._is_chat:
             return {"text": text}
         message: dict[str, Any] = {"role": "assistant", "content": text}
+        if reasoning := "".join(answer.reasoning):
+            message["reasoning_content"] = reasoning
         if answer.calls:
             message |= {"content": text or None, "tool_calls": answer.calls}
         return {"message": message}
@@ -86,7 +90,7 @@ class ResponseWriter:
                     yield self._event(i, {"delta": {"role": "assistant", "content": ""}}, extra=extra)
             async for part in self._parts(generation):
                 answer = answers[part.answer]
-                if part.text or part.call or part.scored:
+                if part.text or part.reasoning or part.call or part.scored:
                     logprobs = self._logprobs(answer, part.scored) if part.scored else None
                     yield self._event(part.answer, self._delta(answer, part), logprobs)
                 if part.end:
@@ -101,6 +105,8 @@ class ResponseWriter:
     def _delta(self, answer: _Choice, part: Part) -> dict[str, Any]:
         if not self._is_chat:
             return {"text": part.text}
+        if part.reasoning:
+            return {"delta": {"reasoning_content": part.reasoning}}
         if part.call is None:
             return {"delta": {"content": part.text}}
         call = {"index": len(answer.calls), **_call(part.call)}
@@ -127,7 +133,7 @@ class ResponseWriter:
         return [_Choice(-1 if self.after_space else 0) for _ in range(self.choices)]
 
     def _parts(self, generation: GenerationStream) -> AsyncIterator[Part]:
-        return answer_parts(generation, self.usage, self.choices, self._is_chat, self.calls)
+        return answer_parts(generation, self.usage, self.choices, self._is_chat, self.form)
 
     def _logprobs(
         self, answer: _Choice, scored: "list[ScoredToken] | tuple[ScoredToken, ...]"

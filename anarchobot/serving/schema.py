@@ -71,8 +71,9 @@ class ToolUse(NamedTuple):
     parallel: bool = True
 
     @property
-    def names(self) -> list[str]:
-        return [tool["function"]["name"] for tool in self.tools]
+    def functions(self) -> dict[str, Any]:
+        """The JSON schema of the parameters, by name."""
+        return {tool["function"]["name"]: tool["function"]["parameters"] for tool in self.tools}
 
 
 class StrictModel(BaseModel):

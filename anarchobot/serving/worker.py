@@ -4,11 +4,11 @@ to the event loop chunk by chunk."""
 import asyncio
 import threading
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -26,14 +26,15 @@ Event = TextChunk | ApiError | None
 
 
 class Prompt(NamedTuple):
-    """A tokenized prompt and the ids that end its continuation, which follows `grammar`. `after_space` and
-    `top_logprobs`: see TextBatch.insert."""
+    """A tokenized prompt and the ids that end its continuation, which follows `grammar`. `after_space`, `top_logprobs`
+    and `shown`: see TextBatch.insert."""
 
     ids: list[int]
     stop_ids: Collection[int]
     after_space: bool = False
     grammar: Grammar | None = None
     top_logprobs: int | None = None
+    shown: Mapping[int, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,7 @@ class Worker:
                 after_space=prompt.after_space,
                 constraint=None if prompt.grammar is None else prompt.grammar.start(prompt.stop_ids, size),
                 top_logprobs=prompt.top_logprobs,
+                shown=prompt.shown,
             )
             self._jobs[request] = job
         except Exception:

@@ -1,6 +1,7 @@
 """Streaming detokenization: token ids to complete characters, up to a stop string."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from anarchobot.tokenizers.tokenizer import Tokenizer
 
@@ -81,11 +82,18 @@ class TextStream:
     """Token ids to text for display: complete characters, up to the first stop string."""
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = (), *, drop_space: bool = False
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str] = (),
+        *,
+        drop_space: bool = False,
+        shown: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
-        """`drop_space`: without the space at the start, which the prompt already has (trailing_space.py)."""
+        """`drop_space`: without the space at the start, which the prompt already has (trailing_space.py). `shown`: the
+        names of the control tokens that are part of the text, by id; the others are omitted."""
         self._decoder, self._stop = StreamDecoder(tokenizer, prompt_ids), StopStringFilter(stop)
-        self._drop_space = drop_space
+        self._drop_space, self._shown = drop_space, shown
 
     @property
     def stop_string(self) -> str | None:
@@ -93,7 +101,9 @@ class TextStream:
         return self._stop.found
 
     def add(self, token: int) -> str:
-        return self._stop.add(self._without_space(self._decoder.add(token)))
+        name = self._shown.get(token)
+        text = self._decoder.add(token) if name is None else self._decoder.finish() + name
+        return self._stop.add(self._without_space(text))
 
     def finish(self) -> str:
         """Returns the remaining text after the last token."""

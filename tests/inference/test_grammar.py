@@ -14,13 +14,14 @@ from anarchobot.inference.generation import TextBatch, stream_token_ids
 from anarchobot.inference.model import Model
 from anarchobot.model.parameters import init_parameters
 from anarchobot.tokenizers.tokenizer import load_tokenizer
-from tests.inference.test_tool_calls import HERMES, LLAMA, MISTRAL
+from tests.inference.test_tool_calls import CODER, HERMES, LLAMA, MISTRAL, MISTRAL_IDS
 from tests.tokenizers.families import make_family
 
 pytest.importorskip("llguidance")
 
+from anarchobot.inference.call_syntax import CallSyntax
 from anarchobot.inference.grammar import Grammar, calls_grammar, schema_grammar
-from anarchobot.inference.tool_calls import CallParser, CallSyntax, ToolCall
+from anarchobot.inference.tool_calls import CallParser, ToolCall
 
 PERSON = {
     "type": "object",
@@ -81,8 +82,11 @@ def test_answers_follow_the_schema(model: Model) -> None:
     assert all(reason in ("stop", "length") for _, reason in found)
 
 
-@pytest.mark.parametrize("parallel", [False, True])
-@pytest.mark.parametrize("syntax", [HERMES, LLAMA, MISTRAL], ids=["hermes", "llama", "mistral"])
+@pytest.mark.parametrize(
+    ("syntax", "parallel"),
+    [*((syntax, parallel) for syntax in (HERMES, LLAMA, MISTRAL, MISTRAL_IDS) for parallel in (False, True)),
+     (CODER, False)],
+)  # fmt: skip
 def test_calls_follow_their_parameters(tiny_shards: Path, syntax: CallSyntax, parallel: bool) -> None:
     model = random_model(load_tokenizer(tiny_shards))
     controls = model.tokenizer.control_tokens | {"<|system|>": model.tokenizer.control_tokens["<|im_start|>"]}
@@ -93,7 +97,8 @@ def test_calls_follow_their_parameters(tiny_shards: Path, syntax: CallSyntax, pa
     for text, reason in found:
         if reason != "stop":
             continue
-        parser = CallParser(syntax, ["register", "stop"])
+        parser = CallParser(syntax, {function["name"]: function["parameters"] for function in functions})
+        text = text if "<|system|>" not in syntax.prefix else syntax.prefix[:-1] + text  # not shown here
         parts = [*parser.add(text), *parser.finish()]
         assert parts and all(isinstance(part, ToolCall) for part in parts), text
         calls = [part for part in parts if isinstance(part, ToolCall)]

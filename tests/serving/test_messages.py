@@ -48,8 +48,9 @@ def message_of(stream: list[dict[str, Any]]) -> dict[str, Any]:
         elif event["type"] == "content_block_delta":
             assert event["index"] == len(message["content"]) - 1 and is_open
             delta = event["delta"]
-            if delta["type"] == "text_delta":
-                message["content"][-1]["text"] += delta["text"]
+            if delta["type"] in ("text_delta", "thinking_delta"):
+                kind = delta["type"].removesuffix("_delta")
+                message["content"][-1][kind] += delta[kind]
             else:
                 inputs[event["index"]] = inputs.get(event["index"], "") + delta["partial_json"]
         elif event["type"] == "content_block_stop":
