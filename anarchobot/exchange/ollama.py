@@ -1,7 +1,9 @@
 """Modelfiles for Ollama: the chat template in its template language (Go's), stop strings and sampling parameters.
 
-Ollama does not run Jinja: it recognizes common templates and otherwise sends the bare prompt. Most chat templates put a
-fixed text before and after each message, which can be read off a rendered conversation.
+Most chat templates put a fixed text before and after each message, which can be read off a rendered conversation.
+Tools are left out: since 0.30, Ollama runs the Jinja template of the GGUF file if it has tools or reasoning, and the
+Modelfile's template does not (`shouldPreferChatTemplate` in its server/images.go). That gives the exact text. Go's JSON
+would not: it has no spaces, sorts the arguments' names and escapes `<`. Before 0.30, Ollama does not run Jinja.
 
 https://docs.ollama.com/modelfile, https://docs.ollama.com/template
 """
@@ -84,8 +86,9 @@ def modelfile(gguf: str, tokenizer: ChatTokenizer, chat: ChatFormat | None, conf
         bos = "" if chat.bos_id is None else chat.special_tokens["bos_token"]  # Ollama adds it, as the GGUF file says
         if (turns := find_turn_format(chat.template, bos)) is None:
             warnings.append(
-                "the chat template can't be written in Ollama's language, and is not in the Modelfile: Ollama uses the "
-                "one that it recognizes in the GGUF file (`ollama show --modelfile`), or the bare prompt"
+                "the chat template can't be written in Ollama's language, and is not in the Modelfile: Ollama runs the "
+                "one in the GGUF file; before 0.30, it uses the one that it recognizes (`ollama show --modelfile`), or "
+                "the bare prompt"
             )
         else:
             lines.append(f'TEMPLATE """{_go_template(turns)}"""')
@@ -133,17 +136,23 @@ def _probes(turns: TurnFormat) -> list[Conversation]:
 
 
 def _differences(turns: TurnFormat, template: ChatTemplate, bos: str) -> list[str]:
-    """Warnings about messages that the template changes, and Ollama does not."""
+    """Warnings about messages that the template changes, and the Modelfile's does not."""
+    ollama = "Ollama before 0.30" if _handles_more(template.source) else "Ollama"
     spaces = (Message("user", "  Hi \n"),)
     thought = (Message("user", "Hi"), Message("assistant", "<think>\nWhy?\n</think>\n\nHi"), Message("user", "So?"))
     found = []
     if "system" not in turns.before:
         found.append("the chat template has no system message: Ollama ignores SYSTEM")
     if template.render(spaces, True).removeprefix(bos) != turns.render(spaces):
-        found.append("Ollama does not strip the spaces around a message, which the chat template does")
+        found.append(f"{ollama} does not strip the spaces around a message, which the chat template does")
     if template.render(thought, True).removeprefix(bos) != turns.render(thought):
-        found.append("Ollama does not remove the reasoning of earlier answers, which the chat template does")
+        found.append(f"{ollama} does not remove the reasoning of earlier answers, which the chat template does")
     return found
+
+
+def _handles_more(source: str) -> bool:
+    """Whether Ollama 0.30 runs this template instead of the Modelfile's: by its rule, it has tools or reasoning."""
+    return "tools" in source or "tool_call" in source or ("<think>" in source and "</think>" in source)
 
 
 def _go_template(turns: TurnFormat) -> str:
@@ -160,7 +169,7 @@ def _go_template(turns: TurnFormat) -> str:
 
 def _literal(text: str) -> str:
     """A text in a Go template inside the triple quotes of a Modelfile."""
-    special = "{{" in text or '""' in text or text.endswith('"')
+    special = "{{" in text or '""' in text or text.endswith(("{", '"'))  # an action or a quote may follow
     return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if special else text
 
 

@@ -13,12 +13,13 @@ from anarchobot.exchange.chat_format import load_chat_format
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.importing import import_model
 from anarchobot.exchange.ollama import _go_template, find_turn_format, modelfile
-from anarchobot.tokenizers.chat_template import CHATML, PLAIN, ChatTemplate
+from anarchobot.tokenizers.chat_template import CHATML, ChatTemplate
 from anarchobot.tokenizers.conversation import Conversation
 from anarchobot.tokenizers.tokenizer import load_tokenizer
 from tests.exchange.random_run import make_run
 from tests.exchange.test_chat_format import chat_run, hf_folder
 from tests.tokenizers.templates import NAMES, NO_SYSTEM, TEMPLATES, dialogue
+from tests.tokenizers.tool_templates import TOOL_TEMPLATES
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 DIALOGUES = [
@@ -109,6 +110,8 @@ def test_public_templates(tmp_path: Path, name: str) -> None:
     problems = {"system message": name in NO_SYSTEM, "strip the spaces": name in ("llama3", "gemma")}
     for problem, expected_here in (problems | {"remove the reasoning": name == "qwen3"}).items():
         assert any(problem in warning for warning in warnings) == expected_here, warnings
+    # Version 0.30 runs Qwen3's template itself, because it has reasoning.
+    assert any("before 0.30" in warning for warning in warnings) == (name == "qwen3")
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3.5", "phi3", "llama2", "cohere"])
@@ -136,14 +139,25 @@ def test_other_templates_have_no_turn_format(source: str) -> None:
     assert find_turn_format(ChatTemplate(source, TOKENS, "x")) is None
 
 
-def test_texts_that_go_would_read_as_actions_are_quoted(tmp_path: Path, bpe: Path) -> None:
+@pytest.mark.parametrize("text", ["{{ ### ", '""" ### ', "### {", '### "'], ids=["braces", "quotes", "brace", "quote"])
+def test_texts_that_go_would_read_as_actions_are_quoted(text: str) -> None:
+    """Go: `{{` starts an action, also if the second brace is an action's. Modelfile: three quotes end the template."""
+    source = "{% for message in messages %}{{ OPEN ~ message.content ~ '\n' }}{% endfor %}{{ OPEN }}"
+    template = ChatTemplate(source.replace("OPEN", f"'{text}'"), TOKENS, "quoted")
+    turns = find_turn_format(template)
+    assert turns is not None
+    written = f'TEMPLATE """{_go_template(turns)}"""'
+    assert "{{{" not in written
+    assert as_ollama(template_in(written), DIALOGUES[0]) == template.render(DIALOGUES[0], True)
+
+
+def test_tools_are_left_to_ollama(tmp_path: Path, bpe: Path) -> None:
+    """Ollama 0.30 runs the template of the GGUF file because the Modelfile's has no tools."""
     run = make_run(tmp_path / "run", bpe, n_layers=1)
-    (run / "chat_template.jinja").write_text(PLAIN.replace("'### '", "'{' ~ '{ \"\"\" ### '"))
-    text, _ = modelfile_of(run)
-    tokenizer = load_tokenizer(run)
-    chat = load_chat_format(tokenizer)
-    assert chat is not None and '{{ """ ###' in chat.template.render(DIALOGUES[0], True)
-    assert as_ollama(template_in(text), DIALOGUES[0]) == chat.template.render(DIALOGUES[0], True)
+    (run / "chat_template.jinja").write_text(TOOL_TEMPLATES["llama tools"])
+    text, warnings = modelfile_of(run)
+    assert "TEMPLATE" in text and "Tool" not in text
+    assert [warning.partition(" does not")[0] for warning in warnings] == ["Ollama before 0.30"]
 
 
 def test_parameters_are_those_of_generate(tmp_path: Path, bpe: Path) -> None:
