@@ -217,6 +217,17 @@ def test_long_and_deep_texts_take_linear_time() -> None:
     assert len(sizes) == len(texts)
 
 
+def test_emphasis_nests_50_deep() -> None:
+    """What is deeper is text: 20,000 levels would overflow the stack of what reads the nodes aloud and shows them."""
+    counts = [2, 50, 52, 20_000]
+    texts = ["*a _b " * (count // 2) + "x" + " b_ a*" * (count // 2) for count in counts]
+    function = """(m, texts) => {
+      const depth = node => typeof node === "string" ? 0 : 1 + Math.max(...node.slice(2).map(depth));
+      return texts.map(text => m.parseBlock(text)).map(block => [depth(block) - 1, m.textOf(block).length]); }"""
+    expected = [[min(count, 50), 4 * count + 1 + 2 * max(count - 50, 0)] for count in counts]
+    assert in_node("markdown.js", function, texts) == expected
+
+
 def test_what_is_read_aloud_has_no_marks() -> None:
     text = "- **one**\n- two\n  - three\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n```\nx = 1\n```"
     found = in_node("markdown.js", "(m, text) => m.split(text).map(s => m.textOf(m.parseBlock(s)))", text)

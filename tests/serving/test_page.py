@@ -371,6 +371,41 @@ def test_answers_are_rendered_copied_and_read_aloud(page: Any, chatty: RunningSe
     assert page.complaints == []
 
 
+STREAM = """const real = fetch;
+window.fetch = async (path, options) => path !== "/v1/chat/completions" ? real(path, options)
+  : new Response(new ReadableStream({ start(controller) { window.stream = controller; } }));
+window.write = data => stream.enqueue(new TextEncoder().encode(`data: ${data}\\n\\n`));"""
+
+
+def test_a_growing_answer_is_read_aloud_once(page: Any, chatty: RunningServer) -> None:
+    """A block is read when it can't change any more: the last two are read at the end, with the notes."""
+    page.add_init_script(STREAM)
+    page.goto(chatty.url)
+    page.wait_for_selector(SHOWN)
+    blocks, aloud = page.locator(".message:last-child .answer > *"), page.locator("#spoken > p")
+
+    def write(text: str, reason: str | None = None) -> None:
+        page.evaluate("write", json.dumps({"choices": [{"delta": {"content": text}, "finish_reason": reason}]}))
+
+    for _ in range(2):  # the second time, nothing of the first answer is left
+        page.fill("#question", "Hello")
+        page.press("#question", "Enter")
+        wait_until(lambda: page.locator(".streaming").count())
+        for text, shown, read in (
+            ("One.\n\nTw", ["One.", "Tw"], []),
+            ("o.\n\n- th", ["One.", "Two.", "th"], ["One."]),
+            ("ree", ["One.", "Two.", "three"], ["One."]),
+        ):
+            write(text)
+            wait_until(lambda shown=shown: blocks.all_text_contents() == shown)
+            assert aloud.all_text_contents() == read
+        write("", "length")
+        page.evaluate("write", "[DONE]")
+        wait_until(lambda: not page.locator(".streaming").count())
+        assert aloud.all_text_contents() == ["One.", "Two.", "three", "(truncated at the token limit)"]
+    assert page.complaints == []
+
+
 def test_sources_of_the_knowledge_base_are_shown_and_kept(page: Any, chatty: RunningServer) -> None:
     hits = [{"passage_id": n, "source": f"notes.txt:{n}", "text": f"Passage\n{n}", "score": 1.0} for n in (3, 8)]
     answering(page, ("Four.", {"sources": hits, "dropped_passages": 1}), ("Two.", {"sources": []}))
@@ -462,7 +497,8 @@ def test_nothing_is_wider_than_the_window(page: Any, chatty: RunningServer, widt
     page.locator(".sources summary").click()
     for outer in ("document.documentElement", "document.querySelector('#talk')"):
         assert page.evaluate(f"{outer}.scrollWidth <= {outer}.clientWidth")
-    assert page.evaluate("(e => e.scrollWidth > e.clientWidth)(document.querySelector('.answer pre'))")
+    scrolled = "name => (e => (e.scrollLeft = 9, e.scrollLeft))(document.querySelector(`.answer ${name}`))"
+    assert [page.evaluate(scrolled, name) for name in ("pre", ".table")] == [9, 9]
 
 
 def luminance(color: list[int]) -> float:
