@@ -35,6 +35,8 @@ BATCH, MAX_BATCH = 512, 2**16  # tokens per step, of a short and of the longest 
 MIN_STEPS = 1000
 LR, LR_WIDTH = 1e-2, 256  # of a short run of a model up to this width
 DECAY_FRACTION = 0.7
+MIN_DECAY, MAX_DECAY = 0.02, 1.6  # of the weights
+NO_REPETITION, DECAY_SLOPE = 4.0, 0.05  # weight decay grows with repetition beyond NO_REPETITION
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def settings_for_shape(text_bytes: int, seconds: float, speed: Speed, layers: in
     flops = speed.flops(width)
     tokens = min(seconds * flops / flops_per_token, MAX_EPOCHS * unique)
     epochs = tokens / unique
-    repetition = epochs * (blocks + 2 * head) / unique
+    repetition = epochs * (blocks + 2 * head) / unique  # epochs times parameters per different token
     sequences = max(1, _batch(tokens, speed.min_batch) // seq_len)
     steps = max(1, round(tokens / (sequences * seq_len)))
     return Settings(
@@ -161,8 +163,8 @@ def settings_for_shape(text_bytes: int, seconds: float, speed: Speed, layers: in
         sequences=sequences,
         steps=steps,
         lr=_round(LR * max(1.0, tokens / SHORT_RUN) ** -0.12 * min(1.0, LR_WIDTH / width) ** 0.5),
-        dropout=_by_repetition(repetition, 0.0, 0.1, 0.2),
-        weight_decay=_by_repetition(repetition, 0.02, 0.1, 0.3),
+        dropout=0.0 if repetition < 20 else 0.1 if repetition < 80 else 0.2,
+        weight_decay=_round(min(MAX_DECAY, max(MIN_DECAY, DECAY_SLOPE * (repetition - NO_REPETITION)))),
         parameters=blocks + 2 * head,
         tokens=steps * sequences * seq_len,
         epochs=epochs,
@@ -174,11 +176,6 @@ def _flops_per_token(vocab_size: int, layers: int, width: int, seq_len: int) -> 
     """Six per parameter, and attention over half the sequence on average."""
     blocks, head = parameters(vocab_size, layers, width)
     return 6.0 * (blocks + head + seq_len * layers * width)
-
-
-def _by_repetition(repetition: float, little: float, some: float, much: float) -> float:
-    """`repetition`: epochs times parameters per different token."""
-    return little if repetition < 20 else some if repetition < 100 else much
 
 
 def _batch(tokens: float, min_batch: int) -> int:
