@@ -56,7 +56,8 @@ def export_model(folder: Path, shape_of: str = "small") -> Path:
             texts.append(text)
             size += len(text)
     tokenizer = load_tokenizer(train_tokenizer(texts, folder / "made" / "tokenizer", 2048)[0])
-    shape = config.model.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    # mlx-lm would ignore the window.
+    shape = config.model.model_copy(update={"vocab_size": tokenizer.vocab_size, "sliding_window": None})
     config = config.model_copy(update={"model": shape})
     run = folder / "run"
     run.mkdir()
