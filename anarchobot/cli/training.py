@@ -110,7 +110,9 @@ def _finetune(args: argparse.Namespace, name: str, task: Any) -> int:
     from anarchobot.tasks import supervise
     from anarchobot.tasks.finetuning import load_tuning_config
 
-    loaded = load_tuning_config(args.config or DEFAULT_CONFIGS[name], overrides(args))
+    loaded = load_tuning_config(
+        args.config or DEFAULT_CONFIGS[name], overrides(args), limit_lengths=args.config is None
+    )
     if supervise.should_supervise(loaded.config, tuning=True):
         return _supervise(args, loaded, pairs=name == "dpo")
     return _print_summary(args, name, task(loaded, show=_show(args)))

@@ -65,16 +65,25 @@ def load(path: str | Path | None, overrides: Sequence[Override], schema: type[Sc
 
 
 def load_config(
-    path: str | Path | None, overrides: Sequence[Override] = (), base_model: Callable[[str], ModelConfig] | None = None
+    path: str | Path | None,
+    overrides: Sequence[Override] = (),
+    base_model: Callable[[str], ModelConfig] | None = None,
+    *,
+    limit_lengths: bool = False,
 ) -> LoadedConfig:
     """Loads and validates a configuration. Precedence: command line, file, default. Later overrides win.
 
     With `base_model`, train.init_from is required and `base_model(train.init_from)` returns the model section, of
-    which only WEIGHT_INDEPENDENT_KEYS can be changed. Raises UserError with file, line and key.
+    which only WEIGHT_INDEPENDENT_KEYS can be changed. With `limit_lengths`, the file has defaults for any model: its
+    data.seq_len is at most model.max_seq_len, and its grpo.max_completion_length half of data.seq_len. Raises UserError
+    with file, line and key.
     """
     settings = _read_settings(path, overrides, Config)
     if base_model is not None:
         _use_base_model(settings, base_model)
+    if limit_lengths:
+        _limit(settings, "data.seq_len", "model.max_seq_len")
+        _limit(settings, "grpo.max_completion_length", "data.seq_len", 2)
     config = _validate(settings, Config)
     leaves = leaf_keys()
     loaded = LoadedConfig(config, {key: source for key, source in settings.sources.items() if key in leaves})
@@ -245,6 +254,15 @@ def _use_base_model(settings: _Settings, base_model: Callable[[str], ModelConfig
                     f"{_format(base[key])}: remove it"
                 )
         settings.values["model"] = {**base, **(model or {})}
+
+
+def _limit(settings: _Settings, key: str, limit_key: str, divisor: int = 1) -> None:
+    """Limits a setting of the file to that of `limit_key` over `divisor`; validation rejects what is no number."""
+    section, leaf = key.split(".")
+    limit_section, limit_leaf = limit_key.split(".")
+    limit = settings.values[limit_section].get(limit_leaf)
+    if settings.sources.get(key, COMMAND_LINE) != COMMAND_LINE and isinstance(limit, int):
+        settings.values[section][leaf] = min(settings.values[section][leaf], limit // divisor)
 
 
 def _reject_conflicts(loaded: LoadedConfig) -> None:

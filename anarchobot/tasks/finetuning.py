@@ -73,9 +73,14 @@ _LOSSES_WITH = {
 }
 
 
-def load_tuning_config(path: str | None, overrides: Sequence[str | tuple[str, Any]]) -> LoadedConfig:
-    """Loads a config whose model section is taken from the model in train.init_from."""
-    loaded = load_config(path, overrides, base_model=lambda folder: load_pretrained(folder).model)
+def load_tuning_config(
+    path: str | None, overrides: Sequence[str | tuple[str, Any]], *, limit_lengths: bool = False
+) -> LoadedConfig:
+    """Loads a config whose model section is taken from the model in train.init_from; `limit_lengths` as in
+    `load_config`."""
+    loaded = load_config(
+        path, overrides, base_model=lambda folder: load_pretrained(folder).model, limit_lengths=limit_lengths
+    )
     return replace(loaded, config=pin_models(loaded.config))
 
 

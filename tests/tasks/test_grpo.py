@@ -181,10 +181,11 @@ def test_memory_runs_out_while_sampling(
 def test_command(tmp_path: Path, guesser: Path, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "--model", str(guesser), "--dataset", str(questions), "--steps", "2", "--checkpoint-dir", str(tmp_path / "run"),
-        "--batch-size", "8", "train.grad_accum_steps=1", "data.seq_len=48", "grpo.max_completion_length=8",
-        "grpo.rewards=[exact_match]",
+        "--batch-size", "8", "train.grad_accum_steps=1", "grpo.rewards=[exact_match]",
     ]  # fmt: skip
     assert main(["grpo", *words]) == 0
+    found = load_config(tmp_path / "run" / "config.yaml").config  # the lengths fit the model
+    assert (found.data.seq_len, found.grpo.max_completion_length, found.model.max_seq_len) == (64, 32, 64)
     output = capsys.readouterr()
     assert "best validation reward" in output.out and "training adapters of rank 8" in output.err
     assert main(["plan", str(tmp_path / "run" / "config.yaml")]) == 0
