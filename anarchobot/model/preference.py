@@ -33,7 +33,8 @@ def preference_losses(pairs: Preferences, settings: PreferenceConfig) -> mx.arra
       pairs; TRL's is the mean over the tokens of a batch.
     - ipo (Azar et al., 2023): (h / beta - 1 / (2 beta))^2
     - orpo (Hong et al., 2024): -log p(chosen) per token - beta log s(o(chosen) - o(rejected)), where o(x) =
-      x - log(1 - exp(x)) are the log odds of x, a log-probability per token
+      x - log(1 - exp(x)) are the log odds of x, a log-probability per token. TRL's likelihood of the chosen answer
+      includes the prompt.
     """
     chosen_per_token = pairs.log_probs[:, 0] / pairs.lengths[:, 0]
     if settings.loss == "orpo":

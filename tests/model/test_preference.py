@@ -119,7 +119,7 @@ def test_orpo_odds_near_probability_1(near_zero: float) -> None:
         np.testing.assert_allclose(np.array(grads)[0], wanted, rtol=1e-5)
 
 
-IN_TRL = [c for c in CASES if c["loss"] in ("simpo", "cpo") or (c["loss"] != "orpo" and "label_smoothing" not in c)]
+IN_TRL = [c for c in CASES if c["loss"] in ("simpo", "cpo", "orpo") or "label_smoothing" not in c]
 
 
 @pytest.mark.parametrize("case", IN_TRL, ids=str)
@@ -127,7 +127,7 @@ def test_losses_and_grads_match_trl(case: dict[str, Any]) -> None:
     """Runs trl's code on these log-probabilities, with its gradient from PyTorch's autograd."""
     torch = pytest.importorskip("torch")
     chosen, log_probs = settings(**case), torch.tensor(LOG_PROBS, requires_grad=True)
-    loss = (trl_dpo_loss if chosen.needs_reference else trl_cpo_loss)(torch, log_probs, chosen)
+    loss = (trl_dpo_loss if chosen.needs_reference else trl_loss_without_reference)(torch, log_probs, chosen)
     loss.backward()
     losses, grads = losses_and_grads(pairs(), chosen)
     assert float(losses.mean()) == pytest.approx(loss.item(), rel=1e-5)
@@ -157,21 +157,23 @@ def trl_dpo_loss(torch: Any, log_probs: Any, chosen: PreferenceConfig) -> Any:
     return trl.DPOTrainer._compute_loss(trainer, lambda **_: out, inputs, False)
 
 
-def trl_cpo_loss(torch: Any, log_probs: Any, chosen: PreferenceConfig) -> Any:
+def trl_loss_without_reference(torch: Any, log_probs: Any, chosen: PreferenceConfig) -> Any:
     """Of the pairs one by one, for which trl's mean likelihood over the tokens of a batch is that of a pair."""
-    module = pytest.importorskip("trl.experimental.cpo")
+    name = "orpo" if chosen.loss == "orpo" else "cpo"
+    Trainer = getattr(pytest.importorskip(f"trl.experimental.{name}"), f"{name.upper()}Trainer")
     trainer = MagicMock(
         alpha=0.0, beta=chosen.beta, label_smoothing=chosen.label_smoothing, aux_loss_enabled=False,
         loss_type="simpo" if chosen.loss == "simpo" else "sigmoid", simpo_gamma=chosen.simpo_gamma,
         cpo_alpha=chosen.cpo_alpha if chosen.loss == "cpo" else 0.0,
     )  # fmt: skip
     trainer.accelerator = SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x)
-    trainer.cpo_loss = lambda *args: module.CPOTrainer.cpo_loss(trainer, *args)
+    trainer.cpo_loss = lambda *args: Trainer.cpo_loss(trainer, *args)
+    trainer.odds_ratio_loss = lambda *args: Trainer.odds_ratio_loss(trainer, *args)
     per_token, zero = log_probs / torch.tensor(LENGTHS), torch.zeros(1)
-    given = per_token if chosen.loss == "simpo" else log_probs
+    given = log_probs if chosen.loss == "cpo" else per_token
     losses = []
     for i in range(len(LOG_PROBS)):
         forward = given[i, :1], given[i, 1:], zero, zero, -per_token[i, 0]
         trainer.concatenated_forward = lambda *_, forward=forward: forward
-        losses.append(module.CPOTrainer.get_batch_loss_metrics(trainer, None, {})[0])
+        losses.append(Trainer.get_batch_loss_metrics(trainer, None, {})[0])
     return torch.stack(losses).mean()
