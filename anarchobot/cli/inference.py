@@ -8,6 +8,7 @@ import secrets
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -367,6 +368,7 @@ def _serve(args: argparse.Namespace) -> None:
         from anarchobot.serving.app import Limits
         from anarchobot.serving.auth import allowed_hosts, allowed_origins, read_api_key
         from anarchobot.serving.connections import ConnectionLimits
+        from anarchobot.serving.embeddings import Embedder
         from anarchobot.serving.passages import PassageSearch
         from anarchobot.serving.request_log import configure_logging
         from anarchobot.serving.server import ServerOptions, bind, serve
@@ -374,6 +376,9 @@ def _serve(args: argparse.Namespace) -> None:
         if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn"):
             raise
         raise UserError("serve requires starlette and uvicorn: pip install 'anarchobot[serve]'") from error
+    from anarchobot.inference.text_encoder import TextEncoder
+    from anarchobot.knowledge.knowledge_base import KnowledgeBase
+
     options = ServerOptions(
         name=args.model_name or Path(args.checkpoint).resolve().name,
         host=args.host,
@@ -397,12 +402,19 @@ def _serve(args: argparse.Namespace) -> None:
             print(f"serving {options.name} at {url} (Ctrl-C to stop)", flush=True)
 
     def open_base() -> "KnowledgeBase":
-        base = open_knowledge_base(config.knowledge_base)
+        assert settings.path is not None
+        base = KnowledgeBase(settings.path, settings, encoder=None if embedder is None else embedder.encoder)
         warn_of_missing_embeddings(base)
         return base
 
     with ExitStack() as stack:
         bound = stack.enter_context(bind(options))  # before loading the model, to fail early
         model, config = _load(args)
-        passages = None if config.knowledge_base.path is None else stack.enter_context(PassageSearch(open_base))
-        serve(model, config.generation, options, bound, on_start, passages)
+        settings = config.knowledge_base
+        embedder = passages = None
+        if settings.embedding_model is not None:
+            load = partial(TextEncoder, settings.embedding_model)
+            embedder = stack.enter_context(Embedder(load, options.queue_size))
+        if settings.path is not None:
+            passages = stack.enter_context(PassageSearch(open_base, None if embedder is None else embedder.thread))
+        serve(model, config.generation, options, bound, on_start, passages, embedder)

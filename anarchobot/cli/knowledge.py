@@ -11,6 +11,7 @@ from anarchobot.config.wording import count
 
 if TYPE_CHECKING:
     from anarchobot.config.schema import KnowledgeBaseConfig
+    from anarchobot.inference.text_encoder import TextEncoder
     from anarchobot.knowledge.knowledge_base import KnowledgeBase
 
 PATH = {"--kb": "knowledge_base.path"}
@@ -70,14 +71,17 @@ def open_knowledge_base(
     from anarchobot.knowledge.knowledge_base import KnowledgeBase
 
     assert settings.path is not None
-    if settings.embedding_model is None:
-        return KnowledgeBase(settings.path, settings, create)
+    encoder = None if settings.embedding_model is None else load_encoder(settings.embedding_model)
+    return KnowledgeBase(settings.path, settings, create, encoder, rebuild)
+
+
+def load_encoder(name: str) -> "TextEncoder":
     from anarchobot.system.blas import load_fast_blas
 
     load_fast_blas()  # before MLX is imported
     from anarchobot.inference.text_encoder import TextEncoder
 
-    return KnowledgeBase(settings.path, settings, create, TextEncoder(settings.embedding_model), rebuild)
+    return TextEncoder(name)
 
 
 def warn_of_missing_embeddings(base: "KnowledgeBase") -> None:

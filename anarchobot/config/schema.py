@@ -600,8 +600,8 @@ class KnowledgeBaseConfig(Section):
     )
     embedding_model: PathName | None = Field(
         None,
-        description="also search by meaning: folder or Hugging Face name of a sentence-transformers model; "
-        "default: by keyword only",
+        description="for search by meaning and `/v1/embeddings`: folder or Hugging Face name of a "
+        "sentence-transformers model; default: none",
     )
 
 

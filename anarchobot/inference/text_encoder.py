@@ -61,23 +61,30 @@ class TextEncoder:
         prompts = _optional_json(folder / "config_sentence_transformers.json").get("prompts") or {}
         self._question_prompt = str(prompts.get("query", ""))
         self._passage_prompt = str(prompts.get("document", prompts.get("passage", "")))
-        self._max_tokens = _max_tokens(folder, self._shape)
-        self._tokenizer = _load_tokenizer(folder / _TOKENIZER, self._max_tokens)
-        settings = [self._mean, self._question_prompt, self._passage_prompt, self._max_tokens]
+        self.max_tokens = _max_tokens(folder, self._shape)
+        self._tokenizer = _load_tokenizer(folder / _TOKENIZER, self.max_tokens)
+        settings = [self._mean, self._question_prompt, self._passage_prompt, self.max_tokens]
         files = [sha256_file(folder / file) for file in ("config.json", _WEIGHTS, _TOKENIZER)]
         self.digest = hashlib.sha256(repr([*files, *settings]).encode()).hexdigest()
 
     def encode_passages(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """float32 [texts, dimensions]. A text is cut after the model's maximum number of tokens."""
-        return self._encode([self._passage_prompt + text for text in texts])
+        """float32 [texts, dimensions]. A text is cut after `max_tokens`."""
+        return self.encode_texts([self._passage_prompt + text for text in texts])[0]
 
     def encode_question(self, text: str) -> npt.NDArray[np.float32]:
         """float32 [dimensions]."""
-        embedding: npt.NDArray[np.float32] = self._encode([self._question_prompt + text])[0]
+        embedding: npt.NDArray[np.float32] = self.encode_texts([self._question_prompt + text])[0][0]
         return embedding
 
-    def _encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        ids = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+    def encode_texts(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.float32], list[int]]:
+        """float32 [texts, dimensions] without the model's prompts, and the number of tokens of each text before it is
+        cut."""
+        encodings = self._tokenizer.encode_batch(list(texts))
+        ids = [encoding.ids for encoding in encodings]
+        counts = [
+            len(encoding.ids) + sum(rest.special_tokens_mask.count(0) for rest in encoding.overflowing)
+            for encoding in encodings
+        ]
         if any(i >= self._shape.vocab for row in ids for i in row):
             raise UserError(f"{self.name}: its tokenizer has tokens that the model lacks: mismatched files")
         embeddings = np.zeros((len(texts), self.dimensions), np.float32)
@@ -89,7 +96,7 @@ class TextEncoder:
             for row, i in enumerate(batch):
                 padded[row, : len(ids[i])] = ids[i]
             embeddings[batch] = np.array(self._embed(mx.array(padded), mx.array(lengths)))
-        return embeddings
+        return embeddings, counts
 
     def _embed(self, ids: mx.array, lengths: mx.array) -> mx.array:
         """float32 [batch, hidden] for token ids [batch, tokens], of which each row has `lengths` [batch]."""

@@ -1,5 +1,5 @@
-"""The HTTP application: OpenAI's /v1/models, /v1/completions and /v1/chat/completions; Anthropic's /v1/messages; the
-chat page at /; /health."""
+"""The HTTP application: OpenAI's /v1/models, /v1/completions, /v1/chat/completions and /v1/embeddings; Anthropic's
+/v1/messages; the chat page at /; /health."""
 
 import asyncio
 import json
@@ -22,6 +22,7 @@ from anarchobot.inference.model import Model
 from anarchobot.serving import page
 from anarchobot.serving.auth import ApiKeyMiddleware, HostMiddleware
 from anarchobot.serving.chat_schema import ChatRequest
+from anarchobot.serving.embeddings import Embedder, EmbeddingsRequest
 from anarchobot.serving.errors import ApiError, json_response
 from anarchobot.serving.messages_schema import CountRequest, MessagesRequest
 from anarchobot.serving.messages_writer import MessagesWriter
@@ -29,7 +30,7 @@ from anarchobot.serving.passages import PassageSearch
 from anarchobot.serving.prompts import EncodedPrompt, PromptEncoder
 from anarchobot.serving.request_log import DISCONNECTED, Usage
 from anarchobot.serving.responses import ResponseWriter
-from anarchobot.serving.schema import CompletionRequest, ConversationRequest, parse_request
+from anarchobot.serving.schema import BaseRequest, CompletionRequest, ConversationRequest, parse_request
 from anarchobot.serving.worker import GenerationStream, Worker
 
 WARNING = "X-Warning"  # header
@@ -46,7 +47,7 @@ class Limits:
 
 class Service:
     """Serves one model as `name`. `defaults`: settings for fields that a request omits. Questions of chats are answered
-    with passages from `knowledge_base`."""
+    with passages from `knowledge_base`, and texts are embedded by `embedder`."""
 
     def __init__(
         self,
@@ -56,9 +57,11 @@ class Service:
         defaults: GenerationConfig,
         limits: Limits,
         knowledge_base: PassageSearch | None = None,
+        embedder: Embedder | None = None,
     ) -> None:
         """Raises UserError if the chat template cannot be used."""
         self._worker, self._name, self._defaults, self._limits = worker, name, defaults, limits
+        self._embedder = embedder
         self._model, self._prompts = model, PromptEncoder(model, knowledge_base)
         self._created = int(time.time())
         self._tokenizing = asyncio.Lock()
@@ -76,6 +79,7 @@ class Service:
                 Route("/v1/models/{name:path}", self._get_model),
                 Route("/v1/completions", self._completions, methods=["POST"]),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/embeddings", self._embeddings, methods=["POST"]),
                 Route("/v1/messages", self._messages, methods=["POST"]),
                 Route("/v1/messages/count_tokens", self._count_tokens, methods=["POST"]),
             ],
@@ -96,12 +100,14 @@ class Service:
         return json_response({"status": "ok", "under_way": self._worker.active_requests})
 
     async def _list_models(self, request: Request) -> Response:
-        return json_response({"object": "list", "data": [self._model_info()]})
+        return json_response({"object": "list", "data": self._models()})
 
     async def _get_model(self, request: Request) -> Response:
-        if request.path_params["name"] != self._name:
-            raise ApiError(404, f"model not found; available: '{self._name}'", "model", "model_not_found")
-        return json_response(self._model_info())
+        models = {model["id"]: model for model in reversed(self._models())}
+        if request.path_params["name"] not in models:
+            available = ", ".join(f"'{model['id']}'" for model in self._models())
+            raise ApiError(404, f"model not found; available: {available}", "model", "model_not_found")
+        return json_response(models[request.path_params["name"]])
 
     async def _completions(self, request: Request) -> Response:
         return await self._generate(request, parse_request(await self._body(request), CompletionRequest))
@@ -111,6 +117,14 @@ class Service:
 
     async def _messages(self, request: Request) -> Response:
         return await self._generate(request, parse_request(await self._body(request), MessagesRequest))
+
+    async def _embeddings(self, request: Request) -> Response:
+        parsed = parse_request(await self._body(request), EmbeddingsRequest)
+        if self._embedder is None:
+            message = "this server has no embedding model; start it with --embedding-model MODEL"
+            raise ApiError(404, message, "model", "model_not_found")
+        response = await self._embedder.respond(request, parsed)
+        return json_response(response, headers=self._warning(parsed, self._embedder.name))
 
     async def _count_tokens(self, request: Request) -> Response:
         parsed = parse_request(await self._body(request), CountRequest)
@@ -178,15 +192,21 @@ class Service:
                 raise ClientDisconnect
             return await asyncio.to_thread(self._prompts.encode, parsed, new_tokens)
 
-    def _warning(self, parsed: CompletionRequest | ConversationRequest) -> dict[str, str]:
-        """The header of an answer to a request for another model; many clients have one of OpenAI's as default."""
-        if parsed.model == self._name:
+    def _warning(self, parsed: BaseRequest, name: str | None = None) -> dict[str, str]:
+        """The header of an answer to a request for another model than `name`; many clients have one of OpenAI's as
+        default."""
+        name = name or self._name
+        if parsed.model == name:
             return {}
-        return {WARNING: f"answered by {json.dumps(self._name)}, the only model of this server"}
+        return {WARNING: f"answered by {json.dumps(name)}, the only model of this server"}
 
-    def _model_info(self) -> dict[str, object]:
-        info = {"id": self._name, "object": "model", "created": self._created, "owned_by": "anarchobot"}
-        return info | {"max_model_len": self._model.config.max_seq_len}  # vLLM's name
+    def _models(self) -> list[dict[str, object]]:
+        """The model that generates, then the one that embeds. `max_model_len` is vLLM's name."""
+        lengths = [(self._name, self._model.config.max_seq_len)]
+        if self._embedder is not None:
+            lengths.append((self._embedder.name, self._embedder.encoder.max_tokens))
+        info = {"object": "model", "created": self._created, "owned_by": "anarchobot"}
+        return [{"id": name, **info, "max_model_len": length} for name, length in lengths]
 
 
 async def read_body(request: Request, max_bytes: int, seconds: float) -> bytes:

@@ -28,24 +28,28 @@ class Passages(NamedTuple):
 
 class PassageSearch:
     """An open knowledge base; a context manager. It is opened, searched and closed in a thread of its own, as SQLite
-    and MLX require of one another's objects. Can be called from any thread."""
+    and MLX require of one another's objects; or in that of the embedding model. Can be called from any thread."""
 
-    def __init__(self, open_base: Callable[[], KnowledgeBase]) -> None:
-        """Raises what `open_base` raises."""
-        self._thread = ThreadPoolExecutor(1, "knowledge base")
+    def __init__(self, open_base: Callable[[], KnowledgeBase], thread: ThreadPoolExecutor | None = None) -> None:
+        """`thread`: of the embedding model, if there is one. Raises what `open_base` raises."""
+        self._thread, self._owns_thread = thread or ThreadPoolExecutor(1, "knowledge base"), thread is None
         try:
             self._base = self._thread.submit(open_base).result()
         except BaseException:
-            self._thread.shutdown()
+            self._shut_down()
             raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._thread.submit(self._base.close)
-        self._thread.submit(mx.clear_streams)  # otherwise MLX aborts the process at exit
-        self._thread.shutdown()
+        self._thread.submit(self._base.close).result()
+        self._shut_down()
+
+    def _shut_down(self) -> None:
+        if self._owns_thread:
+            self._thread.submit(mx.clear_streams)  # otherwise MLX aborts the process at exit
+            self._thread.shutdown()
 
     def encode(
         self, conversation: Sequence[Message], encode: Callable[[Sequence[Message]], list[int]], max_tokens: int

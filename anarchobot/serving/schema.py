@@ -24,8 +24,8 @@ _FILTERS = ("top_k", "top_p", "min_p")  # in the order of GenerationConfig.filte
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 # Unsupported fields, each with the values that are accepted because they have no effect.
-_Accepted = Mapping[str, tuple[object, ...]]
-_UNSUPPORTED: _Accepted = {
+Accepted = Mapping[str, tuple[object, ...]]
+_UNSUPPORTED: Accepted = {
     "best_of": (1,), "echo": (False,), "suffix": ("",), "logit_bias": ({},), "modalities": (["text"],),
     "functions": ([],), "function_call": ("none", "auto"), "audio": (), "prediction": (), "reasoning_effort": (),
     "verbosity": (), "web_search_options": (), "moderation": (),
@@ -88,21 +88,26 @@ class StreamOptions(StrictModel):
     include_obfuscation: bool = False  # ignored: there is none
 
 
-class Request(StrictModel):
+class BaseRequest(StrictModel):
     """What all requests have in common."""
 
-    UNSUPPORTED: ClassVar[_Accepted] = _UNSUPPORTED
+    UNSUPPORTED: ClassVar[Accepted] = _UNSUPPORTED
     IGNORED: ClassVar[frozenset[str]] = _IGNORED
 
     model: str
+
+    def check(self) -> None:
+        """Raises ApiError (400) for fields that contradict each other."""
+
+
+class Request(BaseRequest):
+    """A request for generated text."""
+
     stream: bool | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_k: Annotated[int, Field(ge=-1), AfterValidator(lambda top_k: max(top_k, 0))] | None = None  # vLLM's -1: all
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-
-    def check(self) -> None:
-        """Raises ApiError (400) for fields that contradict each other."""
 
     def requested_tokens(self) -> int | None:
         return self.max_tokens
@@ -177,7 +182,7 @@ class OpenAIRequest(Request):
 
 
 class CompletionRequest(OpenAIRequest):
-    UNSUPPORTED: ClassVar[_Accepted] = {
+    UNSUPPORTED: ClassVar[Accepted] = {
         **_UNSUPPORTED, "top_logprobs": (0,), "response_format": ({"type": "text"},), "tools": ([],),
         "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
     }  # fmt: skip
@@ -205,7 +210,7 @@ class ConversationRequest(Request):
         raise NotImplementedError
 
 
-R = TypeVar("R", bound=Request)
+R = TypeVar("R", bound=BaseRequest)
 T = TypeVar("T")
 # Stops at the first invalid item: pydantic takes about 2 kB and 30 microseconds for each.
 Items = Annotated[list[T], Field(fail_fast=True)]

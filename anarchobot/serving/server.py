@@ -19,6 +19,7 @@ from anarchobot.inference.model import Model
 from anarchobot.serving.app import Limits, Service
 from anarchobot.serving.auth import KEY_VARIABLE, allowed_hosts, is_loopback
 from anarchobot.serving.connections import Connection, ConnectionLimits, Connections, allow_open_files
+from anarchobot.serving.embeddings import Embedder
 from anarchobot.serving.passages import PassageSearch
 from anarchobot.serving.request_log import RequestLogMiddleware
 from anarchobot.serving.worker import Worker
@@ -70,6 +71,7 @@ def serve(
     bound: socket.socket,
     on_start: Callable[[str], None],
     knowledge_base: PassageSearch | None = None,
+    embedder: Embedder | None = None,
 ) -> None:
     """Serves until SIGINT or SIGTERM, which it then re-raises. `on_start` is called with the URL.
 
@@ -77,7 +79,9 @@ def serve(
     """
     allow_open_files(options.connections.total + MAX_OTHER_FILES)
     with Worker(model, options.queue_size, prefix_bytes=options.prefix_bytes) as worker:
-        server = HttpServer(make_app(model, defaults, options, worker, knowledge_base), worker, options.connections)
+        server = HttpServer(
+            make_app(model, defaults, options, worker, knowledge_base, embedder), worker, options.connections
+        )
         on_start(url(bound))
         server.run([bound])
 
@@ -88,8 +92,9 @@ def make_app(
     options: ServerOptions,
     worker: Worker,
     knowledge_base: PassageSearch | None = None,
+    embedder: Embedder | None = None,
 ) -> ASGIApp:
-    service = Service(model, worker, options.name, defaults, options.limits, knowledge_base)
+    service = Service(model, worker, options.name, defaults, options.limits, knowledge_base, embedder)
     for warning in service.warnings():
         print(f"warning: {warning}", file=sys.stderr)
     return RequestLogMiddleware(

@@ -4,6 +4,7 @@ them."""
 from typing import Any
 
 from anarchobot.serving.chat_schema import ChatRequest
+from anarchobot.serving.embeddings import EmbeddingsRequest
 from anarchobot.serving.messages_schema import CountRequest, MessagesRequest
 from anarchobot.serving.schema import MAX_CHOICES, CompletionRequest
 
@@ -32,7 +33,10 @@ _USAGE = {
 _REASON = {"enum": ["stop", "length", "tool_calls"]}
 _FUNCTION = _object({"name": _TEXT, "arguments": _TEXT})
 _CALLS = _list(_object({"id": _TEXT, "type": {"const": "function"}, "function": _FUNCTION}))
-_MESSAGE = _object({"role": {"const": "assistant"}, "content": _or_null(_TEXT), "tool_calls": _CALLS}, ("tool_calls",))
+_MESSAGE = _object(
+    {"role": {"const": "assistant"}, "content": _or_null(_TEXT), "reasoning_content": _TEXT, "tool_calls": _CALLS},
+    ("reasoning_content", "tool_calls"),
+)
 _TOKEN = {"token": _TEXT, "logprob": _NUMBER, "bytes": _BYTES}
 _CHAT_LOGPROBS = _object({"content": _list(_object({**_TOKEN, "top_logprobs": _list(_object(_TOKEN))}))})
 _TEXT_LOGPROBS = _object(
@@ -45,13 +49,22 @@ _MESSAGES_USAGE = (
     "input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens",
 )  # fmt: skip
 _TEXT_BLOCK = _object({"type": {"const": "text"}, "text": _TEXT})
+_THINKING_BLOCK = _object({"type": {"const": "thinking"}, "thinking": _TEXT, "signature": _TEXT})
 _USE_BLOCK = _object({"type": {"const": "tool_use"}, "id": _TEXT, "name": _TEXT, "input": {"type": "object"}})
 _STOP_REASON = {"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]}
 _ANSWER = _object(
     {
         "id": _TEXT, "type": {"const": "message"}, "role": {"const": "assistant"}, "model": _TEXT,
-        "content": _list({"anyOf": [_TEXT_BLOCK, _USE_BLOCK]}), "stop_reason": _STOP_REASON,
+        "content": _list({"anyOf": [_TEXT_BLOCK, _THINKING_BLOCK, _USE_BLOCK]}), "stop_reason": _STOP_REASON,
         "stop_sequence": _or_null(_TEXT), "usage": _object(dict.fromkeys(_MESSAGES_USAGE, _COUNT)),
+    }
+)  # fmt: skip
+_EMBEDDING = {"anyOf": [_list(_NUMBER), _TEXT]}
+_EMBEDDINGS = _object(
+    {
+        "object": {"const": "list"}, "model": _TEXT,
+        "data": _list(_object({"object": {"const": "embedding"}, "index": _COUNT, "embedding": _EMBEDDING})),
+        "usage": _object({"prompt_tokens": _COUNT, "total_tokens": _COUNT}),
     }
 )  # fmt: skip
 
@@ -89,6 +102,7 @@ def description() -> dict[str, Any]:
             "text": _TEXT, "logprobs": _or_null(_TEXT_LOGPROBS)})),
         ("/v1/chat/completions", ChatRequest, _completion("chat.completion", {
             "message": _MESSAGE, "logprobs": _or_null(_CHAT_LOGPROBS)})),
+        ("/v1/embeddings", EmbeddingsRequest, _EMBEDDINGS),
         ("/v1/messages", MessagesRequest, _ANSWER),
         ("/v1/messages/count_tokens", CountRequest, _object({"input_tokens": _COUNT})),
     ):  # fmt: skip

@@ -17,6 +17,7 @@ from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference.model import Model, load_model
 from anarchobot.serving.app import Limits
 from anarchobot.serving.auth import allowed_hosts, allowed_origins
+from anarchobot.serving.embeddings import Embedder
 from anarchobot.serving.passages import PassageSearch
 from anarchobot.serving.server import HttpServer, ServerOptions, bind, make_app
 from anarchobot.serving.worker import Worker
@@ -86,13 +87,16 @@ def run_server(
     rows: int = 16,
     name: str = "tiny",
     knowledge_base: PassageSearch | None = None,
+    embedder: Embedder | None = None,
     **options: Any,
 ) -> Iterator[RunningServer]:
     chosen = ServerOptions(name=name, port=0, limits=limits or Limits(), **options)
     bound = bind(chosen)
     port = bound.getsockname()[1]
     with bound, Worker(model, chosen.queue_size, rows, prefix_bytes=chosen.prefix_bytes) as worker:
-        server = HttpServer(make_app(model, DEFAULTS, chosen, worker, knowledge_base), worker, chosen.connections)
+        server = HttpServer(
+            make_app(model, DEFAULTS, chosen, worker, knowledge_base, embedder), worker, chosen.connections
+        )
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()
         running = RunningServer(port, worker, server)

@@ -6,6 +6,7 @@ import jsonschema
 import pytest
 
 from anarchobot.serving.chat_schema import ChatRequest
+from anarchobot.serving.embeddings import EmbeddingsRequest
 from anarchobot.serving.messages_schema import CountRequest, MessagesRequest
 from anarchobot.serving.schema import CompletionRequest
 from tests.fuzz.openapi import description
@@ -53,6 +54,7 @@ def test_every_field_is_described() -> None:
     paths = description()["paths"]
     for path, request in (
         ("/v1/completions", CompletionRequest), ("/v1/chat/completions", ChatRequest),
+        ("/v1/embeddings", EmbeddingsRequest),
         ("/v1/messages", MessagesRequest), ("/v1/messages/count_tokens", CountRequest),
     ):  # fmt: skip
         schema = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
