@@ -1,12 +1,15 @@
 """`anarchobot export`."""
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anarchobot.cli.parser import add_command, non_negative
 from anarchobot.cli.results import log_to, print_result
 from anarchobot.config.errors import UserError, did_you_mean
+from anarchobot.config.paths import model_name_of
 
 if TYPE_CHECKING:
     from anarchobot.exchange.dtypes import Dtype
@@ -60,6 +63,7 @@ def add_export(commands: Any) -> None:
     export.add_argument(
         "--push", metavar="ORG/NAME", help="upload the folder to the Hugging Face Hub, as a private model (default: no)"
     )
+    export.set_defaults(instead={"--format": "did you mean '--to'?"})
     export.add_argument("--public", action="store_true", help="upload as a public model (default: private)")
 
 
@@ -105,6 +109,9 @@ def _export(args: argparse.Namespace) -> None:
     if args.push is not None:
         check_paths(Path(args.output))
         done["pushed"] = upload(Path(args.output), args.push, args.public)
+    if args.to == "ollama" and not (args.json or args.quiet):
+        name = model_name_of(args.checkpoint)
+        print(f"next: cd {shlex.quote(args.output)} && ollama create {shlex.quote(name)} -f Modelfile", file=sys.stderr)
     if args.json:
         print_result(args, done)
     elif args.push is not None:

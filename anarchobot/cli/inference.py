@@ -24,6 +24,7 @@ from anarchobot.cli.parser import (
     positive,
 )
 from anarchobot.config.errors import UserError, did_you_mean
+from anarchobot.config.paths import model_name_of
 from anarchobot.config.terminal import write_text
 from anarchobot.config.wording import count
 from anarchobot.storage.durable import parse_json
@@ -380,7 +381,7 @@ def _serve(args: argparse.Namespace) -> None:
     from anarchobot.knowledge.knowledge_base import KnowledgeBase
 
     options = ServerOptions(
-        name=args.model_name or Path(args.checkpoint).resolve().name,
+        name=args.model_name or model_name_of(args.checkpoint),
         host=args.host,
         port=args.port,
         api_key=read_api_key(args.api_key_file),

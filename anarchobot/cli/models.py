@@ -99,6 +99,7 @@ def add_commands(commands: Any) -> None:
         metavar="PATH",
         help=f"run folder trained with lora.r (its best step), adapter folder of mlx-lm or PEFT, or {HUB_NAME}",
     )
+    fuse.set_defaults(instead={"--checkpoint": "the base model is named with --model, and the adapters with --adapter"})
     fuse.add_argument("--output", required=True, metavar="DIR", help="new or empty run folder to write")
 
 

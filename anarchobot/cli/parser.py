@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -181,7 +182,7 @@ def parse(parser: Parser, argv: list[str]) -> argparse.Namespace:
             )
     if rest:
         word = rest[0].partition("=")[0]
-        near = f"; place it after '{args.prog}'" if word in args.options else _similar_flag(word, args)
+        near = f"; place it after '{args.prog}'" if word in args.options else _flag_for(word, args)
         raise UserError(f"unrecognized argument '{rest[0]}'{near} (see {args.prog} --help)")
     return args
 
@@ -189,6 +190,8 @@ def parse(parser: Parser, argv: list[str]) -> argparse.Namespace:
 def _find_config(word: str) -> str:
     """A file, or the name of a configuration that comes with AnarchoBot."""
     if Path(word).is_file():
+        if Path(word).suffix in (".jsonl", ".parquet", ".txt"):
+            raise UserError(f"{word}: not a configuration file (YAML); data are named with --dataset")
         return word
     from anarchobot.config.templates import shipped_configs
 
@@ -198,7 +201,9 @@ def _find_config(word: str) -> str:
 def _missing_arguments(error: _UsageError, argv: Sequence[str]) -> UserError:
     """The error for missing arguments, or for an unknown flag, which is the likely reason that one is missing."""
     flags = [word.partition("=")[0] for word in takewhile(lambda word: word != "--", argv) if word.startswith("--")]
-    args = argparse.Namespace(options=error.parser._option_string_actions)
+    args = argparse.Namespace(
+        options=error.parser._option_string_actions, instead=error.parser.get_default("instead") or {}
+    )
     unknown = next((flag for flag in flags if flag not in args.options), None)
     if unknown is not None:
         near = _similar_flag(unknown, args)
@@ -207,6 +212,9 @@ def _missing_arguments(error: _UsageError, argv: Sequence[str]) -> UserError:
         return _UsageError(
             f"{error.message}; use --checkpoint instead of --model, the base model of adapters", error.parser
         )
+    path = next((word for word in argv[1:] if not word.startswith("-") and Path(word).exists()), None)
+    if error.message.endswith(": --checkpoint") and path is not None:
+        return _UsageError(f"{error.message}; did you mean --checkpoint {shlex.quote(path)}?", error.parser)
     return error
 
 
@@ -217,6 +225,15 @@ def _similar_command(word: str, commands: Iterable[str]) -> str:
     if word in DOWNLOADS_ELSEWHERE:
         return "; models are downloaded when they are named, as in chat --checkpoint ORG/NAME"
     return did_you_mean(word, commands)
+
+
+def _flag_for(word: str, args: argparse.Namespace) -> str:
+    """The flag that an argument without one, or with an unknown one, may need."""
+    if not word.startswith("-"):
+        for flag, is_meant in (("--checkpoint", Path(word).exists()), ("--prompt", bool(getattr(args, "sections", ())))):
+            if flag in args.options and is_meant:
+                return f"; did you mean {flag} {shlex.quote(word)}?"
+    return _similar_flag(word, args)
 
 
 def _similar_flag(word: str, args: argparse.Namespace) -> str:

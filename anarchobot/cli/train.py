@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shlex
 import sys
@@ -104,6 +105,7 @@ def _train(args: argparse.Namespace) -> int:
         for note in plan.notes:
             log(note)
     if args.dry_run:
+        log("the plan follows from the speed of this machine, measured just now: it may differ the next time")
         return 0
     if not is_started:
         train.start(request, plan)
@@ -112,8 +114,9 @@ def _train(args: argparse.Namespace) -> int:
     except train.Stopped:
         print("stopped; resume with the same command", file=sys.stderr)
         return 130
-    _print_result(args, result, list(train.commands(request)))
-    if result["chat"] and sys.stdin.isatty() and not silent:
+    opens_chat = bool(result["chat"]) and sys.stdin.isatty() and not silent
+    _print_result(args, result, list(train.commands(request)), opens_chat)
+    if opens_chat:
         chat = parse(args.parser, ["chat", "--checkpoint", result["chat"]])
         return int(chat.run(chat) or 0)
     return 0
@@ -134,8 +137,9 @@ def parse_seconds(text: str) -> float:
 def _output(args: argparse.Namespace) -> Path:
     if args.output is not None:
         return Path(args.output)
-    first = Path(args.texts[0] if args.texts else args.chat)
-    named = [part for part in first.resolve().parts if not re.search(r"[*?\[]", part)]  # a glob: the folder before it
+    first = Path(args.texts[0] if args.texts else args.chat).absolute()
+    # Of a glob, the folder before it; of a link, its own name.
+    named = [part for part in Path(os.path.normpath(first)).parts if not re.search(r"[*?\[]", part)]
     return Path("runs") / named[-1].partition(".")[0]
 
 
@@ -170,7 +174,7 @@ def _before(value: float | None) -> str:
     return "" if value is None else f" ({value:.4f} before)"
 
 
-def _print_result(args: argparse.Namespace, result: dict[str, Any], commands: list[str]) -> None:
+def _print_result(args: argparse.Namespace, result: dict[str, Any], commands: list[str], opens_chat: bool) -> None:
     if args.json:
         print(json.dumps(result | {"commands": commands}))
         return
@@ -200,4 +204,4 @@ def _print_result(args: argparse.Namespace, result: dict[str, Any], commands: li
     use = f"chat --checkpoint {shlex.quote(result['chat'])}" if result["chat"] else (
         f"generate --checkpoint {shlex.quote(result['model'])}"
     )  # fmt: skip
-    print("\n".join([*lines, f"next: anarchobot {use}"]), file=sys.stderr)
+    print("\n".join([*lines, f"{'opening' if opens_chat else 'next'}: anarchobot {use}"]), file=sys.stderr)

@@ -27,6 +27,14 @@ def did_you_mean_run(path: Path) -> str:
     return f"; did you mean '{inside}'?" if not path.is_absolute() and inside.exists() else ""
 
 
+def model_name_of(path: str | Path) -> str:
+    """The name of a run: of its folder, also for a step or best.json in it; of the folder of `train` for its `chat`."""
+    folder = Path(path).resolve()
+    if folder.suffix == ".json" or folder.name.startswith("step_"):
+        folder = folder.parent
+    return folder.parent.name if folder.name == "chat" and folder.parent.name else folder.name
+
+
 def _other_normalization(path: Path) -> str:
     """The name beside `path` that is the same text; its own name if there is none, or several."""
     try:

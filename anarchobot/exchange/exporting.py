@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from anarchobot.config.errors import UserError
+from anarchobot.config.paths import model_name_of
 from anarchobot.config.schema import ModelConfig
 from anarchobot.exchange import gguf_file, gguf_types, ollama
 from anarchobot.exchange.atomic_folder import atomic_folder
@@ -92,7 +93,7 @@ def export(
         if mismatch := find_mismatch(tokenizer, files["tokenizer.json"]):
             warnings.append(mismatch)
     params = _load_parameters(saved)
-    name = saved.folder.resolve().parent.name
+    name = model_name_of(saved.folder)
     bits = approximate_bits(gguf_type or gguf_types.DTYPES[dtype], quantization)
     require_space(Path(output), bits * sum(array.size for array in params.values()) // 8)
     with atomic_folder(Path(output)) as folder:

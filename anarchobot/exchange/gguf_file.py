@@ -58,7 +58,7 @@ def gguf_package() -> Any:
     try:
         import gguf
     except ModuleNotFoundError:
-        raise UserError("export --to gguf needs the gguf package: pip install gguf") from None
+        raise UserError("exports to GGUF files need the gguf package: pip install 'anarchobot[gguf]'") from None
     return gguf
 
 

@@ -151,7 +151,8 @@ def load_with_adapter(path: str, base_model: str | None = None) -> PretrainedMod
 
 def _only_adapters(folder: Path, evidence: str) -> UserError:
     return UserError(
-        f"{folder}: adapters ({evidence}), not a whole model: fuse them with their model first (anarchobot fuse)"
+        f"{folder}: adapters ({evidence}), not a whole model: fuse them with their model first: anarchobot fuse "
+        f"--model MODEL --adapter {folder} --output NEW_FOLDER"
     )
 
 

@@ -114,7 +114,8 @@ def _compute(run: RunLog) -> str:
 
 
 def _peak_memory(run: RunLog) -> str:
-    return "-" if (gb := run.last("train", "peak_memory_gb")) is None else f"{gb:.2f} GB"
+    values = [gb for _, gb in run.points("train", "peak_memory_gb")]  # which starts again when a run resumes
+    return f"{max(values):.2f} GB" if values else "-"
 
 
 def _time_of(event: int) -> Callable[[RunLog], str]:
@@ -145,7 +146,7 @@ def _describe(event: dict[str, Any]) -> str:
     kind = event["event"]
     if kind == "skip":
         why = "its gradient was far above the mean" if event.get("reason") == "spike" else "its gradient was not finite"
-        return f"update skipped: {why} (loss {event.get('loss', '-')}, norm {event.get('grad_norm', '-')})"
+        return f"update skipped: {why} (loss {_rounded(event.get('loss'))}, norm {_rounded(event.get('grad_norm'))})"
     if kind == "resume":
         reason, changed = event.get("reason") or f"resumed from {event.get('folder', '-')}", event.get("changed")
         if not isinstance(changed, dict) or not changed:
@@ -155,6 +156,13 @@ def _describe(event: dict[str, Any]) -> str:
     if kind == "end":
         return "finished" if event.get("finished") else "stopped"
     return str(event.get("text"))
+
+
+def _rounded(value: Any) -> str:
+    try:
+        return f"{float(value):.4g}"
+    except (TypeError, ValueError):
+        return str(value)
 
 
 def _plain(value: Any) -> str:

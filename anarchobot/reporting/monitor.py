@@ -18,6 +18,7 @@ from anarchobot.system.machine import process_memory, system_memory
 LOGGED = ("step", "tokens_per_second", "active_memory_gb", "peak_memory_gb", "cache_memory_gb")
 TAIL_BYTES = 65536  # of the log, read at the start
 POLL_SECONDS = 0.5  # while waiting for a run
+END_SECONDS = 10.0  # without an event after the end of a run, while its process does something else
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class LogTail:
         self._folder, self._offset = folder, 0
         self._file: Path | None = None
         self.metrics: dict[str, Any] = {}
+        self.last_event = time.monotonic()
         self.read()
         self.finished: bool | None = None  # an end logged so far is from an earlier run
 
@@ -60,6 +62,8 @@ class LogTail:
             lines, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(lines + newline)
         events = parse_events(lines)[0]
+        if events:
+            self.last_event = time.monotonic()
         for event in events:
             if event["event"] == "train":
                 self.metrics = {name: event.get(name) for name in LOGGED}
@@ -78,11 +82,11 @@ class Monitor:
             raise UserError(f"--pid {pid}: no such process")
 
     def sample(self) -> Sample | None:
-        """Returns None if the process has ended."""
+        """Returns None if the process has ended, or the run has and the process goes on, as `train` does."""
         memory = process_memory(self.pid) if self.pid is not None else None
         if self._log is not None:
             self._log.read()
-        if self.pid is not None and memory is None:
+        if self.pid is not None and (memory is None or self._has_ended):
             return None
         system = system_memory()
         return Sample(
@@ -102,9 +106,15 @@ class Monitor:
             time.sleep(interval - (time.monotonic() - start) % interval)
 
     @property
+    def _has_ended(self) -> bool:
+        """`train` ends its run and resumes it with another length, but within seconds."""
+        log = self._log
+        return log is not None and log.finished is not None and time.monotonic() - log.last_event > END_SECONDS
+
+    @property
     def state(self) -> str:
         """One of "running"; "finished", "stopped" or "died" (no end was logged) for a run; "ended" for a process."""
-        if self.pid is None or process_memory(self.pid) is not None:
+        if self.pid is None or (process_memory(self.pid) is not None and not self._has_ended):
             return "running"
         if self._log is None:
             return "ended"

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from anarchobot.reporting.monitor import LogTail
-from anarchobot.runs.metrics_log import Event
-from anarchobot.runs.run_log import Point, finite, read_run
+from anarchobot.runs.metrics_log import ENVIRONMENT, Event
+from anarchobot.runs.run_log import Point, finite, metrics_path, read_json, read_run
 
 RECENT = 20  # log lines that the remaining time is estimated from
 
@@ -17,8 +18,8 @@ class RunStatus:
         """Raises UserError if there is no run."""
         self._tail = LogTail(folder)  # first, so that no event is between the two
         run = read_run(folder)
-        steps = run.environment.get("steps")
-        self.steps = steps if isinstance(steps, int) else None
+        self._environment = metrics_path(folder).with_name(ENVIRONMENT)
+        self.steps = _number_of_steps(run.environment)
         self.step, self.warning = 0, ""
         self.train: dict[str, float] = {}  # the numbers of the newest line
         self.losses: dict[int, float] = {}  # smoothed, by step
@@ -28,6 +29,7 @@ class RunStatus:
 
     def update(self) -> None:
         self._add(self._tail.read())
+        self.steps = _number_of_steps(read_json(self._environment)) or self.steps  # `train` changes it
 
     def _add(self, events: Iterable[Event]) -> None:
         for event in events:
@@ -59,6 +61,11 @@ class RunStatus:
     def best(self) -> Point | None:
         losses = [(step, event["val_loss"]) for step, event in self.evals.items()]
         return min(losses, key=lambda point: point[1], default=None)
+
+
+def _number_of_steps(environment: dict[str, Any]) -> int | None:
+    steps = environment.get("steps")
+    return steps if isinstance(steps, int) else None
 
 
 def _numbers(event: Event) -> dict[str, float]:

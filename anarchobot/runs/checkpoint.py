@@ -235,8 +235,9 @@ def load_arrays(checkpoint: Checkpoint, model: ModelConfig, *, optimizer: bool) 
     lora = checkpoint.config.lora
     if lora.r is not None and not optimizer:
         raise UserError(
-            f"{checkpoint.folder}: adapters (lora.r: {lora.r}), not a whole model: fuse them with their model first "
-            "(anarchobot fuse)"
+            f"{checkpoint.folder}: adapters (lora.r: {lora.r}), not a whole model: fuse them with their model first: "
+            f"anarchobot fuse --model {checkpoint.config.train.init_from} --adapter {checkpoint.folder.parent} "
+            "--output NEW_FOLDER"
         )
     arrays = _load_parameters(checkpoint, trained_shapes(model, lora))
     if optimizer:

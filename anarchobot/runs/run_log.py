@@ -77,7 +77,7 @@ def read_run(path: str | Path) -> RunLog:
     state: State = "died" if ended is None else "finished" if ended else "stopped"
     if holder(folder) is not None:
         state = "running"
-    return RunLog(folder, config, events, _read_json(logs / ENVIRONMENT), malformed, state)
+    return RunLog(folder, config, events, read_json(logs / ENVIRONMENT), malformed, state)
 
 
 def find_runs(path: str | Path) -> Iterator[RunLog]:
@@ -125,7 +125,7 @@ def read_events(logs: Path) -> list[Event]:
 
 def read_summary(logs: Path) -> dict[str, Any]:
     """Returns the run's summary; empty while it is running or if it was killed."""
-    return _read_json(logs / SUMMARY)
+    return read_json(logs / SUMMARY)
 
 
 def _read_config(folder: Path) -> dict[str, dict[str, Any]]:
@@ -137,7 +137,7 @@ def _read_config(folder: Path) -> dict[str, dict[str, Any]]:
     return {section: keys for section, keys in values.items() if isinstance(keys, dict)}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         values = parse_json(file.read_bytes())
     except (OSError, ValueError):

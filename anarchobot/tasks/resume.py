@@ -82,7 +82,7 @@ def _find_checkpoint(loaded: LoadedConfig, folder: Path, steps: list[int]) -> ch
     if steps:
         raise UserError(
             f"{where}: {folder} already contains a run, at step {max(steps)}: resume it with --resume-from auto, or "
-            "choose another folder"
+            "choose another folder with --checkpoint-dir"
         )
     return None
 

@@ -121,10 +121,36 @@ def plan(request: Request, started: float) -> Plan:
     else:
         found = plan_new_model(request.texts, request.output, end, request.seconds)
     if request.chat is not None:
+        epochs = _expected_chat_epochs(request, found)
+        expected = f"at most {CHAT_EPOCHS:g}" if epochs is None else f"about {epochs:.1f}"
         share = "the last fifth" if request.texts else "all"
-        row = f"{request.chat}: at most {CHAT_EPOCHS:g} epochs, in {share} of {duration(request.seconds)}"
+        row = f"{request.chat}: {expected} epochs, in {share} of {duration(request.seconds)}"
+        if epochs is not None and epochs < 1:
+            chat_notes.append(_too_few_epochs(request, epochs))
         found = replace(found, table=[*found.table, ("chat", row)], notes=[*found.notes, *chat_notes])
     return found
+
+
+def _expected_chat_epochs(request: Request, plan: Plan) -> float | None:
+    """From the speed of training on the texts; None without any."""
+    if plan.step_seconds is None or not plan.sections:
+        return None
+    data, train = plan.sections["data"], plan.sections["train"]
+    tokens_per_second = train["grad_accum_steps"] * data["seq_len"] / plan.step_seconds
+    seconds = (CHAT_SHARE - END_SHARE) * request.seconds - END_SECONDS
+    epochs: float = min(
+        CHAT_EPOCHS, seconds * tokens_per_second / _chat_tokens(request, plan.sections["model"]["vocab_size"])
+    )
+    return epochs
+
+
+def _chat_tokens(request: Request, vocab_size: int) -> float:
+    size = sum(path.stat().st_size for path in files.find([str(request.chat)], formats=files.CONVERSATIONS))
+    return size / bytes_per_token(vocab_size)
+
+
+def _too_few_epochs(request: Request, epochs: float) -> str:
+    return f"warning: {request.chat}: time for {epochs:.2g} epochs only: answers need more --time, or fewer texts"
 
 
 def _check_conversations(name: str) -> list[str]:
@@ -181,9 +207,19 @@ def is_started(request: Request, log: Log) -> bool:
     if changed:
         raise UserError(
             f"{request.output}: was started with other arguments: {'; '.join(changed)}: choose another folder with "
-            f"--output, or delete {request.output} to start over"
+            f"--output, or delete {request.output} to start over{_sft_again(request, before, now)}"
         )
     return True
+
+
+def _sft_again(request: Request, before: dict[str, Any], now: dict[str, Any]) -> str:
+    """How to fine-tune the same model on other conversations, if only those have changed."""
+    config = _chat_folder(request) / CONFIG
+    if not request.chat or not config.exists() or any(before[key] != now[key] for key in now if key != "chat"):
+        return ""
+    folder = request.output.with_name(f"{request.output.name}-chat")
+    command = f"anarchobot sft {config} --dataset {request.chat} --checkpoint-dir {folder}"
+    return f"; for another chat model of the same texts: {command}"
 
 
 def start(request: Request, plan: Plan) -> None:
@@ -335,7 +371,7 @@ def _chat(request: Request, started: float, show: OutputMode, log: Log) -> dict[
         folder.mkdir(parents=True, exist_ok=True)
         sections, step_seconds = _chat_sections(request, base, started)
         if (epochs := sections["train"]["epochs"]) < 1:
-            log(f"warning: {request.chat}: time for {epochs:g} epochs only: answers need more --time, or fewer texts")
+            log(_too_few_epochs(request, epochs))
         _update_state(request.output, step_seconds=step_seconds)
         write_atomic(path, dump(sections))
     return _run("sft", path, request, show, log)
@@ -379,8 +415,7 @@ def _chat_sections(request: Request, model: str, started: float) -> tuple[Sectio
         loaded = load_tuning_config(None, overrides(settings))
         tokens_per_second = sequences * seq_len / measure(loaded, base)
         used = time.monotonic() - started
-    size = sum(path.stat().st_size for path in files.find([str(request.chat)], formats=files.CONVERSATIONS))
-    tokens = size / bytes_per_token(base.model.vocab_size)
+    tokens = _chat_tokens(request, base.model.vocab_size)
     share = CHAT_SHARE if request.texts else 1.0
     left = max(share * request.seconds, request.seconds - used) - END_SHARE * request.seconds - END_SECONDS
     epochs = min(CHAT_EPOCHS, max(1.0, left) * tokens_per_second / tokens)
@@ -417,7 +452,8 @@ def _write_samples(request: Request, chat: str | None) -> Path:
 
 def _write_report(request: Request) -> Path:
     file = request.output / REPORT
-    write_atomic(file, render_report([read_run(request.output)]))
+    folders = dict.fromkeys([request.output, *([_chat_folder(request)] if request.chat is not None else [])])
+    write_atomic(file, render_report([read_run(folder) for folder in folders]))
     return file
 
 

@@ -1,6 +1,7 @@
 """`anarchobot monitor` beside a process that locks a run folder and writes a log."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from anarchobot.cli import monitor
 from anarchobot.cli.main import main
-from anarchobot.reporting.monitor import Sample
+from anarchobot.reporting.monitor import Monitor, Sample
 from anarchobot.reporting.run_status import RunStatus
 
 # Locks the folder, waits for a line, appends it to the log, and ends.
@@ -107,7 +108,29 @@ def test_it_ends_with_the_run(
     output = capsys.readouterr()
     assert "50 of 100 (50%)" in output.err
     state, step = {True: ("finished", 50), False: ("stopped", 50), None: ("died", 60)}[finished]
-    assert output.out == f"{run}: {state} at step {step}\n"
+    advice = ": the same command resumes it" if state == "died" else ""
+    assert output.out == f"{run}: {state} at step {step}{advice}\n"
+
+
+def test_it_ends_with_the_run_though_its_process_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of `train`, which first ends and resumes its run with another length."""
+    run = write_run(tmp_path / "mine", event("train", 15, 10, loss=4.0), steps=15)
+    log, environment = run / "logs" / "metrics.jsonl", run / "logs" / "environment.json"
+    watched, status = Monitor(os.getpid(), run), RunStatus(run)
+
+    def append(*events: dict[str, Any]) -> None:
+        with log.open("a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in events))
+        status.update()
+
+    append(event("end", 15, finished=True))
+    assert watched.sample() is not None and watched.state == "running"
+    environment.write_text(json.dumps({"steps": 90}))
+    append(event("resume", 15), event("train", 30, 20, loss=4.0))
+    monkeypatch.setattr("anarchobot.reporting.monitor.END_SECONDS", -1.0)
+    assert watched.sample() is not None and watched.state == "running" and status.steps == 90
+    append(event("end", 90, finished=True))
+    assert watched.sample() is None and watched.state == "finished"
 
 
 def test_a_run_that_has_ended_is_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """The command line: the frozen set of options, help with defaults, argument order, and error messages."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -313,6 +314,7 @@ def test_errors_suggest_the_nearest_name(words: str, message: str) -> None:
         ("export --checkpoint c --to mlx --output o --quant-predicate mixed_4_6", "--mixed"),
         ("export --checkpoint c --to gguf --output o --outtype q8_0", "--type"),
         ("export --checkpoint c --to hf --output o --upload-repo a/b", "--push"),
+        ("export --checkpoint c --to mlx --output o --format gguf", "--to"),
         ("list", "runs"),
         ("ls", "runs"),
         ("kb ls", "list"),
@@ -330,6 +332,27 @@ def test_names_of_other_programs_are_known(words: str, suggestion: str) -> None:
             build_parser(),
             words.replace("generate", "generate --checkpoint c").replace("serve", "serve --checkpoint c").split(),
         )
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("chat model", "did you mean --checkpoint model?"),
+        ("serve model --port 1", "did you mean --checkpoint model?"),
+        ("generate --checkpoint c hello", "did you mean --prompt hello?"),
+        ("fuse --checkpoint c", "the adapters with --adapter"),
+        ("sft chats.jsonl", "chats.jsonl: not a configuration file (YAML); data are named with --dataset"),
+    ],
+)
+def test_the_flag_of_an_argument_without_one_is_named(
+    words: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "chats.jsonl").touch()
+    with pytest.raises(UserError) as error:
+        parse(build_parser(), words.split())
+    assert hint in str(error.value)
 
 
 @pytest.mark.parametrize("word", KEYS_ELSEWHERE)

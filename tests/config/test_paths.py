@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from anarchobot.config.loading import load_config
-from anarchobot.config.paths import find_path, is_same_folder
+from anarchobot.config.paths import find_path, is_same_folder, model_name_of
 
 NFC, NFD = "caf\u00e9", "cafe\u0301"
 
@@ -37,6 +37,20 @@ def test_other_names_stay_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "\u1e69").touch()  # also as s with two marks in either order: neither is the name
     (tmp_path / "s\u0323\u0307").touch()
     assert find_path(f"{tmp_path}/s\u0307\u0323") == f"{tmp_path}/s\u0307\u0323"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("runs/notes", "notes"),
+        ("runs/notes/chat", "notes"),
+        ("runs/notes/chat/best.json", "notes"),
+        ("runs/notes/step_00000010", "notes"),
+        ("runs/v1.2", "v1.2"),
+    ],
+)
+def test_the_name_of_a_model_is_that_of_its_run(path: str, name: str) -> None:
+    assert model_name_of(path) == name
 
 
 def test_one_folder_with_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from anarchobot.cli.main import main
-from anarchobot.cli.train import _print_result, format_seconds, parse_seconds
+from anarchobot.cli.train import _output, _print_result, format_seconds, parse_seconds
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import load_config
 from anarchobot.data.shards import read_manifest
@@ -22,7 +22,7 @@ from anarchobot.runs import checkpoint
 from anarchobot.runs.run_log import read_summary
 from anarchobot.tasks import train, training_plan, training_samples
 from anarchobot.tasks.pretrain import pretrain
-from anarchobot.tasks.training_plan import survey_texts
+from anarchobot.tasks.training_plan import Plan, survey_texts
 from tests.tiny import loaded
 
 STEP_SECONDS = 220.0  # what is measured instead: 50 minutes are enough for a few steps
@@ -282,6 +282,29 @@ def test_a_time_in_another_notation_is_suggested(text: str, near: str) -> None:
     assert str(error.value).partition("did you mean ")[2] == (near and f"'{near}'?")
 
 
+@pytest.mark.parametrize(("seconds", "epochs"), [(100.0, 0.5), (1000.0, 3.0)])
+def test_the_plan_says_how_often_the_conversations_will_be_read(
+    seconds: float, epochs: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.18 x 100 - 2 = 16 s at 1,000 tokens per second, of 32,000 tokens of 2.6 bytes; at most three times."""
+    write_chats(chats := tmp_path / "chats.jsonl")
+    monkeypatch.setattr(train, "CHAT_EPOCHS", 3.0)
+    monkeypatch.setattr(train, "_chat_tokens", lambda request, vocab_size: 32 * vocab_size)
+    sections: Any = {"model": {"vocab_size": 1000}, "data": {"seq_len": 250}, "train": {"grad_accum_steps": 8}}
+    monkeypatch.setattr(train, "plan_new_model", lambda *args: Plan(sections, [], step_seconds=2.0))
+    found = train.plan(train.Request(["notes"], seconds, str(chats), None, tmp_path / "run"), 0.0)
+    assert f"about {epochs} epochs" in dict(found.table)["chat"]
+    assert any("time for 0.5 epochs only" in note for note in found.notes) == (epochs < 1)
+
+
+def test_the_run_has_the_name_of_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "texts-of-2019").mkdir()
+    (tmp_path / "notes").symlink_to("texts-of-2019")
+    monkeypatch.chdir(tmp_path)
+    for text, name in (("notes", "notes"), ("notes/../notes/*.txt", "notes"), (".", tmp_path.name)):
+        assert _output(Namespace(output=None, texts=[text])) == Path("runs", name)
+
+
 def test_times_of_several_units() -> None:
     assert [parse_seconds(text) for text in ("1h30m", "1.5h", "90m", "1m30s")] == [5400, 5400, 5400, 90]
 
@@ -299,7 +322,7 @@ def test_the_sample_that_is_printed_has_a_heading(tmp_path: Path, capsys: pytest
         "not_read": [],
     }
     result["samples"] = str(tmp_path / "samples.txt")
-    _print_result(Namespace(json=False, quiet=False), result, [])
+    _print_result(Namespace(json=False, quiet=False), result, [], opens_chat=False)
     assert "\nsample:\nOnce.\n" in capsys.readouterr().err
 
 
