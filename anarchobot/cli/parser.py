@@ -230,7 +230,8 @@ def _similar_command(word: str, commands: Iterable[str]) -> str:
 def _flag_for(word: str, args: argparse.Namespace) -> str:
     """The flag that an argument without one, or with an unknown one, may need."""
     if not word.startswith("-"):
-        for flag, is_meant in (("--checkpoint", Path(word).exists()), ("--prompt", bool(getattr(args, "sections", ())))):
+        is_prompt = bool(getattr(args, "sections", ()))  # not CONFIG
+        for flag, is_meant in (("--checkpoint", Path(word).exists()), ("--prompt", is_prompt)):
             if flag in args.options and is_meant:
                 return f"; did you mean {flag} {shlex.quote(word)}?"
     return _similar_flag(word, args)

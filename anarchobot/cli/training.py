@@ -29,6 +29,7 @@ SETTINGS = {
     "--log-to": "train.log_to",
 }
 FINETUNING_SETTINGS = {"--model": "train.init_from", "--dataset": "data.dataset"} | SETTINGS
+SMALL_MODEL = 20e6  # parameters: all weights fit in any memory, and there is more to learn than to keep
 LAUNCH_BACKENDS = ("ring", "mpi", "nccl", "jaccl")
 
 
@@ -113,9 +114,24 @@ def _finetune(args: argparse.Namespace, name: str, task: Any) -> int:
     loaded = load_tuning_config(
         args.config or DEFAULT_CONFIGS[name], overrides(args), limit_lengths=args.config is None
     )
+    _advise_full_tuning(args, name, loaded)
     if supervise.should_supervise(loaded.config, tuning=True):
         return _supervise(args, loaded, pairs=name == "dpo")
     return _print_summary(args, name, task(loaded, show=_show(args)))
+
+
+def _advise_full_tuning(args: argparse.Namespace, name: str, loaded: "LoadedConfig") -> None:
+    """The default, adapters, is for models that already know much."""
+    from anarchobot.model.parameters import parameter_count
+
+    size = parameter_count(loaded.config.model)
+    if name == "sft" and args.config is None and loaded.config.lora.r is not None and size < SMALL_MODEL:
+        text = (
+            f"note: adapters change little of a model of {size / 1e6:.1f} million parameters: to train all of them, "
+            "run anarchobot sft tuning/sft with the same flags"
+        )
+        if not (args.quiet or args.json):
+            print(text, file=sys.stderr)
 
 
 def _supervise(args: argparse.Namespace, loaded: "LoadedConfig", pairs: bool = False) -> int:

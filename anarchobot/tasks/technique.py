@@ -20,9 +20,11 @@ from anarchobot.system.technique import (
 )
 from anarchobot.training.ranks import SINGLE_PROCESS, Ranks
 
+DEFAULT = "default"
+
 
 class ResolvedTechnique(NamedTuple):
-    """`messages` describe the choice to the user."""
+    """`messages` describe a choice that is not the default."""
 
     config: Config
     messages: list[str]
@@ -47,6 +49,8 @@ def resolve_technique(
         "compile": train.compile is not None,
     }
     keys = [key for key, is_given in given.items() if is_given]
+    if not keys and source.startswith(DEFAULT):
+        return ResolvedTechnique(with_settings(config, settings), [])  # nothing that the user has to know
     sources = [f"{', '.join(keys)} as configured"] if keys else []
     if len(keys) < len(given):
         sources.append(f"the rest {source}" if keys else source)
@@ -88,4 +92,4 @@ def _choice(config: Config, task: Task, saved: Checkpoint | None) -> tuple[StepS
             return kept, "as in the checkpoint"
     if measured := read_measured(technique_key(config, task)):
         return measured, f"measured on {device_label()}"
-    return default, f"default on {device_label()}"
+    return default, f"{DEFAULT} on {device_label()}"
