@@ -97,14 +97,21 @@ class _Row:
 
 
 class Batch:
-    """Waiting and running requests. Not thread-safe. Computes in the dtype of the norm parameters. `prefix_bytes`: for
-    keys and values of earlier prompts (prefixes.py)."""
+    """Waiting and running requests. Not thread-safe. Computes in the dtype of the norm parameters. `prefixes`:
+    keys and values of earlier prompts of the same model, none by default."""
 
-    def __init__(self, params: Params, model: ModelConfig, max_rows: int = MAX_ROWS, *, prefix_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        params: Params,
+        model: ModelConfig,
+        max_rows: int = MAX_ROWS,
+        *,
+        prefixes: KeptPrefixes | None = None,
+    ) -> None:
         self._params, self._model, self._forward = params, model, forward_pass(model)
         self._max_rows = max_rows if self._forward.can_batch(params, model) else 1
         self._dtype = compute_dtype(params)
-        self._prefixes = KeptPrefixes(prefix_bytes)
+        self._prefixes = prefixes or KeptPrefixes(0)
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
         self._caches: list[Any] = []  # one per layer, for all rows

@@ -1,6 +1,7 @@
 """A chat session: the conversation so far, cut to the context window, with passages from a knowledge base."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference.generation import NUM_SEEDS, TextBatch
 from anarchobot.inference.model import Model
+from anarchobot.inference.prefixes import KeptPrefixes
 from anarchobot.knowledge.knowledge_base import Hit, KnowledgeBase, prompt_with_passages
 from anarchobot.tokenizers.chat_encoder import ChatEncoder, TrainOn
 from anarchobot.tokenizers.chat_template import load_template
@@ -43,6 +45,7 @@ class ChatSession:
         self._stop = self._encoder.stop_ids()
         self._system: list[Message] = []
         self._question, self._answers = "", 0
+        self._prefixes = KeptPrefixes(sys.maxsize, max_prompts=1)
         self.turns: list[Message] = []
         self.hits: list[Hit] = []
         self.dropped_hits = self.dropped_turns = 0
@@ -59,7 +62,7 @@ class ChatSession:
         hits = [] if self._knowledge_base is None else self._knowledge_base.search(question)
         context, self.hits = self._fit_context(question, hits)
         self.dropped_hits = len(hits) - len(self.hits)
-        batch = TextBatch(self._model, max_rows=1)
+        batch = TextBatch(self._model, max_rows=1, prefixes=self._prefixes)
         seed = (self._settings.seed + self._answers) % NUM_SEEDS  # a repeated question gets a different answer
         batch.insert(context, self._settings.model_copy(update={"seed": seed}), self._stop)
         self._question, self._answers = question, self._answers + 1

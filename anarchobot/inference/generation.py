@@ -12,6 +12,7 @@ from anarchobot.config.schema import GenerationConfig, ModelConfig
 from anarchobot.inference import batching
 from anarchobot.inference.batching import Batch, Constraint, FinishReason
 from anarchobot.inference.model import Model
+from anarchobot.inference.prefixes import KeptPrefixes
 from anarchobot.inference.sampling import TokenScores
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.tokenizers.canonical_tokens import token_bytes
@@ -57,11 +58,11 @@ class _Text:
 class TextBatch:
     """A `Batch` whose requests produce text and also end at a string in settings.stop."""
 
-    def __init__(self, model: Model, max_rows: int | None = None, *, prefix_bytes: int = 0) -> None:
-        """`prefix_bytes`: see `Batch`."""
+    def __init__(self, model: Model, max_rows: int | None = None, *, prefixes: KeptPrefixes | None = None) -> None:
+        """`prefixes`: see `Batch`."""
         self._tokenizer = model.tokenizer
         rows = max_rows or batching.MAX_ROWS
-        self._batch = Batch(model.params, model.config, rows, prefix_bytes=prefix_bytes)
+        self._batch = Batch(model.params, model.config, rows, prefixes=prefixes)
         self._texts: dict[int, _Text] = {}
 
     def __len__(self) -> int:

@@ -34,10 +34,13 @@ class _Kept(NamedTuple):
 
 
 class KeptPrefixes:
-    """The most recent prompts, up to `max_bytes` of keys and values; with 0, none. Not thread-safe."""
+    """The most recent prompts, up to `max_prompts` and `max_bytes` of keys and values; with 0, none. Not thread-safe.
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+    Of one model: keys and values of another would be found, too.
+    """
+
+    def __init__(self, max_bytes: int, max_prompts: int = MAX_PROMPTS) -> None:
+        self._max_bytes, self._max_prompts = max_bytes, max_prompts
         self._kept: list[_Kept] = []  # the least recently used first
 
     def find(self, prompt: list[int], kind: object) -> tuple[list[Any], int]:
@@ -64,7 +67,7 @@ class KeptPrefixes:
             return
         replaces = _is_trimmable(caches)
         self._kept = [entry for entry in self._kept if not _is_start(entry, new, replaces)] + [new]
-        while len(self._kept) > MAX_PROMPTS or sum(entry.bytes for entry in self._kept) > self._max_bytes:
+        while len(self._kept) > self._max_prompts or sum(entry.bytes for entry in self._kept) > self._max_bytes:
             del self._kept[0]
 
 

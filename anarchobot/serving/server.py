@@ -31,7 +31,7 @@ GRACE_SECONDS = 5.0  # time for active requests to finish after Ctrl-C
 @dataclass(frozen=True)
 class ServerOptions:
     """`queue_size`: requests that may wait for the batch; `hosts` and `origins`: see auth.HostMiddleware;
-    `prefix_bytes`: see batching.Batch."""
+    `prefix_bytes`: see KeptPrefixes."""
 
     name: str
     host: str = "127.0.0.1"

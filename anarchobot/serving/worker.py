@@ -18,6 +18,7 @@ from anarchobot.inference.batching import MAX_ROWS
 from anarchobot.inference.generation import TextBatch, TextChunk
 from anarchobot.inference.grammar import Grammar
 from anarchobot.inference.model import Model
+from anarchobot.inference.prefixes import KeptPrefixes
 from anarchobot.serving.errors import ApiError
 
 _DONE = None  # the last event of a request
@@ -104,13 +105,13 @@ class Worker:
     """A context manager that runs the model thread. Call all methods from the thread of one event loop."""
 
     def __init__(self, model: Model, queue_size: int, rows: int = MAX_ROWS, *, prefix_bytes: int = 0) -> None:
-        """Generates for `rows` requests at once; `queue_size` more may wait. `prefix_bytes`: see batching.Batch."""
+        """Generates for `rows` requests at once; `queue_size` more may wait. `prefix_bytes`: see KeptPrefixes."""
         self._model, self._rows, self._prefix_bytes = model, rows, prefix_bytes
         self.max_requests = rows + queue_size
         self.active_requests = 0  # opened and not finished; a closed one counts until the thread has released it
         self._tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()  # run by the model thread
         self._stopped = False
-        self._batch = TextBatch(model, rows, prefix_bytes=prefix_bytes)
+        self._batch = TextBatch(model, rows, prefixes=KeptPrefixes(prefix_bytes))
         self._jobs: dict[int, _Job] = {}
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
@@ -214,4 +215,4 @@ class Worker:
             job.send(error)
             job.send(_DONE)
         self._jobs.clear()
-        self._batch = TextBatch(self._model, self._rows, prefix_bytes=self._prefix_bytes)
+        self._batch = TextBatch(self._model, self._rows, prefixes=KeptPrefixes(self._prefix_bytes))

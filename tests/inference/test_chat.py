@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from anarchobot.config.errors import UserError
@@ -10,9 +12,11 @@ from anarchobot.config.schema import DataConfig, GenerationConfig, KnowledgeBase
 from anarchobot.data.conversations.reading import RowCounts, read_conversations
 from anarchobot.data.sources.documents import DocumentCounts
 from anarchobot.inference import chat
-from anarchobot.inference.chat import ChatSession
+from anarchobot.inference.batching import Batch
+from anarchobot.inference.chat import ChatSession, chat_encoder
 from anarchobot.inference.generation import TextChunk, stream_token_ids
 from anarchobot.inference.model import Model
+from anarchobot.inference.prefixes import KeptPrefixes
 from anarchobot.knowledge.knowledge_base import KnowledgeBase, prompt_with_passages
 from anarchobot.tokenizers.chat_template import CHATML
 from anarchobot.tokenizers.conversation import Message
@@ -34,7 +38,7 @@ class FakeBatch:
     contexts: list[list[int]]
     seeds: list[int]
 
-    def __init__(self, model: Model, max_rows: int) -> None:
+    def __init__(self, model: Model, max_rows: int, prefixes: KeptPrefixes) -> None:
         self._left: list[str] = []
 
     def insert(self, context: list[int], settings: GenerationConfig, stop: set[int]) -> None:
@@ -188,6 +192,39 @@ def test_ratings_apply_to_the_passages_of_the_last_question(
     assert base.relevances("How many wings?", ids)[ids[0]] < 0
     with pytest.raises(UserError, match=r"no knowledge base to rate: start with --kb FILE"):
         ChatSession(chat_model, GREEDY).rate(1.0)
+
+
+def test_a_turn_computes_what_follows_the_prompt_before_it(chat_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tokens that the model computes; the answers are those without reuse, also after dropped turns and a reset."""
+    prompts: list[list[int]] = []
+    computed: list[int] = []
+    last_logits, insert = Batch._last_logits, Batch.insert
+
+    def counted(self: Batch, tokens: mx.array, *rest: Any) -> mx.array:
+        computed.append(tokens.size)
+        return last_logits(self, tokens, *rest)
+
+    def noted(self: Batch, context: list[int], *rest: Any, **fields: Any) -> int:
+        prompts.append(context)
+        return insert(self, context, *rest, **fields)
+
+    session, shared, stop = ChatSession(chat_model, GREEDY), [], chat_encoder(chat_model).stop_ids()
+    for turn in range(8):
+        if turn == 7:
+            session.reset()
+        with monkeypatch.context() as patch:
+            patch.setattr(Batch, "_last_logits", counted)
+            patch.setattr(Batch, "insert", noted)
+            computed.clear()
+            answer = session.answer(f"Question {turn}?")
+        tokens = list(stream_token_ids(chat_model.params, chat_model.config, prompts[-1], GREEDY, stop))
+        assert answer == chat_model.tokenizer.decode(tokens).strip()
+        before = prompts[-2] if turn else []
+        same = [a == b for a, b in zip(before, prompts[-1], strict=False)]
+        shared.append([*same, False].index(False))
+        assert (computed[0], {*computed[1:]}) == (len(prompts[-1]) - shared[-1], {1})
+    assert shared[5] > 150 and shared[7] < 30
+    assert len(session._prefixes._kept) == 1
 
 
 def test_an_interrupted_answer_is_kept(chat_model: Model, fake_batch: type[FakeBatch]) -> None:

@@ -38,7 +38,7 @@ def run(batch: Batch, prompt: list[int], settings: GenerationConfig = GREEDY) ->
 def test_tokens_are_those_without_reuse(shape: ModelConfig) -> None:
     """Random prompts that share starts, one after the other and at once."""
     params, rng = strong_parameters(shape), random.Random(1)
-    batch = Batch(params, shape, prefix_bytes=2**20)
+    batch = Batch(params, shape, prefixes=KeptPrefixes(2**20))
     prompts = [[rng.randrange(VOCAB) for _ in range(8)]]
     for _ in range(20):
         start = rng.choice(prompts)[: rng.randrange(1, 30)]
@@ -63,7 +63,7 @@ def test_the_next_turn_prefills_the_new_tokens_only(monkeypatch: pytest.MonkeyPa
         return last_logits(self, tokens, caches, rows)
 
     monkeypatch.setattr(Batch, "_last_logits", counted)
-    batch, prompt = Batch(strong_parameters(model), model, prefix_bytes=2**24), list(range(40))
+    batch, prompt = Batch(strong_parameters(model), model, prefixes=KeptPrefixes(2**24)), list(range(40))
     for turn in range(8):
         computed.clear()
         answer, reused = run(batch, prompt)
@@ -78,7 +78,7 @@ def test_without_memory_nothing_is_kept() -> None:
 
 
 def test_a_repeated_prompt_computes_its_last_token() -> None:
-    batch = Batch(strong_parameters(SHAPE), SHAPE, prefix_bytes=2**20)
+    batch = Batch(strong_parameters(SHAPE), SHAPE, prefixes=KeptPrefixes(2**20))
     first, again = run(batch, [1, 2, 3, 4]), run(batch, [1, 2, 3, 4])
     assert first[0] == again[0] and (first[1], again[1]) == (0, 3)
 
@@ -86,7 +86,7 @@ def test_a_repeated_prompt_computes_its_last_token() -> None:
 def test_long_rows_do_not_use_keys_of_short_ones() -> None:
     """longrope rotates them by other frequencies: the second request is longer than 20 tokens, the first is not."""
     params = strong_parameters(PHI)
-    batch, long = Batch(params, PHI, prefix_bytes=2**20), GREEDY.model_copy(update={"max_new_tokens": 20})
+    batch, long = Batch(params, PHI, prefixes=KeptPrefixes(2**20)), GREEDY.model_copy(update={"max_new_tokens": 20})
     prompt = [5, 6, 7, 8, 9]
     assert run(batch, prompt)[1] == 0 and run(batch, prompt)[1] == 4
     tokens, reused = run(batch, prompt, long)
@@ -99,7 +99,7 @@ def test_states_are_reused_whole_or_not_at_all(tmp_path: Path, name: str) -> Non
     model = ModelConfig(architecture="mlx_lm", **architecture.from_hf(CONFIGS[name], "config.json"))
     weights = FolderWeights(folder)
     params: Params = frozen_weights(weights, weights.note(model), mx.float32)
-    batch = Batch(params, model, prefix_bytes=2**24)
+    batch = Batch(params, model, prefixes=KeptPrefixes(2**24))
     start = [5, 6, 7, 8]
     for prompt, expected in ((start, 0), ([*start, 9, 10], 4), (start, 0), ([5, 6, 1], 0), ([*start, 9, 11], 4)):
         alone = list(stream_token_ids(params, model, prompt, GREEDY, ()))
@@ -135,7 +135,7 @@ def batch_row(batch: Batch) -> Any:
 
 def test_a_prompt_in_chunks_reuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching, "PREFILL_TOKENS", 4)
-    batch, prompt = Batch(strong_parameters(SHAPE), SHAPE, prefix_bytes=2**20), list(range(30))
+    batch, prompt = Batch(strong_parameters(SHAPE), SHAPE, prefixes=KeptPrefixes(2**20)), list(range(30))
     alone = list(stream_token_ids(batch._params, SHAPE, prompt, GREEDY, ()))
     assert run(batch, prompt) == (alone, 0)
     assert run(batch, prompt) == (alone, 29)
