@@ -40,9 +40,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "exportable": {},  # the head is untied, so export can multiply the scale into the embedding
     "adamw": {**ADAMW, **PLAIN, "train.lr": 2e-3},
     "adamw, the same model": {**ADAMW, "train.lr": 2e-3},
-    "value residual": {"value_residual": True},
     "logit softcap 15": {"logit_softcap": 15.0},
-    "zero init": {"zero_init_proj": True},
     "ema 0.99": {"train.ema_decay": 0.99},
     "tied": {"tie_embeddings": True},
     "no qk_norm": {"qk_norm": False},

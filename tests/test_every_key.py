@@ -68,7 +68,7 @@ SHAPED: dict[str, tuple[Any, str, tuple[int, ...] | None]] = {
 # Keys that change the output for the same parameters, and other settings that they require.
 COMPUTED: dict[str, Any] = {
     "n_heads": 2, "ffn_activation": "gelu", "rope_theta": 100.0, "norm_eps": 0.5, "logit_softcap": 0.1,
-    "embedding_scale": 7.0, "value_residual": True, "rotary_fraction": 0.5, "sliding_window": 2,
+    "embedding_scale": 7.0, "rotary_fraction": 0.5, "sliding_window": 2,
     "rope_local_theta": 2.0, "layer_types": ["full_attention", "sliding_attention"], "attention_scale": 0.01,
     "attention_softcap": 0.1,
 }  # fmt: skip
@@ -198,7 +198,6 @@ ELSEWHERE = {
     "model.max_seq_len": (
         "tests/inference/test_generation.py::test_ends_at_max_new_tokens_max_seq_len_and_end_of_document"
     ),
-    "model.zero_init_proj": "tests/model/test_parameters.py::test_zero_init_proj_zeroes_the_residual_projections",
     "model.quantization": "tests/exchange/test_quantized.py::test_logits_are_those_of_mlx_lm_and_nothing_is_unpacked",
     "model.bos_id": "tests/exchange/test_importing.py::test_stories260k_gives_its_logits_and_published_text",
     "train.init_from": "tests/exchange/test_importing.py::test_training_starts_from_the_imported_weights",

@@ -21,7 +21,7 @@ from anarchobot.config.validation import RUN_LENGTH_KEYS, conflicts
 MAX_ERRORS, MAX_KEYS = 3, 10  # in a message
 COMMAND_LINE = "command line"
 # Model settings that do not depend on the weights, and so may differ from a pretrained model's.
-WEIGHT_INDEPENDENT_KEYS = ("dropout", "max_seq_len", "bos_id", "zero_init_proj")
+WEIGHT_INDEPENDENT_KEYS = ("dropout", "max_seq_len", "bos_id")
 
 Schema = TypeVar("Schema", bound=Section)
 Override = str | tuple[str, Any]  # `section.key=value`, or a key and a value that is used as it is
@@ -106,8 +106,11 @@ def sections(path: str | Path | None, words: Sequence[str]) -> set[str]:
 
 def config_from_dict(values: dict[str, Any], name: str) -> Config:
     """Validates the configuration stored in a checkpoint. Raises UserError if this version does not support it."""
+    settings = _Settings(values, {}, Config, name)
+    if isinstance(values, dict):
+        _drop_removed(settings, in_checkpoint=True)
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(settings.values)
     except ValidationError as error:
         raise UserError(f"{name}: {_describe(error, _Settings({}, {}, Config))}") from error
 
@@ -149,6 +152,7 @@ def _read_settings(path: str | Path | None, overrides: Sequence[Override], schem
     for override in overrides:
         key, value = _parse_override(override, schema) if isinstance(override, str) else override
         _apply_override(settings, key, value)
+    _drop_removed(settings)
     return settings
 
 
@@ -165,6 +169,20 @@ def _resolve_aliases(settings: _Settings) -> None:
         keys[alias.key.partition(".")[2]] = _convert(settings, old, keys.pop(leaf), source)
         settings.sources = {alias.key if key == old else key: place for key, place in settings.sources.items()}
         settings.aliases[alias.key] = old
+
+
+def _drop_removed(settings: _Settings, in_checkpoint: bool = False) -> None:
+    """Drops removed switches that are off. Raises UserError for one that is on; in a checkpoint, only if its weights
+    depend on it."""
+    for key, removed in settings.schema.removed.items():
+        section, _, leaf = key.partition(".")
+        keys = settings.values.get(section)
+        if not isinstance(keys, dict) or leaf not in keys:
+            continue
+        if keys[leaf] is not False and (removed.in_weights or not in_checkpoint):
+            raise UserError(f"{settings.sources.pop(key, settings.path)}: {key}: {removed.remedy}")
+        settings.values = {**settings.values, section: {name: v for name, v in keys.items() if name != leaf}}
+        settings.sources.pop(key, None)
 
 
 def _convert(settings: _Settings, old: str, value: Any, source: str) -> Any:

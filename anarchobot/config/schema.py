@@ -61,11 +61,20 @@ class Alias(NamedTuple):
     values: tuple[Any, Any] | None = None
 
 
+class Removed(NamedTuple):
+    """A former switch, off in all that is computed now: what to do where it is on, and whether the weights of a
+    checkpoint then depend on it."""
+
+    remedy: str
+    in_weights: bool = False
+
+
 class Section(BaseModel):
     """Base class of all sections: no unknown keys, no implicit conversion ('3' is not 3), immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     aliases: ClassVar[dict[str, Alias]] = {}  # former dotted names that are still accepted; same section
+    removed: ClassVar[dict[str, Removed]] = {}  # dotted names; false is still accepted
 
 
 class RopeScaling(Section):
@@ -136,14 +145,9 @@ class ModelConfig(Section):
     logit_softcap: PositiveFloat | None = Field(
         None, description="replace logits with cap * tanh(logits / cap); default: off; cannot be exported as Llama"
     )
-    zero_init_proj: bool = Field(False, description="initialize o_proj and down_proj to zero")
     embedding_scale: PositiveFloat | None = Field(
         None, description="multiply token embeddings by this, such as sqrt(d_model); default: 1"
     )
-    value_residual: bool = Field(
-        False, description="average attention values with the first block's; cannot be exported as Llama"
-    )
-
     bos_id: Annotated[int, Field(ge=-1), INTEGER] | None = Field(
         None, description="token id that starts a text, -1: none (set by `import`); default: the end-of-document id"
     )
@@ -607,6 +611,14 @@ class KnowledgeBaseConfig(Section):
 
 class Config(Section):
     """The configuration of AnarchoBot. All sections and keys are optional."""
+
+    removed: ClassVar[dict[str, Removed]] = {
+        "model.value_residual": Removed(
+            "removed in 0.5.0, which can't compute such a model: train one without it, or use version 0.4.0",
+            in_weights=True,
+        ),
+        "model.zero_init_proj": Removed("removed in 0.5.0, no matrix starts at zero: remove this setting"),
+    }
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

@@ -126,19 +126,14 @@ class Architecture(Protocol):
 
 
 class ForwardPass(Protocol):
-    """The module-level functions of an architecture in MLX; they take a flat dict of parameters.
-
-    Blocks pass on a list of arrays, `carry`: the hidden states [N, D], followed by any other state of the architecture.
-    `layer` must be differentiable by MLX with respect to its parameters and `carry`.
-    """
+    """The module-level functions of an architecture in MLX; they take a flat dict of parameters."""
 
     def embed(self, params: "Params", tokens: "mx.array", model: ModelConfig, dtype: "mx.Dtype") -> "mx.array":
         """Hidden states [N, D] in `dtype` of tokens [B, L]."""
 
-    def layer(
-        self, p: "Params", carry: "list[mx.array]", i: int, model: ModelConfig, batch: "MicroBatch"
-    ) -> "list[mx.array]":
-        """Block `i` with its parameters `p`, by their names inside the block; `batch` has segments and dropout keys."""
+    def layer(self, p: "Params", x: "mx.array", i: int, model: ModelConfig, batch: "MicroBatch") -> "mx.array":
+        """Block `i` on hidden states [N, D], differentiable by MLX. `p` are its parameters by their names inside the
+        block; `batch` has segments and dropout keys."""
 
     def final_norm(self, params: "Params", x: "mx.array", model: ModelConfig) -> "mx.array":
         """The input of the output head, [N, D]."""

@@ -61,8 +61,8 @@ class _Pass:
     grads: GradientAccumulator
     head: Callable[[Params, mx.array], tuple[mx.array, mx.array, list[mx.array]]]  # adds its weight's gradient to grads
 
-    def final_norm(self, trained: Params, x: mx.array) -> list[mx.array]:
-        return [self.forward.final_norm({**self.weights, **trained}, x, self.model)]
+    def final_norm(self, trained: Params, x: mx.array) -> mx.array:
+        return self.forward.final_norm({**self.weights, **trained}, x, self.model)
 
     def trained_params_used_by(self, function: Callable[[Params], object]) -> Params:
         """Returns the trained parameters that a function of the parameters uses, in float32: the gradient of an
@@ -76,10 +76,10 @@ def _full_backward(ctx: _Pass, embed: Callable[[Params], mx.array]) -> mx.array:
     forward, model = ctx.forward, ctx.model
 
     def final_hidden(weights: Params) -> mx.array:
-        carry = [embed(weights)]
+        x = embed(weights)
         for i, p in enumerate(by_block(weights, model)):
-            carry = forward.layer(p, carry, i, model, ctx.batch)
-        return forward.final_norm(weights, carry[0], model)
+            x = forward.layer(p, x, i, model, ctx.batch)
+        return forward.final_norm(weights, x, model)
 
     def surrogate(trained: Params) -> tuple[mx.array, mx.array]:
         """Returns a scalar with the gradient of the loss: the hidden states times their gradient, with stop_gradient.
@@ -100,52 +100,50 @@ def _checkpointed(ctx: _Pass, embed: Callable[[Params], mx.array], options: Step
     forward, model, wait = ctx.forward, ctx.model, options.wait
     blocks, lowest = by_block(ctx.weights, model), lowest_trained_block(ctx.params, model)
 
-    carry = [embed(ctx.weights)]
-    inputs: list[list[mx.array]] = []
+    x = embed(ctx.weights)
+    inputs: list[mx.array] = []
     for i, p in enumerate(blocks):
         if i >= lowest:
-            inputs.append(carry)
-        carry = forward.layer(p, carry, i, model, ctx.batch)
-        carry = wait(carry, carry)
+            inputs.append(x)
+        x = forward.layer(p, x, i, model, ctx.batch)
+        (x,) = wait([x], [x])
 
-    total, dhidden, done = ctx.head(ctx.weights, *ctx.final_norm({}, carry[0]))
-    (x,) = wait([carry[0]], done)
+    total, dhidden, done = ctx.head(ctx.weights, ctx.final_norm({}, x))
+    (x,) = wait([x], done)
     norms = ctx.trained_params_used_by(partial(forward.final_norm, x=x, model=model))
-    dcarry = _backward(ctx.final_norm, norms, [x], [dhidden], ctx.grads, options)
-    dcarry += [mx.zeros_like(a) for a in carry[1:]]
-    carry = [x]
-    del x, dhidden, done
+    (dx,) = _backward(ctx.final_norm, norms, [x], dhidden, ctx.grads, options)
+    del dhidden, done
 
     for i in reversed(range(lowest, model.n_layers)):
         trained = {name: p for name, p in blocks[i].items() if f"model.layers.{i}.{name}" in ctx.params}
 
-        def block(trained: Params, *carry: mx.array, i: int = i) -> list[mx.array]:
-            return forward.layer({**blocks[i], **trained}, list(carry), i, model, ctx.batch)
+        def block(trained: Params, x: mx.array, i: int = i) -> mx.array:
+            return forward.layer({**blocks[i], **trained}, x, i, model, ctx.batch)
 
-        carry = wait(inputs.pop(), dcarry)
-        dcarry = _backward(block, trained, carry, dcarry, ctx.grads.scoped(f"model.layers.{i}."), options)
-        del carry
+        (x,) = wait([inputs.pop()], [dx])
+        (dx,) = _backward(block, trained, [x], dx, ctx.grads.scoped(f"model.layers.{i}."), options)
+        del x
     if lowest == 0 and (embeddings := ctx.trained_params_used_by(embed)):
-        _backward(lambda p: [embed({**ctx.weights, **p})], embeddings, [], dcarry, ctx.grads, options)
+        _backward(lambda p: embed({**ctx.weights, **p}), embeddings, [], dx, ctx.grads, options)
     return total
 
 
 def _backward(
-    function: Callable[..., list[mx.array]],
+    function: Callable[..., mx.array],
     trained: Params,
     inputs: list[mx.array],
-    cotangents: list[mx.array],
+    cotangent: mx.array,
     grads: GradientAccumulator,
     options: StepOptions,
 ) -> list[mx.array]:
-    """Returns the gradients of `inputs` of function(trained, *inputs), given the `cotangents` of its outputs. The
+    """Returns the gradients of `inputs` of function(trained, *inputs), given the `cotangent` of its output. The
     gradients of the parameters are added to `grads`, and done before the result can be used."""
     names = list(trained)
 
     def flat(*arrays: mx.array) -> list[mx.array]:
-        return function(dict(zip(names, arrays, strict=False)), *arrays[len(names) :])
+        return [function(dict(zip(names, arrays, strict=False)), *arrays[len(names) :])]
 
-    _, gradients = mx.vjp(flat, [*trained.values(), *inputs], cotangents)
+    _, gradients = mx.vjp(flat, [*trained.values(), *inputs], [cotangent])
     done = [g for name, gradient in zip(names, gradients, strict=False) for g in grads.add(name, gradient)]
     dinputs = gradients[len(names) :]
     return options.wait(dinputs, [*done, *dinputs])

@@ -175,11 +175,10 @@ class TorchEngine(BaseEngine[Tensor]):
         return StepOptions(train.gradient_checkpointing, train.attention_block, chunk, block)
 
     def _try_block(self, block: BlockForward) -> None:
-        """Runs a forward and backward pass at the run's batch size and length, so that compiled code is reused. One
-        layer is enough, or two if the second differs (model.value_residual)."""
+        """Runs a forward and backward pass of one layer at the run's batch size and length, so that compiled code is
+        reused."""
         config = self._config
-        layers = min(config.model.n_layers, 2 if config.model.value_residual else 1)
-        model = config.model.model_copy(update={"n_layers": layers})
+        model = config.model.model_copy(update={"n_layers": 1})
         tokens = torch.zeros(config.train.micro_batch_size, config.data.seq_len, dtype=torch.int64, device=self.device)
         try:
             hidden = hidden_states(

@@ -41,9 +41,7 @@ class AttentionContext(NamedTuple):
 
 
 # The type of `block_forward`, compiled or not.
-BlockForward = Callable[
-    [Params, Tensor, ModelConfig, AttentionContext, KeepMasks | None, Tensor | None], tuple[Tensor, Tensor]
-]
+BlockForward = Callable[[Params, Tensor, ModelConfig, AttentionContext, KeepMasks | None], Tensor]
 
 
 def block_forward(
@@ -52,17 +50,11 @@ def block_forward(
     model: ModelConfig,
     context: AttentionContext,
     keep: KeepMasks | None,
-    first_v: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """A block's output for `x` [B, L, D], and its values [B, K, L, E]. `p` are its parameters by their names inside it.
-    A pure function of its tensors, so that it can be recomputed, and compiled once for all blocks.
-
-    With `first_v`, the first block's values, the values are averaged with them (value residual; Zhou et al., 2024).
-    """
+) -> Tensor:
+    """A block's output for `x` [B, L, D]. `p` are its parameters by their names inside it. A pure function of its
+    tensors, so that it can be recomputed, and compiled once for all blocks."""
     normed = rms_norm(x, p["input_layernorm.weight"], model.norm_eps)
     q, k, v = (_heads(linear(p, f"self_attn.{name}_proj", normed), model) for name in "qkv")
-    if first_v is not None:
-        v = 0.5 * (v + first_v)
     if model.qk_norm:
         q = rms_norm(q, p["self_attn.q_norm.weight"], model.norm_eps)
         k = rms_norm(k, p["self_attn.k_norm.weight"], model.norm_eps)
@@ -79,7 +71,7 @@ def block_forward(
     out = linear(p, "mlp.down_proj", gated * up)
     if model.post_norms:
         out = rms_norm(out, p["mlp_output_layernorm.weight"], model.norm_eps)
-    return x + _dropout(out, model, keep and keep[1]), v
+    return x + _dropout(out, model, keep and keep[1])
 
 
 @dataclass(frozen=True)
@@ -119,23 +111,21 @@ def hidden_states(
         )
         for window in set(model.windows)
     }
-    first_v: Tensor | None = None
 
-    def run(p: Params, x: Tensor, i: int, first_v: Tensor | None) -> tuple[Tensor, Tensor]:
+    def run(p: Params, x: Tensor, i: int) -> Tensor:
         # The masks are drawn here from a key, so that a recomputed block drops the same elements; the state of a
         # generator, which `checkpoint` could restore, is not readable on every device.
         keep = None if dropout_key is None else _keep_masks(x, model, f"{dropout_key}/{i}")
-        return options.block(p, x, model, contexts[model.windows[i]], keep, first_v)
+        return options.block(p, x, model, contexts[model.windows[i]], keep)
 
     with torch.autocast(tokens.device.type, dtype=dtype, enabled=dtype != torch.float32):
         x = F.embedding(tokens, params["model.embed_tokens.weight"])
         x = (x if model.embedding_scale is None else x * model.embedding_scale).to(dtype)
         for i, p in enumerate(by_block(params, model)):
             if options.recompute and torch.is_grad_enabled():
-                x, v = checkpoint(run, p, x, i, first_v, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(run, p, x, i, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, v = run(p, x, i, first_v)
-            first_v = v if model.value_residual and i == 0 else first_v
+                x = run(p, x, i)
         return rms_norm(x, params["model.norm.weight"], model.norm_eps)
 
 

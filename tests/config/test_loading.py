@@ -387,6 +387,30 @@ def test_an_endless_file_is_not_read_to_the_end() -> None:
         load_config("/dev/zero")
 
 
+REMOVED = ("model.value_residual", "model.zero_init_proj")
+
+
+@pytest.mark.parametrize("key", REMOVED)
+def test_removed_settings_are_errors_in_files_and_words_unless_off(here: Path, key: str) -> None:
+    section, leaf = key.split(".")
+    (here / "off.yaml").write_text(f"{section}:\n  {leaf}: false\n")
+    (here / "on.yaml").write_text(f"{section}:\n  {leaf}: true\n")
+    loaded = load_config("off.yaml", [f"{key}=false"])
+    assert loaded.config == load_config(None).config and key not in loaded.sources
+    for path, words, place in (("on.yaml", [], "on.yaml:2"), (None, [f"{key}=true"], "command line")):
+        with pytest.raises(UserError, match=rf"^{place}: {key}: removed in 0\.5\.0"):
+            load_config(path, words)
+
+
+def test_checkpoints_of_removed_settings_load_unless_their_weights_need_them() -> None:
+    values: Any = {"model": {"zero_init_proj": True, "value_residual": False}}
+    assert config_from_dict(values, "state.json") == load_config(None).config
+    assert values["model"]["zero_init_proj"]  # the caller's, for whom it is read again
+    values["model"]["value_residual"] = True
+    with pytest.raises(UserError, match=r"^state\.json: model\.value_residual: removed in 0\.5\.0"):
+        config_from_dict(values, "state.json")
+
+
 def test_an_incompatible_checkpoint_is_reported_by_name() -> None:
     for values, expected in [
         ({"model": {"n_layer": 3}}, "state.json: model.n_layer: unknown key; did you mean 'n_layers'?"),

@@ -18,7 +18,6 @@ STABLE: dict[str, dict[str, Any]] = {
         "vocab_size": 32000, "n_layers": 12, "d_model": 768, "n_heads": 12, "mlp_multiple": 4.0, "dropout": 0.1,
         "max_seq_len": 4096, "rope_theta": 10000.0, "ffn_activation": "silu", "norm_eps": 1e-5, "tie_embeddings": True,
         "n_kv_heads": None, "head_dim": None, "qk_norm": False, "attention_bias": False, "logit_softcap": None,
-        "zero_init_proj": False,
     },
     "data": {
         "dataset": None, "config": None, "split": "train", "text_field": "text", "seq_len": 2048,
@@ -96,7 +95,7 @@ def test_keys_of_the_stable_sections() -> None:
         "patience", "trainable", "first_sequence", "memory_budget_gb", "share_muon", "log_to", "teacher",
     }  # fmt: skip
     added_model_keys = {
-        "architecture", "embedding_scale", "value_residual", "bos_id", "rope_local_theta", "rotary_fraction",
+        "architecture", "embedding_scale", "bos_id", "rope_local_theta", "rotary_fraction",
         "sliding_window", "layer_types", "attention_scale", "attention_softcap", "post_norms", "hf_config",
         "quantization",
         *(f"rope_scaling.{key}" for key in RopeScaling.model_fields),

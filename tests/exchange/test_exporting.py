@@ -103,7 +103,6 @@ def test_half_precision_weights_are_rounded_and_half_the_size(tmp_path: Path, bp
     ("shape", "problem"),
     [
         ({"logit_softcap": 30.0}, "model.logit_softcap: 30: Llama has no logit softcap"),
-        ({"value_residual": True, "qk_norm": True}, "model.value_residual: Qwen3 has no value residuals"),
         ({"attention_bias": True, "qk_norm": True}, "model.attention_bias: no supported architecture has both"),
         ({"embedding_scale": 8.0}, "model.embedding_scale: 8: Llama has no such scale, and with model.tie_embeddings"),
     ],

@@ -15,9 +15,7 @@ from anarchobot.inference.model import Model
 from tests.inference.conftest import SHAPE, strong_parameters
 from tests.tiny import VOCAB
 
-OTHER = ModelConfig(
-    vocab_size=VOCAB, n_layers=2, d_model=32, n_heads=4, max_seq_len=48, qk_norm=True, value_residual=True
-)
+OTHER = ModelConfig(vocab_size=VOCAB, n_layers=2, d_model=32, n_heads=4, max_seq_len=48, qk_norm=True)
 
 PHI = ModelConfig(
     vocab_size=VOCAB, n_layers=2, d_model=32, n_heads=4, max_seq_len=48, sliding_window=6,

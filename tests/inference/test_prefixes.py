@@ -34,7 +34,7 @@ def run(batch: Batch, prompt: list[int], settings: GenerationConfig = GREEDY) ->
     return [output.token for output in outputs if output.token is not None], outputs[0].reused
 
 
-@pytest.mark.parametrize("shape", [SHAPE, OTHER, PHI], ids=["grouped", "value residual", "windows, longrope"])
+@pytest.mark.parametrize("shape", [SHAPE, OTHER, PHI], ids=["grouped", "qk_norm", "windows, longrope"])
 def test_tokens_are_those_without_reuse(shape: ModelConfig) -> None:
     """Random prompts that share starts, one after the other and at once."""
     params, rng = strong_parameters(shape), random.Random(1)

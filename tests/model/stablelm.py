@@ -35,8 +35,7 @@ def embed(params: Params, tokens: mx.array, model: ModelConfig, dtype: mx.Dtype)
     return embedding_rows(matrix(params, "model.embed_tokens"), tokens.reshape(-1)).astype(dtype)
 
 
-def layer(p: Params, carry: list[mx.array], i: int, model: ModelConfig, batch: MicroBatch) -> list[mx.array]:
-    (x,) = carry
+def layer(p: Params, x: mx.array, i: int, model: ModelConfig, batch: MicroBatch) -> mx.array:
     normed = _norm(p, "input_layernorm", x, model)
     q, k, v = (linear(p, f"self_attn.{name}_proj", normed) for name in "qkv")
     q, k, v = (a.reshape(*batch.tokens.shape, model.n_heads, -1).swapaxes(1, 2) for a in (q, k, v))
@@ -46,7 +45,7 @@ def layer(p: Params, carry: list[mx.array], i: int, model: ModelConfig, batch: M
     x = x + linear(p, "self_attn.o_proj", out.swapaxes(1, 2).reshape(x.shape))
     normed = _norm(p, "post_attention_layernorm", x, model)
     gate = linear(p, "mlp.gate_proj", normed)
-    return [x + linear(p, "mlp.down_proj", gate * mx.sigmoid(gate) * linear(p, "mlp.up_proj", normed))]
+    return x + linear(p, "mlp.down_proj", gate * mx.sigmoid(gate) * linear(p, "mlp.up_proj", normed))
 
 
 def final_norm(params: Params, x: mx.array, model: ModelConfig) -> mx.array:
@@ -59,10 +58,10 @@ def head_name(model: ModelConfig) -> str:
 
 def hidden_states(params: Params, tokens: mx.array, model: ModelConfig, *, dtype: mx.Dtype, **how: Any) -> mx.array:
     batch = MicroBatch(tokens, tokens, mx.array(1.0))
-    carry = [embed(params, tokens, model, dtype)]
+    x = embed(params, tokens, model, dtype)
     for i, p in enumerate(by_block(params, model)):
-        carry = layer(p, carry, i, model, batch)
-    return final_norm(params, carry[0], model).reshape(*tokens.shape, -1)
+        x = layer(p, x, i, model, batch)
+    return final_norm(params, x, model).reshape(*tokens.shape, -1)
 
 
 def make_caches(params: Params, model: ModelConfig) -> list[Any]:

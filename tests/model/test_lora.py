@@ -35,13 +35,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "biases": ({"attention_bias": True}, {}),
     "DoRA, biases": ({"attention_bias": True}, {"dora": True, "target_modules": ["q_proj", "v_proj", "o_proj"]}),
     "DoRA, gelu, norms of outputs": ({"ffn_activation": "gelu", "post_norms": True}, {"dora": True}),
-    "the last block, value residual": (
-        {"value_residual": True, "embedding_scale": 3.0, "n_layers": 3}, {"num_layers": 1},
-    ),
-    "DoRA of two blocks, value residual": (
-        {"value_residual": True, "n_layers": 3},
-        {"num_layers": 2, "dora": True, "target_modules": ["v_proj", "up_proj"]},
-    ),
+    "the last block": ({"embedding_scale": 3.0, "n_layers": 3}, {"num_layers": 1}),
+    "DoRA of two blocks": ({"n_layers": 3}, {"num_layers": 2, "dora": True, "target_modules": ["v_proj", "up_proj"]}),
 }  # fmt: skip
 
 

@@ -129,9 +129,9 @@ def test_result_is_complete_anonymous_and_used_by_a_run(
 
 
 def test_gradients_in_bfloat16_have_larger_errors(tmp_path: Path, tiny_shards: Path) -> None:
-    """With grouped heads, norms of queries and keys, biases and value residuals, as the configuration has them."""
-    features: Result = {"model__n_heads": 4, "model__n_kv_heads": 2, "model__qk_norm": True}
-    features |= {"model__attention_bias": True, "model__value_residual": True}
+    """With grouped heads, norms of queries and keys, and biases, as the configuration has them."""
+    features: Result = {"model__n_heads": 4, "model__n_kv_heads": 2}
+    features |= {"model__qk_norm": True, "model__attention_bias": True}
     config = loaded(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", **features).config
     exact, rounded = device_checks.check_gradients(config, "fused", ["float32", "bfloat16"], segments=True)
     assert exact["largest_error"] < 1e-4 < rounded["largest_error"] < 0.1

@@ -16,8 +16,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # every model option at least once
     "grouped heads, qk_norm": {"n_kv_heads": 2, "qk_norm": True, "head_dim": 6},
     "biases": {"attention_bias": True, "n_kv_heads": 2},
     "scaled and capped": {"embedding_scale": 5.0, "logit_softcap": 3.0, "rope_theta": 500.0, "norm_eps": 1e-2},
-    "value residual": {"value_residual": True, "n_kv_heads": 1, "mlp_multiple": 2.5, "n_layers": 3},
-    "zero_init_proj": {"zero_init_proj": True},
+    "one key head, three layers": {"n_kv_heads": 1, "mlp_multiple": 2.5, "n_layers": 3},
     "windows, a full layer with scaled RoPE, norms of outputs": {
         "sliding_window": 3,
         "layer_types": ["sliding_attention", "full_attention"],

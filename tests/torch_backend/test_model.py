@@ -87,7 +87,7 @@ def test_loss_and_gradients_match_the_mlx_backend(shape: str, documents: bool) -
 )
 def test_options_do_not_change_the_gradients(how: dict[str, Any], documents: bool) -> None:
     """Also with dropout: a recomputed block drops the same elements."""
-    model = config({"dropout": 0.3, "value_residual": True}).model
+    model = config({"dropout": 0.3}).model
     params, rows = weights(model), batch(1, 3, documents=documents)
     loss, grads = by_torch(params, rows, model, dropout_key="1")
     again, others = by_torch(params, rows, model, dropout_key="1", **how)
@@ -123,9 +123,9 @@ def test_attention_and_mlp_of_each_block_have_their_own_dropout_mask() -> None:
     model = config({"dropout": 0.25, "n_layers": 3}).model
     masks: list[Any] = []
 
-    def record(p: Any, x: Any, model: Any, context: Any, keep: Any, first_v: Any) -> Any:
+    def record(p: Any, x: Any, model: Any, context: Any, keep: Any) -> Any:
         masks.extend(keep)
-        return block_forward(p, x, model, context, keep, first_v)
+        return block_forward(p, x, model, context, keep)
 
     params = {n: torch.tensor(p) for n, p in weights(model).items()}
     hidden_states(params, torch.zeros(2, 8).long(), model, dropout_key="1", options=StepOptions(block=record))
@@ -161,9 +161,7 @@ def test_dropout_scales_kept_elements() -> None:
     p["self_attn.o_proj.weight"].zero_()  # only the MLP contributes
     x, everything = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0)), torch.ones(2, 8, 32).bool()
     context = attention_context(torch.zeros(2, 8), model)
-    (plain, _), (kept, _) = (
-        block_forward(p, x, model, context, keep, None) for keep in (None, (everything, everything))
-    )
+    plain, kept = (block_forward(p, x, model, context, keep) for keep in (None, (everything, everything)))
     torch.testing.assert_close(0.75 * (kept - x), plain - x, atol=1e-6, rtol=1e-5)
 
 

@@ -222,7 +222,7 @@ def test_dropout_depends_on_step_and_seed_and_is_off_in_evaluation() -> None:
     batch = random_batch(1, 4)
 
     def loss(step: int, seed: int = 0) -> float:
-        engine = MLXEngine(config({"dropout": 0.5, "zero_init_proj": False}, seed=seed))
+        engine = MLXEngine(config({"dropout": 0.5}, seed=seed))
         engine.load_state(MLXEngine(config({"dropout": 0.5})).state())  # the same weights for every seed
         return engine.train_step(batch, step, 0.01, 0.9).loss
 

@@ -83,9 +83,9 @@ def adaptable_matrices(model: ModelConfig) -> dict[str, AdaptableMatrix]:
 
 def init(name: str, model: ModelConfig) -> tuple[float, float]:
     """Norms are one, biases zero, matrices normal with standard deviation 0.02; for the two that write to the residual
-    stream, 0.02 / sqrt(2 n_layers) (GPT-2, Radford et al., 2019, section 2.3), or zero with zero_init_proj."""
+    stream, 0.02 / sqrt(2 n_layers) (GPT-2, Radford et al., 2019, section 2.3)."""
     if name.endswith(("o_proj.weight", "down_proj.weight")):
-        return 0.0, 0.0 if model.zero_init_proj else INIT_STD / math.sqrt(2 * model.n_layers)
+        return 0.0, INIT_STD / math.sqrt(2 * model.n_layers)
     if name.endswith("norm.weight"):
         return 1.0, 0.0
     return 0.0, 0.0 if name.endswith(".bias") else INIT_STD

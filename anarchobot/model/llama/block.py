@@ -26,8 +26,7 @@ TrainingAttention = BlockedAttention | FusedTrainingAttention
 
 class SavedAttention(NamedTuple):
     """What the backward pass of an attention half needs: [N, ...]. q and k are None if the attention has saved them
-    rotated. `projected` is the output of o_proj, saved only with post_norms. `has_value_residual`: v is averaged with
-    the first block's."""
+    rotated. `projected` is the output of o_proj, saved only with post_norms."""
 
     x: mx.array
     q: mx.array | None
@@ -35,7 +34,6 @@ class SavedAttention(NamedTuple):
     v: mx.array
     attention: AttentionOutput
     projected: mx.array | None
-    has_value_residual: bool
 
 
 class SavedMLP(NamedTuple):
@@ -62,16 +60,12 @@ def attention_forward(
     model: ModelConfig,
     attention: TrainingAttention | FusedAttention,
     key: mx.array | None = None,
-    first_v: mx.array | None = None,
     drop: InputDropout | None = None,
 ) -> tuple[mx.array, SavedAttention]:
     """x + attention(norm(x)) for `x` [N, D]. `p` are the block's parameters by their names inside it; `key` turns
-    dropout on, `drop` the dropout of the adapters' inputs. With `first_v`, the first block's values, the values are
-    averaged with them (value residual; Zhou et al., 2024)."""
+    dropout on, `drop` the dropout of the adapters' inputs."""
     normed = rms_norm(x, p["input_layernorm.weight"], model.norm_eps)
     q, k, v = (linear(p, f"self_attn.{name}_proj", normed, drop) for name in "qkv")
-    if first_v is not None:
-        v = 0.5 * (v + first_v)
     attended = attention.forward(q, k, v, _head_norms(p))
     projected = None
     if model.post_norms:
@@ -80,8 +74,8 @@ def attention_forward(
     else:
         out = _add_linear(x, p, "self_attn.o_proj", attended.out, drop, model, key)
     if attended.rotated is not None:
-        return out, SavedAttention(x, None, None, v, attended, projected, first_v is not None)
-    return out, SavedAttention(x, q, k, v, attended, projected, first_v is not None)
+        return out, SavedAttention(x, None, None, v, attended, projected)
+    return out, SavedAttention(x, q, k, v, attended, projected)
 
 
 def attention_backward(
@@ -91,17 +85,12 @@ def attention_backward(
     attention: TrainingAttention,
     key: mx.array | None,
     grads: GradientAccumulator,
-    dfirst_v: mx.array | None = None,
     drop: InputDropout | None = None,
-) -> tuple[mx.array, mx.array | None]:
+) -> mx.array:
     """Returns the gradient of the input, given the gradient `dy` [N, D] of the output; adds the parameters' gradients
-    to `grads`.
-
-    `dfirst_v` is the gradient of the first block's values from the later blocks; it is returned with this block's part
-    added, and used in the first block itself.
-    """
+    to `grads`."""
     model, wait = attention.model, attention.wait
-    x, q, k, v, output, projected, has_value_residual = saved
+    x, q, k, v, output, projected = saved
     d = _dropout(dy, model, key)
     if projected is not None:
         d = _output_norm_backward(p, "attention_output_layernorm.weight", projected, d, model, wait, grads)
@@ -112,11 +101,6 @@ def attention_backward(
     if q is not None and k is not None:
         q, k = wait([q, k], [dout])
     dq, dk, dv, dnorms = attention.backward(q, k, v, _head_norms(p), output, dout)
-    if has_value_residual:
-        dv = 0.5 * dv
-        dfirst_v = dv if dfirst_v is None else dfirst_v + dv
-    elif dfirst_v is not None:
-        dv = dv + dfirst_v
     if dnorms is not None:
         (dq,) = wait(
             [dq], grads.add("self_attn.q_norm.weight", dnorms.q) + grads.add("self_attn.k_norm.weight", dnorms.k)
@@ -125,7 +109,7 @@ def attention_backward(
     normed = rms_norm(x, p["input_layernorm.weight"], model.norm_eps)
     done_q, z_q = linear_gradients(p, "self_attn.q_proj", dq, normed, grads, drop, q)
     done_k, z_k = linear_gradients(p, "self_attn.k_proj", dk, normed, grads, drop, k)
-    done_v, z_v = linear_gradients(p, "self_attn.v_proj", dv, normed, grads, drop, None if has_value_residual else v)
+    done_v, z_v = linear_gradients(p, "self_attn.v_proj", dv, normed, grads, drop, v)
     dq, dk, dv = wait([dq, dk, dv], done_q + done_k + done_v)
     dnormed = linear_backward(p, "self_attn.q_proj", dq, z_q, drop)
     dnormed = linear_backward(p, "self_attn.k_proj", dk, z_k, drop, dnormed)
@@ -134,7 +118,7 @@ def attention_backward(
     del normed, dq, dk, dv
     dx, dweight = rms_norm_backward(x, p["input_layernorm.weight"], model.norm_eps, dnormed)
     (dx,) = wait([dy + dx], grads.add("input_layernorm.weight", dweight))
-    return dx, dfirst_v
+    return dx
 
 
 def mlp_forward(

@@ -20,8 +20,6 @@ def unsupported_for_export(model: ModelConfig, target: ExportTarget) -> Iterator
             if not model.post_norms
             else f"model.logit_softcap: {model.logit_softcap:g}: {name} in {library} has none: export to hf"
         )
-    if model.value_residual:
-        yield f"model.value_residual: {name} has no value residuals: train the model without them"
     yield from _unsupported_embedding(model, kind, target)
     yield from _unsupported_attention(model, kind, target)
     yield from _unsupported_rope(model, kind, target)

@@ -63,11 +63,8 @@ def hidden_states(
         attentions = _whole_rows(model, B, L, dtype, segments, wait)
     else:
         attentions = _with_caches(model, B, L, caches, lengths or [model.max_seq_len])
-    first_v = None
-    for i, (p, attention) in enumerate(zip(by_block(params, model), attentions, strict=True)):
-        x, saved = block.attention_forward(p, x, model, attention, first_v=first_v)
-        first_v = saved.v if i == 0 and model.value_residual else first_v
-        del saved
+    for p, attention in zip(by_block(params, model), attentions, strict=True):
+        x, _ = block.attention_forward(p, x, model, attention)
         x, _ = block.mlp_forward(p, x, model)
         (x,) = wait([x], [x])
     return final_norm(params, x, model).reshape(B, L, -1)
@@ -114,10 +111,8 @@ def embed(params: Params, tokens: mx.array, model: ModelConfig, dtype: mx.Dtype)
     return x if model.embedding_scale is None else x * model.embedding_scale
 
 
-def layer(p: Params, carry: list[mx.array], i: int, model: ModelConfig, batch: MicroBatch) -> list[mx.array]:
-    """Block `i`, differentiable by MLX. The carry is the hidden states [N, D] and, with model.value_residual, the
-    first block's values."""
-    x, *first_v = carry
+def layer(p: Params, x: mx.array, i: int, model: ModelConfig, batch: MicroBatch) -> mx.array:
+    """Block `i` on the hidden states [N, D], differentiable by MLX."""
     drop = dropout_keys(batch.dropout_key, model, batch.adapter_dropout)[i]
     rows, length = batch.tokens.shape
     window = model.windows[i]
@@ -126,11 +121,9 @@ def layer(p: Params, carry: list[mx.array], i: int, model: ModelConfig, batch: M
         mask = attention_mask(batch.segments, length, window)
     attention = FusedAttention(model, rows, length, mask, rope(model, window, length))
     with elementary.differentiable():
-        x, saved = block.attention_forward(
-            p, x, model, attention, drop.attention, first_v[0] if first_v else None, drop.attention_inputs
-        )
+        x, _ = block.attention_forward(p, x, model, attention, drop.attention, drop.attention_inputs)
         x, _ = block.mlp_forward(p, x, model, drop.mlp, drop=drop.mlp_inputs)
-    return [x, *([saved.v] if model.value_residual and i == 0 else first_v)]
+    return x
 
 
 def final_norm(params: Params, x: mx.array, model: ModelConfig) -> mx.array:

@@ -55,13 +55,10 @@ def loss_and_gradients(
 
     x = embed(weights, batch.tokens, model, dtype)  # [N, D]
     profile.end("embedding", x)
-    first_v = None
     saved: list[Saved | mx.array] = []  # per block: what its halves save or, with recompute, only its input
     for i, (p, drop) in enumerate(zip(blocks, drops, strict=True)):
         block_input = x
-        x, halves = _block_forward(p, x, attentions[i], drop, first_v, options)
-        if model.value_residual and first_v is None:
-            first_v = halves[0].v
+        x, halves = _block_forward(p, x, attentions[i], drop, options)
         (x,) = wait([x], halves[0].attention.arrays(x))
         if i >= lowest:
             saved.append(block_input if options.recompute else halves)
@@ -76,15 +73,12 @@ def loss_and_gradients(
     profile.end("head and loss", dx)
     del x, hidden, dhidden, dnorm, done  # dnorm, if it is not trained, is not computed and refers to its inputs
 
-    dfirst_v = None
     for i in reversed(range(lowest, model.n_layers)):
         p, drop, block_grads = blocks[i], drops[i], grads.scoped(f"model.layers.{i}.")
         block_saved = saved.pop()
         if isinstance(block_saved, mx.array):  # only the block's input
             (block_saved,) = wait([block_saved], [dx])
-            block_saved = _block_forward(
-                p, block_saved, attentions[i], drop, first_v if i > 0 else None, options, again=True
-            )[1]
+            block_saved = _block_forward(p, block_saved, attentions[i], drop, options, again=True)[1]
         # With `eval_now`, an array stays in memory as long as a name refers to it, so names are deleted.
         saved_attention, saved_mlp = block_saved
         del block_saved
@@ -93,8 +87,8 @@ def loss_and_gradients(
         if not block_grads.is_trainable("post_attention_layernorm.weight"):
             (dx,) = wait([dx], [dx])  # there was no norm gradient to wait for
         profile.end("MLP backward", dx)
-        dx, dfirst_v = block.attention_backward(
-            p, saved_attention, dx, attentions[i], drop.attention, block_grads, dfirst_v, drop.attention_inputs
+        dx = block.attention_backward(
+            p, saved_attention, dx, attentions[i], drop.attention, block_grads, drop.attention_inputs
         )
         del saved_attention
         if i > lowest and not block_grads.is_trainable("input_layernorm.weight"):
@@ -112,13 +106,12 @@ def _block_forward(
     x: mx.array,
     attention: TrainingAttention,
     drop: DropoutKeys,
-    first_v: mx.array | None,
     options: StepOptions,
     again: bool = False,
 ) -> tuple[mx.array, Saved]:
     """Returns the block's output and what its backward pass needs. `again`: recomputation for the backward pass."""
     model, profile = attention.model, options.profile
-    x, attended = block.attention_forward(p, x, model, attention, drop.attention, first_v, drop.attention_inputs)
+    x, attended = block.attention_forward(p, x, model, attention, drop.attention, drop.attention_inputs)
     profile.end("blocks forward again" if again else "attention forward", *attended.attention.arrays(x))
     x, mlp = block.mlp_forward(p, x, model, drop.mlp, options.mlp_rows, drop.mlp_inputs)
     if again:  # down_proj is not recomputed

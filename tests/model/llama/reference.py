@@ -25,7 +25,6 @@ def mean_loss(params: dict[str, Array], tokens: npt.NDArray[np.int32], model: Mo
 def logits(params: dict[str, Array], row: npt.NDArray[np.int32], model: ModelConfig) -> Array:
     """Logits [L, V] of one sequence of ids [L]."""
     x = params["model.embed_tokens.weight"][row] * (model.embedding_scale or 1.0)
-    first_v = None
     for i in range(model.n_layers):
 
         def p(name: str, i: int = i) -> Array:
@@ -36,9 +35,6 @@ def logits(params: dict[str, Array], row: npt.NDArray[np.int32], model: ModelCon
         q = heads(h @ p("self_attn.q_proj").T + b["q"], model.n_heads)
         k = heads(h @ p("self_attn.k_proj").T + b["k"], model.kv_heads)
         v = heads(h @ p("self_attn.v_proj").T + b["v"], model.kv_heads)
-        if model.value_residual:
-            first_v = v if first_v is None else first_v
-            v = (v + first_v) / 2
         if model.qk_norm:
             q = rms_norm(q, p("self_attn.q_norm"), model.norm_eps)
             k = rms_norm(k, p("self_attn.k_norm"), model.norm_eps)

@@ -96,7 +96,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     [
         ({}, {}),
         ({"n_kv_heads": 2, "head_dim": 6, "tie_embeddings": False}, {"attention_block": 5, "grad_accum_steps": 3}),
-        ({"qk_norm": True, "value_residual": True}, {"muon_split_heads": False, "loss_chunk": 10, "normuon": False}),
+        ({"qk_norm": True}, {"muon_split_heads": False, "loss_chunk": 10, "normuon": False}),
         ({"n_kv_heads": 1, "n_heads": 2, "head_dim": 4}, {"muon_split_heads": False}),
         ({"ffn_activation": "gelu", "logit_softcap": 10.0}, {"optimizer": "adamw"}),
         ({}, {"gradient_checkpointing": True, "attention_block": 16}),

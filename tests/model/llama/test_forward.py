@@ -24,9 +24,9 @@ SHAPES = {
     "grouped heads, gelu, untied": {"n_kv_heads": 2, "ffn_activation": "gelu", "tie_embeddings": False},
     "qk_norm, softcap, own head_dim": {"qk_norm": True, "logit_softcap": 5.0, "head_dim": 6, "n_kv_heads": 1},
     "biases": {"attention_bias": True, "n_kv_heads": 2},
-    "biases, qk_norm, value residual": {"attention_bias": True, "qk_norm": True, "value_residual": True},
+    "biases, qk_norm": {"attention_bias": True, "qk_norm": True},
     "other constants": {"rope_theta": 500.0, "norm_eps": 0.1, "mlp_multiple": 1.5},
-    "value residual, embedding scale": {"value_residual": True, "embedding_scale": 3.0, "n_layers": 3, "n_kv_heads": 2},
+    "embedding scale, three blocks": {"embedding_scale": 3.0, "n_layers": 3, "n_kv_heads": 2},
     "norms of outputs": {"post_norms": True, "ffn_activation": "gelu", "embedding_scale": 4.0, "n_kv_heads": 2},
     "windows, a full layer with scaled RoPE": {
         "n_kv_heads": 2,
