@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import numpy as np
 import pytest
 
 from anarchobot.cli.main import main
+from anarchobot.cli.training import _advise_full_tuning
 from anarchobot.config.errors import UserError
+from anarchobot.config.loading import LoadedConfig
+from anarchobot.config.schema import Config
 from anarchobot.exchange.adapters import read_adapter
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.fusing import fuse
@@ -306,3 +310,17 @@ def test_command(tmp_path: Path, base: Path, chats: Path, capsys: pytest.Capture
     assert json.loads(capsys.readouterr().out)["steps"] == 6
     assert main(["sft", str(tmp_path / "run.yaml"), "--model", str(tmp_path / "nothing")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "rank", "width", "advised"),
+    [(None, 8, 64, True), (None, None, 64, False), ("c.yaml", 8, 64, False), (None, 8, 1024, False)],
+)
+def test_full_tuning_is_advised_for_small_models(
+    config: str | None, rank: int | None, width: int, advised: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By default, with adapters, which change little of them."""
+    values = {"model": {"d_model": width, "n_heads": 4, "n_layers": 4, "vocab_size": 512}, "lora": {"r": rank}}
+    loaded = LoadedConfig(Config.model_validate(values), {})
+    _advise_full_tuning(Namespace(config=config, quiet=False, json=False), "sft", loaded)
+    assert ("anarchobot sft tuning/sft" in capsys.readouterr().err) == advised
