@@ -33,6 +33,7 @@ MAX_EPOCHS = 20.0
 SHORT_RUN = 4e5  # training tokens
 BATCH, MAX_BATCH = 512, 2**16  # tokens per step, of a short and of the longest run
 MIN_STEPS = 1000
+MUON_BATCH, MUON_STEPS = 8, 500  # tokens per step for each unit of width, with which Muon takes a third of a step
 LR, LR_WIDTH = 1e-2, 256  # of a short run of a model up to this width
 DECAY_FRACTION = 0.7
 MIN_DECAY, MAX_DECAY = 0.02, 1.6  # of the weights
@@ -153,7 +154,7 @@ def settings_for_shape(text_bytes: int, seconds: float, speed: Speed, layers: in
     tokens = min(seconds * flops / flops_per_token, MAX_EPOCHS * unique)
     epochs = tokens / unique
     repetition = epochs * (blocks + 2 * head) / unique  # epochs times parameters per different token
-    sequences = max(1, _batch(tokens, speed.min_batch) // seq_len)
+    sequences = max(1, _batch(tokens, speed.min_batch, width) // seq_len)
     steps = max(1, round(tokens / (sequences * seq_len)))
     return Settings(
         vocab_size=vocab_size,
@@ -178,13 +179,15 @@ def _flops_per_token(vocab_size: int, layers: int, width: int, seq_len: int) -> 
     return 6.0 * (blocks + head + seq_len * layers * width)
 
 
-def _batch(tokens: float, min_batch: int) -> int:
-    """Tokens per step: a power of two that grows as the 0.4th power of the training tokens; `min_batch`, unless that
-    leaves fewer than MIN_STEPS steps."""
+def _batch(tokens: float, min_batch: int, width: int) -> int:
+    """Tokens per step: a power of two that grows as the 0.4th power of the training tokens; at least `min_batch` and
+    MUON_BATCH * width, unless that leaves too few steps."""
     growth = math.log2(max(1.0, tokens / SHORT_RUN) ** 0.4)
     batch = BATCH * 2 ** math.floor(growth)
-    enough_steps = 2 ** math.floor(math.log2(max(1.0, tokens / MIN_STEPS)))
-    return int(min(max(batch, min(min_batch, enough_steps)), MAX_BATCH))
+    for wanted, steps in ((min_batch, MIN_STEPS), (MUON_BATCH * width, MUON_STEPS)):
+        enough_steps = 2 ** math.floor(math.log2(max(1.0, tokens / steps)))
+        batch = max(batch, min(2 ** round(math.log2(wanted)), enough_steps))
+    return int(min(batch, MAX_BATCH))
 
 
 def _loss(option: Settings, text_bytes: int) -> float:
