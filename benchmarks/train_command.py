@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--time", default="5m", help="as of `anarchobot train` (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--corpora", nargs="+", default=list(CORPORA), choices=list(CORPORA), help="default: all")
-    parser.add_argument("--runs", nargs="+", default=list(HAND_MADE), choices=list(HAND_MADE), help="default: all")
+    parser.add_argument("--runs", nargs="*", default=list(HAND_MADE), choices=list(HAND_MADE), help="default: all")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "train_command.json")
     arguments = parser.parse_args()
     from anarchobot.cli.train import parse_seconds

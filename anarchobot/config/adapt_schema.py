@@ -89,8 +89,7 @@ class AlignmentConfig(Section):
 
     method: Literal["procrustes", "relative", "focus", "omp", "pieces", "mean", "random"] | None = Field(
         None,
-        description="procrustes (with CSLS), relative (TokAlign's), focus, omp (tokensurgeon's), pieces, mean, random; "
-        "null: focus if the output head is the embedding (tie_embeddings), otherwise pieces",
+        description="how rows of new tokens are made; null: focus if embedding and head are tied, otherwise pieces",
     )
     pivot_count: Annotated[int, Field(ge=2)] = Field(
         2000, description="procrustes, relative: number of pivots, the most frequent tokens of both vocabularies"

@@ -28,11 +28,12 @@ def did_you_mean_run(path: Path) -> str:
 
 
 def model_name_of(path: str | Path) -> str:
-    """The name of a run: of its folder, also for a step or best.json in it; of the folder of `train` for its `chat`."""
+    """The name of a run: of its folder, also for a step or best.json in it; of the whole for the `chat` of `train`."""
     folder = Path(path).resolve()
     if folder.suffix == ".json" or folder.name.startswith("step_"):
         folder = folder.parent
-    return folder.parent.name if folder.name == "chat" and folder.parent.name else folder.name
+    is_part = folder.name == "chat" and (folder.parent / "train.json").is_file()
+    return folder.parent.name if is_part else folder.name
 
 
 def _other_normalization(path: Path) -> str:

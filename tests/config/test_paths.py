@@ -43,13 +43,19 @@ def test_other_names_stay_as_they_are(tmp_path: Path) -> None:
     ("path", "name"),
     [
         ("runs/notes", "notes"),
+        ("runs/other/chat", "chat"),
         ("runs/notes/chat", "notes"),
         ("runs/notes/chat/best.json", "notes"),
         ("runs/notes/step_00000010", "notes"),
         ("runs/v1.2", "v1.2"),
     ],
 )
-def test_the_name_of_a_model_is_that_of_its_run(path: str, name: str) -> None:
+def test_the_name_of_a_model_is_that_of_its_run(
+    path: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/notes").mkdir(parents=True)
+    Path("runs/notes/train.json").touch()
     assert model_name_of(path) == name
 
 

@@ -64,7 +64,7 @@ def test_report_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for wanted in ("3.2500 at step 20", "39 of 39", "train.lr", "last at step 30"):
         assert wanted in tags.text, wanted
     for event in (
-        "skip update skipped: its gradient was far above the mean (loss 7.5, norm 31.0)",
+        "skip update skipped: its gradient was far above the mean (loss 7.5, norm 31)",
         "resume resumed from step_22; changed: train.lr 0.1 to 0.3, ranks 1 to 2",
         "warning nearly full",
         "end finished",
