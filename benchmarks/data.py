@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import corpora
 import numpy as np
 
 from anarchobot.config.schema import DataConfig
@@ -34,7 +35,7 @@ HERE = Path(__file__).parent
 BATCH = 200  # documents per call
 LONG, TIMES_LONGER = "long", 16  # measures the fast engine on more text, where startup counts less
 
-PROSE = ("text/*.txt", "text/books/*.txt")
+CHAPTERS = "text/books_chapters.jsonl"
 DATATROVE = """
 import os, sys, time
 from datatrove.executor import LocalPipelineExecutor
@@ -56,15 +57,15 @@ print(sum(os.times()[:4]) - cpu, time.perf_counter() - wall)
 # Text
 
 
-def write_corpus(data: Path, path: Path, megabytes: float) -> str:
+def write_corpus(data: Path | None, path: Path, megabytes: float) -> str:
     """Writes JSONL with documents of about 5 kB; returns a description.
 
     The prose is repeated as often as needed. In every repetition, documents are cut at other positions and one word in
     25 gets a new number appended, so that a cache of words helps no more than in new text.
     """
-    texts = [file.read_text(encoding="utf-8") for glob in PROSE for file in sorted(data.glob(glob))]
-    for file in sorted(data.glob("text/*.jsonl")):
-        texts += [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").split("\n") if line]
+    texts = [file.read_text(encoding="utf-8") for file in corpora.find(data, *corpora.PROSE)]
+    (chapters,) = corpora.find(data, CHAPTERS)
+    texts += read_corpus(chapters)
     prose = "\n\n".join(texts)
     rng, numbers, repeats = random.Random(0), iter(range(10**5, 10**9)), 0
     left = megabytes * 1e6
@@ -81,7 +82,7 @@ def write_corpus(data: Path, path: Path, megabytes: float) -> str:
                 if left <= 0:
                     break
     return (
-        f"{megabytes:.0f} MB: {len(prose.encode()) / 1e6:.1f} MB of English prose and manuals, repeated {repeats} "
+        f"{megabytes:.0f} MB: {len(prose.encode()) / 1e6:.1f} MB of English prose, repeated {repeats} "
         "times with different cuts and a new number appended to one word in 25"
     )
 
@@ -213,8 +214,7 @@ RATIO_NAMES = {"fastokens", "pipeline fast 1", *(name for name in MEASURED if na
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    data = os.environ.get("ANARCHOBOT_TEST_DATA", HERE.parents[1] / "shared" / "data")
-    parser.add_argument("--data", type=Path, default=data, help="folder with text/*.txt (default: %(default)s)")
+    corpora.add_argument(parser)
     parser.add_argument("--megabytes", type=float, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--datatrove", help="a Python with datatrove and tokenizers (default: skip datatrove)")
@@ -226,8 +226,6 @@ def main() -> None:
         name, *paths = args.one
         print(json.dumps(measure(name, *map(Path, paths))))
         return
-    if not any(args.data.glob(PROSE[0])):
-        parser.error(f"no {PROSE[0]} in {args.data}: set the folder with --data")
     with tempfile.TemporaryDirectory() as folder:
         report = run(args, Path(folder))
     args.output.parent.mkdir(exist_ok=True)

@@ -11,7 +11,6 @@ without a teacher. Finished runs are reused. About 25 minutes on one core.
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -20,7 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import corpora
+
 HERE = Path(__file__).parent
+CHATS = "instruct/chat_messages.jsonl"
 SECONDS = {"novels": 30, "chats": 15}
 TEACHER_STEPS = {"novels": 300, "chats": 40}
 BOOKS = (  # of the students
@@ -98,13 +100,13 @@ def anarchobot(*words: str) -> None:
 
 
 class Benchmark:
-    def __init__(self, folder: Path, data: Path, seconds: float | None) -> None:
+    def __init__(self, folder: Path, data: Path | None, seconds: float | None) -> None:
         self.folder, self.data, self.seconds = folder, data, seconds
 
     def shards(self) -> None:
         """A tokenizer, and shards of all novels and of BOOKS; the end of each novel is held out of both."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        books = sorted((self.data / "text" / "books").glob("*.txt"))
+        books = corpora.find(self.data, *corpora.BOOKS)
         prefix = str(self.folder / "tokenizer")
         if not Path(f"{prefix}.model").exists():
             size = ["--vocab-size", str(MODEL["vocab_size"])]
@@ -126,7 +128,7 @@ class Benchmark:
             config: dict[str, Any] = json.loads(json.dumps(TASKS[task]))
             config["train"] |= {"total_steps": steps, "seed": seed, "tokenizer_path": None}
             if task == "chats":
-                config["data"]["dataset"] = str(self.data / "instruct" / "chat_messages.jsonl")
+                config["data"]["dataset"] = str(*corpora.find(self.data, CHATS))
                 config["train"]["init_from"] = str(init)
             else:
                 config["model"], config["data"]["shard_dir"] = SIZES[size], str(self.folder / f"shards of the {size}")
@@ -165,7 +167,7 @@ class Benchmark:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("ANARCHOBOT_TEST_DATA", "../shared/data")))
+    corpora.add_argument(parser)
     parser.add_argument("--folder", type=Path, default=Path("build/distillation"), help="default: %(default)s")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
@@ -177,7 +179,9 @@ def main() -> None:
         task, config = arguments.worker
         print(json.dumps(run(task, json.loads(config), arguments.folder)))
         return
-    benchmark = Benchmark(arguments.folder.absolute(), arguments.data.absolute(), arguments.seconds)
+    benchmark = Benchmark(arguments.folder.absolute(), arguments.data, arguments.seconds)
+    if "chats" in arguments.tasks:
+        corpora.find(arguments.data, CHATS)  # downloads them before the runs start
     benchmark.shards()
     found = {task: benchmark.students(task, arguments.kinds, arguments.seeds) for task in arguments.tasks}
     (HERE / "results" / "distillation.json").write_text(json.dumps(found, indent=1) + "\n")

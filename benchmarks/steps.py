@@ -9,13 +9,13 @@ This takes about an hour on two cores.
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import corpora
 import numpy as np
 import quality
 
@@ -41,16 +41,16 @@ def settings(kind: str) -> dict[str, Any]:
     return {**MODEL, **TRAIN, "train.lr": float(rate), "train.momentum": 0.9}
 
 
-def prepare(data: Path, build: Path) -> None:
+def prepare(data: Path | None, build: Path) -> None:
     """Writes train.npy and val.npy, int32 [n, LENGTH + 1]: the last tenth of each novel is held out."""
     from anarchobot.tokenizers.tokenizer import load_tokenizer
     from anarchobot.tokenizers.training import train_tokenizer
 
-    texts = [path.read_text(encoding="utf-8") for path in sorted((data / "text" / "books").glob("*.txt"))]
+    novels = [path.read_text(encoding="utf-8") for path in corpora.find(data, *corpora.BOOKS)]
     build.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(train_tokenizer(texts, build / "novels", 8192)[0])
+    tokenizer = load_tokenizer(train_tokenizer(novels, build / "novels", 8192)[0])
     for name, part in (("train", slice(0, 9)), ("val", slice(9, 10))):
-        pieces = ["".join(np.array_split(np.array(list(text)), 10)[i]) for text in texts for i in range(10)[part]]
+        pieces = ["".join(np.array_split(np.array(list(text)), 10)[i]) for text in novels for i in range(10)[part]]
         ids = np.concatenate(tokenizer.encode_batch(pieces)).astype(np.int32)
         starts = np.arange(0, len(ids) - LENGTH - 1, LENGTH)[:, None]
         np.save(build / f"{name}.npy", ids[starts + np.arange(LENGTH + 1)])
@@ -58,7 +58,7 @@ def prepare(data: Path, build: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("ANARCHOBOT_TEST_DATA", "../shared/data")))
+    corpora.add_argument(parser)
     parser.add_argument("--build", type=Path, default=Path("build/steps"), help="folder for the token ids")
     parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs")
     parser.add_argument("--muon", default="muon 8e-3", help="default: %(default)s")

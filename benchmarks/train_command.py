@@ -10,7 +10,6 @@ TIME x ROUNDS x (1 + number of hand-made configurations) per corpus.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,12 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import corpora
+
 HERE = Path(__file__).parent
 CORPORA = {
-    "botchan, 0.3 MB": ["botchan_en.txt"],
-    "chapters, 2.7 MB": ["books_chapters.jsonl"],
-    "books, 5.6 MB": ["books"],
-    "all, 16 MB": ["."],
+    "botchan, 0.3 MB": ["text/botchan_en.txt"],
+    "chapters, 2.7 MB": ["text/books_chapters.jsonl"],
+    "books, 5.6 MB": corpora.BOOKS,
+    "all, 10 MB": [*corpora.PROSE, "text/books_chapters.jsonl"],
 }
 HELD_OUT = 0.05
 # What an experienced user would try: `train` has to come within 2% of the best of them.
@@ -109,7 +110,7 @@ def train_by_hand(name: str, texts: Path, folder: Path, seconds: float) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("ANARCHOBOT_TEST_DATA", "../shared/data")))
+    corpora.add_argument(parser)
     parser.add_argument("--time", default="5m", help="as of `anarchobot train` (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--corpora", nargs="+", default=list(CORPORA), choices=list(CORPORA), help="default: all")
@@ -117,17 +118,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results" / "train_command.json")
     arguments = parser.parse_args()
     from anarchobot.cli.train import parse_seconds
-    from anarchobot.data.sources.files import find
 
     seconds = parse_seconds(arguments.time)
     rows = []
     for corpus in arguments.corpora:
-        names = [str(arguments.data / "text" / name) for name in CORPORA[corpus]]
+        files = corpora.find(arguments.data, *CORPORA[corpus])
         for round_number in range(arguments.rounds):
             for name in ("train", *arguments.runs):
                 with tempfile.TemporaryDirectory() as temporary:
                     folder = Path(temporary)
-                    texts, held_out = split(find(names), folder)
+                    texts, held_out = split(files, folder)
                     began = time.monotonic()
                     if name == "train":
                         run = train_by_command(texts, folder / "run", seconds)

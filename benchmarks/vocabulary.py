@@ -12,7 +12,6 @@ minutes on one core; figures that are in the output file are not computed again.
 
 import argparse
 import json
-import os
 import random
 import shutil
 import sys
@@ -24,6 +23,7 @@ from statistics import mean
 from typing import Any
 from unittest.mock import patch
 
+import corpora
 import numpy as np
 
 from anarchobot.cli.main import main as anarchobot
@@ -39,6 +39,7 @@ from anarchobot.vocab.vector_alignment import Floats
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+BIOMEDICAL = ("biomedical/craft_articles.jsonl", "biomedical/medquad_qa.jsonl", "biomedical/pubmedqa.jsonl")
 GENERAL = ("text/wiki_demo.txt", "text/tinystories_train_part.txt", "text/rust_book.jsonl")
 MIN_PARAGRAPH_CHARS = 200  # shorter ones are headings
 HELD_OUT = 24  # documents
@@ -228,8 +229,7 @@ def show(results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(os.environ.get("ANARCHOBOT_TEST_DATA", ROOT.parent / "shared" / "data"))
-    parser.add_argument("--data", type=Path, default=default, help="folder with text/ and biomedical/")
+    corpora.add_argument(parser)
     for head in HEADS:
         parser.add_argument(
             f"--{head}", type=Path, metavar="RUN", help=f"source with a {head} head (default: train one)"
@@ -242,6 +242,7 @@ def main() -> None:
     args = parser.parse_args()
     results = json.loads(args.output.read_text()) if args.output.is_file() else {}
     if not args.read:
+        corpora.find(args.data, *BIOMEDICAL, *GENERAL)
         args.folder.mkdir(parents=True, exist_ok=True)
         write_texts(args.data, args.folder)
         measure(args, results)
