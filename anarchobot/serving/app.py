@@ -167,8 +167,9 @@ class Service:
     def _writer(
         self, parsed: CompletionRequest | ChatRequest | MessagesRequest, encoded: EncodedPrompt, usage: Usage
     ) -> ResponseWriter | MessagesWriter:
+        passages = {} if encoded.passages is None else encoded.passages.fields()
         if isinstance(parsed, MessagesRequest):
-            return MessagesWriter(self._name, usage, encoded.form)
+            return MessagesWriter(self._name, usage, encoded.form, passages)
         return ResponseWriter(
             "chat.completion" if isinstance(parsed, ChatRequest) else "text_completion",
             self._name,
@@ -179,7 +180,7 @@ class Service:
             encoded.prompt.top_logprobs is not None,
             encoded.prompt.after_space,
             parsed.include_usage,
-            {} if encoded.passages is None else encoded.passages.fields(),
+            passages,
         )
 
     async def _tokenize(

@@ -1,7 +1,7 @@
 """Responses of /v1/messages, in Anthropic's form: complete, or as a stream of server-sent events."""
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +18,13 @@ _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool
 
 @dataclass(frozen=True)
 class MessagesWriter:
-    """Formats one response, and counts its tokens in `usage`."""
+    """Formats one response, and counts its tokens in `usage`. `extra_fields` are added to the message, which a stream
+    starts with."""
 
     model: str
     usage: Usage
     form: AnswerForm = PLAIN
+    extra_fields: Mapping[str, object] = field(default_factory=dict)
     number: str = field(default_factory=lambda: secrets.token_hex(12))
 
     async def complete(self, generation: GenerationStream) -> dict[str, Any]:
@@ -80,7 +82,7 @@ class MessagesWriter:
 
     def _message(self, content: list[dict[str, Any]]) -> dict[str, Any]:
         head = {"id": f"msg_{self.number}", "type": "message", "role": "assistant", "model": self.model}
-        return {**head, "content": content}
+        return {**head, "content": content, **self.extra_fields}
 
     def _usage(self) -> dict[str, int]:
         cached = self.usage.cached_tokens

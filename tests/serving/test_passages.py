@@ -67,6 +67,28 @@ def test_answers_are_those_of_chat(with_passages: RunningServer, model: Model, f
     assert text == answer["choices"][0]["message"]["content"]
 
 
+def test_sources_are_in_messages_of_anthropics_form(with_passages: RunningServer) -> None:
+    sources = with_passages.post(PATH, ask(QUESTION))[1]["sources"]
+    fields = ask(QUESTION, max_tokens=12)
+    status, message = with_passages.post("/v1/messages", fields)
+    assert (status, message["sources"], message["dropped_passages"]) == (200, sources, 0) and sources
+    body = json.dumps(fields | {"stream": True}).encode()
+    first, *rest = with_passages.request("POST", "/v1/messages", body)[2].decode().split("\n\n")
+    start = json.loads(first.partition("data: ")[2])["message"]
+    assert (start["sources"], start["content"]) == (sources, []) and "sources" not in "".join(rest)
+
+
+def test_sources_in_the_official_clients(with_passages: RunningServer) -> None:
+    anthropic = pytest.importorskip("anthropic")
+    fields = {"model": "tiny", "max_tokens": 5, "messages": [{"role": "user", "content": QUESTION}]}
+    with anthropic.Anthropic(base_url=with_passages.url, api_key="none", max_retries=0) as client:
+        complete = client.messages.create(**fields)
+        with client.messages.stream(**fields) as stream:
+            streamed = stream.get_final_message()
+    assert [hit["text"] for hit in complete.sources][:1] == [TEXTS["bees.txt"]]
+    assert streamed.sources == complete.sources
+
+
 def test_passages_are_for_the_last_question(with_passages: RunningServer) -> None:
     answer = with_passages.post(PATH, ask(QUESTION, "Four.", "And legs of ants?"))[1]
     assert [source["text"] for source in answer["sources"]] == [TEXTS["ants.txt"], TEXTS["bees.txt"]]
@@ -78,7 +100,8 @@ def test_passages_are_for_the_last_question(with_passages: RunningServer) -> Non
 
 
 def test_a_server_without_one_sends_no_sources(server: RunningServer) -> None:
-    assert "sources" not in server.post(PATH, ask(QUESTION))[1]
+    for path in (PATH, "/v1/messages"):
+        assert "sources" not in server.post(path, ask(QUESTION, max_tokens=1))[1]
 
 
 def test_passages_that_do_not_fit_are_dropped_from_the_last(file: Path) -> None:
