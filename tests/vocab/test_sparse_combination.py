@@ -89,3 +89,13 @@ def test_matching_pursuit_stops_at_an_exact_combination(cells: int, monkeypatch:
     assert np.count_nonzero(found[0]) == 1
     assert found[0].min() == -1
     assert np.count_nonzero(found[1]) == 2
+
+
+def test_matching_pursuit_of_a_vector_outside_the_span() -> None:
+    """After the two rows that span all, what is left of any further row is a rounding error, and is not used."""
+    shared = vectors(9, 2) @ vectors(2)
+    new = vectors(5)
+    found = dense(list(matching_pursuit(new, shared, 8)), len(shared))
+    projected = np.linalg.lstsq(unit(shared).T, unit(new).T, rcond=1e-5)[0].T @ unit(shared)
+    assert np.allclose(found @ unit(shared), projected, atol=1e-5)
+    assert (np.count_nonzero(found, axis=1) == 2).all()

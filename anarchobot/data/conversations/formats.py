@@ -308,7 +308,7 @@ def parse_pair(row: Row) -> PreferencePair:
         )
     prompt_fields = [name for name in _PROMPTS if row.get(name) is not None]
     if types == {str} and not prompt_fields:
-        sides = [_parse_transcript(answer, name) for name, answer in answers.items()]
+        sides = [_parse_transcript(answer, name, row) for name, answer in answers.items()]
     else:
         prompt = _parse_prompt(row[prompt_fields[0]], prompt_fields[0], row) if prompt_fields else []
         sides = [_parse_dialogue(prompt, answer, name, row) for name, answer in answers.items()]
@@ -329,16 +329,16 @@ def _parse_dialogue(prompt: list[Message], answer: Any, name: str, row: Row) -> 
     return check_turns(with_preamble(turns, row) if is_whole else [*prompt, *turns])
 
 
-def _parse_transcript(text: str, name: str) -> Conversation:
+def _parse_transcript(text: str, name: str, row: Row) -> Conversation:
     """Parses "\\n\\nHuman: ...\\n\\nAssistant: ..."; whitespace around turns is stripped."""
     before, *parts = _HH_TURN.split(text)
     if before.strip() or not parts:
         raise InvalidRow("missing prompt", f"'{name}' does not start with a Human turn, and the row has no 'prompt'")
-    turns = zip(parts[::2], parts[1::2], strict=True)
-    return check_turns(
+    turns = [
         parse_message(_HH_ROLES[speaker], content.strip(), f"'{name}', turn {i + 1}")
-        for i, (speaker, content) in enumerate(turns)
-    )
+        for i, (speaker, content) in enumerate(zip(parts[::2], parts[1::2], strict=True))
+    ]
+    return check_turns(with_preamble(turns, row))
 
 
 def _from_llmbar(row: Row) -> PreferencePair:

@@ -352,6 +352,14 @@ PAIR_FORMATS: dict[str, tuple[dict[str, Any], Any]] = {
         {"chosen": HH + " Because.", "rejected": HH + " No.\n"},
         ((("user", "Hi."), ("assistant", "Hello!\nYou?"), ("user", "Why?")), "Because.", "No."),
     ),
+    "hh with a system prompt": (
+        {
+            "chosen": "\n\nHuman: Why?\n\nAssistant: Because.",
+            "rejected": "\n\nHuman: Why?\n\nAssistant: No.",
+            "system": "Be.",
+        },
+        ((("system", "Be."), *PAIR[0]), *PAIR[1:]),
+    ),
 }
 
 

@@ -22,6 +22,7 @@ from anarchobot.model.architecture import forward_pass
 from anarchobot.model.loss import logits
 from anarchobot.runs import checkpoint
 from anarchobot.tasks.adaptation.checks import check
+from anarchobot.tasks.adaptation.initialization import adapted_config
 from anarchobot.tasks.adaptation.pipeline import adapt_vocab
 from anarchobot.tokenizers.canonical_tokens import canonical_tokens
 from anarchobot.tokenizers.tokenizer import load_tokenizer
@@ -87,6 +88,15 @@ def test_a_family_that_mlx_lm_computes(name: str, world: Path, tmp_path: Path) -
     assert {key for key, array in initial.items() if not np.array_equal(array, first[key])} == by_token
     assert any(not np.array_equal(first[key], array) for key, array in result.items() if key not in by_token)
     assert our_logits(root / "result", new_ids[:50]).shape == (50, 380)
+
+
+@pytest.mark.parametrize(("bos_id", "adapted"), [(None, None), (-1, -1), (7, 1)])
+def test_the_begin_token_is_that_of_the_target(bos_id: int | None, adapted: int | None, world: Path) -> None:
+    """-1 is none, which stays none; other ids change with the tokenizer (1 is SentencePiece's <s>)."""
+    base = load_pretrained(str(world / "model"))
+    model = base.model.model_copy(update={"bos_id": bos_id})
+    base = replace(base, config=base.config.model_copy(update={"model": model}))
+    assert adapted_config(base, load_tokenizer(world / "target.model")).bos_id == adapted
 
 
 EMBEDDINGS_PER_LAYER = {
