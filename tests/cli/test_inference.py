@@ -394,6 +394,6 @@ def test_the_documented_examples_run(run: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(100) == 130  # without active requests, and without an abort by MLX
     lines = [line for line in page.splitlines() if line.startswith("anarchobot serve")]
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line in lines:
         assert parse(build_parser(), shlex.split(line)[1:]).checkpoint == "runs/chat"
