@@ -151,10 +151,12 @@ def settings_for_shape(text_bytes: int, seconds: float, speed: Speed, layers: in
     seq_len = 128 if width < 160 else 256 if width < 256 else 512  # attention: at most an eighth of the FLOPs
     flops_per_token = _flops_per_token(vocab_size, layers, width, seq_len)
     flops = speed.flops(width)
-    tokens = min(seconds * flops / flops_per_token, MAX_EPOCHS * unique)
+    in_time, useful = seconds * flops / flops_per_token, MAX_EPOCHS * unique
+    tokens = min(in_time, useful)
     epochs = tokens / unique
     repetition = epochs * (blocks + 2 * head) / unique  # epochs times parameters per different token
-    sequences = max(1, _batch(tokens, speed.min_batch, width) // seq_len)
+    # Small batches are slower, but better where there is time for them.
+    sequences = max(1, _batch(tokens, speed.min_batch, width if in_time < useful else 0) // seq_len)
     steps = max(1, round(tokens / (sequences * seq_len)))
     return Settings(
         vocab_size=vocab_size,
@@ -184,7 +186,7 @@ def _batch(tokens: float, min_batch: int, width: int) -> int:
     MUON_BATCH * width, unless that leaves too few steps."""
     growth = math.log2(max(1.0, tokens / SHORT_RUN) ** 0.4)
     batch = BATCH * 2 ** math.floor(growth)
-    for wanted, steps in ((min_batch, MIN_STEPS), (MUON_BATCH * width, MUON_STEPS)):
+    for wanted, steps in ((min_batch, MIN_STEPS), (max(1, MUON_BATCH * width), MUON_STEPS)):
         enough_steps = 2 ** math.floor(math.log2(max(1.0, tokens / steps)))
         batch = max(batch, min(2 ** round(math.log2(wanted)), enough_steps))
     return int(min(batch, MAX_BATCH))
