@@ -258,7 +258,7 @@ def test_pairs_are_measured_under_their_own_key(tmp_path: Path, base: Path, pref
     (error,) = {row["error"] for row in result["variants"] if row["program"] == "mlx-lm"}
     assert error == "not measured: mlx-lm is compared in training of all weights on sequences only"
     assert resolve_technique(config.config, "dpo").messages[0].count("(measured on ") == 1
-    assert resolve_technique(config.config, "sft").messages[0].count("(default on ") == 1
+    assert resolve_technique(config.config, "sft").messages == []  # the default
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

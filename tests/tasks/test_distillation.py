@@ -235,7 +235,8 @@ def test_another_process_and_a_full_disk_end_the_run_in_one_line(
 def test_verify_and_plan_know_the_teacher(
     tmp_path: Path, tiny_shards: Path, teacher: Path, base: Path, chats: Path
 ) -> None:
-    path = write_config(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", train__teacher=str(teacher))
+    values = {"train__teacher": str(teacher), "model__sliding_window": 32}
+    path = write_config(tmp_path / "c.yaml", tiny_shards, tmp_path / "run", **values)
     checks = {check.name: check for check in verify(str(path), calibrate=False)}
     assert checks["model and data"].status == "pass" and "130 bytes per token cached" in checks["model and data"].found
     assert plan(load_config(path))["teacher_cache_bytes"] == 6 * 4 * 32 * 130
