@@ -126,7 +126,10 @@ def test_it_ends_with_the_run_though_its_process_goes_on(tmp_path: Path, monkeyp
     append(event("end", 15, finished=True))
     assert watched.sample() is not None and watched.state == "running"
     environment.write_text(json.dumps({"steps": 90}))
+    assert watched._log is not None
+    watched._log.last_event = -1e9
     append(event("resume", 15), event("train", 30, 20, loss=4.0))
+    assert watched.sample() is not None and watched._log.last_event >= 0
     monkeypatch.setattr("anarchobot.reporting.monitor.END_SECONDS", -1.0)
     assert watched.sample() is not None and watched.state == "running" and status.steps == 90
     append(event("end", 90, finished=True))

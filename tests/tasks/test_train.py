@@ -19,7 +19,7 @@ from anarchobot.data.sources.documents import clean_text
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.optim.schedule import sequences_per_step
 from anarchobot.runs import checkpoint
-from anarchobot.runs.run_log import read_summary
+from anarchobot.runs.run_log import read_run, read_summary
 from anarchobot.tasks import train, training_plan, training_samples
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tasks.training_plan import Plan, survey_texts
@@ -71,7 +71,7 @@ def files_below(folder: Path) -> list[str]:
 def test_texts_and_chats_become_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_texts(tmp_path / "notes")
     (tmp_path / "notes" / "old.txt").write_bytes("é".encode("latin1"))
-    chats = write_chats(tmp_path / "chats.jsonl")
+    chats = write_chats(tmp_path / "chats.jsonl", 60)
     words = ["train", "notes", "--time", "50m", "--chat", str(chats), "--json"]
     assert main(words) == 0
     result = json.loads(capsys.readouterr().out)
@@ -89,13 +89,16 @@ def test_texts_and_chats_become_a_model(tmp_path: Path, capsys: pytest.CaptureFi
     assert (run / "samples.txt").read_text().count(config.generation.prompt) == 3
     assert result["samples"] == "runs/notes/chat/samples.txt"
     assert Path(result["samples"]).read_text().count("assistant: ") == 3
-    assert "<svg" in Path(result["report"]).read_text()
+    report = Path(result["report"]).read_text()
+    assert "<svg" in report and "notes</th>" in report and "chat</th>" in report
     (not_read,) = result["not_read"]
     assert "not UTF-8" in not_read and not_read.endswith("not read: 1 (notes/old.txt)")
     chat = load_config(run / "chat" / "config.yaml").config
     assert (chat.train.init_from, chat.lora.r, chat.data.dataset) == (result["model"], None, str(chats))
     assert chat.train.lr == config.train.lr
     assert result["chat_val_loss"] == read_summary(run / "chat" / "logs")["best_val_loss"]
+    assert result["chat_val_loss_before"] == read_run(run / "chat").points("eval", "val_loss")[0][1]
+    assert result["val_bpb_before"] is None  # of a new model
     assert [command.split()[1] for command in result["commands"]] == [
         "tokenizer", "pretokenize", "pretrain", "report", "sft"
     ]  # fmt: skip
