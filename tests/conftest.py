@@ -1,6 +1,7 @@
 """Shared fixtures. A fast BLAS, if there is one, is loaded before MLX is imported; it only makes tests faster."""
 
 import gc
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -71,3 +72,11 @@ def shared_data() -> Path:
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read-only: tests that damage shards copy them first."""
     return make_shards(tmp_path_factory.mktemp("tiny") / "shards")
+
+
+@pytest.fixture(autouse=True)
+def _no_request_log() -> Iterator[None]:
+    """`serve` in this process logs to a stderr that pytest closes after the test."""
+    yield
+    for name in ("anarchobot.serving", "uvicorn.error"):
+        logging.getLogger(name).handlers.clear()
