@@ -50,7 +50,8 @@ def _monitor(args: argparse.Namespace) -> int:
         print(json.dumps(run_metrics(run) | {"steps": status.steps, "seconds_left": status.seconds_left}))
     else:
         best = f", best validation loss {status.best[1]:.4f} at step {status.best[0]:,}" if status.best else ""
-        resume = ": the same command resumes it" if run.state == "died" else ""
+        again = "the same command" if (folder / "train.json").exists() else "--resume-from auto"  # of `train`
+        resume = f": {again} resumes it" if run.state == "died" else ""
         print(f"{folder}: {run.state} at step {status.step:,}{best}{resume}")
         if not args.quiet and (folder / "chat" / "config.yaml").exists():
             print(f"the run on conversations: anarchobot monitor {folder / 'chat'}", file=sys.stderr)

@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -191,7 +191,7 @@ def _find_config(word: str) -> str:
     """A file, or the name of a configuration that comes with AnarchoBot."""
     if Path(word).is_file():
         if Path(word).suffix in (".jsonl", ".parquet", ".txt"):
-            raise UserError(f"{word}: not a configuration file (YAML); data are named with --dataset")
+            raise UserError(f"{word}: not a configuration file (YAML); for data, set data.dataset={word}")
         return word
     from anarchobot.config.templates import shipped_configs
 
@@ -212,7 +212,8 @@ def _missing_arguments(error: _UsageError, argv: Sequence[str]) -> UserError:
         return _UsageError(
             f"{error.message}; use --checkpoint instead of --model, the base model of adapters", error.parser
         )
-    path = next((word for word in argv[1:] if not word.startswith("-") and Path(word).exists()), None)
+    words = [word for before, word in pairwise(argv) if not before.startswith("-")]  # no values of flags
+    path = next((word for word in words if not word.startswith("-") and Path(word).exists()), None)
     if error.message.endswith(": --checkpoint") and path is not None:
         return _UsageError(f"{error.message}; did you mean --checkpoint {shlex.quote(path)}?", error.parser)
     return error

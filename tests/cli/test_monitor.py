@@ -108,7 +108,7 @@ def test_it_ends_with_the_run(
     output = capsys.readouterr()
     assert "50 of 100 (50%)" in output.err
     state, step = {True: ("finished", 50), False: ("stopped", 50), None: ("died", 60)}[finished]
-    advice = ": the same command resumes it" if state == "died" else ""
+    advice = ": --resume-from auto resumes it" if state == "died" else ""
     assert output.out == f"{run}: {state} at step {step}{advice}\n"
 
 

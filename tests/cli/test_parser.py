@@ -341,7 +341,8 @@ def test_names_of_other_programs_are_known(words: str, suggestion: str) -> None:
         ("serve model --port 1", "did you mean --checkpoint model?"),
         ("generate --checkpoint c hello", "did you mean --prompt hello?"),
         ("fuse --checkpoint c", "the adapters with --adapter"),
-        ("sft chats.jsonl", "chats.jsonl: not a configuration file (YAML); data are named with --dataset"),
+        ("serve --api-key-file model", "are required: --checkpoint (see"),
+        ("sft chats.jsonl", "chats.jsonl: not a configuration file (YAML); for data, set data.dataset=chats.jsonl"),
     ],
 )
 def test_the_flag_of_an_argument_without_one_is_named(

@@ -91,7 +91,7 @@ def test_a_family_that_mlx_lm_computes(name: str, world: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("bos_id", "adapted"), [(None, None), (-1, -1), (7, 1)])
-def test_the_begin_token_is_that_of_the_target(bos_id: int | None, adapted: int | None, world: Path) -> None:
+def test_bos_is_that_of_the_target_tokenizer(bos_id: int | None, adapted: int | None, world: Path) -> None:
     """-1 is none, which stays none; other ids change with the tokenizer (1 is SentencePiece's <s>)."""
     base = load_pretrained(str(world / "model"))
     model = base.model.model_copy(update={"bos_id": bos_id})
