@@ -89,6 +89,7 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/%.done: locks/%.lock pyproject.toml | .venv/bin/python
+	@echo "installing the packages of $<"
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@

@@ -92,8 +92,9 @@ def _train(args: argparse.Namespace) -> int:
         output = _other_output(args, output, planned, seconds, log)
     request = train.Request(args.texts, seconds, args.chat, args.model, output)
     is_started = train.is_started(request, log)
+    is_finished = is_started and train.is_finished(request)
     if is_started:
-        log(f"{request.output}: resuming")
+        log(f"{request.output}: {'finished' if is_finished else 'resuming'}")
     else:
         log("reading the texts and measuring this machine" if args.texts else "reading the conversations")
         plan = train.plan(request, started)
@@ -115,7 +116,7 @@ def _train(args: argparse.Namespace) -> int:
         print("stopped; resume with the same command", file=sys.stderr)
         return 130
     opens_chat = bool(result["chat"]) and sys.stdin.isatty() and not silent
-    _print_result(args, result, list(train.commands(request)), opens_chat)
+    _print_result(args, result, list(train.commands(request)), opens_chat, is_finished)
     if opens_chat:
         chat = parse(args.parser, ["chat", "--checkpoint", result["chat"]])
         return int(chat.run(chat) or 0)
@@ -174,13 +175,16 @@ def _before(value: float | None) -> str:
     return "" if value is None else f" ({value:.4f} before)"
 
 
-def _print_result(args: argparse.Namespace, result: dict[str, Any], commands: list[str], opens_chat: bool) -> None:
+def _print_result(
+    args: argparse.Namespace, result: dict[str, Any], commands: list[str], opens_chat: bool, was_finished: bool
+) -> None:
+    """Without the sample and the commands if the run `was_finished` before this command."""
     if args.json:
         print(json.dumps(result | {"commands": commands}))
         return
     if result["best_val_bpb"] is not None:
         print(
-            f"{result['model']}: {result['best_val_bpb']:.4f} bits per byte on held-out text"
+            f"{result['model']}: {result['best_val_bpb']:.4f} bits per byte on held-out text (lower is better)"
             + _before(result["val_bpb_before"])
         )
     if result["chat_val_loss"] is not None:
@@ -194,13 +198,13 @@ def _print_result(args: argparse.Namespace, result: dict[str, Any], commands: li
         print(f"{name}: {result[name]}")
     if args.quiet:
         return
-    from anarchobot.tasks.training_samples import SEPARATOR
+    lines = list(result["not_read"])
+    if not was_finished:
+        from anarchobot.tasks.training_samples import SEPARATOR
 
-    sample, *_ = Path(result["samples"]).read_text(encoding="utf-8").split(SEPARATOR)
-    print(f"\nsample:\n{sample.strip()}\n", file=sys.stderr)
-    for line in result["not_read"]:
-        print(line, file=sys.stderr)
-    lines = ["the same, one step at a time (first set another train.save_dir):", *(f"  {line}" for line in commands)]
+        sample, *_ = Path(result["samples"]).read_text(encoding="utf-8").split(SEPARATOR)
+        print(f"\nsample:\n{sample.strip()}\n", file=sys.stderr)
+        lines += ["the same, one step at a time (first set another train.save_dir):", *(f"  {c}" for c in commands)]
     use = f"chat --checkpoint {shlex.quote(result['chat'])}" if result["chat"] else (
         f"generate --checkpoint {shlex.quote(result['model'])}"
     )  # fmt: skip

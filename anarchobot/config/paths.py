@@ -27,6 +27,12 @@ def did_you_mean_run(path: Path) -> str:
     return f"; did you mean '{inside}'?" if not path.is_absolute() and inside.exists() else ""
 
 
+def newest_runs(count: int) -> list[Path]:
+    """The `count` run folders in runs/ that were saved last, the newest first."""
+    saved = sorted(RUNS.glob("*/latest.json"), key=lambda file: -file.stat().st_mtime)
+    return [file.parent for file in saved[:count]]
+
+
 def model_name_of(path: str | Path) -> str:
     """The name of a run: of its folder, also for a step or best.json in it; of the whole for the `chat` of `train`."""
     folder = Path(path).resolve()

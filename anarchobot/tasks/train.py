@@ -252,7 +252,8 @@ def train(request: Request, started: float, show: OutputMode, log: Log) -> dict[
         summary = _chat(request, started, show, log)
         result |= {"chat": _best(request, _chat_folder(request)), "chat_val_loss": summary["best_val_loss"]}
         result["chat_val_loss_before"] = _first_validation(_chat_folder(request), "val_loss")
-    log("writing samples and the report")
+    if not is_finished(request):
+        log("writing samples and the report")
     files = {"samples": str(_write_samples(request, result["chat"])), "report": str(_write_report(request))}
     return result | files | {"not_read": _read_state(request.output)["not_read"]}
 
@@ -438,6 +439,12 @@ def _best(request: Request, run: Path) -> str:
 
 def _chat_folder(request: Request) -> Path:
     return request.output / "chat" if request.texts else request.output
+
+
+def is_finished(request: Request) -> bool:
+    """Whether the samples of the last stage and the report are written, which is done last."""
+    folder = _chat_folder(request) if request.chat else request.output
+    return (folder / SAMPLES).exists() and (request.output / REPORT).exists()
 
 
 def _write_samples(request: Request, chat: str | None) -> Path:

@@ -18,11 +18,11 @@ SEARCHED = 1000  # conversations, for questions that are held out
 
 
 def continuations(path: str) -> str:
-    """COUNT texts that begin with generation.prompt. `path`: as of `load_model`."""
+    """COUNT continuations of generation.prompt. `path`: as of `load_model`."""
     model, config = load_model(path)
     settings = config.generation.model_copy(update={"max_new_tokens": MAX_TOKENS})
     texts = generate_batch(model, [settings.prompt] * COUNT, settings)
-    return SEPARATOR.join(settings.prompt + text for text in texts)
+    return SEPARATOR.join(f"prompt: {settings.prompt}\n\n{settings.prompt}{text}" for text in texts)
 
 
 def answers(path: str) -> str:

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from typing import Any, Self
 
 from rich.console import Console
@@ -20,6 +21,8 @@ from rich.table import Column
 from rich.text import Text
 
 from anarchobot.config.terminal import visible
+
+BAR_WIDTH = 20
 
 
 class _Console(Console):
@@ -44,7 +47,7 @@ class TerminalDisplay:
         self._console = _Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self._bar = Progress(  # drawn ten times a second
             TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=BAR_WIDTH),
             # Takes what is left of the line, and is cut if that is too little.
             TextColumn("{task.fields[now]}{task.description}", table_column=Column(ratio=1, no_wrap=True)),
             console=self._console,
@@ -61,26 +64,37 @@ class TerminalDisplay:
         with suppress(OSError):
             self._bar.stop()
 
-    def step(self, step: int, loss: float, smooth_loss: float) -> None:
+    def step(self, step: int, smooth_loss: float) -> None:
         """Advances the bar."""
         if not self._bar.disable:
-            self._bar.update(self._task, completed=step, now=self._now(step, loss, smooth_loss))
+            self._bar.update(self._task, completed=step, now=self._now(step, f"{smooth_loss:.4f}"))
 
     def train(self, step: int, values: dict[str, Any]) -> None:
-        """Shows the values of a log line: beside the bar, or as a line of its own."""
-        text = (
-            f" | lr {values['lr']:.2e} | norm {values['grad_norm']:.2f} | {values['tokens_per_second']:,.0f} tok/s"
-            f"{_tflops(values)} | {values['peak_memory_gb']:.2f} GB{_reward(values)}"
-        )
-        now = self._now(step, values["loss"], values["smooth_loss"])
+        """Shows the values of a log line: beside the bar, which has no room for two losses, or as a line of its own."""
+        parts = [
+            f"lr {values['lr']:.2e}",
+            f"norm {values['grad_norm']:.2f}",
+            f"{values['tokens_per_second']:,.0f} tok/s{_tflops(values)}",
+            f"{values['peak_memory_gb']:.2f} GB",
+            *_reward(values),
+        ]
+        smooth = f"{values['smooth_loss']:.4f}"
         if self._bar.disable:
-            self.message(f"step {step}/{self._steps} | {now}{text}")
+            now = self._now(step, f"{values['loss']:.4f} (smooth {smooth})")
+            self.message(" | ".join([f"step {step}/{self._steps}", now, *parts]))
         else:
-            self._bar.update(self._task, completed=step, now=now, description=text)
+            now = self._now(step, smooth)
+            self._bar.update(self._task, completed=step, now=now, description=self._fitting(now, parts))
 
-    def _now(self, step: int, loss: float, smooth_loss: float) -> str:
+    def _fitting(self, now: str, parts: list[str]) -> str:
+        """As many of the parts as the line beside the bar has room for."""
+        room = self._console.width - len(f"step {self._steps}/{self._steps}  {now} ") - BAR_WIDTH
+        ends = accumulate(len(part) + 3 for part in parts)
+        return "".join(f" | {part}" for part, end in zip(parts, ends, strict=True) if end <= room)
+
+    def _now(self, step: int, loss: str) -> str:
         per_step = (time.monotonic() - self._began) / max(1, step - self._start)
-        return f"loss {loss:.4f} (smooth {smooth_loss:.4f}) | {duration(per_step * (self._steps - step))} left"
+        return f"loss {loss} | {duration(per_step * (self._steps - step))} left"
 
     def message(self, text: str) -> None:
         if not self._quiet:
@@ -116,8 +130,8 @@ def activity_bar(label: str, quiet: bool = False) -> Iterator[Callable[[float], 
         yield lambda fraction: bar.update(task, total=1, completed=min(1, fraction))
 
 
-def _reward(values: dict[str, Any]) -> str:
-    return f" | reward {values['reward']:.3f}" if "reward" in values else ""
+def _reward(values: dict[str, Any]) -> list[str]:
+    return [f"reward {values['reward']:.3f}"] if "reward" in values else []
 
 
 def _tflops(values: dict[str, Any]) -> str:

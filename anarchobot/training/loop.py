@@ -151,7 +151,7 @@ class _TrainingLoop:
         if result.applied:
             self._skipped = 0
             smooth_loss = progress.record_train_loss(result.loss)
-            self._display.step(step, result.loss, smooth_loss)
+            self._display.step(step, smooth_loss)
             if step % train.log_interval == 0 or step == run.steps:
                 self._log_step(result, lr)
         else:

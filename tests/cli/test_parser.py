@@ -1,6 +1,7 @@
 """The command line: the frozen set of options, help with defaults, argument order, and error messages."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +355,18 @@ def test_the_flag_of_an_argument_without_one_is_named(
     with pytest.raises(UserError) as error:
         parse(build_parser(), words.split())
     assert hint in str(error.value)
+
+
+def test_a_missing_checkpoint_is_suggested_from_the_newest_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate(("new", "older run", "old", "oldest")):
+        (file := tmp_path / "runs" / name / "latest.json").parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (1000 - age, 1000 - age))
+    with pytest.raises(UserError, match="such as runs/new or 'runs/older run' or runs/old"):
+        parse(build_parser(), ["generate"])
 
 
 @pytest.mark.parametrize("word", KEYS_ELSEWHERE)

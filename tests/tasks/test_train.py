@@ -86,7 +86,7 @@ def test_texts_and_chats_become_a_model(tmp_path: Path, capsys: pytest.CaptureFi
     assert config.data.datasets == ["notes"]
     assert shards.tokens("val") > 0
     assert 0 < result["best_val_bpb"] < 8
-    assert (run / "samples.txt").read_text().count(config.generation.prompt) == 3
+    assert (run / "samples.txt").read_text().count(f"prompt: {(p := config.generation.prompt)}\n\n{p}") == 3
     assert result["samples"] == "runs/notes/chat/samples.txt"
     assert Path(result["samples"]).read_text().count("assistant: ") == 3
     report = Path(result["report"]).read_text()
@@ -325,8 +325,10 @@ def test_the_sample_that_is_printed_has_a_heading(tmp_path: Path, capsys: pytest
         "not_read": [],
     }
     result["samples"] = str(tmp_path / "samples.txt")
-    _print_result(Namespace(json=False, quiet=False), result, [], opens_chat=False)
-    assert "\nsample:\nOnce.\n" in capsys.readouterr().err
+    _print_result(Namespace(json=False, quiet=False), result, ["one"], opens_chat=False, was_finished=False)
+    assert "\nsample:\nOnce.\n" in (printed := capsys.readouterr().err) and "\n  one\n" in printed
+    _print_result(Namespace(json=False, quiet=False), result, ["one"], opens_chat=False, was_finished=True)
+    assert capsys.readouterr().err == "next: anarchobot generate --checkpoint m\n"
 
 
 def test_wrong_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
