@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -60,6 +61,8 @@ def launch_with_mlx(words: Sequence[str], options: Sequence[str]) -> int:
     for flag, file in pairwise(options):
         if flag == "--hostfile" and not Path(file).is_file():
             raise UserError(f"--hostfile {file}: no such file: create one with mlx.distributed_config")
+        if (flag, file) == ("--backend", "mpi") and shutil.which("mpirun") is None:
+            raise UserError("--backend mpi: mpirun was not found: install Open MPI, or use --backend ring")
     launcher = Path(sys.executable).with_name("mlx.launch")
     command = [sys.executable, "-P", str(launcher), *options, "--", *_command(words)]
     code, reported = 0, set[str]()

@@ -307,6 +307,12 @@ def test_usage_errors(words: list[str], message: str, capsys: pytest.CaptureFixt
     assert message in stderr and stderr.count("\n") == 1
 
 
+def test_mpi_without_mpirun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert main(["launch", "--backend", "mpi", "--", "pretrain", "c.yaml"]) == 2
+    assert "--backend mpi: mpirun was not found" in capsys.readouterr().err
+
+
 def test_other_machines_are_started_by_mlx_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(launch, "launch_with_mlx", lambda words, options: calls.append((words, options)) or 0)
