@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anarchobot.cli.parser import add_command, non_negative
-from anarchobot.cli.results import log_to, print_result
+from anarchobot.cli.results import log_to, note_chat_run, print_result
 from anarchobot.config.errors import UserError, did_you_mean
 from anarchobot.config.paths import model_name_of
 
@@ -88,6 +88,7 @@ def _export(args: argparse.Namespace) -> None:
             near = did_you_mean(str(value), names)
             raise UserError(f"argument {flag}: expected one of {', '.join(names)}, got '{value}'{near}")
     _check_combination(args, FORMATS[args.to])
+    note_chat_run(args)
     quantization = None if args.bits is None else MlxQuantization(args.bits, args.group_size or 64, args.mixed)
     if args.push is not None:
         check_repo(args.push)  # before the work
@@ -110,8 +111,11 @@ def _export(args: argparse.Namespace) -> None:
         check_paths(Path(args.output))
         done["pushed"] = upload(Path(args.output), args.push, args.public)
     if args.to == "ollama" and not (args.json or args.quiet):
-        name = model_name_of(args.checkpoint)
-        print(f"next: cd {shlex.quote(args.output)} && ollama create {shlex.quote(name)} -f Modelfile", file=sys.stderr)
+        name = shlex.quote(model_name_of(args.checkpoint))
+        print(
+            f"next: cd {shlex.quote(args.output)} && ollama create {name} -f Modelfile && ollama run {name}",
+            file=sys.stderr,
+        )
     if args.json:
         print_result(args, done)
     elif args.push is not None:

@@ -23,6 +23,7 @@ from anarchobot.cli.parser import (
     overrides,
     positive,
 )
+from anarchobot.cli.results import note_chat_run
 from anarchobot.config.errors import UserError, did_you_mean
 from anarchobot.config.paths import model_name_of
 from anarchobot.config.terminal import write_text
@@ -257,6 +258,7 @@ def _chat(args: argparse.Namespace) -> None:
     load_fast_blas()  # before MLX is imported
     from anarchobot.inference.chat import ChatSession
 
+    note_chat_run(args)
     # At a terminal, a chat does not repeat the last one.
     model, config = _load(args, {"generation.seed": secrets.randbelow(2**31)} if sys.stdin.isatty() else {})
     settings = config.knowledge_base
@@ -380,6 +382,7 @@ def _serve(args: argparse.Namespace) -> None:
     from anarchobot.inference.text_encoder import TextEncoder
     from anarchobot.knowledge.knowledge_base import KnowledgeBase
 
+    note_chat_run(args)
     options = ServerOptions(
         name=args.model_name or model_name_of(args.checkpoint),
         host=args.host,

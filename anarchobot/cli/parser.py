@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from anarchobot.config.errors import UserError, did_you_mean
-from anarchobot.config.paths import find_path, newest_runs
+from anarchobot.config.paths import find_path, such_as_runs
 
 REQUIRED = "required"  # in place of the default, in the help of a flag that sets a config key
 _SETTING = "setting "  # prefix of the dest of a flag that sets a config key
@@ -44,7 +44,6 @@ FLAGS_ELSEWHERE = {
     "--outtype": ("--type",),
     "--upload-repo": ("--push",),
 }
-NAMED_RUNS = 3  # runs that an error suggests
 KEY_VALUE = re.compile(r"\w[\w.-]*=")  # a file with such a name can be given as ./NAME
 
 
@@ -215,12 +214,11 @@ def _missing_arguments(error: _UsageError, argv: Sequence[str]) -> UserError:
         )
     words = [word for before, word in pairwise(argv) if not before.startswith("-")]  # no values of flags
     path = next((word for word in words if not word.startswith("-") and Path(word).exists()), None)
+    if path is not None and ": --checkpoint" in error.message:
+        return _UsageError(f"{error.message}; did you mean --checkpoint {shlex.quote(path)}?", error.parser)
     if not error.message.endswith(": --checkpoint"):
         return error
-    if path is not None:
-        return _UsageError(f"{error.message}; did you mean --checkpoint {shlex.quote(path)}?", error.parser)
-    runs = [shlex.quote(str(run)) for run in newest_runs(NAMED_RUNS)]
-    return _UsageError(f"{error.message}; such as {' or '.join(runs)}", error.parser) if runs else error
+    return _UsageError(f"{error.message}{such_as_runs()}", error.parser)
 
 
 def _similar_command(word: str, commands: Iterable[str]) -> str:

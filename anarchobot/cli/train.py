@@ -51,7 +51,9 @@ def add_commands(commands: Any) -> None:
         help="total time, such as 90s, 30m or 2h (default: 30m; to resume, that of the run)",
     )
     parser.add_argument(
-        "--chat", metavar="FILE", help="conversations to fine-tune on afterwards (default: no fine-tuning)"
+        "--chat",
+        metavar="FILE",
+        help="conversations to fine-tune on afterwards (default: no fine-tuning; to resume, those of the run)",
     )
     parser.add_argument(
         "--model",
@@ -86,15 +88,18 @@ def _train(args: argparse.Namespace) -> int:
             print(line, file=sys.stderr, flush=True)
 
     output = _output(args)
-    planned = train.planned_seconds(output)
+    planned, planned_chat = train.planned(output)
     seconds = seconds or planned or DEFAULT_SECONDS
     if planned not in (None, seconds):
-        output = _other_output(args, output, planned, seconds, log)
-    request = train.Request(args.texts, seconds, args.chat, args.model, output)
+        output, planned_chat = _other_output(args, output, planned, seconds, log), None
+    request = train.Request(args.texts, seconds, args.chat or planned_chat, args.model, output)
     is_started = train.is_started(request, log)
     is_finished = is_started and train.is_finished(request)
     if is_started:
-        log(f"{request.output}: {'finished' if is_finished else 'resuming'}")
+        state = "finished" if is_finished else "would be resumed" if args.dry_run else "resuming"
+        log(f"{request.output}: {state}")
+        if args.dry_run:
+            return 0
     else:
         log("reading the texts and measuring this machine" if args.texts else "reading the conversations")
         plan = train.plan(request, started)
@@ -116,7 +121,10 @@ def _train(args: argparse.Namespace) -> int:
         print("stopped; resume with the same command", file=sys.stderr)
         return 130
     opens_chat = bool(result["chat"]) and sys.stdin.isatty() and not silent
-    _print_result(args, result, list(train.commands(request)), opens_chat, is_finished)
+    if args.json:
+        print(json.dumps(result | {"commands": list(train.commands(request))}))
+    else:
+        _print_result(args, result, opens_chat, is_finished)
     if opens_chat:
         chat = parse(args.parser, ["chat", "--checkpoint", result["chat"]])
         return int(chat.run(chat) or 0)
@@ -175,13 +183,8 @@ def _before(value: float | None) -> str:
     return "" if value is None else f" ({value:.4f} before)"
 
 
-def _print_result(
-    args: argparse.Namespace, result: dict[str, Any], commands: list[str], opens_chat: bool, was_finished: bool
-) -> None:
-    """Without the sample and the commands if the run `was_finished` before this command."""
-    if args.json:
-        print(json.dumps(result | {"commands": commands}))
-        return
+def _print_result(args: argparse.Namespace, result: dict[str, Any], opens_chat: bool, was_finished: bool) -> None:
+    """Without the sample if the run `was_finished` before this command."""
     if result["best_val_bpb"] is not None:
         print(
             f"{result['model']}: {result['best_val_bpb']:.4f} bits per byte on held-out text (lower is better)"
@@ -198,14 +201,14 @@ def _print_result(
         print(f"{name}: {result[name]}")
     if args.quiet:
         return
-    lines = list(result["not_read"])
+    for line in result["not_read"]:
+        print(line, file=sys.stderr)
     if not was_finished:
         from anarchobot.tasks.training_samples import SEPARATOR
 
         sample, *_ = Path(result["samples"]).read_text(encoding="utf-8").split(SEPARATOR)
         print(f"\nsample:\n{sample.strip()}\n", file=sys.stderr)
-        lines += ["the same, one step at a time (first set another train.save_dir):", *(f"  {c}" for c in commands)]
     use = f"chat --checkpoint {shlex.quote(result['chat'])}" if result["chat"] else (
         f"generate --checkpoint {shlex.quote(result['model'])}"
     )  # fmt: skip
-    print("\n".join([*lines, f"{'opening' if opens_chat else 'next'}: anarchobot {use}"]), file=sys.stderr)
+    print(f"{'opening' if opens_chat else 'next'}: anarchobot {use}", file=sys.stderr)

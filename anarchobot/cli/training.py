@@ -107,31 +107,33 @@ def _grpo(args: argparse.Namespace) -> int:
 
 
 def _finetune(args: argparse.Namespace, name: str, task: Any) -> int:
-    from anarchobot.config.templates import DEFAULT_CONFIGS
     from anarchobot.tasks import supervise
-    from anarchobot.tasks.finetuning import load_tuning_config
 
-    loaded = load_tuning_config(
-        args.config or DEFAULT_CONFIGS[name], overrides(args), limit_lengths=args.config is None
-    )
-    _advise_full_tuning(args, name, loaded)
+    loaded = _load_tuning(args, name)
     if supervise.should_supervise(loaded.config, tuning=True):
         return _supervise(args, loaded, pairs=name == "dpo")
     return _print_summary(args, name, task(loaded, show=_show(args)))
 
 
-def _advise_full_tuning(args: argparse.Namespace, name: str, loaded: "LoadedConfig") -> None:
-    """The default, adapters, is for models that already know much."""
+def _load_tuning(args: argparse.Namespace, name: str) -> "LoadedConfig":
+    """The configuration. Without CONFIG, `sft` trains all weights of a small model instead of adapters, unless a key of
+    lora is given: adapters are for models that already know much."""
+    from anarchobot.config.templates import DEFAULT_CONFIGS, shipped_configs
     from anarchobot.model.parameters import parameter_count
+    from anarchobot.tasks.finetuning import load_tuning_config
 
+    given, is_default = overrides(args), args.config is None
+    loaded = load_tuning_config(args.config or DEFAULT_CONFIGS[name], given, limit_lengths=is_default)
+    keys = [word.partition("=")[0] if isinstance(word, str) else word[0] for word in given]
+    has_lora = any(key.startswith("lora.") for key in keys) or loaded.config.model.quantization is not None
     size = parameter_count(loaded.config.model)
-    if name == "sft" and args.config is None and loaded.config.lora.r is not None and size < SMALL_MODEL:
-        text = (
-            f"note: adapters change little of a model of {size / 1e6:.1f} million parameters: to train all of them, "
-            "run anarchobot sft tuning/sft with the same flags"
-        )
-        if not (args.quiet or args.json):
-            print(text, file=sys.stderr)
+    if name != "sft" or not is_default or has_lora or size >= SMALL_MODEL:
+        return loaded
+    if not (args.quiet or args.json):
+        text = f"training all {size:,} parameters: adapters (lora.r=8) change too little of a small model"
+        print(text, file=sys.stderr)
+    given = overrides(args, {"chat.rouge_samples": 0})
+    return load_tuning_config(str(shipped_configs()["tuning/sft"]), given, limit_lengths=True)
 
 
 def _supervise(args: argparse.Namespace, loaded: "LoadedConfig", pairs: bool = False) -> int:

@@ -1,10 +1,12 @@
 """Names of files that users give: the home folder, Unicode normalization, and several names of one folder."""
 
 import os
+import shlex
 import unicodedata
 from pathlib import Path
 
 RUNS = Path("runs")  # the folder of run folders
+NAMED_RUNS = 3  # in an error
 
 
 def find_path(name: str) -> str:
@@ -27,10 +29,18 @@ def did_you_mean_run(path: Path) -> str:
     return f"; did you mean '{inside}'?" if not path.is_absolute() and inside.exists() else ""
 
 
-def newest_runs(count: int) -> list[Path]:
-    """The `count` run folders in runs/ that were saved last, the newest first."""
+def such_as_runs() -> str:
+    """`; such as runs/b or runs/a`, the run folders in runs/ that were saved last; empty if there are none."""
     saved = sorted(RUNS.glob("*/latest.json"), key=lambda file: -file.stat().st_mtime)
-    return [file.parent for file in saved[:count]]
+    names = [shlex.quote(str(file.parent)) for file in saved[:NAMED_RUNS]]
+    return f"; such as {' or '.join(names)}" if names else ""
+
+
+def chat_run_of(path: str | Path) -> Path | None:
+    """The run on conversations that belongs to a run of `train`, if there is one: its `chat` folder."""
+    folder = Path(path)
+    chat = (folder.parent if folder.suffix == ".json" else folder) / "chat"
+    return chat if (chat.parent / "train.json").is_file() and (chat / "latest.json").is_file() else None
 
 
 def model_name_of(path: str | Path) -> str:

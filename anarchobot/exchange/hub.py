@@ -51,7 +51,7 @@ def resolve_model(path: str | Path) -> Path:
     near = did_you_mean_run(path)
     if not near and match is not None and (match[2] is not None or not path.parent.is_dir()):
         return _snapshot(match[1], match[2])
-    near = near or did_you_mean(path.name, [f.name for f in path.parent.iterdir()] if path.parent.is_dir() else [])
+    near = near or did_you_mean(str(path), map(str, path.parent.iterdir()) if path.parent.is_dir() else [])
     hub_name = "ORG/NAME" if match is None else f"{path}@main"
     raise UserError(
         f"{path}: no such folder"

@@ -34,7 +34,7 @@ def render_report(runs: Sequence[RunLog]) -> str:
     """Returns the page."""
     return render_page(
         "report.html.jinja",
-        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        title=" and ".join(run.name for run in runs) if len(runs) <= 2 else f"{len(runs)} runs",
         runs=runs,
         palette=PALETTE,
         summary={name: [format_value(run) for run in runs] for name, format_value in SUMMARY.items()},

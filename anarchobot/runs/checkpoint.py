@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.loading import config_from_dict
+from anarchobot.config.paths import RUNS, did_you_mean_run, such_as_runs
 from anarchobot.config.schema import Config, ModelConfig
 from anarchobot.model.lora import trained_shapes
 from anarchobot.storage.durable import HashedFile, fsync_dir, read_checksummed, sha256_file, write_checksummed
@@ -182,8 +183,9 @@ def find(path: str | Path, *, files: tuple[str, ...] = FILES, also_expected: str
         return _verified(folder, files)
     steps = sorted(saved_steps(folder), reverse=True) if folder.is_dir() else []
     if not steps:
+        near = did_you_mean_run(path) if path != RUNS else such_as_runs()
         raise UserError(
-            f"{path}: no checkpoint here: expected a run folder or one of its step_… folders{also_expected}"
+            f"{path}: no checkpoint here: expected a run folder or one of its step_… folders{also_expected}{near}"
         )
     damaged: list[str] = []
     for step in steps:

@@ -150,7 +150,7 @@ def _chat_tokens(request: Request, vocab_size: int) -> float:
 
 
 def _too_few_epochs(request: Request, epochs: float) -> str:
-    return f"warning: {request.chat}: time for {epochs:.2g} epochs only: answers need more --time, or fewer texts"
+    return f"warning: {request.chat}: time for {epochs:.2g} epochs only: for better answers, give more --time"
 
 
 def _check_conversations(name: str) -> list[str]:
@@ -180,16 +180,19 @@ def commands(request: Request) -> Iterator[str]:
             yield f"anarchobot report {request.output}"
 
 
-def planned_seconds(output: Path) -> float | None:
-    """The time that the plan in the output folder was made for; None if there is no plan."""
-    file = output / REQUEST
-    return float(_read_state(output)["request"]["time"].removesuffix(" s")) if file.exists() else None
+def planned(output: Path) -> tuple[float | None, str | None]:
+    """The time and the conversations that the plan in the output folder was made for; None if there is no plan."""
+    if not (output / REQUEST).exists():
+        return None, None
+    request = _read_state(output)["request"]
+    chat = None if request["chat"] is None else request["chat"].rpartition(" (")[0]
+    return float(request["time"].removesuffix(" s")), chat
 
 
 def is_started(request: Request, log: Log) -> bool:
-    """Whether the output folder has a plan. Other conversations take the place of those in the plan until tuning
-    begins, and are named. Raises UserError if the plan was made for another request, or a file of the request does not
-    exist."""
+    """Whether the output folder has a plan. Raises UserError if the plan was made for another request, or a file of
+    the request does not exist. Other conversations may take the place of those in the plan until tuning begins; they
+    are named."""
     now, file = request.as_json(), request.output / REQUEST
     if not file.exists():
         if request.output.exists() and any(request.output.iterdir()):
@@ -198,9 +201,8 @@ def is_started(request: Request, log: Log) -> bool:
     state = _read_state(request.output)
     before = state["request"]
     if before["chat"] != now["chat"] and request.texts and not (_chat_folder(request) / CONFIG).exists():
-        log(f"conversations: {now['chat'] or 'none'}; before: {before['chat'] or 'none'}")
+        log(f"conversations: {now['chat']}; before: {before['chat'] or 'none'}")
         before = before | {"chat": now["chat"]}
-        _update_state(request.output, request=before)
     changed = [
         f"{key} was {before[key] or 'none'}, is now {now[key] or 'none'}" for key in now if before[key] != now[key]
     ]
@@ -241,6 +243,7 @@ def train(request: Request, started: float, show: OutputMode, log: Log) -> dict[
 
     Raises Stopped after a stop request; the same call resumes.
     """
+    _update_state(request.output, request=request.as_json())
     result: dict[str, Any] = dict.fromkeys(
         ("model", "best_val_bpb", "val_bpb_before", "chat", "chat_val_loss", "chat_val_loss_before")
     )
@@ -282,7 +285,8 @@ def _pretrain(request: Request, started: float, show: OutputMode, log: Log) -> d
     if _read_state(request.output)["preparation_seconds"] is None:
         _update_state(request.output, preparation_seconds=time.monotonic() - started)
     if loaded.config.train.schedule == "constant":
-        log(f"the first {count(loaded.config.train.total_steps, 'step')} measure the speed of the run")
+        first = count(loaded.config.train.total_steps, "step")
+        log(f"the first {first} measure the speed, from which the length of the run follows")
     summary = _run("pretrain", path, request, show, log)
     if load_config(path).config.train.schedule == "constant":
         steps = _set_length(request, path, summary)
@@ -371,8 +375,7 @@ def _chat(request: Request, started: float, show: OutputMode, log: Log) -> dict[
         base = _chat_base(request)
         folder.mkdir(parents=True, exist_ok=True)
         sections, step_seconds = _chat_sections(request, base, started)
-        if (epochs := sections["train"]["epochs"]) < 1:
-            log(_too_few_epochs(request, epochs))
+        log(f"fine-tuning on {request.chat}: {sections['train']['epochs']:.2g} epochs")
         _update_state(request.output, step_seconds=step_seconds)
         write_atomic(path, dump(sections))
     return _run("sft", path, request, show, log)

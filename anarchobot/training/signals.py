@@ -78,9 +78,10 @@ class StopRequest:
                 continue
             count += 1
             if count == 1:
-                self._print(
-                    f"\n{signal.Signals(number).name}: saving after this step; press Ctrl-C to stop immediately"
+                name, key = (
+                    ("Ctrl-C", "it again") if number == signal.SIGINT else (signal.Signals(number).name, "Ctrl-C")
                 )
+                self._print(f"\n{name}: saving after this step; press {key} to stop immediately")
             elif number == signal.SIGINT and not self._ended.wait(GRACE_SECONDS):
                 # Checkpoints on disk are complete at any moment, so there is nothing to wait for.
                 self._print("stopped")

@@ -340,6 +340,7 @@ def test_names_of_other_programs_are_known(words: str, suggestion: str) -> None:
     [
         ("chat model", "did you mean --checkpoint model?"),
         ("serve model --port 1", "did you mean --checkpoint model?"),
+        ("export model --to hf", "did you mean --checkpoint model?"),
         ("generate --checkpoint c hello", "did you mean --prompt hello?"),
         ("fuse --checkpoint c", "the adapters with --adapter"),
         ("serve --api-key-file model", "are required: --checkpoint (see"),

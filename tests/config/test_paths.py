@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from anarchobot.config.loading import load_config
-from anarchobot.config.paths import find_path, is_same_folder, model_name_of
+from anarchobot.config.paths import chat_run_of, find_path, is_same_folder, model_name_of
 
 NFC, NFD = "caf\u00e9", "cafe\u0301"
 
@@ -67,3 +67,13 @@ def test_one_folder_with_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     real = Path.stat
     monkeypatch.setattr(Path, "stat", lambda self, **k: real(Path(str(self).lower()), **k))  # as on macOS
     assert is_same_folder(tmp_path / "Run", tmp_path / "run")
+
+
+def test_the_chat_model_of_train_is_found_beside_its_texts(tmp_path: Path) -> None:
+    for file in ("notes/train.json", "notes/chat/latest.json", "other/chat/latest.json", "begun/train.json"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    chat = tmp_path / "notes" / "chat"
+    assert chat_run_of(tmp_path / "notes") == chat_run_of(str(tmp_path / "notes" / "best.json")) == chat
+    for name in ("other", "begun", "notes/chat", "none"):
+        assert chat_run_of(tmp_path / name) is None

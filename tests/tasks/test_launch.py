@@ -142,7 +142,7 @@ def test_ctrl_c_saves_once_and_stops_all(tmp_path: Path, tiny_shards: Path) -> N
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
-    assert stderr.count("SIGINT: saving after this step") == 1 and "ended early" not in stderr
+    assert stderr.count("Ctrl-C: saving after this step; press it again") == 1 and "ended early" not in stderr
     (step,) = re.findall(r"stopped at step (\d+); resume with: anarchobot launch ... -- pretrain", stderr)
     assert max(checkpoint.saved_steps(tmp_path / "run")) == int(step)
 

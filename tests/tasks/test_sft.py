@@ -6,23 +6,23 @@ import re
 import shutil
 import signal
 import sys
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from anarchobot.cli.main import main
-from anarchobot.cli.training import _advise_full_tuning
+from anarchobot.cli.main import build_parser, main
+from anarchobot.cli.parser import parse
+from anarchobot.cli.training import _load_tuning
 from anarchobot.config.errors import UserError
-from anarchobot.config.loading import LoadedConfig
 from anarchobot.config.schema import Config
 from anarchobot.exchange.adapters import read_adapter
 from anarchobot.exchange.exporting import export
 from anarchobot.exchange.fusing import fuse
 from anarchobot.exchange.pretrained import load_pretrained
 from anarchobot.inference.model import load_model
+from anarchobot.model.parameters import parameter_count
 from anarchobot.runs import checkpoint
 from anarchobot.tasks.pretrain import pretrain
 from anarchobot.tasks.sft import sft
@@ -312,15 +312,16 @@ def test_command(tmp_path: Path, base: Path, chats: Path, capsys: pytest.Capture
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("config", "rank", "width", "advised"),
-    [(None, 8, 64, True), (None, None, 64, False), ("c.yaml", 8, 64, False), (None, 8, 1024, False)],
-)
-def test_full_tuning_is_advised_for_small_models(
-    config: str | None, rank: int | None, width: int, advised: bool, capsys: pytest.CaptureFixture[str]
+def test_all_weights_of_a_small_model_are_trained_without_config(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By default, with adapters, which change little of them."""
-    values = {"model": {"d_model": width, "n_heads": 4, "n_layers": 4, "vocab_size": 512}, "lora": {"r": rank}}
-    loaded = LoadedConfig(Config.model_validate(values), {})
-    _advise_full_tuning(Namespace(config=config, quiet=False, json=False), "sft", loaded)
-    assert ("anarchobot sft tuning/sft" in capsys.readouterr().err) == advised
+    def load(*words: str) -> Config:
+        return _load_tuning(parse(build_parser(), ["sft", "--model", str(base), *words]), "sft").config
+
+    config = load()
+    assert config.lora.r is None and config.train.optimizer == "muon_adamw"
+    assert f"training all {parameter_count(config.model):,} parameters" in capsys.readouterr().err
+    assert load("lora.r=4").lora.r == 4
+    assert load("lora.alpha=4").lora.r == 8
+    monkeypatch.setattr("anarchobot.cli.training.SMALL_MODEL", 1e3)
+    assert load().lora.r == 8

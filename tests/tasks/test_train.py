@@ -113,6 +113,30 @@ def test_texts_and_chats_become_a_model(tmp_path: Path, capsys: pytest.CaptureFi
     assert "texts was notes (13 files, " in capsys.readouterr().err
 
 
+def test_conversations_of_a_stopped_run_are_kept_and_a_dry_run_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_texts(tmp_path / "notes")
+    chats, others = write_chats(tmp_path / "chats (old).jsonl", 20), write_chats(tmp_path / "others.jsonl", 20)
+    requests: list[train.Request] = []
+
+    def stopped(request: train.Request, *args: Any) -> None:
+        requests.append(request)
+        raise train.Stopped
+
+    monkeypatch.setattr(train, "train", stopped)
+    assert main(["train", "notes", "--time", "50m", "--chat", str(chats)]) == 130
+    before = Path("runs/notes/train.json").read_bytes()
+    capsys.readouterr()
+    assert main(["train", "notes", "--dry-run", "--chat", str(others)]) == 0
+    assert Path("runs/notes/train.json").read_bytes() == before
+    printed = capsys.readouterr().err
+    assert "runs/notes: would be resumed" in printed and "measured just now" not in printed
+    assert main(["train", "notes"]) == 130
+    assert main(["train", "notes", "--chat", str(others)]) == 130
+    assert [request.chat for request in requests] == [str(chats), str(chats), str(others)]
+
+
 def test_another_time_is_a_new_run_beside_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,9 +349,9 @@ def test_the_sample_that_is_printed_has_a_heading(tmp_path: Path, capsys: pytest
         "not_read": [],
     }
     result["samples"] = str(tmp_path / "samples.txt")
-    _print_result(Namespace(json=False, quiet=False), result, ["one"], opens_chat=False, was_finished=False)
-    assert "\nsample:\nOnce.\n" in (printed := capsys.readouterr().err) and "\n  one\n" in printed
-    _print_result(Namespace(json=False, quiet=False), result, ["one"], opens_chat=False, was_finished=True)
+    _print_result(Namespace(json=False, quiet=False), result, opens_chat=False, was_finished=False)
+    assert "\nsample:\nOnce.\n" in capsys.readouterr().err
+    _print_result(Namespace(json=False, quiet=False), result, opens_chat=False, was_finished=True)
     assert capsys.readouterr().err == "next: anarchobot generate --checkpoint m\n"
 
 
