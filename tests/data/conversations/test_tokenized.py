@@ -218,8 +218,6 @@ def test_skipped_and_truncated_rows_are_counted(make_chat: MakeChat) -> None:
     assert share not in ("0.0%", "100.0%")
     dropped = f"{share} of loss tokens dropped: see data.seq_len"
     assert counts.summary()[0] == f"5 rows read, 3 kept, 2 truncated ({dropped})"
-        f"5 rows read, 3 kept, 2 truncated ({share} of loss tokens dropped: see data.seq_len)"
-    )
     assert (np.diff(tokenized.train.offsets) <= 41).all()
     counts = RowCounts(read=5, kept=5)
     assert tokenize_conversations(found, chat.encoder(), counts, seq_len=40, too_long="drop").train.count == 1
