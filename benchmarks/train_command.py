@@ -40,6 +40,9 @@ HAND_MADE: dict[str, dict[str, Any]] = {
     "4 x 128, as quickstart": {"model.n_layers": 4, "model.d_model": 128, "model.vocab_size": 1024},
     "4 x 128, vocabulary 2,048": {"model.n_layers": 4, "model.d_model": 128, "model.vocab_size": 2048},
     "4 x 128, vocabulary 4,096": {"model.n_layers": 4, "model.d_model": 128, "model.vocab_size": 4096},
+    "4 x 96, vocabulary 4,096, MLP of 2 x width": {
+        "model.n_layers": 4, "model.d_model": 96, "model.vocab_size": 4096, "model.mlp_multiple": 2,
+    },
     "4 x 96, vocabulary 512, dropout 0.1, weight decay 1.6": {
         "model.n_layers": 4, "model.d_model": 96, "model.vocab_size": 512, "model.dropout": 0.1,
         "train.weight_decay": 1.6,

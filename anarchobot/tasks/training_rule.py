@@ -25,6 +25,7 @@ SHAPES = (  # layers, width
 )
 MEASURED_SHAPES = ((4, 64), (6, 256))  # two widths, from which a machine's speed at all widths follows
 HEAD_SIZE = 32  # 64 from a width of 512
+MLP_MULTIPLE = 2  # hidden width of the MLP, in widths of the model
 VOCAB_SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 VOCAB_SCALE, VOCAB_EXPONENT = 7.5, 0.83  # of the parameters of the blocks: how many the embedding may have
 SMALL_VOCAB = 4096  # which any model may have
@@ -34,7 +35,7 @@ SHORT_RUN = 4e5  # training tokens
 BATCH, MAX_BATCH = 512, 2**16  # tokens per step, of a short and of the longest run
 MIN_STEPS = 1000
 MUON_BATCH, MUON_STEPS = 8, 500  # tokens per step for each unit of width, with which Muon takes a third of a step
-LR, LR_WIDTH = 1e-2, 256  # of a short run of a model up to this width
+LR, LR_WIDTH = 1e-2, 128  # of a short run of a model of this width
 DECAY_FRACTION = 0.7
 MIN_DECAY, MAX_DECAY = 0.02, 1.6  # of the weights
 NO_REPETITION, DECAY_SLOPE = 4.0, 0.05  # weight decay grows with repetition beyond NO_REPETITION
@@ -92,6 +93,7 @@ class Settings:
                 "n_layers": self.layers,
                 "d_model": self.width,
                 "n_heads": self.width // head_size(self.width),
+                "mlp_multiple": MLP_MULTIPLE,
                 "dropout": self.dropout,
                 "max_seq_len": max(512, 2 * self.seq_len),
                 "sliding_window": self.seq_len,
@@ -133,7 +135,7 @@ def bytes_per_token(vocab_size: int) -> float:
 
 def parameters(vocab_size: int, layers: int, width: int) -> tuple[int, int]:
     """Parameters in the blocks, and in one of embedding and output head."""
-    return layers * 16 * width**2, vocab_size * width
+    return layers * (4 + 3 * MLP_MULTIPLE) * width**2, vocab_size * width
 
 
 def settings_for_shape(text_bytes: int, seconds: float, speed: Speed, layers: int, width: int) -> Settings:
@@ -165,7 +167,7 @@ def settings_for_shape(text_bytes: int, seconds: float, speed: Speed, layers: in
         seq_len=seq_len,
         sequences=sequences,
         steps=steps,
-        lr=_round(LR * max(1.0, tokens / SHORT_RUN) ** -0.12 * min(1.0, LR_WIDTH / width) ** 0.5),
+        lr=_round(LR * max(1.0, tokens / SHORT_RUN) ** -0.12 * (LR_WIDTH / width) ** 0.5),
         dropout=0.0 if repetition < 20 else 0.1 if repetition < 80 else 0.2,
         weight_decay=_round(min(MAX_DECAY, max(MIN_DECAY, DECAY_SLOPE * (repetition - NO_REPETITION)))),
         parameters=blocks + 2 * head,
