@@ -116,11 +116,11 @@ def _byte_level_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-_BYTES = _byte_level_alphabet()
+BYTE_LEVEL = _byte_level_alphabet()
 
 
 def _from_byte_level(token: str) -> CanonicalToken:
-    if not all(character in _BYTES for character in token):
+    if not all(character in BYTE_LEVEL for character in token):
         return CanonicalToken(token.encode(), "text")
-    raw = bytes(_BYTES[character] for character in token)
+    raw = bytes(BYTE_LEVEL[character] for character in token)
     return CanonicalToken(raw, "byte" if len(raw) == 1 and raw[0] >= 0x80 else "text")

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from anarchobot.config.errors import UserError
-from anarchobot.tokenizers.sentencepiece_to_json import NotConvertible, spm_to_json
+from anarchobot.tokenizers.sentencepiece_to_byte_level import spm_to_byte_level
+from anarchobot.tokenizers.sentencepiece_to_json import NotConvertible
 from anarchobot.tokenizers.tokenizer import (
     CHAT_TOKENS,
     END_OF_DOCUMENT,
@@ -192,10 +193,10 @@ def _fast_encoder(tokenizer: Tokenizer) -> tuple[Any, tuple[str, ...]]:
     import fastokens
 
     avoid: list[str] = []
+    partial_characters: dict[int, list[int]] = {}
     if isinstance(tokenizer, SentencePieceTokenizer):
-        model, tied_spaces = spm_to_json(tokenizer.files[0])
-        avoid += ["▁", "<0x"]  # encoded as a space and as a byte
-        avoid += [token["content"] for token in tokenizer.added_tokens.values()]
+        model, tied_spaces, partial_characters = spm_to_byte_level(tokenizer.files[0])
+        avoid += ["▁", *(token["content"] for token in tokenizer.added_tokens.values())]
         if tied_spaces:
             avoid.append(" " * tied_spaces)
     else:
@@ -211,7 +212,34 @@ def _fast_encoder(tokenizer: Tokenizer) -> tuple[Any, tuple[str, ...]]:
         encoder.encode_batch_flat([_EVERY_BYTE])
     except ValueError as error:  # an unsupported feature, or a byte without a token
         raise NotConvertible(" ".join(str(error).split())[:200]) from error
+    if partial_characters:
+        encoder = _WithPartialCharacters(encoder, partial_characters)
     return encoder, tuple(avoid)
+
+
+class _WithPartialCharacters:
+    """Replaces ids of partial characters by the ids of their bytes: see `ByteLevelModel`."""
+
+    def __init__(self, encoder: Any, partial_characters: dict[int, list[int]]) -> None:
+        self._encoder, self._first = encoder, min(partial_characters)
+        self._lengths = np.array([len(ids) for ids in partial_characters.values()])
+        self._bytes = np.array([[*ids, 0][:3] for ids in partial_characters.values()], np.uint32)
+
+    def encode_batch_flat(self, texts: list[str]) -> tuple[Any, Any]:
+        buffer, offsets = self._encoder.encode_batch_flat(texts)
+        ids = np.frombuffer(buffer, np.uint32)
+        (found,) = np.nonzero(ids >= self._first)
+        if not len(found):
+            return buffer, offsets
+        partial = ids[found] - self._first
+        counts = np.ones(len(ids), np.int64)
+        counts[found] = self._lengths[partial]
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        result = np.repeat(ids, counts)
+        for i in range(self._bytes.shape[1]):
+            has = self._lengths[partial] > i
+            result[starts[found[has]] + i] = self._bytes[partial[has], i]
+        return result, starts[np.frombuffer(offsets, np.uint64)].astype(np.uint64)
 
 
 # Contains every byte that occurs in UTF-8.

@@ -25,12 +25,53 @@ def unknown_id(proto: Any) -> int:
 
 
 def spm_to_json(path: Path) -> tuple[str, int]:
-    """Returns the JSON text, and the number of consecutive spaces from which its ids may differ (0: never); see
-    `_scores`.
+    """Returns the JSON text, and the number of consecutive spaces from which its ids may differ (0: never).
 
     Control and unknown pieces are not added tokens, so "<s>" in a text stays text, as in SentencePiece; only "<0x41>"
     would become its byte. Raises NotConvertible for anything but plain BPE.
     """
+    proto, merges, tied_spaces = read_bpe(path)
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    # fastokens matches a piece with a character outside the vocabulary, as "<s>" may have, without any merge. Pieces
+    # that text can't produce are therefore renamed to contain a space, which never occurs after normalization.
+    reachable = {left + right for left, right in merges}
+    names = {
+        piece.piece if piece.type == BYTE or len(piece.piece) == 1 or piece.piece in reachable else f"piece {i}": i
+        for i, piece in enumerate(proto.pieces)
+    }
+    spaces: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    if normalizer.add_dummy_prefix:
+        spaces.insert(0, {"type": "Prepend", "prepend": "▁"})
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": f"piece {unknown_id(proto)}",
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": trainer.byte_fallback,
+        "ignore_merges": False,
+        "vocab": names,
+        "merges": [f"{left} {right}" for left, right in merges],  # parsed twice as fast as lists of two
+    }
+    spec: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": {"type": "Sequence", "normalizers": spaces},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": None,
+        "model": model,
+    }
+    return orjson.dumps(spec).decode(), tied_spaces
+
+
+def read_bpe(path: Path) -> tuple[Any, list[tuple[str, str]], int]:
+    """Returns the model, its merges (left, right) in the order in which they apply, and the number of consecutive
+    spaces from which its ids may differ from theirs (0: never); see `_scores`. Raises NotConvertible for anything but
+    plain BPE."""
     proto = read_sentencepiece_proto(path)
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type != trainer.BPE:
@@ -48,40 +89,7 @@ def spm_to_json(path: Path) -> tuple[str, int]:
         if (left := piece[:cut]) in scores and (right := piece[cut:]) in scores
     ]
     merges.sort()
-    # fastokens matches a piece with a character outside the vocabulary, as "<s>" may have, without any merge. Pieces
-    # that text can't produce are therefore renamed to contain a space, which never occurs after normalization.
-    reachable = {left + right for _, _, left, right in merges}
-    names = {
-        piece if kind == BYTE or len(piece) == 1 or piece in reachable else f"piece {i}": i
-        for i, (piece, kind, _) in enumerate(pieces)
-    }
-    spaces: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
-    if normalizer.add_dummy_prefix:
-        spaces.insert(0, {"type": "Prepend", "prepend": "▁"})
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": f"piece {unknown_id(proto)}",
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": True,
-        "byte_fallback": trainer.byte_fallback,
-        "ignore_merges": False,
-        "vocab": names,
-        "merges": [f"{left} {right}" for _, _, left, right in merges],  # parsed twice as fast as lists of two
-    }
-    spec: dict[str, Any] = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": {"type": "Sequence", "normalizers": spaces},
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": None,
-        "model": model,
-    }
-    return orjson.dumps(spec).decode(), tied_spaces
+    return proto, [(left, right) for _, _, left, right in merges], tied_spaces
 
 
 def _scores(pieces: list[tuple[str, int, float]], dummy_prefix: bool) -> tuple[dict[str, float], int]:

@@ -51,22 +51,34 @@ def test_ids_equal_the_reference(trained: dict[str, Path], corpus: list[str], ki
     assert engine.decode([*engine.encode_batch(["▁ é\n"])[0].tolist(), engine.eod_id]) == "▁ é\n"
 
 
-@pytest.mark.parametrize("prefix", [False, True])
-def test_sentencepiece_with_dummy_prefix(tmp_path: Path, corpus: list[str], prefix: bool) -> None:
-    """As in Llama and Mistral; and without byte fallback, so that text can have the "unknown" id."""
+def sentencepiece_bpe(folder: Path, corpus: list[str], vocab_size: int = 600, **options: bool) -> Tokenizer:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([line for text in corpus for line in text.split("\n")]),
-        model_prefix=str(tmp_path / "made"),
-        vocab_size=500,
+        model_prefix=str(folder / "made"),
+        vocab_size=vocab_size,
         model_type="bpe",
-        byte_fallback=prefix,
-        add_dummy_prefix=prefix,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         minloglevel=2,
+        **options,
     )
-    reference = load_tokenizer(tmp_path / "made.model")
+    return load_tokenizer(folder / "made.model")
+
+
+def test_sentencepiece_with_dummy_prefix(tmp_path: Path, corpus: list[str]) -> None:
+    """As in Llama and Mistral."""
+    reference = sentencepiece_bpe(tmp_path, corpus, byte_fallback=True, add_dummy_prefix=True)
     check_equal(fast(reference), reference, [*corpus, "日本 日", " ", " a", "▁", "▁a ▁ b", *adversarial_texts()])
+
+
+def test_characters_that_begin_like_one_in_the_vocabulary(tmp_path: Path) -> None:
+    """日 is in the vocabulary; 旦 shares two of its bytes, 本 one, and 🙂 three of 🙃's."""
+    reference = sentencepiece_bpe(tmp_path, ["日 🙃 the end " * 9] * 9, 280, byte_fallback=True)
+    engine = fast(reference)
+    texts = ["旦", "日", "本日旦", "🙂🙃", "x 🙂\n旦", "🙂", ""]
+    ids = reference.encode_batch(["日旦本🙂🙃"])[0]
+    assert len(ids) == 1 + 3 + 3 + 4 + 1
+    check_equal(engine, reference, texts)
 
 
 @pytest.mark.parametrize("limit", [150_000, pytest.param(None, marks=pytest.mark.faults)], ids=["beginnings", "whole"])
@@ -262,6 +274,20 @@ def test_mismatch_on_adversarial_texts_is_detected_at_once(
 
 
 # Without a fast engine
+
+
+@pytest.mark.parametrize(
+    "option, reason",
+    [("byte_fallback", "no byte fallback"), ("split_by_whitespace", "spaces after their first character")],
+)
+def test_unsupported_sentencepiece_bpe_uses_the_reference(
+    tmp_path: Path, corpus: list[str], option: str, reason: str
+) -> None:
+    """Without byte fallback, text can have the "unknown" id; with pieces across spaces, it can't be split at them."""
+    reference = sentencepiece_bpe(tmp_path, corpus, **{"byte_fallback": True, option: False})
+    messages: list[str] = []
+    assert select_engine(reference, "auto", "stop", messages.append) is reference
+    assert reason in messages[0]
 
 
 def test_unigram_model_uses_the_reference(trained: dict[str, Path]) -> None:
