@@ -576,7 +576,7 @@ def test_key_data__val_fraction(tmp_path: Path) -> None:
 
 
 def test_key_tokenizer__on_mismatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def select(tokenizer: Any, engine: str, on_mismatch: Any, log: Any) -> VerifiedTokenizer:
+    def select(tokenizer: Any, engine: str, on_mismatch: Any, log: Any, text_bytes: Any) -> VerifiedTokenizer:
         wrong = Broken(tokenizer, lambda number, text, ids: ids + 1)
         return VerifiedTokenizer(tokenizer, wrong, on_mismatch=on_mismatch, log=log)
 

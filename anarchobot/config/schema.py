@@ -546,7 +546,9 @@ class TokenizerConfig(Section):
         "sentencepiece", description="sentencepiece: one .model file; gpt2: byte-level vocab.json and merges.txt"
     )
     engine: Literal["auto", "fast", "reference"] = Field(
-        "auto", description="tokenizer implementation; auto: fast if it is installed and supports the tokenizer"
+        "auto",
+        description="tokenizer implementation; auto: the faster one for the text, of those that are installed and "
+        "support the tokenizer",
     )
     on_mismatch: Literal["stop", "fallback"] = Field(
         "stop", description="what to do if token ids of the fast and the reference implementation differ"

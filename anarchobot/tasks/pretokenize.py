@@ -20,7 +20,14 @@ from anarchobot.data.pretokenize import Pretokenizer
 from anarchobot.data.resume import is_complete, source_provenance
 from anarchobot.data.shards import Manifest, read_manifest
 from anarchobot.data.sources import files, hub
-from anarchobot.data.sources.documents import Document, DocumentCounts, from_files, from_ranges, open_source
+from anarchobot.data.sources.documents import (
+    Document,
+    DocumentCounts,
+    from_files,
+    from_ranges,
+    open_source,
+    total_bytes,
+)
 from anarchobot.data.sources.files import split_files
 from anarchobot.tokenizers.fast_tokenizer import engine_name, select_engine
 from anarchobot.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -83,7 +90,8 @@ def open_corpus(
     names, documents = (
         open_documents(config, inputs, counts, warn) if part is None else _open_part(config, inputs, counts, part)
     )
-    tokenizer = select_engine(tokenizer, config.tokenizer.engine, config.tokenizer.on_mismatch, log)
+    settings = config.tokenizer
+    tokenizer = select_engine(tokenizer, settings.engine, settings.on_mismatch, log, total_bytes(names))
     source = source_provenance(names, config.data) | {"tokenised with": engine_name(tokenizer)}
     job = Pretokenizer(
         tokenizer,

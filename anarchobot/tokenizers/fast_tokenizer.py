@@ -9,7 +9,9 @@ import random
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from itertools import pairwise
+from math import inf
 from threading import Lock
+from time import process_time, thread_time
 from typing import Any, Literal
 
 import numpy as np
@@ -29,9 +31,14 @@ from anarchobot.tokenizers.tokenizer import (
 PACKAGE = "fastokens"
 INSTALL = "pip install fastokens==0.3.5"  # the version in the extra `fast`
 
+# Building the fast engine and comparing the start of the text take about as long as the reference takes for this much.
+SMALL_TEXT = 3_000_000  # bytes
+
 START_CHARS = 2**20  # compared at the start of the text
 SAMPLE_EVERY = 1000  # afterwards, one document in SAMPLE_EVERY,
 SAMPLE_CHARS = 2**14  # its first SAMPLE_CHARS characters: at most a thousandth of the text
+MEASURED_CHARS = 2**18  # a shorter batch says little about speed
+RETRY_EVERY = 16  # batches, while the reference is the faster one
 
 OnMismatch = Literal["stop", "fallback"]
 
@@ -41,14 +48,18 @@ def select_engine(
     engine: Literal["auto", "fast", "reference"],
     on_mismatch: OnMismatch,
     log: Callable[[str], None],
+    text_bytes: int | None = None,
 ) -> Tokenizer:
-    """Returns `tokenizer` or a faster equivalent, and logs which one.
+    """Returns `tokenizer` or a faster equivalent for a text of this size, and logs which one. None: an unknown size.
 
     Raises UserError when `engine` is "fast" but unavailable, and, with `on_mismatch` "stop", when ids differ.
     """
     reference = _library(tokenizer)
     if engine == "reference":
         log(f"tokenizing with {reference}")
+        return tokenizer
+    if engine == "auto" and text_bytes is not None and text_bytes < SMALL_TEXT:
+        log(f"tokenizing with {reference} (faster than {PACKAGE} for less than {SMALL_TEXT // 10**6} MB)")
         return tokenizer
     try:
         encoder, avoid = _fast_encoder(tokenizer)
@@ -65,7 +76,7 @@ def select_engine(
             raise UserError(f"tokenizer.engine: fast needs {PACKAGE}: {INSTALL}, or set it to auto") from None
         log(f"tokenizing with {reference} (about ten times faster with {PACKAGE}: {INSTALL})")
         return tokenizer
-    fast = VerifiedTokenizer(tokenizer, encoder, avoid, on_mismatch, log)
+    fast = VerifiedTokenizer(tokenizer, encoder, avoid, on_mismatch, log, choose=engine == "auto")
     fast.verify(adversarial_texts())
     if not fast.fell_back:
         log(f"tokenizing with {PACKAGE} {version(PACKAGE)}, verified against {reference}")
@@ -81,8 +92,11 @@ class VerifiedTokenizer:
     """A Tokenizer that uses `encoder` as long as its ids equal the ids of `reference`.
 
     `encoder` has fastokens' `encode_batch_flat(texts)`, which returns all ids as bytes of uint32, and the start of each
-    text's ids, followed by the end, as bytes of uint64. It releases the GIL and is thread-safe. Texts that contain one
-    of the strings in `avoid` are encoded by the reference.
+    text's ids, followed by the end, as bytes of uint64. It releases the GIL, is thread-safe and runs in the calling
+    thread. Texts that contain one of the strings in `avoid` are encoded by the reference.
+
+    With `choose`, the reference encodes most of the text if it takes less CPU time for the start of the text. The ids
+    are the same.
     """
 
     def __init__(
@@ -92,6 +106,7 @@ class VerifiedTokenizer:
         avoid: tuple[str, ...] = (),
         on_mismatch: OnMismatch = "stop",
         log: Callable[[str], None] = print,
+        choose: bool = False,
     ) -> None:
         self.vocab_size, self.eod_id, self.files = reference.vocab_size, reference.eod_id, reference.files
         self.stop_ids, self.overrides = reference.stop_ids, reference.overrides
@@ -102,13 +117,26 @@ class VerifiedTokenizer:
         self._lock = Lock()
         self._start_left = START_CHARS
         self._since_sample = 0
+        self._choose = choose
+        self._cost, self._reference_cost = 0.0, inf  # seconds of CPU time per character
+        self._left_to_reference = 0  # batches, since the last try
 
     def encode_batch(self, texts: list[str]) -> list[Ids]:
-        if not self.fell_back:
+        if not self.fell_back and not self._leave_to_reference():
+            start, chars = thread_time(), sum(map(len, texts))
             ids = self._encode(texts)
+            if chars >= MEASURED_CHARS:
+                self._cost = (thread_time() - start) / chars
             if self._verify_sample(texts, ids):
                 return ids
         return self._reference.encode_batch(texts)
+
+    def _leave_to_reference(self) -> bool:
+        if not self._choose or self._cost <= self._reference_cost:
+            return False
+        with self._lock:
+            self._left_to_reference = (self._left_to_reference + 1) % RETRY_EVERY
+            return self._left_to_reference > 0
 
     def decode(self, ids: list[int]) -> str:
         return self._reference.decode(ids)
@@ -158,7 +186,11 @@ class VerifiedTokenizer:
                 yield i, SAMPLE_CHARS
 
     def _compare(self, texts: list[str], ids: list[Ids]) -> bool:
-        for text, ours, expected in zip(texts, ids, self._reference.encode_batch(texts), strict=True):
+        start, chars = process_time(), sum(map(len, texts))  # sentencepiece has its own thread
+        reference_ids = self._reference.encode_batch(texts)
+        if chars >= MEASURED_CHARS:
+            self._reference_cost = (process_time() - start) / chars
+        for text, ours, expected in zip(texts, ids, reference_ids, strict=True):
             if np.array_equal(ours, expected):
                 continue
             both = min(len(ours), len(expected))

@@ -15,7 +15,7 @@ import sentencepiece
 import tokenizers
 
 from anarchobot.config.errors import UserError
-from anarchobot.tokenizers.fast_tokenizer import VerifiedTokenizer, adversarial_texts, select_engine
+from anarchobot.tokenizers.fast_tokenizer import START_CHARS, VerifiedTokenizer, adversarial_texts, select_engine
 from anarchobot.tokenizers.tokenizer import Ids, Tokenizer, load_tokenizer
 from anarchobot.tokenizers.training import train_tokenizer
 
@@ -271,6 +271,66 @@ def test_mismatch_on_adversarial_texts_is_detected_at_once(
     messages: list[str] = []
     check_equal(select_engine(reference, "auto", "fallback", messages.append), reference, ["<s>"])
     assert len(messages) == 1
+
+
+# The faster engine
+
+
+@pytest.mark.parametrize(
+    "engine, size, is_fast",
+    [("auto", 2_999_999, False), ("auto", 3_000_000, True), ("auto", None, True), ("fast", 1, True)],
+)
+def test_small_texts_are_left_to_the_reference(
+    reference: Tokenizer, engine: Any, size: int | None, is_fast: bool
+) -> None:
+    chosen = select_engine(reference, engine, "stop", lambda line: None, size)
+    assert isinstance(chosen, VerifiedTokenizer) is is_fast and (chosen is reference) is not is_fast
+
+
+class Clocks:
+    """CPU time that passes only in `encode_batch` of the fast engine and of the reference: seconds per batch."""
+
+    def __init__(self, reference: Tokenizer, monkeypatch: pytest.MonkeyPatch, fast: float, slow: float) -> None:
+        from anarchobot.tokenizers import fast_tokenizer as module
+
+        self.seconds, self.now, self.calls = {"fast": fast, "reference": slow}, 0.0, {"fast": 0, "reference": 0}
+        no_ids = [np.empty(0, np.int32)]
+        monkeypatch.setattr(module, "thread_time", lambda: self.now)
+        monkeypatch.setattr(module, "process_time", lambda: self.now)
+        monkeypatch.setattr(reference, "encode_batch", lambda texts: self.work("reference", no_ids))
+
+    def encode_batch_flat(self, texts: list[str]) -> tuple[bytes, bytes]:
+        return self.work("fast", (b"", bytes(16)))
+
+    def work(self, name: str, result: Any) -> Any:
+        self.now += self.seconds[name]
+        self.calls[name] += 1
+        return result
+
+    def run(self, engine: Tokenizer, batches: int) -> dict[str, int]:
+        """How many of the batches each of them encoded."""
+        self.calls = dict.fromkeys(self.calls, 0)
+        for _ in range(batches):
+            engine.encode_batch(["x" * START_CHARS])
+        return self.calls
+
+
+def test_the_reference_is_used_where_it_is_faster(reference: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = Clocks(reference, monkeypatch, fast=3, slow=2)
+    engine = VerifiedTokenizer(reference, clocks, choose=True)
+    assert clocks.run(engine, 1) == {"fast": 1, "reference": 1}, "the start is compared"
+    assert clocks.run(engine, 160) == {"fast": 10, "reference": 150}, "without those in samples: a 16th is tried"
+    clocks.seconds["fast"] = 1  # other text follows
+    clocks.run(engine, 16)
+    assert clocks.run(engine, 100)["fast"] >= 100, "samples are encoded as well"
+
+
+@pytest.mark.parametrize("choose, slow", [(False, 2), (True, 4)])
+def test_the_fast_engine_is_used_otherwise(
+    reference: Tokenizer, monkeypatch: pytest.MonkeyPatch, choose: bool, slow: float
+) -> None:
+    clocks = Clocks(reference, monkeypatch, fast=3, slow=slow)
+    assert clocks.run(VerifiedTokenizer(reference, clocks, choose=choose), 100)["fast"] >= 100
 
 
 # Without a fast engine
