@@ -141,7 +141,8 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     results[name] = child(python, "tokenizer_engine.py", engine, model, paths[text])
                     print(f"round {number + 1}: {name}: {results[name]}", file=sys.stderr)
             for pipeline in PIPELINES:
-                if pipeline.endswith("2") and text != MIXED:
+                workers = int(pipeline.split()[1])
+                if workers not in args.workers or (workers > 1 and text != MIXED):
                     continue
                 corpus, model = paths[text].with_suffix(".jsonl"), folder / "SentencePiece.model"
                 with tempfile.TemporaryDirectory(dir=folder) as out:
@@ -215,13 +216,16 @@ def shard_table(report: dict[str, Any]) -> list[str]:
 def ratios(report: dict[str, Any]) -> list[str]:
     engine = {text: median(report, f"SentencePiece: anarchobot: {text}", "cold_s") for text in (MIXED, HALF)}
     one = {text: median(report, f"shards: auto 1: {text}", "without_imports_s") for text in (MIXED, HALF)}
-    walls = [median(report, f"shards: auto {workers}: {MIXED}", "wall_s") for workers in (1, 2)]
-    return [
+    lines = [
         f"Of the engine's own speed on {MIXED}: {engine[MIXED] / one[MIXED]:.2f}, and "
         f"{(engine[MIXED] - engine[HALF]) / (one[MIXED] - one[HALF]):.2f} on its second half, where the start and the "
-        f"comparison of the first million characters no longer count. Two workers: {walls[0] / walls[1]:.2f} times one "
-        "(wall time)."
+        "comparison of the first million characters no longer count."
     ]
+    if f"shards: auto 2: {MIXED}" in report["rounds"][0]:
+        for engine_name in ("reference", "auto"):
+            walls = [median(report, f"shards: {engine_name} {workers}: {MIXED}", "wall_s") for workers in (1, 2)]
+            lines.append(f"Two workers, {engine_name}: {walls[0] / walls[1]:.2f} times one (wall time).")
+    return lines
 
 
 def main() -> None:
@@ -233,6 +237,7 @@ def main() -> None:
     )
     names = [*FILES, CODE, MIXED, HALF]
     parser.add_argument("--texts", nargs="+", choices=names, default=names, help="default: all")
+    parser.add_argument("--workers", type=int, nargs="+", choices=(1, 2), default=[1, 2], help="default: 1 2")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "tokenization.json")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
