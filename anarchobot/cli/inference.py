@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from anarchobot.inference.chat import ChatSession
     from anarchobot.inference.generation import TextChunk
     from anarchobot.inference.model import Model
+    from anarchobot.inference.speculative import Draft
     from anarchobot.knowledge.knowledge_base import KnowledgeBase
 
 SETTINGS = {
@@ -63,6 +64,7 @@ Ctrl-C stops an answer, Ctrl-D ends the chat."""
 def add_commands(commands: Any) -> None:
     generate = add_command(commands, "generate", _generate, "generate text with a trained model")
     _add_model(generate)
+    _add_draft(generate)
     add_overrides(generate, "generation")
     add_settings(generate, {"--prompt": "generation.prompt", **SETTINGS}, MODEL_DEFAULT)
     generate.add_argument(
@@ -74,11 +76,13 @@ def add_commands(commands: Any) -> None:
 
     chat = add_command(commands, "chat", _chat, "chat with a model in the terminal")
     _add_model(chat)
+    _add_draft(chat)
     add_overrides(chat, "generation", "knowledge_base", unused=["generation.prompt"])
     add_settings(chat, SETTINGS | SEARCH_SETTINGS, MODEL_DEFAULT)
 
     serve = add_command(commands, "serve", _serve, "serve a model over an OpenAI-compatible HTTP API, with a chat page")
     _add_checkpoint(serve)
+    _add_draft(serve)
     unused = ["generation.prompt", "generation.seed"]  # each request has its own
     add_overrides(serve, "generation", "knowledge_base", unused=unused)
     add_settings(serve, SEARCH_SETTINGS, MODEL_DEFAULT)
@@ -143,6 +147,18 @@ def _add_checkpoint(parser: Parser) -> None:
     )
 
 
+def _add_draft(parser: Parser) -> None:
+    parser.add_argument(
+        "--draft-model",
+        metavar="PATH",
+        help="smaller model with the same tokenizer that proposes tokens, for the same text in less time; PATH as in "
+        "--checkpoint (default: none)",
+    )
+    parser.add_argument(
+        "--num-draft-tokens", type=positive, default=3, metavar="N", help="tokens that the draft model proposes at once"
+    )
+
+
 def _add_model(parser: Parser) -> None:
     _add_checkpoint(parser)
     parser.add_argument(
@@ -172,6 +188,19 @@ def _load(args: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -
     return model, override(trained, ("generation", "knowledge_base"), given)
 
 
+def _load_draft(args: argparse.Namespace, model: "Model") -> "Draft | None":
+    from anarchobot.inference.speculative import load_draft
+
+    return None if args.draft_model is None else load_draft(args.draft_model, model, args.num_draft_tokens)
+
+
+def _log_draft(draft: "Draft | None", args: argparse.Namespace) -> None:
+    """How many tokens of the draft model were accepted since the last call."""
+    if draft is not None and not args.quiet:
+        print(f"(draft model: {draft.accepted:,} of {draft.proposed:,} tokens accepted)", file=sys.stderr)
+        draft.proposed = draft.accepted = 0
+
+
 # --- generate
 
 
@@ -183,15 +212,17 @@ def _generate(args: argparse.Namespace) -> None:
     from anarchobot.inference.generation import generate, generate_batch
 
     model, config = _load(args)
-    settings = config.generation
+    draft, settings = _load_draft(args, model), config.generation
     if settings.prompt == "-":
         settings = settings.model_copy(update={"prompt": _read_stdin()})
     if prompts is not None:
-        for prompt, text in zip(prompts, generate_batch(model, prompts, settings), strict=True):
+        for prompt, text in zip(prompts, generate_batch(model, prompts, settings, draft=draft), strict=True):
             write_text(_json_row(prompt, text) if args.json else f"{prompt}{text}\n\n")
+        _log_draft(draft, args)
         return
     if args.json:
-        write_text(_json_row(settings.prompt, generate(model, settings)))
+        write_text(_json_row(settings.prompt, generate(model, settings, draft=draft)))
+        _log_draft(draft, args)
         return
     pending = [settings.prompt]  # printed with the first chunk, so that a prompt that is too long is not echoed
 
@@ -203,9 +234,10 @@ def _generate(args: argparse.Namespace) -> None:
         if chunk.finish_reason == "length" and chunk.tokens < settings.max_new_tokens and not args.quiet:
             print(f"\n(stopped: the model's max_seq_len is {model.config.max_seq_len} tokens)", file=sys.stderr)
 
-    generate(model, settings, on_text=write, on_end=end)
+    generate(model, settings, on_text=write, on_end=end, draft=draft)
     write("")
     write_text("\n")
+    _log_draft(draft, args)
 
 
 def _read_stdin() -> str:
@@ -261,18 +293,18 @@ def _chat(args: argparse.Namespace) -> None:
     note_chat_run(args)
     # At a terminal, a chat does not repeat the last one.
     model, config = _load(args, {"generation.seed": secrets.randbelow(2**31)} if sys.stdin.isatty() else {})
-    settings = config.knowledge_base
+    draft, settings = _load_draft(args, model), config.knowledge_base
     with ExitStack() as stack:
         base = None if settings.path is None else stack.enter_context(open_knowledge_base(settings))
         if base is not None:
             warn_of_missing_embeddings(base)
-        session = ChatSession(model, config.generation, base)
+        session = ChatSession(model, config.generation, base, draft)
         for warning in session.warnings():
             print(f"warning: {warning}", file=sys.stderr)
-        _chat_loop(session, args)
+        _chat_loop(session, args, draft)
 
 
-def _chat_loop(session: "ChatSession", args: argparse.Namespace) -> None:
+def _chat_loop(session: "ChatSession", args: argparse.Namespace, draft: "Draft | None") -> None:
     """Reads lines from a terminal or a pipe. An error is printed, and the conversation continues."""
     is_terminal = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):  # a pipe is UTF-8, perhaps with a byte order mark, as files are
@@ -292,6 +324,7 @@ def _chat_loop(session: "ChatSession", args: argparse.Namespace) -> None:
                 _run_chat_command(session, line, log=lambda text: None if args.quiet else print(text, file=sys.stderr))
             elif line:
                 _answer(session, line, args)
+                _log_draft(draft, args)
         except (UserError, OSError) as error:
             message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
             print(f"anarchobot: {message}", file=sys.stderr)
@@ -414,11 +447,11 @@ def _serve(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         bound = stack.enter_context(bind(options))  # before loading the model, to fail early
         model, config = _load(args)
-        settings = config.knowledge_base
+        draft, settings = _load_draft(args, model), config.knowledge_base
         embedder = passages = None
         if settings.embedding_model is not None:
             load = partial(TextEncoder, settings.embedding_model)
             embedder = stack.enter_context(Embedder(load, options.queue_size))
         if settings.path is not None:
             passages = stack.enter_context(PassageSearch(open_base, None if embedder is None else embedder.thread))
-        serve(model, config.generation, options, bound, on_start, passages, embedder)
+        serve(model, config.generation, options, bound, on_start, passages, embedder, draft)

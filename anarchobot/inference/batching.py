@@ -68,7 +68,7 @@ class StepOutput(NamedTuple):
 
 
 @dataclass
-class _Row:
+class Row:
     """A request. `context` holds the tokens of the prompt that are not prefilled yet; `length` is how long its text may
     become; `first` [V] says which tokens its text may start with; `top_logprobs` is how many tokens have scores at each
     position. Of the `sampled` tokens, the last one may not have been `read` yet."""
@@ -88,7 +88,7 @@ class _Row:
     scores: deque[TokenScores] = field(default_factory=deque)  # of the tokens that are sampled and not read
     reused: int = 0
     sampled: int = 0
-    read: int = 0
+    read: list[int] = field(default_factory=list)
 
     def allowed(self) -> mx.array | None:
         """Which tokens may be sampled next, bool [V]; None: all."""
@@ -112,8 +112,8 @@ class Batch:
         self._max_rows = max_rows if self._forward.can_batch(params, model) else 1
         self._dtype = compute_dtype(params)
         self._prefixes = prefixes or KeptPrefixes(0)
-        self._waiting: deque[_Row] = deque()
-        self._rows: list[_Row] = []
+        self._waiting: deque[Row] = deque()
+        self._rows: list[Row] = []
         self._caches: list[Any] = []  # one per layer, for all rows
         self._next = mx.array([], mx.uint32)  # [B] sampled, perhaps still being computed, and not read
         self._requests = self._steps = 0
@@ -148,7 +148,7 @@ class Batch:
         penalties = Penalties(settings, context, self._model.vocab_size)
         limit = min(settings.max_new_tokens, room)
         self._waiting.append(
-            _Row(
+            Row(
                 self._requests,
                 context,
                 settings,
@@ -175,17 +175,16 @@ class Batch:
             return []
         tokens = self._next
         scores = [row.scores.popleft() if row.scores else None for row in self._rows]
-        if any(row.sampled < row.limit for row in self._rows):
-            z = self._last_logits(tokens[:, None], self._caches, self._rows)
-            self._accept(tokens, z)
-            self._next = self._sample(z, self._rows)
+        self._advance(tokens)
         self._steps += 1
         if self._steps % _CLEAR_CACHE_EVERY == 0:
             mx.clear_cache()
         outputs, unfinished = [], []
         for i, (row, token) in enumerate(zip(self._rows, np.array(tokens).tolist(), strict=True)):
-            row.read += 1
-            reason: FinishReason | None = "stop" if token in row.stop else "length" if row.read == row.limit else None
+            row.read.append(token)
+            reason: FinishReason | None = (
+                "stop" if token in row.stop else "length" if len(row.read) == row.limit else None
+            )
             if row.constraint is not None and row.constraint.error:
                 reason = "error"
             outputs.append(StepOutput(row.request, None if reason == "stop" else token, reason, scores[i], row.reused))
@@ -193,6 +192,13 @@ class Batch:
                 unfinished.append(i)
         self._keep(unfinished)
         return outputs
+
+    def _advance(self, tokens: mx.array) -> None:
+        """Starts to compute the tokens after `tokens` [B], `self._next`."""
+        if any(row.sampled < row.limit for row in self._rows):
+            z = self._last_logits(tokens[:, None], self._caches, self._rows)
+            self._accept(tokens, z)
+            self._next = self._sample(z, self._rows)
 
     def _prefill(self) -> None:
         """Runs up to PREFILL_TOKENS prompt tokens through the model, first come, first served."""
@@ -211,13 +217,16 @@ class Batch:
             self._prefixes.keep(row.prompt, self._kind(row), row.caches)
             self._join(row, self._sample(z, [row]))
 
-    def _start(self, row: _Row) -> None:
+    def _start(self, row: Row) -> None:
         """Gives a row its caches: those of an earlier prompt that starts like it, or new ones."""
         row.caches, row.reused = self._prefixes.find(row.prompt, self._kind(row))
-        row.caches = row.caches or self._forward.make_caches(self._params, self._model)
+        row.caches = row.caches or self._new_caches()
         row.context = row.prompt[row.reused :]
 
-    def _kind(self, row: _Row) -> bool:
+    def _new_caches(self) -> list[Any]:
+        return self._forward.make_caches(self._params, self._model)
+
+    def _kind(self, row: Row) -> bool:
         """Rows of different kinds have different keys for the same tokens: longrope rotates those of long rows by other
         frequencies."""
         scaling = self._model.rope_scaling
@@ -233,16 +242,16 @@ class Batch:
             if row.constraint is not None and token not in row.stop:
                 row.constraint.accept(token)
 
-    def _last_logits(self, tokens: mx.array, caches: list[Any], rows: list[_Row]) -> mx.array:
-        """Returns float32 logits [B, V] of the token after tokens [B, L]."""
+    def _last_logits(self, tokens: mx.array, caches: list[Any], rows: list[Row], count: int = 1) -> mx.array:
+        """Returns float32 logits [B * count, V] of the tokens after each of the last `count` of tokens [B, L]."""
         lengths = [row.length for row in rows]
         hidden = self._forward.hidden_states(
             self._params, tokens, self._model, dtype=self._dtype, caches=caches, lengths=lengths, wait=unordered
         )
-        z = logits(hidden[:, -1], self._params, self._model)
+        z = logits(hidden[:, -count:].reshape(-1, hidden.shape[-1]), self._params, self._model)
         return z[:, : self._model.vocab_size]  # an embedding may have rows without a token
 
-    def _sample(self, z: mx.array, rows: list[_Row]) -> mx.array:
+    def _sample(self, z: mx.array, rows: list[Row]) -> mx.array:
         """Draws the rows' next ids [B] from logits [B, V], and starts to compute them."""
         model_logits = z
         if any(row.penalties for row in rows):
@@ -264,7 +273,7 @@ class Batch:
         mx.async_eval(ids, [list(row.scores) for row in rows])  # type: ignore[no-untyped-call]
         return ids
 
-    def _join(self, row: _Row, first: mx.array) -> None:
+    def _join(self, row: Row, first: mx.array) -> None:
         """Adds a row with a prefilled prompt to the running rows."""
         if not self._rows:
             self._caches = row.caches

@@ -10,6 +10,7 @@ from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference.generation import NUM_SEEDS, TextBatch
 from anarchobot.inference.model import Model
 from anarchobot.inference.prefixes import KeptPrefixes
+from anarchobot.inference.speculative import Draft
 from anarchobot.knowledge.knowledge_base import Hit, KnowledgeBase, prompt_with_passages
 from anarchobot.tokenizers.chat_encoder import ChatEncoder, TrainOn
 from anarchobot.tokenizers.chat_template import load_template
@@ -38,9 +39,15 @@ class ChatSession:
     prompt; `dropped_hits` more were found, but did not fit. The first `dropped_turns` turns no longer fit into the
     context window."""
 
-    def __init__(self, model: Model, settings: GenerationConfig, knowledge_base: KnowledgeBase | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        settings: GenerationConfig,
+        knowledge_base: KnowledgeBase | None = None,
+        draft: Draft | None = None,
+    ) -> None:
         """Raises UserError for an unusable chat template."""
-        self._model, self._settings, self._knowledge_base = model, settings, knowledge_base
+        self._model, self._settings, self._knowledge_base, self._draft = model, settings, knowledge_base, draft
         self._encoder = chat_encoder(model)
         self._stop = self._encoder.stop_ids()
         self._system: list[Message] = []
@@ -62,7 +69,7 @@ class ChatSession:
         hits = [] if self._knowledge_base is None else self._knowledge_base.search(question)
         context, self.hits = self._fit_context(question, hits)
         self.dropped_hits = len(hits) - len(self.hits)
-        batch = TextBatch(self._model, max_rows=1, prefixes=self._prefixes)
+        batch = TextBatch(self._model, max_rows=1, prefixes=self._prefixes, draft=self._draft)
         seed = (self._settings.seed + self._answers) % NUM_SEEDS  # a repeated question gets a different answer
         batch.insert(context, self._settings.model_copy(update={"seed": seed}), self._stop)
         self._question, self._answers = question, self._answers + 1

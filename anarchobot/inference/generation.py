@@ -14,6 +14,7 @@ from anarchobot.inference.batching import Batch, Constraint, FinishReason
 from anarchobot.inference.model import Model
 from anarchobot.inference.prefixes import KeptPrefixes
 from anarchobot.inference.sampling import TokenScores
+from anarchobot.inference.speculative import Draft, SpeculativeBatch
 from anarchobot.model.gradient_accumulator import Params
 from anarchobot.tokenizers.canonical_tokens import token_bytes
 from anarchobot.tokenizers.decoding import TextStream
@@ -58,11 +59,21 @@ class _Text:
 class TextBatch:
     """A `Batch` whose requests produce text and also end at a string in settings.stop."""
 
-    def __init__(self, model: Model, max_rows: int | None = None, *, prefixes: KeptPrefixes | None = None) -> None:
-        """`prefixes`: see `Batch`."""
+    def __init__(
+        self,
+        model: Model,
+        max_rows: int | None = None,
+        *,
+        prefixes: KeptPrefixes | None = None,
+        draft: Draft | None = None,
+    ) -> None:
+        """`prefixes`: see `Batch`; `draft`: see `SpeculativeBatch`."""
         self._tokenizer = model.tokenizer
         rows = max_rows or batching.MAX_ROWS
-        self._batch = Batch(model.params, model.config, rows, prefixes=prefixes)
+        if draft is None:
+            self._batch = Batch(model.params, model.config, rows, prefixes=prefixes)
+        else:
+            self._batch = SpeculativeBatch(model.params, model.config, rows, prefixes=prefixes, draft=draft)
         self._texts: dict[int, _Text] = {}
 
     def __len__(self) -> int:
@@ -139,14 +150,16 @@ def generate(
     settings: GenerationConfig,
     on_text: Callable[[str], None] = lambda text: None,
     on_end: Callable[[TextChunk], None] = lambda chunk: None,
+    *,
+    draft: Draft | None = None,
 ) -> str:
     """Returns the continuation of settings.prompt; `on_text` receives it in pieces as it is generated, and `on_end` its
-    last chunk.
+    last chunk. `draft` proposes tokens; the text is the same without it.
 
     Generation ends at max_new_tokens, at the model's end tokens, before the first stop string, or at max_seq_len. Equal
     settings give equal text. Raises UserError if the prompt leaves no room within max_seq_len.
     """
-    batch = TextBatch(model)
+    batch = TextBatch(model, draft=draft)
     _insert_prompt(batch, model, settings)
     parts = []
     while batch:
@@ -159,13 +172,15 @@ def generate(
     return "".join(parts)
 
 
-def generate_batch(model: Model, prompts: Sequence[str], settings: GenerationConfig) -> Iterator[str]:
+def generate_batch(
+    model: Model, prompts: Sequence[str], settings: GenerationConfig, *, draft: Draft | None = None
+) -> Iterator[str]:
     """Yields the continuation of each prompt, in order; prompts are batched.
 
     Prompt i uses the seed settings.seed + i and gets the same text as without batching. Raises UserError, before
     generating anything, if a prompt leaves no room within max_seq_len.
     """
-    batch = TextBatch(model)
+    batch = TextBatch(model, draft=draft)
     texts: dict[int, list[str]] = {}
     for i, prompt in enumerate(prompts):
         row_settings = settings.model_copy(update={"prompt": prompt, "seed": (settings.seed + i) % NUM_SEEDS})

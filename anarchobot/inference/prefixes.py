@@ -25,11 +25,9 @@ class _Kept(NamedTuple):
         return sum(cache.nbytes for cache in self.caches)
 
     def usable(self, ids: npt.NDArray[np.int32]) -> int:
-        """How many of the first tokens of a prompt its caches can stand for. The last token of a prompt is always
-        computed, for its logits. Caches that can't be shortened, such as states, stand for all their tokens or none."""
-        n = min(len(self.ids), len(ids))
-        different = np.flatnonzero(self.ids[:n] != ids[:n])
-        shared = min(int(different[0]) if len(different) else n, len(ids) - 1)
+        """How many of the first tokens of a prompt its caches can stand for. Caches that can't be shortened, such as
+        states, stand for all their tokens or none."""
+        shared = shared_start(self.ids, ids)
         return shared if shared == len(self.ids) or _is_trimmable(self.caches) else 0
 
 
@@ -69,6 +67,13 @@ class KeptPrefixes:
         self._kept = [entry for entry in self._kept if not _is_start(entry, new, replaces)] + [new]
         while len(self._kept) > self._max_prompts or sum(entry.bytes for entry in self._kept) > self._max_bytes:
             del self._kept[0]
+
+
+def shared_start(cached: npt.NDArray[np.int32], ids: npt.NDArray[np.int32]) -> int:
+    """How many of the first tokens of `ids` are cached. The last one is always computed, for its logits."""
+    n = min(len(cached), len(ids))
+    different = np.flatnonzero(cached[:n] != ids[:n])
+    return min(int(different[0]) if len(different) else n, len(ids) - 1)
 
 
 def _is_trimmable(caches: list[Any]) -> bool:

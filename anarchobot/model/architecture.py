@@ -163,8 +163,9 @@ class ForwardPass(Protocol):
         layer's keys and values of earlier tokens: those of `make_caches`, or several rows of them merged. `lengths` [B]
         say how long each row with caches may become, prompt and answer."""
 
-    def make_caches(self, params: "Params", model: ModelConfig) -> list[Any]:
-        """New caches of one row, for `hidden_states`."""
+    def make_caches(self, params: "Params", model: ModelConfig, *, trimmable: bool = False) -> list[Any]:
+        """New caches of one row, for `hidden_states`. If `trimmable`, any number of their last tokens can be removed;
+        raises UserError if the model has no such caches."""
 
     def can_batch(self, params: "Params", model: ModelConfig) -> bool:
         """Whether caches of several rows can be merged, with padding on the left."""

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference.model import Model
+from anarchobot.inference.speculative import Draft
 from anarchobot.serving.app import Limits, Service
 from anarchobot.serving.auth import KEY_VARIABLE, allowed_hosts, is_loopback
 from anarchobot.serving.connections import Connection, ConnectionLimits, Connections, allow_open_files
@@ -72,13 +73,14 @@ def serve(
     on_start: Callable[[str], None],
     knowledge_base: PassageSearch | None = None,
     embedder: Embedder | None = None,
+    draft: Draft | None = None,
 ) -> None:
     """Serves until SIGINT or SIGTERM, which it then re-raises. `on_start` is called with the URL.
 
     Raises UserError if the chat template cannot be used.
     """
     allow_open_files(options.connections.total + MAX_OTHER_FILES)
-    with Worker(model, options.queue_size, prefix_bytes=options.prefix_bytes) as worker:
+    with Worker(model, options.queue_size, prefix_bytes=options.prefix_bytes, draft=draft) as worker:
         server = HttpServer(
             make_app(model, defaults, options, worker, knowledge_base, embedder), worker, options.connections
         )

@@ -19,6 +19,7 @@ from anarchobot.inference.generation import TextBatch, TextChunk
 from anarchobot.inference.grammar import Grammar
 from anarchobot.inference.model import Model
 from anarchobot.inference.prefixes import KeptPrefixes
+from anarchobot.inference.speculative import Draft
 from anarchobot.serving.errors import ApiError
 
 _DONE = None  # the last event of a request
@@ -104,14 +105,23 @@ class GenerationStream:
 class Worker:
     """A context manager that runs the model thread. Call all methods from the thread of one event loop."""
 
-    def __init__(self, model: Model, queue_size: int, rows: int = MAX_ROWS, *, prefix_bytes: int = 0) -> None:
-        """Generates for `rows` requests at once; `queue_size` more may wait. `prefix_bytes`: see KeptPrefixes."""
-        self._model, self._rows, self._prefix_bytes = model, rows, prefix_bytes
+    def __init__(
+        self,
+        model: Model,
+        queue_size: int,
+        rows: int = MAX_ROWS,
+        *,
+        prefix_bytes: int = 0,
+        draft: Draft | None = None,
+    ) -> None:
+        """Generates for `rows` requests at once; `queue_size` more may wait. `prefix_bytes`: see KeptPrefixes; `draft`:
+        see SpeculativeBatch."""
+        self._model, self._rows, self._prefix_bytes, self._draft = model, rows, prefix_bytes, draft
         self.max_requests = rows + queue_size
         self.active_requests = 0  # opened and not finished; a closed one counts until the thread has released it
         self._tasks: SimpleQueue[Callable[[], None]] = SimpleQueue()  # run by the model thread
         self._stopped = False
-        self._batch = TextBatch(model, rows, prefixes=KeptPrefixes(prefix_bytes))
+        self._batch = self._new_batch()
         self._jobs: dict[int, _Job] = {}
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
@@ -215,4 +225,7 @@ class Worker:
             job.send(error)
             job.send(_DONE)
         self._jobs.clear()
-        self._batch = TextBatch(self._model, self._rows, prefixes=KeptPrefixes(self._prefix_bytes))
+        self._batch = self._new_batch()
+
+    def _new_batch(self) -> TextBatch:
+        return TextBatch(self._model, self._rows, prefixes=KeptPrefixes(self._prefix_bytes), draft=self._draft)

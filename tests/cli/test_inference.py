@@ -54,7 +54,7 @@ def test_a_chat_at_a_terminal_has_a_random_seed_unless_one_is_given(
     def seeds(*words: str) -> list[int]:
         found = []
 
-        def session(model: object, settings: GenerationConfig, base: None) -> None:
+        def session(model: object, settings: GenerationConfig, *rest: None) -> None:
             found.append(settings.seed)
             raise UserError("no chat here")
 

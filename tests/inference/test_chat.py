@@ -38,7 +38,7 @@ class FakeBatch:
     contexts: list[list[int]]
     seeds: list[int]
 
-    def __init__(self, model: Model, max_rows: int, prefixes: KeptPrefixes) -> None:
+    def __init__(self, model: Model, max_rows: int, prefixes: KeptPrefixes, draft: None) -> None:
         self._left: list[str] = []
 
     def insert(self, context: list[int], settings: GenerationConfig, stop: set[int]) -> None:

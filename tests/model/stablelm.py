@@ -64,7 +64,7 @@ def hidden_states(params: Params, tokens: mx.array, model: ModelConfig, *, dtype
     return final_norm(params, x, model).reshape(*tokens.shape, -1)
 
 
-def make_caches(params: Params, model: ModelConfig) -> list[Any]:
+def make_caches(params: Params, model: ModelConfig, *, trimmable: bool = False) -> list[Any]:
     """None: the next token of a prompt needs no earlier keys and values."""
     return []
 

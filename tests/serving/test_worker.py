@@ -10,6 +10,7 @@ import pytest
 from anarchobot.config.schema import GenerationConfig
 from anarchobot.inference.generation import TextBatch, generate, prompt_ids
 from anarchobot.inference.model import Model, load_model
+from anarchobot.inference.speculative import Draft
 from anarchobot.serving.errors import ApiError
 from anarchobot.serving.worker import GenerationStream, Prompt, Worker
 from tests.inference.conftest import family_model
@@ -28,6 +29,21 @@ def submit(worker: Worker, model: Model, settings: GenerationConfig = GREEDY) ->
     generation = worker.open()
     generation.start(Prompt(prompt_ids(model, settings.prompt), {model.tokenizer.eod_id}), [settings])
     return generation
+
+
+def test_a_draft_model_proposes_while_one_answer_is_generated(model: Model) -> None:
+    """Answers are those without it, alone and together."""
+    draft = Draft(model)
+
+    async def body(worker: Worker) -> None:
+        for number in (1, 3, 1):
+            settings = [GREEDY.model_copy(update={"prompt": f"Hello {i}", "max_new_tokens": 30}) for i in range(number)]
+            found = await asyncio.gather(*(text_of(submit(worker, model, one)) for one in settings))
+            assert list(found) == [generate(model, one) for one in settings]
+
+    with Worker(model, queue_size=20, draft=draft) as worker:
+        asyncio.run(asyncio.wait_for(body(worker), 200))
+    assert draft.accepted == draft.proposed > 20
 
 
 async def text_of(answer: GenerationStream) -> str:

@@ -70,11 +70,12 @@ def hidden_states(
     return final_norm(params, x, model).reshape(B, L, -1)
 
 
-def make_caches(params: Params, model: ModelConfig) -> list[Cache]:
-    """One of mlx-lm's for each block, which holds only the window of a block that has one."""
+def make_caches(params: Params, model: ModelConfig, *, trimmable: bool = False) -> list[Cache]:
+    """One of mlx-lm's for each block. That of a block with a window holds only the window, unless `trimmable`."""
     from mlx_lm.models.cache import KVCache, RotatingKVCache  # a slow import
 
-    return [KVCache() if window is None else RotatingKVCache(window) for window in model.windows]  # type: ignore[no-untyped-call]
+    windows = [None if trimmable else window for window in model.windows]
+    return [KVCache() if window is None else RotatingKVCache(window) for window in windows]  # type: ignore[no-untyped-call]
 
 
 def can_batch(params: Params, model: ModelConfig) -> bool:

@@ -5,6 +5,7 @@ Parameters have the names of mlx-lm's module. Every array has the dtype in which
 Shapes: B rows, L tokens, N = B L, D width of the hidden states, V vocabulary.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,11 +53,18 @@ def head_parameters(params: Params, model: ModelConfig) -> list[str]:
     return network(model, params).head_names
 
 
-def make_caches(params: Params, model: ModelConfig) -> list[Any]:
-    """New caches of one row, of the types that mlx-lm uses for this model."""
-    from mlx_lm.models.cache import make_prompt_cache  # a slow import
+def make_caches(params: Params, model: ModelConfig, *, trimmable: bool = False) -> list[Any]:
+    """New caches of one row, of the types that mlx-lm uses for this model. Raises UserError if they have to be
+    `trimmable` and are not: states, and windows, from which old tokens are gone."""
+    from mlx_lm.models.cache import KVCache, make_prompt_cache  # a slow import
 
     caches: list[Any] = make_prompt_cache(network(model, params).module)
+    if trimmable and (other := next((cache for cache in caches if type(cache) is not KVCache), None)):
+        name, kind = json.loads(model.hf_config or "{}")["model_type"], type(other).__name__
+        raise UserError(
+            f"models of type {name} can't be used with a draft model, or as one: tokens can't be removed from mlx-lm's "
+            f"{kind}: leave out --draft-model"
+        )
     return caches
 
 
