@@ -351,7 +351,24 @@ def _read_line(is_terminal: bool) -> str | None:
 
 def _answer(session: "ChatSession", question: str, args: argparse.Namespace) -> None:
     dropped = session.dropped_turns
-    text = session.answer(question, on_text=(lambda text: None) if args.json else write_text)
+
+    after_reasoning = False
+
+    def write_reasoning(text: str) -> None:
+        nonlocal after_reasoning
+        if not args.quiet:
+            print(text, end="", file=sys.stderr, flush=True)
+            after_reasoning = True
+
+    def write_answer(text: str) -> None:
+        nonlocal after_reasoning
+        if after_reasoning:
+            print("\n", file=sys.stderr)
+            after_reasoning = False
+        if not args.json:
+            write_text(text)
+
+    text = session.answer(question, write_answer, write_reasoning)
     sources = list(dict.fromkeys(hit.source for hit in session.hits))
     if args.json:
         row = {"question": question, "answer": text, "sources": sources, "dropped_passages": session.dropped_hits}

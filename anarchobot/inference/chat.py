@@ -7,7 +7,8 @@ from pathlib import Path
 
 from anarchobot.config.errors import UserError
 from anarchobot.config.schema import GenerationConfig
-from anarchobot.inference.generation import NUM_SEEDS, TextBatch
+from anarchobot.inference.generation import NUM_SEEDS, TextBatch, TextChunk
+from anarchobot.inference.harmony import END_OF_CALL, MARKS, HarmonyParser, Reasoning, has_channels
 from anarchobot.inference.model import Model
 from anarchobot.inference.prefixes import KeptPrefixes
 from anarchobot.inference.speculative import Draft
@@ -49,7 +50,12 @@ class ChatSession:
         """Raises UserError for an unusable chat template."""
         self._model, self._settings, self._knowledge_base, self._draft = model, settings, knowledge_base, draft
         self._encoder = chat_encoder(model)
-        self._stop = self._encoder.stop_ids()
+        self._stop, self._shown = self._encoder.stop_ids(), dict[int, str]()
+        self._has_channels = has_channels(self._encoder.template)
+        if self._has_channels:
+            controls = model.tokenizer.control_tokens
+            self._shown = {i: name for name, i in controls.items() if name in MARKS}
+            self._stop |= {i for name, i in controls.items() if name == END_OF_CALL}
         self._system: list[Message] = []
         self._question, self._answers = "", 0
         self._prefixes = KeptPrefixes(sys.maxsize, max_prompts=1)
@@ -61,8 +67,14 @@ class ChatSession:
         """Returns warnings about the chat template."""
         return chat_warnings(self._encoder)
 
-    def answer(self, question: str, on_text: Callable[[str], None] = lambda text: None) -> str:
-        """Returns the model's answer; `on_text` receives it in pieces. If interrupted, the text so far is the answer.
+    def answer(
+        self,
+        question: str,
+        on_text: Callable[[str], None] = lambda text: None,
+        on_reasoning: Callable[[str], None] = lambda text: None,
+    ) -> str:
+        """Returns the model's answer; `on_text` receives it in pieces, and `on_reasoning` what gpt-oss writes in its
+        channel for reasoning. If interrupted, the text so far is the answer.
 
         Raises UserError if the question is too long or rejected by the chat template or the tokenizer.
         """
@@ -71,13 +83,14 @@ class ChatSession:
         self.dropped_hits = len(hits) - len(self.hits)
         batch = TextBatch(self._model, max_rows=1, prefixes=self._prefixes, draft=self._draft)
         seed = (self._settings.seed + self._answers) % NUM_SEEDS  # a repeated question gets a different answer
-        batch.insert(context, self._settings.model_copy(update={"seed": seed}), self._stop)
+        batch.insert(context, self._settings.model_copy(update={"seed": seed}), self._stop, shown=self._shown)
         self._question, self._answers = question, self._answers + 1
-        answer = ""
+        answer, parser = "", HarmonyParser({}) if self._has_channels else None
         try:
             while batch:
                 for chunk in batch.step():
-                    text = chunk.text if answer else chunk.text.lstrip()
+                    text = chunk.text if parser is None else _text_in(parser, chunk, on_reasoning)
+                    text = text if answer else text.lstrip()
                     answer += text
                     if text:
                         on_text(text)
@@ -149,3 +162,12 @@ class ChatSession:
         except InvalidRow as error:
             raise UserError(str(error)) from error
         return ids
+
+
+def _text_in(parser: HarmonyParser, chunk: TextChunk, on_reasoning: Callable[[str], None]) -> str:
+    """The next text of the answer, without the reasoning."""
+    pieces = [*parser.add(chunk.text), *(parser.finish() if chunk.finish_reason else [])]
+    for piece in pieces:
+        if isinstance(piece, Reasoning):
+            on_reasoning(piece.text)
+    return "".join(piece for piece in pieces if isinstance(piece, str))

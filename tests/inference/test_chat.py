@@ -41,7 +41,7 @@ class FakeBatch:
     def __init__(self, model: Model, max_rows: int, prefixes: KeptPrefixes, draft: None) -> None:
         self._left: list[str] = []
 
-    def insert(self, context: list[int], settings: GenerationConfig, stop: set[int]) -> None:
+    def insert(self, context: list[int], settings: GenerationConfig, stop: set[int], shown: dict[int, str]) -> None:
         self._left = ["  ", " Fine", ",", f" {len(FakeBatch.contexts)}. "]
         FakeBatch.contexts.append(context)
         FakeBatch.seeds.append(settings.seed)

@@ -1,14 +1,20 @@
 """Answers of gpt-oss: channels of streamed text."""
 
+import io
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from anarchobot.cli.main import main
+from anarchobot.config.schema import GenerationConfig
+from anarchobot.inference.chat import ChatSession
 from anarchobot.inference.harmony import MARKS, HarmonyParser, Reasoning, has_channels
 from anarchobot.inference.tool_calls import ToolCall
 from anarchobot.tokenizers.chat_template import CHATML, ChatTemplate
+from tests.serving.scripted import chat_model, script
 from tests.tokenizers.call_templates import CALL_TEMPLATES
 
 FUNCTIONS = {"get.weather": {"type": "object"}}
@@ -80,3 +86,23 @@ def test_templates_with_channels() -> None:
         True,
         False,
     ]
+
+
+def test_a_chat_shows_answers_without_channels(
+    tmp_path: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reasoning goes to stderr, and is not in the next prompt. The tokens that end a message, a call and an answer end
+    generation or are not shown."""
+    controls = [*MARKS, "<|return|>", "<|call|>"]
+    model = chat_model(tmp_path / "run", next(tiny_shards.glob("*.model")), CALL_TEMPLATES["gpt-oss"], controls)
+    script(monkeypatch, model.tokenizer, THOUGHT + FINAL, THOUGHT + FINAL + "<|call|> No.", end="<|return|>")
+    session, reasoning = ChatSession(model, GenerationConfig(max_new_tokens=200, seed=0)), list[str]()
+    for _ in range(2):
+        assert session.answer("Rain?", on_reasoning=reasoning.append) == "It rains <b>."
+    assert "".join(reasoning) == 2 * "They ask about Paris."
+    assert [message.content for message in session.turns] == ["Rain?", "It rains <b>."] * 2
+    monkeypatch.setattr("sys.stdin", io.StringIO("Rain?\n"))
+    words = ["chat", "--checkpoint", str(tmp_path / "run"), "--max-new-tokens", "200", "--seed", "0"]
+    assert main(words) == 0
+    found = capsys.readouterr()
+    assert (found.out, found.err) == ("It rains <b>.\n", "They ask about Paris.\n\n")

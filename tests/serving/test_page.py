@@ -227,11 +227,14 @@ def test_markup_from_the_model_the_user_and_the_knowledge_base_is_text(page: Any
 def test_markup_in_what_is_stored_is_text(page: Any, chatty: RunningServer) -> None:
     """Also what is damaged, or has fields and values that the page would not write; damaged entries stay."""
     reply = {"role": "assistant", "content": EVIL, "notes": [EVIL], "sources": [{"source": EVIL, "text": EVIL}]}
+    reply["reasoning"] = EVIL
     stored = {"id": "a", "title": EVIL, "system": EVIL, "density": 1, "updated": 1, "innerHTML": EVIL, "onclick": EVIL}
     entries = {
         "anarchobot/conversation/a": stored | {"messages": [{"role": "user", "content": EVIL}, reply]},
         "anarchobot/conversation/b": stored | {"id": "b", "messages": [{"role": EVIL, "content": EVIL}] * 2},
         "anarchobot/conversation/c": [EVIL],
+        "anarchobot/conversation/e": stored
+        | {"id": "e", "messages": [{"role": "user", "content": EVIL}, reply | {"reasoning": {"innerHTML": EVIL}}]},
         "anarchobot/settings": {"temperature": EVIL, "stop": EVIL, "theme": EVIL, "top_p": [EVIL]},
         "anarchobot/other": EVIL,
     }
@@ -245,9 +248,29 @@ def test_markup_in_what_is_stored_is_text(page: Any, chatty: RunningServer) -> N
     page.wait_for_selector(SHOWN)
     assert page.locator(".user .body").text_content() == EVIL and page.locator("#list li").count() == 1
     assert page.locator(".note").text_content() == EVIL
-    assert "Damaged, not shown: 3" in page.locator("#list-note").text_content()
-    assert page.evaluate("Object.keys(localStorage).length") == 6
+    assert page.locator(".reasoning blockquote").text_content() == EVIL
+    assert "Damaged, not shown: 4" in page.locator("#list-note").text_content()
+    assert page.evaluate("Object.keys(localStorage).length") == 7
     check_that_nothing_ran(page)
+
+
+def test_reasoning_is_folded_kept_and_not_sent(page: Any, chatty: RunningServer) -> None:
+    first = {"choices": [{"delta": {"role": "assistant", "reasoning_content": f"They ask. {EVIL}"}}]}
+    sent = answering(page, ("Four.", first), "Five.")
+    page.goto(chatty.url)
+    page.wait_for_selector(SHOWN)
+    ask(page, "2 + 2?")
+    for _ in range(2):
+        reasoning = page.locator(".reasoning blockquote")
+        assert answers(page) == ["Four."] and not reasoning.is_visible()
+        page.get_by_text("Reasoning", exact=True).click()
+        assert reasoning.is_visible() and reasoning.text_content() == f"They ask. {EVIL}"
+        page.reload()
+        page.wait_for_selector(SHOWN)
+    ask(page, "2 + 3?")
+    assert sent[1]["messages"][1] == {"role": "assistant", "content": "Four."}
+    assert page.locator(".reasoning:visible").count() == 1  # the second answer has none
+    assert page.evaluate("window.pwned") is None and page.complaints == []
 
 
 def test_regenerate_and_edit(page: Any, chatty: RunningServer) -> None:

@@ -1,6 +1,6 @@
 // Conversations kept in the browser's storage, one entry each, so that tabs do not overwrite each other's. An entry is
-// {id, title, system, messages, density, updated}; a message {role, content} and, if it is an answer, its notes and
-// sources. What is stored is checked when it is read. Runs without a browser, on any object like `localStorage`.
+// {id, title, system, messages, density, updated}; a message {role, content} and, if it is an answer, its reasoning,
+// notes and sources. What is stored is checked when it is read. Runs without a browser, on any object like `localStorage`.
 
 export const MAX_CONVERSATIONS = 100;
 export const MAX_CHARACTERS = 2_000_000;  // in all; browsers allow 2.5 to 5 million
@@ -95,7 +95,7 @@ const isListOf = (value, test) => value === undefined || Array.isArray(value) &&
 
 function isMessage(message, i) {
   return message?.role === (i % 2 ? "assistant" : "user") && isString(message.content) &&
-    isListOf(message.notes, isString) && isListOf(message.sources, s => isString(s?.source) && isString(s.text));
+    isString(message.reasoning ?? "") && isListOf(message.notes, isString) && isListOf(message.sources, s => isString(s?.source) && isString(s.text));
 }
 
 // In place of `localStorage` where a browser allows none.

@@ -63,7 +63,13 @@ function messageElement(message, index) {
   if (isUser) body.textContent = message.content;
   else showAnswer(body, message.content);
   return element("article", { className: `message ${message.role}`, ariaLabel: isUser ? "You" : at("name").textContent },
-    body, ...message.content ? footer(message, index) : []);
+    isUser ? null : reasoningElement(message.reasoning), body, ...message.content ? footer(message, index) : []);
+}
+
+// What a model wrote before its answer.
+function reasoningElement(text = "") {
+  return element("details", { className: "reasoning", hidden: !text }, element("summary", { textContent: "Reasoning" }),
+    element("blockquote", { textContent: text, tabIndex: 0 }));
 }
 
 // Renders an answer again after it has grown; blocks that did not change stay.
@@ -228,10 +234,10 @@ async function request(conversation, messages, reply, signal) {
 // `restore` is called.
 async function answer(messages, restore) {
   const conversation = current, before = conversation.messages, controller = new AbortController();
-  const reply = { role: "assistant", content: "", notes: [] };
+  const reply = { role: "assistant", content: "", reasoning: "", notes: [] };
   conversation.messages = messages;
   draw();
-  const article = messageElement(reply, messages.length), body = article.firstElementChild;
+  const article = messageElement(reply, messages.length), [reasoning, body] = article.children;
   article.classList.add("streaming");
   talk.append(article);
   talk.scrollTop = talk.scrollHeight;
@@ -240,7 +246,11 @@ async function answer(messages, restore) {
   const speakBlocks = end => { for (; blocksSpoken < end; blocksSpoken++) speak(body.children[blocksSpoken].text); };
   const update = () => {
     frame = 0;
-    follow(() => showAnswer(body, reply.content));
+    follow(() => {
+      reasoning.hidden = !reply.reasoning;
+      reasoning.lastElementChild.textContent = reply.reasoning;
+      showAnswer(body, reply.content);
+    });
     speakBlocks(body.children.length - 2);  // the last two can still change
   };
   try {
@@ -251,13 +261,15 @@ async function answer(messages, restore) {
         reply.notes.push(`(${event.dropped_passages} passages did not fit in the context window)`);
       if (event.usage) {
         const passages = (reply.sources ?? []).map(({ text }) => ({ content: text }));
-        conversation.density = event.usage.total_tokens / (charactersOf([...sent, ...passages, reply]) || 1);
+        const all = [...sent, ...passages, { content: reply.reasoning }, reply];
+        conversation.density = event.usage.total_tokens / (charactersOf(all) || 1);
       }
       const choice = event.choices[0];
       if (choice?.finish_reason === "length") reply.notes.push("(truncated at the token limit)");
-      if (!choice?.delta.content) continue;
-      reply.content += choice.delta.content;
-      conversation.messages = [...messages, reply];
+      if (!choice?.delta.content && !choice?.delta.reasoning_content) continue;
+      reply.reasoning += choice.delta.reasoning_content ?? "";
+      reply.content += choice.delta.content ?? "";
+      if (reply.content) conversation.messages = [...messages, reply];
       frame ||= requestAnimationFrame(update);
     }
     if (!reply.content) problem = "(empty answer)";
