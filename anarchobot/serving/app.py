@@ -194,12 +194,12 @@ class Service:
             return await asyncio.to_thread(self._prompts.encode, parsed, new_tokens)
 
     def _warning(self, parsed: BaseRequest, name: str | None = None) -> dict[str, str]:
-        """The header of an answer to a request for another model than `name`; many clients have one of OpenAI's as
-        default."""
+        """The header of an answer to a request for another model than `name`, by default the one that generates; many
+        clients have one of OpenAI's as default."""
         name = name or self._name
         if parsed.model == name:
             return {}
-        return {WARNING: f"answered by {json.dumps(name)}, the only model of this server"}
+        return {WARNING: f"answered by {json.dumps(name)}, the only model for this path"}
 
     def _models(self) -> list[dict[str, object]]:
         """The model that generates, then the one that embeds. `max_model_len` is vLLM's name."""

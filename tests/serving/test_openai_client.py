@@ -160,7 +160,7 @@ def test_any_model_name_is_answered_with_a_warning(client: Any, stream: bool) ->
     for name in ("gpt-4o", "x\r\nSet-Cookie: a=b", "é" * 1000, ""):
         chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "stream": stream}
         raw = client.chat.completions.with_raw_response.create(model=name, **chat)
-        assert raw.headers["x-warning"] == 'answered by "tiny", the only model of this server'
+        assert raw.headers["x-warning"] == 'answered by "tiny", the only model for this path'
         assert "set-cookie" not in raw.headers
         answer = next(iter(raw.parse())) if stream else raw.parse()
         assert answer.model == "tiny"
