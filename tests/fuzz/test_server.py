@@ -5,17 +5,31 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from anarchobot.inference.model import Model
+from anarchobot.inference.text_encoder import TextEncoder
+from anarchobot.serving.app import Limits
+from anarchobot.serving.embeddings import Embedder
 from tests.fuzz.openapi import description
 from tests.fuzz.test_readers import INPUTS, SEED
-from tests.serving.conftest import RunningServer
+from tests.inference.encoder_folders import write_encoder
+from tests.serving.conftest import RunningServer, run_server
 from tests.serving.conftest import model as model
-from tests.serving.conftest import server as server
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+
+
+@pytest.fixture
+def server(model: Model, tmp_path: Path) -> Iterator[RunningServer]:
+    load = partial(TextEncoder, str(write_encoder(tmp_path / "encoder")))
+    limits = Limits(tokens=4000, body_bytes=2**16)
+    with Embedder(load) as embedder, run_server(model, limits, embedder=embedder) as found:
+        yield found
 
 
 @pytest.mark.fuzz

@@ -11,6 +11,8 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from anarchobot.config.schema import DataConfig, KnowledgeBaseConfig
 from anarchobot.data.sources.documents import DocumentCounts
@@ -23,6 +25,7 @@ from anarchobot.serving.passages import PassageSearch
 from tests.fuzz.openapi import description
 from tests.inference.encoder_folders import write_encoder
 from tests.serving.conftest import RunningServer, run_server, wait_until
+from tests.serving.test_fuzz import anything, check, fuzzed, texts
 from tests.serving.test_openai_client import client_of
 
 openai = pytest.importorskip("openai")
@@ -120,6 +123,20 @@ def test_a_text_that_is_too_long_is_named(embedding_server: RunningServer) -> No
 def test_the_size_of_vectors_and_of_the_body(embedding_server: RunningServer) -> None:
     assert embedding_server.post(PATH, {"model": "small", "input": "a", "dimensions": 16, "user": "x"})[0] == 200
     assert embedding_server.post(PATH, {"model": "small", "input": "a " * 2**15})[0] == 413
+
+
+@fuzzed
+@given(
+    texts | st.lists(texts, max_size=4) | anything,
+    st.fixed_dictionaries(
+        {}, optional={"encoding_format": st.sampled_from(["float", "base64"]), "dimensions": anything}
+    ),
+)
+def test_any_text_is_embedded(embedding_server: RunningServer, value: Any, fields: dict[str, Any]) -> None:
+    status = check(embedding_server, PATH, {"model": "small", "input": value} | fields)
+    parts = [value] if isinstance(value, str) else value
+    if isinstance(parts, list) and parts and all(isinstance(text, str) and 0 < len(text) < 6 for text in parts):
+        assert (status == 200) == (fields.get("dimensions") in (None, 16)), (value, fields)
 
 
 def test_the_model_is_listed(embedding_server: RunningServer) -> None:
