@@ -1,5 +1,6 @@
 """Speculative decoding: texts are those without a draft model, however often its tokens are wrong."""
 
+import io
 import random
 from pathlib import Path
 from typing import Any
@@ -210,8 +211,10 @@ def test_several_prompts(model: Model) -> None:
         assert bool(draft.proposed) == (len(some) == 1)
 
 
-def test_the_commands(tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`generate` prints the same with itself as its draft, and how many tokens were accepted."""
+def test_the_commands(
+    tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`generate` prints the same with itself as its draft, and how many tokens were accepted, as `chat` does."""
     run = str(make_run(tmp_path / "run", next(tiny_shards.glob("*.model"))))
     words = ["generate", "--checkpoint", run, "--prompt", "The value", "--max-new-tokens", "13", "--method", "random"]
     assert main(words) == 0
@@ -219,6 +222,10 @@ def test_the_commands(tmp_path: Path, tiny_shards: Path, capsys: pytest.CaptureF
     assert main([*words, "--draft-model", run, "--num-draft-tokens", "5"]) == 0
     found = capsys.readouterr()
     assert found.out == plain.out and "(draft model: 10 of 10 tokens accepted)" in found.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who?\nWhy?\n"))
+    words = ["chat", "--checkpoint", run, "--max-new-tokens", "13", "--draft-model", run, "--num-draft-tokens", "5"]
+    assert main(words) == 0
+    assert capsys.readouterr().err.count("(draft model: 10 of 10 tokens accepted)") == 2
 
 
 def test_another_vocabulary_is_refused(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
