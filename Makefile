@@ -25,7 +25,7 @@ quickstart: .venv/run.done
 	@$(BIN)/python -m anarchobot.system.blas >/dev/null || $(MAKE) --no-print-directory .venv/blas.done
 	$(BIN)/anarchobot tokenizer train $(QUICKSTART)
 	$(BIN)/anarchobot pretokenize $(QUICKSTART)
-	$(BIN)/anarchobot pretrain $(QUICKSTART) --resume-from auto
+	$(BIN)/anarchobot pretrain $(QUICKSTART) --resume-from auto || { echo "resume with: make quickstart"; exit 1; }
 	$(BIN)/anarchobot generate --checkpoint runs/quickstart
 	@echo
 	@echo "next, a model of your own texts:"
@@ -89,7 +89,7 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/%.done: locks/%.lock pyproject.toml | .venv/bin/python
-	@echo "installing the packages of $<"
+	@echo "installing the packages of $<, which may take minutes"
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@

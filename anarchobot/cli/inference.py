@@ -125,7 +125,7 @@ def add_commands(commands: Any) -> None:
         metavar="ORIGIN",
         help="other sites whose pages may send requests (default: none)",
     )
-    serve.add_argument("--model-name", metavar="NAME", help="model name in the API (default: name of its folder)")
+    serve.add_argument("--model-name", metavar="NAME", help="model name in the API (default: name of its run)")
     serve.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),

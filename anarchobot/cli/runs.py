@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from anarchobot.cli.parser import add_command, check_output
 from anarchobot.config.errors import UserError
+from anarchobot.config.paths import chat_run_of
 
 if TYPE_CHECKING:
     from anarchobot.runs.run_log import RunLog
@@ -26,7 +27,8 @@ def _report(args: argparse.Namespace) -> None:
     from anarchobot.runs.run_log import read_run
     from anarchobot.storage.durable import write_atomic
 
-    runs = [read_run(folder) for folder in args.runs]
+    folders = {part: None for folder in args.runs for part in (folder, chat_run_of(folder)) if part is not None}
+    runs = [read_run(folder) for folder in folders]
     output = Path(args.output) if args.output else runs[0].folder / "report.html"
     check_output(output)
     write_atomic(output, render_report(runs))

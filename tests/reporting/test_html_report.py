@@ -51,6 +51,15 @@ def a_run(folder: Path, name: str, rate: float) -> Path:
     return run
 
 
+def test_a_run_of_train_is_reported_with_its_conversations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = a_run(tmp_path, "notes", 0.1)
+    chat = a_run(run, "chat", 0.3)
+    for file in (run / "train.json", chat / "latest.json"):
+        file.touch()
+    assert main(["report", str(run)]) == 0
+    assert "<title>notes and chat" in Path(capsys.readouterr().out.strip()).read_text(encoding="utf-8")
+
+
 def test_report_of_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [str(a_run(tmp_path, name, rate)) for name, rate in (("one", 0.1), ("two<b>", 0.3))]
     assert main(["report", *runs]) == 0

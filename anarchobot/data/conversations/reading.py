@@ -95,7 +95,7 @@ class RowCounts:
             pairs = f"{self.tree_rows:,} pairs from " if self.tree_rows != self.trees else ""
             sources.append(f"{pairs}{self.trees:,} trees")
         lost = self.truncated_loss_tokens
-        dropped = f" ({lost / self.loss_tokens:.1%} of loss tokens dropped: see data.seq_len)" if lost else ""
+        dropped = f" ({lost / self.loss_tokens:.1%} of loss tokens dropped: beyond data.seq_len)" if lost else ""
         truncated = f", {self.truncated:,} truncated{dropped}" if self.truncated else ""
         lines = [f"{' and '.join(sources)} read, {self.kept:,} kept{truncated}"]
         for reason, n in self.skipped.most_common():

@@ -121,7 +121,7 @@ def export_warnings(model: ModelConfig, target: ExportTarget) -> Iterator[str]:
     """Differences that don't matter for every use of the exported model."""
     kind, library, scaling = hf_type(model), EXPORT_LIBRARIES[target], model.rope_scaling
     if _ignores_window(model, target):
-        limited = "" if None in model.windows else ", to which its context is limited"
+        limited = "" if None in model.windows else ", the exported context; for more, train with a larger data.seq_len"
         yield (
             f"{library} ignores model.sliding_window: its results are this model's for texts of at most "
             f"{model.sliding_window:,} tokens{limited}"

@@ -216,7 +216,7 @@ def test_skipped_and_truncated_rows_are_counted(make_chat: MakeChat) -> None:
     whole = sum(int(chat.encode(found[i][1]).loss_mask.sum()) for i in (0, 2, 4))
     share = f"{1 - tokenized.train.loss_mask.sum() / whole:.1%}"
     assert share not in ("0.0%", "100.0%")
-    dropped = f"{share} of loss tokens dropped: see data.seq_len"
+    dropped = f"{share} of loss tokens dropped: beyond data.seq_len"
     assert counts.summary()[0] == f"5 rows read, 3 kept, 2 truncated ({dropped})"
     assert (np.diff(tokenized.train.offsets) <= 41).all()
     counts = RowCounts(read=5, kept=5)
