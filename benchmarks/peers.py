@@ -6,6 +6,7 @@ AdamW in float32, and reports the median time of a step and, if it is available,
 
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -17,7 +18,11 @@ from typing import Any
 
 import numpy as np
 
-Shape = dict[str, Any]  # layers, width, heads, mlp, vocab, rows, length, accumulate; steps; threads; options
+# layers, width, heads, kv_heads, mlp, vocab, rows, length, accumulate; work: full, lora, dpo; steps; threads; options
+Shape = dict[str, Any]
+WARMUP = 2
+RANK, LORA_SCALE = 8, 2.0
+MATRICES = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 
 
 def tokens(shape: Shape) -> Any:
@@ -26,7 +31,7 @@ def tokens(shape: Shape) -> Any:
     return np.random.default_rng(0).integers(0, shape["vocab"], size).astype(np.int32)
 
 
-def timed(step: Callable[[], float], steps: int, warmup: int = 2) -> dict[str, Any]:
+def timed(step: Callable[[], float], steps: int, warmup: int = WARMUP) -> dict[str, Any]:
     """Runs steps; returns the median CPU and wall milliseconds per step, and the first losses."""
     cpu, wall, losses = [], [], []
     for _ in range(warmup + steps):
@@ -51,25 +56,27 @@ def ours(shape: Shape) -> dict[str, Any]:
     from anarchobot.data.windows import Batch
     from anarchobot.numerics import elementary, eval_order
     from anarchobot.training.mlx_engine import MLXEngine
+    from anarchobot.training.preference_engine import PreferenceEngine
 
-    options = dict(shape.get("options", {}))
+    options, work = dict(shape.get("options", {})), shape.get("work", "full")
     free_order, library_exp = options.pop("free_order", False), options.pop("library_exp", False)
     small_cache, autodiff = options.pop("small_cache", False), options.pop("autodiff", False)
     config = {
         "model": {
             "vocab_size": shape["vocab"], "n_layers": shape["layers"], "d_model": shape["width"],
-            "n_heads": shape["heads"], "mlp_multiple": shape["mlp"] / shape["width"], "dropout": 0.0,
-            "max_seq_len": shape["length"],
+            "n_heads": shape["heads"], "n_kv_heads": shape.get("kv_heads"),
+            "mlp_multiple": shape["mlp"] / shape["width"], "dropout": 0.0, "max_seq_len": shape["length"],
         },
         "data": {"seq_len": shape["length"]},
         "train": {
             "optimizer": "adamw", "micro_batch_size": shape["rows"], "cpu_threads": shape.get("threads", 1),
             "weight_decay": 0.01, **options,
         },
+        "lora": {} if work == "full" else {"r": RANK, "alpha": LORA_SCALE * RANK},
     }  # fmt: skip
     if library_exp:  # the effect of numerics/elementary.py
         elementary._vectorized = lambda x: False
-    engine = MLXEngine(Config.model_validate(config))
+    engine = (PreferenceEngine if work == "dpo" else MLXEngine)(Config.model_validate(config))
     if free_order:
         engine.options = replace(engine.options, wait=eval_order.unordered)
     if autodiff:
@@ -78,6 +85,9 @@ def ours(shape: Shape) -> dict[str, Any]:
         mx.set_cache_limit(32 << 20)
     ids = tokens(shape)
     batch = Batch(np.ascontiguousarray(ids[..., :-1]), np.ascontiguousarray(ids[..., 1:]))
+    if isinstance(engine, PreferenceEngine):
+        batch = pair_batch(shape)
+        batch = replace(batch, ref_log_probs=engine.log_probs(batch))  # once for each answer, as `dpo` does
     count, updates = 0, []
     update = engine._update
 
@@ -94,7 +104,7 @@ def ours(shape: Shape) -> dict[str, Any]:
     def step() -> float:
         nonlocal count
         count += 1
-        if count == 3:
+        if count == WARMUP + 1:
             mx.reset_peak_memory()
         return engine.train_step(batch, count, 1e-3, 0.95).loss
 
@@ -103,56 +113,180 @@ def ours(shape: Shape) -> dict[str, Any]:
     return result | ({"update_cpu_ms": statistics.median(updates[2:])} if updates else {})
 
 
-def mlx_lm(shape: Shape) -> dict[str, Any]:
-    """Runs mlx-lm's `train` on all weights. The time of a step is the time between two reports."""
-    from anarchobot.system.blas import load_fast_blas
+def pair_batch(shape: Shape) -> Any:
+    """The same pairs as a batch of AnarchoBot."""
+    from anarchobot.data.conversations.preference_pairs import PairBatch
 
-    load_fast_blas()
+    ids = np.array([[[pair["chosen"], pair["rejected"]] for pair in pairs(shape)]], np.int32)
+    targets = ids[..., 1:].copy()
+    targets[..., : shape["length"] // 2 - 1] = -1
+    count = shape["rows"]
+    return PairBatch(
+        ids[..., :-1].copy(), targets, indices=np.arange(count)[None], ref_log_probs=np.zeros((1, count, 2), np.float32)
+    )
+
+
+class StepTimer:
+    """The callback of the trainers of others: notes the clocks and the peak memory when a step's loss is reported."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[float, float]] = []
+        self.losses: list[float] = []
+        self.peak_mb = 0.0
+
+    def on_train_loss_report(self, info: dict[str, Any]) -> None:
+        self.step_ended(info["train_loss"])
+
+    def step_ended(self, loss: float) -> None:
+        import mlx.core as mx
+
+        self.marks.append((time.process_time(), time.perf_counter()))
+        self.losses.append(loss)
+        self.peak_mb = mx.get_peak_memory() / 1e6  # before the trainer saves the weights
+        if len(self.marks) == WARMUP:
+            mx.reset_peak_memory()
+
+    def result(self) -> dict[str, Any]:
+        cpu, wall = np.median(np.diff(np.array(self.marks[WARMUP - 1 :]), axis=0), axis=0) * 1e3
+        return {"cpu_ms": cpu, "wall_ms": wall, "peak_mb": self.peak_mb, "losses": self.losses[:3]}
+
+
+def mlx_llama(shape: Shape) -> Any:
+    """mlx-lm's Llama with random weights."""
     import mlx.core as mx
-    import mlx.optimizers
     from mlx_lm.models import llama
-    from mlx_lm.tuner.callbacks import TrainingCallback
-    from mlx_lm.tuner.trainer import TrainingArgs, train
 
     mx.random.seed(0)
     model = llama.Model(
         llama.ModelArgs(
             model_type="llama", hidden_size=shape["width"], num_hidden_layers=shape["layers"],
             intermediate_size=shape["mlp"], num_attention_heads=shape["heads"], rms_norm_eps=1e-5,
-            vocab_size=shape["vocab"], max_position_embeddings=shape["length"], tie_word_embeddings=True,
+            num_key_value_heads=shape.get("kv_heads", shape["heads"]), vocab_size=shape["vocab"],
+            max_position_embeddings=shape["length"], tie_word_embeddings=True,
         )
     )  # fmt: skip
     mx.eval(model.parameters())
+    return model
+
+
+def trained_llama(shape: Shape) -> Any:
+    """mlx-lm's Llama; with adapters in all matrices of the blocks, unless the work is to train all weights."""
+    import mlx.core as mx
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model = mlx_llama(shape)
+    if shape.get("work", "full") != "full":
+        model.freeze()
+        settings = {"rank": RANK, "scale": LORA_SCALE, "dropout": 0.0, "keys": MATRICES}
+        linear_to_lora_layers(model, shape["layers"], settings)
+        mx.eval(model.parameters())
+    return model
+
+
+def adamw() -> Any:
+    import mlx.optimizers
+
+    return mlx.optimizers.AdamW(1e-3, weight_decay=0.01, bias_correction=True)
+
+
+def mlx_lm(shape: Shape, lora_package: bool = False) -> dict[str, Any]:
+    """Runs the `train` of mlx-lm, or that of mlx-lm-lora. The time of a step is the time between two reports."""
+    from anarchobot.system.blas import load_fast_blas
+
+    load_fast_blas()
+    import mlx.core as mx
+    from mlx_lm.tuner.trainer import TrainingArgs, train
+
     rows = [[int(i) for i in row] for row in tokens(shape).reshape(-1, shape["length"] + 1)]
-    marks: list[tuple[float, float]] = []
-    losses: list[float] = []
-
-    class StepTimer(TrainingCallback):
-        def on_train_loss_report(self, info: dict[str, Any]) -> None:
-            marks.append((time.process_time(), time.perf_counter()))
-            losses.append(info["train_loss"])
-            if len(marks) == 2:
-                mx.reset_peak_memory()
-
-    accumulate, warmup = shape.get("accumulate", 1), 2
+    model, timer, accumulate = trained_llama(shape), StepTimer(), shape.get("accumulate", 1)
     with tempfile.TemporaryDirectory() as folder:
-        train(
-            model,
-            mlx.optimizers.AdamW(1e-3, weight_decay=0.01, bias_correction=True),
-            [(row, 0) for row in rows],
-            args=TrainingArgs(
-                batch_size=shape["rows"], iters=(warmup + shape["steps"]) * accumulate, val_batches=0,
-                steps_per_report=accumulate, steps_per_save=10**9, max_seq_length=shape["length"] + 1,
-                adapter_file=str(Path(folder) / "out.safetensors"), grad_accumulation_steps=accumulate,
-                **shape.get("options", {}),
-            ),
-            training_callback=StepTimer(),
+        settings = {
+            "batch_size": shape["rows"], "iters": (WARMUP + shape["steps"]) * accumulate, "val_batches": 0,
+            "steps_per_report": accumulate, "steps_per_save": 10**9, "max_seq_length": shape["length"] + 1,
+            "adapter_file": str(Path(folder) / "out.safetensors"), **shape.get("options", {}),
+        }  # fmt: skip
+        if lora_package and not mx.metal.is_available():  # the trainers ask for a limit of Apple's GPUs
+            mx.device_info = lambda: {"max_recommended_working_set_size": 0}
+            mx.set_wired_limit = lambda limit: limit
+        if not lora_package:
+            arguments = TrainingArgs(grad_accumulation_steps=accumulate, **settings)
+            train(model, adamw(), [(row, 0) for row in rows], args=arguments, training_callback=timer)
+        elif shape["work"] == "dpo":
+            from mlx_lm_lora.trainer.dpo_trainer import DPOTrainingArgs, train_dpo
+
+            train_dpo(
+                model, mlx_llama(shape).freeze(), adamw(), pairs(shape), args=DPOTrainingArgs(**settings),
+                training_callback=timer,
+            )  # fmt: skip
+        else:
+            from mlx_lm_lora.trainer.sft_trainer import SFTTrainingArgs, train_sft
+
+            train_sft(
+                model, adamw(), [(row, 0) for row in rows], args=SFTTrainingArgs(**settings), training_callback=timer
+            )
+    return timer.result()
+
+
+def mlx_lm_lora(shape: Shape) -> dict[str, Any]:
+    return mlx_lm(shape, lora_package=True)
+
+
+def pairs(shape: Shape) -> list[dict[str, Any]]:
+    """Pairs of answers in the form of mlx-lm-lora's DPODataset. The first half of each row is the prompt."""
+    rows, prompt = tokens({**shape, "rows": 2 * shape["rows"]})[0].tolist(), shape["length"] // 2
+    return [
+        {
+            "chosen": chosen, "rejected": chosen[:prompt] + rejected[prompt:],
+            "chosen_prompt_length": prompt, "rejected_prompt_length": prompt,
+        }
+        for chosen, rejected in zip(rows[::2], rows[1::2], strict=True)
+    ]  # fmt: skip
+
+
+class Numbers:
+    """A tokenizer of texts that are token ids with spaces between them."""
+
+    eos_token_id = bos_token = chat_template = None
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [int(i) for i in text.split()]
+
+    def save_pretrained(self, folder: str) -> None:
+        """Called when the trained model is saved."""
+
+
+def unsloth(shape: Shape) -> dict[str, Any]:
+    """Runs the MLX trainers of unsloth-zoo."""
+    from anarchobot.system.blas import load_fast_blas
+
+    load_fast_blas()
+    os.environ["UNSLOTH_ZOO_DISABLE_GPU_INIT"] = "1"  # or it refuses to be imported on Linux without CUDA
+    from unsloth_zoo.mlx import trainer as zoo
+
+    timer, dpo = StepTimer(), shape.get("work") == "dpo"
+    rows: list[dict[str, Any]] = [{"input_ids": row} for row in tokens(shape).reshape(-1, shape["length"] + 1).tolist()]
+    if dpo:
+        prompt = shape["length"] // 2
+
+        def text(ids: list[int]) -> str:
+            return " ".join(map(str, ids)) + " "
+
+        rows = [
+            {"prompt": text(p["chosen"][:prompt]), **{k: text(p[k][prompt:]) for k in ("chosen", "rejected")}}
+            for p in pairs(shape)
+        ]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (zoo.MLXDPOConfig if dpo else zoo.MLXTrainingConfig)(
+            per_device_train_batch_size=shape["rows"], gradient_accumulation_steps=shape.get("accumulate", 1),
+            max_steps=WARMUP + shape["steps"] + 1, max_seq_length=shape["length"] + 1, learning_rate=1e-3,
+            warmup_steps=0, lr_scheduler_type="constant", weight_decay=0.01, output_dir=folder, append_eos=False,
+            **{"gradient_checkpointing": False, **shape.get("options", {})},
         )  # fmt: skip
-    steps = np.diff(np.array(marks[warmup - 1 :]), axis=0) * 1e3
-    return {
-        "cpu_ms": float(np.median(steps[:, 0])), "wall_ms": float(np.median(steps[:, 1])),
-        "peak_mb": mx.get_peak_memory() / 1e6, "losses": losses[:3],
-    }  # fmt: skip
+        trainer = (zoo.MLXDPOTrainer if dpo else zoo.MLXTrainer)(trained_llama(shape), Numbers(), rows, args=arguments)
+        # The last step also prepares the saving of the model, for a second or two.
+        trainer.add_step_callback(lambda step, steps, loss, *_: None if step == steps else timer.step_ended(loss))
+        trainer.train()
+    return timer.result()
 
 
 def torch_model(shape: Shape) -> Any:
@@ -238,7 +372,9 @@ def torch_step(shape: Shape) -> dict[str, Any]:
     return result | ({"peak_mb": torch.cuda.max_memory_allocated() / 1e6} if gpu else {})
 
 
-PROGRAMS = {"ours": ours, "mlx-lm": mlx_lm, "torch": torch_step}
+PROGRAMS = {
+    "ours": ours, "mlx-lm": mlx_lm, "mlx-lm-lora": mlx_lm_lora, "unsloth": unsloth, "torch": torch_step
+}  # fmt: skip
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in PROGRAMS:
