@@ -9,11 +9,7 @@ taken within a round. On a CPU, MLX uses OpenBLAS on one thread; with `--cores 1
     .venv/bin/python benchmarks/training.py techniques
     .venv/bin/python benchmarks/training.py 137M            # an hour on a CPU
 
-unsloth-zoo and mlx-lm-lora are measured if they are installed. They restrict the versions of other packages, so install
-them beside the environment:
-
-    .venv/bin/pip install --no-deps --target build/peers unsloth-zoo mlx-lm-lora
-    PYTHONPATH=build/peers .venv/bin/python benchmarks/training.py peers
+    .venv/bin/python benchmarks/training.py peers           # benchmarks/README.md installs unsloth-zoo and mlx-lm-lora
 """
 
 import argparse
@@ -101,7 +97,7 @@ SUITES: dict[str, tuple[dict[str, Any], int, list[Row]]] = {
     ),
     "peers": (
         TUNED,
-        4,
+        2,
         [
             ("all weights: ours", "ours", {}, {}),
             ("all weights: mlx-lm", "mlx-lm", {}, {}),
