@@ -19,7 +19,7 @@ FACTORS, TOKENS = (0.0, 0.1, 0.2, 0.3), 128
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "speculative.json")
     arguments = parser.parse_args()
     from anarchobot.system.blas import load_fast_blas
