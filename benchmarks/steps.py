@@ -1,7 +1,7 @@
-"""Compares Muon + AdamW in 60% of the steps with AdamW, on real text. Part of `make quality`.
+"""Compares Muon + AdamW in half of the steps with AdamW, on real text. Part of `make quality`.
 
 13 novels, a vocabulary of 8,192, a model of 6 million parameters, 1,024 tokens per step. AdamW runs with several
-learning rates. Its best one and Muon + AdamW, with its whole schedule in 60% of the steps, then run with three seeds.
+learning rates. Its best one and Muon + AdamW, with its whole schedule in half of the steps, then run with three seeds.
 This takes about an hour on two cores.
 
     .venv/bin/python benchmarks/steps.py --jobs 2
@@ -21,7 +21,7 @@ import quality
 
 HERE = Path(__file__).parent
 LENGTH, ROWS, STEPS = 128, 8, 500
-FRACTION = 0.6
+FRACTION = 0.5
 MODEL = {
     "vocab_size": 8192, "n_layers": 5, "d_model": 256, "n_heads": 4, "mlp_multiple": 2.6875, "dropout": 0.0,
     "max_seq_len": LENGTH,
