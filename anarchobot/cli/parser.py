@@ -174,9 +174,9 @@ def parse(parser: Parser, argv: list[str]) -> argparse.Namespace:
                     raise UserError(f"'{word}': this command does not use {word.partition('=')[0]}")
         else:
             args.config_name = configs[0] if configs else None
-            args.config, configs = (_find_config(configs[0]) if configs else None), configs[1:]
+            args.config, configs = (_find_config(configs[0]) if configs and not rest else None), configs[1:]
         rest += configs
-        if args.config is None and args.needs_config:
+        if args.config is None and args.needs_config and not rest:
             raise UserError(
                 f"missing CONFIG: expected a YAML file, or a name such as quickstart (see {args.prog} --help)"
             )

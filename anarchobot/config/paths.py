@@ -27,7 +27,7 @@ def did_you_mean_run(path: Path) -> str:
     """`; did you mean 'runs/notes'?` for `notes`, if that exists: run folders are in runs/ by default. For the `chat`
     of `train`, when it will exist. Else empty."""
     if path.name == "chat" and (path.parent / "train.json").is_file():
-        return ": the conversations are trained after the texts: resume with the same anarchobot train command"
+        return f": the conversations are trained after the texts (anarchobot monitor {path.parent})"
     inside = RUNS / path
     return f"; did you mean '{inside}'?" if not path.is_absolute() and inside.exists() else ""
 

@@ -345,6 +345,7 @@ def test_names_of_other_programs_are_known(words: str, suggestion: str) -> None:
         ("generate --checkpoint c hello", "did you mean --prompt hello?"),
         ("fuse --checkpoint c", "the adapters with --adapter"),
         ("serve --api-key-file model", "are required: --checkpoint (see"),
+        ("sft --data chats.jsonl", "did you mean '--dataset'?"),
         ("sft chats.jsonl", "chats.jsonl: not a configuration file (YAML); for data, set data.dataset=chats.jsonl"),
     ],
 )

@@ -72,9 +72,9 @@ def test_training_quantized_weights_is_rejected(tmp_path: Path, packed: Path, ch
 
 
 def test_without_a_configuration_file(tmp_path: Path, base: Path, chats: Path) -> None:
-    """--model and --dataset are enough; settings that follow replace the defaults."""
+    """--model and --dataset are enough; settings that follow replace the defaults. One of lora asks for adapters."""
     words = ["--model", str(base), "--dataset", str(chats), "--checkpoint-dir", str(tmp_path / "run"), "--quiet"]
-    assert main(["sft", *words, "train.total_steps=2", "train.device=cpu"]) == 0
+    assert main(["sft", *words, "train.total_steps=2", "train.device=cpu", "lora.alpha=16"]) == 0
     config = checkpoint.find(tmp_path / "run").config
     assert config.data.seq_len == config.model.max_seq_len == 64  # less than the default of 512
     assert (config.lora.r, config.train.total_steps, config.train.epochs) == (8, 2, None)

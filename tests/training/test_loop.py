@@ -49,11 +49,11 @@ def test_steps_positions_and_learning_rates(tmp_path: Path) -> None:
 
 
 def test_every_step_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its loss and the smoothed loss, whatever train.log_interval says."""
+    """With its smoothed loss, whatever train.log_interval says."""
     shown: list[tuple[float, ...]] = []
     monkeypatch.setattr(NullDisplay, "step", lambda self, *values: shown.append(values))
     train(tmp_path, FakeEngine(), 3, log_interval=99)
-    assert shown == [(1, 9.0, 9.0), (2, 8.0, pytest.approx(9 - 2 / 3)), (3, 7.0, pytest.approx((9 - 2 / 3 + 7) / 2))]
+    assert shown == [(1, 9.0), (2, pytest.approx(9 - 2 / 3)), (3, pytest.approx((9 - 2 / 3 + 7) / 2))]
 
 
 def test_checkpoint_is_saved_before_validation_and_sample(tmp_path: Path) -> None:
