@@ -26,6 +26,8 @@ quickstart: .venv/run.done
 	$(BIN)/anarchobot tokenizer train $(QUICKSTART)
 	$(BIN)/anarchobot pretokenize $(QUICKSTART)
 	$(BIN)/anarchobot pretrain $(QUICKSTART) --resume-from auto || { echo "resume with: make quickstart"; exit 1; }
+	@echo
+	@echo "a sample, which should look like Python, because the training text is Python's standard library:"
 	$(BIN)/anarchobot generate --checkpoint runs/quickstart
 	@echo
 	@echo "next, a model of your own texts:"

@@ -64,6 +64,8 @@ def read_run(path: str | Path) -> RunLog:
         data = (logs / METRICS).read_bytes()
     except OSError as error:
         near = did_you_mean_run(folder) or f" (no {logs / METRICS}): expected a run folder"
+        if (folder / "config.yaml").is_file():
+            near = f" yet: anarchobot monitor {folder} --wait shows it from its start"
         raise UserError(f"{folder}: no run here{near}") from error
     lines, malformed = parse_events(data)
     events: list[Event] = []

@@ -54,6 +54,8 @@ def test_read_and_find_real_runs(tmp_path: Path, tiny_shards: Path, monkeypatch:
         assert read_run(first.folder).state == "running"
     with pytest.raises(UserError, match="no run here"):
         read_run(runs)
+    with pytest.raises(UserError, match=r"no run here yet: anarchobot monitor \S+/configs --wait"):
+        read_run(runs / "configs")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="did you mean 'runs/a/first'"):
         read_run("a/first")
